@@ -247,6 +247,12 @@ class InvalidApiKey(Denied):
     close_reason = b"key revoked"
 
 
+class KeyExpired(InvalidApiKey):
+    """The time until which the API key is valid is over."""
+
+    close_reason = b"key expired"
+
+
 class SessionEnded(InvalidApiKey):
     """The session cookie is not ours or has expired, or its key was revoked."""
 

@@ -207,9 +207,13 @@ class ProviderAuthError(ProviderFault):
 
 
 class ProviderForbidden(ProviderAuthError):
-    """The provider answered 403: our key may not do this, or this request may not be made
-    (moderation).
+    """The provider answered 403, 402, or a 401 about a model: our key may not do this, or this
+    request may not be made (moderation, the credit that is left).
+
     """
+
+    # It says that another request would do.
+    of_request = False
 
 
 class ProviderFlagged(ProviderAuthError):

@@ -1,11 +1,17 @@
 """A certificate of our own for the mock provider, where a step reaches it over TLS."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import trustme
 from process import free_port
+
+try:
+    import trustme
+except ImportError:
+    # It is one of the test extras, which the environment of a server lacks.
+    sys.exit(f"trustme is not installed: {sys.executable} -m pip install trustme")
 
 HARNESS = Path(__file__).resolve().parent / "harness"
 

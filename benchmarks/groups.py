@@ -165,7 +165,9 @@ class Run(Trace):
             self.turns[request] = turn
             router = self.routers[user % len(self.routers)]
             try:
-                await router.call(Request(router.route(None), request, "openai", "r"))
+                await router.call(
+                    Request(router.route(None, caller=NO_CALLER), request, "openai", "r")
+                )
             except ProviderFault:
                 self.result.failed += 1
             self.result.first_tokens += (

@@ -43,7 +43,7 @@ OTHER_TESTS = {
 # Modules, and what they may import inside a function, for start-up time or as an option.
 INSIDE_FUNCTIONS = {
     "config.credentials": {"aioserver.config.certificates"},
-    "config.schema": {"difflib"},
+    "config.hints": {"difflib"},
     "wings.simulator.wing": {"aioserver.wings.simulator.server"},
     "wings.cluster.wing": {"aioserver.wings.cluster.membership"},
     "commands.serve": {

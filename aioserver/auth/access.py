@@ -7,22 +7,12 @@ Whether a request may pass is decided in guard.py, which reads it here.
 from __future__ import annotations
 
 import hashlib
-import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.auth.hosts import Hosts, Proxies
-from aioserver.auth.keys import (
-    ENDED,
-    SESSION_SECONDS,
-    UNKNOWN,
-    Keys,
-    make_session,
-    quota_of,
-    read_session,
-    session_name,
-)
+from aioserver.auth.keys import ENDED, UNKNOWN, Keys, quota_of
+from aioserver.auth.sessions import Sessions, name_in
 from aioserver.auth.tokens import PREFIX
 from aioserver.errors import InvalidApiKey, SessionEnded, TokenRefused
 from aioserver.limits.quota import Quota
@@ -56,20 +46,19 @@ class Access:
     def __init__(
         self,
         auth: Auth | None = None,
-        pepper: bytes = b"",
+        sessions: Sessions | None = None,
         make_quota: MakeQuota = quota_of,
         tokens: Tokens | None = None,
-        clock: Callable[[], float] = time.time,
     ) -> None:
-        self.keys = Keys(pepper, clock, make_quota=make_quota)
+        self.sessions = Sessions() if sessions is None else sessions
+        self.keys = Keys(self.sessions, make_quota=make_quota)
         # None: no wing makes callers of tokens.
         self.tokens = tokens
         self.keyless = Quota(*NO_LIMITS)
+        # Makes this process's part of what all have used, where each has a part of every limit.
+        self.part_of: Callable[[int], int] = int
         # Whether a client needs a key.
         self.keyed = False
-        self._pepper = pepper
-        # Wall time: a session may be older than the process.
-        self._clock = clock
         if tokens is not None:
             tokens.use(make_quota)
         self.apply(auth)
@@ -99,7 +88,7 @@ class Access:
         """Return the caller with *key*, which may be a token.
 
         Raises:
-            InvalidApiKey: it is no key that is known, and no token that is good.
+            InvalidApiKey: it is no key that is known and valid, and no token that is good.
             Undecided, PermissionDenied, AuthUnavailable, ServerAtCapacity: see `Tokens.caller`.
         """
         digest = hashlib.sha256(key).digest()
@@ -123,36 +112,35 @@ class Access:
         return {**self.keys.quotas(), **(self.tokens.quotas() if self.tokens is not None else {})}
 
     def session(self, caller: Caller) -> tuple[str, int]:
-        """Return a new session of *caller*, and the seconds for which it is valid: until its token
-        expires, SESSION_SECONDS at most.
+        """Return a new session of *caller*, and the seconds for which it is valid: SESSION_SECONDS
+        at most, and no longer than its token.
 
         Raises:
             TokenRefused: the token has expired.
         """
         if not caller.role or self.tokens is None:
-            return self.keys.session(caller), SESSION_SECONDS
-        seconds = min(SESSION_SECONDS, int(caller.expires - monotonic()))
+            return self.keys.session(caller)
+        parts = caller.name.removeprefix(PREFIX), caller.role, caller.signer
+        name = PREFIX + ".".join(map(_encoded, parts))
+        session, seconds = self.sessions.make(name, self.tokens.binding, caller.exp)
         if seconds <= 0:
             raise TokenRefused("the token has expired")
-        parts = caller.name.removeprefix(PREFIX), caller.role
-        name = PREFIX + ".".join(map(_encoded, parts))
-        expiry = int(self._clock()) + seconds
-        return make_session(name, expiry, self.tokens.secret, self._pepper), seconds
+        return session, seconds
 
     def resume(self, session: str) -> Caller:
         """Return the caller with *session*.
 
         Raises:
             SessionEnded: no caller has it, it is too old, or its key or role is no longer valid.
-            ServerAtCapacity: there are too many callers.
+            Undecided, AuthUnavailable, ServerAtCapacity: see `Tokens.of_session`.
         """
         if self.tokens is None or not session.startswith(PREFIX):
             return self.keys.resume(session)
-        seconds = read_session(session, self.tokens.secret, self._pepper, self._clock())
+        seconds = self.sessions.seconds(session, self.tokens.binding)
         if seconds:
-            parts = session_name(session).removeprefix(PREFIX).split(".")
-            name, role = map(_decoded, parts)
-            caller = self.tokens.of_session(name, role, seconds)
+            parts = name_in(session).removeprefix(PREFIX).split(".")
+            name, role, signer = map(_decoded, parts)
+            caller = self.tokens.of_session(name, role, signer, seconds)
             if caller is not None:
                 return caller
         raise SessionEnded(ENDED)

@@ -19,22 +19,29 @@ import msgspec
 from aiohttp import web
 from msgspec.structs import force_setattr, replace
 
+from aioserver.errors import InvalidApiKey, KeyExpired, TokenExpired
+
 if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
 
 # Characters that count of a request's `user`, or of its session: it may be any text, and becomes
 # part of a queue's name.
 MAX_USER = 256
+# Seconds by which the clocks of an issuer and of this machine may differ: a token is taken for so
+# long after it has expired.
+SKEW = 30.0
 
 
 class Caller(msgspec.Struct, frozen=True, eq=False):
     """The owner of streams and conversations. Two objects of one name are the same caller.
 
+    *models*: the names of models that it may ask for, which may end with `*`; None: all.
     *subflow*: where the caller's requests wait within `flow`; *priority*: the weight of the flow,
     1 to 10; *batch*: whether its requests use what others leave; *admin*: whether the caller may
     see the operating pages; *quota*: the limits of the caller's key, None without keys. *role*: that
-    of its token, "" for a key; *expires*: when its token does, by the monotonic clock. What follows
-    is made of these.
+    of its token, "" for a key; *expires*: when its token or key does, by the monotonic clock, and its
+    connections are closed SKEW later; *exp*: the same of a token in Unix time, as the token says it;
+    *signer*: what is known of the key that has signed it. What follows is made of these.
     """
 
     name: str = ""
@@ -45,6 +52,9 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     quota: Quota | None = None
     role: str = ""
     expires: float = inf
+    exp: float = inf
+    signer: str = ""
+    models: tuple[str, ...] | None = None
 
     # The address of a client without a key; "" for a key, which is the same caller everywhere.
     address: str = ""
@@ -67,6 +77,25 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+    def may_ask(self, name: str) -> bool:
+        """Return whether the caller may ask for the model *name*, by that name."""
+        return self.models is None or any(
+            name == each or (each.endswith("*") and name.startswith(each[:-1]))
+            for each in self.models
+        )
+
+    def may_ask_all(self, start: str) -> bool:
+        """Return whether the caller may ask for every model whose name begins with *start*."""
+        return self.models is None or any(
+            each.endswith("*") and start.startswith(each[:-1]) for each in self.models
+        )
+
+    def expired(self) -> InvalidApiKey:
+        """Return the error of a connection whose key or token has expired."""
+        if self.role:
+            return TokenExpired("the token has expired: connect with a fresh one")
+        return KeyExpired("this API key has expired")
 
     def on_behalf_of(self, user: object) -> Caller:
         """Return the same caller, with a subflow of its own for *user*, if that is a text."""

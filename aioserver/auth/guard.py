@@ -132,6 +132,7 @@ class Guard:
         Raises:
             MissingApiKey: the request has no session.
             SessionEnded: no session in the cookie is valid.
+            Undecided, AuthUnavailable, ServerAtCapacity: as `Access.resume`.
             OriginNotAllowed: the page that sent the request may not use a session.
         """
         fault: Denied = MissingApiKey(KEY_NEEDED)

@@ -1,27 +1,21 @@
 """API keys, and the sessions that browsers get for them.
 
-Of a key only its SHA-256 is kept. A browser exchanges its key for a session of 12 hours, which it
-holds in a cookie: `name.expiry.mac`, with an HMAC (RFC 2104) whose own key is made of the hash of
-the API key and of a pepper. A session therefore ends with its key, outlives a restart, is valid in
-every worker, and needs no setting.
-
-The pepper is made of the providers' keys, which are in the environment and not in the file:
-otherwise anybody who can read the hashes in the file could make sessions of them. If no provider
-has a key, the pepper is random, and a restart ends all sessions; instances of a cluster agree on
-one through its server.
+Of a key only its SHA-256 is kept. A browser exchanges its key for a session (sessions.py), which is
+bound to that hash: it ends with its key.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
 import time
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioserver.auth.callers import Caller
+from aioserver.auth.callers import SKEW, Caller
+from aioserver.auth.sessions import Sessions, name_in
 from aioserver.errors import InvalidApiKey, SessionEnded
 from aioserver.limits.budget import Budget
 from aioserver.limits.old_fair_queue import BATCH
@@ -30,16 +24,13 @@ from aioserver.limits.quota import Quota
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from aioserver.config.settings import ClientKey, Limits, Llm
+    from aioserver.config.settings import ClientKey, Limits
 
     # Called as `quota_of` is.
     MakeQuota = Callable[[ClientKey], Quota]
 
-SESSION_SECONDS = 12 * 3600
-# Digits of an expiry at most: a longer number is no date, and int() is slow with thousands of
-# digits.
-MAX_EXPIRY_DIGITS = 15
 UNKNOWN = "this API key is not known"
+EXPIRED = "this API key has expired"
 ENDED = "this session has ended: log in again"
 
 
@@ -47,6 +38,12 @@ class _Key(msgspec.Struct, frozen=True):
     digest: bytes
     caller: Caller
     quota: Quota
+    # When it expires, in wall time.
+    expires: float
+
+    def valid(self, clock: Callable[[], float]) -> bool:
+        """Return whether it has not expired."""
+        return self.expires == inf or clock() < self.expires
 
 
 def quota_of(key: ClientKey) -> Quota:
@@ -76,7 +73,13 @@ def caller_of(name: str, limits: Limits, quota: Quota, **token: Any) -> Caller:
     """Return the caller *name*, which has *limits* and *quota*; *token*: see `Caller`."""
     batch = limits.class_ == BATCH
     return Caller(
-        name, priority=limits.priority, batch=batch, admin=limits.admin, quota=quota, **token
+        name,
+        priority=limits.priority,
+        batch=batch,
+        admin=limits.admin,
+        quota=quota,
+        models=limits.models,
+        **token,
     )
 
 
@@ -89,15 +92,15 @@ class Keys:
 
     def __init__(
         self,
-        pepper: bytes = b"",
-        clock: Callable[[], float] = time.time,
+        sessions: Sessions | None = None,
         *,
         make_quota: MakeQuota = quota_of,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._pepper = pepper
-        self._make_quota = make_quota
-        # Wall time: a session may be older than the process.
+        self._sessions = Sessions() if sessions is None else sessions
+        # Wall time: keys expire by it.
         self._clock = clock
+        self._make_quota = make_quota
         self._by_name: dict[str, _Key] = {}
         self._by_digest: dict[bytes, _Key] = {}
 
@@ -120,8 +123,11 @@ class Keys:
                 if old_key is not None:
                     # Another key of the same caller: what it has used today stays used.
                     quota.take_over(old_key.quota)
-            caller = caller_of(settings.name, settings, quota)
-            new[settings.name] = _Key(digest, caller, quota)
+            expires = settings.expires_at
+            # No clock is out of step here, for which connections would wait.
+            left = expires - self._clock() - SKEW
+            caller = caller_of(settings.name, settings, quota, expires=time.monotonic() + left)
+            new[settings.name] = _Key(digest, caller, quota, expires)
         self._by_name = new
         self._by_digest = {key.digest: key for key in new.values()}
         revoked = {
@@ -134,18 +140,24 @@ class Keys:
         return frozenset(revoked)
 
     def find(self, digest: bytes) -> Caller | None:
-        """Return the caller with the key whose SHA-256 is *digest*; None if nobody has it."""
+        """Return the caller with the key whose SHA-256 is *digest*; None if nobody has it.
+
+        Raises:
+            InvalidApiKey: the key has expired.
+        """
         entry = self._by_digest.get(digest)
         # In constant time, although the time that the look-up of a hash takes reveals no key.
         if entry is None or not hmac.compare_digest(entry.digest, digest):
             return None
+        if not entry.valid(self._clock):
+            raise InvalidApiKey(EXPIRED)
         return entry.caller
 
     def caller(self, key: bytes) -> Caller:
         """Return the caller with the key *key*.
 
         Raises:
-            InvalidApiKey: no caller has this key.
+            InvalidApiKey: no caller has this key, or it has expired.
         """
         if (caller := self.find(hashlib.sha256(key).digest())) is None:
             raise InvalidApiKey(UNKNOWN)
@@ -154,21 +166,23 @@ class Keys:
     def current(self, caller: Caller) -> Caller | None:
         """Return *caller* as its key is configured now; None if that key is no longer valid."""
         key = self._by_name.get(caller.name)
-        return key.caller if key is not None and key.quota is caller.quota else None
+        if key is None or key.quota is not caller.quota or not key.valid(self._clock):
+            return None
+        return key.caller
 
     def quotas(self) -> dict[str, Quota]:
         """Return the quotas of all valid keys, by their names."""
         return {name: key.quota for name, key in self._by_name.items()}
 
-    def session(self, caller: Caller) -> str:
-        """Return a new session of *caller*, valid for SESSION_SECONDS.
+    def session(self, caller: Caller) -> tuple[str, int]:
+        """Return a new session of *caller*, and the seconds for which it is valid.
 
         Raises:
             KeyError: *caller* has no key.
         """
-        expiry = int(self._clock()) + SESSION_SECONDS
-        secret = self._by_name[caller.name].digest
-        return make_session(caller.name, expiry, secret, self._pepper)
+        key = self._by_name[caller.name]
+        until = None if key.expires == inf else key.expires
+        return self._sessions.make(caller.name, key.digest, until)
 
     def resume(self, session: str) -> Caller:
         """Return the caller with the session *session*.
@@ -176,56 +190,9 @@ class Keys:
         Raises:
             SessionEnded: no caller has this session, it is too old, or its key is no longer valid.
         """
-        name = session_name(session)
-        key = self._by_name.get(name)
-        if key is not None and read_session(session, key.digest, self._pepper, self._clock()):
+        key = self._by_name.get(name_in(session))
+        if key is None or not key.valid(self._clock):
+            raise SessionEnded(ENDED)
+        if self._sessions.seconds(session, key.digest):
             return key.caller
         raise SessionEnded(ENDED)
-
-
-def make_session(name: str, expiry: int, secret: bytes, pepper: bytes) -> str:
-    """Return a session of *name* until *expiry*, in wall time, which depends on *secret*."""
-    return f"{name}.{expiry}.{_mac(f'{name}.{expiry}', secret, pepper)}"
-
-
-def session_name(session: str) -> str:
-    """Return the name in *session*, which may be a guess."""
-    # A name may contain dots; the other two parts cannot.
-    return session.rpartition(".")[0].rpartition(".")[0]
-
-
-def read_session(session: str, secret: bytes, pepper: bytes, now: float) -> float:
-    """Return the seconds for which *session* is valid after *now*; 0.0 if it is not."""
-    text, _, mac = session.rpartition(".")
-    expiry = text.rpartition(".")[2]
-    if not (expiry.isascii() and expiry.isdigit() and len(expiry) <= MAX_EXPIRY_DIGITS):
-        return 0.0
-    expected = _mac(text, secret, pepper)
-    if not hmac.compare_digest(expected.encode(), mac.encode("utf-8", "surrogatepass")):
-        return 0.0
-    return max(0.0, int(expiry) - now)
-
-
-def _mac(text: str, secret: bytes, pepper: bytes) -> str:
-    key = hmac.digest(secret, b"aioserver session" + pepper, "sha256")
-    return hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256").hex()
-
-
-def pepper_of(llm: Llm) -> bytes:
-    """Return a secret made of the providers' keys, or a random one if no provider has a key."""
-    return known_pepper(llm) or secrets.token_bytes(32)
-
-
-def known_pepper(llm: Llm) -> bytes | None:
-    """Return the secret that every instance makes of the same providers' keys.
-
-    None if no provider has a key.
-    """
-    provider_keys = sorted(
-        provider.api_key.reveal()
-        for provider in llm.providers.values()
-        if provider.api_key is not None
-    )
-    if not provider_keys:
-        return None
-    return hashlib.sha256("\0".join(provider_keys).encode()).digest()

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Jwt
     from aioserver.limits.quota import Quota
 
-# Seconds by which the clocks of an issuer and of this machine may differ: a token is taken for so
-# long after it has expired.
-SKEW = 30.0
 # What the name of a caller with a token begins with; no key has a colon in its name.
 PREFIX = "jwt:"
 
@@ -62,9 +59,12 @@ class Tokens(Protocol):
             ServerAtCapacity: there are too many callers.
         """
 
-    def of_session(self, name: str, role: str, seconds: float) -> Caller | None:
+    def of_session(self, name: str, role: str, signer: str, seconds: float) -> Caller | None:
         """Return the caller *name* with *role*, of a session that holds for *seconds* more; None
-        if the role is no longer admitted.
+        if the role is no longer admitted, or *signer* signs for the issuer no more.
+
+        Raises:
+            Undecided, AuthUnavailable, ServerAtCapacity: as `caller`.
         """
 
     def current(self, caller: Caller) -> Caller | None:
@@ -83,5 +83,7 @@ class Tokens(Protocol):
         """Whether a role has a budget of a day."""
 
     @property
-    def secret(self) -> bytes:
-        """What sessions made of tokens depend on: it changes with the settings."""
+    def binding(self) -> bytes:
+        """What sessions of tokens are bound to (`Sessions.make`): it changes with the settings. It
+        is no secret.
+        """

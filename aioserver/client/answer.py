@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from aioserver.client.faults import (
+    NO_ROOM,
     AnswerError,
     Broken,
     Fault,
@@ -221,6 +222,8 @@ class Answer:
         # nothing is sent.
         self._fault: Fault | None = None
         self._until: float | None = None
+        # Its turn among the answers of this client that wait for room, once it does.
+        self._ticket: int | None = None
         self._timer: asyncio.Timeout | None = None
 
     @property
@@ -439,18 +442,29 @@ class Answer:
         return [Waiting(fault.code, fault.message, delay)] if delay > LEAST_WAIT else []
 
     async def _pause(self, until: float) -> None:
-        """Sleep until the loop's time *until*."""
+        """Sleep until the loop's time *until*, or until there is room where there was none."""
         delay = until - asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(None) as timer:
                 self._timer = timer
-                await asyncio.sleep(max(0.0, delay))
+                await self._sleep(delay)
                 self._until = None
         except TimeoutError:
             # It was cancelled meanwhile, which the caller sees.
             pass
         finally:
             self._timer = None
+
+    async def _sleep(self, seconds: float) -> None:
+        if self._fault is None or self._fault.code not in NO_ROOM:
+            await asyncio.sleep(max(0.0, seconds))
+            return
+        room = self._transport.room
+        if self._ticket is None:
+            self._ticket = room.ticket()
+        if await room.wait(self._ticket, seconds) and self._ended:
+            # It was left meanwhile, and asks nothing.
+            room.give_back()
 
     def _raise_cause(self, interrupted: Interrupted) -> None:
         """Raise what the caller's function for a key has raised, as long as nothing is lost by it:

@@ -23,6 +23,7 @@ from yarl import URL
 from aioserver.client.credentials import UNAUTHORIZED
 from aioserver.client.faults import (
     MAX_ERROR_BYTES,
+    NO_ROOM,
     RESTART,
     SHUTDOWN,
     Broken,
@@ -71,7 +72,7 @@ class EventSourceReading(Reading):
     def __init__(
         self, transport: EventSourceTransport, question: Question, last: int | None = None
     ) -> None:
-        super().__init__(question, last)
+        super().__init__(transport.room, question, last)
         self._transport = transport
         # The losses before its last request.
         self.losses = 0
@@ -104,6 +105,10 @@ class EventSourceReading(Reading):
     def _detach(self) -> None:
         self._drop()
         self._transport.forget(self)
+
+    def _give_back(self) -> None:
+        self._transport.make_room()
+        super()._give_back()
 
     def _parse(self, data: bytes) -> list[Frame]:
         """Return the frames that *data* completes, up to one that interrupts the reading."""
@@ -202,7 +207,10 @@ class EventSourceReading(Reading):
         response, self._response = self._response, None
         if response is not None:
             if self.ended:
-                self._transport.finish(response)
+                finished = self._transport.finish(response)
+                if self._had_place:
+                    # The server has the place until the end of the response.
+                    finished.add_done_callback(lambda _finished: self._give_back())
             else:
                 response.close()
 
@@ -306,12 +314,21 @@ class EventSourceTransport(Transport):
         """Cancel an answer. Returns what is done when the server was told."""
         return None if self.closed else self.start(self._cancel(request_id))
 
-    def finish(self, response: aiohttp.ClientResponse) -> None:
-        """Read the end of a response, so that its connection can be used again."""
-        if self.closed or response.content.at_eof():
-            response.close()
-        else:
-            self.start(self._finish(response))
+    def make_room(self) -> None:
+        """Note that an answer has given a connection back: a server that was full takes one."""
+        if self._loss is not None and self._loss[0].code in NO_ROOM:
+            self._loss = self._loss[0], self._firm
+
+    def finish(self, response: aiohttp.ClientResponse) -> asyncio.Future[None]:
+        """Read the end of a response, so that its connection can be used again. Returns what is
+        done then.
+        """
+        if not (self.closed or response.content.at_eof()):
+            return self.start(self._finish(response))
+        response.close()
+        finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        finished.set_result(None)
+        return finished
 
     async def close(self) -> None:
         """Cancel what runs, for which there is a short time."""

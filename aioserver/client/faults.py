@@ -3,7 +3,8 @@ is asked again, and when.
 
 No I/O, no clock: seconds are returned, and the caller waits. All waits have full jitter: a random
 part of a span that doubles with each failure (Marc Brooker, "Exponential Backoff And Jitter",
-2015), on top of what the server asks for.
+2015), on top of what the server asks for. A server that is there, and has no room, says itself for
+how long, so that the span for it grows less.
 """
 
 from __future__ import annotations
@@ -186,8 +187,8 @@ def _seconds(text: str | None, per_second: int) -> float | None:
     return int(text) / per_second
 
 
-# The longest span of a wait by chance, in seconds.
-MAX_SPAN = 30.0
+# The longest span of a wait by chance, in seconds; and where the server has answered "not now".
+MAX_SPAN, MAX_BUSY_SPAN = 30.0, 8.0
 # A server that stops is left alone for 1 to 10 s: its successor has to start, and all its clients
 # come.
 RESTART_LEAST, RESTART_SPAN = 1.0, 9.0
@@ -211,6 +212,8 @@ FULL = frozenset(
         "concurrency_exceeded",
     }
 )
+# Those of them that say that all places are taken.
+NO_ROOM = FULL - {"circuit_open", "no_provider", "provider_rate_limited", "rate_limit_exceeded"}
 # Codes of faults before a provider has had the question.
 UNPAID = frozenset({"request_timeout", "connect_error", "connect_timeout"})
 SHUTDOWN = "server_shutdown"
@@ -221,11 +224,9 @@ QUIET_CLOSE_CODES = frozenset({1000, 1001})
 POLICY, RESTART, TRY_AGAIN_LATER = 1008, 1012, 1013
 
 
-def span(failures: int, first: float) -> float:
-    """Return the span of the wait after so many *failures* before the last one, at most
-    MAX_SPAN.
-    """
-    return float(min(MAX_SPAN, first * 2.0 ** min(failures, 16)))
+def span(failures: int, first: float, most: float = MAX_SPAN) -> float:
+    """Return the span of the wait after so many *failures* before the last one, at most *most*."""
+    return float(min(most, first * 2.0 ** min(failures, 16)))
 
 
 def after_restart(random: Callable[[], float]) -> float:
@@ -274,9 +275,9 @@ class Retries:
             if self._unpaid >= MAX_UNPAID:
                 return None
             self._unpaid += 1
-        wait = max(1.0, fault.retry_after or 0.0) + span(self._refusals, 1.0) * self._random()
+        longest = span(self._refusals, 1.0, MAX_BUSY_SPAN)
         self._refusals += 1
-        return wait
+        return max(1.0, fault.retry_after or 0.0) + longest * self._random()
 
 
 class Reconnection:
@@ -309,7 +310,8 @@ class Reconnection:
         if close_code == RESTART:
             return max(retry_after or 0.0, after_restart(self._random))
         if close_code in {POLICY, TRY_AGAIN_LATER} or retry_after is not None:
-            return max(1.0, retry_after or 0.0) + span(failures, 1.0) * self._random()
+            longest = span(failures, 1.0, MAX_BUSY_SPAN)
+            return max(1.0, retry_after or 0.0) + longest * self._random()
         if not failures:
             return 0.0
         return span(failures - 1, 0.5) * self._random()

@@ -31,7 +31,9 @@ from multidict import CIMultiDict
 from aioserver.client.credentials import UNAUTHORIZED
 from aioserver.client.faults import (
     FINAL_CLOSE_CODES,
+    FULL,
     MAX_ERROR_BYTES,
+    NO_ROOM,
     QUIET_CLOSE_CODES,
     RESTART,
     SHUTDOWN,
@@ -47,6 +49,7 @@ from aioserver.client.faults import (
     refusal,
     unreachable_fault,
 )
+from aioserver.client.room import Room
 from aioserver.protocol import frames
 
 if TYPE_CHECKING:
@@ -154,11 +157,15 @@ class Reading(ABC):
     question is new.
 
     Always: the numbered frames that `frames` has returned are those after the first *last* up to
-    the present one, each once.
+    the present one, each once. What it has had at the server is given back to *room* when it has
+    ended there.
     """
 
-    def __init__(self, question: Question, last: int | None = None) -> None:
+    def __init__(self, room: Room, question: Question, last: int | None = None) -> None:
         self.question = question
+        self._room = room
+        # Whether its end says that there is room: it had a place.
+        self._had_place = False
         self.last = last or 0
         # Whether the last event has come; the program may not have read it yet.
         self.ended = False
@@ -193,6 +200,8 @@ class Reading(ABC):
         told = None if self._left or self.ended or not self.sent else self._cancel()
         self._left = True
         self._detach()
+        if told is not None:
+            told.add_done_callback(lambda _told: self._give_back())
         return told
 
     @abstractmethod
@@ -202,6 +211,10 @@ class Reading(ABC):
     @abstractmethod
     def _detach(self) -> None:
         """Let the connection go."""
+
+    def _give_back(self) -> None:
+        """Let another answer of this client ask."""
+        self._room.give_back()
 
     def _refuse(self, fault: Fault) -> Refused:
         """Return the interruption by a *fault* that has no number."""
@@ -223,6 +236,8 @@ class Reading(ABC):
             raise protocol_error(f"event {frame.event_id} came after event {self.last}")
         self.last += 1
         self.ended = frame.ends
+        # An answer that has begun, and did not end for want of room.
+        self._had_place = frame.ends and self.last > 1 and frame.chunk.code not in FULL
 
 
 class Transport(ABC):
@@ -234,6 +249,7 @@ class Transport(ABC):
 
     def __init__(self, session: aiohttp.ClientSession, url: str, credentials: Credentials) -> None:
         self.closed = False
+        self.room = Room()
         self.reconnection = Reconnection(random.random)
         self._session = session
         self.url = url
@@ -241,6 +257,8 @@ class Transport(ABC):
         self._tasks: set[asyncio.Task[Any]] = set()
         # Why there is no connection, and the loop's time before which none is opened.
         self._loss: tuple[Fault, float] | None = None
+        # The loop's time before which none is, whatever becomes of a server that was full.
+        self._firm = 0.0
 
     @abstractmethod
     def read(self, question: Question, last: int | None = None) -> Reading:
@@ -275,6 +293,8 @@ class Transport(ABC):
             # A loss that allows an earlier return does not take back what the server asked for.
             until = max(until, self._loss[1])
         self._loss = fault, until
+        if fault.code not in NO_ROOM:
+            self._firm = until
         return Broken(fault) if self.reconnection.hopeless else Lost(fault, until)
 
     async def headers(self, lost: Callable[[Fault], Interrupted]) -> dict[str, str]:
@@ -308,7 +328,7 @@ class SocketReading(Reading):
     def __init__(
         self, transport: SocketTransport, question: Question, last: int | None = None
     ) -> None:
-        super().__init__(question, last)
+        super().__init__(transport.room, question, last)
         self.connection: Connection | None = None
         self._transport = transport
         self._frames: list[Frame] = []
@@ -370,6 +390,8 @@ class SocketReading(Reading):
             self._frames.append(frame)
             if self.ended:
                 self._detach()
+            if self._had_place:
+                self._give_back()
         self._wake()
 
     def interrupt(self, interrupted: Interrupted) -> None:

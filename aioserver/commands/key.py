@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,6 +29,8 @@ RANDOM_BYTES = 32
 QUEUE_SIZE = 200
 # Of a number in an option; those of settings are shorter.
 MAX_DIGITS = 20
+# What stands for the value of an option that is no number.
+WORDS = {"class_": "WORD", "models": "NAMES", "expires": "TIME"}
 # The settings of a key that are options: its limits.
 LIMITS = [
     field
@@ -38,11 +41,16 @@ LIMITS = [
 
 def _limit(field: dataclasses.Field[Any]) -> Callable[[str], object]:
     """Return the type of an option for *field*, a setting of a key."""
+    validator = field.metadata["validator"]
 
     def convert(value: str) -> object:
-        number = value.isascii() and value.isdigit() and len(value) <= MAX_DIGITS
+        written: object = value
+        if field.name == "models":
+            written = value.split(",")
+        elif field.name not in WORDS and value.isascii() and value.isdigit():
+            written = int(value) if len(value) <= MAX_DIGITS else value
         try:
-            return field.metadata["validator"](int(value) if number else value)
+            return validator(written)
         except vol.Invalid as exc:
             raise click.BadParameter(str(exc.error_message)) from None
 
@@ -58,7 +66,7 @@ def _limit_options(command: Callable[..., int]) -> Callable[..., int]:
             f"--{name}",
             field.name,
             type=_limit(field),
-            metavar="WORD" if isinstance(field.default, str) else "NUMBER",
+            metavar=WORDS.get(field.name, "NUMBER"),
             help=f"{meaning[0].upper()}{meaning[1:]}.",
         )(command)
     return command
@@ -170,12 +178,15 @@ def list_keys(file: Path) -> int:
     except ConfigurationError as exc:
         return _refuse(exc)
     for key in keys:
-        limits = [
-            (schema.key_of(field), getattr(key, field.name))
+        limits = {
+            schema.key_of(field): value
             for field in LIMITS
-            if getattr(key, field.name) != field.default
-        ]
-        words = [f"{limit}={value}" for limit, value in limits] + ["admin"] * key.admin
+            if (value := getattr(key, field.name)) != field.default
+        }
+        if key.models is not None:
+            limits["models"] = ",".join(key.models)
+        words = [f"{limit}={value}" for limit, value in limits.items()] + ["admin"] * key.admin
+        words += ["expired"] * (key.expires_at <= time.time())
         print(" ".join([key.name, *words]))
     return 0
 

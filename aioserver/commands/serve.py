@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import json
 import logging
 import os
 import signal
@@ -53,7 +54,8 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     environ = dict(os.environ)
     if host is not None:
-        environ["AIOSERVER__CHAT__WEBSOCKET__HOST"] = host
+        # In quotes, since YAML has another use for brackets.
+        environ["AIOSERVER__CHAT__WEBSOCKET__HOST"] = json.dumps(host)
     if port is not None:
         environ["AIOSERVER__CHAT__WEBSOCKET__PORT"] = str(port)
     try:
@@ -243,14 +245,14 @@ async def _run(
     try:
         async with open_server(
             settings,
-            pepper=None if worker is None else worker.pepper(),
+            session_secret=None if worker is None else worker.session_secret(),
             make_admission=Gate if worker is None or loads is None else worker.gate_maker(loads),
             scope=None if worker is None else worker.scope,
             private_server=None if worker is None else worker.server_url,
             worker=None if worker is None else worker.slot,
         ) as server:
             if worker is not None and loads is not None:
-                balance = _balance(worker, loads, server.sharing)
+                balance = await _balance(worker, loads, server.sharing)
             runner = Runner(server, balance)
             if worker is None:
                 notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
@@ -284,12 +286,14 @@ async def _run(
     return code
 
 
-def _balance(worker: Worker, loads: Loads, sharing: Sharing | None) -> Balance:
-    """Return what decides when *worker* accepts."""
+async def _balance(worker: Worker, loads: Loads, sharing: Sharing | None) -> Balance:
+    """Return what decides when *worker* accepts, once what killed workers had is free."""
     if sharing is None:
         return worker.balance(loads)
     loads.tell_instance(sharing.token)
-    return worker.balance(loads, sharing.ended)
+    balance = worker.balance(loads, sharing.ended)
+    await sharing.settled()
+    return balance
 
 
 async def _serve(

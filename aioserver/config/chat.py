@@ -14,6 +14,7 @@ from aioserver.config.validators import (
     days,
     line,
     list_of,
+    listening,
     one_of,
     optional,
     origin,
@@ -122,7 +123,9 @@ class WebSocket(SettingsClass):
     """The address of the server, and what holds for its clients on every face."""
 
     host: str = setting(
-        line, "address to listen on; beyond loopback: needs auth.keys or auth.open", "localhost"
+        listening,
+        "address to listen on; beyond loopback: needs auth.keys or auth.open",
+        "localhost",
     )
     port: int = setting(port_number, "TCP port to listen on; 0: any free port", 8000)
     endpoint: str = setting(route, "path of the WebSocket face", "/ws/chat")
@@ -310,8 +313,8 @@ class Streams(SettingsClass):
     )
     max_detached: int = setting(
         count,
-        "answers that run without a reader; beyond: the oldest is cancelled. Half as many may run, "
-        "or wait to, in the background; beyond: 503",
+        "answers that run without a reader; beyond: the oldest of who has most is cancelled. "
+        "Half as many may run, or wait to, in the background; beyond: 503",
         100,
     )
     store_window: float = setting(

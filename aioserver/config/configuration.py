@@ -15,6 +15,7 @@ This file is one concept: how a file becomes settings, and what is said of it on
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import voluptuous as vol
+
+
+# A variable as a shell and LiteLLM write it.
+_REFERENCE = re.compile(r"\$([A-Z_][A-Z0-9_]{1,63})|os\.environ/([A-Z_][A-Z0-9_]{1,63})")
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -200,7 +205,9 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
                 continue
             missing = " and ".join(
                 dict.fromkeys(
-                    _missing(llm.providers[member.provider]) for member in llm.members(name)
+                    _missing(llm.providers[member.provider])
+                    for link in llm.chain(name)
+                    for member in llm.members(link)
                 )
             )
             if name == llm.active:
@@ -355,25 +362,56 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
     for name in settings.llm.providers:
         path = ("llm", "providers", name, "api_key")
         key = document.values["llm"]["providers"][name].get("api_key")
-        if key is not None and document.written(path) and path not in document.referenced:
+        plain = key is not None and document.written(path) and path not in document.referenced
+        if plain and not _REFERENCE.fullmatch(str(key)):
             yield document.fault(path, "a key in this file is copied with it (use api_key_env)")
         base_url = settings.llm.providers[name].base_url
+        written = document.written((*path[:-1], "base_url"))
+        if base_url and written and not urlsplit(base_url).path.strip("/"):
+            message = f"most APIs are below /v1 (write {base_url.rstrip('/')}/v1)"
+            yield document.fault((*path[:-1], "base_url"), message)
         if (end := base_url.rstrip("/")).endswith("/chat/completions"):
             message = f"paths are added to it (write {end.removesuffix('/chat/completions')})"
             yield document.fault((*path[:-1], "base_url"), message)
         if not settings.llm.providers[name].simulated and _leads_here(base_url, settings):
             message = "it leads back to this server: every request would go in a circle"
             yield document.fault((*path[:-1], "base_url"), message)
-        if settings.llm.providers[name].messages == AUTO and "//api.anthropic.com" in base_url:
+        chosen, messages = (*path[:-1], "messages"), settings.llm.providers[name].messages
+        if messages == AUTO and document.written(chosen) and "//api.anthropic.com" in base_url:
             message = "it speaks messages: nothing is to be found out (write true)"
-            yield document.fault((*path[:-1], "messages"), message)
+            yield document.fault(chosen, message)
     for name in settings.llm.models:
         if not settings.llm.usable(name):
             message = "no member has its key, so nobody can ask for it"
             yield document.fault(("llm", "models", name), message)
+            continue
+        group = settings.llm.models[name]
+        for index, member in enumerate(group.members):
+            provider = settings.llm.providers.get(member.provider)
+            if provider is not None and not provider.usable:
+                message = f"{_missing(provider)}: this member is off"
+                yield document.fault(("llm", "models", name, *group.path(index)), message)
+    for path, text in _texts(document.values, ()):
+        if (
+            reference := _REFERENCE.fullmatch(text)
+        ) is not None and path not in document.referenced:
+            variable = reference[1] or reference[2]
+            instead = f"api_key_env: {variable}, or " if path[-1] == "api_key" else ""
+            message = f"this text is not replaced by a variable (write {instead}${{{variable}}})"
+            yield document.fault(path, message)
     if "%(" in str((document.values.get("logging") or {}).get("format")):
         message = "a format string counts as console (the other choice is json)"
         yield document.fault(("logging", "format"), message)
+
+
+def _texts(values: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the texts in *values* with their paths from *path*."""
+    if isinstance(values, str):
+        yield path, values
+    elif isinstance(values, dict | list):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        for key, value in items:
+            yield from _texts(value, (*path, key))
 
 
 def _leads_here(base_url: str, settings: Settings) -> bool:

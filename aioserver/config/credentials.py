@@ -7,12 +7,11 @@ client's key only the SHA-256 is kept. No fault and no output shows a key.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioserver.config.faults import reason
-from aioserver.config.schema import FAULTY, Secret
+from aioserver.config.schema import FAULTY, Secret, changed
 from aioserver.config.validators import unfit
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class Credentials:
             elif digest in usable:
                 self._refuse(path, f"the same key as {usable[digest].name}")
             elif digest is not None and digest is not FAULTY:
-                usable[digest] = replace(key, sha256=digest, key_env=None, key_file=None)
+                usable[digest] = changed(key, sha256=digest, key_env=None, key_file=None)
         return tuple(usable.values())
 
     def of_listener(self, tls: Tls | None) -> Tls | None:
@@ -91,7 +90,7 @@ class Credentials:
         from aioserver.config import certificates  # noqa: PLC0415
 
         if tls.key_file is not None:
-            tls = replace(tls, key_file=certificates.find_key(tls.key_file, self._environ))
+            tls = changed(tls, key_file=certificates.find_key(tls.key_file, self._environ))
         self._load_pair(path, "", tls.cert_file, tls.key_file)
         if (authorities := tls.client_ca_file) is not None:
             try:

@@ -37,7 +37,10 @@ _UNPRINTABLE = yaml.reader.Reader.NON_PRINTABLE
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|\$\{")
 # A part of the name of a variable that a shell can set.
 _WORD = re.compile(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*", re.ASCII)
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}", re.ASCII)
+# A key that is shown: a name, or that of a model, such as `openai/gpt-4*`.
+_NAME = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}(?:[/:][A-Za-z0-9_.-]{1,40}){0,8}\*?", re.ASCII
+)
 
 # The scalars of YAML 1.1 that are not text, without its octal and sexagesimal numbers and dates.
 _WORDS = {"": None, "~": None, "null": None, "yes": True, "true": True, "on": True}

@@ -10,10 +10,32 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from aioserver.config.schema import MAX_SHOWN, most_like
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+# Characters of a wrong value that a fault shows. Keys are longer: OpenAI's have 51 at least.
+MAX_SHOWN = 15
+# Keys with which other programs name what a setting is here: LiteLLM, SDKs, nginx.
+OTHER_WORDS = {
+    **dict.fromkeys(("api_base", "api_url", "url", "endpoint_url", "baseurl"), "base_url"),
+    **dict.fromkeys(("apikey", "api-key", "key", "token"), "api_key_env"),
+    **dict.fromkeys(("timeout", "request_timeout"), "read_timeout"),
+    "stream_timeout": "first_token_timeout",
+    **dict.fromkeys(("num_retries", "retries"), "max_retries"),
+    "rpm": "requests_per_minute",
+    "tpm": "tokens_per_minute",
+    **dict.fromkeys(("max_parallel_requests", "concurrency_limit"), "concurrent_requests"),
+    **dict.fromkeys(("rpm_limit", "rate_limit"), "requests_per_minute"),
+    "tpm_limit": "tokens_per_minute",
+    **dict.fromkeys(("routing_strategy", "strategy"), "choose"),
+    "extra_headers": "headers",
+    **dict.fromkeys(("bind", "address", "listen"), "host"),
+    "deployments": "members",
+    "model_name": "model",
+    **dict.fromkeys(("cors_origins", "origins"), "allow_origins"),
+}
+# Keys at the top of a file of LiteLLM.
+LITELLM = frozenset(("model_list", "litellm_settings", "router_settings", "general_settings"))
 
 _UNITS: dict[str, dict[str, float]] = {
     "seconds": {
@@ -123,3 +145,12 @@ def nearest(word: object, words: Iterable[str]) -> str:
     text = word.lower()[:64] if isinstance(word, str) else ""
     meant = most_like(text, folded)
     return f" (did you mean {folded[meant]}?)" if meant is not None else ""
+
+
+def most_like(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return which of *known* words is most like *word*; None: none has the share *cutoff* of it."""
+    # Only faults ask.
+    from difflib import get_close_matches  # noqa: PLC0415
+
+    matches = get_close_matches(word, tuple(known), n=1, cutoff=cutoff)
+    return matches[0] if matches else None

@@ -10,6 +10,7 @@ can be damaged.
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -244,6 +245,7 @@ def entry_of(key: ClientKey) -> str:
     for field in schema.fields(ClientKey):
         value = getattr(key, field.name)
         if field.name not in {"name", "sha256"} and value != field.default:
-            shown = str(value).lower() if isinstance(value, bool) else str(value)
-            parts.append((schema.key_of(field), shown))
+            # A word stands without quotes, as everybody writes it.
+            plain = isinstance(value, str) and value.isalpha()
+            parts.append((schema.key_of(field), value if plain else json.dumps(value)))
     return f"{{{', '.join(f'{name}: {value}' for name, value in parts)}}}"

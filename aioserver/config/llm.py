@@ -7,13 +7,14 @@ This file is one concept: what is declared of a provider, and the rules between 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from typing import ClassVar
 
 from aioserver.config import models, shipped
 from aioserver.config.hints import nearest
-from aioserver.config.models import Group, Member
+from aioserver.config.models import LEAST_BUSY, WEIGHTED, Group, Member
 from aioserver.config.schema import (
+    FAULTY,
     BrokenRule,
     Secret,
     SettingsClass,
@@ -230,7 +231,7 @@ class Provider(SettingsClass):
         "whether it speaks Anthropic's Messages API, below the same base_url; false: requests for "
         "that API never go to it; auto: it is asked until it answers 404, 405 or 501 there, and "
         "requests are translated to chat completions from then on; bridge: they always are",
-        False,
+        AUTO,
     )
     responses: bool = setting(
         boolean,
@@ -326,6 +327,11 @@ class Llm(SettingsClass):
             text += " or in llm.models"
         names: dict[tuple[str | int, ...], str] = {("active",): self.active}
         names |= {("fallbacks", index): name for index, name in enumerate(self.fallbacks)}
+        names |= {
+            ("models", model, "fallbacks", index): name
+            for model, configured in self.models.items()
+            for index, name in enumerate(configured.fallbacks)
+        }
         check_rules(
             self,
             *(
@@ -336,16 +342,63 @@ class Llm(SettingsClass):
             *_broken_rules(self),
         )
 
+    def group_in(self, member: Member) -> str | None:
+        """Return the name of the group that *member* of a group is; None: it is a provider."""
+        name = member.written
+        return name if member.provider not in self.providers and name in self.models else None
+
+    def aliased(self, name: str) -> str:
+        """Return the name that *name* is an alias of, or *name* itself."""
+        while (found := self.models.get(name)) is not None and found.written is None:
+            other = self.group_in(found.members[0])
+            if other is None:
+                break
+            name = other
+        return name
+
     def members(self, name: str) -> tuple[Member, ...]:
-        """Return who answers for *name*: the members of a group, or the provider of that name."""
+        """Return who answers for *name*: the members of a group, where those of a group that is a
+        member stand in its place; or the provider of that name.
+        """
         if name in self.providers:
             return (Member(provider=name),)
-        return self.models[name].members
+        members: dict[tuple[str, str], Member] = {}
+        for entry in self.models[name].members:
+            inner = self.group_in(entry)
+            for member in (entry,) if inner is None else self.members(inner):
+                if inner is not None:
+                    # Its weight counts within its own group.
+                    member = replace(member, weight=None)  # noqa: PLW2901
+                model = member.model or self.providers[member.provider].model
+                members.setdefault((member.provider, model), member)
+        return tuple(members.values())
+
+    def chain(self, name: str) -> tuple[str, ...]:
+        """Return *name*, or what it is an alias of, and what is asked when that has nobody left:
+        its fallbacks, each with its own.
+        """
+        name = self.aliased(name)
+        chain = {name: None}
+        for fallback in self.models[name].fallbacks if name in self.models else ():
+            chain |= dict.fromkeys(self.chain(fallback))
+        return tuple(chain)
 
     def usable(self, name: str) -> list[Provider]:
-        """Return the providers of `members(name)` to which requests can be sent."""
-        providers = [self.providers[member.provider] for member in self.members(name)]
+        """Return the providers that answer for *name*, and to which requests can be sent."""
+        providers = [
+            self.providers[member.provider]
+            for link in self.chain(name)
+            for member in self.members(link)
+        ]
         return [provider for provider in providers if provider.usable]
+
+    def groups(self) -> dict[str, Group]:
+        """Return the groups by their names, without aliases, each with all its members."""
+        return {
+            name: replace(configured, members=self.members(name))
+            for name, configured in self.models.items()
+            if self.aliased(name) == name
+        }
 
     def bare_routes(self) -> dict[tuple[str, ...], list[str]]:
         """Return the models that come to other providers by their name alone, since these list
@@ -388,6 +441,7 @@ def _broken_rules(llm: Llm) -> Iterator[BrokenRule]:
         elif slash and first in llm.providers:
             yield ("models", model), f"begins with the name of the provider {first}, which pins it"
         yield from _broken_members(llm, ("models", model), one)
+    yield from _broken_ways(llm)
 
 
 def _broken_members(llm: Llm, path: tuple[str | int, ...], one: Group) -> Iterator[BrokenRule]:
@@ -397,19 +451,63 @@ def _broken_members(llm: Llm, path: tuple[str | int, ...], one: Group) -> Iterat
             continue  # it is faulty
         at = (*path, *one.path(index))
         provider = llm.providers.get(entry.provider)
-        written = entry.provider if entry.model is None else f"{entry.provider}/{entry.model}"
-        if provider is None and {entry.provider, written} & llm.models.keys():
-            group = entry.provider if entry.provider in llm.models else written
-            yield at, f"a member is a provider; {group} is in llm.models"
+        if llm.group_in(entry) is not None:
+            if one.choose in {LEAST_BUSY, WEIGHTED}:
+                yield at, f"{entry.written} is a group, a member with `choose: ordered` only"
+            elif entry.max_context is not None:
+                yield at, f"{entry.written} is a group, whose members have a max_context each"
+            asked = entry.written, ""
         elif provider is None:
             known = llm.providers
-            hint = nearest(entry.provider, known)
-            yield (
-                at,
-                f"{show(entry.provider)} is not among llm.providers ({', '.join(known)}){hint}",
-            )
+            hint = nearest(entry.provider, [*known, *llm.models])
+            text = f"is not among llm.providers ({', '.join(known)}) or in llm.models"
+            yield at, f"{show(entry.provider)} {text}{hint}"
+            continue
         else:
             asked = entry.provider, entry.model or provider.model
-            if asked in seen:
-                yield at, "this member appears twice"
-            seen.add(asked)
+        if FAULTY not in asked and asked in seen:
+            yield at, "this member appears twice"
+        seen.add(asked)
+
+
+def _broken_ways(llm: Llm) -> Iterator[BrokenRule]:
+    """Yield where groups lead in a circle, or to too many others."""
+    # By the name of a group: through how many it leads, and the members of all that stand in it.
+    known: dict[str, tuple[int, int]] = {}
+    broken: list[BrokenRule] = []
+
+    def follow(name: str, above: tuple[str, ...]) -> tuple[int, int]:
+        if name in known or len(above) > models.MAX_DEPTH:
+            return known.get(name, (0, 0))
+        above, depth, size = (*above, name), 0, len(tuple(llm.models[name].members))
+        for path, other in _ways(llm, name):
+            if other in above:
+                circle = " → ".join([*above[above.index(other) :], other])
+                broken.append((path, f"leads in a circle: {circle}"))
+                continue
+            below, members = follow(other, above)
+            depth = max(depth, below)
+            if "fallbacks" not in path[2:]:
+                size += members - 1
+        known[name] = depth + 1, size
+        return known[name]
+
+    for name in llm.models:
+        depth, size = follow(name, ())
+        if depth > models.MAX_DEPTH:
+            broken.append((("models", name), f"leads through more than {models.MAX_DEPTH} groups"))
+        elif size > models.MAX_MEMBERS >= len(tuple(llm.models[name].members)):
+            message = f"has more than {models.MAX_MEMBERS} members, with those of its groups"
+            broken.append((("models", name), message))
+    yield from broken
+
+
+def _ways(llm: Llm, name: str) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yield the groups to which that of *name* leads, each by the path from `llm` of where."""
+    one = llm.models[name]
+    for index, entry in enumerate(one.members):
+        if (other := llm.group_in(entry)) is not None:
+            yield ("models", name, *one.path(index)), other
+    for index, fallback in enumerate(one.fallbacks):
+        if fallback in llm.models:
+            yield ("models", name, "fallbacks", index), fallback

@@ -2,12 +2,14 @@
 
 A name stands for one member, `openai` or `openai/gpt-4o`; for a list of members, which are asked
 in this order; or for a section, which says how a member is chosen. A member is the name of a
-provider, with the model after a slash where it is not the provider's own, or a section.
+provider, with the model after a slash where it is not the provider's own, or a section. A name that
+stands for another name alone is an *alias* of it, and a member of an ordered group may be another
+group, whose members stand in its place.
 
 The rules between groups and providers are those of `Llm` (llm.py).
 """
 
-from dataclasses import field, replace
+from dataclasses import field
 from typing import Any
 
 from aioserver.config.schema import (
@@ -15,6 +17,7 @@ from aioserver.config.schema import (
     Faults,
     SettingsClass,
     Validator,
+    changed,
     check_rules,
     refuse,
     section,
@@ -25,6 +28,8 @@ from aioserver.config.validators import count, label, line, list_of, one_of, opt
 
 MAX_NAMES = 1_000
 MAX_MEMBERS = 64
+# Groups that stand in one another, or follow one another.
+MAX_DEPTH = 8
 ORDERED, LEAST_BUSY, WEIGHTED = "ordered", "least_busy", "weighted"
 PREFIX = "prefix"
 # What becomes of a model that nobody has.
@@ -34,7 +39,9 @@ PASS, REFUSE = "pass", "refuse"
 class Member(SettingsClass):
     """One provider of a group, and the model that it is asked for."""
 
-    provider: str = setting(label, "name of a provider")
+    provider: str = setting(
+        label, "name of a provider; with `choose: ordered` also of a group, alone"
+    )
     model: str | None = setting(
         optional(line), "model that it is asked for", None, default_text="the provider's `model`"
     )
@@ -49,6 +56,11 @@ class Member(SettingsClass):
         "tokens of prompt that it takes; a prompt that is certainly longer goes to another member; null: not known",
         None,
     )
+
+    @property
+    def written(self) -> str:
+        """The member as one text."""
+        return self.provider if self.model is None else f"{self.provider}/{self.model}"
 
 
 def _member(value: Any) -> Member:
@@ -85,6 +97,12 @@ class Group(SettingsClass):
         "prefix: a conversation goes to the member whose cache has its beginning, and waits a moment for it",
         "none",
     )
+    fallbacks: tuple[str, ...] = setting(
+        list_of(line),
+        "names of providers, or in `models`, that are asked next, in this order, when no member is "
+        "left that could answer",
+        (),
+    )
     # The path of the members in the file, from the name.
     written: tuple[str, ...] | None = field(default=("members",), compare=False, repr=False)
 
@@ -106,7 +124,7 @@ class Group(SettingsClass):
             )
         check_rules(self, *broken)
         if self.choose == WEIGHTED:
-            weighted = (replace(entry, weight=entry.weight or 1) for entry in members)
+            weighted = (changed(entry, weight=entry.weight or 1) for entry in members)
             object.__setattr__(self, "members", tuple(weighted))
 
     def path(self, index: int) -> tuple[str | int, ...]:
@@ -121,12 +139,18 @@ def _group(value: Any) -> Group:
     if not isinstance(value, list):
         made: Group = _group_section(value)
         return made
+    errors = []
     try:
         members = list_of(member)(value)
     except Faults as faults:
-        faults.partial = Group(members=faults.partial, written=())
-        raise
-    return Group(members=members, written=())
+        members, errors = faults.partial, faults.errors
+    try:
+        made = Group(members=members, written=())
+    except Faults as faults:
+        made, errors = faults.partial, [*errors, *faults.errors]
+    if errors:
+        raise Faults(errors, made)
+    return made
 
 
 _group_section = section(Group)
@@ -144,13 +168,15 @@ group = Validator(
 )
 
 
-def _name(value: Any) -> str:
-    """Accept the name of a model, which may end with `*` for all names that begin so."""
+def _name(value: Any, all_names: str = "llm.active is asked for what nobody else has") -> str:
+    """Accept the name of a model, which may end with `*` for all names that begin so; *all_names*
+    says what to do for all.
+    """
     if not isinstance(value, str) or not 0 < len(value) <= 256:
         refuse("expected a name of 1 to 256 characters")
     stem = value.removesuffix("*")
     if not stem:
-        refuse("* alone would take every name (llm.active is asked for what nobody else has)")
+        refuse(f"* alone would take every name ({all_names})")
     if not stem.isprintable() or " " in stem or "*" in stem:
         refuse("expected printable characters without a space, and * at the end only")
     return value
@@ -159,3 +185,11 @@ def _name(value: Any) -> str:
 name = Validator(
     "name of a model", _name, json={"type": "string", "pattern": r"^[^\s*]{1,256}\*?$"}
 )
+
+
+def _asked(value: Any) -> str:
+    return _name(value, "without this list the caller may ask for all")
+
+
+# A name that a caller may ask for.
+asked = Validator(name.kind, _asked, json=name.json)

@@ -13,6 +13,7 @@ All this is one concept: a declaration is only what becomes of it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import operator
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias, TypeVar, d
 
 import msgspec
 import voluptuous as vol
+
+from aioserver.config.hints import LITELLM, MAX_SHOWN, OTHER_WORDS, most_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,8 +32,6 @@ T = TypeVar("T")
 BrokenRule: TypeAlias = tuple[tuple[str | int, ...], str]
 
 REQUIRED: Any = dataclasses.MISSING
-# Characters of a wrong value that a fault shows. Keys are longer: OpenAI's have 51 at least.
-MAX_SHOWN = 15
 
 
 class _Faulty:
@@ -341,7 +342,12 @@ def _reworded(error: vol.Invalid, cls: type[Any]) -> vol.Invalid:
         key = str(error.path[-1])
         known = [key_of(field) for field in fields(cls)]
         meant = most_like(key[:64].lower(), known, 0.5)
-        if (inner := _inside(cls, key)) is not None:
+        word = OTHER_WORDS.get(key.lower(), key)
+        if key in LITELLM and "llm" in known:
+            hint = "a file of LiteLLM: docs/from-litellm.md has its words"
+        elif word != key and (place := word if word in known else _path(cls, word)) is not None:
+            hint = f"write {place}"
+        elif (inner := _inside(cls, key)) is not None:
             hint = f"it belongs into {inner}: indent it further, below that key"
         elif meant is not None:
             hint = f"did you mean {meant}?"
@@ -352,6 +358,12 @@ def _reworded(error: vol.Invalid, cls: type[Any]) -> vol.Invalid:
         # The path ends in voluptuous's marker, not in the key.
         return vol.Invalid("required key is missing", [*error.path[:-1], str(error.path[-1])])
     return error
+
+
+def _path(cls: type[Any], key: str) -> str | None:
+    """Return the path of *key* in a section inside *cls*; None: there is none."""
+    inner = _inside(cls, key)
+    return None if inner is None else f"{inner}.{key}"
 
 
 def _inside(cls: type[Any], key: str) -> str | None:
@@ -378,6 +390,31 @@ def check_rules(owner: object, *broken: BrokenRule | None) -> None:
         raise Faults(errors, owner)
 
 
+def changed(owner: T, **values: Any) -> T:
+    """Return a copy of *owner*, a section, with *values* instead of its own.
+
+    Its rules are not checked once more, as `dataclasses.replace` would: a section that breaks one
+    of them has been reported, and is still looked at for other faults. `FAULTY` stays what it is.
+    """
+    if owner is FAULTY:
+        return owner
+    made = copy.copy(owner)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def repeated(values: Iterable[T]) -> Iterator[tuple[int, T]]:
+    """Yield each of *values* that has come before, with its index; those that are `FAULTY` are
+    like no other one.
+    """
+    before: set[T] = set()
+    for index, value in enumerate(values):
+        if value is not FAULTY and value in before:
+            yield index, value
+        before.add(value)
+
+
 def compare(owner: object, path: str, sign: str, limit_path: str) -> BrokenRule | None:
     """Check the rule that one setting of *owner* is `>=` or `<=` another.
 
@@ -387,15 +424,6 @@ def compare(owner: object, path: str, sign: str, limit_path: str) -> BrokenRule 
     if not (value < limit if sign == ">=" else value > limit):
         return None
     return (*path.split("."),), f"must be {sign} {limit_path} ({limit}), not {value}"
-
-
-def most_like(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return which of *known* words is most like *word*; None: none has the share *cutoff* of it."""
-    # Only faults ask.
-    from difflib import get_close_matches  # noqa: PLC0415
-
-    matches = get_close_matches(word, tuple(known), n=1, cutoff=cutoff)
-    return matches[0] if matches else None
 
 
 def refuse(message: str) -> NoReturn:
@@ -425,6 +453,11 @@ def describe(value: object) -> str:
             return "a list"
         case _:
             return "a section of keys"
+
+
+def quoted(name: str, most: int = 64) -> str:
+    """Return *name*, which a client has written, in quotes, with *most* characters of it."""
+    return json.dumps(name if len(name) <= most else f"{name[:most]}…", ensure_ascii=False)
 
 
 def show(value: object, most: int = MAX_SHOWN) -> str:

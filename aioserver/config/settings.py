@@ -10,6 +10,8 @@ This file is one concept: what stands beside `chat` and `llm`, each section as i
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from math import inf
 from typing import ClassVar
 
 from aioserver.config.chat import (
@@ -27,8 +29,17 @@ from aioserver.config.chat import (
     WebSocket,
 )
 from aioserver.config.llm import HttpClient, Llm, Provider
-from aioserver.config.models import Group, Member
-from aioserver.config.schema import BrokenRule, SettingsClass, check_rules, group, section, setting
+from aioserver.config.models import Group, Member, asked
+from aioserver.config.schema import (
+    FAULTY,
+    BrokenRule,
+    SettingsClass,
+    check_rules,
+    group,
+    repeated,
+    section,
+    setting,
+)
 from aioserver.config.validators import (
     api,
     boolean,
@@ -45,6 +56,7 @@ from aioserver.config.validators import (
     log_format,
     log_level,
     mapping_of,
+    moment,
     network,
     one_of,
     optional,
@@ -142,13 +154,34 @@ class Limits(SettingsClass):
         "and use account_paths of a provider",
         False,
     )
+    models: tuple[str, ...] | None = setting(
+        optional(list_of(asked)),
+        "names of models that the caller may ask for, each as its requests write it; one that ends "
+        "with * stands for all that begin so; any other: 404; null: all",
+        None,
+    )
+    expires: str | None = setting(
+        optional(moment),
+        "time at which the caller is no longer admitted, as 2027-01-31T18:00:00Z; a date alone is "
+        "its first second; UTC where no other offset is written; null: never",
+        None,
+    )
+
+    @property
+    def expires_at(self) -> float:
+        """When the caller is no longer admitted, in seconds of wall time; inf: never."""
+        return inf if self.expires is None else datetime.fromisoformat(self.expires).timestamp()
 
     def __post_init__(self) -> None:
         message = f"must be 0 or >= tokens_per_minute ({self.tokens_per_minute}), not "
+        broken: list[BrokenRule] = []
         if 0 < self.tokens_per_day < self.tokens_per_minute:
-            check_rules(self, (("tokens_per_day",), f"{message}{self.tokens_per_day}"))
-        else:
-            check_rules(self)
+            broken.append((("tokens_per_day",), f"{message}{self.tokens_per_day}"))
+        if self.models == ():
+            broken.append(
+                (("models",), "needs a name (without this list the caller may ask for all)")
+            )
+        check_rules(self, *broken)
 
 
 class ClientKey(Limits):
@@ -253,17 +286,15 @@ class Auth(SettingsClass):
 
     def __post_init__(self) -> None:
         broken: list[BrokenRule] = []
-        names: set[str] = set()
-        for index, key in enumerate(self.keys or ()):
-            if key.name in names:
-                broken.append(
-                    (("keys", index, "name"), f"another key is named {key.name} as well")
-                )
-            if [key.key_env, key.key_file, key.sha256].count(None) != 2:
+        keys = self.keys or ()
+        for index, name in repeated(key.name for key in keys):
+            broken.append((("keys", index, "name"), f"another key is named {name} as well"))
+        for index, key in enumerate(keys):
+            sources = [key.key_env, key.key_file, key.sha256]
+            if FAULTY not in sources and sources.count(None) != len(sources) - 1:
                 message = "needs exactly one of key_env, key_file, sha256"
                 broken.append((("keys", index), message))
-            names.add(key.name)
-        if self.open is True and names:
+        if self.open is True and [*keys]:
             broken.append((("open",), "cannot be open and have keys"))
         for name, beside in (("keys_file", self.keys_file), ("jwt", self.jwt)):
             if self.open is True and beside is not None:
@@ -409,14 +440,10 @@ class Settings(SettingsClass):
 
 
 def _broken_hooks(hooks: Iterable[Hook]) -> Iterator[BrokenRule]:
-    names: set[str] = set()
-    number = 0
-    for index, hook in enumerate(hooks):
-        number += 1
-        if hook.name in names:
-            yield ("hooks", index, "name"), f"another hook is named {hook.name} as well"
-        names.add(hook.name)
-    if number > MAX_HOOKS:
+    names = [hook.name for hook in hooks]
+    for index, name in repeated(names):
+        yield ("hooks", index, "name"), f"another hook is named {name} as well"
+    if (number := len(names)) > MAX_HOOKS:
         yield ("hooks",), f"must have {MAX_HOOKS} entries at most, not {number}"
 
 

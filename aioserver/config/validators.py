@@ -3,25 +3,27 @@
 A validator returns the value to keep, or raises `vol.Invalid`. Its message shows the value that it
 refuses if that is short, and no value of a setting that may hold a secret; it quotes limits and
 bounds, and says what to write instead (hints.py).
+
+This file is one concept: all that a single value may be.
 """
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import voluptuous as vol
 
 from aioserver.config import hints
+from aioserver.config.hints import MAX_SHOWN, most_like
 from aioserver.config.schema import (
     FAULTY,
-    MAX_SHOWN,
     Faults,
     Secret,
     Validator,
     WrongShape,
     describe,
-    most_like,
     refuse,
     show,
 )
@@ -288,6 +290,34 @@ def _network(value: Any) -> str:
         )
 
 
+def _moment(value: Any) -> str:
+    """Accept a date, or a date and a time of day, and return both in UTC (RFC 3339)."""
+    expected = "a date, or a time such as 2027-01-31T18:00:00Z"
+    if not isinstance(value, str):
+        refuse(f"expected {expected}, not {show(value)}")
+    try:
+        moment = datetime.fromisoformat(value)
+        moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError):
+        refuse(f"expected {expected}, not {show(value)}")
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _host(value: Any) -> str:
+    """Accept one address or name to listen on; an IPv6 address may stand in brackets, as in URLs."""
+    if isinstance(value, list) or (isinstance(value, str) and re.search(r"[,\s]", value)):
+        several = "0.0.0.0 and :: listen on every address; systemd can pass several sockets"
+        refuse(f"expected one address ({several}: docs/install.md)")
+    host: str = line(value)
+    if "/" in host:
+        refuse(
+            "expected an address: a UNIX socket is passed by systemd, ListenStream= of its .socket "
+            "unit (docs/install.md)"
+        )
+    inner = host.removeprefix("[").removesuffix("]")
+    return inner if ":" in inner and len(inner) + 2 == len(host) else host
+
+
 def _log_format(value: Any) -> str:
     """Accept json and console.
 
@@ -343,6 +373,7 @@ variable = text(
 )
 
 # Addresses.
+listening = Validator("text", _host, json=matching(r"[^\s,/\x00-\x1f\x7f]+"))
 network = Validator("IP address, network or unix", _network, json=line.json)
 origin = text(
     "origin",
@@ -383,6 +414,9 @@ route = text(
     'a path such as "/ws/chat" that no other route has',
     shown=True,
 )
+
+# A date alone has 10 characters.
+moment = Validator("time", _moment, json=matching(r"[0-9TtZzW:., +-]{8,40}"))
 
 # Words.
 boolean = Validator("true or false", _boolean, json={"type": "boolean"})

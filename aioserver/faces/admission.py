@@ -18,6 +18,7 @@ import asyncio
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from math import ceil
 from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -294,8 +295,10 @@ class Admission:
         self.log(f"dropped: {reason}", face, logging.WARNING)
 
     def _refusal(self, retry_after: float) -> ServerAtCapacity:
+        most = self._limits.max_connections
         return ServerAtCapacity(
-            f"chat.websocket.concurrency.max_connections={self._limits.max_connections} reached",
+            f"the server is full: {self.gate.inside} of {most} places are taken; try again in "
+            f"{ceil(retry_after)} s (chat.websocket.concurrency.max_connections={most} reached)",
             retry_after=retry_after,
         )
 

@@ -64,10 +64,13 @@ class Lifecycle:
 class OpenSocket(Protocol):
     """An open WebSocket, as a reload and the end of the server see it.
 
-    *caller* is replaced by a reload that changes the limits of its key.
+    *caller* has the limits of its key.
     """
 
     caller: Caller
+
+    def admit(self, caller: Caller) -> None:
+        """Serve the same caller with other limits: a reload has changed its key."""
 
     def drain(self) -> None:
         """Close as soon as no answer runs on the socket."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 
+from aioserver.auth.callers import CALLER
 from aioserver.errors import ModelNotFound, StreamNotFound
 from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
@@ -36,7 +37,7 @@ from aioserver.gateway.request import Request
 from aioserver.gateway.stream_usage import UsageAttempt
 from aioserver.protocol.eventstream import HEARTBEAT
 from aioserver.provider_errors import NoProvider
-from aioserver.providers.api import CHAT, Api
+from aioserver.providers.api import CHAT, Api, CompletionsApi, WordlessApi
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
@@ -45,6 +46,7 @@ from aioserver.streams.formats import RAW
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
+    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
@@ -56,8 +58,8 @@ if TYPE_CHECKING:
 
 # The owner of the names of `llm.models`.
 OURS = "aioserver"
-EMBEDDINGS = Api("embeddings")
-APIS = (CHAT, Api("completions"), EMBEDDINGS)
+EMBEDDINGS = WordlessApi("embeddings")
+APIS: tuple[Api, ...] = (CHAT, CompletionsApi("completions"), EMBEDDINGS)
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -107,12 +109,12 @@ def prepare_for(
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
-        route = context.router.route(body.model)
-        streamed, max_answer = body.streamed, body.max_answer
+        route = context.router.route(body.model, caller=request[CALLER])
+        streamed = body.streamed
         if api is EMBEDDINGS:
             # The vectors of a fallback's model mean nothing beside those of the model that was
             # asked for.
-            route.pinned, streamed, max_answer = True, False, 0
+            route.pinned, streamed = True, False
         provider_request = ProviderRequest(
             api,
             partial(body_for, body),
@@ -122,7 +124,7 @@ def prepare_for(
             hold=hold,
             client_headers=client_headers(context, request),
             size=len(body.data),
-            max_answer=max_answer,
+            allowed=api.allowed(body),
             usage_options=body.usage_options,
         )
         return Request(
@@ -306,10 +308,10 @@ async def models(context: Context, request: web.Request) -> web.Response:
     A client gets those that speak its API, in the form that it knows.
     """
     form, router = context.admission.forms.of(request), context.router
-    entries = []
-    for name, owner in _names(router, form.api):
+    entries, caller = [], request[CALLER]
+    for name, owner in _names(router, form.api, caller):
         try:
-            provider = router.route(name, api=form.api).provider.settings
+            provider = router.route(name, caller=caller, api=form.api).provider.settings
         except (ModelNotFound, NoProvider):
             continue
         entries.append(form.model(name, owner or provider.name, simulated=provider.simulated))
@@ -326,7 +328,7 @@ async def model(context: Context, request: web.Request) -> web.Response:
         ModelNotFound, NoProvider: a request for this model is refused, too.
     """
     name, form = request.match_info["id"], context.admission.forms.of(request)
-    route = context.router.route(name, api=form.api)
+    route = context.router.route(name, caller=request[CALLER], api=form.api)
     provider = route.provider.settings
     ours = name in context.router.groups
     entry = form.model(name, OURS if ours else provider.name, simulated=provider.simulated)
@@ -336,7 +338,19 @@ async def model(context: Context, request: web.Request) -> web.Response:
     return web.json_response(entry)
 
 
-def _names(router: Router, api: Api) -> Iterator[tuple[str, str]]:
+def _names(router: Router, api: Api, caller: Caller) -> Iterator[tuple[str, str]]:
+    """Yield the names by which *caller* may ask for models of *api*, as `_all_names`.
+
+    A name that the caller's key has is one of these, though no other caller is shown it.
+    """
+    names = {name: owner for name, owner in _all_names(router, api) if caller.may_ask(name)}
+    for name in caller.models or ():
+        if not name.endswith("*"):
+            names.setdefault(name, "")
+    yield from names.items()
+
+
+def _all_names(router: Router, api: Api) -> Iterator[tuple[str, str]]:
     """Yield the names by which models of *api* are asked for, each with its owner; with none where
     that is the provider to which the name leads.
     """

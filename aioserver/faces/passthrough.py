@@ -40,6 +40,7 @@ from aioserver.providers.backpressure import LEAST_RATE, ClientPace
 from aioserver.providers.passthrough import (
     PassedAttempt,
     PassedRequest,
+    api_of,
     body_length,
     shown_headers,
 )
@@ -104,18 +105,20 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     upload, body = await _take_body(context, request, hold, pace)
     model = body.model if body is not None else None
     provider = request.headers.get(PROVIDER)
-    route = context.router.route(model, provider)
-    if passage is not Passage.EVERY_KEY and route.group.name:
+    caller = caller_of(request, None if body is None else body.user)
+    route = context.router.route(model, provider, caller=caller, unread=model is None)
+    # The members of a group get their own models, however it was named.
+    name = provider if provider in context.router.groups else route.group.name
+    by_group = bool(name)
+    if passage is not Passage.EVERY_KEY and by_group:
         raise InvalidRequest(
-            f"/v1/{path} is of one provider's account, and {route.group.name} may have several: "
+            f"/v1/{path} is of one provider's account, and {name} may have several: "
             f"name the provider in {PROVIDER}"
         )
     if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
         raise NotFound(_closed(path, route.provider.name))
     if model is not None and route.model is None:
         model = route.provider.settings.model
-    # The members of a group get their own models, however it was named.
-    by_group = bool(route.group.name)
     passed = PassedRequest(
         request.method,
         f"{path}?{query}" if query else path,
@@ -123,10 +126,12 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         _body_headers(request, upload),
         upload=upload,
         pace=pace,
-        caller=caller_of(request, None if body is None else body.user),
+        caller=caller,
         model=route.model or model,
         hold=hold,
         client_headers=client_headers(context, request),
+        size=0 if body is None else len(body.data),
+        allowed=(None, 1) if body is None else api_of(request.method, path).allowed(body),
     )
     return Request(route, passed, FACE, http.request_id(request), make_attempt=PassedAttempt)
 

@@ -12,7 +12,7 @@ from msgspec import Raw
 
 from aioserver.auth.guard import COOKIE, KEY_NEEDED
 from aioserver.auth.tokens import Undecided
-from aioserver.errors import Denied, InvalidRequest, MissingApiKey
+from aioserver.errors import AuthUnavailable, Denied, InvalidRequest, MissingApiKey
 from aioserver.faces.http import NO_STORE
 from aioserver.faces.intake import read_body
 from aioserver.protocol import json_body
@@ -48,8 +48,11 @@ async def describe(context: Context, request: web.Request) -> web.Response:
     """
     caller: Caller | None = None
     if context.access.keyed:
-        with contextlib.suppress(Denied):
-            caller = context.guard.caller_by_session(request)
+        with contextlib.suppress(Denied, AuthUnavailable):
+            try:
+                caller = context.guard.caller_by_session(request)
+            except Undecided as undecided:
+                caller = await undecided.caller()
     return _description(context, caller)
 
 

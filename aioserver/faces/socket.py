@@ -33,13 +33,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType
 
-from aioserver.auth.tokens import SKEW
+from aioserver.auth.callers import SKEW
 from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
     ServerAtCapacity,
     ServerShutdown,
-    TokenExpired,
 )
 from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded, too_much
 from aioserver.faces.idle_sockets import IDLE_SECONDS
@@ -178,11 +177,9 @@ class Socket(ABC):
         self._unreadable = False
         self._refused_closing = False
         self._close_code = ABNORMAL_CLOSURE
-        # Until the token of the caller has expired, and then until answers have to be over.
+        # Until the key or token of the caller has expired, and then until answers have to be over.
         self._expiry: asyncio.TimerHandle | None = None
-        if caller.expires < inf:
-            left = caller.expires + SKEW - monotonic()
-            self._expiry = self._loop.call_later(left, self._token_expired)
+        self.admit(caller)
         context.wheel.add(self, settings.websocket.ping_interval)
 
     # What a face adds.
@@ -207,6 +204,18 @@ class Socket(ABC):
     @abstractmethod
     def show_error(self, error: AioserverError) -> None:
         """Tell the client *error*, which belongs to no request; the socket closes after it."""
+
+    def admit(self, caller: Caller) -> None:
+        """Serve *caller* from now on, who is the same with other limits, until its key or token
+        has expired.
+        """
+        self.caller = caller
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if caller.expires < inf:
+            left = caller.expires + SKEW - monotonic()
+            self._expiry = self._loop.call_later(left, self._has_expired)
 
     @property
     def open(self) -> bool:
@@ -353,10 +362,10 @@ class Socket(ABC):
         """Check that the token of the caller, if it came with one, is still good.
 
         Raises:
-            TokenExpired: it is not.
+            InvalidApiKey: it is not.
         """
         if self._expired:
-            raise TokenExpired("the token has expired")
+            raise self.caller.expired()
 
     def answers_ended(self) -> None:
         """Close now that no answer runs, if the server stops or the caller's token has expired."""
@@ -372,7 +381,7 @@ class Socket(ABC):
         expires = self.caller.expires
         return expires < inf and monotonic() >= expires + SKEW
 
-    def _token_expired(self) -> None:
+    def _has_expired(self) -> None:
         """Close as soon as no answer runs, and LAST_ANSWERS later in any case."""
         if self.busy:
             self._expiry = self._loop.call_later(LAST_ANSWERS, self._end_expired)
@@ -380,7 +389,7 @@ class Socket(ABC):
             self._end_expired()
 
     def _end_expired(self) -> None:
-        self.end(TokenExpired("the token has expired: connect with a fresh one"))
+        self.end(self.caller.expired())
 
     def give_way(self) -> None:
         """Give the place to others, tell the client, and close with 1013.

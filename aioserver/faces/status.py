@@ -15,9 +15,8 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11
 
 from aioserver import __version__
-from aioserver.auth.callers import CALLER
-from aioserver.auth.tokens import SKEW
-from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity, TokenExpired
+from aioserver.auth.callers import CALLER, SKEW
+from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity
 from aioserver.faces.http import NO_STORE
 from aioserver.faces.sse import Events
 from aioserver.monitoring import prometheus
@@ -179,7 +178,7 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
         # This line begins the block of the first event, which `watch` sends.
         writer.send(RETRY)
         await monitor.watch_all(writer, every)
-        with quota.held(admin=True):
+        with quota.held(watcher=request[CALLER]):
             await _until_the_end(context, request[CALLER])
         await writer.flush()
     except Denied as error:
@@ -194,14 +193,14 @@ async def _until_the_end(context: Context, caller: Caller) -> None:
     """Wait until the server stops.
 
     Raises:
-        TokenExpired: the token of *caller* is no longer good.
+        InvalidApiKey: the key or token of *caller* has expired.
     """
     left = None if caller.expires == inf else caller.expires + SKEW - monotonic()
     try:
         async with asyncio.timeout(left):
             await context.lifecycle.stopping.wait()
     except TimeoutError:
-        raise TokenExpired("the token has expired: connect with a fresh one") from None
+        raise caller.expired() from None
 
 
 def _ticks(interval: str) -> int:

@@ -206,7 +206,10 @@ class Attempts:
         if alone:
             # It is counted before it waits, so that a refusal names this provider.
             (member,) = candidates.left
-            outcome.begin_attempt(member.provider.name, candidates.model_of(member))
+            provider = member.provider
+            if provider.health.breaker.dead and not self._fallback and provider.kept_until_back:
+                await self._unsend(0.0)
+            outcome.begin_attempt(provider.name, candidates.model_of(member))
         trial, self._next_is_trial = self._next_is_trial, False
         try:
             attempt, grant = await candidates.start(

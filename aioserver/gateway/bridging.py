@@ -3,14 +3,16 @@ API, and what is learned of such a provider.
 
 A provider is known by its settings to have no such API, or by its answer: if it has no such path
 the attempt goes on at once, in the same place, with the request as one for a chat completion. It
-is known from then on, until a reload, if it answers that one. A 404 that is about a model is no
-such answer: then the path is there. Nor is any 404 of a provider that has answered there before.
+is known from then on, for five minutes after the newest such answer, if it answers that one. A 404
+that is about a model is no such answer: then the path is there. Nor is any 404 of a provider that
+has answered there within five minutes.
 
 What an engine refuses by name is learned, too: a word that only the bridge has added, or a bound
 of the answer for which its context has no room. The request is sent once more, at once and in its
-place, without it; this is no retry. If it is answered, that is known from then on, for each bridge
-and for streams that pass (stream_usage.py): not before, since a refusal may repeat what a client
-has written.
+place, without it; this is no retry. If it is answered, that is known of its model from then on, for
+as long, for each bridge and for streams that pass (stream_usage.py): not before, since a refusal
+may repeat what a client has written. A word that the model has taken lately, or whose refusal is
+about its value, is left out of the one request alone: the value was the client's.
 
 The wings with such an API derive their attempts from `BridgedAttempt`. This file is one concept:
 what is learned of a provider, and what an attempt there makes of it.
@@ -19,8 +21,8 @@ what is learned of a provider, and what an attempt there makes of it.
 from __future__ import annotations
 
 import logging
+import time
 from abc import abstractmethod
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import orjson
@@ -41,9 +43,10 @@ from aioserver.provider_errors import ProviderFault
 from aioserver.providers.api import CHAT, Memory
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.sinks import BodySink
+from aioserver.providers.verdicts import Verdicts
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from aioserver.config import settings
     from aioserver.protocol.bridging.chat import BridgedChat
@@ -60,27 +63,46 @@ ABSENT_STATUSES = frozenset({404, 405, 501})
 _OTHER_SUBJECTS = ("model", "resp_", "msg_")
 # The header that names the hosted tools which the provider did not get.
 LEFT_OUT = "x-aioserver-left-out"
-# Models of one provider whose bounds are kept, and names of tools of which a line was logged.
-MAX_MODELS, MAX_NAMES = 100, 16
+# Names of tools of which a line was logged.
+MAX_NAMES = 16
 # Tokens of an answer below which a request is not sent once more, and those that are left between
 # the two: templates add a few.
 MIN_LEFT, SPARE = 256, 16
 
 
+# What is known of a path: whether it is there.
+_PATH = "path"
+
+
 class PathMemory(Memory):
     """The knowledge of one path of a provider, from its settings and from its answers since.
 
-    *lacking* says that it was found to have no such path, and *present* that it has answered
-    there: a 404 is about something else then, which a client may have named.
+    Where it has answered, a 404 is about something else, which a client may have named.
     """
 
     # It is never asked there; and its 404 may be that of the path.
     never = False
     learns = True
 
-    def __init__(self, settings: settings.Provider) -> None:
-        super().__init__(settings)
-        self.lacking = self.present = False
+    def __init__(
+        self, settings: settings.Provider, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(settings, clock)
+        self._shown: Verdicts[str, bool] = Verdicts(clock)
+
+    @property
+    def lacking(self) -> bool:
+        """Whether it was found to have no such path."""
+        return self._shown.get(_PATH) is False
+
+    @property
+    def present(self) -> bool:
+        """Whether it has answered there."""
+        return self._shown.get(_PATH) is True
+
+    def found(self, *, present: bool) -> bool:
+        """Learn from an answer whether it has that path; return whether that is news."""
+        return self._shown.keep(_PATH, present)
 
     @property
     def bridged(self) -> bool:
@@ -101,49 +123,62 @@ class ChatMemory(Memory):
     """The knowledge of one provider's chat completions, for every bridge to them.
 
     *reasoning_field* is the name of the field in which it sends its reasoning; empty if it has
-    sent none. It has *refused_words*, and has a *bound* of the answer by one name. *context_limits*
-    and *most* have the tokens of a prompt and its answer, and of an answer, by the model.
+    sent none. By model, *limits* and *most* have the tokens of a prompt and its answer, and of an
+    answer; by word and model it is known whether that is taken.
     """
 
-    def __init__(self, settings: settings.Provider) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, settings: settings.Provider, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(settings, clock)
         self.name = settings.name
         self.reasoning_field = ""
-        self.refused_words: set[str] = set()
-        self.bound = MAX_TOKENS
-        self.context_limits: OrderedDict[str, int] = OrderedDict()
-        self.most: OrderedDict[str, int] = OrderedDict()
+        self._words: Verdicts[tuple[str, str], bool] = Verdicts(clock)
+        self.limits: Verdicts[str, int] = Verdicts(clock)
+        self.most: Verdicts[str, int] = Verdicts(clock)
         self._left_out: set[str] = set()
 
-    def refuse(self, word: str) -> None:
-        """Send it *word* no more."""
-        if word not in self.refused_words:
-            self.refused_words.add(word)
-            self._say(f"{word} is left out")
+    @property
+    def refused_words(self) -> set[str]:
+        """The words that one of its models has refused."""
+        return {word for word, _ in self._refused() if word != MAX_TOKENS}
 
-    def rename(self) -> None:
-        """Use the other name of the bound of an answer."""
-        if self.bound == MAX_TOKENS:
-            self.bound = MAX_COMPLETION_TOKENS
-            self._say(f"{MAX_COMPLETION_TOKENS} in its place")
+    @property
+    def renaming(self) -> set[str]:
+        """The models that want the bound of an answer by its newer name."""
+        return {model for word, model in self._refused() if word == MAX_TOKENS}
+
+    def _refused(self) -> list[tuple[str, str]]:
+        return [key for key, taken in self._words.items() if not taken]
+
+    @property
+    def context_limits(self) -> Mapping[str, int]:
+        """The tokens of a prompt and its answer, by model."""
+        return dict(self.limits.items())
+
+    def refuses(self, word: str, model: str) -> bool:
+        """Return whether *model* is not sent *word*."""
+        return self._words.get((word, model)) is False
+
+    def take(self, word: str, model: str) -> None:
+        """Learn that *model* has answered a request with *word*."""
+        self._words.keep((word, model), value=True)
+
+    def refuse(self, word: str, model: str) -> None:
+        """Send *model* no *word* for a while, unless it has taken that lately."""
+        if not self._words.get((word, model)) and self._words.keep((word, model), value=False):
+            instead = f"{MAX_COMPLETION_TOKENS} in its place"
+            self._say(instead if word == MAX_TOKENS else f"{word} is left out")
 
     def keep_limit(self, model: str, tokens: int) -> None:
         """Keep that *model* has room for so many *tokens* of a prompt and its answer."""
-        if self._keep(self.context_limits, model, tokens):
+        if self.limits.keep(model, tokens):
             self._say(f"{tokens} tokens in its context")
 
     def keep_most(self, model: str, tokens: int) -> None:
         """Keep that an answer of *model* has so many *tokens* at most."""
-        if self._keep(self.most, model, tokens):
+        if self.most.keep(model, tokens):
             self._say(f"{tokens} tokens in an answer at most")
-
-    def _keep(self, bounds: OrderedDict[str, int], model: str, bound: int) -> bool:
-        news = bounds.get(model) != bound
-        bounds[model] = bound
-        bounds.move_to_end(model)
-        if len(bounds) > MAX_MODELS:
-            bounds.popitem(last=False)
-        return news
 
     def _say(self, consequence: str) -> None:
         logger.info("learned from a refusal of provider %s: %s", self.name, consequence)
@@ -162,8 +197,9 @@ class LearningAttempt(Attempt):
     Always: others are sent it until the answer to this one has begun.
     """
 
-    # What it has been sent once more without.
+    # What it has been sent once more without, and what of it was refused for its value.
     _learnt: frozenset[str] = frozenset()
+    _of_value: frozenset[str] = frozenset()
 
     @property
     def _habits(self) -> ChatMemory:
@@ -185,9 +221,9 @@ class LearningAttempt(Attempt):
         super().first_event()
 
     def _keep_learnt(self) -> None:
-        for word in OPTIONAL:
-            if word in self._learnt:
-                self._habits.refuse(word)
+        for word in (*OPTIONAL, MAX_TOKENS):
+            if word in self._learnt and word not in self._of_value:
+                self._habits.refuse(word, self.asked_model)
 
 
 class BridgedAttempt(LearningAttempt):
@@ -233,12 +269,14 @@ class BridgedAttempt(LearningAttempt):
         """The words that the provider takes for this request."""
         habits, model = self._habits, self.asked_model
         return Words(
-            frozenset(habits.refused_words | self._learnt),
-            MAX_COMPLETION_TOKENS if MAX_TOKENS in self._learnt else habits.bound,
-            habits.context_limits.get(model),
+            self._learnt.union(word for word in OPTIONAL if habits.refuses(word, model)),
+            MAX_COMPLETION_TOKENS
+            if MAX_TOKENS in self._learnt or habits.refuses(MAX_TOKENS, model)
+            else MAX_TOKENS,
+            habits.limits.get(model),
             self._most or habits.most.get(model),
             self._left,
-            self.provider.tokens_per_byte(model),
+            self.provider.tokens_per_byte(model, self.request.caller),
         )
 
     async def _translate(self) -> None:
@@ -322,6 +360,8 @@ class BridgedAttempt(LearningAttempt):
         """Return whether something was learned, without which the request is sent once more."""
         for word in sorted(chat.words - self._learnt):
             if said.names(word):
+                if said.of_value:
+                    self._of_value |= {word}
                 return self._repeats_without(word)
         if said.renames and MAX_TOKENS not in self._learnt:
             return self._repeats_without(MAX_TOKENS)
@@ -342,8 +382,6 @@ class BridgedAttempt(LearningAttempt):
     def _keep_learnt(self) -> None:
         super()._keep_learnt()
         habits, model = self._habits, self.asked_model
-        if MAX_TOKENS in self._learnt:
-            habits.rename()
         if self._limit is not None:
             habits.keep_limit(model, self._limit)
         if self._most is not None:
@@ -351,11 +389,13 @@ class BridgedAttempt(LearningAttempt):
 
     def first_event(self) -> None:
         """Note that the answer has begun."""
-        learned = self._learned
-        if self._chat is None:
-            learned.present = True
-        elif self._learning and not learned.lacking:
-            learned.lacking = True
+        learned, chat = self._learned, self._chat
+        if chat is None:
+            learned.found(present=True)
+        else:
+            for word in chat.words:
+                self._habits.take(word, self.asked_model)
+        if self._learning and learned.found(present=False):
             logger.info(
                 "provider %s has no %s: it is translated to chat completions",
                 self.provider.name,

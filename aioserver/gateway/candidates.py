@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from aioserver.gateway.affinity import measured
 from aioserver.provider_errors import (
     CircuitOpen,
+    ConnectError,
+    ConnectTimeout,
     ContextTooLong,
     NoProvider,
     ProviderFault,
@@ -35,7 +37,7 @@ class Candidates:
     """The members of *group* that *request* is still asked of, *left* in this pass.
 
     If one member keeps what the request continues, that one alone is asked as long as it is not
-    dead. Members that take no more than *too_small* tokens are not asked. A change of the group's
+    dead, and there is a connection to it. Members that take no more than *too_small* tokens are not asked. A change of the group's
     members holds at once, also for a request that waits.
 
     A group without a name is one provider, which is asked for *model*. *prefix* is that of the
@@ -351,10 +353,11 @@ class Candidates:
                 self._regrouped = False
                 self._look()
         elif self._heirs and (
-            isinstance(fault, CircuitOpen | NoProvider)
+            isinstance(fault, CircuitOpen | NoProvider | ConnectError | ConnectTimeout)
             or (member is not None and member.provider.health.breaker.dead)
         ):
-            # The member that keeps what the request continues will not answer.
+            # The member that keeps what the request continues will not answer: it is dead, or
+            # there is no connection to it, which is known long before.
             self.left, self._heirs, self._again = self._heirs, (), []
         elif member is None:
             self.left = ()

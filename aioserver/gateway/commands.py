@@ -20,8 +20,9 @@ logger = logging.getLogger("aioserver.cluster")
 # Seconds for which the server's answer is awaited where a request can do without it, and where no
 # answer would be taken for one.
 TIMEOUT, KNOWN_TIMEOUT = 0.05, 1.0
-# Seconds for which the end of an answer waits for what is written of it.
-WRITE_TIMEOUT = 0.02
+# Seconds for which the end of an answer waits for what is written of it: as long as a look-up waits
+# for it elsewhere. With a server that is away nothing is waited for.
+WRITE_TIMEOUT = 0.5
 # Seconds for which a look-up waits for what another instance is about to write, in growing pauses,
 # and for which a mark says so if its instance is killed.
 BUSY_PAUSES, MARKED = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.185), 120.0

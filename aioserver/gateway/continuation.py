@@ -27,6 +27,7 @@ one rule that each answer meets as a whole.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -38,7 +39,7 @@ from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream, json_body
 from aioserver.protocol.eventstream import EventTooLong
 from aioserver.protocol.json_body import ABSENT, Member, null, pause
-from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes
 from aioserver.protocol.said import Tokens
 from aioserver.protocol.seam import (
     CLOSING,
@@ -50,6 +51,7 @@ from aioserver.protocol.seam import (
     provable,
 )
 from aioserver.provider_errors import (
+    ContextTooLong,
     ContinuationFailed,
     ProviderBadResponse,
     ProviderDisconnected,
@@ -60,7 +62,8 @@ from aioserver.provider_errors import (
     ReadTimeout,
 )
 from aioserver.providers.api import Memory
-from aioserver.providers.error_mapping import event_fault
+from aioserver.providers.error_mapping import FILTERS, error_in, event_fault
+from aioserver.providers.verdicts import Verdicts
 from aioserver.streams import entries
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.metrics import CONTINUED, FAILED
@@ -68,7 +71,7 @@ from aioserver.telemetry.outcome import Continued
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from aioserver.config import settings
     from aioserver.gateway.request import Request
@@ -147,14 +150,24 @@ _MESSAGE = msgspec.json.Decoder(_Message)
 class Habits(Memory):
     """The knowledge of how one provider takes an answer to be continued.
 
-    *refused* has the models for which it has refused to. *repeats*: whether it writes again what
-    was said before it goes on; None: that is not known.
+    *refused* has the models for which it has refused to.
     """
 
-    def __init__(self, settings: settings.Provider) -> None:
-        super().__init__(settings)
-        self.refused: set[str] = set()
-        self.repeats: bool | None = None
+    def __init__(
+        self, settings: settings.Provider, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(settings, clock)
+        self.refused: Verdicts[str, None] = Verdicts(clock)
+        self._repeats: Verdicts[None, bool] = Verdicts(clock)
+
+    @property
+    def repeats(self) -> bool | None:
+        """Whether it writes again what was said before it goes on; None: that is not known."""
+        return self._repeats.get(None)
+
+    def learn(self, *, repeats: bool) -> None:
+        """Learn whether it writes again what was said."""
+        self._repeats.keep(None, repeats)
 
 
 async def continuable(body: bytes) -> bool:
@@ -162,16 +175,25 @@ async def continuable(body: bytes) -> bool:
     asked = await json_body.decoding(_ASKED, body, "the body")
     if any(not null(getattr(asked, name)) for name in _FORBIDDEN):
         return False
-    n, logprobs, number = (_value(raw) for raw in (asked.n, asked.logprobs, asked.top_logprobs))
-    if n not in {None, 1} or logprobs or number:
+    try:
+        n, logprobs, number = (
+            _value(raw) for raw in (asked.n, asked.logprobs, asked.top_logprobs)
+        )
+        formats = _value(asked.response_format), _value(asked.output_config)
+    except orjson.JSONDecodeError:
+        # It is nested more deeply than is read here.
         return False
-    formats = _value(asked.response_format), _value(asked.output_config)
+    if not (n is None or n == 1) or logprobs or number:
+        return False
     if not _free(formats[0]) or (
         isinstance(formats[1], dict) and not _free(formats[1].get("format"))
     ):
         return False
     last: Raw | None = None
-    for some in json_body.elements(bytes(asked.messages)) if asked.messages else ():
+    messages = bytes(asked.messages)
+    if not messages.startswith(b"["):
+        return False
+    for some in json_body.elements(messages):
         last = some[-1] if some else last
         await pause()
     if last is None or not bytes(last).startswith(b"{"):
@@ -199,8 +221,8 @@ async def continued(body: bytes, form: str, said: str, tokens: int) -> bytes:
     """
     for member in BOUNDS:
         if (place := await member.finding(body)) is not None:
-            bound = orjson.loads(body[place.value : place.end])
-            if isinstance(bound, int):
+            bound = json_body.count(Raw(body[place.value : place.end]))
+            if bound is not None:
                 left = b"%d" % max(1, bound - tokens)
                 body = b"".join((body[: place.value], left, body[place.end :]))
     message: dict[str, Any] = {"role": "assistant", "content": said}
@@ -295,7 +317,7 @@ class Hop:
     def learn(self) -> None:
         """Learn whether the provider writes again what was said."""
         if isinstance(self.seam, Onward) and self.seam.repeated is not None:
-            self._provider.memory(Habits).repeats = self.seam.repeated
+            self._provider.memory(Habits).learn(repeats=self.seam.repeated)
 
 
 class SeamSink:
@@ -412,9 +434,12 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
                     further = failed
                 elif outcome.sent_at:
                     provider.meter.continuations[FAILED].value += 1
-                    if isinstance(failed, ProviderRefused) and failed.http_status in REFUSALS:
-                        habits.refused.add(attempt.asked_model)
+                    if _refuses_form(failed):
+                        habits.refused.keep(attempt.asked_model, None)
                 forget_frames(failed)
+            finally:
+                # It refers to the attempt: the two would hold each other.
+                attempt.sink = None
             hop.learn()
             if stream.ended or stream.ending is not None:
                 return
@@ -422,6 +447,18 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
             outcome.provider, outcome.model, outcome.headers = broken
             raise fault
         fault = further
+
+
+def _refuses_form(fault: AioserverError) -> bool:
+    """Return whether *fault* says that an answer cannot be continued there, and nothing of the one
+    answer: that it is too long by now, or may not be.
+    """
+    return (
+        isinstance(fault, ProviderRefused)
+        and not isinstance(fault, ContextTooLong)
+        and fault.http_status in REFUSALS
+        and error_codes(error_in(fault.provider_body)).isdisjoint(FILTERS)
+    )
 
 
 async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str | None:

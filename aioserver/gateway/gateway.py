@@ -131,7 +131,7 @@ class Gateway:
             if hold is not None:
                 hold.release()
             return existing
-        route = self._router.route(chat.model, chat.provider)
+        route = self._router.route(chat.model, chat.provider, caller=caller)
         prompt = self._prompts.make(caller, chat, conversation, route, hold)
         request = Request(
             route,
@@ -383,7 +383,7 @@ class Gateway:
         asked, resumable, window = request.provider_request, request.resumable, 0.0
         caller = asked.caller
         if request.background:
-            self.lifetime.check_background()
+            self.lifetime.check_background(caller)
             window = self.lifetime.background_window
         elif resumable:
             window = self._bounds.resume_window

@@ -5,6 +5,8 @@ that can answer a request: the first that can start it, the least busy, or by we
 queue of its own. Where no member has a place, the request bids for a place of each, and starts at
 the first one that becomes free, so that each provider's places are shared fairly by all who ask
 for it, whatever name they use.
+
+This file is one concept: which member starts a request.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from aioserver.provider_errors import NoProvider
 from aioserver.telemetry.outcome import NONE, GroupStart
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from aioserver.gateway.affinity import Placement
     from aioserver.gateway.candidates import Candidates
     from aioserver.providers.api import Api
+    from aioserver.providers.provider import Provider
     from aioserver.telemetry.outcome import Outcome
 
 # A prompt is skipped for a member if, by this estimate, it is longer than what the member takes by
@@ -34,7 +37,10 @@ BYTES_PER_TOKEN, DOUBT = 4, 1.5
 
 class Group:
     """The *members* that can answer for *name*; an implied group, which nobody has configured, has
-    no name.
+    no name. In an ordered one another group may stand in the place of a member: all of its members
+    do then, in the order that it chooses.
+
+    *fallbacks* are asked where no member is left that could answer.
 
     Always: `waiting` is the number of requests that wait for a place at any member.
     """
@@ -42,13 +48,16 @@ class Group:
     def __init__(
         self,
         name: str,
-        members: Sequence[Member],
+        parts: Sequence[Member | Group],
         choose: str = ORDERED,
         affinity: str = "none",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.members: Sequence[Member] = ()
+        self.fallbacks: Sequence[Group] = ()
+        # What the members come of.
+        self._parts: Sequence[Member | Group] = ()
         self._clock = clock
         self._marks = count()
         # Grows with each change of its members.
@@ -57,23 +66,33 @@ class Group:
         self.held_back = 0
         # Those of the requests that wait, in the order in which they have begun to.
         self.candidates: dict[Candidates, None] = {}
-        self.apply(members, choose, affinity)
+        self.apply(parts, choose, affinity)
 
-    def apply(self, members: Sequence[Member], choose: str, affinity: str) -> None:
-        """Use other *members* and another choice from now on.
+    def apply(self, parts: Sequence[Member | Group], choose: str, affinity: str) -> None:
+        """Use other members and another choice from now on.
 
         One that stays keeps its counts. Requests that wait do so at new ones as well, and at others
         no more.
         """
-        known = {(old.provider, old.asked_model): old for old in self.members}
-        kept = []
-        for new in members:
+        own = (old for old in self._parts if isinstance(old, Member))
+        known = {(old.provider, old.asked_model): old for old in own}
+        kept: list[Member | Group] = []
+        for new in parts:
+            if isinstance(new, Group):
+                kept.append(new)
+                continue
             member = known.get((new.provider, new.asked_model), new)
             member.marks = self._marks
             member.model, member.factor = new.model, new.factor
             member.weight, member.max_context = new.weight, new.max_context
             kept.append(member)
-        self.members, self.choose, self.affinity = kept, choose, affinity
+        self._parts, self.choose, self.affinity = kept, choose, affinity
+        members: dict[tuple[Provider, str], Member] = {}
+        for part in kept:
+            for member in part.members if isinstance(part, Group) else (part,):
+                members.setdefault((member.provider, member.asked_model), member)
+        self.members = list(members.values())
+        self._nested = any(isinstance(part, Group) for part in kept)
         self.version += 1
         for candidates in list(self.candidates):
             candidates.regroup()
@@ -140,7 +159,13 @@ class Group:
     def order(self, members: Iterable[Member]) -> list[Member]:
         """Return *members* in the order in which they are offered a request: sick ones last."""
         members = list(members)
-        if self.choose == LEAST_BUSY:
+        if self._nested:
+            members = [
+                member
+                for part, among in self._by_part(members)
+                for member in (among if part is None else part.order(among))
+            ]
+        elif self.choose == LEAST_BUSY:
             members.sort(key=load)
         elif self.choose == WEIGHTED:
             members.sort(key=lambda member: -(member.credit + member.weight))
@@ -157,17 +182,42 @@ class Group:
         """
         if not members or not sick(members[-1]) or not any(map(well, members)):
             return None
-        candidates: list[Member] = []
-        for member in self.members if self.choose == ORDERED else members:
-            if member in members and sick(member):
-                candidates.append(member)
-            elif self.choose == ORDERED and well(member):
-                # Those behind it would not be asked first if they were well.
-                break
-        for member in candidates:
+        for member in self.first_if_well(members)[0]:
             if member.provider.health.breaker.start_spared(by_time=by_time):
                 return member
         return None
+
+    def first_if_well(self, members: Sequence[Member]) -> tuple[list[Member], bool]:
+        """Return the sick ones of *members* that would be asked first if they were well, and
+        whether none of those behind this group would be.
+        """
+        if self.choose != ORDERED:
+            return [member for member in members if sick(member)], any(map(well, members))
+        candidates: list[Member] = []
+        for part, among in self._by_part(self.members):
+            if part is not None:
+                of_part, last = part.first_if_well([each for each in members if each in among])
+                candidates += of_part
+            else:
+                (member,) = among
+                candidates += [member] if member in members and sick(member) else []
+                last = well(member)
+            if last:
+                return candidates, True
+        return candidates, False
+
+    def _by_part(self, members: Sequence[Member]) -> Iterator[tuple[Group | None, list[Member]]]:
+        """Yield *members* by what they have come of, in its order: a group, or None for one that
+        is of this group itself.
+        """
+        left = dict.fromkeys(members)
+        for part in self._parts:
+            among = part.members if isinstance(part, Group) else (part,)
+            here = [member for member in members if member in among and member in left]
+            for member in here:
+                del left[member]
+            if here:
+                yield (part if isinstance(part, Group) else None), here
 
     def started(
         self,
@@ -189,7 +239,15 @@ class Group:
             outcome.start = GroupStart(self.name, chosen.provider.name, home, known, size)
         chosen.starts += 1
         chosen.started_at = self._clock()
-        if self.choose == WEIGHTED:
+        self.count_start(chosen, among)
+
+    def count_start(self, chosen: Member, among: Sequence[Member]) -> None:
+        """Note what the weights owe each member, since *chosen* of *among* has started."""
+        if self._nested:
+            for part, here in self._by_part(among):
+                if part is not None and chosen in here:
+                    part.count_start(chosen, here)
+        elif self.choose == WEIGHTED:
             total = sum(map(attrgetter("weight"), among))
             for member in among:
                 # One that was full, and so was passed over, is not owed more than a round.

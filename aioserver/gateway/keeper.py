@@ -3,7 +3,7 @@
     begin        before any provider is asked
     identified   once the provider's id of the answer is known, if it has one
     keep         before the client knows that the answer is complete
-    cut          instead, when the answer was cancelled
+    cut          instead, when its client has cancelled the answer
     release      whatever happened
 
 A chat keeps its turn of the conversation (prompts.py), a response itself (wing `responses`). Most
@@ -25,7 +25,7 @@ class Keeper(Protocol):
     """What one request continues, and keeps; it is given to `Request` once.
 
     Always: `keep` and `cut` are called once at most, and only one of them; nothing is called after
-    `release`.
+    `release`. Of an answer that has failed, whoever has ended it, nothing is kept.
     """
 
     @property
@@ -51,7 +51,9 @@ class Keeper(Protocol):
         """
 
     def cut(self, stream: Stream) -> Awaitable[None] | None:
-        """Keep what *stream* has of an answer that was cancelled; the log ends as after `keep`."""
+        """Keep what *stream* has of an answer that its client has cancelled; the log ends as after
+        `keep`.
+        """
 
     def release(self) -> None:
         """Forget all of it; a second call does nothing."""

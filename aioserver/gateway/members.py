@@ -65,9 +65,11 @@ class Member(msgspec.Struct, eq=False):
         return not breaker.dead
 
     def takes_more_than(self, other: Member) -> bool:
-        """Return whether it may take a prompt that is too long for *other*."""
+        """Return whether it may take a prompt that is too long for *other*: unless it is known to
+        take no more.
+        """
         if self.max_context is None or other.max_context is None:
-            return self.max_context is None
+            return True
         return self.max_context > other.max_context
 
     @property

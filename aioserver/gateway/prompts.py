@@ -1,7 +1,8 @@
 """Prompts: chats of the WebSocket and SSE faces as requests to a provider.
 
 A chat with a `text` belongs to a conversation: the history so far is sent before the text, and the
-text and its answer are appended to it, as far as the answer came, unless it failed. A chat with
+text and its answer are appended to it, if that is complete, or its client has cancelled it after
+some text; otherwise it has failed. A chat with
 `messages` brings its own history, and none is kept. What the client has written stays as it is: a
 body is joined of its bytes, our defaults, and the history.
 """
@@ -195,7 +196,7 @@ class Prompts:
             kept_bytes=len(chat.text or b""),
             client_headers=chat.client_headers,
             size=len(held[0]) + len(chat.text or b"") + len(options),
-            max_answer=chat.max_answer or route.provider.settings.max_tokens,
+            allowed=(chat.max_answer or route.provider.settings.max_tokens, chat.choices),
             # Written by UsageAttempt, unless the client has written its own.
             usage_options=b"" if streamed and OPTIONS.name not in option_names else None,
         )

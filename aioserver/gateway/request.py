@@ -16,7 +16,7 @@ from aioserver.providers.attempt import Attempt
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.errors import DeadlineExceeded
@@ -32,9 +32,10 @@ class Route(msgspec.Struct, eq=False):
     """The way of a request: the provider that is asked first, and the model.
 
     *model* None stands for the provider's own. The members of *group* are asked, of which
-    *provider* and *model* are the first that can be. *fallbacks* says whether `llm.fallbacks` are
-    asked where it has failed, *pinned* that no other model is asked for: neither a fallback's, nor
-    that of a member with another.
+    *provider* and *model* are the first that can be; *then* are asked next, where it has nobody
+    left, in their order. *fallbacks* says whether `llm.fallbacks` are asked behind all of them,
+    *pinned* that no other model is asked for: neither a fallback's, nor that of a member with
+    another.
     """
 
     provider: Provider
@@ -42,6 +43,7 @@ class Route(msgspec.Struct, eq=False):
     group: Group
     fallbacks: bool = False
     pinned: bool = False
+    then: Sequence[Group] = ()
 
 
 class Request(msgspec.Struct, eq=False):

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aioserver.config.hints import nearest
 from aioserver.config.llm import NO_CONTINUATION
 from aioserver.config.models import PASS
-from aioserver.config.schema import show
+from aioserver.config.schema import quoted
 from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.gateway.affinity import Affinity
 from aioserver.gateway.attempts import Attempts, give_up
@@ -49,9 +49,9 @@ from aioserver.providers.passthrough import PassedRequest
 from aioserver.providers.sinks import end_with_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from aioserver.config import settings
+    from aioserver.auth.callers import Caller
     from aioserver.config.settings import Llm
     from aioserver.gateway.hooks import Hooks
     from aioserver.gateway.request import Request
@@ -60,6 +60,10 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
+
+
+# Names in the message of a refusal.
+MAX_NAMED = 8
 
 
 class Router:
@@ -94,15 +98,16 @@ class Router:
         """
         # All providers that are configured, by name.
         self.providers, self._llm = providers, llm
-        self.groups = {
-            name: self._group(name, configured) for name, configured in llm.models.items()
-        }
+        # For each provider the group of it alone.
+        self._own = {name: Group("", [Member(provider)]) for name, provider in providers.items()}
+        groups: dict[str, Group] = {}
+        self.groups = {name: self._group(llm.aliased(name), groups) for name in llm.models}
+        for name, group in groups.items():
+            group.fallbacks = [self._target(link) for link in llm.chain(name)[1:]]
         # Names that end with `*`, the longest first.
         self._stems = sorted(
             (name[:-1] for name in self.groups if name.endswith("*")), key=len, reverse=True
         )
-        # For each provider the group of it alone.
-        self._own = {name: Group("", [Member(provider)]) for name, provider in providers.items()}
         self._active = self._target(llm.active)
         self._fallbacks = [self._target(name) for name in llm.fallbacks]
         # The active provider, if it is no group and can be asked.
@@ -120,21 +125,27 @@ class Router:
             name for provider in providers.values() for name in provider.settings.pass_headers
         )
 
-    def _group(self, name: str, configured: settings.Group) -> Group:
-        """Return the group *name*, which goes on counting if it is there already."""
-        members = [
-            Member(
-                self.providers[member.provider],
-                member.model,
-                member.weight or 1,
-                member.max_context,
-            )
-            for member in configured.members
-        ]
+    def _group(self, name: str, made: dict[str, Group]) -> Group:
+        """Return the group *name*, which goes on counting if it is there already; *made* has those
+        that are made by the settings of now.
+        """
+        if name in made:
+            return made[name]
+        llm, parts = self._llm, list[Member | Group]()
+        configured = llm.models[name]
+        for entry in configured.members:
+            inner = llm.group_in(entry)
+            if inner is not None:
+                parts.append(self._group(llm.aliased(inner), made))
+                continue
+            provider, weight = self.providers[entry.provider], entry.weight or 1
+            parts.append(Member(provider, entry.model, weight, entry.max_context))
         group = self.groups.get(name)
-        if group is None:
-            return Group(name, members, configured.choose, configured.affinity)
-        group.apply(members, configured.choose, configured.affinity)
+        if group is None or group.name != name:
+            group = Group(name, parts, configured.choose, configured.affinity)
+        else:
+            group.apply(parts, configured.choose, configured.affinity)
+        made[name] = group
         return group
 
     def _target(self, name: str) -> Group:
@@ -155,9 +166,9 @@ class Router:
     @property
     def active(self) -> Provider:
         """The provider that is asked first if a request names none."""
-        members = self._active.members
-        usable = (member for member in members if member.settings.usable)
-        return next(usable, members[0]).provider
+        groups = (self._active, *self._active.fallbacks)
+        usable = (member for group in groups for member in group.members if member.settings.usable)
+        return next(usable, self._active.members[0]).provider
 
     @property
     def active_group(self) -> str | None:
@@ -169,7 +180,7 @@ class Router:
         """The names of those that are asked where the active provider or group fails."""
         return [
             group.name or group.members[0].provider.name
-            for group in self._others(self._active, CHAT)
+            for group in self._others(self._active, CHAT, self._active.fallbacks)
         ]
 
     @property
@@ -177,15 +188,28 @@ class Router:
         """Whether the active provider, or a member of the active group, can be asked."""
         return self.active.settings.usable
 
-    def route(self, model: str | None, provider: str | None = None, *, api: Api = CHAT) -> Route:
+    def route(
+        self,
+        model: str | None,
+        provider: str | None = None,
+        *,
+        caller: Caller,
+        api: Api = CHAT,
+        unread: bool = False,
+    ) -> Route:
         """Return where a request of *api* with this *model* and *provider* goes.
 
+        *unread* says that nobody has read which model it is for, since it is in a body that passes,
+        or the provider chooses: it may be any.
+
         Raises:
-            ModelNotFound: the request names a provider that is not configured, or not usable; or a
-                model that nobody has, where these are refused; or who is named does not speak
-                *api*, or none that may be asked does.
+            ModelNotFound: *caller* may not ask for it; the request names a provider that is not
+                configured, or not usable; or a model that nobody has, where these are refused; or
+                who is named does not speak *api*, or none that may be asked does.
             NoProvider: the request names none, and the active provider is not usable.
         """
+        if caller.models is not None:
+            self._check_allowed(caller, model, provider, unread=unread)
         if provider is not None:
             if (group := self.groups.get(provider)) is not None:
                 return self._to(group, api)
@@ -207,6 +231,37 @@ class Router:
                 f"{self._speaking(api)}"
             )
         return route
+
+    def _check_allowed(
+        self, caller: Caller, model: str | None, provider: str | None, *, unread: bool
+    ) -> None:
+        """Refuse what *caller* may not ask for.
+
+        Raises:
+            ModelNotFound: it may not.
+        """
+        target = self._llm.active if provider is None and (model is None or unread) else provider
+        group = None if target is None else self.groups.get(target)
+        if target is None:
+            names = [model or ""]
+        elif unread:
+            groups = () if group is None else (group, *group.fallbacks)
+            asked = [member.provider.name for each in groups for member in each.members]
+            names = [f"{name}/" for name in dict.fromkeys(asked or [target])]
+        elif group is not None:
+            names = [target]
+        else:
+            known = self.providers.get(target)
+            own = None if known is None else known.settings.model
+            names = [f"{target}/{model or own}"]
+            if model in {None, own}:
+                # The name of a provider stands for its own model.
+                names.insert(0, target)
+        if all(map(caller.may_ask_all, names)) if unread else any(map(caller.may_ask, names)):
+            return
+        refused = f"every model of {names[0]}" if unread else quoted(names[0])
+        allowed = ", ".join((caller.models or ())[:MAX_NAMED])
+        raise ModelNotFound(f"this key may not ask for {refused}: it may ask for {allowed}")
 
     def _by_name(self, model: str, api: Api) -> Route | None:
         """Return where a request of *api* for *model* goes, if that name leads anywhere; otherwise
@@ -233,7 +288,9 @@ class Router:
         if listed is not None and listed.usable(api):
             return self._to(listed, api)
         if self._llm.unknown_models != PASS:
-            raise ModelNotFound(f"no model is named {show(model)}{nearest(model, self._names())}")
+            raise ModelNotFound(
+                f"no model is named {quoted(model)}{nearest(model, self._names())}"
+            )
         return None
 
     def _group_of(self, model: str) -> Group | None:
@@ -254,17 +311,17 @@ class Router:
         """Return the route to *group*.
 
         Raises:
-            ModelNotFound: none of its members can be asked.
+            ModelNotFound: neither its members can be asked, nor its fallbacks.
         """
-        members = group.usable(api)
-        if not members:
-            if any(member.settings.usable for member in group.members):
-                raise ModelNotFound(
-                    f"no provider of {group.name} speaks {api.name}: {self._speaking(api)}"
-                )
-            raise ModelNotFound(f"no provider of {group.name} is usable")
-        first = members[0]
-        return Route(first.provider, first.model, group)
+        for index, each in enumerate((group, *group.fallbacks)):
+            if members := each.usable(api):
+                first, then = members[0], group.fallbacks[index:]
+                return Route(first.provider, first.model, each, then=then)
+        if any(member.settings.usable for member in group.members):
+            raise ModelNotFound(
+                f"no provider of {group.name} speaks {api.name}: {self._speaking(api)}"
+            )
+        raise ModelNotFound(f"no provider of {group.name} is usable")
 
     def _first(self, api: Api) -> Group:
         """Return the first, of the active provider or group and the fallbacks, that speaks *api*.
@@ -274,7 +331,7 @@ class Router:
             NoProvider: the active one does, and is not usable.
         """
         active = self._active
-        if active.usable(api):
+        if active.usable(api) or any(group.usable(api) for group in active.fallbacks):
             return active
         if any(api.speaks(member.settings) for member in active.members):
             raise NoProvider(f"the active provider {self._llm.active} is not usable")
@@ -297,15 +354,27 @@ class Router:
             return f"no provider does, by its setting `{api.setting}`"
         return f"the model may name one that does: {', '.join(names)}"
 
-    def _others(self, first: Group, api: Api) -> list[Group]:
-        """Return the fallbacks that may be asked instead of *first*, in their order: those that
-        speak *api*.
+    def _others(self, first: Group, api: Api, then: Sequence[Group] = ()) -> list[Group]:
+        """Return *then* and the fallbacks that may be asked instead of *first*, in their order:
+        those that speak *api*.
         """
-        return [
-            group
-            for group in self._fallbacks
-            if group is not first and not _same(group, first) and group.usable(api)
-        ]
+        others: list[Group] = []
+        links = [link for group in self._fallbacks for link in (group, *group.fallbacks)]
+        for group in (*then, *links):
+            known = (first, *others)
+            if not any(group is other or _same(group, other) for other in known) and (
+                group.usable(api)
+            ):
+                others.append(group)
+        return others
+
+    def _after(self, route: Route, api: Api) -> list[Group]:
+        """Return the groups that may be asked where that of *route* has nobody left."""
+        if route.pinned:
+            return []
+        if route.fallbacks:
+            return self._others(route.group, api, route.then)
+        return [group for group in route.then if group.usable(api)]
 
     def _pinned(self, name: str, model: str | None) -> Route:
         """Return the route to the provider *name* alone, which is asked for *model*.
@@ -318,7 +387,7 @@ class Router:
             usable = ", ".join(
                 other_name for other_name, other in self.providers.items() if other.settings.usable
             )
-            raise ModelNotFound(f"no usable provider is named {name[:64]!r}; there are: {usable}")
+            raise ModelNotFound(f"no usable provider is named {quoted(name)}; there are: {usable}")
         return Route(provider, model, self._own[name])
 
     async def fill(self, request: Request, stream: Stream) -> None:
@@ -345,7 +414,10 @@ class Router:
             await stream.finished()
         except asyncio.CancelledError:
             stream.close_fast_path()
-            if not (stream.ended or stream.ending):
+            # Nobody but its client has a word about the half of an answer: what a hook has refused
+            # or a deadline has cut is an error, and no turn.
+            own = stream.cancelled_by_client and stream.cancel_reason is None
+            if own and not (stream.ended or stream.ending):
                 kept = keeper.cut(stream)
                 if kept is not None:
                     await kept
@@ -384,9 +456,7 @@ class Router:
         """
         route, api = request.route, request.provider_request.api
         first = route.group
-        groups = [first]
-        if route.fallbacks and not route.pinned:
-            groups += self._others(first, api)
+        groups = [first, *self._after(route, api)]
         alone = len(first.members) == 1
         return [
             (member.provider, route.model if alone and group is first else member.model)
@@ -471,9 +541,9 @@ class Router:
         """
         route = request.route
         groups = [route.group]
-        if self._fallbacks and route.fallbacks and not route.pinned:
+        if route.then or (self._fallbacks and route.fallbacks):
             # A fallback uses its own model.
-            groups += self._others(route.group, request.provider_request.api)
+            groups += self._after(route, request.provider_request.api)
         attempts = Attempts(request, stream, groups, self._affinity, self._random_number)
         return attempts.answer()
 

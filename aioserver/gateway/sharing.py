@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.auth.sessions import Sessions
     from aioserver.config.settings import ClientKey
     from aioserver.limits.gate import Gate
     from aioserver.limits.quota import Quota
@@ -50,9 +51,12 @@ class Sharing(Protocol):
     def ended(self, token: int) -> None:
         """Note that the process of another instance has ended for certain."""
 
-    async def agree_on_pepper(self, own: bytes) -> bytes:
-        """Return the secret of browser sessions on which the instances agree: *own*, if none was
-        there before.
+    async def settled(self) -> None:
+        """Wait until what such instances had is free, for a second at most."""
 
-        Without an answer it is *own*, and a session holds only where it was made.
+    async def agree_on_sessions(self, sessions: Sessions) -> None:
+        """Let *sessions* use the secret on which the instances agree, its own if there was none.
+
+        Without an answer it keeps its own until there is one: a session holds only where it was
+        made.
         """

@@ -6,8 +6,8 @@ provider's bytes, the event that has nothing but the usage is taken out of it (p
 the WebSocket and SSE faces show it.
 
 An engine that refuses `stream_options` is asked once more without, at once and in the same place:
-this is no retry. If it answers that, it is not asked again until a reload, neither here nor over a
-bridge (bridging.py).
+this is no retry. If it answers that, its model is not asked again for five minutes, neither here
+nor over a bridge (bridging.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class UsageAttempt(LearningAttempt):
             options is None
             or OPTIONS.name in self._learnt
             or not (self.provider.settings.stream_usage or request.reading is not None)
-            or OPTIONS.name in self._habits.refused_words
+            or self._habits.refuses(OPTIONS.name, self.asked_model)
         ):
             return body
         try:

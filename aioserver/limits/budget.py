@@ -7,7 +7,9 @@ so that a refusal leaves nothing behind.
     minute   a GCRA (ITU-T I.371) whose unit is a token: a bucket that drains evenly, and holds a
              whole minute's tokens. After a rest a minute's tokens may be used at once; there is no
              edge at which a second burst is free
-    day      a count from 00:00 UTC, which never goes back to an earlier day if the clock does
+    day      a count from 00:00 UTC. If the clock goes back to an earlier day, the count goes on
+             as it was on that day: a clock that was wrong for a moment neither brings a second
+             budget nor takes one away
 
 What a reservation gives back is what the bucket still holds of it, with the oldest tokens drained
 first. Otherwise a long answer that has cost nothing would give back tokens that have drained
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 MINUTE, DAY = 60.0, 86400
 PER_MINUTE, PER_DAY = "tokens_per_minute", "tokens_per_day"
+# Days whose counts are remembered, for a clock that comes back.
+MAX_DAYS = 4
 # Tokens that may be missing by the rounding of sums: a client that comes back after exactly the
 # delay of its refusal is not refused again.
 ROUNDING = 1e-6
@@ -133,65 +137,81 @@ class _Minute:
         )
 
 
-class _Day:
-    """The count of a day.
+class _DayCount:
+    """What is used and reserved on one day, and how much of it is reserved."""
 
-    Always: what was reserved on an earlier day counts no more, however it ends.
+    __slots__ = ("count", "reserved")
+
+    def __init__(self, count: int = 0) -> None:
+        self.count, self.reserved = count, 0
+
+
+class _Day:
+    """The counts of the days that the clock has shown last.
+
+    Always: what was reserved on one day counts on that day alone, however it ends.
     """
 
     def __init__(self, limit: int, wall_clock: Callable[[], float]) -> None:
         self.limit = limit
         self._wall_clock = wall_clock
         # The day by its number, counted from 1970.
-        self.number = int(wall_clock() // DAY)
-        self.count = 0
-        self._reserved = 0
+        self._number = int(wall_clock() // DAY)
+        # By the numbers of the days; the one that was begun last is the last.
+        self._counts = {self._number: _DayCount()}
 
     def _turn(self) -> float:
-        """Begin another day if it has come; return the seconds until the next one."""
+        """Go to the day that it is; return the seconds until the next one."""
         now = self._wall_clock()
         number = int(now // DAY)
-        if number > self.number:
-            self.number = number
-            self.count = self._reserved = 0
-        return (self.number + 1) * DAY - now
+        if number != self._number:
+            if number not in self._counts:
+                # The clock was ahead since we began, and what was used then was used on this day.
+                used = self._today.count if number < self._number else 0
+                self._counts[number] = _DayCount(used)
+                if len(self._counts) > MAX_DAYS:
+                    del self._counts[next(iter(self._counts))]
+            self._number = number
+        return (number + 1) * DAY - now
+
+    @property
+    def _today(self) -> _DayCount:
+        return self._counts[self._number]
 
     def shortage(self, tokens: int) -> Shortage | None:
         """Return what is short for a request of *tokens*, None if it fits."""
-        rest = self._turn()
-        if self.count + min(tokens, self.limit) <= self.limit:
+        rest, used = self._turn(), self._today.count
+        if used + min(tokens, self.limit) <= self.limit:
             return None
-        # A clock that was put back may be days before the next one.
-        return Shortage(PER_DAY, self.limit, self.count, tokens, min(rest, float(DAY)))
+        return Shortage(PER_DAY, self.limit, used, tokens, rest)
 
-    def reserve(self, tokens: int) -> tuple[int, int]:
+    def reserve(self, tokens: int) -> tuple[int, _DayCount]:
         """Return what is reserved, and on which day."""
         self._turn()
-        tokens = min(tokens, self.limit)
-        self.count += tokens
-        self._reserved += tokens
-        return tokens, self.number
+        tokens, today = min(tokens, self.limit), self._today
+        today.count += tokens
+        today.reserved += tokens
+        return tokens, today
 
-    def settle(self, reserved: tuple[int, int], tokens: int) -> None:
-        self._turn()
-        estimate, number = reserved
-        if number == self.number:
-            self._reserved -= estimate
-            self.count += tokens - estimate
+    def settle(self, reserved: tuple[int, _DayCount], tokens: int) -> None:
+        """Let a request that has *reserved* so much have cost so many *tokens*."""
+        estimate, day = reserved
+        day.reserved -= estimate
+        day.count += tokens - estimate
 
     def begin(self, used: int) -> None:
         """Count at least *used* tokens of today."""
         self._turn()
-        self.count = max(self.count, used)
+        self._today.count = max(self._today.count, used)
 
     def state(self) -> BudgetState:
-        rest = self._turn()
+        rest, today = self._turn(), self._today
         return BudgetState(
             self.limit,
-            self.count - self._reserved,
-            self._reserved,
-            max(0, self.limit - self.count),
-            min(rest, float(DAY)) if self.count else 0.0,
+            today.count - today.reserved,
+            today.reserved,
+            max(0, self.limit - today.count),
+            rest if today.count else 0.0,
         )
 
 
@@ -204,7 +224,7 @@ class Reservation:
         self.tokens = tokens
         self._budget: Budget | None = budget
         self._minute: tuple[_Minute, _Slot] | None = None
-        self._day: tuple[_Day, tuple[int, int]] | None = None
+        self._day: tuple[_Day, tuple[int, _DayCount]] | None = None
 
     def take(self, minute: _Minute | None, day: _Day | None) -> None:
         """Reserve its tokens in these budgets."""

@@ -170,11 +170,15 @@ class Guard:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        task, late = self._task, self._error
+        # A task that ends with an error keeps its traceback, which leads here: what stood here
+        # would hold the task in turn, and with it all that the request has.
+        del self._task, self._error, _traceback
         error: DeadlineExceeded | None = None
-        if self._error is not None:
-            others = self._task.uncancel() > self._cancelling
+        if late is not None:
+            others = task.uncancel() > self._cancelling
             if kind is asyncio.CancelledError and not others:
-                error = self._error
+                error = late
         if isinstance(exc, DeadlineExceeded):
             error = exc
         elif isinstance(exc, AioserverError):
@@ -182,8 +186,12 @@ class Guard:
         if error is None:
             return
         self._count(error)
-        if error is not exc:
+        if error is exc:
+            return
+        try:
             raise error from None
+        finally:
+            del task, late, error, exc
 
     def _watch(self) -> None:
         if (moment := self._deadline.next) < inf:

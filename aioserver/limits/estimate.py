@@ -4,34 +4,60 @@ learned from what providers report.
 There is no tokenizer: it would be wrong for most engines, and each estimate is corrected at the
 end. What is learned are exponential moving averages, in which the newest value weighs an eighth:
 
-    of each provider and model     tokens of the prompt for each byte of the request, all of them,
-                                   and those that a cache holds; tokens for each event of a stream
-    of each caller and model       tokens of an answer
+    of each caller, provider and model   tokens of the prompt for each byte of the request, all of
+                                         them, and those that a cache holds; tokens for each event
+                                         of a stream
+    of each caller and model             tokens of an answer, and by how many these are more than
+                                         the request has allowed
+
+What a caller's requests have taught is its own. For another one that has taught nothing it is one
+voice of several, whose median counts: a caller whose bodies are white space moves nobody else's
+estimates. Whatever is taught, a byte costs a sixteenth of a token at least, and one at most.
+
+An answer may have as many tokens as its request allows, for each of the choices that it asks for;
+or as the caller's answers have on average, where these are fewer, or are more than what was
+allowed: some engines do not know the bound. An answer that its bound has cut says only that it
+would have been longer.
 
 The fair queues, the budgets of keys and the pace of providers ask one object.
 """
 
 from __future__ import annotations
 
+from itertools import islice
+from typing import TYPE_CHECKING
+
 import msgspec
+
+from aioserver.limits.shares import Bounded
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 # The weight of the newest value in an average is the inverse of this.
 SMOOTHING = 8
 # Tokens for each byte of a request, before any were reported.
 TOKENS_PER_BYTE = 0.25
+# The bounds of what is learned of that: a body may have white space that costs next to nothing, or
+# the address of a picture.
+LEAST_PER_BYTE, MOST_PER_BYTE = 1 / 16, 1.0
 # Tokens of an answer, before any were reported: what the request itself bounds, but no more than
 # the second; and without a bound. The first burst of a new key must not be underestimated, and a
 # bound that a client always sends says little.
 UNBOUNDED, LARGEST_FIRST = 1000, 4096
-# Tokens of a prompt at most: a body with a picture has far fewer than its bytes say.
-MAX_INPUT = 128_000
+# Tokens of a prompt at most: a body with a picture has far fewer than its bytes say. And of an
+# answer, whatever a request allows.
+MAX_INPUT, MAX_ANSWER = 128_000, 1 << 40
 # The units of work of a request whose tokens nobody knows.
 UNKNOWN_WORK = 1000
 # What a token of an answer costs more than one of a prompt. Sheng et al., "Fairness in Serving
 # Large Language Models", OSDI 2024.
 OUTPUT_FACTOR = 2
-# Pairs of which averages are kept; the least recently used ones go.
+# What is known of callers, of which averages are kept; the one that is known best forgets what was
+# taught least recently.
 MAX_PAIRS = 1000
+# Voices that are heard of one provider and model: those that have spoken last.
+MAX_VOICES = 15
 # Bytes of a body that is looked through for pictures: its search takes some 50 µs.
 MAX_SEARCHED = 1 << 18
 
@@ -57,12 +83,45 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Ratios:
-    """The averages of one provider and model: tokens for each byte, and for each event."""
+    """The averages of one caller, provider and model: tokens for each byte, and for each event."""
 
     __slots__ = ("cached", "event", "prompt")
 
+    def __init__(
+        self, prompt: float = TOKENS_PER_BYTE, cached: float = 0.0, event: float = 1.0
+    ) -> None:
+        self.prompt, self.cached, self.event = prompt, cached, event
+
+
+class _Answers:
+    """The averages of one caller and model: tokens of an answer, for each choice, None before there
+    were any; and how many of them are more than its request has allowed.
+    """
+
+    __slots__ = ("excess", "tokens")
+
     def __init__(self) -> None:
-        self.prompt, self.cached, self.event = TOKENS_PER_BYTE, 0.0, 1.0
+        self.tokens: float | None = None
+        self.excess = 0.0
+
+    def learn(self, tokens: float, bound: int | None) -> None:
+        if bound is not None:
+            over = max(0.0, tokens - bound)
+            self.excess = over if self.tokens is None else _moved(self.excess, over)
+            if tokens == bound and (self.tokens is None or tokens < self.tokens):
+                # It was cut.
+                return
+        self.tokens = tokens if self.tokens is None else _moved(self.tokens, tokens)
+
+    def expected(self, bound: int | None) -> float:
+        """Return the tokens of an answer, for each choice, of a request that allows *bound*."""
+        if self.tokens is None:
+            return UNBOUNDED if bound is None else min(bound, LARGEST_FIRST)
+        return self.tokens if bound is None else min(bound + self.excess, self.tokens)
+
+
+def _moved(average: float, newest: float) -> float:
+    return average + (newest - average) / SMOOTHING
 
 
 def text_bytes(body: bytes) -> int:
@@ -77,43 +136,64 @@ def text_bytes(body: bytes) -> int:
 class Estimates:
     """The knowledge of the tokens of requests, for all providers, models and callers.
 
-    Always: at most MAX_PAIRS pairs of provider and model, and as many of caller and model, are
-    known.
+    Always: at most MAX_PAIRS triples of caller, provider and model, and as many pairs of caller and
+    model, are known. The voices of a provider and model are among the former.
     """
 
     def __init__(self) -> None:
-        # The pair that was learned last is the last in each.
-        self._ratios: dict[tuple[str, str], _Ratios] = {}
-        self._answers: dict[tuple[str, str], float] = {}
+        self._ratios: Bounded[str, tuple[str, str], _Ratios] = Bounded(MAX_PAIRS)
+        self._answers: Bounded[str, str, _Answers] = Bounded(MAX_PAIRS)
+        # Who has taught anything of each provider and model; who has last is the last.
+        self._voices: dict[tuple[str, str], dict[str, _Ratios]] = {}
 
     def before(
-        self, provider: str, model: str, caller: str, size: int, bound: int | None = None
+        self,
+        provider: str,
+        model: str,
+        caller: str,
+        size: int,
+        bound: int | None = None,
+        choices: int = 1,
     ) -> Estimate:
         """Return what a request of *caller* will cost, of which *size* bytes are known, and whose
-        answer has at most *bound* tokens by its own word.
+        answer has so many *choices*, each with at most *bound* tokens by its own word.
         """
-        ratios = self._ratios.get((provider, model)) or _START
-        answer = self._answers.get((caller, model))
-        if answer is None:
-            answer = UNBOUNDED if bound is None else min(bound, LARGEST_FIRST)
-        elif bound is not None:
-            answer = min(bound, answer)
+        ratios = self._known(provider, model, caller)
+        known = self._answers.of(caller).get(model, _NO_ANSWERS)
+        answer = min(known.expected(bound) * choices, MAX_ANSWER)
         prompt = round(size * ratios.prompt)
         uncached = round(size * (ratios.prompt - ratios.cached))
         if prompt > MAX_INPUT:
             prompt, uncached = MAX_INPUT, min(uncached, MAX_INPUT)
         return Estimate(prompt, uncached, round(answer))
 
-    def tokens_per_byte(self, provider: str, model: str) -> float:
-        """Return the tokens of a prompt for each byte of a request."""
-        return (self._ratios.get((provider, model)) or _START).prompt
+    def _known(self, provider: str, model: str, caller: str) -> _Ratios:
+        """Return what is known for *caller*: what it has taught itself, or what most say."""
+        pair = provider, model
+        voices = self._voices.get(pair)
+        if voices is None:
+            return _START
+        own = voices.get(caller)
+        if own is not None:
+            return own
+        return _median([_START, *islice(reversed(voices.values()), MAX_VOICES)])
 
-    def unreported(self, provider: str, model: str, estimate: Estimate, events: int) -> Estimate:
-        """Return what a request of this *estimate* has cost whose answer had so many *events*, and
-        reported no usage.
+    def tokens_per_byte(self, provider: str, model: str, caller: str | None) -> float:
+        """Return the tokens of a prompt for each byte of a request of *caller*; None: of those that
+        have taught any.
         """
-        ratios = self._ratios.get((provider, model)) or _START
-        answer = max(1, round(events * ratios.event))
+        if caller is not None:
+            return self._known(provider, model, caller).prompt
+        voices = self._voices.get((provider, model))
+        return TOKENS_PER_BYTE if voices is None else _median(voices.values()).prompt
+
+    def unreported(
+        self, provider: str, model: str, caller: str, estimate: Estimate, events: int
+    ) -> Estimate:
+        """Return what a request of *caller* with this *estimate* has cost whose answer had so many
+        *events*, and reported no usage.
+        """
+        answer = max(1, round(events * self._known(provider, model, caller).event))
         return Estimate(estimate.prompt, estimate.uncached, answer)
 
     def learn(
@@ -126,35 +206,67 @@ class Estimates:
         cached: int,
         answer: int | None = None,
         events: int = 0,
+        bound: int | None = None,
+        choices: int = 1,
     ) -> None:
         """Learn that the provider has counted *prompt* tokens in a request of *size* bytes of text,
         0 if that is not known, of which it had *cached* so many; and *answer* tokens in the answer
         to *caller*, which had so many *events*, or was not streamed. None: all of that answer did
-        not come.
+        not come. *bound*, *choices*: as the request asked for them.
         """
-        pair = provider, model
-        # A pair that is taken out and put back is the newest then.
-        ratios = self._ratios.pop(pair, None)
-        if ratios is None:
-            ratios = _Ratios()
-            if len(self._ratios) >= MAX_PAIRS:
-                del self._ratios[next(iter(self._ratios))]
-        self._ratios[pair] = ratios
+        ratios = self._taught(provider, model, caller)
         if size:
-            ratios.prompt += (prompt / size - ratios.prompt) / SMOOTHING
+            per_byte = min(MOST_PER_BYTE, max(LEAST_PER_BYTE, prompt / size))
+            ratios.prompt = _moved(ratios.prompt, per_byte)
             if cached or ratios.cached:
-                ratios.cached += (cached / size - ratios.cached) / SMOOTHING
+                ratios.cached = _moved(ratios.cached, min(cached / size, per_byte))
         if answer is None:
             return
         if events > 0:
-            ratios.event += (answer / events - ratios.event) / SMOOTHING
-        pair = caller, model
-        average = self._answers.pop(pair, None)
-        if average is None:
-            average = float(answer)
-            if len(self._answers) >= MAX_PAIRS:
-                del self._answers[next(iter(self._answers))]
-        self._answers[pair] = average + (answer - average) / SMOOTHING
+            ratios.event = _moved(ratios.event, answer / events)
+        answers = self._answers.used(caller, model)
+        if answers is None:
+            answers = _Answers()
+            self._answers.make_room()
+            self._answers.put(caller, model, answers)
+        answers.learn(answer / choices, bound)
+
+    def _taught(self, provider: str, model: str, caller: str) -> _Ratios:
+        """Return the averages of *caller*, as those that are used last."""
+        pair = provider, model
+        ratios = self._ratios.used(caller, pair)
+        if ratios is not None:
+            voices = self._voices[pair]
+            del voices[caller]
+            voices[caller] = ratios
+            return ratios
+        known = self._known(provider, model, caller)
+        ratios = _Ratios(known.prompt, known.cached, known.event)
+        for owner, other in self._ratios.make_room():
+            del self._voices[other][owner]
+            if not self._voices[other]:
+                del self._voices[other]
+        self._ratios.put(caller, pair, ratios)
+        self._voices.setdefault(pair, {})[caller] = ratios
+        return ratios
+
+
+def _median(voices: Collection[_Ratios]) -> _Ratios:
+    """Return what most of *voices* say."""
+    return _Ratios(
+        _middle([each.prompt for each in voices]),
+        _middle([each.cached for each in voices]),
+        _middle([each.event for each in voices]),
+    )
+
+
+def _middle(values: list[float]) -> float:
+    """Return the median of *values*; of two that are in the middle, the one nearer to the first."""
+    first = values[0]
+    values.sort()
+    middle = values[(len(values) - 1) // 2 : len(values) // 2 + 1]
+    return min(middle, key=lambda value: abs(value - first))
 
 
 _START = _Ratios()
+_NO_ANSWERS = _Answers()

@@ -382,7 +382,7 @@ class Gate:
         weight: int = 1,
         on_position: Callable[[int, float], None] | None = None,
         waited: float = 0.0,
-        at_front: bool = False,
+        came: float | None = None,
         may_fail_over: bool = False,
         rejoin: bool = False,
         goes_on: bool = False,
@@ -399,8 +399,9 @@ class Gate:
         as long.
         *on_position* is called with `(position, eta in seconds)` when the wait begins, and again
         each second if they have changed. The seconds that the request has *waited* before are a
-        part of its `queue_timeout`. A request that has waited before is put *at_front* of its
-        caller's other requests. `refuse_late` may also refuse a request that *may_fail_over* to
+        part of its `queue_timeout`. A request that comes back, and *came* first at that time of any
+        clock, is put in front of its caller's other requests, behind those that came before it.
+        `refuse_late` may also refuse a request that *may_fail_over* to
         another gate. A request that was in the queue before may *rejoin* it, though it is full.
         One that *goes_on* with an answer that has begun may also enter while the gate closes.
         *cost* counts for the pace. A request that cannot start *within* so many seconds, by the
@@ -416,7 +417,7 @@ class Gate:
         try:
             room = rejoin or self.room_for(batch=batch) > 0
             seconds = self.time_left(waited, room=room, batch=batch, goes_on=goes_on)
-            self.check_pace(min(seconds, within), caller, flow, batch=batch, at_front=at_front)
+            self.check_pace(min(seconds, within), caller, flow, batch=batch, came=came)
         except AioserverError:
             self.count_refusal()
             raise
@@ -435,13 +436,13 @@ class Gate:
             rejoined=rejoin,
             goes_on=goes_on,
         )
-        self._add(waiter, weight, at_front=at_front)
-        waiting = self._wait(waiter, seconds, at_front=at_front)
+        self._add(waiter, weight, came=came)
+        waiting = self._wait(waiter, seconds, came=came)
         # A refusal is in the waiter's future, and its traceback leads to this frame.
         del waiter
         return await waiting
 
-    def _add(self, waiter: Waiter[Place], weight: int, *, at_front: bool) -> None:
+    def _add(self, waiter: Waiter[Place], weight: int, *, came: float | None) -> None:
         queue = self._queue
         if self._early:
             self._charge_early()
@@ -450,7 +451,7 @@ class Gate:
             if not queue.size:
                 # Nothing is lent to those who do not wait.
                 self._credit = 0
-        queue.add(waiter, waiter.caller, waiter.flow, weight, waiter.work, at_front=at_front)
+        queue.add(waiter, waiter.caller, waiter.flow, weight, waiter.work, came=came)
 
     def _charge_early(self) -> None:
         """Charge those that have started without a wait, in their order, since somebody waits."""
@@ -485,7 +486,13 @@ class Gate:
         return seconds
 
     def check_pace(
-        self, seconds: float, caller: Hashable, flow: Hashable, *, batch: bool, at_front: bool
+        self,
+        seconds: float,
+        caller: Hashable,
+        flow: Hashable,
+        *,
+        batch: bool,
+        came: float | None,
     ) -> None:
         """Refuse a request that the pace alone lets start after more than *seconds*.
 
@@ -496,16 +503,16 @@ class Gate:
             return
         queue = self._batch if batch else self._queue
         number = queue.count(caller, flow) + 1
-        own = queue.position(caller, flow, number, at_front=at_front)
+        own = queue.position(caller, flow, number, came=came)
         position = self._position(own, batch=batch)
         if (delay := self._pace.delay(position - 1)) > seconds:
             raise self._pace_error(delay)
 
-    def stand(self, waiter: Waiter[Place], weight: int, *, at_front: bool) -> None:
+    def stand(self, waiter: Waiter[Place], weight: int, *, came: float | None = None) -> None:
         """Let *waiter*, which stands in the queues of other gates as well, wait here: `serve` is
         next. lines.py is the other half of this.
         """
-        self._add(waiter, weight, at_front=at_front)
+        self._add(waiter, weight, came=came)
         self._count_elsewhere(waiter, 1 - waiter.share)
 
     def share_out(self, waiter: Waiter[Place], share: Fraction) -> None:
@@ -546,13 +553,13 @@ class Gate:
     def _too_long(self, *, batch: bool) -> AioserverError:  # noqa: ARG002 - its words may differ
         return self._timeout_error(self.retry_after())
 
-    async def _wait(self, waiter: Waiter[Place], seconds: float, *, at_front: bool) -> Place:
+    async def _wait(self, waiter: Waiter[Place], seconds: float, *, came: float | None) -> Place:
         place = waiter.place
         try:
             # Sets the timer of the pace if only the pace keeps the waiter from starting.
             self.serve()
             if waiter.on_position is not None and not place.done():
-                self.report_first(waiter, at_front=at_front)
+                self.report_first(waiter, came=came)
             async with asyncio.timeout(seconds):
                 return await place
         except BaseException as exc:
@@ -605,7 +612,7 @@ class Gate:
             self._start_timer.cancel()
         for waiter in going_on:
             # Nobody else waits whose weight would matter.
-            self._add(waiter, 1, at_front=True)
+            self._add(waiter, 1, came=waiter.arrived)
         if going_on:
             self.serve()
 
@@ -804,12 +811,12 @@ class Gate:
             wait = max(wait, batch_position * self._batch_interval)
         return wait if self._pace is None else max(wait, self._pace.delay(position - 1))
 
-    def report_first(self, waiter: Waiter[Place], *, at_front: bool) -> None:
+    def report_first(self, waiter: Waiter[Place], *, came: float | None) -> None:
         """Report the position of a new *waiter*, and start the reports to all."""
         caller, flow, batch = waiter.caller, waiter.flow, waiter.batch
         queue = self._batch if batch else self._queue
-        number = 1 if at_front else queue.count(caller, flow)
-        own = queue.position(caller, flow, number, at_front=at_front)
+        number = queue.count(caller, flow)
+        own = queue.position(caller, flow, number, came=came)
         position = self._position(own, batch=batch)
         waiter.report(position, self._eta(position, own if batch else 0))
         if self._position_timer is None:

@@ -367,7 +367,7 @@ class KeyQueue:
         except AioserverError as error:
             turn.refuse(error)
         else:
-            self._queue.add(turn, turn.flow, None, work=turn.work, at_front=True)
+            self._queue.add(turn, turn.flow, None, work=turn.work, came=-inf)
 
     def _refuse_late(self, turn: Turn) -> None:
         error = self._late(turn)

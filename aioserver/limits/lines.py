@@ -17,7 +17,7 @@ from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.errors import AioserverError
-from aioserver.limits.gate import Place, Waiter
+from aioserver.limits.gate import POSITION_INTERVAL, Place, Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -70,9 +70,10 @@ class Lines:
     """A request of *caller* and *flow* that waits for the first of several places.
 
     Always: it stands in no line once `wait` has returned; it is handed one place at most.
-    *weight*, *on_position*, *at_front*, *batch* and *within* are as for `Gate.enter`. The position
+    *weight*, *on_position*, *came*, *batch* and *within* are as for `Gate.enter`. The position
     that is told is the smallest, and the time until the start that of lines which serve the
-    request side by side.
+    request side by side: first when all of these are joined, and then once in POSITION_INTERVAL
+    at most, however many lines have changed.
     """
 
     def __init__(
@@ -82,14 +83,14 @@ class Lines:
         *,
         weight: int = 1,
         on_position: Callable[[int, float], None] | None = None,
-        at_front: bool = False,
+        came: float | None = None,
         batch: bool = False,
         within: float = inf,
     ) -> None:
         self._batch = batch
         self._caller, self._flow, self._weight = caller, flow, weight
         self._on_position = on_position
-        self._at_front = at_front
+        self._came = came
         self._loop = asyncio.get_running_loop()
         self._until = self._loop.time() + within
         self._place: asyncio.Future[Place] = self._loop.create_future()
@@ -99,6 +100,10 @@ class Lines:
         # Whether `wait` has ended.
         self._over = False
         self._reported: tuple[int, float] | None = None
+        # Whether it stands in all lines that it wanted at once; and until when nothing is told:
+        # all lines tell their changes, each at a time of its own.
+        self._joined = False
+        self._quiet: asyncio.TimerHandle | None = None
 
     async def wait(self, wishes: Sequence[Wish]) -> tuple[Wish, Place]:
         """Wait for the first place; return it, and the wish that it fulfils. Cancelling is safe.
@@ -119,6 +124,8 @@ class Lines:
             self._over = True
             for timer in self._coming:
                 timer.cancel()
+            if self._quiet is not None:
+                self._quiet.cancel()
             for standing in list(self._standing):
                 self._leave(standing)
             if self._winner is not None:
@@ -169,7 +176,7 @@ class Lines:
             self._caller,
             self._flow,
             batch=batch,
-            at_front=self._at_front,
+            came=self._came,
         )
         return seconds
 
@@ -197,6 +204,8 @@ class Lines:
         self._share_out()
         for standing in list(self._standing):
             self._serve(standing)
+        self._joined = True
+        self.report()
 
     def _stand_later(self, wish: Wish, seconds: float) -> None:
         def come() -> None:
@@ -225,7 +234,7 @@ class Lines:
         )
         standing.lines, standing.gate, standing.wish = self, gate, wish
         standing.at = 0, 0.0
-        gate.stand(standing, self._weight, at_front=self._at_front)
+        gate.stand(standing, self._weight, came=self._came)
         self._standing.append(standing)
         too_long = functools.partial(gate.timeout, batch=self._batch)
         standing.timer = self._loop.call_later(seconds, self.refused, standing, too_long)
@@ -243,7 +252,7 @@ class Lines:
             return
         standing.gate.serve()
         if self._on_position is not None and standing in self._standing:
-            standing.gate.report_first(standing, at_front=self._at_front)
+            standing.gate.report_first(standing, came=self._came)
 
     def _leave(self, standing: _Standing) -> None:
         standing.timer.cancel()
@@ -271,8 +280,14 @@ class Lines:
         self._place.set_exception(error())
         return True
 
+    def _report_again(self) -> None:
+        self._quiet = None
+        self.report()
+
     def report(self) -> None:
-        """Tell the best position, and the seconds until the start."""
+        """Tell the best position, and the seconds until the start, if nothing was told lately."""
+        if self._quiet is not None or not self._joined or self._place.done():
+            return
         known = [standing.at for standing in self._standing if standing.at[0]]
         if self._on_position is None or not known:
             return
@@ -281,4 +296,5 @@ class Lines:
         told = min(position for position, _ in known), eta
         if told != self._reported:
             self._reported = told
+            self._quiet = self._loop.call_later(POSITION_INTERVAL, self._report_again)
             self._on_position(*told)

@@ -241,7 +241,7 @@ class Lending:
         first.lending, first.loan = self, self._returning[0]
         first.place.add_done_callback(first.failed)
         self._first = first
-        self._gate.stand(first, 1, at_front=True)
+        self._gate.stand(first, 1, came=now)
         self._count()
 
     def _count(self) -> None:

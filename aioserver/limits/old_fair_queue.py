@@ -44,6 +44,7 @@ has no remainder for the weights 1 to 10.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from heapq import heapify, heappop, heappush, heapreplace, nlargest
 from itertools import islice
@@ -108,14 +109,29 @@ class _Flow(_Counter, Generic[T]):
 
 
 class _Caller(_Counter, Generic[T]):
-    """A caller: the items at its *front*, each with its flow and work, and its flows."""
+    """A caller: the items at its *front*, each with its flow and work, and its flows.
 
-    __slots__ = ("flows", "front")
+    The first of the front is the one that came first, as *times* has them.
+    """
+
+    __slots__ = ("flows", "front", "times")
 
     def __init__(self, tag: int, length: int) -> None:
         super().__init__(tag, length)
-        self.front: OrderedDict[T, tuple[Hashable, int]] = OrderedDict()
+        self.front: dict[T, tuple[Hashable, int, tuple[float, int]]] = {}
+        self.times: list[tuple[tuple[float, int], T]] = []
         self.flows: _Turns[_Flow[T]] = _Turns(_Flow)
+
+    def put_in_front(self, item: T, flow: Hashable, work: int, came: tuple[float, int]) -> None:
+        """Let *item* stand at the front, behind those that *came* before it."""
+        self.front[item] = flow, work, came
+        insort(self.times, (came, item), key=_time)
+
+    def take_from_front(self, item: T) -> tuple[Hashable, int]:
+        """Let *item* stand at the front no more; return its flow and work."""
+        flow, work, came = self.front.pop(item)
+        del self.times[bisect_left(self.times, came, key=_time)]
+        return flow, work
 
     def rest(self) -> None:
         """Forget what its flows have started, since nothing of it waits or runs: none of them is
@@ -132,10 +148,15 @@ class _Caller(_Counter, Generic[T]):
     def order(self) -> Iterator[tuple[T, int]]:
         """Iterate over its items in their order, each with its work."""
         ahead: dict[Hashable, int] = {}
-        for item, (flow, work) in self.front.items():
+        for _, item in self.times:
+            flow, work, _ = self.front[item]
             ahead[flow] = ahead.get(flow, 0) + work * LENGTH
             yield item, work
         yield from self.flows.order(lambda flow: iter(flow.items.items()), ahead)
+
+
+def _time(place: tuple[tuple[float, int], object]) -> tuple[float, int]:
+    return place[0]
 
 
 C = TypeVar("C", bound=_Counter)
@@ -356,6 +377,8 @@ class FairQueue(Generic[T]):
         self.callers: _Turns[_Caller[T]] = _Turns(_Caller)
         self.size = 0
         self.work = 0
+        # How many items have been put at a front: of two that came at once the first is first.
+        self._fronts = 0
 
     def __len__(self) -> int:
         return self.size
@@ -368,16 +391,17 @@ class FairQueue(Generic[T]):
         weight: int = 1,
         work: int = 1,
         *,
-        at_front: bool = False,
+        came: float | None = None,
     ) -> None:
-        """Add *item* as the last of its flow, or *at_front* of all items of its caller.
+        """Add *item* as the last of its flow; or, if it *came* then, and comes back, in front of
+        its caller's other items, among which the one that came first is first.
 
         It is estimated to cost so much *work*, 1 at least.
         """
         entry = self.callers.active(caller, LENGTH // weight)
-        if at_front:
-            entry.front[item] = flow, work
-            entry.front.move_to_end(item, last=False)
+        if came is not None:
+            self._fronts += 1
+            entry.put_in_front(item, flow, work, (came, self._fronts))
         else:
             line = entry.flows.active(flow)
             line.items[item] = work
@@ -420,7 +444,8 @@ class FairQueue(Generic[T]):
         entry = callers.first()
         flows = entry.flows
         if entry.front:
-            item, (flow, work) = entry.front.popitem(last=False)
+            item = entry.times[0][1]
+            flow, work = entry.take_from_front(item)
             line = flows.active(flow)
             flows.start_early(line, work)
         else:
@@ -440,10 +465,10 @@ class FairQueue(Generic[T]):
         while self.size:
             entry = self.callers.first()
             if entry.front:
-                item = next(iter(entry.front))
+                item = entry.times[0][1]
                 if not gone(item):
                     return item
-                _, work = entry.front.popitem(last=False)[1]
+                _, work = entry.take_from_front(item)
             else:
                 line = entry.flows.first()
                 item = next(iter(line.items))
@@ -460,7 +485,7 @@ class FairQueue(Generic[T]):
         if entry is None:
             return False
         if item in entry.front:
-            _, work = entry.front.pop(item)
+            _, work = entry.take_from_front(item)
         else:
             line = entry.flows.counters.get(flow)
             if line is None or item not in line.items:
@@ -475,6 +500,7 @@ class FairQueue(Generic[T]):
         self.callers.clear()
         for entry in self.callers.counters.values():
             entry.front.clear()
+            entry.times.clear()
             entry.flows.clear()
             for line in entry.flows.counters.values():
                 line.items.clear()
@@ -505,18 +531,20 @@ class FairQueue(Generic[T]):
         flow: Hashable,
         number: int,
         *,
-        at_front: bool = False,
+        came: float | None = None,
     ) -> int:
-        """Estimate the position in the queue of the *number*-th item of *flow*, or of the first
-        one *at_front*; 1 is served next. O(callers).
+        """Estimate the position in the queue of the *number*-th item of *flow*, or of the one at
+        the front that *came* then; 1 is served next. O(callers).
 
         It is true where all items of each caller and flow cost the same. The item need not be in
-        the queue yet: its position is then the one that `add` would give it with the same *at_front*.
+        the queue yet: its position is then the one that `add` would give it with the same *came*.
         """
         callers = self.callers
         entry = callers.counters.get(caller)
         own = 1
-        if entry is not None and not at_front:
+        if entry is not None and came is not None:
+            own += bisect_left(entry.times, (came, 0), key=_time)
+        elif entry is not None:
             own = len(entry.front) + entry.flows.position(entry.flows.counters.get(flow), number)
         return callers.position(entry, own)
 

@@ -22,7 +22,7 @@ import asyncio
 import time
 from contextlib import asynccontextmanager
 from math import ceil, inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -79,8 +79,8 @@ class Quota:
         self.limit = max_concurrent
         self._per_minute = requests_per_minute
         self._rate = Gcra(*minute(requests_per_minute), clock)
-        # The tasks that are bound to the key, and whether they need an admin key.
-        self._held: dict[asyncio.Task[object], bool] = {}
+        # The tasks that are bound to the key, and the watcher of those that need an admin key.
+        self._held: dict[asyncio.Task[object], object | None] = {}
         # The cancelled ones among them, and the error that each of those raises instead.
         self._denials: dict[asyncio.Task[object], Denied] = {}
 
@@ -359,16 +359,16 @@ class Quota:
         finally:
             turn.end()
 
-    def held(self, *, admin: bool = False) -> Held:
+    def held(self, *, watcher: object | None = None) -> Held:
         """Bind this task to the key: a revocation cancels what it does inside the `with`.
 
-        If the task needs an *admin* key, it is also cancelled when the key is demoted. The end of
-        the `with` raises `InvalidApiKey` where the key was revoked meanwhile, and
-        `PermissionDenied` where it was demoted.
+        If the task needs an admin key, it works for a *watcher*, and is also cancelled when the
+        key is demoted, or `end_watchers` says so. The end of the `with` raises `InvalidApiKey`
+        where the key was revoked meanwhile, and `PermissionDenied` where it was demoted.
         """
         task = asyncio.current_task()
         assert task is not None
-        return Held(self, task, admin)
+        return Held(self, task, watcher)
 
     def revoke(self) -> None:
         """Cancel every task that is bound to the key, and refuse every new answer."""
@@ -379,9 +379,15 @@ class Quota:
 
     def demote(self) -> None:
         """Cancel the tasks that need an admin key, since the key is no longer one."""
-        for task, admin in self._held.items():
-            if admin:
+        for task, watcher in self._held.items():
+            if watcher is not None:
                 self._cancel(task, PermissionDenied("this key is no longer an admin key"))
+
+    def end_watchers(self, revoked: Callable[[Any], bool]) -> None:
+        """Cancel the tasks that work for a watcher who is *revoked*, as if the key were."""
+        for task, watcher in self._held.items():
+            if watcher is not None and revoked(watcher):
+                self._cancel(task, InvalidApiKey(REVOKED))
 
     def _cancel(self, task: asyncio.Task[object], denial: Denied) -> None:
         if task not in self._denials:
@@ -394,10 +400,10 @@ class Held(msgspec.Struct, eq=False):
 
     quota: Quota
     task: asyncio.Task[object]
-    admin: bool
+    watcher: object | None
 
     def __enter__(self) -> None:
-        self.quota._held[self.task] = self.admin
+        self.quota._held[self.task] = self.watcher
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         quota, task = self.quota, self.task

@@ -1,6 +1,6 @@
 """Incidents: what has happened that an operator should know, found in the difference of two ticks.
 
-Everything that is counted is gathered: the first incident is reported at once, and after it a
+Everything that is counted is gathered, and told in the past, since it may be over: the first incident is reported at once, and after it a
 quiet time begins, in which numbers are added up for the next incident of the same kind, detail and
 provider. A trouble of a provider, or of a section, is an incident when it begins and when it ends;
 a trouble that comes back in its quiet time is reported after that, if it still lasts. So is a
@@ -35,6 +35,7 @@ from aioserver.monitoring.troubles import (
     OF_A_BUG,
     OF_A_REFUSED_KEY,
     OF_FAULTS,
+    PAST_FAULTS,
     SILENT,
     count,
     met_a_bug,
@@ -72,7 +73,7 @@ TEXTS = {
     "rejections": "{rejected} in {span}: {detail}",
     "auth": "{denied}: a missing or wrong key, or a host or origin not allowed",
     "slow_client": "slow clients dropped, which did not read what was sent: {number}",
-    "provider_auth": "{provider} refuses our key, or its quota is used up ({number})",
+    "provider_auth": "{provider} refused our key, or its quota was used up ({number})",
     "provider_faults": "{provider} {detail}: {attempts} failed in {span}",
     "bug": "{bugs}: {detail}",
     "seams": "{provider} broke off {answers} in {span}, continued by another attempt: {detail}",
@@ -296,7 +297,7 @@ def _words(subject: Subject) -> tuple[str, str]:
     if kind == "rejections":
         return of_rejections(detail)
     if kind == "provider_faults":
-        return FAULTS[detail], OF_FAULTS[detail].format(name=provider)
+        return PAST_FAULTS[detail], OF_FAULTS[detail].format(name=provider)
     if kind == "provider_auth":
         return detail, OF_A_REFUSED_KEY.format(name=provider)
     return detail, OF_A_BUG if kind == "bug" else ""

@@ -157,6 +157,8 @@ class Snapshots:
             "groups": {
                 name: _group_state(group, metrics.groups[name], providers, now)
                 for name, group in router.groups.items()
+                # An alias has no numbers of its own.
+                if group.name == name
             },
             "keys": sources.keys(),
             "loop": {"lag": round(interval.lag, 5), "lag_max": round(interval.lag_max, 5)},

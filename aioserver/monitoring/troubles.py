@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.monitoring.groups import covering, listing
 from aioserver.monitoring.interval import ATTEMPTS
-from aioserver.providers.breaker import DEAD, SICK
+from aioserver.providers.breaker import DEAD, SICK, WELL
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
@@ -52,6 +52,19 @@ FAULTS = {
     "disconnected": "breaks off its answers",
     "bad_response": "sends what is no answer",
 }
+# The same, where it is told of a time that may be over.
+PAST_FAULTS = {
+    "connect_error": "could not be reached",
+    "timeout": "did not answer in time",
+    "http_429": "limited our rate",
+    "http_5xx": "answered with server errors (5xx)",
+    TLS: "failed in TLS",
+    LOOP: "led back to this server",
+    "disconnected": "broke off its answers",
+    "bad_response": "sent what is no answer",
+}
+# Ticks after its last fault in which a provider fails, though an attempt has succeeded since.
+PRESENT = 10
 # A provider fails if at least FEW attempts of the last WINDOW ticks have failed, and this share of
 # them.
 WINDOW = 60
@@ -94,69 +107,73 @@ _MORE_CONNECTIONS = (
     " else raise max_connections in the http_client of the provider."
 )
 _OWN_LIMITS = "The log names the caller; its limits stand in auth.keys."
-# By error code of a rejection: why requests were rejected, and what to do.
+# By error code of a rejection: why requests were rejected, told of seconds that are over; and what to
+# do.
 OF_REJECTIONS = {
     "auth_unavailable": (
-        "tokens cannot be checked",
+        "tokens could not be checked",
         "Look whether the issuer's keys can be had (auth.jwt.jwks_url): aioserver doctor.",
     ),
     "circuit_open": (
-        "a provider is dead, and is left alone",
+        "a provider was dead, and left alone",
         "Look at its log, or at its status page.",
     ),
-    "concurrency_exceeded": ("a client has as many answers as it may", _OWN_LIMITS),
+    "concurrency_exceeded": ("a client had as many answers as it may", _OWN_LIMITS),
     "deadline_exceeded": (
-        "requests cannot start within the time that they allow",
+        "requests could not start within the time that they allow",
         "Look at what they wait for: the message of each names it, and its log line has the wait.",
     ),
     "history_unavailable": (
-        "conversations cannot be read or deleted now",
+        "conversations could not be read or deleted",
         "The log says what is wrong with the storage of conversations.",
     ),
     "hook_unavailable": (
-        "a hook does not decide, and what it cannot decide is refused",
+        "a hook did not decide, and what it cannot decide is refused",
         "Look at the program behind its url (hooks); the log says what it has answered.",
     ),
     "loop_detected": (
-        "requests come back to this server by way of a provider",
+        "requests came back to this server by way of a provider",
         "Correct the base_url that leads here; /stats shows whose it is.",
     ),
     "instance_unavailable": (
-        "other instances, or the server that they share, do not answer",
+        "other instances, or the server that they share, did not answer",
         "Look at the load of the cluster's Redis or Valkey server, and of the instances.",
     ),
     "no_provider": (
-        "no provider can be asked",
+        "no provider could be asked",
         "`aioserver check` says which provider lacks its key; the log says which refuses it.",
     ),
     "pool_timeout": (
         "no connection of a provider was free in time",
         _MORE_CONNECTIONS,
     ),
-    "provider_queue_full": ("the queue of a provider is full", _MORE_PLACES),
+    "provider_queue_full": ("the queue of a provider was full", _MORE_PLACES),
     "provider_queue_timeout": ("requests waited too long for a provider", _MORE_PLACES),
     "provider_rate_limited": (
-        "a provider limits our rate",
+        "a provider limited our rate",
         "Have its limits raised, or name another provider in llm.fallbacks.",
     ),
-    "rate_limit_exceeded": ("a client asks more often than it may", _OWN_LIMITS),
+    "rate_limit_exceeded": ("a client asked more often than it may", _OWN_LIMITS),
     "server_at_capacity": (
-        "the server is full",
+        "the server was full",
         "If the machine has room, raise max_connections in chat.websocket.concurrency.",
     ),
-    "server_shutdown": ("the server stops", ""),
+    "server_shutdown": ("the server stopped", ""),
 }
 
 
 class Troubles:
     """The trouble of each provider, snapshot by snapshot.
 
-    Always: a trouble that lasts keeps the time at which it began.
+    Always: a trouble that lasts keeps the time at which it began. It is over when the provider is
+    found to be well, and the faults before that are no trouble any more.
     """
 
     def __init__(self) -> None:
         # The troubles at the last snapshot, by provider.
         self.now: dict[str, Trouble] = {}
+        # The providers that were dead, sick or flagged at the last snapshot.
+        self._ill: set[str] = set()
         # How each provider that is flagged had failed, if not by refusing our key.
         self._flagged: dict[str, str] = {}
         # By provider and outcome: the attempts of each of the last WINDOW ticks. They are arrays,
@@ -169,6 +186,11 @@ class Troubles:
         before, self.now = self.now, {}
         groups = covering(snapshot)
         for name, provider in snapshot["providers"].items():
+            if provider["flagged"] or provider["state"] != WELL:
+                self._ill.add(name)
+            elif name in self._ill:
+                self._ill.remove(name)
+                self._attempts.pop(name, None)
             trouble = self._trouble(
                 name, provider, snapshot, before.get(name), groups.get(name, ())
             )
@@ -191,8 +213,9 @@ class Troubles:
         faults, attempts = self._lately(name)
         failed = sum(faults.values())
         began = now = snapshot["time"]
-        text, remedy, severity = f"{name} fails", OF_OLD_FAULTS, "error"
-        if failed:
+        text, remedy, severity = f"{name} failed", OF_OLD_FAULTS, "error"
+        present = failed > 0 and self._fails(name)
+        if present:
             outcome = faults.most_common(1)[0][0]
             remedy = OF_FAULTS[outcome]
             text = (
@@ -215,9 +238,9 @@ class Troubles:
             began = now - provider["silent"]["longest"]
         elif provider["state"] == SICK:
             kind, severity = SICK, most(failed, attempts)
-            if not failed:
-                text = f"{name} failed often, and has had few requests since"
-        elif failed >= FEW and failed >= SHARE * attempts:
+            if not present:
+                text = f"{name} failed often, and is asked last but for trials"
+        elif present and failed >= FEW and failed >= SHARE * attempts:
             kind, severity = FAILING, most(failed, attempts)
         else:
             return None
@@ -255,6 +278,17 @@ class Troubles:
                 if total.detail not in outcomes:
                     outcomes[total.detail] = array("Q", [0]) * WINDOW
                 outcomes[total.detail][-1] += int(number)
+
+    def _fails(self, name: str) -> bool:
+        """Return whether the last fault of the provider *name* is what is known of it now: it is
+        one of the last PRESENT ticks, or no attempt has succeeded since.
+        """
+        attempts, succeeded = self._attempts[name], False
+        for age in range(1, WINDOW + 1):
+            if any(ticks[-age] for outcome, ticks in attempts.items() if outcome in FAULTS):
+                return age <= PRESENT or not succeeded
+            succeeded = succeeded or (OK in attempts and attempts[OK][-age] > 0)
+        return False
 
     def _lately(self, name: str) -> tuple[Counter[str], int]:
         """Return the faults of the last WINDOW ticks by outcome, and the number of attempts."""
@@ -322,6 +356,6 @@ def were(number: int, participle: str) -> str:
 
 
 def of_rejections(code: str) -> tuple[str, str]:
-    """Return why requests are rejected with *code*, with the code, and what to do."""
+    """Return why requests were rejected with *code*, with the code, and what to do."""
     reason, advice = OF_REJECTIONS.get(code, ("", ""))
     return (f"{reason} ({code})" if reason else code), advice

@@ -24,6 +24,7 @@ from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
 from aioserver.protocol import json_body, terms
 from aioserver.protocol.client_headers import NO_HEADERS, ClientHeaders
 from aioserver.protocol.json_body import ABSENT, UnknownField, at_once, pause
+from aioserver.protocol.model_body import MAX_CHOICES
 from aioserver.protocol.terms import NO_TERMS, Terms
 
 MAX_ID_CHARACTERS = 256
@@ -80,6 +81,8 @@ class _Options(msgspec.Struct, gc=False):
     max_tokens: Raw = ABSENT
     max_completion_tokens: Raw = ABSENT
     stream_options: Raw = ABSENT
+    n: Raw = ABSENT
+    best_of: Raw = ABSENT
 
 
 _FRAME = msgspec.json.Decoder(_Frame)
@@ -90,7 +93,10 @@ _MESSAGES = msgspec.json.Decoder(list[_Message])
 _OPTIONS = msgspec.json.Decoder(_Options)
 PAYLOAD_FIELDS = _Payload.__struct_encode_fields__
 RESERVED_OPTIONS = ("model", "messages", "stream")
-_DEFAULTED = tuple(name for name in _Options.__struct_fields__ if name not in RESERVED_OPTIONS)
+CHOICES = ("n", "best_of")
+_DEFAULTED = tuple(
+    name for name in _Options.__struct_fields__ if name not in (*RESERVED_OPTIONS, *CHOICES)
+)
 
 
 class Chat(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +105,8 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     Exactly one of *text* and *messages* is set; both are JSON, as the client wrote it.
 
     *options* is the JSON of an object, and *option_names* says which of its keys replace a
-    default. *max_answer* has the tokens that the answer may have by them, None if they do not say.
+    default. *max_answer* has the tokens that the answer may have by them, None if they do not say,
+    and *choices* how many answers they ask for.
     If *streaming* is None, the configuration decides. *original* is empty, unless
     something in the question was replaced: it is then a hash of what the client has sent. *hashed*
     is the `digest`, if it was made in steps. The *client_headers* go on to the provider, and are
@@ -117,6 +124,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     options: bytes = b"{}"
     option_names: frozenset[str] = frozenset()
     max_answer: int | None = None
+    choices: int = 1
     original: bytes = b""
     terms: Terms = NO_TERMS
     hashed: bytes = b""
@@ -330,7 +338,7 @@ async def _chat(request_id: str, fields: _Payload, original: bytes, *, large: bo
         await pause()
     options = bytes(fields.options)
     _expect(options.startswith(b"{"), "options must be an object", "options")
-    option_names, max_answer = await _read_options(options)
+    option_names, max_answer, choices = await _read_options(options)
     _expect(
         bytes(memoryview(fields.metadata)[:1]) == b"{", "metadata must be an object", "metadata"
     )
@@ -345,6 +353,7 @@ async def _chat(request_id: str, fields: _Payload, original: bytes, *, large: bo
         options=options,
         option_names=option_names,
         max_answer=max_answer,
+        choices=choices,
         original=original,
         terms=_terms(fields),
     )
@@ -393,22 +402,24 @@ def _name(raw: Raw, name: str) -> str | None:
     return value
 
 
-async def _read_options(options: bytes) -> tuple[frozenset[str], int | None]:
-    """Return which of the options with a default are set, and the tokens that the answer may have
-    by them, in steps if they are large.
+async def _read_options(options: bytes) -> tuple[frozenset[str], int | None, int]:
+    """Return which of the options with a default are set, the tokens that an answer may have by
+    them, and how many answers they ask for, in steps if they are large.
 
     Raises:
         InvalidRequest: the options have a key that is not the client's to set.
     """
     if options == b"{}":
-        return frozenset(), None
+        return frozenset(), None, 1
     fields = await json_body.decoding(_OPTIONS, options, "options")
     for name in RESERVED_OPTIONS:
         if getattr(fields, name) is not ABSENT:
             raise InvalidRequest(f"{name} cannot be set in options", param="options")
     names = frozenset(name for name in _DEFAULTED if getattr(fields, name) is not ABSENT)
     bounds = fields.max_tokens, fields.max_completion_tokens
-    return names, next(filter(None, map(json_body.count, bounds)), None)
+    largest = max(filter(None, map(json_body.count, bounds)), default=None)
+    choices = (json_body.meant(getattr(fields, name)) or 1 for name in CHOICES)
+    return names, largest, min(max(1, *choices), MAX_CHOICES)
 
 
 def _expect(holds: bool, message: str, param: str) -> None:

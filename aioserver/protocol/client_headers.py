@@ -84,8 +84,8 @@ class ClientHeaders:
     """Some headers of one client's request, or of its handshake.
 
     Always: no line of them has a character that could end it. *trace_id* is "" without a trace.
-    *api_lines* are headers of the API that the request is for: they go on to each provider, unless
-    its settings have one of the name.
+    *api_lines* are headers of the API that the request is for: they go on to each provider that is
+    asked in this API, unless its settings have one of the name.
     """
 
     __slots__ = ("_api_lines", "_lines", "trace_id")
@@ -103,6 +103,11 @@ class ClientHeaders:
     def __bool__(self) -> bool:
         return bool(self._lines or self._api_lines)
 
+    @property
+    def hops(self) -> bool:
+        """Whether the client has said that the request has come through other servers."""
+        return any(name == HOP for name, _ in self._lines)
+
     def trace(self) -> tuple[bytes, bytes]:
         """Return the `traceparent` and the `tracestate`, both empty without a trace."""
         if not self.trace_id:
@@ -118,6 +123,10 @@ class ClientHeaders:
         if self._lines:
             lines += [line for line in self._lines if line[0] != TRACEPARENT]
         return ClientHeaders(lines, trace_id, self._api_lines)
+
+    def without_api(self) -> ClientHeaders:
+        """Return these headers without those of the API that the request is for."""
+        return ClientHeaders(self._lines, self.trace_id) if self._api_lines else self
 
     def written(self, names: Collection[str], configured: Collection[str] = ()) -> bytes:
         """Return those headers whose name, in lower case, is in *names*, as lines of a request.

@@ -228,6 +228,19 @@ def count(raw: Raw) -> int | None:
     return int(digits) if digits.isdigit() and len(digits) < 19 else None
 
 
+def meant(raw: Raw) -> int | None:
+    """Return the number that *raw* is for an engine that takes a text, a fraction or `true` for
+    one; None if it is none.
+    """
+    if raw is ABSENT:
+        return None
+    written = bytes(memoryview(raw)[:32]).strip(b'" ')
+    try:
+        return int(float(1 if written == b"true" else written))
+    except (ValueError, OverflowError):
+        return None
+
+
 def _word(raw: Raw) -> bytes:
     # One byte more than `false` tells a longer value from it.
     return bytes(memoryview(raw)[:6])

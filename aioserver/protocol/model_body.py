@@ -6,6 +6,8 @@ there several times, that is the last of them, the one that was read: a request 
 by another value than the one it was routed by.
 """
 
+import re
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -26,6 +28,11 @@ SureName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_MODEL_BYTES 
 MAX_ID_BYTES = 1024
 # Bytes of `metadata` that are kept.
 MAX_METADATA_BYTES = 4096
+# Answers to one prompt at most: an engine refuses to make more.
+MAX_CHOICES = 1 << 14
+# Bytes of a `prompt` that are looked through for texts, and what stands behind each but the last.
+MAX_SEARCHED = 1 << 16
+_PROMPT_ENDS = re.compile(rb'["\]][ \t\r\n]*,')
 
 
 class Fields(msgspec.Struct, gc=False):
@@ -41,6 +48,9 @@ class Fields(msgspec.Struct, gc=False):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    prompt: Raw = ABSENT
     stream_options: Raw = ABSENT
 
 
@@ -57,6 +67,9 @@ class _RawFields(msgspec.Struct, gc=False):
     max_tokens: Raw = ABSENT
     max_completion_tokens: Raw = ABSENT
     max_output_tokens: Raw = ABSENT
+    n: Raw = ABSENT
+    best_of: Raw = ABSENT
+    prompt: Raw = ABSENT
     stream_options: Raw = ABSENT
 
 
@@ -72,8 +85,7 @@ class ModelBody:
     """The body of one request, and the values of its top level that are read.
 
     *model*, *user*, *stored* and *previous_response_id* are None where the client set none;
-    *streamed* and *background* are false then. *max_answer* has the tokens that the answer may have
-    by the body's own word; None: it says none. *usage_options* is what
+    *streamed* and *background* are false then. *usage_options* is what
     `unasked` makes of its `stream_options`. *metadata* is JSON; it is empty where the client set
     none, or more than MAX_METADATA_BYTES.
     """
@@ -113,9 +125,6 @@ class ModelBody:
         self._fields = fields
         self.model, self.user = fields.model, fields.user
         self.streamed = fields.stream is True
-        bound = fields.max_tokens or fields.max_completion_tokens or fields.max_output_tokens
-        # Some write -1 where there is no bound.
-        self.max_answer = bound if bound and bound > 0 else None
         # Most have none.
         self.usage_options = b"" if options is ABSENT else unasked(options)
 
@@ -138,6 +147,28 @@ class ModelBody:
     def previous_response_id(self) -> str | None:
         """The id of the response that is continued."""
         return self._fields.previous_response_id
+
+    def largest(self, names: Sequence[str]) -> int | None:
+        """Return the largest number of tokens or of choices that the members of these *names* have;
+        None if none of them has any. Some write -1 where there is no bound.
+        """
+        fields, largest = self._fields, 0
+        for name in names:
+            number = getattr(fields, name)
+            if number is not None and number > largest:
+                largest = number
+        return largest or None
+
+    @property
+    def prompts(self) -> int:
+        """The number of texts, or of lists of tokens, in its `prompt`, each of which is answered;
+        of a long one about so many.
+        """
+        prompt = memoryview(self._fields.prompt)
+        searched = prompt[:MAX_SEARCHED]
+        if bytes(searched[:1]) != b"[":
+            return 1
+        return 1 + len(_PROMPT_ENDS.findall(searched)) * len(prompt) // len(searched)
 
     @property
     def metadata(self) -> bytes:
@@ -186,6 +217,9 @@ def _checked(fields: _RawFields) -> Fields:
         max_tokens=json_body.count(fields.max_tokens),
         max_completion_tokens=json_body.count(fields.max_completion_tokens),
         max_output_tokens=json_body.count(fields.max_output_tokens),
+        n=json_body.meant(fields.n),
+        best_of=json_body.meant(fields.best_of),
+        prompt=fields.prompt,
     )
 
 

@@ -7,9 +7,11 @@ what other APIs change is in their wings.
 
 from __future__ import annotations
 
+import time
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from aioserver.protocol.model_body import MAX_CHOICES
 from aioserver.protocol.openai import bounded, is_content, usage_of
 from aioserver.protocol.said import ChatSaid
 from aioserver.providers import error_mapping
@@ -18,10 +20,11 @@ from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.fast_path import ForwardedApi
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
+    from aioserver.protocol.model_body import ModelBody
     from aioserver.protocol.said import PassedSaid
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.contracts import AnswerEvents
@@ -30,16 +33,23 @@ if TYPE_CHECKING:
 
 class Memory:
     """What an API has learned of one provider: made at its first use, and anew after a change of
-    the settings.
+    the settings. What single answers have shown is forgotten by *clock* (verdicts.py).
     """
 
-    # The words that the provider has refused, and the tokens of the contexts of models, by their
-    # names.
-    refused_words: Collection[str] = ()
-    context_limits: Mapping[str, int] = MappingProxyType({})
-
-    def __init__(self, settings: settings.Provider) -> None:
+    def __init__(
+        self, settings: settings.Provider, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Know nothing beside *settings*."""
+
+    @property
+    def refused_words(self) -> Collection[str]:
+        """The words that the provider has refused."""
+        return ()
+
+    @property
+    def context_limits(self) -> Mapping[str, int]:
+        """The tokens of the contexts of models, by their names."""
+        return MappingProxyType({})
 
     @property
     def messages(self) -> str | None:
@@ -60,6 +70,11 @@ class Api(ForwardedApi):
     # Headers that a request has unless its client sends them or the settings do; the names in
     # lower case.
     headers: ClassVar[Mapping[str, str]] = {}
+    # The members of a body that bound an answer in tokens, those that ask for several answers, and
+    # whether each of several prompts has its own.
+    bounds: ClassVar[Sequence[str]] = ()
+    choices: ClassVar[Sequence[str]] = ()
+    many_prompts: ClassVar[bool] = False
     # Whether an answer costs tokens; and whether those of a prompt that came from a cache count for
     # the provider's pace.
     costs: ClassVar[bool] = True
@@ -73,6 +88,19 @@ class Api(ForwardedApi):
     def speaks(self, provider: settings.Provider) -> bool:  # noqa: ARG002 - all speak this one
         """Return whether a provider with these settings has this API."""
         return True
+
+    def allowed(self, body: ModelBody) -> tuple[int | None, int]:
+        """Return how many tokens an answer may have by the word of *body*, None if it says nothing,
+        and how many answers it asks for. What this API has not means nothing in it.
+
+        Of several bounds the largest counts: it depends on the engine which of them it takes.
+        """
+        choices = 1
+        if self.choices and (wanted := body.largest(self.choices)) is not None:
+            choices = min(wanted, MAX_CHOICES)
+        if self.many_prompts:
+            choices *= body.prompts
+        return body.largest(self.bounds), choices
 
     def key_headers(self, host: str, key: str) -> dict[str, str]:  # noqa: ARG002
         """Return the headers that present *key* to a provider at *host*."""
@@ -117,7 +145,25 @@ class Api(ForwardedApi):
 class ChatApi(Api):
     """Chat completions, whose answers can be continued."""
 
+    bounds = ("max_tokens", "max_completion_tokens")
+    choices = ("n", "best_of")
     continues = ChatSaid
+
+
+class CompletionsApi(Api):
+    """Completions, an answer to each prompt."""
+
+    bounds = ("max_tokens",)
+    choices = ("n", "best_of")
+    many_prompts = True
+
+
+class WordlessApi(Api):
+    """A path whose answers have no tokens of their own, such as that of embeddings."""
+
+    def allowed(self, body: ModelBody) -> tuple[int | None, int]:  # noqa: ARG002 - nothing is
+        """Return that an answer has no tokens."""
+        return 0, 1
 
 
 CHAT = ChatApi("chat/completions")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
 from aioserver.limits.estimate import text_bytes
 from aioserver.protocol.openai import BadEvent, ErrorEvent
@@ -39,6 +40,7 @@ from aioserver.telemetry.outcome import NO_HEADERS
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
+    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.limits.estimate import Estimate
     from aioserver.limits.resource import Resource
@@ -82,8 +84,10 @@ class AttemptedProvider(Protocol):
     def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
         """Return what *request* will cost there, and have it keep that."""
 
-    def tokens_per_byte(self, model: str) -> float:
-        """Return the tokens of a prompt for each byte of a request for *model*, as an estimate."""
+    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
+        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
+        estimate.
+        """
 
     def memory(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider."""
@@ -162,6 +166,12 @@ class Attempt:
         # The bytes of the body that was sent, as many if they are text, and the events that the log
         # had before.
         self.body_bytes = self.text_bytes = self.before = 0
+
+    @property
+    def came(self) -> float:
+        """When its request asked for a place for the first time."""
+        record = self.request.record
+        return record.queued_at or record.admitted_at
 
     def work(self) -> int:
         """Return what it is estimated to cost its caller's share of the provider."""
@@ -256,9 +266,9 @@ class Attempt:
     @property
     def says_little(self) -> bool:
         """Whether a fault of it says nothing of the provider as a whole, neither of its health nor
-        of our key.
+        of our key: whoever says that its request has come through many servers has made the circle.
         """
-        return False
+        return self.status == LoopDetected.status and self.request.client_headers.hops
 
     def preparation(self) -> Awaitable[None] | None:
         """Return the steps to take before `written`; None if there are none."""
@@ -295,6 +305,9 @@ class Attempt:
         self.body_bytes, self.text_bytes = len(body), text_bytes(body)
         request = self.request
         client_headers, trace = request.client_headers, request.record.trace
+        if api is not request.api:
+            # It is translated: a word of the one API says nothing in the other.
+            client_headers = client_headers.without_api()
         if trace is not None:
             client_headers = trace.sending(client_headers, body)
         return writer.write(api, path, body, client_headers)

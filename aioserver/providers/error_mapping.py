@@ -1,8 +1,8 @@
 """The fault that a provider's answer means, by its status, its headers and its body (RFC 9110,
 15).
 
-401, 402, insufficient_quota      our key or our account is refused: ProviderAuthError
-403                               our key, or this one request, is refused: ProviderForbidden
+401, insufficient_quota           our key or our account is refused: ProviderAuthError
+402, 403, a 401 about a model     our key, or this one request, is refused: ProviderForbidden
 429, 498                          we ask too much at the moment: ProviderRateLimited
 408, 5xx                          the provider failed: ProviderError
 508 of another aioserver          it leads back to this server: ProviderLeadsBack
@@ -50,7 +50,9 @@ MAX_CHECKED_BYTES = 1 << 20
 MAX_REASON = 500
 ABOUT_KEYS = re.compile("api[ _-]?key", re.IGNORECASE)
 PROXY_STATUS = 407
-KEY_STATUSES = frozenset({401, 402})
+KEY_STATUS, CREDIT_STATUS = 401, 402
+KEY_STATUSES = frozenset({KEY_STATUS, CREDIT_STATUS})
+OF_MODEL = re.compile(r"\bmodels?\b", re.IGNORECASE)
 BUSY_STATUSES = frozenset({429, 498})
 QUOTA = "insufficient_quota"
 # The values of Content-Encoding of a body that is not compressed.
@@ -58,18 +60,18 @@ IDENTITY = frozenset({"", "identity"})
 # The codes in an error object that mean the same as these statuses. OpenRouter's codes are the
 # statuses that it would have sent.
 KEY_CODES = KEY_STATUSES | {QUOTA, "invalid_api_key"}
-# Those of a verdict: another provider would be asked the same that this one refuses.
-VERDICTS = {
-    "content_filter",
-    "content_policy_violation",
-    "invalid_prompt",
-    "invalid_request_error",
-}
+# Those of a verdict on a text, or on a request: another provider would be asked the same that this
+# one refuses.
+FILTERS = frozenset({"content_filter", "content_policy_violation", "invalid_prompt"})
+VERDICTS = FILTERS | {"invalid_request_error"}
 BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
 # How providers say that a request is longer than their model's context: by a code, or in words
 # under one of these statuses, in a body of so many bytes at most.
 TOO_LONG_CODES = {"context_length_exceeded", "exceed_context_size_error"}
 TOO_LONG_STATUSES = frozenset({400, 413, 422})
+# And how they say, also under 429, that it has more tokens than a minute of our account: it would
+# fit at no time, and no other request has to wait for that.
+TOO_LARGE = "request too large for"
 MAX_READ_BYTES = 1 << 16
 TOO_LONG = (
     "maximum context length|prompt is too long|context size|model's context length"
@@ -78,6 +80,7 @@ TOO_LONG = (
     "|context length of only|context window exceeds|input token count[^.]{0,40} exceed"
     "|prompt exceeds max length|token count of \\d+ exceeds|input is too long"
     "|`inputs` tokens \\+|input tokens exceed|reduce the length of the messages"
+    f"|{TOO_LARGE}"
 )
 # Prefixes of the names of the headers that clients may see.
 VISIBLE_HEADERS = (
@@ -97,30 +100,50 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
     if status < 400:
         raise ProviderBadResponse(f"{name} answered {status}, a redirect")
     if status in KEY_STATUSES or (status == 429 and _quota_used_up(body)):
-        raise ProviderAuthError(f"{name} refuses our key or its quota is used up")
+        raise key_fault(name, status, error_in(body))
     if status == 403:
         raise ProviderForbidden(f"{name} does not allow this")
     wait = retry_after(headers)
-    if status in BUSY_STATUSES:
+    error = error_in(body) if 400 <= status < 500 else None
+    said = error or body.decode("utf-8", "replace")
+    too_long = len(body) <= MAX_READ_BYTES and says_too_long(status, said)
+    if status in BUSY_STATUSES and not too_long:
         wait = 1.0 if wait is None else wait
         raise ProviderRateLimited(f"{name} limits our rate", retry_after=wait)
-    if status == LoopDetected.status and LoopDetected.code in error_codes(_error_in(body)):
+    if status == LoopDetected.status and LoopDetected.code in error_codes(error_in(body)):
         raise ProviderLeadsBack(f"llm.providers.{name}.base_url leads back to this server")
     if status >= 500 or status == 408:
         fault = ProviderError(f"{name} answered {status}", retry_after=wait)
         # An engine that loads its model says so, and a proxy in front of one that is away.
         fault.unreachable = status == 503
         raise fault
-    error, reason = _error_in(body), ""
+    reason = ""
     if error is None:
         # The body is a proxy's page, for example, which our clients must not get.
         shown = InvalidRequest(f"{name} answered {status}").body()
     else:
         shown, reason = body, _reason(status, error)
-    said = error or body.decode("utf-8", "replace")
-    too_long = len(body) <= MAX_READ_BYTES and says_too_long(status, said)
     refusal = ContextTooLong if too_long else ProviderRefused
     raise refusal(f"{name} answered {status}", status, shown, reason)
+
+
+def key_fault(name: str, status: int, error: object) -> ProviderAuthError:
+    """Return the fault of a refusal of our key, or of our account, by the provider *name* with this
+    *status* and *error*: the request may be at fault, too.
+
+    A 402 may be about an answer of more tokens than our credit does for, and a 401 about a model
+    that our key may not use, which the client has named.
+    """
+    shown = f"{name} refuses our key or its quota is used up"
+    texts = [error.get("message"), upstream(error)] if isinstance(error, dict) else [error]
+    text = " ".join(text[:MAX_REASON] for text in texts if isinstance(text, str))
+    if status == CREDIT_STATUS:
+        fault = ProviderForbidden(shown)
+        fault.of_request = "max_tokens" in text
+        return fault
+    if status == KEY_STATUS and OF_MODEL.search(text):
+        return ProviderForbidden(shown)
+    return ProviderAuthError(shown)
 
 
 def says_too_long(status: int, error: object) -> bool:
@@ -129,15 +152,12 @@ def says_too_long(status: int, error: object) -> bool:
     """
     if not error_codes(error).isdisjoint(TOO_LONG_CODES):
         return True
-    if status not in TOO_LONG_STATUSES:
-        return False
+    pattern = TOO_LONG if status in TOO_LONG_STATUSES else TOO_LARGE
     texts = [error.get("message"), upstream(error)] if isinstance(error, dict) else [error]
-    return any(
-        isinstance(text, str) and re.search(TOO_LONG, text, re.IGNORECASE) for text in texts
-    )
+    return any(isinstance(text, str) and re.search(pattern, text, re.IGNORECASE) for text in texts)
 
 
-def _error_in(body: bytes) -> object:
+def error_in(body: bytes) -> object:
     """Return the error in *body*: an object or a text, or all of its content; None if that is no
     JSON.
     """
@@ -149,6 +169,11 @@ def _error_in(body: bytes) -> object:
         # Gemini's form.
         answer = answer[0]
     return answer.get("error") or answer if isinstance(answer, dict) else ""
+
+
+def reason_of(status: int, body: bytes) -> str:
+    """Return why a provider has refused a request with *body*, as `_reason`."""
+    return _reason(status, error_in(body)) if len(body) <= MAX_READ_BYTES else ""
 
 
 def _reason(status: int, error: object) -> str:
@@ -177,18 +202,19 @@ def error_object_fault(error: object) -> ProviderFault:
     """
     codes = error_codes(error)
     if not codes.isdisjoint(KEY_CODES):
-        return ProviderAuthError("the provider refuses our key or its quota is used up")
+        status = CREDIT_STATUS if CREDIT_STATUS in codes else KEY_STATUS
+        return key_fault("the provider", status, error)
     if 403 in codes:
         return ProviderForbidden("the provider does not allow this")
-    if not codes.isdisjoint(BUSY_CODES):
+    number = next((code for code in codes if isinstance(code, int)), None)
+    too_long = says_too_long(number or 400, error)
+    if not (too_long or codes.isdisjoint(BUSY_CODES)):
         return ProviderRateLimited("the provider limits our rate", retry_after=1.0)
     text = error.get("message") if isinstance(error, dict) else error
     text = text[:200] if isinstance(text, str) else "the provider reported an error"
     # A lone surrogate cannot be written as UTF-8.
     text = text.encode("utf-8", "replace").decode()
     message = f"the provider reported an error: {text}"
-    number = next((code for code in codes if isinstance(code, int)), None)
-    too_long = says_too_long(number or 400, error)
     verdict = too_long or not codes.isdisjoint(VERDICTS)
     status = number or (400 if verdict else 500)
     if not 400 <= status < 500 or status == 408:

@@ -2,10 +2,13 @@
 
 The breaker of a dead provider keeps requests away from it, but for trials. A provider that refuses
 our key is flagged, for 5 minutes or until a reload: no client's request would fare better. So is
-one whose certificate does not hold, or whose address leads back to this server. A 403
-may be about the one request (a text that moderation does not let through), so it flags the
-provider only as long as the key has never been accepted: otherwise one client could stop the
-provider for all.
+one whose certificate does not hold, or whose address leads back to this server.
+
+A refusal that may be about the one request flags nobody whose key has been accepted: otherwise one
+client could stop the provider for all. It is a 403 (a text that moderation does not let through),
+a 402 (an answer of more tokens than the credit does for), or a 401 that is about a model. Nor does
+a circle say anything of the provider where the client itself has named servers that its request
+has come through.
 """
 
 from __future__ import annotations
@@ -27,14 +30,13 @@ from aioserver.provider_errors import (
     ProviderLeadsBack,
 )
 from aioserver.providers.breaker import Breaker
+from aioserver.providers.verdicts import VERDICT_FOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.telemetry.metrics import ProviderMeter
 
-# Seconds for which a provider that refuses our key is not asked.
-FLAGGED_FOR = 300.0
 KEY_FAULTS = (ProviderAuthError, CertificateFault, ProviderLeadsBack)
 
 
@@ -172,11 +174,11 @@ class Health:
             self.breaker.unsure(trial=trial)
             return False
         if isinstance(exc, KEY_FAULTS) and not (
-            isinstance(exc, ProviderForbidden) and self._key_accepted
+            isinstance(exc, ProviderForbidden) and (self._key_accepted or exc.of_request)
         ):
             self._leads_back = isinstance(exc, ProviderLeadsBack)
             self._meter.key_refused.value += not self._leads_back
-            self.flagged_until = max(self.flagged_until, self._clock() + FLAGGED_FOR)
+            self.flagged_until = max(self.flagged_until, self._clock() + VERDICT_FOR)
             self.breaker.unsure(trial=trial)
             return True
         if not exc.breaker_failure:

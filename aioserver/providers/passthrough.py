@@ -2,7 +2,8 @@
 
     client ──▶ Body ──▶ upload ──▶ provider ──▶ Handover ──▶ face ──▶ client
 
-Nothing of either is kept or read: an upload and an answer may have any size. The place is taken
+Nothing of either is kept, and of an answer only its usage is read, where that stands near its
+beginning or its end: an upload and an answer may have any size. The place is taken
 once the first part of an upload is there, or all of it. A part waits in memory until the other
 side has taken the part before it, so that the slower side sets the pace of both, except that a
 client which is too slow is given up where a request waits for its place (backpressure.py). There
@@ -13,17 +14,23 @@ means elsewhere (error_mapping.py).
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from typing import TYPE_CHECKING, Any
 
-from aioserver.providers.api import Api
+import msgspec
+
+from aioserver.protocol.json_body import ANYTHING
+from aioserver.providers.api import Api, WordlessApi
 from aioserver.providers.attempt import MAX_ERROR_BYTES, Attempt
 from aioserver.providers.backpressure import Backpressure, ClientPace
 from aioserver.providers.error_mapping import check_uncompressed, visible_headers
 from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.providers.sinks import BodySink
+from aioserver.telemetry.tokens import INPUT, PROMPT, TOTAL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from aioserver.config import settings
     from aioserver.providers.attempt import AttemptedProvider
@@ -36,8 +43,62 @@ if TYPE_CHECKING:
 # Bytes that are handed on and not taken yet, from which on nothing more is read. A read adds 256
 # KiB at most.
 PAUSE_BYTES = 1 << 16
+# The types of the answers that may report what they have cost.
+REPORTING = ("application/json", "text/event-stream")
 # Headers of the provider that say what its body is. Neither a cookie nor a redirect is among them.
 BODY_HEADERS = ("content-type", "content-disposition", "content-range")
+
+# Bytes at each end of an answer in which its usage is looked for, and the members of that name that
+# are looked at.
+SEARCHED, MAX_USAGES = 1 << 14, 16
+_USAGE = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(?=\{)')
+_JSON = json.JSONDecoder()
+
+
+class Ends:
+    """The beginning and the end of an answer: an object in JSON, or events with one each."""
+
+    def __init__(self) -> None:
+        self._first = self._last = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next part of the answer."""
+        if (room := SEARCHED - len(self._first)) > 0:
+            self._first += data[:room]
+        self._last = (self._last + data[-SEARCHED:])[-SEARCHED:]
+
+    def usage(self) -> dict[str, Any] | None:
+        """Return the usage of the answer: that on the top level of the object, or of the last event
+        that has one. None if it reports none, or elsewhere.
+        """
+        usage: dict[str, Any]
+        for usage, _, behind in reversed([*_usages(self._last)]):
+            if _is_object(b'{"":0' + behind) or _is_object(b'{"":0' + behind.partition(b"\n")[0]):
+                return usage
+        for usage, before, _ in _usages(self._first):
+            if _is_object(before + b"0}"):
+                return usage
+        return None
+
+
+def _usages(text: bytes) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
+    """Yield the last objects named `usage` in *text*, each with what stands before and behind."""
+    usage: dict[str, Any]
+    for match in [*_USAGE.finditer(text)][-MAX_USAGES:]:
+        try:
+            # It has numbers and names; what else it has may be read as it likes.
+            usage, end = _JSON.raw_decode(text[match.end() :].decode("latin-1"))
+        except (ValueError, RecursionError):
+            continue
+        yield usage, text[: match.end()], text[match.end() + end :]
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        ANYTHING.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
 
 
 class Handover:
@@ -53,6 +114,8 @@ class Handover:
         self.headers: Mapping[str, str] = {}
         # The exchange under way.
         self.source: Source | None = None
+        # What its usage is read from; None if it is none that could report any.
+        self.ends: Ends | None = None
         self._parts: list[bytes] = []
         # A number that grows with each part.
         self.progress = 0
@@ -67,6 +130,8 @@ class Handover:
     def feed(self, data: bytes) -> bool:
         """Hand a part of the body over."""
         self._parts.append(data)
+        if self.ends is not None:
+            self.ends.feed(data)
         self.progress += len(data)
         if self.source is not None and sum(map(len, self._parts)) > PAUSE_BYTES:
             self.source.pause()
@@ -124,6 +189,19 @@ class ObjectApi(Api):
     costs = False
 
 
+# The paths where a model reads the whole of a question: what it costs is estimated.
+READ: Mapping[str, Api] = {
+    api.path: api for api in (Api("responses/compact"), WordlessApi("rerank"))
+}
+
+
+def api_of(method: str, path: str) -> Api:
+    """Return the API of a request for *path*."""
+    if method != "POST":
+        return ObjectApi(path)
+    return READ.get(path) or Api(path)
+
+
 class PassedRequest(ProviderRequest):
     """A request that is passed on with its own method, path and body.
 
@@ -132,8 +210,6 @@ class PassedRequest(ProviderRequest):
     *pace* is the client's, in either direction.
     *body_headers* are those that go with it. *further*: see `ProviderRequest`.
     """
-
-    estimated = False
 
     def __init__(
         self,
@@ -147,8 +223,8 @@ class PassedRequest(ProviderRequest):
         **further: Any,
     ) -> None:
         path = target.partition("?")[0]
-        api = Api(path) if method == "POST" else ObjectApi(path)
-        super().__init__(api, body, streamed=False, **further)
+        super().__init__(api_of(method, path), body, streamed=False, **further)
+        self.estimated = path in READ and self.size > 0
         self.method = method
         self.target = target
         self.upload = upload
@@ -230,6 +306,8 @@ class PassedAttempt(Attempt):
             # However long its body is, the provider is well, and gets the request no second time.
             self.first_event()
             self._passed.let_body_go()
+            if self.request.api.costs and headers.get("content-type", "").startswith(REPORTING):
+                self._passed.answer.ends = Ends()
             self._passed.answer.begin(status, headers)
             self.sink = self._passed.answer
         else:
@@ -245,6 +323,11 @@ class PassedAttempt(Attempt):
         if isinstance(self.sink, BodySink):
             check = self.request.api.check_status
             check(self.provider.name, self.status, self.headers, self.sink.body)
+        if (ends := self._passed.answer.ends) is not None and (usage := ends.usage()) is not None:
+            if TOTAL in usage and PROMPT not in usage and INPUT not in usage:
+                # As some rerankers have it, which write nothing.
+                usage[PROMPT] = usage[TOTAL]
+            self.request.outcome.usage = self.request.api.usage({"usage": usage})
         content_type = self.headers.get("content-type", "")
         self.answer = Answer(self.status, b"", content_type, self.request.outcome)
 

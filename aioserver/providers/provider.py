@@ -53,6 +53,7 @@ from aioserver.providers.pools import Pools
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.providers.stall import Silences
 from aioserver.streams.ending import run_all
+from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
 from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
@@ -62,6 +63,7 @@ from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK, Usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.errors import AioserverError
     from aioserver.limits.estimate import Estimate
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from aioserver.providers.stall import Silence
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.stream import Stream
+    from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.outcome import Outcome
 
 M = TypeVar("M", bound="Memory")
@@ -322,8 +325,8 @@ class Provider:
         request may start at once, and tell its client.
         """
         part: Part | None = None
-        ticket = attempt.request.ticket
-        ticket.estimate = None
+        request = attempt.request
+        request.ticket.estimate = None
 
         def release() -> None:
             nonlocal part
@@ -338,6 +341,9 @@ class Provider:
                 spent = None
                 if attempt.expected_tokens:
                     spent, attempt.expected_tokens = _paced_tokens(attempt, part), 0
+                elif part is not None and not request.estimated and part.source == PROVIDER:
+                    # Nobody has expected them.
+                    self._pace.charge(_paced_tokens(attempt, part))
                 grant.release(0 if part is None else part.work, spent)
 
         def drained() -> None:
@@ -379,17 +385,21 @@ class Provider:
         estimate = request.estimate = self._estimates.before(
             self.name,
             model or self.settings.model,
-            request.caller.name,
+            request.caller.flow,
             request.size,
             request.max_answer,
+            request.choices,
         )
         if request.estimated:
             request.work = estimate.work
         return estimate
 
-    def tokens_per_byte(self, model: str) -> float:
-        """Return the tokens of a prompt for each byte of a request for *model*, as an estimate."""
-        return self._estimates.tokens_per_byte(self.name, model)
+    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
+        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
+        estimate; None: of a request of anybody.
+        """
+        flow = None if caller is None else caller.flow
+        return self._estimates.tokens_per_byte(self.name, model, flow)
 
     def _expected_tokens(self, attempt: Attempt) -> int:
         """Return the tokens by which *attempt* will count for the pace, by an estimate; 0 if tokens
@@ -409,7 +419,7 @@ class Provider:
         """Return what an API has learned of this provider, of which it has its own *kind*."""
         memory = self._memories.get(kind)
         if not isinstance(memory, kind):
-            memory = self._memories[kind] = kind(self.settings)
+            memory = self._memories[kind] = kind(self.settings, self.clock)
         return memory
 
     def stats(self) -> ProviderStats:
@@ -580,7 +590,7 @@ class Provider:
         """Refuse an attempt, as `look_at`; *fallback*: another provider can answer it."""
         health = self.health
         dead = health.breaker.dead
-        if dead and not fallback and self._kept_until_back:
+        if dead and not fallback and self.kept_until_back:
             return
         health.check(alternative=fallback)
         if dead and self.capacity.waiting:
@@ -598,7 +608,7 @@ class Provider:
         return None
 
     @property
-    def _kept_until_back(self) -> bool:
+    def kept_until_back(self) -> bool:
         """Whether requests that no other provider can answer wait here, though it is dead."""
         waits = self.settings.when_down == WAIT and self.health.breaker.unreachable
         return waits and not self.health.flagged
@@ -615,7 +625,7 @@ class Provider:
 
     def _refuse_waiting(self) -> None:
         """Refuse the requests that do not wait until it is back, since no attempt may start now."""
-        self.capacity.refuse(self.health.refusal, movable_only=self._kept_until_back)
+        self.capacity.refuse(self.health.refusal, movable_only=self.kept_until_back)
 
     async def unsend(self, stream: Stream | None, outcome: Outcome) -> None:
         """Note that the request of *stream* waits, and that no attempt of it is under way any
@@ -674,23 +684,15 @@ class Provider:
             self._usage.ended(record, part)
         else:
             self._usage.refused(record)
+        self._count(attempt, exc)
         if not attempt.answered and (exc is None or exc is attempt.fault):
             # An answer in one piece has no first event.
             attempt.first_event()
-        if record.trace is not None:
-            record.trace.attempt_ended(self._end_of(attempt, exc))
-        attempts = self.meter.attempts
         if exc is None:
             attempt.pool = None
-            attempts["ok"].value += 1
             return
         trial, attempt.trial = attempt.trial, False
         outdated, attempt.pool = self._outdated(attempt), None
-        if isinstance(exc, ProviderFault):
-            if exc.attempt_outcome:
-                attempts[exc.attempt_outcome].value += 1
-        elif isinstance(exc, asyncio.CancelledError) and record.outcome.sent_at:
-            attempts["cancelled"].value += 1
         if outdated or attempt.says_little:
             # Its fault is that of former settings, with another key or address, or of one path.
             self.health.breaker.unsure(trial=trial)
@@ -702,6 +704,26 @@ class Provider:
             # Another trial may start now.
             self.scheduler.serve(self.capacity.resource)
 
+    @property
+    def bugs(self) -> Bugs:
+        """Counts the bugs of the server."""
+        return self._usage.bugs
+
+    @bookkeeping(nothing)
+    def _count(self, attempt: Attempt, exc: BaseException | None) -> None:
+        """Count an attempt that has ended, well or with *exc*."""
+        record, attempts = attempt.request.record, self.meter.attempts
+        if exc is None:
+            attempts["ok"].value += 1
+        elif isinstance(exc, ProviderFault):
+            if exc.attempt_outcome:
+                attempts[exc.attempt_outcome].value += 1
+        elif isinstance(exc, asyncio.CancelledError) and record.outcome.sent_at:
+            attempts["cancelled"].value += 1
+        if record.trace is not None:
+            record.trace.attempt_ended(self._end_of(attempt, exc))
+
+    @bookkeeping(nothing)
     def _bill(self, attempt: Attempt, exc: BaseException | None) -> Part | None:
         """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
         outcome; None if that is nothing.
@@ -719,12 +741,14 @@ class Provider:
             self._estimates.learn(
                 self.name,
                 part.model,
-                request.caller.name,
+                request.caller.flow,
                 attempt.text_bytes,
                 part.tokens_in,
                 part.tokens.cached or 0,
                 whole,
                 0 if attempt.stream is None else _events(attempt),
+                request.max_answer,
+                request.choices,
             )
         return part
 
@@ -750,8 +774,11 @@ class Provider:
                 if asked is None:
                     source, asked, uncached = ESTIMATE, estimate.prompt, estimate.uncached
                 answered = estimate.answer if answered is None else answered
-            else:
+            elif asked is None:
                 source, asked, answered, uncached = NOBODY, 0, 0, UNKNOWN_WORK
+            else:
+                # Nothing was written.
+                answered = 0
         work = uncached + OUTPUT_FACTOR * answered
         began = outcome.sent_at
         return Part(
@@ -771,14 +798,15 @@ class Provider:
     def _unreported(self, attempt: Attempt, result: str) -> Estimate:
         """Return an estimate of what *attempt* has cost, with this *result* or so far."""
         request, model = attempt.request, attempt.request.outcome.model
-        estimate = request.estimate
+        estimate, caller = request.estimate, request.caller.flow
         if estimate is None or attempt.hop is not None:
-            caller, size, bound = request.caller.name, attempt.body_bytes, request.max_answer
-            estimate = self._estimates.before(self.name, model, caller, size, bound)
+            estimate = self._estimates.before(
+                self.name, model, caller, attempt.body_bytes, request.max_answer, request.choices
+            )
         if not attempt.streamed and result != FAILED:
             # Nobody knows how much of it was written.
             return estimate
-        return self._estimates.unreported(self.name, model, estimate, _events(attempt))
+        return self._estimates.unreported(self.name, model, caller, estimate, _events(attempt))
 
     def _outdated(self, attempt: Attempt) -> bool:
         """Return whether *attempt* was sent by former settings, perhaps with another key or
@@ -817,7 +845,7 @@ def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
         ticket.estimate = attempt.work
     if attempt.shows_position:
         ticket.on_position = attempt.queued
-    ticket.deadline = request.latest
+    ticket.deadline, ticket.goes_on = request.latest, attempt.hop is not None
     return attempt.provider.scheduler.enter(ticket, bids)
 
 

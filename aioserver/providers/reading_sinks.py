@@ -176,9 +176,14 @@ class BridgingSink(ReadingSink, Generic[C]):
         except BadEvent as exc:
             raise event_fault(exc) from exc
         self._over = True
-        self._append(events)
+        self._close(events)
         self._stream.outcome.usage = self._writes.usage
         complete(self._stream)
+
+    def _close(self, events: list[bytes]) -> None:
+        """Append *events*, which end the answer, with the end of the log."""
+        if events:
+            self._stream.close_with(b"".join(events), len(events))
 
     @abstractmethod
     def _append_texts(self, data: bytes, count: int) -> None:

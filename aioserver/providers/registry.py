@@ -99,7 +99,7 @@ class ProviderRegistry:
         Raises:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
         """
-        self._metrics.apply(llm.providers, llm.models)
+        self._metrics.apply(llm.providers, llm.groups())
         providers: dict[str, Provider] = {}
         changes: list[Callable[[], None]] = []
         changed: list[Provider] = []

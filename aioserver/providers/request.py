@@ -85,12 +85,13 @@ class ProviderRequest:
     for the provider that is asked first; None stands for the model in its settings. Of the
     *client_headers* each provider gets those that its settings name, and the trace.
 
-    *size* has the bytes of it that are known before a body is made, and *max_answer* the tokens
-    that its answer may have by its own word, None without one: what its `estimate` is made of, once
-    it is about to wait; its `work` is what that costs its caller's share of a provider. *usage_options* are the `stream_options` of a body that does not ask for the
-    usage (protocol/stream_options.py); None: nothing is asked. A *batch* request uses what others
-    leave, and an answer in the *background* runs to its end without a reader. Its *bound* are its
-    deadlines, None if it has none.
+    *size* has the bytes of it that are known before a body is made, and *allowed* the tokens that
+    an answer may have by its own word, None without one, and how many answers it asks for (its
+    `max_answer` and `choices`): what its `estimate` is made of, once it is about to wait. Its
+    `work` is what that costs its caller's share of a provider. *usage_options* are the
+    `stream_options` of a body that does not ask for the usage (protocol/stream_options.py); None:
+    nothing is asked. A *batch* request uses what others leave, and an answer in the *background*
+    runs to its end without a reader. Its *bound* are its deadlines, None if it has none.
     """
 
     # Whether its tokens can be estimated before it starts.
@@ -117,10 +118,11 @@ class ProviderRequest:
         kept_bytes: int = 0,
         client_headers: ClientHeaders = NO_HEADERS,
         size: int = 0,
-        max_answer: int | None = None,
+        allowed: tuple[int | None, int] = (None, 1),
         usage_options: bytes | None = None,
     ) -> None:
-        self.size, self.max_answer = size, max_answer
+        self.size = size
+        self.max_answer, self.choices = allowed
         self.usage_options = usage_options
         batch = caller.batch
         if hold is not None and (terms := hold.terms) is not NO_TERMS:
@@ -160,6 +162,12 @@ class ProviderRequest:
         """
         if self._hold is not None:
             self._hold.given = True
+
+    async def whole_body(self, provider: settings.Provider, model: str | None) -> bytes:
+        """Return the body for *provider* with all that goes to some provider by it, in steps: also
+        what one that keeps it gets by a name.
+        """
+        return self.body(provider, model)
 
     def replace_body(self, body: BodyMaker, size: int) -> None:
         """Send what *body* makes, of about *size* bytes, in place of what the client has sent.

@@ -215,6 +215,8 @@ class PassingSink(StreamSink):
     # The blocks of the preamble that are held, and how many events they have.
     _held: Sequence[bytes] = ()
     _held_events = 0
+    # Whether the answer has ended well by an event that is to be shown.
+    _closes = False
 
     def let_go(self) -> None:
         """Show the preamble that is held."""
@@ -234,7 +236,7 @@ class PassingSink(StreamSink):
             block, broken = before_broken(block), True
         shown, ended, error = self._up_to_end(block, events)
         if ended or error or broken:
-            self._over = True
+            self._over, self._closes = True, not (error or broken)
         if shown:
             if events and shown is not block:
                 events = shown.count(BETWEEN) + 1
@@ -332,7 +334,11 @@ class PassingSink(StreamSink):
     def _show(self, block: bytes, events: int = 0) -> None:
         """Append *block*, unless it is empty; it has so many *events*, or 0 if that is not known."""
         if block:
-            self._stream.forward(block, events or eventstream.count(block), more=self._over)
+            events = events or eventstream.count(block)
+            if self._closes:
+                self._stream.close_with(block, events)
+            else:
+                self._stream.forward(block, events, more=self._over)
 
 
 def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:

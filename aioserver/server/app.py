@@ -25,8 +25,9 @@ from msgspec.structs import replace
 
 from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
-from aioserver.auth.keys import known_pepper, pepper_of, quota_of
+from aioserver.auth.keys import quota_of
 from aioserver.auth.origins import Origins
+from aioserver.auth.sessions import Sessions
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.watched_files import WatchedFiles
 from aioserver.faces import openai, pages, passthrough, session, sse, status, websocket
@@ -132,7 +133,7 @@ async def open_server(
     settings: Settings,
     app: web.Application | None = None,
     *,
-    pepper: bytes | None = None,
+    session_secret: bytes | None = None,
     make_admission: Callable[..., Gate] = Gate,
     scope: Scope | None = None,
     private_server: str | None = None,
@@ -141,8 +142,8 @@ async def open_server(
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`.
-    *make_admission* makes the gate in front of the handlers, unless a wing does. *scope*,
+    *app* must not be frozen yet. *session_secret* is that of browser sessions, a new one by
+    default. *make_admission* makes the gate in front of the handlers, unless a wing does. *scope*,
     *private_server*: see `Core`. *worker* is the slot of this process among those that share a
     configuration. *wings* make the features that it has beside those of the core.
 
@@ -172,7 +173,7 @@ async def open_server(
 
     lifetime = Lifetime(chat.streams, aliased)
     async with AsyncExitStack() as stack:
-        usage = Usage(metrics.usage, worker=worker, counts=metrics.usage_lines)
+        usage = Usage(metrics.usage, worker=worker, counts=metrics.usage_lines, bugs=metrics.bugs)
         # Closed last: it hears of answers to the end.
         stack.callback(usage.close)
         usage.prepare(settings.usage)()
@@ -201,13 +202,14 @@ async def open_server(
         sharing = next((wing.sharing for wing in plugged if wing.sharing is not None), None)
         instances = next((wing.instances for wing in plugged if wing.instances is not None), None)
         simulated = next((wing.simulated for wing in plugged if wing.simulated is not None), None)
-        if pepper is None:
-            pepper = pepper_of(llm)
-        if sharing is not None and known_pepper(llm) is None:
-            pepper = await sharing.agree_on_pepper(pepper)
+        sessions = Sessions(session_secret)
+        if sharing is not None:
+            await sharing.agree_on_sessions(sessions)
         tokens = next((wing.callers for wing in plugged if wing.callers is not None), None)
         make_quota = quota_of if sharing is None else sharing.make_quota
-        access = Access(settings.auth, pepper, make_quota, tokens)
+        access = Access(settings.auth, sessions, make_quota, tokens)
+        if scope is not None and sharing is None:
+            access.part_of = scope.share
         await begin_days(access, settings)
         origins = Origins(
             chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials
@@ -333,7 +335,8 @@ async def open_server(
 async def begin_days(access: Access, settings: Settings) -> None:
     """Let the budgets of a day begin at what the ledger knows of today.
 
-    Where instances share them, what is counted there may be more, and holds.
+    Where instances share them, what is counted there may be more, and holds. A worker that has a
+    part of each limit begins at its part of what all have used.
     """
     path, tokens = settings.usage.path, access.tokens
     quotas = access.keys.quotas()
@@ -342,11 +345,12 @@ async def begin_days(access: Access, settings: Settings) -> None:
         return
     day = f"{datetime.now(UTC):%Y-%m-%d}"
     today = await asyncio.to_thread(spent, Path(path), day)
-    for name, used in today.items():
+    part = {name: access.part_of(used) for name, used in today.items()}
+    for name, used in part.items():
         if name in quotas:
             quotas[name].budget.begin_day(used)
     if tokens is not None:
-        tokens.begin_day(day, today)
+        tokens.begin_day(day, part)
 
 
 def make_app(configuration: Configuration) -> web.Application:

@@ -7,12 +7,14 @@ came after some seconds, when most objects of all streams were young, and blocke
 for 15 to 38 ms at 750 streams. So there is a young pass every tenth of a second.
 
 Passes over older objects are rare: what has outlived a young pass is freed with its stream, without
-any pass.
+any pass. They come by time, and by number: where memory grows by many objects, these may be cycles
+that have outlived a young pass.
 """
 
 from __future__ import annotations
 
 import gc
+import sys
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,9 @@ PERIOD, SHARE = 0.1, 0.005
 LONGEST, NOTHING = 0.5, 2e-5
 # Seconds between two passes over older objects.
 OLDER = 600.0
+# Blocks of memory, one for about each object, by which it has grown when the next such pass is made
+# before that: some 20 MB, and a pass over so many objects takes a few milliseconds.
+GROWN = 200_000
 
 
 def begin() -> None:
@@ -54,11 +59,16 @@ def generational() -> bool:
 
 
 class Collector:
-    """Makes young passes until it is closed, and every *older* seconds one over older objects;
-    none where the interpreter's own are short.
+    """Makes young passes until it is closed, and one over older objects every *older* seconds and
+    where there are *grown* more blocks of memory; none where the interpreter's own are short.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, older: float = OLDER) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, older: float = OLDER, grown: int = GROWN
+    ) -> None:
+        self._grown = grown
+        # Of how many blocks the next pass over older objects is made.
+        self._older_from = sys.getallocatedblocks() + grown
         self._loop = loop
         self._older = older
         self._older_at = loop.time() + older
@@ -72,11 +82,12 @@ class Collector:
 
     def _collect(self) -> None:
         now, began = self._loop.time(), perf_counter()
-        if now < self._older_at:
+        if now < self._older_at and sys.getallocatedblocks() < self._older_from:
             gc.collect(0)
         else:
             gc.collect(1)
             self._older_at = now + self._older
+            self._older_from = sys.getallocatedblocks() + self._grown
         took = perf_counter() - began
         pause = LONGEST if took < NOTHING else min(max(PERIOD, took / SHARE), LONGEST)
         self._timer = self._loop.call_later(pause, self._collect)

@@ -331,5 +331,5 @@ async def apply_auth(server: Server, auth: Auth | None) -> frozenset[str]:
         if caller is None:
             open_socket.revoke()
         else:
-            open_socket.caller = caller
+            open_socket.admit(caller)
     return revoked

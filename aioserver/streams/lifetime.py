@@ -2,28 +2,30 @@
 
 A stream that loses its last reader ends at once if its request has not been sent to a provider, or
 if its window is 0; nobody finds the former any more, so that a client which comes back with its
-question has an answer. Otherwise it is detached: it runs on for its window and is then cancelled. At
-most `max_detached` streams are detached; beyond that the oldest is cancelled. When a request has
-to wait for a provider, the oldest detached stream that holds a place there is cancelled, too, and
-a stream that loses its last reader while others wait gives way at once: an answer that nobody
-reads never costs a client that waits. A request that has to wait until its provider is back counts
-as not sent again, so it ends if its client has left. A stream that has ended is kept for its
-window.
+question has an answer. Otherwise it is detached: it runs on for its window and is then cancelled.
+At most `max_detached` streams are detached; beyond that the oldest is cancelled of the owner that
+has most of them. When a request has to wait for a provider, the oldest detached stream that holds
+a place there is cancelled, too, and a stream that loses its last reader while others wait gives
+way at once: an answer that nobody reads never costs a client that waits. A request that has to
+wait until its provider is back counts as not sent again, so it ends if its client has left. A
+stream that has ended is kept for its window.
 
 A stream in the *background* runs to its end, whether anybody reads it or not: its client has asked
 for that, and comes back for the answer later. None of the above ends it, so it has bounds of its
 own: there are at most half as many as `max_detached`, and they have at most half of a provider's
-places (providers/queueing.py).
+places (providers/queueing.py). None of them makes room for another one, so that whoever has most of
+them is refused first (limits/shares.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.limits.shares import Shares
+from aioserver.limits.shares import Places, Shares
 from aioserver.streams.store import StoreObserver, StreamStore, owner_of
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class Lifetime(StoreObserver):
         self._detached: OrderedDict[Stream, bool] = OrderedDict()
         # The streams that run in the background, the oldest first.
         self._background: dict[Stream, None] = {}
+        self._places: Places[Hashable] = Places(_background_places(bounds))
         # Ended streams with the loop's time at which to forget each, by their windows, and of each
         # window the next one in front.
         self._kept: dict[float, OrderedDict[Stream, float]] = {}
@@ -95,17 +98,20 @@ class Lifetime(StoreObserver):
         """The seconds for which an answer is kept that has run in the background."""
         return max(self._bounds.store_window, self._bounds.resume_window)
 
-    def check_background(self) -> None:
-        """Refuse one more stream in the background, if there are too many.
+    def check_background(self, caller: Hashable) -> None:
+        """Refuse one more stream of *caller* in the background, if there are too many, or it has
+        too many of them.
 
         Raises:
             ServerAtCapacity: there are.
         """
-        limit = (self._bounds.max_detached + 1) // 2
-        if len(self._background) >= limit:
+        places, owner = self._places, owner_of(caller)
+        if not places.allows(owner):
+            own = places.of(owner)
+            of_you = f", {own} of them yours" if own < places.total else ""
             raise ServerAtCapacity(
-                f"{limit} answers run in the background already: half of "
-                f"chat.streams.max_detached={self._bounds.max_detached}",
+                f"{places.total} answers run in the background already{of_you}: there are at most "
+                f"{places.limit}, half of chat.streams.max_detached={self._bounds.max_detached}",
                 retry_after=BACKGROUND_RETRY,
             )
 
@@ -113,6 +119,7 @@ class Lifetime(StoreObserver):
         """Let *stream*, which begins, run to its end, whether anybody reads it or not."""
         stream.background = True
         self._background[stream] = None
+        self._places.add(owner_of(stream.caller), 1)
 
     async def finish_background(self, seconds: float) -> None:
         """Wait until nothing runs in the background, for *seconds* at most."""
@@ -123,11 +130,18 @@ class Lifetime(StoreObserver):
     def leave_background(self, stream: Stream) -> None:
         """Let *stream* live by its readers again: another instance has the answer."""
         stream.background = False
-        self._background.pop(stream, None)
+        self._ran_in_background(stream)
+
+    def _ran_in_background(self, stream: Stream) -> None:
+        """Count *stream* in the background no longer; a second call does nothing."""
+        if stream in self._background:
+            del self._background[stream]
+            self._places.give_back(owner_of(stream.caller))
 
     def apply(self, bounds: settings.Streams) -> None:
         """Use new bounds; a stream keeps the window that it began with."""
         self._bounds = bounds
+        self._places.limit = _background_places(bounds)
         self.store.apply(
             max_stream_bytes=bounds.max_stream_bytes, max_kept_bytes=bounds.max_kept_bytes
         )
@@ -214,7 +228,7 @@ class Lifetime(StoreObserver):
     def end(self, stream: Stream, *, abandoned: bool = True) -> None:
         """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
         self._leave_detached(stream)
-        stream.abandoned = abandoned
+        stream.abandoned, stream.cancelled_by_client = abandoned, not abandoned
         if abandoned and not (stream.sent or stream.answered or stream.background):
             # Nothing has begun. As a log it would tell a client that comes back, and has cancelled
             # nothing, that its answer was cancelled.
@@ -259,8 +273,8 @@ class Lifetime(StoreObserver):
             self._sweeper.cancel()
 
     def _enforce_max_detached(self) -> None:
-        while len(self._detached) > self._bounds.max_detached:
-            self.end(next(iter(self._detached)))
+        if (count := len(self._detached) - self._bounds.max_detached) > 0:
+            self._end_largest(self._detached, count, lambda _stream: 1)
 
     def _leave_detached(self, stream: Stream) -> None:
         self._detached.pop(stream, None)
@@ -283,24 +297,26 @@ class Lifetime(StoreObserver):
         background: of the owner whose streams keep most the oldest, again and again.
         """
         for streams in (self._detached, self._background):
-            size = self._end_largest(streams, size)
+            size = self._end_largest(streams, size, attrgetter("kept_bytes"))
 
-    def _end_largest(self, streams: Iterable[Stream], size: int) -> int:
-        """End those of *streams* that keep *size* bytes; return how many bytes more there are to
-        find.
+    def _end_largest(
+        self, streams: Iterable[Stream], size: int, size_of: Callable[[Stream], int]
+    ) -> int:
+        """End those of *streams* that have *size* together, by *size_of* each: the oldest of the
+        owner that has most, again and again. Return how much more there is to find.
         """
         shares: Shares[Hashable] = Shares()
         oldest: dict[Hashable, deque[Stream]] = {}
         for stream in streams:
             owner = owner_of(stream.caller)
             oldest.setdefault(owner, deque()).append(stream)
-            shares.add(owner, stream.kept_bytes)
+            shares.add(owner, size_of(stream))
         for owner in shares.largest_first():
             if size <= 0:
                 break
             stream = oldest[owner].popleft()
-            size -= stream.kept_bytes
-            shares.add(owner, -stream.kept_bytes)
+            size -= (ended := size_of(stream))
+            shares.add(owner, -ended)
             if stream.background:
                 # Its client has cancelled nothing.
                 stream.cancel_reason = ServerAtCapacity(
@@ -317,7 +333,7 @@ class Lifetime(StoreObserver):
         if self._giving_way:
             self._giving_way.discard(stream)
         if stream.background:
-            self._background.pop(stream, None)
+            self._ran_in_background(stream)
         if stream.window > 0:
             due = self._loop.time() + stream.window
             self._kept.setdefault(stream.window, OrderedDict())[stream] = due
@@ -350,3 +366,8 @@ class Lifetime(StoreObserver):
                 self._sweep_at(max(now + MIN_SWEEP_INTERVAL, next(iter(kept.values()))))
             else:
                 del self._kept[window]
+
+
+def _background_places(bounds: settings.Streams) -> int:
+    """Return how many streams may run in the background."""
+    return (bounds.max_detached + 1) // 2

@@ -176,6 +176,8 @@ class Stream:
         "bytes",
         "caller",
         "cancel_reason",
+        "cancelled_by_client",
+        "closing",
         "conversation_id",
         "digest",
         "end_status",
@@ -273,6 +275,9 @@ class Stream:
         # waits for that.
         self.keeper: Keeper | None = None
         self.ending: tuple[Awaitable[None], Mapping[str, Any], bytes] | None = None
+        # The provider's bytes that say so themselves, and how many events they have: no reader
+        # may see them before that.
+        self.closing: tuple[bytes, int] | None = None
         # What the answer has said so far, where the rest could be said by another attempt.
         self.said: Said | None = None
         # Counts a body that is collected for the log, once there is one.
@@ -285,6 +290,8 @@ class Stream:
         self.timer: asyncio.TimerHandle | None = None
         # Whether the log was cancelled because nobody read it.
         self.abandoned = False
+        # Whether its client has cancelled it: what was said until then, it has wanted.
+        self.cancelled_by_client = False
         # The error with which a cancelled log ends; None if it ends with the event `cancelled`, as
         # when a reader asked for that.
         self.cancel_reason: AioserverError | None = None
@@ -368,10 +375,12 @@ class Stream:
             self.close_fast_path()
 
     def remove_reader(self, reader: Reader) -> None:
-        """Let *reader* follow no longer."""
+        """Let *reader* follow no longer. What it alone had still to read is no longer unread."""
         self.readers.remove(reader)
         if self.path is not None:
             self.close_fast_path()
+        if self.readers:
+            self.trim()
 
     def append(
         self,
@@ -527,6 +536,16 @@ class Stream:
             if not more:
                 self.notify()
 
+    def close_with(self, data: bytes, count: int) -> None:
+        """Append the provider's bytes of the last *count* events, which say that the answer is
+        complete, together with the end of the log, which follows: once its answer is kept.
+        """
+        if self.path is not None:
+            self.close_fast_path()
+        if self.said is not None and self.said.add(data):
+            self.recount()
+        self.closing = data, count
+
     def open_fast_path(self, shape: Shape | None = None) -> Path | None:
         """Return the fast path of the only reader, if that reader has passed all entries.
 
@@ -594,6 +613,11 @@ class Stream:
         """
         if self.path is not None:
             self.close_fast_path()
+        closing, self.closing = self.closing, None
+        if closing is not None and status is COMPLETE:
+            closing_data, count = closing
+            self.meter.events += count
+            self.add_entry(Entry(self.last + 1, count, CHUNK, closing_data, None, monotonic()))
         number = self.last + 1
         frames = [protocol_frames.frame(self.head, number, status, orjson.dumps(chunk))]
         self.end_with(Entry(number, 1, status, data, frames, monotonic()))

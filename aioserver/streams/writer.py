@@ -168,8 +168,6 @@ class Writer:
         self._ready.pop(cursor, None)
         stream = cursor.stream
         stream.remove_reader(cursor)
-        if stream.ended and stream.readers:
-            stream.trim()
         self._on_unfollow(stream)
 
     def drop(self, cursor: Cursor) -> None:

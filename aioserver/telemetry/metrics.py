@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
@@ -21,6 +22,7 @@ from aioserver import errors, provider_errors
 from aioserver.config.models import PREFIX
 from aioserver.protocol.bridging.words import LIMIT, MAX_TOKENS, OPTIONAL
 from aioserver.telemetry import logs
+from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.bugs import Bugs
 from aioserver.telemetry.counters import (
     SHORT_BOUNDS,
@@ -177,8 +179,10 @@ class GroupMeter:
     """
 
     def __init__(self) -> None:
-        # By provider and home.
+        # By provider and home: each pair of those that there have been, since a request under way
+        # may go on by other settings than those with which it has begun.
         self.starts: dict[tuple[str, ...], Counter] = {}
+        self._homes: tuple[str, ...] = (NONE,)
         self.known = RecentShare()
         self.cached: dict[str, RecentShare] = {}
 
@@ -186,8 +190,10 @@ class GroupMeter:
         """Count the members of *group* from now on, too."""
         for member in group.members:
             self.cached.setdefault(member.provider, RecentShare())
-            for home in HOMES if group.affinity == PREFIX else (NONE,):
-                self.starts.setdefault((member.provider, home), Counter())
+        if group.affinity == PREFIX:
+            self._homes = HOMES
+        for labels in product(self.cached, self._homes):
+            self.starts.setdefault(labels, Counter())
 
     def started(self, home: str) -> int:
         """Return how many requests have started last where *home* says."""
@@ -281,6 +287,7 @@ class Metrics:
                 for outcome in outcomes:
                     self.hook_calls.setdefault((name, event, outcome), Counter())
 
+    @bookkeeping(nothing)
     def count_error(self, error: errors.AioserverError) -> None:
         """Count *error*, which was sent to a client before any provider was asked.
 
@@ -296,10 +303,12 @@ class Metrics:
         elif error.outcome == "client_error" and error.code in self.bad_requests:
             self.bad_requests[error.code].value += 1
 
+    @bookkeeping(nothing)
     def count_deadline(self, error: errors.DeadlineExceeded) -> None:
         """Count *error*, which ends a request at a deadline of its own."""
         self.deadlines[error.bound].value += 1
 
+    @bookkeeping(nothing)
     def count_budget_refusal(self, caller: str, error: errors.TokensExceeded) -> None:
         """Count a request of *caller* that was refused with *error*."""
         labels = caller, error.period

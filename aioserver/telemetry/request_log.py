@@ -22,6 +22,7 @@ import msgspec
 from aioserver.auth.callers import NO_CALLER
 from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry import logs
+from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 from aioserver.telemetry.outcome import COUNTED, MIXED, NOBODY, PROVIDER, Outcome
@@ -29,6 +30,7 @@ from aioserver.telemetry.tracer import RequestEnd
 
 if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
+    from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.outcome import GroupStart
     from aioserver.telemetry.tracer import RequestTrace, Tracer
@@ -149,6 +151,12 @@ class RequestLog:
         self.tracer = tracer
         self._lag = lag
 
+    @property
+    def bugs(self) -> Bugs:
+        """Counts the bugs of the server."""
+        return self.metrics.bugs
+
+    @bookkeeping(nothing)
     def count_first_token(self, record: RequestRecord) -> None:
         """Count how long the first content of the answer took, from admission and from being
         sent.
@@ -161,6 +169,7 @@ class RequestLog:
         provider.first_token.observe(from_sending)
         provider.recent_first_tokens.add(first, from_sending)
 
+    @bookkeeping(nothing)
     def finish(
         self, record: RequestRecord, error: BaseException | None, *, cancelled: bool = False
     ) -> None:

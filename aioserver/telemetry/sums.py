@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MAX_ROWS, MAX_UNKNOWN = 10_000, 100
 # Children of the metric by caller; beyond, the caller of a child is OTHER.
 MAX_CHILDREN = 10_000
+# Days whose rows are kept: today, yesterday, and one that a clock has shown for a moment.
+MAX_DAYS = 3
 # Characters of a model's name.
 MAX_NAME = 200
 OTHER = "other"
@@ -91,11 +93,15 @@ class _Total:
         self.unknown = 0
 
 
+_NOTHING: tuple[dict[tuple[str, str, str], _Row], dict[str, object]] = {}, {}
+
+
 class CallerSums:
     """Counts what attempts have cost.
 
     Always: each day has at most MAX_ROWS rows, and MAX_CHILDREN children of the metric by caller
-    are there, besides those of OTHER. A day never goes back, though the clock may.
+    are there, besides those of OTHER. If the clock goes to another day and comes back, each day
+    has what was counted on it.
 
     An attempt changes its row alone: the children of the metrics are told when somebody looks.
 
@@ -104,12 +110,13 @@ class CallerSums:
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
-        self._day, self._midnight = 0, 0
+        # The day by its number, from when on the clock shows it, and until when.
+        self._day, self._began, self._midnight = 0, 0, 0
         self.configured: Container[tuple[str, str]] = frozenset()
-        # The rows of today and of yesterday, and the callers of today.
+        # The rows and the callers of today, and of the days that were shown last.
         self._rows: dict[tuple[str, str, str], _Row] = {}
-        self._before: dict[tuple[str, str, str], _Row] = {}
         self._totals: dict[str, _Total] = {}
+        self._days = {self._day: (self._rows, self._totals)}
         # The children of the metrics: by caller, provider, model and kind; of estimated tokens by
         # caller; and by provider, model, type and source.
         self._tokens: dict[tuple[str, ...], Counter] = {}
@@ -120,7 +127,7 @@ class CallerSums:
         """Count *part* of a request of *caller*; *anew*: the first that it has at this provider,
         for this model. *label*: what metrics call the caller, if not by its name.
         """
-        if self._wall() >= self._midnight:
+        if not self._began <= self._wall() < self._midnight:
             self._turn()
         row = self._rows.get((caller, part.provider, part.model))
         if row is None:
@@ -194,20 +201,22 @@ class CallerSums:
                     if caller is None or owner == caller
                 ],
             }
-            for day, rows in ((self._day, self._rows), (self._day - 1, self._before))
+            for day in (self._day, self._day - 1)
+            for rows, _totals in (self._days.get(day, _NOTHING),)
         ]
 
     def _turn(self) -> None:
-        """Begin the day that it is, if it is another."""
+        """Go to the day that it is, if it is another."""
         now = self._wall()
-        if now < self._midnight:
+        if self._began <= now < self._midnight:
             return
         self._tell()
-        day = int(now // SECONDS_OF_A_DAY)
-        # Rows older than yesterday are shown nowhere. The children of the metric stay.
-        self._before = self._rows if day == self._day + 1 else {}
-        self._rows, self._totals = {}, {}
-        self._day, self._midnight = day, (day + 1) * SECONDS_OF_A_DAY
+        self._day = day = int(now // SECONDS_OF_A_DAY)
+        self._rows, self._totals = self._days[day] = self._days.pop(day, ({}, {}))
+        # The children of the metric stay.
+        while len(self._days) > MAX_DAYS:
+            del self._days[next(iter(self._days))]
+        self._began, self._midnight = day * SECONDS_OF_A_DAY, (day + 1) * SECONDS_OF_A_DAY
 
     def _row(self, caller: str, label: str, provider: str, model: str) -> _Row:
         """Return the row of today for these names, or for the model OTHER.

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Protocol
 from msgspec.structs import replace
 
 from aioserver.config.faults import ConfigurationError
+from aioserver.telemetry.bookkeeping import bookkeeping, nothing
+from aioserver.telemetry.bugs import Bugs
 from aioserver.telemetry.ledger import Ledger, Line
 from aioserver.telemetry.ledger_reader import REFUSED, RUNNING
 from aioserver.telemetry.outcome import NOBODY, Part
@@ -114,7 +116,9 @@ class Usage:
         wall: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
         counts: Mapping[str, Counter] = MappingProxyType({}),
+        bugs: Bugs | None = None,
     ) -> None:
+        self.bugs = Bugs() if bugs is None else bugs
         self.sums = CallerSums(wall) if sums is None else sums
         self.ledger: Writer | None = None
         self.path: str | None = None
@@ -195,6 +199,7 @@ class Usage:
         """How many attempts were sent and have not ended; 0 without a ledger."""
         return len(self._new) + len(self._running)
 
+    @bookkeeping(nothing)
     def sent(self, record: RequestRecord, so_far: Callable[[], Part]) -> None:
         """Note that an attempt of the request of *record* was sent, perhaps not for the first
         time.
@@ -203,14 +208,17 @@ class Usage:
             sent = self._new[record] = self._number(record, so_far)
             sent.due = self._clock() + FIRST_LINE
 
+    @bookkeeping(nothing)
     def ended(self, record: RequestRecord, part: Part) -> None:
         """Count *part*, the last of the request of *record*."""
         caller, parts = record.caller, record.outcome.parts
+        # Whatever fails, it runs no longer.
+        sent = self._taken(record)
         self.sums.add(caller.name, part, caller.label, anew=len(parts) < 2 or _is_anew(parts))
         if self.ledger is not None:
-            sent = self._taken(record) or self._number(record, _nobody_knows)
-            self._put(sent, part, part.outcome)
+            self._put(sent or self._number(record, _nobody_knows), part, part.outcome)
 
+    @bookkeeping(nothing)
     def refused(self, record: RequestRecord) -> None:
         """Note that the attempt of the request of *record* has cost nothing."""
         if self.ledger is not None and (sent := self._taken(record)) is not None and sent.told:
@@ -246,6 +254,14 @@ class Usage:
 
     def _sweep(self) -> None:
         assert self._loop is not None
+        # A bug does not end the sweeps.
+        self._timer = self._loop.call_later(SWEEP, self._sweep)
+        if not self._swept():
+            self._timer.cancel()
+            self._timer = self._loop.call_later(SWEEP_ON, self._sweep)
+
+    def _swept(self) -> bool:
+        """Write a line for each attempt for which one is due; return whether that were all."""
         written, lost, _waiting = self.lines
         for outcome, count in (("written", written), ("lost", lost)):
             if outcome in self.counts:
@@ -265,8 +281,7 @@ class Usage:
                 sent.due, sent.told = now + NEXT_LINE, True
                 self._running[sent.record] = sent
                 self._put(sent, sent.so_far(), RUNNING)
-        again = SWEEP if left or self.ledger is None else SWEEP_ON
-        self._timer = self._loop.call_later(again, self._sweep)
+        return left > 0 or self.ledger is None
 
 
 def _is_anew(parts: tuple[Part, ...]) -> bool:

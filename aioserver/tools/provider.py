@@ -128,6 +128,13 @@ def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bo
     metavar="TOKENS",
 )
 @click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="List this model under /v1/models; may be repeated. Any other is answered, too.",
+)
+@click.option(
     "--responses/--no-responses",
     default=True,
     help="Have /v1/responses, or chat completions only, as many engines.  [default: responses]",

@@ -63,7 +63,8 @@ class Balance:
 
     Always: `connections` are those of this worker, and *loads* say so; from `start` to `close` one
     timer runs, for the next beat. *on_gone* is called with each instance of the cluster whose
-    process has ended: see `Loads.gone`.
+    process has ended (`Loads.gone`); those that had ended before are among them: where all workers
+    end at once, nobody else has seen it.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class Balance:
     ) -> None:
         self._loads = loads
         self._on_gone = on_gone
-        self._gone = loads.gone()
+        self._gone: list[int] = []
+        self._look()
         self.connections = 0
         # How often a connection has come or gone, and how often it had at the last beat.
         self._events, self._seen = 0, -1
@@ -154,10 +156,7 @@ class Balance:
 
     def _beat(self) -> None:
         self.beats += 1
-        if (gone := self._loads.gone()) != self._gone:
-            for instance in set(gone).difference(self._gone):
-                self._on_gone(instance)
-            self._gone = gone
+        self._look()
         if self._go_on():
             self.interval = SOON
         else:
@@ -165,6 +164,13 @@ class Balance:
         self._seen = self._events
         self._loads.beat(self.interval, accepting=self.able)
         self._beat_in(self.interval)
+
+    def _look(self) -> None:
+        """Look whether processes of the cluster have ended."""
+        if (gone := self._loads.gone()) != self._gone:
+            for instance in set(gone).difference(self._gone, (0,)):
+                self._on_gone(instance)
+            self._gone = gone
 
     def _hurry(self) -> None:
         """Let the next beat be soon."""

@@ -30,7 +30,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aioserver.auth.keys import pepper_of
+from aioserver.auth.sessions import new_secret
 from aioserver.config.faults import ConfigurationError
 from aioserver.server import listener, reload, systemd
 from aioserver.telemetry import logs
@@ -126,7 +126,7 @@ class Parent:
         # The contents of the configuration file that workers start with, by number.
         self._contents = {0: as_file("configuration", configuration.content)}
         self._number = 0
-        self._pepper = as_file("pepper", pepper_of(self._at_start.llm))
+        self._session_secret = as_file("session secret", new_secret())
         self._loads = Loads.create(self._workers)
         # The slots of the processes that have not been reaped.
         self._slots: dict[int, int] = {}
@@ -366,7 +366,7 @@ class Parent:
             "ear": ear.fileno(),
             "lifeline": self._lifeline,
             "configuration": self._contents[configuration],
-            "pepper": self._pepper,
+            "session_secret": self._session_secret,
             "loads": self._loads.fd,
         }
         numbers = pass_on([*(sock.fileno() for sock in self._sockets), *named.values()])

@@ -235,7 +235,12 @@ def _folder(environ: Mapping[str, str]) -> tuple[Path, int]:
     Return it, and its lock.
     """
     runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
-    for parent in (runtime, tempfile.gettempdir(), "/tmp"):  # noqa: S108 - mkdtemp makes it 0700
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError:
+        # A file system that cannot be written has none.
+        temporary = ""
+    for parent in (runtime, temporary, "/tmp"):  # noqa: S108 - mkdtemp makes it 0700
         if parent and len(parent) + len(f"/{PREFIX}XXXXXXXX/valkey.sock") <= MAX_SOCKET_PATH:
             _remove_left(Path(parent))
             with contextlib.suppress(OSError):

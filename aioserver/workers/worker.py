@@ -12,7 +12,7 @@ have.
 | ear | a socket on which this worker alone tells its parent what a service tells systemd |
 | lifeline | a pipe that ends with the parent |
 | configuration | the content of the configuration file that is in effect |
-| pepper | the secret of browser sessions, the same in each worker |
+| session_secret | what signs browser sessions, the same in each worker |
 | loads | shared memory, by which the workers balance what they accept (loads.py) |
 
 A worker that is replaced, and its successor, have different slots of the same rank: there are
@@ -30,10 +30,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from aioserver.config.settings import Limits
 from aioserver.limits.fixed_share import Scope
 from aioserver.limits.gate import Gate
 from aioserver.server.preflight import Unfit
@@ -44,9 +45,11 @@ from aioserver.workers.loads import Loads, OtherLayout
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
 
-    from aioserver.config.settings import Auth, Chat, Limits, Llm, Provider, Settings
+    from aioserver.config.settings import Auth, Chat, Llm, Provider, Settings
 
-OfCaller = TypeVar("OfCaller", bound="Limits")
+OfCaller = TypeVar("OfCaller", bound=Limits)
+# The numbers of a caller that are no limits, and the limits that no server shares.
+NO_LIMITS, OF_EACH = frozenset({"priority"}), frozenset({"queue_size"})
 WORKER = "AIOSERVER_WORKER"
 DESCRIPTORS = "AIOSERVER_FDS"
 SERVER = "AIOSERVER_PRIVATE_SERVER"
@@ -58,7 +61,9 @@ PERIOD = "AIOSERVER_PERIOD"
 HOST = "AIOSERVER_HOST"
 # Seconds until a worker without a server looks again how many connections its predecessor has.
 LOOK = 0.1
-NAMES = frozenset({"ear", "lifeline", "configuration", "pepper", "loads"})
+NAMES = frozenset({"ear", "lifeline", "configuration", "loads"})
+# The descriptor that parents of version 0.1.0 lack, whose secret can be guessed.
+SESSIONS = "session_secret"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,8 @@ class Worker:
         There may be descriptors with other names, of a parent of another version.
 
         Raises:
-            Unfit: the version of the parent is one whose shared memory this process cannot use.
+            Unfit: the version of the parent is one whose shared memory this process cannot use, or
+                whose sessions are not signed as they are here.
         """
         slot, _, workers = environ.pop(WORKER, "").partition("/")
         server_url, first = environ.pop(SERVER, "") or None, bool(environ.pop(FIRST, ""))
@@ -108,14 +114,19 @@ class Worker:
         for descriptor in descriptors.values():
             # Not for the children of this process.
             os.set_inheritable(descriptor, False)
+        other = None
         try:
             Loads(descriptors["loads"]).close()
         except OtherLayout:
+            other = "whose workers share their places in another way"
+        if SESSIONS not in descriptors:
+            other = other or "that signs sessions in another way"
+        if other is not None:
             raise Unfit(
-                "the parent process is of a version of aioserver whose workers share their places "
-                "in another way: restart the service, SIGUSR2 is not enough",
+                f"the parent process is of a version of aioserver {other}: restart the service, "
+                "SIGUSR2 is not enough",
                 1,
-            ) from None
+            )
         return cls(
             int(slot), int(workers), int(period) / 1e6, descriptors, server_url, first, host
         )
@@ -153,9 +164,9 @@ class Worker:
         """
         return read(self.descriptors["configuration"])
 
-    def pepper(self) -> bytes:
-        """Return the secret of browser sessions."""
-        return read(self.descriptors["pepper"])
+    def session_secret(self) -> bytes:
+        """Return what signs browser sessions."""
+        return read(self.descriptors[SESSIONS])
 
     def take_loads(self) -> Loads:
         """Take this worker's slot on the page of loads over, and return the page."""
@@ -288,14 +299,15 @@ def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> S
         )
 
     def limits(whole: OfCaller) -> OfCaller:
-        if clustered:
-            return whole
-        return replace(
-            whole,
-            max_concurrent=part(whole.max_concurrent),
-            max_connections=part(whole.max_connections),
-            requests_per_minute=part(whole.requests_per_minute),
-        )
+        # Whatever is a number is a limit, so that none can be forgotten.
+        shared: dict[str, Any] = {
+            field.name: part(value)
+            for field in fields(Limits)
+            if type(value := getattr(whole, field.name)) is int
+            and field.name not in NO_LIMITS
+            and (field.name in OF_EACH or not clustered)
+        }
+        return replace(whole, **shared)
 
     def auth(whole: Auth) -> Auth:
         keys = None if whole.keys is None else tuple(map(limits, whole.keys))

@@ -4,6 +4,7 @@ left when answers have ended.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ POSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "messages": ("v1/messages", MESSAGE),
     "messages stream": ("v1/messages", {**MESSAGE, "stream": True}),
     "responses": ("v1/responses", RESPONSE),
+    "completions": ("v1/completions", {"prompt": "Hello"}),
     "sse": ("chat/stream", {"text": "Hello", "request_id": "s"}),
 }
 
@@ -162,6 +164,50 @@ async def test_a_day_that_ends_soon_or_has_begun_says_to_the_second_when_the_nex
         await ws.send_json(chat("r"))
         (frame,) = await to_end(ws)
         assert frame["chunk"]["retry_after"] == left
+
+
+# What a request says of the length of its answer, and how many tokens its answer reserves at least.
+LENGTHS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "a bound of another API": ("stream", {"max_output_tokens": 1}, 1000),
+    "the largest of several": ("stream", {"max_tokens": 1, "max_completion_tokens": 500}, 500),
+    "the same in the other order": (
+        "stream",
+        {"max_completion_tokens": 1, "max_tokens": 500},
+        500,
+    ),
+    "several choices": ("stream", {"n": 50, "max_tokens": 10}, 500),
+    "choices as a text": ("stream", {"n": "50", "max_tokens": 10}, 500),
+    "choices as a fraction": ("stream", {"n": 50.0}, 50_000),
+    "no bound at all": ("stream", {"max_tokens": None, "n": 2}, 2000),
+    "the best of several": ("completions", {"best_of": 5, "n": 2, "max_tokens": 100}, 500),
+    "several prompts": ("completions", {"prompt": ["a", "b"] * 20, "max_tokens": 10}, 400),
+    "prompts of tokens": ("completions", {"prompt": [[1, 2]] * 40, "max_tokens": 10}, 400),
+    "a chat's in completions": ("completions", {"max_completion_tokens": 1}, 1000),
+    "a chat's in a response": ("responses", {"max_output_tokens": None, "max_tokens": 1}, 1000),
+    "a response's in a message": ("messages", {"max_tokens": 900, "max_output_tokens": 1}, 900),
+    "choices in options": ("sse", {"options": {"n": 50, "max_tokens": 10}}, 500),
+    "the largest in options": (
+        "sse",
+        {"options": {"max_tokens": 1, "max_completion_tokens": 500}},
+        500,
+    ),
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+async def test_a_request_reserves_what_the_api_that_is_asked_allows_it(
+    make_server: MakeServer, length: str
+) -> None:
+    face, more, least = LENGTHS[length]
+    limits = {"tokens_per_minute": 10**6, "tokens_per_day": 10**6}
+    server = await make_server(Behaviour(ttft=1e6), **keys_of("web", **limits))
+
+    asked = asyncio.create_task(post(server, face, **more))
+    await until(lambda: quota(server).running == 1)
+
+    assert least <= quota(server).budget.reserved < least + 500
+    asked.cancel()
+    await until(lambda: quota(server).budget.reserved == 0)
 
 
 async def test_an_attached_request_takes_nothing(make_server: MakeServer) -> None:

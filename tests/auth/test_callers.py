@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,16 +11,12 @@ from hypothesis import strategies as st
 
 from aioserver.auth.access import Access
 from aioserver.auth.callers import Caller, anonymous
-from aioserver.auth.keys import SESSION_SECONDS, Keys, pepper_of
+from aioserver.auth.keys import Keys
 from aioserver.auth.origins import Origins
-from aioserver.config.schema import Secret
+from aioserver.auth.sessions import SECRET_BYTES, SESSION_SECONDS, Sessions
 from aioserver.config.settings import Auth, ClientKey
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, OriginNotAllowed, SessionEnded
 from tests.support.clock import FakeClock
-from tests.support.configurations import load, small
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LISTED = Origins(("http://localhost:8000", "https://Chat.Example/", "null"), credentials=True)
 NONE = Origins((), credentials=True)
@@ -200,8 +196,10 @@ def client(name: str, key: str | None = None, **limits: Any) -> ClientKey:
     return ClientKey(name=name, sha256=digest, **limits)
 
 
-def held(*client_keys: ClientKey, clock: FakeClock | None = None, pepper: bytes = b"p") -> Keys:
-    keys = Keys(pepper, clock or FakeClock(WALL_TIME))
+def held(
+    *client_keys: ClientKey, clock: FakeClock | None = None, secret: bytes = bytes(SECRET_BYTES)
+) -> Keys:
+    keys = Keys(Sessions(secret, clock or FakeClock(WALL_TIME)))
     keys.apply(client_keys)
     return keys
 
@@ -266,7 +264,7 @@ def test_a_change_tells_whose_key_is_gone_or_another() -> None:
 def test_a_session_is_its_key_for_twelve_hours() -> None:
     clock = FakeClock(WALL_TIME)
     keys = held(client("a.b-c"), clock=clock)
-    session = keys.session(keys.caller(b"key of a.b-c"))
+    session, _ = keys.session(keys.caller(b"key of a.b-c"))
 
     clock.now += SESSION_SECONDS - 1
     assert keys.resume(session).name == "a.b-c"
@@ -277,17 +275,17 @@ def test_a_session_is_its_key_for_twelve_hours() -> None:
     assert caught.value.code == "invalid_api_key"
 
 
-def test_a_session_lives_through_a_restart_and_in_every_worker() -> None:
+def test_a_session_is_valid_in_every_process_that_has_the_secret() -> None:
     first, second = held(client("web")), held(client("web"), client("more"))
 
-    session = first.session(first.caller(b"key of web"))
+    session, _ = first.session(first.caller(b"key of web"))
 
     assert second.resume(session).name == "web"
 
 
 def test_a_session_dies_with_its_key() -> None:
     keys = held(client("web"))
-    session = keys.session(keys.caller(b"key of web"))
+    session, _ = keys.session(keys.caller(b"key of web"))
 
     for others in ([client("web", "another key")], [client("app", "key of web")], []):
         keys.apply(others)
@@ -297,16 +295,28 @@ def test_a_session_dies_with_its_key() -> None:
     assert keys.resume(session).name == "web"
 
 
-def test_the_hashes_in_a_file_make_no_session() -> None:
-    thief, server = held(client("web"), pepper=b""), held(client("web"), pepper=b"secret")
+def test_what_is_public_makes_no_session() -> None:
+    """The hashes in a file, the settings and the keys of providers are known; nothing else is."""
+    server, web = held(client("web"), secret=b"only the server knows this secret"), client("web")
+    guesses = [bytes.fromhex(web.sha256 or ""), bytes(SECRET_BYTES)]
+    guesses += [hashlib.sha256(word).digest() for word in (b"", b"EMPTY", b"ollama")]
 
-    with pytest.raises(SessionEnded):
-        server.resume(thief.session(thief.caller(b"key of web")))
+    for guess in guesses:
+        thief = held(web, secret=guess)
+        with pytest.raises(SessionEnded):
+            server.resume(thief.session(thief.caller(b"key of web"))[0])
+
+
+def test_a_secret_is_random_and_long() -> None:
+    assert len({Sessions().secret for _ in range(100)}) == 100
+    for short in (b"", b"pepper", bytes(SECRET_BYTES - 1)):
+        with pytest.raises(ValueError, match="secret"):
+            Sessions(short)
 
 
 def test_a_session_cannot_be_changed() -> None:
     keys = held(client("web"), client("root", admin=True))
-    session = keys.session(keys.caller(b"key of web"))
+    session, _ = keys.session(keys.caller(b"key of web"))
     name, expiry, mac = session.rsplit(".", 2)
     later = str(int(expiry) + 1)
 
@@ -336,19 +346,6 @@ def test_a_session_cannot_be_changed() -> None:
 def test_any_session_is_an_answer_and_no_other_exception(session: str) -> None:
     with pytest.raises(SessionEnded):
         held(client("web")).resume(session)
-
-
-def test_the_pepper_is_of_the_providers_keys(tmp_path: Path) -> None:
-    text = small("base_url: http://h/v1", "api_key_env: K")
-    file = tmp_path / "c.yaml"
-
-    first, other, none = (
-        pepper_of(load(text, file, K=key).settings.llm) for key in ("one", "other", "")
-    )
-
-    assert len({first, other, none}) == 3
-    assert pepper_of(load(text, file, K="one").settings.llm) == first
-    assert Secret("one").reveal().encode() not in first
 
 
 # Access.

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import WSServerHandshakeError
 
 from aioserver.auth.guard import Policy
-from aioserver.auth.keys import SESSION_SECONDS
+from aioserver.auth.sessions import SESSION_SECONDS
 from tests.support.chat import CHAT, chat, text_of, to_end
 from tests.support.keys import COOKIE, bearer, code_of, cookie, key_of, keys_of, log_in
 from tests.support.raw import Raw

@@ -479,7 +479,7 @@ async def test_the_delay_before_a_try(server: RunningServer, page: Page) -> None
         "told": (20, 20.5),
         "absurd": (3600, 3600.5),
         "asked": (1, 2),
-        "again": (1, 31),
+        "again": (1, 9),
     }
     for name, (least, most) in bounds.items():
         shortest, longest = delays[name]

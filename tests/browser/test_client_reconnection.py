@@ -216,3 +216,74 @@ async def test_a_server_that_lets_nobody_in_is_asked_ever_less(
     seen = await play(server, page, transport, program, questions, [fate] * (9 + together))
 
     assert seen[-1] - seen[0] > 5000
+
+
+# A server with `b` places, where each answer takes `c` ms; it has no room for more.
+PLACES = """
+  let active = 0;
+  const refused = { ...a, retry_after: 2 };
+  const serve = (say, over) => {
+    if (active >= b) return over(refused);
+    active += 1;
+    say({ event_id: 1, status: "processing" });
+    setTimeout(() => {
+      active -= 1;
+      say({ event_id: 2, status: "complete" });
+      over();
+    }, c);
+  };
+  window.WebSocket = class {
+    constructor() { setTimeout(() => this.onopen?.(), 1); }
+    send(text) {
+      const { action, request_id } = JSON.parse(text);
+      const say = (frame) => this.onmessage?.({ data: JSON.stringify({ request_id, chunk: {}, ...frame }) });
+      const over = (chunk) => chunk && say({ event_id: 1, status: "error", chunk });
+      setTimeout(() => (action === "ping" ? say({ request_id: null, status: "pong" }) : serve(say, over)), 1);
+    }
+    close() {}
+  };
+  window.fetch = () => new Promise((resolve) => {
+    setTimeout(() => {
+      const error = { code: a.code, message: a.error };
+      const headers = { "Content-Type": "text/event-stream" };
+      let events;
+      const body = new ReadableStream({ start: (controller) => (events = controller) });
+      const say = (frame) => events.enqueue(new TextEncoder().encode(`data: ${JSON.stringify({ chunk: {}, ...frame })}\\n\\n`));
+      const over = (chunk) => {
+        if (chunk) resolve(new Response(JSON.stringify({ error }), { status: 503, headers: { "Retry-After": "2" } }));
+        else events.close();
+      };
+      serve(say, over);
+      resolve(new Response(body, { headers }));
+    }, 1);
+  });
+"""
+
+
+@pytest.mark.parametrize("transport", ["websocket", "sse"])
+async def test_questions_of_one_page_keep_the_places_of_a_full_server_taken(
+    server: RunningServer, page: Page, transport: str
+) -> None:
+    seconds, places, questions = 4.8, 4, 40
+    code = "provider_queue_full" if transport == "websocket" else "server_at_capacity"
+    async with page_elsewhere(page, server.base):
+        await run(page, WORLD, None, FULL)
+        await run(page, PLACES, {**FULL, "code": code}, places, 1000 * seconds)
+        took, ended = await run(
+            page,
+            """
+            window.client = new aio.Client(a, { transport: b, deadline: 1e6 });
+            const began = world.now, ended = [];
+            for (let number = 0; number < c; number += 1) read(client.chat("Hello")).then(({ error }) => ended.push(error));
+            await world.run(() => ended.length === c);
+            client.close();
+            return [(world.now - began) / 1000, ended];
+            """,
+            server.base,
+            transport,
+            questions,
+        )
+
+    assert ended == [None] * questions
+    # It is the time of the page's own clock.
+    assert took < 1.1 * seconds * questions / places

@@ -100,10 +100,11 @@ class FickleServer:
         self._fates = fates
         self.over = asyncio.Event()
         # When the handshakes began that are under way; since when nothing but losses has come, if
-        # it is so; and the losses: when each was, and how long nothing may come.
+        # it is so; and the losses: when each was, how long nothing may come, and whether only
+        # until a place is given back.
         self._open: list[float] = []
         self._down: float | None = None
-        self._losses: list[tuple[float, float]] = []
+        self._losses: list[tuple[float, float, bool]] = []
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> Self:
@@ -138,7 +139,7 @@ class FickleServer:
         fate = self._fates.pop(0) if self._fates else SERVED
         if not self._fates:
             self.over.set()
-        for lost, until in self._losses:
+        for lost, until, _full in self._losses:
             if lost < now - UNKNOWN and now < until:
                 self.faults.append(f"{until - now:.2f} s too early, before {fate}")
         since = now if together and self._down is None else (self._down or 0.0) + UNKNOWN
@@ -151,13 +152,13 @@ class FickleServer:
             self._open.remove(now)
         return fate
 
-    def _lose(self, least: float) -> None:
+    def _lose(self, least: float, *, full: bool = False) -> None:
         now = asyncio.get_running_loop().time()
         self._down = self._down or now
-        self._losses.append((now, now + least))
+        self._losses.append((now, now + least, full))
 
     def _refuse(self, fate: Fate) -> web.Response:
-        self._lose(fate.least)
+        self._lose(fate.least, full=fate.status == 503)
         headers = {} if fate.wait is None else {"Retry-After": f"{fate.wait:.0f}"}
         return web.Response(status=fate.status, headers=headers)
 
@@ -220,8 +221,10 @@ class FickleServer:
         with contextlib.suppress(ConnectionError):
             for event in answer(name, *HELLO)[int(after or 0) : fate.events]:
                 await response.write(_event(event))
-            if fate.close is not None and fate.events < 4:
-                self._lose(fate.wait or 0.0)
+            if fate.events == 4:
+                self._losses = [loss for loss in self._losses if not loss[2]]
+            elif fate.close is not None:
+                self._lose(fate.wait or 0.0, full=fate.wait is not None and fate.close != 1012)
                 if fate.wait is not None:
                     remark = STOPS if fate.close == 1012 else FULL
                     refusal = frame(name, "error", **remark, retry_after=fate.wait)

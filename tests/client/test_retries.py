@@ -33,7 +33,7 @@ def test_a_wait_is_never_shorter_than_the_server_asks_nor_beyond_its_span(seed: 
             continue
         assert fault.retryable
         least = max(1.0, fault.retry_after or 0.0)
-        most = max(10.0, least + min(faults.MAX_SPAN, 2.0**count))
+        most = max(10.0, least + min(faults.MAX_BUSY_SPAN, 2.0**count))
         assert least <= wait <= most
 
 
@@ -75,7 +75,7 @@ def test_reconnection_is_at_once_after_progress_and_then_by_chance(seed: int) ->
             assert max(1.0, retry_after or 0.0) <= wait <= max(10.0, retry_after or 0.0)
         elif code in {1008, 1013} or retry_after is not None:
             least = max(1.0, retry_after or 0.0)
-            assert least <= wait <= least + min(30.0, 2.0**failures)
+            assert least <= wait <= least + min(faults.MAX_BUSY_SPAN, 2.0**failures)
         elif not failures:
             assert wait == 0.0
         else:

@@ -336,3 +336,39 @@ async def test_provider_that_cannot_be_reached_is_asked_three_times(
             await client.chat("Hi").text()
 
     assert caught.value.code in {"connect_error", "circuit_open"}
+
+
+# What takes no more than four answers at once, and lets nobody wait.
+FULL: dict[str, dict[str, Any]] = {
+    "a provider": {
+        f"{SIM_HTTP_CLIENT}.concurrent_requests": 4,
+        f"{SIM_HTTP_CLIENT}.queue_size": 1,
+    },
+    "a key": keys_of("ann", max_concurrent=4, queue_size=0),
+    "a server": {
+        f"{CONCURRENCY}.max_connections": 4,
+        f"{CONCURRENCY}.connection_queue_size": 4,
+        f"{CONCURRENCY}.queue_timeout": 0,
+    },
+}
+
+
+@pytest.mark.virtual_time
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("full", FULL)
+async def test_questions_of_one_client_keep_the_places_of_a_full_server_taken(
+    make_server: MakeServer, transport: Transport, full: str
+) -> None:
+    seconds, places, questions = 4.8, 4, 40
+    behaviour = Behaviour(ttft=0, interval=seconds / 48, tokens=48)
+    server = await make_server(behaviour, **FULL[full])
+    loop = asyncio.get_running_loop()
+    key = key_of("ann") if full == "a key" else None
+    async with client_of(server, transport, key=key, deadline=None) as client:
+        began = loop.time()
+        texts = await asyncio.gather(*(client.chat("Hi").text() for _ in range(questions)))
+        took = loop.time() - began
+
+    assert len(set(texts)) == 1
+    # It is virtual time.
+    assert took < 1.1 * seconds * questions / places

@@ -136,7 +136,7 @@ llm:
 
 
 def test_a_section_without_a_value_is_left_out(file: Path) -> None:
-    text = "llm: {active: m, providers: {m: {base_url: 'http://h', model: m}}}\n"
+    text = "llm: {active: m, providers: {m: {base_url: 'http://h/v1', model: m}}}\n"
 
     for chat in ("chat:\n", "chat:\n  websocket:\n", "chat:\n  websocket:\n    concurrency:\n"):
         configuration = load(chat + text, file)
@@ -347,15 +347,49 @@ def test_a_name_leads_to_a_member_a_list_or_a_section(file: Path) -> None:
     ("models", "fault"),
     [
         ({"gpu1": "gpu2"}, "gpu1: a provider has this name, which pins it"),
-        ({"gpu1/x": "gpu2"}, "?: begins with the name of the provider gpu1, which pins it"),
+        ({"gpu1/x": "gpu2"}, "gpu1/x: begins with the name of the provider gpu1, which pins it"),
         ({"a": []}, "a: a group needs a member"),
         ({"a": {"members": []}}, "a.members: a group needs a member"),
         ({"a": ["gpu1", "gpu1/qwen3"]}, "a[1]: this member appears twice"),
-        ({"a": "b", "b": "gpu1"}, "a: a member is a provider; b is in llm.models"),
-        ({"a": ["x/y"], "x/y": "gpu1"}, "a[0]: a member is a provider; x/y is in llm.models"),
+        ({"a": "b", "b": "a"}, "b: leads in a circle: a → b → a"),
+        (
+            {"a": ["x/y"], "x/y": {"members": ["gpu1"], "fallbacks": ["gpu2", "a"]}},
+            "?.fallbacks[1]: leads in a circle: a → x/y → a",
+        ),
+        (
+            {"a": {"members": ["gpu1"], "fallbacks": ["a"]}},
+            "a.fallbacks[0]: leads in a circle: a → a",
+        ),
+        (
+            {"a": {"members": ["gpu1"], "fallbacks": ["bb"]}, "bbb": "gpu1"},
+            (
+                'a.fallbacks[0]: text "bb" is not among llm.providers (gpu1, gpu2, gpu3) or in '
+                "llm.models (did you mean bbb?)"
+            ),
+        ),
+        (
+            {"a": {"members": ["b", "gpu1"], "choose": "least_busy"}, "b": ["gpu1", "gpu2"]},
+            "a.members[0]: b is a group, a member with `choose: ordered` only",
+        ),
+        (
+            {"a": [{"provider": "b", "max_context": 9}], "b": ["gpu1", "gpu2"]},
+            "a[0]: b is a group, whose members have a max_context each",
+        ),
+        ({"a": ["b", "gpu1", "b"], "b": "gpu2"}, "a[2]: this member appears twice"),
+        (
+            {f"a{n}": f"a{n + 1}" for n in range(8)} | {"a8": "gpu1"},
+            "a0: leads through more than 8 groups",
+        ),
+        (
+            {"a": ["b", "gpu2"], "b": [f"gpu1/m{n}" for n in range(64)]},
+            "a: has more than 64 members, with those of its groups",
+        ),
         (
             {"a": {"members": ["gpu1", "gpu9/m"]}},
-            'a.members[1]: text "gpu9" is not among llm.providers (gpu1, gpu2, gpu3) (did you mean gpu3?)',
+            (
+                'a.members[1]: text "gpu9" is not among llm.providers (gpu1, gpu2, gpu3) or in llm.models '
+                "(did you mean gpu3?)"
+            ),
         ),
         (
             {"*": "gpu1"},
@@ -398,6 +432,49 @@ def test_faults_of_groups_have_their_places(
     faults = refused(lambda: made(file, models), file)
 
     assert [told.split(" ", 1)[1].removeprefix("llm.models.") for told in faults] == [fault]
+
+
+def test_names_lead_through_others(file: Path) -> None:
+    models = {
+        "pair": {"members": ["gpu1", "gpu2"], "choose": "least_busy", "fallbacks": ["smart"]},
+        "same": "pair",
+        "again-*": "same",
+        "smart": ["pro", "gpu1"],
+        "pro": {"members": ["gpu3", "gpu2/x"], "choose": "weighted"},
+    }
+    configuration = made(file, models, active="again-*")
+
+    llm = configuration.settings.llm
+    assert llm.aliased("again-*") == "pair"
+    assert llm.chain("same") == ("pair", "smart")
+    assert [member.written for member in llm.members("smart")] == ["gpu3", "gpu2/x", "gpu1"]
+    assert set(llm.groups()) == {"pair", "smart", "pro"}
+    assert configuration.get_http_client_config() == configuration.get_http_client_config("gpu1")
+
+
+def test_a_group_whose_fallback_alone_has_its_key_can_be_active(file: Path) -> None:
+    keyed = {"a": {**PROVIDERS["gpu1"], "api_key_env": "KEY_A"}}
+    models = {"off": {"members": ["a"], "fallbacks": ["gpu2"]}, "same": "off"}
+
+    configuration = made(file, models, keyed, active="same")
+
+    configuration.check_usable()
+    (warning,) = configuration.warnings
+    assert warning.endswith("llm.models.off.members[0]: KEY_A is not set: this member is off")
+    assert configuration.get_http_client_config() == configuration.get_http_client_config("gpu2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fast", "openai/gpt-4", "claude-*", "qwen3:8b", "openrouter/anthropic/claude-4.5:beta"),
+        "registry.example.com:5000/library/a-name-that-is-long/llama3.3:70b-instruct-q4_K_M",
+    ],
+)
+def test_a_fault_names_the_model_as_it_is_written(name: str, file: Path) -> None:
+    (fault,) = refused(lambda: made(file, {name: ["nobody"]}), file)
+
+    assert f" llm.models.{name}[0]: " in fault
 
 
 def test_all_faults_of_models_are_told_in_one_go(file: Path) -> None:

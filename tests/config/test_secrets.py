@@ -17,7 +17,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_key_in_the_file_is_warned_of(file: Path) -> None:
-    configuration = load(small("base_url: http://h", "api_key: canary"), file)
+    configuration = load(small("base_url: http://h/v1", "api_key: canary"), file)
 
     assert len(configuration.warnings) == 1
     assert ":14:7 llm.providers.mine.api_key: " in configuration.warnings[0]

@@ -209,3 +209,86 @@ def test_an_origin_with_a_path_is_shown_unless_it_may_have_a_secret(
 
     assert fault.endswith(f"without a path or a slash at its end, {shown}")
     assert "canary" not in fault
+
+
+@pytest.mark.parametrize("url", ["http://10.0.0.1:8001", "http://10.0.0.1:8001/"])
+def test_a_base_url_without_a_path_is_warned_of(url: str, file: Path) -> None:
+    (warning,) = load(small(f"base_url: {url}"), file).warnings
+    assert warning.endswith("base_url: most APIs are below /v1 (write http://10.0.0.1:8001/v1)")
+    assert load(small(f"base_url: {url.rstrip('/')}/openai"), file).warnings == ()
+
+
+@pytest.mark.parametrize("written", ["$MY_KEY", "os.environ/MY_KEY"])
+def test_a_variable_that_is_not_replaced_is_warned_of(written: str, file: Path) -> None:
+    text = small("base_url: http://h/v1", f"api_key: {written}", f"headers: {{x-team: {written}}}")
+
+    warnings = load(text, file, MY_KEY="k").warnings
+
+    assert [warning.split(" ", 1)[1] for warning in warnings] == [
+        (
+            "llm.providers.mine.api_key: this text is not replaced by a variable "
+            "(write api_key_env: MY_KEY, or ${MY_KEY})"
+        ),
+        (
+            "llm.providers.mine.headers.x-team: this text is not replaced by a variable "
+            "(write ${MY_KEY})"
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "hint"),
+    [
+        (("api_base: http://h/v1",), "api_base: unknown key (write base_url)"),
+        (("base_url: http://h/v1", "timeout: 60"), "(write http_client.read_timeout)"),
+        (("base_url: http://h/v1", "rpm: 60"), "(write http_client.requests_per_minute)"),
+        (("base_url: http://h/v1", "api-key: canary"), "(write api_key_env)"),
+        (
+            ("base_url: http://h/v1", "http_client: {timeout: 9}"),
+            "timeout: unknown key (write read_timeout)",
+        ),
+        # A word that is nobody's: as before.
+        (("base_url: http://h/v1", "modell: m"), "(did you mean model?)"),
+    ],
+)
+def test_words_of_other_programs_lead_to_ours(
+    lines: tuple[str, ...], hint: str, file: Path
+) -> None:
+    faults = refused(lambda: load(small(*lines), file), file)
+    assert any(fault.endswith(hint) for fault in faults), faults
+    assert "canary" not in str(faults)
+
+
+def test_a_file_of_litellm_is_told_where_its_words_are(file: Path) -> None:
+    text = "model_list:\n  - model_name: gpt-4o\nrouter_settings: {num_retries: 2}\n"
+    faults = refused(lambda: load(text, file), file)
+    assert (
+        "F:1:1 model_list: unknown key (a file of LiteLLM: docs/from-litellm.md has its words)"
+        in faults
+    )
+    assert any("router_settings" in fault and "LiteLLM" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("written", "host"), [("'[::1]'", "::1"), ("'::1'", "::1"), ("'[::]'", "::"), ("box", "box")]
+)
+def test_an_address_may_stand_in_brackets(written: str, host: str, file: Path) -> None:
+    made = load(small(), file, AIOSERVER__CHAT__WEBSOCKET__HOST=written)
+    assert made.settings.chat.websocket.host == host
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("127.0.0.1,::1", "expected one address"),
+        ("127.0.0.1 ::1", "expected one address"),
+        ("[127.0.0.1, 10.0.0.1]", "expected one address"),
+        ("/run/aioserver.sock", "a UNIX socket is passed by systemd"),
+        ("unix:/run/aioserver.sock", "a UNIX socket is passed by systemd"),
+    ],
+)
+def test_what_is_not_one_address_says_what_to_do(written: str, words: str, file: Path) -> None:
+    (fault,) = refused(lambda: load(small(), file, AIOSERVER__CHAT__WEBSOCKET__HOST=written), file)
+    assert "host: " in fault
+    assert words in fault
+    assert "docs/install.md" in fault

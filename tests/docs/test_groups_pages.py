@@ -52,6 +52,7 @@ model_list:
       api_key: os.environ/OPENAI_KEY_3
 router_settings:
   routing_strategy: least-busy
+  fallbacks: [{gpt-4o: [qwen]}]
 """
 KEYS = {f"OPENAI_KEY_{number}": f"key-{number}" for number in (1, 2, 3)}
 
@@ -110,6 +111,8 @@ def test_that_file_is_whole_and_shorter(tmp_path: Path) -> None:
     configuration.check_usable()
 
     assert configuration.warnings == ()
+    assert configuration.settings.llm.chain("gpt-4o") == ("gpt-4o", "qwen")
+    assert configuration.settings.llm.unknown_models == "refuse"
     deployments = yaml.safe_load(LITELLM)["model_list"]
     members = [
         member for group in configuration.settings.llm.models.values() for member in group.members

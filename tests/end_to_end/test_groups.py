@@ -213,6 +213,40 @@ async def test_a_reload_changes_the_members_without_a_dropped_request(
         assert simulators[0].stats().requests == before
 
 
+@pytest.mark.parametrize("affine", [True, False])
+async def test_an_answer_that_a_reload_has_led_to_other_members_is_counted_there(
+    make_server: MakeServer, affine: bool
+) -> None:
+    ways = [{"affinity": "prefix"}, {"affinity": "none"}]
+    before, after = ways if affine else reversed(ways)
+    both = {"choose": "least_busy", "members": ["e0", "e1"], **before}
+    async with engines(
+        make_server, HANGING, HANGING, QUICK, changes={"llm.models": {"pair": both}}
+    ) as (server, simulators):
+        body = {**CHAT, "model": "pair"}
+        url = f"{server.v1}/chat/completions"
+        taken = [asyncio.create_task(server.session.post(url, json=body)) for _ in range(2)]
+        group = server.context.router.groups["pair"]
+        await until(lambda: sum(each.stats().active for each in simulators) == 2)
+        waits = asyncio.create_task(server.session.post(url, json=body))
+        await until(lambda: group.waiting == 1)
+
+        other = {"choose": "least_busy", "members": ["e2"], **after}
+        assert await server.change(**entries(simulators), **{"llm.models": {"pair": other}})
+
+        async with await asyncio.wait_for(waits, 10) as response:
+            assert response.status == 200, await response.text()
+            assert response.headers["x-aioserver-provider"] == "e2"
+            await response.read()
+        assert server.context.metrics.bugs.value == 0
+        starts = await metrics(server, "aioserver_group_starts_total")
+        at_e2 = [number for labels, number in starts.items() if labels[-1] == "e2"]
+        assert sum(at_e2) == 1.0
+        for task in taken:
+            task.cancel()
+        await asyncio.wait(taken)
+
+
 # What is seen of groups.
 
 ENGINE = Behaviour(tokens=3, engine=EngineOptions(prefill=1e7, decode=1e4))
@@ -483,6 +517,7 @@ async def test_vectors_are_of_the_first_members_model_alone(make_server: MakeSer
 async def test_messages_go_to_members_that_speak_them(make_server: MakeServer) -> None:
     changes = {
         "llm.models": {"claude": {"members": ["e0", "e1", "e2"]}},
+        "llm.providers.e0.messages": False,
         "llm.providers.e1.messages": True,
         "llm.providers.e2.messages": True,
     }

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.streams.store import owner_of
 from aioserver.wings.simulator.exchange import Behaviour
-from tests.support.chat import cancel
+from tests.support.chat import cancel, chat
+from tests.support.keys import bearer, keys_of
 from tests.support.raw import CLOSE, Raw
 from tests.support.server import SILENT, MakeServer
 from tests.support.waiting import until
@@ -228,3 +231,28 @@ async def test_a_cancel_that_waits_for_admission_is_carried_out_before_anything_
 
     await server.nothing_held()
     assert server.simulator.stats().requests == 1
+
+
+async def test_answers_that_one_key_leaves_end_none_of_another(make_server: MakeServer) -> None:
+    server = await make_server(
+        STALLED,
+        **keys_of("few", "many"),
+        **{"chat.streams.max_detached": 3, "chat.streams.resume_window": 1e6},
+    )
+    lifetime = server.context.gateway.lifetime
+
+    async def leave(caller: str, name: str) -> None:
+        before = lifetime.detached
+        async with server.connect(headers=bearer(caller)) as ws:
+            await ws.send_json(chat(name))
+            while (await ws.receive_json())["status"] != "chunk":
+                pass
+        await until(lambda: lifetime.detached > before or server.simulator.stats().aborted > 0)
+
+    await leave("few", "f")
+    for number in range(6):
+        await leave("many", f"m{number}")
+
+    await until(lambda: server.simulator.stats().aborted == 4)
+    left = Counter(owner_of(stream.caller) for stream in lifetime.store.running())
+    assert left == {("few", "few"): 1, ("many", "many"): 2}

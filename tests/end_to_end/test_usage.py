@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.limits.estimate import TOKENS_PER_BYTE
+from aioserver.limits.fixed_share import Scope
 from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
-from tests.support.chat import chat
+from tests.support.chat import CHAT, chat
 from tests.support.faces import ask_every_face, over_anthropic, over_openai, over_websocket
 from tests.support.keys import bearer, key_of, keys_of
 from tests.support.ledgers import entries_of, lines_of, wait_until, written
@@ -378,6 +379,26 @@ async def test_budgets_are_shown_and_a_day_begins_at_what_the_ledger_knows(
     assert (day["limit"], day["used"], day["remaining"]) == (50_000, 950, 49_050)
 
 
+async def test_a_worker_with_a_part_of_each_limit_begins_at_its_part_of_the_day(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    changes = {**keys_of("web", tokens_per_day=50_000), "usage.path": str(tmp_path)}
+    server = await make_server(**changes)
+    today = datetime.now(UTC)
+    for worker in range(2):
+        spent = {"ts": f"{today:%Y-%m-%dT%H:%M:%S}.000Z", "id": f"{worker}-1", "attempt": 1}
+        spent |= {"caller": "web", "outcome": "ok", "in": 900, "out": 50, "source": "provider"}
+        path = tmp_path / f"usage-{today:%Y-%m-%d}.w{worker}.jsonl"
+        path.write_text(json.dumps(spent) + "\n")
+    context = server.context
+
+    context.access.part_of = Scope("", 1, 2).share
+    assert await server.change(**changes)
+
+    quota = context.access.keys.quotas()["web"]
+    assert quota.budgets()["tokens_per_day"].used == 950
+
+
 async def test_looks_of_a_key_count_in_its_rate(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", requests_per_minute=2))
 
@@ -443,3 +464,29 @@ async def test_a_picture_does_not_teach_how_many_tokens_a_text_has(
     assert await ask(WITH_PICTURES[path]) == TOKENS_PER_BYTE
     text = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9}
     assert await ask({"input": "Hello"} if path == "responses" else text) != TOKENS_PER_BYTE
+
+
+async def test_white_space_of_one_key_makes_the_bytes_of_no_other_cheaper(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(
+        **keys_of("spaces", "web", requests_per_minute=1000), **{f"{SIM}.messages": "bridge"}
+    )
+    asked = {"model": "sim-model", "max_tokens": 9}
+    counted = {**asked, "messages": [{"role": "user", "content": "word " * 1000}]}
+
+    async def post(path: str, caller: str, body: str) -> Any:
+        headers = {**bearer(caller), "Content-Type": "application/json"}
+        async with server.session.post(f"{server.v1}/{path}", data=body, headers=headers) as said:
+            assert said.status == 200, await said.text()
+            return await said.json()
+
+    before = await post("messages/count_tokens", "web", json.dumps(counted))
+    blank = json.dumps({**asked, **CHAT}) + 200_000 * " "
+    for _ in range(40):
+        await post("chat/completions", "spaces", blank)
+    after = await post("messages/count_tokens", "web", json.dumps(counted))
+    own = await post("messages/count_tokens", "spaces", json.dumps(counted))
+
+    assert after == before
+    assert before["input_tokens"] / 4 <= own["input_tokens"] < before["input_tokens"]

@@ -1051,6 +1051,85 @@ async def test_tokens_are_not_estimated_where_nothing_says_how_many_there_are(
         assert [status for status, _, _ in await asyncio.gather(*requests)] == [200, 200, 200]
 
 
+SPENT = {"input_tokens": 30, "output_tokens": 12, "total_tokens": 42}
+LONG = "x" * 300_000
+# What a provider may answer, and the tokens that its client has spent by it.
+REPORTS: dict[str, tuple[str, int]] = {
+    "at the end": (json.dumps({"output": LONG, "usage": SPENT}), 42),
+    "at the beginning": (json.dumps({"usage": SPENT, "results": [LONG]}), 42),
+    "alone": (json.dumps({"usage": {"prompt_tokens": 9, "total_tokens": 9}}), 9),
+    "the total alone": (json.dumps({"results": [], "usage": {"total_tokens": 8}}, indent=1), 8),
+    "the prompt alone": (json.dumps({"usage": {"prompt_tokens": 7}}), 7),
+    "of no tokens": (json.dumps({"usage": {"type": "duration", "seconds": 9}}), 0),
+    "in what was asked": (json.dumps({"results": [{"document": {"usage": SPENT}}]}), 0),
+    "in a text": (json.dumps({"text": json.dumps({"usage": SPENT})}), 0),
+    "behind such a text": (
+        json.dumps({"text": '{"usage":{"input_tokens":1}', "usage": SPENT}),
+        42,
+    ),
+    "of another type": (json.dumps({"usage": [SPENT]}), 0),
+    "cut": (json.dumps({"usage": SPENT})[:-5], 0),
+    "in events": (f"data: {LONG}\n\ndata: {json.dumps({'usage': SPENT})}\n\n: end\n", 42),
+}
+
+
+@pytest.mark.parametrize("report", REPORTS)
+@pytest.mark.parametrize("path", ["responses/compact", "rerank", "images/generations"])
+async def test_the_usage_that_an_answer_reports_counts(
+    make_server: MakeServer, path: str, report: str
+) -> None:
+    body, tokens = REPORTS[report]
+    kind = "text/event-stream" if report == "in events" else "application/json"
+
+    async def play(peer: Peer) -> None:
+        await read_body(peer, await read_head(peer))
+        whole = answer(body.encode(), 200, f"Content-Type: {kind}")
+        # In pieces that begin and end anywhere.
+        for start in range(0, len(whole), step := 1 + len(whole) // 7):
+            await peer.send(whole[start : start + step])
+
+    async with scripted(play) as provider:
+        budget = keys_of("web", tokens_per_minute=10**6, tokens_per_day=10**6)
+        server = await make_server(**settings_for(provider), **budget)
+
+        status, said, _ = await send(server, "POST", path, "web", json={"input": "Hello"})
+
+        assert (status, said) == (200, body.encode())
+        quota = server.context.access.keys.quotas()["web"]
+        await until(lambda: quota.running == 0)
+        day = quota.budgets()["tokens_per_day"]
+        assert day.used == server.context.metrics.usage.today("web")
+        if path == "images/generations" or tokens > 7:
+            assert day.used == tokens
+        else:
+            assert day.used > 0, "a model has read it: what is not reported is estimated"
+
+
+@pytest.mark.parametrize(("path", "least"), [("responses/compact", 1000), ("rerank", 100)])
+async def test_what_a_model_has_read_counts_also_where_its_client_does_not_wait(
+    make_server: MakeServer, path: str, least: int
+) -> None:
+    body = json.dumps({"results": [], "usage": SPENT}).encode()
+
+    async def play(peer: Peer) -> None:
+        await read_body(peer, await read_head(peer))
+        await peer.send(answer(body)[:-9])
+        await peer.left()
+
+    async with scripted(play) as provider:
+        budget = keys_of("web", tokens_per_minute=10**6, tokens_per_day=10**6)
+        server = await make_server(**settings_for(provider), **budget)
+        quota = server.context.access.keys.quotas()["web"]
+        url, asked = f"{server.v1}/{path}", {"input": "word " * 100}
+
+        async with server.session.post(url, json=asked, headers=bearer("web")) as response:
+            assert response.status == 200
+            response.close()
+        await until(lambda: quota.running == 0)
+
+        assert quota.budgets()["tokens_per_day"].used >= least
+
+
 async def test_a_full_server_refuses(make_server: MakeServer) -> None:
     async def play(peer: Peer) -> None:
         await read_head(peer)

@@ -191,7 +191,7 @@ async def test_refusals_of_a_full_server_are_counted_by_code_and_logged_once(
         ]
         (text,) = (incident["text"] for incident in incidents)
         assert text.startswith("4 requests were rejected in ")
-        assert text.endswith(": the server is full (server_at_capacity)")
+        assert text.endswith(": the server was full (server_at_capacity)")
         assert incidents[0]["kind"] == "rejections"
 
 
@@ -206,7 +206,7 @@ async def test_a_providers_faults_are_reported(make_server: MakeServer) -> None:
     assert state["requests"]["outcomes"]["provider_error"] == 1
     (incident,) = server.incidents()
     assert (incident["kind"], incident["provider"]) == ("provider_faults", "sim")
-    text = "sim answers with server errors (5xx): 1 attempt failed in "
+    text = "sim answered with server errors (5xx): 1 attempt failed in "
     assert incident["text"].startswith(text)
 
 

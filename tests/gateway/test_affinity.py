@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.auth.callers import NO_CALLER
 from aioserver.config.settings import Group, Member
 from aioserver.gateway import affinity
 from aioserver.gateway.affinity import MAX_DIGESTS, Affinity, measured
@@ -58,7 +59,9 @@ async def ask(
 ) -> str:
     """The provider that has answered; *homes* counts whether that was the home."""
     asked = ProviderRequest(CHAT, lambda _settings, _model: body, streamed=False)
-    answer = await router.call(Request(router.route(model), asked, "openai", "r"))
+    answer = await router.call(
+        Request(router.route(model, caller=NO_CALLER), asked, "openai", "r")
+    )
     if homes is not None:
         assert answer.outcome.start is not None
         homes[answer.outcome.start.home] += 1

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
 from aioserver.auth.callers import NO_CALLER
@@ -18,6 +19,7 @@ from aioserver.gateway.request import Request
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.provider_errors import (
     CircuitOpen,
+    ConnectError,
     ContextTooLong,
     NoProvider,
     ProviderError,
@@ -31,6 +33,7 @@ from aioserver.providers.api import CHAT
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.providers.request import ProviderRequest
 from tests.support.engines import Engine, nothing_is_held
+from tests.support.failing import kill, sicken
 from tests.support.routers import llm_of, router_of
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually
@@ -59,7 +62,7 @@ def request_of(
     router: Router, model: str | None = None, *, provider: str | None = None, body: bytes = b"{}"
 ) -> Request:
     asked = ProviderRequest(CHAT, lambda _settings, _model: body, streamed=False)
-    return Request(router.route(model, provider), asked, "openai", "r")
+    return Request(router.route(model, provider, caller=NO_CALLER), asked, "openai", "r")
 
 
 async def pass_on(router: Router, model: str) -> Answer:
@@ -75,7 +78,7 @@ async def pass_on(router: Router, model: str) -> Answer:
         hold=None,
         client_headers=NO_HEADERS,
     )
-    route = router.route(model)
+    route = router.route(model, caller=NO_CALLER)
     return await router.pass_on(Request(route, passed, "openai", "r", make_attempt=PassedAttempt))
 
 
@@ -118,7 +121,7 @@ def test_a_name_leads_to_its_group_before_anything_else_knows_it() -> None:
         )
 
         def way(model: str | None, provider: str | None = None) -> tuple[str, str | None, bool]:
-            route = router.route(model, provider)
+            route = router.route(model, provider, caller=NO_CALLER)
             return route.provider.name, route.model, route.fallbacks
 
         assert way("fast") == ("b", "small", False)
@@ -130,8 +133,8 @@ def test_a_name_leads_to_its_group_before_anything_else_knows_it() -> None:
         assert way("b/x") == ("b", "x", False)
         assert way("unknown") == ("a", "unknown", True)
         assert way(None) == ("a", None, True)
-        assert router.route("smart").group is router.groups["smart"]
-        assert not router.route("b").group.name
+        assert router.route("smart", caller=NO_CALLER).group is router.groups["smart"]
+        assert not router.route("b", caller=NO_CALLER).group.name
 
     run_virtually(scene())
 
@@ -145,16 +148,16 @@ def test_who_lists_a_model_gets_it_and_a_providers_own_model_is_not_enough() -> 
         }
         router = router_over(providers)
 
-        assert router.route("both").provider.name == "a"
-        assert router.route("both").fallbacks
-        theirs = router.route("theirs")
+        assert router.route("both", caller=NO_CALLER).provider.name == "a"
+        assert router.route("both", caller=NO_CALLER).fallbacks
+        theirs = router.route("theirs", caller=NO_CALLER)
         assert (theirs.provider.name, theirs.model, theirs.fallbacks) == ("b", "theirs", False)
         assert theirs.group is not None
         assert theirs.group.name == ""
         # The names that are shown at the start are those that lead there.
         assert llm_of(providers, "a").bare_routes() == {("b", "c"): ["theirs"]}
         # Nobody is paid, and no text leaves, unasked.
-        assert router.route("b-model").provider.name == "a"
+        assert router.route("b-model", caller=NO_CALLER).provider.name == "a"
 
         providers["b"].fault = lambda _model: ProviderError("no")
         answer = await ask(router, "theirs")
@@ -170,11 +173,11 @@ def test_a_model_that_nobody_has_can_be_refused() -> None:
             dict(providers), "a", models={"smart": group("b")}, unknown_models="refuse"
         )
         for known in ("a", "a/anything", "a-model", "large", "listed", "smart", None):
-            router.route(known)
+            router.route(known, caller=NO_CALLER)
         with pytest.raises(ModelNotFound, match=r'"smrt" \(did you mean smart\?\)'):
-            router.route("smrt")
+            router.route("smrt", caller=NO_CALLER)
         with pytest.raises(ModelNotFound):
-            router.route("b-model")
+            router.route("b-model", caller=NO_CALLER)
 
     run_virtually(scene())
 
@@ -281,6 +284,141 @@ def test_starts_follow_the_weights_as_closely_as_places_allow() -> None:
         for _ in range(8):
             await ask(router, "pair")
         assert len(providers["a"].asked) - starts[0] in {4, 5, 6}
+
+    run_virtually(scene())
+
+
+# Groups that lead to others.
+
+
+def alias(name: str) -> Group:
+    return Group(members=(Member(provider=name),), written=None)
+
+
+@pytest.mark.parametrize("name", ["pair", "same", "claude-3"])
+def test_fallbacks_of_a_group_are_asked_when_it_has_nobody_left(name: str) -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c", "d", "e")
+        pair = replace(group("a", "b", choose="least_busy"), fallbacks=("next", "e"))
+        router = router_over(
+            providers,
+            "e",
+            models={
+                "same": alias("pair"),
+                "claude-*": alias("same"),
+                "pair": pair,
+                "next": replace(group("c"), fallbacks=("d",)),
+            },
+        )
+        no: Callable[[str], ProviderFault] = lambda _model: ProviderError("no")  # noqa: E731
+        for failing in "abcd":
+            providers[failing].fault = no
+
+        answer = await ask(router, name)
+
+        assert (answer.outcome.provider, answer.outcome.attempts) == ("e", 5)
+        times = [engine.asked[0][1] for engine in providers.values()]
+        # The first two are those of the least busy group.
+        assert [time - min(times) for time in (*sorted(times[:2]), *times[2:])] == [0, 1, 2, 3, 4]
+        assert [engine.asked[0][0] for engine in providers.values()] == [
+            f"{each}-model" for each in providers
+        ]
+        # Embeddings go to no other model.
+        pinned = request_of(router, name)
+        pinned.route.pinned = True
+        with pytest.raises(ProviderFault):
+            await router.call(pinned)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+def test_a_full_group_waits_for_its_own_members_and_not_for_its_fallbacks() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b")
+        router = router_over(providers, one=replace(group("a"), fallbacks=("b",)))
+        await asyncio.gather(*await asking(3, router, "one"))
+        assert [len(engine.asked) for engine in providers.values()] == [3, 0]
+
+    run_virtually(scene())
+
+
+def test_a_group_that_is_off_is_its_fallback() -> None:
+    async def scene() -> None:
+        providers = engines("b", "c") | {"a": Engine("a", api_key_env="NOT_SET")}
+        router = router_over(
+            providers,
+            "off",
+            ("c",),
+            off=replace(group("a"), fallbacks=("more", "b")),
+            more=group(Member(provider="b", model="large"), "c"),
+        )
+        assert (router.active.name, router.usable, router.fallbacks) == (
+            "b",
+            True,
+            ["more", "b", "c"],
+        )
+        for model in (None, "off", "unknown"):
+            answer = await ask(router, model)
+            assert (answer.outcome.provider, answer.outcome.model) == ("b", "large")
+        passed = await pass_on(router, "off")
+        assert passed.outcome.model == "large"
+
+    run_virtually(scene())
+
+
+@pytest.mark.parametrize("choose", ["least_busy", "weighted"])
+def test_a_group_in_an_ordered_one_chooses_among_its_own_members(choose: str) -> None:
+    async def scene() -> None:
+        providers = {"a": Engine("a", 2), "b": Engine("b", 2), "paid": Engine("paid", 9)}
+        router = router_over(
+            providers, smart=group("pair", "paid"), pair=group("a", "b", choose=choose)
+        )
+        for model in ("smart", "pair") * 3:
+            await ask(router, model)
+        assert [len(engine.asked) for engine in providers.values()] == [3, 3, 0]
+
+        # Those behind it are asked where it has no place.
+        await asyncio.gather(*await asking(6, router, "smart"))
+        assert [len(engine.asked) for engine in providers.values()] == [5, 5, 2]
+
+        providers["a"].fault = providers["b"].fault = lambda _model: ProviderError("no")
+        assert (await ask(router, "smart")).outcome.attempts == 3
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+@pytest.mark.parametrize("names", [("b", "a"), ("a", "b")])
+def test_a_sick_member_in_an_inner_group_has_its_trials(names: tuple[str, str]) -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "paid")
+        pair = group(*names, choose="least_busy")
+        router = router_over(providers, smart=group("pair", "paid"), pair=pair)
+        sicken(providers["b"].health.breaker, asyncio.get_running_loop().time)
+        for _ in range(60):
+            await ask(router, "smart")
+        assert not providers["b"].health.breaker.sick
+        assert len(providers["b"].asked) > 10
+        assert not providers["paid"].asked
+
+    run_virtually(scene())
+
+
+def test_a_reload_changes_a_group_wherever_it_stands() -> None:
+    async def scene() -> None:
+        providers = engines("a", "b", "c")
+        models = {"same": alias("smart"), "smart": group("inner"), "inner": group("a")}
+        router = router_over(providers, models=models)
+        tasks = await asking(4, router, "same")
+
+        change(router, providers, models | {"inner": group("a", "b")})
+        await ticks(3)
+        assert [len(engine.asked) for engine in providers.values()] == [1, 1, 0]
+        change(router, providers, models | {"same": group("c")})
+        assert (await ask(router, "same")).outcome.provider == "c"
+        await asyncio.gather(*tasks)
+        nothing_is_held(router)
 
     run_virtually(scene())
 
@@ -452,6 +590,60 @@ def test_the_waiting_of_a_member_that_dies_go_on_in_the_other_lines() -> None:
     run_virtually(scene())
 
 
+def test_the_waiting_of_a_member_that_dies_start_elsewhere_in_the_order_of_their_arrival() -> None:
+    """Twenty conversations, each with a home, of which one dies."""
+
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        limits = {"queue_size": 40, "queue_timeout": 300.0}
+        providers = {name: Engine(name, places=2, limits={**limits}) for name in ("a", "b")}
+        for engine in providers.values():
+            engine.seconds = 2.0
+        router = router_over(
+            providers, both=replace(group("a", "b", choose="least_busy"), affinity="prefix")
+        )
+
+        def turn(number: int, turns: int) -> bytes:
+            said = [
+                {"role": "user" if at % 2 == 0 else "assistant", "content": f"{number}" * 9000}
+                for at in range(2 * turns - 1)
+            ]
+            return orjson.dumps({"model": "both", "messages": said})
+
+        for number in range(20):
+            await ask(router, "both", body=turn(number, 1))
+        waits: dict[int, float] = {}
+
+        async def go_on(number: int) -> None:
+            came = loop.time()
+            await ask(router, "both", body=turn(number, 2))
+            waits[number] = loop.time() - came
+
+        def refuse(_model: str) -> ProviderFault:
+            return ConnectError("it is away")
+
+        tasks = []
+        for number in range(20):
+            tasks.append(asyncio.create_task(go_on(number)))
+            await asyncio.sleep(0.05)
+        at_home = providers["a"].stats().queue.waiting
+        assert at_home > 5, "some have their home where it dies"
+        providers["a"].fault, providers["a"].seconds = refuse, 0.0
+        await asyncio.sleep(2.0)
+        kill(providers["a"].health.breaker, clock=loop.time)
+        providers["a"].absence.refuse()
+        began_early = set(waits)
+        await asyncio.gather(*tasks)
+
+        waited = [waits[number] for number in range(20) if number not in began_early]
+        assert len(waited) > 12
+        for number, wait in enumerate(waited):
+            assert wait <= 2 * min(waited[number:]), (number, waited)
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
 def test_all_dead_is_said_with_the_fault_that_killed_the_last() -> None:
     async def scene() -> None:
         providers = engines("a", "b")
@@ -569,6 +761,27 @@ def test_what_is_too_long_for_one_goes_to_those_that_take_more() -> None:
         assert caught.value.request_outcome is not None
         assert caught.value.request_outcome.provider == "a"
         assert caught.value.request_outcome.attempts == 3
+        nothing_is_held(router)
+
+    run_virtually(scene())
+
+
+@pytest.mark.parametrize("known", ["small", "large", "both", "none"])
+def test_what_is_too_long_for_one_of_unknown_size_goes_to_one_that_may_take_it(known: str) -> None:
+    async def scene() -> None:
+        providers = engines("small", "large")
+        providers["small"].fault = too_long("small")
+        sizes = {"small": 400, "large": 20_000}
+        members = [
+            Member(provider=name, max_context=size if known in {name, "both"} else None)
+            for name, size in sizes.items()
+        ]
+        router = router_over(providers, some=group(*members))
+
+        # Some 500 tokens by the estimate: it may be that wrong.
+        answer = await ask(router, "some", body=b"x" * 2000)
+
+        assert (answer.outcome.provider, answer.outcome.attempts) == ("large", 2)
         nothing_is_held(router)
 
     run_virtually(scene())

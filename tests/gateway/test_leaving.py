@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.auth.callers import anonymous
+from aioserver.auth.callers import NO_CALLER, anonymous
 from aioserver.config import settings
 from aioserver.errors import AioserverError
 from aioserver.gateway.calls import kept_answer
@@ -155,7 +155,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
         bounds,
         RequestLog(metrics, lag),
     )
-    route = router_of({"sim": fake}, "sim").route(None)
+    route = router_of({"sim": fake}, "sim").route(None, caller=NO_CALLER)
 
     async def follow(request: Request, key: str | None) -> None:
         caller = request.caller

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.auth.callers import NO_CALLER
 from aioserver.config import settings
 from aioserver.config.schema import Secret
 from aioserver.gateway.request import Request
@@ -152,7 +153,7 @@ class Trouble:
         self, provider: str | None = None, *, frames: bool = True
     ) -> tuple[Stream, ProviderRequest]:
         router = self.router
-        route = router.route(None, provider)
+        route = router.route(None, provider, caller=NO_CALLER)
 
         def body(provider_settings: settings.Provider, _model: str | None) -> bytes:
             return json.dumps({"model": provider_settings.model, "stream": True}).encode()
@@ -169,7 +170,9 @@ class Trouble:
 
         router = self.router
         asked = ProviderRequest(CHAT, body, streamed=False)
-        return await router.call(Request(router.route(None), asked, "face", "r1"))
+        return await router.call(
+            Request(router.route(None, caller=NO_CALLER), asked, "face", "r1")
+        )
 
     def renew(self, name: str) -> None:
         """Give *name* another key, as a reload would: a rest and a refused key are over."""

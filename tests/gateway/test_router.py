@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioserver.auth.callers import NO_CALLER
 from aioserver.errors import ModelNotFound
 from aioserver.provider_errors import NoProvider
 from aioserver.providers.provider import Provider
@@ -78,7 +79,7 @@ async def test_a_request_goes_where_the_table_says(
     fallbacks: bool,
 ) -> None:
     async with router_of(tmp_path) as router:
-        route = router.route(model, provider)
+        route = router.route(model, provider, caller=NO_CALLER)
 
     assert route.provider.name == asked
     assert (route.model, route.fallbacks, route.pinned) == (as_model, fallbacks, False)
@@ -101,7 +102,7 @@ async def test_a_named_provider_that_cannot_be_asked_is_not_found(
 ) -> None:
     async with router_of(tmp_path) as router:
         with pytest.raises(ModelNotFound, match=r"there are: local, sim$") as caught:
-            router.route(model, provider)
+            router.route(model, provider, caller=NO_CALLER)
 
     assert caught.value.http_status == 404
     assert len(caught.value.message) < 200
@@ -112,9 +113,9 @@ async def test_without_a_usable_active_provider_only_named_ones_are_asked(tmp_pa
         assert not router.usable
         for model in (None, "gpt", "meta/llama"):
             with pytest.raises(NoProvider, match="groq"):
-                router.route(model)
-        assert router.route("local").provider.name == "local"
-        assert router.route(None, "sim").provider.name == "sim"
+                router.route(model, caller=NO_CALLER)
+        assert router.route("local", caller=NO_CALLER).provider.name == "local"
+        assert router.route(None, "sim", caller=NO_CALLER).provider.name == "sim"
 
 
 async def test_the_active_provider_is_usable(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ FACES: dict[str, dict[str, Any]] = {
     "messages": {**CHAT, "max_tokens": 9},
     "responses": {"input": "Hello"},
 }
-OWN_FACES: dict[str, Callable[[RunningServer, str], Awaitable[Seen]]] = {
+OWN_FACES: dict[str, Callable[..., Awaitable[Seen]]] = {
     "websocket": over_websocket,
     "sse": over_sse,
 }
@@ -194,8 +194,7 @@ async def test_what_is_learned_of_an_engine_holds_for_the_streams_of_every_api(
     )
     for number, path in enumerate((first, later)):
         if (own := OWN_FACES.get(path)) is not None:
-            # Another model is another request.
-            seen = await own(server, f"m{number}")
+            seen = await own(server, "m", name=f"own-{number}")
             assert seen.end == "complete"
             continue
         body = {"model": "m", "stream": True, **FACES[path]}

@@ -142,18 +142,49 @@ def test_a_day_ends_at_midnight_utc(clock: FakeClock) -> None:
     assert budget.reserved == 400
 
 
-def test_a_day_never_goes_back(clock: FakeClock) -> None:
+def test_a_clock_that_is_put_back_brings_no_second_budget(clock: FakeClock) -> None:
     now = LATE + 1.0
     budget = Budget(0, 100, clock, lambda: now)
-    budget.reserve(100)
+    running = budget.reserve(100)
 
-    now = LATE - 2 * DAY
+    for later in (LATE - 2 * DAY, LATE + 1.0):
+        now = later
+        shortage = budget.shortage(1)
+        assert shortage is not None
+        assert 0 < shortage.delay <= DAY
+    running.settle(10)
+    assert budget.shortage(90) is None
 
-    shortage = budget.shortage(1)
-    assert shortage is not None
-    assert shortage.delay == DAY
-    now = LATE + 1.0
-    assert budget.shortage(1) is not None
+
+@pytest.mark.parametrize("days", [-30, -1, 1, 30])
+def test_a_clock_that_comes_back_finds_the_day_as_it_was(clock: FakeClock, days: int) -> None:
+    now = LATE
+    budget = Budget(0, 100, clock, lambda: now)
+    budget.reserve(60).settle(60)
+
+    now += days * DAY
+    budget.reserve(100).settle(100)
+    running = budget.reserve(7)
+    now -= days * DAY
+
+    assert budget.shortage(40) is None
+    assert budget.shortage(41) is not None
+    running.settle(3)
+    state = budget.states()[PER_DAY]
+    assert (state.used, state.reserved) == (60, 0)
+    assert state.reset == pytest.approx(1.0)
+    assert budget.reserved == 0
+
+
+def test_a_clock_that_was_ahead_at_the_start_ends_no_day(clock: FakeClock) -> None:
+    now = LATE + 30 * DAY
+    budget = Budget(0, 100, clock, lambda: now)
+    budget.reserve(100).settle(100)
+
+    now = LATE
+    assert budget.shortage(1) is not None, "it was used on this day"
+    now += 1.0
+    assert budget.shortage(100) is None
 
 
 def test_a_day_begins_with_what_the_ledger_knows(clock: FakeClock) -> None:

@@ -57,7 +57,7 @@ def test_averages_follow_what_is_reported_and_the_newest_weighs_an_eighth() -> N
     learned(estimates, 100)
     assert estimates.before("p", "m", "c", 1000) == Estimate(500, 100, 80)
     # Two tokens for each event.
-    assert estimates.unreported("p", "m", Estimate(7, 7, 9), 30) == Estimate(7, 7, 60)
+    assert estimates.unreported("p", "m", "c", Estimate(7, 7, 9), 30) == Estimate(7, 7, 60)
 
 
 def test_request_bounds_what_is_known_of_answers() -> None:
@@ -73,14 +73,14 @@ def test_answer_that_broke_off_says_nothing_of_answers() -> None:
     learned(estimates, 100, answer=None)
 
     assert estimates.before("p", "m", "c", 1000) == Estimate(500, 100, UNBOUNDED)
-    assert estimates.unreported("p", "m", Estimate(0, 0, 0), 30).answer == 30
+    assert estimates.unreported("p", "m", "c", Estimate(0, 0, 0), 30).answer == 30
 
 
 def test_body_of_pictures_is_bounded_and_an_answer_has_a_token() -> None:
     estimates = Estimates()
 
     assert estimates.before("p", "m", "c", 1 << 30).prompt == MAX_INPUT
-    assert estimates.unreported("p", "m", Estimate(5, 5, 5), 0) == Estimate(5, 5, 1)
+    assert estimates.unreported("p", "m", "c", Estimate(5, 5, 5), 0) == Estimate(5, 5, 1)
 
 
 def test_others_know_nothing_of_it_and_the_oldest_pairs_go() -> None:
@@ -94,3 +94,76 @@ def test_others_know_nothing_of_it_and_the_oldest_pairs_go() -> None:
 
     learned(estimates, provider="one", caller="more")
     assert estimates.before("p", "m", "c", 1000) == Estimate(250, 250, UNBOUNDED)
+
+
+@pytest.mark.parametrize(("choices", "bound", "answer"), [(50, 10, 500), (4, None, 4000)])
+def test_each_of_several_choices_may_be_as_long(
+    choices: int, bound: int | None, answer: int
+) -> None:
+    assert Estimates().before("p", "m", "c", 0, bound, choices).answer == answer
+
+
+def test_averages_are_those_of_one_choice() -> None:
+    estimates = Estimates()
+    learned(estimates, 100, answer=400, choices=4)
+
+    assert estimates.before("p", "m", "c", 0).answer == 100
+    assert estimates.before("p", "m", "c", 0, choices=3).answer == 300
+
+
+def test_a_bound_that_is_ignored_bounds_no_estimate() -> None:
+    estimates = Estimates()
+    learned(estimates, answer=800, bound=1)
+    assert estimates.before("p", "m", "c", 0, 1).answer == 800
+
+    learned(estimates, 100, answer=1, bound=1)
+    assert estimates.before("p", "m", "c", 0, 1).answer == 1
+
+
+def test_answers_that_their_bounds_have_cut_teach_no_short_answers() -> None:
+    estimates = Estimates()
+    learned(estimates, answer=800)
+    learned(estimates, 100, answer=1, bound=1)
+    assert estimates.before("p", "m", "c", 0).answer == 800
+
+    learned(estimates, caller="new", answer=1, bound=1)
+    assert estimates.before("p", "m", "new", 0).answer == UNBOUNDED
+
+
+def test_what_one_caller_teaches_moves_nobody_elses_estimates() -> None:
+    estimates = Estimates()
+    learned(estimates, 100, caller="spaces", size=250_000, prompt=10, cached=0, events=0)
+    learned(estimates, 100, caller="spaces", answer=10**6, events=1, size=0)
+
+    assert estimates.before("p", "m", "other", 1000) == Estimate(250, 250, UNBOUNDED)
+    assert estimates.tokens_per_byte("p", "m", "other") == 0.25
+    assert estimates.unreported("p", "m", "other", Estimate(0, 0, 0), 7).answer == 7
+    # What most callers have found counts for one that is new.
+    for caller in ("a", "b", "c"):
+        learned(estimates, 100, caller=caller)
+    assert estimates.before("p", "m", "other", 1000) == Estimate(500, 100, UNBOUNDED)
+
+
+@pytest.mark.parametrize(("size", "prompt", "counted"), [(10**5, 1, 1 / 16), (10, 10**6, 1.0)])
+def test_a_byte_costs_something_and_one_token_at_most(
+    size: int, prompt: int, counted: float
+) -> None:
+    estimates = Estimates()
+    learned(estimates, 100, size=size, prompt=prompt, cached=prompt)
+
+    assert estimates.before("p", "m", "c", 16_000).prompt == pytest.approx(
+        16_000 * counted, rel=0.01
+    )
+    assert estimates.before("p", "m", "c", 16_000).uncached >= 0
+
+
+def test_a_caller_with_a_thousand_models_pushes_out_none_of_another() -> None:
+    estimates = Estimates()
+    learned(estimates, 100, caller="small")
+    for number in range(3 * MAX_PAIRS):
+        learned(estimates, model=f"m{number}", caller="large")
+
+    assert estimates.before("p", "m", "small", 1000) == Estimate(500, 100, 80)
+    newest = estimates.before("p", f"m{3 * MAX_PAIRS - 1}", "large", 1000)
+    assert newest.answer == 80
+    assert estimates.before("p", "m0", "large", 1000).answer == UNBOUNDED

@@ -215,13 +215,25 @@ def test_a_returning_item_is_its_callers_next() -> None:
     for name, flow in (("ann1", "ann"), ("bob1", "bob"), ("bob2", "bob")):
         queue.add(name, "web", flow)
 
-    queue.add("bob again", "web", "bob", at_front=True)
+    queue.add("bob again", "web", "bob", came=1.0)
 
     # It counts for its flow.
     assert list(queue) == ["bob again", "ann1", "bob1", "bob2"]
-    assert queue.position("web", "bob", 1, at_front=True) == 1
+    assert queue.position("web", "bob", 1, came=1.0) == 1
     assert queue.position("web", "ann", 1) == 2
     assert drained(queue) == ["bob again", "ann1", "bob1", "bob2"]
+
+
+def test_items_that_come_back_are_served_in_the_order_of_their_first_arrival() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add("newcomer", "web", "ann")
+    for name, came in (("third", 3.0), ("first", 1.0), ("second", 2.0), ("also second", 2.0)):
+        queue.add(name, "web", "bob", came=came)
+
+    order = ["first", "second", "also second", "third", "newcomer"]
+    assert list(queue) == order
+    assert queue.position("web", "bob", 1, came=2.5) == 4
+    assert drained(queue) == order
 
 
 def test_an_item_that_is_gone_costs_its_caller_no_turn() -> None:
@@ -236,11 +248,11 @@ def test_an_item_that_is_gone_costs_its_caller_no_turn() -> None:
 def test_an_item_at_the_front_may_leave_or_be_gone() -> None:
     queue: FairQueue[str] = FairQueue()
     for name in ("a1", "a2", "a3"):
-        queue.add(name, "a", "", work=3, at_front=True)
+        queue.add(name, "a", "", work=3, came=1.0)
 
-    assert queue.remove("a1", "a", "")
-    assert not queue.remove("a1", "a", "")
-    assert queue.head(lambda name: name == "a3") == "a2"
+    assert queue.remove("a3", "a", "")
+    assert not queue.remove("a3", "a", "")
+    assert queue.head(lambda name: name == "a1") == "a2"
     assert list(queue.heads()) == ["a2"]
     assert (len(queue), queue.work) == (1, 3)
 
@@ -356,10 +368,8 @@ def test_the_order_is_that_in_which_items_of_any_work_are_served(run: int) -> No
     dice = random.Random(run)
     queue: FairQueue[int] = FairQueue()
     for number in range(200):
-        work, at_front = dice.randint(1, 3000), dice.random() < 0.05
-        queue.add(
-            number, dice.choice("abc"), dice.randrange(4), 1 + number % 3, work, at_front=at_front
-        )
+        work, came = dice.randint(1, 3000), dice.random() if dice.random() < 0.05 else None
+        queue.add(number, dice.choice("abc"), dice.randrange(4), 1 + number % 3, work, came=came)
         if dice.random() < 0.3:
             queue.start(dice.choice("abc"), 0, work=9).settle(dice.randint(0, 90))
 

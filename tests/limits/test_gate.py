@@ -854,7 +854,7 @@ async def test_a_returning_waiter_stands_in_front_of_its_callers_others() -> Non
     order: list[str] = []
 
     async def waiting(name: str, *, again: bool = False) -> None:
-        with await gate.enter("caller", at_front=again):
+        with await gate.enter("caller", came=0.0 if again else None):
             order.append(name)
 
     async with asyncio.TaskGroup() as group:
@@ -868,6 +868,25 @@ async def test_a_returning_waiter_stands_in_front_of_its_callers_others() -> Non
     assert order == ["retry", "first", "second"]
 
 
+async def test_those_that_go_on_while_the_gate_closes_keep_their_order() -> None:
+    gate = gate_of()
+    inside = await gate.enter()
+    order: list[int] = []
+
+    async def waiting(number: int) -> None:
+        with await gate.enter("caller", goes_on=True):
+            order.append(number)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(5):
+            group.create_task(waiting(number))
+            await ticks()
+        gate.close(lambda: ServerAtCapacity(LATE), finishes=True)
+        inside.release()
+
+    assert order == [0, 1, 2, 3, 4]
+
+
 async def test_a_returning_waiter_is_not_late_because_of_its_callers_others() -> None:
     pace = Steps(free=1)
     gate = paced_gate(pace)
@@ -876,7 +895,7 @@ async def test_a_returning_waiter_is_not_late_because_of_its_callers_others() ->
     others = [asyncio.create_task(gate.enter("a", line)) for line in range(90)]
     await until(lambda: gate.waiting == len(others))
 
-    again = asyncio.create_task(gate.enter("a", "again", at_front=True, waited=29.6))
+    again = asyncio.create_task(gate.enter("a", "again", came=0.0, waited=29.6))
     await until(lambda: again.done() or gate.waiting == len(others) + 1)
     pace.free = 1
     gate.serve()

@@ -7,12 +7,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 
 from aioserver.errors import AioserverError, ServerAtCapacity, ServerShutdown
-from aioserver.limits.gate import Gate, Place
+from aioserver.limits.gate import POSITION_INTERVAL, Gate, Place
 from aioserver.limits.gcra import Gcra
 from aioserver.limits.lines import Lines, Wish
 from tests.support.virtual_loop import run_virtually
@@ -334,6 +335,56 @@ def test_the_position_is_the_best_and_the_time_that_of_all_together() -> None:
         of_a.release()
         for other in before:
             (await other).release()
+
+    run_virtually(scene())
+
+
+def test_a_change_in_all_lines_is_told_once() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        gates = [gate_of() for _ in range(4)]
+        inside = [place for gate in gates for place in full(gate)]
+        before = []
+        for gate in gates:
+            # Each tells its positions at a time of its own.
+            before += [
+                asyncio.create_task(gate.enter(n, on_position=lambda _position, _eta: None))
+                for n in range(2)
+            ]
+            await asyncio.sleep(0.2)
+        heard: list[tuple[int, float]] = []
+        times: list[float] = []
+
+        def hear_all(position: int, eta: float) -> None:
+            heard.append((position, eta))
+            times.append(loop.time())
+
+        lines = Lines("me", None, on_position=hear_all)
+        task = asyncio.create_task(lines.wait([Wish(gate) for gate in gates]))
+        await ticks(2)
+
+        # Third in each of four lines, which serve it side by side.
+        ((position, eta),) = heard
+        assert position == 3
+        assert eta == pytest.approx(3 / 4)
+        for place in inside:
+            place.release()
+        await asyncio.sleep(5.0)
+        assert [position for position, _ in heard[1:]] == [2] * (len(heard) - 1)
+        assert len(heard) > 1
+        assert all(late - early >= POSITION_INTERVAL for early, late in pairwise(times))
+
+        task.cancel()
+        for waiter in before:
+            if waiter.done():
+                waiter.result().release()
+            else:
+                waiter.cancel()
+        await asyncio.wait([task, *before])
+        for waiter in before:
+            if not waiter.cancelled():
+                waiter.result().release()
+        nothing_waits(*gates)
 
     run_virtually(scene())
 

@@ -160,7 +160,7 @@ async def test_a_caller_demoted_and_revoked_at_once_ends_once() -> None:
     quota, never = Quota(5, 5), asyncio.Event()
 
     async def watch(*, admin: bool) -> None:
-        with quota.held(admin=admin):
+        with quota.held(watcher="a watcher" if admin else None):
             await never.wait()
 
     watching, other = (asyncio.ensure_future(watch(admin=admin)) for admin in (True, False))

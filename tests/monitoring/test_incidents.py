@@ -72,9 +72,9 @@ def test_first_incident_is_reported_at_once_and_what_follows_is_added_up() -> No
     after = texts(detector, 100.0 + QUIET)
     never = texts(detector, 1000.0)
 
-    assert first == ["2 requests were rejected in 1 s: the server is full (server_at_capacity)"]
+    assert first == ["2 requests were rejected in 1 s: the server was full (server_at_capacity)"]
     assert quiet == [[]] * 9
-    assert after == ["27 requests were rejected in 10 s: the server is full (server_at_capacity)"]
+    assert after == ["27 requests were rejected in 10 s: the server was full (server_at_capacity)"]
     assert never == []
 
 
@@ -108,8 +108,8 @@ def test_quiet_time_of_one_subject_does_not_silence_another() -> None:
     )
 
     assert lines == [
-        "groq fails in TLS: 1 attempt failed in 1 s",
-        "other does not answer in time: 1 attempt failed in 1 s",
+        "groq failed in TLS: 1 attempt failed in 1 s",
+        "other did not answer in time: 1 attempt failed in 1 s",
     ]
 
 
@@ -288,7 +288,7 @@ def test_what_went_well_in_the_quiet_time_counts_for_the_severity() -> None:
 
     assert (incident["severity"], incident["text"]) == (
         "warning",
-        "100 requests were rejected in 10 s: the server is full (server_at_capacity)",
+        "100 requests were rejected in 10 s: the server was full (server_at_capacity)",
     )
 
 

@@ -13,6 +13,8 @@ from aioserver.monitoring.troubles import (
     OF_A_REFUSED_KEY,
     OF_FAULTS,
     OF_SILENCE,
+    PAST_FAULTS,
+    PRESENT,
     WINDOW,
     Troubles,
     span,
@@ -94,6 +96,40 @@ def test_trouble_that_lasts_keeps_its_beginning() -> None:
     assert [first["since"], later["since"], again["since"]] == [994.0, 994.0, 1015.0]
     assert later["detail"] == "It began 16 s ago"
     assert over is None
+
+
+def test_each_fault_has_a_past() -> None:
+    assert PAST_FAULTS.keys() == FAULTS.keys() == OF_FAULTS.keys()
+
+
+@pytest.mark.parametrize("ill", [{"state": "dead"}, {"state": "sick"}, {"flagged": True}])
+def test_a_provider_that_is_well_again_has_no_trouble_left(ill: dict[str, Any]) -> None:
+    troubles = Troubles()
+    for tick in range(5):
+        growth = {"connect_error": 3, "tls": 1}
+        assert looked(troubles, 1000.0 + tick, growth, **ill) is not None
+
+    assert looked(troubles, 1005.0, {"ok": 1}) is None
+    assert looked(troubles, 1006.0, {"ok": 1, "connect_error": 1}) is None
+    # What comes after that is another trouble.
+    assert looked(troubles, 1007.0, {"connect_error": 2})["since"] == 1007.0
+
+
+def test_faults_are_told_in_the_present_while_they_go_on() -> None:
+    troubles = Troubles()
+
+    def look(tick: int, **growth: int) -> Any:
+        return looked(troubles, 1000.0 + tick, growth)
+
+    assert look(0, connect_error=9) is not None
+    # Nothing else is known of it.
+    assert all(look(tick) is not None for tick in range(1, 30))
+    assert look(30, ok=1) is None
+    assert look(31, connect_error=1) is not None
+    assert all(look(tick, ok=1) is not None for tick in range(32, 31 + PRESENT))
+    assert look(31 + PRESENT, ok=1) is None
+    sick = looked(troubles, 1050.0, {"ok": 1}, state="sick")
+    assert sick["text"] == "groq failed often, and is asked last but for trials"
 
 
 @pytest.mark.parametrize("outcome", FAULTS)

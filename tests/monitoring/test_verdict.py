@@ -118,14 +118,14 @@ VERDICTS: dict[str, tuple[dict[str, Any], dict[Total, float], str, str, str]] = 
         {PLACES: 5700, ANSWERS: 300},
         "error rejecting",
         "Rejecting",
-        "5,700 requests were rejected in 10 s: the server is full (server_at_capacity)",
+        "5,700 requests were rejected in 10 s: the server was full (server_at_capacity)",
     ),
     "rejecting some": (
         CROWDED,
         {PLACES: 300, ANSWERS: 5700},
         "warning rejecting",
         "Rejecting",
-        "300 requests were rejected in 10 s: the server is full (server_at_capacity)",
+        "300 requests were rejected in 10 s: the server was full (server_at_capacity)",
     ),
     "rejecting one caller": (
         {},
@@ -134,7 +134,7 @@ VERDICTS: dict[str, tuple[dict[str, Any], dict[Total, float], str, str, str]] = 
         "Rejecting",
         (
             "500 requests were rejected in 10 s:"
-            " a client asks more often than it may (rate_limit_exceeded)"
+            " a client asked more often than it may (rate_limit_exceeded)"
         ),
     ),
     "rejecting for two reasons": (
@@ -143,7 +143,7 @@ VERDICTS: dict[str, tuple[dict[str, Any], dict[Total, float], str, str, str]] = 
         "warning rejecting",
         "Rejecting",
         (
-            "3 requests were rejected in 10 s, 2 of them since the server is full "
+            "3 requests were rejected in 10 s, 2 of them since the server was full "
             "(server_at_capacity)"
         ),
     ),
@@ -194,7 +194,7 @@ VERDICTS: dict[str, tuple[dict[str, Any], dict[Total, float], str, str, str]] = 
         {**failing("other", tls=9), PLACES: 20},
         "error rejecting",
         "Rejecting",
-        "20 requests were rejected in 10 s: the server is full (server_at_capacity)",
+        "20 requests were rejected in 10 s: the server was full (server_at_capacity)",
     ),
     "no key": (
         {"providers__groq__usable": False},
@@ -281,7 +281,7 @@ def test_trouble_comes_with_what_is_felt_of_it_and_what_to_do() -> None:
 
     assert verdict["detail"] == (
         "It began 6 s ago. 35 requests wait for groq, the longest for 3.2 s; 12 answers failed in "
-        "10 s; 6,248 requests were rejected in 10 s: the queue of a provider is full "
+        "10 s; 6,248 requests were rejected in 10 s: the queue of a provider was full "
         "(provider_queue_full)."
     )
     assert verdict["advice"].startswith("Look at the log and the load of groq;")
@@ -295,7 +295,7 @@ def test_a_bug_comes_with_what_else_is_wrong_and_what_to_do() -> None:
 
     assert verdict["detail"] == (
         "groq answers with server errors (5xx): 9 of 9 attempts failed in the last minute."
-        " 20 requests were rejected in 10 s: the server is full (server_at_capacity)."
+        " 20 requests were rejected in 10 s: the server was full (server_at_capacity)."
         " 0 of 100 places are taken, 0 answers under way."
     )
     assert (verdict["advice"], verdict["about"]) == (OF_A_BUG, "bug")

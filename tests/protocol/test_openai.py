@@ -183,7 +183,7 @@ def test_an_error_under_200_is_a_fault(data: bytes, text: str) -> None:
     ("error", "kind"),
     [
         ({"code": 401}, ProviderAuthError),
-        ({"code": 402}, ProviderAuthError),
+        ({"code": 402}, ProviderForbidden),
         ({"code": "403"}, ProviderForbidden),
         ({"code": "insufficient_quota"}, ProviderAuthError),
         ({"type": "insufficient_quota", "code": None}, ProviderAuthError),

@@ -106,7 +106,7 @@ def question(
         caller=caller,
         reading=Reading() if frames else None,
         size=len(json.dumps(body)),
-        max_answer=max_answer,
+        allowed=(max_answer, 1),
     )
 
 
@@ -258,7 +258,7 @@ async def test_the_proxy_of_the_settings_comes_before_that_of_the_environment(
     [
         ("fault-status-400", ProviderRefused),
         ("fault-status-401", ProviderAuthError),
-        ("fault-status-402", ProviderAuthError),
+        ("fault-status-402", ProviderForbidden),
         ("fault-status-403", ProviderForbidden),
         ("fault-status-404", ProviderRefused),
         ("fault-status-408", ProviderError),

@@ -70,6 +70,24 @@ def test_older_objects_are_looked_at_seldom(passes: list[int]) -> None:
     assert 2 not in passes
 
 
+def test_older_objects_are_looked_at_where_many_have_come(passes: list[int]) -> None:
+    circles: list[weakref.ref[Circle]] = []
+
+    async def leave_circles() -> None:
+        collector = garbage.Collector(asyncio.get_running_loop(), grown=1000)
+        while passes.count(1) < 3:
+            here = [Circle() for _ in range(100)]
+            circles.extend(map(weakref.ref, here))
+            # They outlive a young pass.
+            await asyncio.sleep(2 * garbage.LONGEST)
+            del here
+        collector.close()
+
+    run_virtually(leave_circles())
+
+    assert sum(circle() is not None for circle in circles) < 1000 < len(circles)
+
+
 def test_what_has_outlived_a_young_pass_is_freed_in_the_end() -> None:
     circle = Circle()
     freed = weakref.ref(circle)

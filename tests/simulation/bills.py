@@ -154,5 +154,5 @@ def _estimate(attempt: Attempt, events: int) -> int:
     provider = attempt.provider
     assert isinstance(provider, Provider)
     estimates = provider._estimates  # noqa: SLF001 - what it has learned is nowhere else
-    model = attempt.request.outcome.model
-    return estimates.unreported(provider.name, model, Estimate(0, 0, 0), events).answer
+    model, caller = attempt.request.outcome.model, attempt.request.caller.flow
+    return estimates.unreported(provider.name, model, caller, Estimate(0, 0, 0), events).answer

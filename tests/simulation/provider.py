@@ -217,7 +217,7 @@ class _Bodies(deque[Any]):
                 words.append(RENAMED)
                 message = "'{}' is not supported with this model: use 'max_completion_tokens'."
         if words:
-            call.refused = words[0]
+            call.refused = f"{words[0]} of {body['model']}"
             raise BadRequest(message.format(words[0]))
         most = max(body.get("max_tokens") or 0, body.get("max_completion_tokens") or 0)
         if most > MOST_TOKENS:

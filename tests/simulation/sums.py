@@ -10,6 +10,7 @@ from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING
 
+from aioserver.providers.verdicts import VERDICT_FOR
 from tests.simulation import messages
 from tests.simulation.configuration import HTTP, ROOM, STREAMS
 
@@ -156,7 +157,7 @@ class Sums:
             return
         for asked_at, key in self._refused:
             late = asked_at - self._learned.get(key, inf)
-            if late > 0:
+            if 0 < late < VERDICT_FOR:
                 self._broken(f"{key} is refused {late:.3f} s after it was known")
 
     def check_calls(self, client: Client) -> None:

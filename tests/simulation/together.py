@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from aioserver.gateway.commands import name_of
-from aioserver.limits.budget import PER_MINUTE, Budget, Reservation
+from aioserver.limits.budget import MINUTE, Reservation
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import SECOND, TIMES
 from aioserver.wings.cluster.rates import SharedRate
@@ -99,37 +99,53 @@ class Starts:
 
 class Spending:
     """What all instances use of the tokens of one key, whose budgets are *per_minute* and *per_day*:
-    by estimates, less what was not used of them.
+    by estimates, less what was not used of them. An estimate above a whole budget counts as that
+    budget, and what was used above its estimate is not its start's.
+
+    The minute is a bucket from which the tokens of each request drain before those of later ones.
+    It is exact, where that of an instance (limits/budget.py) may take what was given back for
+    tokens that stood in front: that one is fuller, and never emptier.
 
     *of_parts* is what instances have used of a day that were not heard.
     """
 
     def __init__(self, per_minute: int, per_day: int) -> None:
-        self.per_day = per_day
+        self.per_minute, self.per_day = per_minute, per_day
         self.today = self.of_parts = 0
-        self._bucket = Budget(per_minute, 0, lambda: Clock.now)
-        self._reserved: dict[Reservation, tuple[int, Reservation | None]] = {}
+        # The tokens of each request that have not drained yet, the oldest first.
+        self._bucket: dict[Reservation, float] = {}
+        self._at = Clock.now
 
     def start(self, of: Reservation, *, part: bool) -> None:
         """Count the estimate *of* a request; *part*: of what its instance may use by itself."""
         self.today += min(of.tokens, self.per_day)
         self.of_parts += of.tokens if part else 0
+        self._drain()
         # Of a part it is looked at by the bucket of that.
-        in_bucket = None if part or not self._bucket.limited else self._bucket.reserve(of.tokens)
-        self._reserved[of] = of.tokens, in_bucket
+        if self.per_minute and not part:
+            self._bucket[of] = float(min(of.tokens, self.per_minute))
 
     def end(self, of: Reservation, tokens: int) -> None:
-        """Count what was not used; what was used above its estimate is not its start's."""
-        estimate, in_bucket = self._reserved.pop(of, (0, None))
-        self.today -= max(0, min(estimate, self.per_day) - tokens)
-        if in_bucket is not None:
-            in_bucket.settle(min(estimate, tokens))
+        """Count what was not used."""
+        self.today -= max(0, min(of.tokens, self.per_day) - tokens)
+        self._drain()
+        if of in self._bucket:
+            unused = min(of.tokens, self.per_minute) - tokens
+            self._bucket[of] -= min(self._bucket[of], max(0, unused))
+
+    def _drain(self) -> None:
+        out, self._at = (Clock.now - self._at) * self.per_minute / MINUTE, Clock.now
+        while out > 0 and self._bucket:
+            oldest = next(iter(self._bucket))
+            tokens = self._bucket.pop(oldest)
+            if tokens > out:
+                self._bucket = {oldest: tokens - out, **self._bucket}
+            out -= tokens
 
     @property
     def level(self) -> int:
         """How many tokens are in the bucket of the minute."""
-        state = self._bucket.states().get(PER_MINUTE)
-        return 0 if state is None else state.used + state.reserved
+        return round(sum(self._bucket.values()))
 
 
 class Together:

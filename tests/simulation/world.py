@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import random
 import tempfile
@@ -24,6 +25,7 @@ from unittest import mock
 import aiohappyeyeballs
 from aiohttp import web_app
 
+from aioserver.faces import http
 from aioserver.monitoring import snapshot
 from aioserver.wings.simulator import shapes
 from aioserver.wings.simulator.exchange import Behaviour
@@ -239,6 +241,8 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             mock.patch.object(aiohappyeyeballs, "start_connection", world.start_connection),
             # The machine is no part of a run.
             mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
+            # Those of the process have the more digits the more runs were before.
+            mock.patch.object(http, "_ids", map("0123456789ab-{:x}".format, itertools.count(1))),
             mock.patch.object(shapes, "speech", speech),
             mock.patch.object(shapes, "_chat", engine_shapes.odd_chat(note_answer)),
             world.patches(),

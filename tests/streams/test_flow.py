@@ -11,10 +11,13 @@ from aioserver.streams.entries import CHUNK, COMPLETE, Entry
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import PAUSE_BYTES, RESUME_BYTES
 from tests.support.transport import client, say
-from tests.support.waiting import ticks
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from aioserver.streams.stream import Stream
+    from tests.support.transport import FakeClient
 
 SIZE = 10_000
 TEXT = "x" * SIZE
@@ -173,3 +176,42 @@ async def test_the_reader_that_is_ahead_lets_a_provider_go_on_when_it_has_read()
             await ticks()
 
         assert stream.bytes > PAUSE_BYTES, "the other reader still needs all of it"
+
+
+async def _lag(stream: Stream, peer: FakeClient) -> None:
+    """Let *stream* drop *peer*, as what it has not read is more than the log may keep."""
+    while not peer.dropped:
+        say(stream, TEXT)
+
+
+async def _shed(stream: Stream, peer: FakeClient) -> None:
+    """Let the store drop *peer*, for want of room."""
+    while not stream.shed():
+        say(stream, TEXT)
+    assert peer.dropped
+
+
+async def _go(stream: Stream, peer: FakeClient) -> None:
+    """Let the client go, which holds up what is kept."""
+    while stream.bytes < 5 * SIZE:
+        say(stream, TEXT)
+    await until(lambda: peer.socket.draining == 1)
+    peer.socket.lose()
+    await until(lambda: peer.writer.closed)
+
+
+@pytest.mark.parametrize("lose", [_lag, _shed, _go], ids=["too late", "no room", "gone"])
+async def test_what_a_reader_that_was_lost_had_still_to_read_holds_up_no_other(
+    lose: Callable[[Stream, FakeClient], Awaitable[None]],
+) -> None:
+    async with client(slow=True) as slow, client() as fast:
+        stream = store(10 * SIZE).open("r1", "me", window=0)
+        stream.source = provider = Provider()
+        slow.follow(stream)
+        fast.follow(stream)
+
+        await lose(stream, slow)
+
+        assert len(stream.readers) == 1
+        assert not provider.paused
+        assert stream.bytes == 0, "the other reader has passed all of it"

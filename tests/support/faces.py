@@ -64,8 +64,10 @@ async def over_websocket(server: RunningServer, model: str, name: str = "ws") ->
     return frames_seen(frames, raw)
 
 
-async def over_sse(server: RunningServer, model: str, *, streaming: bool = True) -> Seen:
-    name = f"{'sse' if streaming else 'whole'}-{model}"
+async def over_sse(
+    server: RunningServer, model: str, name: str = "", *, streaming: bool = True
+) -> Seen:
+    name = name or f"{'sse' if streaming else 'whole'}-{model}"
     body = {"request_id": name, "text": "Hello", "model": model, "streaming": streaming}
     async with server.session.post(server.sse, json=body) as response:
         assert response.status == 200

@@ -29,7 +29,7 @@ class Job(NamedTuple):
     flow: int
     work: int
     cost: int
-    at_front: bool = False
+    came: float | None = None
 
 
 @dataclass
@@ -74,8 +74,9 @@ class Model:
 
     def add(self, job: Job) -> None:
         self.callers.wait(job.caller)
-        if job.at_front:
-            self.waiting.insert(0, job)
+        if job.came is not None:
+            others = [other for other in self.waiting if other.came is not None]
+            self.waiting.insert(sum((other.came or 0.0) <= job.came for other in others), job)
         else:
             self.waiting.append(job)
             self.flows.setdefault(job.caller, Level()).wait(job.flow)
@@ -83,12 +84,12 @@ class Model:
     def next(self) -> Job:
         caller = self.callers.first()
         own = [job for job in self.waiting if job.caller == caller]
-        flow = None if own[0].at_front else self.flows[own[0].caller].first()
+        flow = None if own[0].came is not None else self.flows[own[0].caller].first()
         return own[0] if flow is None else next(job for job in own if job.flow == flow)
 
     def start(self, job: Job) -> None:
         """Start *job*, the next one, or one that does not wait."""
-        in_turn = not (job.at_front and job in self.waiting)
+        in_turn = not (job.came is not None and job in self.waiting)
         if job in self.waiting:
             self.waiting.remove(job)
         weight = self.running[job] = self.weights[job.caller]
@@ -113,7 +114,7 @@ class Model:
             self.callers.since.pop(gone.caller, None)
             if not any(job.caller == gone.caller for job in self.running):
                 self.flows.pop(gone.caller, None)
-        if not any(job.flow == gone.flow and not job.at_front for job in own):
+        if not any(job.flow == gone.flow and job.came is None for job in own):
             self.flows.get(gone.caller, Level()).since.pop(gone.flow, None)
 
 
@@ -174,9 +175,9 @@ class History:
         self.dearest = max(self.dearest, cost, work)
         self.error = max(self.error, abs(cost - work))
         self._made += 1
-        at_front = self.fronts and dice.random() < 0.2
+        came = dice.random() if self.fronts and dice.random() < 0.2 else None
         caller = self.names[min(dice.randrange(6), len(self.names) - 1)]
-        return Job(self._made, caller, dice.randrange(3), work, cost, at_front)
+        return Job(self._made, caller, dice.randrange(3), work, cost, came)
 
     @property
     def bound(self) -> int:
@@ -221,7 +222,7 @@ class History:
             self.charges[job] = queue.start(job.caller, job.flow, weight, job.work)
             return
         model.add(job)
-        queue.add(job, job.caller, job.flow, weight, job.work, at_front=job.at_front)
+        queue.add(job, job.caller, job.flow, weight, job.work, came=job.came)
 
     def _end(self, job: Job) -> None:
         self.model.end(job)

@@ -97,6 +97,26 @@ def calls_of(sections: Collection[Function]) -> Iterator[dict[Call, None]]:
 
 
 @contextmanager
+def calls_into(modules: tuple[str, ...]) -> Iterator[dict[Call, None]]:
+    """Note each call within the block of a function of *modules*, of which the first names begin
+    so, that comes from elsewhere.
+    """
+    calls: dict[Call, None] = {}
+
+    def trace(frame: FrameType, _event: str, _arg: object) -> None:
+        call = _call(frame)
+        if (
+            call is not None
+            and call.callee.module.startswith(modules)
+            and not call.section.module.startswith(modules)
+        ):
+            calls[call] = None
+
+    with _traced(trace):
+        yield calls
+
+
+@contextmanager
 def bug_at(call: Call) -> Iterator[list[Call]]:
     """Let the first *call* within the block raise; yields a list that is empty until then."""
     raised: list[Call] = []

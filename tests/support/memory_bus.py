@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aioserver.providers.queueing import ProviderGate
+
 from aioserver.auth.keys import quota_of
 from aioserver.gateway.commands import MARKED, Commands
 from aioserver.limits.gate import Gate
 from aioserver.providers.health import ALONE
-from aioserver.providers.queueing import ProviderGate
 from aioserver.wings.cluster import claims
 from aioserver.wings.cluster.bus import Outbox
 from aioserver.wings.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Renewal, Verdict
@@ -444,8 +445,11 @@ class StreamsOnly:
     def ended(self, token: int) -> None:
         """Note nothing."""
 
-    async def agree_on_pepper(self, own: bytes) -> bytes:
-        return own
+    async def settled(self) -> None:
+        """Wait for nothing."""
+
+    async def agree_on_sessions(self, _sessions: object) -> None:
+        """Agree on nothing."""
 
     def serve(self, *_owners: object) -> None:
         """Tell nothing."""

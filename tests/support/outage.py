@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from aioserver.auth.callers import NO_CALLER
 from aioserver.config import settings
 from aioserver.gateway.request import Request
 from aioserver.provider_errors import ConnectError, ProviderError, ProviderFault
@@ -51,7 +52,9 @@ async def ask(router: Router, provider: str | None = None) -> Answer:
         ProviderFault: no provider answered.
     """
     request = ProviderRequest(CHAT, lambda _settings, _model: b"", streamed=False)
-    return await router.call(Request(router.route(None, provider), request, "openai", "r"))
+    return await router.call(
+        Request(router.route(None, provider, caller=NO_CALLER), request, "openai", "r")
+    )
 
 
 class NeverOpen(Breaker):

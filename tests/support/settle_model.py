@@ -104,7 +104,7 @@ class _Call:
         if world is None:
             epoch = f"{me}@{wall:.0f}"
             grace = wall + self.grace_period
-            world = World(epoch, request.run, last=wall, grace=grace, lost=grace)
+            world = World(epoch, request.run, last=wall, grace=grace, lost=grace, before=grace)
         former = world.members.get(me) or world.gone.get(me)
         if former is not None and request.seq <= former.seq:
             raise Stale("the call was given up")
@@ -171,7 +171,12 @@ class _Call:
         world, run = self.world, self.request.run
         moved = run not in ("", world.run)
         if moved or (self.now - world.last > self.pause and world.members):
+            before = world.grace
             world.grace = max(world.grace, self.now + self.grace_period)
+            if moved or self.now >= before:
+                world.silent, world.before = {}, world.grace if moved else before
+            if not moved:
+                world.silent |= dict.fromkeys(world.members, 1)
             for name, member in world.members.items():
                 # An older state lacks the last renewals, and what was given with them.
                 length = self.lease if moved else self.grace_period
@@ -212,6 +217,9 @@ class _Call:
                 self.leave(name)
         for name in self.request.ended:
             self.leave(name)
+            if world.silent.pop(name, None) and not world.silent:
+                # Nobody lives who could have used more than is known here.
+                world.grace = world.before
 
     def renew(self) -> Member | None:
         world, request, me = self.world, self.request, self.request.instance

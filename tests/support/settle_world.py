@@ -92,6 +92,9 @@ class World:
     members: dict[str, Member] = field(default_factory=dict)
     gone: dict[str, Member] = field(default_factory=dict)
     awaited: dict[str, float] = field(default_factory=dict)
+    # Those whose silence has begun a grace period, and when it had ended without them.
+    silent: dict[str, int] = field(default_factory=dict)
+    before: float = 0
     limits: dict[str, Limit] = field(default_factory=dict)
     paces: dict[str, float] = field(default_factory=dict)
     tallies: dict[str, Tally] = field(default_factory=dict)

@@ -52,6 +52,7 @@ async def serve(
             )
             loads.tell_instance(cluster.token)
             balance = worker.balance(loads, cluster.ended)
+            await cluster.settled()
         server = await stack.enter_async_context(
             open_server(
                 settings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 
 from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, Part
@@ -81,16 +82,22 @@ def test_yesterday_is_shown_and_the_day_before_is_not() -> None:
     assert sums.tokens["web", "p", "m", "input"].value == 40
 
 
-def test_a_clock_that_goes_back_begins_no_earlier_day() -> None:
+@pytest.mark.parametrize("days", [-30, -1, 1, 30])
+def test_a_clock_that_comes_back_finds_each_day_as_it_was(days: int) -> None:
     wall = Wall()
     sums = sums_of(wall)
     sums.add("web", part(), anew=True)
 
-    wall.now -= DAY
+    wall.now += days * DAY
+    sums.add("web", part(), anew=True)
+    sums.add("web", part(), anew=True)
+    assert sums.today("web") == 26
+    wall.now -= days * DAY
     sums.add("web", part(), anew=True)
 
-    assert [len(day["rows"]) for day in sums.days()] == [1, 0]
     assert sums.today("web") == 26
+    assert sums.days()[0]["day"] == "2026-11-28"
+    assert sums.tokens["web", "p", "m", "input"].value == 40
 
 
 def test_names_that_clients_invent_have_bounds_and_cost_no_other_caller_its_rows() -> None:

@@ -45,6 +45,15 @@ async def test_runs_until_a_signal_also_with_a_running_stream(number: signal.Sig
         assert await process.ended(5) == 0
 
 
+async def test_the_models_that_it_lists_may_be_named() -> None:
+    async with (
+        running("--model", "qwen3", "--model", "embed") as (_, base_url),
+        aiohttp.ClientSession() as session,
+        session.get(f"{base_url}/models") as response,
+    ):
+        assert [model["id"] for model in (await response.json())["data"]] == ["qwen3", "embed"]
+
+
 def test_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

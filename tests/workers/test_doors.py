@@ -16,7 +16,7 @@ from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
 from tests.support.hook_program import hook_program, refuse
 from tests.support.issuer import SigningKey, issuer_server, jwt_settings
-from tests.support.keys import bearer, entry
+from tests.support.keys import COOKIE, bearer, cookie, entry
 from tests.support.process import serving
 from tests.support.server import UVICORN
 from tests.support.tls import TLS, pair, trusting
@@ -50,6 +50,17 @@ async def statuses(
             return response.status
 
     return set(await asyncio.gather(*(ask() for _ in range(ASKED))))
+
+
+async def session_of(process: ServerProcess, headers: dict[str, str]) -> str:
+    """The session of the key or token in *headers*."""
+    connector = TCPConnector(ssl=trusting(), force_close=True)
+    async with (
+        ClientSession(connector=connector) as session,
+        session.post(f"{process.base}/session", headers=headers) as response,
+    ):
+        assert response.status == 200
+        return response.cookies[COOKIE].coded_value
 
 
 async def test_two_workers_keep_every_door_and_a_replacement_changes_nothing(
@@ -91,6 +102,7 @@ async def test_two_workers_keep_every_door_and_a_replacement_changes_nothing(
         await until_result(partial(statuses, process, bearer("app")), {200}.__eq__)
         await until_result(partial(statuses, process, bearer("web")), {401}.__eq__)
 
+        sessions = [await session_of(process, token), await session_of(process, bearer("app"))]
         former = workers(process)
         process.signal(signal.SIGUSR2)
         await until(lambda: all(map(gone, former)), 60.0, lambda: process.log)
@@ -98,6 +110,9 @@ async def test_two_workers_keep_every_door_and_a_replacement_changes_nothing(
         assert await statuses(process, bearer("web")) == {401}
         assert await statuses(process, token) == {200}
         assert await statuses(process, token, "forbidden") == {403}
+        # Sessions are those of the parent, and of no process that has gone.
+        for session in sessions:
+            assert await statuses(process, cookie(session)) == {200}
         process.signal()
         assert await process.ended() == 0
     assert "Traceback" not in process.log

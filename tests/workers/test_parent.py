@@ -219,6 +219,49 @@ async def test_a_killed_worker_is_followed_and_a_reload_reaches_all(
             assert await process.ended() == 0
 
 
+@pytest.mark.one_loop
+async def test_the_next_request_is_served_where_all_workers_of_a_full_server_were_killed(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    changes = {**TWO, LIMIT: 2, f"{CONCURRENCY}.queue_timeout": 0}
+    async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process:
+        await process.ready()
+        url = f"{process.base}/v1/chat/completions"
+        # In the first seconds of the workers' server no place moves.
+        joined = "the instances share their limits exactly"
+        await until(lambda: process.log.count(joined) == 2, 30.0, lambda: process.log)
+        async with AsyncExitStack() as stack:
+            session = await stack.enter_async_context(aiohttp.ClientSession())
+            # Clients leave if nothing refers to them.
+            clients: list[aiohttp.ClientWebSocketResponse] = []
+            while len(clients) < 2:
+                if (opened := await _opened(session, process)) is not None:
+                    clients.append(opened)
+            async with session.post(url, json=CHAT) as response:
+                assert response.status == 503, "the server is full"
+
+            for worker in workers(process):
+                os.kill(worker, signal.SIGKILL)
+
+            async with aiohttp.ClientSession() as other, other.post(url, json=CHAT) as response:
+                assert response.status == 200, await response.text()
+        process.signal()
+        assert await process.ended() == 0
+
+
+async def _opened(
+    session: aiohttp.ClientSession, process: ServerProcess
+) -> aiohttp.ClientWebSocketResponse | None:
+    """A WebSocket that has a place; None if it was refused, since that is on its way."""
+    client = await session.ws_connect(f"{process.base}/ws/chat")
+    await client.send_json({"action": "ping"})
+    frame = await client.receive_json(timeout=20)
+    if frame["status"] == "pong":
+        return client
+    await client.close()
+    return None
+
+
 async def test_every_limit_of_http_reaches_each_worker(
     tmp_path: Path, simulator: Simulator
 ) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import aioserver
 from aioserver.workers.private_server import (
     PREFIX,
     PrivateServer,
@@ -164,6 +166,53 @@ def test_a_folder_whose_path_is_too_long_for_a_socket_is_not_used(
         assert list(long.iterdir()) == []
     finally:
         server.stop()
+
+
+def test_without_a_folder_for_temporary_files_there_is_still_that_of_systemd(
+    valkey: str, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+
+    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": str(runtime)})
+    try:
+        assert ask(server, b"PING\r\n") == b"+PONG\r\n"
+    finally:
+        server.stop()
+
+
+def test_where_no_folder_can_be_written_one_line_says_so_and_the_workers_go_on() -> None:
+    mounts = "mount -t tmpfs -o ro tmpfs /tmp && mount -t tmpfs -o ro tmpfs /var/tmp"
+    shell = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*shell, mounts], check=False).returncode:
+        pytest.skip("this machine lets nobody mount anything")
+    script = (
+        "import logging\n"
+        "from aioserver.config import Configuration\n"
+        "from aioserver.config.shipped import SHIPPED\n"
+        "from aioserver.workers.private_server import SharedServer\n"
+        "logging.basicConfig(format='%(levelname)s %(message)s')\n"
+        "settings = Configuration.load(SHIPPED).settings\n"
+        f"print(SharedServer.open(settings, {{'PATH': {os.environ['PATH']!r}}}, int).url)\n"
+    )
+
+    done = subprocess.run(
+        [*shell, f'{mounts} && exec "$0" -c "$1"', sys.executable, script],
+        # Nothing can be written there, not even by root.
+        cwd="/proc",
+        env={**os.environ, "PYTHONPATH": str(Path(aioserver.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (0, "None\n")
+    assert done.stderr == (
+        "WARNING each worker has a fixed share of every limit, and streams of its own: "
+        "no folder for the socket of the private server can be written: "
+        "set TMPDIR to a short path of one\n"
+    )
 
 
 @pytest.mark.parametrize(

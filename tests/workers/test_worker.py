@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aioserver.config import Configuration
+from aioserver.config.settings import Auth, Jwt, Limits, Role
 from aioserver.config.shipped import SHIPPED
 from aioserver.limits.fixed_share import Scope
 from aioserver.server.preflight import Unfit
 from aioserver.workers.loads import Loads
-from aioserver.workers.worker import NAMES, Worker, as_file, read, share_out
+from aioserver.workers.worker import NAMES, SESSIONS, Worker, as_file, read, share_out
 from tests.support.server import CONCURRENCY, NOWHERE, configured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-KEYS = [{"name": "web", "sha256": "ab" * 32, "max_concurrent": 5, "requests_per_minute": 31}]
+# Each number of a key has a value that can be shared out; a new one that is no limit belongs here.
+NO_LIMITS = {"priority"}
+KEYS: list[dict[str, Any]] = [
+    {
+        "name": "web",
+        "sha256": "ab" * 32,
+        **{
+            field.name: 100 + number
+            for number, field in enumerate(fields(Limits))
+            if field.type in (int, "int") and field.name not in NO_LIMITS
+        },
+    }
+]
 # Of numbers that differ between the shares, those that are no limits but follow from them.
 SHARED = {
     "max_connections",
@@ -33,6 +46,7 @@ SHARED = {
     "requests_per_minute",
     "queue_size",
     "tokens_per_minute",
+    "tokens_per_day",
     "max_concurrent",
     "workers",
 }
@@ -53,9 +67,13 @@ def numbers(settings: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, settings
 
 
+KEY_ALONE = {"name", "sha256"}
 # What is shared out later, and what a cluster shares by leases.
 MOVED = {"max_connections", "connection_queue_size"}
-IN_HAND = {"concurrent_requests", "requests_per_minute", "tokens_per_minute", "max_concurrent"}
+IN_HAND = {
+    *("concurrent_requests", "requests_per_minute", "max_concurrent"),
+    *("tokens_per_minute", "tokens_per_day"),
+}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7, 64])
@@ -85,6 +103,11 @@ def test_no_limit_of_the_configuration_is_multiplied(
         share_out(whole, Scope("", rank, workers), clustered=clustered) for rank in range(workers)
     ]
 
+    assert whole.auth is not None
+    assert whole.auth.keys is not None
+    assert set(dict(numbers(whole.auth.keys[0]))) == {
+        f".{name}" for name in {*NO_LIMITS, *KEYS[0]} - KEY_ALONE
+    }
     for (path, limit), *parts in zip(
         numbers(whole), *(numbers(part) for part in shares), strict=True
     ):
@@ -100,6 +123,39 @@ def test_no_limit_of_the_configuration_is_multiplied(
             assert sum(values) == limit or name == "workers", path
 
 
+@pytest.mark.parametrize("clustered", [False, True])
+def test_no_limit_of_any_caller_is_multiplied(tmp_path: Path, *, clustered: bool) -> None:
+    """Those of keys in the configuration, of keys in a file of their own, and of roles of tokens."""
+    whole = configured(
+        NOWHERE, {"auth.keys": KEYS, "auth.allowed_hosts": []}, tmp_path / "c.yaml"
+    ).settings
+    assert whole.auth is not None
+    assert whole.auth.keys is not None
+    role = Role(**{name: value for name, value in KEYS[0].items() if name not in KEY_ALONE})
+    jwt = Jwt(issuer="i", audience="a", jwks_file="keys.json", limits={"member": role})
+    whole = replace(whole, auth=replace(whole.auth, file_keys=whole.auth.keys, jwt=jwt))
+
+    shares = [share_out(whole, Scope("", rank, 3), clustered=clustered).auth for rank in range(3)]
+
+    for name, limit in KEYS[0].items():
+        if name in KEY_ALONE:
+            continue
+        in_hand = clustered and name in {*IN_HAND, *MOVED}
+        for kind in ("keys", "file_keys", "jwt"):
+            parts = [getattr(caller_of(auth, kind), name) for auth in shares]
+            assert parts == [limit] * 3 if in_hand else sum(parts) == limit, (kind, name)
+
+
+def caller_of(auth: Auth | None, kind: str) -> Limits:
+    """The only caller of this *kind*."""
+    assert auth is not None
+    if kind == "jwt":
+        assert auth.jwt is not None
+        return auth.jwt.limits["member"]
+    keys: tuple[Limits, ...] = getattr(auth, kind)
+    return keys[0]
+
+
 def test_the_shipped_configuration_can_be_shared_out() -> None:
     whole = Configuration.load(SHIPPED, environ={}).settings
 
@@ -108,7 +164,7 @@ def test_the_shipped_configuration_can_be_shared_out() -> None:
 
 
 def test_a_worker_is_what_its_parent_has_written() -> None:
-    names = sorted({*NAMES, "later"})
+    names = sorted({*NAMES, SESSIONS, "later"})
     descriptors = {name: as_file("test", name.encode()) for name in names}
     descriptors["loads"] = Loads.create(3).fd
     try:
@@ -124,7 +180,7 @@ def test_a_worker_is_what_its_parent_has_written() -> None:
         assert worker.scope == ("host", 2, 3, False)
         assert worker.descriptors == descriptors, "also what a newer parent gives"
         assert worker.content() == b"configuration"
-        assert worker.pepper() == worker.pepper() == b"pepper"
+        assert worker.session_secret() == worker.session_secret() == b"session_secret"
         assert environ == {"HOME": "/"}
         assert not any(map(os.get_inheritable, descriptors.values()))
     finally:
@@ -145,15 +201,27 @@ def test_a_worker_of_another_version_than_its_parent_does_not_start(page: bytes)
             os.close(number)
 
 
+def test_a_worker_takes_no_secret_that_a_parent_has_derived() -> None:
+    loads = Loads.create(2)
+    descriptors = {name: as_file("test", b"") for name in {*NAMES, "pepper"} - {"loads"}}
+    descriptors["loads"] = loads.fd
+    try:
+        with pytest.raises(Unfit, match="sessions in another way: restart the service"):
+            Worker.take(Worker(0, 2, 20.0, descriptors).variables())
+    finally:
+        for number in descriptors.values():
+            os.close(number)
+
+
 @pytest.mark.parametrize(
     "variables",
     [
         {},
         {"AIOSERVER_WORKER": "0/2"},
         {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=0,loads=0"},
-        {"AIOSERVER_WORKER": "x", "AIOSERVER_FDS": "lifeline=0,loads=0,pepper=0,configuration=0"},
-        {"AIOSERVER_FDS": "lifeline=0,loads=0,pepper=0,configuration=0"},
-        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=x,loads=-1,pepper=,=3,,"},
+        {"AIOSERVER_WORKER": "x", "AIOSERVER_FDS": "lifeline=0,loads=0,configuration=0"},
+        {"AIOSERVER_FDS": "lifeline=0,loads=0,configuration=0"},
+        {"AIOSERVER_WORKER": "0/2", "AIOSERVER_FDS": "lifeline=x,loads=-1,session_secret=,=3,,"},
     ],
 )
 def test_other_variables_make_no_worker(variables: dict[str, str]) -> None:

@@ -135,6 +135,15 @@ class Parent:
         await worker.wait()
         self.loads.reaped(slot)
 
+    async def kill_all(self) -> None:
+        """Kill all workers, and reap them: none sees another one's end."""
+        workers, self.workers = self.workers, {}
+        for worker in workers.values():
+            worker.send_signal(signal.SIGKILL)
+        for slot, worker in workers.items():
+            await worker.wait()
+            self.loads.reaped(slot)
+
     async def client(self, key: str = "") -> aiohttp.ClientWebSocketResponse:
         """A WebSocket that has its place."""
         began = time.perf_counter()
@@ -202,6 +211,24 @@ async def test_the_places_of_a_killed_worker_are_free_for_its_siblings_and_its_s
         async with asyncio.timeout(SOON):
             await parent.open(1)
         assert sum(await parent.inside()) == 9
+
+
+async def test_the_places_of_workers_that_were_all_killed_are_free_when_others_serve(
+    tmp_path: Path,
+) -> None:
+    async with parent_of(tmp_path, 2, 9, **{f"{CONCURRENCY}.queue_timeout": 0}) as (parent, _):
+        for _ in range(9):
+            await parent.client()
+        assert sum(await parent.inside()) == 9
+
+        await parent.kill_all()
+        await parent.start(1)
+
+        # Nobody waits for a place.
+        for _ in range(9):
+            await parent.client()
+        assert (await parent.state(1)).inside == 9
+        await parent.start(0)
 
 
 async def test_a_worker_that_is_stopped_keeps_its_places_and_no_one_is_refused(

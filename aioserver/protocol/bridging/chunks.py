@@ -58,6 +58,7 @@ class ChunkReader(Reading, ABC, Generic[C]):
         "_nameless",
         "_overhead",
         "_size",
+        "in_one_piece",
         "logprobs",
         "reasoning_field",
     )
@@ -69,6 +70,8 @@ class ChunkReader(Reading, ABC, Generic[C]):
         # The name of the field in which the provider sends its reasoning; empty if it has sent
         # none.
         self.reasoning_field = ""
+        # Whether what is read is a whole answer, in which each call stands once.
+        self.in_one_piece = False
         self._max_bytes = max_bytes
         # The bytes that are kept, and those of them that are no text of the answer, nor there from
         # the start.
@@ -198,7 +201,12 @@ class ChunkReader(Reading, ABC, Generic[C]):
     def _index_of(self, call: dict[str, Any], number: int, provider_id: str, name: str) -> int:
         """Return the key in `_calls` of the call that *call* is a piece of."""
         index = call.get("index")
-        if isinstance(index, int) and not isinstance(index, bool):
+        if isinstance(index, bool) or not isinstance(index, int):
+            index = None
+        if name and (self.in_one_piece or (number and index is None)):
+            # It is no piece of a call that stands before it, whatever their ids are.
+            return -1 - len(self._calls)
+        if index is not None:
             if index in self._calls or name or provider_id or -1 not in self._calls:
                 return index
         elif provider_id or name:

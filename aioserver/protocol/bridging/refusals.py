@@ -55,6 +55,12 @@ _OTHER_WORDS = {
     "reasoning_effort": "does not support thinking|invalid reasoning value|reasoningEffort",
 }
 
+# How they say what values a word has, which they know.
+_OF_VALUE = (
+    r"must be (?:one of|\W?(?:low|high))|should be (?:one of|'\w+')|expected one of"
+    r"|supported values|invalid reasoning value|value_error|literal_error"
+)
+
 
 class Refusal(NamedTuple):
     """What the *text* of a refusal says of its model: *limit* is that of a prompt and its answer
@@ -74,6 +80,11 @@ class Refusal(NamedTuple):
             return True
         other = _OTHER_WORDS.get(word)
         return other is not None and re.search(other, self.text) is not None
+
+    @property
+    def of_value(self) -> bool:
+        """Whether it is about the value of a word, and not about the word itself."""
+        return re.search(_OF_VALUE, self.text, re.IGNORECASE) is not None
 
     @property
     def renames(self) -> bool:

@@ -54,7 +54,6 @@ class _Message(msgspec.Struct, gc=False):
 
 
 class _Call(msgspec.Struct, gc=False):
-    index: Raw = ABSENT
     id: Raw = ABSENT
     function: Raw = ABSENT
 
@@ -83,6 +82,7 @@ async def read_whole(body: bytes, writer: ChunkReader[C]) -> None:
         BadEvent: *body* is no chat completion.
         ErrorEvent: it is an error object.
     """
+    writer.in_one_piece = True
     if len(body) <= STEP_BYTES:
         writer.note_model(body)
         writer.read(body)
@@ -197,19 +197,17 @@ async def _write_call(raw: bytes, writer: ChunkReader[C]) -> None:
         function = await json_body.decoding(_FUNCTION, memoryview(call.function), "a function")
     except (InvalidRequest, InvalidJson):
         return
-    place = b"" if null(call.index) else b'"index":%b,' % bytes(call.index)
     if not is_string(function.arguments):
         writer.read(_chunk(b'"tool_calls":[%b]' % raw))
         return
-    first = b'%b"id":%b,"function":{"name":%b,"arguments":""}' % (
-        place,
+    first = b'"id":%b,"function":{"name":%b,"arguments":""}' % (
         b"null" if null(call.id) else bytes(call.id),
         b"null" if null(function.name) else bytes(function.name),
     )
     writer.read(_chunk(b'"tool_calls":[{%b}]' % first))
     text = bytes(function.arguments)
     for piece in await string_pieces(text):
-        more = b'{%b"function":{"arguments":"%b"}}' % (place, text[piece])
+        more = b'{"function":{"arguments":"%b"}}' % text[piece]
         writer.read(_chunk(b'"tool_calls":[%b]' % more))
         await pause()
 

@@ -130,4 +130,7 @@ def _extent(waits: Waits, total: int, at_once: int) -> str:
 
 
 def _in_brackets(text: str | None) -> str:
+    """Return *text* in brackets, or of one that ends with brackets, the limit in these."""
+    if text and text.endswith(")"):
+        text = text[:-1].rpartition("(")[2]
     return f" ({text})" if text else ""

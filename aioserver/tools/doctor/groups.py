@@ -32,15 +32,14 @@ def models_request(path: str = "models") -> PassedRequest:
 
 async def examine_groups(report: Report, llm: Llm, providers: Mapping[str, Provider]) -> None:
     """Examine the groups of *llm*, whose members are of *providers*; each is asked once."""
-    names = dict.fromkeys(
-        member.provider for group in llm.models.values() for member in group.members
-    )
+    groups = llm.groups()
+    names = dict.fromkeys(member.provider for group in groups.values() for member in group.members)
     lists: dict[str, dict[str, int | None] | None] = {}
     for name in names:
         settings = providers[name].settings
         if settings.usable and not settings.simulated:
             lists[name] = await models_of(providers[name])
-    for name, group in llm.models.items():
+    for name, group in groups.items():
         lengths: dict[str, int] = {}
         for member in group.members:
             length = _examine_member(report, f"group {name}", llm, member, lists)

@@ -28,6 +28,7 @@ from aioserver.gateway.continuation import continued
 from aioserver.gateway.probe import ARGUMENT
 from aioserver.gateway.prompts import chat_body
 from aioserver.limits.scheduler import Scheduler
+from aioserver.protocol.bridging.words import MAX_COMPLETION_TOKENS as NEWER_BOUND
 from aioserver.protocol.bridging.words import MAX_TOKENS as MAX_BOUND
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.seam import Anchored, Onward, SeamBroken, anchor_of
@@ -111,7 +112,8 @@ async def examine(
             needed = [
                 member.provider
                 for name in (llm.active, *llm.fallbacks)
-                for member in llm.members(name)
+                for link in llm.chain(name)
+                for member in llm.members(link)
             ]
             if only is not None:
                 provider = registry.providers[only]
@@ -319,8 +321,8 @@ def _has_argument(arguments: str) -> bool:
 def _tell_learned(report: Report, subject: str, habits: ChatMemory) -> None:
     """Say what the bridges have learned, as the server will at the first requests of agents."""
     learned = [f"it refuses {word}, which is left out" for word in sorted(habits.refused_words)]
-    if habits.bound != MAX_BOUND:
-        learned.append(f"it has {habits.bound} in place of {MAX_BOUND}")
+    if habits.renaming:
+        learned.append(f"it has {NEWER_BOUND} in place of {MAX_BOUND}")
     for model, tokens in habits.context_limits.items():
         learned.append(f"{model} has {tokens:,} tokens in its context")
     for model, tokens in habits.most.items():

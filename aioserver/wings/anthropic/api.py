@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from aioserver.protocol.openai import bounded, usage_of
-from aioserver.providers.api import Api
+from aioserver.providers.api import Api, WordlessApi
 from aioserver.wings.anthropic import sink, wire
 from aioserver.wings.anthropic.said import MessageSaid
 
@@ -28,6 +28,7 @@ class MessagesApi(Api):
     setting = "messages"
     headers: ClassVar = {wire.VERSION_HEADER: wire.VERSION}
     paces_cached = False
+    bounds = ("max_tokens",)
 
     def speaks(self, provider: settings.Provider) -> bool:
         """Return whether a provider with these settings has this API."""
@@ -75,7 +76,7 @@ class MessagesApi(Api):
         return wire.http_status(error)
 
 
-class CountingApi(MessagesApi):
+class CountingApi(WordlessApi, MessagesApi):
     """The path that counts the tokens of a request, and has no answer of a model."""
 
     costs = False

@@ -7,6 +7,7 @@ that a bridge has written has a signature of ours, which the API would refuse.
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ from aioserver.wings.anthropic.history import without_thinking
 from aioserver.wings.anthropic.sink import BridgeSink
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from aioserver.config import settings
     from aioserver.protocol.bridging.words import Words
@@ -48,8 +49,10 @@ ESTIMATED = {"x-aioserver-estimated": "input_tokens"}
 class Learned(PathMemory):
     """The knowledge of whether one provider answers requests for messages."""
 
-    def __init__(self, settings: settings.Provider) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, settings: settings.Provider, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(settings, clock)
         self.never = settings.messages == BRIDGE
         self.learns = settings.messages in {AUTO, BRIDGE}
 
@@ -144,16 +147,17 @@ class CountAttempt(Attempt):
         sink, learned = self.sink, self.provider.memory(LearnedCounting)
         assert isinstance(sink, BodySink), "it is not streamed"
         if self.status == 200:
-            learned.present = True
+            learned.found(present=True)
         elif learned.absent(self.status, sink.body):
-            learned.lacking = True
+            learned.found(present=False)
             return self._estimate()
         return super().conclude()
 
     async def _estimate(self) -> None:
         outcome, model = self.request.outcome, self.asked_model
         body = self.request.body(self.provider.settings, self.model)
-        counted = await estimated(body, self.provider.tokens_per_byte(model))
+        per_byte = self.provider.tokens_per_byte(model, self.request.caller)
+        counted = await estimated(body, per_byte)
         outcome.headers = {**outcome.headers, **ESTIMATED}
         self.answer = Answer(200, counted, "application/json", outcome)
 

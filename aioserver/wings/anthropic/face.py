@@ -6,6 +6,7 @@ errors come back byte for byte. For one that has chat completions only the attem
 (wings/anthropic/attempt.py), and a count of tokens is an estimate. What differs from the OpenAI
 face is the form of what this server itself says (wings/anthropic/wire.py): errors, in a body or as
 an event, and heartbeats, which are `ping` events, since Claude Code counts events and no comments.
+While a request waits, a comment in front of them says where, as on the OpenAI face.
 
 A model that names no provider goes to the first that speaks the API, of the active one and the
 fallbacks (gateway/router.py).
@@ -49,7 +50,9 @@ if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
     from aioserver.providers.api import Api
 
-ANTHROPIC = Dialect("anthropic", PING, "request-id")
+ANTHROPIC = Dialect(
+    "anthropic", PING, "request-id", render_wait=lambda queued: queued.comment + PING
+)
 # The one query that belongs to the API, and goes on with the path: the beta version of it.
 BETA = "beta"
 
@@ -75,7 +78,7 @@ def prepare_for(
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
-        route = context.router.route(body.model, api=api)
+        route = context.router.route(body.model, caller=request[CALLER], api=api)
         if api is COUNT_TOKENS:
             # Another model counts other tokens.
             route.pinned = True
@@ -90,7 +93,7 @@ def prepare_for(
             hold=hold,
             client_headers=client_headers(context, request, wire.HEADERS),
             size=len(body.data),
-            max_answer=0 if api is COUNT_TOKENS else body.max_answer,
+            allowed=api.allowed(body),
         )
         digest = openai.digest_of(provider_request.path, data) if key else b""
         return Request(
@@ -119,7 +122,8 @@ async def count(context: Context, request: web.Request, prepared: Request) -> we
     try:
         model = prepared.route.model or provider.settings.model
         body = prepared.provider_request.body(provider.settings, prepared.route.model)
-        counted_tokens = await estimated(body, provider.tokens_per_byte(model))
+        per_byte = provider.tokens_per_byte(model, prepared.caller)
+        counted_tokens = await estimated(body, per_byte)
     finally:
         prepared.release()
     log_id = http.request_id(request)

@@ -76,7 +76,8 @@ class Leases:
     when `due`, the time of the next call, comes earlier; *on_state* with the former state and the
     reason when the state has changed; *on_members* when another number of instances is known;
     *on_told* with the provider, the word and the seconds left of each thing that instances have
-    told (wings/cluster/provider_states.py).
+    told (wings/cluster/provider_states.py); *on_freed* when all that have `ended` are no members
+    any more.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class Leases:
         on_state: Callable[[State, State, str], None] = lambda _old, _new, _why: None,
         on_members: Callable[[], None] = lambda: None,
         on_told: Callable[[str, str, float], None] = lambda _name, _word, _seconds: None,
+        on_freed: Callable[[], None] = lambda: None,
     ) -> None:
         self.instance = instance
         self.times = times
+        self._on_freed = on_freed
         self._on_due, self._on_state, self._on_members = on_due, on_state, on_members
         self._clock = clock
         self._fixed = FixedShare(fixed)
@@ -202,6 +205,11 @@ class Leases:
         """
         self._ended.add(instance)
         self.call_soon()
+
+    @property
+    def freeing(self) -> bool:
+        """Whether the server does not know yet of all that have `ended`."""
+        return bool(self._ended)
 
     def use_fixed(self) -> None:
         """Have the fixed shares in hand now: nobody else has more than that.
@@ -375,6 +383,8 @@ class Leases:
             holder.answered(given, self._sent, self._met)
         self._token_ops = []
         self._ended.difference_update(self._ended_said)
+        if self._ended_said and not self._ended:
+            self._on_freed()
         self.told.answered(answer)
         self._asking.update(grant for grant, _op in self._ops)
         self._asking = {grant for grant in self._asking if grant.wants_call()}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from aioserver.auth.sessions import SECRET_BYTES
 from aioserver.config.faults import ConfigurationError
 from aioserver.gateway.commands import Commands, Connection
 from aioserver.wings.cluster.bus import Bus, RedisBus, RedisCommands
@@ -37,6 +38,7 @@ from aioserver.wings.cluster.totals import Totals
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
+    from aioserver.auth.sessions import Sessions
     from aioserver.limits.fixed_share import Scope
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
@@ -50,10 +52,13 @@ logger = logging.getLogger("aioserver.cluster")
 # Seconds in which the others are told that this instance is no more; a server that is away hears
 # nothing.
 LEAVE_TIMEOUT = 1.0
-# Seconds for the instances' agreement on a secret, at a start.
-AGREE_TIMEOUT = 1.0
-# Seconds for which it is kept while no instance starts: longer than a browser session lasts.
-PEPPER_SECONDS = 30 * 86_400
+# Seconds in which what killed instances had is freed, before this one serves.
+SETTLE_TIMEOUT = 1.0
+# Seconds for the instances' agreement on a secret; until the next one, which brings the secret back
+# to a server that has lost it, and after one that has failed.
+AGREE_TIMEOUT, AGREE_EVERY, AGREE_AGAIN = 1.0, 60.0, 5.0
+# Seconds for which it is kept while no instance runs: longer than a browser session lasts.
+SECRET_SECONDS = 30 * 86_400
 # Characters of a host's name in the name of an instance.
 MAX_HOST = 32
 # Keys that the server looks at in one step.
@@ -131,6 +136,12 @@ class Membership:
         self._incidents: Monitor | None = None
         self._patient = patient and fixed is None
         self._joined = asyncio.Event()
+        self._agreeing: asyncio.Task[None] | None = None
+        # The tokens of instances that have ended, until the members are known; and whether all
+        # that they had is free.
+        self._gone: set[int] = set()
+        self._freed = asyncio.Event()
+        self._freed.set()
         self._streams: RemoteStreams | None = None
         self._totals: Totals | None = None
 
@@ -162,25 +173,38 @@ class Membership:
         """Return *what* another instance wants to know; nothing before this one serves."""
         return b"" if self._totals is None else self._totals.tell(what)
 
-    async def agree_on_pepper(self, own: bytes) -> bytes:
-        """Return the secret of browser sessions on which the instances agree: *own*, if none was
-        there before.
-
-        Without an answer it is *own*, and a session holds only where it was made.
-        """
+    async def agree_on_sessions(self, sessions: Sessions) -> None:
+        """Let *sessions* use the secret on which the instances agree; see `Sharing`."""
         if not self._patient:
             # The workers of one parent have its secret.
-            return own
-        key = f"{self.renewer.prefix}pepper"
+            return
+        agreed = await self._agree(sessions)
+        self._agreeing = asyncio.create_task(self._keep_agreeing(sessions, agreed=agreed))
+
+    async def _agree(self, sessions: Sessions) -> bool:
+        """Return whether *sessions* has the secret of all instances now."""
+        key = f"{self.renewer.prefix}session_secret"
         execute = self.commands.execute
         try:
             async with asyncio.timeout(AGREE_TIMEOUT):
-                await execute("SET", key, own, "NX", "EX", PEPPER_SECONDS)
+                await execute("SET", key, sessions.secret, "NX", "EX", SECRET_SECONDS)
                 agreed = await execute("GET", key)
-                await execute("EXPIRE", key, PEPPER_SECONDS)
+                await execute("EXPIRE", key, SECRET_SECONDS)
         except (CallFailed, TimeoutError):
-            return own
-        return agreed if isinstance(agreed, bytes) and agreed else own
+            return False
+        if not isinstance(agreed, bytes) or len(agreed) < SECRET_BYTES:
+            return False
+        sessions.use(agreed)
+        return True
+
+    async def _keep_agreeing(self, sessions: Sessions, *, agreed: bool) -> None:
+        """Agree from time to time, and as soon as the server is back."""
+        while True:
+            self._joined.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(AGREE_EVERY if agreed else AGREE_AGAIN):
+                    await self._joined.wait()
+            agreed = await self._agree(sessions)
 
     def standing(self) -> ClusterState:
         """Return how this instance stands with the others."""
@@ -205,9 +229,34 @@ class Membership:
         """Note that the instance with *token* has ended for certain: its places are free now, and
         not after its lease.
         """
-        for name in self.leases.members:
-            if name.endswith(f"-{token:08x}"):
-                self.leases.ended(name)
+        self._gone.add(token)
+        self._freed.clear()
+        self._tell_ends()
+
+    async def settled(self) -> None:
+        """Wait until what instances had that have ended is free, for SETTLE_TIMEOUT at most: the
+        server may be away.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_TIMEOUT):
+                await self._freed.wait()
+
+    def _tell_ends(self) -> None:
+        """Tell the server of the members that have ended, once it has said who is one."""
+        members = self.leases.members
+        if not members:
+            return
+        gone, self._gone = {f"{token:08x}" for token in self._gone}, set()
+        ended = [name for name in members if name.rpartition("-")[2] in gone]
+        for name in ended:
+            self.leases.ended(name)
+        if not ended and not self.leases.freeing:
+            self._freed.set()
+
+    def _members_changed(self) -> None:
+        if self._gone:
+            self._tell_ends()
+        self.limits.instances_changed()
 
     async def open(self, *, clear: bool = False) -> None:
         """Connect, and share. A server that is not there is looked for in the background.
@@ -237,6 +286,9 @@ class Membership:
 
     async def close(self) -> None:
         """Tell the others that nothing is inside any more, and end the connections."""
+        if self._agreeing is not None:
+            self._agreeing.cancel()
+            await asyncio.wait([self._agreeing])
         await self.renewer.leave(LEAVE_TIMEOUT)
         await self.renewer.close()
         if self.bus is not None:
@@ -250,7 +302,8 @@ class Membership:
             times=self._times,
             on_due=on_due,
             on_state=self._state_changed,
-            on_members=lambda: self.limits.instances_changed(),
+            on_members=self._members_changed,
+            on_freed=lambda: self._freed.set(),
             on_told=lambda *told: self.limits.told(*told),
         )
 

@@ -331,8 +331,6 @@ class Peers:
         del self._links[link.peer, link.number]
         stream = link.stream
         stream.remove_reader(link)
-        if stream.ended:
-            stream.trim()
         self.gateway.lifetime.reader_removed(stream)
 
     def _answer_ping(self, sender: str, ping: Ping) -> None:

@@ -44,6 +44,7 @@ if not world then
   world = {
     epoch = me .. '@' .. string.format('%.0f', wall), run = run, last = wall, offset = 0, blind = wall + BLIND,
     number = 0, version = 0, members = {}, gone = {}, awaited = {}, lost = wall + BLIND,
+    silent = {}, before = wall + BLIND,
   }
 end
 local former_number = world.number
@@ -65,8 +66,14 @@ end
 -- Nobody has called, or this is another server with an older state: whoever lives is to say what he has.
 local moved = run ~= '' and run ~= world.run
 if moved or (now - world.last > PAUSE and next(members)) then
+  -- Those whose silence makes it blind, and until when it is without them.
+  local before = world.blind
   world.blind = math.max(world.blind, now + BLIND)
+  if moved or now >= before or not world.silent then
+    world.silent, world.before = {}, moved and world.blind or before
+  end
   for instance, member in pairs(members) do
+    if not moved then world.silent[instance] = 1 end
     -- An older state lacks the last renewals, and what was given with them.
     member[ENDS] = math.max(member[ENDS], now + (moved and LEASE or BLIND))
     if moved then member[SILENT] = 1 end
@@ -109,7 +116,14 @@ end
 for instance, member in pairs(gone) do
   if member[ENDS] + GONE < now then leave(instance) end
 end
-for _, instance in ipairs(ended) do leave(instance) end
+for _, instance in ipairs(ended) do
+  leave(instance)
+  if world.silent and world.silent[instance] then
+    world.silent[instance] = nil
+    -- Nobody lives who could have used more than is known here.
+    if not next(world.silent) then world.blind = world.before end
+  end
+end
 
 -- Renew my lease. Whoever comes anew says what it has, and whom it knew.
 local mine = members[me]

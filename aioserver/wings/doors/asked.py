@@ -6,13 +6,17 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from aioserver.config import settings
     from aioserver.hook import Call, Refuse
     from aioserver.wings.doors.shown_log import Shown
 
 
 class Asked(ABC):
-    """A hook of these *settings*."""
+    """A hook of these *settings*. *owner* is whose request it is that is shown, or answered: owners
+    share what a hook has room for.
+    """
 
     def __init__(self, settings: settings.Hook) -> None:
         self.settings = settings
@@ -38,7 +42,7 @@ class Asked(ABC):
         """Give back what it has."""
 
     @abstractmethod
-    async def decide(self, call: Call) -> Refuse | bytes | None:
+    async def decide(self, call: Call, owner: Hashable) -> Refuse | bytes | None:
         """Return the decision about the request in *call*: a refusal, another body, or None if it
         goes on. Cancelling is safe.
 
@@ -47,7 +51,7 @@ class Asked(ABC):
         """
 
     @abstractmethod
-    async def decide_answer(self, call: Call, body: bytes) -> Refuse | None:
+    async def decide_answer(self, call: Call, body: bytes, owner: Hashable) -> Refuse | None:
         """Return the decision about *body*, a whole answer: a refusal, or None. Cancelling is
         safe.
 
@@ -56,7 +60,7 @@ class Asked(ABC):
         """
 
     @abstractmethod
-    async def follow(self, call: Call, shown: Shown) -> Refuse | None:
+    async def follow(self, call: Call, shown: Shown, owner: Hashable) -> Refuse | None:
         """Show the events in *shown*, until they end or the hook has decided; return its decision,
         as `decide_answer`.
 

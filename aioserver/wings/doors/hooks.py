@@ -32,6 +32,7 @@ from aioserver.errors import (
 from aioserver.hook import Call, Refuse
 from aioserver.limits.deadline import Wait
 from aioserver.providers.passthrough import PassedRequest
+from aioserver.streams.store import owner_of
 from aioserver.streams.stream import Stream
 from aioserver.telemetry.logs import SAME_ERROR, RateLimit
 from aioserver.wings.doors import python_hook
@@ -187,7 +188,7 @@ class HookSet:
             )
             began = self._begin(hook)
             try:
-                said = await hook.decide_answer(call, answer.body)
+                said = await hook.decide_answer(call, answer.body, owner_of(request.caller))
             except HookFault as fault:
                 self._failed(hook, ANSWER, request, fault)
                 continue
@@ -203,11 +204,11 @@ class HookSet:
         provider_request, route = request.provider_request, request.route
         if provider_request.bound is not None:
             provider_request.bound.wait = Wait(f"the hook {hook.name}")
-        body = provider_request.body(route.provider.settings, route.model)
+        body = await provider_request.whole_body(route.provider.settings, route.model)
         call = replace(self._call(hook, request), body=body)
         began = self._begin(hook)
         try:
-            said = await hook.decide(call)
+            said = await hook.decide(call, owner_of(request.caller))
             changed = None
             if isinstance(said, bytes):
                 changed = await changed_body(said, body, self._max_bytes)
@@ -224,6 +225,8 @@ class HookSet:
             return
         self._count(hook, REQUEST, "changed", request)
         provider_request.replace_body(changed.maker(route), changed.size)
+        allowed = provider_request.api.allowed(changed.body)
+        provider_request.max_answer, provider_request.choices = allowed
         if provider_request.usage_options is not None:
             provider_request.usage_options = changed.body.usage_options
 
@@ -236,7 +239,7 @@ class HookSet:
             model=outcome.model,
             provider=outcome.provider,
         )
-        task = self._loop.create_task(hook.follow(call, shown))
+        task = self._loop.create_task(hook.follow(call, shown, owner_of(request.caller)))
         shown.task = task
         hook.open += 1
         self._followers.add(task)

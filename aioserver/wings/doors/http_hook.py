@@ -2,8 +2,9 @@
 on while the answer does.
 
 Its connections are pools of its own (providers/pool.py): one for decisions, and one for answers,
-so that however many of these run, a request never waits for one of them. A wait for a connection
-is a part of the hook's `timeout`.
+so that however many of these run, a request never waits for one of them. Owners share the places of
+each pool (limits/shares.py): a caller whose requests keep the hook busy leaves some to the others.
+A wait for a place is a part of the hook's `timeout`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from yarl import URL
 from aioserver import __version__
 from aioserver.config.settings import ANSWER, REQUEST, HttpClient
 from aioserver.errors import AioserverError
+from aioserver.limits.shares import Places
 from aioserver.provider_errors import StaleConnection
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.http1 import FRAMING_HEADERS
@@ -27,15 +29,16 @@ from aioserver.wings.doors.asked import Asked
 from aioserver.wings.doors.decisions import HookFault
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
     from aioserver.config import settings
     from aioserver.hook import Call, Refuse
     from aioserver.providers.http1 import Sink
     from aioserver.wings.doors.shown_log import Shown
 
-# Connections for decisions, and for answers that are streamed.
-MAX_DECISIONS, MAX_ANSWERS = 128, 1024
+# Connections for decisions, and for answers that are streamed: of these one caller alone has two
+# thirds.
+MAX_DECISIONS, MAX_ANSWERS = 192, 1536
 # Seconds that an idle connection is kept.
 KEPT = 30.0
 # Seconds of the exchange's own bounds, a day: the hook's are closer, or mind the answer.
@@ -59,6 +62,10 @@ class HttpHook(Asked):
         # A connection on which an answer was streamed is not used again: should it prove dead, the
         # events on it would be gone.
         self._answers = Pool(settings.url, _limits(MAX_ANSWERS, 0, self._timeout))
+        self._places: dict[Pool, Places[Hashable]] = {
+            self._decisions: Places(MAX_DECISIONS),
+            self._answers: Places(MAX_ANSWERS),
+        }
 
     @property
     def connections(self) -> int:
@@ -76,46 +83,54 @@ class HttpHook(Asked):
         await self._decisions.close()
         await self._answers.close()
 
-    async def decide(self, call: Call) -> Refuse | bytes | None:
+    async def decide(self, call: Call, owner: Hashable) -> Refuse | bytes | None:
         """Return the decision about the request in *call*, as `Asked.decide`."""
         body = await decisions.member(call.body) if call.body else b""
-        return decisions.verdict(*await self._ask(decisions.with_body(REQUEST, call, body)))
+        content = decisions.with_body(REQUEST, call, body)
+        return decisions.verdict(*await self._ask(content, owner))
 
-    async def decide_answer(self, call: Call, body: bytes) -> Refuse | None:
+    async def decide_answer(self, call: Call, body: bytes, owner: Hashable) -> Refuse | None:
         """Return the decision about *body*, a whole answer, as `Asked.decide_answer`."""
         content = decisions.with_body(ANSWER, call, await decisions.member(body))
-        return decisions.verdict_on_answer(*await self._ask(content))
+        return decisions.verdict_on_answer(*await self._ask(content, owner))
 
-    async def follow(self, call: Call, shown: Shown) -> Refuse | None:
+    async def follow(self, call: Call, shown: Shown, owner: Hashable) -> Refuse | None:
         """Show the events in *shown*, as `Asked.follow`: the hook has its time from their end."""
         head = self._head(LINES, "Transfer-Encoding: chunked")
         try:
             return decisions.verdict_on_answer(
-                *await self._post(self._answers, head, Lines(call, shown), shown)
+                *await self._post(self._answers, owner, head, Lines(call, shown), shown)
             )
         finally:
             shown.at_end(None)
 
-    async def _ask(self, content: bytes) -> tuple[int, bytes]:
+    async def _ask(self, content: bytes, owner: Hashable) -> tuple[int, bytes]:
         head = self._head(JSON, f"Content-Length: {len(content)}")
-        return await self._post(self._decisions, head + content)
+        return await self._post(self._decisions, owner, head + content)
 
     async def _post(
-        self, pool: Pool, request: bytes, body: Lines | None = None, shown: Shown | None = None
+        self,
+        pool: Pool,
+        owner: Hashable,
+        request: bytes,
+        body: Lines | None = None,
+        shown: Shown | None = None,
     ) -> tuple[int, bytes]:
-        """Post *request*, and *body* behind it, which lasts until *shown* has ended; return the
-        status and the body of the answer.
+        """Post *request* on a place of *owner*, and *body* behind it, which lasts until *shown* has
+        ended; return the status and the body of the answer.
 
         Raises:
             HookFault: there is none in time.
         """
-        loop = asyncio.get_running_loop()
+        loop, places, placed = asyncio.get_running_loop(), self._places[pool], False
         try:
             async with asyncio.timeout(self._timeout) as bound:
 
                 def decide_soon() -> None:
                     bound.reschedule(loop.time() + self._timeout)
 
+                await places.take(owner)
+                placed = True
                 while True:
                     connection = pool.take() or await pool.connect()
                     try:
@@ -143,6 +158,9 @@ class HttpHook(Asked):
             raise HookFault("no decision in time") from None
         except AioserverError as fault:
             raise HookFault(type(fault).__name__) from None
+        finally:
+            if placed:
+                places.give_back(owner)
 
     def _head(self, content_type: str, framing: str) -> bytes:
         """Return the head of a request with a body of *content_type*."""

@@ -2,8 +2,10 @@
 names a key that is not there.
 
 A fetch that fails keeps what was there (fail static). A token that names an unknown key forces a
-fetch, at most one each FORCED seconds however many such tokens come; between these, nobody knows
-whether the key is the issuer's newest, and the token is neither refused nor let in.
+fetch, at most one each FORCED seconds however many such tokens come. Between these it is refused
+if the last fetch has brought keys; otherwise nobody knows whether the key is the issuer's newest,
+and the token is neither refused nor let in. So each of them gets one answer for as long as the
+keys can be had, and another one while they cannot.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import random
 from math import inf
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
 
@@ -26,8 +28,10 @@ from aioserver.wings.doors.token import refused
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from aioserver.errors import AioserverError
     from aioserver.wings.doors.signatures import Key
 
+T = TypeVar("T")
 logger = logging.getLogger("aioserver.doors")
 
 # Seconds between two fetches, with a tenth of jitter: so many servers do not ask at once.
@@ -58,7 +62,7 @@ class Issuer:
 
     *fetch* returns the set as bytes, or raises Unreachable, or as `from_url` and `from_file`.
     *report* is told when the keys cannot be had, and when they can be again: a text and its
-    severity.
+    severity. *on_withdrawn* is called once keys are there no more that were there before.
     """
 
     def __init__(
@@ -66,11 +70,14 @@ class Issuer:
         fetch: Callable[[], Awaitable[bytes]],
         report: Callable[[str, str], None],
         clock: Callable[[], float] = monotonic,
+        on_withdrawn: Callable[[], None] = lambda: None,
     ) -> None:
         self._fetch = fetch
         self._report = report
+        self._on_withdrawn = on_withdrawn
         self._clock = clock
         self._keys: KeySet | None = None
+        self._thumbprints = frozenset[str]()
         # When the fetch began that has brought them, and the newest that a token has forced.
         self._fetched_at = self._forced_at = -inf
         self._failures = 0
@@ -103,7 +110,7 @@ class Issuer:
 
     def use(self, keys: KeySet) -> None:
         """Use *keys*, which were read just now."""
-        self._keys, self._fetched_at = keys, self._clock()
+        self._arrived(keys, self._clock())
 
     def find(self, kid: str | None) -> Mapping[str, Key] | None:
         """Return the keys of the id *kid*, by their algorithms; None if that id is unknown.
@@ -114,33 +121,40 @@ class Issuer:
             return None
         return self._keys.nameless if kid is None else self._keys.named.get(kid)
 
+    def holds(self, thumbprint: str) -> bool | None:
+        """Return whether the key of *thumbprint* is among the keys; None before there are any."""
+        return None if self._keys is None else thumbprint in self._thumbprints
+
     def check_worth_waiting(self) -> None:
         """Check that waiting may bring an unknown key.
 
         Raises:
+            TokenRefused: it is none of the issuer's, as a fetch of the last FORCED seconds says.
             AuthUnavailable: no fetch runs, and none may be forced now; or too many wait.
         """
-        early = self._fetching is None and self._clock() < self._forced_at + FORCED
-        if early or self._waiting >= MAX_WAITING or self._closed:
+        if self._fetching is None and self._clock() < self._forced_at + FORCED:
+            raise self._undecidable()
+        if self._waiting >= MAX_WAITING or self._closed:
             raise self._unavailable()
 
-    async def wait_for(self, kid: str | None) -> Mapping[str, Key]:
-        """Return the keys of the id *kid*, once a fetch has brought them.
+    async def wait_for(self, find: Callable[[], T | None]) -> T:
+        """Return what *find* finds in the keys, once a fetch has brought it.
 
         Raises:
-            TokenRefused: a fetch that has begun since does not have them.
-            AuthUnavailable: nobody knows now whether there are any.
+            TokenRefused: a fetch that has begun since does not have it, or one of the last FORCED
+                seconds.
+            AuthUnavailable: nobody knows now whether it is there.
         """
         since = self._clock()
         self.check_worth_waiting()
         self._waiting += 1
         try:
-            while (keys := self.find(kid)) is None:
+            while (found := find()) is None:
                 if self._fetched_at >= since:
                     raise refused("kid")
                 if self._fetching is None:
                     if self._clock() < self._forced_at + FORCED:
-                        raise self._unavailable()
+                        raise self._undecidable()
                     self._forced_at = self._clock()
                     self._begin()
                 left = since + PATIENCE - self._clock()
@@ -148,9 +162,14 @@ class Issuer:
                 if left <= 0 or fetching is None:
                     raise self._unavailable()
                 await asyncio.wait([fetching], timeout=left)
-            return keys
+            return found
         finally:
             self._waiting -= 1
+
+    def _undecidable(self) -> AioserverError:
+        """Return the error of a token for which no fetch may be forced now."""
+        known = not self._failures and self._fetched_at >= self._clock() - FORCED
+        return refused("kid") if known else self._unavailable()
 
     def _unavailable(self) -> AuthUnavailable:
         """Return the error of a token that nobody can decide now."""
@@ -185,11 +204,18 @@ class Issuer:
             logger.exception("bug in fetching the keys of the issuer")
             self._failed(type(bug).__name__)
         else:
-            self._keys, self._fetched_at = keys, began
-            if self._failures:
-                logger.info("the keys of the issuer are here again")
-                self._report("the keys of the issuer are here again", "info")
-            self._failures = 0
+            self._arrived(keys, began)
+
+    def _arrived(self, keys: KeySet, at: float) -> None:
+        """Use *keys*, as they were at the moment *at*."""
+        former, self._thumbprints = self._thumbprints, keys.thumbprints()
+        self._keys, self._fetched_at = keys, at
+        if self._failures:
+            logger.info("the keys of the issuer are here again")
+            self._report("the keys of the issuer are here again", "info")
+        self._failures = 0
+        if former - self._thumbprints:
+            self._on_withdrawn()
 
     def _failed(self, why: str) -> None:
         self._failures += 1

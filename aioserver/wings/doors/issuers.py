@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aioserver.config.faults import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from aioserver.config.settings import Auth, Jwt
     from aioserver.config.watched_files import WatchedFiles
@@ -56,6 +56,7 @@ class Issuers:
         self._issuer: Issuer | None = None
         # None: the faces do not exist yet.
         self._monitor: Monitor | None = None
+        self._end_withdrawn: Callable[[], None] | None = None
         watched.add("jwt", self._files, self._read)
 
     def prepare(self, auth: Auth | None) -> Callable[[], None]:
@@ -74,7 +75,7 @@ class Issuers:
         from aioserver.wings.doors import issuer as keys  # noqa: PLC0415
 
         if jwt.jwks_file is None:
-            issuer = keys.Issuer(partial(keys.from_url, str(jwt.jwks_url)), self._report)
+            issuer = self._make(partial(keys.from_url, str(jwt.jwks_url)))
             return partial(self._use, jwt, issuer)
         try:
             there = keys.keys_in(jwt.jwks_file)
@@ -83,18 +84,29 @@ class Issuers:
             raise ConfigurationError([f"auth.jwt.jwks_file: {why}"]) from None
         except ValueError as exc:
             raise ConfigurationError([f"auth.jwt.jwks_file: {exc}"]) from None
-        issuer = keys.Issuer(partial(keys.from_file, jwt.jwks_file), self._report)
+        issuer = self._make(partial(keys.from_file, jwt.jwks_file))
         issuer.use(there)
         return partial(self._use, jwt, issuer)
 
-    def show_in(self, monitor: Monitor) -> None:
-        """Let *monitor* show when keys cannot be had."""
-        self._monitor = monitor
+    def serve(self, monitor: Monitor, end_withdrawn: Callable[[], None]) -> None:
+        """Let *monitor* show when keys cannot be had, and call *end_withdrawn* once some are the
+        issuer's no more.
+        """
+        self._monitor, self._end_withdrawn = monitor, end_withdrawn
 
     async def close(self) -> None:
         """Fetch no more."""
         if self._issuer is not None:
             await self._issuer.close()
+
+    def _make(self, fetch: Callable[[], Awaitable[bytes]]) -> Issuer:
+        from aioserver.wings.doors import issuer as keys  # noqa: PLC0415
+
+        return keys.Issuer(fetch, self._report, on_withdrawn=self._withdrawn)
+
+    def _withdrawn(self) -> None:
+        if self._end_withdrawn is not None:
+            self._end_withdrawn()
 
     def _use(self, jwt: Jwt | None, issuer: Issuer | None) -> None:
         former, self._jwt = self._issuer, jwt

@@ -25,7 +25,7 @@ from aioserver.wings.doors.asked import Asked
 from aioserver.wings.doors.decisions import HookFault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
+    from collections.abc import Callable, Coroutine, Generator, Hashable
 
     from aioserver.config import settings
     from aioserver.hook import Call
@@ -77,7 +77,7 @@ class PythonHook(Asked):
             raise HookFault(f"{settings.python} cannot be made: {type(exc).__name__}") from exc
         self._warned = False
 
-    async def decide(self, call: Call) -> Refuse | bytes | None:
+    async def decide(self, call: Call, owner: Hashable) -> Refuse | bytes | None:  # noqa: ARG002 - it has no places
         """Return what its `request` returns about *call*, as `Asked.decide`."""
         try:
             steps = self._hook.request(call)
@@ -97,11 +97,11 @@ class PythonHook(Asked):
             return said
         raise HookFault("its `request` has returned neither None, nor bytes, nor a Refuse")
 
-    async def decide_answer(self, call: Call, body: bytes) -> Refuse | None:
+    async def decide_answer(self, call: Call, body: bytes, owner: Hashable) -> Refuse | None:  # noqa: ARG002 - it has no places
         """Return what its `event` returns about *body*, as `Asked.decide_answer`."""
         return self._event(call, body)
 
-    async def follow(self, call: Call, shown: Shown) -> Refuse | None:
+    async def follow(self, call: Call, shown: Shown, owner: Hashable) -> Refuse | None:  # noqa: ARG002 - it has no places
         """Call its `event` with each event in *shown*, as `Asked.follow`."""
         while events := await shown.events():
             for _, data in events:

@@ -6,6 +6,7 @@ key is dropped as it is read, so that nothing here can verify an HMAC. This file
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -13,6 +14,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
@@ -31,11 +33,12 @@ ALGORITHMS: Final = (RS256, ES256, EDDSA)
 
 class Key(NamedTuple):
     """A public key: *verify* returns whether a signature of a message is its own, by the algorithm
-    *alg*.
+    *alg*. *thumbprint*: a digest of the key itself, whatever it is called.
     """
 
     alg: str
     verify: Callable[[bytes, bytes], bool]
+    thumbprint: str
 
 
 class KeySet(NamedTuple):
@@ -47,6 +50,11 @@ class KeySet(NamedTuple):
 
     named: Mapping[str, Mapping[str, Key]]
     nameless: Mapping[str, Key]
+
+    def thumbprints(self) -> frozenset[str]:
+        """Return those of all keys."""
+        sets = (*self.named.values(), self.nameless)
+        return frozenset(key.thumbprint for keys in sets for key in keys.values())
 
 
 class UselessKeys(ValueError):
@@ -128,4 +136,10 @@ def _usable(jwk: _Jwk) -> Key | None:
     )
     if not fits:
         return None
-    return Key(alg, lambda message, signature: algorithm.verify(message, key, signature))
+    # Not of the text: an issuer may write the same key in another way (RFC 7638 has rules for that).
+    content = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+    def verify(message: bytes, signature: bytes) -> bool:
+        return algorithm.verify(message, key, signature)
+
+    return Key(alg, verify, hashlib.sha256(content).hexdigest())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from aioserver.auth.tokens import SKEW
+from aioserver.auth.callers import SKEW
 from aioserver.config.settings import DEFAULT_ROLE
 from aioserver.errors import PermissionDenied, TokenRefused
 from aioserver.protocol.json_body import ABSENT
@@ -33,12 +33,13 @@ _PART = re.compile(rb"[A-Za-z0-9_-]+")
 
 class Claims(NamedTuple):
     """What a token says that is believed: its caller, the role that counts, and its end (Unix
-    time).
+    time); and the thumbprint of the key by which it is, once one has verified it.
     """
 
     name: str
     role: str
     expiry: float
+    signer: str = ""
 
 
 class Unverified(NamedTuple):
@@ -64,7 +65,7 @@ class Unverified(NamedTuple):
             raise refused("alg" if self.kid is not None else "kid")
         if not key.verify(self.message, self.signature):
             raise refused("signature")
-        return self.claims
+        return self.claims._replace(signer=key.thumbprint)
 
 
 class _Head(msgspec.Struct, gc=False):

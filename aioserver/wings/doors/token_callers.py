@@ -14,13 +14,14 @@ from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.auth.keys import caller_of, limit, quota_of
-from aioserver.auth.tokens import PREFIX, SKEW, Tokens, Undecided
+from aioserver.auth.callers import SKEW
+from aioserver.auth.keys import ENDED, caller_of, limit, quota_of
+from aioserver.auth.tokens import PREFIX, Tokens, Undecided
 from aioserver.config.certificates import day
 from aioserver.config.schema import fields
 from aioserver.config.settings import ClientKey, Limits
-from aioserver.errors import AuthUnavailable, ServerAtCapacity
-from aioserver.wings.doors.token import read, refused
+from aioserver.errors import AuthUnavailable, ServerAtCapacity, SessionEnded, TokenRefused
+from aioserver.wings.doors.token import Claims, read, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Jwt, Role
     from aioserver.limits.quota import Quota
     from aioserver.wings.doors.issuer import Issuer
-    from aioserver.wings.doors.token import Claims
 
 # Tokens that are remembered as verified, and callers.
 MAX_TOKENS, MAX_CALLERS = 4096, 10_000
@@ -122,7 +122,8 @@ class TokenCallers(Tokens):
         if verified is not None:
             caller, person, expiry = verified
             now = self._clock()
-            if now < expiry + SKEW and not person.forgotten:
+            good = self._issuer is not None and self._issuer.holds(caller.signer)
+            if good and now < expiry + SKEW and not person.forgotten:
                 self._verified.move_to_end(digest)
                 person.used = self._monotonic()
                 self._people.move_to_end(caller.name)
@@ -143,7 +144,7 @@ class TokenCallers(Tokens):
         self, issuer: Issuer, token: bytes, digest: bytes, kid: str | None
     ) -> Caller:
         """Return the caller of *token*, once the keys of *kid* are there."""
-        keys = await issuer.wait_for(kid)
+        keys = await issuer.wait_for(partial(issuer.find, kid))
         # Meanwhile other settings may have come into effect.
         if self._jwt is None or issuer is not self._issuer:
             raise refused("no tokens of this issuer are taken here")
@@ -151,19 +152,31 @@ class TokenCallers(Tokens):
         return self._remember(digest, unverified.verified(keys))
 
     def _remember(self, digest: bytes, claims: Claims) -> Caller:
-        """Return the caller of a token that was verified just now, and remember it."""
-        name, role, expiry = claims
-        person = self._person(PREFIX + name, role)
-        caller = self._caller(PREFIX + name, role, person, expiry - self._clock())
-        self._verified[digest] = _Verified(caller, person, expiry)
+        """Return the caller of a token that was verified just now, and remember it.
+
+        Raises:
+            TokenRefused: its role has expired.
+            ServerAtCapacity: as `_person`.
+        """
+        # The role holds until then, whatever the clock of the issuer says.
+        assert self._jwt is not None
+        until = self._jwt.limits[claims.role].expires_at
+        if self._clock() >= until:
+            raise refused(f"the role {claims.role} has expired")
+        claims = claims._replace(expiry=min(claims.expiry, until - SKEW))
+        person = self._person(PREFIX + claims.name, claims.role)
+        caller = self._caller(claims, person)
+        self._verified[digest] = _Verified(caller, person, claims.expiry)
         if len(self._verified) > MAX_TOKENS:
             self._verified.popitem(last=False)
         return caller
 
-    def _caller(self, name: str, role: str, person: _Person, seconds: float) -> Caller:
+    def _caller(self, claims: Claims, person: _Person) -> Caller:
         assert self._jwt is not None
-        expires = self._monotonic() + seconds
-        return caller_of(name, self._jwt.limits[role], person.quota, role=role, expires=expires)
+        name, role, exp, signer = claims
+        limits, expires = self._jwt.limits[role], self._monotonic() + exp - self._clock()
+        token = {"role": role, "expires": expires, "exp": exp, "signer": signer}
+        return caller_of(PREFIX + name, limits, person.quota, **token)
 
     def _person(self, name: str, role: str) -> _Person:
         """Return what is remembered of *name*, whose newest token has *role*.
@@ -215,12 +228,34 @@ class TokenCallers(Tokens):
             retry_after=IDLE / 2,
         )
 
-    def of_session(self, name: str, role: str, seconds: float) -> Caller | None:
+    def of_session(self, name: str, role: str, signer: str, seconds: float) -> Caller | None:
         """Return the caller of a session; see `Tokens.of_session`."""
-        if self._jwt is None or role not in self._jwt.limits:
+        issuer = self._issuer
+        if self._jwt is None or issuer is None or role not in self._jwt.limits:
             return None
-        name = PREFIX + name
-        return self._caller(name, role, self._person(name, role), seconds)
+        left = self._jwt.limits[role].expires_at - self._clock()
+        if left <= 0:
+            return None
+        claims = Claims(name, role, self._clock() + min(seconds, left - SKEW), signer)
+        if not issuer.holds(signer):
+            # Another process may have seen it already: the issuer's newest key.
+            try:
+                issuer.check_worth_waiting()
+            except TokenRefused:
+                return None
+            raise Undecided(partial(self._decide_session, issuer, claims))
+        return self._caller(claims, self._person(PREFIX + name, role))
+
+    async def _decide_session(self, issuer: Issuer, claims: Claims) -> Caller:
+        """Return the caller of a session with *claims*, once its signer is there."""
+        try:
+            await issuer.wait_for(lambda: issuer.holds(claims.signer) or None)
+        except TokenRefused:
+            raise SessionEnded(ENDED) from None
+        # Meanwhile other settings may have come into effect.
+        if issuer is not self._issuer or not self._jwt or claims.role not in self._jwt.limits:
+            raise SessionEnded(ENDED)
+        return self._caller(claims, self._person(PREFIX + claims.name, claims.role))
 
     def current(self, caller: Caller) -> Caller | None:
         """Return *caller* as it is configured now; None if it is no longer admitted."""
@@ -228,8 +263,20 @@ class TokenCallers(Tokens):
         limits = None if self._jwt is None else self._jwt.limits.get(caller.role)
         if person is None or limits is None or person.quota is not caller.quota:
             return None
-        role, expires = caller.role, caller.expires
-        return caller_of(caller.name, limits, person.quota, role=role, expires=expires)
+        if self._issuer is not None and self._issuer.holds(caller.signer) is False:
+            return None
+        left = limits.expires_at - self._clock()
+        if left <= 0:
+            return None
+        return caller_of(
+            caller.name,
+            limits,
+            person.quota,
+            role=caller.role,
+            expires=min(caller.expires, self._monotonic() + left - SKEW),
+            exp=caller.exp,
+            signer=caller.signer,
+        )
 
     def quotas(self) -> Mapping[str, Quota]:
         """Return the quotas of all callers that are remembered, by their names."""
@@ -250,15 +297,14 @@ class TokenCallers(Tokens):
         )
 
     @property
-    def secret(self) -> bytes:
-        """What sessions depend on: whose tokens are taken, and which roles there are.
+    def binding(self) -> bytes:
+        """What sessions are bound to: whose tokens are taken, and which roles there are.
 
         The numbers of limits are left out, of which each worker may have a part.
         """
-        if self._jwt is None:
-            return b""
-        roles = [(name, role.admin) for name, role in self._jwt.limits.items()]
-        return hashlib.sha256(repr((identity(self._jwt), roles)).encode()).digest()
+        jwt = self._jwt
+        settings = jwt and (identity(jwt), [(name, r.admin) for name, r in jwt.limits.items()])
+        return hashlib.sha256(repr(settings).encode()).digest()
 
 
 def identity(jwt: Jwt) -> tuple[str | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
@@ -17,9 +18,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AsyncExitStack
 
+    from aioserver.auth.callers import Caller
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
+
+
+def _end_refused(context: Context) -> None:
+    """Close what callers have open whose token is taken no more."""
+    access = context.access
+
+    def refused(caller: Caller) -> bool:
+        return access.current(caller) is None
+
+    for open_socket in tuple(context.sockets):
+        if refused(open_socket.caller):
+            open_socket.revoke()
+    for quota in access.quotas().values():
+        quota.end_watchers(refused)
 
 
 class DoorsWing(Wing):
@@ -61,10 +77,10 @@ class DoorsWing(Wing):
         return (self._section,)
 
     async def serve(self, context: Context) -> Routes:
-        """Let the monitor show when keys cannot be had, and return the route of the description of
-        the API.
+        """Let the monitor show when keys cannot be had, end what tokens of withdrawn keys have open,
+        and return the route of the description of the API.
         """
-        self._issuers.show_in(context.monitor)
+        self._issuers.serve(context.monitor, partial(_end_refused, context))
         return Routes(open=openapi.routes(context))
 
     def prepare(self, settings: Settings) -> Callable[[], None]:

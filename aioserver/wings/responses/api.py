@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class ResponsesApi(Api):
     """The path of requests for responses."""
 
+    bounds = ("max_output_tokens",)
+
     def sink(self, stream: Stream) -> ResponseSink:
         """Return the sink that fills *stream* with the events of a response."""
         return ResponseSink(stream, self.content)

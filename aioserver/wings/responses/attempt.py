@@ -21,15 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.errors import InvalidRequest, ResponseNotFound
+from aioserver.errors import InvalidRequest, RequestTooLarge, ResponseNotFound
 from aioserver.gateway.bridging import BridgedAttempt, PathMemory
 from aioserver.protocol.bridging.said import BridgedSaid
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
 from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.protocol.whole_answer import final_response, text_pieces
-from aioserver.provider_errors import ContextTooLong, ProviderRefused, RequestNotBridged
-from aioserver.providers.error_mapping import event_fault
+from aioserver.provider_errors import (
+    ContextTooLong,
+    ProviderRateLimited,
+    ProviderRefused,
+    RequestNotBridged,
+)
+from aioserver.providers.error_mapping import event_fault, reason_of
 from aioserver.providers.request import ProviderRequest
 from aioserver.providers.sinks import BodySink
 from aioserver.streams.entries import COMPLETE
@@ -41,7 +46,7 @@ from aioserver.wings.responses.bridge.whole import WholeWriter, whole_response
 from aioserver.wings.responses.sinks import BridgeSink
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from aioserver.config import settings
     from aioserver.limits.resource import Resource
@@ -66,17 +71,27 @@ _UNSUPPORTED = (
 )
 
 
+# What is known of its responses: that it does not keep them.
+_KEEPS = "keeps"
+
+
 class Learned(PathMemory):
     """The knowledge of how one provider does responses.
 
-    *keeps*: it keeps the responses that it has made, as far as we know.
+    Always: it `keeps` the responses that it has made, as far as we know.
     """
 
-    def __init__(self, settings: settings.Provider) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, settings: settings.Provider, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(settings, clock)
         self._name = settings.name
         self.never = not settings.responses
-        self.keeps = True
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it keeps the responses that it has made, as far as we know."""
+        return self._shown.get(_KEEPS) is None
 
     def absent(self, status: int, body: bytes) -> bool:
         """Return whether an answer says that there is no such path, as `PathMemory.absent`."""
@@ -93,14 +108,13 @@ class Learned(PathMemory):
             return False
         # Refusals repeat the id, and a client could make one up that says more than the provider
         # does.
-        if by_id or (not _unsupported(previous_id) and supports_none(status, body)):
-            if self.keeps:
-                logger.info(
-                    "provider %s keeps no responses: those that continue others are asked for "
-                    "with the conversation",
-                    self._name,
-                )
-            self.keeps = False
+        none = by_id or (not _unsupported(previous_id) and supports_none(status, body))
+        if none and self._shown.keep(_KEEPS, value=False):
+            logger.info(
+                "provider %s keeps no responses: those that continue others are asked for with the "
+                "conversation",
+                self._name,
+            )
         return by_id
 
 
@@ -113,7 +127,7 @@ class ResponseRequest(ProviderRequest):
     background; None if its client waits for it. *further*: see `ProviderRequest`.
     """
 
-    __slots__ = ("draft", "patience", "running")
+    __slots__ = ("_shown_whole", "draft", "patience", "running")
 
     def __init__(
         self,
@@ -128,6 +142,27 @@ class ResponseRequest(ProviderRequest):
         self.draft = draft
         self.patience = patience
         self.running = running
+        # Whether a hook was shown what the request continues in front of its input.
+        self._shown_whole = False
+
+    async def whole_body(self, provider: settings.Provider, model: str | None) -> bytes:
+        """Return the body with what it continues in front of its input, if that is held here."""
+        body, draft = self.body(provider, model), self.draft
+        if draft is None or draft.previous is None or not draft.previous.whole:
+            return body
+        try:
+            whole = await draft.expand(body, provider.name)
+        except RequestTooLarge:
+            # It goes to nobody but by its id.
+            return body
+        self._shown_whole = True
+        return whole
+
+    def replace_body(self, body: BodyMaker, size: int) -> None:
+        """Send what *body* makes; see `ProviderRequest`."""
+        super().replace_body(body, size)
+        if self._shown_whole and self.draft is not None:
+            self.draft.continue_nothing()
 
 
 class ResponseAttempt(BridgedAttempt):
@@ -277,8 +312,11 @@ class ResponseAttempt(BridgedAttempt):
         stream.append_whole(answer, answer.body, pieces)
         stream.end(COMPLETE, {"metadata": {"provider": answer.outcome.provider}})
 
-    def _translate_fault(self, fault: ProviderFault, body: bytes) -> None:  # noqa: ARG002
-        if isinstance(fault, ContextTooLong):
+    def _translate_fault(self, fault: ProviderFault, body: bytes) -> None:
+        if isinstance(fault, ProviderRateLimited):
+            if reason := reason_of(fault.http_status, body):
+                fault.message = f"{fault.message}: {reason}"
+        elif isinstance(fault, ContextTooLong):
             # Codex knows it by this code.
             error = {
                 "message": fault.reason or fault.message,

@@ -150,6 +150,14 @@ class Draft:
             raise not_found(self.previous_id)
         return body
 
+    def continue_nothing(self) -> None:
+        """Note that the body has all that came before its input: a hook has put another one in
+        place of the whole.
+        """
+        previous, self.previous, self.previous_id = self.previous, None, None
+        if previous is not None:
+            previous.release()
+
     async def take_input(self, body: bytes) -> None:
         """Keep the input in *body*, the request's, in steps; a second call does nothing.
 

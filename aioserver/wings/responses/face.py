@@ -140,17 +140,18 @@ async def prepare_new(
         draft=draft_of(stored, caller, body, limit),
         key=key,
         digest=openai.digest_of(RESPONSES.path, data) if key else b"",
-        running=await _background(context, body) if body.background else None,
+        running=await _background(context, body, caller) if body.background else None,
     )
 
 
-async def _background(context: Context, body: ModelBody) -> Background:
+async def _background(context: Context, body: ModelBody, caller: Caller) -> Background:
     """Return how the response to *body* runs in the background, in steps: if it is known to be
     made here, with the frame of its response object.
     """
-    route = context.router.route(body.model)
+    route = context.router.route(body.model, caller=caller)
     provider, frame = route.provider, None
-    if provider.memory(Learned).bridged:
+    # The simulator ends with its process, too, and leaves the background to us.
+    if provider.memory(Learned).bridged or provider.settings.simulated:
         asked = openai.body_for(body, provider.settings, route.model)
         # Its attempts say what is wrong with it.
         with contextlib.suppress(InvalidRequest):
@@ -215,7 +216,7 @@ def make_request(
     Raises:
         ModelNotFound, NoProvider: no provider can be asked for its model.
     """
-    route = context.router.route(body.model)
+    route = context.router.route(body.model, caller=caller)
     provider_request = ResponseRequest(
         partial(openai.body_for, body),
         draft,
@@ -226,7 +227,7 @@ def make_request(
         client_headers=client_headers,
         patience=_patience(context, body, face),
         size=len(body.data),
-        max_answer=body.max_answer,
+        allowed=RESPONSES.allowed(body),
         running=running,
     )
     # An absent `store` keeps the response at its end, but is no word about a client that leaves.
@@ -398,7 +399,12 @@ async def write(
     if stream.whole is not None:
         return await openai.write_kept(context, request, stream)
     context.gateway.lifetime.let_go(stream)
-    body = newest(stream, status or ("cancelled" if stream.end_status == CANCELLED else ""))
+    if stream.end_status == CANCELLED:
+        status = status or "cancelled"
+    elif stream.ending is not None:
+        # Whoever reads that it is complete goes on with it, perhaps at another instance.
+        status = "in_progress"
+    body = newest(stream, status)
     return await stored_face.write(context, request, body)
 
 

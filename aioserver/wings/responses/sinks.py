@@ -138,6 +138,10 @@ class BridgeSink(BridgingSink[Call]):
     def _finish(self) -> list[bytes]:
         return self._writer.finish(int(time.time()))
 
+    def _close(self, events: list[bytes]) -> None:
+        remember(self._stream, b"".join(events))
+        super()._close(events)
+
     def _append(self, parts: list[bytes]) -> None:
         if not parts:
             return

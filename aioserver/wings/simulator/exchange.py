@@ -43,7 +43,7 @@ class Behaviour:
     whether a stream has a usage: "asked", if the request asks for it, "always" or "never". cached,
     reasoning: the tokens of a prompt that come from a cache, and those of an answer that are
     thought, at most, as it reports them. refuses: members of a body for which it is refused by a
-    400.
+    400. models: the names that it lists, though it answers any; () for its own.
     """
 
     ttft: float = 0.2
@@ -66,6 +66,7 @@ class Behaviour:
     cached: int = 0
     reasoning: int = 0
     refuses: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 class RawResponse(web.StreamResponse):

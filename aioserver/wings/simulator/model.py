@@ -76,6 +76,8 @@ curl -N localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
 )
 # The answer to a beginning that is none of the simulated model's own.
 _FURTHER = " and so it goes on, for a simulated model knows no other way to say the rest."
+# The members that bound an answer, where these are not `max_tokens` alone.
+_BOUNDS = {CHAT: ("max_completion_tokens", "max_tokens"), RESPONSES: ("max_output_tokens",)}
 # What follows a beginning of it, for who wants to see whether the rest is said at all.
 _COUNTING = "one two three four five six seven eight nine ten"
 # How the rest of an answer is asked for where the assistant's message cannot be the last one.
@@ -198,7 +200,7 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
         text=last_text,
         turn=len(user_texts),
         prompt_tokens=sum(math.ceil(len(text) / 4) for text in texts),
-        max_tokens=_max_tokens(body),
+        max_tokens=_max_tokens(endpoint, body),
         stream=stream and endpoint not in {EMBEDDINGS, COUNT_TOKENS},
         include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
         call=call,
@@ -305,8 +307,8 @@ def _prescribed_words(
     )
 
 
-def _max_tokens(body: Mapping[str, Any]) -> int | None:
-    for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
+def _max_tokens(endpoint: str, body: Mapping[str, Any]) -> int | None:
+    for name in _BOUNDS.get(endpoint, ("max_tokens",)):
         limit = body.get(name)
         if limit is None:
             continue

@@ -261,7 +261,7 @@ class Simulator:
             return RawResponse()
         path = request.path
         if request.method == "GET" and path == _MODELS:
-            return as_json(200, orjson.dumps(shapes.models()))
+            return as_json(200, orjson.dumps(shapes.models(self.behaviour.models)))
         if request.method == "GET" and path.startswith(f"{_MODELS}/"):
             name = path.removeprefix(f"{_MODELS}/")
             return as_json(200, orjson.dumps(shapes.model(name)))

@@ -286,9 +286,9 @@ def _vector(text: str, size: int, packed: bool) -> list[float] | str:
     return base64.b64encode(struct.pack(f"<{size}f", *vector)).decode() if packed else vector
 
 
-def models() -> dict[str, Any]:
-    """Return the answer to `GET models`."""
-    return {"object": "list", "data": [model(name) for name in MODELS]}
+def models(names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the answer to `GET models`, with *names*, or those of the simulator."""
+    return {"object": "list", "data": [model(name) for name in names or MODELS]}
 
 
 def model(name: str) -> dict[str, Any]:

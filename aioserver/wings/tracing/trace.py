@@ -18,6 +18,7 @@ import msgspec
 from yarl import URL
 
 from aioserver.errors import AioserverError
+from aioserver.telemetry.bookkeeping import bookkeeping, first, nothing
 from aioserver.telemetry.tokens import tokens_of
 from aioserver.telemetry.tracer import Fast_co
 from aioserver.wings.tracing.otlp import Context
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.tracer import AttemptEnd, RequestEnd, WatchedSink
 
 T = TypeVar("T")
@@ -154,9 +156,14 @@ class Trace:
     """
 
     def __init__(
-        self, context: Context, path: str, finish: Callable[[Trace, RequestEnd], None]
+        self,
+        context: Context,
+        path: str,
+        finish: Callable[[Trace, RequestEnd], None],
+        bugs: Bugs,
     ) -> None:
         self._finish = finish
+        self.bugs = bugs
         self.context = context
         # The path of the request to the provider, below its base URL.
         self.path = path
@@ -183,6 +190,7 @@ class Trace:
             self.attempt = AttemptTrace()
         return self.attempt
 
+    @bookkeeping(first)
     def sending(self, client_headers: ClientHeaders, body: bytes = b"") -> ClientHeaders:
         """Note what *body* asks for, which is about to be sent; return its headers.
 
@@ -193,15 +201,18 @@ class Trace:
         parent = f"00-{trace_id}-{attempt.span_id.hex()}-01".encode()
         return client_headers.with_parent(parent, trace_id)
 
+    @bookkeeping(first)
     def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
         """Return a sink that notes the first and the last bytes that *sink* is fed."""
         return NotingSink(sink, self._attempt())
 
+    @bookkeeping(nothing)
     def waited(self, provider: str, began: float, ended: float) -> None:
         """Note a wait that is over, for a place at *provider*; "" stands for the server."""
         self.wait = Wait(provider, began, ended)
         self._keep(self.waits, self.wait)
 
+    @bookkeeping(nothing)
     def attempt_ended(self, end: AttemptEnd) -> None:
         """Note that the attempt under way is over; without a place its wait has the error."""
         attempt, wait = self._attempt(), self.wait
@@ -212,6 +223,7 @@ class Trace:
         elif wait is not None:
             wait.error = _code(end.error)
 
+    @bookkeeping(nothing)
     def ended(self, end: RequestEnd) -> None:
         """Have the spans made: the request has ended."""
         self._finish(self, end)

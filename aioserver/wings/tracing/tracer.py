@@ -16,11 +16,13 @@ from __future__ import annotations
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.wings.tracing.spans import EndedRequest, EndedVisit
 from aioserver.wings.tracing.trace import Trace, new_context
 
 if TYPE_CHECKING:
     from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.tracer import RequestEnd, RequestTrace
     from aioserver.wings.tracing.export import SpanExporter
     from aioserver.wings.tracing.otlp import Context
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
 class Tracer:
     """Makes the traces of requests, and gives the spans of those that have ended to *exporter*."""
 
-    def __init__(self, exporter: SpanExporter) -> None:
+    def __init__(self, exporter: SpanExporter, bugs: Bugs) -> None:
         self._exporter = exporter
+        self.bugs = bugs
 
+    @bookkeeping(nothing)
     def begin(
         self,
         client_headers: ClientHeaders,
@@ -47,12 +51,13 @@ class Tracer:
         context = new_context(client_headers)
         if context is None:
             return None
-        trace = Trace(context, path.partition("?")[0], self._finish)
+        trace = Trace(context, path.partition("?")[0], self._finish, self.bugs)
         if waited_since:
             trace.waited("", waited_since, admitted_at)
             trace.wait = None
         return trace
 
+    @bookkeeping(nothing)
     def visit(
         self,
         trace: RequestTrace | None,
@@ -72,7 +77,7 @@ class Tracer:
         if context is None:
             return None
         link = None if trace is None else trace.link
-        return Visit(self._exporter, context, link, request_id, after)
+        return Visit(self._exporter, context, link, request_id, after, self.bugs)
 
     def _finish(self, trace: Trace, end: RequestEnd) -> None:
         """Have the spans of *trace* made, whose request has ended."""
@@ -84,7 +89,7 @@ class Tracer:
 class Visit:
     """A client that reads the answer of another request. `end` is called once."""
 
-    __slots__ = ("_after", "_began", "_context", "_exporter", "_link", "_request_id")
+    __slots__ = ("_after", "_began", "_context", "_exporter", "_link", "_request_id", "bugs")
 
     def __init__(
         self,
@@ -93,7 +98,9 @@ class Visit:
         link: tuple[bytes, bytes] | None,
         request_id: str,
         after: int,
+        bugs: Bugs,
     ) -> None:
+        self.bugs = bugs
         self._exporter = exporter
         self._context = context
         self._link = link
@@ -101,6 +108,7 @@ class Visit:
         self._after = after
         self._began = monotonic()
 
+    @bookkeeping(nothing)
     def end(self, status: bytes, code: str = "") -> None:
         """Make the span: the client has left, or has read it all.
 

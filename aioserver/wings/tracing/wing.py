@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import Settings
     from aioserver.faces.wing import Core
-    from aioserver.telemetry.counters import Counter
+    from aioserver.telemetry.metrics import Metrics
     from aioserver.wings.tracing.tracer import Tracer
 
 # Variables for the same; the one that is for traces alone comes first.
@@ -48,13 +48,13 @@ class TracingWing(Wing):
         Raises:
             ConfigurationError: a variable of the environment is not what it should be.
         """
-        self.tracer = open_tracer(stack, core.settings, core.metrics.spans)
+        self.tracer = open_tracer(stack, core.settings, core.metrics)
 
 
 def open_tracer(
     stack: AsyncExitStack,
     settings: Settings,
-    counters: Mapping[str, Counter],
+    metrics: Metrics,
     environ: Mapping[str, str] | None = None,
 ) -> Tracer | None:
     """Return the tracer, whose exporter *stack* closes; None if `tracing` has no endpoint.
@@ -82,12 +82,12 @@ def open_tracer(
         _headers(environ),
         [key_value(name, value) for name, value in attributes.items()],
         __version__,
-        counters,
+        metrics.spans,
         _tls(environ),
     )
     exporter.start()
     stack.push_async_callback(exporter.close)
-    return Tracer(exporter)
+    return Tracer(exporter, metrics.bugs)
 
 
 def traces_url(endpoint: str) -> str:

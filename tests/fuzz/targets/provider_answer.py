@@ -31,6 +31,7 @@ from tests.support.virtual_loop import run_virtually
 from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
+    from aioserver.auth.callers import Caller
     from aioserver.limits.estimate import Estimate
     from aioserver.providers.connections import PooledConnection
     from aioserver.streams.stream import Stream
@@ -111,7 +112,7 @@ class Provider:
     def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
         raise AssertionError("it never waits")
 
-    def tokens_per_byte(self, model: str) -> float:
+    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
         return 0.25
 
 

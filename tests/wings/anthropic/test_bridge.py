@@ -5,6 +5,7 @@ difference.
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -16,7 +17,7 @@ from aioserver.wings.simulator.server import Simulator
 from tests.support.lazily import lazily
 from tests.support.message_events import check_run, put_together, read_events
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
-from tests.support.server import QUICK, provider_entry
+from tests.support.server import QUICK, SIM_HTTP_CLIENT, provider_entry
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -164,6 +165,21 @@ async def test_a_provider_without_messages_is_found_out_once(
     await server.forgive()
     await answer_of(server, ASK)
     assert paths(server.simulator)[-1] == "messages"
+
+
+@pytest.mark.parametrize("messages", [True, False])
+async def test_an_engine_of_which_nothing_is_written_answers_messages(
+    make_server: MakeServer, *, messages: bool
+) -> None:
+    async with Simulator(QUICK if messages else WITHOUT) as engine:
+        changes = {"llm.providers.bare": provider_entry(engine.base_url), "llm.active": "bare"}
+        server = await make_server(**changes)
+        for model in ("bare", "claude-sonnet-4-5"):
+            status, answer = await answer_of(server, {**ASK, "model": model})
+            assert (status, answer["type"]) == (200, "message")
+        status, _ = await answer_of(server, ASK, "messages/count_tokens")
+        assert status == 200
+        assert paths(engine)[0] == ("messages" if messages else "chat/completions")
 
 
 async def test_a_provider_that_speaks_messages_is_asked_for_them(make_server: MakeServer) -> None:
@@ -524,6 +540,102 @@ async def test_the_faults_of_an_engine_are_those_of_any_provider(
         401: (502, "api_error"),
         429: (429, "rate_limit_error"),
     }.get(status, (502, "api_error"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Too many tokens a minute: 6,000 of 5,000.", "Too many tokens a minute: 6,000 of 5,000."),
+        ("The API key sk-1 is limited.", "sim limits our rate"),
+        (None, "sim limits our rate"),
+    ],
+)
+async def test_a_client_learns_why_an_engine_limits_its_rate(
+    make_server: MakeServer, text: str | None, shown: str
+) -> None:
+    found, answer, _ = await asked_of(make_server, (429, {"error": {"message": text}}))
+
+    assert found == 429
+    assert answer["error"]["type"] == "rate_limit_error"
+    assert answer["error"]["message"] == shown
+
+
+@pytest.mark.parametrize("bridged", [True, False])
+@pytest.mark.parametrize("passed", [(), ("anthropic-beta",)])
+async def test_the_headers_of_the_api_go_to_those_that_speak_it(
+    make_server: MakeServer, passed: tuple[str, ...], bridged: bool
+) -> None:
+    heads: list[str] = []
+
+    async def play(peer: Peer) -> None:
+        head, _, _ = (await peer.request()).partition(b"\r\n\r\n")
+        heads.append(head.decode())
+        body = b"{}"
+        await peer.send(JSON % (400, len(body), body))
+
+    async with ScriptedProvider(play) as provider:
+        server = await make_server(
+            QUICK,
+            **{
+                "llm.providers.sim.base_url": provider.url,
+                "llm.providers.sim.messages": "bridge" if bridged else True,
+                "llm.providers.sim.pass_headers": list(passed),
+            },
+        )
+        headers = {"anthropic-beta": "context-1m", "anthropic-version": "2023-06-01", "a": "b"}
+        url = f"{server.v1}/messages?beta=true"
+        async with server.session.post(url, json=ASK, headers=headers) as response:
+            assert response.status == 400
+
+    (head,) = heads
+    lines = [line.partition(": ")[0].lower() for line in head.split("\r\n")[1:]]
+    own = sorted(name for name in lines if name.startswith("anthropic-"))
+    assert own == (sorted(passed) if bridged else ["anthropic-beta", "anthropic-version"])
+    assert ("beta" in head.partition("\r\n")[0]) is not bridged
+
+
+@pytest.mark.parametrize("messages", ["bridge", True])
+async def test_a_stream_that_waits_is_told_its_position(
+    make_server: MakeServer, messages: object
+) -> None:
+    server = await make_server(
+        Behaviour(ttft=0, interval=0.01, tokens=50),
+        **{
+            "llm.providers.sim.messages": messages,
+            f"{SIM_HTTP_CLIENT}.concurrent_requests": 1,
+            "chat.websocket.ping_interval": 0.1,
+        },
+    )
+
+    async def ask() -> bytes:
+        async with post(server, STREAMED) as response:
+            assert response.status == 200
+            body: bytes = await response.read()
+            return body
+
+    bodies = await asyncio.gather(*(ask() for _ in range(5)))
+
+    told = [
+        re.findall(rb": queued at=provider position=(\d) eta=[0-9.]+\n\n", body) for body in bodies
+    ]
+    # The first two may have waited for less than an interval.
+    assert sum(map(bool, told)) >= 3
+    for positions, body in zip(told, bodies, strict=True):
+        assert positions == sorted(positions, reverse=True)
+        assert body.count(b"event: ping") >= len(positions)
+        check_run(read_events(body))
+    # The official client reads over it.
+    async with asyncio.TaskGroup() as clients:
+        for _ in range(3):
+            clients.create_task(read_by_the_sdk(server))
+
+
+async def read_by_the_sdk(server: RunningServer) -> None:
+    async with (
+        anthropic.AsyncAnthropic(base_url=server.v1.removesuffix("/v1"), api_key="none") as sdk,
+        sdk.messages.stream(**ASK) as stream,
+    ):
+        assert (await stream.get_final_text()).strip()
 
 
 async def test_what_breaks_off_has_no_end(make_server: MakeServer) -> None:

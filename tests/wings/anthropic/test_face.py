@@ -150,7 +150,7 @@ async def test_tokens_are_counted(sdk: anthropic.AsyncAnthropic, server: Running
 
 
 async def test_models_of_providers_that_speak_it_are_discovered(make_server: MakeServer) -> None:
-    server = await make_server(**{OLD: provider_entry(NOWHERE, "m")})
+    server = await make_server(**{OLD: {**provider_entry(NOWHERE, "m"), "messages": False}})
     async with anthropic.AsyncAnthropic(
         api_key="unused", base_url=server.base, max_retries=0
     ) as sdk:
@@ -374,7 +374,9 @@ async def test_limits_of_the_provider_pass_and_its_account_does_not(
 
 
 async def test_a_provider_that_does_not_speak_it_is_a_clear_error(make_server: MakeServer) -> None:
-    server = await make_server(**{OLD: provider_entry(NOWHERE, "m"), "llm.active": "old"})
+    server = await make_server(
+        **{OLD: {**provider_entry(NOWHERE, "m"), "messages": False}, "llm.active": "old"}
+    )
     for model, message in (
         ("old", "the provider old does not speak Anthropic's Messages API"),
         ("old/m", "the provider old does not speak Anthropic's Messages API"),
@@ -404,7 +406,7 @@ async def test_a_fault_fails_over_to_one_that_speaks_it_only(make_server: MakeSe
         server = await make_server(
             Behaviour(fail_rate=1.0),
             **{
-                OLD: provider_entry(NOWHERE, "m"),
+                OLD: {**provider_entry(NOWHERE, "m"), "messages": False},
                 "llm.providers.spare": speaking,
                 "llm.fallbacks": ["old", "spare"],
             },
@@ -425,7 +427,11 @@ async def test_the_first_fallback_that_speaks_it_stands_for_the_active_provider(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(
-        **{OLD: provider_entry(NOWHERE, "m"), "llm.active": "old", "llm.fallbacks": ["sim"]}
+        **{
+            OLD: {**provider_entry(NOWHERE, "m"), "messages": False},
+            "llm.active": "old",
+            "llm.fallbacks": ["sim"],
+        }
     )
     async with post(server, ASKED) as response:
         assert response.status == 200

@@ -142,7 +142,7 @@ def test_a_body_without_a_byte_is_a_bad_response() -> None:
 FAULTS: list[tuple[str, type[ProviderFault], int | None]] = [
     ("invalid_request_error", ProviderRefused, 400),
     ("authentication_error", ProviderAuthError, None),
-    ("billing_error", ProviderAuthError, None),
+    ("billing_error", ProviderForbidden, None),
     ("permission_error", ProviderForbidden, None),
     ("not_found_error", ProviderRefused, 404),
     ("request_too_large", ProviderRefused, 413),

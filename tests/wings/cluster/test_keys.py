@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from tests.support.chat import CHAT, STREAMED, chat, resume, to_end
-from tests.support.keys import bearer, keys_of
+from tests.support.keys import bearer, cookie, keys_of, log_in
 from tests.support.pairs import pair_in
 from tests.support.responses import connect, create
 from tests.support.responses import to_end as to_response_end
@@ -117,3 +117,13 @@ def seen(call: Any) -> dict[str, int]:
     lives = {key.decode(): call("TTL", key) for key in call("KEYS", "*")}
     # Some may have gone meanwhile.
     return {key: seconds for key, seconds in lives.items() if seconds != -2}
+
+
+async def test_a_session_of_one_instance_is_one_of_all(tmp_path: Path) -> None:
+    async with pair_in(tmp_path, **keys_of("web")) as pair:
+        for here, there in (pair.servers, reversed(pair.servers)):
+            session = await log_in(here, "web")
+            async with there.session.get(
+                f"{there.v1}/models", headers=cookie(session)
+            ) as response:
+                assert response.status == 200

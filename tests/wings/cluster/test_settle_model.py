@@ -94,7 +94,10 @@ def state_of_model(model: Model) -> dict[str, Any]:
     )
     numbers = {
         name: getattr(world, name)
-        for name in ("epoch", "run", "last", "offset", "number", "version", "awaited", "lost")
+        for name in (
+            *("epoch", "run", "last", "offset", "number", "version", "awaited", "lost"),
+            *("silent", "before"),
+        )
     }
     # As the script calls it, whose state outlives an update.
     numbers["blind"] = world.grace

@@ -55,7 +55,7 @@ async def instances(reference: ReferenceServer, max_callers: int) -> list[Access
         callers = TokenCallers(max_callers=max_callers)
         callers.use_issuer(issuer)
         limits = SharedLimits(leases)
-        made.append(Access(Auth(jwt=JWT), b"", limits.make_quota, callers))
+        made.append(Access(Auth(jwt=JWT), None, limits.make_quota, callers))
     # Longer than the grace period of a new epoch.
     await asyncio.sleep(6)
     return made

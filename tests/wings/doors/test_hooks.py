@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from aioserver.wings.doors import http_hook
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, resume, to_end
 from tests.support.faces import (
@@ -25,6 +26,7 @@ from tests.support.server import ENDLESS, NOWHERE, PACED, QUICK, provider_entry
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from tests.support.faces import Seen
     from tests.support.server import MakeServer, RunningServer
 
 SECRET = "the-code-word-of-the-day"
@@ -229,6 +231,49 @@ async def test_a_hook_that_is_away_or_says_nothing(make_server: MakeServer) -> N
                 assert seen.code == ("hook_unavailable" if status == 503 else None)
                 await server.nothing_held()
         silent.set()
+
+
+async def test_a_caller_that_keeps_a_hook_busy_leaves_some_of_its_places_to_others(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_hook, "MAX_DECISIONS", 6)
+    monkeypatch.setattr(http_hook, "MAX_ANSWERS", 6)
+    decides, reads = asyncio.Event(), asyncio.Event()
+
+    async def decide(asked: dict[str, Any]) -> Any:
+        if asked["caller"] == "alice":
+            await decides.wait()
+        return {}
+
+    async def read(line: dict[str, Any]) -> None:
+        if line.get("caller") == "alice":
+            await reads.wait()
+
+    async with hook_program(decide=decide, read=read) as program:
+        server = await make_server(
+            QUICK,
+            **hooked(entry(program, on=["request", "answer"])),
+            **keys_of("alice", "bob"),
+        )
+
+        def ask(caller: str) -> asyncio.Task[Seen]:
+            return asyncio.create_task(over_openai(server, "m", headers=bearer(caller)))
+
+        asked = [ask("alice") for _ in range(10)]
+        await until(lambda: len(program.requests) == 4)
+        assert (await ask("bob")).end == "complete"
+        assert [each["caller"] for each in program.requests].count("alice") == 4
+        await until(lambda: program.ended == 1)
+
+        decides.set()
+        assert {(await each).end for each in asked} == {"complete"}
+        await until(lambda: len(program.answers) == 5)
+        assert (await ask("bob")).end == "complete"
+        await until(lambda: program.ended == 2)
+        assert len(program.answers) == 6, "the others of the first caller wait"
+        reads.set()
+        await until(lambda: program.ended == 12)
+        await server.nothing_held()
 
 
 async def test_nobody_but_the_first_request_of_an_id_is_shown(make_server: MakeServer) -> None:

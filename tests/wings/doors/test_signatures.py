@@ -36,6 +36,18 @@ def test_a_key_verifies_its_own_signatures_and_no_others(alg: str) -> None:
     assert not read.verify(message.encode(), base64.urlsafe_b64decode(foreign + "=="))
 
 
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_a_key_is_known_whatever_it_is_called_and_no_other_key_by_its_name(alg: str) -> None:
+    key, other = SigningKey(alg), SigningKey(alg, number=1)
+
+    (known,) = read_keys(jwks(key)).thumbprints()
+
+    again = read_keys(jwks(key.jwk(kid="k2", use="sig", x5t="later"), other.jwk()))
+    assert known in again.thumbprints()
+    assert len(again.thumbprints()) == 2
+    assert again.named["k1"][alg].thumbprint != known == again.named["k2"][alg].thumbprint
+
+
 def symmetric() -> dict[str, Any]:
     made: dict[str, Any] = json.loads(HMACAlgorithm.to_jwk(b"secret" * 10))
     return {**made, "kid": "bad", "alg": "HS256"}

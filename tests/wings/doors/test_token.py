@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioserver.auth.tokens import SKEW
+from aioserver.auth.callers import SKEW
 from aioserver.config.settings import Jwt, Role
 from aioserver.errors import PermissionDenied, TokenRefused
 from aioserver.wings.doors.signatures import read_keys
@@ -60,10 +60,11 @@ def refusal(token: str | bytes, jwt: Jwt | None = None) -> str:
 def test_a_token_in_order_has_its_caller_its_role_and_its_end(alg: str) -> None:
     said = claims(roles=["other", "staff"])
 
-    name, role, expiry = accept(KEYS[alg].sign(said))
+    name, role, expiry, signer = accept(KEYS[alg].sign(said))
 
     assert (name, role) == ("alice", "staff")
     assert expiry == said["exp"]
+    assert signer == SET.named[alg][alg].thumbprint
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from aioserver.auth.access import Access
-from aioserver.auth.keys import SESSION_SECONDS
-from aioserver.auth.tokens import SKEW
+from aioserver.auth.callers import SKEW
+from aioserver.auth.sessions import SESSION_SECONDS, Sessions
 from aioserver.config.settings import Auth, ClientKey, Jwt, Role
 from aioserver.errors import (
     AuthUnavailable,
@@ -64,17 +65,16 @@ class Server:
             self.verified += 1
             return key.verify(message, signature)
 
-        counting = {key.alg: Key(key.alg, verify)}
+        counting = {key.alg: Key(key.alg, verify, key.thumbprint)}
         issuer.use(KeySet({"k1": counting}, counting))
         self.tokens = TokenCallers(lambda: self.now, self.clock, max_callers)
         self.tokens.use_issuer(issuer)
         self.jwt = settings(**changes)
         self.access = Access(
             Auth(jwt=self.jwt),
-            b"pepper",
+            Sessions(clock=lambda: self.now),
             self.make_quota,
             tokens=self.tokens,
-            clock=lambda: self.now,
         )
 
     def make_quota(self, key: ClientKey) -> Quota:
@@ -103,6 +103,28 @@ def test_a_token_is_a_caller_that_no_key_can_be() -> None:
     assert (named.name, named.label, named.role) == ("alice", "alice", "")
     assert caller != named
     assert server.access.keyed
+
+
+def test_a_role_has_models_and_ends_at_its_time() -> None:
+    expires = datetime.fromtimestamp(int(time.time()) + 100, UTC).isoformat()
+    server = Server(limits={"default": Role(models=("fast",), expires=expires), "staff": Role()})
+    long, staff = token(), token("bob", roles=["staff"])
+    caller = server.caller(long)
+    session, seconds = server.access.session(caller)
+
+    assert caller.may_ask("fast")
+    assert not caller.may_ask("slow")
+    assert caller.expires - server.clock() + SKEW <= 100
+    assert seconds <= 100
+    server.now += 101
+    server.clock.now += 101
+    for known in (long, token("eve")):
+        with pytest.raises(TokenRefused, match="the role default has expired"):
+            server.caller(known)
+    with pytest.raises(SessionEnded):
+        server.access.resume(session)
+    assert server.access.current(caller) is None
+    assert server.caller(staff).may_ask("slow")
 
 
 def test_without_the_section_a_token_is_an_unknown_key() -> None:
@@ -306,6 +328,24 @@ def test_a_session_of_a_token_lasts_until_its_end_and_twelve_hours_at_most() -> 
         server.access.resume(session)
     long = server.caller(token(exp=server.now + 10 * SESSION_SECONDS))
     assert server.access.session(long)[1] == SESSION_SECONDS
+
+
+def test_a_session_ends_with_the_verified_end_of_its_token_whatever_the_clocks_do() -> None:
+    server = Server()
+    token_ = token(exp=server.now + 600)
+    server.caller(token_)
+    # The wall clock is set forward: the other one does not know of it.
+    server.now += 590
+
+    session, seconds = server.access.session(server.caller(token_))
+
+    assert 8 <= seconds <= 10
+    server.now += 11
+    with pytest.raises(SessionEnded):
+        server.access.resume(session)
+    with pytest.raises(TokenRefused):
+        # Its time of grace is no time for another session.
+        server.access.session(server.caller(token_))
 
 
 def test_a_session_of_a_token_dies_with_the_settings() -> None:

@@ -6,12 +6,12 @@ import asyncio
 import json
 import logging
 import time
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.auth.tokens import SKEW
+from aioserver.auth.callers import SKEW
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, until_status
 from tests.support.issuer import (
@@ -102,6 +102,27 @@ async def test_a_token_comes_wherever_a_key_may(make_server: MakeServer) -> None
             assert (response.status, await code_of(response)) == (401, "missing_api_key")
 
 
+async def test_a_session_of_one_server_is_none_of_another_with_the_same_settings(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    """All that both have is public, or a word of a manual: the keys of providers, the settings."""
+    key = tmp_path / "engine.key"
+    key.write_text("EMPTY")
+    changes = {**keys_of("root"), "llm.providers.sim.api_key_file": str(key)}
+    async with issued(make_server, **changes) as (issuer, server):
+        section = jwt_settings(issuer.url, limits=LIMITS)
+        other = await make_server(**{"auth.jwt": section, **changes})
+        for who in (headers(issuer.token(roles=["operator"])), bearer("root")):
+            async with server.session.post(f"{server.base}/session", headers=who) as response:
+                session = response.cookies[COOKIE].coded_value
+            server.session.cookie_jar.clear()
+            for each, status in ((server, 200), (other, 401)):
+                async with each.session.get(
+                    f"{each.base}/stats", headers=cookie(session)
+                ) as response:
+                    assert response.status == status
+
+
 async def test_keys_and_tokens_stand_side_by_side_and_share_nothing(
     make_server: MakeServer,
 ) -> None:
@@ -186,12 +207,14 @@ async def test_a_new_key_of_the_issuer_is_fetched_and_a_made_up_one_refused(
 
         assert (await ask(server, new.sign(claims())))[0] == 200
         assert issuer.asked == 2
-        evil = SigningKey("ES256", "evil").sign(claims())
-        async with server.session.get(f"{server.v1}/models", headers=headers(evil)) as response:
-            assert (response.status, await code_of(response)) == (503, "auth_unavailable")
-            assert 1 <= int(response.headers["Retry-After"]) <= 30
-        async with server.session.post(f"{server.base}/session", json={"key": evil}) as response:
-            assert response.status == 503
+        for number in range(3):
+            evil = SigningKey("ES256", f"evil{number}").sign(claims())
+            for _ in range(2):
+                assert await ask(server, evil) == (401, "invalid_api_key")
+            async with server.session.post(
+                f"{server.base}/session", json={"key": evil}
+            ) as response:
+                assert response.status == 401
         assert issuer.asked == 2
         assert (await ask(server, issuer.token()))[0] == 200
 
@@ -261,6 +284,87 @@ async def test_keys_in_a_file_are_seen_when_they_change(
     file.write_bytes(b"half")
     assert not await server.change(**{"auth.jwt": {**section, "jwks_file": str(tmp_path / "no")}})
     assert (await ask(server, new.sign(claims(more=1))))[0] == 200
+
+
+@pytest.mark.parametrize("successor", ["another name", "the same name"])
+async def test_a_withdrawn_key_ends_its_tokens_and_what_they_have_open(
+    make_server: MakeServer, tmp_path: Path, successor: str
+) -> None:
+    old, other = SigningKey("ES256", "old"), SigningKey("EdDSA", "other")
+    new = SigningKey("ES256", "old" if successor == "the same name" else "new")
+    file = tmp_path / "jwks.json"
+    file.write_bytes(jwks(old, other))
+    section = {"issuer": claims()["iss"], "audience": AUDIENCE, "jwks_file": str(file)}
+    server = await make_server(LONG, **{"auth.jwt": {**section, "limits": LIMITS}})
+    # One person with two tokens: what one has open is not the other's.
+    said = claims(roles=["operator"])
+    withdrawn, good = headers(old.sign(said)), headers(other.sign(said))
+    sessions = []
+    for who in (withdrawn, good):
+        async with server.session.post(f"{server.base}/session", headers=who) as response:
+            sessions.append(cookie(response.cookies[COOKIE].coded_value))
+        server.session.cookie_jar.clear()
+
+    async with AsyncExitStack() as stack:
+        sockets, watchers = [], []
+        for who in (withdrawn, sessions[0], good, sessions[1]):
+            sockets.append(await stack.enter_async_context(server.connect(headers=who)))
+            watching = server.session.get(f"{server.base}/events?interval=60", headers=who)
+            watchers.append(await stack.enter_async_context(watching))
+        await sockets[0].send_json(chat("running"))
+        await until_status(sockets[0], "chunk")
+
+        file.write_bytes(jwks(new, other))
+        await server.owners.watched.look()
+
+        for socket in sockets[:2]:
+            while (message := await socket.receive()).type.name == "TEXT":
+                pass
+            assert (message.data, message.extra) == (1008, "key revoked")
+        for watcher in watchers[:2]:
+            assert "invalid_api_key" in await watcher.text()
+        for socket in sockets[2:]:
+            await socket.send_json({"action": "ping"})
+            assert (await socket.receive_json())["status"] == "pong"
+        assert not any(watcher.content.at_eof() for watcher in watchers[2:])
+        # The answer is the person's.
+        await sockets[2].send_json({"action": "cancel", "request_id": "running"})
+        await until_status(sockets[2], "cancelled")
+    for who, status in (
+        (withdrawn, 401),
+        (sessions[0], 401),
+        (good, 200),
+        (sessions[1], 200),
+        (headers(new.sign(said)), 200),
+    ):
+        async with server.session.get(f"{server.v1}/models", headers=who) as response:
+            assert response.status == status
+    async with server.session.post(f"{server.base}/session", headers=withdrawn) as response:
+        assert response.status == 401
+
+
+async def test_a_session_waits_for_the_keys_of_its_token_as_the_token_does(
+    make_server: MakeServer,
+) -> None:
+    async with issued(make_server) as (issuer, server):
+        new = SigningKey("ES256", "new")
+        secret = server.owners.context.access.sessions.secret
+        issuer.keys.append(new)
+        section = jwt_settings(issuer.url, limits=LIMITS)
+        # This one has fetched the newest key; the other one has not.
+        sibling = await make_server(**{"auth.jwt": section})
+        server.owners.context.access.sessions.use(secret)
+        sibling.owners.context.access.sessions.use(secret)
+        async with sibling.session.post(
+            f"{sibling.base}/session", headers=headers(new.sign(claims()))
+        ) as response:
+            session = cookie(response.cookies[COOKIE].coded_value)
+        server.session.cookie_jar.clear()
+
+        async with server.session.get(f"{server.base}/session", headers=session) as response:
+            assert (await response.json())["name"] == "jwt:alice"
+        async with server.session.get(f"{server.v1}/models", headers=session) as response:
+            assert response.status == 200
 
 
 async def test_a_reload_takes_other_tokens(make_server: MakeServer) -> None:

@@ -99,6 +99,26 @@ async def test_a_response_is_there_at_once_and_polled_to_its_end(
     assert (await sdk.responses.retrieve(asked.id)).model_dump() == final.model_dump()
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_simulator_in_the_process_runs_in_the_background_too(
+    make_server: MakeServer, *, streamed: bool
+) -> None:
+    demo = {**provider_entry(""), "simulated": True}
+    server = await make_server(**{"llm.providers.demo": demo, "llm.active": "demo"})
+    async with client_of(server) as sdk:
+        if streamed:
+            async with await sdk.responses.create(
+                model="demo", input="Hello", background=True, stream=True
+            ) as events:
+                first: Any = await anext(aiter(events))
+                asked = first.response
+        else:
+            asked = await ask(sdk, model="demo")
+        assert (asked.status in RUNNING, asked.background, asked.output) == (True, True, [])
+        final = await polled(sdk, asked.id)
+        assert (final.status, final.background) == ("completed", True)
+
+
 async def test_a_response_runs_to_its_end_without_a_reader(make_server: MakeServer) -> None:
     server = await make_server(
         PACED, **BRIDGED, **{"chat.streams.resume_window": 0.05, "chat.streams.max_detached": 1}
@@ -285,6 +305,31 @@ async def test_there_are_half_as_many_as_answers_without_a_reader(
         await server.simulator.until(lambda stats: stats.aborted == 1)
         asked.append(await ask(sdk))
         await ended(sdk, *asked)
+
+
+async def test_one_key_leaves_some_of_them_to_another(make_server: MakeServer) -> None:
+    server = await make_server(
+        SILENT, **BRIDGED, **keys_of("alice", "bob"), **{"chat.streams.max_detached": 12}
+    )
+    async with (
+        client_of(server, key_of("alice")) as alice,
+        client_of(server, key_of("bob")) as bob,
+    ):
+        many = [await ask(alice) for _ in range(4)]
+        with pytest.raises(openai.InternalServerError) as refused:
+            await ask(alice)
+        assert refused.value.code == "server_at_capacity"
+        few = [await ask(bob) for _ in range(2)]
+        with pytest.raises(openai.InternalServerError, match="2 of them yours"):
+            await ask(bob)
+
+        await ended(bob, *few)
+        many.append(await ask(bob))
+        await ended(alice, *many[:4])
+        await ended(bob, many[4])
+        await until(lambda: not server.context.gateway.lifetime.background)
+        many = [await ask(alice) for _ in range(4)]
+        await ended(alice, *many)
 
 
 async def test_a_queue_that_is_full_refuses_at_once(make_server: MakeServer) -> None:

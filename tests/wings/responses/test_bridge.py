@@ -16,7 +16,7 @@ from aioserver.wings.responses.attempt import Learned
 from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.server import Simulator
 from tests.support.response_events import check_response, check_run, read_events
-from tests.support.scripted_provider import ScriptedProvider
+from tests.support.scripted_provider import ScriptedProvider, answering
 from tests.support.server import ENDLESS, QUICK, provider_entry
 
 if TYPE_CHECKING:
@@ -491,6 +491,27 @@ async def test_an_error_before_the_first_event_has_its_status(make_server: MakeS
 
     assert (await answer_of(server, STREAMED))[0] == 502
     assert (await answer_of(server, ASK))[0] == 502
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Too many tokens a minute.", "sim limits our rate: Too many tokens a minute."),
+        ("The API key sk-1 is limited.", "sim limits our rate"),
+    ],
+)
+async def test_a_client_learns_why_an_engine_limits_its_rate(
+    make_server: MakeServer, text: str, shown: str
+) -> None:
+    body = orjson.dumps({"error": {"message": text}})
+    head = b"HTTP/1.1 429 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    async with ScriptedProvider(answering(head % len(body) + body)) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        status, answer = await answer_of(server, ASK)
+
+    assert (status, answer["error"]["code"]) == (429, "provider_rate_limited")
+    assert answer["error"]["message"] == shown
 
 
 async def test_a_response_is_continued_by_its_id(server: RunningServer, sdk: AsyncOpenAI) -> None:

@@ -131,6 +131,24 @@ async def test_once_it_is_dead_another_gets_the_conversation(
         assert pair.asked(1) == [(None, 3), (second.id, 1)]
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_once_there_is_no_connection_to_it_another_gets_the_conversation(
+    make_server: MakeServer, streamed: bool
+) -> None:
+    """Long before it is known to be dead."""
+    async with pair_of(make_server, QUICK, QUICK) as pair:
+        first = await pair.ask("one")
+        await pair.simulators[0].close()
+        pair.server.context.router.providers["e0"].pools.pool.drop_idle()
+        breaker = pair.server.context.router.providers["e0"].health.breaker
+
+        second = await pair.ask("two", streamed=streamed, previous_response_id=first.id)
+
+        assert not breaker.dead
+        assert pair.asked(1) == [(None, 3)]
+        assert second.id != first.id
+
+
 async def test_what_fails_but_lives_is_not_left(make_server: MakeServer) -> None:
     async with pair_of(make_server, QUICK, QUICK) as pair:
         first = await pair.ask("one")

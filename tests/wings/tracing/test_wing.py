@@ -9,7 +9,7 @@ import pytest
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.protocol.client_headers import NO_HEADERS
-from aioserver.telemetry.counters import Counter
+from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.tracer import RequestEnd
 from aioserver.wings.tracing import wing as tracing
 from aioserver.wings.tracing.wing import open_tracer, traces_url
@@ -50,11 +50,10 @@ async def test_a_variable_that_is_wrong_is_named_and_its_value_is_not_shown(
     tmp_path: Path, name: str, text: str
 ) -> None:
     settings = settings_with(tmp_path, **{"tracing.otlp_endpoint": "http://127.0.0.1:9"})
-    counters = {"exported": Counter(), "dropped": Counter()}
 
     async with AsyncExitStack() as stack:
         with pytest.raises(ConfigurationError, match=name) as refused:
-            open_tracer(stack, settings, counters, {name: text})
+            open_tracer(stack, settings, Metrics(settings.llm.providers), {name: text})
 
     assert SECRET not in str(refused.value)
 
@@ -65,12 +64,11 @@ async def test_headers_and_resource_come_from_the_environment(tmp_path: Path) ->
         "OTEL_EXPORTER_OTLP_TRACES_HEADERS": f"api-key={SECRET}%3D, x-team = chat ,",
         "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test,service.name=overridden",
     }
-    counters = {"exported": Counter(), "dropped": Counter()}
     async with collecting() as collector:
         changes = {"tracing.otlp_endpoint": collector.url, "tracing.service_name": "chat"}
         settings = settings_with(tmp_path, **changes)
         async with AsyncExitStack() as stack:
-            tracer = open_tracer(stack, settings, counters, environ)
+            tracer = open_tracer(stack, settings, Metrics(settings.llm.providers), environ)
             assert tracer is not None
             trace = tracer.begin(NO_HEADERS, "chat/completions", 1.0)
             assert trace is not None
@@ -87,4 +85,4 @@ async def test_headers_and_resource_come_from_the_environment(tmp_path: Path) ->
 async def test_there_is_no_tracer_without_an_endpoint(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         broken = dict.fromkeys((*tracing.HEADERS, tracing.RESOURCE), "no pairs")
-        assert open_tracer(stack, settings_with(tmp_path), {}, broken) is None
+        assert open_tracer(stack, settings_with(tmp_path), Metrics({}), broken) is None

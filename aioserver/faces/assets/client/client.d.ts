@@ -162,5 +162,5 @@ export class Client {
 /** The seconds before connecting again after so many failures and a close code; null: never. */
 export function reconnectDelay(code: number, failures: number, retryAfter?: number): number | null;
 
-/** Seconds: *least*, and a part by chance of a span that doubles with each failure, up to 30 s. */
+/** Seconds: *least*, and a part by chance of a span that doubles with each failure, up to 30 s; up to 8 s if *least* is more than 0. */
 export function backoff(least: number, failures: number, span: number): number;

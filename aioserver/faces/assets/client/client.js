@@ -14,13 +14,14 @@ const FINAL_CODES = new Set([1002, 1003, 1007, 1008]); // close codes after whic
 // After these errors a question is asked again, if nothing of its answer has come: up to its deadline, or at most twice.
 const BUSY = ["server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout", "circuit_open"];
 const LATER = new Set([...BUSY, "no_provider", "provider_rate_limited", "rate_limit_exceeded"]);
+const ROOM = new Set([...BUSY.slice(0, 4), "concurrency_exceeded"]); // those that say that all places are taken
 const TWICE = new Set(["request_timeout", "connect_error", "connect_timeout"]);
 const AWAY = new Set([502, 503, 504]); // statuses of a server that is full, or that is not there, behind a proxy
 const SHUT = new Set(["server_at_capacity", "server_shutdown", "server_unavailable"]); // codes that refuse all that is asked
 const LOST = "the server has lost the rest of this answer: it was started anew, or keeps it no longer";
 const ENDS = new Set(["complete", "error", "cancelled", "busy"]); // statuses after which nothing more is sent
-// Seconds: *least*, which a server may have asked for, and a part by chance of a span that doubles with each failure.
-export const backoff = (least, failures, span) => Math.min(3600, least) + Math.random() * Math.min(30, span * 2 ** failures);
+// Seconds: *least*, which a server that is there has asked for, and a part by chance of a span that doubles with each failure.
+export const backoff = (least, failures, span) => Math.min(3600, least) + Math.random() * Math.min(least > 0 ? 8 : 30, span * 2 ** failures);
 // The seconds before connecting again after so many failures and a close code; null: never. After a restart clients come one by one.
 export function reconnectDelay(code, failures, retryAfter = 0) {
   if (code === 1012) return Math.min(3600, Math.max(retryAfter, 1 + 9 * Math.random()));
@@ -49,6 +50,7 @@ export class Client {
   #failures = 0; // to connect, in succession
   // The last one: when it was, and before which time nothing is sent (performance.now()); *told*: the server has said when.
   #loss = { code: 1000, fault: undefined, told: false, at: 0, notBefore: 0 };
+  #firm = 0; // before which time nothing is sent, whatever becomes of a server that was full
   #losses = 0; // so far, of requests for server-sent events
   #down = false; // whether no request since the last of them has had a response; then one is sent, and the others wait for it
   #trial = null; // the question whose request that is
@@ -80,8 +82,8 @@ export class Client {
     const body = JSON.stringify({ ...question, provider, model, metadata, streaming, options: fields, ...terms }); // the same at each sending
     const link = { id, last, body, deadline, stop: new AbortController(), wake() {}, unread: [], size: 0, text: "", complete: null };
     Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, losses: 0, shown: last > 1 }); // event 1 is `processing`
-    Object.assign(link, { behind: false, resuming: false }); // whether events were dropped, and whether they were asked for again
-    Object.assign(link, { asked: options.lastEventId !== undefined }); // whether it surely was asked
+    // Whether events were dropped and asked for again, and whether it surely was asked.
+    Object.assign(link, { behind: false, resuming: false, asked: options.lastEventId !== undefined });
     const events = () => this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
     const pieces = async function* () { for await (const event of events()) if (event.type === "text") yield event.text; };
     const text = async (whole = "") => { for await (const piece of pieces()) whole += piece; return whole; };
@@ -153,7 +155,7 @@ export class Client {
     if (seconds !== null) {
       if (number || fault.code !== "slow_client") link.sent = 0; // nothing has begun
       if (number) Object.assign(link, { id: newId(), last: 0, asked: false }); // the id was that of what has failed
-      Object.assign(link, { notBefore: Date.now() + seconds * 1000, dropped: link.last });
+      Object.assign(link, { notBefore: Date.now() + seconds * 1000, dropped: link.last, full: ROOM.has(fault.code) });
       return { type: "waiting", code: fault.code, message: fault.error, seconds };
     }
     Object.assign(link, { settled: ENDS.has(status) && (number || !link.last), last: number ?? link.last });
@@ -184,16 +186,22 @@ export class Client {
     link.request?.abort();
     if (!this.#links.delete(link) || link.settled || !(link.sent || link.asked)) return;
     const path = `${this.endpoints.sse}/${encodeURIComponent(link.id)}`;
-    if (this.#sse) this.#fetch(path, { method: "DELETE", keepalive: true }).catch(() => {});
-    else if (this.state.name === "open") this.#attempt.send({ action: "cancel", request_id: link.id });
+    if (this.#sse) this.#fetch(path, { method: "DELETE", keepalive: true }).then(() => this.#giveBack(), () => {});
+    else if (this.state.name === "open") this.#attempt.send({ action: "cancel", request_id: link.id }), this.#giveBack();
+  }
+
+  // An answer has ended at the server, and its place is free: of the questions for which there was no room the first one asks at once.
+  #giveBack() {
+    if (this.#sse && ROOM.has(this.#loss.fault?.code)) this.#loss.notBefore = Math.min(this.#loss.notBefore, this.#firm);
+    for (const link of this.#links) if (link.full) return Object.assign(link, { full: false, notBefore: 0 }).wake();
   }
 
   // Send the question, or resume its answer. One that may have arrived is sent again by its id, while the server knows that.
   #attach(link) {
     const { id, last, sent, asked } = link;
     const resumed = last > 0 || asked || (sent > 0 && Date.now() - sent > RESEND_WITHIN);
-    Object.assign(link, { attached: true, sent: resumed ? sent : Date.now() });
-    Object.assign(link, { behind: false, resuming: false });
+    const fresh = { behind: false, resuming: false, full: false, ended: false };
+    Object.assign(link, fresh, { attached: true, sent: resumed ? sent : Date.now() });
     if (this.#sse) this.#follow(link, resumed);
     else if (resumed) this.#resume(link);
     else this.#attempt.socket.send(`{"action":"chat","request_id":${JSON.stringify(id)},"payload":${link.body}}`);
@@ -215,6 +223,8 @@ export class Client {
     if (number) Object.assign(link, { behind: false, resuming: false });
     link.attached = !ENDS.has(frame.status);
     this.#push(link, { chunk: {}, ...frame }, size);
+    link.ended = number > 1 && !link.attached && !LATER.has(frame.chunk?.code); // it had a place
+    if (link.ended && !this.#sse) this.#giveBack();
   }
 
   // Of the positions in a queue only the newest is of interest.
@@ -235,6 +245,7 @@ export class Client {
     const failures = counted ? this.#failures++ : 0;
     const seconds = counted ? reconnectDelay(code, failures, fault?.retry_after) : (fault?.retry_after ?? 0);
     const until = performance.now() + 1000 * (seconds ?? backoff(0, failures - 1, failures && 0.5));
+    if (!ROOM.has(fault?.code)) this.#firm = Math.max(this.#firm, until);
     const told = code === 1013 || fault?.retry_after > 0; // whether the server says when to come back
     // One that allows an earlier return does not take back what the server has asked for.
     if (!(this.#rest > 0 && this.#loss.notBefore > until)) this.#loss = { code, fault, told, at: performance.now(), notBefore: until };
@@ -328,8 +339,7 @@ export class Client {
     const [longest] = [...this.#links].filter((link) => link.attached && !link.last).sort((a, b) => b.body.length - a.body.length);
     if (code === 1009 && longest) longest.fault = { error: "the question is too large", ...fault, code: "request_too_large" };
     for (const link of this.#links) link.attached = false;
-    [this.#down, this.#trial] = [this.#sse, null];
-    this.#losses += 1;
+    [this.#down, this.#trial, this.#losses] = [this.#sse, null, this.#losses + 1];
     if (seconds === null) for (const link of this.#links) link.fault ??= fault ?? { error: `the server closed the connection (${code})` };
     const wanted = this.#links.size > 0 || (this.#keep && code !== 1000 && code !== 1009);
     if (seconds === null || !wanted) return this.#setState({ name: "closed", code, fault });
@@ -377,17 +387,14 @@ export class Client {
       for (const other of this.#links) other.wake();
     };
     let fault; // what the function for the key has thrown
-    const key = async () => {
-      try {
-        return await this.#key();
-      } catch (error) {
-        fault = { error: error.message };
-        throw error;
-      }
+    const failed = (error) => {
+      fault = { error: error.message };
+      throw error;
     };
+    const key = async () => this.#key();
     let [path, init, response] = resumed ? [`/${encodeURIComponent(link.id)}`, { headers: { "Last-Event-ID": String(link.last) } }] : ["", ask];
     try {
-      response = await this.#fetch(this.endpoints.sse + path, { ...init, ask: key, signal: request.signal });
+      response = await this.#fetch(this.endpoints.sse + path, { ...init, ask: () => key().catch(failed), signal: request.signal });
       if (!AWAY.has(response.status) && link.losses === this.#losses) this.#down = false;
       const events = /^text\/event-stream/.test(response.headers.get("Content-Type"));
       if (!events) this.#deliver(link, { status: "error", chunk: await refusal(response) }, 0);
@@ -404,6 +411,7 @@ export class Client {
       if (error instanceof SyntaxError) link.fault = { error: `not an event of aioserver: ${error.message}` };
     }
     if (!response) responded();
+    if (link.ended) this.#giveBack(); // the server has the place until the end of the response
     if (link.request !== request) return; // another one has begun
     if (link.attached && !response) return this.#lose(1006, fault);
     if (link.attached) this.#lostSince(link.losses);

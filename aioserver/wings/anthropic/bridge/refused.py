@@ -8,6 +8,7 @@ import orjson
 
 from aioserver.protocol.bridging.refusals import refusal
 from aioserver.provider_errors import ContextTooLong, ProviderRateLimited, ProviderRefused
+from aioserver.providers.error_mapping import reason_of
 from aioserver.wings.anthropic.wire import type_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def translate(fault: ProviderFault, body: bytes) -> None:
         fault.provider_answer = None
         return
     said = refusal(body)
-    message = said.text[:MAX_MESSAGE] if isinstance(fault, ProviderRefused) else fault.message
+    if isinstance(fault, ProviderRefused):
+        message = said.text[:MAX_MESSAGE]
+    else:
+        message = reason_of(fault.http_status, body)
     if isinstance(fault, ContextTooLong):
         if said.limit is not None and said.asked is not None and said.asked >= said.limit:
             message = f"{TOO_LONG}: {said.asked} tokens > {said.limit} maximum"

@@ -262,6 +262,14 @@ ODD: dict[str, list[Any]] = {
 }
 
 
+def test_calls_of_one_chunk_are_blocks_of_their_own_though_they_have_one_id() -> None:
+    both = [call(None, id="f:0", name="f", arguments=f'{{"a":{n}}}') for n in (1, 2)]
+
+    made = translated(chunk(tool_calls=[one["tool_calls"][0] for one in both]), chunk("stop"))
+
+    assert [block["input"] for block in made["content"]] == [{"a": 1}, {"a": 2}]
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_calls_are_read_however_an_engine_sends_them(name: str) -> None:
     made = translated(*[chunk(**piece) for piece in ODD[name]], chunk("stop"))
@@ -526,6 +534,24 @@ def whole_choice(chunks: list[Any]) -> dict[str, Any]:
             known["function"]["arguments"] += piece["function"]["arguments"]
     message["tool_calls"] = list(calls.values())
     return {"index": 0, "message": message, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize("same", [{"id": "f:0"}, {"index": 0}, {"id": "f:0", "index": 0}, {}])
+def test_calls_of_one_whole_answer_are_blocks_of_their_own_whatever_they_have_in_common(
+    same: dict[str, Any],
+) -> None:
+    calls = [
+        {**same, "function": {"name": "f", "arguments": f'{{"a":{number}}}'}}
+        for number in range(3)
+    ]
+    choice = {"index": 0, "message": {"tool_calls": calls}, "finish_reason": "tool_calls"}
+    request = at_once(chat_request(orjson.dumps(ASKED)))
+    writer = WholeWriter(request, NAME, 1 << 20)
+
+    made = orjson.loads(at_once(whole_message(orjson.dumps({"choices": [choice]}), writer)))
+
+    assert [block["input"] for block in made["content"]] == [{"a": 0}, {"a": 1}, {"a": 2}]
+    assert len({block["id"] for block in made["content"]}) == 3
 
 
 def test_a_whole_answer_with_arguments_that_are_no_json_is_a_fault() -> None:

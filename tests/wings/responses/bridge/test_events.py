@@ -195,6 +195,14 @@ CALLS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+def test_two_calls_of_one_chunk_are_two_items_though_they_have_one_id() -> None:
+    both = [call(None, id="f:0", name="f", arguments=text)["tool_calls"][0] for text in "12"]
+
+    response = check_run(written(delta(tool_calls=both), delta("tool_calls")))
+
+    assert [item["arguments"] for item in response["output"]] == ["1", "2"]
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_two_calls_are_two_items(name: str) -> None:
     deltas = CALLS[name]

@@ -103,6 +103,8 @@ MESSAGES: dict[str, Any] = {
     "calls": {"content": LONG, "tool_calls": [tool("f", LONG, id=f"c{n}") for n in range(5)]},
     "calls without ids": {"tool_calls": [tool("f", LONG), tool("g", "{}"), tool("h", "")]},
     "calls with indices": {"tool_calls": [tool("f", LONG, index=n, id=f"c{n}") for n in range(3)]},
+    "calls with one id": {"tool_calls": [tool("f", LONG, id="c") for _ in range(5)]},
+    "calls with one index": {"tool_calls": [tool("f", LONG, index=0) for _ in range(5)]},
     "a custom tool": {"tool_calls": [tool("apply_patch", orjson.dumps({"input": LONG}).decode())]},
     "arguments that are an object": {"tool_calls": [tool("f", {"a": LONG}, id="c")]},
     "no list of calls": {"content": LONG, "tool_calls": {"a": 1}},
@@ -133,6 +135,25 @@ def test_an_answer_that_is_read_in_pieces_is_the_same_response(
     assert outcome() == expected
     if isinstance(expected, bytes):
         check_response(orjson.loads(expected))
+
+
+@pytest.mark.parametrize("arguments", ['{"a":1}', orjson.dumps({"a": LONG}).decode()])
+@pytest.mark.parametrize("same", [{"id": "f:0"}, {"index": 0}, {"id": "f:0", "index": 0}, {}])
+@pytest.mark.parametrize("steps", ["one step", "small_steps"])
+def test_each_call_of_a_whole_answer_is_one_whatever_it_has_in_common_with_others(
+    same: dict[str, Any], arguments: str, steps: str, request: pytest.FixtureRequest
+) -> None:
+    if steps == "small_steps":
+        request.getfixturevalue(steps)
+    names = ["f", "g", "f"]
+    calls = [tool(name, arguments, **same) for name in names]
+    calls.insert(2, tool("h", arguments, id="another"))
+
+    response = orjson.loads(whole(answer({"content": None, "tool_calls": calls})))
+
+    assert [(item["name"], item["arguments"]) for item in response["output"]] == [
+        (name, arguments) for name in ("f", "g", "h", "f")
+    ]
 
 
 @pytest.mark.usefixtures("small_steps")

@@ -1,0 +1,89 @@
+"""Browser sessions: what a browser gets for a key or a token, and holds in a cookie.
+
+A session is `name.expiry.mac`, with an HMAC (RFC 2104) of the name, the expiry and of what the
+session is *bound* to: the hash of its key, or whose tokens are taken. So it ends where that does,
+is valid in every process that has the same secret, and is kept nowhere.
+
+The secret is random and made for this alone. Whatever is made of another secret can be guessed
+where that can: providers' keys are words of a manual as often as not. It comes from the process
+that starts the workers, and instances of a cluster agree on one through its server.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SESSION_SECONDS = 12 * 3600
+# Bytes of a secret: those of the digest (RFC 2104, 3).
+SECRET_BYTES = 32
+# Bytes of what a session is bound to: with one length for all, no two texts are one.
+BOUND_BYTES = 32
+# Digits of an expiry at most: a longer number is no date, and int() is slow with thousands of
+# digits.
+MAX_EXPIRY_DIGITS = 15
+
+
+def new_secret() -> bytes:
+    """Return a secret for `Sessions`."""
+    return secrets.token_bytes(SECRET_BYTES)
+
+
+class Sessions:
+    """Makes sessions, and reads them.
+
+    Always: what another secret has signed is no session; without a *secret* a random one signs.
+    *clock* shows wall time: a session may be older than the process.
+    """
+
+    def __init__(
+        self, secret: bytes | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._clock = clock
+        self.use(new_secret() if secret is None else secret)
+
+    def use(self, secret: bytes) -> None:
+        """Sign with *secret* from now on: sessions of another one have ended.
+
+        Raises:
+            ValueError: it is too short to be one.
+        """
+        if len(secret) < SECRET_BYTES:
+            raise ValueError(f"a secret of sessions has {SECRET_BYTES} bytes at least")
+        self.secret = secret
+
+    def make(self, name: str, bound: bytes, until: float | None = None) -> tuple[str, int]:
+        """Return a session of *name* that is *bound* to BOUND_BYTES, and the seconds for which it
+        is valid: SESSION_SECONDS, and not after *until*, in wall time. They may be below 1.
+        """
+        now = int(self._clock())
+        expiry = now + SESSION_SECONDS if until is None else min(now + SESSION_SECONDS, int(until))
+        text = f"{name}.{expiry}"
+        return f"{text}.{self._mac(text, bound)}", expiry - now
+
+    def seconds(self, session: str, bound: bytes) -> float:
+        """Return for how long *session* is valid yet, if it is *bound* so; 0.0 if it is not."""
+        text, _, mac = session.rpartition(".")
+        expiry = text.rpartition(".")[2]
+        if not (expiry.isascii() and expiry.isdigit() and len(expiry) <= MAX_EXPIRY_DIGITS):
+            return 0.0
+        expected = self._mac(text, bound)
+        if not hmac.compare_digest(expected.encode(), mac.encode("utf-8", "surrogatepass")):
+            return 0.0
+        return max(0.0, int(expiry) - self._clock())
+
+    def _mac(self, text: str, bound: bytes) -> str:
+        assert len(bound) == BOUND_BYTES
+        message = bound + text.encode("utf-8", "surrogatepass")
+        return hmac.digest(self.secret, message, "sha256").hex()
+
+
+def name_in(session: str) -> str:
+    """Return the name in *session*, which may be a guess."""
+    # A name may contain dots; the other two parts cannot.
+    return session.rpartition(".")[0].rpartition(".")[0]

@@ -1,0 +1,65 @@
+"""The border between an answer and what is written down about it: counters, records, sums, lines of
+the ledger, traces.
+
+Nothing of it can fail an answer, which was given and paid for. The methods by which answers come
+here are marked with `bookkeeping`; a method behind one of them needs no care of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.telemetry.bugs import Bugs
+
+logger = logging.getLogger("aioserver.bookkeeping")
+
+
+class Bookkeeper(Protocol):
+    """What has such methods."""
+
+    @property
+    def bugs(self) -> Bugs:
+        """Counts the bugs that one of them meets."""
+
+
+B = TypeVar("B", bound=Bookkeeper)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def bookkeeping(
+    otherwise: Callable[..., Any],
+) -> Callable[[Callable[Concatenate[B, P], R]], Callable[Concatenate[B, P], R]]:
+    """Let the method that is decorated raise no exception: a bug in it is logged, and counted.
+
+    *otherwise* returns what it returns then, by its arguments.
+    """
+
+    def decorate(method: Callable[Concatenate[B, P], R]) -> Callable[Concatenate[B, P], R]:
+        @wraps(method)
+        def kept(self: B, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return method(self, *args, **kwargs)
+            except Exception as bug:
+                logger.exception("bug in the bookkeeping")
+                self.bugs.note(bug)
+                instead: R = otherwise(*args, **kwargs)
+                return instead
+
+        return kept
+
+    return decorate
+
+
+def nothing(*_args: object, **_kwargs: object) -> None:
+    """Return nothing."""
+
+
+def first(value: Any, *_args: object, **_kwargs: object) -> Any:
+    """Return the first argument as it is."""
+    return value
