@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NoReturn
 from aioserver.commands import output
 from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
-from aioserver.limits.gate import Gate
 from aioserver.server import garbage, listener, memory, preflight, systemd
 from aioserver.server.app import open_server
 from aioserver.server.reload import Reload, log_remarks
@@ -244,7 +243,7 @@ async def _run(
         async with open_server(
             settings,
             pepper=None if worker is None else worker.pepper(),
-            make_admission=Gate if worker is None or loads is None else worker.gate_maker(loads),
+            share_door=None if worker is None or loads is None else worker.door_sharer(loads),
             scope=None if worker is None else worker.scope,
             private_server=None if worker is None else worker.server_url,
             worker=None if worker is None else worker.slot,

@@ -95,9 +95,9 @@ class Rate(Protocol):
         """Correct, once, what was taken: so much was *spent*; None: it was not used at all."""
 
 
-class Supply(Protocol):
+class Supply:
     """Who shares one limit among several processes. It calls `Scheduler.resize` with the places
-    that this process may use.
+    that this process may use. What an heir does not override does nothing.
     """
 
     def check(self) -> None:
@@ -122,6 +122,7 @@ class Supply(Protocol):
 
     def share(self, size: int) -> int:
         """Return what this process has of *size*, which is not lent to and fro."""
+        return size
 
 
 class QueueStats(msgspec.Struct, frozen=True):
@@ -391,22 +392,22 @@ class Resource:
             return None
         grant = Grant(self, ticket, index, taken)
         ticket.grants[grant] = None
-        self._enter(grant, limit)
-        return grant
-
-    def _enter(self, grant: Grant, limit: Places | None) -> None:
-        """Take a place for *grant*, which has not waited for it."""
-        if self.fair:
-            if self.queue.size:
-                grant.charge = self._charge(grant)
-            else:
-                self._early[grant] = None
-        places = self.places
+        # Not by `take`: this runs once per request.
         places.inside += 1
         if places.inside == places.limit:
             places.full_since = places.clock()
         if limit is not None:
             limit.take()
+        if self.fair:
+            self._charge_early(grant)
+        return grant
+
+    def _charge_early(self, grant: Grant) -> None:
+        """Charge the caller of *grant*, which has not waited, now or later."""
+        if self.queue.size:
+            grant.charge = self._charge(grant)
+        else:
+            self._early[grant] = None
 
     def _try_both(self, ticket: Ticket, index: int, cost: int) -> Grant | None:
         """Return a grant of the resource around this one, with one of this one in it."""
@@ -414,7 +415,11 @@ class Resource:
         grant = self.within.try_start(ticket, cost)
         if grant is not None:
             grant.inner = Grant(self, ticket, index, True)
-            self._enter(grant.inner, self.limits[index])
+            self.places.take()
+            if (limit := self.limits[index]) is not None:
+                limit.take()
+            if self.fair:
+                self._charge_early(grant.inner)
         return grant
 
     def next(self) -> Bid | None:

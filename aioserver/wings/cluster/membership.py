@@ -122,7 +122,7 @@ class Membership:
         self.limits = limits = SharedLimits(self.leases, scope)
         # What `Sharing` asks of it.
         self.make_gate, self.observe = limits.make_gate, limits.observe
-        self.make_quota, self.make_admission = limits.make_quota, limits.make_admission
+        self.make_quota, self.share_door = limits.make_quota, limits.share_door
         self._url, self._ways = url, ways
         self._connection = ways.commands(url)
         self.bus: ClosableBus | None = None
