@@ -158,7 +158,13 @@ class Provider:
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
-        self.pools = Pools(settings, base_url, pending=lambda: self._pending, hop=hop)
+        self.pools = Pools(
+            settings,
+            base_url,
+            pending=lambda: self._pending,
+            hop=hop,
+            scheduler=self.scheduler,
+        )
         self.budget = Budget(clock)
         # Set at the end of the last attempt; None unless the provider is removed.
         self._drained: asyncio.Event | None = None

@@ -98,9 +98,8 @@ class Deadlines:
             # Any of them may be of the class batch.
             if Clock.now - began > BATCH_PATIENCE * limits.queue_timeout + LATE:
                 self._broken(f"parked for {Clock.now - began:.2f} s at {provider.name}")
-        if provider.pools.gate._queue:
-            what = f"a connection to {provider.name}"
-            self._look_at_queue(provider.pools.gate, limits.pool_timeout, what)
+        what = f"a connection to {provider.name}"
+        self._look_at_waits(provider.pools.gate, (limits.pool_timeout,), what)
         for connection in provider.pools.in_use:
             exchange = connection.protocol.exchange
             if exchange is None:

@@ -152,7 +152,7 @@ class Watch:
             self._look_at_batch(gate)
         if sockets.inside > sockets.limit:
             self._look_at_excess(sockets, f"connections to {provider.name}")
-        elif sockets._queue and sockets.inside < sockets.limit:
+        elif sockets.waiting and sockets.inside < sockets.limit:
             self._broken(f"requests wait for connections to {provider.name}, and some are free")
 
     def _look_at_background(self, provider: Provider) -> None:
