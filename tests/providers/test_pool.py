@@ -304,7 +304,9 @@ async def test_a_wait_for_a_connection_ends_with_the_pool_timeout() -> None:
 async def test_connections_that_were_idle_say_nothing_of_how_long_others_are_used(
     clock: FakeClock,
 ) -> None:
-    limits = dataclasses.replace(LIMITS, max_connections=1, max_keepalive=1, pool_timeout=1.0)
+    limits = dataclasses.replace(
+        LIMITS, max_connections=1, max_keepalive=1, concurrent_requests=1, pool_timeout=1.0
+    )
     gate = connection_gate(limits, Scheduler(asyncio.get_running_loop()), clock)
     for _ in range(9):
         place = gate.try_start(Ticket())
