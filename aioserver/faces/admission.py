@@ -105,7 +105,7 @@ class Admission:
             serve=scheduler.serve,
             clock=loop.time,
             classes=CLASSES,
-            fair=False,
+            bare=True,
         )
         if share is not None:
             share(scheduler, self.gate, limits.max_connections)
@@ -478,12 +478,23 @@ class Visit(BodyHold, eq=False, kw_only=True):
         self._return.add_done_callback(partial(_conclude, back))
         return back
 
+    def _end_loan(self, place: Grant) -> None:
+        if self._return is not None:
+            self._return.cancel()
+            self._return = None
+        # If lending has failed, it has it still.
+        place.release()
+        self._admission.scheduler.close(place.ticket)
+
     async def _come_back(self, ticket: Ticket) -> None:
         self._has(await self._admission.scheduler.granted(ticket))
 
     def _has(self, place: Grant) -> None:
-        # First what may fail: one that is still lent ends with its ticket.
-        self._admission.idle_sockets.opened(self.name)
+        try:
+            self._admission.idle_sockets.opened(self.name)
+        except BaseException:
+            place.release()
+            raise
         self._place, self.lent = place, False
 
     def __exit__(self, *_exc: object) -> None:
@@ -491,11 +502,8 @@ class Visit(BodyHold, eq=False, kw_only=True):
             if (place := self._place) is not None:
                 self._place = None
                 try:
-                    if self._return is not None:
-                        self._return.cancel()
-                        self._return = None
                     if self.lent:
-                        self._admission.scheduler.close(place.ticket)
+                        self._end_loan(place)
                     else:
                         place.release()
                 finally:

@@ -252,9 +252,9 @@ class Grant(msgspec.Struct, eq=False):
 
     _resource: Resource | None
     ticket: Ticket
-    index: int
+    index: int = 0
     # What the rate has counted, and with what its caller was charged.
-    taken: object
+    taken: object = True
     charge: Charge[Bid] | None = None
     # That of a resource within this one.
     inner: Grant | None = None
@@ -271,7 +271,7 @@ class Grant(msgspec.Struct, eq=False):
         """
         if (resource := self._resource) is not None:
             self._resource = None
-            if self.taken is not True and spent is not None:
+            if spent is not None and self.taken is not True:
                 resource.settle(self.taken, spent)
             resource.leave(self, work)
 
@@ -296,9 +296,10 @@ class Resource:
     *refuse* makes the error of a refusal: its reason, the seconds after which to come back, and
     the bid. *serve* is called when a place has become free. *keeps* says whether tickets that
     start now keep their slots, since they may have to come back: they are trials. It is a *part*
-    of what it is *within*. A queue of size 0 lets nobody wait. Unless it is *fair*, all tickets
-    have one caller, and nobody is charged for a start without a wait. Where places are taken by
-    what may be *idle*, the time between two that become free counts only while somebody waits.
+    of what it is *within*. A queue of size 0 lets nobody wait. Of a *bare* one all tickets have one
+    caller, whom nobody charges, and whoever is granted a place gives it back: `Scheduler.close`
+    does not know of it. Where places are taken by what may be *idle*, the time between two that
+    become free counts only while somebody waits.
     """
 
     def __init__(
@@ -317,13 +318,13 @@ class Resource:
         within: Resource | None = None,
         part: Callable[[int], int] | None = None,
         supply: Supply | None = None,
-        fair: bool = True,
+        bare: bool = False,
         idle: bool = False,
     ) -> None:
         self.name, self.queue_size, self.queue_timeout = name, queue_size, queue_timeout
         self.refuse, self.serve, self.clock, self.keeps = refuse, serve, clock, keeps
         self.classes, self.rate, self.within, self.part = classes, rate, within, part
-        self.supply, self.fair, self.idle = supply, fair, idle
+        self.supply, self.bare, self.idle = supply, bare, idle
         # How many places may be free in other processes: so much longer may the queue be; and for
         # how many seconds a ticket may wait that would be refused at once otherwise.
         self.elsewhere, self.grace = 0, 0.0
@@ -347,8 +348,25 @@ class Resource:
         self.slots, self.class_slots = 0, [0 for _ in classes]
         # The resources within this one.
         self.inner: list[Resource] = []
+        # Whether a start takes nothing but a place.
+        self._plain = False
+        self._note_plain()
         if within is not None:
             within.inner.append(self)
+
+    def share(self, supply: Supply) -> None:
+        """Have the capacity from *supply* from now on."""
+        self.supply = supply
+        self._note_plain()
+
+    def close(self, error: Callable[[], BaseException], *, finishes: bool) -> None:
+        """Refuse all who come from now on; see `Scheduler.shut`."""
+        self.closed, self.finishes = error, finishes
+        self._note_plain()
+
+    def _note_plain(self) -> None:
+        others = self.supply, self.closed, self.rate, self.within, *self.limits
+        self._plain = self.bare and not any(others)
 
     @property
     def inside(self) -> int:
@@ -373,9 +391,18 @@ class Resource:
 
     def try_start(self, ticket: Ticket, cost: int = 0) -> Grant | None:
         """Return a grant if one is free and nobody waits for it."""
+        places = self.places
+        if self._plain:
+            if places.inside >= places.limit or self.queue.size:
+                return None
+            # Not by `take`: this runs once per request.
+            places.inside += 1
+            if places.inside == places.limit:
+                places.full_since = places.clock()
+            return Grant(self, ticket)
         if self.supply is not None:
             self.supply.check()
-        places, queues = self.places, self.queue.queues
+        queues = self.queue.queues
         if places.inside >= places.limit or queues[0].size or self.closed is not None:
             return None
         index, limit = 0, None
@@ -391,14 +418,14 @@ class Resource:
         if self.rate is not None and (taken := self.rate.try_take(cost)) is None:
             return None
         grant = Grant(self, ticket, index, taken)
-        ticket.grants[grant] = None
-        # Not by `take`: this runs once per request.
+        # As above.
         places.inside += 1
         if places.inside == places.limit:
             places.full_since = places.clock()
         if limit is not None:
             limit.take()
-        if self.fair:
+        if not self.bare:
+            ticket.grants[grant] = None
             self._charge_early(grant)
         return grant
 
@@ -418,8 +445,7 @@ class Resource:
             self.places.take()
             if (limit := self.limits[index]) is not None:
                 limit.take()
-            if self.fair:
-                self._charge_early(grant.inner)
+            self._charge_early(grant.inner)
         return grant
 
     def next(self) -> Bid | None:
@@ -448,6 +474,9 @@ class Resource:
         if (limit := self.limits[bid.index]) is not None:
             limit.take()
         grant = Grant(self, bid.ticket, bid.index, taken)
+        if self.bare:
+            charge.settle()
+            return grant
         grant.charge, grant.inner, bid.inner = charge, bid.inner, None
         if self.within is None:
             bid.ticket.grants[grant] = None
@@ -460,24 +489,32 @@ class Resource:
 
     def leave(self, grant: Grant, work: int | None, *, serve: bool = True) -> None:
         """Take *grant* back, whose request has cost so much *work*; None: what was estimated."""
+        places = self.places
+        if self._plain:
+            if places.inside >= places.limit and (self.queue.size or not self.idle):
+                places.free()
+            else:
+                places.inside -= 1
+            if serve and self.queue.size:
+                self.serve(self)
+            return
         if self.supply is not None:
             self.supply.freed()
         ticket, index = grant.ticket, grant.index
         if grant.charge is not None:
             grant.charge.settle(work)
-        elif self.fair:
+        elif not self.bare:
             # It was had without a wait, and nobody has waited since.
             del self._early[grant]
             cost = ticket.work if work is None else work
             self.queue.queues[index].spend(ticket.caller, ticket.weight, cost)
         if index and (limit := self.limits[index]) is not None:
             limit.free()
-        places = self.places
         if places.inside >= places.limit and (self.queue.size or not self.idle):
             places.free()
         else:
             places.inside -= 1
-        if self.within is None:
+        if self.within is None and not self.bare:
             del ticket.grants[grant]
             if grant.inner is not None:
                 grant.inner.release(work)

@@ -70,8 +70,12 @@ class Scheduler:
         """
         for bid in bids:
             if not bid.not_before and (grant := bid.resource.try_start(ticket, bid.cost)):
-                if ticket.slot is not None and not grant.resource.keeps():
-                    self.free_slot(ticket)
+                try:
+                    if ticket.slot is not None and not bid.resource.keeps():
+                        self.free_slot(ticket)
+                except BaseException:
+                    grant.cancel()
+                    raise
                 return grant
         return self._wait(ticket, bids)
 
@@ -210,7 +214,7 @@ class Scheduler:
         """Refuse all who wait for *resource*, and all who come, each with an error of its own; if
         it *finishes* what has begun, not those that go on with it.
         """
-        resource.closed, resource.finishes = error, finishes
+        resource.close(error, finishes=finishes)
         self.refuse(resource, error, lambda bid: not (finishes and bid.ticket.goes_on))
         self.serve(resource)
 
@@ -247,6 +251,7 @@ class Scheduler:
             self._expire_at(ticket)
             if ticket.on_position is not None:
                 self._report_first(ticket)
+        if ticket in self.waiting:
             return None
         outcome, ticket.outcome = ticket.outcome, None
         if isinstance(outcome, Grant):
@@ -491,7 +496,11 @@ class Scheduler:
         news = known[best].resource, places[best][0], eta
         if ticket.reported != news:
             ticket.reported = news
-            ticket.on_position(*news)
+            try:
+                ticket.on_position(*news)
+            except Exception as error:  # noqa: BLE001 - it is raised in the task that waits
+                if ticket in self.waiting:
+                    self._end(ticket, error)
 
 
 def _leads_to(bid: Bid, resource: Resource) -> bool:

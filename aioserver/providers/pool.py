@@ -85,7 +85,7 @@ def connection_gate(
         refuse=_refuse,
         serve=scheduler.serve,
         clock=clock,
-        fair=False,
+        bare=True,
         idle=True,
     )
 

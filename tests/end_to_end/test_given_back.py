@@ -173,6 +173,7 @@ SHARED = {
     Function("wings.cluster.shared_budget", "SharedBudget.reserve"),
     Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
+    Function("wings.responses.redis", "SharedResponses.load"),
 }
 # These count something else: the starts of a caller, bytes on their way to a file, connections for
 # the balance.
@@ -189,6 +190,7 @@ OTHERS = {
 # These take over what their callers have taken: all that they do is within a `try`.
 TAKE_OVER = {
     Function("faces.admission", "Visit.enter"),
+    Function("faces.admission", "Visit._has"),
     Function("limits.gate", "Gate._wait"),
     Function("providers.exchange", "Exchange.run"),
 }
