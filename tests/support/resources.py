@@ -46,15 +46,19 @@ class Line:
     def _refuse(reason: Reason, seconds: float, _bid: Bid) -> ServerAtCapacity:
         return ServerAtCapacity(FULL if reason is Reason.FULL else LATE, retry_after=seconds)
 
-    def try_enter(self, caller: Hashable = None) -> Grant | None:
+    def try_enter(self, caller: Hashable = None, **options: Any) -> Grant | None:
         """A grant, if one is free."""
-        return self.resource.try_start(Ticket(caller))
+        return self.resource.try_start(Ticket(caller, **options))
 
     async def enter(
-        self, caller: Hashable = None, on_position: Callable[[int, float], None] | None = None
+        self,
+        caller: Hashable = None,
+        *,
+        on_position: Callable[[int, float], None] | None = None,
+        **options: Any,
     ) -> Grant:
         """A grant, or a refusal."""
-        ticket = Ticket(caller, arrived=self.resource.clock())
+        ticket = Ticket(caller, **options)
         if on_position is not None:
             ticket.on_position = lambda _line, position, eta: on_position(position, eta)
         return await self.scheduler.wait(ticket, [Bid(self.resource)])
