@@ -354,7 +354,7 @@ class Resource:
         if within is not None:
             within.inner.append(self)
 
-    def share(self, supply: Supply) -> None:
+    def attach(self, supply: Supply) -> None:
         """Have the capacity from *supply* from now on."""
         self.supply = supply
         self._note_plain()

@@ -410,7 +410,7 @@ class Scheduler:
         when = min(bid.until for bid in ticket.bids)
         if ticket.timer is not None:
             ticket.timer.cancel()
-        ticket.timer = self._loop.call_at(when, self._expire, ticket)
+        ticket.timer = self._loop.call_at(when, self._expire, ticket) if when < inf else None
 
     def _expire(self, ticket: Ticket) -> None:
         ticket.timer = None

@@ -222,7 +222,7 @@ class FixedCapacity(Supply):
     ) -> None:
         self._scope, self._before = scope, before
         self._scheduler, self._door, self._limit = scheduler, door, limit
-        door.share(self)
+        door.attach(self)
         self._look()
 
     def apply(self, limit: int) -> None:
