@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NoReturn
 from aioserver.commands import output
 from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
-from aioserver.limits.gate import Gate
 from aioserver.server import garbage, listener, memory, preflight, systemd
 from aioserver.server.app import open_server
 from aioserver.server.reload import Reload, log_remarks
@@ -246,7 +245,7 @@ async def _run(
         async with open_server(
             settings,
             session_secret=None if worker is None else worker.session_secret(),
-            make_admission=Gate if worker is None or loads is None else worker.gate_maker(loads),
+            share_door=None if worker is None or loads is None else worker.door_sharer(loads),
             scope=None if worker is None else worker.scope,
             private_server=None if worker is None else worker.server_url,
             worker=None if worker is None else worker.slot,

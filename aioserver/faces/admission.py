@@ -18,9 +18,9 @@ import asyncio
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from math import ceil
+from math import ceil, inf
 from time import monotonic
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 import msgspec
 
@@ -31,8 +31,8 @@ from aioserver.faces.form import NO_FORMS
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
 from aioserver.limits.deadline import Deadline, Guard
-from aioserver.limits.gate import Gate, Place
-from aioserver.limits.loan import Lending, Loan
+from aioserver.limits.fair_queue import INTERACTIVE
+from aioserver.limits.resource import Bid, Class, Resource, Ticket
 from aioserver.protocol.terms import NO_TERMS, terms_of
 from aioserver.provider_errors import ProviderFault
 from aioserver.telemetry import logs
@@ -47,10 +47,13 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Concurrency
     from aioserver.faces.form import Forms
     from aioserver.limits.quota import Quota
+    from aioserver.limits.resource import Grant, Reason
+    from aioserver.limits.scheduler import Scheduler
     from aioserver.protocol.terms import Terms
     from aioserver.telemetry.metrics import FaceMeter, Metrics
 
 T = TypeVar("T")
+ShareDoor: TypeAlias = "Callable[[Scheduler, Resource, int], None]"
 logger = logging.getLogger("aioserver.connections")
 
 LINES_PER_SECOND = 20
@@ -60,13 +63,20 @@ REFUSAL_LINES_PER_SECOND = 1
 NOTHING: AbstractContextManager[object] = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
+# The class of requests that wait at their keys, whose places others use meanwhile. They have half
+# of the queue, come back before whoever waits at the door, and wait until their keys let them.
+LENT = "lent"
+CLASSES = (Class(INTERACTIVE), Class(LENT, 1_000_000, room=0.5, patience=inf))
 
 
 class Admission:
-    """The gate in front of the handlers, and the bytes of the bodies that may yet be sent to a
+    """The door in front of the handlers, and the bytes of the bodies that may yet be sent to a
     provider.
 
     Always: `body_bytes <= max_body_bytes`.
+
+    *share* is called with the scheduler, the door, and the number of all its places, if it shares
+    them with other processes.
     """
 
     def __init__(
@@ -74,33 +84,36 @@ class Admission:
         limits: Concurrency,
         metrics: Metrics,
         send_timeout: float,
-        gate: Callable[..., Gate] = Gate,
+        scheduler: Scheduler,
+        share: ShareDoor | None = None,
         forms: Forms = NO_FORMS,
     ) -> None:
+        self.scheduler = scheduler
         self.metrics = metrics
         self.forms = forms
         self._entered = metrics.admission_wait["entered"]
         loop = asyncio.get_running_loop()
         # Returns the loop's time.
         self.now = loop.time
-        self.gate = gate(
-            limits.max_connections,
-            queue_size=limits.connection_queue_size,
-            queue_timeout=limits.queue_timeout,
-            full_error=self._refusal,
-            timeout_error=self._refusal,
+        # Each connection has a ticket of its own; all have one caller, in order of arrival.
+        self.gate = Resource(
+            "door",
+            0,
+            queue_size=0,
+            queue_timeout=0.0,
+            refuse=self._refuse,
+            serve=scheduler.serve,
+            clock=loop.time,
+            classes=CLASSES,
+            bare=True,
         )
+        if share is not None:
+            share(scheduler, self.gate, limits.max_connections)
         self.idle_sockets = IdleSockets(
             loop,
             limit=lambda: self.gate.limit,
             waiting=lambda: self.gate.waiting,
-            elsewhere=lambda: self.gate.room_elsewhere,
-        )
-        self.lending = Lending(
-            self.gate,
-            lambda: self._refusal(self.gate.retry_after()),
-            self.idle_sockets.closed,
-            self._returned,
+            elsewhere=self._elsewhere,
         )
         self.refused_closing = 0
         # Seconds without progress after which a client is dropped that does not read its response.
@@ -113,6 +126,7 @@ class Admission:
         self._spare: dict[BodyHold, Callable[[], None]] = {}
         self._lines = logs.RateLimit(LINES_PER_SECOND)
         self.refusal_lines = logs.RateLimit(REFUSAL_LINES_PER_SECOND)
+        self._apply(limits)
 
     def apply(self, limits: Concurrency, send_timeout: float) -> None:
         """Use new limits.
@@ -121,12 +135,29 @@ class Admission:
         """
         self._limits, self.send_timeout = limits, send_timeout
         self.max_body_bytes = limits.max_body_bytes
-        self.gate.apply(
-            limits.max_connections,
-            queue_size=limits.connection_queue_size,
-            queue_timeout=limits.queue_timeout,
-        )
+        self._apply(limits)
         self.idle_sockets.limit_changed()
+
+    def _apply(self, limits: Concurrency) -> None:
+        gate = self.gate
+        size, gate.queue_timeout = limits.connection_queue_size, limits.queue_timeout
+        if (supply := gate.supply) is None:
+            gate.queue_size = size
+            self.scheduler.resize(gate, limits.max_connections)
+        else:
+            gate.queue_size = supply.share(size)
+            supply.apply(limits.max_connections)
+
+    def close(self, error: Callable[[], AioserverError]) -> None:
+        """Refuse all who wait for a place, and all who come, each with an error of its own."""
+        self.scheduler.shut(self.gate, error)
+        if self.gate.supply is not None:
+            self.gate.supply.leave()
+
+    @property
+    def lent(self) -> int:
+        """How many requests have lent their places to others."""
+        return self.gate.class_slots[1]
 
     def hold(self) -> BodyHold:
         """Return a hold for one body; the caller has it released, however the request ends."""
@@ -199,9 +230,9 @@ class Admission:
             raise
         return quota
 
-    def try_enter(self) -> Place | None:
+    def try_enter(self) -> Grant | None:
         """Return a place, or None if none is free. The caller releases it."""
-        if (place := self.gate.try_enter()) is not None:
+        if (place := self.gate.try_start(Ticket())) is not None:
             self._entered.observe_none()
         return place
 
@@ -211,7 +242,7 @@ class Admission:
         name: str,
         on_position: Callable[[int, float], None] | None = None,
         hold: BodyHold | None = None,
-    ) -> Place:
+    ) -> Grant:
         """Queue for a place, and return it; *name*: that of the key that waits.
 
         *hold*: of its body, which notes the wait.
@@ -237,10 +268,15 @@ class Admission:
                 guard: AbstractContextManager[object] = NOTHING
                 if hold is not None and hold.terms is not NO_TERMS:
                     deadline = Deadline(hold.arrived, hold.terms)
-                    on_position = partial(deadline.queued, "the door")
+                    on_position = deadline.telling("the door", None)
                     guard = Guard(deadline, self.metrics.count_deadline)
+                ticket = Ticket()
+                if (tell := on_position) is not None:
+                    ticket.on_position = lambda _door, position, eta: tell(position, eta)
                 with guard:
-                    place = await self.gate.enter(on_position=on_position)
+                    place = await self.scheduler.wait(ticket, [Bid(self.gate)])
+                # Nobody is told any more, and the ticket may last for hours.
+                ticket.on_position = None
             finally:
                 meter.waiting.value -= 1
                 self.idle_sockets.waited(name)
@@ -266,10 +302,18 @@ class Admission:
             self.idle_sockets.opened(caller)
         meter.opened.value += 1
 
-    def _returned(self, loan: Loan) -> None:
-        """Count the place that *loan* has again, unless its request is over."""
-        if not loan.over:
-            self.idle_sockets.opened(loan.name)
+    def too_many_lent(self) -> ConcurrencyExceeded | None:
+        """Return the error of one more request that would lend its place, if as many have as
+        may.
+        """
+        gate, lent = self.gate, self.lent
+        if lent < gate.queue_size // 2:
+            return None
+        return ConcurrencyExceeded(
+            f"{lent} requests wait at their keys, at most half of"
+            f" connection_queue_size={gate.queue_size}",
+            retry_after=gate.retry_after(),
+        )
 
     def closed(
         self, meter: FaceMeter, code: str = "", caller: str = "", *, gave_way: bool = False
@@ -294,7 +338,12 @@ class Admission:
         self.metrics.slow_clients.value += 1
         self.log(f"dropped: {reason}", face, logging.WARNING)
 
-    def _refusal(self, retry_after: float) -> ServerAtCapacity:
+    def _elsewhere(self) -> bool:
+        """Return whether another process may have a place that it does not use."""
+        self.gate.ask()
+        return self.gate.elsewhere > 0
+
+    def _refuse(self, _reason: Reason, retry_after: float, _bid: Bid) -> ServerAtCapacity:
         most = self._limits.max_connections
         return ServerAtCapacity(
             f"the server is full: {self.gate.inside} of {most} places are taken; try again in "
@@ -308,7 +357,7 @@ class BodyHold(msgspec.Struct, eq=False):
 
     The end of its `with` gives them back, unless the hold was `given` to a request that outlives
     the handler: the end of that request does it then. The request *arrived* at this time of the
-    loop, with these *terms*; *loan* is the place of its client, if that can be lent.
+    loop, with these *terms*.
     """
 
     _admission: Admission
@@ -317,7 +366,11 @@ class BodyHold(msgspec.Struct, eq=False):
     size: int = 0
     given: bool = False
     waited_since: float = 0.0
-    loan: Loan | None = None
+
+    @property
+    def loan(self) -> Visit | None:
+        """The client whose place can be lent while its request waits."""
+        return None
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes of this body.
@@ -369,30 +422,94 @@ class Visit(BodyHold, eq=False, kw_only=True):
     name: str
     # What counts the connection.
     quota: Quota | None = None
-    _place: Place | Loan | None = None
+    # It has ended while it is *lent*: others have it.
+    _place: Grant | None = None
+    lent: bool = False
+    _return: asyncio.Task[None] | None = None
 
-    def enter(self, place: Place) -> None:
-        """Count the client as served: it has its *place*, which can be lent while it waits in the
-        queue of its key.
-        """
-        taken: Place | Loan = place
+    def enter(self, place: Grant) -> None:
+        """Count the client as served: it has its *place*."""
         try:
-            if self.quota is not None and self.quota.queue_size > 0:
-                self.loan = taken = Loan(self._admission.lending, place, self.name)
             self._admission.opened(self.meter, self.name)
         except BaseException:
-            taken.release()
+            place.release()
             raise
-        self._place = taken
+        self._place = place
+
+    @property
+    def loan(self) -> Visit | None:
+        """Itself, if its place can be lent while its request waits in the queue of its key."""
+        quota = self.quota
+        return self if self._place is not None and quota is not None and quota.queue_size else None
+
+    def lend(self) -> None:
+        """Give the place to others for as long as the request waits at its key.
+
+        Raises:
+            ConcurrencyExceeded: as many have lent theirs as may.
+        """
+        if (place := self._place) is None or self.lent:
+            return
+        admission = self._admission
+        if (error := admission.too_many_lent()) is not None:
+            raise error
+        admission.idle_sockets.closed(self.name)
+        self.lent = True
+        admission.scheduler.suspend(place, LENT)
+
+    def regain(self, until: float) -> asyncio.Future[None] | None:
+        """Take the next free place, *until* a moment of the loop's clock; return what is done then,
+        None if the client has its place or needs none any more. It may be called again, and what
+        it has returned may be cancelled, or be dropped.
+
+        Raises:
+            AioserverError: the server is stopping; what is returned has `ServerAtCapacity` once it
+                is too late.
+        """
+        if (place := self._place) is None or not self.lent:
+            return None
+        if self._return is None or self._return.done():
+            ticket, admission = place.ticket, self._admission
+            ticket.deadline = until
+            again = admission.scheduler.enter(ticket, [Bid(admission.gate)])
+            if again is not None:
+                self._has(again)
+                return None
+            self._return = asyncio.ensure_future(self._come_back(ticket))
+        back = asyncio.get_running_loop().create_future()
+        self._return.add_done_callback(partial(_conclude, back))
+        return back
+
+    def _end_loan(self, place: Grant) -> None:
+        if self._return is not None:
+            self._return.cancel()
+            self._return = None
+        # If lending has failed, it has it still.
+        place.release()
+        self._admission.scheduler.close(place.ticket)
+
+    async def _come_back(self, ticket: Ticket) -> None:
+        self._has(await self._admission.scheduler.granted(ticket))
+
+    def _has(self, place: Grant) -> None:
+        try:
+            self._admission.idle_sockets.opened(self.name)
+        except BaseException:
+            place.release()
+            raise
+        self._place, self.lent = place, False
 
     def __exit__(self, *_exc: object) -> None:
         try:
             if (place := self._place) is not None:
-                lent = place.lent
+                self._place = None
                 try:
-                    place.release()
+                    if self.lent:
+                        self._end_loan(place)
+                    else:
+                        place.release()
                 finally:
-                    self._admission.closed(self.meter, caller=self.name, gave_way=lent)
+                    self._admission.closed(self.meter, caller=self.name, gave_way=self.lent)
         finally:
             try:
                 if self.size and not self.given:
@@ -400,6 +517,18 @@ class Visit(BodyHold, eq=False, kw_only=True):
             finally:
                 if self.quota is not None:
                     self.quota.disconnect()
+
+
+def _conclude(back: asyncio.Future[None], task: asyncio.Task[None]) -> None:
+    """Let *back*, for which perhaps nobody waits, end as *task* has."""
+    error = None if task.cancelled() else task.exception()
+    if back.done():
+        return
+    if error is None:
+        back.set_result(None)
+    else:
+        back.set_exception(error)
+        back.exception()
 
 
 def counted(

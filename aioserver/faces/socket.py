@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.limits.gate import Place
+    from aioserver.limits.resource import Grant
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.terms import Terms
 
@@ -157,7 +157,7 @@ class Socket(ABC):
         )
         self._inside = False
         # None before it has one, and after it gave way.
-        self._place: Place | None = None
+        self._place: Grant | None = None
         self._waiting: list[tuple[bytes, BodyHold]] = []
         self._pings = itertools.count(1)
         # The payload of a ping whose pong has not come.
@@ -224,7 +224,7 @@ class Socket(ABC):
 
     # Admission.
 
-    def entered(self, place: Place) -> None:
+    def entered(self, place: Grant) -> None:
         """Carry out what came while the socket waited: it has its *place* now."""
         self._place = place
         context = self._context

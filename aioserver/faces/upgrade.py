@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import Admission
     from aioserver.faces.context import Context
     from aioserver.faces.socket import Socket
-    from aioserver.limits.gate import Place
+    from aioserver.limits.resource import Grant
 
 logger = logging.getLogger("aioserver.connections")
 
@@ -46,8 +46,8 @@ class SocketPlace:
     def __init__(self, admission: Admission, socket: Socket) -> None:
         self._admission = admission
         self._socket = socket
-        self._place: Place | None = None
-        self._task: asyncio.Task[Place] | None = None
+        self._place: Grant | None = None
+        self._task: asyncio.Task[Grant] | None = None
         self._over = False
 
     def __enter__(self) -> Self:
@@ -72,7 +72,7 @@ class SocketPlace:
         if self._task is not None:
             self._task.cancel()
 
-    def _settle(self, task: asyncio.Task[Place]) -> None:
+    def _settle(self, task: asyncio.Task[Grant]) -> None:
         if task.cancelled():
             return
         error = task.exception()

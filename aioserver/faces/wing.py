@@ -43,9 +43,10 @@ class Core(msgspec.Struct, frozen=True, kw_only=True):
     """What there is before any wing is open.
 
     *commands* reach the store that all instances share; None if there is none, or no wing that
-    brings it is open yet. *scheduler* lets requests wait. *scope*: this process among those of its parent, which has called
-    `before_workers`; None if it has no parent. *private_server* is the URL of the parent's own
-    Valkey or Redis server, if it has one. *watched* reads files again that have changed.
+    brings it is open yet. *scheduler* lets requests wait. *scope*: this process among those of its
+    parent, which has called `before_workers`; None if it has no parent. *private_server* is the
+    URL of the parent's own Valkey or Redis server, if it has one. *watched* reads files again that
+    have changed.
     """
 
     settings: Settings

@@ -4,15 +4,15 @@ the secret of sessions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.auth.sessions import Sessions
     from aioserver.config.settings import ClientKey
-    from aioserver.limits.gate import Gate
     from aioserver.limits.quota import Quota
+    from aioserver.limits.resource import Resource
     from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.capacity import SharedCapacity
     from aioserver.providers.health import Health, ProviderObserver
@@ -41,8 +41,10 @@ class Sharing(Protocol):
     def make_quota(self, key: ClientKey) -> Quota:
         """Return the quota of *key*, which all instances share."""
 
-    def make_admission(self, limit: int, **bounds: Any) -> Gate:
-        """Return the gate in front of the handlers; the arguments are those of `Gate`."""
+    def share_door(self, scheduler: Scheduler, door: Resource, limit: int) -> None:
+        """Share the *limit* places in front of the handlers, if other processes have a part in
+        them.
+        """
 
     @property
     def token(self) -> int:

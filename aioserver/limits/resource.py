@@ -95,9 +95,9 @@ class Rate(Protocol):
         """Correct, once, what was taken: so much was *spent*; None: it was not used at all."""
 
 
-class Supply(Protocol):
+class Supply:
     """Who shares one limit among several processes. It calls `Scheduler.resize` with the places
-    that this process may use.
+    that this process may use. What an heir does not override does nothing.
     """
 
     def check(self) -> None:
@@ -122,6 +122,7 @@ class Supply(Protocol):
 
     def share(self, size: int) -> int:
         """Return what this process has of *size*, which is not lent to and fro."""
+        return size
 
 
 class QueueStats(msgspec.Struct, frozen=True):
@@ -266,9 +267,9 @@ class Grant(msgspec.Struct, eq=False):
 
     _resource: Resource | None
     ticket: Ticket
-    index: int
+    index: int = 0
     # What the rate has counted, and with what its caller was charged.
-    taken: object
+    taken: object = True
     charge: Charge[Bid] | None = None
     # That of a resource within this one.
     inner: Grant | None = None
@@ -285,7 +286,7 @@ class Grant(msgspec.Struct, eq=False):
         """
         if (resource := self._resource) is not None:
             self._resource = None
-            if self.taken is not True and spent is not None:
+            if spent is not None and self.taken is not True:
                 resource.settle(self.taken, spent)
             resource.leave(self, work)
 
@@ -312,9 +313,10 @@ class Resource:
     start now keep their slots, since they may have to come back: they are trials. *look* returns
     the error of a bid that comes later, if something has come up against it meanwhile. *reopens*
     estimates the seconds until a rate opens where the rate itself does not know. It is a *part* of
-    what it is *within*. A queue of size 0 lets nobody wait. Unless it is *fair*, all tickets have
-    one caller, and nobody is charged for a start without a wait. Where places are taken by what may
-    be *idle*, the time between two that become free counts only while somebody waits.
+    what it is *within*. A queue of size 0 lets nobody wait. Of a *bare* one all tickets have one
+    caller, whom nobody charges, and whoever is granted a place gives it back: `Scheduler.close`
+    does not know of it. Where places are taken by what may be *idle*, the time between two that
+    become free counts only while somebody waits.
     """
 
     def __init__(
@@ -335,14 +337,14 @@ class Resource:
         within: Resource | None = None,
         part: Callable[[int], int] | None = None,
         supply: Supply | None = None,
-        fair: bool = True,
+        bare: bool = False,
         idle: bool = False,
     ) -> None:
         self.name, self.queue_size, self.queue_timeout = name, queue_size, queue_timeout
         self.refuse, self.serve, self.clock, self.keeps = refuse, serve, clock, keeps
         self.look, self.reopens = look, reopens
         self.classes, self.rate, self.within, self.part = classes, rate, within, part
-        self.supply, self.fair, self.idle = supply, fair, idle
+        self.supply, self.bare, self.idle = supply, bare, idle
         # How many places may be free in other processes: so much longer may the queue be; and for
         # how many seconds a ticket may wait that would be refused at once otherwise.
         self.elsewhere, self.grace = 0, 0.0
@@ -368,8 +370,25 @@ class Resource:
         self.slots, self.class_slots = 0, [0 for _ in classes]
         # The resources within this one.
         self.inner: list[Resource] = []
+        # Whether a start takes nothing but a place.
+        self._plain = False
+        self._note_plain()
         if within is not None:
             within.inner.append(self)
+
+    def attach(self, supply: Supply) -> None:
+        """Have the capacity from *supply* from now on."""
+        self.supply = supply
+        self._note_plain()
+
+    def close(self, error: Callable[[], BaseException], *, finishes: bool) -> None:
+        """Refuse all who come from now on; see `Scheduler.shut`."""
+        self.closed, self.finishes = error, finishes
+        self._note_plain()
+
+    def _note_plain(self) -> None:
+        others = self.supply, self.closed, self.rate, self.within, *self.limits
+        self._plain = self.bare and not any(others)
 
     @property
     def inside(self) -> int:
@@ -394,9 +413,18 @@ class Resource:
 
     def try_start(self, ticket: Ticket, cost: int = 0) -> Grant | None:
         """Return a grant if one is free and nobody waits for it."""
+        places = self.places
+        if self._plain:
+            if places.inside >= places.limit or self.queue.size:
+                return None
+            # Not by `take`: this runs once per request.
+            places.inside += 1
+            if places.inside == places.limit:
+                places.full_since = places.clock()
+            return Grant(self, ticket)
         if self.supply is not None:
             self.supply.check()
-        places, queues = self.places, self.queue.queues
+        queues = self.queue.queues
         if places.inside >= places.limit or queues[0].size or self.closed is not None:
             return None
         index, limit = 0, None
@@ -412,23 +440,23 @@ class Resource:
         if self.rate is not None and (taken := self.rate.try_take(cost)) is None:
             return None
         grant = Grant(self, ticket, index, taken)
-        ticket.grants[grant] = None
-        self._enter(grant, limit)
-        return grant
-
-    def _enter(self, grant: Grant, limit: Places | None) -> None:
-        """Take a place for *grant*, which has not waited for it."""
-        if self.fair:
-            if self.queue.size:
-                grant.charge = self._charge(grant)
-            else:
-                self._early[grant] = None
-        places = self.places
+        # As above.
         places.inside += 1
         if places.inside == places.limit:
             places.full_since = places.clock()
         if limit is not None:
             limit.take()
+        if not self.bare:
+            ticket.grants[grant] = None
+            self._charge_early(grant)
+        return grant
+
+    def _charge_early(self, grant: Grant) -> None:
+        """Charge the caller of *grant*, which has not waited, now or later."""
+        if self.queue.size:
+            grant.charge = self._charge(grant)
+        else:
+            self._early[grant] = None
 
     def _try_both(self, ticket: Ticket, index: int, cost: int) -> Grant | None:
         """Return a grant of the resource around this one, with one of this one in it."""
@@ -436,7 +464,10 @@ class Resource:
         grant = self.within.try_start(ticket, cost)
         if grant is not None:
             grant.inner = Grant(self, ticket, index, True)
-            self._enter(grant.inner, self.limits[index])
+            self.places.take()
+            if (limit := self.limits[index]) is not None:
+                limit.take()
+            self._charge_early(grant.inner)
         return grant
 
     def next(self) -> Bid | None:
@@ -465,6 +496,9 @@ class Resource:
         if (limit := self.limits[bid.index]) is not None:
             limit.take()
         grant = Grant(self, bid.ticket, bid.index, taken)
+        if self.bare:
+            charge.settle()
+            return grant
         grant.charge, grant.inner, bid.inner = charge, bid.inner, None
         if self.within is None:
             bid.ticket.grants[grant] = None
@@ -477,24 +511,32 @@ class Resource:
 
     def leave(self, grant: Grant, work: int | None, *, serve: bool = True) -> None:
         """Take *grant* back, whose request has cost so much *work*; None: what was estimated."""
+        places = self.places
+        if self._plain:
+            if places.inside >= places.limit and (self.queue.size or not self.idle):
+                places.free()
+            else:
+                places.inside -= 1
+            if serve and self.queue.size:
+                self.serve(self)
+            return
         if self.supply is not None:
             self.supply.freed()
         ticket, index = grant.ticket, grant.index
         if grant.charge is not None:
             grant.charge.settle(work)
-        elif self.fair:
+        elif not self.bare:
             # It was had without a wait, and nobody has waited since.
             del self._early[grant]
             cost = ticket.cost() if work is None else work
             self.queue.queues[index].spend(ticket.caller, ticket.weight, cost)
         if index and (limit := self.limits[index]) is not None:
             limit.free()
-        places = self.places
         if places.inside >= places.limit and (self.queue.size or not self.idle):
             places.free()
         else:
             places.inside -= 1
-        if self.within is None:
+        if self.within is None and not self.bare:
             del ticket.grants[grant]
             if grant.inner is not None:
                 grant.inner.release(work)

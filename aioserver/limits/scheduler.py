@@ -74,8 +74,12 @@ class Scheduler:
         """
         for bid in bids:
             if not bid.not_before and (grant := bid.resource.try_start(ticket, bid.cost)):
-                if ticket.slot is not None and not (bid.parked or grant.resource.keeps()):
-                    self.free_slot(ticket)
+                try:
+                    if ticket.slot is not None and not (bid.parked or bid.resource.keeps()):
+                        self.free_slot(ticket)
+                except BaseException:
+                    grant.cancel()
+                    raise
                 ticket.won = bid
                 return grant
         return self._wait(ticket, bids)
@@ -222,7 +226,7 @@ class Scheduler:
         """Refuse all who wait for *resource*, and all who come, each with an error of its own; if
         it *finishes* what has begun, not those that go on with it.
         """
-        resource.closed, resource.finishes = error, finishes
+        resource.close(error, finishes=finishes)
         self.refuse(resource, error, lambda bid: not (finishes and bid.ticket.goes_on))
         self.serve(resource)
 
@@ -259,6 +263,7 @@ class Scheduler:
             self._expire_at(ticket)
             if ticket.on_position is not None:
                 self._report_first(ticket)
+        if ticket in self.waiting:
             return None
         outcome, ticket.outcome = ticket.outcome, None
         if isinstance(outcome, Grant):
@@ -431,7 +436,7 @@ class Scheduler:
         when = min(bid.until for bid in ticket.bids)
         if ticket.timer is not None:
             ticket.timer.cancel()
-        ticket.timer = self._loop.call_at(when, self._expire, ticket)
+        ticket.timer = self._loop.call_at(when, self._expire, ticket) if when < inf else None
 
     def _expire(self, ticket: Ticket) -> None:
         ticket.timer = None
@@ -517,7 +522,11 @@ class Scheduler:
         news = known[best].resource, places[best][0], eta
         if ticket.reported != news:
             ticket.reported = news
-            ticket.on_position(*news)
+            try:
+                ticket.on_position(*news)
+            except Exception as error:  # noqa: BLE001 - it is raised in the task that waits
+                if ticket in self.waiting:
+                    self._end(ticket, error)
 
 
 def _leads_to(bid: Bid, resource: Resource) -> bool:

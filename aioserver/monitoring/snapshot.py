@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Chat
     from aioserver.gateway.groups import Group
     from aioserver.gateway.router import Router
-    from aioserver.limits.gate import Gate
+    from aioserver.limits.resource import Resource
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import (
@@ -86,7 +86,7 @@ class Sources(msgspec.Struct, frozen=True):
 
     settings: SettingsInEffect
     metrics: Metrics
-    gate: Gate
+    gate: Resource
     streams: StreamStore
     running: Callable[[], int]
     lifetime: Lifetime

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiohttp import TCPConnector
 from aiohttp.client_proto import ResponseHandler
 
+from aioserver.limits.resource import Ticket
 from aioserver.providers.http1 import ResponseParser
 from aioserver.streams.outbox import Outbox
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientRequest, ClientTimeout
     from aiohttp.connector import Connection
 
-    from aioserver.limits.gate import Gate, Place
+    from aioserver.limits.resource import Grant, Resource
     from aioserver.streams.contracts import Path
     from aioserver.telemetry.request_log import RequestRecord
 
@@ -188,7 +189,7 @@ class PooledConnection:
         self._owner = owner
         self._connection: Connection | None = connection
         self.protocol = protocol
-        self.place: Place | None = None
+        self.place: Grant | None = None
         self.idle_since = 0.0
         protocol.pooled = self
 
@@ -261,7 +262,7 @@ class Connections:
         self,
         endpoint: ClientRequest,
         timeout: ClientTimeout,
-        gate: Gate,
+        gate: Resource,
         *,
         limit: int,
         max_idle: int,
@@ -297,7 +298,7 @@ class Connections:
         """The connections that carry exchanges, or are about to."""
         return self._in_use
 
-    def take(self, place: Place | None = None) -> PooledConnection | None:
+    def take(self, place: Grant | None = None) -> PooledConnection | None:
         """Return an idle connection; None if there is none, or no place for it.
 
         *place* is that of the request, if it has one already, and is given back if it is not
@@ -312,7 +313,7 @@ class Connections:
                 idle.popleft().discard()
                 continue
             if connection.place is None:
-                connection.place = place or self._gate.try_enter()
+                connection.place = place or self._gate.try_start(Ticket())
                 if connection.place is None:
                     return None
             elif place is not None:
@@ -321,7 +322,7 @@ class Connections:
             return connection
         return None
 
-    async def open_one(self, place: Place) -> PooledConnection:
+    async def open_one(self, place: Grant) -> PooledConnection:
         """Open a connection for the request that has *place*. Cancelling is safe.
 
         Raises:

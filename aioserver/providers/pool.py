@@ -25,7 +25,8 @@ from aiohttp import ClientRequest, ClientTimeout
 from yarl import URL
 
 from aioserver.errors import AioserverError
-from aioserver.limits.gate import Gate, Place
+from aioserver.limits.resource import Bid, Reason, Resource, Ticket
+from aioserver.limits.scheduler import Scheduler
 from aioserver.provider_errors import CertificateFault, ConnectError, ConnectTimeout, PoolTimeout
 from aioserver.providers.connections import Connections
 from aioserver.tracebacks import forget_frames
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from aiohttp.client_reqrep import ConnectionKey
 
     from aioserver.config.settings import HttpClient
+    from aioserver.limits.resource import Grant
     from aioserver.providers.connections import PooledConnection
 
 logger = logging.getLogger("aioserver.pool")
@@ -71,35 +73,27 @@ class PoolStats(msgspec.Struct, frozen=True):
     waiting: int
 
 
-class ConnectionGate(Gate):
-    """A gate that counts open connections, of which some are idle: the time between two that
-    become free is measured only while requests wait for one.
-    """
-
-    def wait_begins(self) -> None:
-        """Note that a request is about to wait."""
-        if not self.waiting:
-            self._full_since = self._clock()
-
-    def _leave(self, place: Place, cost: int | None) -> None:
-        if self.waiting:
-            super()._leave(place, cost)
-        else:
-            # What was charged for it stays charged: all are of one caller.
-            self.inside -= 1
-
-
-def connection_gate(limits: HttpClient) -> ConnectionGate:
-    """Return a gate that counts open connections; a pool and its successors share one."""
-    return ConnectionGate(
+def connection_gate(
+    limits: HttpClient, scheduler: Scheduler, clock: Callable[[], float]
+) -> Resource:
+    """Return the resource that counts open connections; a pool and its successors share one."""
+    return Resource(
+        "connections",
         limits.max_connections,
         queue_size=UNBOUNDED,
         queue_timeout=limits.pool_timeout,
-        full_error=lambda wait: PoolTimeout("no free connection", retry_after=wait),
-        timeout_error=lambda wait: PoolTimeout(
-            "no connection became free within pool_timeout", retry_after=wait
-        ),
+        refuse=_refuse,
+        serve=scheduler.serve,
+        clock=clock,
+        bare=True,
+        idle=True,
     )
+
+
+def _refuse(reason: Reason, retry_after: float, _bid: Bid) -> PoolTimeout:
+    if reason is Reason.FULL:
+        return PoolTimeout("no free connection", retry_after=retry_after)
+    return PoolTimeout("no connection became free within pool_timeout", retry_after=retry_after)
 
 
 class Pool:
@@ -122,14 +116,16 @@ class Pool:
         proxy: str | None = None,
         context: ssl.SSLContext | None = None,
         pending: Callable[[], int] = lambda: 0,
-        gate: ConnectionGate | None = None,
+        scheduler: Scheduler | None = None,
+        gate: Resource | None = None,
     ) -> None:
         url = URL(base_url)
         loop = asyncio.get_running_loop()
         # True: that of aiohttp, which has loaded the system's certificates when it was imported.
         trust: ssl.SSLContext | bool = True if context is None else context
         self._limits = limits
-        self._gate = connection_gate(limits) if gate is None else gate
+        self._scheduler = scheduler = scheduler or Scheduler(loop)
+        self._gate = connection_gate(limits, scheduler, loop.time) if gate is None else gate
         # Requests that wait for a place in the gate, or have got one and have not run since. The
         # gate does not count the latter as waiting.
         self._pending = 0
@@ -192,7 +188,7 @@ class Pool:
             CertificateFault: the provider's certificate is not valid.
         """
         self._connections.give_places()
-        place = self._gate.try_enter() or await self._wait()
+        place = self._gate.try_start(Ticket()) or await self._wait()
         try:
             if (connection := self._connections.take(place)) is not None:
                 return connection
@@ -209,11 +205,10 @@ class Pool:
                 raise fault from exc
             raise
 
-    async def _wait(self) -> Place:
-        self._gate.wait_begins()
+    async def _wait(self) -> Grant:
         self._pending += 1
         try:
-            place = await self._gate.enter()
+            place = await self._scheduler.wait(Ticket(), [Bid(self._gate)])
         except BaseException:
             self._pending -= 1
             self.trim()

@@ -16,8 +16,9 @@ from msgspec.structs import replace
 
 from aioserver.config.certificates import CertificateFault, client_context
 from aioserver.config.faults import ConfigurationError
+from aioserver.limits.scheduler import Scheduler
 from aioserver.providers.http1 import RequestWriter
-from aioserver.providers.pool import UNBOUNDED, Pool, PoolStats, connection_gate
+from aioserver.providers.pool import Pool, PoolStats, connection_gate
 
 if TYPE_CHECKING:
     import ssl
@@ -61,12 +62,15 @@ class Pools:
         *,
         pending: Callable[[], int],
         hop: str = "",
+        scheduler: Scheduler | None = None,
     ) -> None:
         self._hop = hop
+        loop = asyncio.get_running_loop()
+        self._scheduler = scheduler = scheduler or Scheduler(loop)
         self._settings = settings
         self.base_url = base_url
         self._pending = pending
-        self.gate = connection_gate(settings.http_client)
+        self.gate = connection_gate(settings.http_client, scheduler, loop.time)
         self._retired: dict[Pool, asyncio.Task[None]] = {}
         self.pool, self.writer, self.certificates = self._build(settings, base_url)
 
@@ -89,11 +93,8 @@ class Pools:
                 return
             old = self.pool
             self.pool, self.writer, self.certificates = replacement
-            self.gate.apply(
-                settings.http_client.max_connections,
-                queue_size=UNBOUNDED,
-                queue_timeout=settings.http_client.pool_timeout,
-            )
+            self.gate.queue_timeout = settings.http_client.pool_timeout
+            self._scheduler.resize(self.gate, settings.http_client.max_connections)
             old.retire()
             task = asyncio.get_running_loop().create_task(old.drain())
             self._retired[old] = task
@@ -179,6 +180,7 @@ class Pools:
             proxy=settings.proxy,
             context=context,
             pending=self._pending,
+            scheduler=self._scheduler,
             gate=self.gate,
         )
         writer = RequestWriter(

@@ -176,7 +176,13 @@ class Provider:
         )
         # Attempts that run.
         self._running = 0
-        self.pools = Pools(settings, base_url, pending=lambda: self._pending, hop=hop)
+        self.pools = Pools(
+            settings,
+            base_url,
+            pending=lambda: self._pending,
+            hop=hop,
+            scheduler=self.scheduler,
+        )
         self.budget = Budget(clock)
         # Set at the end of the last attempt; None unless the provider is removed.
         self._drained: asyncio.Event | None = None

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.limits.estimate import Estimate
-    from aioserver.limits.loan import Loan
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
     from aioserver.protocol.terms import Terms
@@ -37,11 +36,31 @@ if TYPE_CHECKING:
     BodyMaker = Callable[[settings.Provider, str | None], bytes]
 
 
+class Loan(Protocol):
+    """A client whose place others can use while its request waits at its key."""
+
+    def lend(self) -> None:
+        """Give the place to others.
+
+        Raises:
+            ConcurrencyExceeded: as many have lent theirs as may.
+        """
+
+    def regain(self, until: float) -> asyncio.Future[None] | None:
+        """Take the next free place, *until* a moment of the loop's clock; return what is done then,
+        None if there is nothing to wait for.
+
+        Raises:
+            AioserverError: the server is stopping; the future has `ServerAtCapacity` once it is
+                too late.
+        """
+
+
 class Hold(Protocol):
     """The bytes of a client's body that count against `max_body_bytes`, as their request sees
     them.
 
-    *loan* is the place of its client, if that can be lent. *given* says that the request releases
+    *given* says that the request releases
     them, and not the handler that has read them.
     *waited_since* is the monotonic time since which its client had waited for a place, 0.0 if it
     has got one at once. Their request *arrived* at this time of the loop, with these *terms*.
@@ -49,9 +68,12 @@ class Hold(Protocol):
 
     given: bool
     waited_since: float
-    loan: Loan | None
     arrived: float
     terms: Terms
+
+    @property
+    def loan(self) -> Loan | None:
+        """The client whose place can be lent, if it can."""
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes.

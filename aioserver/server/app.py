@@ -40,7 +40,6 @@ from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.histories import NoHistories
 from aioserver.gateway.router import Router
-from aioserver.limits.gate import Gate
 from aioserver.limits.scheduler import Scheduler
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import Configuration
     from aioserver.config.settings import Concurrency, Llm, Settings
+    from aioserver.faces.admission import ShareDoor
     from aioserver.faces.wing import Wing
     from aioserver.gateway.instances import Instances
     from aioserver.gateway.sharing import Sharing
@@ -120,7 +120,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         context = self.context
         context.lifecycle.ready = False
         context.lifecycle.stopping.set()
-        context.admission.gate.close(shutdown_error)
+        context.admission.close(shutdown_error)
         context.gateway.drain()
         for quota in context.access.quotas().values():
             quota.queue.refuse(shutdown_error)
@@ -134,7 +134,7 @@ async def open_server(
     app: web.Application | None = None,
     *,
     session_secret: bytes | None = None,
-    make_admission: Callable[..., Gate] = Gate,
+    share_door: ShareDoor | None = None,
     scope: Scope | None = None,
     private_server: str | None = None,
     worker: int | None = None,
@@ -143,9 +143,10 @@ async def open_server(
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
     *app* must not be frozen yet. *session_secret* is that of browser sessions, a new one by
-    default. *make_admission* makes the gate in front of the handlers, unless a wing does. *scope*,
-    *private_server*: see `Core`. *worker* is the slot of this process among those that share a
-    configuration. *wings* make the features that it has beside those of the core.
+    default. *share_door* shares the places in front of the handlers with other processes, unless a
+    wing does; see `Admission`. *scope*, *private_server*: see `Core`. *worker* is the slot of this
+    process among those that share a configuration. *wings* make the features that it has beside
+    those of the core.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -219,7 +220,8 @@ async def open_server(
             chat.websocket.concurrency,
             metrics,
             chat.streams.send_timeout,
-            gate=make_admission if sharing is None else sharing.make_admission,
+            scheduler,
+            share_door if sharing is None else sharing.share_door,
             forms=Forms(form for wing in plugged for form in wing.forms()),
         )
         provider_registry = ProviderRegistry(

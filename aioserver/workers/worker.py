@@ -21,8 +21,8 @@ twice as many slots as workers.
 The shares of all workers together are the limit, and never more, but for a limit that is lower
 than the number of workers: a share is at least 1. While a worker is replaced, its successor has
 the same share. What workers share through a server (wings/cluster/limits.py) is not shared out.
-Without one `max_connections` and its queue are shared out by `FixedGate`, so that messages have
-the configured number.
+Without one `max_connections` and its queue are shared out by `FixedCapacity`, so that messages
+have the configured number.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ import asyncio
 import os
 import socket
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from aioserver.config.settings import Limits
 from aioserver.limits.fixed_share import Scope
-from aioserver.limits.gate import Gate
+from aioserver.limits.resource import Supply
 from aioserver.server.preflight import Unfit
 from aioserver.server.systemd import Notifier
 from aioserver.workers.balance import Balance
@@ -46,6 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
 
     from aioserver.config.settings import Auth, Chat, Llm, Provider, Settings
+    from aioserver.limits.resource import Resource
+    from aioserver.limits.scheduler import Scheduler
 
 OfCaller = TypeVar("OfCaller", bound=Limits)
 # The numbers of a caller that are no limits, and the limits that no server shares.
@@ -172,12 +173,16 @@ class Worker:
         """Take this worker's slot on the page of loads over, and return the page."""
         return Loads(self.descriptors["loads"], self.slot)
 
-    def gate_maker(self, loads: Loads) -> Callable[..., Gate]:
-        """Return what makes the gate in front of the handlers, where there is no server by which
-        places are shared.
+    def door_sharer(self, loads: Loads) -> Callable[[Scheduler, Resource, int], None]:
+        """Return what shares the places in front of the handlers, where there is no server for
+        that.
         """
         other = (self.slot + self.workers) % self.slots
-        return partial(FixedGate, self.scope, lambda: loads.connections()[other])
+
+        def share(scheduler: Scheduler, door: Resource, limit: int) -> None:
+            FixedCapacity(self.scope, lambda: loads.connections()[other], scheduler, door, limit)
+
+        return share
 
     def balance(
         self, loads: Loads, on_gone: Callable[[int], None] = lambda _instance: None
@@ -211,35 +216,42 @@ def read(descriptor: int) -> bytes:
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
 
-class FixedGate(Gate):
-    """The gate of the worker of *scope* without a server: its share of all places, but for those
-    that its predecessor has still.
+class FixedCapacity(Supply):
+    """The places of *door* that the worker of *scope* has without a server: its share of all
+    *limit* places, but for those that its predecessor has still.
 
     *before* returns how many connections that has.
     """
 
-    def __init__(self, scope: Scope, before: Callable[[], int], limit: int, **bounds: Any) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        before: Callable[[], int],
+        scheduler: Scheduler,
+        door: Resource,
+        limit: int,
+    ) -> None:
         self._scope, self._before = scope, before
-        bounds["queue_size"] = scope.share(bounds["queue_size"])
-        super().__init__(0, **bounds)
-        self._whole = limit
+        self._scheduler, self._door, self._limit = scheduler, door, limit
+        door.attach(self)
         self._look()
 
-    def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
-        """Use new bounds, those of all workers together."""
-        self._whole = limit
-        super().apply(
-            self._places(), queue_size=self._scope.share(queue_size), queue_timeout=queue_timeout
-        )
+    def apply(self, limit: int) -> None:
+        """Use another limit, which all workers have together."""
+        self._limit = limit
+        self._resize()
 
-    def _places(self) -> int:
-        return max(0, self._scope.share(self._whole) - self._before())
+    def share(self, size: int) -> int:
+        """Return the fixed share of *size*."""
+        return self._scope.share(size)
+
+    def _resize(self) -> None:
+        places = self._scope.share(self._limit) - self._before()
+        self._scheduler.resize(self._door, max(0, places))
 
     def _look(self) -> None:
-        super().apply(
-            self._places(), queue_size=self.queue_size, queue_timeout=self._queue_timeout
-        )
-        if self._before() and self._closed is None:
+        self._resize()
+        if self._before() and self._door.closed is None:
             asyncio.get_running_loop().call_later(LOOK, self._look)
 
 

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 # What takes a place, a connection, a key's count, a hold of bytes, a log, or a trial.
 TAKES = re.compile(
-    r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|begin|connect|used)"
+    r"(\btry_enter|(gate|resource|within)\.try_start|_?scheduler\.(enter|wait|suspend)|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|begin|connect|used)"
     r"|budget\.reserve|_?(minute|day)\.reserve|request\.begin"
     r"|permits\.enter|run_in_background"
-    r"|_lending\.(lend|place|join)|loan\.(lend|regain)"
+    r"|loan\.(lend|regain)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
     r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bvisit\.enter|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
     r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offer"
@@ -65,11 +65,14 @@ gateway.gateway Gateway._begin_turn
 gateway.gateway Gateway.hold
 wings.responses.stored StoredResponses.hold
 wings.responses.stored StoredResponses.make
-limits.loan Lending.lend
-limits.loan Lending.place
-limits.loan Loan.lend
-limits.loan Loan.regain
+faces.admission Visit.lend
+faces.admission Visit.regain
 gateway.request Request._regain
+limits.resource Places.take
+limits.resource Resource._try_both
+limits.resource Resource.try_start
+limits.scheduler Scheduler._come
+limits.scheduler Scheduler.enter
 limits.gate Gate._enter
 limits.gate Gate.enter
 limits.gate Gate.try_enter
@@ -116,6 +119,9 @@ RARE = {
     Function("gateway.gateway", "Gateway.hold"),
     Function("wings.responses.stored", "StoredResponses.hold"),
     Function("limits.gate", "Gate._enter"),
+    Function("limits.resource", "Places.take"),
+    Function("limits.resource", "Resource._try_both"),
+    Function("limits.scheduler", "Scheduler._come"),
     Function("providers.breaker", "Breaker.start"),
     Function("providers.breaker", "Breaker.start_spared"),
     Function("wings.responses.stored_face", "write"),
@@ -167,13 +173,16 @@ SHARED = {
     Function("wings.cluster.shared_budget", "SharedBudget.reserve"),
     Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
+    Function("wings.responses.redis", "SharedResponses.load"),
 }
 # These count something else: the starts of a caller, bytes on their way to a file, connections for
 # the balance.
 OTHERS = {
-    Function("limits.fair_queue", "_Turns.serve"),
-    Function("limits.fair_queue", "_Turns.start"),
-    Function("limits.fair_queue", "_Turns.start_early"),
+    Function("limits.fair_queue", "_Level.serve"),
+    Function("limits.fair_queue", "_Level.start"),
+    Function("limits.old_fair_queue", "_Turns.serve"),
+    Function("limits.old_fair_queue", "_Turns.start"),
+    Function("limits.old_fair_queue", "_Turns.start_early"),
     Function("wings.responses.redis", "SharedResponses._encoded"),
     Function("faces.polling", "tell"),
     Function("workers.balance", "Balance.made"),
@@ -181,6 +190,7 @@ OTHERS = {
 # These take over what their callers have taken: all that they do is within a `try`.
 TAKE_OVER = {
     Function("faces.admission", "Visit.enter"),
+    Function("faces.admission", "Visit._has"),
     Function("limits.gate", "Gate._wait"),
     Function("providers.exchange", "Exchange.run"),
 }

@@ -135,14 +135,15 @@ async def test_whoever_waits_at_its_key_lends_its_place_to_others(make_server: M
     server = await make_server(
         ENDLESS, **keys_of("web", "app", max_concurrent=1, queue_size=50), **changes
     )
-    gate, lending = server.context.admission.gate, server.context.admission.lending
+    admission = server.context.admission
+    gate = admission.gate
     async with AsyncExitStack() as stack:
         tasks = [
             stack.enter_context(_cancelled(asyncio.create_task(post(server)))) for _ in range(8)
         ]
         await until(lambda: waiting(server) == 7)
-        await until(lambda: lending.lent == 7)
-        assert (gate.inside, gate.waiting, gate.crowd) == (1, 0, 7)
+        await until(lambda: admission.lent == 7)
+        assert (gate.inside, gate.waiting, gate.slots) == (1, 0, 7)
 
         async with await post(server, name="app") as other:
             assert other.status == 200, "there is a place for another key"
@@ -151,7 +152,7 @@ async def test_whoever_waits_at_its_key_lends_its_place_to_others(make_server: M
         tasks += [
             stack.enter_context(_cancelled(asyncio.create_task(post(server)))) for _ in range(3)
         ]
-        await until(lambda: lending.lent == 10)
+        await until(lambda: admission.lent == 10)
         async with await post(server) as refused:
             assert refused.status == 429
             assert await code_of(refused) == "concurrency_exceeded"

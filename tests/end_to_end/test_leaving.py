@@ -166,7 +166,8 @@ async def test_leaving_gives_everything_back(make_server: MakeServer, name: str,
         )
         port = door.port if phase.door else server.simulator.port
         pool = server.provider.pools.gate
-        pool.apply(phase.pool, queue_size=10, queue_timeout=60.0)
+        pool.queue_size, pool.queue_timeout = 10, 60.0
+        server.provider.scheduler.resize(pool, phase.pool)
         async with contextlib.AsyncExitStack() as holders:
             for number in range(phase.holders):
                 holder = await holders.enter_async_context(Raw(server))
@@ -195,7 +196,7 @@ async def test_leaving_gives_everything_back(make_server: MakeServer, name: str,
         if not phase.behaviour.ignore_body:  # else it does not notice
             stats = await server.simulator.until(lambda stats: stats.active == 0)
             assert stats.aborted == stats.requests
-        pool.apply(PLACES, queue_size=10, queue_timeout=60.0)
+        server.provider.scheduler.resize(pool, PLACES)
         await every_place_at_once(server, door if phase.door else None)
 
 

@@ -23,6 +23,7 @@ from aioserver.limits.resource import (
     Grant,
     Reason,
     Resource,
+    Supply,
     Ticket,
     half,
 )
@@ -112,7 +113,7 @@ class Spaced:
         self.starts -= spent is None
 
 
-class Lease:
+class Lease(Supply):
     """A supply, as a cluster's."""
 
     def __init__(self) -> None:
@@ -129,15 +130,6 @@ class Lease:
 
     def freed(self) -> None:
         self.heard["freed"] += 1
-
-    def apply(self, limit: int) -> None:
-        raise NotImplementedError
-
-    def leave(self) -> None:
-        raise NotImplementedError
-
-    def share(self, size: int) -> int:
-        return size
 
 
 class World:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import datetime as dt
 import random
 import socket
@@ -17,6 +18,8 @@ import trustme
 from aiohttp import TCPConnector
 from aiohttp.client_proto import ResponseHandler
 
+from aioserver.limits.resource import Ticket
+from aioserver.limits.scheduler import Scheduler
 from aioserver.provider_errors import (
     CertificateFault,
     ConnectError,
@@ -25,7 +28,7 @@ from aioserver.provider_errors import (
     ProviderDisconnected,
 )
 from aioserver.providers.connections import ConnectionProtocol
-from aioserver.providers.pool import ConnectionGate, Pool
+from aioserver.providers.pool import Pool, connection_gate
 from tests.support.scripted_provider import (
     LIMITS,
     OK,
@@ -298,24 +301,20 @@ async def test_a_wait_for_a_connection_ends_with_the_pool_timeout() -> None:
         assert server.accepted == 1
 
 
-def test_connections_that_were_idle_say_nothing_of_how_long_others_are_used(
+async def test_connections_that_were_idle_say_nothing_of_how_long_others_are_used(
     clock: FakeClock,
 ) -> None:
-    gate = ConnectionGate(
-        1,
-        queue_size=9,
-        queue_timeout=1.0,
-        full_error=lambda wait: PoolTimeout("full", retry_after=wait),
-        timeout_error=lambda wait: PoolTimeout("late", retry_after=wait),
-        clock=clock,
+    limits = dataclasses.replace(
+        LIMITS, max_connections=1, max_keepalive=1, concurrent_requests=1, pool_timeout=1.0
     )
+    gate = connection_gate(limits, Scheduler(asyncio.get_running_loop()), clock)
     for _ in range(9):
-        place = gate.try_enter()
+        place = gate.try_start(Ticket())
         assert place is not None
         clock.now += 60.0
         place.release()
 
-    assert gate.try_enter() is not None
+    assert gate.try_start(Ticket()) is not None
     assert gate.retry_after() <= 1.5
 
 

@@ -325,9 +325,9 @@ from aioserver.providers import pool, pools
 from aioserver.providers.connections import Connections
 from aioserver.providers.queueing import ProviderGate
 gate, connections, init = pool.connection_gate, Connections.__init__, ProviderGate.__init__
-def wide_gate(limits):
-    made = gate(limits)
-    made.limit = 1000
+def wide_gate(*args):
+    made = gate(*args)
+    made.places.limit = 1000
     return made
 def wide_connections(self, *args, **kwargs):
     connections(self, *args, **{**kwargs, "limit": 0})
@@ -351,7 +351,7 @@ from aioserver.faces.admission import Admission
 init = Admission.__init__
 def patient(self, *args, **kwargs):
     init(self, *args, **kwargs)
-    self.gate._queue_timeout = max(1.0, 4 * self.gate._queue_timeout)
+    self.gate.queue_timeout = max(1.0, 4 * self.gate.queue_timeout)
 Admission.__init__ = patient
 """,
     "the deadline of a provider's queue": """

@@ -16,15 +16,16 @@ from aioserver.limits.gate import BATCH_PATIENCE
 from aioserver.limits.key_queue import MAX_WAIT
 from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
-from aioserver.wings.cluster.shared_gate import GRACE, SharedGate
+from aioserver.wings.cluster.leased import GRACE, LeasedCapacity
 from tests.simulation.clock import Clock
 from tests.simulation.slowness import HELD_UP, Slowness
 from tests.simulation.transport import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aioserver.limits.gate import Gate
+    from aioserver.limits.resource import Resource
     from aioserver.providers.provider import Provider
     from tests.simulation.instance import Instance
     from tests.simulation.network import Network
@@ -62,10 +63,11 @@ class Deadlines:
         settings = context.settings
         gate = context.admission.gate
         longest = settings.chat.websocket.concurrency.queue_timeout
-        if isinstance(gate, SharedGate):
+        if isinstance(gate.supply, LeasedCapacity):
             # A place of another worker may be on its way.
             longest = max(longest, GRACE)
-        self._look_at_queue(gate, longest, "a place")
+        # Those that return have waited at their keys, and may do so for as long here.
+        self._look_at_waits(gate, (longest, MAX_WAIT), "a place")
         for provider in context.router.providers.values():
             self._look_at_provider(provider)
             self._look_at_slow(provider)
@@ -75,15 +77,18 @@ class Deadlines:
 
     def _look_at_queue(self, gate: Gate, seconds: float, what: str) -> None:
         # The first of each flow has waited longest, but for those that came back.
-        returning = self._server.context.admission.lending._first
         for waiter in (*gate._queue.heads(), *gate._batch.heads()):
             most = seconds * (BATCH_PATIENCE if waiter.batch else 1)
-            if waiter is returning:
-                # It has waited at its key, and may do so for as long here.
-                most = MAX_WAIT
             if Clock.now - waiter.arrived > most + LATE:
                 waited = Clock.now - waiter.arrived
                 self._broken(f"a wait of {waited:.2f} s for {what}, at most {most} s")
+
+    def _look_at_waits(self, resource: Resource, longest: Sequence[float], what: str) -> None:
+        """Look at those that have waited longest of each class, which wait so many seconds."""
+        for queue, most in zip(resource.queue.queues, longest, strict=True):
+            for bid in queue.heads():
+                if (waited := Clock.now - bid.since) > most + LATE:
+                    self._broken(f"a wait of {waited:.2f} s for {what}, at most {most} s")
 
     def _look_at_provider(self, provider: Provider) -> None:
         limits, gate = provider.settings.http_client, provider._gate
@@ -93,9 +98,8 @@ class Deadlines:
             # Any of them may be of the class batch.
             if Clock.now - began > BATCH_PATIENCE * limits.queue_timeout + LATE:
                 self._broken(f"parked for {Clock.now - began:.2f} s at {provider.name}")
-        if provider.pools.gate._queue:
-            what = f"a connection to {provider.name}"
-            self._look_at_queue(provider.pools.gate, limits.pool_timeout, what)
+        what = f"a connection to {provider.name}"
+        self._look_at_waits(provider.pools.gate, (limits.pool_timeout,), what)
         for connection in provider.pools.in_use:
             exchange = connection.protocol.exchange
             if exchange is None:

@@ -87,7 +87,7 @@ class Instance:
             "kept": streams.finished,
             "kept bytes": streams.bytes,
             "sockets": len(context.sockets),
-            "lent": context.admission.lending.lent,
+            "lent": context.admission.lent,
             "detached": context.gateway.lifetime.detached,
             "background": context.gateway.lifetime.background,
             "answers": context.gateway.running,

@@ -27,8 +27,10 @@ from unittest import mock
 
 from aioserver.gateway.commands import name_of
 from aioserver.limits.budget import MINUTE, Reservation
+from aioserver.limits.resource import Resource
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import SECOND, TIMES
+from aioserver.wings.cluster.leased import LeasedCapacity
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_budget import SharedReservation
 from aioserver.wings.cluster.shared_gate import SharedGate
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
     from aioserver.limits.gate import Place
     from aioserver.wings.cluster.grants import Grant
+    from aioserver.wings.cluster.leases import Leases
     from tests.simulation.client import Client
     from tests.simulation.instance import Instance
     from tests.simulation.loop import SimulatedLoop
@@ -370,9 +373,8 @@ class Together:
             for moment in self.server.disturbed
         )
 
-    def entered(self, gate: Any) -> None:
+    def entered(self, gate: SharedGate | Resource, leases: Leases) -> None:
         """Look at a start."""
-        leases = gate._leases
         if gate.inside > gate.limit:
             self._broken(f"{gate.inside} are inside of {gate.limit} places in hand")
         if leases.standing.state is not State.ALONE and Clock.now >= leases.lease_end:
@@ -417,14 +419,14 @@ class Together:
 
         def noting_enter(gate: SharedGate) -> None:
             super(SharedGate, gate)._enter()
-            self.entered(gate)
+            self.entered(gate, gate._leases)
 
         try_enter = SharedGate.try_enter
 
         def noting_try_enter(gate: SharedGate, *args: Any, **kwargs: Any) -> Place | None:
             place = try_enter(gate, *args, **kwargs)
             if place is not None:
-                self.entered(gate)
+                self.entered(gate, gate._leases)
             return place
 
         have, settle = SharedReservation.have, SharedReservation.settle
@@ -443,7 +445,19 @@ class Together:
         # Those that have waited, and those that start at once.
         stack.enter_context(mock.patch.object(SharedGate, "_enter", noting_enter, create=True))
         stack.enter_context(mock.patch.object(SharedGate, "try_enter", noting_try_enter))
+        for name in ("try_start", "start"):
+            noting = self._noting(getattr(Resource, name))
+            stack.enter_context(mock.patch.object(Resource, name, noting))
         return stack
+
+    def _noting(self, start: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(resource: Resource, *args: Any) -> Any:
+            grant = start(resource, *args)
+            if grant is not None and isinstance(resource.supply, LeasedCapacity):
+                self.entered(resource, resource.supply._leases)
+            return grant
+
+        return noting
 
 
 def _waits(member: Member, name: str) -> bool:

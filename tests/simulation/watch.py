@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from aioserver.providers.queueing import ProviderGate
+
 from aioserver.limits.gate import WHOLE
 from aioserver.limits.gcra import ROUNDING
-from aioserver.providers.queueing import ProviderGate
+from aioserver.limits.resource import Resource
 from aioserver.streams.store import SEARCH_STEP
 from aioserver.streams.stream import RESUME_BYTES
+from aioserver.wings.cluster.leased import MOMENTARY, LeasedCapacity
 from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_gate import MOMENTARY, SharedGate
+from aioserver.wings.cluster.shared_gate import SharedGate
 from aioserver.wings.cluster.shared_quota import SharedQuota
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
 from aioserver.wings.responses.socket import ResponsesSocket
@@ -67,7 +70,7 @@ class Watch:
         self._reloaded = False
         # The places that were taken at the last look, of each gate that has more inside than its
         # limit.
-        self._taken: dict[Gate, int] = {}
+        self._taken: dict[Gate | Resource, int] = {}
         # The most bytes that answers under way have needed since all that was kept had room last.
         self._needed = 0
         self._closer_at = 0.0
@@ -104,12 +107,12 @@ class Watch:
 
     def _look_at_loans(self) -> None:
         """Those that wait at their keys take half of the door's queue at most, and no place."""
-        lending, gate = self._server.context.admission.lending, self._gate
-        standing = lending._first is not None
-        if lending.lent < 0 or gate.outside != lending.lent - standing:
-            self._broken(f"{lending.lent} places are lent, and {gate.outside} are counted")
-        if lending.lent > gate.queue_size // 2 and not self._reloaded:
-            self._broken(f"{lending.lent} places are lent, of {gate.queue_size} in the queue")
+        gate, lent = self._gate, self._server.context.admission.lent
+        arriving, returning = (queue.size for queue in gate.queue.queues)
+        if lent < returning or gate.slots != arriving + lent:
+            self._broken(f"{lent} places are lent, and {gate.slots} slots are counted")
+        if lent > gate.queue_size // 2 and not self._reloaded:
+            self._broken(f"{lent} places are lent, of {gate.queue_size} in the queue")
 
     def _look_at_keys(self) -> None:
         """What is reserved belongs to answers that count or wait, and nobody waits at a key whose
@@ -150,7 +153,7 @@ class Watch:
             self._look_at_batch(gate)
         if sockets.inside > sockets.limit:
             self._look_at_excess(sockets, f"connections to {provider.name}")
-        elif sockets._queue and sockets.inside < sockets.limit:
+        elif sockets.waiting and sockets.inside < sockets.limit:
             self._broken(f"requests wait for connections to {provider.name}, and some are free")
 
     def _look_at_background(self, provider: Provider) -> None:
@@ -182,12 +185,12 @@ class Watch:
         if own > -(-gate.queue_size // 2):
             self._broken(f"{own} of {gate.queue_size} in the queue are batch")
 
-    def _look_at_excess(self, gate: Gate, what: str) -> None:
+    def _look_at_excess(self, gate: Gate | Resource, what: str) -> None:
         """Look at a gate that has more inside than its limit: it was lowered, and nobody may
         enter.
         """
         inside = gate.inside
-        if isinstance(gate, SharedGate):
+        if isinstance(gate, SharedGate) or (isinstance(gate, Resource) and gate.supply):
             # What is in hand may be lowered at any time; together.py looks at each start.
             return
         if not self._reloaded or inside > self._taken.get(gate, inside):
@@ -215,11 +218,12 @@ class Watch:
         if admission.body_bytes > bodies:
             self._broken(f"{admission.body_bytes} of {bodies} bytes of bodies")
         most = self._gate.queue_size
-        if isinstance(self._gate, SharedGate):
+        if isinstance(self._gate.supply, LeasedCapacity):
             # As many more as others may have had places for, or a place on its way to.
-            most += self._gate.shared_limit + MOMENTARY
-        if self._gate.waiting > most:
-            self._broken(f"{self._gate.waiting} clients wait, at most {most}")
+            most += self._gate.supply.limit + MOMENTARY
+        # Those that return have their room since their places were lent.
+        if (arriving := self._gate.queue.queues[0].size) > most:
+            self._broken(f"{arriving} clients wait, at most {most}")
         lifetime = self._server.context.gateway.lifetime
         if lifetime.detached > lifetime._bounds.max_detached:
             self._broken(f"{lifetime.detached} answers without a reader")

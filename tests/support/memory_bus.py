@@ -16,7 +16,6 @@ from aioserver.providers.queueing import ProviderGate
 
 from aioserver.auth.keys import quota_of
 from aioserver.gateway.commands import MARKED, Commands
-from aioserver.limits.gate import Gate
 from aioserver.providers.health import ALONE
 from aioserver.wings.cluster import claims
 from aioserver.wings.cluster.bus import Outbox
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.config.settings import ClientKey
+    from aioserver.faces.admission import ShareDoor
     from aioserver.limits.quota import Quota
     from aioserver.wings.cluster.bus import MakeBus
     from aioserver.wings.cluster.peer_messages import Message
@@ -433,9 +433,9 @@ class StreamsOnly:
         commands: Commands,
         make: Callable[[], RemoteStreams],
         make_quota: MakeQuota = quota_of,
-        make_admission: Callable[..., Gate] = Gate,
+        share_door: ShareDoor = lambda *_door: None,
     ) -> None:
-        self.make_admission = make_admission
+        self.share_door = share_door
         self.commands = commands
         self.streams = make
         self.make_quota = make_quota

@@ -179,7 +179,7 @@ class RunningServer:
             "sockets": len(self.context.sockets),
             "detached": self.context.gateway.lifetime.detached,
             "background": self.context.gateway.lifetime.background,
-            "lent": self.context.admission.lending.lent,
+            "lent": self.context.admission.lent,
             "refused closing": self.context.admission.refused_closing,
         }
         for face, meter in self.context.metrics.faces.items():

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from aioserver.commands.serve import loop_factory
 from aioserver.config import Configuration
-from aioserver.limits.gate import Gate
 from aioserver.server.app import open_server
 from aioserver.server.runner import Runner
 from aioserver.wings.cluster.membership import join
@@ -27,7 +26,7 @@ from aioserver.workers.worker import Worker
 from tests.support.members import wings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from aioserver.faces.admission import ShareDoor
 
 
 async def serve(
@@ -42,9 +41,9 @@ async def serve(
     loads = Loads(page, slot)
     async with contextlib.AsyncExitStack() as stack:
         cluster = None
-        make_admission: Callable[..., Gate] = Gate
+        share_door: ShareDoor | None = None
         if url == "-":
-            make_admission, balance = worker.gate_maker(loads), worker.balance(loads)
+            share_door, balance = worker.door_sharer(loads), worker.balance(loads)
         else:
             fixed = worker.rank, workers
             cluster = await stack.enter_async_context(
@@ -56,7 +55,7 @@ async def serve(
         server = await stack.enter_async_context(
             open_server(
                 settings,
-                make_admission=make_admission,
+                share_door=share_door,
                 scope=worker.scope,
                 wings=wings_of(cluster),
             )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from aioserver.limits.gate import Gate
+    from aioserver.limits.resource import Resource
     from aioserver.wings.cluster.leases import Leases
 
 
@@ -91,7 +91,7 @@ class Workers:
                 self.path / f"{slot}.yaml",
                 QUICK,
                 self.changes,
-                cluster=StreamsOnly(commands, make, limits.make_quota, limits.make_admission),
+                cluster=StreamsOnly(commands, make, limits.make_quota, limits.share_door),
                 balance=balance,
                 inherited=[self.socket.dup()],
             )
@@ -134,7 +134,7 @@ class Workers:
             balance = self.balances[slot]
             await until(partial(_has_beaten, balance, balance.beats))
 
-    def gate(self, slot: int) -> Gate:
+    def gate(self, slot: int) -> Resource:
         """The gate of the worker in *slot*."""
         return self.servers[slot].context.admission.gate
 

@@ -161,7 +161,7 @@ async def test_a_rolling_restart_moves_the_places_to_the_new_worker(tmp_path: Pa
         await served(sockets)
 
         await workers.start(2)
-        workers.gate(0).close(shutdown_error)
+        workers.servers[0].context.admission.close(shutdown_error)
         await sockets[0].close()
 
         await until(lambda: workers.gate(0).limit == 9)

@@ -61,7 +61,7 @@ class LeasedCapacity(Supply):
         self._on_starving = on_starving
         # Nothing starts before it is granted.
         scheduler.resize(resource, 0)
-        resource.supply = self
+        resource.attach(self)
         self._grant = leases.hold(name, limit, self, least=least, scope=scope)
 
     @property

@@ -9,13 +9,11 @@ breaker and pace, and together they try a dead provider as often as one would.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from aioserver.limits.gate import Gate
 from aioserver.providers.health import ProviderObserver
 from aioserver.wings.cluster.leased import LeasedCapacity
 from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_gate import ConnectionGate
 from aioserver.wings.cluster.shared_quota import SharedQuota
 from aioserver.wings.cluster.shared_tokens import SharedTokens
 
@@ -181,15 +179,16 @@ class SharedLimits:
         """
         return Teller(self._leases, name)
 
-    def make_admission(self, limit: int, **bounds: Any) -> Gate:
-        """Return the gate in front of the handlers; the arguments are those of `Gate`."""
-        if self._scope is None:
-            own = Gate(limit, **bounds)
-            self._admitted = lambda: own.stats().limit
-            return own
-        gate = ConnectionGate(self._leases, self._scope, limit, **bounds)
-        self._admitted = lambda: gate.shared_limit
-        return gate
+    def share_door(self, scheduler: Scheduler, door: Resource, limit: int) -> None:
+        """Share the *limit* places in front of the handlers among the workers of one host; its
+        queue is a fixed share.
+        """
+        if (scope := self._scope) is None:
+            self._admitted = lambda: door.limit
+        else:
+            name = f"h:{scope.host}:c"
+            capacity = LeasedCapacity(self._leases, scheduler, door, name, limit, scope=scope)
+            self._admitted = lambda: capacity.limit
 
     @property
     def connections(self) -> tuple[str, int]:

@@ -127,7 +127,7 @@ class Membership:
         self.limits = limits = SharedLimits(self.leases, scope)
         # What `Sharing` asks of it.
         self.share_provider, self.observe = limits.share_provider, limits.observe
-        self.make_quota, self.make_admission = limits.make_quota, limits.make_admission
+        self.make_quota, self.share_door = limits.make_quota, limits.share_door
         self._url, self._ways = url, ways
         self._connection = ways.commands(url)
         self.bus: ClosableBus | None = None

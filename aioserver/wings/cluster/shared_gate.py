@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aioserver.limits.gate import Gate, Place
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
     from fractions import Fraction
 
-    from aioserver.errors import AioserverError
     from aioserver.limits.fixed_share import Scope
     from aioserver.limits.gate import Waiter
     from aioserver.wings.cluster.grants import Grant
@@ -156,27 +155,3 @@ class SharedGate(Gate):
     def _leave(self, place: Place, cost: int | None) -> None:
         self._grant.place_ends()
         super()._leave(place, cost)
-
-
-class ConnectionGate(SharedGate):
-    """The gate in front of the handlers of one worker: those of one host, its *scope*, share its
-    places.
-
-    Its queue is a fixed share. A gate that is closed takes no more places, and gives each back
-    that ends.
-    """
-
-    def __init__(self, leases: Leases, scope: Scope, limit: int, **bounds: Any) -> None:
-        self._scope = scope
-        bounds["queue_size"] = scope.share(bounds["queue_size"])
-        super().__init__(limit, **bounds)
-        self.share(leases, f"h:{scope.host}:c", scope)
-
-    def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
-        """Use new bounds, those of all workers of the host together."""
-        super().apply(limit, queue_size=self._scope.share(queue_size), queue_timeout=queue_timeout)
-
-    def close(self, error: Callable[[], AioserverError], *, finishes: bool = False) -> None:
-        """Refuse every waiter and every newcomer, and leave the places to others."""
-        super().close(error, finishes=finishes)
-        self._grant.leave()

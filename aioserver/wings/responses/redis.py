@@ -47,7 +47,8 @@ from aioserver.gateway.commands import (
     MAX_KEPT,
     name_of,
 )
-from aioserver.limits.gate import Gate
+from aioserver.limits.resource import Bid, Reason, Resource, Ticket
+from aioserver.limits.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -235,7 +236,12 @@ class SharedResponses:
     *clock* returns the time of day.
     """
 
-    def __init__(self, commands: Commands, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        commands: Commands,
+        clock: Callable[[], float] = time.time,
+        scheduler: Scheduler | None = None,
+    ) -> None:
         self._chains = RedisChains(commands)
         self._ask, self._know = commands.ask, commands.know
         self._clock = clock
@@ -244,12 +250,16 @@ class SharedResponses:
         self._announced: set[str] = set()
         # The bytes that they send.
         self._pending = 0
-        self._loads = Gate(
+        loop = asyncio.get_running_loop()
+        self._scheduler = scheduler = scheduler or Scheduler(loop)
+        self._loads = Resource(
+            "loads",
             MAX_LOADS,
             queue_size=MAX_LOADS_WAITING,
             queue_timeout=KNOWN_TIMEOUT,
-            full_error=_too_many,
-            timeout_error=_too_many,
+            refuse=_too_many,
+            serve=scheduler.serve,
+            clock=loop.time,
         )
 
     def announce(self, caller: Caller, response_id: str) -> None:
@@ -309,8 +319,11 @@ class SharedResponses:
         # Most ids that are not known here are known nowhere, and reading is bounded.
         if not await self._look(name):
             return ()
-        with await self._loads.enter(caller):
+        place = await self._scheduler.wait(Ticket(caller), [Bid(self._loads)])
+        try:
             age, chain = await self._know(self._chains.response_chain(name, most), SUBJECT)
+        finally:
+            place.release()
         records = [_decoded(data) for data in chain]
         known = [record for record in records if record is not None]
         if len(known) < len(records) or not known:
@@ -404,7 +417,7 @@ class SharedResponses:
         return await self._ask(call, KNOWN_TIMEOUT)
 
 
-def _too_many(retry_after: float) -> ServerAtCapacity:
+def _too_many(_reason: Reason, retry_after: float, _bid: Bid) -> ServerAtCapacity:
     return ServerAtCapacity("too many conversations are read", retry_after=retry_after)
 
 

@@ -41,7 +41,7 @@ class ResponsesWing(Wing):
         """Make the store of responses, and find that of all instances."""
         storage = None
         if core.commands is not None:
-            storage = SharedResponses(core.commands)
+            storage = SharedResponses(core.commands, scheduler=core.scheduler)
             stack.push_async_callback(storage.close)
         window = core.settings.chat.streams.store_window
         self.stored = StoredResponses(core.streams, window, storage)

@@ -15,59 +15,16 @@ from aioserver.limits.lines import Lines, Wish
 from aioserver.providers.health import Health
 from aioserver.providers.queueing import ProviderGate
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.wings.cluster.lease_messages import SECOND, TIMES
-from aioserver.wings.cluster.leases import Leases
+from aioserver.wings.cluster.lease_messages import TIMES
 from aioserver.wings.cluster.shared_gate import SharedGate
-from tests.support.clock import FakeClock
 from tests.support.failing import kill
+from tests.support.lease_cluster import Cluster
 from tests.support.scripted_provider import LIMITS
-from tests.support.settle_model import Model
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from aioserver.limits.gate import Gate
-
-
-class Cluster:
-    """Instances of which each call is carried at once, when it is due."""
-
-    def __init__(self) -> None:
-        self.clock = FakeClock()
-        self.model = Model()
-        self.instances: dict[str, Leases] = {}
-        self.away = False
-
-    def add(self, name: str) -> Leases:
-        leases = self.instances[name] = Leases(name, clock=self.clock)
-        return leases
-
-    def call(self, leases: Leases) -> None:
-        request = leases.request("run")
-        if self.away:
-            leases.failed("away")
-            return
-        answer, wakes = self.model.renew(request, round(self.clock() * SECOND))
-        leases.answered(answer)
-        for name, words in wakes.items():
-            self.instances[name].woken(words)
-
-    def renew(self) -> None:
-        """Carry all calls that are due."""
-        for _ in range(100):
-            due = [each for each in self.instances.values() if each.due <= self.clock()]
-            if not due:
-                return
-            for each in due:
-                self.call(each)
-        raise AssertionError("it goes on for ever")
-
-    def advance(self, seconds: float) -> None:
-        """Let *seconds* pass, in which nothing is late."""
-        while seconds > 1e-9:
-            step = min(0.25, seconds)
-            self.clock.now += step
-            seconds -= step
-            self.renew()
+    from aioserver.wings.cluster.leases import Leases
 
 
 def gate_of(

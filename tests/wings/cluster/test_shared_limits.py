@@ -24,6 +24,7 @@ from aioserver.streams.lifetime import Lifetime
 from aioserver.wings.cluster.limits import SharedLimits
 from tests.support.failing import kill
 from tests.support.reference_server import ReferenceServer
+from tests.support.resources import Line
 from tests.support.server import NOWHERE, configured
 from tests.support.waiting import until
 
@@ -486,23 +487,25 @@ async def test_what_the_workers_of_a_host_admit_together_is_what_is_configured(
         )
         for rank in range(2)
     ]
-    bounds: dict[str, Any] = {"queue_size": 10, "queue_timeout": 10.0}
-    errors = {"full_error": ServerAtCapacity, "timeout_error": ServerAtCapacity}
-    gates = [each.make_admission(9, **bounds, **errors) for each in workers]
+    doors = [Line(0, queue_size=10, queue_timeout=10.0) for _ in workers]
+    for worker, door in zip(workers, doors, strict=True):
+        worker.share_door(door.scheduler, door.resource, 9)
     granted = set()
     for turn in range(40):
-        places = [await gates[turn % 2].enter() for _ in range(8)]
-        granted.add(sum(gate.stats().limit for gate in gates))
+        places = [await doors[turn % 2].enter() for _ in range(8)]
+        granted.add(sum(door.resource.limit for door in doors))
         assert [each.connections for each in workers] == [("host", 9)] * 2
         for place in places:
             place.release()
 
     assert min(granted) < max(granted) <= 9
-    for gate in gates:
-        gate.apply(7, **bounds)
+    for door in doors:
+        assert door.resource.supply is not None
+        door.resource.supply.apply(7)
     assert [each.connections for each in workers] == [("host", 7)] * 2
     alone = SharedLimits(reference.join("i9"))
-    alone.make_admission(5, **bounds, **errors)
+    own = Line(5)
+    alone.share_door(own.scheduler, own.resource, 5)
     assert alone.connections == ("i9", 5)
-    for gate in gates:
-        gate.close(lambda: ServerAtCapacity("the end"))
+    for door in doors:
+        door.close(lambda: ServerAtCapacity("the end"))

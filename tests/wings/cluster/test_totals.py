@@ -138,8 +138,8 @@ async def test_connections_of_hosts_are_added_and_those_of_workers_are_what_is_c
     assert (await stats(a))["connections"]["limit"] == 2 * own
 
     for instance in (a, b):
-        gate = instance.server.context.admission.gate
-        gate.apply(own // 2 - 1, queue_size=9, queue_timeout=1.0)
+        admission = instance.server.context.admission
+        admission.scheduler.resize(admission.gate, own // 2 - 1)
         monitor = instance.server.context.monitor
         monitor.tick()
         totals = Totals(
