@@ -24,13 +24,14 @@ import msgspec
 from aioserver.auth.callers import Caller
 from aioserver.errors import InvalidApiKey, SessionEnded
 from aioserver.limits.budget import Budget
-from aioserver.limits.old_fair_queue import BATCH
+from aioserver.limits.fair_queue import BATCH
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aioserver.config.settings import ClientKey, Limits, Llm
+    from aioserver.limits.scheduler import Scheduler
 
     # Called as `quota_of` is.
     MakeQuota = Callable[[ClientKey], Quota]
@@ -49,14 +50,15 @@ class _Key(msgspec.Struct, frozen=True):
     quota: Quota
 
 
-def quota_of(key: ClientKey) -> Quota:
-    """Return the quota of *key*."""
+def quota_of(key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
+    """Return the quota of *key*; what waits there is started by *scheduler*."""
     return Quota(
         key.max_concurrent,
         key.requests_per_minute,
         max_connections=key.max_connections,
         queue_size=key.queue_size,
         budget=Budget(key.tokens_per_minute, key.tokens_per_day),
+        scheduler=scheduler,
     )
 
 

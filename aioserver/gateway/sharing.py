@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import ClientKey
     from aioserver.limits.gate import Gate
     from aioserver.limits.quota import Quota
+    from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.queueing import GateFactory
 
@@ -28,8 +29,10 @@ class Sharing(Protocol):
         *name*.
         """
 
-    def make_quota(self, key: ClientKey) -> Quota:
-        """Return the quota of *key*, which all instances share."""
+    def make_quota(self, key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
+        """Return the quota of *key*, which all instances share; what waits there is started by
+        *scheduler*.
+        """
 
     def make_admission(self, limit: int, **bounds: Any) -> Gate:
         """Return the gate in front of the handlers; the arguments are those of `Gate`."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, public
 from aioserver.limits.gate import Waiter
-from aioserver.limits.key_queue import conclude
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -247,3 +246,15 @@ class Lending:
     def _count(self) -> None:
         """Tell the gate how many take room of its queue and do not stand in it."""
         self._gate.outside = self.lent - (self._first is not None)
+
+
+def conclude(decision: asyncio.Future[None] | None, error: Exception | None = None) -> None:
+    """Let *decision*, if it is not done, have *error*, or no result."""
+    if decision is None or decision.done():
+        return
+    if error is None:
+        decision.set_result(None)
+    else:
+        decision.set_exception(error)
+        # The client may have left.
+        decision.exception()

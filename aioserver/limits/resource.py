@@ -319,7 +319,7 @@ class Resource:
         self._indices = {each.name: index for index, each in enumerate(classes)}
         self.queue: ClassQueue[Bid] = ClassQueue([each.weight for each in classes])
         # Grants that were had without a wait while nobody waited: their callers are charged once
-        # somebody waits, or else at their end.
+        # somebody waits, or else at their end. Without a queue nobody is charged.
         self._early: dict[Grant, None] = {}
         # The slots that are taken, of all and of each class.
         self.slots, self.class_slots = 0, [0 for _ in classes]
@@ -353,13 +353,15 @@ class Resource:
         """Return a grant if one is free and nobody waits for it."""
         if self.supply is not None:
             self.supply.check()
-        places, queues = self.places, self.queue.queues
-        if places.inside >= places.limit or queues[0].size or self.closed is not None:
+        places, queue = self.places, self.queue
+        if places.inside >= places.limit or self.closed is not None:
+            return None
+        if queue.size and queue.queues[0].size:
             return None
         index, limit = 0, None
         if ticket.kind and (index := self.index(ticket)):
             limit = self.limits[index]
-            if any(queue.size for queue in queues[1 : index + 1]):
+            if queue.size and any(each.size for each in queue.queues[1 : index + 1]):
                 return None
             if limit is not None and limit.inside >= limit.limit:
                 return None
@@ -377,12 +379,12 @@ class Resource:
         """Take a place for *grant*, which has not waited for it."""
         if self.queue.size:
             grant.charge = self._charge(grant)
-        else:
+        elif self.queue_size:
             self._early[grant] = None
         places = self.places
-        places.inside += 1
-        if places.inside == places.limit:
-            places.resize(places.limit)
+        places.inside = inside = places.inside + 1
+        if inside == places.limit:
+            places.resize(inside)
         if limit is not None:
             limit.take()
 
@@ -438,7 +440,7 @@ class Resource:
         ticket, index = grant.ticket, grant.index
         if grant.charge is not None:
             grant.charge.settle(work)
-        else:
+        elif grant in self._early:
             # It was had without a wait, and nobody has waited since.
             del self._early[grant]
             cost = ticket.work if work is None else work
@@ -517,6 +519,7 @@ class Resource:
             return self.refusal(Reason.LATE, bid, self.retry_after())
         if (
             not self.queue_size
+            and not self.queue.size
             and self.rate is not None
             and self.places.inside < self.places.limit
         ):
@@ -524,9 +527,15 @@ class Resource:
             return self.refusal(Reason.SLOW, bid, self.rate.delay(bid.cost))
         return self.refusal(Reason.FULL, bid, self.retry_after())
 
-    def bid(self, ticket: Ticket) -> Bid:
+    def no_wait(self, ticket: Ticket, cost: int = 0) -> BaseException:
+        """Return the error of *ticket*, which could not start, where nobody may wait."""
+        if self.closed is not None:
+            return self.closed()
+        return self._no_wait(self.bid(ticket, cost), 0.0, 0.0)
+
+    def bid(self, ticket: Ticket, cost: int = 0) -> Bid:
         """Return a bid of *ticket*, for the words of a refusal."""
-        return Bid(self, ticket=ticket, index=self.index(ticket))
+        return Bid(self, cost, ticket=ticket, index=self.index(ticket))
 
     def refusal(self, reason: Reason, bid: Bid, seconds: float) -> BaseException:
         """Return the error of a ticket that is refused here, and count it; *seconds* inf: nobody

@@ -13,6 +13,8 @@ import msgspec
 from aioserver.auth.callers import NO_CALLER
 from aioserver.limits.deadline import Deadline
 from aioserver.limits.estimate import UNKNOWN_WORK
+from aioserver.limits.fair_queue import BATCH
+from aioserver.limits.resource import Ticket
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.protocol.terms import NO_TERMS
 from aioserver.telemetry.outcome import Outcome
@@ -98,6 +100,7 @@ class ProviderRequest:
     work = UNKNOWN_WORK
     bound: Deadline | None = None
     keeps_body = background = False
+    _ticket: Ticket | None = None
 
     def __init__(
         self,
@@ -144,6 +147,24 @@ class ProviderRequest:
         self.answer_bytes: HeldBytes | None = None
         self._hold = hold
         self._kept_bytes = kept_bytes
+
+    @property
+    def ticket(self) -> Ticket:
+        """What waits for it, at its key and at providers. It is made when it is first asked for:
+        then its `work` is known, and whether it is batch.
+        """
+        if (ticket := self._ticket) is None:
+            caller, hold, bound = self.caller, self._hold, self.bound
+            ticket = self._ticket = Ticket(
+                caller.flow,
+                caller.subflow,
+                caller.priority,
+                self.work,
+                BATCH if self.record.batch else "",
+                0.0 if hold is None else hold.arrived,
+                inf if bound is None else bound.next,
+            )
+        return ticket
 
     @property
     def loan(self) -> Loan | None:

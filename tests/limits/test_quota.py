@@ -18,23 +18,32 @@ from aioserver.errors import (
 )
 from aioserver.limits.budget import Budget
 from aioserver.limits.quota import MINUTE, Quota
+from tests.support.turns import Turn
 from tests.support.virtual_loop import run_virtually
 
 if TYPE_CHECKING:
+    from aioserver.limits.resource import Grant
     from tests.support.clock import FakeClock
+
+
+def held(quota: Quota) -> Grant:
+    """The grant of an answer that begins."""
+    grant = quota.take()
+    assert grant is not None
+    return grant
 
 
 def test_so_many_at_once_and_no_more(clock: FakeClock) -> None:
     quota = Quota(2, 1000, clock)
     quota.take()
-    quota.take()
+    taken = held(quota)
 
     with pytest.raises(ConcurrencyExceeded, match="max_concurrent=2") as caught:
         quota.take()
 
     assert caught.value.retry_after == 1.0
     assert quota.running == 2
-    quota.give_back()
+    taken.release()
     quota.take()
 
 
@@ -60,12 +69,12 @@ def test_a_minutes_worth_after_a_rest_then_evenly(clock: FakeClock) -> None:
 
 def test_a_refusal_for_concurrency_spends_nothing_of_the_minute(clock: FakeClock) -> None:
     quota = Quota(1, 2, clock)
-    quota.take()
+    taken = held(quota)
     for _ in range(5):
         with pytest.raises(ConcurrencyExceeded):
             quota.take()
 
-    quota.give_back()
+    taken.release()
     quota.take()
 
     assert quota.running == 1
@@ -74,8 +83,7 @@ def test_a_refusal_for_concurrency_spends_nothing_of_the_minute(clock: FakeClock
 def test_an_answer_that_never_began_counts_for_nothing(clock: FakeClock) -> None:
     quota = Quota(1, 1, clock)
     for _ in range(3):
-        quota.take()
-        quota.give_back(unused=True)
+        held(quota).cancel()
 
     quota.take()
 
@@ -85,8 +93,7 @@ def test_an_answer_that_never_began_counts_for_nothing(clock: FakeClock) -> None
 
 def test_limits_change_in_place(clock: FakeClock) -> None:
     quota = Quota(3, 3, clock)
-    for _ in range(3):
-        quota.take()
+    taken = [held(quota) for _ in range(3)]
 
     quota.apply(4, 3)
     with pytest.raises(RateLimitExceeded):
@@ -95,8 +102,8 @@ def test_limits_change_in_place(clock: FakeClock) -> None:
     with pytest.raises(ConcurrencyExceeded):
         quota.take()  # what runs does, too
     assert quota.running == 3
-    quota.give_back()
-    quota.give_back()
+    taken[0].release()
+    taken[1].release()
     clock.now += 0.2
     quota.take()
 
@@ -129,13 +136,13 @@ def test_in_no_span_begin_more_than_its_share_and_a_minutes(seed: int, clock: Fa
 
 def test_a_revoked_quota_gives_nothing(clock: FakeClock) -> None:
     quota = Quota(5, 5, clock)
-    quota.take()
+    taken = held(quota)
 
     quota.revoke()
 
     with pytest.raises(InvalidApiKey):
         quota.take()
-    quota.give_back()
+    taken.release()
     assert quota.running == 0
 
 
@@ -246,11 +253,11 @@ def test_who_waits_for_tokens_starts_once_they_are_there() -> None:
     async def wait() -> float:
         clock = asyncio.get_running_loop().time
         quota = Quota(9, 9999, clock, queue_size=9, budget=Budget(6000, clock=clock))
-        quota.begin(6000).end(spent=6000)
+        Turn(quota, 6000).end(spent=6000)
         began = clock()
 
-        turn = quota.begin(7)
-        await turn.decided()
+        turn = Turn(quota, 7)
+        await turn.begun()
 
         turn.end()
         return clock() - began

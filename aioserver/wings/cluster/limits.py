@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from aioserver.limits.gate import Gate
 from aioserver.providers.health import ProviderObserver
 from aioserver.providers.queueing import FAILOVER_WAIT, Permits, ProviderGate
+from aioserver.wings.cluster.keys import SharedKey
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_gate import ConnectionGate, SharedGate
-from aioserver.wings.cluster.shared_quota import SharedQuota
 from aioserver.wings.cluster.shared_tokens import SharedTokens
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import ClientKey, HttpClient
     from aioserver.limits.fixed_share import Scope
     from aioserver.limits.quota import Quota
+    from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
     from aioserver.wings.cluster.leases import Leases
@@ -210,9 +211,9 @@ class SharedLimits:
         host = self._leases.instance if self._scope is None else self._scope.host
         return host, self._admitted()
 
-    def make_quota(self, key: ClientKey) -> Quota:
-        """Return the quota of *key*."""
-        return SharedQuota(
+    def make_quota(self, key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
+        """Return the quota of *key*; what waits there is started by *scheduler*."""
+        return SharedKey(
             key.max_concurrent,
             key.requests_per_minute,
             max_connections=key.max_connections,
@@ -222,7 +223,8 @@ class SharedLimits:
             leases=self._leases,
             name=key.name,
             scope=self._scope,
-        )
+            scheduler=scheduler,
+        ).quota
 
     def told(self, name: str, word: str, seconds: float) -> None:
         """Take in that *word* holds of the provider *name* for *seconds*; 0.0: no more."""
