@@ -125,11 +125,11 @@ class Request(msgspec.Struct, eq=False):
             on_position = bound.telling("its key", on_position)
         try:
             self.grant = await quota.granted(request.ticket, on_position)
+            self.waits = False
         except DeadlineExceeded:
             assert bound is not None
             raise bound.exceeded() from None
         finally:
-            self.waits = False
             request.record.key_wait = quota.waited(request.ticket)
         if (back := self._regain()) is not None:
             await back

@@ -139,9 +139,9 @@ class Places(msgspec.Struct, eq=False):
 
     def take(self) -> None:
         """Take one."""
-        self.inside += 1
-        if self.inside == self.limit:
+        if self.inside + 1 == self.limit:
             self._full_since = self.clock()
+        self.inside += 1
 
     def free(self) -> None:
         """Give one back."""
@@ -371,8 +371,13 @@ class Resource:
         if self.rate is not None and (taken := self.rate.try_take(cost)) is None:
             return None
         grant = Grant(self, ticket, index, taken)
+        try:
+            self._enter(grant, limit)
+        except BaseException:
+            if taken is not True:
+                self.settle(taken, None)
+            raise
         ticket.grants[grant] = None
-        self._enter(grant, limit)
         return grant
 
     def _enter(self, grant: Grant, limit: Places | None) -> None:
@@ -382,11 +387,11 @@ class Resource:
         elif self.queue_size:
             self._early[grant] = None
         places = self.places
-        places.inside = inside = places.inside + 1
-        if inside == places.limit:
+        if (inside := places.inside + 1) == places.limit:
             places.resize(inside)
         if limit is not None:
             limit.take()
+        places.inside = inside
 
     def _try_both(self, ticket: Ticket, index: int, cost: int) -> Grant | None:
         """Return a grant of the resource around this one, with one of this one in it."""
@@ -417,11 +422,16 @@ class Resource:
         taken: object = True
         if self.rate is not None and (taken := self.rate.try_take(bid.cost)) is None:
             return None
-        _, charge = self.queue.pop(bid.index)
-        bid.standing = False
-        self.places.take()
-        if (limit := self.limits[bid.index]) is not None:
-            limit.take()
+        try:
+            _, charge = self.queue.pop(bid.index)
+            bid.standing = False
+            self.places.take()
+            if (limit := self.limits[bid.index]) is not None:
+                limit.take()
+        except BaseException:
+            if taken is not True:
+                self.settle(taken, None)
+            raise
         grant = Grant(self, bid.ticket, bid.index, taken)
         grant.charge, grant.inner, bid.inner = charge, bid.inner, None
         if self.within is None:

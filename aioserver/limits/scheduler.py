@@ -248,14 +248,18 @@ class Scheduler:
         errors.clear()
         ticket.bids = joined
         self.waiting[ticket] = None
-        if ticket.slot is None and (first := [bid for bid in joined if bid in at_once]):
-            self._take_slot(ticket, self._roomiest(ticket, first))
-        self._begin(joined, now)
-        if ticket in self.waiting:
-            self._expire_at(ticket)
-            if ticket.on_position is not None:
-                self._report_first(ticket)
-            return None
+        try:
+            if ticket.slot is None and (first := [bid for bid in joined if bid in at_once]):
+                self._take_slot(ticket, self._roomiest(ticket, first))
+            self._begin(joined, now)
+            if ticket in self.waiting:
+                self._expire_at(ticket)
+                if ticket.on_position is not None:
+                    self._report_first(ticket)
+                return None
+        except BaseException:
+            self.leave(ticket)
+            raise
         outcome, ticket.outcome = ticket.outcome, None
         if isinstance(outcome, Grant):
             return outcome

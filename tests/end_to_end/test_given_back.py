@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # What takes a place, a connection, a key's count, a hold of bytes, a log, or a trial.
 TAKES = re.compile(
     r"(\btry_enter|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|begin|connect|used)"
-    r"|budget\.reserve|_?(minute|day)\.reserve|request\.begin"
+    r"|(resource|slots|within)\.try_start|scheduler\.enter|\b_take_slot|self\.(starts|rate)\.try_take|budget\.reserve|_?(minute|day)\.reserve|request\.begin"
     r"|permits\.enter|run_in_background"
     r"|_lending\.(lend|place|join)|loan\.(lend|regain)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
@@ -61,7 +61,7 @@ wings.responses.socket ResponsesSocket._prepare
 faces.upgrade serve
 wings.responses.draft Draft.take_input
 gateway.gateway Gateway._begin
-gateway.gateway Gateway._begin_turn
+gateway.gateway Gateway._begin_at_key
 gateway.gateway Gateway.hold
 wings.responses.stored StoredResponses.hold
 wings.responses.stored StoredResponses.make
@@ -74,7 +74,18 @@ limits.gate Gate._enter
 limits.gate Gate.enter
 limits.gate Gate.try_enter
 limits.quota Quota.take
-limits.quota Quota._start
+limits.quota KeyRate.try_take
+limits.quota Quota.connect
+limits.resource Places.take
+limits.resource Resource._try_both
+limits.resource Resource.start
+limits.resource Resource.try_start
+limits.scheduler Scheduler._come
+limits.scheduler Scheduler._wait
+limits.scheduler Scheduler._withdraw
+limits.scheduler Scheduler.enter
+limits.scheduler Scheduler.join
+limits.scheduler Scheduler.suspend
 limits.budget Budget.reserve
 limits.budget Reservation.take
 limits.budget _Day.reserve
@@ -120,6 +131,14 @@ RARE = {
     Function("providers.breaker", "Breaker.start_spared"),
     Function("wings.responses.stored_face", "write"),
     Function("providers.pool", "Pool._wait"),
+    # Only the workers of a host share connections of a key; no key is within another, or has bids
+    # for later.
+    Function("limits.quota", "Quota.connect"),
+    Function("limits.resource", "Resource._try_both"),
+    Function("limits.scheduler", "Scheduler._come"),
+    Function("limits.scheduler", "Scheduler._withdraw"),
+    Function("limits.scheduler", "Scheduler.join"),
+    Function("limits.scheduler", "Scheduler.suspend"),
 }
 FULL: dict[str, Any] = {
     **keys_of(
@@ -171,9 +190,12 @@ SHARED = {
 # These count something else: the starts of a caller, bytes on their way to a file, connections for
 # the balance.
 OTHERS = {
-    Function("limits.fair_queue", "_Turns.serve"),
-    Function("limits.fair_queue", "_Turns.start"),
-    Function("limits.fair_queue", "_Turns.start_early"),
+    Function("limits.fair_queue", "_Level.serve"),
+    Function("limits.fair_queue", "_Level.start"),
+    Function("limits.old_fair_queue", "_Turns.serve"),
+    Function("limits.old_fair_queue", "_Turns.start"),
+    Function("limits.old_fair_queue", "_Turns.start_early"),
+    Function("wings.cluster.shared_tokens", "SharedTokens.delay"),
     Function("wings.responses.redis", "SharedResponses._encoded"),
     Function("faces.polling", "tell"),
     Function("workers.balance", "Balance.made"),
