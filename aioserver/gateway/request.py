@@ -130,7 +130,8 @@ class Request(msgspec.Struct, eq=False):
             assert bound is not None
             raise bound.exceeded() from None
         finally:
-            request.record.key_wait = quota.waited(request.ticket)
+            if quota.queue_size:
+                request.record.key_wait = quota.waited(request.ticket)
         if (back := self._regain()) is not None:
             await back
 

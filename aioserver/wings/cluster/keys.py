@@ -66,6 +66,8 @@ class LeasedPlaces:
     def share(self, name: str, limit: int, *, least: int = 0, scope: Scope | None = None) -> None:
         """Share *limit* from now on, under *name*, which is the same in all instances."""
         if self.lease is None:
+            # Nothing is granted yet.
+            self.resize(0)
             self.lease = self._leases.hold(name, limit, self, least=least, scope=scope)
             self._resource.supply = self
         else:
@@ -185,8 +187,6 @@ class SharedKey:
             scheduler=scheduler,
         )
         quota.shared = self
-        # Nothing is granted yet.
-        quota.resource.places.resize(0)
         self.answers = LeasedPlaces(leases, quota.resource, lambda: quota.scheduler, self._waiting)
         self.connections: LeasedPlaces | None = None
         if scope is not None:

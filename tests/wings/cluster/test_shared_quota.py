@@ -15,6 +15,7 @@ from aioserver.errors import (
     RateLimitExceeded,
     TokensExceeded,
 )
+from aioserver.limits.fixed_share import Scope
 from aioserver.wings.cluster.keys import PATIENCE, SharedKey
 from tests.support.reference_server import ReferenceServer
 from tests.support.turns import Turn
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.virtual_time
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from aioserver.limits.quota import Quota
     from aioserver.wings.cluster.leases import Leases
 
 
@@ -406,3 +408,52 @@ async def test_a_queue_waits_for_tokens_that_others_use_and_large_requests_are_n
     for turn in small:
         turn.end(unused=True)
     assert busy.quota.budget.reserved == 0
+
+
+async def test_the_workers_of_a_host_share_the_connections_of_a_key_once_they_are_bounded(
+    reference: ReferenceServer,
+) -> None:
+    here, there = [
+        Side(leases, 9, 6000, scope=Scope("host", rank, 2, first=True)).quota
+        for rank, leases in enumerate(await joined(reference, 2))
+    ]
+
+    async def connect(quota: Quota) -> bool:
+        try:
+            if (undecided := quota.connect()) is not None:
+                try:
+                    await undecided
+                except ConcurrencyExceeded:
+                    quota.disconnect()
+                    raise
+        except ConcurrencyExceeded:
+            return False
+        return True
+
+    assert [await connect(here) for _ in range(3)] == [True] * 3
+    for quota in (here, there):
+        quota.apply(9, 6000, max_connections=4)
+    await asyncio.sleep(5)
+
+    connected = [await connect(quota) for quota in (there, there, here, there)]
+
+    assert connected == [True, False, False, False]
+    here.disconnect()
+    assert await connect(there)
+    assert (here.connections, there.connections) == (2, 2)
+    for quota in (here, there):
+        quota.apply(9, 6000, max_connections=0)
+    assert [await connect(there) for _ in range(5)] == [True] * 5
+
+
+async def test_a_key_whose_connections_are_bounded_from_now_on_has_no_place_before_it_is_given_one(
+    reference: ReferenceServer,
+) -> None:
+    (leases,) = await joined(reference, 1)
+    quota = Side(leases, 9, 6000, scope=Scope("host", 0, 2)).quota
+    reference.up = False
+
+    quota.apply(9, 6000, max_connections=4)
+
+    assert quota.slots is not None
+    assert quota.slots.limit == 0
