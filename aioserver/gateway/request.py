@@ -106,7 +106,8 @@ class Request(msgspec.Struct, eq=False):
                 raise
             on_late(error)
             raise error from None
-        self.waits = self.grant is None
+        if self.grant is None:
+            self.waits = True
 
     async def granted(self, on_position: Callable[[int, float], None] | None = None) -> None:
         """Wait until the request is within its caller's limits, if it *waits*.

@@ -209,11 +209,6 @@ class Quota:
         """The requests that wait."""
         return self.resource.queue
 
-    @property
-    def queue_size(self) -> int:
-        """How many requests may wait."""
-        return self.resource.queue_size
-
     def apply(
         self,
         max_concurrent: int,
@@ -238,7 +233,9 @@ class Quota:
 
     def _use_queue(self, size: int) -> None:
         resource = self.resource
-        resource.queue_size, self.rate.queued = size, size > 0
+        # How many requests may wait.
+        self.queue_size = resource.queue_size = size
+        self.rate.queued = size > 0
         resource.queue_timeout = MAX_WAIT if size else 0.0
 
     def budgets(self) -> dict[str, BudgetState]:
@@ -293,11 +290,11 @@ class Quota:
                 nothing is counted.
             DeadlineExceeded: its deadline is over.
         """
-        resource = self.resource
         if ticket is None:
             ticket = Ticket()
-        if (grant := resource.try_start(ticket, tokens)) is not None:
+        if (grant := self.resource.try_start(ticket, tokens)) is not None:
             return grant
+        resource = self.resource
         moment = resource.grace
         if not (resource.queue_size or moment):
             raise resource.no_wait(ticket, tokens)

@@ -365,41 +365,36 @@ class Resource:
                 return None
             if limit is not None and limit.inside >= limit.limit:
                 return None
-        if self.within is not None:
-            return self._try_both(ticket, index, cost)
         taken: object = True
         if self.rate is not None and (taken := self.rate.try_take(cost)) is None:
             return None
-        grant = Grant(self, ticket, index, taken)
-        try:
-            self._enter(grant, limit)
-        except BaseException:
+        outer: Grant | None = None
+        if self.within is not None and (outer := self.within.try_start(ticket, cost)) is None:
             if taken is not True:
                 self.settle(taken, None)
+            return None
+        grant = Grant(self, ticket, index, taken)
+        try:
+            if queue.size:
+                grant.charge = self._charge(grant)
+            elif self.queue_size:
+                self._early[grant] = None
+            if (inside := places.inside + 1) == places.limit:
+                places.resize(inside)
+            if limit is not None:
+                limit.take()
+        except BaseException:
+            self._early.pop(grant, None)
+            if taken is not True:
+                self.settle(taken, None)
+            if outer is not None:
+                outer.cancel()
             raise
-        ticket.grants[grant] = None
-        return grant
-
-    def _enter(self, grant: Grant, limit: Places | None) -> None:
-        """Take a place for *grant*, which has not waited for it."""
-        if self.queue.size:
-            grant.charge = self._charge(grant)
-        elif self.queue_size:
-            self._early[grant] = None
-        places = self.places
-        if (inside := places.inside + 1) == places.limit:
-            places.resize(inside)
-        if limit is not None:
-            limit.take()
         places.inside = inside
-
-    def _try_both(self, ticket: Ticket, index: int, cost: int) -> Grant | None:
-        """Return a grant of the resource around this one, with one of this one in it."""
-        assert self.within is not None
-        grant = self.within.try_start(ticket, cost)
-        if grant is not None:
-            grant.inner = Grant(self, ticket, index, True)
-            self._enter(grant.inner, self.limits[index])
+        if outer is not None:
+            outer.inner = grant
+            return outer
+        ticket.grants[grant] = None
         return grant
 
     def next(self) -> Bid | None:

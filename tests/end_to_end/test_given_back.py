@@ -77,7 +77,6 @@ limits.quota Quota.take
 limits.quota KeyRate.try_take
 limits.quota Quota.connect
 limits.resource Places.take
-limits.resource Resource._try_both
 limits.resource Resource.start
 limits.resource Resource.try_start
 limits.scheduler Scheduler._come
@@ -131,10 +130,8 @@ RARE = {
     Function("providers.breaker", "Breaker.start_spared"),
     Function("wings.responses.stored_face", "write"),
     Function("providers.pool", "Pool._wait"),
-    # Only the workers of a host share connections of a key; no key is within another, or has bids
-    # for later.
+    # Only the workers of a host share connections of a key; no key has bids for later.
     Function("limits.quota", "Quota.connect"),
-    Function("limits.resource", "Resource._try_both"),
     Function("limits.scheduler", "Scheduler._come"),
     Function("limits.scheduler", "Scheduler._withdraw"),
     Function("limits.scheduler", "Scheduler.join"),
