@@ -15,6 +15,7 @@ from aioserver.errors import (
     InvalidApiKey,
     PermissionDenied,
     RateLimitExceeded,
+    TokensExceeded,
 )
 from aioserver.limits.budget import Budget
 from aioserver.limits.quota import MINUTE, Quota
@@ -264,3 +265,55 @@ def test_who_waits_for_tokens_starts_once_they_are_there() -> None:
 
     # The seconds that a client is told are rounded up.
     assert run_virtually(wait()) == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_only_an_answer_that_never_began_gives_its_start_back_and_each_its_tokens(
+    *, began: bool, clock: FakeClock
+) -> None:
+    quota = Quota(9, 2, clock, budget=Budget(1000, clock=clock))
+    grant = quota.take(tokens=600)
+    assert grant is not None
+    assert (quota.starts[1], quota.budget.reserved) == (1, 600)
+
+    if began:
+        grant.release(0, 0)
+    else:
+        grant.cancel()
+    grant.release(1, 500)
+
+    assert (quota.starts[1], quota.budget.reserved) == (1 if began else 2, 0)
+    assert quota.budgets()["tokens_per_minute"].remaining == 1000
+
+
+def test_a_refusal_names_the_tokens_before_the_starts_and_spends_neither(clock: FakeClock) -> None:
+    quota = Quota(9, 1, clock, budget=Budget(1000, clock=clock))
+    quota.take(tokens=600)
+
+    with pytest.raises(TokensExceeded, match="used 600, requested about 500"):
+        quota.take(tokens=500)
+    with pytest.raises(RateLimitExceeded, match="requests_per_minute=1"):
+        quota.take(tokens=400)
+
+    assert quota.budget.reserved == 600
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 3), (3, 0)])
+async def test_a_queue_that_comes_or_goes_leaves_those_alone_that_run_or_wait(
+    before: int, after: int
+) -> None:
+    quota = Quota(1, 99, queue_size=before)
+    running = held(quota)
+    waiting = [Turn(quota) for _ in range(before)]
+    quota.apply(1, 99, queue_size=after)
+    waiting += [Turn(quota) for _ in range(after)]
+
+    with pytest.raises(ConcurrencyExceeded):
+        quota.take()
+    running.release()
+    for turn in waiting:
+        await turn.begun()
+        assert quota.running == 1
+        turn.end()
+
+    assert (quota.running, quota.resource.slots) == (0, 0)
