@@ -447,8 +447,6 @@ class RateLimitExceeded(AioserverError):
     code, status, retryable = "rate_limit_exceeded", 429, True
     close = 1008
     close_reason = b"too many messages"
-    # The seconds until it is within the limit, where `retry_after` is rounded up; 0.0: that is exact.
-    delay = 0.0
 
 
 class TokensExceeded(RateLimitExceeded):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from aioserver.config import settings
 from aioserver.gateway.groups import Group
-from aioserver.gateway.homes import Homes
+from aioserver.gateway.affinity import Affinity
 from aioserver.gateway.members import Member
 from aioserver.protocol.prefix import prefix_of
 from aioserver.providers.provider import Provider
@@ -101,9 +101,9 @@ async def main() -> None:
     print(f"| body, bytes | one choice among {MEMBERS}, µs |\n| ---: | ---: |")
     for turns in TURNS:
         prefix = hashed(body_of(turns))
-        group, homes = Group("group", members, "least_busy", "prefix"), Homes()
+        group, homes = Group("group", members, "least_busy", "prefix"), Affinity()
 
-        def choose(prefix: Prefix = prefix, group: Group = group, homes: Homes = homes) -> None:
+        def choose(prefix: Prefix = prefix, group: Group = group, homes: Affinity = homes) -> None:
             among = group.order(group.members)
             placement = homes.place(prefix, among)
             among.sort(key=lambda member: member is not placement.home)

@@ -18,13 +18,14 @@ from aioserver.auth.callers import SKEW, Caller
 from aioserver.auth.sessions import Sessions, name_in
 from aioserver.errors import InvalidApiKey, SessionEnded
 from aioserver.limits.budget import Budget
-from aioserver.limits.old_fair_queue import BATCH
+from aioserver.limits.fair_queue import BATCH
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aioserver.config.settings import ClientKey, Limits
+    from aioserver.limits.scheduler import Scheduler
 
     # Called as `quota_of` is.
     MakeQuota = Callable[[ClientKey], Quota]
@@ -46,14 +47,15 @@ class _Key(msgspec.Struct, frozen=True):
         return self.expires == inf or clock() < self.expires
 
 
-def quota_of(key: ClientKey) -> Quota:
-    """Return the quota of *key*."""
+def quota_of(key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
+    """Return the quota of *key*; what waits there is started by *scheduler*."""
     return Quota(
         key.max_concurrent,
         key.requests_per_minute,
         max_connections=key.max_connections,
         queue_size=key.queue_size,
         budget=Budget(key.tokens_per_minute, key.tokens_per_day),
+        scheduler=scheduler,
     )
 
 

@@ -67,7 +67,7 @@ from aioserver.config.validators import (
     variable,
     weight,
 )
-from aioserver.limits.old_fair_queue import BATCH, INTERACTIVE
+from aioserver.limits.fair_queue import BATCH, INTERACTIVE
 
 __all__ = [
     "SETTINGS",

@@ -66,12 +66,12 @@ class Calls:
         self._tasks.add(task)
         try:
             if (bound := request.provider_request.bound) is None:
-                if request.turn is not None and request.undecided:
-                    await request.decided()
+                if request.waits:
+                    await request.granted()
                 answer = await ask(request)
             else:
                 with Guard(bound, self._request_log.metrics.count_deadline):
-                    await request.decided()
+                    await request.granted()
                     answer = await ask(request)
         except asyncio.CancelledError:
             if task not in self._tasks and not task.uncancel():

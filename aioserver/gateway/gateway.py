@@ -187,12 +187,12 @@ class Gateway:
     async def _call_of_key(
         self, quota: Quota, request: Request, ask: Callable[[Request], Awaitable[Answer]]
     ) -> Answer:
-        self._begin_turn(request)
+        self._begin_at_key(request)
         try:
             with quota.held():
                 return await self._calls.answer(request, ask)
         finally:
-            request.forget_turn()
+            request.forget_grant()
 
     async def pass_on(self, request: Request) -> None:
         """Pass a `PassedRequest` on, whose answer is handed over as it comes. Cancelling ends it.
@@ -334,7 +334,7 @@ class Gateway:
         await self.producers.end(shutdown_error)
         self.lifetime.close()
 
-    def _begin_turn(self, request: Request) -> None:
+    def _begin_at_key(self, request: Request) -> None:
         """Count *request* for the key that its caller has, or let it wait there.
 
         Raises:
@@ -389,7 +389,7 @@ class Gateway:
             window = self._bounds.resume_window
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
         if caller.quota is not None:
-            self._begin_turn(request)
+            self._begin_at_key(request)
         stream = producer = None
         try:
             stream = self._streams.open(
@@ -414,7 +414,7 @@ class Gateway:
             # There is no task of the producer, whose end would give all of it back.
             if producer is not None:
                 producer.close()
-            request.forget_turn()
+            request.forget_grant()
             request.release()
             if stream is not None:
                 self.lifetime.leave_background(stream)
@@ -430,8 +430,8 @@ class Gateway:
     ) -> None:
         release, asked = request.release, request.provider_request
         asked.outlive_handler()
-        if request.turn is not None and request.undecided:
-            producer, release = _once_decided(request, stream, producer)
+        if request.waits:
+            producer, release = _once_granted(request, stream, producer)
         # An answer that nobody can name is asked of no other instance.
         if self.instances is not None and request.key is not None:
             producer, release = self.instances.claiming(stream, request, producer, release)
@@ -478,15 +478,15 @@ class Gateway:
         stream.end(COMPLETE, {"metadata": {"provider": answer.outcome.provider}})
 
 
-def _once_decided(
+def _once_granted(
     request: Request, stream: Stream, producer: Coroutine[Any, Any, None]
 ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
     """Return a producer that runs *producer* if *request* is within its caller's limits, and its
     release.
     """
 
-    async def decide() -> None:
-        await request.decided(partial(stream.report_position, at=AT_KEY))
+    async def wait() -> None:
+        await request.granted(partial(stream.report_position, at=AT_KEY))
         stream.queued = None
         await producer
 
@@ -495,4 +495,4 @@ def _once_decided(
         producer.close()
         request.release()
 
-    return decide(), release
+    return wait(), release

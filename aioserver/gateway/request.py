@@ -4,25 +4,25 @@ it is known.
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
-from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from aioserver.errors import AioserverError
+from aioserver.errors import AioserverError, DeadlineExceeded
+from aioserver.limits.quota import MAX_WAIT
 from aioserver.providers.attempt import Attempt
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Sequence
 
     from aioserver.auth.callers import Caller
-    from aioserver.errors import DeadlineExceeded
     from aioserver.gateway.groups import Group
     from aioserver.gateway.keeper import Keeper
-    from aioserver.limits.key_queue import Turn
+    from aioserver.limits.quota import Quota
+    from aioserver.limits.resource import Grant
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import ProviderRequest
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
@@ -68,8 +68,15 @@ class Request(msgspec.Struct, eq=False):
     background: bool = False
     keeper: Keeper | None = None
     make_attempt: type[Attempt] = Attempt
-    # What it counts for the limits of its caller's key, once it counts.
-    turn: Turn | None = None
+    # What it counts for the limits of its caller's key, once it counts; it *waits* there before.
+    grant: Grant | None = None
+    waits: bool = False
+
+    @property
+    def _quota(self) -> Quota:
+        quota = self.provider_request.caller.quota
+        assert quota is not None
+        return quota
 
     def begin(self, on_late: Callable[[DeadlineExceeded], None]) -> None:
         """Count it for its caller's key, or let it wait there; `release` follows in any case.
@@ -78,70 +85,83 @@ class Request(msgspec.Struct, eq=False):
 
         Raises:
             DeadlineExceeded: it cannot.
-            AioserverError: as `Quota.begin`.
+            AioserverError: as `Quota.take`.
         """
         request = self.provider_request
-        caller, bound = request.caller, request.bound
-        assert caller.quota is not None, "the caller has a key"
-        quota = caller.quota
+        quota = request.caller.quota
+        assert quota is not None, "the caller has a key"
         try:
             if not (quota.queue_size or quota.budget.limited):
                 # It begins or is refused, whatever it may cost.
-                self.turn = quota.begin()
-                return
-            # By what is known of the provider that is asked first.
-            estimate = self.route.provider.estimate(request, self.route.model)
-            self.turn = quota.begin(
-                estimate.tokens,
-                flow=caller.subflow,
-                work=request.work,
-                start_by=inf if bound is None else bound.next,
-                on_wait=None if request.loan is None else request.loan.lend,
-            )
+                self.grant = quota.take(request.ticket)
+            else:
+                # By what is known of the provider that is asked first.
+                estimate = self.route.provider.estimate(request, self.route.model)
+                loan = request.loan
+                on_wait = None if loan is None else loan.lend
+                self.grant = quota.take(request.ticket, estimate.tokens, on_wait)
         except AioserverError as refusal:
-            error = None if bound is None else bound.refused(refusal)
+            bound = request.bound
+            late = isinstance(refusal, DeadlineExceeded)
+            error = None if bound is None else bound.exceeded() if late else bound.refused(refusal)
             if error is None:
                 raise
             on_late(error)
             raise error from None
+        if self.grant is None:
+            self.waits = True
 
-    @property
-    def undecided(self) -> bool:
-        """Whether it is not known yet that the request is within its caller's limits."""
-        return self.turn is not None and self.turn.decision is not None
-
-    async def decided(self, on_position: Callable[[int, float], None] | None = None) -> None:
-        """Wait until the request is within its caller's limits.
+    async def granted(self, on_position: Callable[[int, float], None] | None = None) -> None:
+        """Wait until the request is within its caller's limits, if it *waits*.
 
         *on_position* is called with its position among those that wait, and the seconds until its
         start.
 
         Raises:
             ConcurrencyExceeded, RateLimitExceeded: it is not.
+            DeadlineExceeded: it could not start in time.
         """
-        turn = self.turn
-        if turn is not None:
-            if (bound := self.provider_request.bound) is not None:
-                on_position = bound.telling("its key", on_position)
-            try:
-                await turn.decided(on_position)
-            finally:
-                self.provider_request.record.key_wait = turn.waited
-            if (back := self._regain()) is not None:
-                await back
+        if not self.waits:
+            return
+        request, quota = self.provider_request, self._quota
+        if (bound := request.bound) is not None:
+            on_position = bound.telling("its key", on_position)
+        try:
+            self.grant = await quota.granted(request.ticket, on_position)
+            self.waits = False
+        except DeadlineExceeded:
+            assert bound is not None
+            raise bound.exceeded() from None
+        finally:
+            if quota.queue_size:
+                request.record.key_wait = quota.waited(request.ticket)
+        if (back := self._regain()) is not None:
+            await back
 
-    def forget_turn(self) -> None:
+    def forget_grant(self) -> None:
         """Count for its caller's key no longer: it begins no answer."""
-        if self.turn is not None and not self.turn.over:
-            self.turn.end(unused=True)
-            # While the server stops there is none.
-            with suppress(AioserverError):
-                self._regain()
+        if not (self.waits or self.grant is not None):
+            return
+        self._leave_key()
+        if (grant := self.grant) is not None:
+            self.grant = None
+            grant.cancel()
+        # While the server stops there is none.
+        with suppress(AioserverError):
+            self._regain()
+
+    def _leave_key(self) -> None:
+        if self.waits:
+            self.waits = False
+            self._quota.leave(self.provider_request.ticket)
 
     def _regain(self) -> asyncio.Future[None] | None:
         """Have its client take its place again, if it was lent; return what is done then."""
-        loan, turn = self.provider_request.loan, self.turn
-        return None if loan is None or turn is None else loan.regain(turn.latest)
+        request = self.provider_request
+        if (loan := request.loan) is None or not loan.lent:
+            return None
+        left = MAX_WAIT - self._quota.waited(request.ticket)
+        return loan.regain(asyncio.get_running_loop().time() + left)
 
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""
@@ -152,16 +172,16 @@ class Request(msgspec.Struct, eq=False):
                 if self.keeper is not None:
                     self.keeper.release()
             finally:
-                if self.turn is not None:
-                    self._end_turn(self.turn)
-
-    def _end_turn(self, turn: Turn) -> None:
-        if turn.reservation is None and turn.charge is None:
-            # Nobody counts what it has cost.
-            turn.end()
-        else:
-            outcome = self.provider_request.outcome
-            turn.end(sum(outcome.spent), outcome.work)
+                if (grant := self.grant) is not None:
+                    self.grant = None
+                    if self.provider_request.estimate is None:
+                        # Nobody counts what it has cost.
+                        grant.release(0)
+                    else:
+                        outcome = self.provider_request.outcome
+                        grant.release(outcome.work, sum(outcome.spent))
+                elif self.waits:
+                    self._leave_key()
 
     @property
     def caller(self) -> Caller:

@@ -38,8 +38,10 @@ class Sharing(Protocol):
         *name*.
         """
 
-    def make_quota(self, key: ClientKey) -> Quota:
-        """Return the quota of *key*, which all instances share."""
+    def make_quota(self, key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
+        """Return the quota of *key*, which all instances share; what waits there is started by
+        *scheduler*.
+        """
 
     def share_door(self, scheduler: Scheduler, door: Resource, limit: int) -> None:
         """Share the *limit* places in front of the handlers, if other processes have a part in

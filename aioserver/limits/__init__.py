@@ -6,7 +6,9 @@ wait: it ends at its *deadline*. Beyond these bounds a request is *refused*, and
 come back. A place that is *released* is handed to the next waiter.
 
 A new answer is counted in the *quota* of its *caller*, the key that the request came with: answers
-at the same time, and new answers per minute. Beyond that it is refused and does not wait.
+at the same time, new answers per minute, and tokens. A quota is a *resource* with a *rate*, and a
+request has one *ticket*, by which it *bids* for a resource. The *scheduler* *grants* it a place, or
+lets it wait in the queue of the resource, if that has one.
 
 Each provider has a gate of its own, which callers share. The *fair queue* decides which waiter is
 next: by the *weight* of its caller, and among the *flows* of one caller, its users, in turn. A

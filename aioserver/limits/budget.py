@@ -262,6 +262,9 @@ class Budget:
     *clock* is that of the minute, *wall_clock* the seconds since 1970 that decide which day it is.
     """
 
+    # Seconds after which to look again, at least, where there is too little.
+    look_again = 0.0
+
     def __init__(
         self,
         per_minute: int = 0,
@@ -303,6 +306,11 @@ class Budget:
     def counts_days(self) -> bool:
         """Whether there is a limit of a day."""
         return self._day is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens are there."""
+        return not any(state.used or state.reserved for state in self.states().values())
 
     def shortage(self, tokens: int) -> Shortage | None:
         """Return why a request of *tokens* cannot start now, None if it can: the budget into which

@@ -442,6 +442,9 @@ class ClassQueue(Generic[T]):
         self._tags = [0 for _ in weights]
         self._virtual = self.size = 0
 
+    def __len__(self) -> int:
+        return self.size
+
     def add(
         self,
         index: int,

@@ -8,8 +8,11 @@ per minute is a GCRA (limits/gcra.py) with a burst of a whole minute: after a re
 `requests_per_minute` answers may begin at once, then one each 60 / `requests_per_minute` seconds.
 A deletion counts like the beginning of an answer, since it costs all instances a look.
 Tokens count by an estimate that is reserved before the start (limits/budget.py).
-A request over a limit is refused, unless the key has a queue (limits/key_queue.py): it then waits,
-if what it lacks can come within its time.
+
+A key is a resource (limits/resource.py): its answers are the places, its starts and tokens the
+rate. A request over a limit is refused, unless the key has a queue: it then waits there before it
+asks for anything that is everybody's, if what it lacks can come within its time. The queue is fair
+among the users of the key.
 
 This file is one concept: what an answer counts is counted in all limits of its key, or in none.
 """
@@ -21,31 +24,105 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
-from math import ceil, inf
-from typing import TYPE_CHECKING, Any
+from math import ceil
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from aioserver.errors import (
+    AioserverError,
     ConcurrencyExceeded,
+    DeadlineExceeded,
     Denied,
     InvalidApiKey,
     PermissionDenied,
     RateLimitExceeded,
     TokensExceeded,
 )
-from aioserver.limits.budget import Budget
-from aioserver.limits.gcra import Gcra
-from aioserver.limits.key_queue import MAX_WAIT, KeyQueue, Turn
+from aioserver.limits.budget import Budget, Reservation
+from aioserver.limits.gcra import ROUNDING, Gcra
+from aioserver.limits.resource import Bid, Reason, Resource, Ticket
+from aioserver.limits.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Hashable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from aioserver.errors import AioserverError
-    from aioserver.limits.budget import BudgetState, Reservation, Shortage
+    from aioserver.limits.budget import BudgetState, Shortage
+    from aioserver.limits.fair_queue import ClassQueue
+    from aioserver.limits.resource import Grant
+
+    OnPosition = Callable[[int, float], None]
 
 MINUTE = 60.0
+# Seconds that a request may wait at its key: the timeout of the SDKs themselves.
+MAX_WAIT = 600.0
 REVOKED = "this API key is no longer valid"
+# What a start has taken that has reserved no tokens.
+START = object()
+
+
+class KeyRate:
+    """How fast the answers of a key may begin: *starts* of a minute, and tokens of a *budget*.
+
+    Always: a start is counted in both, or in none. *queued* says whether requests wait for each
+    other.
+    """
+
+    def __init__(self, starts: Gcra, budget: Budget) -> None:
+        self.starts, self.budget = starts, budget
+        self.queued = False
+
+    def delay(self, cost: int, ahead: int = 0) -> float:
+        """Return the seconds until a start of *cost* is allowed that has so many others *ahead*."""
+        starts = self.starts
+        delay = starts.delay(ahead * starts.interval if self.queued else 0.0)
+        if self.budget.limited and (shortage := self.budget.shortage(cost)) is not None:
+            delay = max(delay, shortage.delay, self.budget.look_again)
+        return delay
+
+    def try_take(self, cost: int) -> object:
+        """Count a start, and reserve *cost* tokens for it, if both are allowed now."""
+        budget = self.budget
+        if not budget.limited:
+            return None if self.starts.try_take() else START
+        if self.starts.delay() > ROUNDING or budget.shortage(cost) is not None:
+            return None
+        reservation = budget.reserve(cost)
+        try:
+            late = self.starts.try_take()
+        except BaseException:
+            reservation.release()
+            raise
+        if late:
+            reservation.release()
+            return None
+        return reservation
+
+    def settle(self, taken: object, spent: int | None) -> None:
+        """Let an answer have *spent* so many tokens; None: it has never begun, and counts for
+        nothing.
+        """
+        if isinstance(taken, Reservation):
+            taken.settle(spent or 0)
+        if spent is None:
+            self.starts.take(-self.starts.interval)
+
+
+class Shared(Protocol):
+    """What shares the limits of a key among instances; they are in the key's quota."""
+
+    # Seconds for which an answer or a deletion waits for what others may have.
+    patience: float
+
+    @property
+    def remembers(self) -> bool:
+        """Whether another quota of the same key would allow no more starts than this one."""
+
+    def apply(self) -> None:
+        """Share the limits as they are now."""
+
+    def end(self) -> None:
+        """Share them no more: the key was revoked."""
 
 
 class Quota:
@@ -55,6 +132,8 @@ class Quota:
     ended; in any span of t seconds at most `(t / 60 + 1) * requests_per_minute` are taken. Once
     `revoked`, none is taken any more.
 
+    Its `limit` is what may run at once, of which `resource` has the part of this process. What
+    waits is started by *scheduler*; None: by one of its own.
     """
 
     def __init__(
@@ -66,23 +145,69 @@ class Quota:
         max_connections: int = 0,
         queue_size: int = 0,
         budget: Budget | None = None,
+        starts: Gcra | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
-        self.running = 0
-        self.budget = Budget(clock=clock) if budget is None else budget
-        self.queue = KeyQueue(self._start, self._waited_too_long)
-        # How many requests may wait.
-        self.queue_size = queue_size
+        self.limit, self.max_connections = max_concurrent, max_connections
+        self._per_minute, self._scheduler = requests_per_minute, scheduler
+        self._starts = starts or Gcra(*minute(requests_per_minute), clock)
+        self.rate = KeyRate(self._starts, budget or Budget(clock=clock))
+        self.resource = self._make_resource(max_concurrent, self._refusal, clock, self.rate)
+        # Where instances share the limits; the connections are a resource, too, if they share those.
+        self.shared: Shared | None = None
+        self.slots: Resource | None = None
         self._connections = 0
-        self._max_connections = max_connections
+        self._connected: list[Grant | None] = []
         self.revoked = False
-        # How many answers may run at once.
-        self.limit = max_concurrent
-        self._per_minute = requests_per_minute
-        self._rate = Gcra(*minute(requests_per_minute), clock)
         # The tasks that are bound to the key, and the watcher of those that need an admin key.
         self._held: dict[asyncio.Task[object], object | None] = {}
         # The cancelled ones among them, and the error that each of those raises instead.
         self._denials: dict[asyncio.Task[object], Denied] = {}
+        self._use_queue(queue_size)
+
+    def _make_resource(
+        self,
+        capacity: int,
+        refuse: Callable[[Reason, float, Bid], BaseException],
+        clock: Callable[[], float],
+        rate: KeyRate | None = None,
+    ) -> Resource:
+        return Resource(
+            "its key",
+            capacity,
+            queue_size=0,
+            queue_timeout=0.0,
+            refuse=refuse,
+            serve=lambda resource: self.scheduler.serve(resource),
+            clock=clock,
+            rate=rate,
+        )
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What starts the requests that wait."""
+        if self._scheduler is None:
+            self._scheduler = Scheduler(asyncio.get_running_loop())
+        return self._scheduler
+
+    @property
+    def budget(self) -> Budget:
+        """Its tokens."""
+        return self.rate.budget
+
+    @budget.setter
+    def budget(self, budget: Budget) -> None:
+        self.rate.budget = budget
+
+    @property
+    def running(self) -> int:
+        """How many answers run."""
+        return self.resource.places.inside
+
+    @property
+    def queue(self) -> ClassQueue[Bid]:
+        """The requests that wait."""
+        return self.resource.queue
 
     def apply(
         self,
@@ -96,12 +221,22 @@ class Quota:
         Answers that run or have begun, and connections, count as before; those that wait go on
         waiting.
         """
-        self.queue_size = queue_size
-        self.limit = max_concurrent
-        self._max_connections = max_connections
+        self._use_queue(queue_size)
+        self.limit, self.max_connections = max_concurrent, max_connections
         self._per_minute = requests_per_minute
-        self._rate.apply(*minute(requests_per_minute))
+        self._starts.apply(*minute(requests_per_minute))
+        if self.shared is not None:
+            self.shared.apply()
+        else:
+            self.resource.places.resize(max_concurrent)
         self.serve()
+
+    def _use_queue(self, size: int) -> None:
+        resource = self.resource
+        # How many requests may wait.
+        self.queue_size = resource.queue_size = size
+        self.rate.queued = size > 0
+        resource.queue_timeout = MAX_WAIT if size else 0.0
 
     def budgets(self) -> dict[str, BudgetState]:
         """Return the budgets of the key that there are, by the names of their settings."""
@@ -112,26 +247,19 @@ class Quota:
         """The starts of a minute, those of them that are left now, and the seconds until all are,
         if none is used.
         """
-        limit, left = self._per_minute, min(self._per_minute, self._rate.available)
-        return limit, left, (limit - left) * self._rate.interval
+        limit, left = self._per_minute, min(self._per_minute, self._starts.available)
+        return limit, left, (limit - left) * self._starts.interval
 
     @property
     def rested(self) -> bool:
         """Whether nothing runs, waits or is open, and a new quota in the place of this one would
         allow no more.
         """
-        busy = self.running or self.connections or len(self.queue) or self._held
-        return not busy and self._tokens_whole and self._rate_whole
-
-    @property
-    def _tokens_whole(self) -> bool:
-        """Whether all tokens of the budgets are there."""
-        return not any(state.used or state.reserved for state in self.budget.states().values())
-
-    @property
-    def _rate_whole(self) -> bool:
-        """Whether all starts of a minute are there."""
-        return self._rate.available >= self._per_minute
+        if self.running or self.connections or self.resource.waiting or self._held:
+            return False
+        remembered = self.shared is not None and self.shared.remembers
+        whole = remembered or self._starts.available >= self._per_minute
+        return whole and self.budget.whole
 
     def take_over(self, old: Quota) -> None:
         """Count what *old*, the quota of a former key of the same caller, has used and reserved."""
@@ -139,158 +267,112 @@ class Quota:
 
     def serve(self) -> None:
         """Let those begin that wait and may begin now: to be called when a limit has changed."""
-        if len(self.queue):
-            self.queue.serve()
+        if self.resource.waiting:
+            self.scheduler.serve(self.resource)
 
-    def begin(
+    # Answers.
+
+    def take(
         self,
+        ticket: Ticket | None = None,
         tokens: int = 0,
-        *,
-        flow: Hashable = "",
-        work: int = 1,
-        start_by: float = inf,
         on_wait: Callable[[], None] | None = None,
-    ) -> Turn:
-        """Count an answer that begins, or let it wait; call `Turn.end` once when it has ended.
+    ) -> Grant | None:
+        """Return the grant of an answer that begins: release it once the answer has ended, or
+        cancel it if it has never begun. None: *ticket* waits, and `granted` is next, or `leave`.
 
-        Its *tokens* are an estimate. Where it has to wait, *on_wait* is called, which may raise; it
-        waits as a request of the user *flow* that costs *work*. What cannot come until *start_by*,
-        a moment of the loop's clock, is not waited for; it is the caller who ends the wait then.
-        `Turn.decided` is to be awaited before a provider is asked.
+        Its *tokens* are an estimate. Where it has to wait, *on_wait* is called, which may raise; but
+        if others may have what it lacks, only once it has waited for a moment.
 
         Raises:
             InvalidApiKey: the key was revoked after its request came in.
             ConcurrencyExceeded, RateLimitExceeded: it is not within the limits, and cannot wait;
                 nothing is counted.
+            DeadlineExceeded: its deadline is over.
         """
-        turn = Turn(self.queue, self.give_back, tokens, flow, work, on_wait)
-        if not len(self.queue):
+        if ticket is None:
+            ticket = Ticket()
+        if (grant := self.resource.try_start(ticket, tokens)) is not None:
+            return grant
+        resource = self.resource
+        moment = resource.grace
+        if not (resource.queue_size or moment):
+            raise resource.no_wait(ticket, tokens)
+        if not moment:
+            # Its position is that of the moment in which it begins to wait.
+            ticket.on_position = _not_heard_yet
+        grant = self.scheduler.enter(ticket, [Bid(resource, tokens)])
+        if grant is None and on_wait is not None:
             try:
-                undecided = self._start(turn)
-            except (ConcurrencyExceeded, RateLimitExceeded):
-                if not self.queue_size:
-                    raise
+                if moment:
+                    loop = asyncio.get_running_loop()
+                    loop.call_later(moment, self._waits_on, ticket, on_wait)
+                else:
+                    on_wait()
+            except BaseException:
+                self.scheduler.leave(ticket)
+                raise
+        return grant
+
+    def _waits_on(self, ticket: Ticket, on_wait: Callable[[], None]) -> None:
+        if not any(bid.resource is self.resource for bid in ticket.bids):
+            return
+        try:
+            on_wait()
+        except AioserverError as error:
+            refused = error
+            self.scheduler.refuse(self.resource, lambda: refused, lambda bid: bid.ticket is ticket)
+
+    async def granted(self, ticket: Ticket, on_position: OnPosition | None = None) -> Grant:
+        """Return the grant that *ticket* waits for. Cancelling is safe.
+
+        *on_position* is called with its position among those that wait for the key, and the seconds
+        until its start, by an estimate: now, and again each second if they have changed.
+
+        Raises:
+            AioserverError: it may not begin.
+        """
+        if on_position is not None and self.queue_size:
+            tell = on_position
+            self.scheduler.listen(ticket, lambda _key, position, eta: tell(position, eta))
+        try:
+            return await self.scheduler.granted(ticket)
+        finally:
+            ticket.on_position = None
+
+    def leave(self, ticket: Ticket) -> None:
+        """Let *ticket* wait no longer: its answer does not begin."""
+        self.scheduler.leave(ticket)
+
+    def waited(self, ticket: Ticket) -> float:
+        """Return the seconds for which *ticket* has waited here."""
+        return 0.0 if ticket.waited is None else ticket.waited.get(self.resource, 0.0)
+
+    def refuse(self, error: Callable[[], AioserverError]) -> None:
+        """Refuse every request that waits, each with an error of its own."""
+        for resource in (self.resource, self.slots):
+            if resource is not None and resource.waiting:
+                self.scheduler.refuse(resource, error)
+
+    @asynccontextmanager
+    async def used(self) -> AsyncIterator[None]:
+        """Count an answer for the length of the `async with`, and bind this task to the key.
+
+        Raises:
+            AioserverError: as `take`, `granted` and `held`.
+        """
+        ticket = Ticket()
+        grant = self.take(ticket)
+        try:
+            with self.held():
+                if grant is None:
+                    grant = await self.granted(ticket)
+                yield
+        finally:
+            if grant is None:
+                self.leave(ticket)
             else:
-                if self.queue_size:
-                    self.queue.charge(turn)
-                    if undecided is not None:
-                        until = min(start_by, asyncio.get_running_loop().time() + MAX_WAIT)
-                        self.queue.hold(turn, until, undecided)
-                        return turn
-                turn.took(undecided)
-                return turn
-        try:
-            self._wait(turn, start_by)
-        except BaseException:
-            turn.end(unused=True)
-            raise
-        return turn
-
-    def _wait(self, turn: Turn, start_by: float) -> None:
-        """Let *turn* wait, which could not start.
-
-        Raises:
-            AioserverError: as `begin`.
-        """
-        if self.revoked:
-            raise InvalidApiKey(REVOKED)
-        now = asyncio.get_running_loop().time()
-        until = min(start_by, now + MAX_WAIT)
-        if (shortage := self._shortage(turn)) is not None and now + shortage.delay > until:
-            raise self.too_many_tokens(shortage)
-        if len(self.queue) >= self.queue_size:
-            raise ConcurrencyExceeded(
-                f"{len(self.queue)} requests of this key wait already,"
-                f" at most queue_size={self.queue_size}",
-                retry_after=max(1.0, self.queue.eta(1)),
-            )
-        position = self.queue.position(turn.flow)
-        if now + (delay := self._rate.delay((position - 1) * self._rate.interval)) > until:
-            raise self._too_fast(delay)
-        turn.waits()
-        self.queue.add(turn, until)
-
-    def _start(self, turn: Turn) -> asyncio.Future[None] | None:
-        """Count the answer of *turn* in all limits, or in none.
-
-        Raises:
-            InvalidApiKey: the key was revoked.
-            ConcurrencyExceeded, RateLimitExceeded: it is not within the limits.
-        """
-        if not self.budget.limited:
-            return self.take(patient=turn.waiting)
-        if self.revoked:
-            raise InvalidApiKey(REVOKED)
-        if self.running >= self.limit:
-            raise self._too_many()
-        if (shortage := self._shortage(turn)) is not None:
-            raise self.too_many_tokens(shortage)
-        reservation = self.budget.reserve(turn.tokens)
-        try:
-            undecided = self.take(patient=turn.waiting, tokens=reservation)
-        except BaseException:
-            reservation.release()
-            raise
-        turn.reservation = reservation
-        return undecided
-
-    def _shortage(self, turn: Turn) -> Shortage | None:
-        return self.budget.shortage(turn.tokens) if self.budget.limited else None
-
-    def _waited_too_long(self, _turn: Turn) -> AioserverError:
-        return ConcurrencyExceeded(
-            f"no place of this key was free within {MAX_WAIT:.0f} s",
-            retry_after=max(1.0, self.queue.eta(1)),
-        )
-
-    @staticmethod
-    def too_many_tokens(shortage: Shortage) -> TokensExceeded:
-        """Return the error of a request for which there are too few tokens."""
-        period, limit, used, tokens, delay = shortage
-        # Codex reads the time from exactly these words; a tenth too late is not refused again.
-        seconds = ceil(delay * 10) / 10
-        error = TokensExceeded(
-            f"{period} of this key: limit {limit}, used {used}, requested about {tokens}."
-            f" Please try again in {seconds:.1f}s.",
-            retry_after=seconds,
-        )
-        error.period, error.delay = period, delay
-        return error
-
-    def _too_many(self) -> ConcurrencyExceeded:
-        return ConcurrencyExceeded(
-            f"{self.running} answers of this key run or wait, at most max_concurrent={self.limit}",
-            retry_after=1.0,  # nobody knows when one of them ends
-        )
-
-    def take(
-        self,
-        *,
-        patient: bool = False,  # noqa: ARG002
-        tokens: Reservation | None = None,  # noqa: ARG002
-    ) -> asyncio.Future[None] | None:
-        """Count an answer that begins, whose *tokens* are reserved; call `give_back` once when it
-        has ended.
-
-        Where other instances share the limits it may not be known yet whether the answer is within
-        them. Then the result is a future, to be awaited before a provider is asked: it raises one
-        of the first two errors if the answer is not. The answer is counted meanwhile; if it ends
-        before that is known, the future is to be cancelled. That of a *patient* answer, which waits
-        anyway, may be undecided for long.
-
-        Raises:
-            ConcurrencyExceeded: `max_concurrent` answers run; nothing is counted.
-            RateLimitExceeded: `requests_per_minute` is reached; nothing is counted.
-            InvalidApiKey: the key was revoked after its request came in.
-        """
-        if self.revoked:
-            raise InvalidApiKey(REVOKED)
-        if self.running >= self.limit:
-            raise self._too_many()
-        if delay := self._rate.try_take():
-            raise self._too_fast(delay)
-        self.running += 1
-        return None
+                grant.release(0, 0)
 
     async def count(self) -> None:
         """Count a request that begins no answer in the limit per minute. Cancelling is safe.
@@ -298,66 +380,120 @@ class Quota:
         Raises:
             RateLimitExceeded: `requests_per_minute` is reached.
         """
-        if delay := self._rate.try_take():
-            raise self._too_fast(delay)
+        patience = 0.0 if self.shared is None else self.shared.patience
+        while delay := self._starts.try_take():
+            if delay > patience:
+                raise self._too_fast(delay)
+            patience -= delay
+            await asyncio.sleep(delay)
 
-    @property
-    def connections(self) -> int:
-        """The connections that are counted."""
-        return self._connections
+    # The words of refusals.
 
-    def connect(self) -> asyncio.Future[None] | None:
-        """Count a connection; call `disconnect` once when it has ended.
-
-        Where other processes share the limit, the result may be a future that is undecided, as
-        that of `take`; a connection that is refused by it has ended, too.
-
-        Raises:
-            ConcurrencyExceeded: `max_connections` of the key are open or wait; nothing is counted.
-        """
-        if 0 < self._max_connections <= self._connections:
-            raise self._too_many_connections(self._connections)
-        self._connections += 1
-        return None
-
-    def disconnect(self) -> None:
-        """Count a connection as ended."""
-        self._connections -= 1
-
-    def _too_many_connections(self, connections: int) -> ConcurrencyExceeded:
-        return ConcurrencyExceeded(
-            f"{connections} connections of this key are open or wait,"
-            f" at most max_connections={self._max_connections}",
-            retry_after=1.0,  # nobody knows when one of them ends
-        )
+    def _refusal(self, reason: Reason, seconds: float, bid: Bid) -> AioserverError:
+        resource, budget = self.resource, self.budget
+        if reason is Reason.DEADLINE:
+            return DeadlineExceeded("it has waited at its key until then", retry_after=seconds)
+        if reason is Reason.FULL and self.queue_size:
+            return ConcurrencyExceeded(
+                f"{resource.waiting} requests of this key wait already,"
+                f" at most queue_size={self.queue_size}",
+                retry_after=max(1.0, resource.eta(1)),
+            )
+        waited = bid.until - bid.since
+        if reason is Reason.LATE and waited > MAX_WAIT / 2:
+            return ConcurrencyExceeded(
+                f"no place of this key was free within {MAX_WAIT:.0f} s",
+                retry_after=max(1.0, resource.eta(1)),
+            )
+        if reason is Reason.FULL or (reason is Reason.LATE and resource.inside >= resource.limit):
+            return ConcurrencyExceeded(
+                f"{max(resource.inside, self.limit)} answers of this key run or wait,"
+                f" at most max_concurrent={self.limit}",
+                retry_after=1.0,  # nobody knows when one of them ends
+            )
+        if late := reason is Reason.LATE:
+            seconds = self._starts.delay()
+        shortage = budget.shortage(bid.cost) if budget.limited else None
+        if shortage is not None:
+            delay = max(shortage.delay, budget.look_again)
+            left = bid.until - asyncio.get_running_loop().time() if bid.until else 0.0
+            if delay >= left:
+                return too_many_tokens(
+                    shortage._replace(delay=max(waited if late else 0.0, delay))
+                )
+        return self._too_fast(seconds)
 
     def _too_fast(self, delay: float) -> RateLimitExceeded:
         return RateLimitExceeded(
             f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
         )
 
-    def give_back(self, *, unused: bool = False) -> None:
-        """Count an answer as ended; an *unused* one never began, and does not count at all."""
-        self.running -= 1
-        if unused:
-            self._rate.take(-self._rate.interval)
-        if len(self.queue):
-            self.queue.serve()
+    # Connections.
 
-    @asynccontextmanager
-    async def used(self) -> AsyncIterator[None]:
-        """Count an answer for the length of the `async with`, and bind this task to the key.
+    def share_connections(self, clock: Callable[[], float]) -> Resource:
+        """Let the connections be a resource, of which this process has a part; there are none yet."""
+        self.slots = self._make_resource(0, self._no_connection, clock)
+        return self.slots
+
+    @property
+    def connections(self) -> int:
+        """The connections that are counted."""
+        if self.slots is None:
+            return self._connections
+        return len(self._connected) + self.slots.waiting
+
+    def connect(self) -> Awaitable[None] | None:
+        """Count a connection; call `disconnect` once when it has ended.
+
+        Where other processes share the limit, the result may have to be awaited; a connection that
+        is refused by it has ended, too.
 
         Raises:
-            AioserverError: as `begin`, `Turn.decided` and `held`.
+            ConcurrencyExceeded: `max_connections` of the key are open or wait; nothing is counted.
         """
-        turn = self.begin()
+        slots = self.slots
+        if slots is None:
+            if 0 < self.max_connections <= self._connections:
+                raise self._too_many_connections()
+            self._connections += 1
+            return None
+        ticket = Ticket()
+        if (grant := slots.try_start(ticket)) is None:
+            if slots.grace <= 0:
+                raise slots.no_wait(ticket)
+            if (grant := self.scheduler.enter(ticket, [Bid(slots)])) is None:
+                return self._connecting(ticket)
+        self._connected.append(grant)
+        return None
+
+    async def _connecting(self, ticket: Ticket) -> None:
+        grant = None
         try:
-            with self.held():
-                await turn.decided()
-                yield
+            grant = await self.scheduler.granted(ticket)
         finally:
-            turn.end()
+            # `disconnect` is called in any case.
+            self._connected.append(grant)
+
+    def disconnect(self) -> None:
+        """Count a connection as ended."""
+        if self.slots is None:
+            self._connections -= 1
+        elif (grant := self._connected.pop()) is not None:
+            # They are all alike.
+            grant.release()
+
+    def _no_connection(self, _reason: Reason, _seconds: float, _bid: Bid) -> AioserverError:
+        return self._too_many_connections()
+
+    def _too_many_connections(self) -> ConcurrencyExceeded:
+        most = self.max_connections
+        return ConcurrencyExceeded(
+            f"{max(self.connections, most)} connections of this key are open or wait,"
+            f" at most max_connections={most}",
+            retry_after=1.0,  # nobody knows when one of them ends
+        )
+
+    # Revoking.
 
     def held(self, *, watcher: object | None = None) -> Held:
         """Bind this task to the key: a revocation cancels what it does inside the `with`.
@@ -373,9 +509,14 @@ class Quota:
     def revoke(self) -> None:
         """Cancel every task that is bound to the key, and refuse every new answer."""
         self.revoked = True
-        self.queue.refuse(lambda: InvalidApiKey(REVOKED))
+        if self.shared is not None:
+            self.shared.end()
+        for resource in (self.resource, self.slots):
+            if resource is not None:
+                resource.closed = _revoked
+        self.refuse(_revoked)
         for task in self._held:
-            self._cancel(task, InvalidApiKey(REVOKED))
+            self._cancel(task, _revoked())
 
     def demote(self) -> None:
         """Cancel the tasks that need an admin key, since the key is no longer one."""
@@ -416,9 +557,31 @@ class Held(msgspec.Struct, eq=False):
             raise denial from None
 
 
+def too_many_tokens(shortage: Shortage) -> TokensExceeded:
+    """Return the error of a request for which there are too few tokens."""
+    period, limit, used, tokens, delay = shortage
+    # Codex reads the time from exactly these words; a tenth too late is not refused again.
+    seconds = ceil(delay * 10) / 10
+    error = TokensExceeded(
+        f"{period} of this key: limit {limit}, used {used}, requested about {tokens}."
+        f" Please try again in {seconds:.1f}s.",
+        retry_after=seconds,
+    )
+    error.period = period
+    return error
+
+
 def minute(requests: int) -> tuple[float, float]:
     """Return the interval and the tolerance of *requests* a minute; after a rest all may start at
     once.
     """
     interval = MINUTE / requests
     return interval, (requests - 1) * interval
+
+
+def _not_heard_yet(_key: Resource, _position: int, _eta: float) -> None:
+    """Tell nobody: the task that waits has not run yet."""
+
+
+def _revoked() -> InvalidApiKey:
+    return InvalidApiKey(REVOKED)

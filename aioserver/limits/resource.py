@@ -157,9 +157,9 @@ class Places(msgspec.Struct, eq=False):
 
     def take(self) -> None:
         """Take one."""
-        self.inside += 1
-        if self.inside == self.limit:
+        if self.inside + 1 == self.limit:
             self.full_since = self.clock()
+        self.inside += 1
 
     def free(self) -> None:
         """Give one back."""
@@ -364,7 +364,7 @@ class Resource:
         self._indices = {each.name: index for index, each in enumerate(classes)}
         self.queue: ClassQueue[Bid] = ClassQueue([each.weight for each in classes])
         # Grants that were had without a wait while nobody waited: their callers are charged once
-        # somebody waits, or else at their end.
+        # somebody waits, or else at their end. Without a queue nobody is charged.
         self._early: dict[Grant, None] = {}
         # The slots that are taken, of all and of each class.
         self.slots, self.class_slots = 0, [0 for _ in classes]
@@ -376,8 +376,8 @@ class Resource:
         if within is not None:
             within.inner.append(self)
 
-    def attach(self, supply: Supply) -> None:
-        """Have the capacity from *supply* from now on."""
+    def attach(self, supply: Supply | None) -> None:
+        """Have the capacity from *supply* from now on; None: it is our own."""
         self.supply = supply
         self._note_plain()
 
@@ -424,50 +424,49 @@ class Resource:
             return Grant(self, ticket)
         if self.supply is not None:
             self.supply.check()
-        queues = self.queue.queues
-        if places.inside >= places.limit or queues[0].size or self.closed is not None:
+        queue = self.queue
+        if places.inside >= places.limit or self.closed is not None:
+            return None
+        if queue.size and queue.queues[0].size:
             return None
         index, limit = 0, None
         if ticket.kind and (index := self.index(ticket)):
             limit = self.limits[index]
-            if any(queue.size for queue in queues[1 : index + 1]):
+            if queue.size and any(each.size for each in queue.queues[1 : index + 1]):
                 return None
             if limit is not None and limit.inside >= limit.limit:
                 return None
-        if self.within is not None:
-            return self._try_both(ticket, index, cost)
         taken: object = True
         if self.rate is not None and (taken := self.rate.try_take(cost)) is None:
             return None
+        outer: Grant | None = None
+        if self.within is not None and (outer := self.within.try_start(ticket, cost)) is None:
+            if taken is not True:
+                self.settle(taken, None)
+            return None
         grant = Grant(self, ticket, index, taken)
-        # As above.
-        places.inside += 1
-        if places.inside == places.limit:
-            places.full_since = places.clock()
-        if limit is not None:
-            limit.take()
+        try:
+            if queue.size:
+                grant.charge = self._charge(grant)
+            elif self.queue_size and not self.bare:
+                self._early[grant] = None
+            if (inside := places.inside + 1) == places.limit:
+                places.full_since = places.clock()
+            if limit is not None:
+                limit.take()
+        except BaseException:
+            self._early.pop(grant, None)
+            if taken is not True:
+                self.settle(taken, None)
+            if outer is not None:
+                outer.cancel()
+            raise
+        places.inside = inside
+        if outer is not None:
+            outer.inner = grant
+            return outer
         if not self.bare:
             ticket.grants[grant] = None
-            self._charge_early(grant)
-        return grant
-
-    def _charge_early(self, grant: Grant) -> None:
-        """Charge the caller of *grant*, which has not waited, now or later."""
-        if self.queue.size:
-            grant.charge = self._charge(grant)
-        else:
-            self._early[grant] = None
-
-    def _try_both(self, ticket: Ticket, index: int, cost: int) -> Grant | None:
-        """Return a grant of the resource around this one, with one of this one in it."""
-        assert self.within is not None
-        grant = self.within.try_start(ticket, cost)
-        if grant is not None:
-            grant.inner = Grant(self, ticket, index, True)
-            self.places.take()
-            if (limit := self.limits[index]) is not None:
-                limit.take()
-            self._charge_early(grant.inner)
         return grant
 
     def next(self) -> Bid | None:
@@ -490,11 +489,16 @@ class Resource:
         taken: object = True
         if self.rate is not None and (taken := self.rate.try_take(bid.cost)) is None:
             return None
-        _, charge = self.queue.pop(bid.index)
-        bid.standing = False
-        self.places.take()
-        if (limit := self.limits[bid.index]) is not None:
-            limit.take()
+        try:
+            _, charge = self.queue.pop(bid.index)
+            bid.standing = False
+            self.places.take()
+            if (limit := self.limits[bid.index]) is not None:
+                limit.take()
+        except BaseException:
+            if taken is not True:
+                self.settle(taken, None)
+            raise
         grant = Grant(self, bid.ticket, bid.index, taken)
         if self.bare:
             charge.settle()
@@ -525,7 +529,7 @@ class Resource:
         ticket, index = grant.ticket, grant.index
         if grant.charge is not None:
             grant.charge.settle(work)
-        elif not self.bare:
+        elif grant in self._early:
             # It was had without a wait, and nobody has waited since.
             del self._early[grant]
             cost = ticket.cost() if work is None else work
@@ -612,6 +616,7 @@ class Resource:
             return self.refusal(Reason.LATE, bid, self.retry_after())
         if (
             not self.queue_size
+            and not self.queue.size
             and self.rate is not None
             and self.places.inside < self.places.limit
         ):
@@ -619,9 +624,15 @@ class Resource:
             return self.refusal(Reason.SLOW, bid, self.rate.delay(bid.cost))
         return self.refusal(Reason.FULL, bid, self.retry_after())
 
-    def bid(self, ticket: Ticket) -> Bid:
+    def no_wait(self, ticket: Ticket, cost: int = 0) -> BaseException:
+        """Return the error of *ticket*, which could not start, where nobody may wait."""
+        if self.closed is not None:
+            return self.closed()
+        return self._no_wait(self.bid(ticket, cost), 0.0, 0.0)
+
+    def bid(self, ticket: Ticket, cost: int = 0) -> Bid:
         """Return a bid of *ticket*, for the words of a refusal."""
-        return Bid(self, ticket=ticket, index=self.index(ticket))
+        return Bid(self, cost, ticket=ticket, index=self.index(ticket))
 
     def refusal(self, reason: Reason, bid: Bid, seconds: float) -> BaseException:
         """Return the error of a ticket that is refused here, and count it; *seconds* inf: nobody

@@ -115,6 +115,17 @@ class Scheduler:
             # Its traceback leads to this frame.
             del outcome
 
+    def listen(self, ticket: Ticket, on_position: Callable[[Resource, int, float], None]) -> None:
+        """Have *ticket*, if it waits, tell *on_position* where it stands: each second, and at once
+        if it had something else to tell when it began to wait.
+        """
+        known, ticket.reported = ticket.on_position is not None, None
+        ticket.on_position = on_position
+        if ticket in self.waiting:
+            if known:
+                self._tell(ticket)
+            self._report_later()
+
     def leave(self, ticket: Ticket) -> None:
         """End the wait of *ticket*, if it waits; a grant of which it has not heard is not used."""
         outcome, ticket.outcome = ticket.outcome, None
@@ -256,13 +267,17 @@ class Scheduler:
         errors.clear()
         ticket.bids = joined
         self.waiting[ticket] = None
-        if ticket.slot is None and (first := [bid for bid in joined if bid in at_once]):
-            self._take_slot(ticket, self._roomiest(ticket, first))
-        self._begin(joined, now)
-        if ticket in self.waiting:
-            self._expire_at(ticket)
-            if ticket.on_position is not None:
-                self._report_first(ticket)
+        try:
+            if ticket.slot is None and (first := [bid for bid in joined if bid in at_once]):
+                self._take_slot(ticket, self._roomiest(ticket, first))
+            self._begin(joined, now)
+            if ticket in self.waiting:
+                self._expire_at(ticket)
+                if ticket.on_position is not None:
+                    self._report_first(ticket)
+        except BaseException:
+            self.leave(ticket)
+            raise
         if ticket in self.waiting:
             return None
         outcome, ticket.outcome = ticket.outcome, None
@@ -491,6 +506,9 @@ class Scheduler:
                 resource, position = bid.resource, bid.resource.first_position(bid)
                 bid.at = position, resource.eta(position, bid.index, position)
         self._tell(ticket)
+        self._report_later()
+
+    def _report_later(self) -> None:
         if self._report_timer is None:
             when = self._loop.time() + REPORT_INTERVAL
             self._report_timer = self._loop.call_at(when, self._report)
@@ -505,8 +523,7 @@ class Scheduler:
         for ticket in listeners:
             self._tell(ticket)
         if listeners:
-            when = self._loop.time() + REPORT_INTERVAL
-            self._report_timer = self._loop.call_at(when, self._report)
+            self._report_later()
 
     def _tell(self, ticket: Ticket) -> None:
         """Tell the best position, and the seconds until the start at resources that serve the

@@ -21,7 +21,7 @@ def _state(quota: Quota, tokens_today: int) -> KeyState:
     return {
         "running": quota.running,
         "limit": quota.limit,
-        "waiting": len(quota.queue),
+        "waiting": quota.resource.waiting,
         "queue_size": quota.queue_size,
         "tokens_today": tokens_today,
         "budgets": budget_states(quota),

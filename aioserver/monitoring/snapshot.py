@@ -17,7 +17,7 @@ import msgspec
 
 from aioserver import __version__
 from aioserver.config.llm import AUTO, BRIDGE
-from aioserver.limits.old_fair_queue import BATCH, INTERACTIVE
+from aioserver.limits.fair_queue import BATCH, INTERACTIVE
 from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
 from aioserver.telemetry.counters import quotient_of

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import HttpClient
     from aioserver.errors import AioserverError
     from aioserver.limits.gcra import Gcra
-    from aioserver.limits.resource import Bid, Supply
+    from aioserver.limits.resource import Bid
     from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.health import Health
 
@@ -61,9 +61,9 @@ BACKGROUND_CLASSES = (Class(INTERACTIVE, 19), Class(BATCH, 1, all_but_a_tenth, 0
 class SharedCapacity(Protocol):
     """What makes the capacity of one provider that of all instances (the wing `cluster`)."""
 
-    def places(self, resource: Resource, limit: int) -> Supply:
-        """Return what supplies the places of *resource*, the provider or the part of it for the
-        background, of which all instances together have *limit*.
+    def places(self, resource: Resource, limit: int) -> None:
+        """Share the places of *resource*, the provider or the part of it for the background, of
+        which all instances together have *limit*.
         """
 
     def starts(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
@@ -180,7 +180,7 @@ class Capacity:
         )
         self.resource.rate = ProviderRate(self.pace, health)
         if shared is not None:
-            self.resource.supply = shared.places(self.resource, limits.concurrent_requests)
+            shared.places(self.resource, limits.concurrent_requests)
 
     def apply_limits(self, limits: HttpClient) -> None:
         """Use new limits. Places that are taken stay taken, and starts stay counted."""
@@ -325,7 +325,7 @@ class Capacity:
         self._bound_background(part)
         if self._shared is not None:
             places = half(self._limits.concurrent_requests)
-            part.supply = self._shared.places(part, places)
+            self._shared.places(part, places)
         part.closed, part.finishes = outer.closed, outer.finishes
         return part
 

@@ -37,7 +37,12 @@ if TYPE_CHECKING:
 
 
 class Loan(Protocol):
-    """A client whose place others can use while its request waits at its key."""
+    """A client whose place others can use while its request waits at its key.
+
+    *lent* says that they do.
+    """
+
+    lent: bool
 
     def lend(self) -> None:
         """Give the place to others.
@@ -174,6 +179,24 @@ class ProviderRequest:
         self._kept_bytes = kept_bytes
 
     @property
+    def ticket(self) -> Ticket:
+        """What waits for it, at its key and at providers. It is made when it is first asked for:
+        then it is known whether it is batch, and its `work` if its tokens were estimated.
+        """
+        if (ticket := self._ticket) is None:
+            caller, hold = self.caller, self._hold
+            ticket = self._ticket = Ticket(
+                caller.flow,
+                caller.subflow,
+                caller.priority,
+                0 if self.estimate is None else self.work,
+                BATCH if self.record.batch else "",
+                asyncio.get_running_loop().time() if hold is None else hold.arrived,
+                self.latest,
+            )
+        return ticket
+
+    @property
     def loan(self) -> Loan | None:
         """The place of its client, if that can be lent."""
         return None if self._hold is None else self._hold.loan
@@ -234,21 +257,6 @@ class ProviderRequest:
         0.0 if it has not, or that is unknown.
         """
         return 0.0 if self._hold is None else self._hold.waited_since
-
-    @property
-    def ticket(self) -> Ticket:
-        """What it waits with, at its key and at providers."""
-        if (ticket := self._ticket) is None:
-            caller, hold, record = self.caller, self._hold, self.record
-            ticket = self._ticket = Ticket(
-                caller.flow,
-                caller.subflow,
-                caller.priority,
-                0,
-                BATCH if record.batch else "",
-                asyncio.get_running_loop().time() if hold is None else hold.arrived,
-            )
-        return ticket
 
     @property
     def latest(self) -> float:

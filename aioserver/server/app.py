@@ -112,7 +112,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         providers = self.provider_registry.providers.values()
         queues = sum(provider.stats().queue.waiting for provider in providers)
         undecided = sum(stream.undecided for stream in self.streams.running())
-        keys = sum(len(quota.queue) for quota in self.context.access.quotas().values())
+        keys = sum(quota.resource.waiting for quota in self.context.access.quotas().values())
         return self.context.admission.gate.waiting + keys + queues + undecided
 
     def drain(self) -> None:
@@ -123,7 +123,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         context.admission.close(shutdown_error)
         context.gateway.drain()
         for quota in context.access.quotas().values():
-            quota.queue.refuse(shutdown_error)
+            quota.refuse(shutdown_error)
         for open_socket in tuple(context.sockets):
             open_socket.drain()
 
@@ -207,7 +207,8 @@ async def open_server(
         if sharing is not None:
             await sharing.agree_on_sessions(sessions)
         tokens = next((wing.callers for wing in plugged if wing.callers is not None), None)
-        make_quota = quota_of if sharing is None else sharing.make_quota
+        quota_for = quota_of if sharing is None else sharing.make_quota
+        make_quota = partial(quota_for, scheduler=scheduler)
         access = Access(settings.auth, sessions, make_quota, tokens)
         if scope is not None and sharing is None:
             access.part_of = scope.share

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # What takes a place, a connection, a key's count, a hold of bytes, a log, or a trial.
 TAKES = re.compile(
-    r"(\btry_enter|(gate|resource|within)\.try_start|_?scheduler\.(enter|wait|suspend)|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|begin|connect|used)"
-    r"|budget\.reserve|_?(minute|day)\.reserve|request\.begin"
+    r"(\btry_enter|(gate|resource|slots|within)\.try_start|_?scheduler\.(enter|wait|suspend)|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|begin|connect|used)"
+    r"|\b_take_slot|self\.(starts|rate)\.try_take|budget\.reserve|_?(minute|day)\.reserve|request\.begin"
     r"|permits\.enter|run_in_background"
     r"|loan\.(lend|regain)"
     r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
@@ -61,7 +61,7 @@ wings.responses.socket ResponsesSocket._prepare
 faces.upgrade serve
 wings.responses.draft Draft.take_input
 gateway.gateway Gateway._begin
-gateway.gateway Gateway._begin_turn
+gateway.gateway Gateway._begin_at_key
 gateway.gateway Gateway.hold
 wings.responses.stored StoredResponses.hold
 wings.responses.stored StoredResponses.make
@@ -77,7 +77,17 @@ limits.gate Gate._enter
 limits.gate Gate.enter
 limits.gate Gate.try_enter
 limits.quota Quota.take
-limits.quota Quota._start
+limits.quota KeyRate.try_take
+limits.quota Quota.connect
+limits.resource Places.take
+limits.resource Resource.start
+limits.resource Resource.try_start
+limits.scheduler Scheduler._come
+limits.scheduler Scheduler._wait
+limits.scheduler Scheduler._withdraw
+limits.scheduler Scheduler.enter
+limits.scheduler Scheduler.join
+limits.scheduler Scheduler.suspend
 limits.budget Budget.reserve
 limits.budget Reservation.take
 limits.budget _Day.reserve
@@ -126,6 +136,12 @@ RARE = {
     Function("providers.breaker", "Breaker.start_spared"),
     Function("wings.responses.stored_face", "write"),
     Function("providers.pool", "Pool._wait"),
+    # Only the workers of a host share connections of a key; no key has bids for later.
+    Function("limits.quota", "Quota.connect"),
+    Function("limits.scheduler", "Scheduler._come"),
+    Function("limits.scheduler", "Scheduler._withdraw"),
+    Function("limits.scheduler", "Scheduler.join"),
+    Function("limits.scheduler", "Scheduler.suspend"),
 }
 FULL: dict[str, Any] = {
     **keys_of(
@@ -183,6 +199,7 @@ OTHERS = {
     Function("limits.old_fair_queue", "_Turns.serve"),
     Function("limits.old_fair_queue", "_Turns.start"),
     Function("limits.old_fair_queue", "_Turns.start_early"),
+    Function("wings.cluster.shared_tokens", "SharedTokens.delay"),
     Function("wings.responses.redis", "SharedResponses._encoded"),
     Function("faces.polling", "tell"),
     Function("workers.balance", "Balance.made"),

@@ -15,26 +15,36 @@ from aioserver.errors import (
     InvalidApiKey,
     PermissionDenied,
     RateLimitExceeded,
+    TokensExceeded,
 )
 from aioserver.limits.budget import Budget
 from aioserver.limits.quota import MINUTE, Quota
+from tests.support.turns import Turn
 from tests.support.virtual_loop import run_virtually
 
 if TYPE_CHECKING:
+    from aioserver.limits.resource import Grant
     from tests.support.clock import FakeClock
+
+
+def held(quota: Quota) -> Grant:
+    """The grant of an answer that begins."""
+    grant = quota.take()
+    assert grant is not None
+    return grant
 
 
 def test_so_many_at_once_and_no_more(clock: FakeClock) -> None:
     quota = Quota(2, 1000, clock)
     quota.take()
-    quota.take()
+    taken = held(quota)
 
     with pytest.raises(ConcurrencyExceeded, match="max_concurrent=2") as caught:
         quota.take()
 
     assert caught.value.retry_after == 1.0
     assert quota.running == 2
-    quota.give_back()
+    taken.release()
     quota.take()
 
 
@@ -60,12 +70,12 @@ def test_a_minutes_worth_after_a_rest_then_evenly(clock: FakeClock) -> None:
 
 def test_a_refusal_for_concurrency_spends_nothing_of_the_minute(clock: FakeClock) -> None:
     quota = Quota(1, 2, clock)
-    quota.take()
+    taken = held(quota)
     for _ in range(5):
         with pytest.raises(ConcurrencyExceeded):
             quota.take()
 
-    quota.give_back()
+    taken.release()
     quota.take()
 
     assert quota.running == 1
@@ -74,8 +84,7 @@ def test_a_refusal_for_concurrency_spends_nothing_of_the_minute(clock: FakeClock
 def test_an_answer_that_never_began_counts_for_nothing(clock: FakeClock) -> None:
     quota = Quota(1, 1, clock)
     for _ in range(3):
-        quota.take()
-        quota.give_back(unused=True)
+        held(quota).cancel()
 
     quota.take()
 
@@ -85,8 +94,7 @@ def test_an_answer_that_never_began_counts_for_nothing(clock: FakeClock) -> None
 
 def test_limits_change_in_place(clock: FakeClock) -> None:
     quota = Quota(3, 3, clock)
-    for _ in range(3):
-        quota.take()
+    taken = [held(quota) for _ in range(3)]
 
     quota.apply(4, 3)
     with pytest.raises(RateLimitExceeded):
@@ -95,8 +103,8 @@ def test_limits_change_in_place(clock: FakeClock) -> None:
     with pytest.raises(ConcurrencyExceeded):
         quota.take()  # what runs does, too
     assert quota.running == 3
-    quota.give_back()
-    quota.give_back()
+    taken[0].release()
+    taken[1].release()
     clock.now += 0.2
     quota.take()
 
@@ -129,13 +137,13 @@ def test_in_no_span_begin_more_than_its_share_and_a_minutes(seed: int, clock: Fa
 
 def test_a_revoked_quota_gives_nothing(clock: FakeClock) -> None:
     quota = Quota(5, 5, clock)
-    quota.take()
+    taken = held(quota)
 
     quota.revoke()
 
     with pytest.raises(InvalidApiKey):
         quota.take()
-    quota.give_back()
+    taken.release()
     assert quota.running == 0
 
 
@@ -246,14 +254,66 @@ def test_who_waits_for_tokens_starts_once_they_are_there() -> None:
     async def wait() -> float:
         clock = asyncio.get_running_loop().time
         quota = Quota(9, 9999, clock, queue_size=9, budget=Budget(6000, clock=clock))
-        quota.begin(6000).end(spent=6000)
+        Turn(quota, 6000).end(spent=6000)
         began = clock()
 
-        turn = quota.begin(7)
-        await turn.decided()
+        turn = Turn(quota, 7)
+        await turn.begun()
 
         turn.end()
         return clock() - began
 
     # The seconds that a client is told are rounded up.
     assert run_virtually(wait()) == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_only_an_answer_that_never_began_gives_its_start_back_and_each_its_tokens(
+    *, began: bool, clock: FakeClock
+) -> None:
+    quota = Quota(9, 2, clock, budget=Budget(1000, clock=clock))
+    grant = quota.take(tokens=600)
+    assert grant is not None
+    assert (quota.starts[1], quota.budget.reserved) == (1, 600)
+
+    if began:
+        grant.release(0, 0)
+    else:
+        grant.cancel()
+    grant.release(1, 500)
+
+    assert (quota.starts[1], quota.budget.reserved) == (1 if began else 2, 0)
+    assert quota.budgets()["tokens_per_minute"].remaining == 1000
+
+
+def test_a_refusal_names_the_tokens_before_the_starts_and_spends_neither(clock: FakeClock) -> None:
+    quota = Quota(9, 1, clock, budget=Budget(1000, clock=clock))
+    quota.take(tokens=600)
+
+    with pytest.raises(TokensExceeded, match="used 600, requested about 500"):
+        quota.take(tokens=500)
+    with pytest.raises(RateLimitExceeded, match="requests_per_minute=1"):
+        quota.take(tokens=400)
+
+    assert quota.budget.reserved == 600
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 3), (3, 0)])
+async def test_a_queue_that_comes_or_goes_leaves_those_alone_that_run_or_wait(
+    before: int, after: int
+) -> None:
+    quota = Quota(1, 99, queue_size=before)
+    running = held(quota)
+    waiting = [Turn(quota) for _ in range(before)]
+    quota.apply(1, 99, queue_size=after)
+    waiting += [Turn(quota) for _ in range(after)]
+
+    with pytest.raises(ConcurrencyExceeded):
+        quota.take()
+    running.release()
+    for turn in waiting:
+        await turn.begun()
+        assert quota.running == 1
+        turn.end()
+
+    assert (quota.running, quota.resource.slots) == (0, 0)

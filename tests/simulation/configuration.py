@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aioserver.limits.gate import BATCH_PATIENCE
-from aioserver.limits.key_queue import MAX_WAIT
 from aioserver.limits.old_fair_queue import BATCH, INTERACTIVE
+from aioserver.limits.quota import MAX_WAIT
 from tests.simulation import sick_hook
 from tests.support.issuer import SigningKey, claims, jwks, jwt_settings
 from tests.support.server import HTTP_CLIENT

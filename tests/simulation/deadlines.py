@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from aioserver.limits.gate import BATCH_PATIENCE
-from aioserver.limits.key_queue import MAX_WAIT
+from aioserver.limits.quota import MAX_WAIT
 from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
 from aioserver.wings.cluster.leased import GRACE, LeasedCapacity

@@ -25,8 +25,6 @@ from aioserver.streams.store import SEARCH_STEP
 from aioserver.streams.stream import RESUME_BYTES
 from aioserver.wings.cluster.leased import MOMENTARY, LeasedCapacity
 from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_gate import SharedGate
-from aioserver.wings.cluster.shared_quota import SharedQuota
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
 from aioserver.wings.responses.socket import ResponsesSocket
 from tests.simulation.clock import Clock
@@ -124,15 +122,19 @@ class Watch:
                 self._broken(f"{name} has reserved {budget.reserved}, {quota.running} run")
             if any(min(state[1:4]) < 0 for state in budget.states().values()):
                 self._broken(f"{name} has budgets below nothing: {budget.states()}")
-            if isinstance(quota, SharedQuota) or not queue._queue.size:
+            resource = quota.resource
+            if resource.slots != sum(
+                ticket.slot is resource for ticket in quota.scheduler.waiting
+            ):
+                self._broken(f"{resource.slots} slots of {name} are taken")
+            if quota.shared is not None or not queue.size:
                 continue
             if quota.running < quota.limit:
-                turn = queue._queue.head(lambda _turn: False)
-                assert turn is not None
-                short = budget.limited and budget.shortage(turn.tokens) is not None
-                if not short and quota._rate.delay() <= ROUNDING:
+                head = queue.queues[0].head()
+                assert head is not None
+                if quota.rate.delay(head[0].cost) <= ROUNDING:
                     self._broken(f"{len(queue)} wait at {name}, and the first could start")
-                elif _stopped(queue._start_timer):
+                elif _stopped(resource.timer):
                     self._broken(f"{len(queue)} wait at {name}, and no timer lets them start")
 
     def _look_at_provider(self, provider: Provider) -> None:

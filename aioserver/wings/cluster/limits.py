@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.providers.health import ProviderObserver
+from aioserver.wings.cluster.keys import SharedKey
 from aioserver.wings.cluster.leased import LeasedCapacity
 from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_quota import SharedQuota
 from aioserver.wings.cluster.shared_tokens import SharedTokens
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aioserver.limits.fixed_share import Scope
     from aioserver.limits.gcra import Gcra
     from aioserver.limits.quota import Quota
-    from aioserver.limits.resource import Resource, Supply
+    from aioserver.limits.resource import Resource
     from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.capacity import SharedCapacity
     from aioserver.providers.health import Health
@@ -64,11 +64,12 @@ class SharedProvider:
         """Take in how many instances there are now."""
         self._health.breaker.instances = self._leases.instances
 
-    def places(self, resource: Resource, limit: int) -> Supply:
-        """Return what supplies the places of *resource*, as `SharedCapacity` says."""
+    def places(self, resource: Resource, limit: int) -> None:
+        """Share the places of *resource*, as `SharedCapacity` says."""
         if resource.within is not None:
             name = f"b:{self._name}"
-            return LeasedCapacity(self._leases, self._scheduler, resource, name, limit)
+            LeasedCapacity(self._leases, self._scheduler, resource, name, limit)
+            return
         self._places = LeasedCapacity(
             self._leases,
             self._scheduler,
@@ -77,7 +78,6 @@ class SharedProvider:
             limit,
             on_starving=self._on_starving,
         )
-        return self._places
 
     @property
     def starving(self) -> bool:
@@ -198,9 +198,9 @@ class SharedLimits:
         host = self._leases.instance if self._scope is None else self._scope.host
         return host, self._admitted()
 
-    def make_quota(self, key: ClientKey) -> Quota:
-        """Return the quota of *key*."""
-        return SharedQuota(
+    def make_quota(self, key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
+        """Return the quota of *key*; what waits there is started by *scheduler*."""
+        return SharedKey(
             key.max_concurrent,
             key.requests_per_minute,
             max_connections=key.max_connections,
@@ -210,7 +210,8 @@ class SharedLimits:
             leases=self._leases,
             name=key.name,
             scope=self._scope,
-        )
+            scheduler=scheduler,
+        ).quota
 
     def told(self, name: str, word: str, seconds: float) -> None:
         """Take in that *word* holds of the provider *name* for *seconds*; 0.0: no more."""

@@ -421,7 +421,7 @@ class RemoteStreams:
         """
         self._streams.hide(stream)
         self._gateway.lifetime.leave_background(stream)
-        request.forget_turn()
+        request.forget_grant()
         request.provider_request.forget_body()
         self._gateway.lifetime.expect(stream, MAX_UNREAD)
 

@@ -41,6 +41,7 @@ from aioserver.limits.budget import (
     Shortage,
 )
 from aioserver.wings.cluster.lease_messages import SECOND, BudgetOp
+from aioserver.wings.cluster.rates import LOOK_AGAIN
 from aioserver.wings.cluster.shared_tally import Bucket, DayCount
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class TokensInHand:
         self._clock, self._wall_clock = clock, wall_clock
         self._minute, self._day = Bucket(clock), DayCount(clock, wall_clock)
         self._waiting: Callable[[], int] = lambda: 0
+        self._patience: Callable[[], float] = lambda: PATIENT
         self._on_tokens: Callable[[], None] = lambda: None
         self._in_hand = 0
         self._promise: _Promise | None = None
@@ -193,9 +195,14 @@ class TokensInHand:
 
     # What the budget of the key asks.
 
-    def serve(self, waiting: Callable[[], int], on_tokens: Callable[[], None]) -> None:
+    def serve(
+        self,
+        waiting: Callable[[], int],
+        patience: Callable[[], float],
+        on_tokens: Callable[[], None],
+    ) -> None:
         """Work for the key that has these functions: see `SharedBudget`."""
-        self._waiting, self._on_tokens = waiting, on_tokens
+        self._waiting, self._patience, self._on_tokens = waiting, patience, on_tokens
         self._calls.share_tokens(self)
 
     def drop(self) -> None:
@@ -445,7 +452,7 @@ class TokensInHand:
             day,
             self._in_hand,
             [each if isinstance(each, int) else max(1, each.tokens) for each in self._asked],
-            0.0 if self._undecided else PATIENT * SECOND,
+            0.0 if self._undecided else self._patience() * SECOND,
             self._more,
             back,
             spent,
@@ -620,9 +627,11 @@ class SharedBudget(Budget):
     Always: `reserved` is what requests of this instance have reserved. A request whose tokens have
     to come from the server has a reservation that is not `ready`.
 
-    *waiting* returns the estimate of the first request that waits in the queue of the key;
-    *on_tokens* is called when more may start than before.
+    *waiting* returns the estimate of the first request that waits in the queue of the key, and
+    *patience* for how many seconds it does; *on_tokens* is called when more may start than before.
     """
+
+    look_again = LOOK_AGAIN
 
     def __init__(
         self,
@@ -634,14 +643,15 @@ class SharedBudget(Budget):
         wall_clock: Callable[[], float] = time.time,
         *,
         waiting: Callable[[], int] = lambda: 0,
+        patience: Callable[[], float] = lambda: PATIENT,
         on_tokens: Callable[[], None] = lambda: None,
     ) -> None:
         self.hand = TokensInHand(calls, name, clock, wall_clock)
         # Whether another budget has taken over what this one counts.
         self.replaced = False
-        self._waiting, self._on_tokens = waiting, on_tokens
+        self._served = waiting, patience, on_tokens
         super().__init__(per_minute, per_day, clock, wall_clock)
-        self.hand.serve(waiting, on_tokens)
+        self.hand.serve(*self._served)
 
     def apply(self, per_minute: int, per_day: int) -> None:
         """Use other limits from now on, those of all instances together."""
@@ -653,7 +663,7 @@ class SharedBudget(Budget):
         assert isinstance(old, SharedBudget)
         limits, self.hand = self.hand.limits, old.hand
         self.hand.apply(*limits)
-        self.hand.serve(self._waiting, self._on_tokens)
+        self.hand.serve(*self._served)
         old.replaced = True
 
     def drop(self) -> None:
@@ -665,6 +675,13 @@ class SharedBudget(Budget):
     def counts_days(self) -> bool:
         """Whether there is a limit of a day."""
         return self.hand.limits[1] > 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether another budget of this name would allow no more: the server remembers what it was
+        told.
+        """
+        return self.hand.quiet
 
     def shortage(self, tokens: int) -> Shortage | None:
         """Return why a request of *tokens* cannot start now; a delay of 0.0: the server is asked

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.limits.gcra import ROUNDING
-from aioserver.wings.cluster import rates, shared_quota
+from aioserver.wings.cluster import keys, rates
 from aioserver.wings.cluster.rates import SharedRate
 from tests.support.cluster_simulation import Load, Simulation
 
@@ -172,9 +172,7 @@ def test_a_server_that_has_forgotten_starts_allows_no_second_burst(
 ) -> None:
     per_minute, burst = 600, 100
     # The rate of a key keeps little in hand.
-    simulation, all_paced = paced(
-        4, per_minute, burst, rested=rested, share_kept=shared_quota.SHARE_KEPT
-    )
+    simulation, all_paced = paced(4, per_minute, burst, rested=rested, share_kept=keys.SHARE_KEPT)
     for each in all_paced:
         each.load = 0.0
         each.waiting = 0

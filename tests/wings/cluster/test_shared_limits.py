@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from aioserver.providers.queueing import ProviderGate
+
     from aioserver.config.settings import Provider as ProviderSettings
     from aioserver.limits.gate import Place
-    from aioserver.providers.queueing import ProviderGate
 
 # Waits for long times.
 pytestmark = [pytest.mark.virtual_time, pytest.mark.timeout(2000)]

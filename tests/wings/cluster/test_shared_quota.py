@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,16 +15,18 @@ from aioserver.errors import (
     RateLimitExceeded,
     TokensExceeded,
 )
-from aioserver.wings.cluster.shared_quota import PATIENCE, SharedQuota
+from aioserver.limits.fixed_share import Scope
+from aioserver.wings.cluster.keys import PATIENCE, SharedKey
 from tests.support.reference_server import ReferenceServer
+from tests.support.turns import Turn
 from tests.support.waiting import patience, until
 
 pytestmark = pytest.mark.virtual_time
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
-    from aioserver.limits.key_queue import Turn
+    from aioserver.limits.quota import Quota
     from aioserver.wings.cluster.leases import Leases
 
 
@@ -44,24 +46,44 @@ async def joined(reference: ReferenceServer, count: int) -> list[Leases]:
     return instances
 
 
-def quota(leases: Leases, most: int = 4, per_minute: int = 6000) -> SharedQuota:
-    loop = asyncio.get_running_loop()
-    return SharedQuota(most, per_minute, loop.time, leases=leases, name="web")
+class Side:
+    """A key at one instance, with the answers that run."""
+
+    def __init__(self, leases: Leases, most: int, per_minute: int, **more: Any) -> None:
+        clock = asyncio.get_running_loop().time
+        self.shared = SharedKey(most, per_minute, clock, leases=leases, name="web", **more)
+        self.quota = self.shared.quota
+        self.turns: list[Turn] = []
+
+    @property
+    def running(self) -> int:
+        return self.quota.running
+
+    def begin(self, tokens: int = 0, on_wait: Callable[[], None] | None = None) -> Turn:
+        return Turn(self.quota, tokens, on_wait=on_wait)
+
+    def give_back(self) -> None:
+        self.turns.pop().end()
 
 
-async def take(quota: SharedQuota) -> bool:
-    """Whether an answer may begin; one that may not is given back."""
+def quota(leases: Leases, most: int = 4, per_minute: int = 6000) -> Side:
+    return Side(leases, most, per_minute)
+
+
+async def begin(side: Side, tokens: int) -> Turn | None:
+    """The turn of an answer that may begin."""
     try:
-        undecided = quota.take()
+        turn = side.begin(tokens)
+        await turn.begun()
     except (ConcurrencyExceeded, RateLimitExceeded):
-        return False
-    if undecided is not None:
-        try:
-            await undecided
-        except (ConcurrencyExceeded, RateLimitExceeded):
-            quota.give_back()
-            return False
-    return True
+        return None
+    side.turns.append(turn)
+    return turn
+
+
+async def take(side: Side) -> bool:
+    """Whether an answer may begin."""
+    return await begin(side, 0) is not None
 
 
 async def test_all_instances_together_have_no_more_answers_than_the_key_may_have(
@@ -109,7 +131,7 @@ async def test_where_no_place_can_be_free_the_refusal_comes_at_once(
     assert await take(only)
 
     with pytest.raises(ConcurrencyExceeded, match=r"max_concurrent=1$"):
-        only.take()
+        only.begin()
 
 
 async def test_an_answer_whose_client_leaves_undecided_takes_nothing(
@@ -120,14 +142,14 @@ async def test_an_answer_whose_client_leaves_undecided_takes_nothing(
     assert await take(first)
     assert await take(first)
 
-    undecided = [second.take() for _ in range(2)]
-    for decision in undecided:
-        assert decision is not None
-        decision.cancel()
-        second.give_back()
+    undecided = [second.begin() for _ in range(2)]
+    for turn in undecided:
+        assert turn.waiting
+        turn.end()
     await asyncio.sleep(2 * PATIENCE)
 
-    assert (second.running, second.answers.inside, second.answers.wanting) == (0, 0, 0)
+    answers = second.shared.answers
+    assert (second.running, answers.inside, answers.wanting) == (0, 0, 0)
     first.give_back()
     first.give_back()
     assert await take(second)
@@ -142,17 +164,14 @@ async def test_answers_that_are_refused_together_leave_no_place_of_another_one(
     for side in (here, here, there, there):
         assert await take(side)
     # Neither finds a place, and nobody has given them back yet.
-    refused = [here.take() for _ in range(2)]
-    await until(lambda: all(each is not None and each.done() for each in refused))
+    refused = [here.begin() for _ in range(2)]
+    await until(lambda: not any(each.waiting for each in refused))
 
     here.give_back()
 
-    # One of the refused may count as the answer that has ended, until its own end, but no more
-    # than one.
-    assert here.answers.inside <= 2
-    for _ in range(3):
-        here.give_back()
-    assert here.answers.inside == here.running == 0
+    assert here.shared.answers.inside == 1
+    here.give_back()
+    assert here.shared.answers.inside == here.running == 0
 
 
 async def test_the_rate_holds_over_all_instances_and_is_had_by_any(
@@ -184,7 +203,7 @@ async def test_what_begins_no_answer_counts_in_the_rate_of_all_instances(
     for _ in range(20):
         for side in quotas:
             with suppress(RateLimitExceeded):
-                await side.count()
+                await side.quota.count()
                 counted += 1
 
     assert 28 <= counted <= 30
@@ -199,7 +218,7 @@ async def test_a_refusal_by_rate_says_when_to_come_back(reference: ReferenceServ
         pass
 
     with pytest.raises(RateLimitExceeded, match=r"requests_per_minute=10 ") as refusal:
-        only.take()
+        only.begin()
 
     assert refusal.value.retry_after is not None
     assert 0 < refusal.value.retry_after <= 6.0
@@ -231,52 +250,29 @@ async def test_a_burst_has_its_slots_and_what_comes_later_asks_nobody(
         only.give_back()
     await asyncio.sleep(5)
 
-    assert only.take() is None
+    assert only.begin().grant is not None
 
 
 async def test_a_revoked_key_ends_what_is_undecided(reference: ReferenceServer) -> None:
     first, second = [quota(leases, most=1) for leases in await joined(reference, 2)]
     await asyncio.sleep(5)
     assert await take(first)
-    undecided = second.take()
-    assert undecided is not None
+    undecided = second.begin()
+    assert undecided.waiting
 
-    second.revoke()
+    second.quota.revoke()
 
     with pytest.raises(InvalidApiKey):
-        await undecided
+        await undecided.begun()
     with pytest.raises(InvalidApiKey):
-        second.take()
+        second.begin()
 
 
 def keyed(
     leases: Leases, most: int = 100, *, queue_size: int = 0, per_minute: int = 0, per_day: int = 0
-) -> SharedQuota:
-    loop = asyncio.get_running_loop()
-    return SharedQuota(
-        most,
-        60_000,
-        loop.time,
-        leases=leases,
-        name="web",
-        queue_size=queue_size,
-        tokens_per_minute=per_minute,
-        tokens_per_day=per_day,
-    )
-
-
-async def begin(quota: SharedQuota, tokens: int) -> Turn | None:
-    """The turn of an answer that may begin."""
-    try:
-        turn = quota.begin(tokens)
-    except (ConcurrencyExceeded, RateLimitExceeded):
-        return None
-    try:
-        await turn.decided()
-    except (ConcurrencyExceeded, RateLimitExceeded):
-        turn.end(unused=True)
-        return None
-    return turn
+) -> Side:
+    tokens = {"tokens_per_minute": per_minute, "tokens_per_day": per_day}
+    return Side(leases, most, 60_000, queue_size=queue_size, **tokens)
 
 
 async def test_all_instances_together_admit_the_tokens_of_the_key_wherever_they_are_wanted(
@@ -304,9 +300,8 @@ async def test_a_refusal_names_the_whole_budget_and_when_there_is_room(
 
     turn = there.begin(10_000)
     with pytest.raises(TokensExceeded) as refusal:
-        await turn.decided()
+        await turn.begun()
 
-    turn.end(unused=True)
     assert re.fullmatch(
         r"tokens_per_minute of this key: limit 60000, used 59\d\d\d, requested about 10000\."
         r" Please try again in (10.0|9\.9)s\.",
@@ -331,7 +326,8 @@ async def test_an_answer_that_is_refused_for_tokens_leaves_no_place_and_no_token
 
     assert [await begin(there, 500) for _ in range(6)] == [None] * 6
 
-    assert (there.running, there.answers.inside, there.budget.reserved) == (0, 0, 0)
+    inside, reserved = there.shared.answers.inside, there.quota.budget.reserved
+    assert (there.running, inside, reserved) == (0, 0, 0)
     running.end(0)
     # It is told with the next renewal.
     await asyncio.sleep(3)
@@ -343,17 +339,17 @@ async def test_an_answer_whose_client_leaves_before_its_tokens_come_takes_none(
     reference: ReferenceServer,
 ) -> None:
     (leases,) = await joined(reference, 1)
-    quota = keyed(leases, per_day=1000)
+    only = keyed(leases, per_day=1000)
     await asyncio.sleep(5)
 
-    left = quota.begin(900)
-    assert left.decision is not None
+    left = only.begin(900)
+    assert left.waiting
     left.end()
     await asyncio.sleep(3)
 
-    assert (quota.running, quota.budget.reserved) == (0, 0)
-    assert quota.budget.states()["tokens_per_day"].remaining == 1000
-    assert await begin(quota, 900)
+    assert (only.running, only.quota.budget.reserved) == (0, 0)
+    assert only.quota.budget.states()["tokens_per_day"].remaining == 1000
+    assert await begin(only, 900)
 
 
 async def test_what_finds_no_place_at_other_instances_waits_in_the_queue_of_its_key(
@@ -372,7 +368,7 @@ async def test_what_finds_no_place_at_other_instances_waits_in_the_queue_of_its_
     assert waits == [True]
     assert running[0] is not None
     running[0].end()
-    await asyncio.wait_for(late.decided(), patience(5))
+    await asyncio.wait_for(late.begun(), patience(5))
     assert not late.waiting
     assert here.running + there.running == 2
 
@@ -389,10 +385,9 @@ async def test_a_request_that_cannot_wait_any_more_is_refused_once_it_has_to(
 
     late = there.begin(1, on_wait=no_room)
     with pytest.raises(ConcurrencyExceeded, match="no room"):
-        await late.decided()
+        await late.begun()
 
-    late.end(unused=True)
-    assert (there.running, len(there.queue)) == (0, 0)
+    assert (there.running, len(there.quota.queue)) == (0, 0)
 
 
 async def test_a_queue_waits_for_tokens_that_others_use_and_large_requests_are_not_overtaken(
@@ -406,10 +401,59 @@ async def test_a_queue_waits_for_tokens_that_others_use_and_large_requests_are_n
     await asyncio.sleep(1)
 
     large = other.begin(40_000)
-    await asyncio.wait_for(large.decided(), 60)
+    await asyncio.wait_for(large.begun(), 60)
 
-    started = sum(turn.decision is None or turn.decision.done() for turn in small)
+    started = sum(not turn.waiting for turn in small)
     assert 60 <= started <= 150
     for turn in small:
         turn.end(unused=True)
-    assert busy.budget.reserved == 0
+    assert busy.quota.budget.reserved == 0
+
+
+async def test_the_workers_of_a_host_share_the_connections_of_a_key_once_they_are_bounded(
+    reference: ReferenceServer,
+) -> None:
+    here, there = [
+        Side(leases, 9, 6000, scope=Scope("host", rank, 2, first=True)).quota
+        for rank, leases in enumerate(await joined(reference, 2))
+    ]
+
+    async def connect(quota: Quota) -> bool:
+        try:
+            if (undecided := quota.connect()) is not None:
+                try:
+                    await undecided
+                except ConcurrencyExceeded:
+                    quota.disconnect()
+                    raise
+        except ConcurrencyExceeded:
+            return False
+        return True
+
+    assert [await connect(here) for _ in range(3)] == [True] * 3
+    for quota in (here, there):
+        quota.apply(9, 6000, max_connections=4)
+    await asyncio.sleep(5)
+
+    connected = [await connect(quota) for quota in (there, there, here, there)]
+
+    assert connected == [True, False, False, False]
+    here.disconnect()
+    assert await connect(there)
+    assert (here.connections, there.connections) == (2, 2)
+    for quota in (here, there):
+        quota.apply(9, 6000, max_connections=0)
+    assert [await connect(there) for _ in range(5)] == [True] * 5
+
+
+async def test_a_key_whose_connections_are_bounded_from_now_on_has_no_place_before_it_is_given_one(
+    reference: ReferenceServer,
+) -> None:
+    (leases,) = await joined(reference, 1)
+    quota = Side(leases, 9, 6000, scope=Scope("host", 0, 2)).quota
+    reference.up = False
+
+    quota.apply(9, 6000, max_connections=4)
+
+    assert quota.slots is not None
+    assert quota.slots.limit == 0

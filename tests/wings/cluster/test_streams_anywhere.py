@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.config.settings import ClientKey
-    from aioserver.limits.budget import Reservation
+    from aioserver.limits.scheduler import Scheduler
     from tests.support.memory_bus import Instance
 
     Make = Callable[..., Awaitable[list[Instance]]]
@@ -406,26 +406,21 @@ async def test_another_payload_of_a_known_id_is_a_conflict(
     assert asked_once(a, b)
 
 
+def asking(key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
+    """A quota that has no place in hand, and asks others for one."""
+    quota = Quota(key.max_concurrent, key.requests_per_minute, scheduler=scheduler)
+    quota.resource.places.resize(0)
+    quota.resource.grace = 60.0
+    return quota
+
+
 async def test_a_conflict_takes_the_question_for_a_place_of_its_key_back(
     world: World, tmp_path: Path
 ) -> None:
-    asked: list[asyncio.Future[None]] = []
-
-    class Asking(Quota):
-        def take(
-            self, *, patient: bool = False, tokens: Reservation | None = None
-        ) -> asyncio.Future[None]:
-            super().take(patient=patient, tokens=tokens)
-            asked.append(asyncio.get_running_loop().create_future())
-            return asked[-1]
-
-    def make_quota(key: ClientKey) -> Quota:
-        return Asking(key.max_concurrent, key.requests_per_minute)
-
     async with AsyncExitStack() as stack:
         changes = keys_of("web")
         a = await instance_of(world, stack, tmp_path, "a", changes=changes)
-        b = await instance_of(world, stack, tmp_path, "b", changes=changes, make_quota=make_quota)
+        b = await instance_of(world, stack, tmp_path, "b", changes=changes, make_quota=asking)
         for at, text, status in ((a, "Hello", 200), (b, "Other", 409)):
             body = {"request_id": "r1", "text": text}
             async with at.server.session.post(
@@ -434,35 +429,18 @@ async def test_a_conflict_takes_the_question_for_a_place_of_its_key_back(
                 await response.read()
                 assert response.status == status
 
-        # Otherwise it would be counted as an answer that waits for its place, and never ends.
-        assert [question.cancelled() for question in asked] == [True]
+        # Otherwise it would wait for its place, and never end.
+        (quota,) = b.server.context.access.quotas().values()
+        assert (quota.resource.waiting, quota.resource.slots, quota.running) == (0, 0, 0)
 
 
 async def test_a_mirror_takes_its_question_back_before_it_gives_its_answer_back(
     world: World, tmp_path: Path
 ) -> None:
-    asked: list[asyncio.Future[None]] = []
-    taken_back: list[bool] = []
-
-    class Asking(Quota):
-        def take(
-            self, *, patient: bool = False, tokens: Reservation | None = None
-        ) -> asyncio.Future[None]:
-            super().take(patient=patient, tokens=tokens)
-            asked.append(asyncio.get_running_loop().create_future())
-            return asked[-1]
-
-        def give_back(self, *, unused: bool = False) -> None:
-            taken_back.append(asked[-1].cancelled())
-            super().give_back(unused=unused)
-
-    def make_quota(key: ClientKey) -> Quota:
-        return Asking(key.max_concurrent, key.requests_per_minute)
-
     async with AsyncExitStack() as stack:
         changes = keys_of("web")
         a = await instance_of(world, stack, tmp_path, "a", changes=changes)
-        b = await instance_of(world, stack, tmp_path, "b", changes=changes, make_quota=make_quota)
+        b = await instance_of(world, stack, tmp_path, "b", changes=changes, make_quota=asking)
         for at in (a, b):
             body = {"request_id": "r1", "text": "Hello"}
             async with at.server.session.post(
@@ -472,7 +450,9 @@ async def test_a_mirror_takes_its_question_back_before_it_gives_its_answer_back(
                 assert response.status == 200
 
         # Otherwise it would be counted as an answer that had a place.
-        assert taken_back == [True]
+        (quota,) = b.server.context.access.quotas().values()
+        assert (quota.resource.waiting, quota.resource.slots, quota.running) == (0, 0, 0)
+        assert quota.starts[1] == quota.starts[0]
 
 
 async def test_a_stream_of_another_key_is_not_found_elsewhere(make: Make) -> None:

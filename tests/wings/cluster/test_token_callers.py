@@ -17,6 +17,7 @@ from aioserver.wings.doors.signatures import read_keys
 from aioserver.wings.doors.token_callers import IDLE, TokenCallers
 from tests.support.issuer import AUDIENCE, ISSUER, SigningKey, claims, jwks
 from tests.support.reference_server import ReferenceServer
+from tests.support.turns import Turn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -71,19 +72,14 @@ def quota(access: Access, name: str) -> Quota:
     return quota
 
 
-async def take(quota: Quota) -> bool:
-    """Whether an answer may begin; one that may not is given back."""
+async def take(quota: Quota) -> Turn | None:
+    """The turn of an answer that may begin."""
     try:
-        undecided = quota.take()
+        turn = Turn(quota)
+        await turn.begun()
     except ConcurrencyExceeded:
-        return False
-    try:
-        if undecided is not None:
-            await undecided
-    except ConcurrencyExceeded:
-        quota.give_back()
-        return False
-    return True
+        return None
+    return turn
 
 
 async def test_the_answers_of_one_name_are_bounded_over_all_instances(
@@ -103,10 +99,10 @@ async def test_a_caller_that_is_forgotten_gives_back_what_it_was_granted(
     reference: ReferenceServer,
 ) -> None:
     first, second = await instances(reference, 1)
-    for _ in range(2):
-        assert await take(quota(first, "alice"))
-    for _ in range(2):
-        quota(first, "alice").give_back()
+    turns = [await take(quota(first, "alice")) for _ in range(2)]
+    for turn in turns:
+        assert turn is not None
+        turn.end()
     await asyncio.sleep(IDLE + 1)
 
     quota(first, "bob")

@@ -33,6 +33,7 @@ from aioserver.wings.doors.signatures import Key, KeySet, read_keys
 from aioserver.wings.doors.token_callers import IDLE, MAX_TOKENS, TokenCallers
 from tests.support.clock import FakeClock
 from tests.support.issuer import AUDIENCE, ISSUER, SigningKey, claims, jwks
+from tests.support.turns import Turn
 
 KEY = SigningKey("EdDSA")
 
@@ -227,8 +228,7 @@ def test_what_has_something_to_lose_is_not_forgotten(what: str) -> None:
             caller.quota.connect()
         case "rate":
             server.clock.now += IDLE + 1
-            caller.quota.take()
-            caller.quota.give_back()
+            Turn(caller.quota).end()
         case "minute":
             server.clock.now += IDLE + 1
             caller.quota.budget.reserve(50).settle(50)
@@ -383,7 +383,7 @@ def test_whatever_comes_no_token_outlives_its_end_and_no_limit_comes_back_early(
     names = [f"p{number}" for number in range(12)]
     tokens: list[tuple[str, str, float]] = []
     # Of each name: the answers that run, and the starts of the last minute.
-    running: dict[str, list[Quota]] = {name: [] for name in names}
+    running: dict[str, list[Turn]] = {name: [] for name in names}
     starts: dict[str, list[float]] = {name: [] for name in names}
     admitted = refused = 0
     for _ in range(1500):
@@ -393,7 +393,7 @@ def test_whatever_comes_no_token_outlives_its_end_and_no_limit_comes_back_early(
         name = dice.choice(names)
         roll = dice.random()
         if roll < 0.15 and running[name]:
-            running[name].pop().give_back()
+            running[name].pop().end()
             continue
         if roll < 0.3 or not tokens:
             expiry = server.now + dice.choice((5, 60, 600))
@@ -413,15 +413,15 @@ def test_whatever_comes_no_token_outlives_its_end_and_no_limit_comes_back_early(
         assert server.now < expiry + SKEW
         assert len(server.tokens.quotas()) <= 5
         assert not caller.quota.revoked
-        assert all(quota is caller.quota for quota in running[name])
+        assert all(turn.quota is caller.quota for turn in running[name])
         now = server.clock.now
         starts[name] = [start for start in starts[name] if start > now - 60]
         try:
-            caller.quota.take()
+            turn = Turn(caller.quota)
         except (ConcurrencyExceeded, RateLimitExceeded):
             continue
         admitted += 1
-        running[name].append(caller.quota)
+        running[name].append(turn)
         starts[name].append(now)
         assert len(running[name]) <= 3
         # A burst of a minute, and what has come back since.
