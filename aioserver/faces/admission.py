@@ -297,7 +297,7 @@ class Admission:
     def _refusal(self, retry_after: float) -> ServerAtCapacity:
         most = self._limits.max_connections
         return ServerAtCapacity(
-            f"the server is full: {self.gate.inside} of {most} places are taken; try again in "
+            f"the server is full: {most} of {most} places are taken; try again in "
             f"{ceil(retry_after)} s (chat.websocket.concurrency.max_connections={most} reached)",
             retry_after=retry_after,
         )
