@@ -22,6 +22,7 @@ The tree, with HTTP status, code and close code:
         Denied
             MissingApiKey           401  missing_api_key
             InvalidApiKey           401  invalid_api_key         1008
+                KeyExpired          401  invalid_api_key         1008
                 SessionEnded        401  invalid_api_key         1008
                 TokenRefused        401  invalid_api_key         1008
                     TokenExpired    401  invalid_api_key         1008

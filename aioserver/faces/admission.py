@@ -346,7 +346,7 @@ class Admission:
     def _refuse(self, _reason: Reason, retry_after: float, _bid: Bid) -> ServerAtCapacity:
         most = self._limits.max_connections
         return ServerAtCapacity(
-            f"the server is full: {self.gate.inside} of {most} places are taken; try again in "
+            f"the server is full: {most} of {most} places are taken; try again in "
             f"{ceil(retry_after)} s (chat.websocket.concurrency.max_connections={most} reached)",
             retry_after=retry_after,
         )

@@ -354,7 +354,7 @@ def test_a_name_leads_to_a_member_a_list_or_a_section(file: Path) -> None:
         ({"a": "b", "b": "a"}, "b: leads in a circle: a → b → a"),
         (
             {"a": ["x/y"], "x/y": {"members": ["gpu1"], "fallbacks": ["gpu2", "a"]}},
-            "?.fallbacks[1]: leads in a circle: a → x/y → a",
+            "x/y.fallbacks[1]: leads in a circle: a → x/y → a",
         ),
         (
             {"a": {"members": ["gpu1"], "fallbacks": ["a"]}},
