@@ -30,12 +30,10 @@ from enum import Enum, auto
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from aioserver.config.models import PREFIX
 from aioserver.errors import AioserverError, ResponseNotFound
 from aioserver.gateway.candidates import Candidates
 from aioserver.gateway.members import sick
 from aioserver.limits.deadline import Wait
-from aioserver.protocol.prefix import prefix_of
 from aioserver.provider_errors import (
     CircuitOpen,
     ContextTooLong,
@@ -53,7 +51,6 @@ if TYPE_CHECKING:
 
     from aioserver.gateway.affinity import Affinity
     from aioserver.gateway.groups import Group
-    from aioserver.gateway.members import Member
     from aioserver.gateway.request import Request
     from aioserver.limits.resource import Grant
     from aioserver.providers.attempt import Attempt
@@ -166,14 +163,14 @@ class Attempts:
         Raises:
             ProviderFault: none did; see `final_try`.
         """
-        outcome, step = self._outcome, Next(Step.FAILOVER)
+        outcome, parked = self._outcome, None
+        self._go_on()
         while True:
             attempt: Attempt | None = None
-            grant: Grant | None = None
-            if step.step is Step.FAILOVER:
-                await self._go_on()
             try:
-                attempt, grant = await self._start(step)
+                if self._candidates.placeable:
+                    await self._candidates.find_prefix()
+                attempt, grant = await self._start(parked)
                 await self._provider.run(attempt, grant)
             except ProviderFault as fault:
                 step = self._after(fault, attempt)
@@ -190,99 +187,106 @@ class Attempts:
                 error.paid = outcome.sent_at > 0
                 raise
             else:
-                self._candidates.answered(attempt)
+                if self._candidates.placement is not None:
+                    self._candidates.answered(attempt)
                 return attempt.answer
-            finally:
-                give_up(attempt, grant, self._candidates)
-            if step.step is Step.RETRY and step.seconds:
-                await self._rest(step.seconds)
+            parked = None
+            if step.step is Step.FAILOVER:
+                self._go_on()
             elif step.step is Step.PARKED:
-                await self._unsend(step.seconds)
+                parked = step.seconds
+                await self._unsend(parked)
+            elif step.seconds:
+                await self._rest(step.seconds)
 
-    async def _start(self, step: Next) -> tuple[Attempt, Grant]:
-        """Return the next attempt, which has started, and its grant."""
+    async def _start(self, parked: float | None) -> tuple[Attempt, Grant]:
+        """Return the next attempt, which has started, and its grant; *parked*: it comes back in so
+        many seconds, to a provider that is away.
+        """
         candidates, outcome = self._candidates, self._outcome
-        alone = candidates.alone
-        if alone:
-            # It is counted before it waits, so that a refusal names this provider.
-            (member,) = candidates.left
-            provider = member.provider
-            if provider.health.breaker.dead and not self._fallback and provider.kept_until_back:
-                await self._unsend(0.0)
-            outcome.begin_attempt(provider.name, candidates.model_of(member))
         trial, self._next_is_trial = self._next_is_trial, False
+        again = self._number > 0 or parked is not None or self._tries != ()
+        if not candidates.alone or not candidates.left:
+            attempt, grant = await candidates.start(again, self._fallback, trial, parked)
+            assert candidates.chosen is not None
+            self._provider = provider = candidates.chosen.provider
+            try:
+                outcome.begin_attempt(provider.name, attempt.asked_model)
+                candidates.sent()
+            except BaseException:
+                give_up(attempt, grant, candidates)
+                raise
+            self._was_trial = attempt.trial
+            return attempt, grant
+        # It is counted before it waits, so that a refusal names this provider.
+        member = candidates.left[0]
+        self._provider = provider = member.provider
+        if provider.health.breaker.dead and not self._fallback and provider.kept_until_back:
+            await self._unsend(0.0)
+        outcome.begin_attempt(provider.name, candidates.model or member.asked_model)
         try:
-            attempt, grant = await candidates.start(
-                again=self._number > 0 or bool(self._tries) or step.step is Step.PARKED,
-                fallback=self._fallback,
-                trial=trial,
-                parked=step.seconds if step.step is Step.PARKED else None,
-            )
+            attempt, grant = await candidates.start(again, self._fallback, trial, parked)
         except AioserverError:
-            if alone:
-                outcome.attempts -= 1
+            outcome.attempts -= 1
             raise
-        assert candidates.chosen is not None
-        self._provider = provider = candidates.chosen.provider
-        if not alone:
-            outcome.begin_attempt(provider.name, attempt.asked_model)
-            candidates.sent()
-        elif outcome.provider != provider.name:
-            # It is a member that has come meanwhile.
+        if candidates.chosen is not member:
+            # It is one that has come meanwhile.
+            assert candidates.chosen is not None
+            self._provider = provider = candidates.chosen.provider
             outcome.provider, outcome.model = provider.name, attempt.asked_model
         self._was_trial = attempt.trial
         return attempt, grant
 
-    async def _go_on(self) -> None:
+    def _go_on(self) -> None:
         """Go on to the candidates of the next group that can be asked.
 
         Raises:
             ProviderFault: there is none, and this is the fault that says most.
         """
-        request, groups, outcome = self._request, self._groups, self._outcome
+        request, groups = self._request, self._groups
         while groups:
             group, trial = groups.pop(0), False
-            self._fallback = any(other.available for other in groups)
-            if self._fallback and group not in self._late and _sick(group):
-                self._late += (group,)
-                trial = not self._ended and group.members[0].provider.health.breaker.start_spared()
-                if not trial:
-                    groups.append(group)
-                    continue
+            if groups:
+                self._fallback = any(other.available for other in groups)
+                if self._fallback and group not in self._late and _sick(group):
+                    self._late += (group,)
+                    breaker = group.members[0].provider.health.breaker
+                    trial = not self._ended and breaker.start_spared()
+                    if not trial:
+                        groups.append(group)
+                        continue
+            elif self._fallback:
+                self._fallback = False
             first = group is self._first_group
+            model = request.route.model if first else group.members[0].model
             try:
                 candidates = Candidates(
-                    group,
-                    request,
-                    self._stream,
-                    self._affinity,
-                    model=request.route.model if first else group.members[0].model,
-                    too_small=self._too_small,
+                    group, request, self._stream, self._affinity, model, self._too_small
                 )
             except ProviderFault as fault:
                 forget_frames(fault)
-                self._ended += (Try.of(fault, outcome),)
+                self._ended += (Try.of(fault, self._outcome),)
                 continue
             if not candidates.left:
                 # None of its members takes more than what was too small.
                 continue
-            self._group, self._candidates, self._next_is_trial = group, candidates, trial
-            self._trial_group = group if trial else None
+            self._candidates, self._group = candidates, group
             member = candidates.left[0]
             if trial:
                 candidates.settle(member)
-            self._begin_with(member)
-            if group.affinity == PREFIX and len(group.members) > 1 and not request.route.pinned:
-                body = request.provider_request.body(member.settings, member.asked_model)
-                candidates.prefix = await prefix_of(body, group.name)
+                self._next_is_trial, self._trial_group = True, group
+            elif self._trial_group is not None:
+                self._trial_group = None
+            if not first or self._tries or self._number:
+                self._begin_anew()
+            self._first = first_provider = member.provider
+            first_provider.budget.add_request()
             return
         ended = self._ended
-        raise (too_long(ended) or final_try(ended)).raised(outcome)
+        raise (too_long(ended) or final_try(ended)).raised(self._outcome)
 
-    def _begin_with(self, member: Member) -> None:
-        """Begin to count attempts anew: those of others, of which *member* is the first."""
-        self._first = member.provider
-        self._first.budget.add_request()
+    def _begin_anew(self) -> None:
+        """Begin to count attempts anew: those of others."""
         self._number, self._previous, self._tries = 0, None, ()
         self._broken, self._too_long, self._parked_for = frozenset(), None, None
 
@@ -332,7 +336,9 @@ class Attempts:
         self._tries += (tried,)
         if not (self._fallback or candidates.alone) and (member := candidates.away(fault)):
             candidates.settle(member)
-            self._begin_with(member)
+            self._begin_anew()
+            self._first = member.provider
+            self._first.budget.add_request()
             return Next(Step.SETTLED)
         if candidates.failed(tried.fault):
             return Next(Step.REST)

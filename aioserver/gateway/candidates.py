@@ -7,7 +7,9 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from aioserver.config.models import PREFIX
 from aioserver.gateway.affinity import measured
+from aioserver.protocol.prefix import prefix_of
 from aioserver.provider_errors import (
     CircuitOpen,
     ConnectError,
@@ -47,11 +49,29 @@ class Candidates:
         NoProvider: no member can be asked.
     """
 
-    __slots__ = (
-        *("_again", "_asked", "_attempts", "_bids", "_fallback", "_group", "_heirs", "_kept_at"),
-        *("_model", "_only", "_placement", "_regrouped", "_request", "_seen", "_settled"),
-        *("_short", "_stream", "affinity", "began", "chosen", "left", "prefix", "too_small"),
-    )
+    # What most requests never change.
+    # That of the prompt; where the request belongs by it; and whether that is to be looked for.
+    prefix: Prefix | None = None
+    placement: Placement | None = None
+    placeable = False
+    # The one where the request has started; None while it has not.
+    chosen: Member | None = None
+    # The one that is asked next, before the others; None: whichever can start first.
+    _only: Member | None = None
+    # Members that get all of what the request continues, should the one that keeps it die.
+    _heirs: Sequence[Member] = ()
+    # The members that may be asked again, with the codes of their faults.
+    _again: tuple[tuple[Member, str], ...] = ()
+    # Members that have been asked and will not be again; and those for which the request was too
+    # long.
+    _asked: frozenset[Member] = frozenset()
+    _short: tuple[Member, ...] = ()
+    # The version of the group that is known, and whether it has changed in a wait.
+    _seen, _regrouped = 0, False
+    # While it waits: since when, and whether others can be asked instead.
+    began = 0.0
+    _fallback = False
+    _kept_at: str | None = None
 
     def __init__(
         self,
@@ -59,56 +79,39 @@ class Candidates:
         request: Request,
         stream: Stream | None,
         affinity: Affinity,
-        *,
-        model: str | None = None,
+        model: str | None,
         too_small: int = 0,
     ) -> None:
         self._group, self._request, self._stream = group, request, stream
-        self.affinity, self._model, self.too_small = affinity, model, too_small
-        self.prefix: Prefix | None = None
-        # The version of the group that is known, and whether it has changed in a wait.
-        self._seen, self._regrouped = group.version, False
-        # Whether the request stays at one member, whatever becomes of the group.
-        self._settled = not group.name
-        # The one where the request has started; None while it has not.
-        self.chosen: Member | None = None
-        # The one that is asked next, before the others; None: whichever can start first.
-        self._only: Member | None = None
-        self._placement: Placement | None = None
-        # Members that get all of what the request continues, should the one that keeps it die.
-        self._heirs: Sequence[Member] = ()
-        # The members that may be asked again, with the codes of their faults.
-        self._again: list[tuple[Member, str]] = []
+        self.affinity, self.model, self.too_small = affinity, model, too_small
+        # The members that are asked in this pass.
         self.left: Sequence[Member] = group.members
-        if len(self.left) > 1:
-            self._settled = False
+        # Whether the request stays at one member, whatever becomes of the group; and whether there
+        # is no other one.
+        self._settled = self.alone = not group.name and len(self.left) == 1
         if self._settled:
             most = self.left[0].max_context
             if most is not None and most <= too_small:
                 self.left = ()
             return
-        keeper = request.keeper
-        self._kept_at = None if keeper is None else keeper.kept_at
-        # Members that have been asked and will not be again; and those for which the request was
-        # too long.
-        self._asked: set[Member] = set()
-        self._short: list[Member] = []
-        # While it waits: since when, and the attempts and their bids.
-        self.began = 0.0
+        self.model = None
+        if request.keeper is not None:
+            self._kept_at = request.keeper.kept_at
+        # The attempts that wait, and their bids.
         self._attempts: dict[Member, Attempt] = {}
         self._bids: dict[Bid, Member] = {}
-        self._fallback = False
         if not self._look():
             raise group.empty()
+        self.placeable = (
+            group.affinity == PREFIX and len(group.members) > 1 and not request.route.pinned
+        )
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is no other member beside the one that is left."""
-        return self._settled or len(self._group.members) == 1
-
-    def model_of(self, member: Member) -> str:
-        """Return the model that *member* is asked for."""
-        return (self._model if self._settled else None) or member.asked_model
+    async def find_prefix(self) -> None:
+        """Read the beginning of the prompt, by which the request belongs somewhere."""
+        self.placeable = False
+        member = self.left[0]
+        body = self._request.provider_request.body(member.settings, member.asked_model)
+        self.prefix = await prefix_of(body, self._group.name)
 
     def _usable(self) -> list[Member]:
         """Return the members that can answer the request, as the group has them now."""
@@ -124,7 +127,7 @@ class Candidates:
         """Take those that can be asked in this pass, as the group has them now; return whether
         any member can be asked for such a request.
         """
-        self._seen = self._group.version
+        self._seen, self.alone = self._group.version, len(self._group.members) == 1
         usable = self._usable()
         members = [
             member
@@ -145,11 +148,11 @@ class Candidates:
 
     async def start(
         self,
-        *,
         again: bool = False,
         fallback: bool = False,
         trial: bool = False,
         parked: float | None = None,
+        *,
         once: bool = False,
     ) -> tuple[Attempt, Grant]:
         """Wait for the first place of those that are left; return the attempt there, and its grant.
@@ -166,20 +169,23 @@ class Candidates:
             return await self._start_first(
                 again=again, fallback=fallback, parked=parked, once=once
             )
-        self.chosen = None
-        (member,) = self.left
-        attempt = self._attempt(member, again=again, fallback=fallback)
-        attempt.trial = trial
+        member, request = self.left[0], self._request
+        provider = member.provider
+        attempt = request.make_attempt(
+            provider, request.provider_request, self._stream, model=self.model, fallback=fallback
+        )
+        if again:
+            self.chosen, attempt.again = None, True
+        if trial:
+            attempt.trial = True
         try:
-            provider = member.provider
             provider.look_at(attempt)
-            bid = provider.bid(attempt, parked)
-            if (grant := enter(attempt, (bid,))) is None:
+            if (grant := enter(attempt, (provider.bid(attempt, parked),))) is None:
                 grant = await granted(attempt, (provider,))
         except BaseException:
             if trial:
                 # It never began.
-                member.provider.health.breaker.unsure(trial=True)
+                provider.health.breaker.unsure(trial=True)
             raise
         self.chosen = member
         return attempt, grant
@@ -191,16 +197,16 @@ class Candidates:
         if group.version != self._seen:
             self._look()
         left, self.chosen, only = self.left, None, self._only
-        self._only, self._placement = None, None
+        self._only, self.placement = None, None
         self._fallback = fallback or len(left) > 1
         if only is not None and only in left:
             left, self.chosen, fallback = (only,), only, self._fallback
         elif self.prefix is not None:
-            self._placement = self.affinity.place(self.prefix, left)
+            self.placement = self.affinity.place(self.prefix, left)
         members = group.order(left)
         trial = None if again else group.trial(members, by_time=not once)
-        if trial is not None or self._placement is not None:
-            home = None if self._placement is None else self._placement.home
+        if trial is not None or self.placement is not None:
+            home = None if self.placement is None else self.placement.home
             members.sort(key=lambda member: (member is not trial, member is not home))
         self._attempts = {
             member: self._attempt(member, again=again, fallback=self._fallback)
@@ -214,7 +220,7 @@ class Candidates:
             attempt = self._attempts[member]
             try:
                 outcome = self._request.provider_request.outcome
-                group.started(member, list(self._attempts), outcome, self._placement)
+                group.started(member, list(self._attempts), outcome, self.placement)
             except BaseException:
                 grant.cancel()
                 raise
@@ -231,7 +237,7 @@ class Candidates:
             member.provider,
             request.provider_request,
             self._stream,
-            model=self._model if self._settled else member.asked_model,
+            model=member.asked_model,
             fallback=fallback,
         )
         attempt.again = again
@@ -247,9 +253,9 @@ class Candidates:
         ready = self._ready(fallback=fallback)
         delays: Mapping[Member, float] = {}
         first = attempts[ready[0]]
-        if self._placement is not None and next(iter(attempts)) is ready[0]:
+        if self.placement is not None and next(iter(attempts)) is ready[0]:
             # Nobody waits for a home that is not asked now.
-            delays = self._placement.delays
+            delays = self.placement.delays
         now = first.provider.scheduler.time()
         for member in ready:
             bid = member.provider.bid(attempts[member], parked)
@@ -323,7 +329,8 @@ class Candidates:
 
     def settle(self, member: Member) -> None:
         """Go on at *member* alone, which all are waiting for."""
-        self.left, self._settled, self._model = (member,), True, member.asked_model
+        self.left, self._settled, self.alone = (member,), True, True
+        self.model = member.asked_model
 
     def sent(self) -> None:
         """Remember where the prompt goes."""
@@ -332,7 +339,7 @@ class Candidates:
 
     def answered(self, attempt: Attempt) -> None:
         """Learn from the first content of *attempt* how fast its member reads a prompt."""
-        member, placement = self.chosen, self._placement
+        member, placement = self.chosen, self.placement
         if member is None or placement is None:
             return
         record = attempt.request.record
@@ -348,17 +355,16 @@ class Candidates:
         member = self.chosen
         if member is not None:
             self._leave(member, fault)
-        if self._regrouped or self._group.version != self._seen:
-            if not self._settled:
-                self._regrouped = False
-                self._look()
+        if not self._settled and (self._regrouped or self._group.version != self._seen):
+            self._regrouped = False
+            self._look()
         elif self._heirs and (
             isinstance(fault, CircuitOpen | NoProvider | ConnectError | ConnectTimeout)
             or (member is not None and member.provider.health.breaker.dead)
         ):
             # The member that keeps what the request continues will not answer: it is dead, or
             # there is no connection to it, which is known long before.
-            self.left, self._heirs, self._again = self._heirs, (), []
+            self.left, self._heirs, self._again = self._heirs, (), ()
         elif member is None:
             self.left = ()
         if self.left and member is not None:
@@ -368,18 +374,18 @@ class Candidates:
     def _leave(self, member: Member, fault: ProviderFault) -> None:
         """Ask *member*, which has failed with *fault*, no more in this pass."""
         if fault.retry and not fault.once:
-            self._again.append((member, fault.code))
+            self._again += ((member, fault.code),)
         if self._settled:
             self.left = ()
             return
-        self._asked.add(member)
+        self._asked |= {member}
         self.left = [other for other in self.left if other is not member]
         if isinstance(fault, ContextTooLong):
             # The estimate was wrong: none that takes no more is asked.
             self.too_small = max(self.too_small, member.max_context or 0)
-            self._short.append(member)
+            self._short += (member,)
             self.left = [other for other in self.left if other.takes_more_than(member)]
-            self._again = [retry for retry in self._again if retry[0].takes_more_than(member)]
+            self._again = tuple(each for each in self._again if each[0].takes_more_than(member))
 
     def unknown(self) -> bool:
         """Note that the member where the request has started has no use for it, since it is not
@@ -387,7 +393,7 @@ class Candidates:
         """
         if self._settled or self.chosen is None:
             return False
-        self._asked.add(self.chosen)
+        self._asked |= {self.chosen}
         self.left = [other for other in self.left if other is not self.chosen]
         return bool(self.left)
 
@@ -412,8 +418,8 @@ class Candidates:
         """
         again = self._again
         if not self._settled:
-            again = [each for each in again if each[0] in self._group.members]
-            self._asked.difference_update(member for member, _ in again)
-        self._again = []
+            again = tuple(each for each in again if each[0] in self._group.members)
+            self._asked = self._asked.difference(member for member, _ in again)
+        self._again = ()
         self.left = [member for member, _ in again]
         return [(member.provider, code) for member, code in again]

@@ -508,7 +508,7 @@ class Router:
         outcome = passed.outcome
         attempt: Attempt | None = None
         grant: Grant | None = None
-        candidates = Candidates(route.group, request, None, self._affinity, model=passed.model)
+        candidates = Candidates(route.group, request, None, self._affinity, passed.model)
         try:
             if passed.upload is not None:
                 await passed.upload.begin()

@@ -209,8 +209,9 @@ class Ticket(msgspec.Struct, eq=False):
     timer: asyncio.TimerHandle | None = None
     woken: asyncio.Future[None] | None = None
     outcome: Grant | BaseException | None = None
-    # The bid by which it has started last.
+    # The bid by which it has started last, and whether it had to wait for that.
     won: Bid | None = None
+    queued: bool = False
     reported: tuple[Resource, int, float] | None = None
 
     def cost(self) -> int:

@@ -80,8 +80,9 @@ class Scheduler:
                 except BaseException:
                     grant.cancel()
                     raise
-                ticket.won = bid
+                ticket.won, ticket.queued = bid, False
                 return grant
+        ticket.queued = True
         return self._wait(ticket, bids)
 
     async def wait(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant:

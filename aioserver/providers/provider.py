@@ -52,7 +52,6 @@ from aioserver.providers.health import ALONE, Health
 from aioserver.providers.pools import Pools
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.providers.stall import Silences
-from aioserver.streams.ending import run_all
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
@@ -316,9 +315,10 @@ class Provider:
                 # It was to be one of a sick provider, which has died meanwhile.
                 self.health.breaker.unsure(trial=True)
             attempt.trial = True
-        elif self.health.breaker.dead:
-            raise self.health.refusal()
-        else:
+        elif attempt.request.ticket.queued:
+            # It may have died, or begun to limit us, in the wait.
+            if self.health.breaker.dead:
+                raise self.health.refusal()
             self.look_at(attempt)
         attempt.began = self.clock()
         attempt.started()
@@ -332,31 +332,29 @@ class Provider:
         """
         part: Part | None = None
         request = attempt.request
+        # It refers to this attempt.
         request.ticket.estimate = None
-
-        def release() -> None:
-            nonlocal part
-            if attempt.runs:
-                attempt.runs = False
-                self._running -= 1
-            if grant is None:
-                return
-            try:
+        if attempt.runs:
+            attempt.runs = False
+            self._running -= 1
+        try:
+            attempt.ended()
+            if grant is not None:
                 part = self._bill(attempt, error)
+        finally:
+            try:
+                if grant is not None:
+                    spent = None
+                    if attempt.expected_tokens:
+                        spent, attempt.expected_tokens = _paced_tokens(attempt, part), 0
+                    elif not request.estimated and part is not None and part.source == PROVIDER:
+                        # Nobody has expected them.
+                        self._pace.charge(_paced_tokens(attempt, part))
+                    grant.release(0 if part is None else part.work, spent)
             finally:
-                spent = None
-                if attempt.expected_tokens:
-                    spent, attempt.expected_tokens = _paced_tokens(attempt, part), 0
-                elif part is not None and not request.estimated and part.source == PROVIDER:
-                    # Nobody has expected them.
-                    self._pace.charge(_paced_tokens(attempt, part))
-                grant.release(0 if part is None else part.work, spent)
-
-        def drained() -> None:
-            if self._drained is not None and not self.capacity.inside:
-                self._drained.set()
-
-        run_all((attempt.ended, release, drained, lambda: self._ended(attempt, error, part)))
+                if self._drained is not None and not self.capacity.inside:
+                    self._drained.set()
+                self._ended(attempt, error, part)
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now, and has
@@ -849,9 +847,12 @@ def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
     ticket = request.ticket
     if not ticket.work:
         ticket.estimate = attempt.work
+    if attempt.hop is not None:
+        ticket.goes_on = True
+    if request.bound is not None:
+        ticket.deadline = request.bound.next
     if attempt.shows_position:
         ticket.on_position = attempt.queued
-    ticket.deadline, ticket.goes_on = request.latest, attempt.hop is not None
     return attempt.provider.scheduler.enter(ticket, bids)
 
 

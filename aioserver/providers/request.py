@@ -192,8 +192,9 @@ class ProviderRequest:
                 0 if self.estimate is None else self.work,
                 BATCH if self.record.batch else "",
                 asyncio.get_running_loop().time() if hold is None else hold.arrived,
-                self.latest,
             )
+            if self.bound is not None:
+                ticket.deadline = self.bound.next
         return ticket
 
     @property
@@ -257,11 +258,6 @@ class ProviderRequest:
         0.0 if it has not, or that is unknown.
         """
         return 0.0 if self._hold is None else self._hold.waited_since
-
-    @property
-    def latest(self) -> float:
-        """The moment of the loop's clock at which its waits end; inf without a deadline."""
-        return inf if self.bound is None else self.bound.next
 
     @property
     def left(self) -> float:
