@@ -127,6 +127,8 @@ class Attempts:
     # Of the group that is asked: whether others can be asked instead, whether the next attempt is a
     # trial of a sick provider, and whether the last one was.
     _fallback = _next_is_trial = _was_trial = False
+    # Whether the request has been asked of it before.
+    _again = False
     # How many retries it has had, how this pass has failed, and the one before.
     _number = 0
     _tries: tuple[Try, ...] = ()
@@ -204,37 +206,34 @@ class Attempts:
         many seconds, to a provider that is away.
         """
         candidates, outcome = self._candidates, self._outcome
-        trial, self._next_is_trial = self._next_is_trial, False
-        again = self._number > 0 or parked is not None or self._tries != ()
-        if not candidates.alone or not candidates.left:
-            attempt, grant = await candidates.start(again, self._fallback, trial, parked)
+        trial = self._next_is_trial
+        if trial:
+            self._next_is_trial = False
+        member = candidates.left[0] if candidates.alone and candidates.left else None
+        if member is not None:
+            # It is counted before it waits, so that a refusal names this provider.
+            self._provider = provider = member.provider
+            if provider.health.breaker.dead and not self._fallback and provider.kept_until_back:
+                await self._unsend(0.0)
+            outcome.begin_attempt(provider.name, candidates.model or member.asked_model)
+        try:
+            attempt, grant = await candidates.start(self._again, self._fallback, trial, parked)
+        except AioserverError:
+            outcome.attempts -= member is not None
+            raise
+        if member is None or candidates.chosen is not member:
             assert candidates.chosen is not None
             self._provider = provider = candidates.chosen.provider
             try:
+                # It may be a member that has come meanwhile.
+                outcome.attempts -= member is not None
                 outcome.begin_attempt(provider.name, attempt.asked_model)
                 candidates.sent()
             except BaseException:
                 give_up(attempt, grant, candidates)
                 raise
+        if attempt.trial or self._was_trial:
             self._was_trial = attempt.trial
-            return attempt, grant
-        # It is counted before it waits, so that a refusal names this provider.
-        member = candidates.left[0]
-        self._provider = provider = member.provider
-        if provider.health.breaker.dead and not self._fallback and provider.kept_until_back:
-            await self._unsend(0.0)
-        outcome.begin_attempt(provider.name, candidates.model or member.asked_model)
-        try:
-            attempt, grant = await candidates.start(again, self._fallback, trial, parked)
-        except AioserverError:
-            outcome.attempts -= 1
-            raise
-        if candidates.chosen is not member:
-            # It is one that has come meanwhile.
-            assert candidates.chosen is not None
-            self._provider = provider = candidates.chosen.provider
-            outcome.provider, outcome.model = provider.name, attempt.asked_model
-        self._was_trial = attempt.trial
         return attempt, grant
 
     def _go_on(self) -> None:
@@ -277,17 +276,17 @@ class Attempts:
                 self._next_is_trial, self._trial_group = True, group
             elif self._trial_group is not None:
                 self._trial_group = None
-            if not first or self._tries or self._number:
+            if self._again:
                 self._begin_anew()
-            self._first = first_provider = member.provider
-            first_provider.budget.add_request()
+            self._first = member.provider
+            self._first.budget.add_request()
             return
         ended = self._ended
         raise (too_long(ended) or final_try(ended)).raised(self._outcome)
 
     def _begin_anew(self) -> None:
         """Begin to count attempts anew: those of others."""
-        self._number, self._previous, self._tries = 0, None, ()
+        self._number, self._previous, self._tries, self._again = 0, None, (), False
         self._broken, self._too_long, self._parked_for = frozenset(), None, None
 
     async def _rest(self, seconds: float) -> None:
@@ -312,6 +311,7 @@ class Attempts:
             ProviderFault: nothing does, and this is the fault that says most.
         """
         candidates, outcome = self._candidates, self._outcome
+        self._again = True
         if attempt is not None and not fault.attempt_outcome:
             # Nothing was sent.
             outcome.attempts -= 1

@@ -189,12 +189,6 @@ class Attempt:
         if self.stream is not None and not self.request.whole:
             self.stream.report_position(position, eta)
 
-    @property
-    def shows_position(self) -> bool:
-        """Whether anybody wants to hear of `queued`."""
-        request = self.request
-        return request.bound is not None or (self.stream is not None and not request.whole)
-
     def started(self) -> None:
         """Note that a place is taken."""
         if (bound := self.request.bound) is not None:

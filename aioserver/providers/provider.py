@@ -851,7 +851,9 @@ def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
         ticket.goes_on = True
     if request.bound is not None:
         ticket.deadline = request.bound.next
-    if attempt.shows_position:
+    stream = attempt.stream
+    if request.bound is not None or (stream is not None and not request.whole):
+        # Somebody wants to hear of it.
         ticket.on_position = attempt.queued
     return attempt.provider.scheduler.enter(ticket, bids)
 
