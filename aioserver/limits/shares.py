@@ -199,7 +199,8 @@ class Places(Shares[O]):
         except BaseException:
             if turn.done() and not turn.cancelled():
                 self.give_back(owner)
-            else:
+            elif turn in line:
+                # Otherwise it was passed over already.
                 line.remove(turn)
                 if not line:
                     del self._waiting[owner]
