@@ -8,6 +8,7 @@ by another value than the one it was routed by.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -85,9 +86,9 @@ class ModelBody:
     """The body of one request, and the values of its top level that are read.
 
     *model*, *user*, *stored* and *previous_response_id* are None where the client set none;
-    *streamed* and *background* are false then. *usage_options* is what
-    `unasked` makes of its `stream_options`. *metadata* is JSON; it is empty where the client set
-    none, or more than MAX_METADATA_BYTES.
+    *streamed* and *background* are false then. *several* says whether a number of choices was set.
+    *usage_options* is what `unasked` makes of its `stream_options`. *metadata* is JSON; it is empty
+    where the client set none, or more than MAX_METADATA_BYTES.
     """
 
     # The value of `model`, as it is written, empty if there is none; None until it is needed.
@@ -125,6 +126,7 @@ class ModelBody:
         self._fields = fields
         self.model, self.user = fields.model, fields.user
         self.streamed = fields.stream is True
+        self.several = fields.n is not None or fields.best_of is not None
         # Most have none.
         self.usage_options = b"" if options is ABSENT else unasked(options)
 
@@ -152,12 +154,9 @@ class ModelBody:
         """Return the largest number of tokens or of choices that the members of these *names* have;
         None if none of them has any. Some write -1 where there is no bound.
         """
-        fields, largest = self._fields, 0
-        for name in names:
-            number = getattr(fields, name)
-            if number is not None and number > largest:
-                largest = number
-        return largest or None
+        numbers = filter(None, map(partial(getattr, self._fields), names))
+        largest: int = max(numbers, default=0)
+        return largest if largest > 0 else None
 
     @property
     def prompts(self) -> int:
