@@ -110,7 +110,7 @@ def prepare_for(
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
         caller, streamed = caller_of(request, body.user), body.streamed
-        route = context.router.route(body.model, caller=caller)
+        route = context.router.route(body.model, caller=caller, body=body.data)
         if api is EMBEDDINGS:
             # The vectors of a fallback's model mean nothing beside those of the model that was
             # asked for.

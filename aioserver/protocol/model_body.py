@@ -3,13 +3,16 @@
 The body goes to the provider as it came. Where a provider is asked for another model than the
 client named, the value of `model` is replaced in the bytes, and nothing else. If the key stands
 there several times, that is the last of them, the one that was read: a request must not be served
-by another value than the one it was routed by.
+by another value than the one it was routed by. Not every engine reads it so: some take the first
+of several keys, or a key whatever the case of its letters is, or a list of `models`. Where a caller
+may not ask for all models, `check_sole` refuses what could be read in another way.
 """
 
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from itertools import product
+from typing import Annotated, Any
 
 import msgspec
 import orjson
@@ -17,7 +20,7 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, Member, Site, pause
+from aioserver.protocol.json_body import ABSENT, Member, Site, at_once, pause
 from aioserver.protocol.stream_options import unasked
 
 # Bytes in which the name of a model is written.
@@ -80,6 +83,16 @@ _RAW_DECODER = msgspec.json.Decoder(_RawFields)
 # has.
 MAX_READ_TWICE = 1 << 16
 MODEL = Member("model")
+# The keys that some engine may take for its model's beside that one, in the names of attributes.
+_OTHER_NAMES = [
+    "".join(letters) + more
+    for letters in product(*zip("model", "MODEL", strict=True))
+    for more in ("", "s", "S")
+    if "".join(letters) + more != MODEL.name
+]
+_OTHERS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    msgspec.defstruct("Others", [(name, Raw, ABSENT) for name in _OTHER_NAMES], gc=False)
+)
 
 
 class ModelBody:
@@ -193,6 +206,22 @@ class ModelBody:
             self._place = place.value
         view = memoryview(data)
         return b"".join((view[: self._place], written, view[self._place + len(value) :]))
+
+
+def check_sole(data: bytes) -> None:
+    """Check that *data*, a JSON object, names one model at most, however it is read.
+
+    Raises:
+        InvalidRequest: it has several keys `model`, or one that may be taken for it.
+    """
+    found = json_body.decode(_OTHERS, data, "the body")
+    others = (name for name in _OTHER_NAMES if getattr(found, name) is not ABSENT)
+    if (other := next(others, None)) is not None:
+        raise InvalidRequest(f"this key asks by `model` alone, and not by {other}", param=other)
+    if value := MODEL.value(data):
+        start, end = MODEL.extent(data, MODEL.find(data, value))
+        view = memoryview(data)
+        at_once(MODEL.check_absent(b"".join((view[:start], view[end:]))))
 
 
 def _checked(fields: _RawFields) -> Fields:
