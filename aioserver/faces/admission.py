@@ -295,9 +295,11 @@ class Admission:
         self.log(f"dropped: {reason}", face, logging.WARNING)
 
     def _refusal(self, retry_after: float) -> ServerAtCapacity:
-        most = self._limits.max_connections
+        most, inside = self._limits.max_connections, self.gate.inside
+        # Processes that share the places know their own alone.
+        taken = f"{inside} of {most} places are taken" if inside >= most else "no place is free"
         return ServerAtCapacity(
-            f"the server is full: {self.gate.inside} of {most} places are taken; try again in "
+            f"the server is full: {taken}; try again in "
             f"{ceil(retry_after)} s (chat.websocket.concurrency.max_connections={most} reached)",
             retry_after=retry_after,
         )
