@@ -5,6 +5,8 @@ and its end.
     serve    the server exists: its streams can be read elsewhere, and what others find out reaches
              its providers
     leave    the server has ended: nothing is inside any more, of which the others hear
+
+This file is one concept: how one instance joins the others, stands with them, and leaves.
 """
 
 from __future__ import annotations
