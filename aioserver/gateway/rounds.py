@@ -35,8 +35,8 @@ class Round:
     """The members of *group* that *request* is still asked of, *left* in this round.
 
     Where what the request continues is kept at a member, this one is asked alone for as long as it
-    is not dead, and there is a connection to it. Members that take no more than *too_small* tokens are not asked. A change of the
-    group's members holds at once.
+    is not dead, and takes connections. Members that take no more than *too_small* tokens are not
+    asked. A change of the group's members holds at once.
 
     *prefix* is that of its prompt, by which *homes* knows where it belongs; None: the group has
     no affinity.

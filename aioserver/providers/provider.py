@@ -666,8 +666,7 @@ class Provider:
         else:
             self._usage.refused(record)
         self._count(attempt, exc)
-        unexpected = part is not None and not attempt.request.estimated and part.source == PROVIDER
-        if attempt.expected_tokens or unexpected:
+        if attempt.expected_tokens or not attempt.request.estimated:
             self._pace.charge(_paced_tokens(attempt, part) - attempt.expected_tokens)
             attempt.expected_tokens = 0
             self._gate.serve()

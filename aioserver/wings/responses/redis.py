@@ -237,7 +237,7 @@ class SharedResponses:
 
     def __init__(self, commands: Commands, clock: Callable[[], float] = time.time) -> None:
         self._chains = RedisChains(commands)
-        self._ask, self._know = commands.ask, commands.know
+        self._ask, self._know, self.written = commands.ask, commands.know, commands.written
         self._clock = clock
         self._tasks: set[asyncio.Task[Any]] = set()
         # Those under way whose look-ups wait elsewhere.
