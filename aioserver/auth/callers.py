@@ -39,9 +39,9 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     *subflow*: where the caller's requests wait within `flow`; *priority*: the weight of the flow,
     1 to 10; *batch*: whether its requests use what others leave; *admin*: whether the caller may
     see the operating pages; *quota*: the limits of the caller's key, None without keys. *role*: that
-    of its token, "" for a key; *expires*: when its token or key does, by the monotonic clock, and its
-    connections are closed SKEW later; *exp*: the same of a token in Unix time, as the token says it;
-    *signer*: what is known of the key that has signed it. What follows is made of these.
+    of its token, "" for a key; *expires*: when its token or key does, by the monotonic clock, and
+    its connections are closed SKEW later; *exp*: the same of a token in Unix time, as the token
+    says it; *signer*: what is known of the key that has signed it. What follows is made of these.
     """
 
     name: str = ""

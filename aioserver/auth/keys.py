@@ -44,7 +44,7 @@ class _Key(msgspec.Struct, frozen=True):
 
     def valid(self, clock: Callable[[], float]) -> bool:
         """Return whether it has not expired."""
-        return self.expires == inf or clock() < self.expires
+        return clock() < self.expires
 
 
 def quota_of(key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
@@ -151,7 +151,7 @@ class Keys:
         # In constant time, although the time that the look-up of a hash takes reveals no key.
         if entry is None or not hmac.compare_digest(entry.digest, digest):
             return None
-        if not entry.valid(self._clock):
+        if entry.expires < inf and not entry.valid(self._clock):
             raise InvalidApiKey(EXPIRED)
         return entry.caller
 

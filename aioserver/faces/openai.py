@@ -109,8 +109,8 @@ def prepare_for(
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
-        route = context.router.route(body.model, caller=request[CALLER])
-        streamed = body.streamed
+        caller, streamed = caller_of(request, body.user), body.streamed
+        route = context.router.route(body.model, caller=caller, body=body.data)
         if api is EMBEDDINGS:
             # The vectors of a fallback's model mean nothing beside those of the model that was
             # asked for.
@@ -119,7 +119,7 @@ def prepare_for(
             api,
             partial(body_for, body),
             streamed=streamed,
-            caller=caller_of(request, body.user),
+            caller=caller,
             model=route.model,
             hold=hold,
             client_headers=client_headers(context, request),

@@ -106,7 +106,9 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     model = body.model if body is not None else None
     provider = request.headers.get(PROVIDER)
     caller = caller_of(request, None if body is None else body.user)
-    route = context.router.route(model, provider, caller=caller, unread=model is None)
+    written = b"{}" if body is None else body.data
+    unread = model is None
+    route = context.router.route(model, provider, caller=caller, body=written, unread=unread)
     # The members of a group get their own models, however it was named.
     name = provider if provider in context.router.groups else route.group.name
     by_group = bool(name)
@@ -117,6 +119,9 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
         )
     if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
         raise NotFound(_closed(path, route.provider.name))
+    if passage is not Passage.EVERY_KEY:
+        # An object of an account, such as the file of a batch, names models that nobody reads here.
+        context.router.route(None, route.provider.name, caller=caller, unread=True)
     if model is not None and route.model is None:
         model = route.provider.settings.model
     passed = PassedRequest(

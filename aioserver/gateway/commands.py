@@ -21,8 +21,9 @@ logger = logging.getLogger("aioserver.cluster")
 # answer would be taken for one.
 TIMEOUT, KNOWN_TIMEOUT = 0.05, 1.0
 # Seconds for which the end of an answer waits for what is written of it: as long as a look-up waits
-# for it elsewhere. With a server that is away nothing is waited for.
-WRITE_TIMEOUT = 0.5
+# for it elsewhere; and while the server answers nobody. With a connection that is lost nothing is
+# waited for.
+WRITE_TIMEOUT, HURRIED = 0.5, 0.02
 # Seconds for which a look-up waits for what another instance is about to write, in growing pauses,
 # and for which a mark says so if its instance is killed.
 BUSY_PAUSES, MARKED = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.185), 120.0
@@ -141,6 +142,8 @@ class Commands:
         self.me = secrets.token_hex(6)
         # Whether the server did not answer the last `ask`.
         self.away = False
+        # Whether it has left one without an answer for longer than a write is waited for.
+        self._hangs = False
         self._connection = connection
 
     @property
@@ -150,6 +153,15 @@ class Commands:
         None is waited for long while it is known that the server is away.
         """
         return KNOWN_TIMEOUT if self._connection.connected else TIMEOUT
+
+    def written(self, writing: asyncio.Future[Any]) -> asyncio.Future[None]:
+        """Return a future that is done once *writing* is, or after WRITE_TIMEOUT: see
+        `Keeper.keep`.
+
+        A server that hangs delays the ends of answers in its first second alone: from then on this
+        waits for HURRIED, until the server has answered something.
+        """
+        return awaited(writing, HURRIED if self._hangs else WRITE_TIMEOUT)
 
     async def execute(self, *command: bytes | str | float) -> Any:
         """Return the answer to one command: see `Connection`."""
@@ -188,11 +200,13 @@ class Commands:
         try:
             result = await answer_of(call, seconds)
         except Exception as exc:  # noqa: BLE001 - whatever the server says, this instance goes on
+            if seconds > WRITE_TIMEOUT and isinstance(exc, TimeoutError):
+                self._hangs = True
             if not self.away:
                 self.away = True
                 logger.warning("claims of streams get no answer: %r", exc)
             return ()
-        self.away = False
+        self.away = self._hangs = False
         return (result,)
 
 

@@ -131,7 +131,7 @@ class Gateway:
             if hold is not None:
                 hold.release()
             return existing
-        route = self._router.route(chat.model, chat.provider, caller=caller)
+        route = self._router.route(chat.model, chat.provider, caller=caller, body=chat.options)
         prompt = self._prompts.make(caller, chat, conversation, route, hold)
         request = Request(
             route,

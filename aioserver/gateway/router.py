@@ -43,6 +43,7 @@ from aioserver.gateway.continuation import say_rest
 from aioserver.gateway.groups import Group
 from aioserver.gateway.members import Member
 from aioserver.gateway.request import Route
+from aioserver.protocol.model_body import check_sole
 from aioserver.provider_errors import NoProvider, ProviderFault
 from aioserver.providers.api import CHAT, Api
 from aioserver.providers.passthrough import PassedRequest
@@ -195,14 +196,18 @@ class Router:
         *,
         caller: Caller,
         api: Api = CHAT,
+        body: bytes = b"{}",
         unread: bool = False,
     ) -> Route:
         """Return where a request of *api* with this *model* and *provider* goes.
 
+        *body* is the JSON of which something goes on to the provider as the client has written it.
         *unread* says that nobody has read which model it is for, since it is in a body that passes,
         or the provider chooses: it may be any.
 
         Raises:
+            InvalidRequest: *caller* may not ask for all models, and *body* may be read as one for
+                another: see `check_sole`.
             ModelNotFound: *caller* may not ask for it; the request names a provider that is not
                 configured, or not usable; or a model that nobody has, where these are refused; or
                 who is named does not speak *api*, or none that may be asked does.
@@ -210,6 +215,7 @@ class Router:
         """
         if caller.models is not None:
             self._check_allowed(caller, model, provider, unread=unread)
+            check_sole(body)
         if provider is not None:
             if (group := self.groups.get(provider)) is not None:
                 return self._to(group, api)

@@ -24,6 +24,7 @@ The fair queues, the budgets of keys and the pace of providers ask one object.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -144,7 +145,7 @@ class Estimates:
         self._ratios: Bounded[str, tuple[str, str], _Ratios] = Bounded(MAX_PAIRS)
         self._answers: Bounded[str, str, _Answers] = Bounded(MAX_PAIRS)
         # Who has taught anything of each provider and model; who has last is the last.
-        self._voices: dict[tuple[str, str], dict[str, _Ratios]] = {}
+        self._voices: dict[tuple[str, str], OrderedDict[str, _Ratios]] = {}
 
     def before(
         self,
@@ -236,9 +237,7 @@ class Estimates:
         pair = provider, model
         ratios = self._ratios.used(caller, pair)
         if ratios is not None:
-            voices = self._voices[pair]
-            del voices[caller]
-            voices[caller] = ratios
+            self._voices[pair].move_to_end(caller)
             return ratios
         known = self._known(provider, model, caller)
         ratios = _Ratios(known.prompt, known.cached, known.event)
@@ -247,7 +246,7 @@ class Estimates:
             if not self._voices[other]:
                 del self._voices[other]
         self._ratios.put(caller, pair, ratios)
-        self._voices.setdefault(pair, {})[caller] = ratios
+        self._voices.setdefault(pair, OrderedDict())[caller] = ratios
         return ratios
 
 

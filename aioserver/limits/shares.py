@@ -146,11 +146,12 @@ class Bounded(ByOwner[O, K, V]):
         """Return what *owner* has under *key*, as its newest from now on; None if there is
         nothing.
         """
-        owned = self._owned.get(owner)
-        if owned is None or (value := owned.get(key)) is None:
+        try:
+            owned = self._owned[owner]
+            owned.move_to_end(key)
+        except KeyError:
             return None
-        owned.move_to_end(key)
-        return value
+        return owned[key]
 
     def make_room(self) -> list[tuple[O, K]]:
         """Make room for one thing more, and some, if there is none; return what was taken away."""
@@ -199,7 +200,8 @@ class Places(Shares[O]):
         except BaseException:
             if turn.done() and not turn.cancelled():
                 self.give_back(owner)
-            else:
+            elif turn in line:
+                # Otherwise it was passed over already.
                 line.remove(turn)
                 if not line:
                     del self._waiting[owner]

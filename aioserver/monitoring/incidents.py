@@ -1,11 +1,11 @@
 """Incidents: what has happened that an operator should know, found in the difference of two ticks.
 
-Everything that is counted is gathered, and told in the past, since it may be over: the first incident is reported at once, and after it a
-quiet time begins, in which numbers are added up for the next incident of the same kind, detail and
-provider. A trouble of a provider, or of a section, is an incident when it begins and when it ends;
-a trouble that comes back in its quiet time is reported after that, if it still lasts. So is a
-member that is out of its groups, and back. The words
-are those of troubles.py, so that the log and the verdict say the same.
+Everything that is counted is gathered, and told in the past, since it may be over: the first
+incident is reported at once, and after it a quiet time begins, in which numbers are added up for
+the next incident of the same kind, detail and provider. A trouble of a provider, or of a section,
+is an incident when it begins and when it ends; a trouble that comes back in its quiet time is
+reported after that, if it still lasts. So is a member that is out of its groups, and back. The
+words are those of troubles.py, so that the log and the verdict say the same.
 """
 
 from __future__ import annotations

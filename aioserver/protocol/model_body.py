@@ -3,12 +3,16 @@
 The body goes to the provider as it came. Where a provider is asked for another model than the
 client named, the value of `model` is replaced in the bytes, and nothing else. If the key stands
 there several times, that is the last of them, the one that was read: a request must not be served
-by another value than the one it was routed by.
+by another value than the one it was routed by. Not every engine reads it so: some take the first
+of several keys, or a key whatever the case of its letters is, or a list of `models`. Where a caller
+may not ask for all models, `check_sole` refuses what could be read in another way.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Annotated
+from functools import partial
+from itertools import product
+from typing import Annotated, Any
 
 import msgspec
 import orjson
@@ -16,7 +20,7 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, Member, Site, pause
+from aioserver.protocol.json_body import ABSENT, Member, Site, at_once, pause
 from aioserver.protocol.stream_options import unasked
 
 # Bytes in which the name of a model is written.
@@ -79,15 +83,25 @@ _RAW_DECODER = msgspec.json.Decoder(_RawFields)
 # has.
 MAX_READ_TWICE = 1 << 16
 MODEL = Member("model")
+# The keys that some engine may take for its model's beside that one, in the names of attributes.
+_OTHER_NAMES = [
+    "".join(letters) + more
+    for letters in product(*zip("model", "MODEL", strict=True))
+    for more in ("", "s", "S")
+    if "".join(letters) + more != MODEL.name
+]
+_OTHERS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    msgspec.defstruct("Others", [(name, Raw, ABSENT) for name in _OTHER_NAMES], gc=False)
+)
 
 
 class ModelBody:
     """The body of one request, and the values of its top level that are read.
 
     *model*, *user*, *stored* and *previous_response_id* are None where the client set none;
-    *streamed* and *background* are false then. *usage_options* is what
-    `unasked` makes of its `stream_options`. *metadata* is JSON; it is empty where the client set
-    none, or more than MAX_METADATA_BYTES.
+    *streamed* and *background* are false then. *several* says whether a number of choices was set.
+    *usage_options* is what `unasked` makes of its `stream_options`. *metadata* is JSON; it is empty
+    where the client set none, or more than MAX_METADATA_BYTES.
     """
 
     # The value of `model`, as it is written, empty if there is none; None until it is needed.
@@ -125,6 +139,7 @@ class ModelBody:
         self._fields = fields
         self.model, self.user = fields.model, fields.user
         self.streamed = fields.stream is True
+        self.several = fields.n is not None or fields.best_of is not None
         # Most have none.
         self.usage_options = b"" if options is ABSENT else unasked(options)
 
@@ -152,12 +167,9 @@ class ModelBody:
         """Return the largest number of tokens or of choices that the members of these *names* have;
         None if none of them has any. Some write -1 where there is no bound.
         """
-        fields, largest = self._fields, 0
-        for name in names:
-            number = getattr(fields, name)
-            if number is not None and number > largest:
-                largest = number
-        return largest or None
+        numbers = filter(None, map(partial(getattr, self._fields), names))
+        largest: int = max(numbers, default=0)
+        return largest if largest > 0 else None
 
     @property
     def prompts(self) -> int:
@@ -194,6 +206,22 @@ class ModelBody:
             self._place = place.value
         view = memoryview(data)
         return b"".join((view[: self._place], written, view[self._place + len(value) :]))
+
+
+def check_sole(data: bytes) -> None:
+    """Check that *data*, a JSON object, names one model at most, however it is read.
+
+    Raises:
+        InvalidRequest: it has several keys `model`, or one that may be taken for it.
+    """
+    found = json_body.decode(_OTHERS, data, "the body")
+    others = (name for name in _OTHER_NAMES if getattr(found, name) is not ABSENT)
+    if (other := next(others, None)) is not None:
+        raise InvalidRequest(f"this key asks by `model` alone, and not by {other}", param=other)
+    if value := MODEL.value(data):
+        start, end = MODEL.extent(data, MODEL.find(data, value))
+        view = memoryview(data)
+        at_once(MODEL.check_absent(b"".join((view[:start], view[end:]))))
 
 
 def _checked(fields: _RawFields) -> Fields:

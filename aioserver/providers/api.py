@@ -96,7 +96,7 @@ class Api(ForwardedApi):
         Of several bounds the largest counts: it depends on the engine which of them it takes.
         """
         choices = 1
-        if self.choices and (wanted := body.largest(self.choices)) is not None:
+        if body.several and (wanted := body.largest(self.choices)) is not None:
             choices = min(wanted, MAX_CHOICES)
         if self.many_prompts:
             choices *= body.prompts

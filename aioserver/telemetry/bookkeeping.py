@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,17 +41,18 @@ def bookkeeping(
     """
 
     def decorate(method: Callable[Concatenate[B, P], R]) -> Callable[Concatenate[B, P], R]:
+        # Each answer comes here several times, so nothing is unpacked but for a bug.
         @wraps(method)
-        def kept(self: B, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        def kept(*args: Any, **kwargs: Any) -> Any:
             try:
-                return method(self, *args, **kwargs)
+                return called(*args, **kwargs)
             except Exception as bug:
                 logger.exception("bug in the bookkeeping")
-                self.bugs.note(bug)
-                instead: R = otherwise(*args, **kwargs)
-                return instead
+                args[0].bugs.note(bug)
+                return otherwise(*args[1:], **kwargs)
 
-        return kept
+        called: Callable[..., R] = method
+        return cast("Callable[Concatenate[B, P], R]", kept)
 
     return decorate
 

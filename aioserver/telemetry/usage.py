@@ -212,8 +212,8 @@ class Usage:
     def ended(self, record: RequestRecord, part: Part) -> None:
         """Count *part*, the last of the request of *record*."""
         caller, parts = record.caller, record.outcome.parts
-        # Whatever fails, it runs no longer.
-        sent = self._taken(record)
+        # Whatever fails, it runs no longer. Without a ledger nothing does.
+        sent = None if self.ledger is None else self._taken(record)
         self.sums.add(caller.name, part, caller.label, anew=len(parts) < 2 or _is_anew(parts))
         if self.ledger is not None:
             self._put(sent or self._number(record, _nobody_knows), part, part.outcome)

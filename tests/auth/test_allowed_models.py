@@ -147,6 +147,92 @@ async def test_the_provider_of_a_chat_counts_with_its_model(
             assert passed == ((provider, model) in passes), (provider, model)
 
 
+# Bodies that some engine reads as one for another model: it takes the first of several keys, looks
+# at letters in any case, or knows a list of models.
+DOUBTFUL = (
+    '"model": "other", "model": "fast"',
+    '"mode\\u006c": "other", "model": "fast"',
+    '"model": "fast", "Model": "other"',
+    '"MODEL": "other", "model": "fast"',
+    '"model": "fast", "models": ["other"]',
+    '"model": "fast", "Model\\u0073": ["other"]',
+)
+BODIES = {
+    "chat/completions": '{%s, "messages": [{"role": "user", "content": "x"}]}',
+    "completions": '{%s, "prompt": "x"}',
+    "embeddings": '{%s, "input": "x"}',
+    "messages": '{%s, "messages": [{"role": "user", "content": "x"}], "max_tokens": 9}',
+    "messages/count_tokens": '{%s, "messages": [{"role": "user", "content": "x"}]}',
+    "responses": '{%s, "input": "x"}',
+    "responses/compact": '{%s, "input": "x"}',
+    "moderations": '{%s, "input": "x"}',
+}
+
+
+@pytest.mark.parametrize("doubtful", DOUBTFUL)
+async def test_a_body_that_may_be_read_as_one_for_another_model_is_refused(
+    make_server: MakeServer, doubtful: str
+) -> None:
+    changes = {"auth.keys": [entry("web", models=["fast"]), entry("all")]}
+    server = await make_server(**MODELS, **changes)
+
+    async def status(name: str, path: str, members: str) -> int:
+        async with server.session.post(
+            f"{server.v1}/{path}",
+            data=(BODIES[path] % members).encode(),
+            headers=bearer(name) | {"Content-Type": "application/json"},
+        ) as response:
+            await response.read()
+            return response.status
+
+    for path in BODIES:
+        assert await status("web", path, doubtful) == 400, path
+    assert not server.simulator.requests
+    for path in BODIES:
+        # What stands below is no key of the body, and a key for all models may ask as it likes.
+        below = '"model": "fast", "metadata": {"model": "x", "Models": "y"}'
+        assert await status("web", path, below) != 400, path
+        assert await status("all", path, doubtful) != 400, path
+
+
+@pytest.mark.parametrize("name", ["Model", "MODELS", "models"])
+async def test_neither_the_options_of_a_chat_nor_a_lane_name_another_model(
+    make_server: MakeServer, name: str
+) -> None:
+    server = await make_server(**MODELS, **keys_of("web", models=["fast"]))
+    more = {name: "other"}
+
+    async with server.connect(headers=bearer("web")) as ws:
+        await ws.send_json(chat("r1", model="fast", options=more))
+        assert (await to_end(ws))[-1]["chunk"]["code"] == "invalid_request"
+    for generate in ({}, {"generate": False}):
+        ask = by_responses_socket(**generate, **more)
+        assert await ask(server, "fast") == "invalid_request"
+    assert not server.simulator.requests
+
+
+async def test_what_an_account_keeps_may_name_any_model(make_server: MakeServer) -> None:
+    async with Account() as account:
+        keys = [
+            entry("web", models=["sim/x", "sim"], admin=True),
+            entry("owner", models=["sim/*"], admin=True),
+        ]
+        changes = {
+            "llm.providers.sim.base_url": account.url,
+            "llm.providers.sim.account_paths": True,
+            "auth.keys": keys,
+        }
+        server = await make_server(**changes)
+        for key, status in (("web", 404), ("owner", 200)):
+            async with server.session.post(
+                f"{server.v1}/batches",
+                json={"model": "sim/x", "input_file_id": "f"},
+                headers=bearer(key),
+            ) as response:
+                assert response.status == status, await response.text()
+        assert len(account.passed) == 1
+
+
 @pytest.mark.parametrize(
     ("models", "provider", "body_model", "status"),
     [

@@ -31,8 +31,10 @@ PLAIN = {
     Function("wings.tracing.trace", "NotingSink.feed"),
     Function("wings.tracing.trace", "Trace.trace_id"),
 }
-# What else is called on the way only reads: a usage, within a method at the border, and what was counted.
+# What else is called on the way only reads: a usage, within a method at the border, what was counted,
+# and that by the monitor, whose second may be over meanwhile.
 READING = {
+    Function("monitoring.keys", "key_states"),
     Function("telemetry.tokens", "tokens_of"),
     Function("telemetry.counters", "Histogram.quantile"),
 }

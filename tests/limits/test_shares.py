@@ -144,3 +144,21 @@ async def test_a_place_that_comes_with_a_cancellation_goes_to_the_next() -> None
     assert (places.of("a"), places.of("b"), places.total) == (0, 1, 1)
     places.give_back("b")
     assert not places.total
+
+
+async def test_a_turn_that_was_cancelled_is_passed_over_before_it_has_heard_of_that() -> None:
+    places: Places[str] = Places(1)
+    await places.take("a")
+    cancelled, alone = asyncio.create_task(places.take("b")), asyncio.create_task(places.take("c"))
+    await asyncio.sleep(0)
+
+    # As where a place and those that wait for it have the same time, which is over.
+    cancelled.cancel()
+    alone.cancel()
+    places.give_back("a")
+    outcomes = await asyncio.gather(cancelled, alone, return_exceptions=True)
+
+    assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 2
+    assert not places.total
+    await places.take("b")
+    assert places.of("b") == 1

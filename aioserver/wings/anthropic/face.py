@@ -78,7 +78,8 @@ def prepare_for(
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
-        route = context.router.route(body.model, caller=request[CALLER], api=api)
+        caller = request[CALLER]
+        route = context.router.route(body.model, caller=caller, api=api, body=body.data)
         if api is COUNT_TOKENS:
             # Another model counts other tokens.
             route.pinned = True
@@ -88,7 +89,7 @@ def prepare_for(
             partial(openai.body_for, body),
             query=f"{BETA}=true" if request.query.get(BETA) == "true" else "",
             streamed=body.streamed and api is MESSAGES,
-            caller=request[CALLER].on_behalf_of(session),
+            caller=caller.on_behalf_of(session),
             model=route.model,
             hold=hold,
             client_headers=client_headers(context, request, wire.HEADERS),

@@ -40,8 +40,6 @@ from aioserver.gateway.commands import (
     KNOWN_TIMEOUT,
     MARKED,
     MAX_KEPT,
-    WRITE_TIMEOUT,
-    awaited,
     name_of,
 )
 from aioserver.gateway.histories import Begun
@@ -378,12 +376,12 @@ class RedisHistories:
         asked: float,
         begun: Begun | None = None,
     ) -> asyncio.Future[None]:
-        """Append a turn; return what ends once it is written, or after WRITE_TIMEOUT."""
+        """Append a turn; return what ends once it is written, or as `Commands.written`."""
         begun = begun or Begun("", None)
         # Where the server did not answer, only the clock of this machine says when.
         asked = asked if begun.asked is None else begun.asked
         keeping = self._keep(caller, conversation_id, turn, asked, begun.mark)
-        return awaited(self._start(keeping), WRITE_TIMEOUT)
+        return self._commands.written(self._start(keeping))
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations; those that Redis has forgotten are left

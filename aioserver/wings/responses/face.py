@@ -216,7 +216,7 @@ def make_request(
     Raises:
         ModelNotFound, NoProvider: no provider can be asked for its model.
     """
-    route = context.router.route(body.model, caller=caller)
+    route = context.router.route(body.model, caller=caller, body=body.data)
     provider_request = ResponseRequest(
         partial(openai.body_for, body),
         draft,

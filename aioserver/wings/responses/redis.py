@@ -243,7 +243,7 @@ class SharedResponses:
         scheduler: Scheduler | None = None,
     ) -> None:
         self._chains = RedisChains(commands)
-        self._ask, self._know = commands.ask, commands.know
+        self._ask, self._know, self.written = commands.ask, commands.know, commands.written
         self._clock = clock
         self._tasks: set[asyncio.Task[Any]] = set()
         # Those under way whose look-ups wait elsewhere.

@@ -255,7 +255,7 @@ class ResponsesSocket(Socket):
 
     async def _answer_prepared(self, lane: Lane, command: Create) -> None:
         body = command.body
-        route = self._context.router.route(body.model, caller=self.caller)
+        route = self._context.router.route(body.model, caller=self.caller, body=body.data)
         model = route.model or route.provider.settings.model
         draft = self._draft(lane, body)
         try:

@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from aioserver.errors import ResponseNotFound, ServerAtCapacity
-from aioserver.gateway.commands import WRITE_TIMEOUT, awaited
 from aioserver.limits.shares import ByOwner
 from aioserver.streams.store import owner_of
 from aioserver.wings.responses.api import RESPONSES
@@ -480,7 +479,7 @@ class StoredResponses:
             response.release()
             return None
         writing.add_done_callback(partial(_note_written, response))
-        return awaited(writing, WRITE_TIMEOUT)
+        return storage.written(writing)
 
     def _restore(self, caller: Caller, records: Sequence[Record]) -> StoredResponse | None:
         """Return the first of *records*, which continues the others, to be released.

@@ -97,7 +97,10 @@ async def sse(server: RunningServer) -> None:
 
 @pytest.fixture
 def slow_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is shared gets there after a while."""
+    """What is shared gets there after a while, for which each answer waits, however busy the
+    machine is.
+    """
+    monkeypatch.setattr("aioserver.gateway.commands.WRITE_TIMEOUT", 60.0)
 
     def late(write: Any) -> Any:
         async def after_a_while(*args: Any, **kwargs: Any) -> Any:
