@@ -1,8 +1,9 @@
 """The gateway: from a client's question to an answer, by whichever provider gives it.
 
 A face makes a *request* of what the client asks: a chat, or a body that is passed on. The *router*
-finds its *route*: the provider to ask first, and the model. A request that names a provider is
-*pinned* to it.
+finds its *route*: a *group* of *members*, each a provider and the model that it is asked for. A
+request that names a provider is *pinned* to it. *Affinity* says at which member a conversation
+belongs: the one whose cache has its beginning.
 
 A chat becomes a *prompt*: the messages that a provider gets. Those before the question are the
 history of its *conversation*, to which the question and its answer are appended.
@@ -15,12 +16,14 @@ task waits for the answer.
 What wings add here, the gateway knows by contracts alone. The *histories* have the turns in front
 of a question. A *keeper* is what a request continues, and what it keeps of its answer. The
 *instances* know the streams of other processes: a producer first *claims* the id of its request,
-since the answer may be theirs. *Sharing* makes gates and quotas that hold for all instances, and
-*commands* reach the store that they share.
+since the answer may be theirs. *Sharing* makes limits those of all instances, and *commands* reach
+the store that they share. *Hooks* are shown requests and answers. A *probe* is a question of an
+operator.
 
-The producer has the router make attempts at the provider. After a fault that allows it, the same
-provider is asked again after a *backoff* (a *retry*), or the next of the *fallbacks* is asked (a
-*failover*). Once there is content in the log neither happens: the client would read two answers.
+The producer has the router make *attempts*. The *candidates* of an attempt are the members that may
+still answer; it starts at the first of them that has a place. After a fault that allows it, the same
+provider is asked again after a *backoff* (a *retry*), or another member or the next of the
+*fallbacks* is asked (a *failover*). Once there is content in the log neither happens: the client would read two answers.
 But an answer that breaks off after text may be *continued*: another attempt, a *hop*, is asked for
 the rest, which begins at a *seam*. However the producer ends, its log then gets its last event, and
 its request a line in the request log.

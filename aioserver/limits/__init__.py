@@ -1,23 +1,29 @@
-"""Limits: admission gates, quotas, rates and timers. No queue, wait or rate is without a bound.
+"""Limits: who may use what, and how a request waits for it. No queue, wait or rate is without a
+bound.
 
-A request enters the server through a *gate*. A gate has a bounded number of *places*. A request
-that finds none free is a *waiter* in the gate's *queue*, which is bounded as well, and so is each
-wait: it ends at its *deadline*. Beyond these bounds a request is *refused*, and learns when to
-come back. A place that is *released* is handed to the next waiter.
+A *resource* is something of which only so many can be used at once: the places in front of the
+handlers, a key, a provider, the connections to a provider. It has a *capacity*, a bounded *queue*,
+and perhaps a *rate*: how fast starts may follow each other. A *class* is a kind of request with its
+own part of both, as *batch* is.
 
-A new answer is counted in the *quota* of its *caller*, the key that the request came with: answers
-at the same time, new answers per minute, and tokens. A quota is a *resource* with a *rate*, and a
-request has one *ticket*, by which it *bids* for a resource. The *scheduler* *grants* it a place, or
-lets it wait in the queue of the resource, if that has one.
+A request has one *ticket*, from its arrival to its end. It *bids* for a resource, or for several at
+once, and gets one *grant*, which is released when the use has ended. A bid that cannot be granted
+waits in the queue of its resource, and takes one *slot* of it; beyond the queue's bounds it is
+*refused*, and learns when to come back. The *scheduler* is the one place where tickets wait: it
+starts the next one, ends those whose *deadline* has come, and tells positions.
 
-Each provider has a gate of its own, which callers share. The *fair queue* decides which waiter is
-next: by the *weight* of its caller, and among the *flows* of one caller, its users, in turn. A
-provider's gate also has a *pace*, which limits the *rate* of starts: two of them are an *interval*
-apart, and a *tolerance* allows a *burst* after a rest. A last gate counts a provider's
-connections.
+Which ticket is next is decided by the *fair queue*: classes by their weights, then callers by the
+*work* that they have had, then the *flows* of a caller, its users.
 
-Where several processes share a limit and nobody says who uses how much, each has a *fixed share*.
+A key is a resource whose rate counts starts and tokens: its *quota*. What it may spend in a minute
+and in a day is its *budget*, of which an *estimate* is reserved before the start. A rate of starts
+follows GCRA: two starts are an *interval* apart, and a *tolerance* allows a *burst* after a rest.
 
-While the answer is sent, a *watchdog* aborts a socket that accepts nothing, and one *timer wheel*
-runs the timers of all connections: pings and heartbeats.
+A *supply* owns the capacity of a resource that several processes share. Where nobody says who uses
+how much, each has a *fixed share*. *Shares* bound what each owner keeps of something that all keep
+together.
+
+The end of what is no wait, an answer or the call of a hook, has a *guard*. While an answer is sent,
+a *watchdog* aborts a socket that accepts nothing, and one *timer wheel* runs the timers of all
+connections: pings and heartbeats.
 """

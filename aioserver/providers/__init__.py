@@ -2,14 +2,15 @@
 
 A *request* says what is asked, whichever provider answers it. Its *API* says what its path means:
 chat completions here, and what a wing adds. One try of it at one *provider* is an *attempt*. An
-attempt waits in the provider's *queue* until a *place* is free, one of `concurrent_requests`, and
-until the *pace* allows it to start: so many requests per minute.
+attempt *bids* for the provider's *capacity*: it starts when a *place* is free, one of
+`concurrent_requests`, and the *pace* allows it: so many requests per minute. An answer in the
+*background* uses a part of the places.
 
 A provider is *well*; or it is *sick*: many attempts fail and some succeed, so that it is asked,
 but after a provider that is well; or it is *dead*: nothing succeeds any more, so that it is left
 alone but for *trials*. Its *breaker* knows which. A provider that cannot be reached, or says that
 it is not ready, is *away*: requests may wait in its queue until it is back. A request whose
-attempt has just failed is *parked* outside of the queue before it queues again. Its *health* is
+attempt has just failed is *parked* before it queues again, and keeps its slot meanwhile. Its *health* is
 this breaker and two facts more: whether the provider has refused our key (it is *flagged*), and
 whether it was removed from the configuration. The provider tells breaker, pace and queue
 how its attempts fare. The *budget* bounds the retries, so that a failing provider does not get a

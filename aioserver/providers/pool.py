@@ -6,7 +6,7 @@ instead of closed, however many they are. httpx closes them then, and opens 24 s
 of 6. `keepalive_expiry` is aiohttp's `keepalive_timeout`, checked on reuse and by a sweep.
 connections.py has the idle connections.
 
-`pool_timeout` is the wait for a connection and nothing else: our gate stands in front, so that the
+`pool_timeout` is the wait for a connection and nothing else: our capacity stands in front, so that the
 connector never has a waiter of its own and `connect_timeout` is DNS, TCP and TLS together.
 """
 

@@ -69,7 +69,7 @@ class Standing(msgspec.Struct):
 
 
 class User(Protocol):
-    """The gate or quota that takes the places of a grant."""
+    """What takes the places of a grant: the supply of a resource."""
 
     @property
     def inside(self) -> int:

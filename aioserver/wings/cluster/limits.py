@@ -139,7 +139,7 @@ class Teller(ProviderObserver):
 
 
 class SharedLimits:
-    """Makes the gates and the quotas of keys that share limits by *leases*, and passes on what is
+    """Shares the capacity of providers, and makes the quotas of keys that share limits, by *leases*, and passes on what is
     told.
 
     The workers of one host, which is their *scope*, share connections.
