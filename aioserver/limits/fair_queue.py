@@ -28,11 +28,12 @@ has no remainder for the weights 1 to 10.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
 from collections import OrderedDict
 from heapq import heapify, heappop, heappush, heapreplace, nlargest
 from itertools import islice
 from math import lcm
+from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
@@ -397,13 +398,17 @@ class FairQueue(Generic[T]):
             entry.rest()
         return True
 
-    def position(self, caller: Hashable, flow: Hashable, *, front: bool, waits: bool) -> int:
-        """Estimate the position of the last item of *flow*, or of the first one at the *front*; 1
-        is served next. *waits* says that it is in the queue already. O(callers).
+    def position(
+        self, caller: Hashable, flow: Hashable, arrived: float | None = None, *, waits: bool
+    ) -> int:
+        """Estimate the position of the last item of *flow*, or of the one at the front that
+        *arrived* then; 1 is served next. *waits* says that it is in the queue already. O(callers).
         """
         entry = self.callers.counters.get(caller)
         own = 1
-        if entry is not None and not front:
+        if entry is not None and arrived is not None:
+            own = bisect(entry.front, arrived, key=itemgetter(0)) + (not waits)
+        elif entry is not None:
             line = entry.flows.counters.get(flow)
             number = (0 if line is None else line.waiting) + (not waits)
             own = len(entry.front) + entry.flows.position(line, max(1, number))

@@ -672,8 +672,9 @@ class Resource:
         ticket, queue = bid.ticket, self.queue
         if not queue.size:
             return 1
+        arrived = ticket.arrived if bid.front else None
         own = queue.queues[bid.index].position(
-            ticket.caller, ticket.flow, front=bid.front, waits=bid.standing
+            ticket.caller, ticket.flow, arrived, waits=bid.standing
         )
         return queue.position(bid.index, own)
 
