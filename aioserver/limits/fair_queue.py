@@ -24,6 +24,8 @@ over, and keeps the right to one start.
 
 Counters are whole numbers, since their order must be exact: a unit of work is 2520 / weight, which
 has no remainder for the weights 1 to 10.
+
+This file is one concept: the three levels are one order, in which items are served.
 """
 
 from __future__ import annotations

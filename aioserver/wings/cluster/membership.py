@@ -5,6 +5,9 @@ and its end.
     serve    the server exists: its streams can be read elsewhere, and what others find out reaches
              its providers
     leave    the server has ended: nothing is inside any more, of which the others hear
+
+This file is one concept: the connections to the cluster's server, and what depends on them, begin
+and end together.
 """
 
 from __future__ import annotations
