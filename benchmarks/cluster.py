@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from aioserver.errors import ServerAtCapacity
+from aioserver.wings.cluster.leased import LeasedCapacity
 from aioserver.wings.cluster.leases import Leases
 from aioserver.wings.cluster.renewer import Renewer
-from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.support.cluster_simulation import Load, Simulation
 from tests.support.redis_server import RedisServer
+from tests.support.resources import Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,22 +43,17 @@ async def instance(url: str, number: int, limit: int, load: float) -> None:
     name = f"host-{number}-{time.time_ns()}"
     renewer = Renewer(lambda on_due: Leases(name, on_due=on_due), url, "benchmark")
     leases = renewer.leases
-    gate = SharedGate(
-        limit,
-        queue_size=10_000,
-        queue_timeout=60.0,
-        full_error=lambda wait: ServerAtCapacity("full", retry_after=wait),
-        timeout_error=lambda wait: ServerAtCapacity("late", retry_after=wait),
-    )
-    gate.share(leases, "p:provider")
+    line = Line(0, queue_size=10_000, queue_timeout=60.0)
+    LeasedCapacity(leases, line.scheduler, line.resource, "p:provider", limit)
     await renewer.open()
     waits: list[float] = []
 
     async def request() -> None:
         began = time.perf_counter()
-        with await gate.enter():
-            waits.append(time.perf_counter() - began)
-            await asyncio.sleep(REQUEST)
+        grant = await line.enter()
+        waits.append(time.perf_counter() - began)
+        await asyncio.sleep(REQUEST)
+        grant.release()
 
     loop = asyncio.get_running_loop()
     rate = load * limit / REQUEST / INSTANCES

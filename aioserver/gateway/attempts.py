@@ -21,6 +21,8 @@ What follows a fault is decided by one function, `after`, whose first row that f
 
 Once there is content of the answer nothing is asked any more: the client would read two answers.
 provider_errors.py says which fault allows what. A fallback that is sick comes last but for trials.
+
+This file is one concept: the loop and the decision after each of its turns have one state.
 """
 
 from __future__ import annotations

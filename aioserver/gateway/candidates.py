@@ -1,5 +1,8 @@
 """The candidates of one request in one group: the members that may still answer it, the order in
 which they are asked, and where it waits for the first place.
+
+This file is one concept: who is left decides where the request waits, and how it has waited decides
+who is left.
 """
 
 from __future__ import annotations
@@ -39,8 +42,8 @@ class Candidates:
     """The members of *group* that *request* is still asked of, *left* in this pass.
 
     If one member keeps what the request continues, that one alone is asked as long as it is not
-    dead, and there is a connection to it. Members that take no more than *too_small* tokens are not asked. A change of the group's
-    members holds at once, also for a request that waits.
+    dead, and there is a connection to it. Members that take no more than *too_small* tokens are not
+    asked. A change of the group's members holds at once, also for a request that waits.
 
     A group without a name is one provider, which is asked for *model*. *prefix* is that of the
     prompt, by which *affinity* knows where it belongs; None: the group has no affinity.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from itertools import count
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aioserver.config.models import LEAST_BUSY, ORDERED, WEIGHTED
 from aioserver.gateway.members import Member, load, sick, well
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from aioserver.gateway.affinity import Placement
-    from aioserver.gateway.candidates import Candidates
     from aioserver.providers.api import Api
     from aioserver.providers.provider import Provider
     from aioserver.telemetry.outcome import Outcome
@@ -33,6 +32,15 @@ if TYPE_CHECKING:
 # A prompt is skipped for a member if, by this estimate, it is longer than what the member takes by
 # more than half.
 BYTES_PER_TOKEN, DOUBT = 4, 1.5
+
+
+class Waiting(Protocol):
+    """A request that waits for members (gateway/candidates.py), since it *began* to."""
+
+    began: float
+
+    def regroup(self) -> None:
+        """Wait for new members of the group as well, and no more for those that have left it."""
 
 
 class Group:
@@ -64,8 +72,8 @@ class Group:
         self.version = 0
         # Requests that were held back for their home.
         self.held_back = 0
-        # Those of the requests that wait, in the order in which they have begun to.
-        self.candidates: dict[Candidates, None] = {}
+        # The requests that wait, in the order in which they have begun to.
+        self.candidates: dict[Waiting, None] = {}
         self.apply(parts, choose, affinity)
 
     def apply(self, parts: Sequence[Member | Group], choose: str, affinity: str) -> None:

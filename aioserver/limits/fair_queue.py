@@ -24,15 +24,18 @@ over, and keeps the right to one start.
 
 Counters are whole numbers, since their order must be exact: a unit of work is 2520 / weight, which
 has no remainder for the weights 1 to 10.
+
+This file is one concept: the three levels are one order, in which items are served.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
 from collections import OrderedDict
 from heapq import heapify, heappop, heappush, heapreplace, nlargest
 from itertools import islice
 from math import lcm
+from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
@@ -397,13 +400,17 @@ class FairQueue(Generic[T]):
             entry.rest()
         return True
 
-    def position(self, caller: Hashable, flow: Hashable, *, front: bool, waits: bool) -> int:
-        """Estimate the position of the last item of *flow*, or of the first one at the *front*; 1
-        is served next. *waits* says that it is in the queue already. O(callers).
+    def position(
+        self, caller: Hashable, flow: Hashable, arrived: float | None = None, *, waits: bool
+    ) -> int:
+        """Estimate the position of the last item of *flow*, or of the one at the front that
+        *arrived* then; 1 is served next. *waits* says that it is in the queue already. O(callers).
         """
         entry = self.callers.counters.get(caller)
         own = 1
-        if entry is not None and not front:
+        if entry is not None and arrived is not None:
+            own = bisect(entry.front, arrived, key=itemgetter(0)) + (not waits)
+        elif entry is not None:
             line = entry.flows.counters.get(flow)
             number = (0 if line is None else line.waiting) + (not waits)
             own = len(entry.front) + entry.flows.position(line, max(1, number))

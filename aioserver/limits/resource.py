@@ -13,6 +13,9 @@ several processes. Whoever owns it calls `Scheduler.resize`. Nothing inherits fr
 
 The queue is bounded by *slots*. A ticket takes one slot when it begins to wait, at one of the
 resources that it bids for, and keeps it until it starts or leaves, wherever it stands meanwhile.
+
+This file is one concept: what a resource has, what is granted of it, and who waits for it are one
+count.
 """
 
 from __future__ import annotations
@@ -240,8 +243,8 @@ class Bid(msgspec.Struct, eq=False):
     front: bool = False
     parked: bool = False
     movable: bool = False
-    # Whose it is once it was made, and of which class; since when and until when it waits; where it stands, with
-    # the seconds until its start; and what it was granted within the resource.
+    # Whose it is once it was made, and of which class; since when and until when it waits; where it
+    # stands, with the seconds until its start; and what it was granted within the resource.
     ticket: Ticket = cast("Ticket", None)
     index: int = 0
     since: float = 0.0
@@ -673,8 +676,9 @@ class Resource:
         ticket, queue = bid.ticket, self.queue
         if not queue.size:
             return 1
+        arrived = ticket.arrived if bid.front else None
         own = queue.queues[bid.index].position(
-            ticket.caller, ticket.flow, front=bid.front, waits=bid.standing
+            ticket.caller, ticket.flow, arrived, waits=bid.standing
         )
         return queue.position(bid.index, own)
 

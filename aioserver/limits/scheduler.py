@@ -12,6 +12,8 @@ starts at one. A ticket that comes back keeps its first arrival, and the time th
 
 Nothing here blocks, and no call leads back into itself: resources whose queue has changed are
 noted, and served one after the other.
+
+This file is one concept: a wait, from when a ticket enters to its one end.
 """
 
 from __future__ import annotations

@@ -631,7 +631,7 @@ def test_the_waiting_of_a_member_that_dies_start_elsewhere_in_the_order_of_their
         providers["a"].fault, providers["a"].seconds = refuse, 0.0
         await asyncio.sleep(2.0)
         kill(providers["a"].health.breaker, clock=loop.time)
-        providers["a"].absence.refuse()
+        providers["a"].capacity.refuse(providers["a"].health.refusal)
         began_early = set(waits)
         await asyncio.gather(*tasks)
 

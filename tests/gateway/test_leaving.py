@@ -1,11 +1,10 @@
-"""Random leavings by the ten thousand, in memory: only the gate, the gateway and the logs are
-real.
-"""
+"""Random leavings by the ten thousand, in memory: all but the network is real."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,15 @@ from aioserver.errors import AioserverError
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.request import Request
-from aioserver.limits.estimate import Estimate
-from aioserver.limits.gate import Gate
-from aioserver.provider_errors import ProviderQueueFull, ProviderQueueTimeout
+from aioserver.limits.resource import Ticket
 from aioserver.providers.api import CHAT
-from aioserver.providers.budget import Budget
-from aioserver.providers.request import Answer, ProviderRequest
+from aioserver.providers.request import ProviderRequest
 from aioserver.streams import entries, stream
 from aioserver.streams.lifetime import Lifetime
 from aioserver.telemetry.loop_lag import LoopLag
-from aioserver.telemetry.metrics import Metrics, ProviderMeter
+from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
+from tests.support.outage import JSON, ScriptedExchange
 from tests.support.routers import router_of
 from tests.support.scripted_provider import LIMITS
 from tests.support.waiting import ticks, until
@@ -39,63 +36,24 @@ if TYPE_CHECKING:
 PLACES = 2  # of the provider
 
 
-class Fake:
+class Fake(ScriptedExchange):
     """A provider whose answers take as many turns of the loop as the dice say."""
 
     def __init__(self, dice: random.Random, lifetime: Lifetime) -> None:
-        self.name = "sim"
-        self.settings = SimpleNamespace(
-            models=(),
-            usable=True,
-            model="m",
-            http_client=LIMITS,
-            pass_headers=(),
-            continuation="none",
-        )
-        self.budget = Budget()
-        self.meter = ProviderMeter()
-        self.lifetime = lifetime
-        self.gate = Gate(
-            PLACES,
-            queue_size=1000,
-            queue_timeout=60.0,
-            full_error=lambda wait: ProviderQueueFull("full", retry_after=wait),
-            timeout_error=lambda wait: ProviderQueueTimeout("late", retry_after=wait),
-        )
-        self._dice = dice
-
-    def estimate(self, _request: object, _model: object) -> Estimate:
-        return Estimate(10, 10, 10)
-
-    @property
-    def waiting(self) -> int:
-        return self.gate.waiting
+        limits = replace(LIMITS, concurrent_requests=PLACES, queue_size=1000, queue_timeout=60.0)
+        super().__init__("sim", limits, dice, lifetime=lifetime)
 
     async def turns(self) -> None:
         await ticks(self._dice.randrange(5))
 
-    async def answer(self, attempt: Attempt) -> None:
-        request = attempt.request
-        if (place := self.gate.try_enter()) is None:
-            self.lifetime.make_room(self.name)
-            place = await self.gate.enter(
-                request.caller.name, request.caller.subflow, on_position=attempt.queued
-            )
-        with place:
-            try:
-                await self._answer(attempt)
-            finally:
-                attempt.ended()
-
-    async def _answer(self, attempt: Attempt) -> None:
+    async def exchange(self, attempt: Attempt) -> None:
         request, stream = attempt.request, attempt.stream
-        assert self.gate.inside <= PLACES
-        attempt.started()
+        assert self.capacity.inside <= PLACES
         await self.turns()
-        attempt.sending()
+        self.sent(attempt)
         if request.whole:
             await self.turns()
-            attempt.answer = Answer(200, b"{}", "application/json", request.outcome)
+            attempt.head_received(200, JSON).feed(b"{}")
             return
         assert stream is not None
         stream.mark_answered()
@@ -142,7 +100,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     )
     lifetime = Lifetime(bounds)
     store = lifetime.store
-    fake: Any = Fake(dice, lifetime)
+    fake = Fake(dice, lifetime)
     nothing: Any = None
     provider: Any = SimpleNamespace(model="m", models=())
     metrics = Metrics({"sim": provider})
@@ -209,10 +167,14 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
             group.create_task(many(worker))
 
     await until(lambda: not store.stats().running, state=store.stats)
-    await until(lambda: not fake.gate.inside and not fake.gate.waiting, state=fake.gate.stats)
+    capacity = fake.capacity
+    await until(lambda: not (capacity.inside or capacity.waiting), state=capacity.stats)
     await until(lambda: not store.stats().finished, state=store.stats)
     lag.close()
     assert (store.stats().bytes, gateway.lifetime.detached) == (0, 0)
     assert asyncio.all_tasks() == {asyncio.current_task()}, "a producer is left"
-    assert all(fake.gate.try_enter() for _ in range(PLACES))
+    assert not fake.scheduler.waiting
+    assert not capacity.resource.slots
+    assert all(capacity.resource.try_start(Ticket()) for _ in range(PLACES))
     await gateway.close()
+    await fake.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aioserver.limits.old_fair_queue import LENGTH, MAX_STALE, MAX_WEIGHT, FairQueue
+from aioserver.limits.fair_queue import LENGTH, MAX_STALE, MAX_WEIGHT, FairQueue
 from tests.support.fair_model import History
 
 
@@ -17,29 +17,27 @@ class Caller:
     """A caller that may be forgotten."""
 
 
-def alive(_item: object) -> bool:
-    return False
-
-
 def served(queue: FairQueue[Any]) -> Any:
     """The item that starts next; it ends at once, and costs what was estimated."""
-    popped = queue.pop(alive)
-    if popped is None:
-        return None
-    item, charge = popped
+    item, charge = queue.pop()
     charge.settle()
     return item
 
 
 def drained(queue: FairQueue[Any]) -> list[Any]:
-    return [served(queue) for _ in range(len(queue))]
+    return [served(queue) for _ in range(queue.size)]
+
+
+def order_of(queue: FairQueue[Any]) -> list[Any]:
+    """The items in the order in which the queue says that they are served."""
+    return [item for item, _ in queue.order()]
 
 
 def filled(*names: str, weights: dict[str, int] | None = None) -> FairQueue[str]:
     """Each waits as its first letter's caller, in its only flow."""
     queue: FairQueue[str] = FairQueue()
     for name in names:
-        queue.add(name, name[0], "", (weights or {}).get(name[0], 1))
+        queue.add(name, name[0], "", (weights or {}).get(name[0], 1), 1)
     return queue
 
 
@@ -56,8 +54,8 @@ def test_callers_of_one_weight_take_turns_if_all_costs_the_same() -> None:
 def test_a_caller_whose_requests_are_dear_has_fewer_starts() -> None:
     queue: FairQueue[str] = FairQueue()
     for number in range(30):
-        queue.add(f"cheap{number}", "cheap", "", work=100)
-        queue.add(f"dear{number}", "dear", "", work=500)
+        queue.add(f"cheap{number}", "cheap", "", 1, 100)
+        queue.add(f"dear{number}", "dear", "", 1, 500)
 
     order = drained(queue)
 
@@ -76,11 +74,10 @@ def test_callers_with_requests_of_100_and_5000_tokens_have_equal_shares(*, wrong
     for number in range(300):
         for name, tokens in (("short", 100), ("long", 5000)):
             work = round(tokens * dice.uniform(0.5, 1.5)) if wrong else tokens
-            queue.add((name, number), name, "", work=work)
+            queue.add((name, number), name, "", 1, work)
 
     while started < 200:
-        popped = queue.pop(alive)
-        assert popped is not None
+        popped = queue.pop()
         started += 1
         cost[popped[0][0]] += 5000 if popped[0][0] == "long" else 100
         running.append(popped)
@@ -106,7 +103,7 @@ def test_a_weight_of_three_has_three_times_the_work() -> None:
 def test_a_weight_that_has_changed_holds_for_those_who_wait() -> None:
     queue = filled(*(f"a{n}" for n in range(8)), *(f"b{n}" for n in range(8)))
 
-    queue.add("a8", "a", "", 3)
+    queue.add("a8", "a", "", 3, 1)
     order = drained(queue)
 
     assert [Counter(name[0] for name in order[:n]) for n in (4, 8, 12)] == [
@@ -118,51 +115,50 @@ def test_a_weight_that_has_changed_holds_for_those_who_wait() -> None:
 
 def test_a_start_without_a_wait_counts() -> None:
     queue: FairQueue[str] = FairQueue()
-    queue.start("a", "", work=10)
+    queue.start("a", "", 1, 10)
     for name in ("a1", "b1", "b2", "b3"):
-        queue.add(name, name[0], "", work=5)
+        queue.add(name, name[0], "", 1, 5)
 
     assert drained(queue) == ["b1", "b2", "a1", "b3"]
 
 
 def test_what_was_estimated_is_corrected_by_what_it_has_cost() -> None:
     queue: FairQueue[str] = FairQueue()
-    running = queue.start("a", "", work=1000)
+    running = queue.start("a", "", 1, 1000)
     for name in ("a1", "b1", "b2"):
-        queue.add(name, name[0], "", work=100)
+        queue.add(name, name[0], "", 1, 100)
 
     running.settle(50)
     running.settle(7000)  # once
 
-    assert list(queue) == ["b1", "a1", "b2"]
+    assert order_of(queue) == ["b1", "a1", "b2"]
     assert drained(queue) == ["b1", "a1", "b2"]
 
 
 def test_what_has_cost_nothing_gives_its_estimate_back() -> None:
     queue: FairQueue[str] = FairQueue()
-    queue.add("b1", "b", "", work=10)
-    first = queue.pop(alive)
-    assert first is not None
+    queue.add("b1", "b", "", 1, 10)
+    first = queue.pop()
     for name in ("a1", "b2"):
-        queue.add(name, name[0], "", work=10)
-    assert list(queue) == ["a1", "b2"]
+        queue.add(name, name[0], "", 1, 10)
+    assert order_of(queue) == ["a1", "b2"]
 
     first[1].settle(0)
-    queue.add("c1", "c", "", work=10)
+    queue.add("c1", "c", "", 1, 10)
 
     assert drained(queue) == ["a1", "b2", "c1"]
 
 
 def test_a_correction_finds_a_caller_that_has_left_and_come_back() -> None:
     queue: FairQueue[str] = FairQueue()
-    running = queue.start("a", "", work=1)
-    queue.add("b1", "b", "", work=10)
+    running = queue.start("a", "", 1, 1)
+    queue.add("b1", "b", "", 1, 10)
     served(queue)
-    assert not queue
+    assert not queue.size
 
     running.settle(10_000)
     for name in ("a1", "b2", "b3"):
-        queue.add(name, name[0], "", work=10)
+        queue.add(name, name[0], "", 1, 10)
 
     assert drained(queue) == ["b2", "b3", "a1"]
 
@@ -170,9 +166,9 @@ def test_a_correction_finds_a_caller_that_has_left_and_come_back() -> None:
 def test_the_flows_of_a_caller_share_what_it_has() -> None:
     queue: FairQueue[str] = FairQueue()
     for name in ("ann1", "ann2", "ann3", "bob1"):
-        queue.add(name, "web", name[:3])
+        queue.add(name, "web", name[:3], 1, 1)
     for name in ("x1", "x2", "x3", "x4"):
-        queue.add(name, "night", "")
+        queue.add(name, "night", "", 1, 1)
 
     assert drained(queue) == ["ann1", "x1", "bob1", "x2", "ann2", "x3", "ann3", "x4"]
 
@@ -180,8 +176,8 @@ def test_the_flows_of_a_caller_share_what_it_has() -> None:
 def test_the_flows_of_a_caller_share_its_work() -> None:
     queue: FairQueue[str] = FairQueue()
     for number in range(6):
-        queue.add(f"ann{number}", "web", "ann", work=30)
-        queue.add(f"bob{number}", "web", "bob", work=10)
+        queue.add(f"ann{number}", "web", "ann", 1, 30)
+        queue.add(f"bob{number}", "web", "bob", 1, 10)
 
     assert [name[:3] for name in drained(queue)[:8]] == [
         *("ann", "bob", "bob", "bob"),
@@ -193,7 +189,7 @@ def test_a_caller_that_was_away_for_a_moment_gains_nothing() -> None:
     queue = filled("a1", "b1", "b2", "b3")
     order = [served(queue), served(queue)]  # a1, b1: a waits no more
 
-    queue.add("a2", "a", "")
+    queue.add("a2", "a", "", 1, 1)
     order += drained(queue)
 
     assert order == ["a1", "b1", "b2", "a2", "b3"]
@@ -205,7 +201,7 @@ def test_a_late_caller_has_no_turns_in_store() -> None:
         served(queue)
 
     for name in ("b1", "b2", "b3"):
-        queue.add(name, "b", "")
+        queue.add(name, "b", "", 1, 1)
 
     assert drained(queue) == ["b1", "a4", "b2", "a5", "b3", "a6", "a7"]
 
@@ -213,71 +209,74 @@ def test_a_late_caller_has_no_turns_in_store() -> None:
 def test_a_returning_item_is_its_callers_next() -> None:
     queue: FairQueue[str] = FairQueue()
     for name, flow in (("ann1", "ann"), ("bob1", "bob"), ("bob2", "bob")):
-        queue.add(name, "web", flow)
+        queue.add(name, "web", flow, 1, 1)
 
-    queue.add("bob again", "web", "bob", came=1.0)
+    queue.add("bob again", "web", "bob", 1, 1, 1.0)
 
     # It counts for its flow.
-    assert list(queue) == ["bob again", "ann1", "bob1", "bob2"]
-    assert queue.position("web", "bob", 1, came=1.0) == 1
-    assert queue.position("web", "ann", 1) == 2
+    assert order_of(queue) == ["bob again", "ann1", "bob1", "bob2"]
+    assert queue.position("web", "bob", 1.0, waits=True) == 1
+    assert queue.position("web", "ann", waits=True) == 2
     assert drained(queue) == ["bob again", "ann1", "bob1", "bob2"]
 
 
 def test_items_that_come_back_are_served_in_the_order_of_their_first_arrival() -> None:
     queue: FairQueue[str] = FairQueue()
-    queue.add("newcomer", "web", "ann")
+    queue.add("newcomer", "web", "ann", 1, 1)
     for name, came in (("third", 3.0), ("first", 1.0), ("second", 2.0), ("also second", 2.0)):
-        queue.add(name, "web", "bob", came=came)
+        queue.add(name, "web", "bob", 1, 1, came)
 
     order = ["first", "second", "also second", "third", "newcomer"]
-    assert list(queue) == order
-    assert queue.position("web", "bob", 1, came=2.5) == 4
+    assert order_of(queue) == order
+    assert queue.position("web", "bob", 2.5, waits=False) == 4
     assert drained(queue) == order
 
 
-def test_an_item_that_is_gone_costs_its_caller_no_turn() -> None:
+def test_an_item_that_has_left_costs_its_caller_no_turn() -> None:
     queue = filled("a1", "a2", "b1")
 
-    assert queue.head(lambda name: name == "a1") == "a2"
+    assert queue.remove("a1", "a", "")
+    assert queue.head() == ("a2", 1)
     assert served(queue) == "a2"
-    assert queue.pop(lambda name: name == "b1") is None
-    assert len(queue) == queue.work == 0
+    assert queue.remove("b1", "b", "")
+    assert queue.head() is None
+    assert queue.size == queue.work == 0
 
 
-def test_an_item_at_the_front_may_leave_or_be_gone() -> None:
+def test_an_item_at_the_front_may_leave() -> None:
     queue: FairQueue[str] = FairQueue()
     for name in ("a1", "a2", "a3"):
-        queue.add(name, "a", "", work=3, came=1.0)
+        queue.add(name, "a", "", 1, 3, 1.0)
 
     assert queue.remove("a3", "a", "")
     assert not queue.remove("a3", "a", "")
-    assert queue.head(lambda name: name == "a1") == "a2"
+    assert queue.remove("a1", "a", "")
+    assert queue.head() == ("a2", 3)
     assert list(queue.heads()) == ["a2"]
-    assert (len(queue), queue.work) == (1, 3)
+    assert (queue.size, queue.work) == (1, 3)
 
 
-def test_clearing_leaves_the_counters_of_those_who_run() -> None:
+def test_when_all_who_wait_have_left_the_counters_of_those_who_run_stay() -> None:
     queue = filled("a1", "a2", "b1")
-    first = queue.pop(alive)
-    assert first is not None
+    first = queue.pop()
 
-    queue.clear()
+    for name in order_of(queue):
+        assert queue.remove(name, name[0], "")
     first[1].settle(100)
     for name in ("a3", "b2", "b3"):
-        queue.add(name, name[0], "")
+        queue.add(name, name[0], "", 1, 1)
 
     assert drained(queue) == ["b2", "b3", "a3"]
 
 
 def test_callers_that_left_are_forgotten() -> None:
     queue: FairQueue[int] = FairQueue()
-    queue.add(-1, "stays", "")
+    queue.add(-1, "stays", "", 1, 1)
     known: weakref.WeakSet[Caller] = weakref.WeakSet()
     for number in range(10 * MAX_STALE):
         caller = Caller()
         known.add(caller)
-        queue.add(number, caller, "")
+        queue.add(number, caller, "", 1, 1)
         assert queue.remove(number, caller, "")
         assert not queue.remove(number, caller, "")
         del caller
@@ -289,9 +288,9 @@ def test_callers_that_left_are_forgotten() -> None:
 def test_callers_that_come_once_are_forgotten_though_each_is_ahead() -> None:
     queue: FairQueue[int] = FairQueue()
     for caller in range(100 * MAX_STALE):
-        queue.start(caller, "", work=1000).settle(2000)
+        queue.start(caller, "", 1, 1000).settle(2000)
         for flow in range(3):
-            queue.start("one", (caller, flow)).settle()
+            queue.start("one", (caller, flow), 1, 1).settle()
 
     assert len(queue.callers.counters) <= MAX_STALE + 1
     assert len(queue.callers.counters["one"].flows.counters) <= MAX_STALE
@@ -299,22 +298,21 @@ def test_callers_that_come_once_are_forgotten_though_each_is_ahead() -> None:
 
 def test_flows_that_come_once_are_forgotten_while_their_caller_runs() -> None:
     queue: FairQueue[int] = FairQueue()
-    queue.start("one", "long")
+    queue.start("one", "long", 1, 1)
     for flow in range(100 * MAX_STALE):
-        queue.start("one", flow, work=1000).settle(2000)
+        queue.start("one", flow, 1, 1000).settle(2000)
 
     assert len(queue.callers.counters["one"].flows.counters) <= MAX_STALE + 1
 
 
 def test_corrections_leave_few_stale_entries() -> None:
     queue: FairQueue[str] = FairQueue()
-    queue.add("a1", "a", "")
-    queue.add("b1", "b", "")
+    queue.add("a1", "a", "", 1, 1)
+    queue.add("b1", "b", "", 1, 1)
     for number in range(10_000):
-        queue.start("a", "").settle(number % 7)
+        queue.start("a", "", 1, 1).settle(number % 7)
 
-    heap: list[object] = queue.callers._heap  # type: ignore[assignment]  # noqa: SLF001
-    assert len(heap) <= 3 * MAX_STALE
+    assert len(queue.callers._heap) <= 3 * MAX_STALE  # noqa: SLF001
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -341,25 +339,24 @@ def test_positions_and_the_order_are_those_in_which_they_are_served(run: int) ->
             case "come":
                 item = (number, dice.choice("abcde"), dice.randrange(3))
                 _, caller, flow = item
-                behind = queue.count(caller, flow) + 1
-                expected = queue.position(caller, flow, behind)
+                expected = queue.position(caller, flow, waits=False)
                 queue.add(item, caller, flow, weights[caller], 30)
                 waiting.append(item)
-                assert list(queue).index(item) + 1 == expected
-                assert queue.position(caller, flow, behind) == expected
+                assert order_of(queue).index(item) + 1 == expected
+                assert queue.position(caller, flow, waits=True) == expected
             case "serve" if waiting:
-                first = next(iter(queue))
+                first = order_of(queue)[0]
                 assert served(queue) == first
                 waiting.remove(first)
             case "leave" if waiting:
                 leaver = dice.choice(waiting)
                 assert queue.remove(leaver, leaver[1], leaver[2])
                 waiting.remove(leaver)
-        assert len(queue) == len(waiting)
+        assert queue.size == len(waiting)
         assert queue.work == 30 * len(waiting)
-        assert sorted(queue) == sorted(waiting)
+        assert sorted(order_of(queue)) == sorted(waiting)
 
-    order = list(queue)
+    order = order_of(queue)
     assert drained(queue) == order
 
 
@@ -369,10 +366,10 @@ def test_the_order_is_that_in_which_items_of_any_work_are_served(run: int) -> No
     queue: FairQueue[int] = FairQueue()
     for number in range(200):
         work, came = dice.randint(1, 3000), dice.random() if dice.random() < 0.05 else None
-        queue.add(number, dice.choice("abc"), dice.randrange(4), 1 + number % 3, work, came=came)
+        queue.add(number, dice.choice("abc"), dice.randrange(4), 1 + number % 3, work, came)
         if dice.random() < 0.3:
-            queue.start(dice.choice("abc"), 0, work=9).settle(dice.randint(0, 90))
+            queue.start(dice.choice("abc"), 0, 1, 9).settle(dice.randint(0, 90))
 
-    order = list(queue)
+    order = order_of(queue)
 
     assert drained(queue) == order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ import pytest
 from aioserver.errors import AioserverError, ServerAtCapacity, ServerShutdown
 from aioserver.limits.resource import Grant
 from aioserver.limits.scheduler import REPORT_INTERVAL
+from tests.support import fair_model
 from tests.support.clock import FakeClock
+from tests.support.fair_model import Job
 from tests.support.jumping_loop import block
 from tests.support.resources import FULL, LATE, Line
 from tests.support.waiting import ticks, until
@@ -359,6 +362,42 @@ async def test_a_place_held_for_a_leaver_goes_back_when_the_queue_is_empty() -> 
 # Closing, and new bounds.
 
 
+async def test_waiters_can_be_refused_and_others_may_come() -> None:
+    line = Line()
+    inside = await line.enter()
+    waiters = [await waiting(line, name) for name in "aab"]
+    number = iter(range(9))
+
+    line.scheduler.refuse(line.resource, lambda: ServerAtCapacity(f"away {next(number)}"))
+    done = await asyncio.gather(*waiters, return_exceptions=True)
+
+    assert sorted(str(outcome) for outcome in done) == ["away 0", "away 1", "away 2"]
+    assert (line.resource.waiting, line.resource.inside) == (0, 1)
+    later = await waiting(line)
+    inside.release()
+    (await later).release()
+
+
+async def test_those_that_go_on_while_the_resource_closes_keep_their_order() -> None:
+    line = Line()
+    inside = await line.enter()
+    order: list[int] = []
+
+    async def goes_on(number: int) -> None:
+        place = await line.enter("caller", goes_on=True)
+        order.append(number)
+        place.release()
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(5):
+            group.create_task(goes_on(number))
+            await ticks()
+        line.scheduler.shut(line.resource, lambda: ServerAtCapacity(LATE), finishes=True)
+        inside.release()
+
+    assert order == [0, 1, 2, 3, 4]
+
+
 async def test_close_refuses_waiters_and_newcomers() -> None:
     line = Line()
     place = await line.enter()
@@ -520,6 +559,112 @@ async def test_a_waiter_whose_callback_raises_does_not_stay_in_the_queue() -> No
 
 
 # Random steps.
+
+
+class Model:
+    """A resource, as plainly as it can be written: one caller, whose flows share evenly. What has
+    started *early* is charged once somebody waits.
+    """
+
+    def __init__(self, limit: int, queue_size: int) -> None:
+        self.limit, self.queue_size = limit, queue_size
+        self.early: list[Job] = []
+        self.jobs: dict[int, Job] = {}
+        self.fair = fair_model.Model({"": 1})
+
+    @property
+    def inside(self) -> set[int]:
+        return {job.number for job in (*self.early, *self.fair.running)}
+
+    @property
+    def waiting(self) -> list[int]:
+        return [job.number for job in self.fair.waiting]
+
+    def enter(self, flow: int, name: int) -> bool:
+        """Return whether the request is let in or may wait."""
+        job = self.jobs[name] = Job(name, "", flow, 1, 1)
+        if not self.waiting and len(self.inside) < self.limit:
+            self.early.append(job)
+        elif len(self.waiting) >= self.queue_size:
+            return False
+        else:
+            for each in self.early:
+                self.fair.start(each)
+            self.early.clear()
+            self.fair.add(job)
+        return True
+
+    def position(self, name: int) -> int:
+        fair = copy.deepcopy(self.fair)
+        order: list[int] = []
+        while fair.waiting:
+            order.append(fair.next().number)
+            fair.start(fair.next())
+        return order.index(name) + 1
+
+    def admit(self) -> None:
+        while self.waiting and len(self.inside) < self.limit:
+            self.fair.start(self.fair.next())
+
+    def leave(self, name: int) -> None:
+        job = self.jobs[name]
+        if job in self.early:
+            self.early.remove(job)
+        else:
+            (self.fair.end if job in self.fair.running else self.fair.leave)(job)
+        self.admit()
+
+
+@pytest.mark.parametrize("run", range(6))
+async def test_random_steps_agree_with_the_model(run: int) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    limit, queue_size = dice.randint(1, 4), dice.randint(1, 12)
+    line, model = Line(limit, queue_size=queue_size), Model(limit, queue_size)
+    resource = line.resource
+    tasks: dict[int, asyncio.Task[Grant]] = {}
+
+    for name in range(250):
+        match dice.choices(("enter", "leave", "give up", "apply"), (6, 4, 2, 0.3))[0]:
+            case "enter":
+                flow = dice.randrange(4)
+                heard: list[int] = []
+                tasks[name] = asyncio.create_task(
+                    line.enter("", flow=flow, on_position=hearing(heard))
+                )
+                if not model.enter(flow, name):
+                    with pytest.raises(ServerAtCapacity, match=FULL):
+                        await tasks.pop(name)
+                await ticks()
+                if name in tasks and name not in model.inside:
+                    assert heard == [model.position(name)]
+            case "leave" if model.inside:
+                leaver = dice.choice(sorted(model.inside))
+                (await tasks.pop(leaver)).release()
+                model.leave(leaver)
+            case "give up" if model.waiting:
+                leaver = dice.choice(model.waiting)
+                await given_up(tasks.pop(leaver))
+                model.leave(leaver)
+            case "apply":
+                model.limit, model.queue_size = dice.randint(1, 6), dice.randint(1, 12)
+                resource.queue_size = model.queue_size
+                line.resize(model.limit)
+                model.admit()
+        await ticks()
+
+        assert {name for name, task in tasks.items() if task.done()} == model.inside
+        assert (resource.inside, resource.waiting) == (len(model.inside), len(model.waiting))
+
+    for task in tasks.values():
+        if task.done():
+            (await task).release()
+    await given_up(*(task for task in tasks.values() if not task.done()))
+    for task in tasks.values():
+        if not task.cancelled():
+            (await task).release()
+    assert resource.inside == resource.waiting == resource.slots == 0
 
 
 @pytest.mark.parametrize("bare", [False, True])

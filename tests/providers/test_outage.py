@@ -6,15 +6,12 @@ import asyncio
 import contextlib
 import random
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aioserver.provider_errors import ConnectTimeout, ProviderFault, ProviderQueueFull
 from aioserver.providers.breaker import MAX_TRIALS, TRIAL_INTERVAL
-from aioserver.providers.outage import Absence
-from tests.support.clock import FakeClock
 from tests.support.failing import kill
 from tests.support.outage import FAILURE, JSON, ScriptedExchange, ask
 from tests.support.routers import router_of
@@ -58,32 +55,30 @@ class SlowAnswers(ScriptedExchange):
         sink.feed(b"{}")
 
 
-async def test_trials_that_fail_slowly_use_up_the_queue_timeout() -> None:
-    clock = FakeClock()
-    provider: Any = SimpleNamespace(
-        when_down="wait", http_client=SimpleNamespace(queue_timeout=QUEUE_TIMEOUT)
-    )
-    health: Any = SimpleNamespace(breaker=SimpleNamespace(dead=True, unreachable=True))
-    # There is room, and a request that meets a dead provider is not parked.
-    gate: Any = SimpleNamespace(check_room=lambda **_: None)
-    absence = Absence(provider, health, gate, clock)
-    attempt: Any = SimpleNamespace(
-        fallback=False,
-        stream=None,
-        waited=0.0,
-        rejoin=False,
-        began=0.0,
-        request=SimpleNamespace(batch=False),
-    )
+class SlowFailures(ScriptedExchange):
+    """A provider that is not there, which takes long to find out."""
 
-    trials, again = 0, True
-    while again and trials < 100:
-        attempt.began = clock()
-        clock.now += ATTEMPT
-        trials += 1
-        again = await absence.wait(attempt, ConnectTimeout("nobody answers"), 0.5)
+    async def exchange(self, attempt: Attempt) -> None:
+        self.sent(attempt)
+        await asyncio.sleep(ATTEMPT)
+        raise ConnectTimeout("nobody answers")
 
-    assert trials == QUEUE_TIMEOUT // ATTEMPT
+
+def test_trials_that_fail_slowly_use_up_the_queue_timeout() -> None:
+    async def outage() -> None:
+        loop = asyncio.get_running_loop()
+        far, router = away(SlowFailures)
+        kill(far.health.breaker, unreachable=True, clock=loop.time)
+        began = loop.time()
+
+        with pytest.raises(ConnectTimeout):
+            await ask(router)
+
+        assert len(far.attempts) == QUEUE_TIMEOUT // ATTEMPT
+        assert QUEUE_TIMEOUT <= loop.time() - began < QUEUE_TIMEOUT + ATTEMPT
+        await far.close()
+
+    run_virtually(outage())
 
 
 def test_requests_that_rest_before_a_retry_have_no_room_in_the_queue() -> None:

@@ -12,19 +12,25 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from aioserver.errors import ServerAtCapacity
 from aioserver.wings.cluster.lease_messages import Times
+from aioserver.wings.cluster.leased import LeasedCapacity
 from aioserver.wings.cluster.leases import Leases
 from aioserver.wings.cluster.renewer import Renewer
-from aioserver.wings.cluster.shared_gate import SharedGate
+from tests.support.resources import Line
 
 
-class Reported(SharedGate):
-    """A gate that writes a line for each start."""
+class Reported:
+    """A rate that allows each start, and writes a line for it."""
 
-    def _enter(self) -> None:
+    def delay(self, _cost: int, _ahead: int = 0) -> float:
+        return 0.0
+
+    def try_take(self, _cost: int) -> object:
         write("+")
-        super()._enter()
+        return True
+
+    def settle(self, _taken: object, _spent: int | None) -> None:
+        """Correct nothing."""
 
 
 def write(word: str) -> None:
@@ -41,14 +47,8 @@ async def main(url: str, limit: str, clients: str, *times: str) -> None:
         "test",
     )
     leases = renewer.leases
-    gate = Reported(
-        int(limit),
-        queue_size=100,
-        queue_timeout=30.0,
-        full_error=lambda wait: ServerAtCapacity("full", retry_after=wait),
-        timeout_error=lambda wait: ServerAtCapacity("late", retry_after=wait),
-    )
-    gate.share(leases, "p:provider")
+    line = Line(0, queue_size=100, rate=Reported())
+    LeasedCapacity(leases, line.scheduler, line.resource, "p:provider", int(limit))
     await renewer.open()
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
@@ -64,9 +64,12 @@ async def main(url: str, limit: str, clients: str, *times: str) -> None:
 
     async def client() -> None:
         while True:
-            with await gate.enter():
+            grant = await line.enter()
+            try:
                 await asyncio.sleep(0.02)
                 await end()
+            finally:
+                grant.release()
 
     tasks = [asyncio.create_task(client()) for _ in range(int(clients))]
     while await reader.readline():

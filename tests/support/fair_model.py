@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.limits.old_fair_queue import FairQueue
+from aioserver.limits.fair_queue import FairQueue
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
-    from aioserver.limits.old_fair_queue import Charge
+    from aioserver.limits.fair_queue import Charge
 
 
 class Job(NamedTuple):
@@ -222,7 +222,7 @@ class History:
             self.charges[job] = queue.start(job.caller, job.flow, weight, job.work)
             return
         model.add(job)
-        queue.add(job, job.caller, job.flow, weight, job.work, came=job.came)
+        queue.add(job, job.caller, job.flow, weight, job.work, job.came)
 
     def _end(self, job: Job) -> None:
         self.model.end(job)
@@ -233,11 +233,9 @@ class History:
         self._look()
         while model.waiting and len(model.running) < self.places:
             job = model.next()
-            first = next(iter(queue))
-            popped = queue.pop(lambda _job: False)
-            assert popped is not None
-            assert popped[0] == first == job
-            self.charges[job] = popped[1]
+            first, _ = next(queue.order())
+            popped, self.charges[job] = queue.pop()
+            assert popped == first == job
             model.start(job)
             self._pairs.started(job.caller, Fraction(job.cost, model.weights[job.caller]))
             self._flow_pairs[job.caller].started(job.flow, Fraction(job.cost))

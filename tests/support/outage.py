@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.request import Answer
+    from aioserver.streams.lifetime import Lifetime
 
 T = TypeVar("T")
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
@@ -77,6 +78,7 @@ class ScriptedExchange(Provider):
         *,
         breaker: bool = True,
         when_down: str = "fail",
+        lifetime: Lifetime | None = None,
     ) -> None:
         entry = settings.Provider(
             name=name,
@@ -91,6 +93,7 @@ class ScriptedExchange(Provider):
             entry.base_url,
             max_response_bytes=1000,
             clock=self._time,
+            lifetime=lifetime,
             scheduler=scheduler(),
         )
         if not breaker:

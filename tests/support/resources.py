@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from aioserver.limits.resource import Grant
 
-FULL, LATE = "the line is full", "waited too long"
+FULL, LATE, SLOW = "the line is full", "waited too long", "the rate is too slow"
+WORDS = {Reason.FULL: FULL, Reason.SLOW: SLOW}
 
 
 class Line:
@@ -44,24 +45,33 @@ class Line:
 
     @staticmethod
     def _refuse(reason: Reason, seconds: float, _bid: Bid) -> ServerAtCapacity:
-        return ServerAtCapacity(FULL if reason is Reason.FULL else LATE, retry_after=seconds)
+        return ServerAtCapacity(WORDS.get(reason, LATE), retry_after=seconds)
 
-    def try_enter(self, caller: Hashable = None, **options: Any) -> Grant | None:
+    def try_enter(self, caller: Hashable = None, *, cost: int = 0, **options: Any) -> Grant | None:
         """A grant, if one is free."""
-        return self.resource.try_start(Ticket(caller, **options))
+        return self.resource.try_start(Ticket(caller, **options), cost)
 
     async def enter(
         self,
         caller: Hashable = None,
         *,
         on_position: Callable[[int, float], None] | None = None,
+        cost: int = 0,
+        front: bool = False,
+        waited: float = 0.0,
         **options: Any,
     ) -> Grant:
-        """A grant, or a refusal."""
+        """A grant, or a refusal; the ticket has *waited* here so many seconds before."""
         ticket = Ticket(caller, **options)
         if on_position is not None:
             ticket.on_position = lambda _line, position, eta: on_position(position, eta)
-        return await self.scheduler.wait(ticket, [Bid(self.resource)])
+        if waited:
+            ticket.waited = {self.resource: waited}
+        return await self.scheduler.wait(ticket, [Bid(self.resource, cost, front=front)])
+
+    def serve(self) -> None:
+        """Start what may start."""
+        self.scheduler.serve(self.resource)
 
     def resize(self, capacity: int) -> None:
         """Have another capacity."""

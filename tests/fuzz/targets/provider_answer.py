@@ -26,6 +26,7 @@ from aioserver.telemetry.metrics import NO_METER
 from aioserver.wings.responses.api import RESPONSES
 from tests.fuzz.inputs import parts
 from tests.support.road import Wire
+from tests.support.schedulers import scheduler
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually
 from tests.support.waiting import ticks
@@ -99,6 +100,9 @@ class Provider:
     )
     max_response_bytes = MAX_BODY
     backpressure = Backpressure(lambda: 0)
+
+    def __init__(self) -> None:
+        self.scheduler = scheduler()
 
     def head_received(self, attempt: Attempt) -> None:
         pass

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.errors import ServerAtCapacity
 from aioserver.wings.cluster.connection import AccessDenied
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import Times
+from aioserver.wings.cluster.leased import LeasedCapacity
 from aioserver.wings.cluster.leases import Leases
 from aioserver.wings.cluster.renewer import Renewer
-from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.support.redis_server import RedisServer, away, full, paused, replica
+from tests.support.resources import Line
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
@@ -63,14 +63,9 @@ class Instance:
             "test",
         )
         self.leases = self.renewer.leases
-        self.gate = SharedGate(
-            LIMIT,
-            queue_size=100,
-            queue_timeout=30.0,
-            full_error=lambda wait: ServerAtCapacity("full", retry_after=wait),
-            timeout_error=lambda wait: ServerAtCapacity("late", retry_after=wait),
-        )
-        self.gate.share(self.leases, "p:provider")
+        self.line = Line(0, queue_size=100)
+        self.resource = self.line.resource
+        LeasedCapacity(self.leases, self.line.scheduler, self.resource, "p:provider", LIMIT)
         self.clients: list[asyncio.Task[None]] = []
 
     async def open(self, clients: int = LIMIT) -> None:
@@ -80,15 +75,16 @@ class Instance:
     async def client(self) -> None:
         referee = self.referee
         while True:
-            with await self.gate.enter():
-                self.starts += 1
-                referee.starts += 1
-                referee.inside += 1
-                referee.peak = max(referee.peak, referee.inside)
-                try:
-                    await asyncio.sleep(0.02)
-                finally:
-                    referee.inside -= 1
+            grant = await self.line.enter()
+            self.starts += 1
+            referee.starts += 1
+            referee.inside += 1
+            referee.peak = max(referee.peak, referee.inside)
+            try:
+                await asyncio.sleep(0.02)
+            finally:
+                referee.inside -= 1
+                grant.release()
 
     async def stop_clients(self) -> None:
         for client in self.clients:
@@ -140,7 +136,7 @@ async def test_place_of_an_instance_that_leaves_is_free_at_once(redis: RedisServ
         await leaving.renewer.leave(5.0)
 
         assert leaving.leases.left
-        await until(lambda: sum(each.gate.limit for each in others) == LIMIT)
+        await until(lambda: sum(each.resource.limit for each in others) == LIMIT)
         assert referee.peak == LIMIT
 
 
@@ -149,7 +145,7 @@ async def test_places_of_a_killed_instance_are_free_after_its_lease(redis: Redis
         killed, *others = instances
         await killed.close()
 
-        await until(lambda: sum(each.gate.limit for each in others) == LIMIT)
+        await until(lambda: sum(each.resource.limit for each in others) == LIMIT)
         assert referee.peak == LIMIT
 
 
@@ -202,7 +198,7 @@ async def test_instances_go_on_alone_while_the_server_is_away_and_come_back(
         for fault in (paused, away):
             undo = fault(redis)
             await until(lambda: all(each.leases.state is State.ALONE for each in instances))
-            await until(lambda: sum(each.gate.limit for each in instances) == LIMIT)
+            await until(lambda: sum(each.resource.limit for each in instances) == LIMIT)
             before = referee.starts
             await until(lambda before=before: referee.starts > before + LIMIT)  # type: ignore[misc]
 
@@ -263,14 +259,14 @@ async def test_stopped_process_costs_what_it_had_and_starts_nothing_when_it_goes
         assert referee.peak == LIMIT
 
         process.send_signal(signal.SIGSTOP)
-        await until(lambda: here.gate.inside == LIMIT)
+        await until(lambda: here.resource.inside == LIMIT)
         stopped = inside
         assert referee.peak <= LIMIT + stopped
         counts.clear()
         answering = False
         process.send_signal(signal.SIGCONT)
         # The server knows of it again, and so the others have given way.
-        await until(lambda: here.gate.inside <= LIMIT - inside - unanswered)
+        await until(lambda: here.resource.inside <= LIMIT - inside - unanswered)
         # One start may have been under way already; alone, an instance has its share.
         assert max(counts, default=0) <= LIMIT + max(stopped + 1, LIMIT // 2)
         counts.clear()

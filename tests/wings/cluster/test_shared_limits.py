@@ -8,14 +8,15 @@ import asyncio
 import dataclasses
 import random
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aioserver.config.settings import Streams
 from aioserver.errors import ServerAtCapacity
 from aioserver.limits.fixed_share import Scope
-from aioserver.limits.lines import Lines, Wish
+from aioserver.limits.resource import Bid, Ticket
+from aioserver.limits.scheduler import Scheduler
 from aioserver.provider_errors import ProviderQueueTimeout
 from aioserver.providers.backpressure import LOOK, RATE_SECONDS, ClientPace
 from aioserver.providers.provider import Provider
@@ -32,10 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from aioserver.providers.queueing import ProviderGate
-
     from aioserver.config.settings import Provider as ProviderSettings
-    from aioserver.limits.gate import Place
+    from aioserver.limits.resource import Grant, Resource
+    from aioserver.providers.capacity import Capacity
 
 # Waits for long times.
 pytestmark = [pytest.mark.virtual_time, pytest.mark.timeout(2000)]
@@ -61,15 +61,18 @@ class One:
             NOWHERE,
             max_response_bytes=1000,
             clock=loop.time,
-            make_gate=self.limits.make_gate,
+            share=self.limits.share_provider,
             observer=self.limits.observe(settings.name),
             lifetime=self.lifetime,
         )
         self.limits.serve(lambda: {settings.name: self.provider})
 
     @property
-    def gate(self) -> ProviderGate:
-        return self.provider._gate  # noqa: SLF001 - the limits of a provider have no other face
+    def capacity(self) -> Capacity:
+        return self.provider.capacity
+
+    async def wait(self, resource: Resource) -> Grant:
+        return await self.provider.scheduler.wait(Ticket(), [Bid(resource)])
 
     @property
     def breaker(self) -> Any:
@@ -106,10 +109,10 @@ async def close(*ones: One) -> None:
         await instance.provider.close()
 
 
-async def enter(instance: One, seconds: float = 1.0) -> Place | None:
+async def enter(instance: One, seconds: float = 1.0) -> Grant | None:
     try:
         async with asyncio.timeout(seconds):
-            return await instance.gate.enter()
+            return await instance.wait(instance.capacity.resource)
     except (TimeoutError, ProviderQueueTimeout):
         return None
 
@@ -131,7 +134,7 @@ async def test_places_are_those_of_all_instances_and_move_to_who_needs_them(
     place = await waiting
 
     assert place is not None
-    assert a.gate.inside + b.gate.inside == 6
+    assert a.capacity.inside + b.capacity.inside == 6
     for each in (*taken[1:], place):
         if each is not None:
             each.release()
@@ -152,10 +155,11 @@ async def test_a_slow_client_gives_its_place_to_a_request_of_another_instance(
         pace = ClientPace()
         a.provider.backpressure.watch(pace)
         try:
-            with place, pace.waited_for(lambda: 0, over.set):
+            with pace.waited_for(lambda: 0, over.set):
                 await over.wait()
                 given_up.append(number)
         finally:
+            place.release()
             a.provider.backpressure.unwatch(pace)
 
     uploads = [asyncio.ensure_future(upload(number)) for number in range(2)]
@@ -240,11 +244,11 @@ async def test_answers_that_nobody_reads_give_way_to_the_requests_of_another_ins
     for attempt in attempts:
         a.lifetime.detach(attempt.stream)
     await asyncio.sleep(100.0)
-    assert a.gate.inside == count, "nobody waits"
+    assert a.capacity.inside == count, "nobody waits"
 
     first = await enter(b)
     await asyncio.sleep(10.0)
-    assert a.gate.inside == count - 1, "nobody waits any more"
+    assert a.capacity.inside == count - 1, "nobody waits any more"
     others = await asyncio.gather(*(enter(b) for _ in range(count - 1)))
 
     assert first is not None
@@ -291,14 +295,14 @@ async def test_tokens_a_minute_are_those_of_all_instances_together(
     await asyncio.sleep(20)
 
     # A burst of 10 s is free: what one has not used of it the other may use.
-    a.gate.pace.charge(500)
-    await until(lambda: not a.gate.pace.delay())
-    a.gate.pace.charge(3000)
-    b.gate.pace.charge(3000)
+    a.capacity.pace.charge(500)
+    await until(lambda: not a.capacity.pace.delay())
+    a.capacity.pace.charge(3000)
+    b.capacity.pace.charge(3000)
     # Both pay by turns: 6,000 tokens take a minute less the rest of the burst.
     began = asyncio.get_running_loop().time()
     for _ in range(5000):
-        if not (a.gate.pace.delay() or b.gate.pace.delay()):
+        if not (a.capacity.pace.delay() or b.capacity.pace.delay()):
             break
         # As often as requests ask, which come and go.
         await asyncio.sleep(0.02)
@@ -334,14 +338,14 @@ async def test_a_rest_that_a_provider_asks_for_is_kept_by_all_and_by_who_comes_l
     settings = settings_of(tmp_path)
     a, b = await joined(reference, 2, settings)
 
-    a.gate.pace.cool_down(30.0)
-    await until(lambda: b.gate.pace.cooling > 0)
+    a.capacity.pace.cool_down(30.0)
+    await until(lambda: b.capacity.pace.cooling > 0)
     late = One(reference, 9, 2, settings)
-    await until(lambda: late.gate.pace.cooling > 0)
+    await until(lambda: late.capacity.pace.cooling > 0)
 
-    assert 25 < b.gate.pace.cooling <= 33.1
+    assert 25 < b.capacity.pace.cooling <= 33.1
     await asyncio.sleep(40)
-    assert a.gate.pace.cooling == b.gate.pace.cooling == 0
+    assert a.capacity.pace.cooling == b.capacity.pace.cooling == 0
     await close(a, b, late)
 
 
@@ -354,7 +358,7 @@ async def test_another_limit_is_that_of_all_instances_at_once(
     assert None not in taken
 
     for instance in (a, b):
-        instance.gate.apply_limits(
+        instance.capacity.apply_limits(
             dataclasses.replace(settings.http_client, concurrent_requests=2)
         )
     for place in taken[:3]:
@@ -384,29 +388,31 @@ class Pair:
         )
         self.limits: SharedLimits = SharedLimits(self.leases)
         loop = asyncio.get_running_loop()
+        self.scheduler = Scheduler(loop)
         self.providers = {
             name: Provider(
                 dataclasses.replace(settings, name=name),
                 NOWHERE,
                 max_response_bytes=1000,
                 clock=loop.time,
-                make_gate=self.limits.make_gate,
+                share=self.limits.share_provider,
                 observer=self.limits.observe(name),
+                scheduler=self.scheduler,
             )
             for name in ("a", "b")
         }
         self.limits.serve(lambda: self.providers)
 
     @property
-    def gates(self) -> list[ProviderGate]:
-        return [provider._gate for provider in self.providers.values()]  # noqa: SLF001 - as above
+    def resources(self) -> list[Resource]:
+        return [provider.capacity.resource for provider in self.providers.values()]
 
 
 @pytest.mark.parametrize("seed", range(2))
 async def test_places_of_members_go_to_whoever_waits_for_any_of_them_at_any_instance(
     reference: ReferenceServer, tmp_path: Path, seed: int
 ) -> None:
-    """Whoever starts at one member leaves the other's line; some give up while they wait."""
+    """Whoever starts at one member leaves the other's queue; some give up while they wait."""
     dice = random.Random(seed)
     settings = settings_of(tmp_path, concurrent_requests=2, queue_size=100, queue_timeout=300.0)
     pairs = [Pair(reference, number, settings) for number in range(2)]
@@ -414,11 +420,13 @@ async def test_places_of_members_go_to_whoever_waits_for_any_of_them_at_any_inst
     inside: Counter[int] = Counter()
     loop = asyncio.get_running_loop()
 
-    async def ask(gates: list[ProviderGate], patience: float) -> bool:
+    async def ask(pair: Pair, patience: float) -> bool:
+        resources = pair.resources
         async with asyncio.timeout(patience) as bound:
-            wish, place = await Lines("caller", None).wait([Wish(gate) for gate in gates])
+            bids = [Bid(resource) for resource in resources]
+            place = await pair.scheduler.wait(Ticket("caller"), bids)
             bound.reschedule(None)
-            number = gates.index(cast("ProviderGate", wish.gate))
+            number = resources.index(place.resource)
             inside[number] += 1
             assert inside[number] <= 2
             await asyncio.sleep(dice.uniform(0.2, 2.0))
@@ -429,9 +437,9 @@ async def test_places_of_members_go_to_whoever_waits_for_any_of_them_at_any_inst
     tasks = []
     began = loop.time()
     for _ in range(40):
-        gates = dice.choice(pairs).gates
+        pair = dice.choice(pairs)
         patience = dice.choice((0.5, 1000.0, 1000.0))
-        tasks.append(asyncio.create_task(ask(gates, patience)))
+        tasks.append(asyncio.create_task(ask(pair, patience)))
         await asyncio.sleep(dice.choice((0.0, 0.1, 0.5)))
     ends = await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -440,8 +448,9 @@ async def test_places_of_members_go_to_whoever_waits_for_any_of_them_at_any_inst
     assert loop.time() - began < 33
     await asyncio.sleep(10)
     for pair in pairs:
-        assert [(gate.inside, gate.waiting) for gate in pair.gates] == [(0, 0)] * 2
-        places = [await gate.enter() for gate in pair.gates for _ in range(2)]
+        assert [(each.inside, each.waiting) for each in pair.resources] == [(0, 0)] * 2
+        bids = [Bid(resource) for resource in pair.resources for _ in range(2)]
+        places = [await pair.scheduler.wait(Ticket(), [bid]) for bid in bids]
         for place in places:
             place.release()
         await asyncio.sleep(5)
@@ -456,10 +465,11 @@ async def test_all_instances_have_half_of_the_places_for_the_background(
     settings = settings_of(tmp_path, concurrent_requests=5, queue_timeout=1.0)
     ones = await joined(reference, 3, settings)
 
-    async def permit(instance: One) -> Place | None:
+    async def permit(instance: One) -> Grant | None:
+        part = instance.capacity.part(background=True)
         try:
             async with asyncio.timeout(3):
-                return await instance.gate.permits.enter()
+                return await instance.wait(part)
         except TimeoutError:
             return None
 
