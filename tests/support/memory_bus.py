@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aioserver.providers.queueing import ProviderGate
-
 from aioserver.auth.keys import quota_of
 from aioserver.gateway.commands import MARKED, Commands
 from aioserver.providers.health import ALONE
@@ -425,7 +423,8 @@ class StreamsOnly:
     others.
     """
 
-    make_gate = staticmethod(ProviderGate)
+    # Each has the capacity of its providers to itself.
+    share_provider: Any = None
     observe = staticmethod(lambda _name: ALONE)
 
     def __init__(
