@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.limits.resource import Resource, Ticket
+    from aioserver.providers.capacity import Capacity
     from aioserver.providers.provider import Provider
     from aioserver.streams.stream import Stream
     from tests.simulation.instance import Instance
@@ -140,9 +141,9 @@ class Watch:
     def _look_at_provider(self, provider: Provider) -> None:
         capacity, sockets = provider.capacity, provider.pools.gate
         resource = capacity.resource
+        if resource not in self._fairness.followed:
+            self._follow(capacity)
         for part in capacity.parts:
-            if part not in self._fairness.followed:
-                self._fairness.follow(part)
             inside, limit = part.inside, part.limit
             if inside > limit:
                 self._look_at_excess(part, provider.name)
@@ -162,6 +163,20 @@ class Watch:
             self._look_at_excess(sockets, f"connections to {provider.name}")
         elif sockets.waiting and sockets.inside < sockets.limit:
             self._broken(f"requests wait for connections to {provider.name}, and some are free")
+
+    def _follow(self, capacity: Capacity) -> None:
+        """Follow the queues of *capacity*, and those of its part for the background once it is
+        made.
+        """
+        self._fairness.follow(capacity.resource)
+        make = capacity._make_background
+
+        def made() -> Resource:
+            part = make()
+            self._fairness.follow(part)
+            return part
+
+        capacity._make_background = made  # type: ignore[method-assign]
 
     def _look_at_background(self, provider: Provider) -> None:
         """Look at the places of answers in the background: at most half of all, at least one."""
@@ -222,6 +237,9 @@ class Watch:
                     self._broken(
                         f"{part.slots} slots of {provider.name} are taken, {slots[part]} wait"
                     )
+                elif part.slots > slots[part] + part.inside and part.within is None:
+                    # Whoever may come back runs, as a trial.
+                    self._broken(f"{part.slots} slots of {provider.name} are taken for nobody")
                 for bid in part.queue.order():
                     ticket = bid.ticket
                     if ticket not in waiting or bid not in ticket.bids or bid.resource is not part:
