@@ -264,6 +264,27 @@ def test_a_wait_ends_at_its_deadline_and_leaves_nothing(world: World) -> None:
     grant.release()
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "starts at once"])
+@pytest.mark.parametrize("dead", [True, False], ids=["a trial", "no trial"])
+def test_a_trial_keeps_its_slot_and_takes_it_nowhere_else(
+    world: World, *, waits: bool, dead: bool
+) -> None:
+    one, other = world.resource(1, keeps=lambda: True), world.resource(1, keeps=lambda: dead)
+    busy = world.start(world.ticket(), one)
+    ticket = world.wait(world.ticket("b"), one)
+    busy.release()
+    trial = granted(ticket)
+    assert (ticket.slot, one.slots) == (one, 1)
+    trial.release()
+    if not waits:
+        world.start(ticket, other)
+        assert (one.slots, other.slots) == (0, 0)
+        return
+    world.start(world.ticket(), other)
+    world.wait(ticket, other)
+    assert (one.slots, other.slots) == (0, 1)
+
+
 def test_patience_is_over_all_waits_at_one_resource_and_each_has_its_own(world: World) -> None:
     one, other = world.resource(1, queue_timeout=5.0), world.resource(1, queue_timeout=5.0)
     grant = world.start(world.ticket(), one)
