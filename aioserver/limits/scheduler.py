@@ -223,10 +223,10 @@ class Scheduler:
                     self._withdraw(bid, error)
 
     def recover(self, resource: Resource) -> None:
-        """Let the tickets that are parked come back to *resource* now."""
+        """Let the tickets that are parked come back to *resource* now, and to those within it."""
         parked = [each[2] for each in self._later if each[2].parked]
         for bid in parked:
-            if bid.resource is resource and bid in bid.ticket.bids and not bid.standing:
+            if _leads_to(bid, resource) and _comes(bid):
                 bid.not_before = 0.0
                 self._come(bid)
         self.serve(resource)

@@ -492,6 +492,16 @@ def test_a_parked_ticket_keeps_its_slot_and_comes_back_when_the_provider_does(
     assert (one.slots, world.timers.pending) == (0, 0)
 
 
+def test_a_ticket_that_is_parked_within_a_provider_comes_back_with_it(world: World) -> None:
+    outer = world.resource(4)
+    part = world.resource(2, within=outer, part=half)
+    ticket = world.ticket()
+    world.wait(ticket, Bid(part, not_before=world.timers.now + 2.0, front=True, parked=True))
+    world.scheduler.recover(outer)
+    granted(ticket).release()
+    assert (part.inside, outer.inside, part.waiting) == (0, 0, 0)
+
+
 def test_who_comes_back_stands_before_its_callers_others_by_its_first_arrival(
     world: World,
 ) -> None:
