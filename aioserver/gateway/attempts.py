@@ -293,6 +293,7 @@ class Attempts:
 
     async def _rest(self, seconds: float) -> None:
         """Wait for so many *seconds* before a retry; nothing is held meanwhile."""
+        self._first.scheduler.free_slot(self._request.provider_request.ticket)
         if (bound := self._request.provider_request.bound) is not None:
             bound.wait = Wait(f"the next attempt at {self._outcome.provider} waits", seconds)
         await asyncio.sleep(seconds)

@@ -77,8 +77,8 @@ class Scheduler:
         for bid in bids:
             if not bid.not_before and (grant := bid.resource.try_start(ticket, bid.cost)):
                 try:
-                    if ticket.slot is not None and not (bid.parked or bid.resource.keeps()):
-                        self.free_slot(ticket)
+                    if ticket.slot is not None:
+                        self._free_slot_unless(ticket, grant, keeps=bid.parked)
                 except BaseException:
                     grant.cancel()
                     raise
@@ -226,10 +226,10 @@ class Scheduler:
                     self._withdraw(bid, error)
 
     def recover(self, resource: Resource) -> None:
-        """Let the tickets that are parked come back to *resource* now."""
+        """Let the tickets that are parked come back to *resource* now, and to those within it."""
         parked = [each[2] for each in self._later if each[2].parked]
         for bid in parked:
-            if bid.resource is resource and bid in bid.ticket.bids and not bid.standing:
+            if _leads_to(bid, resource) and _comes(bid):
                 bid.not_before = 0.0
                 self._come(bid)
         self.serve(resource)
@@ -252,6 +252,9 @@ class Scheduler:
         at_once = [bid for bid in bids if bid.parked or bid.not_before <= now]
         for bid in bids:
             bid.resource.ask()
+        if ticket.slot is not None and not any(_leads_to(bid, ticket.slot) for bid in bids):
+            # It comes back no more to where it had one.
+            self.free_slot(ticket)
         room = ticket.slot is not None or not at_once
         room = room or any(bid.resource.room(ticket.kind) > 0 for bid in at_once)
         joined: list[Bid] = []
@@ -403,8 +406,9 @@ class Scheduler:
         for bid in bids:
             self._take_away(bid, now)
         if ticket.slot is not None:
-            keeps = isinstance(outcome, Grant) and (keeps or outcome.resource.keeps())
-            if not keeps:
+            if isinstance(outcome, Grant):
+                self._free_slot_unless(ticket, outcome, keeps=keeps)
+            else:
                 self.free_slot(ticket)
         ticket.outcome, ticket.reported = outcome, None
         if ticket.woken is not None and not ticket.woken.done():
@@ -475,6 +479,16 @@ class Scheduler:
         resource.take_slots(ticket.kind)
         if resource.within is not None:
             resource.within.take_slots(ticket.kind)
+
+    def _free_slot_unless(self, ticket: Ticket, grant: Grant, *, keeps: bool) -> None:
+        """Take no slot any more, unless *ticket* has started there, and *keeps* it or is a trial:
+        then it may have to come back.
+        """
+        slot, resource = ticket.slot, grant.resource
+        assert slot is not None
+        there = slot is resource or slot.within is resource
+        if not (there and (keeps or resource.keeps())):
+            self.free_slot(ticket)
 
     def _roomiest(self, ticket: Ticket, bids: Sequence[Bid]) -> Resource:
         return max(bids, key=lambda bid: bid.resource.room(ticket.kind)).resource

@@ -198,6 +198,11 @@ class ProviderRequest:
         return ticket
 
     @property
+    def keeps_slot(self) -> bool:
+        """Whether it has a slot in a queue, where it waits or may come back to."""
+        return self._ticket is not None and self._ticket.slot is not None
+
+    @property
     def loan(self) -> Loan | None:
         """The place of its client, if that can be lent."""
         return None if self._hold is None else self._hold.loan

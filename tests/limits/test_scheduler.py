@@ -264,6 +264,27 @@ def test_a_wait_ends_at_its_deadline_and_leaves_nothing(world: World) -> None:
     grant.release()
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "starts at once"])
+@pytest.mark.parametrize("dead", [True, False], ids=["a trial", "no trial"])
+def test_a_trial_keeps_its_slot_and_takes_it_nowhere_else(
+    world: World, *, waits: bool, dead: bool
+) -> None:
+    one, other = world.resource(1, keeps=lambda: True), world.resource(1, keeps=lambda: dead)
+    busy = world.start(world.ticket(), one)
+    ticket = world.wait(world.ticket("b"), one)
+    busy.release()
+    trial = granted(ticket)
+    assert (ticket.slot, one.slots) == (one, 1)
+    trial.release()
+    if not waits:
+        world.start(ticket, other)
+        assert (one.slots, other.slots) == (0, 0)
+        return
+    world.start(world.ticket(), other)
+    world.wait(ticket, other)
+    assert (one.slots, other.slots) == (0, 1)
+
+
 def test_patience_is_over_all_waits_at_one_resource_and_each_has_its_own(world: World) -> None:
     one, other = world.resource(1, queue_timeout=5.0), world.resource(1, queue_timeout=5.0)
     grant = world.start(world.ticket(), one)
@@ -469,6 +490,16 @@ def test_a_parked_ticket_keeps_its_slot_and_comes_back_when_the_provider_does(
     world.scheduler.free_slot(first)
     world.timers.pass_time(2.0)
     assert (one.slots, world.timers.pending) == (0, 0)
+
+
+def test_a_ticket_that_is_parked_within_a_provider_comes_back_with_it(world: World) -> None:
+    outer = world.resource(4)
+    part = world.resource(2, within=outer, part=half)
+    ticket = world.ticket()
+    world.wait(ticket, Bid(part, not_before=world.timers.now + 2.0, front=True, parked=True))
+    world.scheduler.recover(outer)
+    granted(ticket).release()
+    assert (part.inside, outer.inside, part.waiting) == (0, 0, 0)
 
 
 def test_who_comes_back_stands_before_its_callers_others_by_its_first_arrival(

@@ -163,66 +163,65 @@ class Forgetful(continuation.Hop):
 continuation.Hop = Forgetful
 """,
     "a place": """
-from aioserver.limits.gate import Place
-release, count = Place.release, [0]
-def lossy(self, *cost):
+from aioserver.limits.resource import Resource
+leave, count = Resource.leave, [0]
+def lossy(self, grant, work, *, serve=True):
     count[0] += 1
     if count[0] % 100:
-        release(self, *cost)
-Place.release = lossy
+        leave(self, grant, work, serve=serve)
+    else:
+        grant.ticket.grants.pop(grant, None)
+Resource.leave = lossy
 """,
     "that a request stands in other lines": """
-from aioserver.limits.lines import Lines
-started = Lines.started
-def forgetful(self, standing, place):
-    self._standing = [standing]
-    started(self, standing, place)
-Lines.started = forgetful
+from aioserver.limits.scheduler import Scheduler
+take_away = Scheduler._take_away
+def forgetful(self, bid, now):
+    if not bid.standing or bid.ticket.won in (None, bid):
+        take_away(self, bid, now)
+Scheduler._take_away = forgetful
 """,
     "to wait at the members of a group": """
-from aioserver.limits.lines import Lines
-stand = Lines._stand
-def nowhere(self, wish, seconds):
-    standing = stand(self, wish, seconds)
-    self._leave(standing)
-    return standing
-Lines._stand = nowhere
+from aioserver.limits.resource import Resource
+stand = Resource.stand
+def nowhere(self, bid):
+    stand(self, bid)
+    if len(bid.ticket.bids) > 1:
+        self.drop(bid)
+Resource.stand = nowhere
 """,
     "that a request was offered a member": """
-from aioserver.limits.lines import Lines
-from aioserver.providers.queueing import ProviderGate
-started = Lines.started
-def late(self, standing, place):
-    others = [each for each in self._standing if each is not standing]
-    for each in others:
-        self._standing.remove(each)
-        each.timer.cancel()
-        self._loop.call_later(1.0, each.gate.leave, each)
-    if not self._place.done():
-        started(self, standing, place)
-Lines.started = late
-ProviderGate._gone = lambda self, waiter: False
+from aioserver.limits.scheduler import Scheduler
+take_away, start = Scheduler._take_away, Scheduler._start
+def late(self, bid, now):
+    if not bid.standing or bid.ticket.won in (None, bid):
+        take_away(self, bid, now)
+    else:
+        self._loop.call_later(1.0, take_away, self, bid, now)
+def once(self, bid):
+    if bid.ticket in self.waiting:
+        return start(self, bid)
+    bid.resource.start(bid)
+    return True
+Scheduler._take_away, Scheduler._start = late, once
 """,
     # Of answers in the background.
     "that half of the places are for others": """
-from aioserver.providers import queueing
-queueing.permits = lambda places: places
+from aioserver.providers import capacity
+capacity.half = lambda places: places
 """,
     "that it runs without a reader": """
 from aioserver.streams.lifetime import Lifetime
 Lifetime.run_in_background = lambda self, stream: None
 """,
     "that a permit is given back": """
-from aioserver.providers.attempt import Attempt
-count = [0]
-release = Attempt.release_permit
-def forgetful(self):
-    count[0] += 1
-    if count[0] % 5:
-        release(self)
-    else:
-        self.permit = None
-Attempt.release_permit = forgetful
+from aioserver.limits.resource import Resource
+leave, count = Resource.leave, [0]
+def forgetful(self, grant, work, *, serve=True):
+    count[0] += self.within is not None
+    if self.within is None or count[0] % 5:
+        leave(self, grant, work, serve=serve)
+Resource.leave = forgetful
 """,
     "that nobody has cancelled an answer": """
 from aioserver.streams.lifetime import Lifetime
@@ -250,11 +249,14 @@ def unnoticed(self):
 Breaker._die = unnoticed
 """,
     "the end of a delay": """
-from aioserver.limits.lines import Lines
-later = Lines._stand_later
-def never(self, wish, seconds):
-    later(self, wish._replace(delay=1000.0), seconds)
-Lines._stand_later = never
+from aioserver.limits.scheduler import Scheduler
+begin = Scheduler._begin
+def never(self, bids, now):
+    for bid in bids:
+        if bid.not_before > now and not bid.parked:
+            bid.not_before += 1000.0
+    begin(self, bids, now)
+Scheduler._begin = never
 """,
     "a fault": """
 from aioserver.streams.entries import COMPLETE
@@ -301,13 +303,13 @@ BodyHold.release = lossy
 """,
     "a task": """
 import asyncio
-from aioserver.limits.gate import Gate
-leave, kept = Gate._leave, []
-def lossy(self, *args):
-    leave(self, *args)
+from aioserver.limits.resource import Resource
+leave, kept = Resource.leave, []
+def lossy(self, *args, **kwargs):
+    leave(self, *args, **kwargs)
     if len(kept) < 1:
         kept.append(asyncio.ensure_future(asyncio.Event().wait()))
-Gate._leave = lossy
+Resource.leave = lossy
 """,
     "a timer": """
 import asyncio
@@ -320,11 +322,10 @@ TimerWheel.close = lossy
 """,
     # The others forget a bound, or a deadline.
     "the limit of a pool": """
-from aioserver.limits.gate import Gate
 from aioserver.providers import pool, pools
+from aioserver.providers.capacity import Capacity
 from aioserver.providers.connections import Connections
-from aioserver.providers.queueing import ProviderGate
-gate, connections, init = pool.connection_gate, Connections.__init__, ProviderGate.__init__
+gate, connections, init = pool.connection_gate, Connections.__init__, Capacity.__init__
 def wide_gate(*args):
     made = gate(*args)
     made.places.limit = 1000
@@ -333,10 +334,10 @@ def wide_connections(self, *args, **kwargs):
     connections(self, *args, **{**kwargs, "limit": 0})
 def wide_queue(self, *args, **kwargs):
     init(self, *args, **kwargs)
-    self.limit = 1000
+    self.resource.places.limit = 1000
 pool.connection_gate = pools.connection_gate = wide_gate
 Connections.__init__ = wide_connections
-ProviderGate.__init__ = wide_queue
+Capacity.__init__ = wide_queue
 """,
     "the bound of what is kept": """
 from aioserver.streams.store import StreamStore
@@ -355,12 +356,12 @@ def patient(self, *args, **kwargs):
 Admission.__init__ = patient
 """,
     "the deadline of a provider's queue": """
-from aioserver.providers.queueing import ProviderGate
-init = ProviderGate.__init__
+from aioserver.providers.capacity import Capacity
+init = Capacity.__init__
 def patient(self, *args, **kwargs):
     init(self, *args, **kwargs)
-    self._queue_timeout *= 4
-ProviderGate.__init__ = patient
+    self.resource.queue_timeout *= 4
+Capacity.__init__ = patient
 """,
     "the deadline of silence": """
 from aioserver.providers.exchange import Exchange
@@ -406,7 +407,7 @@ async def patient(self, seconds, *, silent=False):
 ConnectionServer.wait_closed = patient
 """,
     "the weights of a fair queue": """
-from aioserver.limits.old_fair_queue import FairQueue
+from aioserver.limits.fair_queue import FairQueue
 add = FairQueue.add
 def unfair(self, item, caller, *args, **kwargs):
     add(self, item, caller, *args, **kwargs)
@@ -417,7 +418,7 @@ def unfair(self, item, caller, *args, **kwargs):
 FairQueue.add = unfair
 """,
     "what a request has cost": """
-from aioserver.limits.old_fair_queue import Charge
+from aioserver.limits.fair_queue import Charge
 settle = Charge.settle
 def forgetful(self, cost=None):
     settle(self)
@@ -425,30 +426,32 @@ def forgetful(self, cost=None):
 Charge.settle = forgetful
 """,
     "the places that batch leaves": """
-from aioserver.limits.gate import Gate
-Gate.batch_limit = property(lambda self: self.limit)
+from aioserver.providers import capacity
+interactive, batch = capacity.BOTH_CLASSES
+capacity.BOTH_CLASSES = interactive, batch._replace(places=lambda limit: limit)
 """,
     "the room that batch leaves": """
-from aioserver.limits.gate import Gate
-Gate.batch_room = property(lambda self: self.room)
+from aioserver.providers import capacity
+interactive, batch = capacity.BOTH_CLASSES
+capacity.BOTH_CLASSES = interactive, batch._replace(room=1.0)
 """,
     "who waits while a place is free": """
-from aioserver.limits.gate import Gate
-serve, count = Gate.serve, [0]
-def idle(self):
-    count[0] += 1
-    if count[0] % 3:
-        serve(self)
-Gate.serve = idle
+from aioserver.limits.scheduler import Scheduler
+serve, count = Scheduler.serve, [0]
+def idle(self, resource):
+    count[0] += resource.bare
+    if not resource.bare or count[0] % 3:
+        serve(self, resource)
+Scheduler.serve = idle
 """,
     "who waits at a provider": """
-from aioserver.providers.queueing import ProviderGate
-serve, count = ProviderGate.serve, [0]
-def idle(self):
-    count[0] += 1
-    if count[0] % 3:
-        serve(self)
-ProviderGate.serve = idle
+from aioserver.limits.scheduler import Scheduler
+serve, count = Scheduler.serve, [0]
+def idle(self, resource):
+    count[0] += not resource.bare
+    if resource.bare or count[0] % 3:
+        serve(self, resource)
+Scheduler.serve = idle
 """,
     "that an id is known": """
 from aioserver.gateway.gateway import Gateway
@@ -456,8 +459,9 @@ Gateway._existing = lambda self, request: None
 """,
     # Faults that were found once, put back.
     "that rounding holds nobody back": """
-from aioserver.limits import gate, gcra
-gate.ROUNDING = gcra.ROUNDING = 0.0
+from aioserver.limits import gcra, quota, scheduler
+from aioserver.providers import capacity
+gcra.ROUNDING = quota.ROUNDING = scheduler.ROUNDING = capacity.ROUNDING = 0.0
 """,
     "that a brief timer does not know its time": """
 from aioserver.faces.idle_sockets import IdleSockets
@@ -576,10 +580,10 @@ Backpressure._look = lambda self: None
 """,
     # What another attempt relies on.
     "that content commits an attempt": """
-from aioserver.gateway import asking, router
+from aioserver.gateway import attempts
 from aioserver.providers.request import ProviderRequest
 ProviderRequest.forget_body = lambda self: None
-asking.begun = router.begun = lambda stream: stream is not None and stream.ended
+attempts.begun = lambda stream: stream is not None and stream.ended
 """,
     "that a preamble goes with its attempt": """
 from aioserver.providers.sinks import PassingSink, StreamSink
@@ -628,8 +632,8 @@ from aioserver.wings.cluster.leases import Leases
 Leases.check = lambda self: None
 """,
     "that others wait for a slow client's place": """
-from aioserver.wings.cluster.shared_gate import SharedGate
-SharedGate.waiting_elsewhere = 0
+from aioserver.wings.cluster.leased import LeasedCapacity
+LeasedCapacity.waiting_elsewhere = 0
 """,
     "whose an id is": """
 from aioserver.wings.cluster.claims import OURS
@@ -707,8 +711,8 @@ def generous(self, reservation):
 TokensInHand._take = generous
 """,
     "that who waits follows its group": """
-from aioserver.gateway.groups import Waiting
-Waiting.regroup = lambda self, group, now: None
+from aioserver.gateway.candidates import Candidates
+Candidates.regroup = lambda self: None
 """,
     # Of messages over a bridge.
     "the index of a block": """

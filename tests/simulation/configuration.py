@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aioserver.limits.gate import BATCH_PATIENCE
-from aioserver.limits.old_fair_queue import BATCH, INTERACTIVE
+from aioserver.limits.fair_queue import BATCH, INTERACTIVE
 from aioserver.limits.quota import MAX_WAIT
 from tests.simulation import sick_hook
 from tests.support.issuer import SigningKey, claims, jwks, jwt_settings
@@ -33,6 +32,8 @@ SPARE, THIRD = "llm.providers.spare", "llm.providers.third"
 GROUP, CHOICES = "both", ("ordered", "least_busy", "weighted")
 # The part of the runs with a hook, which is sick; and that of the hooks that are closed.
 HOOKED, CLOSED = 0.25, 0.4
+# How many times as long as others requests of the class batch wait.
+BATCH_PATIENCE = 10
 # What is kept is dropped for want of room where there is less room than this.
 ROOM = 1 << 28
 

@@ -12,19 +12,18 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from aioserver.limits.gate import BATCH_PATIENCE
 from aioserver.limits.quota import MAX_WAIT
 from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
 from aioserver.wings.cluster.leased import GRACE, LeasedCapacity
 from tests.simulation.clock import Clock
+from tests.simulation.configuration import BATCH_PATIENCE
 from tests.simulation.slowness import HELD_UP, Slowness
 from tests.simulation.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aioserver.limits.gate import Gate
     from aioserver.limits.resource import Resource
     from aioserver.providers.provider import Provider
     from tests.simulation.instance import Instance
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 # Seconds by which the end of a wait may be late: its timer fires at once, and its task runs then.
 LATE = 0.01
+# How many times as long as others an answer in the background waits.
+BACKGROUND_PATIENCE = 10
 # Longer than any deadline that a reload changes.
 OLD_DEADLINES = 60.0
 
@@ -68,6 +69,8 @@ class Deadlines:
             longest = max(longest, GRACE)
         # Those that return have waited at their keys, and may do so for as long here.
         self._look_at_waits(gate, (longest, MAX_WAIT), "a place")
+        for name, quota in context.access.quotas().items():
+            self._look_at_waits(quota.resource, (MAX_WAIT,), name)
         for provider in context.router.providers.values():
             self._look_at_provider(provider)
             self._look_at_slow(provider)
@@ -75,29 +78,38 @@ class Deadlines:
         if not self._instance.ended:
             self._look_at_kept()
 
-    def _look_at_queue(self, gate: Gate, seconds: float, what: str) -> None:
-        # The first of each flow has waited longest, but for those that came back.
-        for waiter in (*gate._queue.heads(), *gate._batch.heads()):
-            most = seconds * (BATCH_PATIENCE if waiter.batch else 1)
-            if Clock.now - waiter.arrived > most + LATE:
-                waited = Clock.now - waiter.arrived
-                self._broken(f"a wait of {waited:.2f} s for {what}, at most {most} s")
-
-    def _look_at_waits(self, resource: Resource, longest: Sequence[float], what: str) -> None:
-        """Look at those that have waited longest of each class, which wait so many seconds."""
+    def _look_at_waits(
+        self,
+        resource: Resource,
+        longest: Sequence[float],
+        what: str,
+        background: float = 0.0,
+    ) -> None:
+        """Look at those that have waited longest of each class, which wait so many seconds, and
+        those in the *background* so many.
+        """
         for queue, most in zip(resource.queue.queues, longest, strict=True):
+            # The first of each flow has waited longest, but for those that came back.
             for bid in queue.heads():
-                if (waited := Clock.now - bid.since) > most + LATE:
-                    self._broken(f"a wait of {waited:.2f} s for {what}, at most {most} s")
+                # One in the background has waited for a place of its part before.
+                longer = max(most, background) if bid.inner is not None else most
+                if (waited := Clock.now - bid.began(resource)) > longer + LATE:
+                    self._broken(f"a wait of {waited:.2f} s for {what}, at most {longer} s")
+                elif Clock.now > bid.ticket.deadline + LATE:
+                    self._broken(f"a wait for {what} after the deadline of its request")
 
     def _look_at_provider(self, provider: Provider) -> None:
-        limits, gate = provider.settings.http_client, provider._gate
-        if gate._queue or gate._batch:
-            self._look_at_queue(gate, limits.queue_timeout, provider.name)
-        for began in gate._parked.values():
-            # Any of them may be of the class batch.
-            if Clock.now - began > BATCH_PATIENCE * limits.queue_timeout + LATE:
-                self._broken(f"parked for {Clock.now - began:.2f} s at {provider.name}")
+        limits = provider.settings.http_client
+        patience = limits.queue_timeout, BATCH_PATIENCE * limits.queue_timeout
+        longest = BACKGROUND_PATIENCE * limits.queue_timeout
+        for part in provider.capacity.parts:
+            background = part.within is not None
+            times = (longest, longest) if background else patience
+            self._look_at_waits(part, times, provider.name, longest)
+            for bid in part.away:
+                most, parked = times[bid.index], Clock.now - bid.began(part)
+                if parked > most + LATE:
+                    self._broken(f"parked for {parked:.2f} s at {provider.name}")
         what = f"a connection to {provider.name}"
         self._look_at_waits(provider.pools.gate, (limits.pool_timeout,), what)
         for connection in provider.pools.in_use:

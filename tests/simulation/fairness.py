@@ -10,7 +10,7 @@ ended, so the starts are looked at later, many at once. At once it is looked at 
 by counters that are kept here.
 """
 
-# ruff: noqa: SLF001 - the queue of a gate shows no start
+# ruff: noqa: SLF001 - the queue of a resource shows no start
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aioserver.limits.old_fair_queue import LENGTH
+from aioserver.limits.fair_queue import LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
 
-    from aioserver.limits.gate import Gate
-    from aioserver.limits.old_fair_queue import Charge, FairQueue
+    from aioserver.limits.fair_queue import Charge, FairQueue
+    from aioserver.limits.resource import Resource
 
 # Starts that are looked at together.
 MANY = 500
@@ -107,14 +107,14 @@ class _Followed:
     def _correct(self) -> None:
         """Take in what has been corrected since the last look."""
         for charge, counted in list(self._counted.items()):
-            self._tags[charge._caller] += (charge.work - counted) * charge.length
+            self._tags[charge._caller] += (charge.work - counted) * charge._length
             if charge._queue is None:
                 del self._counted[charge]
 
     def _served(self, counter: object, charge: Charge[Any]) -> None:
         tag = self._tags[counter]
         self._virtual = max(self._virtual, tag)
-        self._tags[counter] = tag + charge.work * charge.length
+        self._tags[counter] = tag + charge.work * charge._length
         self._counted[charge] = charge.work
         self._charges.append((charge, charge.work))
         running = sum(each.running for each in self._queue.callers.counters.values())
@@ -122,24 +122,20 @@ class _Followed:
         if len(self._charges) >= MANY + len(self._counted):
             self.look()
 
-    def pop(self, gone: Callable[[Any], bool]) -> tuple[Any, Charge[Any]] | None:
+    def pop(self) -> tuple[Any, Charge[Any]]:
         """Note which caller is served, and which flow of it."""
-        if self._queue.head(gone) is None:
-            return None
         self._correct()
         callers = self._queue.callers
         waiting = _waiting(callers.counters)
         tags = {name: self._tags[callers.counters[name]] for name in waiting}
         lines = {name: _waiting(callers.counters[name].flows.counters) for name in waiting}
         early = {name for name in waiting if callers.counters[name].front}
-        popped = self._pop(gone)
-        assert popped is not None
-        item, charge = popped
-        name, flow = item.caller, item.flow
+        item, charge = self._pop()
+        name, flow = item.ticket.caller, item.ticket.flow
         if tags[name] > min(tags.values()):
             self._broken(f"{name!r} starts at a tag of {tags[name]}, and these wait: {tags}")
         self._starts.append(
-            _Start(None, name, waiting.pop(name), waiting, charge, charge.length, early=False)
+            _Start(None, name, waiting.pop(name), waiting, charge, charge._length, early=False)
         )
         flows = lines[name]
         since = flows.pop(flow, None)
@@ -147,7 +143,7 @@ class _Followed:
             _Start((name,), flow, since, flows, charge, LENGTH, early=name in early)
         )
         self._served(callers.counters[name], charge)
-        return popped
+        return item, charge
 
     def look(self) -> None:
         """Look at the starts since the last look, and forget them."""
@@ -194,17 +190,17 @@ def _waiting(counters: Mapping[Hashable, Any]) -> dict[Hashable, Hashable]:
 class Fairness:
     """Follows the queues of a server, and calls *broken* where one is not fair.
 
-    *followed* has the gates of the queues that are followed.
+    *followed* has the resources whose queues are followed.
     """
 
     def __init__(self, broken: Callable[[str], None]) -> None:
         self._broken = broken
-        self.followed: dict[Gate, tuple[_Followed, ...]] = {}
+        self.followed: dict[Resource, tuple[_Followed, ...]] = {}
 
-    def follow(self, gate: Gate) -> None:
-        """Follow the queues of *gate*, which is not among those *followed*."""
-        queues = gate._queue, gate._batch
-        self.followed[gate] = tuple(_Followed(queue, self._broken) for queue in queues)
+    def follow(self, resource: Resource) -> None:
+        """Follow the queues of *resource*, which is not among those *followed*."""
+        queues = resource.queue.queues
+        self.followed[resource] = tuple(_Followed(queue, self._broken) for queue in queues)
 
     def forget(self) -> None:
         """Look at what was counted, and forget it: weights may change."""

@@ -8,7 +8,7 @@ talk begin with the same words, so that they have one home.
 What is remembered of prompts is compared with all that each member was sent since it joined its
 group at its present address, and since it died last.
 
-Private names used here: those of lines, groups and gates, which no snapshot shows.
+Private names used here: those of candidates and of breakers, which no snapshot shows.
 """
 
 # ruff: noqa: SLF001 - see above
@@ -22,19 +22,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from aioserver.gateway.affinity import MAX_SHARE, Affinity
 from aioserver.gateway.groups import Group
-from aioserver.gateway.homes import MAX_SHARE, Homes
-from aioserver.limits.lines import _Standing
 from aioserver.providers.breaker import Breaker
 from tests.simulation.clock import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
-    from aioserver.gateway.homes import Placement
+    from aioserver.gateway.affinity import Placement
+    from aioserver.gateway.candidates import Candidates
     from aioserver.gateway.members import Member
     from aioserver.gateway.router import Router
-    from aioserver.limits.lines import Lines
+    from aioserver.limits.scheduler import Scheduler
     from aioserver.protocol.prefix import Prefix
 
 PROVIDERS = ("sim", "spare", "third")
@@ -119,65 +119,44 @@ def _change(dice: random.Random, group: dict[str, Any]) -> dict[str, Any]:
 class GroupWatch:
     """Looks at the groups of *router*, and calls *broken* with what they have broken."""
 
-    def __init__(self, router: Router, broken: Callable[[str], None]) -> None:
-        self._router = router
+    def __init__(
+        self, router: Router, scheduler: Scheduler, broken: Callable[[str], None]
+    ) -> None:
+        self._router, self._scheduler = router, scheduler
         self._broken = broken
 
     def look(self, *, settled: bool) -> None:
         """Check that each request that waits for a group stands in a line of a member that may
-        start it, or will soon, and that nobody else stands in lines; *settled*: no reload was
-        lately.
+        start it, or will soon; *settled*: no reload was lately.
         """
-        waiting: set[Lines] = set()
-        for provider in self._router.providers.values():
-            gate = provider._gate
-            for waiter in (*gate._queue, *gate._batch):
-                lines = waiter.lines if isinstance(waiter, _Standing) else None
-                if lines is not None and (lines._over or lines._winner is not None):
-                    self._broken(f"a request that was offered a place waits at {provider.name}")
-        for group in self._router.groups.values():
-            for each in group._waiting:
-                waiting.add(each.lines)
-                self._look_at(group, each.lines, each.began, settled=settled)
-        if not settled:
-            return
-        for group in self._router.listed.values():
-            waiting.update(each.lines for each in group._waiting)
-        for provider in self._router.providers.values():
-            for waiter in provider._gate._queue:
-                if isinstance(waiter, _Standing) and waiter.lines not in waiting:
-                    self._broken(f"a request that waits no more stands in line at {provider.name}")
+        for group in {**self._router.groups, **self._router.listed}.values():
+            for each in group.candidates:
+                self._look_at(group, each, settled=settled)
 
-    def _look_at(self, group: Group, lines: Lines, began: float, *, settled: bool) -> None:
-        if lines._winner is not None and lines._standing:
-            self._broken(f"a request that has started stands in a line of {group.name}")
-        if lines._place.done():
+    def _look_at(self, group: Group, candidates: Candidates, *, settled: bool) -> None:
+        ticket = candidates._request.provider_request.ticket
+        if ticket not in self._scheduler.waiting:
+            self._broken(f"a request that waits no more is one of {group.name}")
             return
-        if not (lines._standing or lines._coming):
-            self._broken(f"a request waits for {group.name} in no line")
-        # One in the background waits for a permit first.
-        permits = {
-            member.provider._gate._permits: member.provider._gate for member in group.members
-        }
-        gates: set[Any] = {
-            permits.get(standing.gate, standing.gate)  # type: ignore[call-overload]
-            for standing in lines._standing
-        }
-        if len(gates) < len(lines._standing):
+        coming = [bid for bid in ticket.bids if not bid.standing]
+        # One in the background waits for its part first.
+        standing = [bid.resource.within or bid.resource for bid in ticket.bids if bid.standing]
+        resources = set(standing)
+        if len(resources) < len(standing):
             self._broken(f"a request stands twice in a line of {group.name}")
-        if gates - {member.provider._gate for member in group.members}:
+        if resources - {member.provider.capacity.resource for member in group.members}:
             self._broken(f"a request of {group.name} stands in the line of no member")
         dead = {
-            provider._gate
+            provider.capacity.resource
             for provider in self._router.providers.values()
             if provider.health.breaker.dead
             and provider.settings.when_down != "wait"
             # One may wait for the pace, as the next trial.
-            and provider._gate.waiting > 1
+            and provider.capacity.waiting > 1
         }
-        if settled and gates and not lines._coming and gates <= dead:
+        if settled and resources and not coming and resources <= dead:
             self._broken(f"a request waits for {group.name} at dead members alone")
-        if not (lines._coming and settled):
+        if not (coming and settled):
             return
         # Whoever waits for a home.
         deadlines = [
@@ -185,7 +164,7 @@ class GroupWatch:
             for provider in self._router.providers.values()
         ]
         longest = MAX_SHARE * max(deadlines) + LATE
-        last = max(timer.when() for timer in lines._coming)
+        last, began = max(bid.not_before for bid in coming), candidates.began
         if last - began > longest or Clock.now > last + LATE:
             self._broken(
                 f"a request waits for its home in {group.name} for {last - began:.2f} s, at most "
@@ -194,7 +173,7 @@ class GroupWatch:
 
 
 class Remembered:
-    """What each member was sent in its present life, as a reference for homes.py."""
+    """What each member was sent in its present life, as a reference for affinity.py."""
 
     def __init__(self, broken: Callable[[str], None]) -> None:
         self._broken = broken
@@ -202,21 +181,21 @@ class Remembered:
         self._deaths: Counter[int] = Counter()
         self._removals: Counter[Hashable] = Counter()
 
-    def _life(self, homes: Homes, member: Member) -> Hashable:
+    def _life(self, affinity: Affinity, member: Member) -> Hashable:
         """Return what names the cache of *member*: another one after each end of a life."""
         provider = member.provider
         breaker = provider.health.breaker
         removals = self._removals[_name(member)]
         return (
-            *(id(homes), _name(member), removals),
+            *(id(affinity), _name(member), removals),
             *(id(breaker), self._deaths[id(breaker)], provider.pools.base_url),
         )
 
-    def sent(self, homes: Homes, prefix: Prefix, member: Member) -> None:
+    def sent(self, affinity: Affinity, prefix: Prefix, member: Member) -> None:
         """Note that *member* was sent a prompt."""
-        self._sent[self._life(homes, member)].update(prefix.digests)
+        self._sent[self._life(affinity, member)].update(prefix.digests)
 
-    def placed(self, homes: Homes, placement: Placement) -> None:
+    def placed(self, affinity: Affinity, placement: Placement) -> None:
         """Check that each member was sent what it is said to know."""
         prefix = placement.prefix
         for member, known in placement.known.items():
@@ -225,7 +204,7 @@ class Remembered:
             if member.provider.health.breaker.dead:
                 self._broken(f"{member.provider.name} is said to know a prompt, and is dead")
             digest = prefix.digests[list(prefix.lengths).index(known)]
-            if digest not in self._sent[self._life(homes, member)]:
+            if digest not in self._sent[self._life(affinity, member)]:
                 self._broken(
                     f"{member.provider.name} is said to know {known} bytes that it was not sent"
                 )
@@ -240,16 +219,18 @@ class Remembered:
     def patches(self) -> ExitStack:
         """Let all of that be noted, in the block."""
         stack, noted = ExitStack(), self
-        place, sent, apply, die = Homes.place, Homes.sent, Group.apply, Breaker._die
+        place, sent, apply, die = Affinity.place, Affinity.sent, Group.apply, Breaker._die
 
-        def noting_place(homes: Homes, prefix: Prefix, members: Sequence[Member]) -> Placement:
-            placement = place(homes, prefix, members)
-            noted.placed(homes, placement)
+        def noting_place(
+            affinity: Affinity, prefix: Prefix, members: Sequence[Member]
+        ) -> Placement:
+            placement = place(affinity, prefix, members)
+            noted.placed(affinity, placement)
             return placement
 
-        def noting_sent(homes: Homes, prefix: Prefix, member: Member) -> None:
-            noted.sent(homes, prefix, member)
-            sent(homes, prefix, member)
+        def noting_sent(affinity: Affinity, prefix: Prefix, member: Member) -> None:
+            noted.sent(affinity, prefix, member)
+            sent(affinity, prefix, member)
 
         def noting_apply(
             group: Group, members: Sequence[Member], choose: str, affinity: str
@@ -261,8 +242,8 @@ class Remembered:
             noted._deaths[id(breaker)] += 1
             die(breaker)
 
-        stack.enter_context(mock.patch.object(Homes, "place", noting_place))
-        stack.enter_context(mock.patch.object(Homes, "sent", noting_sent))
+        stack.enter_context(mock.patch.object(Affinity, "place", noting_place))
+        stack.enter_context(mock.patch.object(Affinity, "sent", noting_sent))
         stack.enter_context(mock.patch.object(Group, "apply", noting_apply))
         stack.enter_context(mock.patch.object(Breaker, "_die", noting_die))
         return stack

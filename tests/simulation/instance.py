@@ -82,6 +82,8 @@ class Instance:
         counts = {
             "places": context.admission.gate.inside,
             "waiting": context.admission.gate.waiting,
+            "slots": context.admission.gate.slots,
+            "tickets": len(context.admission.scheduler.waiting),
             "body bytes": context.admission.body_bytes,
             "running": streams.running,
             "kept": streams.finished,
@@ -101,6 +103,7 @@ class Instance:
             counts[f"{name} places"] = stats.queue.inside
             counts[f"{name} waiting"] = stats.queue.waiting
             counts[f"{name} background"] = sum(stats.background)
+            counts[f"{name} slots"] = sum(part.slots for part in provider.capacity.parts)
             counts[f"{name} trials"] = provider.health.breaker._trials  # noqa: SLF001 - as below
             counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
             counts[f"{name} connections"] = provider.pools.gate.inside
@@ -109,6 +112,7 @@ class Instance:
         for name, quota in context.access.quotas().items():
             counts[f"{name} answers"] = quota.running
             counts[f"{name} waiting at its key"] = len(quota.queue)
+            counts[f"{name} slots"] = quota.resource.slots
             counts[f"{name} tokens"] = quota.budget.reserved
             counts[f"{name} connections"] = quota.connections
         if self.member is not None:

@@ -9,13 +9,13 @@ rate has used that up after `RATE_SECONDS * 8 / 7`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aioserver.providers.backpressure import LEAST_RATE, RATE_SECONDS
 from tests.simulation.clock import Clock
 
 if TYPE_CHECKING:
-    from aioserver.limits.gate import Place, Waiter
+    from aioserver.limits.resource import Bid
     from aioserver.providers.backpressure import ClientPace
     from aioserver.providers.provider import Provider
 
@@ -34,7 +34,7 @@ class Slowness:
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
-        self._waiters: dict[Waiter[Place], float] = {}
+        self._waiters: dict[Bid, float] = {}
         # Since when each client is too slow, and how much of it had come at the last look.
         self._clients: dict[ClientPace, tuple[float, int]] = {}
         self._looked_at = Clock.now
@@ -46,9 +46,9 @@ class Slowness:
 
     def look(self) -> None:
         """Look at all that wait, and at all that are passed on."""
-        now, gate = Clock.now, self._provider._gate
-        full = gate.inside >= gate.limit
-        waiting: list[Any] = list(gate._queue.heads()) if full and gate._queue else []
+        now, resource = Clock.now, self._provider.capacity.resource
+        full = resource.inside >= resource.limit
+        waiting = list(resource.queue.queues[0].heads()) if full else []
         self._waiters = {each: self._waiters.get(each, now) for each in waiting}
         least = MUCH_TOO_SLOW * (now - self._looked_at)
         clients: dict[ClientPace, tuple[float, int]] = {}

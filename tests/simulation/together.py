@@ -29,11 +29,11 @@ from aioserver.gateway.commands import name_of
 from aioserver.limits.budget import MINUTE, Reservation
 from aioserver.limits.resource import Resource
 from aioserver.wings.cluster.grants import State
+from aioserver.wings.cluster.keys import LeasedPlaces
 from aioserver.wings.cluster.lease_messages import SECOND, TIMES
 from aioserver.wings.cluster.leased import LeasedCapacity
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_budget import SharedReservation
-from aioserver.wings.cluster.shared_gate import SharedGate
 from tests.simulation.clock import Clock
 from tests.simulation.slowness import HELD_UP_ELSEWHERE, Slowness
 from tests.simulation.watch import delay_of
@@ -42,7 +42,6 @@ from tests.support.stored_responses import stored_in
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from aioserver.limits.gate import Place
     from aioserver.wings.cluster.grants import Grant
     from aioserver.wings.cluster.leases import Leases
     from tests.simulation.client import Client
@@ -373,10 +372,10 @@ class Together:
             for moment in self.server.disturbed
         )
 
-    def entered(self, gate: SharedGate | Resource, leases: Leases) -> None:
+    def entered(self, resource: Resource, leases: Leases) -> None:
         """Look at a start."""
-        if gate.inside > gate.limit:
-            self._broken(f"{gate.inside} are inside of {gate.limit} places in hand")
+        if resource.inside > resource.limit:
+            self._broken(f"{resource.inside} are inside of {resource.limit} places in hand")
         if leases.standing.state is not State.ALONE and Clock.now >= leases.lease_end:
             self._broken(f"{leases.instance} starts on a lease that is over")
 
@@ -417,18 +416,6 @@ class Together:
             take(rate, seconds)
             self.started(rate, seconds)
 
-        def noting_enter(gate: SharedGate) -> None:
-            super(SharedGate, gate)._enter()
-            self.entered(gate, gate._leases)
-
-        try_enter = SharedGate.try_enter
-
-        def noting_try_enter(gate: SharedGate, *args: Any, **kwargs: Any) -> Place | None:
-            place = try_enter(gate, *args, **kwargs)
-            if place is not None:
-                self.entered(gate, gate._leases)
-            return place
-
         have, settle = SharedReservation.have, SharedReservation.settle
 
         def noting_have(reservation: SharedReservation, *args: Any) -> None:
@@ -443,8 +430,6 @@ class Together:
         stack.enter_context(mock.patch.object(SharedReservation, "settle", noting_settle))
         stack.enter_context(mock.patch.object(SharedRate, "take", noting_take))
         # Those that have waited, and those that start at once.
-        stack.enter_context(mock.patch.object(SharedGate, "_enter", noting_enter, create=True))
-        stack.enter_context(mock.patch.object(SharedGate, "try_enter", noting_try_enter))
         for name in ("try_start", "start"):
             noting = self._noting(getattr(Resource, name))
             stack.enter_context(mock.patch.object(Resource, name, noting))
@@ -453,7 +438,7 @@ class Together:
     def _noting(self, start: Callable[..., Any]) -> Callable[..., Any]:
         def noting(resource: Resource, *args: Any) -> Any:
             grant = start(resource, *args)
-            if grant is not None and isinstance(resource.supply, LeasedCapacity):
+            if grant is not None and isinstance(resource.supply, LeasedCapacity | LeasedPlaces):
                 self.entered(resource, resource.supply._leases)
             return grant
 
@@ -463,12 +448,16 @@ class Together:
 def _waits(member: Member, name: str) -> bool:
     """Return whether a request waits for a place of the limit *name* alone."""
     grant: Grant | None = member.leases._grants.get(name)
-    if grant is None or not isinstance(grant.user, SharedGate):
+    if grant is None or not isinstance(grant.user, LeasedCapacity):
         return False
-    gate: Any = grant.user
+    resource = grant.user._resource
     # Batch leaves what it must of the places that its instance has in hand.
-    waits = gate._queue.size or (gate._batch.size and gate._batch_inside < gate.batch_limit)
-    return bool(waits) and delay_of(gate) <= 0
+    following = resource.queue.next(
+        lambda index: (
+            (limit := resource.limits[index]) is not None and limit.inside >= max(1, limit.limit)
+        )
+    )
+    return following is not None and delay_of(resource, following[1].cost) <= 0
 
 
 def _pairs(calls: Sequence[Call]) -> Iterator[tuple[Call, Call]]:

@@ -3,7 +3,7 @@
 It runs hundreds of thousands of times in a run, so it reads a few numbers and makes no snapshots.
 What costs more is looked at twice a second (deadlines.py).
 
-Private names used here: those of the gates, of the store, of the pools and of lanes, which no
+Private names used here: those of resources, of the store, of the pools and of lanes, which no
 snapshot shows cheaply.
 """
 
@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from aioserver.providers.queueing import ProviderGate
-
-from aioserver.limits.gate import WHOLE
 from aioserver.limits.gcra import ROUNDING
-from aioserver.limits.resource import Resource
+from aioserver.providers.capacity import ProviderRate
 from aioserver.streams.store import SEARCH_STEP
 from aioserver.streams.stream import RESUME_BYTES
 from aioserver.wings.cluster.leased import MOMENTARY, LeasedCapacity
@@ -37,7 +34,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from aioserver.limits.gate import Gate
+    from aioserver.limits.resource import Resource, Ticket
+    from aioserver.providers.capacity import Capacity
     from aioserver.providers.provider import Provider
     from aioserver.streams.stream import Stream
     from tests.simulation.instance import Instance
@@ -64,11 +62,13 @@ class Watch:
         self._broken = broken
         self._deadlines = Deadlines(instance, network, broken)
         self._fairness = Fairness(broken)
-        self._groups = GroupWatch(server.context.router, broken)
+        self._groups = GroupWatch(
+            server.context.router, server.context.admission.scheduler, broken
+        )
         self._reloaded = False
-        # The places that were taken at the last look, of each gate that has more inside than its
-        # limit.
-        self._taken: dict[Gate | Resource, int] = {}
+        # The places that were taken at the last look, of each resource that has more inside than
+        # its limit.
+        self._taken: dict[Resource, int] = {}
         # The most bytes that answers under way have needed since all that was kept had room last.
         self._needed = 0
         self._closer_at = 0.0
@@ -101,6 +101,7 @@ class Watch:
         if Clock.now >= self._closer_at:
             self._closer_at = Clock.now + CLOSER
             self._look_at_keys()
+            self._look_at_slots()
             self._look_closer()
 
     def _look_at_loans(self) -> None:
@@ -138,34 +139,49 @@ class Watch:
                     self._broken(f"{len(queue)} wait at {name}, and no timer lets them start")
 
     def _look_at_provider(self, provider: Provider) -> None:
-        gate, sockets = provider._gate, provider.pools.gate
-        if gate not in self._fairness.followed:
-            self._fairness.follow(gate)
-        inside, limit = gate.inside, gate.limit
-        if inside > limit:
-            self._look_at_excess(gate, provider.name)
-        elif inside < limit and gate._next() is not None:
-            # Only its pace, or its breaker, may keep the next request from starting.
-            if (delay := delay_of(gate)) <= ROUNDING:
-                self._broken(f"requests wait at {provider.name} while {limit - inside} may start")
-            elif _stopped(gate._start_timer) and delay < inf:
-                self._broken(f"requests wait at {provider.name}, and no timer lets them in")
+        capacity, sockets = provider.capacity, provider.pools.gate
+        resource = capacity.resource
+        if resource not in self._fairness.followed:
+            self._follow(capacity)
+        for part in capacity.parts:
+            inside, limit = part.inside, part.limit
+            if inside > limit:
+                self._look_at_excess(part, provider.name)
+            elif inside < limit and (found := part.queue.next(part._is_closed)) is not None:
+                # Only its pace, or its breaker, may keep the next request from starting.
+                if (delay := delay_of(part, found[1].cost)) <= ROUNDING:
+                    self._broken(
+                        f"requests wait at {provider.name} while {limit - inside} may start"
+                    )
+                elif _stopped(part.timer) and delay < inf:
+                    self._broken(f"requests wait at {provider.name}, and no timer lets them in")
         self._look_at_background(provider)
-        if not (self._reloaded or isinstance(gate, SharedGate)):
-            self._look_at_batch(gate)
+        if not (self._reloaded or resource.supply):
+            for part in capacity.parts:
+                self._look_at_batch(part)
         if sockets.inside > sockets.limit:
             self._look_at_excess(sockets, f"connections to {provider.name}")
         elif sockets.waiting and sockets.inside < sockets.limit:
             self._broken(f"requests wait for connections to {provider.name}, and some are free")
 
+    def _follow(self, capacity: Capacity) -> None:
+        """Follow the queues of *capacity*, and those of its part for the background once it is
+        made.
+        """
+        self._fairness.follow(capacity.resource)
+        make = capacity._make_background
+
+        def made() -> Resource:
+            part = make()
+            self._fairness.follow(part)
+            return part
+
+        capacity._make_background = made  # type: ignore[method-assign]
+
     def _look_at_background(self, provider: Provider) -> None:
         """Look at the places of answers in the background: at most half of all, at least one."""
-        queue = provider._gate._permits
-        if queue is None:
-            return
-        if queue.inside < queue.limit and queue._queue:
-            self._broken(f"answers in the background wait at {provider.name}, and may start")
-        if self._reloaded or queue.inside > queue.limit:
+        part = provider.capacity._background
+        if part is None or self._reloaded or part.inside > part.limit:
             # The limit was lowered, by a reload or by other instances.
             return
         most = max(1, provider.settings.http_client.concurrent_requests // 2)
@@ -177,27 +193,71 @@ class Watch:
             places = f"{len(taken)} places at {provider.name}"
             self._broken(f"{places} are for the background, of {most}")
 
-    def _look_at_batch(self, gate: Gate) -> None:
+    def _look_at_batch(self, resource: Resource) -> None:
         """Look at how much of its places and its queue batch takes."""
-        limit = gate.limit - max(1, gate.limit // 10) if gate.limit > 1 else 1
-        if gate._batch_inside > limit:
-            self._broken(f"{gate._batch_inside} of {limit} places of batch are taken")
-        # Those that come back, and those of a group, have their room elsewhere.
-        own = sum(waiter.share is WHOLE and not waiter.rejoined for waiter in gate._batch)
-        if own > -(-gate.queue_size // 2):
-            self._broken(f"{own} of {gate.queue_size} in the queue are batch")
+        limit = resource.limit - max(1, resource.limit // 10) if resource.limit > 1 else 1
+        places = resource.limits[1]
+        assert places is not None
+        if places.inside > limit:
+            self._broken(f"{places.inside} of {limit} places of batch are taken")
+        # Those of a group may have their room elsewhere.
+        grouped = any(
+            len(group.members) > 1 for group in self._server.context.router.listed.values()
+        )
+        if not grouped and resource.class_slots[1] > -(-resource.queue_size // 2):
+            slots = resource.class_slots[1]
+            self._broken(f"{slots} of {resource.queue_size} in the queue are batch")
 
-    def _look_at_excess(self, gate: Gate | Resource, what: str) -> None:
-        """Look at a gate that has more inside than its limit: it was lowered, and nobody may
+    def _look_at_slots(self) -> None:
+        """Those that wait stand where they bid, and each has a slot of one queue, unless all of
+        its bids are still to come.
+        """
+        waiting = self._server.context.admission.scheduler.waiting
+        slots: Counter[Resource] = Counter()
+        for ticket in waiting:
+            if not ticket.bids:
+                self._broken("a request waits for nothing")
+            if any(bid.ticket is not ticket for bid in ticket.bids):
+                self._broken("a request waits by the bid of another one")
+            if (resource := ticket.slot) is not None:
+                slots[resource] += 1
+                if resource.within is not None:
+                    slots[resource.within] += 1
+            elif any(bid.standing for bid in ticket.bids):
+                self._broken("a request waits without a slot")
+            for bid in ticket.bids:
+                away = bid in bid.resource.away
+                coming = bid.not_before + ROUNDING >= Clock.now and bid.parked == away
+                if bid.standing == coming or (bid.standing and away):
+                    self._broken(f"a request waits for {bid.resource.name} in no queue")
+        for provider in self._server.context.router.providers.values():
+            for part in provider.capacity.parts:
+                # Those that may have to come back keep theirs.
+                if part.slots < slots[part] or part.slots != sum(part.class_slots):
+                    self._broken(
+                        f"{part.slots} slots of {provider.name} are taken, {slots[part]} wait"
+                    )
+                elif part.slots > slots[part] + part.inside and part.within is None:
+                    # Whoever may come back runs, as a trial.
+                    self._broken(f"{part.slots} slots of {provider.name} are taken for nobody")
+                for bid in part.queue.order():
+                    ticket = bid.ticket
+                    if ticket not in waiting or bid not in ticket.bids or bid.resource is not part:
+                        self._broken(
+                            f"a request that waits no more stands in line at {provider.name}"
+                        )
+
+    def _look_at_excess(self, resource: Resource, what: str) -> None:
+        """Look at a resource that has more inside than its limit: it was lowered, and nobody may
         enter.
         """
-        inside = gate.inside
-        if isinstance(gate, SharedGate) or (isinstance(gate, Resource) and gate.supply):
+        inside = resource.inside
+        if resource.supply:
             # What is in hand may be lowered at any time; together.py looks at each start.
             return
-        if not self._reloaded or inside > self._taken.get(gate, inside):
-            self._broken(f"{inside} of {gate.limit} places are taken: {what}")
-        self._taken[gate] = inside
+        if not self._reloaded or inside > self._taken.get(resource, inside):
+            self._broken(f"{inside} of {resource.limit} places are taken: {what}")
+        self._taken[resource] = inside
 
     def _look_at_kept(self) -> None:
         """Look at a store that keeps too much: only what answers under way, and readers that are
@@ -236,18 +296,25 @@ class Watch:
                 self._broken("an answer in the background is to end for want of a reader")
         router = self._server.context.router
         room: dict[str, int] = {}
+        grouped: dict[Ticket, Resource | None] = {}
+        for group in {**router.groups, **router.listed}.values():
+            for each in group.candidates:
+                ticket = each._request.provider_request.ticket
+                grouped[ticket] = ticket.slot
         for provider in router.providers.values():
             pool = provider.pools.stats()
             if pool.open > pool.limit and Clock.now > self._deadlines.settled_at:
                 self._broken(f"{pool.open} of {pool.limit} connections to {provider.name}")
-            queue = provider._gate
-            most = queue.queue_size
-            if isinstance(queue, SharedGate):
+            resource = provider.capacity.resource
+            most = resource.queue_size
+            if isinstance(resource.supply, LeasedCapacity):
                 # As many more as others may have had places for.
-                most += queue.shared_limit
+                most += resource.supply.limit
             room[provider.name] = most
             # Those of a group have the room of all its members.
-            waiting = queue.waiting - sum(waiter.share is not WHOLE for waiter in queue._waiters())
+            waiting = resource.slots - sum(
+                resource in (slot, slot and slot.within) for slot in grouped.values()
+            )
             # After a reload, as many as there were.
             if waiting > most and Clock.now > self._deadlines.settled_at:
                 self._broken(f"{waiting} requests wait, at most {most}")
@@ -316,19 +383,20 @@ def needed_bytes(stream: Stream) -> int:
     return stream.extra_bytes + newest + unread
 
 
-def delay_of(gate: Gate) -> float:
-    """Return the seconds until the next start at *gate*; a shared rate asks for no slots
-    meanwhile.
+def delay_of(resource: Resource, cost: int) -> float:
+    """Return the seconds until the next start at *resource*, of *cost*; a shared rate asks for no
+    slots meanwhile.
     """
-    if not isinstance(gate, ProviderGate):
-        return gate._delay()
-    rate = gate.pace._starts
+    if resource.rate is None:
+        return 0.0
+    assert isinstance(resource.rate, ProviderRate)
+    rate = resource.rate._pace._starts
     if not isinstance(rate, SharedRate):
-        return gate._delay()
+        return resource.rate.delay(cost)
     caller, ask_at = rate._calls, rate.ask_at
     rate._calls = _Silence(caller.instances, caller.round_trip)
     try:
-        return gate._delay()
+        return resource.rate.delay(cost)
     finally:
         rate._calls, rate.ask_at = caller, ask_at
 
