@@ -225,6 +225,10 @@ class Ticket(msgspec.Struct, eq=False):
         return self.woken is not None and self.woken.cancelled()
 
 
+# The ticket of a bid that waits no more, or not yet.
+NOBODY = cast("Ticket", None)
+
+
 class Bid(msgspec.Struct, eq=False):
     """A ticket's wish for one *resource*, where it counts *cost* for the rate.
 
@@ -239,9 +243,9 @@ class Bid(msgspec.Struct, eq=False):
     front: bool = False
     parked: bool = False
     movable: bool = False
-    # Whose it is once it was made, and of which class; since when and until when it waits; where it stands, with
-    # the seconds until its start; and what it was granted within the resource.
-    ticket: Ticket = cast("Ticket", None)
+    # Whose it is while it waits, and of which class; since when and until when it waits; where it
+    # stands, with the seconds until its start; and what it was granted within the resource.
+    ticket: Ticket = NOBODY
     index: int = 0
     since: float = 0.0
     until: float = 0.0

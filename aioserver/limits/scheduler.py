@@ -21,7 +21,7 @@ from math import inf
 from typing import TYPE_CHECKING, cast
 
 from aioserver.limits.gcra import ROUNDING
-from aioserver.limits.resource import Grant, Reason, Resource, Ticket
+from aioserver.limits.resource import NOBODY, Grant, Reason, Resource, Ticket
 
 if TYPE_CHECKING:
     import asyncio
@@ -80,7 +80,7 @@ class Scheduler:
                 except BaseException:
                     grant.cancel()
                     raise
-                ticket.won = bid
+                ticket.won, ticket.on_position = bid, None
                 return grant
         return self._wait(ticket, bids)
 
@@ -226,7 +226,7 @@ class Scheduler:
         """Let the tickets that are parked come back to *resource* now."""
         parked = [each[2] for each in self._later if each[2].parked]
         for bid in parked:
-            if bid.resource is resource and bid in bid.ticket.bids and not bid.standing:
+            if _leads_to(bid, resource) and _comes(bid):
                 bid.not_before = 0.0
                 self._come(bid)
         self.serve(resource)
@@ -263,7 +263,14 @@ class Scheduler:
                 joined.append(bid)
         if not joined:
             self.free_slot(ticket)
-            raise min(errors)[2]
+            ticket.on_position = None
+            error = min(errors)[2]
+            errors.clear()
+            try:
+                raise error
+            finally:
+                # Its traceback leads to this frame.
+                del error
         errors.clear()
         ticket.bids = joined
         self.waiting[ticket] = None
@@ -284,14 +291,17 @@ class Scheduler:
         if isinstance(outcome, Grant):
             return outcome
         assert outcome is not None
-        raise outcome
+        try:
+            raise outcome
+        finally:
+            del outcome
 
     def _begin(self, bids: Sequence[Bid], now: float) -> None:
         """Let *bids* join the queues, now or later."""
         for bid in bids:
             if bid.not_before > now:
                 if bid.parked:
-                    bid.resource.away[bid] = None
+                    _outermost(bid).away[bid] = None
                 self._entries += 1
                 heappush(self._later, (bid.not_before, self._entries, bid))
                 self._look_at(bid.not_before)
@@ -303,7 +313,7 @@ class Scheduler:
     def _come(self, bid: Bid) -> None:
         """Let *bid*, which has waited for its time, join the queue."""
         ticket, resource = bid.ticket, bid.resource
-        resource.away.pop(bid, None)
+        _outermost(bid).away.pop(bid, None)
         if (error := resource.look(bid)) is not None:
             resource.refused += 1
             self._withdraw(bid, lambda: error)
@@ -403,7 +413,8 @@ class Scheduler:
             keeps = isinstance(outcome, Grant) and (keeps or outcome.resource.keeps())
             if not keeps:
                 self.free_slot(ticket)
-        ticket.outcome, ticket.reported = outcome, None
+        # What is told of its position leads to whoever waits.
+        ticket.outcome, ticket.reported, ticket.on_position = outcome, None, None
         if ticket.woken is not None and not ticket.woken.done():
             ticket.woken.set_result(None)
         self._serve_all()
@@ -415,7 +426,7 @@ class Scheduler:
             if ticket.waited is None:
                 ticket.waited = {}
             ticket.waited[resource] = ticket.waited.get(resource, 0.0) + now - bid.since
-        resource.away.pop(bid, None)
+        _outermost(bid).away.pop(bid, None)
         if resource.drop(bid):
             # The next one may cost less, and the timer is that of the head.
             self._dirty[resource] = None
@@ -423,13 +434,15 @@ class Scheduler:
             bid.inner = None
             self._dirty[inner.resource] = None
             inner.cancel(serve=False)
+        # What has waited is not kept by its bids: one for later is known until its time.
+        bid.ticket = NOBODY
 
     def _withdraw(self, bid: Bid, error: Callable[[], BaseException]) -> None:
         """Let the ticket of *bid* wait there no more; if that was its last bid, it ends with
         *error*.
         """
         ticket = bid.ticket
-        if bid not in ticket.bids:
+        if not _waits(bid):
             return
         rest = [each for each in ticket.bids if each is not bid]
         if not rest:
@@ -458,7 +471,8 @@ class Scheduler:
         now = self._loop.time()
         overdue = now >= ticket.deadline - ROUNDING
         for bid in list(ticket.bids):
-            if overdue or bid.until <= now + ROUNDING:
+            # It may have started elsewhere as another bid was withdrawn.
+            if _waits(bid) and (overdue or bid.until <= now + ROUNDING):
                 reason = Reason.DEADLINE if overdue else Reason.LATE
                 late = bid.resource.refusal(reason, bid, bid.resource.retry_after())
                 self._withdraw(bid, lambda late=late: late)  # type: ignore[misc]
@@ -546,6 +560,11 @@ class Scheduler:
                     self._end(ticket, error)
 
 
+def _outermost(bid: Bid) -> Resource:
+    """Return the resource that *bid* leads to: the one around that which it waits for, if any."""
+    return bid.resource.within or bid.resource
+
+
 def _leads_to(bid: Bid, resource: Resource) -> bool:
     """Return whether *bid* waits for *resource*, or for one within it."""
     return bid.resource is resource or bid.resource.within is resource
@@ -553,4 +572,9 @@ def _leads_to(bid: Bid, resource: Resource) -> bool:
 
 def _comes(bid: Bid) -> bool:
     """Return whether *bid*, which was to join later, still does."""
-    return not bid.standing and bid in bid.ticket.bids
+    return not bid.standing and _waits(bid)
+
+
+def _waits(bid: Bid) -> bool:
+    """Return whether the ticket of *bid* still waits by it."""
+    return bid.ticket is not NOBODY and bid in bid.ticket.bids

@@ -870,7 +870,6 @@ async def granted(attempt: Attempt, providers: Sequence[Provider]) -> Grant:
     try:
         grant = await providers[0].scheduler.granted(request.ticket)
     finally:
-        request.ticket.on_position = None
         if grant is not None or len(providers) == 1:
             name = providers[0].name if grant is None else grant.resource.name
             request.record.waited(name, began, clock())
