@@ -470,14 +470,16 @@ class Attempts:
 
 def give_up(attempt: Attempt | None, grant: Grant | None, candidates: Candidates) -> None:
     """Give back what an *attempt* at the one of *candidates* that was chosen has left, if it never
-    began, and its *grant*.
+    began, and its *grant*; None: the request has not started.
     """
     try:
         if attempt is not None and attempt.trial and candidates.chosen is not None:
             attempt.trial = False
             candidates.chosen.provider.health.breaker.unsure(trial=True)
     finally:
-        if grant is not None:
+        if grant is None:
+            candidates.leave()
+        else:
             grant.cancel()
 
 

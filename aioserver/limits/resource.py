@@ -493,19 +493,25 @@ class Resource:
         taken: object = True
         if self.rate is not None and (taken := self.rate.try_take(bid.cost)) is None:
             return None
+        places, limit = self.places, self.limits[bid.index]
+        inside, of_class = places.inside, 0 if limit is None else limit.inside
         try:
             _, charge = self.queue.pop(bid.index)
             bid.standing = False
-            self.places.take()
-            if (limit := self.limits[bid.index]) is not None:
+            if self.bare:
+                charge.settle()
+            places.take()
+            if limit is not None:
                 limit.take()
         except BaseException:
+            places.inside = inside
+            if limit is not None:
+                limit.inside = of_class
             if taken is not True:
                 self.settle(taken, None)
             raise
         grant = Grant(self, bid.ticket, bid.index, taken)
         if self.bare:
-            charge.settle()
             return grant
         grant.charge, grant.inner, bid.inner = charge, bid.inner, None
         if self.within is None:

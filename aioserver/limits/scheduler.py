@@ -359,17 +359,22 @@ class Scheduler:
         start.
         """
         resource, ticket = bid.resource, bid.ticket
+        grant: Grant | None = None
+        outer = resource.within
         try:
             grant = resource.start(bid)
+            if grant is not None and outer is None:
+                ticket.won = bid
+                self._end(ticket, grant, keeps=bid.parked)
+                return True
         except Exception as error:  # noqa: BLE001 - a bug: it is raised in the task that waits
-            self._end(ticket, error)
+            if grant is not None:
+                grant.cancel(serve=False)
+            if ticket in self.waiting:
+                self._end(ticket, error)
             return True
-        if grant is None:
+        if grant is None or outer is None:
             return self._start_later(bid)
-        if (outer := resource.within) is None:
-            ticket.won = bid
-            self._end(ticket, grant, keeps=bid.parked)
-            return True
         # It goes on in the resource around it, before its caller's others.
         bid.inner, bid.front, bid.resource = grant, True, outer
         bid.index = outer.index(ticket)
