@@ -28,7 +28,7 @@ from trace_of_chats import ENGINES, Load, Result, Trace, Turn, text_of
 from aioserver.auth.callers import NO_CALLER
 from aioserver.config import settings
 from aioserver.config.settings import Group, Llm, Member
-from aioserver.gateway import homes
+from aioserver.gateway import affinity
 from aioserver.gateway.request import Request
 from aioserver.gateway.router import Router
 from aioserver.provider_errors import ProviderFault
@@ -228,12 +228,12 @@ def run(seed: int, load: Load, way: str) -> Result:
     async def scene() -> Result:
         return await Run(seed, load, way).play()
 
-    before = homes.PATIENCE
-    homes.PATIENCE = before * load.wrong
+    before = affinity.PATIENCE
+    affinity.PATIENCE = before * load.wrong
     try:
         return run_virtually(scene())
     finally:
-        homes.PATIENCE = before
+        affinity.PATIENCE = before
 
 
 ROWS: list[tuple[str, Load]] = [

@@ -220,8 +220,10 @@ class Attempts:
             outcome.begin_attempt(provider.name, candidates.model or member.asked_model)
         try:
             attempt, grant = await candidates.start(self._again, self._fallback, trial, parked)
-        except AioserverError:
-            outcome.attempts -= member is not None
+        except BaseException as error:
+            if isinstance(error, AioserverError):
+                outcome.attempts -= member is not None
+            candidates.leave()
             raise
         if member is None or candidates.chosen is not member:
             assert candidates.chosen is not None
@@ -479,14 +481,16 @@ class Attempts:
 
 def give_up(attempt: Attempt | None, grant: Grant | None, candidates: Candidates) -> None:
     """Give back what an *attempt* at the one of *candidates* that was chosen has left, if it never
-    began, and its *grant*.
+    began, and its *grant*; None: the request has not started.
     """
     try:
         if attempt is not None and attempt.trial and candidates.chosen is not None:
             attempt.trial = False
             candidates.chosen.provider.health.breaker.unsure(trial=True)
     finally:
-        if grant is not None:
+        if grant is None:
+            candidates.leave()
+        else:
             grant.cancel()
 
 

@@ -22,7 +22,7 @@ from aioserver.provider_errors import (
     ProviderFault,
     ProviderPaced,
 )
-from aioserver.providers.provider import WAIT, enter, granted
+from aioserver.providers.provider import WAIT, enter, granted, leave
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -221,12 +221,8 @@ class Candidates:
             member, grant = await self._wait(trial, fallback=fallback, parked=parked)
             self.chosen = member
             attempt = self._attempts[member]
-            try:
-                outcome = self._request.provider_request.outcome
-                group.started(member, list(self._attempts), outcome, self.placement)
-            except BaseException:
-                grant.cancel()
-                raise
+            outcome = self._request.provider_request.outcome
+            group.started(member, list(self._attempts), outcome, self.placement)
         finally:
             self._attempts, self._bids = {}, {}
             if trial is not None and self.chosen is not trial:
@@ -325,6 +321,15 @@ class Candidates:
                 member.provider.scheduler.withdraw(bid, self._group.empty)
 
     # Afterwards.
+
+    def leave(self) -> None:
+        """Wait for no place any more, and give back the one that nobody has heard of: `start` has
+        failed.
+        """
+        ticket = self._request.provider_request.ticket
+        leave(ticket, self._group.members[0].provider)
+        for grant in [each for each in ticket.grants if each is not self._request.grant]:
+            grant.cancel()
 
     def repeat(self) -> None:
         """Let the member that has failed be asked once more, before the others."""

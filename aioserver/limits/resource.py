@@ -229,6 +229,10 @@ class Ticket(msgspec.Struct, eq=False):
         return self.woken is not None and self.woken.cancelled()
 
 
+# The ticket of a bid that waits no more, or not yet.
+NOBODY = cast("Ticket", None)
+
+
 class Bid(msgspec.Struct, eq=False):
     """A ticket's wish for one *resource*, where it counts *cost* for the rate.
 
@@ -243,9 +247,9 @@ class Bid(msgspec.Struct, eq=False):
     front: bool = False
     parked: bool = False
     movable: bool = False
-    # Whose it is once it was made, and of which class; since when and until when it waits; where it
+    # Whose it is while it waits, and of which class; since when and until when it waits; where it
     # stands, with the seconds until its start; and what it was granted within the resource.
-    ticket: Ticket = cast("Ticket", None)
+    ticket: Ticket = NOBODY
     index: int = 0
     since: float = 0.0
     until: float = 0.0
@@ -493,19 +497,25 @@ class Resource:
         taken: object = True
         if self.rate is not None and (taken := self.rate.try_take(bid.cost)) is None:
             return None
+        places, limit = self.places, self.limits[bid.index]
+        inside, of_class = places.inside, 0 if limit is None else limit.inside
         try:
             _, charge = self.queue.pop(bid.index)
             bid.standing = False
-            self.places.take()
-            if (limit := self.limits[bid.index]) is not None:
+            if self.bare:
+                charge.settle()
+            places.take()
+            if limit is not None:
                 limit.take()
         except BaseException:
+            places.inside = inside
+            if limit is not None:
+                limit.inside = of_class
             if taken is not True:
                 self.settle(taken, None)
             raise
         grant = Grant(self, bid.ticket, bid.index, taken)
         if self.bare:
-            charge.settle()
             return grant
         grant.charge, grant.inner, bid.inner = charge, bid.inner, None
         if self.within is None:

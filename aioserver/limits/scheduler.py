@@ -23,7 +23,7 @@ from math import inf
 from typing import TYPE_CHECKING, cast
 
 from aioserver.limits.gcra import ROUNDING
-from aioserver.limits.resource import Grant, Reason, Resource, Ticket
+from aioserver.limits.resource import NOBODY, Grant, Reason, Resource, Ticket
 
 if TYPE_CHECKING:
     import asyncio
@@ -82,7 +82,7 @@ class Scheduler:
                 except BaseException:
                     grant.cancel()
                     raise
-                ticket.won, ticket.queued = bid, False
+                ticket.won, ticket.queued, ticket.on_position = bid, False, None
                 return grant
         ticket.queued = True
         return self._wait(ticket, bids)
@@ -269,7 +269,14 @@ class Scheduler:
                 joined.append(bid)
         if not joined:
             self.free_slot(ticket)
-            raise min(errors)[2]
+            ticket.on_position = None
+            refusal = min(errors)[2]
+            errors.clear()
+            try:
+                raise refusal
+            finally:
+                # Its traceback leads to this frame.
+                del refusal
         errors.clear()
         ticket.bids = joined
         self.waiting[ticket] = None
@@ -290,14 +297,17 @@ class Scheduler:
         if isinstance(outcome, Grant):
             return outcome
         assert outcome is not None
-        raise outcome
+        try:
+            raise outcome
+        finally:
+            del outcome
 
     def _begin(self, bids: Sequence[Bid], now: float) -> None:
         """Let *bids* join the queues, now or later."""
         for bid in bids:
             if bid.not_before > now:
                 if bid.parked:
-                    bid.resource.away[bid] = None
+                    _outermost(bid).away[bid] = None
                 self._entries += 1
                 heappush(self._later, (bid.not_before, self._entries, bid))
                 self._look_at(bid.not_before)
@@ -309,7 +319,7 @@ class Scheduler:
     def _come(self, bid: Bid) -> None:
         """Let *bid*, which has waited for its time, join the queue."""
         ticket, resource = bid.ticket, bid.resource
-        resource.away.pop(bid, None)
+        _outermost(bid).away.pop(bid, None)
         if (error := resource.look(bid)) is not None:
             resource.refused += 1
             self._withdraw(bid, lambda: error)
@@ -355,17 +365,22 @@ class Scheduler:
         start.
         """
         resource, ticket = bid.resource, bid.ticket
+        grant: Grant | None = None
+        outer = resource.within
         try:
             grant = resource.start(bid)
+            if grant is not None and outer is None:
+                ticket.won = bid
+                self._end(ticket, grant, keeps=bid.parked)
+                return True
         except Exception as error:  # noqa: BLE001 - a bug: it is raised in the task that waits
-            self._end(ticket, error)
+            if grant is not None:
+                grant.cancel(serve=False)
+            if ticket in self.waiting:
+                self._end(ticket, error)
             return True
-        if grant is None:
+        if grant is None or outer is None:
             return self._start_later(bid)
-        if (outer := resource.within) is None:
-            ticket.won = bid
-            self._end(ticket, grant, keeps=bid.parked)
-            return True
         # It goes on in the resource around it, before its caller's others.
         bid.inner, bid.front, bid.resource = grant, True, outer
         bid.index = outer.index(ticket)
@@ -410,7 +425,8 @@ class Scheduler:
                 self._free_slot_unless(ticket, outcome, keeps=keeps)
             else:
                 self.free_slot(ticket)
-        ticket.outcome, ticket.reported = outcome, None
+        # What is told of its position leads to whoever waits.
+        ticket.outcome, ticket.reported, ticket.on_position = outcome, None, None
         if ticket.woken is not None and not ticket.woken.done():
             ticket.woken.set_result(None)
         self._serve_all()
@@ -422,7 +438,7 @@ class Scheduler:
             if ticket.waited is None:
                 ticket.waited = {}
             ticket.waited[resource] = ticket.waited.get(resource, 0.0) + now - bid.since
-        resource.away.pop(bid, None)
+        _outermost(bid).away.pop(bid, None)
         if resource.drop(bid):
             # The next one may cost less, and the timer is that of the head.
             self._dirty[resource] = None
@@ -430,13 +446,15 @@ class Scheduler:
             bid.inner = None
             self._dirty[inner.resource] = None
             inner.cancel(serve=False)
+        # What has waited is not kept by its bids: one for later is known until its time.
+        bid.ticket = NOBODY
 
     def _withdraw(self, bid: Bid, error: Callable[[], BaseException]) -> None:
         """Let the ticket of *bid* wait there no more; if that was its last bid, it ends with
         *error*.
         """
         ticket = bid.ticket
-        if bid not in ticket.bids:
+        if not _waits(bid):
             return
         rest = [each for each in ticket.bids if each is not bid]
         if not rest:
@@ -465,7 +483,8 @@ class Scheduler:
         now = self._loop.time()
         overdue = now >= ticket.deadline - ROUNDING
         for bid in list(ticket.bids):
-            if overdue or bid.until <= now + ROUNDING:
+            # It may have started elsewhere as another bid was withdrawn.
+            if _waits(bid) and (overdue or bid.until <= now + ROUNDING):
                 reason = Reason.DEADLINE if overdue else Reason.LATE
                 late = bid.resource.refusal(reason, bid, bid.resource.retry_after())
                 self._withdraw(bid, lambda late=late: late)  # type: ignore[misc]
@@ -563,6 +582,11 @@ class Scheduler:
                     self._end(ticket, error)
 
 
+def _outermost(bid: Bid) -> Resource:
+    """Return the resource that *bid* leads to: the one around that which it waits for, if any."""
+    return bid.resource.within or bid.resource
+
+
 def _leads_to(bid: Bid, resource: Resource) -> bool:
     """Return whether *bid* waits for *resource*, or for one within it."""
     return bid.resource is resource or bid.resource.within is resource
@@ -570,4 +594,9 @@ def _leads_to(bid: Bid, resource: Resource) -> bool:
 
 def _comes(bid: Bid) -> bool:
     """Return whether *bid*, which was to join later, still does."""
-    return not bid.standing and bid in bid.ticket.bids
+    return not bid.standing and _waits(bid)
+
+
+def _waits(bid: Bid) -> bool:
+    """Return whether the ticket of *bid* still waits by it."""
+    return bid.ticket is not NOBODY and bid in bid.ticket.bids

@@ -339,7 +339,9 @@ class Provider:
             self._running -= 1
         try:
             attempt.ended()
-            if grant is not None:
+            if grant is None:
+                leave(request.ticket, self)
+            else:
                 part = self._bill(attempt, error)
         finally:
             try:
@@ -873,11 +875,21 @@ async def granted(attempt: Attempt, providers: Sequence[Provider]) -> Grant:
     try:
         grant = await providers[0].scheduler.granted(request.ticket)
     finally:
-        request.ticket.on_position = None
-        if grant is not None or len(providers) == 1:
-            name = providers[0].name if grant is None else grant.resource.name
-            request.record.waited(name, began, clock())
+        try:
+            if grant is not None or len(providers) == 1:
+                name = providers[0].name if grant is None else grant.resource.name
+                request.record.waited(name, began, clock())
+        except BaseException:
+            if grant is not None:
+                grant.cancel()
+            raise
     return grant
+
+
+def leave(ticket: Ticket, provider: Provider) -> None:
+    """Let *ticket*, which may wait for a place at *provider* or others, wait no more."""
+    if ticket.bids or ticket.outcome is not None:
+        provider.scheduler.leave(ticket)
 
 
 def _events(attempt: Attempt) -> int:

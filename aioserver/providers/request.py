@@ -252,6 +252,9 @@ class ProviderRequest:
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""
         self.body = _no_body
+        if (ticket := self._ticket) is not None:
+            # It leads to the attempt whose wait was refused.
+            ticket.estimate = None
         if self._hold is not None:
             self._hold.release()
             self._hold = None

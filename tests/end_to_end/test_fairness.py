@@ -2,8 +2,6 @@
 sockets, on faces that clients know.
 """
 
-# ruff: noqa: SLF001 - what a caller was charged with is seen in no other way
-
 from __future__ import annotations
 
 import asyncio
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aioserver.limits.old_fair_queue import LENGTH
+from aioserver.limits.fair_queue import LENGTH
 from tests.support.keys import bearer, entry
 from tests.support.server import (
     QUICK,
@@ -60,7 +58,7 @@ async def ask(
 
 def charged(server: RunningServer, caller: str) -> float:
     """The work that *caller* was charged with, of whom nothing is known yet."""
-    counter = server.provider._gate._queue.callers.counters[caller]
+    counter = server.provider.capacity.resource.queue.queues[0].callers.counters[caller]
     return float(counter.tag / LENGTH)
 
 
@@ -76,7 +74,7 @@ async def waiting(server: RunningServer, *requests: tuple[str, int]) -> Any:
     tasks = []
     for count, (caller, tokens) in enumerate(requests, 1):
         tasks.append(asyncio.create_task(ask(server, caller, tokens)))
-        await until(lambda count=count: server.provider._gate.waiting == count)  # type: ignore[misc]
+        await until(lambda count=count: server.provider.capacity.waiting == count)  # type: ignore[misc]
     yield
     first.cancel()
     assert set(await asyncio.gather(*tasks)) == {200}
@@ -147,7 +145,7 @@ async def test_batch_leaves_a_place_and_uses_what_is_left(make_server: MakeServe
     server = await make_server(
         SILENT, **keys(web={}, night={"class": "batch"}, root={}), **{PLACES: 3}
     )
-    gate = server.provider._gate
+    gate = server.provider.capacity
     nights = [asyncio.create_task(ask(server, "night")) for _ in range(2)]
     await until(lambda: gate.inside == 2)
     nights += [asyncio.create_task(ask(server, "night")) for _ in range(3)]
@@ -182,7 +180,7 @@ async def test_batch_is_refused_where_half_of_the_queue_is_full(make_server: Mak
         **keys(web={}, night={"class": "batch"}),
         **{PLACES: 1, f"{SIM_HTTP_CLIENT}.queue_size": 4},
     )
-    gate = server.provider._gate
+    gate = server.provider.capacity
     tasks = [asyncio.create_task(ask(server, "night")) for _ in range(3)]
     await until(lambda: (gate.inside, gate.waiting) == (1, 2))
 
@@ -213,7 +211,7 @@ async def test_batch_stands_behind_in_every_line_of_a_group(make_server: MakeSer
         started.append(caller)
 
     running = [asyncio.create_task(grouped("web")) for _ in range(2)]
-    gates = [server.provider._gate, server.provider_of("other")._gate]
+    gates = [server.provider.capacity, server.provider_of("other").capacity]
     await until(lambda: [gate.inside for gate in gates] == [1, 1])
     tasks = [asyncio.create_task(grouped(caller)) for caller in ("night", "web")]
     await until(lambda: [gate.waiting for gate in gates] == [2, 2])
@@ -230,7 +228,7 @@ async def test_batch_stands_behind_in_every_line_of_a_group(make_server: MakeSer
 
 async def test_a_changed_class_holds_for_new_requests(make_server: MakeServer) -> None:
     server = await make_server(SILENT, **keys(ann={}), **{PLACES: 2})
-    gate = server.provider._gate
+    gate = server.provider.capacity
     before = [asyncio.create_task(ask(server, "ann")) for _ in range(3)]
     await until(lambda: (gate.inside, gate.waiting) == (2, 1))
 

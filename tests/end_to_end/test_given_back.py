@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 # What takes a place, a connection, a key's count, a hold of bytes, a log, or a trial.
 TAKES = re.compile(
-    r"(\btry_enter|(gate|resource|slots|within)\.try_start|_?scheduler\.(enter|wait|suspend)|\b_?gate\.enter|admission\.(wait|connect|hold)|quota\.(take|begin|connect|used)"
-    r"|\b_take_slot|self\.(starts|rate)\.try_take|budget\.reserve|_?(minute|day)\.reserve|request\.begin"
-    r"|permits\.enter|run_in_background"
-    r"|loan\.(lend|regain)"
-    r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)|_connector\.connect"
-    r"|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bvisit\.enter|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
-    r"|\bself\.offer|provider\.(offer|wish)|lines\.wait|group\.start|round_\.start|self\._offer"
-    r"|_passed_start)$"
+    r"(\btry_enter|(gate|resource|slots|within)\.try_start|\bresource\.start"
+    r"|_?scheduler\.(enter|granted|join|suspend|wait)|\b_take_slot"
+    r"|(starts|rate|pace)\.try_(take|start)|admission\.(wait|connect|hold)"
+    r"|quota\.(take|begin|connect|granted|used)|budget\.reserve|_?(minute|day)\.reserve"
+    r"|request\.(begin|granted)|run_in_background|loan\.(lend|regain)"
+    r"|_streams\.(open|open_mirror|hold)|pool\.(take|connect)|_connections\.(take|open_one)"
+    r"|_connector\.connect|breaker\.start(_spared)?|_?group\.trial|\bSocketPlace|\bvisit\.enter"
+    r"|_make_hold|responses\.hold|gateway\.hold|\b_place\.enter"
+    r"|^enter|^granted|candidates\.start|self\._start_first|self\._provider\.run)$"
 )
 COUNTS = re.compile(
     r"\b(inside|running|connections\.value|connections|_trials|_pending|_opening|body_bytes|refused_closing|_?reserved|lent)$"
@@ -69,23 +70,15 @@ faces.admission Visit.lend
 faces.admission Visit.regain
 gateway.request Request._regain
 limits.resource Places.take
-limits.resource Resource._try_both
 limits.resource Resource.try_start
 limits.scheduler Scheduler._come
 limits.scheduler Scheduler.enter
-limits.gate Gate._enter
-limits.gate Gate.enter
-limits.gate Gate.try_enter
 limits.quota Quota.take
 limits.quota KeyRate.try_take
 limits.quota Quota.connect
-limits.resource Places.take
 limits.resource Resource.start
-limits.resource Resource.try_start
-limits.scheduler Scheduler._come
 limits.scheduler Scheduler._wait
 limits.scheduler Scheduler._withdraw
-limits.scheduler Scheduler.enter
 limits.scheduler Scheduler.join
 limits.scheduler Scheduler.suspend
 limits.budget Budget.reserve
@@ -93,51 +86,58 @@ limits.budget Reservation.take
 limits.budget _Day.reserve
 limits.budget _Minute.reserve
 gateway.request Request.begin
+faces.admission Visit._come_back
+gateway.attempts Attempts._go_on
+gateway.attempts Attempts._start
+gateway.attempts Attempts.answer
+gateway.calls Calls.answer
+gateway.candidates Candidates._start_first
+gateway.candidates Candidates._wait
+gateway.candidates Candidates.start
+gateway.gateway _once_granted.wait
+gateway.request Request.granted
+limits.quota Quota._connecting
+limits.quota Quota.count
+limits.quota Quota.granted
+limits.scheduler Scheduler._start
+providers.capacity ProviderRate.try_take
+providers.pace Pace.try_start
+providers.provider Provider.join
+providers.provider enter
+providers.provider granted
 providers.breaker Breaker.start
 providers.breaker Breaker.start_spared
 providers.connections Connections.open_one
 providers.connections Connections.take
 providers.pool Pool._wait
 providers.pool Pool.connect
-providers.provider Provider._wait
-providers.provider Provider._wait_for_permit
-providers.provider Provider.offer
 providers.provider Provider.run
-providers.provider Provider.wish
-gateway.groups Group._offer
-gateway.groups Group._wait
-gateway.groups Group.start
-gateway.groups Waiting.regroup
 gateway.groups Group.trial
-gateway.asking Asking.answer
-gateway.rounds Round.start
 gateway.router Router.pass_on
-gateway.router _passed_start
-gateway.router Router._ask_in_turn
 providers.provider Provider.exchange
-providers.queueing ProviderGate._start
 """.strip().splitlines()
 }
 # A socket that is refused or gives way, a trial of a sick or dead provider, a pool behind no gate, a
 # response whose log is gone, and what calls nothing that may fail.
 RARE = {
     # A reload while requests wait.
-    Function("gateway.groups", "Waiting.regroup"),
+    Function("providers.provider", "Provider.join"),
     Function("faces.socket", "Socket.give_way"),
     Function("faces.socket", "Socket.refused"),
     Function("faces.admission", "BodyHold.grow"),
     Function("gateway.gateway", "Gateway.hold"),
     Function("wings.responses.stored", "StoredResponses.hold"),
-    Function("limits.gate", "Gate._enter"),
     Function("limits.resource", "Places.take"),
-    Function("limits.resource", "Resource._try_both"),
     Function("limits.scheduler", "Scheduler._come"),
     Function("providers.breaker", "Breaker.start"),
     Function("providers.breaker", "Breaker.start_spared"),
     Function("wings.responses.stored_face", "write"),
     Function("providers.pool", "Pool._wait"),
     # Only the workers of a host share connections of a key; no key has bids for later.
+    Function("limits.quota", "Quota._connecting"),
     Function("limits.quota", "Quota.connect"),
+    # Deletions.
+    Function("limits.quota", "Quota.count"),
     Function("limits.scheduler", "Scheduler._come"),
     Function("limits.scheduler", "Scheduler._withdraw"),
     Function("limits.scheduler", "Scheduler.join"),
@@ -174,20 +174,17 @@ WITHIN = {
     Function("faces.upgrade", "SocketPlace._settle"),
     Function("gateway.gateway", "Gateway._start"),
     Function("gateway.producers", "Producers.start"),
-    Function("limits.gate", "Gate._hand_over"),
-    Function("limits.gate", "Gate._start"),
-    Function("limits.gate", "Gate._wait"),
-    Function("limits.lines", "Lines._join"),
-    Function("limits.lines", "Lines._stand"),
-    Function("limits.lines", "Lines.started"),
-    Function("limits.lines", "Lines.wait"),
+    Function("limits.scheduler", "Scheduler._begin"),
+    Function("limits.scheduler", "Scheduler._serve"),
+    Function("limits.scheduler", "Scheduler._serve_all"),
+    Function("limits.scheduler", "Scheduler._take_slot"),
+    Function("providers.provider", "Provider._begin"),
 }
 # Other processes take part in these: tests/wings/cluster and tests/server; or hooks:
 # tests/wings/doors.
 SHARED = {
     Function("wings.doors.http_hook", "HttpHook._post"),
     Function("wings.cluster.shared_budget", "SharedBudget.reserve"),
-    Function("wings.cluster.shared_gate", "SharedGate.try_enter"),
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
     Function("wings.responses.redis", "SharedResponses.load"),
 }
@@ -196,9 +193,6 @@ SHARED = {
 OTHERS = {
     Function("limits.fair_queue", "_Level.serve"),
     Function("limits.fair_queue", "_Level.start"),
-    Function("limits.old_fair_queue", "_Turns.serve"),
-    Function("limits.old_fair_queue", "_Turns.start"),
-    Function("limits.old_fair_queue", "_Turns.start_early"),
     Function("wings.cluster.shared_tokens", "SharedTokens.delay"),
     Function("wings.responses.redis", "SharedResponses._encoded"),
     Function("faces.polling", "tell"),
@@ -208,13 +202,12 @@ OTHERS = {
 TAKE_OVER = {
     Function("faces.admission", "Visit.enter"),
     Function("faces.admission", "Visit._has"),
-    Function("limits.gate", "Gate._wait"),
     Function("providers.exchange", "Exchange.run"),
 }
 # What gives back: if this itself fails, nothing else can do it.
 GIVES = re.compile(
     r"(__exit__|release|_leave|closed|disconnect|give_back|ended|waited|finish|close|leave"
-    r"|free_room|trim|resumed|_settle|give_up|run_all)$"
+    r"|free_room|trim|resumed|_settle|Provider\._end|give_up|run_all)$"
 )
 
 
@@ -408,14 +401,16 @@ async def test_whatever_a_section_calls_may_fail_and_nothing_is_held_afterwards(
 
 # Where a trial is given back: the first provider of two is sick.
 TRIAL_SECTIONS = {
-    Function("gateway.asking", "Asking.answer"),
-    Function("gateway.groups", "Group.start"),
+    Function("gateway.attempts", "Attempts._go_on"),
+    Function("gateway.attempts", "Attempts._start"),
+    Function("gateway.attempts", "Attempts.answer"),
+    Function("gateway.candidates", "Candidates._start_first"),
+    Function("gateway.candidates", "Candidates._wait"),
+    Function("gateway.candidates", "Candidates.start"),
     Function("gateway.groups", "Group.trial"),
-    Function("gateway.rounds", "Round.start"),
-    Function("gateway.router", "Router._ask_in_turn"),
     Function("gateway.router", "Router.pass_on"),
-    Function("gateway.router", "_passed_start"),
     Function("providers.provider", "Provider.run"),
+    Function("providers.provider", "Provider._begin"),
 }
 TRIED = {"chat": ("chat/completions", CHAT), "passed on": ("moderations", {"input": "Hello"})}
 

@@ -19,7 +19,7 @@ import random
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 from aioserver.gateway.affinity import MAX_SHARE, Affinity
@@ -131,7 +131,7 @@ class GroupWatch:
         """
         for group in {**self._router.groups, **self._router.listed}.values():
             for each in group.candidates:
-                self._look_at(group, each, settled=settled)
+                self._look_at(group, cast("Candidates", each), settled=settled)
 
     def _look_at(self, group: Group, candidates: Candidates, *, settled: bool) -> None:
         ticket = candidates._request.provider_request.ticket

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from aioserver.limits.gcra import ROUNDING
 from aioserver.providers.capacity import ProviderRate
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from aioserver.gateway.candidates import Candidates
     from aioserver.limits.resource import Resource, Ticket
     from aioserver.providers.capacity import Capacity
     from aioserver.providers.provider import Provider
@@ -299,7 +300,7 @@ class Watch:
         grouped: dict[Ticket, Resource | None] = {}
         for group in {**router.groups, **router.listed}.values():
             for each in group.candidates:
-                ticket = each._request.provider_request.ticket
+                ticket = cast("Candidates", each)._request.provider_request.ticket
                 grouped[ticket] = ticket.slot
         for provider in router.providers.values():
             pool = provider.pools.stats()
