@@ -30,7 +30,7 @@ class Member(msgspec.Struct, eq=False):
     as nginx has it): it grows by the weight with each start, and the member that starts gives back
     the weights of all.
 
-    *mark* is what homes.py knows it by, one of its group's *marks*. It holds for one *address* and
+    *mark* is what affinity.py knows it by, one of its group's *marks*. It holds for one *address* and
     until the provider dies, whose *deaths* it knows. *reading* has the seconds in which it reads a
     byte of a prompt. *factor* is of its names, the same in every process: by it members compete
     for conversations.

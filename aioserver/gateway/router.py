@@ -14,7 +14,7 @@ A request of an API that some providers alone speak (providers/api.py) goes only
 active one stands then for the first of the active provider and the fallbacks that does.
 
 A fault that came before the first content of an answer may be tried again at the same provider
-(asking.py), or at another (`failover`: `llm.fallbacks` in their order, each with its own model;
+(attempts.py), or at another (`failover`: `llm.fallbacks` in their order, each with its own model;
 never for a pinned provider). provider_errors.py says which fault allows what.
 
 An answer that breaks off later may be continued, by the same provider or another

@@ -13,7 +13,7 @@ stream that has ended is kept for its window.
 A stream in the *background* runs to its end, whether anybody reads it or not: its client has asked
 for that, and comes back for the answer later. None of the above ends it, so it has bounds of its
 own: there are at most half as many as `max_detached`, and they have at most half of a provider's
-places (providers/queueing.py). None of them makes room for another one, so that whoever has most of
+places (providers/capacity.py). None of them makes room for another one, so that whoever has most of
 them is refused first (limits/shares.py).
 """
 
