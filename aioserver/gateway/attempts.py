@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.request import Request
     from aioserver.limits.resource import Grant
     from aioserver.providers.attempt import Attempt
+    from aioserver.providers.breaker import Breaker
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
@@ -127,9 +128,11 @@ class Attempts:
     _late: tuple[Group, ...] = ()
     # The group that is asked as a trial, or was last.
     _trial_group: Group | None = None
-    # Of the group that is asked: whether others can be asked instead, whether the next attempt is a
-    # trial of a sick provider, and whether the last one was.
-    _fallback = _next_is_trial = _was_trial = False
+    # That of a sick provider whose trial the next attempt is.
+    _trial: Breaker | None = None
+    # Of the group that is asked: whether others can be asked instead, and whether the last attempt
+    # was a trial of a sick provider.
+    _fallback = _was_trial = False
     # How many retries it has had, how this pass has failed, and the one before.
     _number = 0
     _tries: tuple[Try, ...] = ()
@@ -167,37 +170,41 @@ class Attempts:
             ProviderFault: none did; see `final_try`.
         """
         outcome, step = self._outcome, Next(Step.FAILOVER)
-        while True:
-            attempt: Attempt | None = None
-            grant: Grant | None = None
-            if step.step is Step.FAILOVER:
-                await self._go_on()
-            try:
-                attempt, grant = await self._start(step)
-                await self._provider.run(attempt, grant)
-            except ProviderFault as fault:
-                step = self._after(fault, attempt)
-                if step.step is Step.RAISED:
+        try:
+            while True:
+                attempt: Attempt | None = None
+                grant: Grant | None = None
+                if step.step is Step.FAILOVER:
+                    await self._go_on()
+                try:
+                    attempt, grant = await self._start(step)
+                    await self._provider.run(attempt, grant)
+                except ProviderFault as fault:
+                    step = self._after(fault, attempt)
+                    if step.step is Step.RAISED:
+                        raise
+                except ResponseNotFound:
+                    # Nothing was sent. Another member may have made what the request continues.
+                    outcome.attempts -= 1
+                    if not self._candidates.unknown():
+                        raise
+                    step = Next(Step.REST)
+                except AioserverError as error:
+                    # Raised by us, perhaps since there is no room for the answer that comes.
+                    error.paid = outcome.sent_at > 0
                     raise
-            except ResponseNotFound:
-                # Nothing was sent. Another member may have made what the request continues.
-                outcome.attempts -= 1
-                if not self._candidates.unknown():
-                    raise
-                step = Next(Step.REST)
-            except AioserverError as error:
-                # Raised by us, perhaps since there is no room for the answer that comes.
-                error.paid = outcome.sent_at > 0
-                raise
-            else:
-                self._candidates.answered(attempt)
-                return attempt.answer
-            finally:
-                give_up(attempt, grant, self._candidates)
-            if step.step is Step.RETRY and step.seconds:
-                await self._rest(step.seconds)
-            elif step.step is Step.PARKED:
-                await self._unsend(step.seconds)
+                else:
+                    self._candidates.answered(attempt)
+                    return attempt.answer
+                finally:
+                    give_up(grant, self._candidates)
+                self._end_trial()
+                if step.step is Step.RETRY and step.seconds:
+                    await self._rest(step.seconds)
+                elif step.step is Step.PARKED:
+                    await self._unsend(step.seconds)
+        finally:
+            self._end_trial()
 
     async def _start(self, step: Next) -> tuple[Attempt, Grant]:
         """Return the next attempt, which has started, and its grant."""
@@ -210,18 +217,19 @@ class Attempts:
             if provider.health.breaker.dead and not self._fallback and provider.kept_until_back:
                 await self._unsend(0.0)
             outcome.begin_attempt(provider.name, candidates.model_of(member))
-        trial, self._next_is_trial = self._next_is_trial, False
         try:
             attempt, grant = await candidates.start(
                 again=self._number > 0 or bool(self._tries) or step.step is Step.PARKED,
                 fallback=self._fallback,
-                trial=trial,
+                trial=self._trial is not None,
                 parked=step.seconds if step.step is Step.PARKED else None,
             )
         except AioserverError:
             if alone:
                 outcome.attempts -= 1
             raise
+        # It is that of the attempt now.
+        self._trial = None
         assert candidates.chosen is not None
         self._provider = provider = candidates.chosen.provider
         if not alone:
@@ -245,8 +253,11 @@ class Attempts:
             self._fallback = any(other.available for other in groups)
             if self._fallback and group not in self._late and _sick(group):
                 self._late += (group,)
-                trial = not self._ended and group.members[0].provider.health.breaker.start_spared()
-                if not trial:
+                breaker = group.members[0].provider.health.breaker
+                trial = not self._ended and breaker.start_spared()
+                if trial:
+                    self._trial = breaker
+                else:
                     groups.append(group)
                     continue
             first = group is self._first_group
@@ -262,11 +273,13 @@ class Attempts:
             except ProviderFault as fault:
                 forget_frames(fault)
                 self._ended += (Try.of(fault, outcome),)
+                self._end_trial()
                 continue
             if not candidates.left:
                 # None of its members takes more than what was too small.
+                self._end_trial()
                 continue
-            self._group, self._candidates, self._next_is_trial = group, candidates, trial
+            self._group, self._candidates = group, candidates
             self._trial_group = group if trial else None
             member = candidates.left[0]
             if trial:
@@ -278,6 +291,12 @@ class Attempts:
             return
         ended = self._ended
         raise (too_long(ended) or final_try(ended)).raised(outcome)
+
+    def _end_trial(self) -> None:
+        """Give back a trial that no attempt has begun."""
+        if (breaker := self._trial) is not None:
+            self._trial = None
+            breaker.unsure(trial=True)
 
     def _begin_with(self, member: Member) -> None:
         """Begin to count attempts anew: those of others, of which *member* is the first."""
@@ -468,14 +487,15 @@ class Attempts:
         return max(seconds * (0.5 + self._random_number() / 2), retry_after or 0.0)
 
 
-def give_up(attempt: Attempt | None, grant: Grant | None, candidates: Candidates) -> None:
-    """Give back what an *attempt* at the one of *candidates* that was chosen has left, if it never
-    began, and its *grant*; None: the request has not started.
+def give_up(grant: Grant | None, candidates: Candidates) -> None:
+    """Give back what an attempt at one of *candidates* has left, if it never began, and its
+    *grant*; None: the request has not started.
     """
     try:
-        if attempt is not None and attempt.trial and candidates.chosen is not None:
+        attempt, candidates.attempt = candidates.attempt, None
+        if attempt is not None and attempt.trial:
             attempt.trial = False
-            candidates.chosen.provider.health.breaker.unsure(trial=True)
+            attempt.provider.health.breaker.unsure(trial=True)
     finally:
         if grant is None:
             candidates.leave()

@@ -50,7 +50,8 @@ class Candidates:
     __slots__ = (
         *("_again", "_asked", "_attempts", "_bids", "_fallback", "_group", "_heirs", "_kept_at"),
         *("_model", "_only", "_placement", "_regrouped", "_request", "_seen", "_settled"),
-        *("_short", "_stream", "affinity", "began", "chosen", "left", "prefix", "too_small"),
+        *("_short", "_stream", "affinity", "attempt", "began", "chosen", "left", "prefix"),
+        "too_small",
     )
 
     def __init__(
@@ -70,8 +71,9 @@ class Candidates:
         self._seen, self._regrouped = group.version, False
         # Whether the request stays at one member, whatever becomes of the group.
         self._settled = not group.name
-        # The one where the request has started; None while it has not.
+        # The one where the request has started, and its attempt there; None while it has not.
         self.chosen: Member | None = None
+        self.attempt: Attempt | None = None
         # The one that is asked next, before the others; None: whichever can start first.
         self._only: Member | None = None
         self._placement: Placement | None = None
@@ -169,19 +171,12 @@ class Candidates:
         self.chosen = None
         (member,) = self.left
         attempt = self._attempt(member, again=again, fallback=fallback)
-        attempt.trial = trial
-        try:
-            provider = member.provider
-            provider.look_at(attempt)
-            bid = provider.bid(attempt, parked)
-            if (grant := enter(attempt, (bid,))) is None:
-                grant = await granted(attempt, (provider,))
-        except BaseException:
-            if trial:
-                # It never began.
-                member.provider.health.breaker.unsure(trial=True)
-            raise
-        self.chosen = member
+        provider = member.provider
+        provider.look_at(attempt)
+        bid = provider.bid(attempt, parked)
+        if (grant := enter(attempt, (bid,))) is None:
+            grant = await granted(attempt, (provider,))
+        attempt.trial, self.chosen, self.attempt = trial, member, attempt
         return attempt, grant
 
     async def _start_first(
@@ -199,14 +194,14 @@ class Candidates:
             self._placement = self.affinity.place(self.prefix, left)
         members = group.order(left)
         trial = None if again else group.trial(members, by_time=not once)
-        if trial is not None or self._placement is not None:
-            home = None if self._placement is None else self._placement.home
-            members.sort(key=lambda member: (member is not trial, member is not home))
-        self._attempts = {
-            member: self._attempt(member, again=again, fallback=self._fallback)
-            for member in members
-        }
         try:
+            if trial is not None or self._placement is not None:
+                home = None if self._placement is None else self._placement.home
+                members.sort(key=lambda member: (member is not trial, member is not home))
+            self._attempts = {
+                member: self._attempt(member, again=again, fallback=self._fallback)
+                for member in members
+            }
             if trial is not None:
                 self._attempts[trial].trial = True
             member, grant = await self._wait(trial, fallback=fallback, parked=parked)
@@ -214,9 +209,10 @@ class Candidates:
             attempt = self._attempts[member]
             outcome = self._request.provider_request.outcome
             group.started(member, list(self._attempts), outcome, self._placement)
+            self.attempt = attempt
         finally:
             self._attempts, self._bids = {}, {}
-            if trial is not None and self.chosen is not trial:
+            if trial is not None and (self.attempt is None or self.chosen is not trial):
                 # It has started elsewhere, or nowhere.
                 trial.provider.health.breaker.unsure(trial=True)
         return attempt, grant
@@ -314,9 +310,7 @@ class Candidates:
     # Afterwards.
 
     def leave(self) -> None:
-        """Wait for no place any more, and give back the one that nobody has heard of: `start` has
-        failed.
-        """
+        """Wait for no place any more, and give back the one that nobody has heard of."""
         ticket = self._request.provider_request.ticket
         leave(ticket, self._group.members[0].provider)
         for grant in [each for each in ticket.grants if each is not self._request.grant]:
