@@ -535,7 +535,7 @@ class Router:
             error.paid = outcome.sent_at > 0
             raise
         finally:
-            give_up(attempt, grant, candidates)
+            give_up(grant, candidates)
         assert attempt.answer is not None
         return attempt.answer
 

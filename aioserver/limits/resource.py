@@ -247,7 +247,7 @@ class Bid(msgspec.Struct, eq=False):
     front: bool = False
     parked: bool = False
     movable: bool = False
-    # Whose it is while it waits, and of which class; since when and until when it waits; where it
+    # Whose it is once it was made, and of which class; since when and until when it waits; where it
     # stands, with the seconds until its start; and what it was granted within the resource.
     ticket: Ticket = NOBODY
     index: int = 0

@@ -730,6 +730,12 @@ class Provider:
             record.trace.attempt_ended(self._end_of(attempt, exc))
 
     @bookkeeping(nothing)
+    def waited_in_vain(self, attempt: Attempt, exc: BaseException) -> None:
+        """Note that *attempt* has had no place, but *exc*."""
+        if (trace := attempt.request.record.trace) is not None:
+            trace.attempt_ended(self._end_of(attempt, exc))
+
+    @bookkeeping(nothing)
     def _bill(self, attempt: Attempt, exc: BaseException | None) -> Part | None:
         """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
         outcome; None if that is nothing.
@@ -874,15 +880,14 @@ async def granted(attempt: Attempt, providers: Sequence[Provider]) -> Grant:
     grant: Grant | None = None
     try:
         grant = await providers[0].scheduler.granted(request.ticket)
-    finally:
-        try:
-            if grant is not None or len(providers) == 1:
-                name = providers[0].name if grant is None else grant.resource.name
-                request.record.waited(name, began, clock())
-        except BaseException:
-            if grant is not None:
-                grant.cancel()
-            raise
+        request.record.waited(grant.resource.name, began, clock())
+    except BaseException as error:
+        if grant is not None:
+            grant.cancel()
+        elif len(providers) == 1:
+            request.record.waited(providers[0].name, began, clock())
+            providers[0].waited_in_vain(attempt, error)
+        raise
     return grant
 
 

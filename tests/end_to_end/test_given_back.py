@@ -207,7 +207,7 @@ TAKE_OVER = {
 # What gives back: if this itself fails, nothing else can do it.
 GIVES = re.compile(
     r"(__exit__|release|_leave|closed|disconnect|give_back|ended|waited|finish|close|leave"
-    r"|free_room|trim|resumed|_settle|Provider\._end|give_up|run_all)$"
+    r"|free_room|trim|resumed|_settle|Provider\._end|_end_trial|give_up|run_all)$"
 )
 
 
