@@ -1287,9 +1287,9 @@ FIRST = {
     "that only its provider knows what came before": 3,
     "the end of a lease": 9,
     "an event of a mirror": 1,
-    "what it has when it comes back": 7,
+    "what it has when it comes back": 9,
     "that an owner was killed": 4,
-    "when a slot is over": 4,
+    "when a slot is over": 16,
     "tokens that a request has taken": 1,
     "what has started when its state is lost": 25,
 }
