@@ -39,7 +39,7 @@ from aioserver.protocol.bridging.words import (
     OPTIONAL,
     Words,
 )
-from aioserver.provider_errors import ProviderFault
+from aioserver.provider_errors import ProviderFault, RequestNotBridged
 from aioserver.providers.api import CHAT, Memory
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.sinks import BodySink
@@ -278,6 +278,24 @@ class BridgedAttempt(LearningAttempt):
             self._left,
             self.provider.tokens_per_byte(model, self.request.caller),
         )
+
+    def preparation(self) -> Awaitable[None] | None:
+        """Return the steps that translate the request, or those of its own API.
+
+        Raises:
+            RequestNotBridged: it asks for the rest of an answer that has begun in the other API:
+                which of them the provider has was learned since, in the wait or by its answer.
+        """
+        bridged = self.bridged
+        if self.hop is not None:
+            said = None if self.stream is None else self.stream.said
+            if isinstance(said, BridgedSaid) != bridged:
+                raise RequestNotBridged("the rest of an answer has no form in another API")
+        return self._translate() if bridged else self._own_preparation()
+
+    @abstractmethod
+    def _own_preparation(self) -> Awaitable[None] | None:
+        """Return the steps before a request of its own API; None if there are none."""
 
     async def _translate(self) -> None:
         """Translate the request, in steps.

@@ -288,13 +288,14 @@ class Hop:
         self._stream = stream
         self._text, self._events = text, said.events
         self._provider = provider
+        # As the seam expects it, whatever a reload changes while the request waits.
+        self._form = provider.settings.continuation
         self._told = Continued(len(text), broken.name, provider.name, fault.code)
         self._seams = broken.meter.seams.setdefault(fault.code, Counter())
 
     async def body(self, body: bytes) -> bytes:
         """Return the request in *body* as one for the rest."""
-        form = self._provider.settings.continuation
-        return await continued(body, form, self._text, self._events)
+        return await continued(body, self._form, self._text, self._events)
 
     def sink(self, attempt: Attempt, sink: StreamSink) -> SeamSink:
         """Return the sink of *attempt*, which passes the rest on to *sink*."""

@@ -277,6 +277,32 @@ async def test_response_over_the_bridge_goes_on_as_it_began(
         assert said(other)
 
 
+@pytest.mark.parametrize("learned", ["from its own answer", "while it waits"])
+async def test_rest_of_a_message_is_nothing_for_a_provider_that_is_found_to_have_chats_alone(
+    make_server: MakeServer, learned: str
+) -> None:
+    changes: dict[str, Any] = {
+        "llm.providers.other.messages": "auto",
+        "llm.providers.other.http_client.concurrent_requests": 1,
+    }
+    async with two(make_server, **changes) as (server, other):
+        other.behaviour = replace(QUICK, messages=False, ttft=0.5)
+        others = []
+        if learned == "while it waits":
+            others = [asyncio.ensure_future(over_anthropic(server, "other/plain"))]
+            # It asks for a chat completion now, in the only place.
+            await other.until(lambda stats: stats.requests == 1)
+
+        seen = await over_anthropic(server, "fault-cut-9")
+
+        assert seen.code == "provider_disconnected"
+        assert seen.text
+        assert [(await each).end for each in others] == ["complete"] * len(others)
+        # A refusal for want of the path is no request there.
+        assert other.stats().connections_accepted
+        assert other.stats().requests == len(others)
+
+
 async def test_native_response_is_not_continued(make_server: MakeServer) -> None:
     async with two(make_server) as (server, other):
         _, events, _ = await response(server, "fault-cut-9")

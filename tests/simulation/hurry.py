@@ -66,7 +66,9 @@ class Hurry:
         """Look at what is under way."""
         for exchange, deadline in list(self._sent.items()):
             transport: Any = exchange.protocol.transport
-            if exchange.protocol.exchange is not exchange or not self._alive(transport.owner):
+            # Where all is said, the last chunk may still be to come.
+            over = exchange.protocol.exchange is not exchange or exchange._done.done()
+            if over or not self._alive(transport.owner):
                 del self._sent[exchange]
             elif Clock.now > deadline.deadline + LATE:
                 del self._sent[exchange]

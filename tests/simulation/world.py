@@ -27,6 +27,7 @@ from aiohttp import web_app
 
 from aioserver.faces import http
 from aioserver.monitoring import snapshot
+from aioserver.telemetry.bugs import Bugs
 from aioserver.wings.simulator import shapes
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.simulation import agents, clock, engine_shapes
@@ -146,10 +147,18 @@ class World:
             stack.enter_context(self.cluster.together.patches())
         stack.enter_context(self._hurry.patches())
         stack.enter_context(self.doors.patches())
+        stack.enter_context(mock.patch.object(Bugs, "note", self._noting_bugs(Bugs.note)))
         stack.enter_context(Bills(self.calls, self.broken).patches())
         if self.plan.grouping is not None:
             stack.enter_context(Remembered(self.broken).patches())
         return stack
+
+    def _noting_bugs(self, note: Callable[[Bugs, BaseException], None]) -> Callable[..., None]:
+        def noting(bugs: Bugs, bug: BaseException) -> None:
+            self.broken(f"a bug of the server: {bug!r}{_place_of(bug)}")
+            note(bugs, bug)
+
+        return noting
 
     def is_dead(self, task: asyncio.Task[object]) -> bool:
         """Return whether *task* is one of an instance that was killed."""

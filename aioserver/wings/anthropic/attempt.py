@@ -80,10 +80,8 @@ class MessageAttempt(BridgedAttempt):
 
     __slots__ = ()
 
-    def preparation(self) -> Awaitable[None] | None:
-        """Return the steps that translate the request, or take our thinking out of it."""
-        if self.bridged:
-            return self._translate()
+    def _own_preparation(self) -> Awaitable[None] | None:
+        """Return the steps that take our thinking out of the request."""
         body = self.request.body(self.provider.settings, self.model)
         if self.hop is None and body.find(SIGNATURE.encode()) < 0:
             # It is sent at once, and need not be made again.

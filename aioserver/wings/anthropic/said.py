@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from aioserver.protocol import eventstream
-from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.openai import BadEvent, ErrorEvent, without_halves
 from aioserver.protocol.said import Halves, PassedSaid, Rest, Tokens, loaded, summed, written
 from aioserver.wings.anthropic import wire
 
 _START, _DELTA, _STOP = "content_block_start", "content_block_delta", "content_block_stop"
+_BLOCK = frozenset({_START, _DELTA, _STOP})
 _TEXT = "text"
 _THOUGHTS = frozenset({"thinking", "redacted_thinking"})
 # Deltas of thoughts, and of text.
@@ -86,10 +87,10 @@ class MessageRest(Rest):
         kind = content.get("type")
         if kind == "error" or isinstance(content.get("error"), dict):
             raise ErrorEvent(content.get("error"))
-        if kind in _OPENING:
-            self._asked |= wire.usage_in(content)
-            return "", None
         try:
+            if kind in _OPENING:
+                self._asked |= wire.usage_in(content)
+                return "", None
             if kind == _START:
                 return self._start(content)
             if kind == _DELTA:
@@ -99,6 +100,8 @@ class MessageRest(Rest):
                 return "", None if own in _THOUGHTS else content
         except (KeyError, TypeError, AttributeError):
             raise BadEvent("the provider sent an event without its members") from None
+        if not isinstance(kind, str):
+            raise BadEvent("the provider sent an event without a type")
         if kind == "message_delta":
             # The numbers that are left out are as they were.
             usage = self._asked | wire.usage_in(content)
@@ -119,7 +122,8 @@ class MessageRest(Rest):
 
     def event(self, content: dict[str, Any]) -> bytes:
         """Return what remains of an event, as `Rest.event`, in or behind the block of text."""
-        kind, own = content.get("type"), content.get("index")
+        kind = content["type"]
+        own = content["index"] if kind in _BLOCK else None
         if kind == _STOP and own not in self._indexes:
             return self._closing()
         closing = b"" if kind == _DELTA else self._closing()
@@ -134,7 +138,7 @@ class MessageRest(Rest):
         block = content["content_block"]
         self._kinds[content["index"]] = kind = block["type"]
         if kind == _TEXT:
-            return block.get("text", ""), None
+            return self._halves.join(block.get("text", ""), last=False), None
         return "", None if kind in _THOUGHTS else content
 
     def _delta(self, content: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
@@ -153,4 +157,4 @@ class MessageRest(Rest):
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return eventstream.write(written(content), event=str(content["type"]))
+    return eventstream.write(written(content), event=without_halves(content["type"]))

@@ -218,12 +218,8 @@ class ResponseAttempt(BridgedAttempt):
             self._running.started(self.stream)
         super().started()
 
-    def preparation(self) -> Awaitable[None] | None:
-        """Return the steps that translate the request, or put what it continues in front of its
-        input.
-        """
-        if self.bridged:
-            return self._translate()
+    def _own_preparation(self) -> Awaitable[None] | None:
+        """Return the steps that put what the request continues in front of its input."""
         draft = self._draft
         return None if draft is None or not draft.slow else self._prepare(draft)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
@@ -15,8 +16,13 @@ from aioserver.protocol.said import Tokens
 from aioserver.protocol.seam import Onward, SeamBroken
 from aioserver.wings.anthropic.said import MessageRest, MessageSaid
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 ANSWERS = 500
 PIECES = ("ha ", "0", "\n", "| a | b |\n", '"', "\\", "ü", "👍🏽", "Once upon a time, ", "<&>")
+# What any member of an event may be.
+JUNK: tuple[Any, ...] = (None, True, -1, 1.5, 10**30, "", "x", "\ud800", [], [[]], {}, {"a": []})
 TOOL = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
 
 
@@ -164,6 +170,47 @@ def test_message_cut_in_its_thoughts_is_not_continued() -> None:
     said.add(delta(0, type="thinking_delta", thinking="hm"))
 
     assert said.text() is None
+
+
+def variants(value: Any) -> Iterator[Any]:
+    """Return *value* with any one thing in it replaced, or left out."""
+    yield from JUNK
+    members = value.items() if isinstance(value, dict) else ()
+    for name, member in members:
+        rest = {other: each for other, each in members if other != name}
+        yield rest
+        yield from ({**rest, name: variant} for variant in variants(member))
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_event_with_members_of_any_kind_is_shown_or_the_providers_fault(number: int) -> None:
+    whole = [
+        opening(),
+        start(0, type="text", text="a"),
+        delta(0, type="text_delta", text="b"),
+        stop(0) + start(1, **TOOL),
+        delta(1, type="input_json_delta", partial_json="{}"),
+        stop(1),
+        event("message_delta", index=1, delta={"stop_reason": "end_turn"}, usage={}),
+        event("message_stop"),
+    ]
+    before, (content, *_), after = whole[:number], contents(whole[number]), whole[number + 1 :]
+    shown = 0
+    for variant in variants(content):
+        odd = eventstream.write(json.dumps(variant).encode())
+        seam = Onward("Once upon a time, " * 10)
+        try:
+            shown_of(
+                MessageRest(0, Tokens(), in_text=True), seam, b"".join([*before, odd, *after])
+            )
+        except (BadEvent, ErrorEvent):
+            continue
+        shown += 1
+    assert shown
+
+
+def contents(data: bytes) -> list[Any]:
+    return [orjson.loads(each.data) for each in eventstream.parse(data)]
 
 
 def test_error_and_garbage_are_no_rest() -> None:
