@@ -127,19 +127,13 @@ class Attempts:
     _late: tuple[Group, ...] = ()
     # The group that is asked as a trial, or was last.
     _trial_group: Group | None = None
-<<<<<<< HEAD
-    # Of the group that is asked: whether others can be asked instead, whether the next attempt is a
-    # trial of a sick provider, and whether the last one was.
-    _fallback = _next_is_trial = _was_trial = False
-    # Whether the request has been asked of it before.
-    _again = False
-=======
     # That of a sick provider whose trial the next attempt is.
     _trial: Breaker | None = None
     # Of the group that is asked: whether others can be asked instead, and whether the last attempt
     # was a trial of a sick provider.
     _fallback = _was_trial = False
->>>>>>> t3
+    # Whether the request has been asked of it before.
+    _again = False
     # How many retries it has had, how this pass has failed, and the one before.
     _number = 0
     _tries: tuple[Try, ...] = ()
@@ -176,52 +170,15 @@ class Attempts:
         Raises:
             ProviderFault: none did; see `final_try`.
         """
-<<<<<<< HEAD
         outcome, parked = self._outcome, None
-        self._go_on()
-        while True:
-            attempt: Attempt | None = None
-            try:
-                if self._candidates.placeable:
-                    await self._candidates.find_prefix()
-                attempt, grant = await self._start(parked)
-                await self._provider.run(attempt, grant)
-            except ProviderFault as fault:
-                step = self._after(fault, attempt)
-                if step.step is Step.RAISED:
-                    raise
-            except ResponseNotFound:
-                # Nothing was sent. Another member may have made what the request continues.
-                outcome.attempts -= 1
-                if not self._candidates.unknown():
-                    raise
-                step = Next(Step.REST)
-            except AioserverError as error:
-                # Raised by us, perhaps since there is no room for the answer that comes.
-                error.paid = outcome.sent_at > 0
-                raise
-            else:
-                if self._candidates.placement is not None:
-                    self._candidates.answered(attempt)
-                return attempt.answer
-            parked = None
-            if step.step is Step.FAILOVER:
-                self._go_on()
-            elif step.step is Step.PARKED:
-                parked = step.seconds
-                await self._unsend(parked)
-            elif step.seconds:
-                await self._rest(step.seconds)
-=======
-        outcome, step = self._outcome, Next(Step.FAILOVER)
         try:
+            self._go_on()
             while True:
                 attempt: Attempt | None = None
-                grant: Grant | None = None
-                if step.step is Step.FAILOVER:
-                    await self._go_on()
                 try:
-                    attempt, grant = await self._start(step)
+                    if self._candidates.placeable:
+                        await self._candidates.find_prefix()
+                    attempt, grant = await self._start(parked)
                     await self._provider.run(attempt, grant)
                 except ProviderFault as fault:
                     step = self._after(fault, attempt)
@@ -238,42 +195,46 @@ class Attempts:
                     error.paid = outcome.sent_at > 0
                     raise
                 else:
-                    self._candidates.answered(attempt)
+                    if self._candidates.placement is not None:
+                        self._candidates.answered(attempt)
                     return attempt.answer
-                finally:
-                    give_up(grant, self._candidates)
                 self._end_trial()
-                if step.step is Step.RETRY and step.seconds:
-                    await self._rest(step.seconds)
+                parked = None
+                if step.step is Step.FAILOVER:
+                    self._go_on()
                 elif step.step is Step.PARKED:
-                    await self._unsend(step.seconds)
+                    parked = step.seconds
+                    await self._unsend(parked)
+                elif step.seconds:
+                    await self._rest(step.seconds)
         finally:
-            self._end_trial()
->>>>>>> t3
+            if self._trial is not None:
+                self._end_trial()
 
     async def _start(self, parked: float | None) -> tuple[Attempt, Grant]:
         """Return the next attempt, which has started, and its grant; *parked*: it comes back in so
         many seconds, to a provider that is away.
         """
         candidates, outcome = self._candidates, self._outcome
-        trial = self._next_is_trial
-        if trial:
-            self._next_is_trial = False
         member = candidates.left[0] if candidates.alone and candidates.left else None
         if member is not None:
             # It is counted before it waits, so that a refusal names this provider.
             self._provider = provider = member.provider
             if provider.health.breaker.dead and not self._fallback and provider.kept_until_back:
                 await self._unsend(0.0)
-<<<<<<< HEAD
             outcome.begin_attempt(provider.name, candidates.model or member.asked_model)
         try:
-            attempt, grant = await candidates.start(self._again, self._fallback, trial, parked)
+            attempt, grant = await candidates.start(
+                self._again, self._fallback, self._trial is not None, parked
+            )
         except BaseException as error:
             if isinstance(error, AioserverError):
                 outcome.attempts -= member is not None
             candidates.leave()
             raise
+        if self._trial is not None:
+            # It is that of the attempt now.
+            self._trial = None
         if member is None or candidates.chosen is not member:
             assert candidates.chosen is not None
             self._provider = provider = candidates.chosen.provider
@@ -283,35 +244,10 @@ class Attempts:
                 outcome.begin_attempt(provider.name, attempt.asked_model)
                 candidates.sent()
             except BaseException:
-                give_up(attempt, grant, candidates)
+                give_up(grant, candidates)
                 raise
         if attempt.trial or self._was_trial:
             self._was_trial = attempt.trial
-=======
-            outcome.begin_attempt(provider.name, candidates.model_of(member))
-        try:
-            attempt, grant = await candidates.start(
-                again=self._number > 0 or bool(self._tries) or step.step is Step.PARKED,
-                fallback=self._fallback,
-                trial=self._trial is not None,
-                parked=step.seconds if step.step is Step.PARKED else None,
-            )
-        except AioserverError:
-            if alone:
-                outcome.attempts -= 1
-            raise
-        # It is that of the attempt now.
-        self._trial = None
-        assert candidates.chosen is not None
-        self._provider = provider = candidates.chosen.provider
-        if not alone:
-            outcome.begin_attempt(provider.name, attempt.asked_model)
-            candidates.sent()
-        elif outcome.provider != provider.name:
-            # It is a member that has come meanwhile.
-            outcome.provider, outcome.model = provider.name, attempt.asked_model
-        self._was_trial = attempt.trial
->>>>>>> t3
         return attempt, grant
 
     def _go_on(self) -> None:
@@ -323,7 +259,6 @@ class Attempts:
         request, groups = self._request, self._groups
         while groups:
             group, trial = groups.pop(0), False
-<<<<<<< HEAD
             if groups:
                 self._fallback = any(other.available for other in groups)
                 if self._fallback and group not in self._late and _sick(group):
@@ -333,20 +268,9 @@ class Attempts:
                     if not trial:
                         groups.append(group)
                         continue
+                    self._trial = breaker
             elif self._fallback:
                 self._fallback = False
-=======
-            self._fallback = any(other.available for other in groups)
-            if self._fallback and group not in self._late and _sick(group):
-                self._late += (group,)
-                breaker = group.members[0].provider.health.breaker
-                trial = not self._ended and breaker.start_spared()
-                if trial:
-                    self._trial = breaker
-                else:
-                    groups.append(group)
-                    continue
->>>>>>> t3
             first = group is self._first_group
             model = request.route.model if first else group.members[0].model
             try:
@@ -355,27 +279,18 @@ class Attempts:
                 )
             except ProviderFault as fault:
                 forget_frames(fault)
-<<<<<<< HEAD
                 self._ended += (Try.of(fault, self._outcome),)
-=======
-                self._ended += (Try.of(fault, outcome),)
                 self._end_trial()
->>>>>>> t3
                 continue
             if not candidates.left:
                 # None of its members takes more than what was too small.
                 self._end_trial()
                 continue
-<<<<<<< HEAD
             self._candidates, self._group = candidates, group
-=======
-            self._group, self._candidates = group, candidates
-            self._trial_group = group if trial else None
->>>>>>> t3
             member = candidates.left[0]
             if trial:
                 candidates.settle(member)
-                self._next_is_trial, self._trial_group = True, group
+                self._trial_group = group
             elif self._trial_group is not None:
                 self._trial_group = None
             if self._again:
@@ -386,23 +301,15 @@ class Attempts:
         ended = self._ended
         raise (too_long(ended) or final_try(ended)).raised(self._outcome)
 
-<<<<<<< HEAD
-    def _begin_anew(self) -> None:
-        """Begin to count attempts anew: those of others."""
-        self._number, self._previous, self._tries, self._again = 0, None, (), False
-=======
     def _end_trial(self) -> None:
         """Give back a trial that no attempt has begun."""
         if (breaker := self._trial) is not None:
             self._trial = None
             breaker.unsure(trial=True)
 
-    def _begin_with(self, member: Member) -> None:
-        """Begin to count attempts anew: those of others, of which *member* is the first."""
-        self._first = member.provider
-        self._first.budget.add_request()
-        self._number, self._previous, self._tries = 0, None, ()
->>>>>>> t3
+    def _begin_anew(self) -> None:
+        """Begin to count attempts anew: those of others."""
+        self._number, self._previous, self._tries, self._again = 0, None, (), False
         self._broken, self._too_long, self._parked_for = frozenset(), None, None
 
     async def _rest(self, seconds: float) -> None:
@@ -597,9 +504,9 @@ def give_up(grant: Grant | None, candidates: Candidates) -> None:
     """
     try:
         attempt, candidates.attempt = candidates.attempt, None
-        if attempt is not None and attempt.trial:
+        if attempt is not None and attempt.trial and candidates.chosen is not None:
             attempt.trial = False
-            attempt.provider.health.breaker.unsure(trial=True)
+            candidates.chosen.provider.health.breaker.unsure(trial=True)
     finally:
         if grant is None:
             candidates.leave()

@@ -52,14 +52,14 @@ class Candidates:
         NoProvider: no member can be asked.
     """
 
-<<<<<<< HEAD
     # What most requests never change.
     # That of the prompt; where the request belongs by it; and whether that is to be looked for.
     prefix: Prefix | None = None
     placement: Placement | None = None
     placeable = False
-    # The one where the request has started; None while it has not.
+    # The one where the request has started, and its attempt there; None while it has not.
     chosen: Member | None = None
+    attempt: Attempt | None = None
     # The one that is asked next, before the others; None: whichever can start first.
     _only: Member | None = None
     # Members that get all of what the request continues, should the one that keeps it die.
@@ -76,14 +76,6 @@ class Candidates:
     began = 0.0
     _fallback = False
     _kept_at: str | None = None
-=======
-    __slots__ = (
-        *("_again", "_asked", "_attempts", "_bids", "_fallback", "_group", "_heirs", "_kept_at"),
-        *("_model", "_only", "_placement", "_regrouped", "_request", "_seen", "_settled"),
-        *("_short", "_stream", "affinity", "attempt", "began", "chosen", "left", "prefix"),
-        "too_small",
-    )
->>>>>>> t3
 
     def __init__(
         self,
@@ -95,27 +87,8 @@ class Candidates:
         too_small: int = 0,
     ) -> None:
         self._group, self._request, self._stream = group, request, stream
-<<<<<<< HEAD
         self.affinity, self.model, self.too_small = affinity, model, too_small
         # The members that are asked in this pass.
-=======
-        self.affinity, self._model, self.too_small = affinity, model, too_small
-        self.prefix: Prefix | None = None
-        # The version of the group that is known, and whether it has changed in a wait.
-        self._seen, self._regrouped = group.version, False
-        # Whether the request stays at one member, whatever becomes of the group.
-        self._settled = not group.name
-        # The one where the request has started, and its attempt there; None while it has not.
-        self.chosen: Member | None = None
-        self.attempt: Attempt | None = None
-        # The one that is asked next, before the others; None: whichever can start first.
-        self._only: Member | None = None
-        self._placement: Placement | None = None
-        # Members that get all of what the request continues, should the one that keeps it die.
-        self._heirs: Sequence[Member] = ()
-        # The members that may be asked again, with the codes of their faults.
-        self._again: list[tuple[Member, str]] = []
->>>>>>> t3
         self.left: Sequence[Member] = group.members
         # Whether the request stays at one member, whatever becomes of the group; and whether there
         # is no other one.
@@ -200,7 +173,6 @@ class Candidates:
             return await self._start_first(
                 again=again, fallback=fallback, parked=parked, once=once
             )
-<<<<<<< HEAD
         member, request = self.left[0], self._request
         provider = member.provider
         attempt = request.make_attempt(
@@ -208,29 +180,12 @@ class Candidates:
         )
         if again:
             self.chosen, attempt.again = None, True
+        provider.look_at(attempt)
+        if (grant := enter(attempt, (provider.bid(attempt, parked),))) is None:
+            grant = await granted(attempt, (provider,))
         if trial:
             attempt.trial = True
-        try:
-            provider.look_at(attempt)
-            if (grant := enter(attempt, (provider.bid(attempt, parked),))) is None:
-                grant = await granted(attempt, (provider,))
-        except BaseException:
-            if trial:
-                # It never began.
-                provider.health.breaker.unsure(trial=True)
-            raise
-        self.chosen = member
-=======
-        self.chosen = None
-        (member,) = self.left
-        attempt = self._attempt(member, again=again, fallback=fallback)
-        provider = member.provider
-        provider.look_at(attempt)
-        bid = provider.bid(attempt, parked)
-        if (grant := enter(attempt, (bid,))) is None:
-            grant = await granted(attempt, (provider,))
-        attempt.trial, self.chosen, self.attempt = trial, member, attempt
->>>>>>> t3
+        self.chosen, self.attempt = member, attempt
         return attempt, grant
 
     async def _start_first(
@@ -247,20 +202,11 @@ class Candidates:
         elif self.prefix is not None:
             self.placement = self.affinity.place(self.prefix, left)
         members = group.order(left)
+        self.attempt = None
         trial = None if again else group.trial(members, by_time=not once)
-<<<<<<< HEAD
-        if trial is not None or self.placement is not None:
-            home = None if self.placement is None else self.placement.home
-            members.sort(key=lambda member: (member is not trial, member is not home))
-        self._attempts = {
-            member: self._attempt(member, again=again, fallback=self._fallback)
-            for member in members
-        }
-=======
->>>>>>> t3
         try:
-            if trial is not None or self._placement is not None:
-                home = None if self._placement is None else self._placement.home
+            if trial is not None or self.placement is not None:
+                home = None if self.placement is None else self.placement.home
                 members.sort(key=lambda member: (member is not trial, member is not home))
             self._attempts = {
                 member: self._attempt(member, again=again, fallback=self._fallback)
@@ -272,12 +218,8 @@ class Candidates:
             self.chosen = member
             attempt = self._attempts[member]
             outcome = self._request.provider_request.outcome
-<<<<<<< HEAD
             group.started(member, list(self._attempts), outcome, self.placement)
-=======
-            group.started(member, list(self._attempts), outcome, self._placement)
             self.attempt = attempt
->>>>>>> t3
         finally:
             self._attempts, self._bids = {}, {}
             if trial is not None and (self.attempt is None or self.chosen is not trial):
@@ -378,7 +320,9 @@ class Candidates:
     # Afterwards.
 
     def leave(self) -> None:
-        """Wait for no place any more, and give back the one that nobody has heard of."""
+        """Wait for no place any more, and give back the one that nobody has heard of: `start` has
+        failed.
+        """
         ticket = self._request.provider_request.ticket
         leave(ticket, self._group.members[0].provider)
         for grant in [each for each in ticket.grants if each is not self._request.grant]:
