@@ -179,7 +179,12 @@ class Attempts:
                     if self._candidates.placeable:
                         await self._candidates.find_prefix()
                     attempt, grant = await self._start(parked)
-                    await self._provider.run(attempt, grant)
+                    try:
+                        await self._provider.run(attempt, grant)
+                    except BaseException:
+                        # It may not have begun.
+                        give_up(grant, self._candidates)
+                        raise
                 except ProviderFault as fault:
                     step = self._after(fault, attempt)
                     if step.step is Step.RAISED:
