@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from aioserver.config import settings
-from aioserver.gateway.groups import Group
 from aioserver.gateway.affinity import Affinity
+from aioserver.gateway.groups import Group
 from aioserver.gateway.members import Member
 from aioserver.protocol.prefix import prefix_of
 from aioserver.providers.provider import Provider
