@@ -493,9 +493,9 @@ def give_up(grant: Grant | None, candidates: Candidates) -> None:
     """
     try:
         attempt, candidates.attempt = candidates.attempt, None
-        if attempt is not None and attempt.trial:
+        if attempt is not None and attempt.trial and candidates.chosen is not None:
             attempt.trial = False
-            attempt.provider.health.breaker.unsure(trial=True)
+            candidates.chosen.provider.health.breaker.unsure(trial=True)
     finally:
         if grant is None:
             candidates.leave()

@@ -264,13 +264,13 @@ class Scheduler:
         if not joined:
             self.free_slot(ticket)
             ticket.on_position = None
-            error = min(errors)[2]
+            refusal = min(errors)[2]
             errors.clear()
             try:
-                raise error
+                raise refusal
             finally:
                 # Its traceback leads to this frame.
-                del error
+                del refusal
         errors.clear()
         ticket.bids = joined
         self.waiting[ticket] = None
