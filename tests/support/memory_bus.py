@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aioserver.providers.queueing import ProviderGate
-
 from aioserver.auth.keys import quota_of
 from aioserver.gateway.commands import MARKED, Commands
+from aioserver.limits.gcra import Gcra
 from aioserver.providers.health import ALONE
 from aioserver.wings.cluster import claims
 from aioserver.wings.cluster.bus import Outbox
@@ -36,6 +35,9 @@ if TYPE_CHECKING:
     from aioserver.config.settings import ClientKey
     from aioserver.faces.admission import ShareDoor
     from aioserver.limits.quota import Quota
+    from aioserver.limits.resource import Resource
+    from aioserver.limits.scheduler import Scheduler
+    from aioserver.providers.health import Health
     from aioserver.wings.cluster.bus import MakeBus
     from aioserver.wings.cluster.peer_messages import Message
     from aioserver.wings.simulator.exchange import Behaviour
@@ -420,12 +422,33 @@ class Instance:
         return self.server.simulator.stats().requests
 
 
+class OwnCapacity:
+    """The capacity of a provider that an instance has for itself."""
+
+    starving = False
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+
+    def places(self, resource: Resource, limit: int) -> None:
+        """Leave *resource* as it is."""
+        assert resource.limit == limit
+
+    def starts(self, interval: float, tolerance: float, _serve: Callable[[], None]) -> Gcra:
+        """Return a rate of its own."""
+        return Gcra(interval, tolerance, self._clock)
+
+    tokens = starts
+
+    def without_tokens(self) -> None:
+        """Share none, as before."""
+
+
 class StreamsOnly:
     """A cluster whose instances share nothing but streams; *make* makes what knows those of the
     others.
     """
 
-    make_gate = staticmethod(ProviderGate)
     observe = staticmethod(lambda _name: ALONE)
 
     def __init__(
@@ -441,6 +464,17 @@ class StreamsOnly:
         self.make_quota = make_quota
 
     token = 0
+
+    def share_provider(
+        self,
+        _scheduler: Scheduler,
+        _name: str,
+        _health: Health,
+        clock: Callable[[], float],
+        _on_starving: Callable[[], None],
+    ) -> OwnCapacity:
+        """Share nothing."""
+        return OwnCapacity(clock)
 
     def ended(self, token: int) -> None:
         """Note nothing."""
