@@ -7,7 +7,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from aioserver.gateway.affinity import measured
+from aioserver.gateway.affinity import MAX_SHARE, measured
 from aioserver.provider_errors import (
     CircuitOpen,
     ConnectError,
@@ -251,10 +251,11 @@ class Candidates:
             # Nobody waits for a home that is not asked now.
             delays = self._placement.delays
         now = first.provider.scheduler.time()
+        longest = MAX_SHARE * self._request.provider_request.left
         for member in ready:
             bid = member.provider.bid(attempts[member], parked)
             if member is not trial and (delay := delays.get(member)):
-                bid.not_before = now + delay
+                bid.not_before = now + min(delay, longest)
             self._bids[bid] = member
         bids = list(self._bids)
         if (grant := enter(first, bids)) is None:

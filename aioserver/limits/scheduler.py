@@ -246,14 +246,15 @@ class Scheduler:
     def _wait(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant | None:
         assert ticket not in self.waiting, "it waits once at a time"
         now = self._loop.time()
-        at_once = [bid for bid in bids if bid.parked or bid.not_before <= now]
+        # A rest takes no slot; what is to join later has its room like the others.
+        need = [bid for bid in bids if bid.not_before <= now or not bid.rests]
         for bid in bids:
             bid.resource.ask()
         if ticket.slot is not None and not any(_leads_to(bid, ticket.slot) for bid in bids):
             # It comes back no more to where it had one.
             self.free_slot(ticket)
-        room = ticket.slot is not None or not at_once
-        room = room or any(bid.resource.room(ticket.kind) > 0 for bid in at_once)
+        room = ticket.slot is not None or not need
+        room = room or any(bid.resource.room(ticket.kind) > 0 for bid in need)
         joined: list[Bid] = []
         errors: list[tuple[float, int, BaseException]] = []
         for bid in bids:
@@ -271,8 +272,8 @@ class Scheduler:
         ticket.bids = joined
         self.waiting[ticket] = None
         try:
-            if ticket.slot is None and (first := [bid for bid in joined if bid in at_once]):
-                self._take_slot(ticket, self._roomiest(ticket, first))
+            if ticket.slot is None and (own := [bid for bid in joined if bid in need]):
+                self._take_slot(ticket, self._roomiest(ticket, own))
             self._begin(joined, now)
             if ticket in self.waiting:
                 self._expire_at(ticket)

@@ -492,6 +492,22 @@ def test_a_parked_ticket_keeps_its_slot_and_comes_back_when_the_provider_does(
     assert (one.slots, world.timers.pending) == (0, 0)
 
 
+@pytest.mark.parametrize("delay", [0.0, 5.0], ids=["now", "later"])
+def test_the_queues_of_all_bids_have_room_together(world: World, *, delay: float) -> None:
+    home, other = world.resource(1, queue_size=1), world.resource(1, queue_size=2)
+    busy = world.start(world.ticket(), home)
+    world.start(world.ticket(), other)
+    first = world.wait(world.ticket(), home)
+    ticket = world.ticket()
+    later = Bid(other, not_before=world.timers.now + delay if delay else 0.0)
+    world.wait(ticket, home, later)
+    assert (home.slots, other.slots) == (1, 1)
+    busy.release()
+    granted(first).release()
+    granted(ticket).release()
+    assert (home.slots, other.slots, home.inside) == (0, 0, 0)
+
+
 def test_a_ticket_that_is_parked_within_a_provider_comes_back_with_it(world: World) -> None:
     outer = world.resource(4)
     part = world.resource(2, within=outer, part=half)
