@@ -57,6 +57,7 @@ class Scheduler:
         self._later: list[tuple[float, int, Bid]] = []
         self._entries = 0
         self._later_timer: asyncio.TimerHandle | None = None
+        self._later_at = inf
         self._report_timer: asyncio.TimerHandle | None = None
 
     def time(self) -> float:
@@ -495,9 +496,11 @@ class Scheduler:
 
     def _look_at(self, when: float) -> None:
         timer = self._later_timer
-        if timer is None or when < timer.when():
+        if timer is None or when < self._later_at:
             if timer is not None:
                 timer.cancel()
+            # Not every timer knows its time.
+            self._later_at = when
             self._later_timer = self._loop.call_at(when, self._come_all)
 
     def _come_all(self) -> None:
