@@ -201,9 +201,9 @@ class Watch:
         if places.inside > limit:
             self._broken(f"{places.inside} of {limit} places of batch are taken")
         # Those of a group may have their room elsewhere.
-        grouped = any(
-            len(group.members) > 1 for group in self._server.context.router.listed.values()
-        )
+        router = self._server.context.router
+        groups = *router.groups.values(), *router.listed.values()
+        grouped = any(len(group.members) > 1 for group in groups)
         if not grouped and resource.class_slots[1] > -(-resource.queue_size // 2):
             slots = resource.class_slots[1]
             self._broken(f"{slots} of {resource.queue_size} in the queue are batch")
