@@ -1250,6 +1250,7 @@ FIRST = {
     "the reasoning of a whole answer": 1,
     "what the engine calls a call": 1,
     "white space in front of a call": 3,
+    "that a member has died": 1,
     "that nobody has cancelled an answer": 4,
     "that a trial is over which proves nothing": 1,
     "that others wait for a slow client's place": 1,
