@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from aioserver.config.models import PREFIX
-from aioserver.gateway.affinity import measured
+from aioserver.gateway.affinity import MAX_SHARE, measured
 from aioserver.protocol.prefix import prefix_of
 from aioserver.provider_errors import (
     CircuitOpen,
@@ -253,10 +253,11 @@ class Candidates:
             # Nobody waits for a home that is not asked now.
             delays = self.placement.delays
         now = first.provider.scheduler.time()
+        longest = MAX_SHARE * self._request.provider_request.left
         for member in ready:
             bid = member.provider.bid(attempts[member], parked)
             if member is not trial and (delay := delays.get(member)):
-                bid.not_before = now + delay
+                bid.not_before = now + min(delay, longest)
             self._bids[bid] = member
         bids = list(self._bids)
         if (grant := enter(first, bids)) is None:

@@ -59,6 +59,7 @@ class Scheduler:
         self._later: list[tuple[float, int, Bid]] = []
         self._entries = 0
         self._later_timer: asyncio.TimerHandle | None = None
+        self._later_at = inf
         self._report_timer: asyncio.TimerHandle | None = None
 
     def time(self) -> float:
@@ -249,14 +250,15 @@ class Scheduler:
     def _wait(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant | None:
         assert ticket not in self.waiting, "it waits once at a time"
         now = self._loop.time()
-        at_once = [bid for bid in bids if bid.parked or bid.not_before <= now]
+        # A rest takes no slot; what is to join later has its room like the others.
+        need = [bid for bid in bids if bid.not_before <= now or not bid.rests]
         for bid in bids:
             bid.resource.ask()
         if ticket.slot is not None and not any(_leads_to(bid, ticket.slot) for bid in bids):
             # It comes back no more to where it had one.
             self.free_slot(ticket)
-        room = ticket.slot is not None or not at_once
-        room = room or any(bid.resource.room(ticket.kind) > 0 for bid in at_once)
+        room = ticket.slot is not None or not need
+        room = room or any(bid.resource.room(ticket.kind) > 0 for bid in need)
         joined: list[Bid] = []
         errors: list[tuple[float, int, BaseException]] = []
         for bid in bids:
@@ -281,8 +283,8 @@ class Scheduler:
         ticket.bids = joined
         self.waiting[ticket] = None
         try:
-            if ticket.slot is None and (first := [bid for bid in joined if bid in at_once]):
-                self._take_slot(ticket, self._roomiest(ticket, first))
+            if ticket.slot is None and (own := [bid for bid in joined if bid in need]):
+                self._take_slot(ticket, self._roomiest(ticket, own))
             self._begin(joined, now)
             if ticket in self.waiting:
                 self._expire_at(ticket)
@@ -516,9 +518,11 @@ class Scheduler:
 
     def _look_at(self, when: float) -> None:
         timer = self._later_timer
-        if timer is None or when < timer.when():
+        if timer is None or when < self._later_at:
             if timer is not None:
                 timer.cancel()
+            # Not every timer knows its time.
+            self._later_at = when
             self._later_timer = self._loop.call_at(when, self._come_all)
 
     def _come_all(self) -> None:

@@ -492,6 +492,38 @@ def test_a_parked_ticket_keeps_its_slot_and_comes_back_when_the_provider_does(
     assert (one.slots, world.timers.pending) == (0, 0)
 
 
+@pytest.mark.parametrize("delay", [0.0, 5.0], ids=["now", "later"])
+def test_the_queues_of_all_bids_have_room_together(world: World, *, delay: float) -> None:
+    home, other = world.resource(1, queue_size=1), world.resource(1, queue_size=2)
+    busy = world.start(world.ticket(), home)
+    world.start(world.ticket(), other)
+    first = world.wait(world.ticket(), home)
+    ticket = world.ticket()
+    later = Bid(other, not_before=world.timers.now + delay if delay else 0.0)
+    world.wait(ticket, home, later)
+    assert (home.slots, other.slots) == (1, 1)
+    busy.release()
+    granted(first).release()
+    granted(ticket).release()
+    assert (home.slots, other.slots, home.inside) == (0, 0, 0)
+
+
+def test_the_first_of_those_that_join_later_is_known_without_its_timer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As that of uvloop, where a timer is brief.
+    monkeypatch.delattr(Timer, "when")
+    one = world.resource(2)
+    tickets = [world.ticket() for _ in range(2)]
+    for ticket, seconds in zip(tickets, (2.0, 1.0), strict=True):
+        world.wait(ticket, Bid(one, not_before=world.timers.now + seconds))
+    world.timers.pass_time(1.0)
+    assert tickets[0].outcome is None
+    granted(tickets[1]).release()
+    world.timers.pass_time(1.0)
+    granted(tickets[0]).release()
+
+
 def test_a_ticket_that_is_parked_within_a_provider_comes_back_with_it(world: World) -> None:
     outer = world.resource(4)
     part = world.resource(2, within=outer, part=half)

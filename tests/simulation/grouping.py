@@ -163,8 +163,8 @@ class GroupWatch:
             provider.settings.http_client.queue_timeout
             for provider in self._router.providers.values()
         ]
-        longest = MAX_SHARE * max(deadlines) + LATE
         last, began = max(bid.not_before for bid in coming), candidates.began
+        longest = MAX_SHARE * min(ticket.deadline - began, max(deadlines)) + LATE
         if last - began > longest or Clock.now > last + LATE:
             self._broken(
                 f"a request waits for its home in {group.name} for {last - began:.2f} s, at most "

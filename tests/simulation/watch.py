@@ -25,7 +25,7 @@ from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
 from aioserver.wings.responses.socket import ResponsesSocket
 from tests.simulation.clock import Clock
-from tests.simulation.deadlines import Deadlines
+from tests.simulation.deadlines import LATE, Deadlines
 from tests.simulation.fairness import Fairness
 from tests.simulation.grouping import GroupWatch
 from tests.support.stored_responses import conversations_in, stored_in
@@ -202,9 +202,9 @@ class Watch:
         if places.inside > limit:
             self._broken(f"{places.inside} of {limit} places of batch are taken")
         # Those of a group may have their room elsewhere.
-        grouped = any(
-            len(group.members) > 1 for group in self._server.context.router.listed.values()
-        )
+        router = self._server.context.router
+        groups = *router.groups.values(), *router.listed.values()
+        grouped = any(len(group.members) > 1 for group in groups)
         if not grouped and resource.class_slots[1] > -(-resource.queue_size // 2):
             slots = resource.class_slots[1]
             self._broken(f"{slots} of {resource.queue_size} in the queue are batch")
@@ -228,8 +228,8 @@ class Watch:
                 self._broken("a request waits without a slot")
             for bid in ticket.bids:
                 away = bid in bid.resource.away
-                coming = bid.not_before + ROUNDING >= Clock.now and bid.parked == away
-                if bid.standing == coming or (bid.standing and away):
+                coming = bid.not_before + LATE >= Clock.now and bid.parked == away
+                if away if bid.standing else not coming:
                     self._broken(f"a request waits for {bid.resource.name} in no queue")
         for provider in self._server.context.router.providers.values():
             for part in provider.capacity.parts:
