@@ -1,0 +1,112 @@
+"""How many files a stranger opens who follows a question down, from the client to the provider.
+
+pytest tests/docs/test_path.py -s    # prints them, in the order in which they are entered
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.wings.cluster.membership import join
+from tests.support.chat import CHAT
+from tests.support.keys import bearer, keys_of
+from tests.support.redis_server import RedisServer
+from tests.support.server import QUICK, provider_entry, running
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from tests.support.server import MakeServer, RunningServer
+
+pytestmark = pytest.mark.one_loop
+
+PACKAGE = Path(__file__).parents[2] / "aioserver"
+# What watches beside all requests, and may do so in the middle of one.
+BESIDE = ("wings/simulator/", "monitoring/", "server/garbage", "telemetry/loop_lag")
+# A question is asked so often: what belongs to another thing is not entered each time.
+TIMES = 5
+
+
+async def files_down(
+    server: RunningServer, body: dict[str, Any], headers: dict[str, str]
+) -> list[str]:
+    """Ask several times; return the files that were entered each time before the provider had
+    the question.
+    """
+    ways: list[list[str]] = []
+    entered: dict[str, None] = {}
+
+    def enter(frame: FrameType, event: str, _argument: Any) -> None:
+        if event != "call":
+            return
+        path = frame.f_code.co_filename
+        if not path.startswith(str(PACKAGE)):
+            return
+        name = str(Path(path).relative_to(PACKAGE))
+        if name.startswith("wings/simulator/"):
+            sys.setprofile(None)
+        elif not name.startswith(BESIDE):
+            entered[name] = None
+
+    for _ in range(TIMES + 1):
+        entered.clear()
+        sys.setprofile(enter)
+        try:
+            answer = await server.session.post(
+                f"{server.v1}/chat/completions", json=body, headers=headers
+            )
+        finally:
+            sys.setprofile(None)
+        assert answer.status == 200, await answer.text()
+        await answer.read()
+        ways.append(list(entered))
+    # The first question opens a connection.
+    return [name for name in ways[1] if all(name in way for way in ways[1:])]
+
+
+GROUP = {
+    "llm.providers.other": provider_entry("http://127.0.0.1:9/v1"),
+    "llm.models": {"pair": ["sim", "other"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("most", "changes"),
+    [
+        pytest.param(38, {}, id="a plain question"),
+        pytest.param(41, keys_of("ann"), id="with a key"),
+        pytest.param(41, GROUP, id="in a group"),
+    ],
+)
+async def test_few_files_lead_from_a_client_to_a_provider(
+    make_server: MakeServer, most: int, changes: dict[str, Any]
+) -> None:
+    server = await make_server(**changes)
+    headers = bearer("ann") if "auth.keys" in changes else {}
+
+    body = {**CHAT, "model": "pair"} if "llm.models" in changes else CHAT
+
+    files = await files_down(server, body, headers)
+
+    print(f"\n{len(files)} files", *files, sep="\n  ")
+    assert len(files) <= most, files
+
+
+async def test_few_files_lead_from_a_client_to_a_provider_in_a_cluster(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        redis = stack.enter_context(RedisServer(tmp_path))
+        member = await stack.enter_async_context(join(redis.url, "test"))
+        path = tmp_path / "config.yaml"
+        server = await stack.enter_async_context(
+            running(path, QUICK, {**GROUP, **keys_of("ann")}, cluster=member)
+        )
+
+        files = await files_down(server, {**CHAT, "model": "pair"}, bearer("ann"))
+
+    print(f"\n{len(files)} files", *files, sep="\n  ")
+    assert len(files) <= 54, files
