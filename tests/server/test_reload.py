@@ -272,7 +272,7 @@ async def test_more_places_let_waiters_in_and_fewer_turn_nobody_out(
         await third.upgrade()
         refused = await third.json_frame()
         message = refused["chunk"]["error"]
-        assert message.startswith("the server is full: 2 of 1 places are taken; try again in ")
+        assert message.startswith("the server is full: 1 of 1 places are taken; try again in ")
         assert message.endswith(" s (chat.websocket.concurrency.max_connections=1 reached)")
         assert server.context.admission.gate.inside == 2
         for raw in (first, second):

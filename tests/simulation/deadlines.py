@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 LATE = 0.01
 # How many times as long as others an answer in the background waits.
 BACKGROUND_PATIENCE = 10
+# Seconds for which a request that returns from its key waits for a place.
+RETURN_WAIT = MAX_WAIT
 # Longer than any deadline that a reload changes.
 OLD_DEADLINES = 60.0
 
@@ -68,7 +70,7 @@ class Deadlines:
             # A place of another worker may be on its way.
             longest = max(longest, GRACE)
         # Those that return have waited at their keys, and may do so for as long here.
-        self._look_at_waits(gate, (longest, MAX_WAIT), "a place")
+        self._look_at_waits(gate, (longest, RETURN_WAIT), "a place")
         for name, quota in context.access.quotas().items():
             self._look_at_waits(quota.resource, (MAX_WAIT,), name)
         for provider in context.router.providers.values():
@@ -107,7 +109,8 @@ class Deadlines:
             times = (longest, longest) if background else patience
             self._look_at_waits(part, times, provider.name, longest)
             for bid in part.away:
-                most, parked = times[bid.index], Clock.now - bid.began(part)
+                most = times[bid.index] if bid.resource is part else longest
+                parked = Clock.now - bid.began(bid.resource)
                 if parked > most + LATE:
                     self._broken(f"parked for {parked:.2f} s at {provider.name}")
         what = f"a connection to {provider.name}"

@@ -147,9 +147,10 @@ scene("a day's tokens", 0, {**room, **changes}, keys=keys, faces=("stream",))
 keys, changes = limited({"requests_per_minute": 20, "queue_size": 200}, {})
 few = {f"{GATE}.max_connections": 10, f"{GATE}.connection_queue_size": 60, f"{GATE}.queue_timeout": 0.5}
 few |= {f"{HTTP}.{name}": 2 for name in ("concurrent_requests", "max_connections", "max_keepalive")}
-for name, longest in (("a return", deadlines.MAX_WAIT), ("a return that may not wait", 0.5)):
-    deadlines.MAX_WAIT = longest
-    scene(name, 1, {**few, **changes}, keys=keys, faces=("stream", "response lanes"), spread=20.0)
+for name, longest in (("a return", deadlines.RETURN_WAIT), ("a return that may not wait", 0.5)):
+    deadlines.RETURN_WAIT = longest
+    scene(name, 8, {**few, **changes}, keys=keys, faces=("stream", "response lanes"), spread=20.0)
+deadlines.RETURN_WAIT = deadlines.MAX_WAIT
 keys, changes = limited({"requests_per_minute": 60, "queue_size": 200}, {})
 few |= {f"{HTTP}.{name}": 100 for name in ("concurrent_requests", "max_connections", "max_keepalive")}
 scene("lost sockets", 0, {**few, **changes}, keys=keys, faces=("stream", "response lanes"), habits={"read slowly": 0.3}, spread=5.0)

@@ -227,7 +227,7 @@ class Watch:
             elif any(bid.standing for bid in ticket.bids):
                 self._broken("a request waits without a slot")
             for bid in ticket.bids:
-                away = bid in bid.resource.away
+                away = bid in (bid.resource.within or bid.resource).away
                 coming = bid.not_before + LATE >= Clock.now and bid.parked == away
                 if away if bid.standing else not coming:
                     self._broken(f"a request waits for {bid.resource.name} in no queue")
