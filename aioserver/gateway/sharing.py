@@ -1,4 +1,4 @@
-"""What several instances share of their limits: the gates of providers, the quotas of keys, and
+"""What several instances share of their limits: the places of providers, the quotas of keys, and
 the secret of sessions.
 """
 

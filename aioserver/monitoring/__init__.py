@@ -1,6 +1,6 @@
 """Monitoring: the state of the server, shown to people and to programs.
 
-Once a second, at a *tick*, the monitor builds one *snapshot*: the state of the gates, streams and
+Once a second, at a *tick*, the monitor builds one *snapshot*: the state of the places, streams and
 providers, the *totals* so far, and what was measured during the *interval* since the last tick,
 such as rates and the lag of the event loop. The *sources* are the objects from which all this is
 read.
