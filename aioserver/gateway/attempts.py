@@ -319,7 +319,7 @@ class Attempts:
 
     async def _rest(self, seconds: float) -> None:
         """Wait for so many *seconds* before a retry; nothing is held meanwhile."""
-        self._first.scheduler.free_slot(self._request.provider_request.ticket)
+        self._request.provider_request.ticket.free_slot()
         if (bound := self._request.provider_request.bound) is not None:
             bound.wait = Wait(f"the next attempt at {self._outcome.provider} waits", seconds)
         await asyncio.sleep(seconds)

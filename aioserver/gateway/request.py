@@ -172,9 +172,6 @@ class Request(msgspec.Struct, eq=False):
                 if self.keeper is not None:
                     self.keeper.release()
             finally:
-                if self.provider_request.keeps_slot:
-                    # Its last attempt was a trial, and it comes back no more.
-                    self.route.provider.scheduler.free_slot(self.provider_request.ticket)
                 if (grant := self.grant) is not None:
                     self.grant = None
                     if self.provider_request.estimate is None:

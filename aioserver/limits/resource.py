@@ -223,6 +223,14 @@ class Ticket(msgspec.Struct, eq=False):
             self.work = 1 if self.estimate is None else self.estimate()
         return self.work
 
+    def free_slot(self) -> None:
+        """Take no slot any more: its request does not come back."""
+        if (resource := self.slot) is not None:
+            self.slot = None
+            resource.take_slots(self.kind, -1)
+            if resource.within is not None:
+                resource.within.take_slots(self.kind, -1)
+
     @property
     def left(self) -> bool:
         """Whether its task has given up, and has not run since."""

@@ -137,7 +137,7 @@ class Scheduler:
             outcome.cancel()
         elif ticket in self.waiting:
             self._end(ticket)
-        self.free_slot(ticket)
+        ticket.free_slot()
 
     def close(self, ticket: Ticket) -> None:
         """End *ticket*: its wait, and each grant that it still holds, which was not used."""
@@ -183,14 +183,6 @@ class Scheduler:
         ticket.kind = kind
         self._take_slot(ticket, resource)
         grant.release()
-
-    def free_slot(self, ticket: Ticket) -> None:
-        """Take no slot any more: the request of *ticket* does not come back."""
-        if (resource := ticket.slot) is not None:
-            ticket.slot = None
-            resource.take_slots(ticket.kind, -1)
-            if resource.within is not None:
-                resource.within.take_slots(ticket.kind, -1)
 
     # What the owner of a resource calls.
 
@@ -256,7 +248,7 @@ class Scheduler:
             bid.resource.ask()
         if ticket.slot is not None and not any(_leads_to(bid, ticket.slot) for bid in bids):
             # It comes back no more to where it had one.
-            self.free_slot(ticket)
+            ticket.free_slot()
         room = ticket.slot is not None or not need
         room = room or any(bid.resource.room(ticket.kind) > 0 for bid in need)
         joined: list[Bid] = []
@@ -270,7 +262,7 @@ class Scheduler:
             else:
                 joined.append(bid)
         if not joined:
-            self.free_slot(ticket)
+            ticket.free_slot()
             ticket.on_position = None
             refusal = min(errors)[2]
             errors.clear()
@@ -426,7 +418,7 @@ class Scheduler:
             if isinstance(outcome, Grant):
                 self._free_slot_unless(ticket, outcome, keeps=keeps)
             else:
-                self.free_slot(ticket)
+                ticket.free_slot()
         # What is told of its position leads to whoever waits.
         ticket.outcome, ticket.reported, ticket.on_position = outcome, None, None
         if ticket.woken is not None and not ticket.woken.done():
@@ -468,7 +460,7 @@ class Scheduler:
         ticket.bids = rest
         self._take_away(bid, self._loop.time())
         if ticket.slot is not None and not any(_leads_to(each, ticket.slot) for each in rest):
-            self.free_slot(ticket)
+            ticket.free_slot()
             self._take_slot(ticket, self._roomiest(ticket, rest))
         self._expire_at(ticket)
         self._serve_all()
@@ -509,7 +501,7 @@ class Scheduler:
         assert slot is not None
         there = slot is resource or slot.within is resource
         if not (there and (keeps or resource.keeps())):
-            self.free_slot(ticket)
+            ticket.free_slot()
 
     def _roomiest(self, ticket: Ticket, bids: Sequence[Bid]) -> Resource:
         return max(bids, key=lambda bid: bid.resource.room(ticket.kind)).resource

@@ -315,7 +315,7 @@ class Provider:
                 # It was to be one of a sick provider, which has died meanwhile.
                 self.health.breaker.unsure(trial=True)
             attempt.trial = True
-        elif attempt.request.ticket.queued:
+        elif grant.ticket.queued:
             # It may have died, or begun to limit us, in the wait.
             if self.health.breaker.dead:
                 raise self.health.refusal()
@@ -373,7 +373,7 @@ class Provider:
             attempt.trial = False
         if (ticket := attempt.request.ticket).slot is not None:
             # It comes back no more.
-            self.scheduler.free_slot(ticket)
+            ticket.free_slot()
         if attempt.pool is not self.pools.pool:
             # As `_outdated`: it has been sent.
             self.health.breaker.unsure(trial=trial)
@@ -857,10 +857,10 @@ def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
         ticket.estimate = attempt.work
     if attempt.hop is not None:
         ticket.goes_on = True
-    if request.bound is not None:
-        ticket.deadline = request.bound.next
-    stream = attempt.stream
-    if request.bound is not None or (stream is not None and not request.whole):
+    if (bound := request.bound) is not None:
+        ticket.deadline = bound.next
+        ticket.on_position = attempt.queued
+    elif attempt.stream is not None and not request.whole:
         # Somebody wants to hear of it.
         ticket.on_position = attempt.queued
     return attempt.provider.scheduler.enter(ticket, bids)

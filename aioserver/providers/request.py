@@ -198,11 +198,6 @@ class ProviderRequest:
         return ticket
 
     @property
-    def keeps_slot(self) -> bool:
-        """Whether it has a slot in a queue, where it waits or may come back to."""
-        return self._ticket is not None and self._ticket.slot is not None
-
-    @property
     def loan(self) -> Loan | None:
         """The place of its client, if that can be lent."""
         return None if self._hold is None else self._hold.loan
@@ -255,6 +250,9 @@ class ProviderRequest:
         if (ticket := self._ticket) is not None:
             # It leads to the attempt whose wait was refused.
             ticket.estimate = None
+            if ticket.slot is not None:
+                # Its last attempt was a trial, and it comes back no more.
+                ticket.free_slot()
         if self._hold is not None:
             self._hold.release()
             self._hold = None

@@ -487,7 +487,7 @@ def test_a_parked_ticket_keeps_its_slot_and_comes_back_when_the_provider_does(
     granted(first)
     assert one.slots == 1
     # It has its answer, and does not come back.
-    world.scheduler.free_slot(first)
+    first.free_slot()
     world.timers.pass_time(2.0)
     assert (one.slots, world.timers.pending) == (0, 0)
 

@@ -159,7 +159,7 @@ async def test_a_trial_keeps_its_room_from_the_hand_over_until_it_comes_back_no_
     if hears:
         grant = await place.scheduler.granted(ticket)
         assert bid.resource.room("") == 0
-        place.scheduler.free_slot(ticket)
+        ticket.free_slot()
         grant.release()
     else:
         place.scheduler.leave(ticket)

@@ -122,7 +122,9 @@ class Sums:
         for number, call in enumerate(asked, 1):
             if call.continues and client.calls:
                 self._broken(f"the call of a tool is continued for client {client.number}")
-            if call.judged and number < len(asked):
+            # Who refuses to say the rest does not judge the question.
+            refuses_rest = call.continues and call.fault.startswith("status-")
+            if call.judged and not refuses_rest and number < len(asked):
                 self._broken(
                     f"client {client.number} ({client.face}) asks {asked[number].provider} behind "
                     f"the verdict of {call.provider}"
