@@ -182,7 +182,11 @@ def test_without_a_folder_for_temporary_files_there_is_still_that_of_systemd(
 
 
 def test_where_no_folder_can_be_written_one_line_says_so_and_the_workers_go_on() -> None:
-    mounts = "mount -t tmpfs -o ro tmpfs /tmp && mount -t tmpfs -o ro tmpfs /var/tmp"
+    # What is in them stays, perhaps this very tree.
+    mounts = " && ".join(
+        f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}"
+        for folder in ("/tmp", "/var/tmp")
+    )
     shell = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*shell, mounts], check=False).returncode:
         pytest.skip("this machine lets nobody mount anything")
