@@ -276,7 +276,7 @@ class Scheduler:
         self.waiting[ticket] = None
         try:
             if ticket.slot is None and (own := [bid for bid in joined if bid in need]):
-                self._take_slot(ticket, self._roomiest(ticket, own))
+                self._take_slot(ticket, self._roomiest(ticket, own).resource)
             self._begin(joined, now)
             if ticket in self.waiting:
                 self._expire_at(ticket)
@@ -452,18 +452,28 @@ class Scheduler:
             return
         rest = [each for each in ticket.bids if each is not bid]
         if not rest:
-            try:
-                self._end(ticket, error())
-            except Exception as bug:  # noqa: BLE001 - it is raised in the task that waits
-                self._end(ticket, bug)
+            self._refuse(ticket, error)
             return
         ticket.bids = rest
         self._take_away(bid, self._loop.time())
         if ticket.slot is not None and not any(_leads_to(each, ticket.slot) for each in rest):
             ticket.free_slot()
-            self._take_slot(ticket, self._roomiest(ticket, rest))
+            kept = self._roomiest(ticket, rest)
+            queue = kept.resource
+            if queue.room(ticket.kind) <= 0:
+                # The room that it had was elsewhere.
+                self._refuse(ticket, lambda: queue.refusal(Reason.FULL, kept, queue.retry_after()))
+                return
+            self._take_slot(ticket, queue)
         self._expire_at(ticket)
         self._serve_all()
+
+    def _refuse(self, ticket: Ticket, error: Callable[[], BaseException]) -> None:
+        """End the wait of *ticket* with *error*."""
+        try:
+            self._end(ticket, error())
+        except Exception as bug:  # noqa: BLE001 - it is raised in the task that waits
+            self._end(ticket, bug)
 
     def _expire_at(self, ticket: Ticket) -> None:
         """Let the first of the bids that end be looked at in time."""
@@ -503,8 +513,8 @@ class Scheduler:
         if not (there and (keeps or resource.keeps())):
             ticket.free_slot()
 
-    def _roomiest(self, ticket: Ticket, bids: Sequence[Bid]) -> Resource:
-        return max(bids, key=lambda bid: bid.resource.room(ticket.kind)).resource
+    def _roomiest(self, ticket: Ticket, bids: Sequence[Bid]) -> Bid:
+        return max(bids, key=lambda bid: bid.resource.room(ticket.kind))
 
     # Later.
 

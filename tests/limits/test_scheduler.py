@@ -508,6 +508,26 @@ def test_the_queues_of_all_bids_have_room_together(world: World, *, delay: float
     assert (home.slots, other.slots, home.inside) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_who_has_lost_the_queue_that_let_it_in_needs_room_in_another(
+    world: World, size: int
+) -> None:
+    home, other = world.resource(1, queue_size=size), world.resource(1, queue_size=2)
+    world.start(world.ticket(), home)
+    world.start(world.ticket(), other)
+    world.wait(world.ticket(), home)
+    ticket = world.ticket()
+    bids = [Bid(home), Bid(other)]
+    world.wait(ticket, *bids)
+    assert ticket.slot is other
+    world.scheduler.withdraw(bids[1], lambda: pytest.fail("it waits elsewhere"))
+    assert (home.slots, home.queue.size, other.slots) == (size, size, 0)
+    assert (ticket in world.scheduler.waiting) == (size == 2)
+    if size == 1:
+        assert isinstance(ticket.outcome, Refused)
+        assert (ticket.outcome.reason, home.refused) == (Reason.FULL, 1)
+
+
 def test_the_first_of_those_that_join_later_is_known_without_its_timer(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
