@@ -20,7 +20,7 @@ class Room:
 
     def __init__(self) -> None:
         self._tickets = count()
-        # What is done, with True, when an answer may ask, by its ticket.
+        # Futures by ticket: each has the result True when its answer may ask.
         self._waiting: dict[int, asyncio.Future[bool]] = {}
 
     def ticket(self) -> int:

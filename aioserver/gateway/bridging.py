@@ -70,7 +70,7 @@ MAX_NAMES = 16
 MIN_LEFT, SPARE = 256, 16
 
 
-# What is known of a path: whether it is there.
+# The key of a verdict on a path: whether it is there.
 _PATH = "path"
 
 

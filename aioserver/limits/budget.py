@@ -138,7 +138,7 @@ class _Minute:
 
 
 class _DayCount:
-    """What is used and reserved on one day, and how much of it is reserved."""
+    """The tokens that are used and reserved on one day, and how many of them are reserved."""
 
     __slots__ = ("count", "reserved")
 

@@ -54,8 +54,8 @@ UNKNOWN_WORK = 1000
 # What a token of an answer costs more than one of a prompt. Sheng et al., "Fairness in Serving
 # Large Language Models", OSDI 2024.
 OUTPUT_FACTOR = 2
-# What is known of callers, of which averages are kept; the one that is known best forgets what was
-# taught least recently.
+# Averages of callers that are kept; the caller with most of them loses the one that was taught
+# least recently.
 MAX_PAIRS = 1000
 # Voices that are heard of one provider and model: those that have spoken last.
 MAX_VOICES = 15
@@ -144,7 +144,7 @@ class Estimates:
     def __init__(self) -> None:
         self._ratios: Bounded[str, tuple[str, str], _Ratios] = Bounded(MAX_PAIRS)
         self._answers: Bounded[str, str, _Answers] = Bounded(MAX_PAIRS)
-        # Who has taught anything of each provider and model; who has last is the last.
+        # Those that have taught anything of each provider and model; who has last is the last.
         self._voices: dict[tuple[str, str], OrderedDict[str, _Ratios]] = {}
 
     def before(

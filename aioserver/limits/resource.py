@@ -99,7 +99,7 @@ class Rate(Protocol):
 
 
 class Supply:
-    """Who shares one limit among several processes. It calls `Scheduler.resize` with the places
+    """The part that shares one limit among several processes. It calls `Scheduler.resize` with the places
     that this process may use. What an heir does not override does nothing.
     """
 
@@ -255,8 +255,8 @@ class Bid(msgspec.Struct, eq=False):
     front: bool = False
     parked: bool = False
     movable: bool = False
-    # Whose it is once it was made, and of which class; since when and until when it waits; where it
-    # stands, with the seconds until its start; and what it was granted within the resource.
+    # Its ticket once that has bid, and the class of it; since when and until when it waits; where it
+    # stands, with the seconds until its start; and its grant within the resource.
     ticket: Ticket = NOBODY
     index: int = 0
     since: float = 0.0
@@ -687,7 +687,7 @@ class Resource:
             self.supply.changed()
         return True
 
-    # What is told.
+    # Reports.
 
     def first_position(self, bid: Bid) -> int:
         """Estimate the position of *bid*, which stands here or is about to."""

@@ -419,7 +419,7 @@ class Scheduler:
                 self._free_slot_unless(ticket, outcome, keeps=keeps)
             else:
                 ticket.free_slot()
-        # What is told of its position leads to whoever waits.
+        # The callback for its position leads to whoever waits.
         ticket.outcome, ticket.reported, ticket.on_position = outcome, None, None
         if ticket.woken is not None and not ticket.woken.done():
             ticket.woken.set_result(None)
@@ -540,7 +540,7 @@ class Scheduler:
         if self._later:
             self._look_at(self._later[0][0])
 
-    # What is told.
+    # Reports.
 
     def _report_first(self, ticket: Ticket) -> None:
         for bid in ticket.bids:

@@ -27,7 +27,8 @@ V = TypeVar("V")
 # How many times what is free an owner may keep where nothing is taken away: two thirds of all for
 # one that is alone.
 EASE = 2
-# What is taken away at once where there is no room, as a part of all: to begin takes time.
+# The part of all that is taken away at once where there is no room, since to begin takes time: one
+# of so many.
 MADE = 16
 
 

@@ -140,7 +140,7 @@ class Outcome(msgspec.Struct, eq=False):
     def begin_attempt(self, provider: str, model: str) -> None:
         """Note that *provider* is asked for an answer of *model*."""
         if self.attempts or self.sent_at or self.bridge:
-            # What is known is about an earlier one.
+            # All that is known is about an earlier one.
             self.headers, self.sent_at, self.usage = NO_HEADERS, 0.0, None
             self.bridge, self.left_out = "", ()
         self.provider, self.model = provider, model

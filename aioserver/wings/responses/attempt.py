@@ -71,7 +71,7 @@ _UNSUPPORTED = (
 )
 
 
-# What is known of its responses: that it does not keep them.
+# The key of a verdict on its responses: that it does not keep them.
 _KEEPS = "keeps"
 
 

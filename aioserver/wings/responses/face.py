@@ -402,7 +402,7 @@ async def write(
     if stream.end_status == CANCELLED:
         status = status or "cancelled"
     elif stream.ending is not None:
-        # Whoever reads that it is complete goes on with it, perhaps at another instance.
+        # A client that reads that it is complete goes on with it, perhaps at another instance.
         status = "in_progress"
     body = newest(stream, status)
     return await stored_face.write(context, request, body)
