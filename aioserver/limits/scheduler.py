@@ -103,21 +103,13 @@ class Scheduler:
             if ticket.outcome is None:
                 ticket.woken = self._loop.create_future()
                 await ticket.woken
-            outcome, ticket.outcome = ticket.outcome, None
         except BaseException:
             # A grant that came in this turn of the loop is passed on.
             self.leave(ticket)
             raise
         finally:
             ticket.woken = None
-        if isinstance(outcome, Grant):
-            return outcome
-        assert outcome is not None
-        try:
-            raise outcome
-        finally:
-            # Its traceback leads to this frame.
-            del outcome
+        return _outcome(ticket)
 
     def listen(self, ticket: Ticket, on_position: Callable[[Resource, int, float], None]) -> None:
         """Have *ticket*, if it waits, tell *on_position* where it stands: each second, and at once
@@ -287,14 +279,7 @@ class Scheduler:
             raise
         if ticket in self.waiting:
             return None
-        outcome, ticket.outcome = ticket.outcome, None
-        if isinstance(outcome, Grant):
-            return outcome
-        assert outcome is not None
-        try:
-            raise outcome
-        finally:
-            del outcome
+        return _outcome(ticket)
 
     def _begin(self, bids: Sequence[Bid], now: float) -> None:
         """Let *bids* join the queues, now or later."""
@@ -586,6 +571,21 @@ class Scheduler:
             except Exception as error:  # noqa: BLE001 - it is raised in the task that waits
                 if ticket in self.waiting:
                     self._end(ticket, error)
+
+
+def _outcome(ticket: Ticket) -> Grant:
+    """Return the grant by which the wait of *ticket* has ended, or raise the error; it is told of
+    that once.
+    """
+    outcome, ticket.outcome = ticket.outcome, None
+    if isinstance(outcome, Grant):
+        return outcome
+    assert outcome is not None
+    try:
+        raise outcome
+    finally:
+        # Its traceback leads to this frame.
+        del outcome
 
 
 def _outermost(bid: Bid) -> Resource:
