@@ -21,11 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from aioserver.config import settings
 from aioserver.gateway.affinity import Affinity
-from aioserver.gateway.groups import Group
-from aioserver.gateway.members import Member
+from aioserver.gateway.groups import Group, Member
 from aioserver.protocol.prefix import prefix_of
 from aioserver.providers.provider import Provider
-from aioserver.telemetry.outcome import Outcome
 from tests.support.scripted_provider import LIMITS
 
 if TYPE_CHECKING:
@@ -97,7 +95,6 @@ async def main() -> None:
         )
         provider = Provider(entry, entry.base_url, max_response_bytes=1 << 20)
         members.append(Member(provider))
-    outcome = Outcome()
     print(f"| body, bytes | one choice among {MEMBERS}, µs |\n| ---: | ---: |")
     for turns in TURNS:
         prefix = hashed(body_of(turns))
@@ -107,7 +104,7 @@ async def main() -> None:
             among = group.order(group.members)
             placement = homes.place(prefix, among)
             among.sort(key=lambda member: member is not placement.home)
-            group.started(among[0], among, outcome, placement)
+            group.started(among[0], among)
             homes.sent(prefix, among[0])
 
         print(f"| {len(body_of(turns)):,} | {1e6 * best(choose):.1f} |")

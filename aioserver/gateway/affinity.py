@@ -22,13 +22,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.gateway.members import PRIME
+from aioserver.gateway.groups import PRIME
 from aioserver.telemetry.outcome import HOME, NEW, OTHER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioserver.gateway.members import Member
+    from aioserver.gateway.groups import Member
     from aioserver.protocol.prefix import Prefix
 
 # Digests that are remembered in one process: some 1,000 conversations, in 8 MB at most.

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from aioserver.errors import AioserverError, ResponseNotFound
 from aioserver.gateway.candidates import Candidates
-from aioserver.gateway.members import sick
+from aioserver.gateway.groups import sick
 from aioserver.limits.deadline import Wait
 from aioserver.provider_errors import (
     CircuitOpen,
@@ -160,8 +160,6 @@ class Attempts:
         self._group: Group
         self._candidates: Candidates
         self._first: Provider
-        # That of the last attempt.
-        self._provider: Provider
 
     async def answer(self) -> Answer | None:
         """Return the answer of the attempt that succeeded, None if it is in the log. Cancelling is
@@ -176,15 +174,8 @@ class Attempts:
             while True:
                 attempt: Attempt | None = None
                 try:
-                    if self._candidates.placeable:
-                        await self._candidates.find_prefix()
                     attempt, grant = await self._start(parked)
-                    try:
-                        await self._provider.run(attempt, grant)
-                    except BaseException:
-                        # It may not have begun.
-                        give_up(grant, self._candidates)
-                        raise
+                    await self._candidates.run(attempt, grant)
                 except ProviderFault as fault:
                     step = self._after(fault, attempt)
                     if step.step is Step.RAISED:
@@ -217,42 +208,19 @@ class Attempts:
                 self._end_trial()
 
     async def _start(self, parked: float | None) -> tuple[Attempt, Grant]:
-        """Return the next attempt, which has started, and its grant; *parked*: it comes back in so
+        """Return the next attempt, which may start, and its grant; *parked*: it comes back in so
         many seconds, to a provider that is away.
         """
-        candidates, outcome = self._candidates, self._outcome
-        member = candidates.left[0] if candidates.alone and candidates.left else None
-        if member is not None:
-            # It is counted before it waits, so that a refusal names this provider.
-            self._provider = provider = member.provider
-            if provider.health.breaker.dead and not self._fallback and provider.kept_until_back:
-                await self._unsend(0.0)
-            outcome.begin_attempt(provider.name, candidates.model or member.asked_model)
-        try:
-            attempt, grant = await candidates.start(
-                self._again, self._fallback, self._trial is not None, parked
-            )
-        except BaseException as error:
-            if isinstance(error, AioserverError):
-                outcome.attempts -= member is not None
-            candidates.leave()
-            raise
+        candidates = self._candidates
+        if candidates.placeable:
+            await candidates.find_prefix()
+        if candidates.alone and not self._fallback and candidates.away:
+            await self._unsend(0.0)
+        attempt, grant = await candidates.start(self._again, self._fallback, parked)
         if self._trial is not None:
             # It is that of the attempt now.
-            self._trial = None
-        if member is None or candidates.chosen is not member:
-            assert candidates.chosen is not None
-            self._provider = provider = candidates.chosen.provider
-            try:
-                # It may be a member that has come meanwhile.
-                outcome.attempts -= member is not None
-                outcome.begin_attempt(provider.name, attempt.asked_model)
-                candidates.sent()
-            except BaseException:
-                give_up(grant, candidates)
-                raise
-        if attempt.trial or self._was_trial:
-            self._was_trial = attempt.trial
+            attempt.trial, self._trial = True, None
+        self._was_trial = attempt.trial
         return attempt, grant
 
     def _go_on(self) -> None:
@@ -359,11 +327,11 @@ class Attempts:
             # It fails in another way now, and has died of it.
             tried = self._parked_for
         self._parked_for = None
-        if fault.once and attempt is not None and self._once_more(self._provider, tried):
+        if fault.once and candidates.chosen is not None and self._once_more(tried):
             candidates.repeat()
             return Next(Step.ONCE)
         self._tries += (tried,)
-        if not (self._fallback or candidates.alone) and (member := candidates.away(fault)):
+        if not (self._fallback or candidates.alone) and (member := candidates.awaited(fault)):
             candidates.settle(member)
             self._begin_anew()
             self._first = member.provider
@@ -400,16 +368,19 @@ class Attempts:
             return None
         if attempt is not None and attempt.began:
             # A trial that fails slowly is a part of the wait.
-            provider.add_wait(ticket, provider.clock() - attempt.began)
+            provider.capacity.add_wait(ticket, provider.clock() - attempt.began)
             attempt.began = 0.0
         seconds = max(min(MAX_PARKED, self._backoff(1, None)), TRIAL_INTERVAL)
-        if provider.waited(ticket) + seconds >= provider.patience(ticket):
+        if provider.capacity.waited(ticket) + seconds >= provider.capacity.patience(ticket):
             return None
         return 0.0 if breaker.dead else seconds
 
-    def _once_more(self, provider: Provider, tried: Try) -> bool:
-        """Return whether *provider* is asked once more at once, and count that."""
-        first = self._first
+    def _once_more(self, tried: Try) -> bool:
+        """Return whether the provider that has failed is asked once more at once, and count
+        that.
+        """
+        assert self._candidates.chosen is not None
+        first, provider = self._first, self._candidates.chosen.provider
         if (
             self._was_trial
             or provider in self._broken
@@ -501,22 +472,6 @@ class Attempts:
         factor = self._first.settings.http_client.backoff_factor
         seconds = min(MAX_BACKOFF, factor * 2.0 ** min(number - 1, 30))
         return max(seconds * (0.5 + self._random_number() / 2), retry_after or 0.0)
-
-
-def give_up(grant: Grant | None, candidates: Candidates) -> None:
-    """Give back what an attempt at one of *candidates* has left, if it never began, and its
-    *grant*; None: the request has not started.
-    """
-    try:
-        attempt, candidates.attempt = candidates.attempt, None
-        if attempt is not None and attempt.trial and candidates.chosen is not None:
-            attempt.trial = False
-            candidates.chosen.provider.health.breaker.unsure(trial=True)
-    finally:
-        if grant is None:
-            candidates.leave()
-        else:
-            grant.cancel()
 
 
 def begun(stream: Stream | None) -> bool:

@@ -276,7 +276,7 @@ class BridgedAttempt(LearningAttempt):
             habits.limits.get(model),
             self._most or habits.most.get(model),
             self._left,
-            self.provider.tokens_per_byte(model, self.request.caller),
+            self.provider.costs.tokens_per_byte(model, self.request.caller),
         )
 
     def preparation(self) -> Awaitable[None] | None:

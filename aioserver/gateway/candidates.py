@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from aioserver.config.models import PREFIX
+from aioserver.errors import AioserverError
 from aioserver.gateway.affinity import MAX_SHARE, measured
 from aioserver.protocol.prefix import prefix_of
 from aioserver.provider_errors import (
@@ -23,13 +24,13 @@ from aioserver.provider_errors import (
     ProviderPaced,
 )
 from aioserver.providers.provider import WAIT, enter, granted, leave
+from aioserver.telemetry.outcome import NONE, GroupStart
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from aioserver.gateway.affinity import Affinity, Placement
-    from aioserver.gateway.groups import Group
-    from aioserver.gateway.members import Member
+    from aioserver.gateway.groups import Group, Member
     from aioserver.gateway.request import Request
     from aioserver.limits.resource import Bid, Grant
     from aioserver.protocol.prefix import Prefix
@@ -57,9 +58,8 @@ class Candidates:
     prefix: Prefix | None = None
     placement: Placement | None = None
     placeable = False
-    # The one where the request has started, and its attempt there; None while it has not.
+    # The one where the request has started; None while it has not.
     chosen: Member | None = None
-    attempt: Attempt | None = None
     # The one that is asked next, before the others; None: whichever can start first.
     _only: Member | None = None
     # Members that get all of what the request continues, should the one that keeps it die.
@@ -154,7 +154,6 @@ class Candidates:
         self,
         again: bool = False,
         fallback: bool = False,
-        trial: bool = False,
         parked: float | None = None,
         *,
         once: bool = False,
@@ -163,38 +162,55 @@ class Candidates:
         Cancelling is safe.
 
         *again*: the request has been asked before. *fallback*: others can be asked instead of all
-        of these. *trial*: it is one of a sick provider. *parked*: it comes back, in so many
-        seconds, to a provider that is away. *once*: it is asked of nobody else if it fails.
+        of these. *parked*: it comes back, in so many seconds, to a provider that is away. *once*:
+        it is asked of nobody else if it fails.
 
         Raises:
-            ProviderFault: none can start it in time, or all are left alone.
+            ProviderFault: none can start it in time, or all are left alone. Where only one can be
+                asked, the outcome of the request names that provider.
         """
-        if not self._settled:
-            return await self._start_first(
-                again=again, fallback=fallback, parked=parked, once=once
-            )
-        member, request = self.left[0], self._request
-        provider = member.provider
-        attempt = request.make_attempt(
-            provider, request.provider_request, self._stream, model=self.model, fallback=fallback
-        )
-        if again:
-            self.chosen, attempt.again = None, True
-        provider.look_at(attempt)
-        if (grant := enter(attempt, (provider.bid(attempt, parked),))) is None:
-            grant = await granted(attempt, (provider,))
-        if trial:
-            attempt.trial = True
-        self.chosen, self.attempt = member, attempt
+        outcome = self._request.provider_request.outcome
+        only = self.left[0] if self.alone and self.left else None
+        self.chosen = None
+        try:
+            if only is not None and self._settled:
+                member, provider = only, only.provider
+                attempt = self._attempt(only, self.model, again=again, fallback=fallback)
+                provider.look_at(attempt)
+                if (grant := enter(attempt, (provider.bid(attempt, parked),))) is None:
+                    grant = await granted(attempt, (provider,))
+            else:
+                member, attempt, grant = await self._start_first(
+                    again=again, fallback=fallback, parked=parked, once=once
+                )
+            outcome.begin_attempt(member.provider.name, attempt.asked_model)
+        except BaseException as error:
+            self._leave()
+            if only is not None:
+                outcome.begin_attempt(only.provider.name, self.model or only.asked_model)
+                outcome.attempts -= isinstance(error, AioserverError)
+            raise
+        self.chosen = member
         return attempt, grant
+
+    async def run(self, attempt: Attempt, grant: Grant) -> None:
+        """Run *attempt*, which `start` has returned with its *grant*, as `Provider.run`."""
+        member = self.chosen
+        assert member is not None
+        try:
+            await member.provider.run(attempt, grant)
+        except BaseException:
+            # It may not have begun.
+            member.provider.give_up(attempt, grant)
+            raise
 
     async def _start_first(
         self, *, again: bool, fallback: bool, parked: float | None, once: bool
-    ) -> tuple[Attempt, Grant]:
+    ) -> tuple[Member, Attempt, Grant]:
         group = self._group
         if group.version != self._seen:
             self._look()
-        left, self.chosen, only = self.left, None, self._only
+        left, only = self.left, self._only
         self._only, self.placement = None, None
         self._fallback = fallback or len(left) > 1
         if only is not None and only in left:
@@ -202,42 +218,57 @@ class Candidates:
         elif self.prefix is not None:
             self.placement = self.affinity.place(self.prefix, left)
         members = group.order(left)
-        self.attempt = None
+        started: Member | None = None
         trial = None if again else group.trial(members, by_time=not once)
         try:
             if trial is not None or self.placement is not None:
                 home = None if self.placement is None else self.placement.home
                 members.sort(key=lambda member: (member is not trial, member is not home))
             self._attempts = {
-                member: self._attempt(member, again=again, fallback=self._fallback)
+                member: self._attempt(
+                    member, member.asked_model, again=again, fallback=self._fallback
+                )
                 for member in members
             }
             if trial is not None:
                 self._attempts[trial].trial = True
             member, grant = await self._wait(trial, fallback=fallback, parked=parked)
-            self.chosen = member
             attempt = self._attempts[member]
-            outcome = self._request.provider_request.outcome
-            group.started(member, list(self._attempts), outcome, self.placement)
-            self.attempt = attempt
+            group.started(member, list(self._attempts))
+            if group.name:
+                self._request.provider_request.outcome.start = self._placed_at(member)
+            if self.prefix is not None:
+                self.affinity.sent(self.prefix, member)
+            started = member
         finally:
             self._attempts, self._bids = {}, {}
-            if trial is not None and (self.attempt is None or self.chosen is not trial):
+            if trial is not None and started is not trial:
                 # It has started elsewhere, or nowhere.
                 trial.provider.health.breaker.unsure(trial=True)
-        return attempt, grant
+        return member, attempt, grant
 
-    def _attempt(self, member: Member, *, again: bool, fallback: bool) -> Attempt:
+    def _placed_at(self, member: Member) -> GroupStart:
+        """Return how the request has started at *member*, and what of its prompt that knows."""
+        home, known, size, placement = NONE, 0, 0, self.placement
+        if placement is not None:
+            home = placement.label(member)
+            if placement.remembered:
+                # One that has come since it was placed was not looked at.
+                known, size = placement.known.get(member, 0), placement.prefix.size
+        return GroupStart(self._group.name, member.provider.name, home, known, size)
+
+    def _attempt(
+        self, member: Member, model: str | None, *, again: bool, fallback: bool
+    ) -> Attempt:
         request = self._request
-        attempt = request.make_attempt(
+        return request.make_attempt(
             member.provider,
             request.provider_request,
             self._stream,
-            model=member.asked_model,
+            model=model,
             fallback=fallback,
+            again=again,
         )
-        attempt.again = again
-        return attempt
 
     async def _wait(
         self, trial: Member | None, *, fallback: bool, parked: float | None
@@ -308,7 +339,8 @@ class Candidates:
         for member in self._group.order(self.left):
             if member in self._attempts:
                 continue
-            attempt = self._attempts[member] = self._attempt(member, again=False, fallback=True)
+            attempt = self._attempt(member, member.asked_model, again=False, fallback=True)
+            self._attempts[member] = attempt
             with suppress(ProviderFault):
                 member.provider.look_at(attempt)
                 bid = member.provider.bid(attempt)
@@ -320,7 +352,7 @@ class Candidates:
 
     # Afterwards.
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Wait for no place any more, and give back the one that nobody has heard of: `start` has
         failed.
         """
@@ -337,11 +369,6 @@ class Candidates:
         """Go on at *member* alone, which all are waiting for."""
         self.left, self._settled, self.alone = (member,), True, True
         self.model = member.asked_model
-
-    def sent(self) -> None:
-        """Remember where the prompt goes."""
-        if self.prefix is not None and self.chosen is not None:
-            self.affinity.sent(self.prefix, self.chosen)
 
     def answered(self, attempt: Attempt) -> None:
         """Learn from the first content of *attempt* how fast its member reads a prompt."""
@@ -360,7 +387,7 @@ class Candidates:
         """
         member = self.chosen
         if member is not None:
-            self._leave(member, fault)
+            self._cross_off(member, fault)
         if not self._settled and (self._regrouped or self._group.version != self._seen):
             self._regrouped = False
             self._look()
@@ -377,7 +404,7 @@ class Candidates:
             member.provider.meter.failovers[fault.code].value += 1
         return bool(self.left)
 
-    def _leave(self, member: Member, fault: ProviderFault) -> None:
+    def _cross_off(self, member: Member, fault: ProviderFault) -> None:
         """Ask *member*, which has failed with *fault*, no more in this pass."""
         if fault.retry and not fault.once:
             self._again += ((member, fault.code),)
@@ -403,7 +430,15 @@ class Candidates:
         self.left = [other for other in self.left if other is not self.chosen]
         return bool(self.left)
 
-    def away(self, fault: ProviderFault) -> Member | None:
+    @property
+    def away(self) -> bool:
+        """Whether the request waits for its only provider, which is away, until that is back."""
+        if not self.left:
+            return False
+        provider = self.left[0].provider
+        return provider.health.breaker.dead and provider.kept_until_back
+
+    def awaited(self, fault: ProviderFault) -> Member | None:
         """Return the member at which the request may wait until it is back, where none is asked
         now; *fault* is what they have refused it with.
         """

@@ -416,8 +416,8 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
                 stream,
                 model=model,
                 fallback=bool(candidates),
+                again=True,
             )
-            attempt.again = True
             if not attempt.goes_on(said) or not _affordable(provider, broken[0]):
                 continue
             speaker = next((each for each, _ in order if each.name == broken[0]), provider)

@@ -1,4 +1,4 @@
-"""Groups: one name of a model, which several providers can answer.
+"""Groups: one name of a model, which several providers can answer, and their members.
 
 A group has members, each a provider and the model that it is asked for, and chooses among those
 that can answer a request: the first that can start it, the least busy, or by weight. It has no
@@ -11,27 +11,31 @@ This file is one concept: which member starts a request.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from aioserver.config.models import LEAST_BUSY, ORDERED, WEIGHTED
-from aioserver.gateway.members import Member, load, sick, well
 from aioserver.provider_errors import NoProvider
-from aioserver.telemetry.outcome import NONE, GroupStart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from aioserver.gateway.affinity import Placement
+    from aioserver.config.settings import Provider as ProviderSettings
     from aioserver.providers.api import Api
     from aioserver.providers.provider import Provider
-    from aioserver.telemetry.outcome import Outcome
 
 # A prompt is skipped for a member if, by this estimate, it is longer than what the member takes by
 # more than half.
 BYTES_PER_TOKEN, DOUBT = 4, 1.5
+# Seconds in which an engine reads one byte of a prompt, before it is measured.
+READING = 60e-6
+# Scores of members are below this, a prime number.
+PRIME = (1 << 61) - 1
 
 
 class Waiting(Protocol):
@@ -41,6 +45,67 @@ class Waiting(Protocol):
 
     def regroup(self) -> None:
         """Wait for new members of the group as well, and no more for those that have left it."""
+
+
+class Member(msgspec.Struct, eq=False):
+    """One provider of a group, and the model that it is asked for; None stands for its own.
+
+    *starts* counts the requests that have started there by the group; *started_at* is the
+    monotonic time of the newest. *credit* is what the weights owe it (smooth weighted round robin,
+    as nginx has it): it grows by the weight with each start, and the member that starts gives back
+    the weights of all.
+
+    *mark* is what affinity.py knows it by, one of its group's *marks*. It holds for one *address* and
+    until the provider dies, whose *deaths* it knows. *reading* has the seconds in which it reads a
+    byte of a prompt. *factor* is of its names, the same in every process: by it members compete
+    for conversations.
+    """
+
+    provider: Provider
+    model: str | None = None
+    weight: int = 1
+    max_context: int | None = None
+    starts: int = 0
+    started_at: float = 0.0
+    credit: int = 0
+    mark: int = 0
+    reading: float = READING
+    marks: Iterator[int] = msgspec.field(default_factory=count)
+    address: str = ""
+    deaths: int = 0
+    factor: int = 0
+
+    def __post_init__(self) -> None:
+        name = f"{self.provider.name}/{self.asked_model}".encode()
+        digest = hashlib.blake2b(name, digest_size=8).digest()
+        self.factor = int.from_bytes(digest) % PRIME
+
+    def mark_holds(self) -> bool:
+        """Return whether what was sent to it under its mark may still be in its cache; it gets
+        another mark if not.
+        """
+        address, breaker = self.provider.pools.base_url, self.provider.health.breaker
+        if address != self.address or breaker.deaths != self.deaths:
+            self.address, self.deaths, self.mark = address, breaker.deaths, next(self.marks)
+        return not breaker.dead
+
+    def takes_more_than(self, other: Member) -> bool:
+        """Return whether it may take a prompt that is too long for *other*: unless it is known to
+        take no more.
+        """
+        if self.max_context is None or other.max_context is None:
+            return True
+        return self.max_context > other.max_context
+
+    @property
+    def settings(self) -> ProviderSettings:
+        """The settings of its provider."""
+        return self.provider.settings
+
+    @property
+    def asked_model(self) -> str:
+        """The model that it is asked for."""
+        return self.model or self.provider.settings.model
 
 
 class Group:
@@ -227,24 +292,8 @@ class Group:
             if here:
                 yield (part if isinstance(part, Group) else None), here
 
-    def started(
-        self,
-        chosen: Member,
-        among: Sequence[Member],
-        outcome: Outcome,
-        placement: Placement | None = None,
-    ) -> None:
-        """Note, in the *outcome* of a request, too, that it has started at *chosen*, which was
-        chosen *among* these, and where it belonged.
-        """
-        if self.name:
-            home, known, size = NONE, 0, 0
-            if placement is not None:
-                home = placement.label(chosen)
-                if placement.remembered:
-                    # One that has come since it was placed was not looked at.
-                    known, size = placement.known.get(chosen, 0), placement.prefix.size
-            outcome.start = GroupStart(self.name, chosen.provider.name, home, known, size)
+    def started(self, chosen: Member, among: Sequence[Member]) -> None:
+        """Note that a request has started at *chosen*, which was chosen *among* these."""
         chosen.starts += 1
         chosen.started_at = self._clock()
         self.count_start(chosen, among)
@@ -261,3 +310,25 @@ class Group:
                 # One that was full, and so was passed over, is not owed more than a round.
                 member.credit = min(member.credit + member.weight, total)
             chosen.credit -= total
+
+
+def load(member: Member) -> tuple[float, float]:
+    """Return what the least busy member has least of: its share of places taken, then the time of
+    its newest start.
+    """
+    inside, limit = member.provider.places
+    return inside / max(1, limit), member.started_at
+
+
+def sick(member: Member) -> bool:
+    """Return whether *member* comes last, but for trials, since its provider is sick."""
+    breaker = member.provider.health.breaker
+    return breaker.sick and not breaker.dead
+
+
+def well(member: Member) -> bool:
+    """Return whether *member* is asked like any other: its provider is neither sick nor dead, and
+    has not refused our key.
+    """
+    health = member.provider.health
+    return health.available and not health.breaker.sick

@@ -96,7 +96,9 @@ class Request(msgspec.Struct, eq=False):
                 self.grant = quota.take(request.ticket)
             else:
                 # By what is known of the provider that is asked first.
-                estimate = self.route.provider.estimate(request, self.route.model)
+                provider = self.route.provider
+                model = self.route.model or provider.settings.model
+                estimate = provider.costs.estimate(request, model)
                 loan = request.loan
                 on_wait = None if loan is None else loan.lend
                 self.grant = quota.take(request.ticket, estimate.tokens, on_wait)

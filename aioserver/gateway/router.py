@@ -37,11 +37,10 @@ from aioserver.config.models import PASS
 from aioserver.config.schema import quoted
 from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.gateway.affinity import Affinity
-from aioserver.gateway.attempts import Attempts, give_up
+from aioserver.gateway.attempts import Attempts
 from aioserver.gateway.candidates import Candidates
 from aioserver.gateway.continuation import say_rest
-from aioserver.gateway.groups import Group
-from aioserver.gateway.members import Member
+from aioserver.gateway.groups import Group, Member
 from aioserver.gateway.request import Route
 from aioserver.protocol.model_body import check_sole
 from aioserver.provider_errors import NoProvider, ProviderFault
@@ -56,8 +55,6 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Llm
     from aioserver.gateway.hooks import Hooks
     from aioserver.gateway.request import Request
-    from aioserver.limits.resource import Grant
-    from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
@@ -512,21 +509,12 @@ class Router:
         if self._hooks is not None and self._hooks.present:
             await self._hooks.ask(request)
         outcome = passed.outcome
-        attempt: Attempt | None = None
-        grant: Grant | None = None
         candidates = Candidates(route.group, request, None, self._affinity, passed.model)
         try:
             if passed.upload is not None:
                 await passed.upload.begin()
-            if candidates.alone:
-                (member,) = candidates.left
-                outcome.begin_attempt(member.provider.name, passed.model or "")
             attempt, grant = await candidates.start(once=True)
-            assert candidates.chosen is not None
-            provider = candidates.chosen.provider
-            if not candidates.alone:
-                outcome.begin_attempt(provider.name, attempt.model or "")
-            await provider.run(attempt, grant)
+            await candidates.run(attempt, grant)
         except ProviderFault as fault:
             outcome.attempts = int(bool(fault.attempt_outcome))
             fault.request_outcome = outcome
@@ -534,8 +522,6 @@ class Router:
         except AioserverError as error:
             error.paid = outcome.sent_at > 0
             raise
-        finally:
-            give_up(grant, candidates)
         assert attempt.answer is not None
         return attempt.answer
 

@@ -310,7 +310,7 @@ def _learned(provider: Provider, memories: Sequence[Memory]) -> LearnedState:
         "context_limit": {
             model: limit for memory in memories for model, limit in memory.context_limits.items()
         },
-        "tokens_per_byte": round(provider.tokens_per_byte(settings.model), 3),
+        "tokens_per_byte": round(provider.costs.tokens_per_byte(settings.model), 3),
     }
 
 

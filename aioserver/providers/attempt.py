@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
-from aioserver.limits.estimate import text_bytes
+from aioserver.limits.estimate import UNKNOWN_WORK, text_bytes
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.protocol.said import ReadSaid
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
@@ -61,6 +61,18 @@ MAX_ERROR_BYTES = 1 << 20
 M = TypeVar("M", bound="Memory")
 
 
+class Estimating(Protocol):
+    """What estimates the costs of requests at one provider (costs.py)."""
+
+    def estimate(self, request: ProviderRequest, model: str) -> Estimate:
+        """Return what *request* will cost, and have it keep that."""
+
+    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
+        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
+        estimate.
+        """
+
+
 class AttemptedProvider(Protocol):
     """The provider, as its attempts see it: provider.py knows attempts, and not they it."""
 
@@ -72,6 +84,10 @@ class AttemptedProvider(Protocol):
     scheduler: Scheduler
 
     @property
+    def costs(self) -> Estimating:
+        """What estimates costs there."""
+
+    @property
     def waiting(self) -> int:
         """How many requests wait for a place that other requests hold."""
 
@@ -80,14 +96,6 @@ class AttemptedProvider(Protocol):
 
     def answered(self, attempt: Attempt) -> None:
         """Learn that the answer of *attempt* has begun."""
-
-    def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
-        """Return what *request* will cost there, and have it keep that."""
-
-    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
-        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
-        estimate.
-        """
 
     def memory(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider."""
@@ -114,7 +122,8 @@ class Attempt:
     is set by the first content of the answer, or by the end of one that has none.
 
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
-    provider's own. *fallback* says that another provider can be asked instead.
+    provider's own. *fallback* says that another provider can be asked instead, *again* that its
+    request has been asked before: it stands in front of its caller's others.
 
     After the end, `answer` has an answer that was not streamed and is passed on unread. `fault`
     says why an answer broke off after its first content. It is not raised, since the client has
@@ -124,8 +133,6 @@ class Attempt:
     # What most attempts never change.
     # Whether this is a trial of a sick or dead provider, whose end the breaker does not know yet.
     trial = False
-    # Whether its request has been asked before: it stands in front of its caller's others.
-    again = False
     # Whether it has its place.
     runs = False
     # The tokens that the pace was charged with.
@@ -149,12 +156,13 @@ class Attempt:
         *,
         model: str | None = None,
         fallback: bool = False,
+        again: bool = False,
     ) -> None:
         self.provider = provider
         self.request = request
         self.stream = stream
         self.model = model
-        self.fallback = fallback
+        self.fallback, self.again = fallback, again
         # When the attempt got its place.
         self.began = 0.0
         self.answered = False
@@ -175,10 +183,9 @@ class Attempt:
 
     def work(self) -> int:
         """Return what it is estimated to cost its caller's share of the provider."""
-        request = self.request
-        if request.estimate is None and request.estimated:
-            self.provider.estimate(request, self.model)
-        return request.work
+        if self.request.estimated:
+            return self.provider.costs.estimate(self.request, self.asked_model).work
+        return UNKNOWN_WORK
 
     def queued(self, resource: Resource, position: int, eta: float) -> None:
         """Tell the readers the position in the queue of *resource*, and the seconds until the

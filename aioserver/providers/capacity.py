@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import HttpClient
     from aioserver.errors import AioserverError
     from aioserver.limits.gcra import Gcra
-    from aioserver.limits.resource import Bid
+    from aioserver.limits.resource import Bid, Ticket
     from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.health import Health
 
@@ -299,6 +299,23 @@ class Capacity:
         """
         part = self._background
         return (0, 0) if part is None else (part.inside, part.waiting)
+
+    def waited(self, ticket: Ticket) -> float:
+        """Return the seconds for which *ticket* has waited here, all its attempts together."""
+        if (waited := ticket.waited) is None:
+            return 0.0
+        return sum(waited.get(part, 0.0) for part in self.parts)
+
+    def add_wait(self, ticket: Ticket, seconds: float) -> None:
+        """Count so many *seconds* as waited here by *ticket*."""
+        if ticket.waited is None:
+            ticket.waited = {}
+        ticket.waited[self.resource] = ticket.waited.get(self.resource, 0.0) + seconds
+
+    def patience(self, ticket: Ticket) -> float:
+        """Return for how many seconds *ticket* may wait here, all its attempts together."""
+        part = self.resource
+        return part.queue_timeout * part.classes[part.index(ticket)].patience
 
     def stats(self) -> QueueStats:
         """Return a snapshot."""

@@ -33,12 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aioserver.config import settings
-    from aioserver.providers.attempt import AttemptedProvider
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import BodyMaker
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
-    from aioserver.streams.stream import Stream
 
 # Bytes that are handed on and not taken yet, from which on nothing more is read. A read adds 256
 # KiB at most.
@@ -251,16 +249,9 @@ class PassedRequest(ProviderRequest):
 class PassedAttempt(Attempt):
     """The one attempt of a request that is passed on."""
 
-    def __init__(
-        self,
-        provider: AttemptedProvider,
-        request: ProviderRequest,
-        stream: Stream | None = None,
-        *,
-        model: str | None = None,
-        fallback: bool = False,
-    ) -> None:
-        super().__init__(provider, request, stream, model=model, fallback=fallback)
+    def __init__(self, *names: Any, **further: Any) -> None:
+        super().__init__(*names, **further)
+        request = self.request
         assert isinstance(request, PassedRequest)
         self._passed = request
         # The client is still sending it, if it is there.

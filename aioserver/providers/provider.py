@@ -29,12 +29,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK, Estimates
+from aioserver.limits.estimate import Estimates
 from aioserver.limits.resource import Bid
 from aioserver.limits.scheduler import Scheduler
 from aioserver.provider_errors import (
@@ -47,25 +46,23 @@ from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
 from aioserver.providers.capacity import FAILOVER_WAIT, Capacity, Trial
 from aioserver.providers.connections import PooledConnection
+from aioserver.providers.costs import Costs, paced_tokens
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import ALONE, Health
 from aioserver.providers.pools import Pools
-from aioserver.providers.sinks import BodySink, StreamSink
+from aioserver.providers.sinks import BodySink
 from aioserver.providers.stall import Silences
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
-from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
+from aioserver.telemetry.outcome import PROVIDER, Part
 from aioserver.telemetry.tracer import AttemptEnd
-from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK, Usage
+from aioserver.telemetry.usage import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.errors import AioserverError
-    from aioserver.limits.estimate import Estimate
     from aioserver.limits.resource import Grant, QueueStats, Ticket
     from aioserver.providers.api import Memory
     from aioserver.providers.attempt import Attempt
@@ -74,7 +71,6 @@ if TYPE_CHECKING:
     from aioserver.providers.capacity import ShareProvider
     from aioserver.providers.health import ProviderObserver
     from aioserver.providers.pool import PoolStats
-    from aioserver.providers.request import ProviderRequest
     from aioserver.providers.stall import Silence
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.stream import Stream
@@ -84,8 +80,6 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="Memory")
 # The value of `when_down` by which requests wait.
 WAIT = "wait"
-# The statuses from this one on say that there is no answer, and that it costs nothing.
-MIN_ERROR_STATUS = 400
 
 
 class PaceStats(msgspec.Struct, frozen=True):
@@ -145,8 +139,6 @@ class Provider:
     ) -> None:
         self.name = settings.name
         self.scheduler = scheduler or Scheduler(asyncio.get_running_loop())
-        self._usage = Usage() if usage is None else usage
-        self._estimates = Estimates() if estimates is None else estimates
         self.settings = settings
         self.meter = ProviderMeter() if meter is None else meter
         self._lifetime = lifetime
@@ -170,6 +162,13 @@ class Provider:
             else share(self.scheduler, self.name, self.health, clock, self._others_starve),
         )
         self._pace = self.capacity.pace
+        self.costs = Costs(
+            self.name,
+            self.capacity,
+            Usage() if usage is None else usage,
+            Estimates() if estimates is None else estimates,
+            clock,
+        )
         self.backpressure = Backpressure(
             lambda: self.capacity.waiting + self.capacity.waiting_elsewhere, lambda: self.waiting
         )
@@ -241,8 +240,8 @@ class Provider:
         record, cost = attempt.request.record, 0
         if not record.queued_at:
             record.queued_at = self.clock()
-        if self.settings.http_client.tokens_per_minute:
-            cost = attempt.expected_tokens = self._expected_tokens(attempt)
+        if limit := self.settings.http_client.tokens_per_minute:
+            cost = attempt.expected_tokens = self.costs.expected_tokens(attempt, limit)
         part = (
             self.capacity.part(background=True) if attempt.background else self.capacity.resource
         )
@@ -301,6 +300,15 @@ class Provider:
             finally:
                 error = None  # its traceback leads here
 
+    def give_up(self, attempt: Attempt, grant: Grant) -> None:
+        """Give back *grant*, and the trial that *attempt* is, unless that has run."""
+        try:
+            if attempt.trial:
+                attempt.trial = False
+                self.health.breaker.unsure(trial=True)
+        finally:
+            grant.cancel()
+
     def _begin(self, attempt: Attempt, grant: Grant) -> None:
         """Note that *attempt* has its place.
 
@@ -342,16 +350,16 @@ class Provider:
             if grant is None:
                 leave(request.ticket, self)
             else:
-                part = self._bill(attempt, error)
+                part = self.costs.count(attempt, error)
         finally:
             try:
                 if grant is not None:
                     spent = None
                     if attempt.expected_tokens:
-                        spent, attempt.expected_tokens = _paced_tokens(attempt, part), 0
+                        spent, attempt.expected_tokens = paced_tokens(attempt, part), 0
                     elif not request.estimated and part is not None and part.source == PROVIDER:
                         # Nobody has expected them.
-                        self._pace.charge(_paced_tokens(attempt, part))
+                        self._pace.charge(paced_tokens(attempt, part))
                     grant.release(0 if part is None else part.work, spent)
             finally:
                 if self._drained is not None and not self.capacity.inside:
@@ -383,43 +391,6 @@ class Provider:
         seconds = self.clock() - (attempt.request.outcome.sent_at or attempt.began)
         if self.health.answered(seconds, trial=trial):
             self.capacity.resume()
-
-    def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
-        """Return what *request*, which is about to wait, will cost here, if it is asked for
-        *model*; it keeps the estimate.
-        """
-        estimate = request.estimate = self._estimates.before(
-            self.name,
-            model or self.settings.model,
-            request.caller.flow,
-            request.size,
-            request.max_answer,
-            request.choices,
-        )
-        if request.estimated:
-            request.work = estimate.work
-        return estimate
-
-    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
-        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
-        estimate; None: of a request of anybody.
-        """
-        flow = None if caller is None else caller.flow
-        return self._estimates.tokens_per_byte(self.name, model, flow)
-
-    def _expected_tokens(self, attempt: Attempt) -> int:
-        """Return the tokens by which *attempt* will count for the pace, by an estimate; 0 if tokens
-        are not paced.
-        """
-        request, limit = attempt.request, self.settings.http_client.tokens_per_minute
-        if not limit or not request.estimated:
-            return 0
-        estimate = request.estimate
-        if estimate is None:
-            estimate = self.estimate(request, attempt.model)
-        prompt = estimate.prompt if request.api.paces_cached else estimate.uncached
-        # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
-        return min(prompt + estimate.answer, limit)
 
     def memory(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider, of which it has its own *kind*."""
@@ -554,8 +525,7 @@ class Provider:
                         limits.first_token_timeout, lambda: attempt.answered
                     )
                 attempt.sending(exchange)
-                if self._usage.ledger is not None and request.api.costs:
-                    self._usage.sent(record, partial(self._part, attempt))
+                self.costs.sent(attempt)
                 running = exchange.run(data, attempt.body)
             except BaseException:
                 connection.close()
@@ -647,24 +617,6 @@ class Provider:
             # The cancellation of this very task arrives.
             await asyncio.sleep(0)
 
-    def waited(self, ticket: Ticket) -> float:
-        """Return the seconds for which *ticket* has waited here, all its attempts together."""
-        if (waited := ticket.waited) is None:
-            return 0.0
-        return sum(waited.get(part, 0.0) for part in self.capacity.parts)
-
-    def add_wait(self, ticket: Ticket, seconds: float) -> None:
-        """Count so many *seconds* as waited here by *ticket*."""
-        part = self.capacity.resource
-        if ticket.waited is None:
-            ticket.waited = {}
-        ticket.waited[part] = ticket.waited.get(part, 0.0) + seconds
-
-    def patience(self, ticket: Ticket) -> float:
-        """Return for how many seconds *ticket* may wait here, all its attempts together."""
-        part = self.capacity.resource
-        return part.queue_timeout * part.classes[part.index(ticket)].patience
-
     @property
     def _pending(self) -> int:
         """How many attempts wait for a place, or have one and do not run yet."""
@@ -685,11 +637,7 @@ class Provider:
 
         Its place is given back already.
         """
-        record = attempt.request.record
-        if part is not None:
-            self._usage.ended(record, part)
-        else:
-            self._usage.refused(record)
+        self.costs.ended(attempt, part)
         self._count(attempt, exc)
         if not attempt.answered and (exc is None or exc is attempt.fault):
             # An answer in one piece has no first event.
@@ -713,7 +661,7 @@ class Provider:
     @property
     def bugs(self) -> Bugs:
         """Counts the bugs of the server."""
-        return self._usage.bugs
+        return self.costs.bugs
 
     @bookkeeping(nothing)
     def _count(self, attempt: Attempt, exc: BaseException | None) -> None:
@@ -734,91 +682,6 @@ class Provider:
         """Note that *attempt* has had no place, but *exc*."""
         if (trace := attempt.request.record.trace) is not None:
             trace.attempt_ended(self._end_of(attempt, exc))
-
-    @bookkeeping(nothing)
-    def _bill(self, attempt: Attempt, exc: BaseException | None) -> Part | None:
-        """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
-        outcome; None if that is nothing.
-        """
-        request = attempt.request
-        outcome = request.outcome
-        if not outcome.sent_at or attempt.status >= MIN_ERROR_STATUS or not request.api.costs:
-            return None
-        part = self._part(attempt, exc)
-        outcome.parts += (part,)
-        if part.source in COUNTED:
-            whole = None
-            if exc is None and part.source == PROVIDER and attempt.hop is None:
-                whole = part.tokens_out
-            self._estimates.learn(
-                self.name,
-                part.model,
-                request.caller.flow,
-                attempt.text_bytes,
-                part.tokens_in,
-                part.tokens.cached or 0,
-                whole,
-                0 if attempt.stream is None else _events(attempt),
-                request.max_answer,
-                request.choices,
-            )
-        return part
-
-    def _part(self, attempt: Attempt, exc: BaseException | None = None) -> Part:
-        """Return what *attempt* has cost, which has ended, well or with *exc*, or may not have
-        ended yet.
-        """
-        request, hop = attempt.request, attempt.hop
-        outcome, first = request.outcome, request.record.first_event_at
-        tokens = tokens_of(outcome.usage)
-        asked, answered = tokens.prompt, tokens.answer
-        if hop is not None:
-            # The usage has the earlier attempts in it.
-            asked = None if asked is None else max(0, asked - hop.earlier.asked)
-            answered = None if answered is None else max(0, answered - hop.earlier.answered)
-        result, source = OK, PROVIDER
-        if exc is not None:
-            result = _ended_as(attempt, exc)
-        uncached = 0 if asked is None else asked - (tokens.cached or 0)
-        if asked is None or answered is None:
-            if request.estimated:
-                source, estimate = MIXED, self._unreported(attempt, result)
-                if asked is None:
-                    source, asked, uncached = ESTIMATE, estimate.prompt, estimate.uncached
-                answered = estimate.answer if answered is None else answered
-            elif asked is None:
-                source, asked, answered, uncached = NOBODY, 0, 0, UNKNOWN_WORK
-            else:
-                # Nothing was written.
-                answered = 0
-        work = uncached + OUTPUT_FACTOR * answered
-        began = outcome.sent_at
-        return Part(
-            self.name,
-            outcome.model,
-            result,
-            asked,
-            answered,
-            source,
-            tokens,
-            self.waited(request.ticket),
-            first - began if first > began else 0.0,
-            self.clock() - began,
-            work if work > 0 else 1,
-        )
-
-    def _unreported(self, attempt: Attempt, result: str) -> Estimate:
-        """Return an estimate of what *attempt* has cost, with this *result* or so far."""
-        request, model = attempt.request, attempt.request.outcome.model
-        estimate, caller = request.estimate, request.caller.flow
-        if estimate is None or attempt.hop is not None:
-            estimate = self._estimates.before(
-                self.name, model, caller, attempt.body_bytes, request.max_answer, request.choices
-            )
-        if not attempt.streamed and result != FAILED:
-            # Nobody knows how much of it was written.
-            return estimate
-        return self._estimates.unreported(self.name, model, caller, estimate, _events(attempt))
 
     def _outdated(self, attempt: Attempt) -> bool:
         """Return whether *attempt* was sent by former settings, perhaps with another key or
@@ -895,48 +758,3 @@ def leave(ticket: Ticket, provider: Provider) -> None:
     """Let *ticket*, which may wait for a place at *provider* or others, wait no more."""
     if ticket.bids or ticket.outcome is not None:
         provider.scheduler.leave(ticket)
-
-
-def _events(attempt: Attempt) -> int:
-    """Return how many events of a streamed answer have come by *attempt*."""
-    stream, hop = attempt.stream, attempt.hop
-    if stream is None or not attempt.streamed:
-        return 0
-    # The end of the log is none of the provider's.
-    events = stream.last - attempt.before - stream.ended
-    if isinstance(attempt.sink, StreamSink):
-        # The rest, still to be shown, was paid for.
-        events += attempt.sink.kept_pieces
-    # What was not shown of a rest was paid for as well.
-    return events if hop is None else max(events, hop.heard)
-
-
-def _ended_as(attempt: Attempt, exc: BaseException) -> str:
-    """Return how *attempt* has ended, with *exc*."""
-    stream, sink, hop = attempt.stream, attempt.sink, attempt.hop
-    if isinstance(exc, asyncio.CancelledError):
-        ours = stream is not None and stream.cancel_reason is not None
-        bound = attempt.request.bound
-        return CUT if ours or (bound is not None and bound.cut) else CANCELLED
-    begun = attempt.answered or (isinstance(sink, BodySink) and sink.progress > 0)
-    begun = begun or (hop is not None and hop.heard > 0)
-    return CUT if begun else FAILED
-
-
-def _paced_tokens(attempt: Attempt, part: Part | None) -> int:
-    """Return the tokens by which *attempt*, which has ended and has cost *part*, counts for the
-    pace.
-    """
-    outcome, hop = attempt.request.outcome, attempt.hop
-    if part is None:
-        # A refusal counts as what was asked, as long as the provider does not say otherwise.
-        estimate = attempt.request.estimate
-        if estimate is None or not outcome.sent_at:
-            return 0
-        return min(estimate.prompt, attempt.expected_tokens)
-    if part.source != MIXED and hop is None and outcome.usage is not None:
-        total = outcome.usage.get(TOTAL)
-        if isinstance(total, int) and 0 <= total < MAX_TOKENS:
-            return total
-    cached = 0 if attempt.request.api.paces_cached else part.tokens.cached or 0
-    return part.tokens_in - cached + part.tokens_out

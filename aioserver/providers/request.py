@@ -13,7 +13,6 @@ import msgspec
 
 from aioserver.auth.callers import NO_CALLER
 from aioserver.limits.deadline import Deadline
-from aioserver.limits.estimate import UNKNOWN_WORK
 from aioserver.limits.fair_queue import BATCH
 from aioserver.limits.resource import Ticket
 from aioserver.protocol.client_headers import NO_HEADERS
@@ -126,10 +125,8 @@ class ProviderRequest:
 
     # What most requests never change.
     estimate: Estimate | None = None
-    work = UNKNOWN_WORK
     bound: Deadline | None = None
     keeps_body = background = False
-    _ticket: Ticket | None = None
 
     def __init__(
         self,
@@ -175,27 +172,19 @@ class ProviderRequest:
         )
         # Counts the bytes of an answer that is collected without a log.
         self.answer_bytes: HeldBytes | None = None
+        # What waits for it, at its key and at providers.
+        self.ticket = Ticket(
+            caller.flow,
+            caller.subflow,
+            caller.priority,
+            0,
+            BATCH if batch else "",
+            asyncio.get_running_loop().time() if hold is None else hold.arrived,
+        )
+        if self.bound is not None:
+            self.ticket.deadline = self.bound.next
         self._hold = hold
         self._kept_bytes = kept_bytes
-
-    @property
-    def ticket(self) -> Ticket:
-        """What waits for it, at its key and at providers. It is made when it is first asked for:
-        then it is known whether it is batch, and its `work` if its tokens were estimated.
-        """
-        if (ticket := self._ticket) is None:
-            caller, hold = self.caller, self._hold
-            ticket = self._ticket = Ticket(
-                caller.flow,
-                caller.subflow,
-                caller.priority,
-                0 if self.estimate is None else self.work,
-                BATCH if self.record.batch else "",
-                asyncio.get_running_loop().time() if hold is None else hold.arrived,
-            )
-            if self.bound is not None:
-                ticket.deadline = self.bound.next
-        return ticket
 
     @property
     def loan(self) -> Loan | None:
@@ -247,12 +236,10 @@ class ProviderRequest:
     def release(self) -> None:
         """Forget the body and all that was kept of it: the request is over."""
         self.body = _no_body
-        if (ticket := self._ticket) is not None:
-            # It leads to the attempt whose wait was refused.
-            ticket.estimate = None
-            if ticket.slot is not None:
-                # Its last attempt was a trial, and it comes back no more.
-                ticket.free_slot()
+        # It leads to the attempt whose wait was refused.
+        self.ticket.estimate = None
+        # Its last attempt may have been a trial, and it comes back no more.
+        self.ticket.free_slot()
         if self._hold is not None:
             self._hold.release()
             self._hold = None
@@ -277,7 +264,7 @@ class ProviderRequest:
 
     @batch.setter
     def batch(self, batch: bool) -> None:
-        self.record.batch = batch
+        self.record.batch, self.ticket.kind = batch, BATCH if batch else ""
 
     @property
     def whole(self) -> bool:

@@ -28,15 +28,15 @@ pytestmark = pytest.mark.one_loop
 PACKAGE = Path(__file__).parents[2] / "aioserver"
 # What watches beside all requests, and may do so in the middle of one.
 BESIDE = ("wings/simulator/", "monitoring/", "server/garbage", "telemetry/loop_lag")
-# A question is asked so often: what belongs to another thing is not entered each time.
-TIMES = 5
+# A question is asked so often: the shortest way is that of a question that waits for nothing.
+TIMES = 20
 
 
 async def files_down(
     server: RunningServer, body: dict[str, Any], headers: dict[str, str]
 ) -> list[str]:
-    """Ask several times; return the files that were entered each time before the provider had
-    the question.
+    """Ask several times; return the files that were entered before the provider had the question,
+    on the shortest way: on a busy machine a question may have to wait.
     """
     ways: list[list[str]] = []
     entered: dict[str, None] = {}
@@ -66,7 +66,7 @@ async def files_down(
         await answer.read()
         ways.append(list(entered))
     # The first question opens a connection.
-    return [name for name in ways[1] if all(name in way for way in ways[1:])]
+    return min(ways[1:], key=len)
 
 
 GROUP = {
@@ -109,4 +109,4 @@ async def test_few_files_lead_from_a_client_to_a_provider_in_a_cluster(tmp_path:
         files = await files_down(server, {**CHAT, "model": "pair"}, bearer("ann"))
 
     print(f"\n{len(files)} files", *files, sep="\n  ")
-    assert len(files) <= 54, files
+    assert len(files) <= 48, files

@@ -89,7 +89,6 @@ gateway.request Request.begin
 faces.admission Visit._come_back
 gateway.attempts Attempts._go_on
 gateway.attempts Attempts._start
-gateway.attempts Attempts.answer
 gateway.calls Calls.answer
 gateway.candidates Candidates._start_first
 gateway.candidates Candidates._wait
@@ -202,6 +201,7 @@ OTHERS = {
 TAKE_OVER = {
     Function("faces.admission", "Visit.enter"),
     Function("faces.admission", "Visit._has"),
+    Function("gateway.candidates", "Candidates.run"),
     Function("providers.exchange", "Exchange.run"),
 }
 # What gives back: if this itself fails, nothing else can do it.
@@ -403,7 +403,6 @@ async def test_whatever_a_section_calls_may_fail_and_nothing_is_held_afterwards(
 TRIAL_SECTIONS = {
     Function("gateway.attempts", "Attempts._go_on"),
     Function("gateway.attempts", "Attempts._start"),
-    Function("gateway.attempts", "Attempts.answer"),
     Function("gateway.candidates", "Candidates._start_first"),
     Function("gateway.candidates", "Candidates._wait"),
     Function("gateway.candidates", "Candidates.start"),

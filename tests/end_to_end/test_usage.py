@@ -459,7 +459,7 @@ async def test_a_picture_does_not_teach_how_many_tokens_a_text_has(
         async with server.session.post(f"{server.v1}/{path}", json=asked) as response:
             assert response.status == 200, await response.text()
             await response.read()
-        return provider.tokens_per_byte("sim-model")
+        return provider.costs.tokens_per_byte("sim-model")
 
     assert await ask(WITH_PICTURES[path]) == TOKENS_PER_BYTE
     text = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9}

@@ -14,7 +14,7 @@ from aioserver.auth.callers import NO_CALLER
 from aioserver.config.settings import Group, Member
 from aioserver.gateway import affinity
 from aioserver.gateway.affinity import MAX_DIGESTS, Affinity, measured
-from aioserver.gateway.members import READING
+from aioserver.gateway.groups import READING
 from aioserver.gateway.request import Request
 from aioserver.protocol.json_body import at_once
 from aioserver.protocol.prefix import Prefix, prefix_of

@@ -49,7 +49,7 @@ def told_by(server: RunningServer) -> list[Part]:
     """What the providers of *server* tell from now on."""
     told = Told()
     for provider in server.context.router.providers.values():
-        provider._usage = told  # noqa: SLF001 - the ledger shows it only as lines
+        provider.costs._usage = told  # noqa: SLF001 - the ledger shows it only as lines
     return told.parts
 
 

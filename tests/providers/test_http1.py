@@ -17,6 +17,7 @@ from aioserver.providers.http1 import RequestWriter
 from aioserver.providers.request import ProviderRequest
 from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
 from tests.support.scripted_provider import LIMITS
+from tests.support.virtual_loop import run_virtually
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +35,11 @@ def written(
     writer = RequestWriter(provider, base_url, absolute=False, proxy_headers={})
     client: Any = sent or {}
     path, _, query = path.partition("?")
-    request = ProviderRequest(APIS[path], lambda _, __: b"", query=query, streamed=False)
+
+    async def make() -> ProviderRequest:
+        return ProviderRequest(APIS[path], lambda _, __: b"", query=query, streamed=False)
+
+    request = run_virtually(make())
     lines = writer.write(
         request.api,
         request.path,

@@ -16,9 +16,10 @@ from unittest import mock
 from aioserver.limits.estimate import Estimate
 from aioserver.provider_errors import ProviderBadResponse
 from aioserver.providers.attempt import Attempt
+from aioserver.providers.costs import MIN_ERROR_STATUS
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.passthrough import PassedAttempt
-from aioserver.providers.provider import MIN_ERROR_STATUS, Provider
+from aioserver.providers.provider import Provider
 from aioserver.telemetry.ledger_reader import REFUSED
 from aioserver.telemetry.outcome import PROVIDER
 from tests.simulation.book import Book
@@ -104,7 +105,7 @@ class Bills:
         def noting_ended(
             provider: Provider, attempt: Attempt, exc: BaseException | None, part: Part | None
         ) -> None:
-            book = provider._usage.ledger  # noqa: SLF001 - nobody else knows it
+            book = provider.costs._usage.ledger  # noqa: SLF001 - nobody else knows it
             assert isinstance(book, Book)
             written = book.written
             ended(provider, attempt, exc, part)
@@ -153,6 +154,6 @@ def _estimate(attempt: Attempt, events: int) -> int:
     """Return the tokens of an answer of so many *events*, by what its provider has reported."""
     provider = attempt.provider
     assert isinstance(provider, Provider)
-    estimates = provider._estimates  # noqa: SLF001 - what it has learned is nowhere else
+    estimates = provider.costs._estimates  # noqa: SLF001 - what it has learned is nowhere else
     model, caller = attempt.request.outcome.model, attempt.request.caller.flow
     return estimates.unreported(provider.name, model, caller, Estimate(0, 0, 0), events).answer

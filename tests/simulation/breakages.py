@@ -64,16 +64,16 @@ EventSink._without_usage = lambda self, block, at, plain: block
 """,
     "what a provider has counted": """
 from msgspec.structs import replace
-from aioserver.providers import provider
+from aioserver.providers import costs
 from aioserver.telemetry.tokens import tokens_of
 def fewer(usage):
     tokens = tokens_of(usage)
     return replace(tokens, answer=tokens.answer and tokens.answer - 1)
-provider.tokens_of = fewer
+costs.tokens_of = fewer
 """,
     "that a refusal costs nothing": """
-from aioserver.providers import provider
-provider.MIN_ERROR_STATUS = 1000
+from aioserver.providers import costs
+costs.MIN_ERROR_STATUS = 1000
 """,
     "a reservation": """
 from aioserver.limits.budget import Reservation
@@ -238,7 +238,7 @@ def make_room(self, provider):
 Lifetime.make_room = make_room
 """,
     "that an entry of the table is void": """
-from aioserver.gateway.members import Member
+from aioserver.gateway.groups import Member
 marks = {}
 def holds(self):
     self.mark = marks.setdefault((id(self.marks), self.provider.name), len(marks))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from aioserver.gateway.affinity import Placement
     from aioserver.gateway.candidates import Candidates
-    from aioserver.gateway.members import Member
+    from aioserver.gateway.groups import Member
     from aioserver.gateway.router import Router
     from aioserver.limits.scheduler import Scheduler
     from aioserver.protocol.prefix import Prefix

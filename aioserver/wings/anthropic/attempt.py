@@ -154,7 +154,7 @@ class CountAttempt(Attempt):
     async def _estimate(self) -> None:
         outcome, model = self.request.outcome, self.asked_model
         body = self.request.body(self.provider.settings, self.model)
-        per_byte = self.provider.tokens_per_byte(model, self.request.caller)
+        per_byte = self.provider.costs.tokens_per_byte(model, self.request.caller)
         counted = await estimated(body, per_byte)
         outcome.headers = {**outcome.headers, **ESTIMATED}
         self.answer = Answer(200, counted, "application/json", outcome)

@@ -123,7 +123,7 @@ async def count(context: Context, request: web.Request, prepared: Request) -> we
     try:
         model = prepared.route.model or provider.settings.model
         body = prepared.provider_request.body(provider.settings, prepared.route.model)
-        per_byte = provider.tokens_per_byte(model, prepared.caller)
+        per_byte = provider.costs.tokens_per_byte(model, prepared.caller)
         counted_tokens = await estimated(body, per_byte)
     finally:
         prepared.release()

@@ -89,6 +89,16 @@ KINDS = (
 M = TypeVar("M", bound=Memory)
 
 
+class Costs:
+    """Estimates nothing: no request waits."""
+
+    def estimate(self, request: ProviderRequest, model: str) -> Estimate:
+        raise AssertionError("it never waits")
+
+    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
+        return 0.25
+
+
 class Provider:
     """The provider of an attempt, which learns nothing."""
 
@@ -102,7 +112,7 @@ class Provider:
     backpressure = Backpressure(lambda: 0)
 
     def __init__(self) -> None:
-        self.scheduler = scheduler()
+        self.scheduler, self.costs = scheduler(), Costs()
 
     def head_received(self, attempt: Attempt) -> None:
         pass
@@ -112,12 +122,6 @@ class Provider:
 
     def memory(self, kind: type[M]) -> M:
         return kind(self.settings)
-
-    def estimate(self, request: ProviderRequest, model: str | None) -> Estimate:
-        raise AssertionError("it never waits")
-
-    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
-        return 0.25
 
 
 class Outcome(NamedTuple):

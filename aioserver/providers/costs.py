@@ -1,0 +1,234 @@
+"""What attempts at one provider cost: tokens and work, by an estimate before they start, and as the
+provider has counted them at their end.
+
+Where a provider reports no usage, or an answer was cut, what it has cost is estimated, too. What
+it has counted teaches the estimates. Each attempt that was sent has its cost in the outcome of its
+request, and in the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK
+from aioserver.providers.sinks import BodySink, StreamSink
+from aioserver.telemetry.bookkeeping import bookkeeping, nothing
+from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
+from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
+from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.auth.callers import Caller
+    from aioserver.limits.estimate import Estimate, Estimates
+    from aioserver.providers.attempt import Attempt
+    from aioserver.providers.capacity import Capacity
+    from aioserver.providers.request import ProviderRequest
+    from aioserver.telemetry.bugs import Bugs
+    from aioserver.telemetry.usage import Usage
+
+# The statuses from this one on say that there is no answer, and that it costs nothing.
+MIN_ERROR_STATUS = 400
+
+
+class Costs:
+    """What attempts at the provider *name* cost.
+
+    Always: an attempt that was sent, and not refused, is counted once, at its end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        capacity: Capacity,
+        usage: Usage,
+        estimates: Estimates,
+        clock: Callable[[], float],
+    ) -> None:
+        self._name, self._capacity, self._clock = name, capacity, clock
+        self._usage, self._estimates = usage, estimates
+
+    @property
+    def bugs(self) -> Bugs:
+        """Counts the bugs of the server."""
+        return self._usage.bugs
+
+    def estimate(self, request: ProviderRequest, model: str) -> Estimate:
+        """Return what *request*, which is about to wait, will cost if it is asked for *model*; it
+        keeps the estimate.
+        """
+        estimate = request.estimate = self._before(request, model, request.size)
+        if request.estimated:
+            request.ticket.work = estimate.work
+        return estimate
+
+    def _before(self, request: ProviderRequest, model: str, size: int) -> Estimate:
+        return self._estimates.before(
+            self._name, model, request.caller.flow, size, request.max_answer, request.choices
+        )
+
+    def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
+        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
+        estimate; None: of a request of anybody.
+        """
+        flow = None if caller is None else caller.flow
+        return self._estimates.tokens_per_byte(self._name, model, flow)
+
+    def expected_tokens(self, attempt: Attempt, limit: int) -> int:
+        """Return the tokens by which *attempt* will count for the pace of *limit* tokens a minute,
+        by an estimate.
+        """
+        request = attempt.request
+        if not request.estimated:
+            return 0
+        estimate = request.estimate or self.estimate(request, attempt.asked_model)
+        prompt = estimate.prompt if request.api.paces_cached else estimate.uncached
+        # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
+        return min(prompt + estimate.answer, limit)
+
+    def sent(self, attempt: Attempt) -> None:
+        """Note that *attempt* was sent: from here on it may cost money."""
+        if self._usage.ledger is not None and attempt.request.api.costs:
+            self._usage.sent(attempt.request.record, partial(self.so_far, attempt))
+
+    @bookkeeping(nothing)
+    def count(self, attempt: Attempt, exc: BaseException | None) -> Part | None:
+        """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
+        outcome; None if that is nothing.
+        """
+        request = attempt.request
+        outcome = request.outcome
+        if not outcome.sent_at or attempt.status >= MIN_ERROR_STATUS or not request.api.costs:
+            return None
+        part = self.so_far(attempt, exc)
+        outcome.parts += (part,)
+        if part.source in COUNTED:
+            whole = None
+            if exc is None and part.source == PROVIDER and attempt.hop is None:
+                whole = part.tokens_out
+            self._estimates.learn(
+                self._name,
+                part.model,
+                request.caller.flow,
+                attempt.text_bytes,
+                part.tokens_in,
+                part.tokens.cached or 0,
+                whole,
+                0 if attempt.stream is None else _events(attempt),
+                request.max_answer,
+                request.choices,
+            )
+        return part
+
+    def ended(self, attempt: Attempt, part: Part | None) -> None:
+        """Note in sums and ledger that *attempt* has ended, and has cost *part*, None if that is
+        nothing. Its place is given back already.
+        """
+        if part is None:
+            self._usage.refused(attempt.request.record)
+        else:
+            self._usage.ended(attempt.request.record, part)
+
+    def so_far(self, attempt: Attempt, exc: BaseException | None = None) -> Part:
+        """Return what *attempt* has cost, which has ended, well or with *exc*, or may not have
+        ended yet.
+        """
+        request, hop = attempt.request, attempt.hop
+        outcome, first = request.outcome, request.record.first_event_at
+        tokens = tokens_of(outcome.usage)
+        asked, answered = tokens.prompt, tokens.answer
+        if hop is not None:
+            # The usage has the earlier attempts in it.
+            asked = None if asked is None else max(0, asked - hop.earlier.asked)
+            answered = None if answered is None else max(0, answered - hop.earlier.answered)
+        result, source = OK, PROVIDER
+        if exc is not None:
+            result = _ended_as(attempt, exc)
+        uncached = 0 if asked is None else asked - (tokens.cached or 0)
+        if asked is None or answered is None:
+            if request.estimated:
+                source, estimate = MIXED, self._unreported(attempt, result)
+                if asked is None:
+                    source, asked, uncached = ESTIMATE, estimate.prompt, estimate.uncached
+                answered = estimate.answer if answered is None else answered
+            elif asked is None:
+                source, asked, answered, uncached = NOBODY, 0, 0, UNKNOWN_WORK
+            else:
+                # Nothing was written.
+                answered = 0
+        work = uncached + OUTPUT_FACTOR * answered
+        began = outcome.sent_at
+        return Part(
+            self._name,
+            outcome.model,
+            result,
+            asked,
+            answered,
+            source,
+            tokens,
+            self._capacity.waited(request.ticket),
+            first - began if first > began else 0.0,
+            self._clock() - began,
+            work if work > 0 else 1,
+        )
+
+    def _unreported(self, attempt: Attempt, result: str) -> Estimate:
+        """Return an estimate of what *attempt* has cost, with this *result* or so far."""
+        request, model = attempt.request, attempt.request.outcome.model
+        estimate = request.estimate
+        if estimate is None or attempt.hop is not None:
+            estimate = self._before(request, model, attempt.body_bytes)
+        if not attempt.streamed and result != FAILED:
+            # Nobody knows how much of it was written.
+            return estimate
+        return self._estimates.unreported(
+            self._name, model, request.caller.flow, estimate, _events(attempt)
+        )
+
+
+def paced_tokens(attempt: Attempt, part: Part | None) -> int:
+    """Return the tokens by which *attempt*, which has ended and has cost *part*, counts for the
+    pace.
+    """
+    outcome, hop = attempt.request.outcome, attempt.hop
+    if part is None:
+        # A refusal counts as what was asked, as long as the provider does not say otherwise.
+        estimate = attempt.request.estimate
+        if estimate is None or not outcome.sent_at:
+            return 0
+        return min(estimate.prompt, attempt.expected_tokens)
+    if part.source != MIXED and hop is None and outcome.usage is not None:
+        total = outcome.usage.get(TOTAL)
+        if isinstance(total, int) and 0 <= total < MAX_TOKENS:
+            return total
+    cached = 0 if attempt.request.api.paces_cached else part.tokens.cached or 0
+    return part.tokens_in - cached + part.tokens_out
+
+
+def _events(attempt: Attempt) -> int:
+    """Return how many events of a streamed answer have come by *attempt*."""
+    stream, hop = attempt.stream, attempt.hop
+    if stream is None or not attempt.streamed:
+        return 0
+    # The end of the log is none of the provider's.
+    events = stream.last - attempt.before - stream.ended
+    if isinstance(attempt.sink, StreamSink):
+        # The rest, still to be shown, was paid for.
+        events += attempt.sink.kept_pieces
+    # What was not shown of a rest was paid for as well.
+    return events if hop is None else max(events, hop.heard)
+
+
+def _ended_as(attempt: Attempt, exc: BaseException) -> str:
+    """Return how *attempt* has ended, with *exc*."""
+    stream, sink, hop = attempt.stream, attempt.sink, attempt.hop
+    if isinstance(exc, asyncio.CancelledError):
+        ours = stream is not None and stream.cancel_reason is not None
+        bound = attempt.request.bound
+        return CUT if ours or (bound is not None and bound.cut) else CANCELLED
+    begun = attempt.answered or (isinstance(sink, BodySink) and sink.progress > 0)
+    begun = begun or (hop is not None and hop.heard > 0)
+    return CUT if begun else FAILED
