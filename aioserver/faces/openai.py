@@ -44,7 +44,7 @@ from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
@@ -151,14 +151,14 @@ def body_for(body: ModelBody, provider: settings.Provider, model: str | None) ->
     return body.data if wanted == body.model else body.with_model(wanted)
 
 
-def serve(
+async def serve(
     context: Context, request: web.Request, prepared: Request, dialect: Dialect = OPENAI
-) -> Coroutine[None, None, web.StreamResponse]:
+) -> web.StreamResponse:
     """Answer a POST."""
     if prepared.provider_request.streamed:
         stream = context.gateway.relay(prepared)
-        return follow_stream(context, request, stream, dialect=dialect)
-    return write_answer(context, request, prepared, dialect)
+        return await follow_stream(context, request, stream, dialect=dialect)
+    return await write_answer(context, request, prepared, dialect)
 
 
 async def write_answer(

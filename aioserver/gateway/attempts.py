@@ -119,31 +119,6 @@ class Attempts:
     0.0 to 1.0, for the jitter of backoffs.
     """
 
-    # What most requests never change.
-    # Of all groups: the largest `max_context` of members for which the request was too long, how
-    # each has failed, and those that are asked last, since they are sick, or have failed as a trial.
-    _too_small = 0
-    _ended: tuple[Try, ...] = ()
-    _late: tuple[Group, ...] = ()
-    # The group that is asked as a trial, or was last.
-    _trial_group: Group | None = None
-    # That of a sick provider whose trial the next attempt is.
-    _trial: Breaker | None = None
-    # Of the group that is asked: whether others can be asked instead, and whether the last attempt
-    # was a trial of a sick provider.
-    _fallback = _was_trial = False
-    # Whether the request has been asked of it before.
-    _again = False
-    # How many retries it has had, how this pass has failed, and the one before.
-    _number = 0
-    _tries: tuple[Try, ...] = ()
-    _previous: Try | None = None
-    # The first for whom the request was too long; and the fault for which it was parked.
-    _too_long: Try | None = None
-    _parked_for: Try | None = None
-    # The providers that were asked once more at once.
-    _broken: frozenset[Provider] = frozenset()
-
     def __init__(
         self,
         request: Request,
@@ -160,6 +135,28 @@ class Attempts:
         self._group: Group
         self._candidates: Candidates
         self._first: Provider
+        # Of all groups: the largest `max_context` of members for which the request was too long,
+        # how each has failed, and those that are asked last, since they are sick, or have failed
+        # as a trial.
+        self._too_small = 0
+        self._ended: tuple[Try, ...] = ()
+        self._late: tuple[Group, ...] = ()
+        # The group that is asked as a trial, or was last; and the breaker of a sick provider whose
+        # trial the next attempt is.
+        self._trial_group: Group | None = None
+        self._trial: Breaker | None = None
+        # Of the group that is asked: whether others can be asked instead, whether the last attempt
+        # was a trial of a sick provider, and whether the request has been asked of it before.
+        self._fallback = self._was_trial = self._again = False
+        # How many retries it has had, how this pass has failed, and the one before.
+        self._number = 0
+        self._tries: tuple[Try, ...] = ()
+        self._previous: Try | None = None
+        # The first for whom the request was too long; and the fault for which it was parked.
+        self._too_long: Try | None = None
+        self._parked_for: Try | None = None
+        # The providers that were asked once more at once.
+        self._broken: frozenset[Provider] = frozenset()
 
     async def answer(self) -> Answer | None:
         """Return the answer of the attempt that succeeded, None if it is in the log. Cancelling is

@@ -238,8 +238,6 @@ class BridgedAttempt(LearningAttempt):
     # How logs and metrics name the API.
     shown_api: ClassVar[str]
 
-    __slots__ = ("_chat", "_free", "_learning", "_left", "_limit", "_most", "_writer")
-
     def __init__(self, *names: Any, **further: Any) -> None:
         super().__init__(*names, **further)
         self._chat: BridgedChat | None = None

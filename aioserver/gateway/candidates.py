@@ -53,30 +53,6 @@ class Candidates:
         NoProvider: no member can be asked.
     """
 
-    # What most requests never change.
-    # That of the prompt; where the request belongs by it; and whether that is to be looked for.
-    prefix: Prefix | None = None
-    placement: Placement | None = None
-    placeable = False
-    # The one where the request has started; None while it has not.
-    chosen: Member | None = None
-    # The one that is asked next, before the others; None: whichever can start first.
-    _only: Member | None = None
-    # Members that get all of what the request continues, should the one that keeps it die.
-    _heirs: Sequence[Member] = ()
-    # The members that may be asked again, with the codes of their faults.
-    _again: tuple[tuple[Member, str], ...] = ()
-    # Members that have been asked and will not be again; and those for which the request was too
-    # long.
-    _asked: frozenset[Member] = frozenset()
-    _short: tuple[Member, ...] = ()
-    # The version of the group that is known, and whether it has changed in a wait.
-    _seen, _regrouped = 0, False
-    # While it waits: since when, and whether others can be asked instead.
-    began = 0.0
-    _fallback = False
-    _kept_at: str | None = None
-
     def __init__(
         self,
         group: Group,
@@ -88,6 +64,33 @@ class Candidates:
     ) -> None:
         self._group, self._request, self._stream = group, request, stream
         self.affinity, self.model, self.too_small = affinity, model, too_small
+        # The prefix of the prompt; where the request belongs by it; and whether that is to be
+        # looked for.
+        self.prefix: Prefix | None = None
+        self.placement: Placement | None = None
+        self.placeable = False
+        # The one where the request has started; None while it has not.
+        self.chosen: Member | None = None
+        # The one that is asked next, before the others; None: whichever can start first.
+        self._only: Member | None = None
+        # Members that get all of what the request continues, should the one that keeps it die, and
+        # the provider of that one.
+        self._heirs: Sequence[Member] = ()
+        self._kept_at: str | None = None
+        # The members that may be asked again, with the codes of their faults.
+        self._again: tuple[tuple[Member, str], ...] = ()
+        # Members that have been asked and will not be again; and those for which the request was
+        # too long.
+        self._asked: frozenset[Member] = frozenset()
+        self._short: tuple[Member, ...] = ()
+        # The version of the group that is known, and whether it has changed in a wait.
+        self._seen, self._regrouped = 0, False
+        # While it waits: since when, whether others can be asked instead, the attempts that wait,
+        # and their bids.
+        self.began = 0.0
+        self._fallback = False
+        self._attempts: dict[Member, Attempt] = {}
+        self._bids: dict[Bid, Member] = {}
         # The members that are asked in this pass.
         self.left: Sequence[Member] = group.members
         # Whether the request stays at one member, whatever becomes of the group; and whether there
@@ -101,9 +104,6 @@ class Candidates:
         self.model = None
         if request.keeper is not None:
             self._kept_at = request.keeper.kept_at
-        # The attempts that wait, and their bids.
-        self._attempts: dict[Member, Attempt] = {}
-        self._bids: dict[Bid, Member] = {}
         if not self._look():
             raise group.empty()
         self.placeable = (

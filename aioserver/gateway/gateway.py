@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from aioserver.gateway.instances import Instances, Start
     from aioserver.gateway.router import Router
     from aioserver.limits.deadline import Deadline
-    from aioserver.limits.quota import Quota
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
     from aioserver.streams.lifetime import Lifetime
@@ -165,11 +164,10 @@ class Gateway:
         """Return a count of the bytes of an answer that no log keeps, for `call`."""
         return self._streams.hold()
 
-    def call(
+    async def call(
         self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None
-    ) -> Coroutine[Any, Any, Answer]:
-        """Return the answer to a *request* that is neither streamed nor resumable, once it is
-        awaited.
+    ) -> Answer:
+        """Return the answer to a *request* that is neither streamed nor resumable.
 
         Cancelling ends it. *ask* asks the provider; None stands for `Router.call`.
 
@@ -181,12 +179,7 @@ class Gateway:
             raise shutdown_error()
         quota, ask = request.caller.quota, ask or self._router.call
         if quota is None:
-            return self._calls.answer(request, ask)
-        return self._call_of_key(quota, request, ask)
-
-    async def _call_of_key(
-        self, quota: Quota, request: Request, ask: Callable[[Request], Awaitable[Answer]]
-    ) -> Answer:
+            return await self._calls.answer(request, ask)
         self._begin_at_key(request)
         try:
             with quota.held():

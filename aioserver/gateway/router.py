@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from aioserver.config.hints import nearest
 from aioserver.config.llm import NO_CONTINUATION
@@ -49,7 +49,7 @@ from aioserver.providers.passthrough import PassedRequest
 from aioserver.providers.sinks import end_with_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Llm
@@ -467,32 +467,28 @@ class Router:
             for member in group.usable(api, one_model=route.pinned and not alone)
         ]
 
-    def call(self, request: Request, stream: Stream | None = None) -> Coroutine[Any, Any, Answer]:
+    async def call(self, request: Request, stream: Stream | None = None) -> Answer:
         """Return an answer that is not streamed; *stream* is the log that will keep it, if any.
 
         Raises:
             ProviderFault: no provider answered.
             AioserverError: as `Hooks.ask` and `Hooks.answered`.
         """
-        hooks = self._hooks
-        if request.keeper is None and (hooks is None or not hooks.present):
-            # A whole answer is never None. It needs no coroutine beside that which asks.
-            return cast("Coroutine[Any, Any, Answer]", self._ask(request, stream))
-        return self._call_shown(request, stream)
-
-    async def _call_shown(self, request: Request, stream: Stream | None) -> Answer:
-        """Return an answer that is shown to hooks, or kept."""
-        hooks, keeper = self._hooks, request.keeper
+        keeper, hooks = request.keeper, self._hooks
+        if hooks is not None and not hooks.present:
+            hooks = None
         if keeper is not None:
             await keeper.begin()
-        if hooks is not None and hooks.present:
+        if hooks is not None:
             await hooks.ask(request)
         answer = await self._ask(request, stream)
         assert answer is not None, "a whole answer was asked for"
-        request.provider_request.let_body_go()
-        if hooks is not None and hooks.present:
+        if hooks is not None:
+            # They may take their time.
+            request.provider_request.let_body_go()
             await hooks.answered(request, answer)
         if keeper is not None and (kept := keeper.keep(answer)) is not None:
+            request.provider_request.let_body_go()
             await kept
         return answer
 
@@ -525,7 +521,7 @@ class Router:
         assert attempt.answer is not None
         return attempt.answer
 
-    def _ask(self, request: Request, stream: Stream | None) -> Coroutine[Any, Any, Answer | None]:
+    async def _ask(self, request: Request, stream: Stream | None) -> Answer | None:
         """Return the answer of the first provider that gave one, None if it is in the log.
 
         Raises:
@@ -537,7 +533,7 @@ class Router:
             # A fallback uses its own model.
             groups += self._after(route, request.provider_request.api)
         attempts = Attempts(request, stream, groups, self._affinity, self._random_number)
-        return attempts.answer()
+        return await attempts.answer()
 
 
 def _same(group: Group, other: Group) -> bool:

@@ -433,10 +433,7 @@ class Resource:
         if self._plain:
             if places.inside >= places.limit or self.queue.size:
                 return None
-            # Not by `take`: this runs once per request.
-            places.inside += 1
-            if places.inside == places.limit:
-                places.full_since = places.clock()
+            places.take()
             return Grant(self, ticket)
         if self.supply is not None:
             self.supply.check()

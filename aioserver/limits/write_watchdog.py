@@ -124,7 +124,14 @@ class WriteWatchdog:
     """
 
     __slots__ = (
-        *("_alarm", "_handle", "_least", "_loop", "_period", "_progress", "_stalled", "_timeout"),
+        "_alarm",
+        "_handle",
+        "_least",
+        "_loop",
+        "_period",
+        "_progress",
+        "_stalled",
+        "_timeout",
         "_transport",
     )
 

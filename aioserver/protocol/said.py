@@ -106,8 +106,6 @@ class PassedSaid(Said):
     Always: `blocks` has events that were not read yet, FOLD_BYTES of them and one block at most.
     """
 
-    __slots__ = ("_events", "_lost", "_text", "blocks", "mark")
-
     def __init__(self) -> None:
         # The whole events; the fast path adds to them.
         self.blocks = bytearray()
@@ -183,8 +181,6 @@ class PassedSaid(Said):
 class ChatSaid(PassedSaid):
     """What a chat completion has said whose bytes pass."""
 
-    __slots__ = ("_head", "_samples_left", "_shape")
-
     def __init__(self) -> None:
         super().__init__()
         self._head: dict[str, Any] = {}
@@ -232,7 +228,6 @@ class ChatSaid(PassedSaid):
 class ReadSaid(Said):
     """What an answer has said whose events are read, by *reading*."""
 
-    __slots__ = ("_reading",)
     # The reading is counted by its sink.
     size = 0
 

@@ -130,24 +130,6 @@ class Attempt:
     seen it.
     """
 
-    # What most attempts never change.
-    # Whether this is a trial of a sick or dead provider, whose end the breaker does not know yet.
-    trial = False
-    # Whether it has its place.
-    runs = False
-    # The tokens that the pace was charged with.
-    expected_tokens = 0
-    fault: ProviderFault | None = None
-    headers = NO_HEADERS
-    # Set if the rest of an answer is asked for; and the body of that request, between its
-    # preparation and its sending.
-    hop: Hop | None = None
-    prepared: bytes | None = None
-    # The body behind what `written` returns; None if that has it.
-    body: Body | None = None
-    # What decides whether the exchange may pause; None for that of the provider.
-    backpressure: Backpressure | None = None
-
     def __init__(
         self,
         provider: AttemptedProvider,
@@ -163,14 +145,28 @@ class Attempt:
         self.stream = stream
         self.model = model
         self.fallback, self.again = fallback, again
-        # When the attempt got its place.
+        # Whether this is a trial of a sick or dead provider, whose end the breaker does not know
+        # yet; and whether it has its place, since when.
+        self.trial = self.runs = False
         self.began = 0.0
+        # The tokens that the pace was charged with.
+        self.expected_tokens = 0
+        # Set if the rest of an answer is asked for; and the body of that request, between its
+        # preparation and its sending.
+        self.hop: Hop | None = None
+        self.prepared: bytes | None = None
+        # The body behind what `written` returns; None if that has it.
+        self.body: Body | None = None
+        # What decides whether the exchange may pause; None for that of the provider.
+        self.backpressure: Backpressure | None = None
         self.answered = False
         # The pool that the request went through.
         self.pool: object = None
         self.status = 0
         self.sink: Sink | None = None
         self.answer: Answer | None = None
+        self.fault: ProviderFault | None = None
+        self.headers: Mapping[str, str] = NO_HEADERS
         # The bytes of the body that was sent, as many if they are text, and the events that the log
         # had before.
         self.body_bytes = self.text_bytes = self.before = 0

@@ -64,19 +64,6 @@ class Exchange:
     later at most.
     """
 
-    # What most exchanges never change, or not before they have an answer.
-    # The fault that it ends with, until that is raised: its traceback leads to this object.
-    _fault: Exception | None = None
-    # The bound of the wait for the first content, and whether that has come; None if there is no
-    # bound.
-    _first_token: tuple[float, Callable[[], bool]] | None = None
-    # The timer of that bound, or later of that of the last chunk.
-    _timer: asyncio.TimerHandle | None = None
-    # Whether nothing is read, since the client reads more slowly than the provider sends.
-    _paused = False
-    # The monotonic time of the first byte; 0.0 until then.
-    _heard_at = 0.0
-
     def __init__(
         self,
         connection: PooledConnection,
@@ -104,6 +91,16 @@ class Exchange:
         # Whether all of the request is written; and whether the sink needs no more, and at most the
         # end of the body's framing is to come.
         self._written = self._ended = False
+        # The fault that it ends with, until that is raised: its traceback leads to this object.
+        self._fault: Exception | None = None
+        # The bound of the wait for the first content, and whether that has come; None if there is
+        # no bound. The timer of that bound, or later of that of the last chunk.
+        self._first_token: tuple[float, Callable[[], bool]] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        # Whether nothing is read, since the client reads more slowly than the provider sends.
+        self._paused = False
+        # The monotonic time of the first byte; 0.0 until then.
+        self._heard_at = 0.0
 
     def bound_first_token(self, seconds: float, answered: Callable[[], bool]) -> None:
         """Let it fail if there is no content *seconds* after the request was written; *answered*

@@ -123,11 +123,6 @@ class ProviderRequest:
     # Whether its tokens can be estimated before it starts.
     estimated = True
 
-    # What most requests never change.
-    estimate: Estimate | None = None
-    bound: Deadline | None = None
-    keeps_body = background = False
-
     def __init__(
         self,
         api: Api,
@@ -148,6 +143,9 @@ class ProviderRequest:
         self.size = size
         self.max_answer, self.choices = allowed
         self.usage_options = usage_options
+        self.estimate: Estimate | None = None
+        self.bound: Deadline | None = None
+        self.keeps_body = self.background = False
         batch = caller.batch
         if hold is not None and (terms := hold.terms) is not NO_TERMS:
             self.bound = Deadline(hold.arrived, terms)

@@ -90,18 +90,16 @@ class StreamSink(ABC):
     # The part that is missing if the body ends too early.
     end_mark: ClassVar[str] = "a finish_reason and without its end mark"
 
-    # What most answers never change, or at their end.
-    # Whether the answer is over, so that readers are notified of what is appended now together
-    # with the end of the log. An attribute, since a keyword argument costs as much as two calls.
-    _over = False
-    # Seconds for which a preamble is held at most, and the timer of that; None: until there is
-    # content.
-    patience: float | None = None
-    _timer: asyncio.TimerHandle | None = None
-
     def __init__(self, stream: Stream, is_content: Callable[[bytes], bool]) -> None:
         self._stream = stream
         self._is_content = is_content
+        # Whether the answer is over, so that readers are notified of what is appended now together
+        # with the end of the log.
+        self._over = False
+        # Seconds for which a preamble is held at most, and the timer of that; None: until there is
+        # content.
+        self.patience: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._splitter = eventstream.Splitter(stream.max_bytes)
 
     @property

@@ -118,8 +118,14 @@ class Handshake(asyncio.Protocol):
     """
 
     __slots__ = (
-        *("_incoming", "_lower", "_object", "_outgoing", "_server", "_unfinished"),
-        *("_writing_paused", "address"),
+        "_incoming",
+        "_lower",
+        "_object",
+        "_outgoing",
+        "_server",
+        "_unfinished",
+        "_writing_paused",
+        "address",
     )
 
     def __init__(self, unfinished: Handshakes, server: ConnectionServer) -> None:

@@ -78,8 +78,6 @@ class MessageAttempt(BridgedAttempt):
     memory = Learned
     shown_path, shown_api = "/v1/messages", "messages"
 
-    __slots__ = ()
-
     def _own_preparation(self) -> Awaitable[None] | None:
         """Return the steps that take our thinking out of the request."""
         body = self.request.body(self.provider.settings, self.model)
@@ -133,8 +131,6 @@ class CountAttempt(Attempt):
 
     A provider that does not count them is asked nothing more: an estimate is the answer.
     """
-
-    __slots__ = ()
 
     def conclude(self) -> Awaitable[None] | None:
         """Check the answer, and return the steps of an estimate if there can be no other.

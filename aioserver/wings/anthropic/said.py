@@ -27,8 +27,6 @@ _OPENING = frozenset({"message_start", "ping"})
 class MessageSaid(PassedSaid):
     """What a message has said whose events pass."""
 
-    __slots__ = ("_in_text", "_index")
-
     def __init__(self) -> None:
         super().__init__()
         # The index of the newest block, and whether it is open.

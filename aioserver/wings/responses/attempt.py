@@ -127,8 +127,6 @@ class ResponseRequest(ProviderRequest):
     background; None if its client waits for it. *further*: see `ProviderRequest`.
     """
 
-    __slots__ = ("_shown_whole", "draft", "patience", "running")
-
     def __init__(
         self,
         body: BodyMaker,
@@ -170,8 +168,6 @@ class ResponseAttempt(BridgedAttempt):
 
     memory = Learned
     shown_path, shown_api = "/v1/responses", "responses"
-
-    __slots__ = ("_draft", "_patience", "_running")
 
     def __init__(self, *names: Any, **further: Any) -> None:
         super().__init__(*names, **further)
