@@ -52,7 +52,7 @@ INSIDE_FUNCTIONS = {
         "aioserver.workers.parent",
         "aioserver.workers.worker",
     },
-    "wings.doors.issuers": {"aioserver.wings.doors.issuer", "importlib.metadata"},
+    "wings.jwt.issuers": {"aioserver.wings.jwt.issuer", "importlib.metadata"},
     "wings.tracing.wing": {
         "aioserver.wings.tracing.export",
         "aioserver.wings.tracing.otlp",

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from aioserver.wings.anthropic.wing import AnthropicWing
 from aioserver.wings.cluster.wing import ClusterWing
 from aioserver.wings.conversations.wing import ConversationsWing
-from aioserver.wings.doors.wing import DoorsWing
+from aioserver.wings.hooks.wing import HooksWing
+from aioserver.wings.jwt.wing import JwtWing
+from aioserver.wings.openapi.wing import OpenapiWing
 from aioserver.wings.responses.wing import ResponsesWing
 from aioserver.wings.simulator.wing import SimulatorWing
 from aioserver.wings.tracing.wing import TracingWing
@@ -29,7 +31,9 @@ WINGS: tuple[type[Wing], ...] = (
     TracingWing,
     ResponsesWing,
     AnthropicWing,
-    DoorsWing,
+    HooksWing,
+    JwtWing,
+    OpenapiWing,
 )
 
 
@@ -51,8 +55,8 @@ def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
             "chat.service.repository.type: sql",
             settings.chat.service.repository.type == "sql",
         ),
-        ("doors", "hooks", bool(settings.hooks)),
-        ("doors", "auth.jwt", settings.auth is not None and settings.auth.jwt is not None),
+        ("hooks", "hooks", bool(settings.hooks)),
+        ("jwt", "auth.jwt", settings.auth is not None and settings.auth.jwt is not None),
         ("tracing", "tracing.otlp_endpoint", settings.tracing.otlp_endpoint is not None),
     )
     for name, setting, needed in needs:

@@ -46,11 +46,12 @@ Guard._expire = lambda self, moment: None
 """,
     # Of the doors.
     "that a closed hook has to decide": """
-from aioserver.wings.doors.hooks import HookSet
+from aioserver.wings.hooks.hook_set import HookSet
 HookSet._failed = lambda self, hook, event, request, fault: None
 """,
     "when a token is over": """
-from aioserver.wings.doors import token, token_callers
+from aioserver.wings.jwt import token
+from aioserver.wings.jwt import token_callers
 token.SKEW = token_callers.SKEW = 1e6
 """,
     "that the token of a socket is over": """

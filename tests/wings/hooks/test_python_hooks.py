@@ -12,7 +12,7 @@ from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
 from aioserver.hook import Call, Refuse
 from aioserver.server.wings import WINGS, faults
-from aioserver.wings.doors.python_hook import MAX_STEP
+from aioserver.wings.hooks.python_hook import MAX_STEP
 from tests.support.configurations import small
 from tests.support.faces import ask_every_face, over_openai, over_websocket
 from tests.support.server import ENDLESS, QUICK

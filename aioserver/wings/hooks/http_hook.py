@@ -24,9 +24,9 @@ from aioserver.providers.exchange import Exchange
 from aioserver.providers.http1 import FRAMING_HEADERS
 from aioserver.providers.pool import Pool
 from aioserver.providers.sinks import BodySink
-from aioserver.wings.doors import decisions
-from aioserver.wings.doors.asked import Asked
-from aioserver.wings.doors.decisions import HookFault
+from aioserver.wings.hooks import decisions
+from aioserver.wings.hooks.asked import Asked
+from aioserver.wings.hooks.decisions import HookFault
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.hook import Call, Refuse
     from aioserver.providers.http1 import Sink
-    from aioserver.wings.doors.shown_log import Shown
+    from aioserver.wings.hooks.shown_log import Shown
 
 # Connections for decisions, and for answers that are streamed: of these one caller alone has two
 # thirds.

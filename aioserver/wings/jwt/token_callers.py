@@ -21,7 +21,7 @@ from aioserver.config.certificates import day
 from aioserver.config.schema import fields
 from aioserver.config.settings import ClientKey, Limits
 from aioserver.errors import AuthUnavailable, ServerAtCapacity, SessionEnded, TokenRefused
-from aioserver.wings.doors.token import Claims, read, refused
+from aioserver.wings.jwt.token import Claims, read, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aioserver.auth.keys import MakeQuota
     from aioserver.config.settings import Jwt, Role
     from aioserver.limits.quota import Quota
-    from aioserver.wings.doors.issuer import Issuer
+    from aioserver.wings.jwt.issuer import Issuer
 
 # Tokens that are remembered as verified, and callers.
 MAX_TOKENS, MAX_CALLERS = 4096, 10_000

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.protocol import eventstream
-from aioserver.wings.doors.decisions import line
+from aioserver.wings.hooks.decisions import line
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, chat
 from tests.support.faces import ask_every_face, over_anthropic, over_openai

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from aioserver.wings.doors.signatures import MAX_KEYS, UselessKeys, read_keys
+from aioserver.wings.jwt.signatures import MAX_KEYS, UselessKeys, read_keys
 from tests.support.issuer import SigningKey, jwks, rsa_key
 
 ALGORITHMS = ["RS256", "ES256", "EdDSA"]

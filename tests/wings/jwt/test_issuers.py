@@ -10,8 +10,8 @@ import pytest
 
 from aioserver.config.settings import Auth, Jwt
 from aioserver.server.wings import WINGS, faults
-from aioserver.wings.doors import issuers
-from aioserver.wings.doors.wing import DoorsWing
+from aioserver.wings.jwt import issuers
+from aioserver.wings.jwt.wing import JwtWing
 from tests.support.configurations import load, refused, small
 from tests.support.issuer import AUDIENCE, ISSUER, jwt_settings
 
@@ -68,9 +68,9 @@ def test_a_server_without_tokens_needs_none_of_the_packages(tmp_path: Path) -> N
 def test_without_the_wing_the_section_is_a_fault(tmp_path: Path) -> None:
     text = f"{small()}auth: {{jwt: {jwt_settings('https://login.example/keys')}}}\n"
     settings = load(text, tmp_path / "config.yaml").settings
-    others = [wing() for wing in WINGS if wing is not DoorsWing]
+    others = [wing() for wing in WINGS if wing is not JwtWing]
 
-    assert "auth.jwt needs the wing doors" in " ".join(faults(settings, others))
+    assert "auth.jwt needs the wing jwt" in " ".join(faults(settings, others))
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ from aioserver.providers.passthrough import PassedRequest
 from aioserver.streams.store import owner_of
 from aioserver.streams.stream import Stream
 from aioserver.telemetry.logs import SAME_ERROR, RateLimit
-from aioserver.wings.doors import python_hook
-from aioserver.wings.doors.decisions import HookFault, changed_body
-from aioserver.wings.doors.http_hook import HttpHook
-from aioserver.wings.doors.python_hook import PythonHook
-from aioserver.wings.doors.shown_log import Backlog, Shown, ShownLog
+from aioserver.wings.hooks import python_hook
+from aioserver.wings.hooks.decisions import HookFault, changed_body
+from aioserver.wings.hooks.http_hook import HttpHook
+from aioserver.wings.hooks.python_hook import PythonHook
+from aioserver.wings.hooks.shown_log import Backlog, Shown, ShownLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.request import Request
     from aioserver.providers.request import Answer
     from aioserver.telemetry.metrics import Metrics
-    from aioserver.wings.doors.asked import Asked
+    from aioserver.wings.hooks.asked import Asked
 
 logger = logging.getLogger("aioserver.hooks")
 

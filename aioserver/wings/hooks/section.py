@@ -10,7 +10,7 @@ from aioserver.monitoring.state import COUNTS, SUM
 
 if TYPE_CHECKING:
     from aioserver.telemetry.metrics import Metrics
-    from aioserver.wings.doors.hooks import HookSet
+    from aioserver.wings.hooks.hook_set import HookSet
 
 
 class HookState(TypedDict):

@@ -28,9 +28,9 @@ from aioserver.errors import (
 )
 from aioserver.limits.budget import Budget
 from aioserver.limits.quota import Quota
-from aioserver.wings.doors.issuer import Issuer
-from aioserver.wings.doors.signatures import Key, KeySet, read_keys
-from aioserver.wings.doors.token_callers import IDLE, MAX_TOKENS, TokenCallers
+from aioserver.wings.jwt.issuer import Issuer
+from aioserver.wings.jwt.signatures import Key, KeySet, read_keys
+from aioserver.wings.jwt.token_callers import IDLE, MAX_TOKENS, TokenCallers
 from tests.support.clock import FakeClock
 from tests.support.issuer import AUDIENCE, ISSUER, SigningKey, claims, jwks
 from tests.support.turns import Turn
@@ -50,7 +50,7 @@ def settings(**changes: Any) -> Jwt:
 
 
 class Server:
-    """What the doors and the access to a server are together, at a time that the test says."""
+    """What the callers of tokens and the access to a server are together, at a time that the test says."""
 
     def __init__(self, max_callers: int = 10_000, **changes: Any) -> None:
         self.now = time.time()

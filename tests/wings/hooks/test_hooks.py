@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.wings.doors import http_hook
+from aioserver.wings.hooks import http_hook
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, resume, to_end
 from tests.support.faces import (
@@ -519,6 +519,7 @@ async def test_a_stop_lets_a_hook_see_the_end(make_server: MakeServer) -> None:
         server = await make_server(QUICK, **hooked(entry(program, on=["answer"])))
         seen = await over_openai(server, "m")
         assert seen.end == "complete"
-        await server.owners.wings[-1].leave()
+        (wing,) = (wing for wing in server.owners.wings if wing.name == "hooks")
+        await wing.leave()
 
         assert program.answers[0][-1] == {"end": "complete"}

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Auth, Jwt
     from aioserver.config.watched_files import WatchedFiles
     from aioserver.monitoring.monitor import Monitor
-    from aioserver.wings.doors.issuer import Issuer
-    from aioserver.wings.doors.token_callers import TokenCallers
+    from aioserver.wings.jwt.issuer import Issuer
+    from aioserver.wings.jwt.token_callers import TokenCallers
 
 # The packages of the extra `jwt`, and the oldest version: five advisories were fixed in that.
 NEEDED = {"PyJWT": (2, 13), "cryptography": (3, 4)}
@@ -72,7 +72,7 @@ class Issuers:
         if old and (jwt.jwks_url, jwt.jwks_file) == (old.jwks_url, old.jwks_file):
             return partial(self._use, jwt, self._issuer)
         # Without tokens the packages need not be there.
-        from aioserver.wings.doors import issuer as keys  # noqa: PLC0415
+        from aioserver.wings.jwt import issuer as keys  # noqa: PLC0415
 
         if jwt.jwks_file is None:
             issuer = self._make(partial(keys.from_url, str(jwt.jwks_url)))
@@ -100,7 +100,7 @@ class Issuers:
             await self._issuer.close()
 
     def _make(self, fetch: Callable[[], Awaitable[bytes]]) -> Issuer:
-        from aioserver.wings.doors import issuer as keys  # noqa: PLC0415
+        from aioserver.wings.jwt import issuer as keys  # noqa: PLC0415
 
         return keys.Issuer(fetch, self._report, on_withdrawn=self._withdrawn)
 
@@ -128,7 +128,7 @@ class Issuers:
         issuer, files = self._issuer, self._files()
         if issuer is None or not files:
             return None
-        from aioserver.wings.doors import issuer as keys  # noqa: PLC0415
+        from aioserver.wings.jwt import issuer as keys  # noqa: PLC0415
 
         return partial(issuer.use, keys.keys_in(files[0]))
 

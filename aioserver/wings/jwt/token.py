@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aioserver.config.settings import Jwt
-    from aioserver.wings.doors.signatures import Key
+    from aioserver.wings.jwt.signatures import Key
 
 # Bytes of a token, and characters of the name of a caller and of a key's id.
 MAX_TOKEN, MAX_NAME = 8 << 10, 255

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from aioserver.auth.callers import SKEW
 from aioserver.config.settings import Jwt, Role
 from aioserver.errors import PermissionDenied, TokenRefused
-from aioserver.wings.doors.signatures import read_keys
-from aioserver.wings.doors.token import MAX_TOKEN, read
+from aioserver.wings.jwt.signatures import read_keys
+from aioserver.wings.jwt.token import MAX_TOKEN, read
 from tests.support.issuer import AUDIENCE, ISSUER, SigningKey, claims, jwks
 
 if TYPE_CHECKING:
-    from aioserver.wings.doors.token import Claims
+    from aioserver.wings.jwt.token import Claims
 
 KEYS = {alg: SigningKey(alg, alg) for alg in ("RS256", "ES256", "EdDSA")}
 SET = read_keys(jwks(*KEYS.values()))

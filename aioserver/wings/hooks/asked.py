@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.hook import Call, Refuse
-    from aioserver.wings.doors.shown_log import Shown
+    from aioserver.wings.hooks.shown_log import Shown
 
 
 class Asked(ABC):

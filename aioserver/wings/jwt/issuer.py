@@ -22,17 +22,17 @@ import aiohttp
 
 from aioserver import __version__
 from aioserver.errors import AuthUnavailable
-from aioserver.wings.doors.signatures import MAX_BYTES, KeySet, UselessKeys, read_keys
-from aioserver.wings.doors.token import refused
+from aioserver.wings.jwt.signatures import MAX_BYTES, KeySet, UselessKeys, read_keys
+from aioserver.wings.jwt.token import refused
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from aioserver.errors import AioserverError
-    from aioserver.wings.doors.signatures import Key
+    from aioserver.wings.jwt.signatures import Key
 
 T = TypeVar("T")
-logger = logging.getLogger("aioserver.doors")
+logger = logging.getLogger("aioserver.jwt")
 
 # Seconds between two fetches, with a tenth of jitter: so many servers do not ask at once.
 INTERVAL, JITTER = 600.0, 0.1

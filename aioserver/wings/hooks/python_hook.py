@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from aioserver.config.settings import ANSWER, REQUEST
 from aioserver.hook import Refuse
 from aioserver.tracebacks import last_line
-from aioserver.wings.doors import decisions
-from aioserver.wings.doors.asked import Asked
-from aioserver.wings.doors.decisions import HookFault
+from aioserver.wings.hooks import decisions
+from aioserver.wings.hooks.asked import Asked
+from aioserver.wings.hooks.decisions import HookFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Hashable
 
     from aioserver.config import settings
     from aioserver.hook import Call
-    from aioserver.wings.doors.shown_log import Shown
+    from aioserver.wings.hooks.shown_log import Shown
 
 logger = logging.getLogger("aioserver.hooks")
 

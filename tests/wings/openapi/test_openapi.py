@@ -12,7 +12,7 @@ from aioserver import __version__, provider_errors
 from aioserver.auth.guard import Policy
 from aioserver.errors import AioserverError
 from aioserver.protocol import client_frames
-from aioserver.wings.doors import openapi
+from aioserver.wings.openapi import document
 from tests.support.keys import bearer, keys_of
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ async def test_each_route_stands_in_it_or_is_left_out_with_a_reason(
             continue
         assert route.resource is not None
         path = route.resource.canonical
-        left_out = next((start for start in openapi.LEFT_OUT if path.startswith(start)), None)
+        left_out = next((start for start in document.LEFT_OUT if path.startswith(start)), None)
         if left_out is not None:
             used.add(left_out)
             assert path not in described["paths"]
@@ -90,14 +90,14 @@ async def test_each_route_stands_in_it_or_is_left_out_with_a_reason(
         assert operation.get("x-websocket", False) is (route in server.context.guard.websockets)
         assert operation["summary"] != path, "each has its sentence"
 
-    assert used == set(openapi.LEFT_OUT)
+    assert used == set(document.LEFT_OUT)
     known = {
         (method.upper(), path)
         for path, methods in described["paths"].items()
         for method in methods
     }
     words = {"WS": "/ws/chat", "SSE": "/sse/chat"}
-    for method, path in openapi.OPERATIONS:
+    for method, path in document.OPERATIONS:
         first, slash, rest = path.partition("/")
         assert (method, words.get(first, first) + slash + rest) in known, (
             "none is described for nothing"

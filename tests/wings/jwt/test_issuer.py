@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.errors import AuthUnavailable, TokenRefused
-from aioserver.wings.doors.issuer import (
+from aioserver.wings.jwt.issuer import (
     FORCED,
     INTERVAL,
     MAX_WAITING,

@@ -23,13 +23,13 @@ SECTIONS = {
     Function("gateway.router", "Router.call"),
     Function("gateway.router", "Router.fill"),
     *(
-        Function(f"wings.doors.{module}", name)
+        Function(f"wings.hooks.{module}", name)
         for module, name in (
-            ("hooks", "HookSet.ask"),
-            ("hooks", "HookSet.answered"),
-            ("hooks", "HookSet._decide"),
-            ("hooks", "HookSet._follow"),
-            ("hooks", "HookSet._followed"),
+            ("hook_set", "HookSet.ask"),
+            ("hook_set", "HookSet.answered"),
+            ("hook_set", "HookSet._decide"),
+            ("hook_set", "HookSet._follow"),
+            ("hook_set", "HookSet._followed"),
             ("http_hook", "HttpHook._ask"),
             ("http_hook", "HttpHook._post"),
             ("http_hook", "HttpHook.decide"),
