@@ -40,7 +40,7 @@ SHOWN = {  # module: why it may know what time people have
     "wings.responses.sinks": "`completed_at` in OpenAI's objects",
     "wings.responses.attempt": "`created_at` in OpenAI's objects",
     "wings.conversations.redis": "the age of turns that another machine has written",
-    "gateway.histories": "when a question was asked, of a turn that is kept for days",
+    "gateway.contracts.histories": "when a question was asked, of a turn that is kept for days",
     "wings.conversations.memory": "turns are older than the process, and kept for days",
     "tools.top.screen": "the times of incidents",
     "limits.budget": "a budget of a day, which begins at 00:00 UTC",

@@ -13,12 +13,9 @@ a client reads it. A request whose id is known gets the stream that is there alr
 streaming, and if nobody can come back for the answer, there is neither of the two: the handler's
 task waits for the answer.
 
-What wings add here, the gateway knows by contracts alone. The *histories* have the turns in front
-of a question. A *keeper* is what a request continues, and what it keeps of its answer. The
-*instances* know the streams of other processes: a producer first *claims* the id of its request,
-since the answer may be theirs. *Sharing* makes limits those of all instances, and *commands* reach
-the store that they share. *Hooks* are shown requests and answers. A *probe* is a question of an
-operator.
+What wings add here, the gateway knows by the *contracts* alone, which have a folder of their own.
+A *bridged* attempt is one whose request is translated, where its provider has chat completions
+only. A *probe* is a question of an operator.
 
 The producer has the router make *attempts*. The *candidates* of an attempt are the members that may
 still answer; it starts at the first of them that has a place. After a fault that allows it, the same

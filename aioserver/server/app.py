@@ -37,8 +37,8 @@ from aioserver.faces.form import Forms
 from aioserver.faces.http import Request
 from aioserver.faces.wing import Core, Routes
 from aioserver.gateway.calls import shutdown_error
+from aioserver.gateway.contracts.histories import NoHistories
 from aioserver.gateway.gateway import Gateway
-from aioserver.gateway.histories import NoHistories
 from aioserver.gateway.router import Router
 from aioserver.limits.scheduler import Scheduler
 from aioserver.limits.timer_wheel import TimerWheel
@@ -70,8 +70,8 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Concurrency, Llm, Settings
     from aioserver.faces.admission import ShareDoor
     from aioserver.faces.wing import Wing
-    from aioserver.gateway.instances import Instances
-    from aioserver.gateway.sharing import Sharing
+    from aioserver.gateway.contracts.instances import Instances
+    from aioserver.gateway.contracts.sharing import Sharing
     from aioserver.limits.fixed_share import Scope
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream

@@ -141,7 +141,7 @@ class HookSet:
             await hook.close()
 
     async def ask(self, request: Request, stream: Stream | None = None) -> None:
-        """Show *request*; see `gateway.hooks.Hooks`.
+        """Show *request*; see `gateway.contracts.hooks.Hooks`.
 
         Raises:
             RequestRefused, HookUnavailable, ServerAtCapacity: as there.
@@ -172,7 +172,7 @@ class HookSet:
                 self._failed(hook, ANSWER, request, HookFault("it is new"))
 
     async def answered(self, request: Request, answer: Answer) -> None:
-        """Show a whole *answer*; see `gateway.hooks.Hooks`.
+        """Show a whole *answer*; see `gateway.contracts.hooks.Hooks`.
 
         Raises:
             AnswerRefused, HookUnavailable: as there.

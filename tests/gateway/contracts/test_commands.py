@@ -6,7 +6,13 @@ import asyncio
 
 import pytest
 
-from aioserver.gateway.commands import HURRIED, KNOWN_TIMEOUT, TIMEOUT, WRITE_TIMEOUT, Commands
+from aioserver.gateway.contracts.commands import (
+    HURRIED,
+    KNOWN_TIMEOUT,
+    TIMEOUT,
+    WRITE_TIMEOUT,
+    Commands,
+)
 from tests.support.memory_bus import MemoryStore, World
 
 pytestmark = pytest.mark.virtual_time
