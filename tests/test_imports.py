@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # A package imports what stands left of it; between the bars only from the core, which is left of
 # the first one. The root package holds the version, imports nothing, and stands left of all.
 LINE = (
-    "errors provider_errors tracebacks hook protocol limits config auth telemetry streams providers "
-    "gateway monitoring faces | wings client | server workers commands tools __main__"
+    "errors provider_errors tracebacks hook protocol limits config auth telemetry usage streams "
+    "providers gateway monitoring faces | wings client | server workers commands tools __main__"
 )
 CORE, BESIDE, PROCESS = (part.split() for part in LINE.split("|"))
 ORDER = [*CORE, *BESIDE, *PROCESS]

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import GroupMeter, Metrics
+    from aioserver.usage.accounting import Usage
 
 # How a provider is asked for messages, before anything was learned, by its setting.
 MESSAGES_WORDS: Mapping[bool | str, str] = {
@@ -86,6 +87,7 @@ class Sources(msgspec.Struct, frozen=True):
 
     settings: SettingsInEffect
     metrics: Metrics
+    usage: Usage
     gate: Resource
     streams: StreamStore
     running: Callable[[], int]

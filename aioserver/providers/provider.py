@@ -37,6 +37,7 @@ import msgspec
 from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK, Estimates
 from aioserver.limits.resource import Bid
 from aioserver.limits.scheduler import Scheduler
+from aioserver.protocol.tokens import MAX_TOKENS, TOTAL, tokens_of
 from aioserver.provider_errors import (
     NoProvider,
     ProviderFault,
@@ -55,9 +56,8 @@ from aioserver.providers.stall import Silences
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
-from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
 from aioserver.telemetry.tracer import AttemptEnd
-from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK, Usage
+from aioserver.usage.accounting import CANCELLED, CUT, FAILED, OK, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.limits.estimate import Estimates
 from aioserver.providers.health import ALONE
 from aioserver.providers.provider import Provider
-from aioserver.telemetry.usage import Usage
+from aioserver.usage.accounting import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +68,7 @@ class ProviderRegistry:
         self._metrics = metrics
         self._scheduler = scheduler
         self._hop = hop
-        self._usage = Usage(metrics.usage) if usage is None else usage
+        self._usage = Usage() if usage is None else usage
         self._share = share
         self._observe = observe
         self._simulated = simulated
@@ -99,7 +99,9 @@ class ProviderRegistry:
         Raises:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
         """
-        self._metrics.apply(llm.providers, llm.groups())
+        groups = llm.groups()
+        self._metrics.apply(llm.providers, groups)
+        self._usage.sums.apply(llm.providers, groups)
         providers: dict[str, Provider] = {}
         changes: list[Callable[[], None]] = []
         changed: list[Provider] = []

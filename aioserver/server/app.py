@@ -54,11 +54,11 @@ from aioserver.server.middleware import make_middleware
 from aioserver.server.wings import WINGS, faults
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.outbox import Outbox
-from aioserver.telemetry.ledger_reader import spent
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
-from aioserver.telemetry.usage import Usage
+from aioserver.usage.accounting import Usage
+from aioserver.usage.ledger_reader import spent
 
 if TYPE_CHECKING:
     import socket
@@ -174,7 +174,7 @@ async def open_server(
 
     lifetime = Lifetime(chat.streams, aliased)
     async with AsyncExitStack() as stack:
-        usage = Usage(metrics.usage, worker=worker, counts=metrics.usage_lines, bugs=metrics.bugs)
+        usage = Usage(worker=worker, bugs=metrics.bugs)
         # Closed last: it hears of answers to the end.
         stack.callback(usage.close)
         usage.prepare(settings.usage)()
@@ -264,6 +264,7 @@ async def open_server(
         sources = Sources(
             settings=current,
             metrics=metrics,
+            usage=usage,
             gate=admission.gate,
             streams=lifetime.store,
             running=lambda: gateway.running,
@@ -272,7 +273,7 @@ async def open_server(
             lag=lag,
             ready=lambda: lifecycle.ready and router.usable,
             listening=listening,
-            keys=lambda: key_states(access.keys, metrics.usage),
+            keys=lambda: key_states(access.keys, usage.sums),
             sections=[
                 UsageSection(usage),
                 TlsSection(tls, metrics.handshakes),
@@ -304,7 +305,7 @@ async def open_server(
             usage=usage,
             monitor=monitor,
             registry=prometheus.registry(
-                metrics.families, monitor.fresh, listening, sources.sections
+                monitor.families, monitor.fresh, listening, sources.sections
             ),
         )
         middleware, add_headers = make_middleware(current, guard, origins, context.admission)

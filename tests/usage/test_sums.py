@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, Part
-from aioserver.telemetry.sums import MAX_CHILDREN, MAX_ROWS, MAX_UNKNOWN, CallerSums, together
-from aioserver.telemetry.tokens import Tokens
+from aioserver.protocol.tokens import Tokens
+from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Part
+from aioserver.usage.sums import MAX_CHILDREN, MAX_ROWS, MAX_UNKNOWN, CallerSums, together
 from tests.support.ledgers import DAY, NOON
 
 
@@ -150,3 +151,52 @@ def test_days_of_several_instances_add_up() -> None:
     ]
     assert sums_of().days("web")[0]["rows"] == []
     assert [row["caller"] for row in two.days("x")[0]["rows"]] == ["x"]
+
+
+GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("openai", "groq")}
+
+
+def spent(source: str = ESTIMATE, model: str = "m", cached: int | None = None) -> Part:
+    return Part("groq", model, "ok", 3, 9, source, Tokens(cached=cached))
+
+
+@pytest.mark.parametrize(
+    ("source", "asked", "answered"),
+    [
+        (PROVIDER, "provider", "provider"),
+        (MIXED, "provider", "estimate"),
+        (ESTIMATE, "estimate", "estimate"),
+    ],
+)
+def test_tokens_are_counted_by_who_has_counted_them(
+    source: str, asked: str, answered: str
+) -> None:
+    sums = CallerSums()
+    sums.apply(GIVEN, {})
+
+    for each in (spent(source), spent(source, cached=2)):
+        sums.add("web", each, anew=True)
+
+    counters = sums.of_providers
+    counted = {labels[2:]: each.value for labels, each in counters.items() if each.value}
+    cached = {("cached", "provider"): 2}
+    assert counted == {("input", asked): 6, ("output", answered): 18, **cached}
+
+
+def test_tokens_that_nobody_knows_are_not_counted() -> None:
+    sums = CallerSums()
+    sums.apply(GIVEN, {})
+
+    sums.add("web", spent(NOBODY), anew=True)
+
+    assert not any(counter.value for counter in sums.of_providers.values())
+
+
+@pytest.mark.parametrize(("model", "label"), [("m", "m"), ("n", "n"), ("evil", "other")])
+def test_a_model_that_is_not_configured_is_another(model: str, label: str) -> None:
+    sums = CallerSums()
+    sums.apply(GIVEN, {})
+
+    sums.add("web", spent(model=model), anew=True)
+
+    assert sums.of_providers["groq", label, "output", "estimate"].value == 9

@@ -16,25 +16,26 @@ import secrets
 import time
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.bugs import Bugs
-from aioserver.telemetry.ledger import Ledger, Line
-from aioserver.telemetry.ledger_reader import REFUSED, RUNNING
+from aioserver.telemetry.counters import Counter
+from aioserver.telemetry.metrics import Row, family_of
 from aioserver.telemetry.outcome import NOBODY, Part
-from aioserver.telemetry.sums import CallerSums
+from aioserver.usage.ledger import Ledger, Line
+from aioserver.usage.ledger_reader import REFUSED, RUNNING
+from aioserver.usage.sums import CallerSums
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator
 
     from aioserver.config import settings
-    from aioserver.telemetry.counters import Counter
+    from aioserver.telemetry.metrics import Family
     from aioserver.telemetry.request_log import RequestRecord
 
 # How an attempt has ended: well; it broke off; its client has left, or cancelled it; no answer
@@ -47,35 +48,6 @@ MAX_SWEPT, SWEEP_ON = 200, 0.02
 SWEEP, FIRST_LINE, NEXT_LINE = 1.0, 1.0, 30.0
 # Hex digits that the ids of a process begin with.
 PROCESS_BYTES = 4
-
-
-class Writer(Protocol):
-    """A ledger, as far as it is written."""
-
-    @property
-    def written(self) -> int:
-        """How many lines were written."""
-
-    @property
-    def lost(self) -> int:
-        """How many lines were lost."""
-
-    @property
-    def waiting(self) -> int:
-        """How many lines wait to be written."""
-
-    @property
-    def trouble(self) -> OSError | None:
-        """Why lines cannot be written now."""
-
-    def put(self, line: Line) -> None:
-        """Have *line* written, or count it as lost."""
-
-    def end(self) -> None:
-        """Write what waits, without waiting for it."""
-
-    def close(self) -> None:
-        """Write what waits."""
 
 
 class _Sent:
@@ -103,38 +75,26 @@ class Usage:
     last line, and a pair of a request's number and an attempt's is used once. Without a ledger
     nothing is known of what runs.
 
-    *worker*: the number of this process among those that share the directory. *make* opens a
-    ledger, and raises `OSError`. *counts* get the numbers of lines that were written and lost.
+    *worker*: the number of this process among those that share the directory. *bugs* counts those
+    that are met here.
     """
 
-    def __init__(
-        self,
-        sums: CallerSums | None = None,
-        *,
-        worker: int | None = None,
-        make: Callable[[Path, str, int | None], Writer] = Ledger,
-        wall: Callable[[], float] = time.time,
-        clock: Callable[[], float] = time.monotonic,
-        counts: Mapping[str, Counter] = MappingProxyType({}),
-        bugs: Bugs | None = None,
-    ) -> None:
+    def __init__(self, *, worker: int | None = None, bugs: Bugs | None = None) -> None:
         self.bugs = Bugs() if bugs is None else bugs
-        self.sums = CallerSums(wall) if sums is None else sums
-        self.ledger: Writer | None = None
+        self.sums = CallerSums()
+        self.ledger: Ledger | None = None
         self.path: str | None = None
+        # The lines of all ledgers that were written and lost, as of the last sweep.
+        self.counts = {outcome: Counter() for outcome in ("written", "lost")}
         self._process = secrets.token_hex(PROCESS_BYTES)
         self._worker = worker
-        self._make = make
-        self._wall, self._clock = wall, clock
-        # Where the numbers of lines are shown.
-        self.counts = counts
         self._numbers = 0
         # What was sent, in two lines in the order of their next sweep.
         self._new: dict[RequestRecord, _Sent] = {}
         self._running: dict[RequestRecord, _Sent] = {}
         # The ledger that was opened last and is not used yet, and those of former directories.
-        self._spare: Writer | None = None
-        self._former: list[Writer] = []
+        self._spare: Ledger | None = None
+        self._former: list[Ledger] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -151,10 +111,10 @@ class Usage:
             self._spare = None
         if path == self.path:
             return _nothing
-        ledger: Writer | None = None
+        ledger: Ledger | None = None
         if path is not None:
             try:
-                ledger = self._make(Path(path), self._process, self._worker)
+                ledger = Ledger(Path(path), self._process, self._worker)
             except OSError as error:
                 raise ConfigurationError(
                     [f"usage.path: {path} cannot be written: {error.strerror or error}"]
@@ -162,7 +122,7 @@ class Usage:
         self._spare = ledger
         return partial(self._use, path, ledger)
 
-    def _use(self, path: str | None, ledger: Writer | None) -> None:
+    def _use(self, path: str | None, ledger: Ledger | None) -> None:
         if self.ledger is not None:
             self.ledger.end()
             self._former.append(self.ledger)
@@ -194,6 +154,10 @@ class Usage:
             sum(ledger.waiting for ledger in ledgers),
         )
 
+    def families(self) -> Iterator[Family]:
+        """Yield every metric of what callers have spent, as it is now."""
+        yield from (family_of(row, {"": self}) for row in FAMILIES)
+
     @property
     def running(self) -> int:
         """How many attempts were sent and have not ended; 0 without a ledger."""
@@ -206,7 +170,7 @@ class Usage:
         """
         if self.ledger is not None and record not in self._new and record not in self._running:
             sent = self._new[record] = self._number(record, so_far)
-            sent.due = self._clock() + FIRST_LINE
+            sent.due = time.monotonic() + FIRST_LINE
 
     @bookkeeping(nothing)
     def ended(self, record: RequestRecord, part: Part) -> None:
@@ -239,7 +203,7 @@ class Usage:
         assert self.ledger is not None
         self.ledger.put(
             Line(
-                self._wall(),
+                time.time(),
                 sent.number,
                 sent.attempt,
                 record.request_id,
@@ -264,10 +228,9 @@ class Usage:
         """Write a line for each attempt for which one is due; return whether that were all."""
         written, lost, _waiting = self.lines
         for outcome, count in (("written", written), ("lost", lost)):
-            if outcome in self.counts:
-                self.counts[outcome].value = count
+            self.counts[outcome].value = count
         left = 0 if self.ledger is None else MAX_SWEPT
-        now = self._clock()
+        now = time.monotonic()
         for line in (self._new, self._running):
             due: list[_Sent] = []
             # Those behind the first that is not due are not, either.
@@ -298,3 +261,35 @@ def _nothing() -> None:
 
 def _nobody_knows() -> Part:
     return Part("", "", "", 0, 0, NOBODY)
+
+
+# Of these, other than of all metrics, not every set of labels exists from the start: those of
+# callers would be many.
+FAMILIES: tuple[Row[Usage], ...] = (
+    Row(
+        "tokens",
+        lambda usage: usage.sums.of_providers,
+        "Tokens as reported by the provider, or estimated as one for each event",
+        ("provider", "model", "type", "source"),
+    ),
+    Row(
+        "usage_tokens",
+        lambda usage: usage.sums.tokens,
+        "Tokens of all attempts by caller, reported or estimated; of input and output",
+        ("caller", "provider", "model", "kind"),
+        grows=True,
+    ),
+    Row(
+        "usage_estimated_tokens",
+        lambda usage: usage.sums.estimated,
+        "Those of these tokens that no provider has confirmed",
+        ("caller",),
+        grows=True,
+    ),
+    Row(
+        "usage_lines",
+        lambda usage: usage.counts,
+        "Lines of the ledger written, or lost since it failed",
+        ("outcome",),
+    ),
+)

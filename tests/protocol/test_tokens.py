@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aioserver.protocol.openai import MAX_USAGE_BYTES, bounded
-from aioserver.telemetry.tokens import Tokens, tokens_of
+from aioserver.protocol.tokens import Tokens, tokens_of
 
 CHAT = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
 RESPONSE = {"input_tokens": 100, "output_tokens": 7}

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from msgspec.structs import replace
 
-from aioserver.telemetry.ledger import MAX_LINES, Ledger
 from aioserver.telemetry.outcome import NOBODY
+from aioserver.usage.ledger import MAX_LINES, Ledger
 from tests.support.ledgers import DAY, NOON, PART, line, lines_of, wait_until
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def test_an_end_is_not_held_up_by_a_disk(opened: Callable[..., Ledger], tmp_path
 FULL = """
 import json, resource, signal, sys
 from pathlib import Path
-from aioserver.telemetry.ledger import Ledger
+from aioserver.usage.ledger import Ledger
 from tests.support.ledgers import NOON, line, wait_until
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 ledger = Ledger(Path(sys.argv[1]) / "usage", "9f3c2a71", wall=lambda: NOON)

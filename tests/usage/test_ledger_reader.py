@@ -7,7 +7,7 @@ import json
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from aioserver.telemetry.ledger_reader import MAX_LINE, Reading, files_of, spent
+from aioserver.usage.ledger_reader import MAX_LINE, Reading, files_of, spent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

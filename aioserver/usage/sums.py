@@ -11,12 +11,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypedDict
 
 from aioserver.telemetry.counters import Counter
-from aioserver.telemetry.ledger_reader import COLUMNS
 from aioserver.telemetry.outcome import ESTIMATE, NOBODY, PROVIDER
+from aioserver.usage.ledger_reader import COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
+    from aioserver.config import settings
     from aioserver.telemetry.outcome import Part
 
 # Rows of a day, and of these those of one caller with models that nobody has configured: their
@@ -30,6 +31,11 @@ MAX_DAYS = 3
 MAX_NAME = 200
 OTHER = "other"
 KINDS = ("input", "cached", "cache_write", "output", "reasoning", "audio")
+# Types and sources of the metric by provider.
+OF_PROVIDERS = (
+    *((kind, PROVIDER) for kind in ("input", "cached", "output")),
+    *((kind, ESTIMATE) for kind in ("input", "output")),
+)
 SECONDS_OF_A_DAY = 86_400
 
 
@@ -105,7 +111,8 @@ class CallerSums:
 
     An attempt changes its row alone: the children of the metrics are told when somebody looks.
 
-    *configured* has the pairs of a provider and a model that the settings name.
+    *configured* has the pairs of a provider and a model that the settings name. A provider that is
+    no longer among them keeps its numbers.
     """
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
@@ -171,12 +178,24 @@ class CallerSums:
         self._tell()
         return self._of_providers
 
-    def expect(self, labels: Iterable[tuple[str, ...]]) -> None:
-        """Have children of the metric by provider with these *labels*; a model without counts as
-        OTHER.
-        """
-        for each in labels:
-            self._of_providers.setdefault(each, Counter())
+    def apply(
+        self, providers: Mapping[str, settings.Provider], groups: Mapping[str, settings.Group]
+    ) -> None:
+        """Count the models of *providers* and *groups* by their names from now on."""
+        self.configured = {
+            (name, model)
+            for name, provider in providers.items()
+            for model in (provider.model, *provider.models)
+        } | {
+            (member.provider, model)
+            for group in groups.values()
+            for member in group.members
+            if (model := member.model) is not None
+        }
+        for name, provider in providers.items():
+            for model in dict.fromkeys((provider.model, *provider.models, OTHER)):
+                for kind, source in OF_PROVIDERS:
+                    self._of_providers.setdefault((name, model, kind, source), Counter())
 
     def today(self, caller: str) -> int:
         """Return all tokens of *caller* on this day."""
