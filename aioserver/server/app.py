@@ -331,7 +331,7 @@ def _open_context(
     wheel = TimerWheel(core.loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
     stack.callback(wheel.close)
     sources = Sources(
-        settings=current,
+        chat=lambda: current.chat,
         metrics=metrics,
         usage=usage,
         gate=admission.gate,
