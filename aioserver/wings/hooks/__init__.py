@@ -6,7 +6,7 @@ provider is asked: the request passes, is *refused*, or goes on with another bod
 what it cannot decide, and an *open* one lets it pass.
 
 The *hook set* has the hooks of the settings that were applied last, and asks them one after
-another. A hook that is *asked* is either an *HTTP hook*, with connections of its own, or a *Python
-hook*, a class of the operator's. A *shown log* is the log of an answer that hooks see; the
-*backlog* bounds what they have not taken yet.
+another; what one says is its *decision*. A hook that is *asked* is either an *HTTP hook*, with
+connections of its own, or a *Python hook*, a class of the operator's. A *shown log* is the log of
+an answer that hooks see; the *backlog* bounds what they have not taken yet.
 """
