@@ -27,7 +27,7 @@ SHOWN = {  # module: why it may know what time people have
     "auth.keys": "a key expires at a date",
     "auth.sessions": "a session is older than the process",
     "commands.key": "a key that has expired is listed as such",
-    "config.certificates": "whether a certificate has expired",
+    "files.certificates": "whether a certificate has expired",
     "server.certificates": "whether a certificate expires soon",
     "server.tls": "whether the certificate of a client has expired since its last handshake",
     "tools.doctor.certificate": "the days for which a certificate is still valid",

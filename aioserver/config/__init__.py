@@ -17,8 +17,6 @@ models         names that lead to groups: each group has members, and each membe
 inheritance    `like`: a provider has the settings of another one
 hint           what to write instead of a wrong value, in a fault
 JSON Schema    the schema for editors; `json_schema.py` writes it
-certificate    what TLS shows of a host, signed by an authority; `x509.py` reads it
-watched file   a file beside the document, which is read again once it has changed
 view           plain data or names made of settings, secrets masked: `views.py`
 Configuration  settings that are valid, with their source and warnings: `configuration.py`
 """

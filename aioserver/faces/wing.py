@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from aioserver.auth.tokens import Tokens
     from aioserver.config.settings import Settings
-    from aioserver.config.watched_files import WatchedFiles
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
+    from aioserver.files.watched_files import WatchedFiles
     from aioserver.gateway.contracts.commands import Commands
     from aioserver.gateway.contracts.histories import Histories
     from aioserver.gateway.contracts.hooks import Hooks

@@ -12,8 +12,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from aioserver.config.certificates import CertificateFault, read_pair
 from aioserver.config.faults import ConfigurationError
+from aioserver.files.certificates import CertificateFault, read_pair
 from aioserver.limits.estimate import Estimates
 from aioserver.providers.health import ALONE
 from aioserver.providers.provider import Provider
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
-    from aioserver.config.watched_files import WatchedFiles
+    from aioserver.files.watched_files import WatchedFiles
     from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.capacity import ShareProvider
     from aioserver.providers.health import ProviderObserver

@@ -28,13 +28,13 @@ from aioserver.auth.keys import quota_of
 from aioserver.auth.origins import Origins
 from aioserver.auth.sessions import Sessions
 from aioserver.config.faults import ConfigurationError
-from aioserver.config.watched_files import WatchedFiles
 from aioserver.faces import openai, pages, passthrough, session, sse, status, websocket
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.form import Forms
 from aioserver.faces.http import Request
 from aioserver.faces.wing import Core, Routes
+from aioserver.files.watched_files import WatchedFiles
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Router

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import msgspec
 
-from aioserver.config.certificates import (
+from aioserver.config.faults import ConfigurationError
+from aioserver.files.certificates import (
     CertificateFault,
     day,
     ends_soon,
@@ -23,7 +24,6 @@ from aioserver.config.certificates import (
     load_authorities,
     load_pair,
 )
-from aioserver.config.faults import ConfigurationError
 from aioserver.monitoring.section import Gauge, Section, SectionTrouble
 from aioserver.monitoring.state import COUNTS, EARLIEST, SUM
 from aioserver.server.tls import Handshakes
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
     from aioserver.config.settings import Tls
-    from aioserver.config.watched_files import WatchedFiles
-    from aioserver.config.x509 import Certificate
     from aioserver.faces.context import CurrentSettings
+    from aioserver.files.watched_files import WatchedFiles
+    from aioserver.files.x509 import Certificate
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.metrics import Metrics
 

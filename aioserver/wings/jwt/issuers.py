@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from aioserver.config.settings import Auth, Jwt
-    from aioserver.config.watched_files import WatchedFiles
+    from aioserver.files.watched_files import WatchedFiles
     from aioserver.monitoring.monitor import Monitor
     from aioserver.wings.jwt.issuer import Issuer
     from aioserver.wings.jwt.token_callers import TokenCallers

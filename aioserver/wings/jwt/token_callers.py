@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from aioserver.auth.callers import SKEW
 from aioserver.auth.keys import ENDED, caller_of, limit, quota_of
 from aioserver.auth.tokens import PREFIX, Tokens, Undecided
-from aioserver.config.certificates import day
 from aioserver.config.schema import fields
 from aioserver.config.settings import ClientKey, Limits
 from aioserver.errors import AuthUnavailable, ServerAtCapacity, SessionEnded, TokenRefused
+from aioserver.files.certificates import day
 from aioserver.wings.jwt.token import Claims, read, refused
 
 if TYPE_CHECKING:

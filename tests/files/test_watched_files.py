@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.config.faults import ConfigurationError
-from aioserver.config.watched_files import LOOK, PATIENCE, WatchedFiles
+from aioserver.files.watched_files import LOOK, PATIENCE, WatchedFiles
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

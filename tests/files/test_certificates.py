@@ -10,9 +10,11 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from aioserver.config import Configuration, certificates
-from aioserver.config.certificates import CertificateFault, day, ends_soon, load_pair
-from aioserver.config.faults import MAX_FILE_BYTES, ConfigurationError
+from aioserver.config import Configuration
+from aioserver.config.faults import ConfigurationError
+from aioserver.files import certificates
+from aioserver.files.certificates import CertificateFault, day, ends_soon, load_pair
+from aioserver.files.reading import MAX_FILE_BYTES
 from tests.support.server import NOWHERE, configured
 from tests.support.tls import TLS, authority, pair
 

@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aioserver.config import x509
-from aioserver.config.faults import UnreadableFile, read_file
+from aioserver.files import x509
+from aioserver.files.reading import UnreadableFile, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from aioserver.config.x509 import Certificate
+    from aioserver.files.x509 import Certificate
 
 CERT_FILE, KEY_FILE, CLIENT_CA_FILE = "cert_file", "key_file", "client_ca_file"
 # Reasons of OpenSSL for a key that is another certificate's.

@@ -19,8 +19,6 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from aioserver.config.faults import ConfigurationError
-
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
     from typing import NoReturn
@@ -78,8 +76,7 @@ class WatchedFiles:
 
         *kind* is that of the incident. *prepare* is called in a thread: it reads the files, and
         returns what puts their content in effect, which is called in the event loop and may be a
-        coroutine function; None if nothing is to be done. Both raise ConfigurationError, OSError or
-        ValueError, with a text that holds no secret, where the content cannot be used. The first
+        coroutine function; None if nothing is to be done. Both raise OSError or ValueError, with a text that holds no secret, where the content cannot be used. The first
         look reads the files, as they may have changed since the start.
         """
         self._watches.append(_Watch(kind, paths, prepare))
@@ -129,7 +126,7 @@ class WatchedFiles:
                 waiting = put_in_effect()
                 if inspect.isawaitable(waiting):
                     await waiting
-        except (ConfigurationError, OSError, ValueError) as exc:
+        except (OSError, ValueError) as exc:
             self._fail(watch, exc)
             return
         except Exception as bug:

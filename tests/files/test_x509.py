@@ -9,7 +9,7 @@ import trustme
 from cryptography import x509 as reference
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from aioserver.config import x509
+from aioserver.files import x509
 
 CA = trustme.CA(organization_name="ours")
 NAMES = ("localhost", "*.example.org", "127.0.0.1", "::1")
