@@ -3,7 +3,7 @@ without a wing, of another tree, on another Python or event loop.
 
     python benchmarks/features.py                       # each feature, off and on
     python benchmarks/features.py --only hook,ledger    # some of them
-    python benchmarks/features.py --only off --without doors     # beside one whose wing is deleted
+    python benchmarks/features.py --only off --without hooks     # beside one whose wing is deleted
     python benchmarks/features.py --only off --beside '3.14=/opt/py3.14/bin/python'
     python benchmarks/features.py --only off --beside 'asyncio=python;asyncio'
 

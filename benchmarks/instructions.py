@@ -3,7 +3,7 @@ machine changes.
 
     python benchmarks/instructions.py               # of this version, less than a minute
     python benchmarks/instructions.py TREE TREE     # of other work trees, one after the other
-    python benchmarks/instructions.py --without doors    # beside it, with a wing deleted
+    python benchmarks/instructions.py --without hooks    # beside it, with a wing deleted
     python benchmarks/instructions.py --bytecodes   # those of Python instead, in seconds
     python benchmarks/instructions.py --continued   # where an answer that breaks off is continued
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # A package imports what stands left of it; between the bars only from the core, which is left of
 # the first one. The root package holds the version, imports nothing, and stands left of all.
 LINE = (
-    "errors provider_errors tracebacks hook protocol limits config auth telemetry streams providers "
-    "gateway monitoring faces | wings client | server workers commands tools __main__"
+    "errors provider_errors tracebacks hook protocol limits files config auth telemetry usage streams "
+    "providers gateway monitoring faces | wings client | server workers commands tools __main__"
 )
 CORE, BESIDE, PROCESS = (part.split() for part in LINE.split("|"))
 ORDER = [*CORE, *BESIDE, *PROCESS]
@@ -42,7 +42,7 @@ OTHER_TESTS = {
 }
 # Modules, and what they may import inside a function, for start-up time or as an option.
 INSIDE_FUNCTIONS = {
-    "config.credentials": {"aioserver.config.certificates"},
+    "config.credentials": {"aioserver.files.certificates"},
     "config.hints": {"difflib"},
     "wings.simulator.wing": {"aioserver.wings.simulator.server"},
     "wings.cluster.wing": {"aioserver.wings.cluster.membership"},
@@ -52,7 +52,7 @@ INSIDE_FUNCTIONS = {
         "aioserver.workers.parent",
         "aioserver.workers.worker",
     },
-    "wings.doors.issuers": {"aioserver.wings.doors.issuer", "importlib.metadata"},
+    "wings.jwt.issuers": {"aioserver.wings.jwt.issuer", "importlib.metadata"},
     "wings.tracing.wing": {
         "aioserver.wings.tracing.export",
         "aioserver.wings.tracing.otlp",

@@ -14,4 +14,7 @@ browser exchanges its key for a *session*, which it keeps in a cookie.
 The *guard* stands in front of every handler. It finds the caller by key or session, and compares
 it with the *policy* of the route: open, for any key, or for admins. It decides and raises; the
 folders `faces` and `server` answer and log.
+
+A wing may let callers show *tokens* of somebody else in place of keys. Access knows them by a
+contract alone.
 """

@@ -1,4 +1,4 @@
-"""What makes callers of tokens, as access and guard know it: a wing brings it (wings/doors).
+"""What makes callers of tokens, as access and guard know it: a wing brings it (wings/jwt).
 
 A token comes wherever a key may come. Whether it is good is known at once, but where it names a
 key of its issuer that is not there yet: that is `Undecided`, and its request waits in the

@@ -6,8 +6,9 @@ its text or as *events*. It comes over a *transport*, a WebSocket that many answ
 place on a transport: it knows the number of the last event. When the *connection* is lost, the
 reading goes on after that number on the next one, so that each event comes once. What the server
 refuses is asked again (`faults`), for want of *room* when another answer has ended (`room`), until
-the *deadline* of the answer. A *conversation* is an id that questions have in common, whose
-*turns* the server keeps (`history`). `sync` is the same for a program without an event loop.
+the *deadline* of the answer. *Credentials* are the key that a client shows. A *conversation* is an
+id that questions have in common, whose *turns* the server keeps (`history`). `sync` is the same
+for a program without an event loop.
 
 The names that programs import stand here, unlike in the other packages: this one is an interface
 for code that is not ours, and its files may change.

@@ -9,6 +9,9 @@
   key.
 - Those that look at a server from outside are in the folder `tools`.
 
-Results go to stdout, explanations and errors to stderr. An error is one line without a
-traceback, and says what to do. A server goes on if its **output** cannot be written.
+Results go to stdout, explanations and errors to stderr. An error is one line without a traceback,
+and says what to do. A server goes on if its **output** cannot be written.
+
+A file that a command writes is *replaced* as a whole. *Completion* is what a shell offers for a
+word that is half typed.
 """

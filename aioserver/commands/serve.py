@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.config.settings import Settings
-    from aioserver.gateway.sharing import Sharing
+    from aioserver.gateway.contracts.sharing import Sharing
     from aioserver.server.app import Server
     from aioserver.workers.balance import Balance
     from aioserver.workers.loads import Loads

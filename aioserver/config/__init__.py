@@ -13,6 +13,10 @@ rule           what must hold between settings, such as `max_keepalive <= max_co
 fault          a place, a path and a message; all faults of a document are reported at once
 settings       frozen objects, one for each section: `chat.py`, `llm.py`, `settings.py`
 credentials    the keys that settings name; `credentials.py` finds them in files and variables
+models         names that lead to groups: each group has members, and each member a provider
+inheritance    `like`: a provider has the settings of another one
+hint           what to write instead of a wrong value, in a fault
+JSON Schema    the schema for editors; `json_schema.py` writes it
 view           plain data or names made of settings, secrets masked: `views.py`
 Configuration  settings that are valid, with their source and warnings: `configuration.py`
 """

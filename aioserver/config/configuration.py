@@ -26,12 +26,13 @@ import msgspec
 from aioserver.config import keys_file, schema, views
 from aioserver.config.credentials import Credentials
 from aioserver.config.document import PREFIX, Document, Fault, KeyPath, Place
-from aioserver.config.faults import ConfigurationError, UnreadableFile, read_file
+from aioserver.config.faults import ConfigurationError
 from aioserver.config.inheritance import Inheritance
 from aioserver.config.llm import AUTO
 from aioserver.config.schema import FAULTY, Faults, WrongShape
 from aioserver.config.settings import SETTINGS, Auth, ClientKey, Limits, Provider, Settings
 from aioserver.config.shipped import SHIPPED, fill
+from aioserver.files.reading import UnreadableFile, read_file
 from aioserver.protocol.addresses import loopback
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aioserver.config.faults import reason
 from aioserver.config.schema import FAULTY, Secret, changed
 from aioserver.config.validators import unfit
+from aioserver.files.reading import reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,7 +87,7 @@ class Credentials:
         if tls is None or tls is FAULTY or FAULTY in tls.files:
             return None
         # Without TLS a start needs neither this nor OpenSSL.
-        from aioserver.config import certificates  # noqa: PLC0415
+        from aioserver.files import certificates  # noqa: PLC0415
 
         if tls.key_file is not None:
             tls = changed(tls, key_file=certificates.find_key(tls.key_file, self._environ))
@@ -103,7 +103,7 @@ class Credentials:
         """Return the path of the key of the certificate that *provider* is shown."""
         if provider.client_key_file is None:
             return None
-        from aioserver.config import certificates  # noqa: PLC0415 - as above
+        from aioserver.files import certificates  # noqa: PLC0415 - as above
 
         return certificates.find_key(provider.client_key_file, self._environ)
 
@@ -124,7 +124,7 @@ class Credentials:
         """Load a pair once, to find its faults, and whether it ends soon. Its settings begin with
         *prefix*. None names a file: it stands in the configuration, where a secret may be.
         """
-        from aioserver.config import certificates  # noqa: PLC0415 - as above
+        from aioserver.files import certificates  # noqa: PLC0415 - as above
 
         try:
             chain = certificates.read_pair(cert, key)

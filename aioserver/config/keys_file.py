@@ -20,15 +20,11 @@ import yaml
 from aioserver.config import schema
 from aioserver.config.credentials import EMPTY_SHA256
 from aioserver.config.document import LOADER, Document, Fault
-from aioserver.config.faults import (
-    MAX_FILE_BYTES,
-    ConfigurationError,
-    UnreadableFile,
-    read_file,
-)
+from aioserver.config.faults import ConfigurationError
 from aioserver.config.schema import FAULTY
 from aioserver.config.settings import ClientKey
 from aioserver.config.validators import list_of
+from aioserver.files.reading import MAX_FILE_BYTES, UnreadableFile, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aioserver.streams.outbox import Outbox
     from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracer import Tracer
-    from aioserver.telemetry.usage import Usage
+    from aioserver.usage.accounting import Usage
 
 
 class CurrentSettings:

@@ -20,7 +20,7 @@ from aiohttp import web
 from aioserver.auth.callers import CALLER
 from aioserver.errors import ResumeGap
 from aioserver.faces import whole
-from aioserver.gateway.instances import Start
+from aioserver.gateway.contracts.instances import Start
 from aioserver.protocol import client_frames
 from aioserver.protocol.json_body import pause
 from aioserver.streams.cursor import CollectingReader

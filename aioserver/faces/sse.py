@@ -23,7 +23,7 @@ from aioserver.faces import http, polling
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
-from aioserver.gateway.instances import Start
+from aioserver.gateway.contracts.instances import Start
 from aioserver.protocol import client_frames, eventstream, frames
 from aioserver.streams.formats import EVENTS, RETRY
 

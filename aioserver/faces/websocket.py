@@ -17,7 +17,7 @@ from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown
 from aioserver.faces.intake import end_visit
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
-from aioserver.gateway.instances import Start
+from aioserver.gateway.contracts.instances import Start
 from aioserver.protocol import client_frames, frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.json_body import STEP_BYTES, NotUtf8

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from aioserver.auth.tokens import Tokens
     from aioserver.config.settings import Settings
-    from aioserver.config.watched_files import WatchedFiles
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
-    from aioserver.gateway.commands import Commands
-    from aioserver.gateway.histories import Histories
-    from aioserver.gateway.hooks import Hooks
-    from aioserver.gateway.instances import Instances
+    from aioserver.files.watched_files import WatchedFiles
+    from aioserver.gateway.contracts.commands import Commands
+    from aioserver.gateway.contracts.histories import Histories
+    from aioserver.gateway.contracts.hooks import Hooks
+    from aioserver.gateway.contracts.instances import Instances
+    from aioserver.gateway.contracts.sharing import Sharing
     from aioserver.gateway.probe import Probe
-    from aioserver.gateway.sharing import Sharing
     from aioserver.limits.fixed_share import Scope
     from aioserver.limits.scheduler import Scheduler
     from aioserver.monitoring.section import Section

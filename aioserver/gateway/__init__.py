@@ -11,20 +11,18 @@ history of its *conversation*, to which the question and its answer are appended
 A new answer has a *stream*, its log, and a *producer*: the task that fills the log, whether or not
 a client reads it. A request whose id is known gets the stream that is there already. Without
 streaming, and if nobody can come back for the answer, there is neither of the two: the handler's
-task waits for the answer.
+task waits for the answer: that is a *call*.
 
-What wings add here, the gateway knows by contracts alone. The *histories* have the turns in front
-of a question. A *keeper* is what a request continues, and what it keeps of its answer. The
-*instances* know the streams of other processes: a producer first *claims* the id of its request,
-since the answer may be theirs. *Sharing* makes limits those of all instances, and *commands* reach
-the store that they share. *Hooks* are shown requests and answers. A *probe* is a question of an
-operator.
+What wings add here, the gateway knows by the *contracts* alone, which have a folder of their own.
+*Bridging* makes *bridged* attempts: those whose request is translated, where the provider has chat
+completions only. A streamed attempt may ask for *stream usage*, which its client has not asked
+for. A *probe* is a question of an operator.
 
-The producer has the router make *attempts*. The *candidates* of an attempt are the members that may
-still answer; it starts at the first of them that has a place. After a fault that allows it, the same
-provider is asked again after a *backoff* (a *retry*), or another member or the next of the
-*fallbacks* is asked (a *failover*). Once there is content in the log neither happens: the client would read two answers.
-But an answer that breaks off after text may be *continued*: another attempt, a *hop*, is asked for
-the rest, which begins at a *seam*. However the producer ends, its log then gets its last event, and
-its request a line in the request log.
+The producer has the router make *attempts*. The *candidates* of an attempt are the members that
+may still answer; it starts at the first of them that has a place. After a fault that allows it,
+the same provider is asked again after a *backoff* (a *retry*), or another member or the next of
+the *fallbacks* is asked (a *failover*). Once there is content in the log neither happens: the
+client would read two answers. But an answer that breaks off after text may be *continued*, by a
+*continuation*: another attempt, a *hop*, is asked for the rest, which begins at a *seam*. However
+the producer ends, its log then gets its last event, and its request a line in the request log.
 """

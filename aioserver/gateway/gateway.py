@@ -24,7 +24,7 @@ from aioserver.errors import (
     TokensExceeded,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
-from aioserver.gateway.instances import FROM_START, NOT_FOUND
+from aioserver.gateway.contracts.instances import FROM_START, NOT_FOUND
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.gateway.histories import Histories
-    from aioserver.gateway.hooks import Hooks
-    from aioserver.gateway.instances import Instances, Start
+    from aioserver.gateway.contracts.histories import Histories
+    from aioserver.gateway.contracts.hooks import Hooks
+    from aioserver.gateway.contracts.instances import Instances, Start
     from aioserver.gateway.router import Router
     from aioserver.limits.deadline import Deadline
     from aioserver.protocol.client_frames import Chat

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.gateway.histories import Answered
+from aioserver.gateway.contracts.histories import Answered
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.stream_options import OPTIONS
 from aioserver.providers.api import CHAT
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.gateway.histories import Asked, Begun, Histories
+    from aioserver.gateway.contracts.histories import Asked, Begun, Histories
     from aioserver.gateway.request import Route
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from aioserver.auth.callers import Caller
+    from aioserver.gateway.contracts.keeper import Keeper
     from aioserver.gateway.groups import Group
-    from aioserver.gateway.keeper import Keeper
     from aioserver.limits.quota import Quota
     from aioserver.limits.resource import Grant
     from aioserver.providers.provider import Provider

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Llm
-    from aioserver.gateway.hooks import Hooks
+    from aioserver.gateway.contracts.hooks import Hooks
     from aioserver.gateway.request import Request
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer

@@ -11,7 +11,10 @@ read.
 A *section* is a wing's part of all this. Where there are several instances, each *reports* its
 snapshot, and the *fold* makes one of them, by the *rule* that each field declares.
 
-A *trouble* is a problem that a provider has now, described in a text that every display shows.
+The state tells the *usage* of providers by *keys*, and each *group* of models with its members.
+
+A *trouble* is a problem that a provider has now, described in a text that every display shows. The
+*verdict* sums up the state of the server in one word and one sentence.
 
 An *incident* is something that an operator should know, such as the death of a provider. The
 *detector* finds incidents in the difference of two ticks. Repeated incidents are gathered: after

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from aioserver.limits.budget import BudgetState
     from aioserver.limits.quota import Quota
     from aioserver.monitoring.state import KeyBudgetState, KeyState
-    from aioserver.telemetry.sums import CallerSums
+    from aioserver.usage.sums import CallerSums
 
 
 def key_states(keys: Keys, sums: CallerSums) -> dict[str, KeyState]:

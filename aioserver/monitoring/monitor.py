@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         Snapshot,
     )
     from aioserver.telemetry.metrics import Family
-    from aioserver.telemetry.sums import CallerSums, Day
+    from aioserver.usage.sums import CallerSums, Day
 
 logger = logging.getLogger("aioserver.monitoring")
 
@@ -87,7 +87,8 @@ class Monitor:
 
     def __init__(self, sources: Sources) -> None:
         self._loop = asyncio.get_running_loop()
-        self._metrics, self._router = sources.metrics, sources.router
+        self._metrics, self._usage = sources.metrics, sources.usage
+        self._router = sources.router
         # The other instances of a cluster; None if there are none.
         self.others: Others | None = None
         self.listening = sources.listening
@@ -143,7 +144,7 @@ class Monitor:
     @property
     def usage(self) -> CallerSums:
         """What callers have spent here."""
-        return self._metrics.usage
+        return self._usage.sums
 
     async def days_of_all(self, caller: str | None = None) -> tuple[list[Day], list[str]]:
         """Return what *caller*, or all of them, have spent, at all instances if there are more,
@@ -159,7 +160,8 @@ class Monitor:
 
     def families(self) -> Iterator[Family]:
         """Yield every metric that is counted, as it is now."""
-        return self._metrics.families()
+        yield from self._metrics.families()
+        yield from self._usage.families()
 
     def newest_incidents(self) -> tuple[int, list[Incident]]:
         """Return how many incidents there were, and the newest of them."""

@@ -11,7 +11,7 @@ The meaning of each field is in docs/monitoring.md.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import GroupMeter, Metrics
+    from aioserver.usage.accounting import Usage
 
 # How a provider is asked for messages, before anything was learned, by its setting.
 MESSAGES_WORDS: Mapping[bool | str, str] = {
@@ -67,25 +68,18 @@ MESSAGES_WORDS: Mapping[bool | str, str] = {
 NO_FAULTS = frozenset((OK, CANCELLED))
 
 
-class SettingsInEffect(Protocol):
-    """The settings that are in effect; a reload replaces `chat`."""
-
-    @property
-    def chat(self) -> Chat:
-        """The section `chat`."""
-
-
 class Sources(msgspec.Struct, frozen=True):
     """The objects from which the state is read; they live as long as the server.
 
-    *gate* admits connections, *running* counts the answers under way, *ready* says whether the
+    *chat* returns the section in effect. *gate* admits connections, *running* counts the answers under way, *ready* says whether the
     server takes new work, and *listening* has the sockets that accept connections, as soon as
     there are any. *keys* returns the state of the keys. *sections* are the wings' parts, and
     *endpoints* the paths of their faces.
     """
 
-    settings: SettingsInEffect
+    chat: Callable[[], Chat]
     metrics: Metrics
+    usage: Usage
     gate: Resource
     streams: StreamStore
     running: Callable[[], int]
@@ -119,7 +113,7 @@ class Snapshots:
         *interval*, *troubles* and *verdict* are those known.
         """
         sources, metrics, now = self._sources, self._sources.metrics, time.monotonic()
-        router, chat = sources.router, sources.settings.chat
+        router, chat = sources.router, sources.chat()
         providers = {
             name: _provider_state(
                 provider, interval, now, troubles.get(name), active=provider is router.active
@@ -225,7 +219,7 @@ def _streams_state(sources: Sources) -> StreamsState:
     streams = sources.streams.stats()
     return {
         "detached": sources.lifetime.detached,
-        "max_detached": sources.settings.chat.streams.max_detached,
+        "max_detached": sources.chat().streams.max_detached,
         "background": sources.lifetime.background,
         "finished": streams.finished,
         "responses": streams.responses,

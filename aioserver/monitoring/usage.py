@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 from aioserver.monitoring.section import Gauge, Section, SectionTrouble
 from aioserver.monitoring.state import ANY, OWN, SUM
 from aioserver.monitoring.troubles import count
-from aioserver.telemetry.ledger import MAX_LINES
+from aioserver.usage.ledger import MAX_LINES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioserver.telemetry.usage import Usage
+    from aioserver.usage.accounting import Usage
 
 
 def _first(values: Sequence[str | None]) -> str | None:

@@ -9,7 +9,8 @@ chosen.
 A provider answers with an *event stream* (text/event-stream). The *splitter* cuts its bytes into
 *blocks* of complete *events*, wherever a read from the socket ends. The *data* of an event is one
 of OpenAI's chat objects: a *delta* for each *choice*, that is a piece of text, reasoning or tool
-calls, and at the end the *finish reason* and the *usage*. It can also be an *error object*.
+calls, and at the end the *finish reason* and the *usage*, which says how many *tokens* were read,
+from a *cache* or not, and written. It can also be an *error object*.
 
 The *reading* of an answer turns each event into *chunks*, our own form of these pieces, and keeps
 what the conversation needs. The *shape* of an answer is the bytes that the provider repeats around
@@ -20,4 +21,10 @@ What an answer has *said* so far may be continued by another one. Where the *res
 
 Chunks go to the clients in frames of ours: request id, *event id* (from 1, to resume after it),
 *status* and chunk.
+
+Of a request, the *model body* has the members that we read, and the *terms* are what its client
+asks beside the answer: deadlines, a class. *Client headers* go on to the provider, and *stream
+options* ask for the usage. A *prefix* is how the beginning of a prompt is known. What is
+*passable* goes on as it is, whatever it is. A *whole answer* is one that was not streamed.
+*Addresses* are those of the Internet Protocol.
 """

@@ -10,11 +10,11 @@ A provider is *well*; or it is *sick*: many attempts fail and some succeed, so t
 but after a provider that is well; or it is *dead*: nothing succeeds any more, so that it is left
 alone but for *trials*. Its *breaker* knows which. A provider that cannot be reached, or says that
 it is not ready, is *away*: requests may wait in its queue until it is back. A request whose
-attempt has just failed is *parked* before it queues again, and keeps its slot meanwhile. Its *health* is
-this breaker and two facts more: whether the provider has refused our key (it is *flagged*), and
-whether it was removed from the configuration. The provider tells breaker, pace and queue
-how its attempts fare. The *budget* bounds the retries, so that a failing provider does not get a
-multiple of the requests.
+attempt has just failed is *parked* before it queues again, and keeps its slot meanwhile. Its
+*health* is this breaker and two facts more: whether the provider has refused our key (it is
+*flagged*), and whether it was removed from the configuration. The provider tells breaker, pace and
+queue how its attempts fare. The *budget* bounds the retries, so that a failing provider does not
+get a multiple of the requests.
 
 The attempt that has started takes a connection from the *pool*, the open sockets to one provider.
 The request and its answer on this connection are an *exchange*. It pushes the body into a *sink*,
@@ -26,4 +26,9 @@ is its *silence*.
 The *registry* has every provider by name, and applies new settings to them while answers run.
 Where new settings need new connections, the old pool is *retired*: it serves the requests that it
 has, and closes. The wing `simulator` is a provider of our own, for demonstrations and tests.
+
+*Backpressure* pauses an exchange whose readers are slow. A *passthrough* hands over request and
+answer as they come, and an *upload* sends a body piece by piece. *Rate headers* say what the
+provider leaves us of its limits. A *verdict* is what one answer has shown of its provider, and a
+*stall* an answer in which nothing comes.
 """

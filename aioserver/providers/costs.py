@@ -13,11 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK
+from aioserver.protocol.tokens import MAX_TOKENS, TOTAL, tokens_of
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
-from aioserver.telemetry.tokens import MAX_TOKENS, TOTAL, tokens_of
-from aioserver.telemetry.usage import CANCELLED, CUT, FAILED, OK
+from aioserver.usage.accounting import CANCELLED, CUT, FAILED, OK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aioserver.providers.capacity import Capacity
     from aioserver.providers.request import ProviderRequest
     from aioserver.telemetry.bugs import Bugs
-    from aioserver.telemetry.usage import Usage
+    from aioserver.usage.accounting import Usage
 
 # The statuses from this one on say that there is no answer, and that it costs nothing.
 MIN_ERROR_STATUS = 400

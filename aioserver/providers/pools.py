@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from aioserver.config.certificates import CertificateFault, client_context
 from aioserver.config.faults import ConfigurationError
+from aioserver.files.certificates import CertificateFault, client_context
 from aioserver.limits.scheduler import Scheduler
 from aioserver.providers.http1 import RequestWriter
 from aioserver.providers.pool import Pool, PoolStats, connection_gate
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from aioserver.config import settings
-    from aioserver.config.x509 import Certificate
+    from aioserver.files.x509 import Certificate
     from aioserver.providers.connections import PooledConnection
 
 # The settings of a provider, and of its `http_client`, that a pool or its requests' heads depend

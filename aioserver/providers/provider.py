@@ -56,7 +56,7 @@ from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import PROVIDER, Part
 from aioserver.telemetry.tracer import AttemptEnd
-from aioserver.telemetry.usage import Usage
+from aioserver.usage.accounting import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

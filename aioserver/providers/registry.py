@@ -12,18 +12,18 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from aioserver.config.certificates import CertificateFault, read_pair
 from aioserver.config.faults import ConfigurationError
+from aioserver.files.certificates import CertificateFault, read_pair
 from aioserver.limits.estimate import Estimates
 from aioserver.providers.health import ALONE
 from aioserver.providers.provider import Provider
-from aioserver.telemetry.usage import Usage
+from aioserver.usage.accounting import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
-    from aioserver.config.watched_files import WatchedFiles
+    from aioserver.files.watched_files import WatchedFiles
     from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.capacity import ShareProvider
     from aioserver.providers.health import ProviderObserver
@@ -68,7 +68,7 @@ class ProviderRegistry:
         self._metrics = metrics
         self._scheduler = scheduler
         self._hop = hop
-        self._usage = Usage(metrics.usage) if usage is None else usage
+        self._usage = Usage() if usage is None else usage
         self._share = share
         self._observe = observe
         self._simulated = simulated
@@ -99,7 +99,9 @@ class ProviderRegistry:
         Raises:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
         """
-        self._metrics.apply(llm.providers, llm.groups())
+        groups = llm.groups()
+        self._metrics.apply(llm.providers, groups)
+        self._usage.sums.apply(llm.providers, groups)
         providers: dict[str, Provider] = {}
         changes: list[Callable[[], None]] = []
         changed: list[Provider] = []

@@ -11,9 +11,14 @@ and the runner accepts them, on sockets that it has opened or that systemd has p
 request, and the *middleware* is in front of it: limits of the head, the guard, CORS, and errors
 that become responses.
 
-A *reload* puts another configuration in effect, with no connection dropped. At the end the server
-is first not *ready* any more, then *drains*: it refuses new work, and what runs may finish. The
-*notifier* reports all of this to systemd.
+A *listener* may speak *TLS*: its *certificate* is what clients know it by, and is read again when
+it is renewed. A request may be served *directly*, past aiohttp's loop. *Garbage* is collected, and
+*memory* that is no longer used goes back to the system, when requests do not feel it. *Paths* that
+are not there get an answer that says what was probably meant.
+
+A *reload* puts another configuration in effect, with no connection dropped. A *stop* is the
+request that the process ends. At the end the server is first not *ready* any more, then *drains*:
+it refuses new work, and what runs may finish. The *notifier* reports all of this to systemd.
 
 Several such processes may serve one port: the folder `workers`.
 """

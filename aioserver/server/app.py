@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import hdrs, web
-from msgspec.structs import replace
 
 from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
@@ -29,16 +28,15 @@ from aioserver.auth.keys import quota_of
 from aioserver.auth.origins import Origins
 from aioserver.auth.sessions import Sessions
 from aioserver.config.faults import ConfigurationError
-from aioserver.config.watched_files import WatchedFiles
 from aioserver.faces import openai, pages, passthrough, session, sse, status, websocket
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.form import Forms
 from aioserver.faces.http import Request
 from aioserver.faces.wing import Core, Routes
+from aioserver.files.watched_files import WatchedFiles
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.gateway import Gateway
-from aioserver.gateway.histories import NoHistories
 from aioserver.gateway.router import Router
 from aioserver.limits.scheduler import Scheduler
 from aioserver.limits.timer_wheel import TimerWheel
@@ -51,14 +49,14 @@ from aioserver.providers.health import ALONE
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.certificates import ListenerTls, TlsSection, open_tls
 from aioserver.server.middleware import make_middleware
-from aioserver.server.wings import WINGS, faults
+from aioserver.server.wings import WINGS, faults, open_wings
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.outbox import Outbox
-from aioserver.telemetry.ledger_reader import spent
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
-from aioserver.telemetry.usage import Usage
+from aioserver.usage.accounting import Usage
+from aioserver.usage.ledger_reader import spent
 
 if TYPE_CHECKING:
     import socket
@@ -70,9 +68,9 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Concurrency, Llm, Settings
     from aioserver.faces.admission import ShareDoor
     from aioserver.faces.wing import Wing
-    from aioserver.gateway.instances import Instances
-    from aioserver.gateway.sharing import Sharing
+    from aioserver.gateway.contracts.sharing import Sharing
     from aioserver.limits.fixed_share import Scope
+    from aioserver.server.wings import Plugged
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
 
@@ -152,187 +150,251 @@ async def open_server(
         ConfigurationError: a provider cannot be used as it is configured.
     """
     app = web.Application() if app is None else app
-    plugged = [wing() for wing in wings]
-    if unfit := list(faults(settings, plugged)):
+    made = [wing() for wing in wings]
+    if unfit := list(faults(settings, made)):
         raise ConfigurationError(unfit)
-    loop = asyncio.get_running_loop()
-    chat, llm = settings.chat, settings.llm
-    metrics = Metrics(llm.providers)
+    loop, metrics = asyncio.get_running_loop(), Metrics(settings.llm.providers)
     current = CurrentSettings(settings)
-    lifecycle = Lifecycle()
     listening: list[socket.socket] = []
-    instances: Instances | None = None
-    # The workers of one parent are one server.
-    hop = secrets.token_hex(4) if scope is None else scope.host
+    plugged: Plugged | None = None
 
     def report(kind: str, text: str) -> None:
-        monitor.incident(kind, text)
+        context.monitor.incident(kind, text)
 
     def aliased(stream: Stream, alias: str) -> None:
-        if instances is not None:
-            instances.aliased(stream, alias)
+        if plugged is not None and plugged.instances is not None:
+            plugged.instances.aliased(stream, alias)
 
-    lifetime = Lifetime(chat.streams, aliased)
+    lifetime = Lifetime(settings.chat.streams, aliased)
     async with AsyncExitStack() as stack:
-        usage = Usage(metrics.usage, worker=worker, counts=metrics.usage_lines, bugs=metrics.bugs)
         # Closed last: it hears of answers to the end.
-        stack.callback(usage.close)
-        usage.prepare(settings.usage)()
-        usage.sweep_in(loop)
+        usage = _open_usage(Usage(worker=worker, bugs=metrics.bugs), settings, loop, stack)
         watched = WatchedFiles(report)
         stack.push_async_callback(watched.close)
-        tls = open_tls(current, metrics)
-        if tls is not None:
-            stack.callback(tls.close)
-            tls.watch(watched)
-        scheduler = Scheduler(loop)
+        tls = open_tls(current, metrics, watched, stack)
         core = Core(
             settings=settings,
             metrics=metrics,
             loop=loop,
-            scheduler=scheduler,
+            scheduler=Scheduler(loop),
             streams=lifetime.store,
             watched=watched,
             scope=scope,
             private_server=private_server,
         )
-        for wing in plugged:
-            await wing.open(core, stack)
-            if wing.commands is not None:
-                core = replace(core, commands=wing.commands)
-        sharing = next((wing.sharing for wing in plugged if wing.sharing is not None), None)
-        instances = next((wing.instances for wing in plugged if wing.instances is not None), None)
-        simulated = next((wing.simulated for wing in plugged if wing.simulated is not None), None)
-        sessions = Sessions(session_secret)
-        if sharing is not None:
-            await sharing.agree_on_sessions(sessions)
-        tokens = next((wing.callers for wing in plugged if wing.callers is not None), None)
-        quota_for = quota_of if sharing is None else sharing.make_quota
-        make_quota = partial(quota_for, scheduler=scheduler)
-        access = Access(settings.auth, sessions, make_quota, tokens)
-        if scope is not None and sharing is None:
-            access.part_of = scope.share
-        await begin_days(access, settings)
-        origins = Origins(
-            chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials
+        plugged = await open_wings(made, core, stack)
+        access = await _make_access(core, plugged, Sessions(session_secret))
+        answering = await _open_answering(core, plugged, lifetime, usage, stack)
+        context = _open_context(
+            core, plugged, answering, access, share_door, current, tls, listening, stack
         )
-        guard = Guard(access, origins)
-        admission = Admission(
-            chat.websocket.concurrency,
-            metrics,
-            chat.streams.send_timeout,
-            scheduler,
-            share_door if sharing is None else sharing.share_door,
-            forms=Forms(form for wing in plugged for form in wing.forms()),
-        )
-        provider_registry = ProviderRegistry(
-            metrics,
-            None if sharing is None else sharing.share_provider,
-            (lambda _name: ALONE) if sharing is None else sharing.observe,
-            simulated,
-            lifetime,
-            usage,
-            hop,
-            scheduler=scheduler,
-        )
-        stack.push_async_callback(provider_registry.close)
-        provider_registry.watch(watched)
-        await provider_registry.prepare(llm)
-        provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
-        hooks = next((wing.hooks for wing in plugged if wing.hooks is not None), None)
-        router = Router(provider_registry.providers, llm, alone=sharing is None, hooks=hooks)
-        lag = LoopLag(loop, metrics.loop_lag)
-        stack.callback(lag.close)
-        for wing in plugged:
-            stack.push_async_callback(wing.leave)
-        tracer = next((wing.tracer for wing in plugged if wing.tracer is not None), None)
-        request_log = RequestLog(metrics, lag, tracer)
-        histories = next((wing.histories for wing in plugged if wing.histories is not None), None)
-        gateway = Gateway(
-            router,
-            lifetime,
-            histories or NoHistories(),
-            chat.service,
-            chat.streams,
-            request_log,
-            instances,
-            hooks,
-        )
-        stack.push_async_callback(gateway.close)
-        wheel = TimerWheel(loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
-        stack.callback(wheel.close)
-        sources = Sources(
-            settings=current,
-            metrics=metrics,
-            gate=admission.gate,
+        server = Server(
+            app=app,
+            middleware=await _add_faces(app, context, plugged),
+            context=context,
+            provider_registry=answering.provider_registry,
             streams=lifetime.store,
-            running=lambda: gateway.running,
-            lifetime=lifetime,
-            router=router,
-            lag=lag,
-            ready=lambda: lifecycle.ready and router.usable,
+            watched=watched,
+            tls=tls,
+            sharing=plugged.sharing,
+            wings=plugged.wings,
+            lag=answering.lag,
             listening=listening,
-            keys=lambda: key_states(access.keys, metrics.usage),
-            sections=[
-                UsageSection(usage),
-                TlsSection(tls, metrics.handshakes),
-                *(section for wing in plugged for section in wing.sections()),
-            ],
-            endpoints={face: path for wing in plugged for face, path in wing.endpoints.items()},
         )
-        monitor = Monitor(sources)
-        stack.callback(monitor.close)
-        context = Context(
-            settings=current,
-            lifecycle=lifecycle,
-            access=access,
-            origins=origins,
-            guard=guard,
-            admission=admission,
-            gateway=gateway,
-            apis={
-                api.path: api
-                for api in (*openai.APIS, *(api for wing in plugged for api in wing.apis()))
-            },
-            router=router,
-            hop=hop,
-            outbox=Outbox(loop),
-            wheel=wheel,
-            sockets=set(),
-            metrics=metrics,
-            tracer=tracer,
-            usage=usage,
-            monitor=monitor,
-            registry=prometheus.registry(
-                metrics.families, monitor.fresh, listening, sources.sections
-            ),
-        )
-        middleware, add_headers = make_middleware(current, guard, origins, context.admission)
-        app.middlewares.append(middleware)
-        app.on_response_prepare.append(add_headers)
-        _add_routes(app, context, [await wing.serve(context) for wing in plugged])
-        log_limits(chat.websocket.concurrency)
-        log_routes(llm)
-        lifecycle.ready = True
-        watched.begin()
-        # Otherwise `/stats` would show `ready` as false for a second.
-        monitor.tick()
+        _begin(server)
         try:
-            yield Server(
-                app=app,
-                middleware=middleware,
-                context=context,
-                provider_registry=provider_registry,
-                streams=lifetime.store,
-                watched=watched,
-                tls=tls,
-                sharing=sharing,
-                wings=plugged,
-                lag=lag,
-                listening=listening,
-            )
+            yield server
         finally:
-            lifecycle.ready = False
+            context.lifecycle.ready = False
+
+
+def _open_usage(
+    usage: Usage, settings: Settings, loop: asyncio.AbstractEventLoop, stack: AsyncExitStack
+) -> Usage:
+    """Return *usage* with its ledger open, which *stack* closes."""
+    stack.callback(usage.close)
+    usage.prepare(settings.usage)()
+    usage.sweep_in(loop)
+    return usage
+
+
+async def _make_access(core: Core, plugged: Plugged, sessions: Sessions) -> Access:
+    """Return who may call what, with the budgets of today."""
+    scope, sharing = core.scope, plugged.sharing
+    if sharing is not None:
+        await sharing.agree_on_sessions(sessions)
+    make_quota = partial(
+        quota_of if sharing is None else sharing.make_quota, scheduler=core.scheduler
+    )
+    access = Access(core.settings.auth, sessions, make_quota, plugged.callers)
+    if scope is not None and sharing is None:
+        access.part_of = scope.share
+    await begin_days(access, core.settings)
+    return access
+
+
+def _make_admission(core: Core, plugged: Plugged, share_door: ShareDoor | None) -> Admission:
+    """Return the places in front of the handlers; *share_door* shares them, unless a wing does."""
+    chat, sharing = core.settings.chat, plugged.sharing
+    return Admission(
+        chat.websocket.concurrency,
+        core.metrics,
+        chat.streams.send_timeout,
+        core.scheduler,
+        share_door if sharing is None else sharing.share_door,
+        forms=Forms(form for wing in plugged.wings for form in wing.forms()),
+    )
+
+
+class _Answering(msgspec.Struct, frozen=True, kw_only=True):
+    """What answers requests, on whichever face they come; *hop* is what the server is called in
+    requests to providers.
+    """
+
+    hop: str
+    lifetime: Lifetime
+    usage: Usage
+    provider_registry: ProviderRegistry
+    router: Router
+    lag: LoopLag
+    gateway: Gateway
+
+
+async def _open_answering(
+    core: Core, plugged: Plugged, lifetime: Lifetime, usage: Usage, stack: AsyncExitStack
+) -> _Answering:
+    """Make what answers requests; *stack* closes it.
+
+    Raises:
+        ConfigurationError: a provider cannot be used as it is configured.
+    """
+    chat, llm, sharing = core.settings.chat, core.settings.llm, plugged.sharing
+    # The workers of one parent are one server.
+    hop = secrets.token_hex(4) if core.scope is None else core.scope.host
+    provider_registry = ProviderRegistry(
+        core.metrics,
+        None if sharing is None else sharing.share_provider,
+        (lambda _name: ALONE) if sharing is None else sharing.observe,
+        plugged.simulated,
+        lifetime,
+        usage,
+        hop,
+        scheduler=core.scheduler,
+    )
+    stack.push_async_callback(provider_registry.close)
+    provider_registry.watch(core.watched)
+    await provider_registry.prepare(llm)
+    provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
+    router = Router(provider_registry.providers, llm, alone=sharing is None, hooks=plugged.hooks)
+    lag = LoopLag(core.loop, core.metrics.loop_lag)
+    stack.callback(lag.close)
+    for wing in plugged.wings:
+        stack.push_async_callback(wing.leave)
+    gateway = Gateway(
+        router,
+        lifetime,
+        plugged.histories,
+        chat.service,
+        chat.streams,
+        RequestLog(core.metrics, lag, plugged.tracer),
+        plugged.instances,
+        plugged.hooks,
+    )
+    stack.push_async_callback(gateway.close)
+    return _Answering(
+        hop=hop,
+        lifetime=lifetime,
+        usage=usage,
+        provider_registry=provider_registry,
+        router=router,
+        lag=lag,
+        gateway=gateway,
+    )
+
+
+def _open_context(
+    core: Core,
+    plugged: Plugged,
+    answering: _Answering,
+    access: Access,
+    share_door: ShareDoor | None,
+    current: CurrentSettings,
+    tls: ListenerTls | None,
+    listening: Sequence[socket.socket],
+    stack: AsyncExitStack,
+) -> Context:
+    """Make what faces may use, with the monitor of all of it; *stack* closes it."""
+    chat, metrics, usage, router = current.chat, core.metrics, answering.usage, answering.router
+    lifecycle, gateway = Lifecycle(), answering.gateway
+    admission = _make_admission(core, plugged, share_door)
+    origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
+    wheel = TimerWheel(core.loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
+    stack.callback(wheel.close)
+    sources = Sources(
+        chat=lambda: current.chat,
+        metrics=metrics,
+        usage=usage,
+        gate=admission.gate,
+        streams=core.streams,
+        running=lambda: gateway.running,
+        lifetime=answering.lifetime,
+        router=router,
+        lag=answering.lag,
+        ready=lambda: lifecycle.ready and router.usable,
+        listening=listening,
+        keys=lambda: key_states(access.keys, usage.sums),
+        sections=[
+            UsageSection(usage),
+            TlsSection(tls, metrics.handshakes),
+            *(section for wing in plugged.wings for section in wing.sections()),
+        ],
+        endpoints={face: path for wing in plugged.wings for face, path in wing.endpoints.items()},
+    )
+    monitor = Monitor(sources)
+    stack.callback(monitor.close)
+    apis = (*openai.APIS, *(api for wing in plugged.wings for api in wing.apis()))
+    return Context(
+        settings=current,
+        lifecycle=lifecycle,
+        access=access,
+        origins=origins,
+        guard=Guard(access, origins),
+        admission=admission,
+        gateway=gateway,
+        apis={api.path: api for api in apis},
+        router=router,
+        hop=answering.hop,
+        outbox=Outbox(core.loop),
+        wheel=wheel,
+        sockets=set(),
+        metrics=metrics,
+        tracer=plugged.tracer,
+        usage=usage,
+        monitor=monitor,
+        registry=prometheus.registry(monitor.families, monitor.fresh, listening, sources.sections),
+    )
+
+
+async def _add_faces(app: web.Application, context: Context, plugged: Plugged) -> Middleware:
+    """Add the routes of all faces to *app*, and what stands in front of them, which is returned."""
+    middleware, add_headers = make_middleware(
+        context.settings, context.guard, context.origins, context.admission
+    )
+    app.middlewares.append(middleware)
+    app.on_response_prepare.append(add_headers)
+    _add_routes(app, context, [await wing.serve(context) for wing in plugged.wings])
+    return middleware
+
+
+def _begin(server: Server) -> None:
+    """Let *server*, which is complete, take requests."""
+    context = server.context
+    log_limits(context.settings.chat.websocket.concurrency)
+    log_routes(context.settings.llm)
+    context.lifecycle.ready = True
+    server.watched.begin()
+    # Otherwise `/stats` would show `ready` as false for a second.
+    context.monitor.tick()
 
 
 async def begin_days(access: Access, settings: Settings) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import msgspec
 
-from aioserver.config.certificates import (
+from aioserver.config.faults import ConfigurationError
+from aioserver.files.certificates import (
     CertificateFault,
     day,
     ends_soon,
@@ -23,18 +24,18 @@ from aioserver.config.certificates import (
     load_authorities,
     load_pair,
 )
-from aioserver.config.faults import ConfigurationError
 from aioserver.monitoring.section import Gauge, Section, SectionTrouble
 from aioserver.monitoring.state import COUNTS, EARLIEST, SUM
 from aioserver.server.tls import Handshakes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AsyncExitStack
 
     from aioserver.config.settings import Tls
-    from aioserver.config.watched_files import WatchedFiles
-    from aioserver.config.x509 import Certificate
     from aioserver.faces.context import CurrentSettings
+    from aioserver.files.watched_files import WatchedFiles
+    from aioserver.files.x509 import Certificate
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.metrics import Metrics
 
@@ -129,8 +130,11 @@ class ListenerTls:
         logger.info("tls: a certificate in effect until %s", day(loaded.expires))
 
 
-def open_tls(current: CurrentSettings, metrics: Metrics) -> ListenerTls | None:
-    """Return the TLS of the listener; None if the settings in effect have none.
+def open_tls(
+    current: CurrentSettings, metrics: Metrics, watched: WatchedFiles, stack: AsyncExitStack
+) -> ListenerTls | None:
+    """Return the TLS of the listener; None if the settings in effect have none. *watched* reads its
+    files again, and *stack* closes it.
 
     Raises:
         ConfigurationError: a file has changed since the configuration was read, and cannot be used.
@@ -139,9 +143,12 @@ def open_tls(current: CurrentSettings, metrics: Metrics) -> ListenerTls | None:
     if settings is None:
         return None
     try:
-        return ListenerTls(settings, lambda: current.chat.websocket.tls, metrics.handshakes)
+        tls = ListenerTls(settings, lambda: current.chat.websocket.tls, metrics.handshakes)
     except CertificateFault as fault:
         raise ConfigurationError([f"chat.websocket.tls.{fault.setting}: {fault}"]) from None
+    stack.callback(tls.close)
+    tls.watch(watched)
+    return tls
 
 
 class TlsState(TypedDict):

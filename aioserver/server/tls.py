@@ -30,11 +30,11 @@ import ssl
 import time
 from typing import TYPE_CHECKING, Any, cast
 
-from aioserver.config import x509
-from aioserver.config.certificates import reason_of
 from aioserver.errors import InvalidRequest
 from aioserver.faces.form import OPENAI
 from aioserver.faces.http import SERVER
+from aioserver.files import x509
+from aioserver.files.certificates import reason_of
 from aioserver.telemetry.logs import RateLimit
 from aioserver.telemetry.metrics import DISPLACED, DONE, FAILED, PLAIN, RESUMED, TIMED_OUT
 

@@ -1,25 +1,41 @@
-"""The table of wings: the one file that names them.
+"""The table of wings, the one file that names them; and the wings of a server, once they are open.
 
 What a deleted wing has served is then unknown, as any path is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+from msgspec.structs import replace
+
+from aioserver.gateway.contracts.histories import NoHistories
 from aioserver.wings.anthropic.wing import AnthropicWing
 from aioserver.wings.cluster.wing import ClusterWing
 from aioserver.wings.conversations.wing import ConversationsWing
-from aioserver.wings.doors.wing import DoorsWing
+from aioserver.wings.hooks.wing import HooksWing
+from aioserver.wings.jwt.wing import JwtWing
+from aioserver.wings.openapi.wing import OpenapiWing
 from aioserver.wings.responses.wing import ResponsesWing
 from aioserver.wings.simulator.wing import SimulatorWing
 from aioserver.wings.tracing.wing import TracingWing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AsyncExitStack
 
+    from aioserver.auth.tokens import Tokens
     from aioserver.config.settings import Settings
-    from aioserver.faces.wing import Wing
+    from aioserver.faces.wing import Core, Wing
+    from aioserver.gateway.contracts.histories import Histories
+    from aioserver.gateway.contracts.hooks import Hooks
+    from aioserver.gateway.contracts.instances import Instances
+    from aioserver.gateway.contracts.sharing import Sharing
+    from aioserver.providers.registry import Simulated
+    from aioserver.telemetry.tracer import Tracer
+
+T = TypeVar("T")
 
 # In the order in which they are opened; they are closed in the reverse one.
 WINGS: tuple[type[Wing], ...] = (
@@ -29,7 +45,9 @@ WINGS: tuple[type[Wing], ...] = (
     TracingWing,
     ResponsesWing,
     AnthropicWing,
-    DoorsWing,
+    HooksWing,
+    JwtWing,
+    OpenapiWing,
 )
 
 
@@ -51,8 +69,8 @@ def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
             "chat.service.repository.type: sql",
             settings.chat.service.repository.type == "sql",
         ),
-        ("doors", "hooks", bool(settings.hooks)),
-        ("doors", "auth.jwt", settings.auth is not None and settings.auth.jwt is not None),
+        ("hooks", "hooks", bool(settings.hooks)),
+        ("jwt", "auth.jwt", settings.auth is not None and settings.auth.jwt is not None),
         ("tracing", "tracing.otlp_endpoint", settings.tracing.otlp_endpoint is not None),
     )
     for name, setting, needed in needs:
@@ -60,3 +78,43 @@ def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
             yield f"{setting} needs the wing {name}, which this server does not have"
     for wing in wings:
         yield from wing.faults(settings)
+
+
+class Plugged(msgspec.Struct, frozen=True, kw_only=True):
+    """The open *wings* of one server, and what they bring: see `Wing`."""
+
+    wings: Sequence[Wing]
+    histories: Histories
+    sharing: Sharing | None
+    instances: Instances | None
+    simulated: Simulated | None
+    callers: Tokens | None
+    tracer: Tracer | None
+    hooks: Hooks | None
+
+
+async def open_wings(wings: Sequence[Wing], core: Core, stack: AsyncExitStack) -> Plugged:
+    """Open *wings*, each with what *core* has then; *stack* closes them.
+
+    Raises:
+        ConfigurationError: a wing cannot serve with these settings.
+    """
+    for wing in wings:
+        await wing.open(core, stack)
+        if wing.commands is not None:
+            core = replace(core, commands=wing.commands)
+    return Plugged(
+        wings=wings,
+        histories=_first(wing.histories for wing in wings) or NoHistories(),
+        sharing=_first(wing.sharing for wing in wings),
+        instances=_first(wing.instances for wing in wings),
+        simulated=_first(wing.simulated for wing in wings),
+        callers=_first(wing.callers for wing in wings),
+        tracer=_first(wing.tracer for wing in wings),
+        hooks=_first(wing.hooks for wing in wings),
+    )
+
+
+def _first(brought: Iterable[T | None]) -> T | None:
+    """Return what one of the wings has *brought*; None if none of them has it."""
+    return next((each for each in brought if each is not None), None)

@@ -21,4 +21,8 @@ falls behind what is kept is *dropped*, and told so.
 
 Where several processes serve together, a client may read a stream of another one: it then has a
 *mirror* of its log, which that process, its *owner*, fills.
+
+*Contracts* say how a log sees its readers, its source and its store. Each step of an *ending* is
+done, whatever another raises. The *outbox* has the writes of one turn of the event loop, which go
+out together.
 """

@@ -107,7 +107,7 @@ class Store(Protocol):
 
 
 class Keeper(Protocol):
-    """What keeps the answer of a log (gateway/keeper.py), as the log sees it."""
+    """What keeps the answer of a log (gateway/contracts/keeper.py), as the log sees it."""
 
     def identified(self, answer_id: str) -> None:
         """Note the id that the provider has given to the answer."""

@@ -6,6 +6,7 @@ all of them: a *meter* for each *face* (a protocol shown to clients), one for ea
 the numbers of the server as a whole. Together they make *families*: a name, labels, and a child
 for each set of labels.
 
+*Bookkeeping* is the border behind which no bug of a counter, a record or a trace fails an answer.
 A request that meets a *bug* of the server is counted with the place of the bug in the code.
 
 When a client's request is admitted and understood, a *record* of it begins. It goes along with the

@@ -1,13 +1,14 @@
 """Every metric of the server: where it is counted, its name, its help text and its labels.
 
-This file is one concept: every metric stands here, so that no name or label is made anywhere else.
+This file is one concept: every metric stands here, so that no name or label is made anywhere else
+but for what callers have spent (usage/accounting.py).
 
 What happens is counted in attributes of `Metrics` and of its meters, one for each face, provider
 and group. The four tables at the end of the file make metrics of these attributes, one row each;
 names lack their prefix `aioserver_`, those of counters their suffix `_total`.
 
 Labels come from the configuration or from a list in this file, never from a client, and every set
-of labels exists from the start, at 0, but for what callers have spent: those sets would be many.
+of labels exists from the start, at 0.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from aioserver.telemetry.counters import (
     sum_of,
 )
 from aioserver.telemetry.outcome import HOMES, NONE
-from aioserver.telemetry.sums import CallerSums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -231,9 +231,6 @@ class Metrics:
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
         self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
-        # What callers have spent, and the tokens of providers.
-        self.usage = CallerSums()
-        self.usage_lines = {outcome: Counter() for outcome in ("written", "lost")}
         self.deadlines = {kind: Counter() for kind in DEADLINE_KINDS}
         # By caller and setting, made when first counted; callers are configured.
         self.budget_refusals: dict[tuple[str, ...], Counter] = {}
@@ -261,23 +258,12 @@ class Metrics:
 
         One that is no longer configured keeps its numbers.
         """
-        self.usage.configured = {
-            (name, model)
-            for name, provider in providers.items()
-            for model in (provider.model, *provider.models)
-        } | {
-            (member.provider, model)
-            for group in groups.values()
-            for member in group.members
-            if (model := member.model) is not None
-        }
         for name, group in groups.items():
             self.groups.setdefault(name, GroupMeter()).apply(group)
-        for name, provider in providers.items():
+        for name in providers:
             self.providers.setdefault(name, ProviderMeter())
             for labels in _request_labels(name):
                 self.requests.setdefault(labels, Counter())
-            self.usage.expect(_token_labels(name, provider))
 
     def apply_hooks(self, names: Iterable[str]) -> None:
         """Count the hooks of these *names* from now on, too."""
@@ -334,10 +320,10 @@ class Metrics:
 
     def families(self) -> Iterator[Family]:
         """Yield every metric of the four tables below, as it is now."""
-        yield from (_family(row, {"": self}) for row in SERVER_FAMILIES)
-        yield from (_family(row, self.faces, "face") for row in FACE_FAMILIES)
-        yield from (_family(row, self.providers, "provider") for row in PROVIDER_FAMILIES)
-        yield from (_family(row, self.groups, "group") for row in GROUP_FAMILIES)
+        yield from (family_of(row, {"": self}) for row in SERVER_FAMILIES)
+        yield from (family_of(row, self.faces, "face") for row in FACE_FAMILIES)
+        yield from (family_of(row, self.providers, "provider") for row in PROVIDER_FAMILIES)
+        yield from (family_of(row, self.groups, "group") for row in GROUP_FAMILIES)
 
 
 def _counters_for(outcome: str) -> dict[str, Counter]:
@@ -351,14 +337,6 @@ def _request_labels(provider: str) -> Iterator[tuple[str, str, str, str]]:
             yield face, provider, "", outcome
         for code, outcome in ERROR_OUTCOMES:
             yield face, provider, code, outcome
-
-
-def _token_labels(name: str, provider: settings.Provider) -> Iterator[tuple[str, str, str, str]]:
-    for model in dict.fromkeys((provider.model, *provider.models, "other")):
-        for kind in ("input", "cached", "output"):
-            yield name, model, kind, "provider"
-        for kind in ("input", "output"):
-            yield name, model, kind, "estimate"
 
 
 Child = Counter | Histogram
@@ -393,7 +371,7 @@ class Row(NamedTuple, Generic[Owner]):
     grows: bool = False
 
 
-def _family(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Family:
+def family_of(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Family:
     """Return the metric of *row* over all *owners*.
 
     The owners' names are the values of *label*, if any.
@@ -418,32 +396,6 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         lambda m: m.requests,
         "Requests for an answer that have ended",
         ("face", "provider", "code", "outcome"),
-    ),
-    Row(
-        "tokens",
-        lambda m: m.usage.of_providers,
-        "Tokens as reported by the provider, or estimated as one for each event",
-        ("provider", "model", "type", "source"),
-    ),
-    Row(
-        "usage_tokens",
-        lambda m: m.usage.tokens,
-        "Tokens of all attempts by caller, reported or estimated; of input and output",
-        ("caller", "provider", "model", "kind"),
-        grows=True,
-    ),
-    Row(
-        "usage_estimated_tokens",
-        lambda m: m.usage.estimated,
-        "Those of these tokens that no provider has confirmed",
-        ("caller",),
-        grows=True,
-    ),
-    Row(
-        "usage_lines",
-        lambda m: m.usage_lines,
-        "Lines of the ledger written, or lost since it failed",
-        ("outcome",),
     ),
     Row(
         "rejections",

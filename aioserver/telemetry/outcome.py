@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from aioserver.telemetry.tokens import NO_TOKENS, Tokens
+from aioserver.protocol.tokens import NO_TOKENS, Tokens
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Where a request of a group has started: at the member whose cache has its conversation, at
@@ -38,7 +38,7 @@ class Part(msgspec.Struct, frozen=True, gc=False):
     """What one attempt has cost that was sent, in full or in part, and was not answered with a
     status of 400 or more: its tokens, as far as they are known.
 
-    *outcome* is that of the ledger (telemetry/usage.py), *source* who has counted. The two sums
+    *outcome* is that of the ledger (usage/accounting.py), *source* who has counted. The two sums
     are those of this attempt alone, and *tokens* has what they do not say; *work* is what they
     cost the caller's share. Durations are in seconds: *wait* in the provider's queue, *first* from
     sending to the first content, 0.0 if there was none or the answer was not streamed, and

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import click
 
 from aioserver.commands import options
-from aioserver.telemetry.ledger_reader import COLUMNS, Reading, files_of
+from aioserver.usage.ledger_reader import COLUMNS, Reading, files_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from aioserver.telemetry.ledger_reader import Sums
+    from aioserver.usage.ledger_reader import Sums
 
 KEYS = ("caller", "provider", "model", "day", "face", "path", "class", "outcome")
 DEFAULT_KEYS = "caller,model"

@@ -112,7 +112,7 @@ async def test_an_answer_is_charged_with_what_it_has_cost(
     await until(lambda: quota(server).running == 0)
     day = quota(server).budgets()["tokens_per_day"]
     assert day.reserved == quota(server).budget.reserved == 0
-    spent = server.context.metrics.usage.today("web")
+    spent = server.context.usage.sums.today("web")
     assert day.used == spent > 0
 
 

@@ -62,7 +62,7 @@ def test_listing_and_completing_commands_imports_none_of_them() -> None:
 RARE = {
     "aioserver.wings.cluster.membership",
     "aioserver.wings.conversations.redis",
-    "aioserver.wings.doors.issuer",
+    "aioserver.wings.jwt.issuer",
     "aioserver.wings.simulator.server",
     "aioserver.wings.tracing.tracer",
     "difflib",

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from aioserver.config import Configuration
-from aioserver.config.faults import MAX_FILE_BYTES
 from aioserver.config.shipped import SHIPPED
+from aioserver.files.reading import MAX_FILE_BYTES
 from tests.support.configurations import ORIGINAL, ORIGINAL_CLIENT, load, refused, small
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from aioserver.config import chat, configuration, document, faults, llm
+from aioserver.config import chat, configuration, document, llm
 from aioserver.config.settings import Settings
 from aioserver.config.shipped import SHIPPED
+from aioserver.files import reading
 from aioserver.server.reload import ONLY_BY_RESTART
 from tests.support.configurations import ORIGINAL, load, paths, refused
 
@@ -84,7 +85,7 @@ def test_every_key_without_an_effect_is_named_with_what_does_its_work_as_its_war
 
 
 def test_the_size_of_a_file_and_the_prefix_of_overrides_are_those_of_the_code() -> None:
-    assert faults.MAX_FILE_BYTES == 2**20
+    assert reading.MAX_FILE_BYTES == 2**20
     assert "at most 1 MiB" in section("The file")
     assert f"`{document.PREFIX}`" in section("Values from the environment")
 

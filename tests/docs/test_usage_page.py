@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from aioserver.telemetry.ledger_reader import COLUMNS
 from aioserver.tools.usage import KEYS, command
+from aioserver.usage.ledger_reader import COLUMNS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "usage.md").read_text()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # The border, behind which nothing can fail an answer; and what stands there unguarded, since it
 # only stores and reads, or passes on to what is guarded.
 BORDER = Function("telemetry.bookkeeping", "bookkeeping.decorate.kept")
-BOOKS = ("telemetry.", "monitoring.", "wings.tracing.")
+BOOKS = ("telemetry.", "usage.", "monitoring.", "wings.tracing.")
 PLAIN = {
     Function("telemetry.request_log", "RequestRecord.answered"),
     Function("wings.tracing.trace", "NotingSink.fast"),
@@ -35,7 +35,6 @@ PLAIN = {
 # and that by the monitor, whose second may be over meanwhile.
 READING = {
     Function("monitoring.keys", "key_states"),
-    Function("telemetry.tokens", "tokens_of"),
     Function("telemetry.counters", "Histogram.quantile"),
 }
 numbers = count()

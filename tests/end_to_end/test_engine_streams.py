@@ -12,10 +12,10 @@ import orjson
 import pytest
 
 from aioserver.protocol.json_body import at_once
+from aioserver.protocol.tokens import tokens_of
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.sinks import EventSink
 from aioserver.streams.stream import Stream
-from aioserver.telemetry.tokens import tokens_of
 from aioserver.wings.anthropic.bridge import request as messages
 from aioserver.wings.anthropic.bridge.events import MessageWriter
 from aioserver.wings.anthropic.bridge.whole import WholeWriter, whole_message

@@ -180,9 +180,9 @@ WITHIN = {
     Function("providers.provider", "Provider._begin"),
 }
 # Other processes take part in these: tests/wings/cluster and tests/server; or hooks:
-# tests/wings/doors.
+# tests/wings/hooks.
 SHARED = {
-    Function("wings.doors.http_hook", "HttpHook._post"),
+    Function("wings.hooks.http_hook", "HttpHook._post"),
     Function("wings.cluster.shared_budget", "SharedBudget.reserve"),
     Function("wings.cluster.remote_streams", "RemoteStreams.mirror"),
     Function("wings.responses.redis", "SharedResponses.load"),

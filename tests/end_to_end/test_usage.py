@@ -141,7 +141,7 @@ async def test_an_answer_that_is_continued_has_a_line_for_each_of_its_attempts(
             (1, "sim", "cut"),
             (2, "other", "ok"),
         ]
-        rows = server.context.metrics.usage.days()[0]["rows"]
+        rows = server.context.usage.sums.days()[0]["rows"]
         assert [(row["provider"], row["requests"], row["attempts"]) for row in rows] == [
             ("other", 1, 1),
             ("sim", 1, 1),
@@ -175,7 +175,7 @@ async def test_what_nobody_is_asked_for_has_no_line(
     await over_openai(server, "sim-model")
 
     assert written(server) == []
-    assert server.context.metrics.usage.days()[0]["rows"] == []
+    assert server.context.usage.sums.days()[0]["rows"] == []
 
 
 @pytest.mark.virtual_time
@@ -215,7 +215,7 @@ async def test_a_line_that_an_attempt_runs_is_taken_back_if_it_is_refused(
         assert [line["outcome"] for line in written(server)] == ["refused"]
         [lines] = lines_of(tmp_path / "usage").values()
         assert [line["outcome"] for line in lines] == ["running", "refused"]
-        assert server.context.metrics.usage.days()[0]["rows"] == []
+        assert server.context.usage.sums.days()[0]["rows"] == []
 
 
 async def test_nothing_that_is_nobodys_business_is_in_it(

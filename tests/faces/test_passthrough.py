@@ -1098,7 +1098,7 @@ async def test_the_usage_that_an_answer_reports_counts(
         quota = server.context.access.keys.quotas()["web"]
         await until(lambda: quota.running == 0)
         day = quota.budgets()["tokens_per_day"]
-        assert day.used == server.context.metrics.usage.today("web")
+        assert day.used == server.context.usage.sums.today("web")
         if path == "images/generations" or tokens > 7:
             assert day.used == tokens
         else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.telemetry.usage import Usage
+from aioserver.usage.accounting import Usage
 from tests.support.chat import CHAT
 from tests.support.faces import over_anthropic, over_openai, over_sse, over_websocket
 from tests.support.scripted_provider import EVENT_STREAM, OK, ScriptedProvider, chunk

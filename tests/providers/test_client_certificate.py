@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.config.faults import ConfigurationError
-from aioserver.config.x509 import certificates
+from aioserver.files.x509 import certificates
 from tests.support.scripted_provider import Peer, ScriptedProvider
 from tests.support.server import provider_entry
 from tests.support.tls import authority, pair, put

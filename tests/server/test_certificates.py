@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.config.watched_files import LOOK, PATIENCE
-from aioserver.config.x509 import certificates
+from aioserver.files.watched_files import LOOK, PATIENCE
+from aioserver.files.x509 import certificates
 from aioserver.server.certificates import KIND
 from aioserver.server.tls import outlived
 from tests.support import chat as frames

@@ -20,16 +20,16 @@ from aioserver.providers.costs import MIN_ERROR_STATUS
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.passthrough import PassedAttempt
 from aioserver.providers.provider import Provider
-from aioserver.telemetry.ledger_reader import REFUSED
 from aioserver.telemetry.outcome import PROVIDER
+from aioserver.usage.ledger_reader import REFUSED
 from tests.simulation.book import Book
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from aioserver.streams.contracts import Source
-    from aioserver.telemetry.ledger import Line
     from aioserver.telemetry.outcome import Part
+    from aioserver.usage.ledger import Line
     from tests.simulation.provider import Call, Calls
     from tests.simulation.transport import Transport
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aioserver.telemetry.ledger_reader import REFUSED, RUNNING
+from aioserver.usage.ledger_reader import REFUSED, RUNNING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from aioserver.telemetry.ledger import Line
+    from aioserver.usage.ledger import Line
 
 
 class Book:

@@ -46,11 +46,12 @@ Guard._expire = lambda self, moment: None
 """,
     # Of the doors.
     "that a closed hook has to decide": """
-from aioserver.wings.doors.hooks import HookSet
+from aioserver.wings.hooks.hook_set import HookSet
 HookSet._failed = lambda self, hook, event, request, fault: None
 """,
     "when a token is over": """
-from aioserver.wings.doors import token, token_callers
+from aioserver.wings.jwt import token
+from aioserver.wings.jwt import token_callers
 token.SKEW = token_callers.SKEW = 1e6
 """,
     "that the token of a socket is over": """
@@ -65,7 +66,7 @@ EventSink._without_usage = lambda self, block, at, plain: block
     "what a provider has counted": """
 from msgspec.structs import replace
 from aioserver.providers import costs
-from aioserver.telemetry.tokens import tokens_of
+from aioserver.protocol.tokens import tokens_of
 def fewer(usage):
     tokens = tokens_of(usage)
     return replace(tokens, answer=tokens.answer and tokens.answer - 1)
@@ -144,7 +145,7 @@ def generous(self, attempt, exc, part):
 Provider._ended = generous
 """,
     "a line of the ledger": """
-from aioserver.telemetry.usage import Usage
+from aioserver.usage.accounting import Usage
 put, count = Usage._put, [0]
 def lossy(self, *line):
     count[0] += 1
@@ -153,7 +154,7 @@ def lossy(self, *line):
 Usage._put = lossy
 """,
     "that an attempt has its last line": """
-from aioserver.telemetry.usage import Usage
+from aioserver.usage.accounting import Usage
 def forgetful(self, record):
     return None
 Usage._taken = forgetful
@@ -778,7 +779,7 @@ BridgeSink._complete_without_mark = True
 """,
     "the tokens of a message": """
 from aioserver.wings.anthropic.bridge import events
-from aioserver.telemetry import tokens
+from aioserver.protocol import tokens
 events.tokens_of = lambda usage: tokens.tokens_of({"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 10}})
 events.max = lambda least, count: count
 """,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from aioserver.gateway.gateway import Gateway
-from aioserver.wings.doors.token_callers import TokenCallers
+from aioserver.wings.jwt.token_callers import TokenCallers
 from tests.simulation import sick_hook
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import now

@@ -193,7 +193,7 @@ async def running(
             roles = changes.get("auth.jwt", {}).get("limits", ())
             names = {"", *(entry["name"] for entry in changes.get("auth.keys", ()))}
             names |= {f"jwt:{role}" for role in roles}
-            server.context.usage.ledger = Book(broken, names)
+            server.context.usage.ledger = Book(broken, names)  # type: ignore[assignment]
             runner = Runner(server)
             await runner.setup()
             assert runner.server is not None

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from aioserver.config.settings import Tls
-from aioserver.config.watched_files import WatchedFiles
-from aioserver.config.x509 import certificates
+from aioserver.files.watched_files import WatchedFiles
+from aioserver.files.x509 import certificates
 from aioserver.server.certificates import ListenerTls, load
 from aioserver.server.tls import MAX_UNFINISHED, TIMEOUT
 from aioserver.telemetry.counters import Counter

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from aioserver.gateway.commands import name_of
+from aioserver.gateway.contracts.commands import name_of
 from aioserver.limits.budget import MINUTE, Reservation
 from aioserver.limits.resource import Resource
 from aioserver.wings.cluster.grants import State

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 from aiohttp import web
 
-from aioserver.telemetry.ledger_reader import RUNNING
+from aioserver.usage.ledger_reader import RUNNING
 from tests.support.ledgers import entries_of
 from tests.support.process import serving
 from tests.support.server import provider_entry

@@ -12,7 +12,7 @@ from aiohttp import web
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from aioserver.wings.doors.hooks import HookSet
+    from aioserver.wings.hooks.hook_set import HookSet
     from tests.support.server import RunningServer
 
 

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aioserver.telemetry.ledger import Line
+from aioserver.protocol.tokens import Tokens
 from aioserver.telemetry.outcome import Part
-from aioserver.telemetry.tokens import Tokens
+from aioserver.usage.ledger import Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.keys import quota_of
-from aioserver.gateway.commands import MARKED, Commands
+from aioserver.gateway.contracts.commands import MARKED, Commands
 from aioserver.limits.gcra import Gcra
 from aioserver.providers.health import ALONE
 from aioserver.wings.cluster import claims

@@ -9,7 +9,7 @@ from aioserver.wings.responses.wing import ResponsesWing
 
 if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
-    from aioserver.gateway.histories import Asked
+    from aioserver.gateway.contracts.histories import Asked
     from aioserver.limits.shares import ByOwner
     from aioserver.server.app import Server
     from aioserver.wings.conversations.memory import Conversations

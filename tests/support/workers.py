@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
 
-from aioserver.gateway.commands import Commands
+from aioserver.gateway.contracts.commands import Commands
 from aioserver.limits.fixed_share import Scope
 from aioserver.server.listener import ListeningSocket, Site
 from aioserver.wings.cluster.limits import SharedLimits

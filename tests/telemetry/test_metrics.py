@@ -18,9 +18,8 @@ from aioserver.telemetry.counters import (
     sum_of,
 )
 from aioserver.telemetry.metrics import CANCELLED, ERROR_OUTCOMES, FACES, OK, Metrics
-from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Outcome, Part
+from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.request_log import RequestLog, RequestRecord
-from aioserver.telemetry.tokens import Tokens
 
 GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("openai", "groq")}
 
@@ -90,49 +89,6 @@ def test_leaving_and_cancelling_are_told_apart() -> None:
     assert metrics.outcomes[CANCELLED].value == 1
     assert metrics.outcomes["client_left"].value == 1
     assert metrics.outcomes[OK].value == 0
-
-
-def part(source: str = ESTIMATE, model: str = "m", cached: int | None = None) -> Part:
-    return Part("groq", model, "ok", 3, 9, source, Tokens(cached=cached))
-
-
-@pytest.mark.parametrize(
-    ("source", "asked", "answered"),
-    [
-        (PROVIDER, "provider", "provider"),
-        (MIXED, "provider", "estimate"),
-        (ESTIMATE, "estimate", "estimate"),
-    ],
-)
-def test_tokens_are_counted_by_who_has_counted_them(
-    source: str, asked: str, answered: str
-) -> None:
-    metrics = Metrics(GIVEN)
-
-    for each in (part(source), part(source, cached=2)):
-        metrics.usage.add("web", each, anew=True)
-
-    counters = metrics.usage.of_providers
-    counted = {labels[2:]: each.value for labels, each in counters.items() if each.value}
-    cached = {("cached", "provider"): 2}
-    assert counted == {("input", asked): 6, ("output", answered): 18, **cached}
-
-
-def test_tokens_that_nobody_knows_are_not_counted() -> None:
-    metrics = Metrics(GIVEN)
-
-    metrics.usage.add("web", part(NOBODY), anew=True)
-
-    assert not any(counter.value for counter in metrics.usage.of_providers.values())
-
-
-@pytest.mark.parametrize(("model", "label"), [("m", "m"), ("n", "n"), ("evil", "other")])
-def test_a_model_that_is_not_configured_is_another(model: str, label: str) -> None:
-    metrics = Metrics(GIVEN)
-
-    metrics.usage.add("web", part(model=model), anew=True)
-
-    assert metrics.usage.of_providers["groq", label, "output", "estimate"].value == 9
 
 
 def test_labels_are_fixed() -> None:

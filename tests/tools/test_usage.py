@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from aioserver.telemetry.ledger_reader import COLUMNS
 from aioserver.tools.usage import command
+from aioserver.usage.ledger_reader import COLUMNS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,8 +186,8 @@ def test_it_reads_stdin_and_imports_nothing_of_the_server() -> None:
     assert lines[2].split() == [
         "aioserver.commands",
         "aioserver.commands.options",
-        "aioserver.telemetry",
-        "aioserver.telemetry.ledger_reader",
         "aioserver.tools",
         "aioserver.tools.usage",
+        "aioserver.usage",
+        "aioserver.usage.ledger_reader",
     ]

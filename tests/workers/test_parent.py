@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from aioserver.config.x509 import certificates
+from aioserver.files.x509 import certificates
 from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
 from tests.support.keys import COOKIE, bearer, cookie, key_of, keys_of

@@ -8,4 +8,7 @@ The *reading* of a request leaves its values the bytes that they were, and bound
 those of functions that every engine takes. A *chunk* of the answer is taken apart into texts and
 pieces of calls, whatever names and orders an engine has for them, and a *whole* answer, in steps,
 into the same.
+
+A *hosted* tool is one that nobody but a provider could run. The *words* of a body are the names
+that engines may not know, and a *refusal* says which word one does not.
 """

@@ -7,4 +7,7 @@
 - With the URL of a running **server**, they are about the road from a client to it, through
   whatever proxy stands in front: the requests that it lets pass, the **arrivals** of streamed
   events, and the **silence** that it bears.
+
+- A **certificate** is that of the listener, and a **group** has the members that can answer for one
+  name of a model. The `command` is the command line.
 """

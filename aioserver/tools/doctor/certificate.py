@@ -8,12 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aioserver.config import x509
-from aioserver.config.certificates import day, ends_soon, first_end
+from aioserver.files import x509
+from aioserver.files.certificates import day, ends_soon, first_end
 
 if TYPE_CHECKING:
     from aioserver.config.settings import Tls
-    from aioserver.config.x509 import Certificate
+    from aioserver.files.x509 import Certificate
     from aioserver.tools.doctor.findings import Report
 
 SUBJECT = "tls"

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from yarl import URL
 
-from aioserver.config.certificates import client_context
 from aioserver.config.llm import INSTRUCT, NO_CONTINUATION, PREFIXED
-from aioserver.config.watched_files import WatchedFiles
 from aioserver.faces.wing import Core, Wing
+from aioserver.files.certificates import client_context
+from aioserver.files.watched_files import WatchedFiles
 from aioserver.gateway.bridging import ABSENT_STATUSES, ChatMemory
 from aioserver.gateway.continuation import continued
 from aioserver.gateway.probe import ARGUMENT

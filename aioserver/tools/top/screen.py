@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from aioserver.config.certificates import ends_soon
+from aioserver.files.certificates import ends_soon
 from aioserver.monitoring.troubles import count
 from aioserver.tools.remote import printable
 

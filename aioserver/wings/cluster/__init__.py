@@ -25,4 +25,11 @@ reads the stream at another instance has a *mirror* there; the owner's side of i
 reader like any other, which sends the log as *blocks* of bytes for as long as it has *credit*.
 Logs that have ended are *handed over* to the server when their owner stops. The turns of
 *conversations* that clients name are there, too.
+
+The *renewer* carries renewals over a *connection* to the server, and hears *subscriptions*. An
+instance's *membership* lasts from its start to its end; its *peers* are the other ones. A *leased*
+capacity is that of a resource whose places are granted. Of a key's tokens, the *shared budget* is
+what an instance has in hand, and the *shared tally* what it knows of the server's count; *shared
+tokens* are a provider's. The *log codec* writes logs as bytes, *remote streams* are those of all
+instances, and *totals* the operating pages of all.
 """

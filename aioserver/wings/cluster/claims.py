@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from aioserver.gateway.commands import FULL
+from aioserver.gateway.contracts.commands import FULL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioserver.gateway.commands import Commands
+    from aioserver.gateway.contracts.commands import Commands
 
 # Seconds for which a claim lives that is not renewed, beyond the stream's window, and between two
 # renewals.

@@ -20,7 +20,7 @@ from aioserver.wings.cluster.peer_messages import Malformed
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
-    from aioserver.gateway.instances import Start
+    from aioserver.gateway.contracts.instances import Start
     from aioserver.providers.api import Api
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream

@@ -26,7 +26,7 @@ import msgspec
 
 from aioserver.auth.sessions import SECRET_BYTES
 from aioserver.config.faults import ConfigurationError
-from aioserver.gateway.commands import Commands, Connection
+from aioserver.gateway.contracts.commands import Commands, Connection
 from aioserver.wings.cluster.bus import Bus, RedisBus, RedisCommands
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
 from aioserver.wings.cluster.grants import State

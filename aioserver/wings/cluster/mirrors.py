@@ -26,7 +26,7 @@ from aioserver.wings.cluster.peer_messages import Attach, Credit, Detach, Fault,
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from aioserver.gateway.instances import Start
+    from aioserver.gateway.contracts.instances import Start
     from aioserver.providers.api import Api
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream

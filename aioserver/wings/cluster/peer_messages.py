@@ -47,7 +47,7 @@ class Fault(msgspec.Struct, array_like=True):
 
 class Attach(msgspec.Struct, array_like=True, tag=1):
     """Send me the log of a caller's stream from *after* on, at most *credit* bytes: see
-    `gateway.instances.Start`.
+    `gateway.contracts.instances.Start`.
     """
 
     link: int

@@ -40,8 +40,8 @@ from aioserver.wings.cluster.peer_messages import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from aioserver.gateway.contracts.instances import Start
     from aioserver.gateway.gateway import Gateway
-    from aioserver.gateway.instances import Start
     from aioserver.providers.api import Api
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.bus import Bus, MakeBus

@@ -1,5 +1,5 @@
 """The streams of all instances, as the gateway of one of them sees them: see
-`gateway.instances.Instances`.
+`gateway.contracts.instances.Instances`.
 
     claim     claims.py: this instance answers, or another does (a mirror), or one that has stopped
               did (its log)
@@ -23,8 +23,8 @@ import msgspec
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown, StreamNotFound
-from aioserver.gateway.commands import KNOWN_TIMEOUT, TIMEOUT, name_of, unknown
-from aioserver.gateway.instances import NOT_FOUND, Start
+from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, TIMEOUT, name_of, unknown
+from aioserver.gateway.contracts.instances import NOT_FOUND, Start
 from aioserver.streams.entries import ERROR
 from aioserver.streams.stream import Remote
 from aioserver.telemetry.counters import Counter
@@ -46,7 +46,7 @@ from aioserver.wings.cluster.peers import Peers
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from aioserver.gateway.commands import Commands
+    from aioserver.gateway.contracts.commands import Commands
     from aioserver.gateway.gateway import Gateway
     from aioserver.gateway.request import Request
     from aioserver.providers.api import Api

@@ -15,7 +15,7 @@ import msgspec
 from aioserver.monitoring.fold import Fold, Report, add_histories, once
 from aioserver.monitoring.verdict import Lately
 from aioserver.telemetry.counters import Counter, Histogram, RecentBuckets, Share
-from aioserver.telemetry.sums import MAX_CHILDREN, together
+from aioserver.usage.sums import MAX_CHILDREN, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState, History, Incident, Snapshot
     from aioserver.telemetry.metrics import Family
-    from aioserver.telemetry.sums import Day
+    from aioserver.usage.sums import Day
     from aioserver.wings.cluster.peers import Peers
 
 # What an instance is asked for.

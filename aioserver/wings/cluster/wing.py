@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from aioserver.faces.wing import Routes, Wing
-from aioserver.gateway.sharing import Sharing
+from aioserver.gateway.contracts.sharing import Sharing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
-    from aioserver.gateway.commands import Commands
+    from aioserver.gateway.contracts.commands import Commands
     from aioserver.monitoring.monitor import Monitor
     from aioserver.providers.provider import Provider
     from aioserver.wings.cluster.remote_streams import RemoteStreams

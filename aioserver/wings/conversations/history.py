@@ -19,7 +19,7 @@ import msgspec
 from msgspec.structs import replace
 
 from aioserver.errors import ConversationNotFound, HistoryUnavailable
-from aioserver.gateway.histories import Asked
+from aioserver.gateway.contracts.histories import Asked
 from aioserver.limits.shares import ByOwner
 from aioserver.wings.conversations.turn import Turn, counted_tokens
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Context, Persistence
-    from aioserver.gateway.histories import Answered, Begun
+    from aioserver.gateway.contracts.histories import Answered, Begun
     from aioserver.wings.conversations.memory import Conversations
     from aioserver.wings.conversations.turn import Dialogue, Page, Position
 

@@ -11,7 +11,7 @@ them, too (`wings.conversations.memory`): while the server is away, a conversati
 what is known here. What is kept is bounded as the settings say, and forgotten a day after the last
 turn.
 
-A conversation is a list of turns, and an item (gateway/commands.py): where there is no room,
+A conversation is a list of turns, and an item (gateway/contracts/commands.py): where there is no room,
 whoever keeps most loses those that rested for longest. A deletion is remembered, for answers that
 run meanwhile, and for instances that know the conversation still; but only where there are turns,
 or marks of questions. Each caller has a list of its conversations by their last turn; without keys
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from msgspec.structs import astuple, replace
 
-from aioserver.gateway.commands import (
+from aioserver.gateway.contracts.commands import (
     BUSY_PAUSES,
     ITEM_OVERHEAD,
     ITEMS,
@@ -42,7 +42,7 @@ from aioserver.gateway.commands import (
     MAX_KEPT,
     name_of,
 )
-from aioserver.gateway.histories import Begun
+from aioserver.gateway.contracts.histories import Begun
 from aioserver.wings.conversations.history import Loaded, StorageStats
 from aioserver.wings.conversations.turn import Page, Position, Summary, Turn, title_of
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Persistence
-    from aioserver.gateway.commands import Commands
+    from aioserver.gateway.contracts.commands import Commands
     from aioserver.wings.conversations.memory import Conversations
 
 # Seconds for which a conversation is kept after its last turn.

@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
 
-from aioserver.gateway.commands import awaited
+from aioserver.gateway.contracts.commands import awaited
 from aioserver.wings.conversations import sqlite_file
 from aioserver.wings.conversations.history import Loaded, StorageStats, Trouble
 from aioserver.wings.conversations.sqlite_file import UNREADABLE, Broken, trouble, trouble_of
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Persistence
-    from aioserver.gateway.histories import Begun
+    from aioserver.gateway.contracts.histories import Begun
     from aioserver.telemetry.counters import Counter
     from aioserver.wings.conversations.redis import LateTurns
 

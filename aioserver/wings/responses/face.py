@@ -30,7 +30,7 @@ from aioserver.faces import http, openai, passthrough
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import caller_of, client_headers, idempotency_key, read_model_body
 from aioserver.faces.ready import HIGH_WATER
-from aioserver.gateway.instances import Start
+from aioserver.gateway.contracts.instances import Start
 from aioserver.gateway.request import Request
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all

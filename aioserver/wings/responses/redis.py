@@ -9,7 +9,7 @@ neither the caller nor the id stands in it.
 A response is a hash with its `data`, its own input and output, and the name of the `previous` one;
 a conversation is read along these names. A response lives for its window, and those before it at
 least as long: they are given twice the window, so that a new turn seldom has to look further back
-than to the one before it. Each is an item of its owner (gateway/commands.py): where there is no
+than to the one before it. Each is an item of its owner (gateway/contracts/commands.py): where there is no
 room, whoever keeps most loses those that nothing has continued for longest.
 
 One that is deleted is found no longer. It is kept for those that have continued it, if there are
@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.gateway.commands import (
+from aioserver.gateway.contracts.commands import (
     BUSY_PAUSES,
     FULL,
     ITEM_OVERHEAD,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from aioserver.auth.callers import Caller
-    from aioserver.gateway.commands import Commands
+    from aioserver.gateway.contracts.commands import Commands
 
 T = TypeVar("T")
 

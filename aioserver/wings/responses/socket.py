@@ -32,7 +32,7 @@ from aioserver.faces.intake import session_of
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.calls import shutdown_error
-from aioserver.gateway.instances import Start
+from aioserver.gateway.contracts.instances import Start
 from aioserver.protocol.json_body import STEP_BYTES, NotUtf8
 from aioserver.streams.formats import WS_TEXT, ws_frame
 from aioserver.wings.responses import face as responses

@@ -16,4 +16,6 @@ tests. A request meets these words in this order:
   is good but written in a rare form.
 - The **exchange** (`exchange`) is one request on its connection: it writes the answer token by
   token, and has the steps that faults are made of, such as a stall or a TCP reset.
+
+- The **engine** has a prefix cache, as far as its time goes. Answers may have Anthropic's form, too.
 """

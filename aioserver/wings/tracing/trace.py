@@ -18,8 +18,8 @@ import msgspec
 from yarl import URL
 
 from aioserver.errors import AioserverError
+from aioserver.protocol.tokens import tokens_of
 from aioserver.telemetry.bookkeeping import bookkeeping, first, nothing
-from aioserver.telemetry.tokens import tokens_of
 from aioserver.telemetry.tracer import Fast_co
 from aioserver.wings.tracing.otlp import Context
 

@@ -21,7 +21,7 @@ from aioserver.errors import (
     ServerShutdown,
     StreamNotFound,
 )
-from aioserver.gateway.instances import FROM_START, Start
+from aioserver.gateway.contracts.instances import FROM_START, Start
 from aioserver.provider_errors import ProviderRateLimited
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, TextEntry
 from aioserver.streams.lifetime import Lifetime

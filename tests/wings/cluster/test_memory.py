@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.gateway.commands import Commands
+from aioserver.gateway.contracts.commands import Commands
 from aioserver.wings.cluster.bus import RedisCommands
 from aioserver.wings.cluster.claims import Claims
 from aioserver.wings.cluster.leases import Leases

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.gateway.commands import ITEM_OVERHEAD, Commands
+from aioserver.gateway.contracts.commands import ITEM_OVERHEAD, Commands
 from aioserver.wings.cluster.bus import RedisBus, RedisCommands, channel_of
 from aioserver.wings.cluster.claims import (
     CONFLICT,

@@ -11,7 +11,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from aioserver.auth.callers import Caller
-from aioserver.gateway.commands import Commands
+from aioserver.gateway.contracts.commands import Commands
 from aioserver.streams.store import StreamStore
 from aioserver.wings.responses import redis as shared_responses
 from aioserver.wings.responses import stored

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trustme
 
-from aioserver.gateway.commands import Commands
+from aioserver.gateway.contracts.commands import Commands
 from aioserver.wings.cluster.bus import RedisBus, RedisCommands
 from aioserver.wings.cluster.claims import OURS, Claims, Renewal
 from aioserver.wings.cluster.connection import CallFailed, Connection

@@ -100,7 +100,7 @@ def slow_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is shared gets there after a while, for which each answer waits, however busy the
     machine is.
     """
-    monkeypatch.setattr("aioserver.gateway.commands.WRITE_TIMEOUT", 60.0)
+    monkeypatch.setattr("aioserver.gateway.contracts.commands.WRITE_TIMEOUT", 60.0)
 
     def late(write: Any) -> Any:
         async def after_a_while(*args: Any, **kwargs: Any) -> Any:

@@ -12,9 +12,9 @@ from aioserver.auth.access import Access
 from aioserver.config.settings import Auth, Jwt, Role
 from aioserver.errors import ConcurrencyExceeded
 from aioserver.wings.cluster.limits import SharedLimits
-from aioserver.wings.doors.issuer import Issuer
-from aioserver.wings.doors.signatures import read_keys
-from aioserver.wings.doors.token_callers import IDLE, TokenCallers
+from aioserver.wings.jwt.issuer import Issuer
+from aioserver.wings.jwt.signatures import read_keys
+from aioserver.wings.jwt.token_callers import IDLE, TokenCallers
 from tests.support.issuer import AUDIENCE, ISSUER, SigningKey, claims, jwks
 from tests.support.reference_server import ReferenceServer
 from tests.support.turns import Turn

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from aioserver.errors import StreamNotFound
-from aioserver.gateway import commands
+from aioserver.gateway.contracts import commands
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, resume, to_end, until_status
 from tests.support.pairs import FORGETFUL, Pair, pair_in

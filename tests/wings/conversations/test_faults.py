@@ -18,8 +18,8 @@ import pytest
 
 from aioserver.config.settings import Context
 from aioserver.errors import HistoryUnavailable
-from aioserver.gateway.commands import Commands
-from aioserver.gateway.histories import Answered
+from aioserver.gateway.contracts.commands import Commands
+from aioserver.gateway.contracts.histories import Answered
 from aioserver.wings.conversations import sqlite
 from aioserver.wings.conversations.history import History
 from aioserver.wings.conversations.memory import Conversations

@@ -11,8 +11,8 @@ import pytest
 from aioserver.auth.callers import Caller, anonymous
 from aioserver.config.chat import Context, Persistence
 from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
-from aioserver.gateway.commands import KNOWN_TIMEOUT, Commands, answer_of
-from aioserver.gateway.instances import Start
+from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, Commands, answer_of
+from aioserver.gateway.contracts.instances import Start
 from aioserver.streams.entries import CHUNK, COMPLETE
 from aioserver.streams.stream import Stream
 from aioserver.wings.cluster import handover

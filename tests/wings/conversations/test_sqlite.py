@@ -15,7 +15,7 @@ import pytest
 from aioserver.auth.callers import Caller, anonymous
 from aioserver.config.settings import Context
 from aioserver.errors import ConversationNotFound
-from aioserver.gateway.histories import Answered, Asked
+from aioserver.gateway.contracts.histories import Answered, Asked
 from aioserver.telemetry.counters import Counter
 from aioserver.wings.conversations import sqlite
 from aioserver.wings.conversations.history import History

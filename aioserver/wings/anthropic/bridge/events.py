@@ -29,7 +29,7 @@ import orjson
 from aioserver.protocol.bridging.chunks import ITEM_BYTES, REASONING, REFUSAL, ChunkReader
 from aioserver.protocol.openai import BadEvent
 from aioserver.protocol.said import MAX_SAID
-from aioserver.telemetry.tokens import tokens_of
+from aioserver.protocol.tokens import tokens_of
 from aioserver.wings.anthropic.bridge import ids
 from aioserver.wings.anthropic.bridge.arguments import Scanner
 from aioserver.wings.anthropic.bridge.blocks import SIGNATURE

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import orjson
 
-from aioserver.telemetry.tokens import tokens_of
+from aioserver.protocol.tokens import tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

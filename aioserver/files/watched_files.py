@@ -1,0 +1,159 @@
+"""Files beside the configuration that are read again once they have changed: certificates, keys.
+
+Each LOOK seconds, and at SIGHUP, the files are looked at with stat(2), which follows links: a file
+may be written in place, be replaced by another one of its name, or a link in front of it may lead
+elsewhere, as in a volume of Kubernetes. A change is read in a thread, since a file system may
+hang, and put in effect in one step of the event loop.
+
+Whoever writes a file may not be done, and two files that belong together are never replaced at
+once. So a change that cannot be used alters nothing: what was read before stays in effect, and
+each look tries again. Only after PATIENCE seconds is there one warning, and one incident.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+    from typing import NoReturn
+
+logger = logging.getLogger("aioserver.files")
+
+# Seconds between two looks.
+LOOK = 2.0
+# Seconds for which a change may be useless before somebody is told.
+PATIENCE = 10.0
+
+
+class _Watch:
+    """Files that are read together; see `WatchedFiles.add`."""
+
+    def __init__(
+        self,
+        kind: str,
+        paths: Callable[[], Iterable[str]],
+        prepare: Callable[[], Callable[[], Awaitable[None] | None] | None],
+    ) -> None:
+        self.kind, self.paths, self.prepare = kind, paths, prepare
+        # How the files were when what is in effect was read; None: nobody knows.
+        self.seen: object = None
+        # When they could not be used for the first time, in the loop's time, and whether that was
+        # reported.
+        self.failing_since: float | None = None
+        self.reported = False
+
+
+class WatchedFiles:
+    """Reads files again when they have changed.
+
+    Always: one look is under way at a time, and what it has read is put in effect before the next
+    one begins. A file that changes while it is read is read once more.
+
+    *report* is called with the kind and the text of an incident. Nothing is looked at by itself
+    before `begin`; call `close` at the end.
+    """
+
+    def __init__(self, report: Callable[[str, str], None]) -> None:
+        self._report = report
+        self._watches: list[_Watch] = []
+        self._looking = asyncio.Lock()
+        self._task: asyncio.Task[NoReturn] | None = None
+        self._begun = False
+
+    def add(
+        self,
+        kind: str,
+        paths: Callable[[], Iterable[str]],
+        prepare: Callable[[], Callable[[], Awaitable[None] | None] | None],
+    ) -> None:
+        """Watch the files whose *paths* are returned now; a reload may name others.
+
+        *kind* is that of the incident. *prepare* is called in a thread: it reads the files, and
+        returns what puts their content in effect, which is called in the event loop and may be a
+        coroutine function; None if nothing is to be done. Both raise OSError or ValueError, with a text that holds no secret, where the content cannot be used. The first
+        look reads the files, as they may have changed since the start.
+        """
+        self._watches.append(_Watch(kind, paths, prepare))
+        if self._begun:
+            self.begin()
+
+    def begin(self) -> None:
+        """Look from time to time, as soon as there is anything to be watched."""
+        self._begun = True
+        if self._watches and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def look(self, *, again: bool = False) -> None:
+        """Read the files that have changed, or all of them *again*, and put them in effect.
+
+        Cancelling this may leave a change to the next look.
+        """
+        async with self._looking:
+            for watch in self._watches:
+                if again:
+                    watch.seen = None
+                await self._look_at(watch)
+
+    async def close(self) -> None:
+        """Watch no more."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def _run(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(LOOK)
+            await self.look()
+
+    async def _look_at(self, watch: _Watch) -> None:
+        # In this order: what changes after the first is seen at the next look.
+        paths = tuple(watch.paths())
+        stamps = await asyncio.to_thread(_stamps, paths) if paths else []
+        if stamps == watch.seen:
+            watch.failing_since, watch.reported = None, False
+            return
+        try:
+            put_in_effect = await asyncio.to_thread(watch.prepare)
+            if put_in_effect is not None:
+                waiting = put_in_effect()
+                if inspect.isawaitable(waiting):
+                    await waiting
+        except (OSError, ValueError) as exc:
+            self._fail(watch, exc)
+            return
+        except Exception as bug:
+            logger.exception("bug in reading a file again")
+            self._fail(watch, bug)
+            return
+        watch.seen, watch.failing_since, watch.reported = stamps, None, False
+
+    def _fail(self, watch: _Watch, fault: Exception) -> None:
+        now = asyncio.get_running_loop().time()
+        if watch.failing_since is None:
+            watch.failing_since = now
+        if now - watch.failing_since >= PATIENCE and not watch.reported:
+            watch.reported = True
+            text = f"what was read before stays in effect: {fault}"
+            logger.warning("%s: %s", watch.kind, text)
+            self._report(watch.kind, text)
+
+
+def _stamps(paths: Iterable[str]) -> object:
+    """Return what differs once one of the files of *paths* is another or has been written."""
+    return [(path, _stamp(path)) for path in paths]
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a Path for each look is not needed
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

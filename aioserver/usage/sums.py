@@ -1,0 +1,325 @@
+"""What callers have spent: tokens by caller, provider and model, today and yesterday, in memory.
+
+They are what `GET /usage` shows, and the metrics of tokens. They are counted whether there is a
+ledger or not, and begin at 0 with the process.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypedDict
+
+from aioserver.telemetry.counters import Counter
+from aioserver.telemetry.outcome import ESTIMATE, NOBODY, PROVIDER
+from aioserver.usage.ledger_reader import COLUMNS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+
+    from aioserver.config import settings
+    from aioserver.telemetry.outcome import Part
+
+# Rows of a day, and of these those of one caller with models that nobody has configured: their
+# names come from clients. Beyond, the model of a row is OTHER.
+MAX_ROWS, MAX_UNKNOWN = 10_000, 100
+# Children of the metric by caller; beyond, the caller of a child is OTHER.
+MAX_CHILDREN = 10_000
+# Days whose rows are kept: today, yesterday, and one that a clock has shown for a moment.
+MAX_DAYS = 3
+# Characters of a model's name.
+MAX_NAME = 200
+OTHER = "other"
+KINDS = ("input", "cached", "cache_write", "output", "reasoning", "audio")
+# Types and sources of the metric by provider.
+OF_PROVIDERS = (
+    *((kind, PROVIDER) for kind in ("input", "cached", "output")),
+    *((kind, ESTIMATE) for kind in ("input", "output")),
+)
+SECONDS_OF_A_DAY = 86_400
+
+
+class Day(TypedDict):
+    """The rows of one *day*, `2026-11-28` (UTC)."""
+
+    day: str
+    rows: list[dict[str, str | int]]
+
+
+class _Row:
+    """What one caller has spent at one provider for one model on one day.
+
+    Of what was asked and answered, so much is estimated. *told* is how much of its `counts` the
+    children of the metrics have, whose caller is *label*.
+    """
+
+    __slots__ = (
+        *("requests", "repeats", "asked", "cached", "cache_write", "answered", "reasoning"),
+        *("audio", "estimated_asked", "estimated_answered", "told", "label"),
+    )
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        # Attempts: the first of each request, and all others.
+        self.requests = self.repeats = 0
+        self.asked = self.cached = self.cache_write = 0
+        self.answered = self.reasoning = self.audio = 0
+        self.estimated_asked = self.estimated_answered = 0
+        self.told = (0,) * (len(KINDS) + 2)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Its tokens, in the order of KINDS."""
+        return (
+            *(self.asked, self.cached, self.cache_write),
+            *(self.answered, self.reasoning, self.audio),
+        )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Its tokens by kind, and those that are estimated."""
+        return *self.kinds, self.estimated_asked, self.estimated_answered
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """It in the order of COLUMNS."""
+        estimated = self.estimated_asked + self.estimated_answered
+        return self.requests, self.requests + self.repeats, *self.kinds, estimated
+
+
+class _Total:
+    """All rows of one caller on the present day, and how many are of models that nobody has
+    configured.
+    """
+
+    __slots__ = ("rows", "unknown")
+
+    def __init__(self) -> None:
+        self.rows: list[_Row] = []
+        self.unknown = 0
+
+
+_NOTHING: tuple[dict[tuple[str, str, str], _Row], dict[str, object]] = {}, {}
+
+
+class CallerSums:
+    """Counts what attempts have cost.
+
+    Always: each day has at most MAX_ROWS rows, and MAX_CHILDREN children of the metric by caller
+    are there, besides those of OTHER. If the clock goes to another day and comes back, each day
+    has what was counted on it.
+
+    An attempt changes its row alone: the children of the metrics are told when somebody looks.
+
+    *configured* has the pairs of a provider and a model that the settings name. A provider that is
+    no longer among them keeps its numbers.
+    """
+
+    def __init__(self, wall: Callable[[], float] = time.time) -> None:
+        self._wall = wall
+        # The day by its number, from when on the clock shows it, and until when.
+        self._day, self._began, self._midnight = 0, 0, 0
+        self.configured: Container[tuple[str, str]] = frozenset()
+        # The rows and the callers of today, and of the days that were shown last.
+        self._rows: dict[tuple[str, str, str], _Row] = {}
+        self._totals: dict[str, _Total] = {}
+        self._days = {self._day: (self._rows, self._totals)}
+        # The children of the metrics: by caller, provider, model and kind; of estimated tokens by
+        # caller; and by provider, model, type and source.
+        self._tokens: dict[tuple[str, ...], Counter] = {}
+        self._estimated: dict[str, Counter] = {}
+        self._of_providers: dict[tuple[str, ...], Counter] = {}
+
+    def add(self, caller: str, part: Part, label: str | None = None, *, anew: bool) -> None:
+        """Count *part* of a request of *caller*; *anew*: the first that it has at this provider,
+        for this model. *label*: what metrics call the caller, if not by its name.
+        """
+        if not self._began <= self._wall() < self._midnight:
+            self._turn()
+        row = self._rows.get((caller, part.provider, part.model))
+        if row is None:
+            name = caller if label is None else label
+            row = self._row(caller, name, part.provider, part.model[:MAX_NAME])
+        if anew:
+            row.requests += 1
+        else:
+            row.repeats += 1
+        if part.source != PROVIDER:
+            if part.source == NOBODY:
+                return
+            row.estimated_answered += part.tokens_out
+            if part.source == ESTIMATE:
+                row.estimated_asked += part.tokens_in
+        row.asked += part.tokens_in
+        row.answered += part.tokens_out
+        tokens = part.tokens
+        if tokens.cached:
+            row.cached += tokens.cached
+        if tokens.reasoning or tokens.cache_write or tokens.audio_in or tokens.audio_out:
+            row.cache_write += tokens.cache_write
+            row.reasoning += tokens.reasoning
+            row.audio += tokens.audio_in + tokens.audio_out
+
+    @property
+    def tokens(self) -> dict[tuple[str, ...], Counter]:
+        """The children of the metric by caller, provider, model and kind."""
+        self._tell()
+        return self._tokens
+
+    @property
+    def estimated(self) -> dict[str, Counter]:
+        """The children of the metric of estimated tokens, by caller."""
+        self._tell()
+        return self._estimated
+
+    @property
+    def of_providers(self) -> dict[tuple[str, ...], Counter]:
+        """The children of the metric by provider, model, type and source."""
+        self._tell()
+        return self._of_providers
+
+    def apply(
+        self, providers: Mapping[str, settings.Provider], groups: Mapping[str, settings.Group]
+    ) -> None:
+        """Count the models of *providers* and *groups* by their names from now on."""
+        self.configured = {
+            (name, model)
+            for name, provider in providers.items()
+            for model in (provider.model, *provider.models)
+        } | {
+            (member.provider, model)
+            for group in groups.values()
+            for member in group.members
+            if (model := member.model) is not None
+        }
+        for name, provider in providers.items():
+            for model in dict.fromkeys((provider.model, *provider.models, OTHER)):
+                for kind, source in OF_PROVIDERS:
+                    self._of_providers.setdefault((name, model, kind, source), Counter())
+
+    def today(self, caller: str) -> int:
+        """Return all tokens of *caller* on this day."""
+        self._turn()
+        total = self._totals.get(caller)
+        return 0 if total is None else sum(row.asked + row.answered for row in total.rows)
+
+    def days(self, caller: str | None = None) -> list[Day]:
+        """Return the rows of today and of yesterday, of all callers or of *caller* alone."""
+        self._turn()
+        return [
+            {
+                "day": _name(day),
+                "rows": [
+                    {
+                        "caller": owner,
+                        "provider": provider,
+                        "model": model,
+                        **dict(zip(COLUMNS, row.columns, strict=True)),
+                    }
+                    for (owner, provider, model), row in sorted(rows.items(), key=_by_name)
+                    if caller is None or owner == caller
+                ],
+            }
+            for day in (self._day, self._day - 1)
+            for rows, _totals in (self._days.get(day, _NOTHING),)
+        ]
+
+    def _turn(self) -> None:
+        """Go to the day that it is, if it is another."""
+        now = self._wall()
+        if self._began <= now < self._midnight:
+            return
+        self._tell()
+        self._day = day = int(now // SECONDS_OF_A_DAY)
+        self._rows, self._totals = self._days[day] = self._days.pop(day, ({}, {}))
+        # The children of the metric stay.
+        while len(self._days) > MAX_DAYS:
+            del self._days[next(iter(self._days))]
+        self._began, self._midnight = day * SECONDS_OF_A_DAY, (day + 1) * SECONDS_OF_A_DAY
+
+    def _row(self, caller: str, label: str, provider: str, model: str) -> _Row:
+        """Return the row of today for these names, or for the model OTHER.
+
+        Where there are too many rows, a new caller with a token has those of its role.
+        """
+        if label != caller and caller not in self._totals and len(self._rows) >= MAX_ROWS:
+            caller = label
+        total = self._totals.get(caller)
+        if total is None:
+            total = self._totals[caller] = _Total()
+            self._estimated.setdefault(label, Counter())
+        row = self._rows.get((caller, provider, model))
+        if row is None:
+            unknown = (provider, model) not in self.configured
+            if model != OTHER and (
+                len(self._rows) >= MAX_ROWS or (unknown and total.unknown >= MAX_UNKNOWN)
+            ):
+                return self._row(caller, label, provider, OTHER)
+            total.unknown += unknown
+            row = self._rows[caller, provider, model] = _Row(label)
+            total.rows.append(row)
+        return row
+
+    def _tell(self) -> None:
+        """Have the children of the metrics count all that the rows of today do."""
+        for (_, provider, model), row in self._rows.items():
+            counts = row.counts
+            if counts == row.told:
+                continue
+            *more, asked, answered = [
+                count - told for count, told in zip(counts, row.told, strict=True)
+            ]
+            row.told = counts
+            for kind, count in zip(KINDS, more, strict=True):
+                if count:
+                    self._child(row.label, provider, model, kind).value += count
+            self._estimated[row.label].value += asked + answered
+            known = (provider, model, "output", PROVIDER) in self._of_providers
+            for kind, source, count in (
+                ("input", PROVIDER, more[0] - asked),
+                ("input", ESTIMATE, asked),
+                ("cached", PROVIDER, more[1]),
+                ("output", PROVIDER, more[3] - answered),
+                ("output", ESTIMATE, answered),
+            ):
+                labels = provider, model if known else OTHER, kind, source
+                if count:
+                    self._of_providers.setdefault(labels, Counter()).value += count
+
+    def _child(self, caller: str, provider: str, model: str, kind: str) -> Counter:
+        """Return the child of the metric, which is made now, unless there are too many."""
+        if (provider, model) not in self.configured:
+            model = OTHER
+        labels = caller, provider, model, kind
+        if labels not in self._tokens and len(self._tokens) >= MAX_CHILDREN:
+            labels = OTHER, provider, model, kind
+        return self._tokens.setdefault(labels, Counter())
+
+
+def together(several: Iterable[Sequence[Day]]) -> list[Day]:
+    """Return the two newest days of those that several instances show, with their rows added
+    up.
+    """
+    days: dict[str, dict[tuple[str, str, str], dict[str, str | int]]] = {}
+    for each in several:
+        for day in each:
+            rows = days.setdefault(day["day"], {})
+            for row in day["rows"]:
+                name = str(row["caller"]), str(row["provider"]), str(row["model"])
+                known = rows.get(name)
+                if known is None:
+                    rows[name] = dict(row)
+                else:
+                    known |= {each: int(known[each]) + int(row[each]) for each in COLUMNS}
+    newest = sorted(days, reverse=True)[:2]
+    return [
+        {"day": day, "rows": [days[day][name] for name in sorted(days[day])]} for day in newest
+    ]
+
+
+def _name(day: int) -> str:
+    return datetime.fromtimestamp(day * SECONDS_OF_A_DAY, UTC).strftime("%Y-%m-%d")
+
+
+def _by_name(item: tuple[tuple[str, str, str], _Row]) -> tuple[str, str, str]:
+    return item[0]

@@ -1,0 +1,318 @@
+"""The callers of tokens: verified once, remembered, bounded.
+
+A token is found by its SHA-256 among those that were verified; another one is read, checked and
+verified (token.py) with the keys of its issuer (issuer.py). What is refused is not remembered: who
+attacks changes a byte. All tokens of one name share one quota, whose limits are those of the role
+in the newest of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from aioserver.auth.callers import SKEW
+from aioserver.auth.keys import ENDED, caller_of, limit, quota_of
+from aioserver.auth.tokens import PREFIX, Tokens, Undecided
+from aioserver.config.schema import fields
+from aioserver.config.settings import ClientKey, Limits
+from aioserver.errors import AuthUnavailable, ServerAtCapacity, SessionEnded, TokenRefused
+from aioserver.files.certificates import day
+from aioserver.wings.jwt.token import Claims, read, refused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aioserver.auth.callers import Caller
+    from aioserver.auth.keys import MakeQuota
+    from aioserver.config.settings import Jwt, Role
+    from aioserver.limits.quota import Quota
+    from aioserver.wings.jwt.issuer import Issuer
+
+# Tokens that are remembered as verified, and callers.
+MAX_TOKENS, MAX_CALLERS = 4096, 10_000
+# Seconds after which a caller may be forgotten: its body may be under way for as long, and a
+# minute's worth of starts is whole again.
+IDLE = 60.0
+# Callers that are looked at for one that may be forgotten.
+LOOKS = 64
+
+
+class _Person:
+    """The memory of one name."""
+
+    __slots__ = ("forgotten", "quota", "role", "used")
+
+    def __init__(self, quota: Quota, role: str) -> None:
+        self.quota, self.role = quota, role
+        # When a token of it came last, by the monotonic clock.
+        self.used = 0.0
+        self.forgotten = False
+
+
+class _Verified(NamedTuple):
+    """A token that was verified: *expiry* is in wall time."""
+
+    caller: Caller
+    person: _Person
+    expiry: float
+
+
+class TokenCallers(Tokens):
+    """The callers of tokens, as the settings `auth.jwt` say.
+
+    Always: at most MAX_TOKENS tokens and MAX_CALLERS callers are remembered; one that is forgotten
+    has nothing running, open or waiting, and its limits are as those of a new one.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        max_callers: int = MAX_CALLERS,
+    ) -> None:
+        # Wall time, in which tokens expire, and the other.
+        self._clock, self._monotonic = clock, monotonic
+        self._max_callers = max_callers
+        self._make_quota: MakeQuota = quota_of
+        self._jwt: Jwt | None = None
+        self._issuer: Issuer | None = None
+        self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
+        # By name; the one that has come last is the last.
+        self._people: OrderedDict[str, _Person] = OrderedDict()
+        self._begun_day, self._spent = "", dict[str, int]()
+
+    def use(self, make_quota: MakeQuota) -> None:
+        """Make quotas by *make_quota* from now on."""
+        self._make_quota = make_quota
+
+    def use_issuer(self, issuer: Issuer | None) -> None:
+        """Verify with the keys of *issuer* from now on."""
+        self._issuer = issuer
+
+    def apply(self, jwt: Jwt | None) -> frozenset[str]:
+        """Accept tokens as *jwt* says from now on; see `Tokens.apply`."""
+        old, self._jwt = self._jwt, jwt
+        if jwt == old:
+            return frozenset()
+        self._verified.clear()
+        revoked = set()
+        same = jwt is not None and old is not None and identity(jwt) == identity(old)
+        for name, person in tuple(self._people.items()):
+            role = jwt.limits.get(person.role) if jwt is not None and same else None
+            if role is None:
+                revoked.add(name)
+                del self._people[name]
+                person.forgotten = True
+                person.quota.revoke()
+            else:
+                assert old is not None
+                limit(person.quota, role)
+                before = old.limits.get(person.role)
+                if before is not None and before.admin and not role.admin:
+                    person.quota.demote()
+        return frozenset(revoked)
+
+    def caller(self, token: bytes, digest: bytes) -> Caller:
+        """Return the caller of *token*; see `Tokens.caller`."""
+        verified = self._verified.get(digest)
+        if verified is not None:
+            caller, person, expiry = verified
+            now = self._clock()
+            good = self._issuer is not None and self._issuer.holds(caller.signer)
+            if good and now < expiry + SKEW and not person.forgotten:
+                self._verified.move_to_end(digest)
+                person.used = self._monotonic()
+                self._people.move_to_end(caller.name)
+                return caller
+            del self._verified[digest]
+        if self._jwt is None:
+            raise refused("no tokens are taken here")
+        unverified = read(token, self._jwt, self._clock())
+        if self._issuer is None:
+            raise AuthUnavailable("the keys of the token's issuer cannot be had now")
+        keys = self._issuer.find(unverified.kid)
+        if keys is None:
+            self._issuer.check_worth_waiting()
+            raise Undecided(partial(self._decide, self._issuer, token, digest, unverified.kid))
+        return self._remember(digest, unverified.verified(keys))
+
+    async def _decide(
+        self, issuer: Issuer, token: bytes, digest: bytes, kid: str | None
+    ) -> Caller:
+        """Return the caller of *token*, once the keys of *kid* are there."""
+        keys = await issuer.wait_for(partial(issuer.find, kid))
+        # Meanwhile other settings may have come into effect.
+        if self._jwt is None or issuer is not self._issuer:
+            raise refused("no tokens of this issuer are taken here")
+        unverified = read(token, self._jwt, self._clock())
+        return self._remember(digest, unverified.verified(keys))
+
+    def _remember(self, digest: bytes, claims: Claims) -> Caller:
+        """Return the caller of a token that was verified just now, and remember it.
+
+        Raises:
+            TokenRefused: its role has expired.
+            ServerAtCapacity: as `_person`.
+        """
+        # The role holds until then, whatever the clock of the issuer says.
+        assert self._jwt is not None
+        until = self._jwt.limits[claims.role].expires_at
+        if self._clock() >= until:
+            raise refused(f"the role {claims.role} has expired")
+        claims = claims._replace(expiry=min(claims.expiry, until - SKEW))
+        person = self._person(PREFIX + claims.name, claims.role)
+        caller = self._caller(claims, person)
+        self._verified[digest] = _Verified(caller, person, claims.expiry)
+        if len(self._verified) > MAX_TOKENS:
+            self._verified.popitem(last=False)
+        return caller
+
+    def _caller(self, claims: Claims, person: _Person) -> Caller:
+        assert self._jwt is not None
+        name, role, exp, signer = claims
+        limits, expires = self._jwt.limits[role], self._monotonic() + exp - self._clock()
+        token = {"role": role, "expires": expires, "exp": exp, "signer": signer}
+        return caller_of(PREFIX + name, limits, person.quota, **token)
+
+    def _person(self, name: str, role: str) -> _Person:
+        """Return what is remembered of *name*, whose newest token has *role*.
+
+        Raises:
+            ServerAtCapacity: there are MAX_CALLERS, none of which may be forgotten.
+        """
+        assert self._jwt is not None
+        limits = self._jwt.limits[role]
+        person = self._people.get(name)
+        if person is None:
+            if len(self._people) >= self._max_callers:
+                self._forget_one()
+            # Not the name itself: what instances share has none of a person.
+            shared = f"{PREFIX}{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+            person = _Person(self._make_quota(_as_key(shared, limits)), role)
+            if (spent := self._spent.get(name)) and self._begun_day == day(self._clock()):
+                person.quota.budget.begin_day(spent)
+            self._people[name] = person
+        elif person.role != role:
+            person.role = role
+            limit(person.quota, limits)
+        person.used = self._monotonic()
+        self._people.move_to_end(name)
+        return person
+
+    def _forget_one(self) -> None:
+        """Forget the caller that came longest ago and has nothing to lose.
+
+        Raises:
+            ServerAtCapacity: there is none among the first LOOKS.
+        """
+        now = self._monotonic()
+        for _ in range(min(LOOKS, len(self._people))):
+            name, person = next(iter(self._people.items()))
+            if now - person.used < IDLE:
+                break
+            if person.quota.rested:
+                del self._people[name]
+                person.forgotten = True
+                # In a cluster its places go to others.
+                person.quota.revoke()
+                return
+            # It is at work, though no token of it has come.
+            person.used = now
+            self._people.move_to_end(name)
+        raise ServerAtCapacity(
+            f"{len(self._people)} callers with tokens are known, at most {self._max_callers}",
+            retry_after=IDLE / 2,
+        )
+
+    def of_session(self, name: str, role: str, signer: str, seconds: float) -> Caller | None:
+        """Return the caller of a session; see `Tokens.of_session`."""
+        issuer = self._issuer
+        if self._jwt is None or issuer is None or role not in self._jwt.limits:
+            return None
+        left = self._jwt.limits[role].expires_at - self._clock()
+        if left <= 0:
+            return None
+        claims = Claims(name, role, self._clock() + min(seconds, left - SKEW), signer)
+        if not issuer.holds(signer):
+            # Another process may have seen it already: the issuer's newest key.
+            try:
+                issuer.check_worth_waiting()
+            except TokenRefused:
+                return None
+            raise Undecided(partial(self._decide_session, issuer, claims))
+        return self._caller(claims, self._person(PREFIX + name, role))
+
+    async def _decide_session(self, issuer: Issuer, claims: Claims) -> Caller:
+        """Return the caller of a session with *claims*, once its signer is there."""
+        try:
+            await issuer.wait_for(lambda: issuer.holds(claims.signer) or None)
+        except TokenRefused:
+            raise SessionEnded(ENDED) from None
+        # Meanwhile other settings may have come into effect.
+        if issuer is not self._issuer or not self._jwt or claims.role not in self._jwt.limits:
+            raise SessionEnded(ENDED)
+        return self._caller(claims, self._person(PREFIX + claims.name, claims.role))
+
+    def current(self, caller: Caller) -> Caller | None:
+        """Return *caller* as it is configured now; None if it is no longer admitted."""
+        person = self._people.get(caller.name)
+        limits = None if self._jwt is None else self._jwt.limits.get(caller.role)
+        if person is None or limits is None or person.quota is not caller.quota:
+            return None
+        if self._issuer is not None and self._issuer.holds(caller.signer) is False:
+            return None
+        left = limits.expires_at - self._clock()
+        if left <= 0:
+            return None
+        return caller_of(
+            caller.name,
+            limits,
+            person.quota,
+            role=caller.role,
+            expires=min(caller.expires, self._monotonic() + left - SKEW),
+            exp=caller.exp,
+            signer=caller.signer,
+        )
+
+    def quotas(self) -> Mapping[str, Quota]:
+        """Return the quotas of all callers that are remembered, by their names."""
+        return {name: person.quota for name, person in self._people.items()}
+
+    def begin_day(self, day: str, spent: Mapping[str, int]) -> None:
+        """Let the budgets of *day* begin at what callers have *spent*."""
+        self._begun_day = day
+        self._spent = {name: used for name, used in spent.items() if name.startswith(PREFIX)}
+        for name, person in self._people.items():
+            person.quota.budget.begin_day(self._spent.get(name, 0))
+
+    @property
+    def counts_days(self) -> bool:
+        """Whether a role has a budget of a day."""
+        return self._jwt is not None and any(
+            role.tokens_per_day for role in self._jwt.limits.values()
+        )
+
+    @property
+    def binding(self) -> bytes:
+        """What sessions are bound to: whose tokens are taken, and which roles there are.
+
+        The numbers of limits are left out, of which each worker may have a part.
+        """
+        jwt = self._jwt
+        settings = jwt and (identity(jwt), [(name, r.admin) for name, r in jwt.limits.items()])
+        return hashlib.sha256(repr(settings).encode()).digest()
+
+
+def identity(jwt: Jwt) -> tuple[str | None, ...]:
+    """Return what says whose tokens are taken, and who they are."""
+    return (jwt.issuer, jwt.audience, jwt.jwks_url, jwt.jwks_file, jwt.caller, jwt.roles)
+
+
+def _as_key(name: str, limits: Role) -> ClientKey:
+    """Return *limits* as those of a key, of which quotas are made."""
+    values = {field.name: getattr(limits, field.name) for field in fields(Limits)}
+    return ClientKey(name=name, **values)
