@@ -6,10 +6,11 @@ stands alone, so that such a class can be imported where nothing runs that would
 
 from __future__ import annotations
 
-import msgspec
+from dataclasses import dataclass
 
 
-class Call(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Call:
     """One request, or its answer, as a hook is shown it.
 
     *id* is that of the request in our log, *hook* the name of the hook, *caller* the name of the
@@ -28,7 +29,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes = b""
 
 
-class Refuse(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Refuse:
     """A refusal, with a *message* for the client, and the HTTP *status* 403, 400 or 429.
 
     *retry_after* are the seconds after which another try may fare better.

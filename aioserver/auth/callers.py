@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import functools
 from math import inf
-from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
 from msgspec.structs import force_setattr, replace
 
 from aioserver.errors import InvalidApiKey, KeyExpired, TokenExpired
-
-if TYPE_CHECKING:
-    from aioserver.limits.quota import Quota
+from aioserver.limits.quota import Quota
 
 # Characters that count of a request's `user`, or of its session: it may be any text, and becomes
 # part of a queue's name.

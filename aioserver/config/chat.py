@@ -3,6 +3,8 @@
 Durations are seconds, sizes are bytes.
 """
 
+from __future__ import annotations
+
 from typing import ClassVar
 
 from aioserver.config import shipped

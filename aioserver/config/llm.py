@@ -6,9 +6,10 @@ Durations are seconds, sizes are bytes. Settings that have the name of an httpx 
 This file is one concept: what is declared of a provider, and the rules between its settings.
 """
 
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
 from dataclasses import field, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.config import models, shipped
 from aioserver.config.hints import nearest
@@ -46,6 +47,9 @@ from aioserver.config.validators import (
     secret,
     variable,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 # Requests that may wait for a provider, at least, if nothing else is set: fifty agents at four
 # places.

@@ -9,6 +9,8 @@ group, whose members stand in its place.
 The rules between groups and providers are those of `Llm` (llm.py).
 """
 
+from __future__ import annotations
+
 from dataclasses import field
 from typing import Any
 

@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import json
 import operator
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias, TypeVar, dataclass_transform
 
 import msgspec
@@ -25,7 +26,7 @@ import voluptuous as vol
 from aioserver.config.hints import LITELLM, MAX_SHOWN, OTHER_WORDS, most_like
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
 T = TypeVar("T")
 # The path of a setting that breaks a rule, from its section, and the message.

@@ -9,10 +9,11 @@ never changed: a reload makes a new one. Durations are seconds, sizes are bytes.
 This file is one concept: what stands beside `chat` and `llm`, each section as its class.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from __future__ import annotations
+
 from datetime import datetime
 from math import inf
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.config.chat import (
     Chat,
@@ -68,6 +69,9 @@ from aioserver.config.validators import (
     weight,
 )
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "SETTINGS",

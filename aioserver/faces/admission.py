@@ -32,10 +32,12 @@ from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
 from aioserver.limits.deadline import Deadline, Guard
 from aioserver.limits.fair_queue import INTERACTIVE
-from aioserver.limits.resource import Bid, Class, Resource, Ticket
-from aioserver.protocol.terms import NO_TERMS, terms_of
+from aioserver.limits.quota import Quota
+from aioserver.limits.resource import Bid, Class, Grant, Resource, Ticket
+from aioserver.protocol.terms import NO_TERMS, Terms, terms_of
 from aioserver.provider_errors import ProviderFault
 from aioserver.telemetry import logs
+from aioserver.telemetry.metrics import FaceMeter
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
@@ -46,11 +48,9 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Concurrency
     from aioserver.faces.form import Forms
-    from aioserver.limits.quota import Quota
-    from aioserver.limits.resource import Grant, Reason
+    from aioserver.limits.resource import Reason
     from aioserver.limits.scheduler import Scheduler
-    from aioserver.protocol.terms import Terms
-    from aioserver.telemetry.metrics import FaceMeter, Metrics
+    from aioserver.telemetry.metrics import Metrics
 
 T = TypeVar("T")
 ShareDoor: TypeAlias = "Callable[[Scheduler, Resource, int], None]"

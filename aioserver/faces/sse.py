@@ -20,12 +20,14 @@ from msgspec.structs import replace
 
 from aioserver.auth.callers import CALLER, Caller
 from aioserver.faces import http, polling
-from aioserver.faces.admission import counted
+from aioserver.faces.admission import BodyHold, counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
 from aioserver.gateway.contracts.instances import Start
 from aioserver.protocol import client_frames, eventstream, frames
+from aioserver.protocol.client_frames import Chat
 from aioserver.streams.formats import EVENTS, RETRY
+from aioserver.streams.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -33,11 +35,8 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
     from aioserver.errors import AioserverError
-    from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.protocol.client_frames import Chat
     from aioserver.streams.contracts import Queued
-    from aioserver.streams.stream import Stream
 
 
 def routes(context: Context) -> list[web.RouteDef]:

@@ -7,35 +7,36 @@ that names them, and closes them in the reverse one.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
+from aiohttp import web
+
+from aioserver.config.settings import Settings
+from aioserver.files.watched_files import WatchedFiles
+from aioserver.gateway.contracts.commands import Commands
+from aioserver.limits.fixed_share import Scope
+from aioserver.limits.scheduler import Scheduler
+from aioserver.streams.store import StreamStore
+from aioserver.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
     from contextlib import AsyncExitStack
 
-    from aiohttp import web
-
     from aioserver.auth.tokens import Tokens
-    from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
-    from aioserver.files.watched_files import WatchedFiles
-    from aioserver.gateway.contracts.commands import Commands
     from aioserver.gateway.contracts.histories import Histories
     from aioserver.gateway.contracts.hooks import Hooks
     from aioserver.gateway.contracts.instances import Instances
     from aioserver.gateway.contracts.sharing import Sharing
     from aioserver.gateway.probe import Probe
-    from aioserver.limits.fixed_share import Scope
-    from aioserver.limits.scheduler import Scheduler
     from aioserver.monitoring.section import Section
     from aioserver.providers.api import Api
     from aioserver.providers.registry import Simulated
-    from aioserver.streams.store import StreamStore
-    from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracer import Tracer
 
 

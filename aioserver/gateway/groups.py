@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
 from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
@@ -21,13 +22,13 @@ import msgspec
 
 from aioserver.config.models import LEAST_BUSY, ORDERED, WEIGHTED
 from aioserver.provider_errors import NoProvider
+from aioserver.providers.provider import Provider
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from aioserver.config.settings import Provider as ProviderSettings
     from aioserver.providers.api import Api
-    from aioserver.providers.provider import Provider
 
 # A prompt is skipped for a member if, by this estimate, it is longer than what the member takes by
 # more than half.

@@ -4,15 +4,13 @@ it to learn whether agents can work with a provider (tools/doctor/).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from aioserver.gateway.bridging import BridgedAttempt
-    from aioserver.providers.request import ProviderRequest
+from aioserver.gateway.bridging import BridgedAttempt
+from aioserver.providers.request import ProviderRequest
 
 # The tool, with the one argument that it must have, and who is to call it.
 TOOL, ARGUMENT = "note", "word"

@@ -5,6 +5,7 @@ it is known.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -12,19 +13,19 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aioserver.errors import AioserverError, DeadlineExceeded
+from aioserver.gateway.contracts.keeper import Keeper
+from aioserver.gateway.groups import Group
 from aioserver.limits.quota import MAX_WAIT
+from aioserver.limits.resource import Grant
 from aioserver.providers.attempt import Attempt
+from aioserver.providers.provider import Provider
+from aioserver.providers.request import ProviderRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from aioserver.auth.callers import Caller
-    from aioserver.gateway.contracts.keeper import Keeper
-    from aioserver.gateway.groups import Group
     from aioserver.limits.quota import Quota
-    from aioserver.limits.resource import Grant
-    from aioserver.providers.provider import Provider
-    from aioserver.providers.request import ProviderRequest
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 

@@ -20,8 +20,10 @@ count.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
+from collections.abc import Callable, Hashable, Sequence
 from enum import Enum
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
@@ -31,8 +33,7 @@ import msgspec
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE, Charge, ClassQueue
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Iterator
 
 # The bounds in seconds of every estimate of when to come back.
 RETRY_AFTER = (1.0, 60.0)

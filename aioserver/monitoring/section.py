@@ -6,11 +6,15 @@ there are several instances, their states are added up by the rules that the fie
 declare, as those of the core (state.py).
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Generic, NamedTuple, TypeVar, cast
+from __future__ import annotations
 
-from aioserver.monitoring.state import Snapshot
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from aioserver.monitoring.state import Snapshot
 
 State = TypeVar("State")
 

@@ -10,35 +10,47 @@ The meaning of each field is in docs/monitoring.md.
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from aioserver import __version__
 from aioserver.config.llm import AUTO, BRIDGE
+from aioserver.config.settings import Chat
+from aioserver.gateway.router import Router
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
+from aioserver.limits.resource import Resource
 from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
+from aioserver.monitoring.section import Section
+from aioserver.monitoring.state import (
+    KeyState,
+)
+from aioserver.streams.lifetime import Lifetime
+from aioserver.streams.store import StreamStore
 from aioserver.telemetry.counters import quotient_of
 from aioserver.telemetry.kernel import process_usage
-from aioserver.telemetry.metrics import CACHED_SHARE, CANCELLED, CONTINUED, KNOWN_SHARE, OK
+from aioserver.telemetry.loop_lag import LoopLag
+from aioserver.telemetry.metrics import (
+    CACHED_SHARE,
+    CANCELLED,
+    CONTINUED,
+    KNOWN_SHARE,
+    OK,
+    Metrics,
+)
 from aioserver.telemetry.outcome import HOME, NEW, OTHER
+from aioserver.usage.accounting import Usage
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable, Mapping, Sequence
-
-    from aioserver.config.settings import Chat
     from aioserver.gateway.groups import Group
-    from aioserver.gateway.router import Router
-    from aioserver.limits.resource import Resource
     from aioserver.monitoring.interval import Interval
-    from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import (
         ConnectionsState,
         GroupState,
-        KeyState,
         LearnedState,
         MemberState,
         ProviderState,
@@ -49,12 +61,8 @@ if TYPE_CHECKING:
     )
     from aioserver.providers.api import Memory
     from aioserver.providers.provider import Provider
-    from aioserver.streams.lifetime import Lifetime
-    from aioserver.streams.store import StreamStore
     from aioserver.telemetry.counters import Counter
-    from aioserver.telemetry.loop_lag import LoopLag
-    from aioserver.telemetry.metrics import GroupMeter, Metrics
-    from aioserver.usage.accounting import Usage
+    from aioserver.telemetry.metrics import GroupMeter
 
 # How a provider is asked for messages, before anything was learned, by its setting.
 MESSAGES_WORDS: Mapping[bool | str, str] = {

@@ -9,6 +9,8 @@ The meaning of each field is in docs/monitoring.md. This file is one concept, th
 without its rule could not be added up.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NotRequired, TypedDict

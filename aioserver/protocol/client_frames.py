@@ -12,6 +12,8 @@ and go to the provider as they are.
 This file is one concept: all that a client may send on these faces, checked by the same rules.
 """
 
+from __future__ import annotations
+
 import hashlib
 from math import inf
 
@@ -260,7 +262,7 @@ async def _original(data: bytes, body: bytes) -> bytes:
     return digest.digest()
 
 
-async def _hashing(digest: "hashlib._Hash", data: bytes) -> None:
+async def _hashing(digest: hashlib._Hash, data: bytes) -> None:
     """Add *data* to *digest*, in steps if it is large."""
     if len(data) <= json_body.STEP_BYTES:
         digest.update(data)

@@ -9,6 +9,8 @@ one without is a remark to this connection. A client ignores fields, types and s
 does not know: they are a later server's.
 """
 
+from __future__ import annotations
+
 from typing import Annotated, Any
 
 import msgspec

@@ -8,11 +8,12 @@ of several keys, or a key whatever the case of its letters is, or a list of `mod
 may not ask for all models, `check_sole` refuses what could be read in another way.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import orjson
@@ -22,6 +23,9 @@ from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.json_body import ABSENT, Member, Site, at_once, pause
 from aioserver.protocol.stream_options import unasked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Bytes in which the name of a model is written.
 MAX_MODEL_BYTES = 4096

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from aioserver.limits.estimate import Estimates
-from aioserver.limits.resource import Bid
+from aioserver.limits.resource import Bid, QueueStats
 from aioserver.limits.scheduler import Scheduler
 from aioserver.provider_errors import (
     NoProvider,
@@ -42,16 +42,19 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     StaleConnection,
 )
+from aioserver.providers.api import Memory
 from aioserver.providers.backpressure import Backpressure
-from aioserver.providers.budget import Budget
+from aioserver.providers.breaker import Trials
+from aioserver.providers.budget import Budget, BudgetStats
 from aioserver.providers.capacity import FAILOVER_WAIT, Capacity, Trial
 from aioserver.providers.connections import PooledConnection
 from aioserver.providers.costs import Costs, paced_tokens
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import ALONE, Health
+from aioserver.providers.pool import PoolStats
 from aioserver.providers.pools import Pools
 from aioserver.providers.sinks import BodySink
-from aioserver.providers.stall import Silences
+from aioserver.providers.stall import Silence, Silences
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.outcome import PROVIDER, Part
@@ -63,15 +66,10 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
-    from aioserver.limits.resource import Grant, QueueStats, Ticket
-    from aioserver.providers.api import Memory
+    from aioserver.limits.resource import Grant, Ticket
     from aioserver.providers.attempt import Attempt
-    from aioserver.providers.breaker import Trials
-    from aioserver.providers.budget import BudgetStats
     from aioserver.providers.capacity import ShareProvider
     from aioserver.providers.health import ProviderObserver
-    from aioserver.providers.pool import PoolStats
-    from aioserver.providers.stall import Silence
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.bugs import Bugs

@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Middleware
 
 from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
@@ -33,9 +36,10 @@ from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.form import Forms
 from aioserver.faces.http import Request
-from aioserver.faces.wing import Core, Routes
+from aioserver.faces.wing import Core, Routes, Wing
 from aioserver.files.watched_files import WatchedFiles
 from aioserver.gateway.calls import shutdown_error
+from aioserver.gateway.contracts.sharing import Sharing
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Router
 from aioserver.limits.scheduler import Scheduler
@@ -52,6 +56,7 @@ from aioserver.server.middleware import make_middleware
 from aioserver.server.wings import WINGS, faults, open_wings
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.outbox import Outbox
+from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
@@ -59,19 +64,15 @@ from aioserver.usage.accounting import Usage
 from aioserver.usage.ledger_reader import spent
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable
 
-    from aiohttp.typedefs import Handler, Middleware
+    from aiohttp.typedefs import Handler
 
     from aioserver.config import Configuration
     from aioserver.config.settings import Concurrency, Llm, Settings
     from aioserver.faces.admission import ShareDoor
-    from aioserver.faces.wing import Wing
-    from aioserver.gateway.contracts.sharing import Sharing
     from aioserver.limits.fixed_share import Scope
     from aioserver.server.wings import Plugged
-    from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
 
 logger = logging.getLogger("aioserver.app")

@@ -24,6 +24,7 @@ from aioserver.files.certificates import (
     load_authorities,
     load_pair,
 )
+from aioserver.files.x509 import Certificate
 from aioserver.monitoring.section import Gauge, Section, SectionTrouble
 from aioserver.monitoring.state import COUNTS, EARLIEST, SUM
 from aioserver.server.tls import Handshakes
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Tls
     from aioserver.faces.context import CurrentSettings
     from aioserver.files.watched_files import WatchedFiles
-    from aioserver.files.x509 import Certificate
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.metrics import Metrics
 

@@ -5,12 +5,20 @@ What a deleted wing has served is then unknown, as any path is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
-from aioserver.gateway.contracts.histories import NoHistories
+from aioserver.auth.tokens import Tokens
+from aioserver.faces.wing import Wing
+from aioserver.gateway.contracts.histories import Histories, NoHistories
+from aioserver.gateway.contracts.hooks import Hooks
+from aioserver.gateway.contracts.instances import Instances
+from aioserver.gateway.contracts.sharing import Sharing
+from aioserver.providers.registry import Simulated
+from aioserver.telemetry.tracer import Tracer
 from aioserver.wings.anthropic.wing import AnthropicWing
 from aioserver.wings.cluster.wing import ClusterWing
 from aioserver.wings.conversations.wing import ConversationsWing
@@ -22,18 +30,11 @@ from aioserver.wings.simulator.wing import SimulatorWing
 from aioserver.wings.tracing.wing import TracingWing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
     from contextlib import AsyncExitStack
 
-    from aioserver.auth.tokens import Tokens
     from aioserver.config.settings import Settings
-    from aioserver.faces.wing import Core, Wing
-    from aioserver.gateway.contracts.histories import Histories
-    from aioserver.gateway.contracts.hooks import Hooks
-    from aioserver.gateway.contracts.instances import Instances
-    from aioserver.gateway.contracts.sharing import Sharing
-    from aioserver.providers.registry import Simulated
-    from aioserver.telemetry.tracer import Tracer
+    from aioserver.faces.wing import Core
 
 T = TypeVar("T")
 

@@ -18,6 +18,7 @@ This file is one concept: whatever is kept is counted here, and goes from here, 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from math import inf
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -29,7 +30,7 @@ from aioserver.limits.shares import ByOwner, Shares
 from aioserver.streams.stream import Remote, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from aioserver.streams.contracts import AnswerApi
     from aioserver.telemetry.outcome import Outcome

@@ -2,6 +2,8 @@
 answer and its error refer.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple

@@ -19,21 +19,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from aioserver.auth.callers import NO_CALLER
+from aioserver.auth.callers import NO_CALLER, Caller
 from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry import logs
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 from aioserver.telemetry.outcome import COUNTED, MIXED, NOBODY, PROVIDER, Outcome
-from aioserver.telemetry.tracer import RequestEnd
+from aioserver.telemetry.tracer import RequestEnd, RequestTrace
 
 if TYPE_CHECKING:
-    from aioserver.auth.callers import Caller
     from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.outcome import GroupStart
-    from aioserver.telemetry.tracer import RequestTrace, Tracer
+    from aioserver.telemetry.tracer import Tracer
 
 logger = logging.getLogger("aioserver.requests")
 

@@ -7,10 +7,14 @@ Without a tracer no request has a trace. Nothing of the W3C Trace Context that a
 lost then: it goes on to the provider as it came.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar
+from __future__ import annotations
 
-from aioserver.protocol.client_headers import ClientHeaders
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aioserver.protocol.client_headers import ClientHeaders
 
 Fast_co = TypeVar("Fast_co", covariant=True)
 

@@ -14,20 +14,24 @@ lines are lost and counted, and the file says so itself, once it can be written 
 one before the first new line. Nothing here deletes a file, or reads one.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
 from aioserver.telemetry.outcome import NOBODY, Part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 # Lines that may wait to be written.
 MAX_LINES = 20_000

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import orjson
 
+from aioserver.protocol.bridging.hosted import Hosted
 from aioserver.protocol.bridging.reading import LARGE_BYTES, members, string
 from aioserver.protocol.bridging.words import Size, Words, optional_in
 from aioserver.protocol.json_body import null, pause
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from msgspec import Raw
 
-    from aioserver.protocol.bridging.hosted import Hosted
     from aioserver.protocol.bridging.turns import Turns
 
 # The characters in the name of a function that engines take.

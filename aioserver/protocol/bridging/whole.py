@@ -5,7 +5,9 @@ chunks of a stream would be: a text in slices, calls and logprobs a few at a tim
 long, and what nobody reads is skipped.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import msgspec
 import orjson
@@ -18,6 +20,9 @@ from aioserver.protocol.bridging.reading import is_string, members
 from aioserver.protocol.json_body import ABSENT, null, pause, sound
 from aioserver.protocol.openai import BadEvent
 from aioserver.protocol.whole_answer import string_pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Bytes of a chat completion that is read at all; those of models that exist are a hundredth of it,
 # as a rule.

@@ -2,9 +2,12 @@
 bound of an answer, which must fit into the engine's context.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
-from msgspec import Raw
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from msgspec import Raw
 
 # Members that an engine may not know.
 OPTIONAL = ("reasoning_effort", "parallel_tool_calls", "stream_options", "top_k")

@@ -25,6 +25,7 @@ them idle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,8 +34,6 @@ import msgspec
 from aioserver.wings.cluster.lease_messages import Op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from aioserver.limits.fixed_share import Scope
     from aioserver.wings.cluster.lease_messages import Result
 

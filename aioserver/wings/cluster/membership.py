@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,7 +40,7 @@ from aioserver.wings.cluster.subscription import Subscription
 from aioserver.wings.cluster.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Mapping
 
     from aioserver.auth.sessions import Sessions
     from aioserver.limits.fixed_share import Scope

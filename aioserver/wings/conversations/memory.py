@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aioserver.auth.callers import Caller
 from aioserver.limits.shares import ByOwner, Shares
 from aioserver.wings.conversations.turn import (
     MAX_UNLIMITED_BYTES,
@@ -23,6 +24,7 @@ from aioserver.wings.conversations.turn import (
     Page,
     Position,
     Summary,
+    Turn,
     estimated_tokens,
     title_of,
 )
@@ -30,9 +32,7 @@ from aioserver.wings.conversations.turn import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aioserver.auth.callers import Caller
     from aioserver.config.settings import Context, Persistence
-    from aioserver.wings.conversations.turn import Turn
 
 MAX_CONVERSATIONS = 10_000
 # Tokens of all conversations together, four bytes each, the overhead of their messages included:

@@ -2,13 +2,18 @@
 and its troubles.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, TypedDict
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from aioserver.monitoring.section import Gauge, Section, SectionTrouble
 from aioserver.monitoring.state import OWN, SUM
 from aioserver.monitoring.troubles import count
-from aioserver.wings.conversations.history import History
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioserver.wings.conversations.history import History
 
 
 class HistoryTrouble(TypedDict):

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
-
-from msgspec.structs import replace
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import ANSWER, REQUEST

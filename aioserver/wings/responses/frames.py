@@ -21,9 +21,10 @@ decoded, and the body that goes on to the provider is what the client wrote, wit
 that belong to the frame.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import orjson
@@ -33,6 +34,9 @@ from aioserver.errors import AioserverError, InvalidRequest, InvalidStreamId
 from aioserver.protocol import json_body, model_body
 from aioserver.protocol.json_body import ABSENT, Member, Place, Site, at_once, pause
 from aioserver.protocol.model_body import ModelBody
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Bytes in which an id, or the name of a lane, is written.
 MAX_ID_BYTES = 1026

@@ -5,15 +5,19 @@ Items are kept, and joined, as they came: as JSON values with commas between the
 array. Nothing below them is built, so a long conversation costs the bytes that it has.
 """
 
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
+
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest, RequestTooLarge
 from aioserver.protocol.json_body import ABSENT, Member, at_once, pause, simple, sound, text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
 # The statuses of a response that can be continued.

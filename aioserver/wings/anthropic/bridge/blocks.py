@@ -11,6 +11,10 @@
 Where each of them goes is the matter of `Turns` (protocol/bridging/turns.py).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import msgspec
 from msgspec import Raw
 
@@ -26,7 +30,9 @@ from aioserver.protocol.bridging.reading import (
 from aioserver.protocol.bridging.turns import LINE, PARAGRAPH, Piece, Turns
 from aioserver.protocol.json_body import ABSENT, flag, null
 from aioserver.wings.anthropic.bridge import ids
-from aioserver.wings.anthropic.bridge.tools import Tools
+
+if TYPE_CHECKING:
+    from aioserver.wings.anthropic.bridge.tools import Tools
 
 # The signature of the thinking that we have written.
 SIGNATURE = "aioserver.unsigned"

@@ -12,6 +12,8 @@ All else says nothing to an engine, and is left out: `thinking`, `metadata`, `se
 refused by name: a thread that is continued, a file by its id.
 """
 
+from __future__ import annotations
+
 import msgspec
 import orjson
 from msgspec import Raw

@@ -4,6 +4,8 @@ with an `input_schema`      a function
 without one; `mcp_servers`  hosted: left out or refused (protocol/bridging/hosted.py)
 """
 
+from __future__ import annotations
+
 import msgspec
 import orjson
 from msgspec import Raw

@@ -13,6 +13,8 @@ only the provider can read: it is refused by name. Where each of them goes is th
 (protocol/bridging/turns.py).
 """
 
+from __future__ import annotations
+
 import msgspec
 from msgspec import Raw
 

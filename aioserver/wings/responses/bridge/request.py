@@ -17,6 +17,8 @@ providers refuse every word that they do not know. Whatever would change the mea
 is refused by name: see `_REFUSED`.
 """
 
+from __future__ import annotations
+
 import msgspec
 import orjson
 from msgspec import Raw

@@ -10,6 +10,8 @@ A call comes back under the name and kind that the client knows: `Tools.declared
 function's name. The choice of a tool, and a list of those allowed, follow the tools that are left.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import msgspec
