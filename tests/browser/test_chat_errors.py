@@ -226,3 +226,15 @@ async def test_tool_calls_of_an_answer_are_bounded(
     calls = answer(page).locator(".tools p")
     await expect(calls).to_contain_text("f127({})")
     await expect(calls).not_to_contain_text("f128")
+
+
+async def test_a_code_of_any_name_is_an_unknown_one(server: RunningServer, page: Page) -> None:
+    await enter(page, server)
+    said = await page.evaluate(
+        """async () => {
+          const { advice, waitingFor } = await import("/assets/chat/errors.js");
+          return ["constructor", "unheard_of"].map((code) => [advice({ code }), waitingFor(code)]);
+        }"""
+    )
+
+    assert said[0] == said[1]

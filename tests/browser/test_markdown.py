@@ -5,6 +5,7 @@ it is hostile.
 from __future__ import annotations
 
 import random
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,6 +40,7 @@ def code(text: str, language: str = "") -> str:
 
 
 LINK = ' target="_blank" rel="noopener noreferrer"'
+BARE = f'<a href="http://b.org/"{LINK}>http://b.org/</a>'
 
 
 @pytest.fixture
@@ -66,27 +68,30 @@ RENDERED = {
             + code("\\[\n- b\n= c \\\\\n\\]")
             + "<p>d</p>"
             + code("$$\n# e\n$$")
-            + "<ul><li><p>f\n$$\ng</p><p>h</p></li></ul>"
+            + "<ul><li><p>f</p>"
+            + code("$$\ng")
+            + "<p>h</p></li></ul>"
         ),
     ),
     "a formula behind a paragraph": (
         "a\n$$\nb\n$$\nc",
-        "<p>a\n<code>$$\nb\n$$</code>\nc</p>",
+        "<p>a<br><code>$$\nb\n$$</code><br>c</p>",
     ),
     "tasks": (
         "- [ ] a\n- [x] *b*\n- [y] c\n- [ ]d\n\n[ ] e",
         (
-            f'<ul><li><p>{TASK}> a</p></li><li><p>{TASK} checked=""> <em>b</em></p></li>'
-            "<li><p>[y] c</p></li><li><p>[ ]d</p></li></ul><p>[ ] e</p>"
+            f'<ul><li>{TASK}> a</li><li>{TASK} checked=""> <em>b</em></li>'
+            "<li>[y] c</li><li>[ ]d</li></ul><p>[ ] e</p>"
         ),
     ),
     "headings": (
         "# One\n## Two ##\n#### C#\n#none",
         "<h3>One</h3><h4>Two</h4><h6>C#</h6><p>#none</p>",
     ),
+    "no heading by the line below": ("a\n---\nb\n=", "<p>a</p><hr><p>b<br>=</p>"),
     "emphasis": (
         "*a* **b** ***c*** _d_ ~~e~~",
-        "<p><em>a</em> <strong>b</strong> <em><strong>c</strong></em> <em>d</em> <s>e</s></p>",
+        "<p><em>a</em> <strong>b</strong> <em><strong>c</strong></em> <em>d</em> <del>e</del></p>",
     ),
     "no emphasis": ("snake_case_name 2 * 3 * 4 \\*a\\* **b", None),
     "code in a line": (
@@ -96,13 +101,13 @@ RENDERED = {
     "lists": (
         "- a\n- b\n  - c\n\n3. d\n4. e",
         (
-            "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul></li></ul>"
-            '<ol start="3"><li><p>d</p></li><li><p>e</p></li></ol>'
+            "<ul><li>a</li><li>b<ul><li>c</li></ul></li></ul>"
+            '<ol start="3"><li>d</li><li>e</li></ol>'
         ),
     ),
     "code in a list": (
         "1. a\n\n   ```sh\n   b\n   ```\n2. c",
-        (f'<ol start="1"><li><p>a</p>{code("b", "sh")}</li><li><p>c</p></li></ol>'),
+        f"<ol><li><p>a</p>{code('b', 'sh')}</li><li><p>c</p></li></ol>",
     ),
     "a fence": (
         "~~~py\n\tif a:\n\n```\n~~~\nb",
@@ -112,19 +117,20 @@ RENDERED = {
         "a\n```\nb *c*",
         "<p>a</p>" + code("b *c*"),
     ),
+    "lines that are indented": ("a\n\n    b", "<p>a</p><p>    b</p>"),
     "a quote": (
         "> *a*\nb\n\n---",
-        "<blockquote><p><em>a</em>\nb</p></blockquote><hr>",
+        "<blockquote><p><em>a</em><br>b</p></blockquote><hr>",
     ),
     "a table": (
         "| a | b \\| c |\n|---|--:|\n| `d` | e |\n\nf",
         (
             '<div class="table" tabindex="0" role="region" aria-label="Table"><table><thead><tr>'
-            '<th>a</th><th class="right">b | c</th></tr></thead><tbody><tr><td><code>d</code></td>'
-            '<td class="right">e</td></tr></tbody></table></div><p>f</p>'
+            '<th>a</th><th align="right">b | c</th></tr></thead><tbody><tr><td><code>d</code></td>'
+            '<td align="right">e</td></tr></tbody></table></div><p>f</p>'
         ),
     ),
-    "no table": ("| a | b |\n|---|", None),
+    "no table": ("| a | b |\n|---|", "<p>| a | b |<br>|---|</p>"),
     "links": (
         '[a *b*](https://x.org/c_d "title") <http://y.org> (https://z.org/e_f).',
         (
@@ -135,26 +141,33 @@ RENDERED = {
     "no links": (
         (
             "[a](javascript:alert(1)) [b](JaVaScRiPt:alert(1)) [c](//x.org) [d](/dashboard) "
-            "[e](data:text/html,f) <javascript:alert(1)> [g](https://[) ahttps://x.org"
+            "[e](data:text/html,f) <javascript:alert(1)> [g](https://[) "
+            "![j](javascript:k) <l@m.org> [n]"
         ),
         None,
     ),
+    "no link of entities": ("[a](&#106;avascript:b)", "<p>[a](javascript:b)</p>"),
+    "no links by name": ("[a]\n\n[a]: http://b.org/", f"<p>[a]</p><p>[a]: {BARE}</p>"),
     "an image is a link": (
         "![a](https://x.org/b.png)",
         f'<p><a href="https://x.org/b.png"{LINK}>a</a></p>',
     ),
     "no link in a link": (
-        "[a [b](http://x.org/) https://y.org/](http://z.org/)",
+        "[a ![b](http://x.org/) *c*](http://z.org/)",
+        f'<p><a href="http://z.org/"{LINK}>a b <em>c</em></a></p>',
+    ),
+    "no attribute of an address or a language": (
+        '[a](http://b.org/"onclick="c)\n\n```x"onclick="y\nd\n```',
         (
-            f'<p>[a <a href="http://x.org/"{LINK}>b</a> <a href="https://y.org/"{LINK}>'
-            f'https://y.org/</a>](<a href="http://z.org/"{LINK}>http://z.org/</a>)</p>'
+            f'<p><a href="http://b.org/%22onclick=%22c"{LINK}>a</a></p>'
+            + code("d", "x&quot;onclick=&quot;y")
         ),
     ),
     "markup": (
-        "<img src=x onerror=alert(1)> <b>a</b> &amp; <script>b</script>",
+        "<img src=x onerror=alert(1)> <b>a</b> &lt;i> <script>b</script>\n\n<div>\n\n<style>*{}",
         (
-            "<p>&lt;img src=x onerror=alert(1)&gt; &lt;b&gt;a&lt;/b&gt; &amp;amp; "
-            "&lt;script&gt;b&lt;/script&gt;</p>"
+            "<p>&lt;img src=x onerror=alert(1)&gt; &lt;b&gt;a&lt;/b&gt; &lt;i&gt; "
+            "&lt;script&gt;b&lt;/script&gt;</p><p>&lt;div&gt;</p><p>&lt;style&gt;*{}</p>"
         ),
     ),
 }
@@ -165,7 +178,8 @@ async def test_markdown_becomes_elements(blank: Page) -> None:
         shown = text.replace("\\*", "*").replace("<", "&lt;").replace(">", "&gt;")
         whole = await blank.evaluate(WHOLE, text)
 
-        assert whole == (f"<p>{shown}</p>" if html is None else html), name
+        elements = re.sub(r"(?<=>)\n(?=<)", "", whole)  # those of marked stand in lines
+        assert elements == (f"<p>{shown}</p>" if html is None else html), name
         assert await blank.evaluate(PIECEWISE, [text, 1]) == whole, name
 
 
@@ -230,6 +244,40 @@ async def test_what_does_not_change_stays_while_the_text_grows(blank: Page) -> N
     assert kept == [True] * 4
 
 
+LONG = {
+    "code": ("```py\n" + "x = 1\n\n" * 3000 + "```", "pre", "x = 1\n\n" * 2999 + "x = 1\n"),
+    "a table": ("|a|b|\n|-|-|\n" + "|c|d|\n" * 4000, "table", None),
+    "a list": ("- a\n" * 6000 + "  - b\n- c", ".whole > ul", None),
+    "a paragraph, which is divided": ("a" * 20_000, "p", "a" * 20_000),
+    "a quote": ("> a\n>\n" * 4000 + "> b", "blockquote", None),
+    "an item with code": (
+        "1. a\n   ```\n" + "   b\n" * 4000 + "   ```\n2. c",
+        "pre",
+        "b\n" * 3999 + "b",
+    ),
+}
+
+
+async def test_what_is_longer_than_a_piece_is_one_element(blank: Page) -> None:
+    for name, (text, selector, inside) in LONG.items():
+        found = await blank.evaluate(
+            """async ([text, selector]) => {
+              const { MarkdownView } = await import("/assets/chat/markdown.js");
+              const box = document.createElement("div");
+              box.className = "whole";
+              document.createElement("ol").append(box); // as on the page
+              const view = new MarkdownView(box);
+              for (let end = 5000; end < text.length; end += 5000) view.update(text.slice(0, end));
+              view.update(text);
+              return Array.from(box.querySelectorAll(selector), ({ textContent }) => textContent);
+            }""",
+            [text, selector],
+        )
+
+        assert len(found) == (3 if name == "a paragraph, which is divided" else 1), name
+        assert inside is None or "".join(found) == inside, name
+
+
 async def test_another_text_replaces_the_first(blank: Page) -> None:
     shown = await blank.evaluate(
         """async () => {
@@ -250,8 +298,28 @@ async def test_another_text_replaces_the_first(blank: Page) -> None:
         "",
         "<p>c</p>",
         "<p>d</p><hr>",
-        "<p>d\n<em><strong>e</strong></em></p>",
+        "<p>d<br><em><strong>e</strong></em></p>",
     ]
+
+
+async def test_what_the_parser_might_let_through_is_sanitized(blank: Page) -> None:
+    """The parser makes no such elements of any text that is known."""
+    shown = await blank.evaluate(
+        """async (html) => {
+          const { Marked } = await import("/assets/vendor/marked.js");
+          const { MarkdownView } = await import("/assets/chat/markdown.js");
+          Marked.prototype.parser = () => html;
+          const box = document.createElement("div");
+          new MarkdownView(box).update("a");
+          return box.innerHTML;
+        }""",
+        '<p onclick="a()" style="color: red" id="b">c<script>d()</script><img src="https://x.org/">'
+        '<a href="javascript:e()">f</a><a href="/g">h</a><style>*{}</style></p><iframe src="i">'
+        '</iframe><svg><a href="https://y.org/">j</a></svg><form action="https://z.org/"><input>'
+        '</form><p><a href="https://x.org/" target="_blank" rel="noopener noreferrer">k</a></p>',
+    )
+
+    assert shown == (f'<p>c<a>f</a><a>h</a></p><input><p><a href="https://x.org/"{LINK}>k</a></p>')
 
 
 MIB = 2**20
@@ -264,15 +332,15 @@ FURTHER = (
 
 @pytest.mark.parametrize(
     ("units", "size"),
-    [(HOSTILE, MIB // 4), pytest.param(HOSTILE + FURTHER, MIB, marks=pytest.mark.stress)],
+    [(HOSTILE, MIB // 8), pytest.param(HOSTILE + FURTHER, MIB, marks=pytest.mark.stress)],
     ids=["some", "all"],
 )
 @pytest.mark.timeout(240)
 async def test_hostile_text_is_shown_in_linear_time(
     blank: Page, units: tuple[str, ...], size: int
 ) -> None:
-    """Takes seconds, on a busy machine half a minute. Quadratic time would take more than four
-    minutes for each unit: 2**18 characters, squared.
+    """Takes seconds, on a busy machine half a minute. Quadratic time would take more than a minute
+    for each unit: 2**17 characters, squared.
     """
     for unit in units:
         whole, grown = await blank.evaluate(
@@ -316,9 +384,15 @@ async def test_deep_nesting_has_a_bound(blank: Page) -> None:
 
 # By the bound: a text at the bound, a text one past it, and what is counted in both.
 BOUNDED = {
-    "headings of 400 characters": ("# " + "a" * 398, "# " + "a" * 399, "h3", 1, 0),
     "6 quotes in each other": ("> " * 6 + "a", "> " * 7 + "a", "blockquote", 6, 6),
     "6 lists in each other": ("- " * 6 + "a", "- " * 7 + "a", "ul", 6, 6),
+    "255 marks that nothing closes": (
+        "*a " * 255 + "*b*",
+        "*a " * 256 + "*b*",
+        "em",
+        1,
+        0,
+    ),
     "tables of 64 columns": (
         "|a" * 64 + "|\n" + "|-" * 64 + "|",
         "|a" * 65 + "|\n" + "|-" * 65 + "|",
@@ -333,38 +407,15 @@ BOUNDED = {
         16,
         16,
     ),
-    "addresses of 2048 characters": (
-        f"[a](http://b/{'c' * 2039})",
-        f"[a](http://b/{'c' * 2040})",
-        "a",
-        1,
-        0,
-    ),
-    "titles of 511 characters": (
-        f'[a](http://b/ "{"c" * 511}")',
-        f'[a](http://b/ "{"c" * 512}")',
-        "a",
-        1,
-        0,
-    ),
-    "32 brackets in an address": (
-        f"[a](http://b/{'(' * 32}{')' * 32})",
-        f"[a](http://b/{'(' * 33}{')' * 33})",
-        "a",
-        1,
-        0,
-    ),
 }
 
 
-async def test_what_a_model_can_nest_or_lengthen_has_a_bound(blank: Page) -> None:
+async def test_what_a_model_can_nest_or_widen_has_a_bound(blank: Page) -> None:
     count = """async ([text, selector]) => {
       const { MarkdownView } = await import("/assets/chat/markdown.js");
       const box = document.createElement("div");
       new MarkdownView(box).update(text);
-      const found = Array.from(box.querySelectorAll(selector));
-      // A bare address beyond the bound may be a link; that of the text is not.
-      return found.filter((element) => selector !== "a" || element.textContent === "a").length;
+      return box.querySelectorAll(selector).length;
     }"""
 
     for name, (at, past, selector, within, beyond) in BOUNDED.items():

@@ -198,7 +198,6 @@ def test_our_own_client_and_page_ask_again_after_the_codes_that_the_table_says()
         )
     }
     page = (FACES / "assets/chat/errors.js").read_text()
-    client_source = page.partition("PASSING = new Map([")[2].partition("]);")[0]
     rows = {row[1]: named(row[0]) for row in table("What to do after an error", "code")}
 
     later = {code for do, codes in rows.items() if do.startswith("wait for") for code in codes}
@@ -207,7 +206,7 @@ def test_our_own_client_and_page_ask_again_after_the_codes_that_the_table_says()
     assert lists["BUSY"] | lists["LATER"] == later
     assert lists["TWICE"] == twice
     # The page has words for each wait.
-    assert later | twice <= {*re.findall(r'\["(\w+)", ', client_source)}
+    assert later | twice <= {*re.findall(r'\["(\w+)", \{ waits: ', page)}
 
 
 # The rules, on real sockets.

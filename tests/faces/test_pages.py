@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +14,20 @@ from aioserver import __version__
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
 
+# The SHA-256 of each file of others, in the folder `vendor`, as it was released.
+VENDORED = {
+    # uPlot 1.6.32, MIT
+    "uplot.js": "4408ace91a18b4888998171e122da65b9ab28711c30f19a6a591491c5a82caf1",
+    "uplot.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
+    "uplot.LICENSE.txt": "8f989229699b4fe2f1a0432d0e9edc338a8a911e250e2d1b01ecd770a5f5b1bd",
+    # marked 18.2.1, MIT: lib/marked.esm.js
+    "marked.js": "5371fea86fd0656b4fc7bea7c94c663109d82789b69433eeee78d42895aa44de",
+    "marked.LICENSE.txt": "8e3a3f82f59a60958f56ca08f445647c32a4733dc7ca6c2c46f6eb898471ab9c",
+    # DOMPurify 3.5.0, Apache-2.0 or MPL-2.0: dist/purify.min.js
+    "dompurify.js": "f69a46022ab1f53e969c8ebbca98172c8995785a9b3be72ea4a12d25b1a1bf67",
+    "dompurify.LICENSE.txt": "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30",
+    "dompurify.LICENSE-MPL.txt": "fab3dd6bdab226f1c08630b1dd917e11fcb4ec5e1e020e2c16f83a0a13863e85",
+}
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
 
@@ -45,12 +61,22 @@ async def test_the_page_loads_only_what_is_here_and_runs_nothing_inline(
     assert not re.search(r"https?://", page)
 
 
+def test_files_of_others_are_as_they_were_released() -> None:
+    folder = files("aioserver.faces").joinpath("assets", "vendor")
+    found = {file.name: hashlib.sha256(file.read_bytes()) for file in folder.iterdir()}
+
+    assert {name: sum_.hexdigest() for name, sum_ in found.items()} == VENDORED
+    for name, version in {"uplot": "1.6.32", "marked": "18.2.1", "dompurify": "3.5.0"}.items():
+        assert version in folder.joinpath(f"{name}.js").read_text()[:400]
+
+
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
         ("/", "text/html"),
         ("/assets/chat/chat.js", "text/javascript"),
         ("/assets/chat/chat.css", "text/css"),
+        ("/assets/vendor/dompurify.js", "text/javascript"),
         ("/assets/icon.svg", "image/svg+xml"),
         ("/client.js", "text/javascript"),
         ("/client.d.ts", "application/typescript"),
@@ -74,7 +100,13 @@ async def test_every_page_is_guarded_by_its_headers(
 
 @pytest.mark.parametrize(
     "path",
-    ["/assets/", "/assets/chat/index.html", "/assets/nothing.js", "/assets/..%2f__init__.py"],
+    [
+        "/assets/",
+        "/assets/chat/index.html",
+        "/assets/nothing.js",
+        "/assets/vendor/marked.LICENSE.txt",
+        "/assets/..%2f__init__.py",
+    ],
 )
 async def test_nothing_else_is_served(server: RunningServer, path: str) -> None:
     async with server.session.get(server.base + path) as response:

@@ -2,8 +2,7 @@
 
 import { Client } from "/client.js";
 import { closeReason } from "./errors.js";
-import { ConversationList } from "./conversation_list.js";
-import { personal, ServerHistory } from "./history.js";
+import { ConversationList, personal, ServerHistory } from "./history.js";
 import { Models } from "./models.js";
 import { Requests, runningTurn } from "./requests.js";
 import { newConversation, Store } from "./store.js";

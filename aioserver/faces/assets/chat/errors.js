@@ -1,54 +1,43 @@
 // What a person can do about an error, by its code. The server's message says what happened.
 
 const REPEAT = "Ask again; if the error persists, choose another model above.";
-const LATER = "Wait {}, then ask again, or choose another model above.";
+const WAIT = "Wait {}, then ask again.";
+const OTHER = "Wait {}, then ask again, or choose another model above.";
 const OPERATOR = "The operator of this server has to correct this; another model above may work.";
-
-// What is said while the page waits to ask again, by the code of the error.
 const BUSY = "The provider has too much to do.";
 const AWAY = "The provider cannot be reached.";
-const PASSING = new Map([
-  ["server_at_capacity", "The server is at capacity."],
-  ["provider_queue_full", BUSY],
-  ["provider_queue_timeout", BUSY],
-  ["pool_timeout", BUSY],
-  ["circuit_open", "The provider fails, and is left alone for a moment."],
-  ["no_provider", "No provider can be asked at the moment."],
-  ["provider_rate_limited", "The provider limits how often it is asked."],
-  ["rate_limit_exceeded", "You have sent too many requests in a short time."],
-  ["concurrency_exceeded", "Too many of your answers run at once."],
-  ["request_timeout", "The request took too long to arrive."],
-  ["connect_error", AWAY],
-  ["connect_timeout", AWAY],
-  ["server_shutdown", "The server restarts."],
+
+// By the code of an error: what is said while the page *waits* to ask again, and what a person can do at last. A code may be any
+// word, so these are no properties of an object.
+const ERRORS = new Map([
+  ["server_at_capacity", { waits: "The server is at capacity.", advice: WAIT }],
+  ["server_shutdown", { waits: "The server restarts.", advice: "The server was stopped during the answer. Ask again when it is back." }],
+  ["rate_limit_exceeded", { waits: "You have sent too many requests in a short time.", advice: WAIT }],
+  ["concurrency_exceeded", { waits: "Too many of your answers run at once.", advice: "Stop one, or wait until one ends." }],
+  ["provider_queue_full", { waits: BUSY, advice: OTHER }],
+  ["provider_queue_timeout", { waits: BUSY, advice: OTHER }],
+  ["pool_timeout", { waits: BUSY, advice: OTHER }],
+  ["circuit_open", { waits: "The provider fails, and is left alone for a moment.", advice: OTHER }],
+  ["provider_rate_limited", { waits: "The provider limits how often it is asked.", advice: OTHER }],
+  ["no_provider", { waits: "No provider can be asked at the moment.", advice: OPERATOR }],
+  ["request_timeout", { waits: "The request took too long to arrive." }],
+  ["connect_error", { waits: AWAY }],
+  ["connect_timeout", { waits: AWAY }],
+  ["invalid_api_key", { advice: "Your key was withdrawn. Enter another one, then ask again." }],
+  ["provider_auth_error", { advice: OPERATOR }],
+  ["model_not_found", { advice: "Choose another model above." }],
+  ["request_conflict", { advice: "The server knows this id from another question. Ask again under a new id." }],
+  ["slow_client", { advice: "This browser could not read as fast as the answer came. Ask again for the whole answer." }],
+  ["resume_gap", { advice: "A part of the answer is no longer kept. Ask again for the whole answer." }],
+  ["stream_not_found", { advice: "Ask again for the whole answer." }],
+  ["not_sent", { advice: "Ask again to send it now." }],
+  ["request_too_large", { advice: "Shorten the message." }],
+  ["invalid_request", { advice: "Reload the page; if the error persists, change the message." }],
+  ["internal_error", { advice: "The server's log has the reason. Ask again." }],
 ]);
 
-const ADVICE = {
-  server_at_capacity: "The server is at capacity. Wait {}, then ask again.",
-  server_shutdown: "The server was stopped during the answer. Ask again when it is back.",
-  rate_limit_exceeded: "You have sent too many requests in a short time. Wait {}, then ask again.",
-  concurrency_exceeded: "Too many of your answers run at once. Stop one, or wait until one ends.",
-  invalid_api_key: "Your key was withdrawn. Enter another one, then ask again.",
-  provider_rate_limited: LATER,
-  provider_queue_full: LATER,
-  provider_queue_timeout: LATER,
-  pool_timeout: LATER,
-  circuit_open: LATER,
-  provider_auth_error: OPERATOR,
-  no_provider: OPERATOR,
-  model_not_found: "Choose another model above.",
-  request_conflict: "The server knows this id from another question. Ask again under a new id.",
-  slow_client: "This browser could not read as fast as the answer came. Ask again for the whole answer.",
-  resume_gap: "A part of the answer is no longer kept. Ask again for the whole answer.",
-  stream_not_found: "Ask again for the whole answer.",
-  not_sent: "Ask again to send it now.",
-  request_too_large: "Shorten the message.",
-  invalid_request: "Reload the page; if the error persists, change the message.",
-  internal_error: "The server's log has the reason. Ask again.",
-};
-
 export function waitingFor(code) {
-  return PASSING.get(code) ?? "The server does not answer.";
+  return ERRORS.get(code)?.waits ?? "The server does not answer.";
 }
 
 export function advice(fault) {
@@ -56,7 +45,7 @@ export function advice(fault) {
   if (fault.code === "provider_error" && !fault.retryable)
     return "The provider does not accept this question. Change it, or choose another model above.";
   const wait = fault.retry_after ? `${Math.ceil(fault.retry_after)} s` : "a moment";
-  return (ADVICE[fault.code] ?? REPEAT).replace("{}", wait);
+  return (ERRORS.get(fault.code)?.advice ?? REPEAT).replace("{}", wait);
 }
 
 // Whether the same question can succeed when it is asked again.

@@ -1,7 +1,7 @@
 // The elements of a turn: its question, its answer, and a line with the state of the answer.
 
 import { advice, repeatable, sentence } from "./errors.js";
-import { MarkdownView } from "./markdown.js";
+import { MarkdownView, patch } from "./markdown.js";
 import { ended } from "./turn.js";
 
 const COPIED_FOR = 2000; // milliseconds that the button says so
@@ -70,10 +70,7 @@ export class TurnView {
 
 // A text that has only grown is extended, so that a selection in it survives.
 function setText(element, text) {
-  const node = element.firstChild;
-  if (node === null) element.append(text);
-  else if (text.startsWith(node.data)) node.appendData(text.slice(node.length));
-  else node.data = text;
+  patch(element, 0, text ? [new Text(text)] : []);
 }
 
 // Cancelled, but not by the stop button of this window.

@@ -2,14 +2,12 @@
 import { bind, setText } from "/assets/dashboard/binding.js";
 import { Charts } from "/assets/dashboard/charts.js";
 import { Feed } from "/assets/dashboard/feed.js";
-import { Callers } from "/assets/dashboard/callers.js";
-import { Groups } from "/assets/dashboard/groups.js";
 import { History } from "/assets/dashboard/history.js";
 import { Incidents } from "/assets/dashboard/incidents.js";
-import { Instances } from "/assets/dashboard/instances.js";
 import { seconds } from "/assets/dashboard/numbers.js";
 import { Providers } from "/assets/dashboard/providers.js";
 import { Recent } from "/assets/dashboard/recent.js";
+import { showTables } from "/assets/dashboard/tables.js";
 import { disconnected } from "/assets/dashboard/verdict.js";
 import { Login } from "/assets/login.js";
 
@@ -28,9 +26,6 @@ const recent = new Recent();
 const history = new History();
 const incidents = new Incidents();
 const providers = new Providers();
-const groups = new Groups();
-const callers = new Callers();
-const instances = new Instances();
 let charts;
 let link = { up: false, reason: "", retryAt: 0 };
 let lastData = Date.now(); // the time of the last snapshot, or of the first attempt
@@ -56,9 +51,7 @@ const handlers = {
     const age = stats.first_token?.age;
     showNumbers({ ...stats, active: stats.active_group ?? stats.active_provider, rejected, stale: age > STALE ? age : null }, lastMinute);
     providers.update(stats, lastMinute, history);
-    groups.update(stats);
-    callers.update(stats);
-    instances.update(stats);
+    showTables(stats);
     verdict = stats.verdict;
     charts.update(stats);
     setText(updated, `as of ${clock.format(stats.time * 1000)}`);
