@@ -1,7 +1,7 @@
 """Taking in what clients send: the bytes of a body, bounded and under a deadline.
 
-The bytes count against `max_body_bytes` from the first one. What is read of them comes in steps
-(protocol/json_body.py). A body that is passed on while its client sends it is a `BodyStream`.
+The bytes count against `max_body_bytes` from the first one. A body that is passed on while its
+client sends it is a `BodyStream`.
 
 Private names of aiohttp used here, guarded by `tests/faces/test_intake.py`: `_buffer`.
 
@@ -32,7 +32,6 @@ from aioserver.errors import (
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.client_headers import HOP, MAX_HOPS, collect, hops
-from aioserver.protocol.json_body import simple
 from aioserver.protocol.model_body import ModelBody
 from aioserver.providers.backpressure import LEAST_RATE
 
@@ -264,7 +263,7 @@ async def read_model_body(
     if (data := _arrived(request, hold, max_bytes)) is None:
         data = await _collect(request, hold, max_bytes)
     # Steps, for which nearly no body has a use, would cost each request a coroutine.
-    body = ModelBody(data) if simple(data) else await model_body.reading(data)
+    body = ModelBody(data) if model_body.simple(data) else await model_body.reading(data)
     return body, data
 
 

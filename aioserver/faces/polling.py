@@ -22,7 +22,7 @@ from aioserver.errors import ResumeGap
 from aioserver.faces import whole
 from aioserver.gateway.contracts.instances import Start
 from aioserver.protocol import client_frames
-from aioserver.protocol.json_body import pause
+from aioserver.protocol.steps import pause
 from aioserver.streams.cursor import CollectingReader
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import CHUNK

@@ -17,6 +17,8 @@ from aioserver.faces.http import NO_STORE
 from aioserver.faces.intake import read_body
 from aioserver.protocol import json_body
 from aioserver.protocol.json_body import ABSENT
+from aioserver.protocol.sound import sound
+from aioserver.protocol.steps import at_once
 
 if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
@@ -118,7 +120,7 @@ async def _key_in_body(context: Context, request: web.Request) -> bytes:
     if not request.body_exists:
         raise MissingApiKey(KEY_NEEDED)
     with context.admission.hold() as hold:
-        body = json_body.at_once(json_body.sound(await read_body(request, hold, MAX_LOGIN_BYTES)))
+        body = at_once(sound(await read_body(request, hold, MAX_LOGIN_BYTES)))
     key = json_body.text(json_body.decode(_LOGIN, body, "the body").key)
     if key is None:
         raise InvalidRequest('the body must be {"key": "…"}', param="key")

@@ -51,7 +51,7 @@ from aioserver.limits.write_watchdog import (
     peer_of,
     vanished,
 )
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.streams.ending import run_all
 from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
 from aioserver.streams.writer import Writer

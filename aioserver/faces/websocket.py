@@ -20,7 +20,8 @@ from aioserver.faces.upgrade import serve
 from aioserver.gateway.contracts.instances import Start
 from aioserver.protocol import client_frames, frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
-from aioserver.protocol.json_body import STEP_BYTES, NotUtf8
+from aioserver.protocol.sound import NotUtf8
+from aioserver.protocol.steps import LARGE_BYTES
 from aioserver.streams.formats import MESSAGES, WS_TEXT, ws_frame
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class ChatSocket(Socket):
             self._refuse(fault.request_id, fault.error)
         else:
             # While a large one is read, the socket may be closed.
-            if len(data) <= STEP_BYTES or self.open:
+            if len(data) <= LARGE_BYTES or self.open:
                 self._carry_out(command, hold)
 
     def _carry_out(self, command: Command, hold: BodyHold) -> None:

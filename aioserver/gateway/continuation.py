@@ -35,10 +35,11 @@ import orjson
 from msgspec import Raw
 
 from aioserver.config.llm import FINAL_MESSAGE, INSTRUCT, NO_CONTINUATION, PREFIXED
-from aioserver.errors import AioserverError
+from aioserver.errors import AioserverError, InvalidRequest
 from aioserver.protocol import eventstream, json_body
 from aioserver.protocol.eventstream import EventTooLong
-from aioserver.protocol.json_body import ABSENT, Member, null, pause
+from aioserver.protocol.json_body import ABSENT, null
+from aioserver.protocol.member import Member
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes
 from aioserver.protocol.said import Tokens
 from aioserver.protocol.seam import (
@@ -50,6 +51,7 @@ from aioserver.protocol.seam import (
     anchor_of,
     provable,
 )
+from aioserver.protocol.steps import pause_after
 from aioserver.provider_errors import (
     ContextTooLong,
     ContinuationFailed,
@@ -172,7 +174,8 @@ class Habits(Memory):
 
 async def continuable(body: bytes) -> bool:
     """Return whether the answer to the request in *body* is one that can be continued."""
-    asked = await json_body.decoding(_ASKED, body, "the body")
+    asked = json_body.decode(_ASKED, body, "the body")
+    await pause_after(body)
     if any(not null(getattr(asked, name)) for name in _FORBIDDEN):
         return False
     try:
@@ -189,16 +192,17 @@ async def continuable(body: bytes) -> bool:
         isinstance(formats[1], dict) and not _free(formats[1].get("format"))
     ):
         return False
-    last: Raw | None = None
     messages = bytes(asked.messages)
     if not messages.startswith(b"["):
         return False
-    for some in json_body.elements(messages):
-        last = some[-1] if some else last
-        await pause()
-    if last is None or not bytes(last).startswith(b"{"):
+    try:
+        json_body.check_values(messages)
+    except InvalidRequest:
         return False
-    return json_body.text(_MESSAGE.decode(last).role) != "assistant"
+    last = json_body.elements(messages)[-1:]
+    if not last or not bytes(last[0]).startswith(b"{"):
+        return False
+    return json_body.text(_MESSAGE.decode(last[0]).role) != "assistant"
 
 
 def _value(raw: Raw) -> Any:
@@ -220,7 +224,7 @@ async def continued(body: bytes, form: str, said: str, tokens: int) -> bytes:
         InvalidRequest: the body has too many keys that may be those looked for.
     """
     for member in BOUNDS:
-        if (place := await member.finding(body)) is not None:
+        if (place := member.place(body)) is not None:
             bound = json_body.count(Raw(body[place.value : place.end]))
             if bound is not None:
                 left = b"%d" % max(1, bound - tokens)
@@ -231,7 +235,7 @@ async def continued(body: bytes, form: str, said: str, tokens: int) -> bytes:
     added = [message]
     if form == INSTRUCT:
         added.append({"role": "user", "content": WISH % anchor_of(said)})
-    place = await MESSAGES.finding(body)
+    place = MESSAGES.place(body)
     assert place is not None, "`continuable` has seen them"
     end = place.end - 1
     pieces = b"".join(b",%b" % orjson.dumps(each) for each in added)

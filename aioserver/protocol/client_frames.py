@@ -25,8 +25,10 @@ from msgspec.structs import replace
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
 from aioserver.protocol import json_body, terms
 from aioserver.protocol.client_headers import NO_HEADERS, ClientHeaders
-from aioserver.protocol.json_body import ABSENT, UnknownField, at_once, pause
+from aioserver.protocol.json_body import ABSENT, UnknownField
 from aioserver.protocol.model_body import MAX_CHOICES
+from aioserver.protocol.sound import sound
+from aioserver.protocol.steps import LARGE_BYTES, at_once, pause, pause_after
 from aioserver.protocol.terms import NO_TERMS, Terms
 
 MAX_ID_CHARACTERS = 256
@@ -193,12 +195,10 @@ def parse(frame: bytes) -> Command:
 async def parsing(data: bytes) -> Command:
     """Parse as `parse` does, in steps if the frame is large."""
     request_id: str | None = None
-    large = len(data) > json_body.STEP_BYTES
     try:
-        body = await json_body.sound(data)
-        if large:
-            await pause()
-        frame = await json_body.decoding(_FRAME, body, "a frame")
+        body = await sound(data)
+        await pause_after(body)
+        frame = json_body.decode(_FRAME, body, "a frame")
         written_id = json_body.text(frame.request_id, MAX_ID_BYTES)
         if written_id is not None and len(written_id) <= MAX_ID_CHARACTERS:
             request_id = written_id
@@ -210,18 +210,15 @@ async def parsing(data: bytes) -> Command:
                 return Ping(request_id)
             case "chat":
                 name = identifier(written_id)
-                if large:
-                    await pause()
-                fields = await json_body.decoding(_PAYLOAD, payload, "payload")
-                if large:
-                    await pause()
-                original = await _original(data, body)
-                return await _chat(name, fields, original, large=large)
+                await pause_after(payload)
+                fields = json_body.decode(_PAYLOAD, payload, "payload")
+                await pause_after(payload)
+                return await _chat(name, fields, await _original(data, body))
             case "cancel":
                 return Cancel(identifier(written_id))
             case "resume":
                 name = identifier(written_id)
-                position = await json_body.decoding(_POSITION, payload, "payload")
+                position = json_body.decode(_POSITION, payload, "payload")
                 return Resume(name, _event_number(position.last_event_id))
         raise InvalidRequest(f"unknown action; one of {_ACTIONS} is expected", param="action")
     except AioserverError as error:
@@ -235,23 +232,21 @@ async def reading_question(data: bytes) -> Chat:
         InvalidJson: *data* is not JSON.
         InvalidRequest: a field is missing, unknown or of the wrong type.
     """
-    body = await json_body.sound(data)
-    large = len(data) > json_body.STEP_BYTES
-    if large:
-        await pause()
+    body = await sound(data)
+    await pause_after(body)
     try:
-        fields = await json_body.decoding(_QUESTION, body, "the body")
+        fields = json_body.decode(_QUESTION, body, "the body")
     except UnknownField as error:
         # A missing id is told first.
-        frame = await json_body.decoding(_FRAME, body, "the body")
+        await pause_after(body)
+        frame = json_body.decode(_FRAME, body, "the body")
         identifier(json_body.text(frame.request_id, MAX_ID_BYTES))
         raise InvalidRequest(
             f"unknown field in payload: {error.param}", param=error.param
         ) from None
-    if large:
-        await pause()
+    await pause_after(body)
     name = identifier(json_body.text(fields.request_id, MAX_ID_BYTES))
-    return await _chat(name, fields, await _original(data, body), large=large)
+    return await _chat(name, fields, await _original(data, body))
 
 
 async def _original(data: bytes, body: bytes) -> bytes:
@@ -264,12 +259,12 @@ async def _original(data: bytes, body: bytes) -> bytes:
 
 async def _hashing(digest: hashlib._Hash, data: bytes) -> None:
     """Add *data* to *digest*, in steps if it is large."""
-    if len(data) <= json_body.STEP_BYTES:
+    if len(data) <= LARGE_BYTES:
         digest.update(data)
         return
     view = memoryview(data)
-    for start in range(0, len(data), json_body.STEP_BYTES):
-        digest.update(view[start : start + json_body.STEP_BYTES])
+    for start in range(0, len(data), LARGE_BYTES):
+        digest.update(view[start : start + LARGE_BYTES])
         await pause()
 
 
@@ -313,8 +308,8 @@ def _event_number(raw: Raw) -> int:
         return event_number(None)
 
 
-async def _chat(request_id: str, fields: _Payload, original: bytes, *, large: bool) -> Chat:
-    """Check the fields of a question, in steps if it is *large*.
+async def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
+    """Check the fields of a question, in steps if it is large.
 
     Raises:
         InvalidRequest: a field is missing, or of the wrong type.
@@ -330,17 +325,17 @@ async def _chat(request_id: str, fields: _Payload, original: bytes, *, large: bo
         _expect(
             _valid_messages(messages), "messages must be a list of objects with a role", "messages"
         )
+        await pause_after(messages)
     streaming = json_body.flag(fields.streaming)
     _expect(
         streaming is not None or json_body.null(fields.streaming),
         "streaming must be true or false",
         "streaming",
     )
-    if large:
-        await pause()
     options = bytes(fields.options)
     _expect(options.startswith(b"{"), "options must be an object", "options")
-    option_names, max_answer, choices = await _read_options(options)
+    option_names, max_answer, choices = _read_options(options)
+    await pause_after(options)
     _expect(
         bytes(memoryview(fields.metadata)[:1]) == b"{", "metadata must be an object", "metadata"
     )
@@ -359,6 +354,7 @@ async def _chat(request_id: str, fields: _Payload, original: bytes, *, large: bo
         original=original,
         terms=_terms(fields),
     )
+    large = len(text or messages or b"") + len(options) > LARGE_BYTES
     return replace(chat, hashed=await chat.hashing()) if large else chat
 
 
@@ -404,16 +400,16 @@ def _name(raw: Raw, name: str) -> str | None:
     return value
 
 
-async def _read_options(options: bytes) -> tuple[frozenset[str], int | None, int]:
+def _read_options(options: bytes) -> tuple[frozenset[str], int | None, int]:
     """Return which of the options with a default are set, the tokens that an answer may have by
-    them, and how many answers they ask for, in steps if they are large.
+    them, and how many answers they ask for.
 
     Raises:
         InvalidRequest: the options have a key that is not the client's to set.
     """
     if options == b"{}":
         return frozenset(), None, 1
-    fields = await json_body.decoding(_OPTIONS, options, "options")
+    fields = json_body.decode(_OPTIONS, options, "options")
     for name in RESERVED_OPTIONS:
         if getattr(fields, name) is not ABSENT:
             raise InvalidRequest(f"{name} cannot be set in options", param="options")

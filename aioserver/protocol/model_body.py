@@ -21,7 +21,10 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, Member, Site, at_once, pause
+from aioserver.protocol.json_body import ABSENT
+from aioserver.protocol.member import Member
+from aioserver.protocol.sound import sound
+from aioserver.protocol.steps import LARGE_BYTES, pause_after
 from aioserver.protocol.stream_options import unasked
 
 if TYPE_CHECKING:
@@ -112,13 +115,9 @@ class ModelBody:
     _value: bytes | None = None
     # Where that value begins, once it was looked for.
     _place: int | None = None
-    # Where that value was found, in a body that was read in pieces.
-    _site: Site | None = None
 
-    def __init__(self, data: bytes, read: tuple[_RawFields, Site | None] | None = None) -> None:
+    def __init__(self, data: bytes) -> None:
         """Read *data*, which is UTF-8 without lone surrogates.
-
-        *read*: its fields and the site of its model, where those were read in pieces.
 
         Raises:
             InvalidJson: *data* is not JSON.
@@ -126,7 +125,7 @@ class ModelBody:
         """
         self.data = data
         fields: Fields | None = None
-        if read is None and len(data) <= MAX_READ_TWICE:
+        if len(data) <= MAX_READ_TWICE:
             try:
                 fields = _DECODER.decode(data)
             except (msgspec.DecodeError, RecursionError):
@@ -134,10 +133,7 @@ class ModelBody:
         if fields is not None:
             options = fields.stream_options
         else:
-            if read is None:
-                raw = json_body.decode(_RAW_DECODER, data, "the body")
-            else:
-                raw, self._site = read
+            raw = json_body.decode(_RAW_DECODER, data, "the body")
             # What may be long is not kept.
             fields, self._value, options = _checked(raw), bytes(raw.model), raw.stream_options
         self._fields = fields
@@ -146,11 +142,6 @@ class ModelBody:
         self.several = fields.n is not None or fields.best_of is not None
         # Most have none.
         self.usage_options = b"" if options is ABSENT else unasked(options)
-
-    @property
-    def large(self) -> bool:
-        """Whether it takes long to read it."""
-        return len(self.data) > json_body.STEP_BYTES
 
     @property
     def stored(self) -> bool | None:
@@ -195,7 +186,7 @@ class ModelBody:
         """Return the body with *model* in place of the client's.
 
         Raises:
-            InvalidRequest: the body has more than `json_body.MAX_PLACES` keys that may be its
+            InvalidRequest: the body has more than `member.MAX_PLACES` keys that may be its
                 model's.
         """
         data, value = self.data, self._value
@@ -205,9 +196,7 @@ class ModelBody:
         if not value:
             return MODEL.insert(data, (written,))
         if self._place is None:
-            site = self._site
-            place = MODEL.find(data, value) if site is None else MODEL.place(data, site, value)
-            self._place = place.value
+            self._place = MODEL.find(data, value).value
         view = memoryview(data)
         return b"".join((view[: self._place], written, view[self._place + len(value) :]))
 
@@ -225,7 +214,7 @@ def check_sole(data: bytes) -> None:
     if value := MODEL.value(data):
         start, end = MODEL.extent(data, MODEL.find(data, value))
         view = memoryview(data)
-        at_once(MODEL.check_absent(b"".join((view[:start], view[end:]))))
+        MODEL.check_absent(b"".join((view[:start], view[end:])))
 
 
 def _checked(fields: _RawFields) -> Fields:
@@ -260,6 +249,14 @@ def _short(metadata: Raw) -> Raw:
     return metadata if len(memoryview(metadata)) <= MAX_METADATA_BYTES else ABSENT
 
 
+def simple(data: bytes) -> bool:
+    """Return whether *data* is short and has nothing that `reading` would look at before."""
+    if len(data) > LARGE_BYTES or not data.isascii():
+        return False
+    # Most bodies have no escaped character at all.
+    return b"\\u" not in data or (b"\\ud" not in data and b"\\uD" not in data)
+
+
 async def reading(data: bytes) -> ModelBody:
     """Return the body in *data*, in steps; a lone surrogate escape in it becomes that of U+FFFD.
 
@@ -267,17 +264,8 @@ async def reading(data: bytes) -> ModelBody:
         InvalidJson: *data* is not JSON.
         InvalidRequest: *data* is no object, or a field has a wrong type.
     """
-    return await reading_sound(await json_body.sound(data))
-
-
-async def reading_sound(body: bytes) -> ModelBody:
-    """Return the *body*, which is UTF-8 without lone surrogates, in steps.
-
-    Raises:
-        InvalidJson, InvalidRequest: as `reading`.
-    """
-    if len(body) <= json_body.STEP_BYTES:
-        return ModelBody(body)
-    await pause()
-    fields, sites = await json_body.locating(_RAW_DECODER, body, "the body")
-    return ModelBody(body, (fields, sites.get("model")))
+    body = await sound(data)
+    await pause_after(body)
+    read = ModelBody(body)
+    await pause_after(body)
+    return read

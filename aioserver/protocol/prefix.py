@@ -20,12 +20,14 @@ import hashlib
 import re
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from msgspec import Raw
+from msgspec.structs import astuple
 
-from aioserver.protocol.json_body import ABSENT, PIECE_BYTES, decoding, elements, pause
+from aioserver.protocol.json_body import ABSENT
+from aioserver.protocol.steps import pause_after
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,7 +36,7 @@ DIGEST_BYTES = 16
 # The longest prompt whose whole length is looked at.
 MAX_BYTES = 1 << 20
 # Messages that are looked at for the first one of a user.
-MAX_LOOKED_AT = 1000
+MAX_LOOKED_AT = 256
 # Seeds whose hash is kept at its beginning.
 MAX_SEEDS = 1024
 
@@ -52,6 +54,8 @@ LENGTHS = _lengths()
 _VALUE = rb'\s*:\s*(?:\{[^{}]*\}|"(?:[^"\\]|\\.)*"|[a-z0-9]+)'
 _KEY = rb'(?<!\\)"(?:cache_control|cachePoint|prompt_cache_breakpoint)"'
 _MARKER = re.compile(rb",\s*" + _KEY + _VALUE + rb"|" + _KEY + _VALUE + rb"\s*,?\s*")
+# What is more than the brackets that close the conversation.
+_MORE = re.compile(rb"[^ \t\r\n\]},]")
 # The words that a marker begins with, which are looked for first: that is ten times as fast.
 _WORDS = (b'"cache_control"', b'"cachePoint"', b'"prompt_cache_breakpoint"')
 
@@ -73,6 +77,12 @@ class _Role(msgspec.Struct, gc=False):
 
 _TOP = msgspec.json.Decoder(_Top)
 _ROLE = msgspec.json.Decoder(_Role)
+# The first elements of a list: all others are skipped.
+_FIRST: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    msgspec.defstruct(
+        "First", [(f"_{number}", Raw, ABSENT) for number in range(MAX_LOOKED_AT)], array_like=True
+    )
+)
 
 
 class Prefix(NamedTuple):
@@ -96,28 +106,25 @@ async def prefix_of(body: bytes, seed: str) -> Prefix | None:
 
     The digests are those of one *seed*. A body that is long is read in steps.
     """
-    top: _Top = (
-        await decoding(_TOP, body, "body") if len(body) > PIECE_BYTES else _TOP.decode(body)
-    )
+    top = _TOP.decode(body)
+    await pause_after(body)
     parts = [bytes(part) for part in _parts(top) if part]
     if not parts:
         return None
     # The last part is the conversation; its first message of a user ends there.
     head, talk = parts[:-1], parts[-1]
-    cut = _end_of_first_user(talk)
+    cut = await _end_of_first_user(talk)
+    await pause_after(talk)
     stripped = [_unmarked(part) for part in head]
     first, rest = _unmarked(talk[:cut]), _unmarked(talk[cut:])
     identity_length = sum(map(len, stripped)) + len(first)
     hashed = _Running(seed, identity_length)
     for part in (*stripped, first, rest):
-        for start in range(0, len(part), PIECE_BYTES):
-            hashed.update(part[start : start + PIECE_BYTES])
-            if start + PIECE_BYTES < len(part):
-                await pause()
+        await pause_after(part)
+        hashed.update(part)
     if not hashed.identity:
         return None
-    # The brackets that close the conversation are no message.
-    has_history = len(rest.strip(b" \t\r\n]},")) > 0
+    has_history = _MORE.search(rest) is not None
     return Prefix(
         hashed.size,
         hashed.lengths,
@@ -136,7 +143,7 @@ def _parts(top: _Top) -> Iterator[Raw]:
     yield top.messages or top.input or top.prompt
 
 
-def _end_of_first_user(talk: bytes) -> int:
+async def _end_of_first_user(talk: bytes) -> int:
     """Return where the first message of a user ends in *talk*.
 
     Of a text, and where there is no such message, that is its first KiB, or all of it.
@@ -144,17 +151,17 @@ def _end_of_first_user(talk: bytes) -> int:
     whole = min(len(talk), LENGTHS[0])
     if not talk.startswith(b"["):
         return whole
-    end = looked_at = 0
-    for some in elements(talk):
-        for element in some:
-            # Elements come in their order, so each is found behind the one before it.
-            raw = bytes(element)
-            end = talk.index(raw, end) + len(raw)
-            looked_at += 1
-            if looked_at > MAX_LOOKED_AT:
-                return whole
-            if raw.startswith(b"{") and bytes(_ROLE.decode(raw).role) == b'"user"':
-                return end
+    end, first = 0, astuple(_FIRST.decode(talk))
+    await pause_after(talk)
+    for element in first:
+        if element is ABSENT:
+            break
+        # Elements come in their order, so each is found behind the one before it.
+        raw = bytes(element)
+        end = talk.index(raw, end) + len(raw)
+        if raw.startswith(b"{") and bytes(_ROLE.decode(raw).role) == b'"user"':
+            return end
+        await pause_after(raw)
     return whole
 
 
@@ -192,7 +199,8 @@ class _Running:
         while start < len(data):
             stop = self._stops[next_stop] if next_stop < len(self._stops) else None
             if stop is None or stop - self.size > len(data) - start:
-                self._hash.update(view[start:])
+                if stop is not None:
+                    self._hash.update(view[start:])
                 self.size += len(data) - start
                 return
             step = stop - self.size

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aioserver.protocol.json_body import ABSENT, Member
+from aioserver.protocol.json_body import ABSENT
+from aioserver.protocol.member import Member
 
 if TYPE_CHECKING:
     from msgspec import Raw

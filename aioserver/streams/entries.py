@@ -17,7 +17,8 @@ import orjson
 from aioserver.errors import ResumeGap
 from aioserver.protocol import eventstream
 from aioserver.protocol import frames as protocol_frames
-from aioserver.protocol.json_body import at_once, sound
+from aioserver.protocol.sound import sound
+from aioserver.protocol.steps import at_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.protocol.tokens import tokens_of
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.sinks import EventSink

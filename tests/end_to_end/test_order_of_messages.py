@@ -10,7 +10,7 @@ import msgspec
 import orjson
 import pytest
 
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.wings.anthropic.bridge import request as messages
 from aioserver.wings.anthropic.bridge.blocks import SIGNATURE
 from aioserver.wings.responses.bridge import request as responses

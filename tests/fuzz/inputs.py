@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from aioserver.protocol import json_body, whole_answer
-from aioserver.protocol.bridging import reading
-from aioserver.wings.responses import items
+from aioserver.protocol import client_frames, json_body, sound, steps
+from aioserver.protocol.bridging import reading, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,11 +53,11 @@ class Input(NamedTuple):
 def windows(size: int) -> Iterator[None]:
     """Within it, what is read in steps is read *size* bytes at a time, and every body is large."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (json_body, whole_answer, items, reading):
-            patch.setattr(module, "STEP_BYTES", size)
-        for name in ("LARGE_BYTES", "STEP_VALUE_BYTES"):
-            patch.setattr(reading, name, size)
-        patch.setattr(json_body, "PIECE_BYTES", max(size, LEAST_PIECE))
+        for module in (client_frames, json_body, sound, steps, reading):
+            patch.setattr(module, "LARGE_BYTES", size)
+        patch.setattr(steps, "STEP_VALUE_BYTES", size)
+        patch.setattr(whole, "STEP_BYTES", size)
+        patch.setattr(sound, "PIECE_BYTES", max(size, LEAST_PIECE))
         yield
 
 

@@ -13,7 +13,8 @@ import pytest
 from aioserver.client import answer
 from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
-from aioserver.protocol import eventstream, json_body, whole_answer
+from aioserver.protocol import eventstream, sound
+from aioserver.protocol.member import Member, Place
 from aioserver.providers.exchange import Exchange
 from aioserver.streams import fast_path
 from aioserver.wings.anthropic import sink as message_sink
@@ -70,13 +71,11 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
     "client_frames": (ClientMessages, "_count", lambda _messages, _size: True),
     "server_frames": (answer, "_text", lambda metadata, name: metadata.get(name)),
     "chat_bodies": (
-        json_body.Member,
+        Member,
         "find",
-        lambda _self, data, value: json_body.Place(
-            0, data.find(value), data.find(value) + len(value)
-        ),
+        lambda _self, data, value: Place(0, data.find(value), data.find(value) + len(value)),
     ),
-    "whole_answers": (whole_answer, "_LOW_HALF", re.compile(rb"(?!)")),
+    "whole_answers": (sound, "_HIGH", re.compile(rb"(?!)")),
     "configuration": (configuration, "_lines", lambda _faults: ["a line without a place"]),
 }
 

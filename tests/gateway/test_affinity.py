@@ -16,8 +16,8 @@ from aioserver.gateway import affinity
 from aioserver.gateway.affinity import MAX_DIGESTS, Affinity, measured
 from aioserver.gateway.groups import READING
 from aioserver.gateway.request import Request
-from aioserver.protocol.json_body import at_once
 from aioserver.protocol.prefix import Prefix, prefix_of
+from aioserver.protocol.steps import at_once
 from aioserver.provider_errors import ProviderError
 from aioserver.providers.api import CHAT
 from aioserver.providers.request import ProviderRequest

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from tests.support.commands import TOO_DEEP, encoded, survives
 
 unhurried = settings(max_examples=150)

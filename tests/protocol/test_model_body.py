@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol import json_body
+from aioserver.protocol.member import MAX_PLACES
 from aioserver.protocol.model_body import ModelBody
 
 
@@ -144,7 +144,7 @@ def test_any_body_is_read_afterwards_as_with_another_model() -> None:
 
 @pytest.mark.parametrize("surplus", [0, 1])
 def test_more_keys_than_can_be_told_apart_are_refused(surplus: int) -> None:
-    nested = '{"model":"groq"},' * (json_body.MAX_PLACES - 1 + surplus)
+    nested = '{"model":"groq"},' * (MAX_PLACES - 1 + surplus)
     parsed = body(f'{{"x":[{nested}1],"model":"groq"}}')
 
     if surplus:

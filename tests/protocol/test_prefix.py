@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from aioserver.protocol.json_body import at_once
-from aioserver.protocol.prefix import LENGTHS, Prefix, prefix_of
+from aioserver.protocol.prefix import LENGTHS, MAX_LOOKED_AT, Prefix, prefix_of
+from aioserver.protocol.steps import at_once
 
 
 def of(body: Any, seed: str = "group") -> Prefix:
@@ -144,11 +144,11 @@ def test_tools_come_first_whatever_the_order_of_the_body_is() -> None:
     assert one == two
 
 
-def test_nothing_looks_for_the_user_behind_a_thousand_messages() -> None:
+def test_nothing_looks_for_the_user_behind_hundreds_of_messages() -> None:
     system = {"role": "system", "content": "s"}
-    found = of({"messages": [system] * 999 + [user("here")]})
+    found = of({"messages": [system] * (MAX_LOOKED_AT - 1) + [user("here")]})
     assert not found.has_history
-    far = of({"messages": [system] * 1500 + [user("here")]})
+    far = of({"messages": [system] * MAX_LOOKED_AT + [user("here")]})
     # The first KiB stands for it.
     assert far.identity_length == 1024
 

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from aioserver.protocol.json_body import at_once
 from aioserver.protocol.model_body import MAX_READ_TWICE, ModelBody, reading
+from aioserver.protocol.steps import at_once
 from aioserver.protocol.stream_options import MAX_OPTIONS_BYTES, asking
 
 ASKING = b'"stream_options":{"include_usage":true}'

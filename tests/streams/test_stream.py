@@ -20,9 +20,10 @@ from aioserver.auth.callers import anonymous
 from aioserver.config.settings import Streams
 from aioserver.errors import ResumeGap, ServerAtCapacity
 from aioserver.protocol import eventstream
-from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import Reading, Shape
-from aioserver.protocol.whole_answer import STEP_BYTES, text_pieces
+from aioserver.protocol.sound import PIECE_BYTES
+from aioserver.protocol.steps import at_once
+from aioserver.protocol.whole_answer import text_pieces
 from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
 from aioserver.providers.request import Answer
 from aioserver.streams.contracts import PLAIN_EVENTS
@@ -396,7 +397,7 @@ def test_a_large_whole_answer_is_shown_in_small_events_by_what_was_found_in_it()
     assert len(pieces) > 20
     assert "".join(text for _, text in reader.seen) == text
     assert later.seen == reader.seen[7:]
-    assert max(len(stream.frames(entry)[0]) for entry in stream.entries) < 2 * STEP_BYTES
+    assert max(len(stream.frames(entry)[0]) for entry in stream.entries) < 2 * PIECE_BYTES
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import msgspec
 import orjson
 
 from aioserver.protocol.bridging.hosted import Hosted
-from aioserver.protocol.bridging.reading import LARGE_BYTES, members, string
+from aioserver.protocol.bridging.reading import members, string
 from aioserver.protocol.bridging.words import Size, Words, optional_in
-from aioserver.protocol.json_body import null, pause
+from aioserver.protocol.json_body import null
+from aioserver.protocol.steps import pause_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping
@@ -111,8 +112,7 @@ async def put_together(
         stream = b',"stream":true' + (usage if words.takes("stream_options") else b"")
     name = b'""' if null(model) else string(model, "model")
     said = turns.finish()
-    if len(asked) > LARGE_BYTES:
-        await pause()
+    await pause_after(asked)
     size = Size(sum(map(len, (*said, *tools))) - turns.picture_bytes, turns.pictures)
     further = options(size)
     start, end = b'{"model":%b,"messages":[' % name, b"]" + stream

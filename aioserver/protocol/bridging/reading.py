@@ -1,8 +1,8 @@
 """Parts of a request, read by msgspec into types whose values stay bytes (`Raw`) where they are
 only passed on.
 
-Their decoders build every element of a list at once, so `check_density` comes before them: a body
-of millions of empty elements would otherwise cost thirty times its bytes.
+The elements of a list are all there at once, so `check_values` of protocol/json_body.py comes
+first: a body of millions of empty elements would otherwise cost thirty times its bytes.
 
 What takes long comes in steps of less than a millisecond, of which a value of LARGE_BYTES or more
 is one each time that it is read; one of megabytes takes 0.3 ms for each.
@@ -17,93 +17,33 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT, null, pause
+from aioserver.protocol.json_body import ABSENT, null
+from aioserver.protocol.steps import pause, pause_after
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 T = TypeVar("T")
-# Values in one body, whatever its size.
-MAX_VALUES = 100_000
-# Bytes that each value of a body with more values has on the average: an element of a list costs
-# about 100.
-MIN_VALUE_BYTES = 12
-# Elements of a list that is read in one step, all but the input: more parts than a message has, or
-# tools.
+# Elements of a list, but for the messages and the input: more parts than a message has, or tools.
 MAX_ELEMENTS = 4096
-# Bytes of a body that are looked through in one step.
-STEP_BYTES = 1 << 18
 # Bytes of a value that is read in a step of its own.
 LARGE_BYTES = 1 << 16
-# Values, and bytes of them, that are read in one step.
-STEP_VALUES, STEP_VALUE_BYTES = 64, 1 << 16
 
 
-class Steps:
-    """The steps in which values are read one by one."""
-
-    def __init__(self) -> None:
-        self._taken = 0
-
-    def over(self, size: int) -> bool:
-        """Return whether to pause, now that a value of *size* bytes was read."""
-        self._taken += size + STEP_VALUE_BYTES // STEP_VALUES
-        over = self._taken >= STEP_VALUE_BYTES
-        if over:
-            self._taken = 0
-        return over
-
-
-async def check_density(body: bytes) -> None:
-    """Refuse a *body*, which is JSON, whose values are too many for its size.
-
-    Raises:
-        InvalidRequest: it has more than MAX_VALUES values, each of fewer than MIN_VALUE_BYTES on
-            the average.
-    """
-    limit = max(MAX_VALUES, len(body) // MIN_VALUE_BYTES)
-    commas = 0
-    for start in range(0, len(body), STEP_BYTES):
-        commas += body.count(b",", start, start + STEP_BYTES)
-        if len(body) > STEP_BYTES:
-            await pause()
-    # Commas within strings have counted, so that the slow way is taken by few.
-    if commas <= limit:
-        return
-    commas, start, within = 0, 0, 0
-    while start < len(body):
-        piece = body[start : start + STEP_BYTES]
-        # No piece ends within an escape.
-        piece = piece[: len(piece) - (len(piece) - len(piece.rstrip(b"\\"))) % 2]
-        start += len(piece)
-        # Without escapes, each quote begins or ends a string.
-        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
-        commas += sum([part.count(b",") for part in parts[within::2]])
-        within = (within + len(parts) - 1) % 2
-        if commas > limit:
-            raise InvalidRequest(f"more than {limit} values in a body of {len(body)} bytes")
-        await pause()
-
-
-async def elements(raw: Raw, param: str, limit: int = MAX_ELEMENTS) -> list[Raw]:
-    """Return the elements of the list that *raw* is, in steps; none if it is absent or null.
+def elements(raw: Raw, param: str, limit: int | None = MAX_ELEMENTS) -> list[Raw]:
+    """Return the elements of the list that *raw* is; none if it is absent or null.
 
     Raises:
         InvalidRequest: it is no list, or has more than *limit* elements; *param* names it.
     """
     if null(raw):
         return []
-    array = bytes(raw)
-    if not array.startswith(b"["):
+    array = memoryview(raw)
+    if array[0] != ord("["):
         raise InvalidRequest(f"{param} must be a list", param=param)
-    listed: list[Raw] = []
-    # Of very many, no more are read than the first ones.
-    for batch in json_body.elements(array):
-        listed += batch
-        if len(listed) > limit:
-            raise InvalidRequest(f"{param} has more than {limit} elements", param=param)
-        if len(array) > LARGE_BYTES:
-            await pause()
+    listed = json_body.elements(array)
+    if limit is not None and len(listed) > limit:
+        raise InvalidRequest(f"{param} has more than {limit} elements", param=param)
     return listed
 
 
@@ -113,18 +53,12 @@ async def for_each(raw: Raw, param: str, add: Callable[[Raw, str], Awaitable[Non
     Raises:
         InvalidRequest: it is no list, or an empty one; *param* names it.
     """
-    array = b"[]" if null(raw) else bytes(raw)
-    if not array.startswith(b"["):
-        raise InvalidRequest(f"{param} must be a list", param=param)
-    number = 0
-    for batch in json_body.elements(array):
-        if len(array) > LARGE_BYTES:
-            await pause()
-        for each in batch:
-            await add(each, f"{param}[{number}]")
-            number += 1
-    if not number:
+    listed = elements(raw, param, None)
+    if not listed:
         raise InvalidRequest(f"{param} must have an element", param=param)
+    await pause_after(memoryview(raw))
+    for number, each in enumerate(listed):
+        await add(each, f"{param}[{number}]")
 
 
 async def reading(decoder: msgspec.json.Decoder[T], raw: Raw, param: str) -> T:

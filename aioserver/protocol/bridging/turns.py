@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import orjson
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.bridging.reading import LARGE_BYTES, Steps, join, members
-from aioserver.protocol.json_body import pause
+from aioserver.protocol.bridging.reading import LARGE_BYTES, join, members
+from aioserver.protocol.steps import Steps, pause
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

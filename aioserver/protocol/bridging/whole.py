@@ -1,13 +1,10 @@
 """A whole chat completion, read for a bridge.
 
-A large one is read in pieces (protocol/json_body.py), and what stands in it is written as the
-chunks of a stream would be: a text in slices, calls and logprobs a few at a time. So no step takes
-long, and what nobody reads is skipped.
+What stands in a large one is written as the chunks of a stream would be: a text in slices, calls
+and logprobs one by one. So no step takes long, and what nobody reads is skipped.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import msgspec
 import orjson
@@ -17,20 +14,18 @@ from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.chunks import REASONING_FIELDS, C, ChunkReader
 from aioserver.protocol.bridging.reading import is_string, members
-from aioserver.protocol.json_body import ABSENT, null, pause, sound
+from aioserver.protocol.json_body import ABSENT, null
 from aioserver.protocol.openai import BadEvent
-from aioserver.protocol.whole_answer import string_pieces
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from aioserver.protocol.sound import pieces, sound
+from aioserver.protocol.steps import Steps, pause, pause_after
 
 # Bytes of a chat completion that is read at all; those of models that exist are a hundredth of it,
 # as a rule.
 MAX_WHOLE_BYTES = 1 << 24
-# Bytes of one that is read in one step, or of what stands in it.
+# The values of one, which are more where it has logprobs.
+MAX_VALUES = 1_000_000
+# Bytes of one that is read at once, or of what stands in it.
 STEP_BYTES = 1 << 16
-# Elements of a list that are written in one step: choices, parts of a content, calls, logprobs.
-STEP_ELEMENTS = 64
 
 
 class _Answer(msgspec.Struct, gc=False):
@@ -103,7 +98,10 @@ async def read_whole(body: bytes, writer: ChunkReader[C]) -> None:
 
 async def _read(body: bytes, writer: ChunkReader[C]) -> None:
     """Read *body*, in steps."""
-    answer = await json_body.decoding(_ANSWER, body, "the answer")
+    json_body.check_values(body, MAX_VALUES)
+    await pause_after(body)
+    answer = json_body.decode(_ANSWER, body, "the answer")
+    await pause_after(body)
     # A larger one is none that anybody would read.
     error, usage, model = (
         bytes(raw) if _size(raw) <= STEP_BYTES else b"null"
@@ -118,25 +116,26 @@ async def _read(body: bytes, writer: ChunkReader[C]) -> None:
     )
     writer.note_model(head)
     writer.read(head)
-    for batch in _batches(answer.choices):
-        for raw in batch:
-            try:
-                choice = await json_body.decoding(_CHOICE, memoryview(raw), "a choice")
-            except InvalidRequest:
-                continue
-            index = b"0" if choice.index is ABSENT else bytes(memoryview(choice.index)[:16])
-            if index == b"%d" % writer.choice_index:
-                await _read_choice(choice, writer)
-        await pause()
+    steps = Steps()
+    for raw in _elements(answer.choices):
+        try:
+            choice = json_body.decode(_CHOICE, memoryview(raw), "a choice")
+        except InvalidRequest:
+            continue
+        index = b"0" if choice.index is ABSENT else bytes(memoryview(choice.index)[:16])
+        if index == b"%d" % writer.choice_index:
+            await _read_choice(choice, writer)
+        await steps.taken(_size(raw))
 
 
 async def _read_choice(choice: _Choice, writer: ChunkReader[C]) -> None:
     raw = choice.message if null(choice.delta) or _size(choice.delta) <= 2 else choice.delta
     if not null(raw):
         try:
-            message = await json_body.decoding(_MESSAGE, memoryview(raw), "a message")
+            message = json_body.decode(_MESSAGE, memoryview(raw), "a message")
         except InvalidRequest:
             message = _Message()
+        await pause_after(memoryview(raw))
         await _read_message(message, choice.logprobs, writer)
     if not null(choice.finish_reason) and _size(choice.finish_reason) <= STEP_BYTES:
         ending = members((b"finish_reason", choice.finish_reason))
@@ -146,6 +145,7 @@ async def _read_choice(choice: _Choice, writer: ChunkReader[C]) -> None:
 
 
 async def _read_message(message: _Message, logprobs: Raw, writer: ChunkReader[C]) -> None:
+    steps = Steps()
     for name in REASONING_FIELDS:
         raw: Raw = getattr(message, name)
         if is_string(raw) and _size(raw) > 2:
@@ -156,31 +156,25 @@ async def _read_message(message: _Message, logprobs: Raw, writer: ChunkReader[C]
     if is_string(content):
         await _write_text("content", content, writer)
     else:
-        for batch in _batches(content):
-            for part in _joined(batch):
-                writer.read(_chunk(b'"content":[%b]' % part))
-                await pause()
-            await pause()
+        for part in _elements(content):
+            writer.read(_chunk(b'"content":[%b]' % bytes(part)))
+            await steps.taken(_size(part))
     if writer.logprobs and not null(logprobs):
         try:
-            tokens = (await json_body.decoding(_LOGPROBS, memoryview(logprobs), "")).content
+            tokens = json_body.decode(_LOGPROBS, memoryview(logprobs), "").content
         except InvalidRequest:
             tokens = ABSENT
-        for batch in _batches(tokens):
-            for part in _joined(batch):
-                writer.add_logprobs(orjson.loads(b"[%b]" % part))
-                await pause()
-            await pause()
+        for token in _elements(tokens):
+            writer.add_logprobs([orjson.loads(memoryview(token))])
+            await steps.taken(_size(token))
     if is_string(message.refusal):
         await _write_text("refusal", message.refusal, writer)
-    for batch in _batches(message.tool_calls):
-        for part in _joined(batch):
-            if len(part) <= STEP_BYTES:
-                writer.read(_chunk(b'"tool_calls":[%b]' % part))
-            else:
-                await _write_call(part, writer)
-            await pause()
-        await pause()
+    for call in _elements(message.tool_calls):
+        if _size(call) <= STEP_BYTES:
+            writer.read(_chunk(b'"tool_calls":[%b]' % bytes(call)))
+        else:
+            await _write_call(bytes(call), writer)
+        await steps.taken(_size(call))
     called = not null(message.tool_calls) and _size(message.tool_calls) > 2
     if not (called or null(message.function_call)) and _size(message.function_call) > 2:
         # The form before there were tools; llama-cpp-python sends both.
@@ -190,7 +184,7 @@ async def _read_message(message: _Message, logprobs: Raw, writer: ChunkReader[C]
 async def _write_text(name: str, raw: Raw, writer: ChunkReader[C]) -> None:
     """Write the text *raw*, in slices."""
     text = bytes(raw)
-    for piece in await string_pieces(text):
+    for piece in pieces(text, 1, len(text) - 1):
         writer.read(_chunk(b'"%b":"%b"' % (name.encode(), text[piece])))
         await pause()
 
@@ -198,8 +192,8 @@ async def _write_text(name: str, raw: Raw, writer: ChunkReader[C]) -> None:
 async def _write_call(raw: bytes, writer: ChunkReader[C]) -> None:
     """Write one call, whose arguments may be long."""
     try:
-        call = await json_body.decoding(_CALL, raw, "a call")
-        function = await json_body.decoding(_FUNCTION, memoryview(call.function), "a function")
+        call = json_body.decode(_CALL, raw, "a call")
+        function = json_body.decode(_FUNCTION, memoryview(call.function), "a function")
     except (InvalidRequest, InvalidJson):
         return
     if not is_string(function.arguments):
@@ -211,7 +205,7 @@ async def _write_call(raw: bytes, writer: ChunkReader[C]) -> None:
     )
     writer.read(_chunk(b'"tool_calls":[{%b}]' % first))
     text = bytes(function.arguments)
-    for piece in await string_pieces(text):
+    for piece in pieces(text, 1, len(text) - 1):
         more = b'{"function":{"arguments":"%b"}}' % text[piece]
         writer.read(_chunk(b'"tool_calls":[%b]' % more))
         await pause()
@@ -221,35 +215,11 @@ def _chunk(delta: bytes, further: bytes = b"") -> bytes:
     return b'{"choices":[{"index":0,"delta":{%b}%b}]}' % (delta, further)
 
 
-def _batches(raw: Raw) -> Iterator[list[Raw]]:
-    """Yield the elements of the list that *raw* is, at most STEP_ELEMENTS at a time.
-
-    A batch may be empty.
-    """
+def _elements(raw: Raw) -> list[Raw]:
+    """Return the elements of the list that *raw* is; none if it is no list."""
     if null(raw) or bytes(memoryview(raw)[:1]) != b"[":
-        return
-    for found in json_body.elements(bytes(raw)):
-        yield []
-        for start in range(0, len(found), STEP_ELEMENTS):
-            yield found[start : start + STEP_ELEMENTS]
-
-
-def _joined(batch: list[Raw]) -> Iterator[bytes]:
-    """Yield the elements of *batch*, joined, but those alone that are large."""
-    small: list[bytes] = []
-    for raw in batch:
-        if _size(raw) > STEP_BYTES // 2:
-            if small:
-                yield b",".join(small)
-            small = []
-            yield bytes(raw)
-        else:
-            small.append(bytes(raw))
-            if sum(map(len, small)) > STEP_BYTES // 2:
-                yield b",".join(small)
-                small = []
-    if small:
-        yield b",".join(small)
+        return []
+    return json_body.elements(memoryview(raw))
 
 
 def _size(raw: Raw) -> int:

@@ -9,7 +9,9 @@ from msgspec import Raw
 
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.reading import elements
-from aioserver.protocol.json_body import ABSENT, Member, pause
+from aioserver.protocol.json_body import ABSENT
+from aioserver.protocol.member import Member
+from aioserver.protocol.steps import Steps, pause_after
 from aioserver.wings.anthropic.bridge.blocks import SIGNATURE
 
 _MESSAGES = Member("messages")
@@ -31,28 +33,33 @@ async def without_thinking(body: bytes) -> bytes:
     A message that had nothing else is left out.
 
     Raises:
-        InvalidRequest: a message has too many blocks.
+        InvalidRequest: it has too many values, or a message too many blocks.
     """
-    place = await _MESSAGES.finding(body)
+    place = _MESSAGES.place(body)
     if place is None or body[place.value : place.value + 1] != b"[":
         return body
     kept: list[bytes] = []
-    for messages in json_body.elements(body[place.value : place.end]):
-        for raw in messages:
-            message = bytes(raw)
-            if message.find(_SIGNATURE) >= 0:
-                message = await _without(message)
-            if message:
-                kept.append(message)
-        await pause()
-    return b"".join((body[: place.value], b"[", b",".join(kept), b"]", body[place.end :]))
+    array = memoryview(body)[place.value : place.end]
+    await pause_after(array)
+    steps = Steps()
+    json_body.check_values(body)
+    for raw in json_body.elements(array):
+        message = bytes(raw)
+        if message.find(_SIGNATURE) >= 0:
+            message = _without(message)
+        if message:
+            kept.append(message)
+        await steps.taken(len(message))
+    view = memoryview(body)
+    commas = [part for message in kept for part in (b",", message)][1:]
+    return b"".join((view[: place.value], b"[", *commas, b"]", view[place.end :]))
 
 
-async def _without(message: bytes) -> bytes:
-    place = await _CONTENT.finding(message)
+def _without(message: bytes) -> bytes:
+    place = _CONTENT.place(message)
     if place is None or message[place.value : place.value + 1] != b"[":
         return message
-    blocks = await elements(Raw(message[place.value : place.end]), "content")
+    blocks = elements(Raw(message[place.value : place.end]), "content")
     kept = [bytes(block) for block in blocks if not _ours(block)]
     if len(kept) == len(blocks):
         return message

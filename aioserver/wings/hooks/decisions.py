@@ -26,7 +26,8 @@ from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
 from aioserver.faces import openai
 from aioserver.hook import Refuse
 from aioserver.protocol import json_body, model_body
-from aioserver.protocol.json_body import Member
+from aioserver.protocol.member import Member
+from aioserver.protocol.sound import sound
 
 if TYPE_CHECKING:
     from aioserver.config import settings
@@ -128,8 +129,8 @@ async def member(body: bytes) -> bytes:
     steps.
     """
     try:
-        await json_body.sound(body)
-        await json_body.decoding(json_body.ANYTHING, body, "the body")
+        await sound(body)
+        json_body.decode(json_body.ANYTHING, body, "the body")
     except (InvalidJson, InvalidRequest):
         return orjson.dumps(body.decode("utf-8", "replace"))
     return body

@@ -25,8 +25,8 @@ from aioserver.errors import InvalidRequest, RequestTooLarge, ResponseNotFound
 from aioserver.gateway.bridging import BridgedAttempt, PathMemory
 from aioserver.protocol.bridging.said import BridgedSaid
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
-from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.steps import at_once
 from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.provider_errors import (
     ContextTooLong,

@@ -42,8 +42,7 @@ class Draft:
     *store* is the request's; None, if it says nothing, means true. *previous_id* is its
     `previous_response_id`, and *previous* that response, if it is held here. *named* says that the
     response will be found by its id, and *on_kept* is called with it, named or not; a connection
-    that holds it retains it there. *max_bytes* bounds an expanded body. *large* says that its body
-    is.
+    that holds it retains it there. *max_bytes* bounds an expanded body.
 
     Always: what it refers to and has taken is counted until `release`, and not after.
     """
@@ -57,7 +56,6 @@ class Draft:
         previous_id: str | None = None,
         previous: StoredResponse | None = None,
         max_bytes: int,
-        large: bool = False,
         on_kept: Callable[[StoredResponse], None] | None = None,
     ) -> None:
         self._responses = responses
@@ -65,7 +63,6 @@ class Draft:
         self.previous_id = previous_id
         self.previous = previous
         self.max_bytes = max_bytes
-        self.large = large
         self.named = store is not False
         # Whether the provider was sent the id of a response that is held here.
         self.by_id = False
@@ -102,10 +99,8 @@ class Draft:
 
     @property
     def slow(self) -> bool:
-        """Whether its body may take long to make: it is large, or continues a response that is
-        held here.
-        """
-        return self.large or self.previous is not None
+        """Whether its body may take long to make: it continues a response that is held here."""
+        return self.previous is not None
 
     async def body_for(self, body: bytes, provider: str, *, keeps: bool) -> bytes:
         """Return *body* as *provider* gets it, which *keeps* responses, or does not as far as we
@@ -114,7 +109,7 @@ class Draft:
         Raises:
             RequestTooLarge, InvalidRequest: as `expand`.
         """
-        await self._note_provider(body, keeps=keeps)
+        self._note_provider(body, keeps=keeps)
         previous = self.previous
         known = previous is None or (previous.kept_there and previous.provider == provider)
         self.by_id = keeps and known and previous is not None
@@ -130,7 +125,7 @@ class Draft:
             ResponseNotFound: the request continues a response that is not held here.
             RequestTooLarge, InvalidRequest: as `expand`.
         """
-        await self._note_provider(body, keeps=False)
+        self._note_provider(body, keeps=False)
         self.by_id = False
         return await self.expand(body, provider)
 
@@ -158,14 +153,14 @@ class Draft:
         if previous is not None:
             previous.release()
 
-    async def take_input(self, body: bytes) -> None:
-        """Keep the input in *body*, the request's, in steps; a second call does nothing.
+    def take_input(self, body: bytes) -> None:
+        """Keep the input in *body*, the request's; a second call does nothing.
 
         Where there is no room for it, the response is not kept.
         """
         if self._held is not None:
             return
-        items = await input_items(body)
+        items = input_items(body)
         self._held = self._responses.hold()
         try:
             self._held.grow(len(items))
@@ -251,14 +246,14 @@ class Draft:
         if previous is not None:
             previous.release()
 
-    async def _note_provider(self, body: bytes, *, keeps: bool) -> None:
-        """Note that a provider gets *body*, in steps, and whether it *keeps* responses.
+    def _note_provider(self, body: bytes, *, keeps: bool) -> None:
+        """Note that a provider gets *body*, and whether it *keeps* responses.
 
         The last one counts.
         """
         self.kept_there = keeps and self.named
         if self.named or self._on_kept is not None:
-            await self.take_input(body)
+            self.take_input(body)
 
 
 def draft_of(
@@ -277,5 +272,4 @@ def draft_of(
         store=body.stored,
         previous_id=previous_id,
         max_bytes=max_bytes,
-        large=body.large,
     )

@@ -31,9 +31,12 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidRequest, InvalidStreamId
-from aioserver.protocol import json_body, model_body
-from aioserver.protocol.json_body import ABSENT, Member, Place, Site, at_once, pause
+from aioserver.protocol import json_body
+from aioserver.protocol.json_body import ABSENT
+from aioserver.protocol.member import Member, Place
 from aioserver.protocol.model_body import ModelBody
+from aioserver.protocol.sound import sound
+from aioserver.protocol.steps import at_once, pause_after
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -163,16 +166,11 @@ def parse(frame: bytes) -> Command:
 async def parsing(data: bytes) -> Command:
     """Parse as `parse` does, in steps."""
     lane: str | None = None
-    large = len(data) > json_body.STEP_BYTES
     try:
-        body = await json_body.sound(data)
-        if large:
-            await pause()
-        sites: dict[str, Site] = {}
-        if large:
-            frame, sites = await json_body.locating(_FRAME, body, "a frame")
-        else:
-            frame = json_body.decode(_FRAME, body, "a frame")
+        body = await sound(data)
+        await pause_after(body)
+        frame = json_body.decode(_FRAME, body, "a frame")
+        await pause_after(body)
         kind = json_body.text(frame.type, MAX_ID_BYTES)
         if kind == "response.steer":
             return Steer(_id(frame, "previous_response_id"), _short(frame.input, b'""'))
@@ -182,7 +180,7 @@ async def parsing(data: bytes) -> Command:
         match kind:
             case "response.create":
                 try:
-                    return await _create(lane, frame, body, sites)
+                    return await _create(lane, frame, body)
                 except AioserverError as error:
                     return Refused(lane, error)
             case "response.cancel":
@@ -197,11 +195,8 @@ async def parsing(data: bytes) -> Command:
         raise BadFrame(error, lane) from None
 
 
-async def _create(lane: str | None, frame: _Frame, body: bytes, sites: dict[str, Site]) -> Create:
-    """Return the command of a frame whose bytes are *body*, in steps.
-
-    *sites*: of members that were read in pieces.
-    """
+async def _create(lane: str | None, frame: _Frame, body: bytes) -> Create:
+    """Return the command of a frame whose bytes are *body*, in steps."""
     generate = json_body.flag(frame.generate)
     if generate is None and not json_body.null(frame.generate):
         raise InvalidRequest("generate must be true or false", param="generate")
@@ -210,18 +205,15 @@ async def _create(lane: str | None, frame: _Frame, body: bytes, sites: dict[str,
             "background is not for a WebSocket: POST /v1/responses has it", param="background"
         )
     streamed = json_body.flag(frame.stream) is True
-    body = await _without(_OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body, sites)
-    if sites:
-        await pause()
+    body = await _without(_OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body)
+    await pause_after(body)
     if not streamed:
         body = _STREAM.insert(body, [b"true"])
-    return Create(lane, await model_body.reading_sound(body), generate is not False)
+    return Create(lane, ModelBody(body), generate is not False)
 
 
-async def _without(
-    members: Sequence[Member], frame: _Frame, body: bytes, sites: dict[str, Site]
-) -> bytes:
-    """Return *body* without those of its *members* that *frame* has, in steps if it was read so.
+async def _without(members: Sequence[Member], frame: _Frame, body: bytes) -> bytes:
+    """Return *body* without those of its *members* that *frame* has, in steps.
 
     Raises:
         InvalidRequest: it has one of them several times.
@@ -231,25 +223,18 @@ async def _without(
     for member in members:
         raw: Raw = getattr(frame, member.name)
         if raw is not ABSENT:
-            value = bytes(raw)
-            site = sites.get(member.name)
-            places.append(
-                member.find(body, value) if site is None else member.place(body, site, value)
-            )
+            places.append(member.find(body, bytes(raw)))
             removed.append(member)
-            if sites:
-                await pause()
+            await pause_after(body)
     # From the last one on, so that the places of the others stay the same.
     for place in sorted(places, reverse=True):
         start, end = Member.extent(body, place)
         view = memoryview(body)
         body = b"".join((view[:start], view[end:]))
-        if sites:
-            await pause()
-    # Without their keys, however they are written, there is nothing to read; to look for them
-    # takes long in itself.
-    if sites or b"\\u00" in body or any(member.key in body for member in removed):
-        rest = await json_body.decoding(_FRAME, body, "a frame")
+    # Without their keys, however they are written, there is nothing to read.
+    if b"\\u00" in body or any(member.key in body for member in removed):
+        rest = json_body.decode(_FRAME, body, "a frame")
+        await pause_after(body)
         for member in removed:
             if getattr(rest, member.name) is not ABSENT:
                 raise InvalidRequest(f"several keys {member.name} in one body", param=member.name)
@@ -370,15 +355,15 @@ def _error_object(fault: AioserverError) -> dict[str, Any]:
     }
 
 
-async def preparing(
+def prepared(
     command: Create, response_id: str, model: str, created_at: int
 ) -> list[tuple[bytes, bytes]]:
     """Return the events of a response for which nothing is generated, each with the response
-    object in it, in steps.
+    object in it.
 
     *created_at*: seconds since 1970.
     """
-    fields = await json_body.decoding(_SHOWN, command.body.data, "the body")
+    fields = json_body.decode(_SHOWN, command.body.data, "the body")
     shown = {name: _short(getattr(fields, name), default) for name, default in _DEFAULTS.items()}
     response: dict[str, Any] = {
         "id": response_id,

@@ -14,7 +14,10 @@ import msgspec
 from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest, RequestTooLarge
-from aioserver.protocol.json_body import ABSENT, Member, at_once, pause, simple, sound, text
+from aioserver.protocol.json_body import ABSENT, text
+from aioserver.protocol.member import Member
+from aioserver.protocol.sound import sound
+from aioserver.protocol.steps import Steps, at_once, pause_after
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,8 +28,6 @@ CONTINUABLE = frozenset({"completed", "incomplete"})
 # Commas in a value of which each part becomes an object: some megabytes of text have so many, and
 # a few hundred KB of numbers.
 MAX_COMMAS = 200_000
-# Bytes of items that are read in one step.
-STEP_BYTES = 1 << 18
 _MESSAGE = b'{"type":"message","role":"user","content":'
 # How the type of a message is written; it may be left out.
 _MESSAGE_TYPES = frozenset({b"", b'"message"'})
@@ -72,15 +73,15 @@ class Page(NamedTuple):
     more: bool
 
 
-async def input_items(body: bytes) -> bytes:
-    """Return the items of the input in *body*, a request for a response, in steps.
+def input_items(body: bytes) -> bytes:
+    """Return the items of the input in *body*, a request for a response.
 
     A text becomes a message of the user.
 
     Raises:
         InvalidJson, InvalidRequest: *body* is no object.
     """
-    return items_of(await INPUT.reading(body))
+    return items_of(INPUT.value(body))
 
 
 def items_of(value: bytes) -> bytes:
@@ -100,9 +101,7 @@ def response_parts(response: bytes) -> ResponseParts | None:
     if not separable(response):
         return None
     try:
-        if not simple(response):
-            response = at_once(sound(response))
-        fields = _OBJECT.decode(response)
+        fields = _OBJECT.decode(at_once(sound(response)))
     except (InvalidJson, msgspec.DecodeError, RecursionError):
         return None
     name, status = text(fields.get("id", _EMPTY)), text(fields.get("status", _EMPTY))
@@ -164,39 +163,36 @@ async def continued(body: bytes, history: Iterable[bytes], max_bytes: int) -> by
         RequestTooLarge: the result would have more than *max_bytes*.
         InvalidRequest: *body* has several keys `previous_response_id`.
     """
-    large = len(body) > STEP_BYTES
-    place, view = await INPUT.finding(body), memoryview(body)
-    value = b"" if place is None else body[place.value : place.end]
-    if large:
-        await pause()
+    place, view = INPUT.place(body), memoryview(body)
+    own, size = b"", len(body)
+    if place is not None:
+        own = items_of(body[place.value : place.end])
+        size -= place.end - place.value
+    await pause_after(body)
     start = stop = 0
-    if (previous := await PREVIOUS.finding(body)) is not None:
+    if (previous := PREVIOUS.place(body)) is not None:
         start, stop = PREVIOUS.extent(body, previous)
-    if large:
-        await pause()
+    await pause_after(body)
     # Brackets, and a comma between two pieces.
-    size = len(body) - (stop - start) - len(value) + 2
-    pieces: list[bytes] = []
-    step = 0
-    for piece in chain(history, (items_of(value),)):
+    size += 2 - (stop - start)
+    items: list[bytes] = []
+    steps = Steps()
+    for piece in chain(history, (own,)):
         if not piece:
             continue
-        size += len(piece) + bool(pieces)
+        size += len(piece) + bool(items)
         if size > max_bytes:
             raise RequestTooLarge(
                 f"the body has more than {max_bytes} bytes with the responses that it continues",
                 param="previous_response_id",
             )
-        pieces.append(piece)
-        step += len(piece) + STEP_BYTES // 1000
-        if step > STEP_BYTES:
-            step = 0
-            await pause()
-    items = (b"[", b",".join(pieces), b"]")
+        items += (b",", piece)[not items :]
+        await steps.taken(len(piece))
+    listed = (b"[", *items, b"]")
     if place is None:
-        result = INPUT.insert(b"".join((view[:start], view[stop:])), items)
+        result = INPUT.insert(b"".join((view[:start], view[stop:])), listed)
     else:
-        cuts = [(start, stop, ()), (place.value, place.end, items)]
+        cuts = [(start, stop, ()), (place.value, place.end, listed)]
         parts: list[bytes | memoryview] = []
         end = 0
         for cut, following, instead in sorted(cuts):
@@ -204,9 +200,8 @@ async def continued(body: bytes, history: Iterable[bytes], max_bytes: int) -> by
             end = following
         result = b"".join((*parts, view[end:]))
     if stop:
-        if large:
-            await pause()
-        await PREVIOUS.check_absent(result)
+        await pause_after(body)
+        PREVIOUS.check_absent(result)
     return result
 
 
@@ -224,7 +219,7 @@ async def paging(
     # A client that asks for what follows an id would never come to the end of a list that has it
     # twice.
     ids: set[str] = set()
-    found, size = after is None, 0
+    found, steps = after is None, Steps()
     for name, piece in pieces:
         if not separable(piece):
             raise InvalidRequest(f"the input has too many items: over {MAX_COMMAS} commas")
@@ -241,10 +236,7 @@ async def paging(
                 listed.append((item_id, item))
             else:
                 found = item_id == after
-            size += len(memoryview(item)) + STEP_BYTES // 1000
-            if size >= STEP_BYTES:
-                size = 0
-                await pause()
+            await steps.taken(len(memoryview(item)))
     return _page_of(listed, more=False) if found else None
 
 

@@ -33,7 +33,8 @@ from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.contracts.instances import Start
-from aioserver.protocol.json_body import STEP_BYTES, NotUtf8
+from aioserver.protocol.sound import NotUtf8
+from aioserver.protocol.steps import LARGE_BYTES
 from aioserver.streams.formats import WS_TEXT, ws_frame
 from aioserver.wings.responses import face as responses
 from aioserver.wings.responses import frames
@@ -132,7 +133,7 @@ class ResponsesSocket(Socket):
             self._refuse(fault.lane, fault.error)
         else:
             # While a large one is read, the socket may be closed.
-            if len(data) <= STEP_BYTES or self.open:
+            if len(data) <= LARGE_BYTES or self.open:
                 self._carry_out(command, hold)
 
     def show_position(self, position: int, eta: float) -> None:
@@ -263,8 +264,8 @@ class ResponsesSocket(Socket):
             if body.previous_response_id is not None and draft.previous is None:
                 raise not_found(body.previous_response_id)
             response_id, now = f"resp_{uuid.uuid4().hex}", int(time.time())
-            events = await frames.preparing(command, response_id, model, now)
-            await draft.take_input(body.data)
+            events = frames.prepared(command, response_id, model, now)
+            draft.take_input(body.data)
             kept = draft.keep_response(events[-1][1], route.provider.name)
             if kept is not None:
                 await kept
@@ -331,7 +332,6 @@ class ResponsesSocket(Socket):
             previous_id=previous_id,
             previous=None if previous_id is None else self._lanes.latest(previous_id),
             max_bytes=self._context.settings.chat.websocket.max_message_size,
-            large=body.large,
             on_kept=keep,
         )
 

@@ -10,7 +10,7 @@ import orjson
 
 from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream, model_body
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.provider_errors import ProviderFault
 from aioserver.streams.stream import Stream
 from aioserver.wings.responses.bridge.events import ResponseWriter

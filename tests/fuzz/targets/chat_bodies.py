@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames, model_body
 from aioserver.protocol.client_frames import PAYLOAD_FIELDS
-from aioserver.protocol.json_body import at_once, simple
+from aioserver.protocol.steps import at_once
 from aioserver.wings.responses.items import continued
 from tests.fuzz.inputs import parts, windows
 
@@ -79,7 +79,7 @@ def _check_question(chat: Chat) -> None:
 def _check_completion(body: ModelBody, content: bytes) -> None:
     before = _loaded(body.data)
     assert len(body.data) == len(content)
-    if simple(content):
+    if model_body.simple(content):
         assert body.data == content
     assert body.model == before.get("model")
     assert body.streamed == (before.get("stream") is True)

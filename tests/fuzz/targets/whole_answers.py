@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
-from aioserver.protocol.json_body import at_once, sound
+from aioserver.protocol.sound import sound
+from aioserver.protocol.steps import at_once
 from aioserver.protocol.whole_answer import final_response, text_pieces
 from tests.fuzz.inputs import parts, windows
 
@@ -47,11 +48,12 @@ def _find(body: bytes) -> Found:
 
 
 def _answer(body: bytes) -> object:
-    """Return the answer in *body*; None if it is not JSON, or has a key twice, of which the first
-    counts here.
+    """Return the answer in *body*; None if it is not JSON, or has a key twice, both of whose values
+    are looked at here.
     """
     try:
-        return json.loads(at_once(sound(body)), object_pairs_hook=_distinct)
+        text = at_once(sound(body)).decode()
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
     except Exception:  # noqa: BLE001 - whatever is wrong with it
         return None
 
@@ -62,6 +64,10 @@ def _distinct(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
     if len(content) < len(members):
         raise ValueError("a key that stands there twice")
     return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _text(answer: object) -> str:

@@ -15,7 +15,7 @@ from openai.types.responses import ResponseFailedEvent
 from aioserver.auth.callers import anonymous
 from aioserver.errors import SlowClient
 from aioserver.protocol import eventstream
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.protocol.whole_answer import final_response
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.wings.responses.events import ResponseEvents

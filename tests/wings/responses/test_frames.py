@@ -11,8 +11,7 @@ import orjson
 import pytest
 
 from aioserver.errors import InvalidRequest, ServerAtCapacity
-from aioserver.protocol import json_body
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol import steps
 from aioserver.provider_errors import ProviderRateLimited, ProviderRefused
 from aioserver.wings.responses import frames as response_frames
 from aioserver.wings.responses.frames import (
@@ -174,14 +173,14 @@ def test_a_lone_surrogate_becomes_a_replacement_character() -> None:
 
 
 def test_a_large_frame_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_body, "STEP_BYTES", 64)
+    monkeypatch.setattr(steps, "LARGE_BYTES", 64)
     text = 300 * "ä".encode()
     frame = b'{"type":"response.create","stream_id":"a","input":"%b"}' % text
 
-    steps = [*response_frames.parsing(frame).__await__()]
+    pauses = [*response_frames.parsing(frame).__await__()]
     command = response_frames.parse(frame)
 
-    assert len(steps) > 8
+    assert len(pauses) > 3
     assert isinstance(command, Create)
     assert command.body.data == b'{"stream":true,"input":"%b"}' % text
 
@@ -269,7 +268,7 @@ def test_a_prepared_response_repeats_what_is_short() -> None:
         f'"instructions":"{instructions}","previous_response_id":"r0","store":false}}'
     )
 
-    made = at_once(response_frames.preparing(command, "resp_1", "m", 1_700_000_000))
+    made = response_frames.prepared(command, "resp_1", "m", 1_700_000_000)
     events: list[Any] = [orjson.loads(event) for event, _ in made]
     assert [event["response"] for event in events] == [orjson.loads(own) for _, own in made]
 

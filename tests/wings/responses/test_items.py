@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioserver.errors import InvalidRequest, RequestTooLarge
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.wings.responses import items as response_items
 from aioserver.wings.responses.items import (
     MAX_COMMAS,
@@ -62,7 +62,7 @@ def test_a_conversation_stands_in_front_of_the_input(
     fields: dict[str, Any] = {"previous_response_id": "r1", "model": "m", "input": own}
     if not named_first:
         fields = dict(reversed(fields.items()))
-    history = [at_once(input_items(dumped({"input": before}, indent)))]
+    history = [input_items(dumped({"input": before}, indent))]
 
     body = at_once(continued(dumped(fields, indent), history, 1 << 20))
 
@@ -81,7 +81,7 @@ def test_a_conversation_stands_in_front_of_the_input(
     ],
 )
 def test_an_input_is_a_list_of_items(body: str, expected: list[Any]) -> None:
-    assert items_in(at_once(input_items(body.encode()))) == expected
+    assert items_in(input_items(body.encode())) == expected
 
 
 def test_a_request_that_continues_two_responses_is_refused() -> None:

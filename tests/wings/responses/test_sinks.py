@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aioserver.config.settings import Provider
 from aioserver.protocol import eventstream
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,

@@ -14,7 +14,7 @@ import pytest
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import RequestTooLarge, ResponseNotFound
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.streams.entries import COMPLETE, Entry
 from aioserver.streams.store import StreamStore
 from aioserver.wings.responses.draft import Draft
@@ -209,7 +209,7 @@ def test_a_connection_holds_a_response_that_has_no_name(conversations: Conversat
         held.append(response)
 
     draft = conversations.draft(store=False, on_kept=keep)
-    at_once(draft.take_input(b'{"input":"q"}'))
+    draft.take_input(b'{"input":"q"}')
     draft.keep_response(answer("r1", "a"), "demo")
     draft.release()
 
@@ -240,7 +240,7 @@ def test_what_is_no_response_that_can_go_on_is_not_kept(
     conversations: Conversations, response: bytes
 ) -> None:
     draft = conversations.draft()
-    at_once(draft.take_input(b'{"input":"q"}'))
+    draft.take_input(b'{"input":"q"}')
 
     draft.keep_response(response, "demo")
     draft.release()
@@ -310,7 +310,7 @@ def test_reasoning_that_a_provider_would_not_take_back_is_left_out(
         {"type": "message", "id": "m", "content": "reasoning"},
     ]
     draft = conversations.draft()
-    at_once(draft.take_input(b'{"input":[{"type":"reasoning","id":"own"}]}'))
+    draft.take_input(b'{"input":[{"type":"reasoning","id":"own"}]}')
     draft.keep_response(answer("r1", "", output=output), "demo")
     draft.release()
     stored = conversations.stored.find(CALLER, "r1")
@@ -455,7 +455,7 @@ def test_random_conversations_stay_within_their_bounds_and_leave_nothing(seed: i
             conversations.stored.drop(caller, name)
         elif action < 0.7:
             draft = conversations.draft(name, caller=caller)
-            at_once(draft.take_input(json.dumps({"input": "y" * rng.randrange(2000)}).encode()))
+            draft.take_input(json.dumps({"input": "y" * rng.randrange(2000)}).encode())
             drafts.append(draft)
         elif action < 0.8 and drafts:
             drafts.pop(rng.randrange(len(drafts))).release()

@@ -115,7 +115,7 @@ class BlockReader:
         else:
             add = self._add_asked if role == "user" else self._add_answered
             between = PARAGRAPH
-            for number, each in enumerate(await elements(content, param)):
+            for number, each in enumerate(elements(content, param)):
                 place = f"{param}[{number}]"
                 await add(await reading(_BLOCK, each, place), place, between)
                 between = LINE
@@ -139,7 +139,7 @@ class BlockReader:
         if is_string(raw):
             return [Piece(bytes(raw))]
         pieces: list[Piece] = []
-        for number, each in enumerate(await elements(raw, param)):
+        for number, each in enumerate(elements(raw, param)):
             place = f"{param}[{number}]"
             pieces += await self._of_block(await reading(_BLOCK, each, place), place)
             await self._turns.step(len(memoryview(each)))

@@ -22,8 +22,6 @@ from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.chat import BridgedChat, put_together, tool_members
 from aioserver.protocol.bridging.reading import (
-    Steps,
-    check_density,
     elements,
     for_each,
     members,
@@ -32,7 +30,8 @@ from aioserver.protocol.bridging.reading import (
 )
 from aioserver.protocol.bridging.turns import Turns
 from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words
-from aioserver.protocol.json_body import ABSENT, flag, null, pause
+from aioserver.protocol.json_body import ABSENT, flag, null
+from aioserver.protocol.steps import Steps, pause_after
 from aioserver.wings.anthropic.bridge.blocks import BlockReader
 from aioserver.wings.anthropic.bridge.tools import MAX_TOOLS, Tools
 
@@ -120,17 +119,18 @@ async def chat_request(
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.
     """
-    await check_density(body)
-    fields = await json_body.decoding(_BODY, body, "the body")
+    json_body.check_values(body)
+    await pause_after(body)
+    fields = json_body.decode(_BODY, body, "the body")
+    await pause_after(body)
     if not null(fields.thread) and b'"continue"' in bytes(fields.thread):
         raise ThreadContinued(THREAD_MESSAGE, param="thread")
     tools = Tools()
     steps = Steps()
-    for number, raw in enumerate(await elements(fields.tools, "tools", MAX_TOOLS)):
+    for number, raw in enumerate(elements(fields.tools, "tools", MAX_TOOLS)):
         tools.add(raw, f"tools[{number}]")
-        if steps.over(len(memoryview(raw))):
-            await pause()
-    if await elements(fields.mcp_servers, "mcp_servers"):
+        await steps.taken(len(memoryview(raw)))
+    if elements(fields.mcp_servers, "mcp_servers"):
         tools.hosted.add("mcp_servers", "mcp_servers")
     choice = tools.choose(fields.tool_choice)
     turns = Turns(reasoning_field)

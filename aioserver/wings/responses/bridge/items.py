@@ -137,7 +137,7 @@ class ItemReader:
         if is_string(raw):
             return [Piece(bytes(raw))]
         pieces: list[Piece] = []
-        for number, each in enumerate(await elements(raw, param)):
+        for number, each in enumerate(elements(raw, param)):
             place = f"{param}[{number}]"
             part = await reading(_PART, each, place)
             if part.type in _TEXTS:

@@ -27,8 +27,6 @@ from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.chat import BridgedChat, put_together, tool_members
 from aioserver.protocol.bridging.reading import (
-    Steps,
-    check_density,
     elements,
     for_each,
     is_string,
@@ -38,7 +36,8 @@ from aioserver.protocol.bridging.reading import (
 )
 from aioserver.protocol.bridging.turns import Piece, Turns
 from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words
-from aioserver.protocol.json_body import ABSENT, flag, null, pause
+from aioserver.protocol.json_body import ABSENT, flag, null
+from aioserver.protocol.steps import Steps, pause_after
 from aioserver.wings.responses.bridge.items import ItemReader
 from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
 from aioserver.wings.responses.bridge.tools import Tools
@@ -129,16 +128,17 @@ async def chat_request(
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.
     """
-    await check_density(body)
-    fields = await _fields(body)
+    json_body.check_values(body)
+    await pause_after(body)
+    fields = _fields(body)
+    await pause_after(body)
     if not (incomplete or null(fields.previous_response_id)):
         raise ResponseNotFound("the previous response is not known", param="previous_response_id")
     tools = Tools()
     steps = Steps()
-    for number, raw in enumerate(await elements(fields.tools, "tools")):
+    for number, raw in enumerate(elements(fields.tools, "tools")):
         await tools.add(raw, f"tools[{number}]")
-        if steps.over(len(memoryview(raw))):
-            await pause()
+        await steps.taken(len(memoryview(raw)))
     choice = await tools.choose(fields.tool_choice)
     turns = Turns(reasoning_field)
     if not null(fields.instructions):
@@ -147,7 +147,7 @@ async def chat_request(
         turns.ask(Piece(bytes(fields.input)))
     else:
         await for_each(fields.input, "input", ItemReader(tools, turns).add)
-    logprobs = not null(fields.top_logprobs) or LOGPROBS in await _names(fields.include)
+    logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
     written, model, asked_tokens, optional = await put_together(
         body,
@@ -171,8 +171,8 @@ async def chat_request(
     )
 
 
-async def _fields(body: bytes) -> _Body:
-    fields = await json_body.decoding(_BODY, body, "the body")
+def _fields(body: bytes) -> _Body:
+    fields = json_body.decode(_BODY, body, "the body")
     for name in _REFUSED:
         raw = getattr(fields, name)
         if not null(raw) and flag(raw) is not False:
@@ -182,8 +182,8 @@ async def _fields(body: bytes) -> _Body:
     return fields
 
 
-async def _names(raw: Raw) -> list[str]:
-    return [json_body.text(each) or "" for each in await elements(raw, "include")]
+def _names(raw: Raw) -> list[str]:
+    return [json_body.text(each) or "" for each in elements(raw, "include")]
 
 
 def _options(fields: _Body, words: Words, size: Size, *, logprobs: bool) -> bytes:

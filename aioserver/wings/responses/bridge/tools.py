@@ -119,7 +119,7 @@ class Tools:
         tool = read(_TOOL, raw, param)
         if tool.type == "namespace" and not namespace:
             self._check_name(tool, param)
-            for number, nested in enumerate(await elements(tool.tools, f"{param}.tools")):
+            for number, nested in enumerate(elements(tool.tools, f"{param}.tools")):
                 await self.add(nested, f"{param}.tools[{number}]", tool.name)
         elif tool.type in _OWN:
             self._check_name(tool, param)
@@ -162,7 +162,7 @@ class Tools:
         if choice.type == "allowed_tools":
             listed = [
                 read(_CHOICE, each, "tool_choice.tools")
-                for each in await elements(choice.tools, "tool_choice.tools")
+                for each in elements(choice.tools, "tool_choice.tools")
             ]
             own = [each for each in listed if each.type in _OWN]
             if listed and not own:

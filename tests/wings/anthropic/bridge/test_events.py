@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 import pytest
 
-from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent
+from aioserver.protocol.steps import at_once
 from aioserver.provider_errors import ProviderFault
 from aioserver.streams.stream import Stream
 from aioserver.wings.anthropic.bridge import ids

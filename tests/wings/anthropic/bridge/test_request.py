@@ -9,7 +9,7 @@ import pytest
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol.bridging.words import Words
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.wings.anthropic.bridge.request import ChatRequest, ThreadContinued, chat_request
 
 ASKED: dict[str, Any] = {"model": "m", "max_tokens": 100}

@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 import pytest
 
-from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent
+from aioserver.protocol.steps import at_once
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request

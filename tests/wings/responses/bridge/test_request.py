@@ -14,8 +14,7 @@ from openai.types.chat.completion_create_params import (
 from pydantic import TypeAdapter
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
-from aioserver.protocol.bridging import reading
-from aioserver.protocol.json_body import at_once
+from aioserver.protocol.steps import at_once
 from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
 from aioserver.wings.responses.bridge.request import ChatRequest, chat_request
 
@@ -459,17 +458,6 @@ def test_a_response_that_is_not_known_cannot_be_continued() -> None:
         request_of(previous_response_id="resp_1")
 
 
-def test_no_cut_of_the_input_matters_to_a_large_one() -> None:
-    items = [
-        {"role": ("user", "assistant")[number % 2], "content": str(number)}
-        for number in range(3000)
-    ]
-
-    assert [message["content"] for message in messages_of(*items)] == [
-        str(number) for number in range(3000)
-    ]
-
-
 @pytest.mark.parametrize("element", [b"{}", b"1", b'{"type":"input_text","text":""}'])
 @pytest.mark.parametrize("place", ["items", "parts", "tools"])
 def test_no_body_costs_ten_times_its_bytes(element: bytes, place: str) -> None:
@@ -492,21 +480,6 @@ def test_no_body_costs_ten_times_its_bytes(element: bytes, place: str) -> None:
         tracemalloc.stop()
 
     assert peak < 9 * len(body)
-
-
-@pytest.mark.parametrize("size", [2, 3, 7, 1 << 18])
-def test_values_are_counted_outside_of_strings_only(
-    size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reading, "STEP_BYTES", size)
-    monkeypatch.setattr(reading, "MAX_VALUES", 3)
-    monkeypatch.setattr(reading, "MIN_VALUE_BYTES", 1000)
-    texts = ["", ",,,,,,", '\\",",\\', '"', '\\\\",', "\\" * 5]
-
-    at_once(reading.check_density(orjson.dumps(texts[:4])))
-    at_once(reading.check_density(orjson.dumps(texts[2:])))
-    with pytest.raises(InvalidRequest, match="more than 3 values"):
-        at_once(reading.check_density(orjson.dumps(texts[:5])))
 
 
 PICTURE = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}

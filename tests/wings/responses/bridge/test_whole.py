@@ -7,10 +7,10 @@ from typing import Any
 import orjson
 import pytest
 
-from aioserver.protocol import json_body, whole_answer
+from aioserver.protocol import sound
 from aioserver.protocol.bridging import whole as bridge
-from aioserver.protocol.json_body import at_once
 from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.steps import STEP_VALUES, at_once
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.bridge.whole import WholeWriter, whole_response
@@ -47,10 +47,7 @@ def tool(name: str, arguments: Any, **further: Any) -> dict[str, Any]:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "STEP_BYTES", 200)
-    monkeypatch.setattr(bridge, "STEP_ELEMENTS", 2)
-    monkeypatch.setattr(json_body, "STEP_BYTES", 150)
-    monkeypatch.setattr(json_body, "PIECE_BYTES", 64)
-    monkeypatch.setattr(whole_answer, "STEP_BYTES", 50)
+    monkeypatch.setattr(sound, "PIECE_BYTES", 64)
 
 
 def test_a_whole_answer_is_a_whole_response() -> None:
@@ -178,7 +175,17 @@ def test_an_answer_of_very_many_values_is_read_in_steps() -> None:
 
     steps = [*whole_response(body, new_writer(1 << 24), NOW).__await__()]
 
-    assert len(steps) > 3000 / bridge.STEP_ELEMENTS
+    assert len(steps) > 3000 / STEP_VALUES
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_large_answer_of_too_many_values_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "MAX_VALUES", 100)
+    body = answer({"content": "x"})
+
+    assert whole(body.replace(b",{}" * 10, b"", 1))
+    with pytest.raises(BadEvent, match="no chat completion"):
+        whole(body.replace(b"{}]}", b"{}%b]}" % (b",{}" * 100)))
 
 
 def test_a_large_answer_is_bounded_in_what_is_kept_of_it() -> None:
