@@ -87,12 +87,12 @@ class FaceClient:
         self._client: Client | None = None
         self._ws: aiohttp.ClientWebSocketResponse[bool] | None = None
 
-    async def request(self, attempt: Attempt, timeout: float) -> AnswerError | None:
-        """Send one request, read its answer to the end within *timeout* seconds, and count it.
+    async def request(self, attempt: Attempt, seconds: float) -> AnswerError | None:
+        """Send one request, read its answer to the end within so many *seconds*, and count it.
         Returns why it was not complete, if so.
         """
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(seconds):
                 if self._face in PATHS:
                     await self._ask(attempt, self._url + self._path + PATHS[self._face])
                 else:
@@ -102,7 +102,7 @@ class FaceClient:
         except (aiohttp.ClientError, OSError) as error:
             failure = AnswerError("connect_error", remote.describe(error))
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
-                failure = AnswerError("timeout", f"no end within {timeout:g} s")
+                failure = AnswerError("timeout", f"no end within {seconds:g} s")
         except EventTooLong as error:
             failure = AnswerError("not_understood", str(error))
         else:

@@ -25,7 +25,7 @@ from markdown_it import MarkdownIt
 from rich import markdown
 from rich.console import Console
 from rich.live import Live
-from rich.segment import Segment
+from rich.segment import Segment, Segments
 from rich.syntax import Syntax
 from rich.text import Text
 
@@ -35,6 +35,7 @@ from aioserver.tools.remote import printable
 if TYPE_CHECKING:
     from typing import TextIO
 
+    from markdown_it.token import Token
     from rich.console import ConsoleOptions, RenderResult
 
 # The last block is drawn again some ten times a second.
@@ -82,19 +83,17 @@ class Blocks:
             source = self._opening + whole
             tokens = [token for token in PARSER.parse(source) if token.map]
             starts = [token.map[0] for token in tokens if not token.level and token.map]
-            joined, opening = False, ""
+            opening: str | None = None
             if len(starts) < 2:
                 if len(self._rest) <= MAX_CHARACTERS:
                     return finished
-                joined = True
                 # The items of a list, or the paragraphs of a quotation.
                 parts = [token.map[0] for token in tokens if token.level == 1 and token.map]
-                if tokens and tokens[0].type == "table_open":
-                    opening = "".join(source.splitlines(keepends=True)[:2])
-                elif parts and parts[-1] > starts[0]:
+                if parts and parts[-1] > starts[0] and tokens[0].type != "table_open":
                     starts.append(parts[-1])
-                elif tokens and tokens[-1].type == "fence":
-                    opening = f"{tokens[-1].markup}{tokens[-1].info}\n"
+                    opening = ""
+                else:
+                    opening = _opening(tokens, source)
             lines = source.split("\n")
             ends = [sum(len(line) + 1 for line in lines[:start]) for start in starts[1:]]
             if not ends:
@@ -105,7 +104,24 @@ class Blocks:
                 finished.append(Block(source[begin:end], self._joined))
                 self._joined = False
             self._rest = self._rest[ends[-1] - len(self._opening) :]
-            self._opening, self._joined = opening, joined
+            self._opening, self._joined = opening or "", opening is not None
+
+
+def _opening(tokens: list[Token], source: str) -> str | None:
+    """Return what a piece needs in front that goes on with the block *source*, whose *tokens* have
+    a place in it; None if that block has ended.
+    """
+    if tokens and (last := tokens[-1]).type == "fence":
+        assert last.map is not None
+        # One that is closed has two lines more than its code.
+        if last.map[1] - last.map[0] < last.content.count("\n") + 2:
+            return f"{last.markup}{last.info}\n"
+        return "" if last.level else None
+    if source.endswith("\n\n"):
+        return None
+    if tokens and tokens[0].type == "table_open":
+        return "".join(source.splitlines(keepends=True)[:2])
+    return ""
 
 
 class _Code(markdown.CodeBlock):
@@ -135,18 +151,6 @@ class AnswerConsole(Console):
     def show_cursor(self, show: bool = True) -> bool:  # noqa: ARG002 - rich's signature
         """Show it still."""
         return False
-
-
-class _Lines:
-    """Lines of segments, as something that rich prints."""
-
-    def __init__(self, lines: list[list[Segment]]) -> None:
-        self._lines = lines
-
-    def __rich_console__(self, _console: Console, _options: ConsoleOptions) -> RenderResult:
-        for line in self._lines:
-            yield from line
-            yield Segment.line()
 
 
 class DrawnDisplay(Display):
@@ -232,12 +236,12 @@ class DrawnDisplay(Display):
         if end:
             finished.append(self._blocks.last)
             self._blocks = Blocks()
-        drawn: list[list[Segment]] = []
+        drawn: list[Segment] = []
         for block in finished:
-            drawn += self._drawn(block)
+            drawn += _joined(self._drawn(block))
             self._anything = bool(drawn) or self._anything
         if drawn:
-            self._console.print(_Lines(drawn), end="")
+            self._console.print(Segments(drawn), end="")
         else:
             self._live.refresh()
 
@@ -256,7 +260,7 @@ class DrawnDisplay(Display):
         replaced.
         """
         room = max(1, console.height - 1 - bool(self._line))
-        yield _Lines(self._drawn(self._blocks.last)[-room:])
+        yield Segments(_joined(self._drawn(self._blocks.last)[-room:]))
         if self._line:
             yield Text(self._line, no_wrap=True, overflow="crop", end="")
 
@@ -274,6 +278,10 @@ class DrawnDisplay(Display):
             while lines and not lines[0]:
                 del lines[0]
         return [[], *lines] if self._anything and not block.joined else lines
+
+
+def _joined(lines: list[list[Segment]]) -> list[Segment]:
+    return [segment for line in lines for segment in (*line, Segment.line())]
 
 
 def _safe_line(segments: list[Segment]) -> list[Segment]:

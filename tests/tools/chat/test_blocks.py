@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aioserver.tools.chat import markdown
 from aioserver.tools.chat.markdown import MAX_CHARACTERS, Block, Blocks
 
 TOKENS = (
@@ -32,6 +33,26 @@ def test_blocks_are_the_text_and_do_not_depend_on_how_it_comes(text: str, ends: 
 
     assert "".join(block.source for block in whole) == text
     assert pieces == whole
+
+
+@given(texts, st.lists(st.integers(0, 200), max_size=8))
+@settings(max_examples=300)
+def test_where_a_large_block_is_cut_does_not_depend_on_how_it_comes(
+    text: str, ends: list[int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(markdown, "MAX_CHARACTERS", 24)
+
+        assert cut(text, *ends) == cut(text)
+
+
+@pytest.mark.parametrize(
+    "block", ["```\n" + "x\n" * 2030 + "```\n", "| a |\n|---|\n" + "| b |\n" * 675 + "\n", "a\n\n"]
+)
+def test_what_follows_a_large_block_that_has_ended_is_no_part_of_it(block: str) -> None:
+    *_, last = cut(block + "word " * 1000)
+
+    assert last.source.startswith("word word")
 
 
 @pytest.mark.parametrize(
