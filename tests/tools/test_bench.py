@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -491,6 +492,21 @@ async def test_the_table_goes_to_stdout_and_the_bar_to_stderr(server: RunningSer
     assert "100 %" not in out
     assert "100 %" in err
     assert "6 ok" in err
+
+
+async def test_a_bar_that_nobody_reads_does_not_cost_the_report(server: RunningServer) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "aioserver", "bench", server.base, "--clients", "2"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    out, _ = await process.communicate()
+
+    assert process.returncode == 0
+    assert b"limit: no limit was met" in out
 
 
 async def test_incomplete_answers_are_exit_1_also_as_json(
