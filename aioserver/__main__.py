@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aioserver import __version__
+from aioserver.commands import output
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -154,22 +155,25 @@ def watch_stdout() -> None:
 def main() -> None:
     """Run the command of the command line, and exit."""
     watch_stdout()
+    stdout = sys.stdout
     try:
         try:
             cli(prog_name="aioserver")
         finally:
-            # Small results reach the descriptor only now.
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            # After EPIPE, click has put a stream there that hides the error; but Python would meet
+            # it again at its end, with what is still in the buffer.
+            sys.stdout = stdout
+            if stdout is not None:
+                # Small results reach the descriptor only now.
+                stdout.flush()
     except OutputError as error:
-        # Python would try again at its end to write what is still in the buffer.
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
         # A reader that has gone, such as `head`, wants to hear no more.
         if error.errno != errno.EPIPE:
             with contextlib.suppress(OSError):
                 click.echo(f"aioserver: stdout cannot be written: {error.strerror}", err=True)
         sys.exit(1)
+    finally:
+        output.give_up()
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ INSIDE_FUNCTIONS = {
         "aioserver.tools.doctor.server",
     },
     "tools.chat.dialog": {"readline"},
-    "tools.chat.display": {"aioserver.tools.chat.markdown"},
+    "tools.chat.asking": {"aioserver.tools.chat.markdown"},
     "tools.top.command": {"aioserver.tools.top.screen"},
 }
 

@@ -40,11 +40,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Queued:
     """The question waits: *position* of the queue, from 1, and an estimate of the wait in
-    seconds.
+    seconds. *admission*: it is the socket that waits, in front of a full server.
     """
 
     position: int
     eta: float
+    admission: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def event_of(frame: Frame) -> Event | None:
         case "chunk":
             return _piece(chunk.type, chunk.data, number)
         case "queued":
-            return Queued(chunk.position, chunk.eta)
+            return Queued(chunk.position, chunk.eta, frame.request_id is None)
         case "processing":
             metadata = chunk.metadata
             return Processing(
@@ -202,6 +203,8 @@ class Answer:
         question: Question,
         deadline: float | None,
         last_event_id: int | None = None,
+        *,
+        retry: bool = True,
     ) -> None:
         # The text of the answer so far; whole after the end.
         self._texts: list[str] = []
@@ -210,6 +213,7 @@ class Answer:
         self._transport = transport
         self._reading: Reading = transport.read(question, last_event_id)
         self._timeout = deadline
+        self._retry = retry
         # The loop's time, once the answer is read.
         self._deadline: float | None = None
         self._retries = Retries(random.random)
@@ -432,10 +436,10 @@ class Answer:
         """Let nothing be sent before the loop's time *until*, and return what is to be told of it.
 
         Raises:
-            AnswerError: the deadline comes before.
+            AnswerError: the deadline comes before, or nothing is to be sent again.
         """
         self._fault = fault
-        if self._deadline is not None and until >= self._deadline:
+        if not self._retry or (self._deadline is not None and until >= self._deadline):
             raise self._error(fault)
         self._until = until
         delay = until - asyncio.get_running_loop().time()

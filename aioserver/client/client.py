@@ -41,7 +41,8 @@ class Client:
     *transport*: `websocket`, where answers share sockets,
     or `sse`, where each has an HTTP response. *endpoint*: the path of that face, if it is not the
     one of the shipped configuration. *deadline*: seconds that an answer may take, waits and
-    reconnections included; None: no deadline. *session*: an aiohttp session to use, for a proxy or
+    reconnections included; None: no deadline. *retry*: whether it is asked again, or read on, after
+    what passes by itself. *session*: an aiohttp session to use, for a proxy or
     a certificate authority of your own; it is not closed. Made and used in one event loop; a task
     that uses it must not outlive it.
 
@@ -57,6 +58,7 @@ class Client:
         transport: Literal["websocket", "sse"] = "websocket",
         endpoint: str | None = None,
         deadline: float | None = 300.0,
+        retry: bool = True,
         session: aiohttp.ClientSession | None = None,
     ) -> None:
         if transport not in {"websocket", "sse"}:
@@ -66,6 +68,7 @@ class Client:
         self._transport_name = transport
         self._endpoint = endpoint or {"websocket": "/ws/chat", "sse": "/sse/chat"}[transport]
         self._deadline = _checked(deadline)
+        self._retry = retry
         self._session = session
         self._owned = session is None
         self._transport: Transport | None = None
@@ -147,7 +150,7 @@ class Client:
             **{"class": "batch" if batch else None},
         )
         limit = self._deadline if deadline is None else _checked(deadline)
-        return Answer(self._opened(), question, limit, last_event_id)
+        return Answer(self._opened(), question, limit, last_event_id, retry=self._retry)
 
     def conversation(self, conversation_id: str | None = None) -> Conversation:
         """Return a conversation: a new one, or the one that has this id.

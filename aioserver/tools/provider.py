@@ -167,9 +167,7 @@ def provider(host: str, port: int, behaviour: Behaviour) -> int:
     Returns the exit code: 0, or 1 if it cannot listen on *host* and *port*.
     """
     output.open_closed()
-    code = asyncio.run(_run(host, port, behaviour))
-    output.give_up()
-    return code
+    return asyncio.run(_run(host, port, behaviour))
 
 
 async def _run(host: str, port: int, behaviour: Behaviour) -> int:

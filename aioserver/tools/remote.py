@@ -164,15 +164,12 @@ async def events(response: aiohttp.ClientResponse) -> AsyncGenerator[ServerEvent
 
 
 async def read_error(response: aiohttp.ClientResponse) -> Fault:
-    """Read the error in a response whose status is not 200, up to a bound of its body."""
+    """Read the error in a response whose status is not 200, up to a bound of its body; what the
+    server says in it is printable.
+    """
     fault, _final = faults.refusal(
         response.status,
         response.headers,
         await faults.read_body(response, faults.MAX_ERROR_BYTES),
     )
-    return shown(fault)
-
-
-def shown(fault: Fault) -> Fault:
-    """Return *fault* for a terminal: what the server has said in it is printable."""
     return dataclasses.replace(fault, code=printable(fault.code), message=printable(fault.message))

@@ -334,6 +334,26 @@ async def test_same_question_under_the_same_id_has_the_same_bytes(transport: Tra
     assert fifth["conversation_id"] == "c"
 
 
+@pytest.mark.parametrize("how", ["refused", "ended", "lost"])
+async def test_a_client_that_does_not_retry_asks_once(transport: Transport, how: str) -> None:
+    full = {"retryable": True, "retry_after": 0.1}
+    script, code = {
+        "refused": (saying(error("server_at_capacity", **full)), "server_at_capacity"),
+        "ended": (saying(HELLO[0], error("circuit_open", 2, **full)), "circuit_open"),
+        "lost": (saying(*HELLO[:2], cut=True), "connect_error"),
+    }[how]
+    async with (
+        ScriptedServer(answers=[script, WHOLE]) as server,
+        client_of(server, transport, retry=False) as client,
+    ):
+        with pytest.raises(AnswerError) as caught:
+            await client.chat("Hi").text()
+
+    assert caught.value.code == code
+    assert [asked["action"] for asked in server.seen].count("chat") == 1
+    assert "resume" not in {asked["action"] for asked in server.seen}
+
+
 @pytest.mark.virtual_time
 async def test_wait_before_the_next_try_is_an_event(transport: Transport) -> None:
     refusal = saying(error("server_at_capacity", retryable=True, retry_after=5.0))

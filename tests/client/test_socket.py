@@ -118,6 +118,8 @@ async def test_wait_that_is_told_with_the_handshake_is_not_lost() -> None:
         second = [event async for event in client.chat("Hi").events()]
 
     assert first == Queued(2, 1.5)
+    assert isinstance(first, Queued)
+    assert first.admission
     assert isinstance(rest[0], Processing)
     assert isinstance(second[0], Processing)
 

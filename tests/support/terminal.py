@@ -58,7 +58,7 @@ class Terminal:
     @property
     def text(self) -> str:
         """The same without what a terminal obeys."""
-        return CONTROL.sub("", self.seen).replace("\r\n", "\n")
+        return CONTROL.sub("", self.seen).replace("\r", "")
 
     @property
     def as_before(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -17,15 +18,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from aioserver.__main__ import cli
-from aioserver.client.faults import Fault
+from aioserver.client import AnswerError
 from aioserver.provider_errors import CircuitOpen, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.tools import remote
 from aioserver.tools.bench import command, table
-from aioserver.tools.bench.attempt import Attempt
 from aioserver.tools.bench.clients import Question
 from aioserver.tools.bench.limits import Peaks, find_limit
 from aioserver.tools.bench.load import Plan, Run
-from aioserver.tools.bench.results import Results, Samples
+from aioserver.tools.bench.results import Attempt, Results, Samples
 from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.process import WITHOUT_RICH, Process, run_command
 from tests.support.scripted_provider import DONE
@@ -124,7 +124,7 @@ async def test_the_key_goes_with_every_request() -> None:
 
     async def handler(request: web.Request) -> web.Response:
         seen.append(request.headers.get("Authorization"))
-        return web.Response(body=b"".join(PROPER), content_type="text/event-stream")
+        return await told(request, PROPER)
 
     async with saying("/{any:.*}", handler) as base:
         report = await ran(base, face="sse", clients=1, requests=1, key="k")
@@ -138,7 +138,7 @@ async def test_the_key_goes_with_every_request() -> None:
 
 
 def test_every_refusal_is_known_in_a_process_that_has_loaded_nothing_else() -> None:
-    script = "from aioserver.tools.bench.attempt import REFUSALS; print(*REFUSALS)"
+    script = "from aioserver.tools.bench.results import REFUSALS; print(*REFUSALS)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
@@ -251,8 +251,16 @@ async def test_an_answer_that_does_not_end_in_time_is_incomplete(
     assert report["incomplete"] == {"timeout": 4}
 
 
+async def told(request: web.Request, body: list[bytes]) -> web.Response:
+    """A response with *body*, whose events are those of the request's answer."""
+    asked = json.loads(await request.read() or b"{}").get("request_id", "")
+    text = b"".join(body).replace(b"ASKED", asked.encode())
+    return web.Response(body=text, content_type="text/event-stream")
+
+
 def event(number: int, status: bytes) -> bytes:
-    frame = b'{"request_id":"r","event_id":%d,"status":"%b","chunk":{}}' % (number, status)
+    chunk = b'"chunk":{"type":"text","data":"Hi"}' if status == b"chunk" else b'"chunk":{}'
+    frame = b'{"request_id":"ASKED","event_id":%d,"status":"%b",%b}' % (number, status, chunk)
     return b"id: %d\nevent: %b\ndata: %b\n\n" % (number, status, frame)
 
 
@@ -268,14 +276,10 @@ STOP = b'data: {"type":"message_stop"}\n\n'
 @pytest.mark.parametrize(
     ("face", "body", "reason"),
     [
-        ("sse", PROPER[:2], "no_end"),
-        ("sse", [PROPER[0], PROPER[2]], "events_missing"),
-        ("sse", [PROPER[0], *PROPER], "events_doubled"),
-        ("sse", [*PROPER, event(4, b"chunk")], "events_after_the_end"),
-        ("sse", [b"data: what\n\n"], "not_understood"),
-        ("sse", [b"data: []\n\n"], "not_understood"),
-        ("sse", [b'data: {"chunk":{}}\n\n'], "not_understood"),
-        ("sse", [PROPER[0].replace(b"id: 1", b"id: 2")], "not_understood"),
+        ("sse", PROPER[:2], "connect_error"),
+        ("sse", [PROPER[0], PROPER[2]], "protocol_error"),
+        ("sse", [PROPER[0], *PROPER], "protocol_error"),
+        ("sse", [b"data: what\n\n"], "protocol_error"),
         ("openai", [SAID, DONE], "no_finish_reason"),
         ("openai", [SAID, STOPPED], "no_done"),
         ("openai", [SAID, STOPPED, DONE, SAID], "events_after_the_end"),
@@ -296,8 +300,8 @@ STOP = b'data: {"type":"message_stop"}\n\n'
 async def test_a_server_that_breaks_its_word_is_seen(
     face: str, body: list[bytes], reason: str
 ) -> None:
-    async def handler(_request: web.Request) -> web.Response:
-        return web.Response(body=b"".join(body), content_type="text/event-stream")
+    async def handler(request: web.Request) -> web.Response:
+        return await told(request, body)
 
     path = {
         "sse": "/sse/chat",
@@ -350,29 +354,41 @@ async def test_a_response_that_has_no_good_end_is_seen(frames: list[Any], reason
     assert report["incomplete"] == {reason: 1}
 
 
-@pytest.mark.parametrize(("status", "field"), [(503, "refused"), (404, "incomplete")])
-async def test_a_refused_handshake_has_its_status(status: int, field: str) -> None:
-    async def handler(_request: web.Request) -> web.Response:
+@pytest.mark.parametrize(
+    ("status", "field", "code"),
+    [(503, "refused", "server_at_capacity"), (404, "incomplete", "not_found")],
+)
+@pytest.mark.parametrize(
+    ("face", "path"), [("websocket", "/ws/chat"), ("responses_ws", "/v1/responses")]
+)
+async def test_a_refused_handshake_has_the_code_of_its_status(
+    status: int, field: str, code: str, face: str, path: str
+) -> None:
+    asked = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append(request.headers.get("Upgrade"))
         return web.Response(status=status)
 
-    async with saying("/ws/chat", handler) as base:
-        report = await ran(base, clients=1, requests=1)
+    async with saying(path, handler) as base:
+        report = await ran(base, clients=1, requests=1, face=face)
 
-    assert report[field] == {f"http_{status}": 1}
+    assert report[field] == {code: 1}
     assert report["requests"][field] == 1
+    assert asked.count("websocket") == 1, "nothing is asked again"
 
 
 def test_only_what_says_not_now_before_the_first_token_is_a_refusal() -> None:
     results = Results()
     early, late = Attempt(results), Attempt(results)
-    late.token()
+    late.event(token=True)
 
     for attempt in (early, late):
-        attempt.error(Fault("server_shutdown", "the server is stopping"))
-        attempt.settle()
+        attempt.fail(AnswerError("server_shutdown", "the server is\x1b stopping"))
 
     assert results.refused == {"server_shutdown": 1}
     assert results.incomplete == {"server_shutdown": 1}
+    assert results.messages == {"server_shutdown": "the server is  stopping"}
 
 
 # The numbers.
@@ -476,6 +492,21 @@ async def test_the_table_goes_to_stdout_and_the_bar_to_stderr(server: RunningSer
     assert "100 %" not in out
     assert "100 %" in err
     assert "6 ok" in err
+
+
+async def test_a_bar_that_nobody_reads_does_not_cost_the_report(server: RunningServer) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "aioserver", "bench", server.base, "--clients", "2"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    out, _ = await process.communicate()
+
+    assert process.returncode == 0
+    assert b"limit: no limit was met" in out
 
 
 async def test_incomplete_answers_are_exit_1_also_as_json(

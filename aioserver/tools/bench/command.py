@@ -28,7 +28,7 @@ DEFAULT_REQUESTS = 4
 @remote.url_argument
 @click.option(
     "--face",
-    type=click.Choice(list(FACES)),
+    type=click.Choice(FACES),
     default="websocket",
     show_default=True,
     help="Protocol that the clients speak.",

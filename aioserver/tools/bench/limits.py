@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 if TYPE_CHECKING:
-    from aioserver.tools.bench.results import Results, Waits
+    from aioserver.tools.bench.results import Results
 
 # Seconds before the first reading: the server updates its numbers once a second, and earlier ones
 # are older than the run.
@@ -23,7 +23,6 @@ PATHS = ("/stats", "/")
 
 MEANINGS = {
     "server_at_capacity": "the server was full",
-    "http_503": "the server was full",
     "server_shutdown": "the server was stopping",
     "rate_limit_exceeded": "this client's own rate limit was met",
     "concurrency_exceeded": "this client had as many requests running as it may",
@@ -91,42 +90,37 @@ def find_limit(results: Results, peaks: Peaks) -> dict[str, str | None]:
         if others:
             text += "; also " + ", ".join(f"{count} with {code}" for code, count in others)
         return {"code": code, "text": text}
-    queues = [*_admission_queue(results, peaks), *_provider_queues(results, peaks)]
-    if queues:
-        return {"code": queues[0][0], "text": "; ".join(text for _code, text in queues)}
-    return {"code": None, "text": "no limit was met"}
-
-
-def _admission_queue(results: Results, peaks: Peaks) -> list[tuple[str, str]]:
-    gate = peaks.connections
-    limit = f"max_connections={gate.get('limit')} reached" if _waiting(gate) else None
-    if not results.admission_waits.count and limit is None:
-        return []
-    extent = _extent(results.admission_waits, results.begun, _waiting(gate))
-    text = f"clients waited for admission: {extent}{_in_brackets(limit)}"
-    return [("connections_waiting", text)]
-
-
-def _provider_queues(results: Results, peaks: Peaks) -> list[tuple[str, str]]:
-    full = {name: gate for name, gate in peaks.providers.items() if _waiting(gate)}
-    if not results.provider_waits.count and not full:
-        return []
-    waiting = sum(_waiting(gate) for gate in full.values())
-    extent = _extent(results.provider_waits, results.begun, waiting)
-    limits = ", ".join(
-        f"{name}: concurrent_requests={gate.get('limit')}" for name, gate in full.items()
+    admission, providers = peaks.connections, peaks.providers
+    queues = (
+        (
+            "connections_waiting",
+            "clients waited for admission",
+            results.admission_waits,
+            {f"max_connections={admission.get('limit')}": _waiting(admission)},
+        ),
+        (
+            "provider_waiting",
+            "requests waited at the provider",
+            results.provider_waits,
+            {
+                f"{name}: concurrent_requests={gate.get('limit')}": _waiting(gate)
+                for name, gate in providers.items()
+            },
+        ),
     )
-    limits = f"{limits} reached" if limits else ""
-    return [
-        ("provider_waiting", f"requests waited at the provider: {extent}{_in_brackets(limits)}")
-    ]
-
-
-def _extent(waits: Waits, total: int, at_once: int) -> str:
-    """Describe how many waited: from the clients' `queued` frames if any came, else *at_once*."""
-    if waits.count:
-        return f"{waits.count} of {total}, the longest for {waits.longest:.2f} s"
-    return f"{at_once} at once"
+    met = []
+    for code, what, waits, limits in queues:
+        full = {limit: waiting for limit, waiting in limits.items() if waiting}
+        reached = _in_brackets(f"{', '.join(full)} reached" if full else "")
+        if waits.count:
+            # The clients' `queued` frames say more than the numbers of the server.
+            extent = f"{waits.count} of {results.begun}, the longest for {waits.longest:.2f} s"
+            met.append((code, f"{what}: {extent}{reached}"))
+        elif full:
+            met.append((code, f"{what}: {sum(full.values())} at once{reached}"))
+    if met:
+        return {"code": met[0][0], "text": "; ".join(text for _code, text in met)}
+    return {"code": None, "text": "no limit was met"}
 
 
 def _in_brackets(text: str | None) -> str:

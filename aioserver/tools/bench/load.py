@@ -7,19 +7,15 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
-
-from aioserver.client.faults import Fault
-from aioserver.protocol.eventstream import EventTooLong
-from aioserver.protocol.frames import BadFrame
 from aioserver.tools import remote
-from aioserver.tools.bench.attempt import Attempt
-from aioserver.tools.bench.clients import Client
+from aioserver.tools.bench.clients import FaceClient
 from aioserver.tools.bench.limits import Peaks, find_limit
-from aioserver.tools.bench.results import Results
+from aioserver.tools.bench.results import Attempt, Results
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+    import aiohttp
 
     from aioserver.tools.bench.clients import Question
 
@@ -81,10 +77,9 @@ class Run:
         """
         async with remote.session(self.plan.key) as session:
             paths = await remote.paths(session, self.plan.url) or remote.PATHS
-            url = self.plan.url + paths[self.plan.face]
             await remote.check_key(session, self.plan.url, self.plan.key)
             self._begun, cpu = time.perf_counter(), time.process_time()
-            work = asyncio.create_task(self._run_clients(session, url))
+            work = asyncio.create_task(self._run_clients(session, paths[self.plan.face]))
             background = [
                 asyncio.create_task(self.peaks.watch(session, self.plan.url)),
                 *([asyncio.create_task(show(self))] if show else []),
@@ -105,23 +100,23 @@ class Run:
                     # An exception that a bug has raised must not be lost.
                     task.result()
 
-    async def _run_clients(self, session: aiohttp.ClientSession, url: str) -> None:
+    async def _run_clients(self, session: aiohttp.ClientSession, path: str) -> None:
+        plan = self.plan
         async with asyncio.TaskGroup() as group:
-            for number in range(self.plan.clients):
-                client = Client(session, self.plan.face, url, self.plan.question)
-                delay = self.plan.ramp * number / self.plan.clients
-                group.create_task(self._run_client(client, delay))
+            for number in range(plan.clients):
+                client = FaceClient(session, plan.face, plan.url, path, plan.question)
+                group.create_task(self._run_client(client, plan.ramp * number / plan.clients))
 
-    async def _run_client(self, client: Client, delay: float) -> None:
+    async def _run_client(self, client: FaceClient, delay: float) -> None:
         await asyncio.sleep(delay)
         try:
             finished = 0
             while True:
-                attempt = Attempt(self.results)
-                await self._request(client, attempt)
+                error = await client.request(Attempt(self.results), self.plan.timeout)
                 finished += 1
-                wait = min(attempt.retry_after or DEFAULT_DELAY, MAX_DELAY)
-                delay = 0.0 if attempt.succeeded else wait
+                delay = (
+                    0.0 if error is None else min(error.retry_after or DEFAULT_DELAY, MAX_DELAY)
+                )
                 if self._last(finished, delay):
                     return
                 await asyncio.sleep(delay)
@@ -132,28 +127,6 @@ class Run:
         if self.plan.duration is not None:
             return self.seconds + delay >= self.plan.duration
         return finished == self.plan.requests
-
-    async def _request(self, client: Client, attempt: Attempt) -> None:
-        """Send one request and count it, however it ends, unless the run is stopped."""
-        try:
-            async with asyncio.timeout(self.plan.timeout):
-                await client.request(attempt)
-        except aiohttp.ConnectionTimeoutError:
-            attempt.fail("cannot_connect", f"no connection within {remote.CONNECT_TIMEOUT:g} s")
-        except TimeoutError:
-            attempt.fail("timeout", f"no end within {self.plan.timeout:g} s")
-        except aiohttp.WSServerHandshakeError as error:
-            code = f"http_{error.status}"
-            attempt.error(Fault(code, "the WebSocket handshake was refused"))
-        except aiohttp.ClientConnectorError as error:
-            attempt.fail("cannot_connect", remote.describe(error))
-        except (aiohttp.ClientError, OSError) as error:
-            attempt.fail("connection_lost", remote.describe(error))
-        except (BadFrame, EventTooLong) as error:
-            attempt.fail("not_understood", str(error))
-        attempt.settle()
-        if not attempt.succeeded:
-            await client.close()
 
     def report(self) -> dict[str, Any]:
         """Return the report: what `--json` prints and the table shows."""

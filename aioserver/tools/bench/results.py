@@ -1,12 +1,25 @@
-"""The numbers of a run: counts, and a bounded number of samples."""
+"""The numbers of a run: counts, a bounded number of samples, and what one request adds to them."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from aioserver.errors import AioserverError
+from aioserver.provider_errors import subclasses
+from aioserver.tools.remote import printable
+
+if TYPE_CHECKING:
+    from aioserver.client import AnswerError
+
+# Statuses that say "not now". An answer that fails in any other way is incomplete.
+REFUSING_STATUSES = frozenset({429, 503})
+REFUSALS = {
+    error.code for error in subclasses(AioserverError) if error.status in REFUSING_STATUSES
+}
 # Samples of one measure: 2.4 MB, and a thousand samples above p99.
 MAX_SAMPLES = 100_000
 # Codes that are counted separately; a provider's own codes are passed on, and may be many.
@@ -86,6 +99,7 @@ class Results:
 
     def count(self, counter: Counter[str], code: str, message: str) -> None:
         """Count a request that ended with *code*; the first message of each code is kept."""
+        code, message = printable(code), printable(message)
         if code not in counter and len(counter) >= MAX_CODES:
             code = "other"
         counter[code] += 1
@@ -119,3 +133,60 @@ class Results:
         """Return the names of the measures of which not all samples were kept."""
         measures = {"latency": self.latency, "first token": self.first_token, "gap": self.gap}
         return [name for name, samples in measures.items() if samples.thinned]
+
+
+class Attempt:
+    """One request as its client sees it. The client reports all that comes; then either `complete`
+    or `fail` counts the request, unless it was cancelled.
+    """
+
+    def __init__(self, results: Results) -> None:
+        results.begun += 1
+        self._results = results
+        self._begun = self._last_event = time.perf_counter()
+        self._token_seen = False
+        # The queue in which the request waits, and since when; and those where it has waited.
+        self._waits: Waits | None = None
+        self._since = 0.0
+        self._waited: set[Waits] = set()
+
+    def event(self, *, token: bool = False) -> None:
+        """Record an event of the answer. *token*: it has a part of what the model says."""
+        now = time.perf_counter()
+        self._results.events += 1
+        # The wait for the first token is measured by itself.
+        if self._token_seen:
+            self._results.gap.add(now - self._last_event)
+        elif token:
+            self._token_seen = True
+            self.stop_waiting()
+            self._results.first_token.add(now - self._begun)
+        self._last_event = now
+
+    def queued(self, *, admission: bool = False) -> None:
+        """Record that the request waits: for its connection's *admission*, or for the provider."""
+        waits = self._results.admission_waits if admission else self._results.provider_waits
+        if self._waits is not waits:
+            self.stop_waiting()
+            self._waits, self._since = waits, time.perf_counter()
+            waits.count += waits not in self._waited
+            self._waited.add(waits)
+
+    def stop_waiting(self) -> None:
+        """Record that the request waits no more."""
+        if self._waits is not None:
+            self._waits.longest = max(self._waits.longest, time.perf_counter() - self._since)
+            self._waits = None
+
+    def complete(self) -> None:
+        """Count the request, whose answer is complete."""
+        self.stop_waiting()
+        self._results.ok += 1
+        self._results.latency.add(time.perf_counter() - self._begun)
+
+    def fail(self, error: AnswerError) -> None:
+        """Count the request, whose answer is incomplete, or was refused."""
+        self.stop_waiting()
+        refused = error.code in REFUSALS and not self._token_seen
+        counter = self._results.refused if refused else self._results.incomplete
+        self._results.count(counter, error.code, error.message)

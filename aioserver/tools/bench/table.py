@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 DRAW_INTERVAL = 0.25
 
 
+class ProgressConsole(Console):
+    """Stderr, which may be a pipe that nobody reads: that costs the bar, and not the report."""
+
+    def on_broken_pipe(self) -> None:
+        """Write no more; rich itself would end the process."""
+        self.quiet = True
+
+
 async def show_progress(run: Run) -> None:
     """Draw the progress of *run* on stderr, until cancelled."""
     plan = run.plan
@@ -27,7 +35,7 @@ async def show_progress(run: Run) -> None:
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+    with Progress(*columns, console=ProgressConsole(stderr=True), auto_refresh=False) as progress:
         bar = progress.add_task("", total=total)
         try:
             while True:

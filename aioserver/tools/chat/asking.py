@@ -30,8 +30,7 @@ from aioserver.client import (
     ToolCalls,
     Waiting,
 )
-from aioserver.tools.chat.display import make_display
-from aioserver.tools.chat.status import Status
+from aioserver.tools.chat.display import Display
 from aioserver.tools.remote import printable
 
 if TYPE_CHECKING:
@@ -40,10 +39,11 @@ if TYPE_CHECKING:
     from typing import BinaryIO, NoReturn
 
     from aioserver.client import AnswerError, Event
-    from aioserver.tools.chat.display import Display
 
 # Characters of earlier turns that are sent. A server takes 16 MiB, and models take less than this.
 MAX_CHARACTERS = 1_000_000
+# Characters of what a model thinks.
+MAX_THOUGHT = 60
 
 
 class History:
@@ -58,40 +58,38 @@ class History:
         none at the server.
         """
         self._system = system
-        self._turns: list[tuple[str, str]] = []
         self._id = conversation_id or uuid.uuid4().hex
+        # Questions and answers by turns.
+        self._said: list[dict[str, str]] = []
 
     @property
     def conversation_id(self) -> str | None:
         """The id by which the server knows the conversation; None if it is kept here."""
         return self._id if self._system is None else None
 
-    def content(self, question: str) -> str | list[dict[str, Any]]:
+    def content(self, question: str) -> str | list[dict[str, str]]:
         """Return what to send for *question*: a text, or the messages up to it."""
         if self._system is None:
             return question
-        messages = [{"role": "system", "content": self._system}]
-        for asked, answered in self._turns:
-            messages += (
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": answered},
-            )
-        return [*messages, {"role": "user", "content": question}]
+        system, asked = _message("system", self._system), _message("user", question)
+        return [system, *self._said, asked]
 
     def add(self, question: str, answer: str) -> None:
         """Keep a turn, which may have been stopped; one without an answer is left out."""
         if self._system is None or not answer:
             return
-        self._turns.append((question, answer))
-        size = sum(len(asked) + len(answered) for asked, answered in self._turns)
-        while size > MAX_CHARACTERS:
-            asked, answered = self._turns.pop(0)
-            size -= len(asked) + len(answered)
+        self._said += _message("user", question), _message("assistant", answer)
+        while sum(len(message["content"]) for message in self._said) > MAX_CHARACTERS:
+            del self._said[:2]
 
     def begin_anew(self) -> None:
         """Begin another conversation, with the same system prompt."""
-        self._turns.clear()
+        self._said.clear()
         self._id = uuid.uuid4().hex
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 # Bytes that are read of stdin: half of what a server takes by default, since JSON may double them.
@@ -157,7 +155,6 @@ class Interrupts:
     def __init__(self, runner: asyncio.Runner) -> None:
         self._runner = runner
         self._task: asyncio.Task[Any] | None = None
-        self._running = False
         self._number = 0
         self._before: dict[int, Any] = {}
 
@@ -178,40 +175,27 @@ class Interrupts:
         Raises:
             Interrupted: a signal came, and *work* has ended, unless a second one came.
         """
-        self._number, self._running = 0, True
+        self._number, loop = 0, self._runner.get_loop()
+        self._task = task = loop.create_task(work)
         try:
-            result = self._runner.run(self._cancellable(work))
+            result = loop.run_until_complete(task)
         except asyncio.CancelledError:
             if not self._number:
                 raise
             raise Interrupted(self._number) from None
         finally:
-            self._running = False
+            self._task = None
         if self._number:
             # The signal came too late to cancel anything.
             raise Interrupted(self._number)
         return result
 
-    async def _cancellable(self, work: Coroutine[Any, Any, T]) -> T:
-        self._task = asyncio.current_task()
-        assert self._task is not None
-        if self._number:
-            # The signal came before there was a task.
-            self._task.cancel()
-        try:
-            return await work
-        finally:
-            self._task = None
-
     def _take(self, number: int, _frame: FrameType | None) -> None:
-        if not self._running:
-            raise Interrupted(number)
-        if self._number:
-            raise Interrupted(number, forced=True)
+        if self._task is None or self._number:
+            raise Interrupted(number, forced=self._task is not None)
         self._number = number
-        if self._task is not None:
-            # Thread-safe, since that also wakes the loop, which waits for its sockets.
-            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+        # Thread-safe, since that also wakes the loop, which waits for its sockets.
+        self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
 
 def end_by(number: int) -> NoReturn:
@@ -253,17 +237,16 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         AnswerError: there is no whole answer.
         OSError: stdout cannot be written.
     """
-    display = make_display(sys.stdout)
-    begun = stopped = False
+    begun, thought = False, ""
     # The socket lives as long as the answer: a person who thinks or leaves holds no place at the
     # server.
     async with (
-        Status(sys.stderr, display.note) as status,
+        make_display() as display,
         Client(
             settings.url, key=settings.key, endpoint=settings.endpoint, deadline=settings.timeout
         ) as client,
     ):
-        status.show(f"waiting for {settings.url}")
+        display.note(f"waiting for {settings.url}")
         try:
             answer = client.chat(
                 history.content(question),
@@ -276,47 +259,59 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         try:
             async with answer:
                 async for event in answer.events():
-                    begun = begun or isinstance(event, Text)
-                    if begun:
-                        status.heard()
-                    # The last line of the terminal is the answer's, once there is a text.
-                    if isinstance(event, Text) or not begun:
-                        show(event, status, display)
+                    if isinstance(event, Text):
+                        begun = True
+                        display.text(event.text)
+                    elif not begun:
+                        # Below a text nothing is of interest but more of it.
+                        if isinstance(event, Reasoning):
+                            thought = (thought + event.text)[-MAX_THOUGHT:]
+                        show(event, thought, display)
         except asyncio.CancelledError:
-            stopped = True
+            # The server is told now, which may take seconds.
+            display.note("stopping")
             raise
         finally:
-            status.clear()
             history.add(question, answer.received)
-            display.end()
-            if stopped:
-                # The server is told now, which may take seconds.
-                status.show("stopping")
     remark(answer.complete)
 
 
-def show(event: Event, status: Status, display: Display) -> None:
-    """Show *event*.
+def make_display() -> Display:
+    """Return a display for stdout: one that draws, where a terminal can be drawn on and rich is
+    installed.
+    """
+    out, terminal = sys.stdout, sys.stdout.isatty()
+    screen = out if terminal else sys.stderr
+    # A terminal of these names cannot move its cursor.
+    dumb = os.environ.get("TERM", "") in {"", "dumb"}
+    if screen is not None and screen.isatty() and not dumb:
+        try:
+            from aioserver.tools.chat.markdown import DrawnDisplay  # noqa: PLC0415 - optional
 
-    Raises:
-        OSError: stdout cannot be written.
+            return DrawnDisplay(out, screen)
+        except ModuleNotFoundError:
+            pass
+    return Display(out, terminal=terminal)
+
+
+def show(event: Event, thought: str, display: Display) -> None:
+    """Show what is waited for, by an *event* in front of the text; *thought* is the end of what
+    the model thinks.
     """
     match event:
         case Queued(position=position, eta=eta):
-            status.show(
+            display.note(
                 f"position {position} in the queue, about {max(1.0, eta):.0f} s", progress=True
             )
         case Waiting(message=message, seconds=seconds):
-            status.show(f"{message}: again in {max(1.0, seconds):.0f} s", progress=True)
+            display.note(f"{message}: again in {max(1.0, seconds):.0f} s", progress=True)
         case Processing(provider=provider, model=model):
             name = "/".join(filter(None, (provider, model))) or "a provider"
-            status.show(f"{name} has begun")
-        case Reasoning(text=text):
-            status.think(text)
-        case Text(text=text):
-            display.text(text)
+            display.note(f"{name} has begun")
+        case Reasoning():
+            display.note(f"thinking: {thought.lstrip()}", progress=True)
         case ToolCalls():
-            status.show("the model calls a tool")
+            display.note("the model calls a tool")
 
 
 def remark(complete: Complete | None) -> None:

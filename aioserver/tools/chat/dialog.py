@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import signal
 import sys
 import termios
@@ -13,7 +14,7 @@ from aioserver import __version__
 from aioserver.client import AnswerError
 from aioserver.tools.chat import asking
 from aioserver.tools.chat.asking import BadQuestion, Interrupted
-from aioserver.tools.remote import printable
+from aioserver.tools.remote import RICH_MISSING, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +54,10 @@ class Dialog:
         # Line editing and a history of the questions in memory, where Python has them.
         with contextlib.suppress(ModuleNotFoundError):
             import readline  # noqa: F401, PLC0415 - optional
-        print(f"aioserver {__version__}, {self._settings.url}. /help explains, Ctrl-D leaves.\n")
+        print(f"aioserver {__version__}, {self._settings.url}. /help explains, Ctrl-D leaves.")
+        if importlib.util.find_spec("rich") is None:
+            print(f"{RICH_MISSING}; without it, answers are plain text, and waits are not shown.")
+        print()
         while True:
             try:
                 question = self._read()

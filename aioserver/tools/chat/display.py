@@ -1,46 +1,58 @@
-"""Where an answer goes: to a pipe as it is, to a terminal without what it would obey."""
+"""Where an answer goes: to a pipe as it is, to a terminal without what it would obey.
+
+ECMA-48 control functions are taken out of any text before a terminal gets it. A terminal obeys what
+follows an ESC or a C1 control character: it can be made to lie about what it shows, to set its
+title, and some terminals to type. Bidirectional overrides (UAX #9) show a text in another order
+than it has.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
-from aioserver.tools.chat.status import can_be_drawn_on, safe
+import re
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from typing import TextIO
 
-
-class Display(Protocol):
-    """Shows one answer. `end` must be called, whatever happens."""
-
-    def text(self, piece: str) -> None:
-        """Show the next piece of the text.
-
-        Raises:
-            OSError: it could not be written.
-        """
-
-    def note(self, text: str) -> None:
-        """Show *text* below what has come until more comes, where a line can be replaced."""
-
-    def end(self) -> None:
-        """Show what has not been shown, and end the line.
-
-        Raises:
-            OSError: it could not be written.
-        """
+# C0 but tab and line feed, DEL, C1; line and paragraph separator, bidirectional embeddings,
+# overrides and isolates; halves of a surrogate pair, which no encoding has.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+REPLACEMENT = "\ufffd"
 
 
-class PlainDisplay:
-    """Writes each piece at once. On a *terminal* control characters are taken out."""
+def safe(text: str) -> str:
+    """Return *text* without characters that a terminal obeys; each is a replacement character.
+
+    Lines end with LF: a carriage return, which lets a terminal write over its line, is taken out.
+    """
+    return _UNSAFE.sub(REPLACEMENT, text.replace("\r", ""))
+
+
+class Display:
+    """Writes one answer to *out* inside an `async with`, each piece at once. On a *terminal*
+    control characters are taken out.
+
+    Its methods, and the end of the block, raise an OSError where *out* cannot be written.
+    """
 
     def __init__(self, out: TextIO, *, terminal: bool) -> None:
         self._out = out
         self._terminal = terminal
         self._last = "\n"
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        # What follows in a terminal or a file begins a line.
+        if self._last != "\n":
+            self._out.write("\n")
+        self._out.flush()
+
     def text(self, piece: str) -> None:
-        """Write the next piece of the text."""
+        """Show the next piece of the text."""
         if self._terminal:
             piece = safe(piece)
         if piece:
@@ -48,31 +60,8 @@ class PlainDisplay:
             self._out.flush()
             self._last = piece[-1]
 
-    def note(self, text: str) -> None:
-        """Show nothing: the line belongs to the answer."""
+    def note(self, text: str, *, progress: bool = False) -> None:
+        """Say *text*, what is waited for until the answer begins, where a line can be replaced.
 
-    def end(self) -> None:
-        """End the last line, if it has no end: what follows in a terminal or a file begins a
-        line.
+        *progress*: the text shows by itself that something happens.
         """
-        if self._last != "\n":
-            self._out.write("\n")
-            self._last = "\n"
-        self._out.flush()
-
-
-def make_display(out: TextIO) -> Display:
-    """Return a display that fits *out*: Markdown on a terminal that can be drawn on, where rich is
-    installed.
-
-    It must be called in the event loop of the answer.
-    """
-    terminal = out.isatty()
-    if terminal and can_be_drawn_on():
-        try:
-            from aioserver.tools.chat.markdown import MarkdownDisplay  # noqa: PLC0415 - optional
-
-            return MarkdownDisplay(out)
-        except ModuleNotFoundError:
-            pass
-    return PlainDisplay(out, terminal=terminal)

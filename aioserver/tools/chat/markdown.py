@@ -1,19 +1,13 @@
 """Draws an answer as Markdown with rich, an optional package, while it comes.
 
-Markdown that still comes (CommonMark 0.31) is cut into blocks which later text cannot change. A
-finished block is printed once and scrolls away as any output. The last block is drawn below them,
-and again when more of it comes, at most each DRAW_INTERVAL; of one that is taller than the
-terminal the end is shown until it is finished. So the work for an answer grows with its length and
-not with its square. A block ends
-
-- with a blank line, but a list goes on after it with an indented line or another item;
-- in front of a heading or a code fence, and behind both;
-- when it is larger than a bound, with the line that it is in: a long code block is then drawn in
-  pieces that look like one.
-
-A list is cut in front of an item, and a later piece of a table has the table's head again. What is
-lost: a link whose address is defined below the block that uses it is shown as it is written, and
-emphasis ends where a paragraph is cut.
+Markdown that still comes (CommonMark 0.31) is cut into blocks which later text cannot change: all
+but the last one of its whole lines. These are printed once and scroll away as any output. The last
+block is drawn below them, and again when more of it comes, at most each DRAW_INTERVAL; of one that
+is taller than the terminal the end is shown until it is finished. So the work for an answer grows
+with its length and not with its square. A block that is larger than a bound is cut, too: a list in
+front of an item; a piece of a code block or a table has the first lines of that again. What is
+lost: a link whose address is defined in another block is shown as it is written, and emphasis ends
+where a paragraph is cut.
 
 What rich has drawn is made safe for the terminal again: `&#13;`, and `%1b` in a link, become
 control characters only there. HTML is text (else `List<String>` would lose its half), and links
@@ -23,180 +17,111 @@ are written out: what a person sees is where a link leads.
 from __future__ import annotations
 
 import asyncio
-import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+import itertools
+import time
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 from markdown_it import MarkdownIt
 from rich import markdown
 from rich.console import Console
+from rich.live import Live
 from rich.segment import Segment, Segments
 from rich.syntax import Syntax
+from rich.text import Text
 
-from aioserver.tools.chat.status import fitting, safe
+from aioserver.tools.chat.display import Display, safe
+from aioserver.tools.remote import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from typing import TextIO
 
+    from markdown_it.token import Token
     from rich.console import ConsoleOptions, RenderResult
 
-# The last block is drawn again some ten times a second: 4 KiB of Markdown take some 5 ms.
+# The last block is drawn again some ten times a second.
 MAX_CHARACTERS = 4096
-MAX_LINES = 50
+# Seconds.
+DRAW_INTERVAL = 0.08
+# Seconds after which a wait says how long it is; it may be that nothing else ever comes. And those
+# in the middle of an answer.
+LONG, SILENCE = 2.0, 5.0
+# HTML is text; rich itself leaves HTML out, and fails at a lone `</kbd>`.
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
-_FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}(?=[^`]*$)|~{3,})")
-_ITEM = re.compile(r"[ \t]*(?:[-*+]|\d{1,9}[.)])(?:[ \t]+|$)")
-_RULER = re.compile(r" {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*\n")
-_HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t]|$)")
 
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A part of the text. *joined*: it goes on with what the block before it began, without a
+class Block(NamedTuple):
+    """A document of its own. *joined*: it goes on with what the block before it began, without a
     blank line between.
-
-    *opening* is what a later piece of a code block or table needs in front: the line that begins
-    it, or its head.
     """
 
-    text: str
+    source: str
     joined: bool = False
-    opening: str = ""
-
-    @property
-    def markdown(self) -> str:
-        """The block as a document of its own."""
-        return self.opening + self.text
 
 
 class Blocks:
     """Text in, finished blocks out.
 
-    Always: the texts of the finished blocks and of `rest` are what was fed; no block is much
-    larger than the bounds, however the text was cut.
+    Always: the finished blocks and `last` are what was taken, and the first lines of a code block
+    or a table in front of each further piece of it; no block is larger than the bound and these.
     """
 
     def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._characters = 0
-        # The last line, which has no end yet.
-        self._line = ""
-        # The opening line of the code block that the next line is in, and its fence.
-        self._opening = ""
-        self._fence = ""
-        self._list = False
-        self._after_blank = False
+        self._rest = self._opening = ""
         self._joined = False
-        self._reopened = ""
-        self._finished: list[Block] = []
 
     @property
-    def rest(self) -> Block:
-        """Return the block that is not finished yet."""
-        return Block("".join(self._lines) + self._line, self._joined, self._reopened)
+    def last(self) -> Block:
+        """The block that is not finished yet."""
+        return Block(self._opening + self._rest, self._joined)
 
-    def feed(self, text: str) -> list[Block]:
+    def take(self, text: str) -> list[Block]:
         """Add *text*; return the blocks that it finishes."""
-        self._finished = []
-        *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            self._take(f"{line}\n")
-        while len(self._line) > MAX_CHARACTERS:
-            end = self._line.rfind(" ", 1, MAX_CHARACTERS) + 1 or MAX_CHARACTERS
-            line, self._line = self._line[:end], self._line[end:]
-            self._add(line)
-            self._cut()
-        return self._finished
-
-    def _take(self, line: str) -> None:
-        """Take a whole line into account."""
-        if self._fence:
-            self._add(line)
-            mark = line.strip()
-            if len(mark) >= len(self._fence) and not mark.strip(self._fence[0]):
-                self._fence = self._opening = ""
-                if not self._list:
-                    self._end()
-        elif not line.strip():
-            self._add(line)
-            self._after_blank = True
-            if not self._list:
-                self._end()
-        else:
-            self._take_words(line)
-        # A list waits for its next item, but not for ever.
-        if self._full(2 if self._list else 1):
-            self._cut()
-
-    def _take_words(self, line: str) -> None:
-        """Take a line into account that is neither blank nor code."""
-        indented = line.startswith(("  ", "\t"))
-        item = _ITEM.match(line)
-        if self._list and self._after_blank and not (indented or item):
-            self._end()
-        self._after_blank = False
-        if self._list and item and not indented and self._full(1):
-            self._cut()
-        fence = _FENCE.match(line, item.end() if item else 0)
-        inside = bool(item) or (self._list and indented)
-        heading = not inside and _HEADING.match(line)
-        if heading or (fence and not inside):
-            self._end()
-        self._add(line)
-        self._list = self._list or bool(item)
-        if fence:
-            self._fence, self._opening = fence["fence"], line[fence.start("fence") :]
-        elif heading:
-            self._end()
-
-    def _full(self, factor: int) -> bool:
-        return self._characters > factor * MAX_CHARACTERS or len(self._lines) > factor * MAX_LINES
-
-    def _add(self, line: str) -> None:
-        self._lines.append(line)
-        self._characters += len(line)
-
-    def _end(self) -> None:
-        """Finish the block, unless there are only blank lines in it."""
-        if any(not line.isspace() for line in self._lines):
-            self._finish()
-            self._joined, self._reopened, self._list = False, "", False
-
-    def _cut(self) -> None:
-        """Finish a block that is too large; the next one goes on with it."""
-        if self._lines:
-            opening = self._opening or self._table_head() or self._reopened_table()
-            self._finish()
-            self._joined, self._reopened, self._list = True, opening, False
-
-    def _table_head(self) -> str:
-        """Return the head of the table in this block and its ruler; "" if there is none."""
-        for head, ruler in zip(self._lines, self._lines[1:], strict=False):
-            if "|" in ruler and _RULER.fullmatch(ruler):
-                return head + ruler
-        return ""
-
-    def _reopened_table(self) -> str:
-        return self._reopened if "|" in self._reopened else ""
-
-    def _finish(self) -> None:
-        self._finished.append(Block("".join(self._lines), self._joined, self._reopened))
-        self._lines, self._characters = [], 0
+        self._rest += text
+        finished: list[Block] = []
+        while True:
+            whole = self._rest[: self._rest.rfind("\n", 0, MAX_CHARACTERS) + 1]
+            source = self._opening + whole
+            tokens = [token for token in PARSER.parse(source) if token.map]
+            starts = [token.map[0] for token in tokens if not token.level and token.map]
+            opening: str | None = None
+            if len(starts) < 2:
+                if len(self._rest) <= MAX_CHARACTERS:
+                    return finished
+                # The items of a list, or the paragraphs of a quotation.
+                parts = [token.map[0] for token in tokens if token.level == 1 and token.map]
+                if parts and parts[-1] > starts[0] and tokens[0].type != "table_open":
+                    starts.append(parts[-1])
+                    opening = ""
+                else:
+                    opening = _opening(tokens, source)
+            lines = source.split("\n")
+            ends = [sum(len(line) + 1 for line in lines[:start]) for start in starts[1:]]
+            if not ends:
+                space = self._rest.rfind(" ", 1, MAX_CHARACTERS) + 1
+                ends = [len(source) if whole else len(self._opening) + (space or MAX_CHARACTERS)]
+                source = self._opening + self._rest
+            for begin, end in itertools.pairwise((0, *ends)):
+                finished.append(Block(source[begin:end], self._joined))
+                self._joined = False
+            self._rest = self._rest[ends[-1] - len(self._opening) :]
+            self._opening, self._joined = opening or "", opening is not None
 
 
-# Seconds.
-DRAW_INTERVAL = 0.08
-# Lines of a terminal with room for a note.
-MIN_HEIGHT = 3
-# The colours that the person has chosen for the terminal, on its own background.
-CODE_THEME = "ansi_dark"
-
-
-class _Heading(markdown.Heading):
-    """A heading at the left, whatever its level."""
-
-    LEVEL_ALIGN: ClassVar = {}
+def _opening(tokens: list[Token], source: str) -> str | None:
+    """Return what a piece needs in front that goes on with the block *source*, whose *tokens* have
+    a place in it; None if that block has ended.
+    """
+    if tokens and (last := tokens[-1]).type == "fence":
+        assert last.map is not None
+        # One that is closed has two lines more than its code.
+        if last.map[1] - last.map[0] < last.content.count("\n") + 2:
+            return f"{last.markup}{last.info}\n"
+        return "" if last.level else None
+    if source.endswith("\n\n"):
+        return None
+    if tokens and tokens[0].type == "table_open":
+        return "".join(source.splitlines(keepends=True)[:2])
+    return ""
 
 
 class _Code(markdown.CodeBlock):
@@ -211,40 +136,67 @@ class _Code(markdown.CodeBlock):
 
 
 class AnswerMarkdown(markdown.Markdown):
-    """Markdown whose HTML is text; rich leaves HTML out, and fails at a lone `</kbd>`."""
+    """Markdown in the colours that the person has chosen for the terminal."""
 
-    elements: ClassVar = {
-        **markdown.Markdown.elements,
-        "heading_open": _Heading,
-        "fence": _Code,
-        "code_block": _Code,
-    }
+    elements: ClassVar = {**markdown.Markdown.elements, "fence": _Code, "code_block": _Code}
 
     def __init__(self, source: str) -> None:
-        super().__init__("", code_theme=CODE_THEME, hyperlinks=False)
-        parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
-        self.parsed = parser.parse(source)
+        super().__init__("", code_theme="ansi_dark", hyperlinks=False)
+        self.parsed = PARSER.parse(source)
 
 
-class MarkdownDisplay:
-    """Draws one answer on *out*, a terminal. `end` must be called; only `text` and `end` raise.
+class AnswerConsole(Console):
+    """A console whose cursor is always shown: a second signal leaves no time to restore it."""
 
-    It belongs to the event loop in which it is made.
+    def show_cursor(self, show: bool = True) -> bool:  # noqa: ARG002 - rich's signature
+        """Show it still."""
+        return False
+
+
+class DrawnDisplay(Display):
+    """Draws one answer on *screen*, a terminal, and below it what is waited for; only that, where
+    the answer goes elsewhere, to *out*.
+
+    It belongs to the event loop of its block.
     """
 
-    def __init__(self, out: TextIO, console: Console | None = None) -> None:
-        self._out = out
-        self._console = console or Console(file=out, highlight=False)
+    def __init__(self, out: TextIO, screen: TextIO, console: Console | None = None) -> None:
+        super().__init__(out, terminal=False)
+        self._plain = out is not screen
+        self._console = console or AnswerConsole(file=screen, highlight=False)
+        # The display itself is what is drawn.
+        self._live = Live(
+            self,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            vertical_overflow="crop",
+        )
         self._blocks = Blocks()
-        self._finished: list[Block] = []
-        # Lines on the screen that the next drawing replaces; the cursor is in the last one.
-        self._shown = 0
+        self._taken = ""
         self._anything = False
-        self._note = ""
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._next = 0.0
-        self._error: OSError | None = None
+        # What is waited for, and since when, if that is told; the line that was drawn of it.
+        self._note, self._line = "", ""
+        self._since = float("inf")
+        # When a text came the last time.
+        self._heard = float("inf")
+        self._drawing: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._live.start()
+        self._drawing = asyncio.create_task(self._draw_on())
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        assert self._drawing is not None
+        self._drawing.cancel()
+        await asyncio.wait([self._drawing])
+        self._note, self._heard = "", float("inf")
+        self._draw(end=True)
+        self._live.stop()
+        await super().__aexit__()
 
     def text(self, piece: str) -> None:
         """Add *piece*, and draw it soon.
@@ -252,94 +204,97 @@ class MarkdownDisplay:
         Raises:
             OSError: the terminal could not be written.
         """
-        self._finished += self._blocks.feed(safe(piece))
         self._note = ""
-        if self._error is not None:
-            raise self._error
-        if self._timer is None:
-            self._timer = self._loop.call_at(self._next, self._draw_by_timer)
+        if self._plain:
+            self._draw()
+            super().text(piece)
+            return
+        self._heard = time.monotonic()
+        self._taken += safe(piece)
+        if self._drawing is not None and self._drawing.done():
+            self._drawing.result()
 
-    def note(self, text: str) -> None:
-        """Show *text* below what has come, until more comes."""
-        if self._console.height > MIN_HEIGHT and self._timer is None:
-            self._note = fitting(text, self._console.width - 1)
-            self._draw_by_timer()
-
-    def end(self) -> None:
-        """Draw what is left, and leave the cursor below it.
-
-        Raises:
-            OSError: the terminal could not be written.
-        """
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._error is not None:
-            raise self._error
-        self._note = ""
-        self._finished.append(self._blocks.rest)
-        self._blocks = Blocks()
+    def note(self, text: str, *, progress: bool = False) -> None:
+        """Say *text* on a line below the answer, until more of that comes."""
+        self._note = printable(text)
+        self._since = float("inf") if progress else time.monotonic()
         self._draw()
 
-    def _draw_by_timer(self) -> None:
-        self._timer = None
-        try:
+    async def _draw_on(self) -> None:
+        while True:
+            await asyncio.sleep(DRAW_INTERVAL)
             self._draw()
-        except OSError as error:
-            self._error = error
-        self._next = self._loop.time() + DRAW_INTERVAL
 
-    def _draw(self) -> None:
+    def _draw(self, *, end: bool = False) -> None:
         """Replace what was shown by the finished blocks, and show the last one below them."""
-        output = self._erasure()
-        for block in self._finished:
-            lines = self._lines(block)
-            output += "".join(f"{line}\n" for line in lines)
-            self._anything = self._anything or bool(lines)
-        self._finished.clear()
-        # One line stays free: a full screen would scroll, and lines that scrolled away cannot be
-        # replaced.
-        room = self._console.height - (2 if self._note else 1)
-        last = self._lines(self._blocks.rest)[-max(1, room) :]
-        if self._note:
-            last.append(self._note)
-        self._shown = len(last)
-        self._out.write(output + "\n".join(last))
-        self._out.flush()
+        line, taken, self._taken = self._wait(), self._taken, ""
+        if not (end or taken or line != self._line):
+            return
+        self._line = line
+        # At the end the last line is a whole one.
+        finished = self._blocks.take(f"{taken}\n" if end else taken)
+        if end:
+            finished.append(self._blocks.last)
+            self._blocks = Blocks()
+        drawn: list[Segment] = []
+        for block in finished:
+            drawn += _joined(self._drawn(block))
+            self._anything = bool(drawn) or self._anything
+        if drawn:
+            self._console.print(Segments(drawn), end="")
+        else:
+            self._live.refresh()
 
-    def _erasure(self) -> str:
-        if not self._shown:
-            return ""
-        up = f"\x1b[{self._shown - 1}A" if self._shown > 1 else ""
-        return f"\r{up}\x1b[J"
+    def _wait(self) -> str:
+        """Return what is waited for."""
+        now = time.monotonic()
+        if (silence := now - self._heard) >= SILENCE and not self._note:
+            return f"nothing has come for {silence:.0f} s; Ctrl-C stops the answer"
+        long = self._note and now - self._since >= LONG
+        return f"{self._note} ({now - self._since:.0f} s)" if long else self._note
 
-    def _lines(self, block: Block) -> list[str]:
-        """Return the lines of *block* for the terminal, after a blank one below another block."""
-        if not block.text.strip():
+    def __rich_console__(self, console: Console, _options: ConsoleOptions) -> RenderResult:
+        """Draw the end of the last block, and what is waited for.
+
+        One line stays free: a full screen would scroll, and lines that scrolled away cannot be
+        replaced.
+        """
+        room = max(1, console.height - 1 - bool(self._line))
+        yield Segments(_joined(self._drawn(self._blocks.last)[-room:]))
+        if self._line:
+            yield Text(self._line, no_wrap=True, overflow="crop", end="")
+
+    def _drawn(self, block: Block) -> list[list[Segment]]:
+        """Return the lines of *block*, after a blank one below another block."""
+        if not block.source.strip():
             return []
         options = self._console.options.update(height=None)
-        rendered = self._console.render_lines(AnswerMarkdown(block.markdown), options, pad=False)
-        lines = [self._line(line) for line in rendered]
-        if not block.markdown.lstrip().startswith(("```", "~~~")):
+        rendered = self._console.render_lines(AnswerMarkdown(block.source), options, pad=False)
+        lines = [_safe_line(line) for line in rendered]
+        if not block.source.lstrip().startswith(("```", "~~~")):
             # rich puts blank lines around lists, quotes and tables; those of code are the code's.
-            while lines and not lines[-1].strip():
+            while lines and not lines[-1]:
                 lines.pop()
-            while lines and not lines[0].strip():
+            while lines and not lines[0]:
                 del lines[0]
-        return ["", *lines] if self._anything and not block.joined else lines
+        return [[], *lines] if self._anything and not block.joined else lines
 
-    def _line(self, segments: Iterable[Segment]) -> str:
-        """Return one line; whatever control functions it has are rich's own."""
-        clean = [
-            Segment(safe(segment.text).replace("\n", " ").replace("\t", " "), segment.style)
-            for segment in segments
-            if not segment.control
-        ]
-        # rich fills lines with spaces, which a person would copy.
-        while clean and not clean[-1].text.rstrip():
-            clean.pop()
-        if clean:
-            clean[-1] = Segment(clean[-1].text.rstrip(), clean[-1].style)
-        with self._console.capture() as capture:
-            self._console.print(Segments(clean), end="")
-        return capture.get()
+
+def _joined(lines: list[list[Segment]]) -> list[Segment]:
+    return [segment for line in lines for segment in (*line, Segment.line())]
+
+
+def _safe_line(segments: list[Segment]) -> list[Segment]:
+    """Return a line without control functions that are not rich's own, and without the spaces at
+    its end that rich fills it with, and a person would copy.
+    """
+    clean = [
+        Segment(safe(segment.text).replace("\n", " ").replace("\t", " "), segment.style)
+        for segment in segments
+        if not segment.control
+    ]
+    while clean and not clean[-1].text.rstrip():
+        clean.pop()
+    if clean:
+        clean[-1] = Segment(clean[-1].text.rstrip(), clean[-1].style)
+    return clean

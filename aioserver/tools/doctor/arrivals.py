@@ -18,11 +18,9 @@ import aiohttp
 import orjson
 
 from aioserver.protocol.eventstream import EventTooLong
-from aioserver.protocol.frames import BadFrame
 from aioserver.tools import remote
-from aioserver.tools.bench.attempt import Attempt
-from aioserver.tools.bench.clients import Client, Question
-from aioserver.tools.bench.results import Results
+from aioserver.tools.bench.clients import FaceClient, Question
+from aioserver.tools.bench.results import Attempt, Results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,19 +66,15 @@ class TimedAttempt(Attempt):
     """An attempt that also notes when each event of its answer came."""
 
     def __init__(self) -> None:
-        self.results = Results()
         self.times: list[float] = []
-        super().__init__(self.results)
+        # The code of what went wrong; empty for a complete answer.
+        self.failure = ""
+        super().__init__(Results())
 
-    def event(self, number: int | None = None) -> None:
+    def event(self, *, token: bool = False) -> None:
         """Note an event."""
         self.times.append(time.perf_counter())
-        super().event(number)
-
-    @property
-    def failure(self) -> str:
-        """The code of what went wrong; empty for a complete answer."""
-        return next(iter(self.results.refused | self.results.incomplete), "")
+        super().event(token=token)
 
 
 def noting(encodings: set[str]) -> aiohttp.TraceConfig:
@@ -147,23 +141,19 @@ async def _follow(
     session: aiohttp.ClientSession, road: Road, face: str, question: Question
 ) -> TimedAttempt:
     """Ask *question* on *face*, and read the answer to its end."""
-    attempt = TimedAttempt()
-    name = FACES[face]
-    client = Client(session, name, f"{road.url}{road.paths[name]}", question)
+    attempt, name = TimedAttempt(), FACES[face]
+    client = FaceClient(session, name, road.url, road.paths[name], question)
     try:
-        async with asyncio.timeout(ANSWER_TIMEOUT):
-            await client.request(attempt)
-    except (aiohttp.ClientError, OSError, BadFrame, EventTooLong) as error:
-        attempt.fail(remote.describe(error))
+        if error := await client.request(attempt, ANSWER_TIMEOUT):
+            attempt.failure = remote.printable(error.code)
     finally:
         await client.close()
-    attempt.settle()
     return attempt
 
 
 def _tell_answer(report: Report, face: str, attempt: TimedAttempt, *, even: bool) -> None:
     times = attempt.times
-    if not attempt.succeeded:
+    if attempt.failure:
         report.fail(
             face, f"an answer failed: {attempt.failure}", "docs/errors.md explains its codes"
         )

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.tools.chat.markdown import MAX_CHARACTERS, MAX_LINES, Block, Blocks
+from aioserver.tools.chat import markdown
+from aioserver.tools.chat.markdown import MAX_CHARACTERS, Block, Blocks
 
 TOKENS = (
     *("# ", "\n", "\n\n", "- ", "  ", "1. ", "```", "```python\n", "~~~\n", "> ", "| a | b |\n"),
@@ -16,12 +17,12 @@ texts = st.lists(st.sampled_from(TOKENS), max_size=60).map("".join)
 
 
 def cut(text: str, *ends: int) -> list[Block]:
-    """The blocks of *text*, which is fed in pieces that end at *ends*."""
+    """The blocks of *text*, which is taken in pieces that end at *ends*."""
     blocks, result, start = Blocks(), [], 0
     for end in (*sorted(ends), len(text)):
-        result += blocks.feed(text[start:end])
+        result += blocks.take(text[start:end])
         start = max(start, end)
-    return [*result, blocks.rest]
+    return [*result, blocks.last]
 
 
 @given(texts, st.lists(st.integers(0, 200), max_size=8))
@@ -30,8 +31,28 @@ def test_blocks_are_the_text_and_do_not_depend_on_how_it_comes(text: str, ends: 
     whole = cut(text)
     pieces = cut(text, *ends)
 
-    assert "".join(block.text for block in whole) == text
+    assert "".join(block.source for block in whole) == text
     assert pieces == whole
+
+
+@given(texts, st.lists(st.integers(0, 200), max_size=8))
+@settings(max_examples=300)
+def test_where_a_large_block_is_cut_does_not_depend_on_how_it_comes(
+    text: str, ends: list[int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(markdown, "MAX_CHARACTERS", 24)
+
+        assert cut(text, *ends) == cut(text)
+
+
+@pytest.mark.parametrize(
+    "block", ["```\n" + "x\n" * 2030 + "```\n", "| a |\n|---|\n" + "| b |\n" * 675 + "\n", "a\n\n"]
+)
+def test_what_follows_a_large_block_that_has_ended_is_no_part_of_it(block: str) -> None:
+    *_, last = cut(block + "word " * 1000)
+
+    assert last.source.startswith("word word")
 
 
 @pytest.mark.parametrize(
@@ -39,8 +60,8 @@ def test_blocks_are_the_text_and_do_not_depend_on_how_it_comes(text: str, ends: 
     [
         ("one\ntwo\n\nthree\n", ["one\ntwo\n\n", "three\n"]),
         ("one\n# Head\ntwo\n", ["one\n", "# Head\n", "two\n"]),
-        ("one\n```py\na\n\nb\n```\ntwo", ["one\n", "```py\na\n\nb\n```\n", "two"]),
-        ("````\n```\n````\nx", ["````\n```\n````\n", "x"]),
+        ("one\n```py\na\n\nb\n```\ntwo\n", ["one\n", "```py\na\n\nb\n```\n", "two\n"]),
+        ("````\n```\n````\nx\n", ["````\n```\n````\n", "x\n"]),
         ("- a\n\n  more\n\n- b\n\nend\n", ["- a\n\n  more\n\n- b\n\n", "end\n"]),
         (
             "1. a\n   ```\n   x\n\n   y\n   ```\n1. b\n",
@@ -51,7 +72,7 @@ def test_blocks_are_the_text_and_do_not_depend_on_how_it_comes(text: str, ends: 
     ],
 )
 def test_blocks_end_where_a_reader_expects_it(text: str, expected: list[str]) -> None:
-    blocks = [block.text for block in cut(text)]
+    blocks = [block.source for block in cut(text)]
 
     assert [block for block in blocks if block] == [block for block in expected if block]
 
@@ -59,25 +80,25 @@ def test_blocks_end_where_a_reader_expects_it(text: str, expected: list[str]) ->
 @pytest.mark.parametrize(
     "line", ["word " * 10 + "\n", "- item\n", "| a | b |\n", "    x\n", "word ", "x", "> q\n"]
 )
-def test_no_block_is_much_larger_than_the_bounds(line: str) -> None:
-    for start in ("", "```python\n"):
-        blocks = cut(start + line * 20_000)
+@pytest.mark.parametrize("start", ["", "```python\n", "- item\n\n  ```\n"])
+def test_no_block_is_much_larger_than_the_bounds(line: str, start: str) -> None:
+    blocks = cut(start + line * 20_000)
 
-        assert max(len(block.text) for block in blocks) <= 2 * MAX_CHARACTERS + 100
-        assert max(block.text.count("\n") for block in blocks) <= 2 * MAX_LINES + 2
+    assert max(len(block.source) for block in blocks) <= MAX_CHARACTERS + 100
 
 
 def test_a_piece_of_a_long_code_block_or_table_has_its_beginning() -> None:
-    code = cut("```python\n" + "x = 1\n" * 120 + "```\nend\n")
-    table = cut("| a | b |\n|---|:-:|\n" + "| 1 | 2 |\n" * 120)
+    code = cut("```python\n" + "x = 1\n" * 1000 + "```\nend\n")
+    table = cut("| a | b |\n|---|:-:|\n" + "| 1 | 2 |\n" * 1000)
 
-    assert [block.opening for block in code] == ["", "```python\n", "```python\n", ""]
-    assert [block.joined for block in code] == [False, True, True, False]
-    assert [block.opening for block in table[1:]] == ["| a | b |\n|---|:-:|\n"] * (len(table) - 1)
+    assert [block.source[:10] for block in code] == ["```python\n"] * 2 + ["end\n"]
+    assert [block.joined for block in code] == [False, True, False]
+    assert len(table) > 2
+    assert all(block.source.startswith("| a | b |\n|---|:-:|\n") for block in table)
 
 
 def test_a_long_list_is_cut_in_front_of_an_item() -> None:
-    blocks = cut("- item\n  that goes on\n" * 100)
+    blocks = cut("- item\n  that goes on\n" * 1000)
 
     assert len(blocks) > 2
-    assert all(block.text.startswith("- item") for block in blocks if block.text)
+    assert all(block.source.startswith("- item") for block in blocks if block.source)

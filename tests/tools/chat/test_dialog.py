@@ -132,6 +132,8 @@ async def test_where_nothing_can_be_drawn_the_text_is_plain_and_harmless(
     provider.pieces = ["**bold**\x1b[31m\r", "\n\x9b2J"]
     async with terminal(*program, telling_server.base, environ=environ) as shown:
         await shown.shows("> ")
+        # Where the reason is that rich is missing, the dialog says so once.
+        assert shown.text.count("rich is not installed") == (program != COMMAND)
         shown.type("Hi\n")
         await shown.shows("**bold**�[31m\n�2J\n")
         assert "\x1b[31m" not in shown.seen
@@ -228,7 +230,7 @@ async def test_the_position_in_the_queue_is_shown(make_server: MakeServer) -> No
     await server.nothing_held()
 
 
-async def test_what_a_model_thinks_is_on_the_status_line_only(
+async def test_what_a_model_thinks_is_on_a_line_that_the_answer_replaces(
     telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.reasoning = ["I wonder, ", "and wonder"]
@@ -236,7 +238,7 @@ async def test_what_a_model_thinks_is_on_the_status_line_only(
         shown.type("Hi\n")
         await shown.shows("thinking: I wonder, and wonder")
         await shown.shows("Hello")
-        assert "wonder\r\x1b[KHello" in shown.seen
+        assert "wonder\r\x1b[2KHello" in shown.seen
 
 
 async def test_thoughts_behind_a_text_do_not_write_over_it(

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from aioserver.tools.chat import markdown
-from aioserver.tools.chat.markdown import MarkdownDisplay
+from aioserver.tools.chat.markdown import AnswerConsole, DrawnDisplay
 from tests.support.waiting import ticks
 
 ROOT = Path(__file__).parents[3]
 PAGES = ["README.md", "docs/faces.md", "docs/clients.md", "docs/install.md", "docs/keys.md"]
 # What a display may send: colours, the cursor up, erase below.
-CONTROL = re.compile(r"\x1b\[[\d;]*[mAJ]|\r")
+CONTROL = re.compile(r"\x1b\[[\d;]*[mAK]|\r")
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
 HOSTILE = (
     *(
@@ -58,15 +57,19 @@ HOSTILE = (
 )
 
 
-def console_of(out: io.StringIO, **changes: Any) -> Console:
+def display_on(out: io.StringIO, **changes: Any) -> DrawnDisplay:
+    return DrawnDisplay(out, out, console_of(out, **changes))
+
+
+def console_of(out: io.StringIO, **changes: Any) -> AnswerConsole:
     settings: dict[str, Any] = {"width": 80, "height": 24, "color_system": None} | changes
-    return Console(file=out, force_terminal=True, highlight=False, **settings)
+    return AnswerConsole(file=out, force_terminal=True, highlight=False, **settings)
 
 
 def screen(sent: str) -> list[str]:
     """The lines that a terminal of unlimited height shows in the end."""
     lines, row, column = [""], 0, 0
-    for part in re.split(r"(\x1b\[[\d;]*[mAJ]|\r|\n)", sent):
+    for part in re.split(r"(\x1b\[[\d;]*[mAK]|\r|\n)", sent):
         if part == "\r":
             column = 0
         elif part == "\n":
@@ -75,10 +78,11 @@ def screen(sent: str) -> list[str]:
         elif part.endswith("A") and part.startswith("\x1b"):
             row -= int(part[2:-1])
             assert row >= 0
-        elif part == "\x1b[J":
-            lines = [*lines[:row], lines[row][:column]]
+        elif part == "\x1b[2K":
+            # Lines are erased from below.
+            lines[row:] = [""]
         elif not part.startswith("\x1b"):
-            lines[row] = lines[row][:column] + part
+            lines[row] = lines[row][:column].ljust(column) + part
             column += len(part)
     return lines
 
@@ -107,15 +111,13 @@ async def test_a_page_looks_the_same_piece_by_piece_as_at_once(page: str) -> Non
     text = (ROOT / page).read_text()
     dice = random.Random(page)
     out = io.StringIO()
-    display = MarkdownDisplay(out, console_of(out, height=1000))
-
-    at = 0
-    while at < len(text):
-        size = dice.randint(1, 900)
-        display.text(text[at : at + size])
-        await ticks()
-        at += size
-    display.end()
+    async with display_on(out, height=1000) as display:
+        at = 0
+        while at < len(text):
+            size = dice.randint(1, 900)
+            display.text(text[at : at + size])
+            await ticks()
+            at += size
 
     assert words(screen(out.getvalue())) == words(drawn_at_once(text))
 
@@ -126,12 +128,11 @@ async def test_nothing_that_a_model_says_reaches_the_terminal_as_a_control_funct
     for _ in range(60):
         out = io.StringIO()
         size = {"width": dice.choice([1, 2, 20, 80]), "height": dice.choice([1, 2, 24])}
-        display = MarkdownDisplay(out, console_of(out, **size))
-        for _ in range(dice.randint(1, 40)):
-            display.text(dice.choice(HOSTILE))
-            if dice.random() < 0.2:
-                await ticks()
-        display.end()
+        async with display_on(out, **size) as display:
+            for _ in range(dice.randint(1, 40)):
+                display.text(dice.choice(HOSTILE))
+                if dice.random() < 0.2:
+                    await ticks()
 
         sent = out.getvalue()
 
@@ -140,12 +141,11 @@ async def test_nothing_that_a_model_says_reaches_the_terminal_as_a_control_funct
 
 async def test_one_blank_line_is_between_two_blocks_and_those_of_code_stay() -> None:
     out = io.StringIO()
-    display = MarkdownDisplay(out, console_of(out, height=100))
-    code = [f"x = {number}" if number % 3 else "" for number in range(150)]
+    async with display_on(out, height=100) as display:
+        code = [f"x = {number}" if number % 3 else "" for number in range(150)]
 
-    display.text("# Head\n\n\n- one\n- two\n\n\n> quote\n\n| a |\n|---|\n| b |\n\nend\n\n")
-    display.text("\n".join(["```python", *code, "```"]))
-    display.end()
+        display.text("# Head\n\n\n- one\n- two\n\n\n> quote\n\n| a |\n|---|\n| b |\n\nend\n\n")
+        display.text("\n".join(["```python", *code, "```"]))
 
     lines = [line.strip() for line in screen(out.getvalue())]
     assert lines[:12] == [
@@ -167,10 +167,8 @@ async def test_one_blank_line_is_between_two_blocks_and_those_of_code_stay() -> 
 
 async def test_html_is_text() -> None:
     out = io.StringIO()
-    display = MarkdownDisplay(out, console_of(out))
-
-    display.text("A `List<int>` and List<String>, <div>\n\n<p>whole</p>\n\n</kbd>")
-    display.end()
+    async with display_on(out) as display:
+        display.text("A `List<int>` and List<String>, <div>\n\n<p>whole</p>\n\n</kbd>")
 
     assert words(screen(out.getvalue())) == [
         "A List<int> and List<String>, <div>",
@@ -181,31 +179,29 @@ async def test_html_is_text() -> None:
 
 async def test_a_block_taller_than_the_terminal_scrolls_nothing_away_that_is_replaced() -> None:
     out = io.StringIO()
-    display = MarkdownDisplay(out, console_of(out, height=6))
-    for number in range(30):
-        display.text(f"- item {number}\n")
-        await ticks()
-        ups = [int(up) for up in re.findall(r"\x1b\[(\d+)A", out.getvalue())]
-        assert max(ups, default=0) < 5
-    display.end()
+    async with display_on(out, height=6) as display:
+        for number in range(30):
+            display.text(f"- item {number}\n")
+            await ticks()
+            ups = re.findall(r"(?:\x1b\[1A\x1b\[2K)+", out.getvalue())
+            assert max(map(len, ups), default=0) < 5 * len("\x1b[1A\x1b[2K")
 
     assert words(screen(out.getvalue())) == [f" • item {number}" for number in range(30)]
 
 
 async def test_a_note_stands_below_the_last_block_until_more_comes() -> None:
     out = io.StringIO()
-    display = MarkdownDisplay(out, console_of(out, width=20))
-    display.text("One\n\ntwo")
-    await ticks()
-    display.note("nothing has come for a while")
-    noted = screen(out.getvalue())
-    display.text(" three")
-    await ticks()
-    more = screen(out.getvalue())
-    display.note("nothing")
-    display.end()
+    async with display_on(out, width=20) as display:
+        display.text("One\n\ntwo")
+        await ticks()
+        display.note("nothing has come for a while")
+        noted = screen(out.getvalue())
+        display.text(" three")
+        await ticks()
+        more = screen(out.getvalue())
+        display.note("nothing")
 
-    assert noted == ["One", "", "two", "nothing has come fo"]
+    assert noted == ["One", "", "two", "nothing has come for"]
     assert more == ["One", "", "two three"]
     assert screen(out.getvalue()) == ["One", "", "two three", ""]
 
@@ -217,28 +213,32 @@ async def test_a_long_answer_costs_as_much_as_its_length() -> None:
 
     async def sent(blocks: int) -> int:
         out = io.StringIO()
-        display = MarkdownDisplay(out, console_of(out))
-        for _ in range(blocks):
-            for piece in ("Some ", "words ", "of a ", "block.\n\n"):
-                display.text(piece)
-                await ticks()
-        display.end()
+        async with display_on(out) as display:
+            for _ in range(blocks):
+                for piece in ("Some ", "words ", "of a ", "block.\n\n"):
+                    display.text(piece)
+                    await ticks()
         return len(out.getvalue())
 
     assert await sent(200) <= 11 * await sent(20)
 
 
 async def test_a_terminal_that_is_gone_is_an_error_of_the_next_piece() -> None:
-    class Gone(io.StringIO):
-        def write(self, _text: str) -> int:
-            raise OSError(5, "Input/output error")
+    class Closable(io.StringIO):
+        gone = False
 
-    out = Gone()
-    display = MarkdownDisplay(out, console_of(io.StringIO()))
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise OSError(5, "Input/output error")
+            return super().write(text)
+
+    out = Closable()
+    display = await display_on(out).__aenter__()
+    out.gone = True
     display.text("a")
     await ticks()
 
     with pytest.raises(OSError, match="Input/output"):
         display.text("b")
     with pytest.raises(OSError, match="Input/output"):
-        display.end()
+        await display.__aexit__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from aioserver.tools.chat.status import safe
+from aioserver.tools.chat.display import safe
 
 
 def test_a_text_without_control_characters_is_as_it_was() -> None:

@@ -277,6 +277,8 @@ async def test_a_reader_that_leaves_ends_the_answer_without_a_word(server: Runni
         stdin=asyncio.subprocess.DEVNULL,
         stdout=theirs,
         stderr=asyncio.subprocess.PIPE,
+        # What could not be written is then still in a buffer at the end of the process.
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
     )
     os.close(theirs)
     await until(lambda: server.held()["running"] == 1, 30.0)
