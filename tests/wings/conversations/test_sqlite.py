@@ -306,7 +306,6 @@ async def test_a_file_that_is_too_large_loses_what_rested_for_longest(
 ) -> None:
     monkeypatch.setattr(sqlite, name, most)
     monkeypatch.setattr(sqlite, "SWEEP_TURNS", 100)
-    monkeypatch.setattr(sqlite, "FEW", 1)
     async with storage(tmp_path / "h.db") as kept:
         for number in range(100):
             keep(kept, "q", f"c{number}", ended=NOW + number)  # 5 bytes
@@ -322,7 +321,6 @@ async def test_who_has_most_in_a_file_that_is_too_large_loses_its_oldest(
 ) -> None:
     monkeypatch.setattr(sqlite, name, most)
     monkeypatch.setattr(sqlite, "SWEEP_TURNS", 100)
-    monkeypatch.setattr(sqlite, "FEW", 1)
     others = [YOU, anonymous("192.0.2.1"), anonymous("192.0.2.2")]
     async with storage(tmp_path / "h.db") as kept:
         for number, caller in enumerate(others * 5):
