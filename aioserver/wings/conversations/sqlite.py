@@ -31,6 +31,7 @@ import sqlite3
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
 
 from aioserver.gateway.commands import awaited
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Persistence
     from aioserver.gateway.histories import Begun
     from aioserver.telemetry.counters import Counter
-    from aioserver.wings.conversations.redis import LateTurns
+    from aioserver.wings.conversations.redis import RedisHistories
 
     Values = Mapping[str, Any]
     # Statements, and the values of all of them.
@@ -287,8 +288,9 @@ class SqliteStorage:
     """The conversations in the file *path*: see `history.Storage`; *clock* returns Unix time.
 
     *counts*: of turns `written` and `lost`. *shared*: other processes have the file, too, whose
-    questions nobody knows here; a deletion is remembered for these. *late* is where each says what
-    it has not written in time, None if there is no such place.
+    questions nobody knows here; a deletion is remembered for these. *late* is where a turn that is
+    not written in time leaves a mark, as if its question were under way; None if there is no such
+    place.
 
     Always: a turn that was kept is written once, or waits, or is counted as lost. A connection is
     only opened to a file that was found good, and closed when it proves not to be.
@@ -302,7 +304,7 @@ class SqliteStorage:
         counts: Mapping[str, Counter],
         *,
         shared: bool = False,
-        late: LateTurns | None = None,
+        late: RedisHistories | None = None,
     ) -> None:
         self._path = path
         self._late = late
@@ -376,7 +378,7 @@ class SqliteStorage:
                 return None
             await asyncio.wait((newest.done,), timeout=left)
         if self._late is not None:
-            await self._late.come(caller, conversation_id)
+            await self._late.load(caller, conversation_id)
         values = {**key._asdict(), "oldest": self._sweep.oldest()}
         found = await self._read(sqlite_file.LOAD, values, LOAD_TIMEOUT)
         return None if found is None else Loaded([Turn(*row) for row in found])
@@ -467,7 +469,7 @@ class SqliteStorage:
 
     async def _note_late(
         self,
-        late: LateTurns,
+        late: RedisHistories,
         caller: Caller,
         conversation_id: str,
         write: Write,
@@ -475,7 +477,9 @@ class SqliteStorage:
     ) -> None:
         await committed
         if not write.done.done():
-            await late.note(caller, conversation_id, write.done)
+            _none, begun = await late.begin(caller, conversation_id, known=False)
+            leave = partial(late.leave, caller, conversation_id, begun)
+            write.done.add_done_callback(lambda _written: leave())
 
     def _add(self, write: Write) -> None:
         self._lost.value += self._queue.add(write)
