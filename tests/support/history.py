@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aioserver.wings.conversations.redis import RedisHistories
 
 ME, YOU = Caller("me"), Caller("you")
+# Whatever is kept is sent.
+WIDE = Context(max_tokens=10**9, reserve_tokens=0, preserve_recent=0)
 REPOSITORY = "chat.service.repository"
 # Unix time of the clocks of these tests, at first.
 NOW = 1_700_000_000.0
@@ -39,8 +41,7 @@ def conversations(
     persistence: Persistence | None = None, now: Callable[[], float] | None = None
 ) -> Conversations:
     """Conversations in memory, all of which are sent."""
-    context = Context(max_tokens=10**9, reserve_tokens=0, preserve_recent=0)
-    return Conversations(context, persistence or policy(), clock=now or clock())
+    return Conversations(WIDE, persistence or policy(), clock=now or clock())
 
 
 def sql(path: Path, **persistence: Any) -> dict[str, Any]:

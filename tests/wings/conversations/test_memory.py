@@ -78,16 +78,6 @@ def test_a_history_is_a_snapshot() -> None:
     assert kept.sent() == ["q1", "a1", "q2", "a2"]
 
 
-def test_conversations_belong_to_their_caller() -> None:
-    kept = Kept()
-    kept.keep("mine")
-    kept.all.keep(YOU, "c1", Turn.of("yours", "a", 1.0))
-
-    assert kept.sent() == ["mine", "a"]
-    assert kept.sent(name="c2") == []
-    assert len(kept.all) == 2
-
-
 @pytest.mark.parametrize(("text", "expected"), [("", 0), ("a", 1), ("abcd", 1), ("€€", 2)])
 def test_a_token_is_estimated_as_four_bytes(text: str, expected: int) -> None:
     assert estimated_tokens(text) == expected
