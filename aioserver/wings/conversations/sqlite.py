@@ -32,7 +32,9 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+
+from msgspec.structs import asdict
 
 from aioserver.gateway.commands import awaited
 from aioserver.wings.conversations import sqlite_file
@@ -105,13 +107,6 @@ DELETE_ALL = (
 MAX_DELETIONS = 1_000
 
 
-class Key(NamedTuple):
-    """A conversation: the caller's name, and its own."""
-
-    caller: str
-    name: str
-
-
 class Write:
     """A turn that is to be written, or a deletion: *statements* with their *values*.
 
@@ -122,13 +117,11 @@ class Write:
 
     def __init__(
         self,
-        key: Key,
         statements: Sequence[str],
         values: Values,
         done: asyncio.Future[int],
         turn: Turn | None = None,
     ) -> None:
-        self.key = key
         self.statements = statements
         self.values = values
         self.done = done
@@ -138,6 +131,11 @@ class Write:
     def wanted(self) -> bool:
         """Whether it is still to be written."""
         return self.turn is not None or not self.done.cancelled()
+
+    @property
+    def conversation(self) -> tuple[str, str]:
+        """The name of the caller, and that of the conversation."""
+        return self.values["caller"], self.values["name"]
 
     @property
     def size(self) -> int:
@@ -201,9 +199,12 @@ class Queue:
             self._writes.popleft()
             self._size -= write.size
 
-    def newest(self, key: Key | None = None) -> Write | None:
-        """Return the newest write, or that of one conversation; None if none waits."""
-        found = (each for each in reversed(self._writes) if key is None or each.key == key)
+    def newest(self, conversation: tuple[str, str] | None = None) -> Write | None:
+        """Return the newest write, or that of one *conversation*, by its caller's name and its
+        own; None if none waits.
+        """
+        writes = reversed(self._writes)
+        found = (each for each in writes if conversation in {None, each.conversation})
         return next(found, None)
 
     def give_up(self) -> None:
@@ -371,15 +372,14 @@ class SqliteStorage:
 
         None if the file does not say in time, or lacks one that this process has kept.
         """
-        key, end = Key(caller.name, conversation_id), self._loop.time() + LOAD_TIMEOUT
-        while (newest := self._queue.newest(key)) is not None:
+        values, end = self._values(caller, conversation_id), self._loop.time() + LOAD_TIMEOUT
+        while (newest := self._queue.newest((caller.name, conversation_id))) is not None:
             left = end - self._loop.time()
             if self._trouble is not None or left <= 0:
                 return None
             await asyncio.wait((newest.done,), timeout=left)
         if self._late is not None:
             await self._late.load(caller, conversation_id)
-        values = {**key._asdict(), "oldest": self._sweep.oldest()}
         found = await self._read(sqlite_file.LOAD, values, LOAD_TIMEOUT)
         return None if found is None else Loaded([Turn(*row) for row in found])
 
@@ -396,19 +396,8 @@ class SqliteStorage:
         Return what ends once it is committed, or after COMMIT_TIMEOUT, and then once other
         processes know that it is late; None in a trouble.
         """
-        key = Key(caller.name, conversation_id)
-        values = {
-            **key._asdict(),
-            "address": caller.address,
-            "asked": asked,
-            "ended": turn.ended,
-            "question": turn.question,
-            "answer": turn.answer,
-            "question_tokens": turn.question_tokens,
-            "answer_tokens": turn.answer_tokens,
-            "turn_size": turn.size,
-        }
-        write = Write(key, KEEP, values, self._loop.create_future(), turn)
+        values = self._values(caller, conversation_id, asked=asked, **asdict(turn))
+        write = Write(KEEP, values, self._loop.create_future(), turn)
         self._add(write)
         if self._trouble is not None:
             return None
@@ -420,14 +409,8 @@ class SqliteStorage:
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations; None if the file does not say in time."""
-        values = {
-            "caller": caller.name,
-            "address": caller.address,
-            "oldest": self._sweep.oldest(),
-            "updated": 1e300 if after is None else after.updated,
-            "after": "" if after is None else after.conversation_id,
-            "limit": limit + 1,
-        }
+        updated, name = (1e300, "") if after is None else after
+        values = self._values(caller, updated=updated, after=name, limit=limit + 1)
         newest = self._queue.newest()
         if newest is not None and self._trouble is None:
             await asyncio.wait((newest.done,), timeout=CALL_TIMEOUT)
@@ -438,19 +421,12 @@ class SqliteStorage:
 
     async def delete(self, caller: Caller, conversation_id: str, *, asked: bool) -> bool | None:
         """Delete a conversation; return whether there was one, None if that is not certain."""
-        key = Key(caller.name, conversation_id)
-        values = {**key._asdict(), "asked": asked or self._shared}
-        number = await self._delete(key, DELETE, values)
+        number = await self._delete(caller, conversation_id, DELETE, asked=asked)
         return None if number is None else number > 0
 
     async def delete_all(self, caller: Caller, *, asked: bool) -> int | None:
         """Delete all that `listing` shows; return their number, None if that is not certain."""
-        values = {
-            "caller": caller.name,
-            "address": caller.address,
-            "asked": asked or self._shared,
-        }
-        return await self._delete(Key(caller.name, ""), DELETE_ALL, values)
+        return await self._delete(caller, "", DELETE_ALL, asked=asked)
 
     async def close(self) -> None:
         """Write what waits, for CLOSE_TIMEOUT at most, and close the file."""
@@ -485,11 +461,21 @@ class SqliteStorage:
         self._lost.value += self._queue.add(write)
         self._wake.set()
 
-    async def _delete(self, key: Key, statements: tuple[str, ...], values: Values) -> int | None:
+    def _values(self, caller: Caller, conversation_id: str = "", **others: Any) -> Values:
+        """Return the values of statements about conversations of *caller*, or one of them."""
+        names = {"caller": caller.name, "name": conversation_id, "address": caller.address}
+        return {**names, "oldest": self._sweep.oldest(), **others}
+
+    async def _delete(
+        self, caller: Caller, conversation_id: str, statements: tuple[str, ...], *, asked: bool
+    ) -> int | None:
         if self._trouble is not None or self._closing:
             return None
-        times = {"at": self._clock(), "most": MAX_DELETIONS}
-        write = Write(key, statements, {**values, **times}, self._loop.create_future())
+        asked = asked or self._shared
+        values = self._values(
+            caller, conversation_id, at=self._clock(), asked=asked, most=MAX_DELETIONS
+        )
+        write = Write(statements, values, self._loop.create_future())
         self._add(write)
         await asyncio.wait((write.done,), timeout=CALL_TIMEOUT)
         # A client that is told that nothing is certain may go on with the conversation: it must
@@ -671,7 +657,7 @@ class Sweep:
             "oldest": self.oldest(),
             "tokens": min(self.bounds.tokens, NO_BOUND),
             "turns": min(self.bounds.turns, NO_BOUND),
-            "size": self.bounds.size,
+            "bytes": self.bounds.size,
         }
 
     def count(self, turns: int) -> None:

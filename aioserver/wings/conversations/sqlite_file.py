@@ -340,7 +340,7 @@ ON CONFLICT (caller, name) DO UPDATE SET address = excluded.address,
 """
 KEEP_TURN = f"""
 INSERT INTO turns (conversation, ended, question_tokens, answer_tokens, size, question, answer)
-SELECT id, :ended, :question_tokens, :answer_tokens, :turn_size, :question, :answer
+SELECT id, :ended, :question_tokens, :answer_tokens, :size, :question, :answer
 FROM conversations WHERE caller = :caller AND name = :name AND {_NOT_DELETED}
 """  # noqa: S608
 # The turns that `turn.Bounds.kept` leaves out: of one conversation, and of those with the ids of a
@@ -351,7 +351,7 @@ SELECT id FROM (
         sum(question_tokens + answer_tokens) OVER newest AS tokens, sum(size) OVER newest AS size
     FROM turns WHERE {which} AND ended >= :oldest
     WINDOW newest AS (PARTITION BY conversation ORDER BY id DESC)
-) WHERE number > 1 AND (tokens > :tokens OR number > :turns OR size > :size)
+) WHERE number > 1 AND (tokens > :tokens OR number > :turns OR size > :bytes)
 """
 _ONE = "conversation = (SELECT id FROM conversations WHERE caller = :caller AND name = :name)"
 _RANGE = "conversation > :first AND conversation <= :last"
