@@ -133,6 +133,9 @@ async def test_each_process_shows_a_model_what_was_said_before(another: Open) ->
     [
         (policy("token_limit", max_tokens_per_conversation=6), 3),
         (policy("message_count", max_messages_per_conversation=5), 2),
+        # The newest stays.
+        (policy("token_limit", max_tokens_per_conversation=1), 1),
+        (policy("message_count", max_messages_per_conversation=1), 1),
         (policy("time_based", retention_days=0.7), 4),
         (policy(), 5),
     ],
