@@ -118,14 +118,25 @@ async def test_each_process_shows_a_model_what_was_said_before(another: Open) ->
     here, there = await another(), await another()
     await keep(here, "one")
     await keep(there, "two")
-    await keep(here, "other", caller=YOU)
     await keep(here, "else", "d")
 
     for history in (here, there, await another()):
         question = await Question(history).begin()
         assert question.shown() == ["one", "a", "two", "a"]
-        assert await shown(history, caller=YOU) == ["other"]
         assert await shown(history, "e") == []
+
+
+async def test_conversations_belong_to_their_caller(another: Open) -> None:
+    here, there = await another(), await another()
+    await keep(here, "mine")
+    await keep(here, "yours", caller=YOU)
+
+    for history in (here, there):
+        assert await shown(history) == ["mine"]
+        assert await shown(history, caller=YOU) == ["yours"]
+        assert await shown(history, caller=Caller("third")) == []
+        with pytest.raises(ConversationNotFound):
+            await history.read(Caller("third"), "c")
 
 
 @pytest.mark.parametrize(
