@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
     from pathlib import Path
 
-    from aioserver.wings.simulator.exchange import Behaviour
+    from tests.support.simulator import Behaviour
 
 # Of the machine's time no test may make anything: a busy one is no fault.
 hypothesis.settings.register_profile(

@@ -23,7 +23,7 @@ SHOWN = {  # module: why it may know what time people have
     "wings.tracing.export": "the times of spans",
     "providers.error_mapping": "a Retry-After that is a date",
     "providers.rate_headers": "a reset that is a date, of a provider that sends no Date",
-    "wings.simulator.refusals": "it sends such a date",
+    "wings.simulator.faults": "it sends such a date",
     "auth.keys": "a key expires at a date",
     "auth.sessions": "a session is older than the process",
     "commands.key": "a key that has expired is listed as such",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
-import inspect
 import os
 import signal
 import sys
@@ -75,8 +74,7 @@ def _engine(
 def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     """Print what --fault takes, and exit."""
     if wanted and not context.resilient_parsing:
-        _title, _, table = (inspect.getdoc(faults) or "").partition("\n")
-        click.echo(FAULTS_TITLE + table)
+        click.echo(f"{FAULTS_TITLE}\n{faults.TABLE}", nl=False)
         context.exit()
 
 
@@ -175,7 +173,7 @@ async def _run(host: str, port: int, behaviour: Behaviour) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    simulator = Simulator(behaviour, keep=0)
+    simulator = Simulator(behaviour)
     try:
         base_url = await simulator.start(host, port)
     except OSError as error:

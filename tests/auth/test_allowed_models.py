@@ -9,12 +9,12 @@ import pytest
 
 from aioserver.auth.callers import Caller
 from aioserver.server.reload import apply_auth
-from aioserver.wings.simulator.server import Simulator
 from tests.support import responses
 from tests.support.chat import CHAT, chat, to_end, until_status
 from tests.support.keys import auth_of, bearer, code_of, entry, keys_of
 from tests.support.passing import Account
 from tests.support.server import QUICK, provider_entry
+from tests.support.simulator import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

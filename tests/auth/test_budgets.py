@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.limits.budget import Budget
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat, to_end
 from tests.support.keys import bearer, keys_of
 from tests.support.server import ENDLESS, QUICK, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import (
     CHAT,
     cancel,
@@ -26,6 +25,7 @@ from tests.support.chat import (
 )
 from tests.support.keys import bearer, code_of, key_of, keys_of
 from tests.support.server import ENDLESS, SILENT, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

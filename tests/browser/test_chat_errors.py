@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.async_api import expect
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat
 from tests.support.chat_page import (
     ManualProvider,
@@ -26,6 +25,7 @@ from tests.support.chat_page import (
     status,
 )
 from tests.support.server import HTTP_CLIENT, QUICK, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

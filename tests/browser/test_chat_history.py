@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from playwright.async_api import expect
 
 from aioserver.client import Client
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat_page import answer, ask, cut, enter, is_now, model_answer, shows
 from tests.support.client_page import unwatched
 from tests.support.history import sql
 from tests.support.process import serving
 from tests.support.server import QUICK
+from tests.support.simulator import Simulator
 from tests.support.waiting import until_result
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ import pytest
 from playwright.async_api import expect
 
 from aioserver.errors import ServerShutdown
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, to_end
 from tests.support.chat_page import (
     ManualProvider,
@@ -30,6 +29,7 @@ from tests.support.chat_page import (
     status,
 )
 from tests.support.server import HTTP_CLIENT, QUICK, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

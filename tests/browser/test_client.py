@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat_page import ManualProvider, model_answer
 from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.keys import key_of, keys_of
 from tests.support.server import HTTP_CLIENT, SIM_HTTP_CLIENT
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.errors import ServerShutdown
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat_page import ManualProvider, model_answer
 from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.fault_proxy import FaultProxy
 from tests.support.keys import key_of, keys_of
 from tests.support.process import serving
 from tests.support.server import ENDLESS, UVICORN
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 from tests.support.worker_processes import gone, workers
 

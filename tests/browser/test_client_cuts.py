@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.fault_proxy import FaultProxy
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 from playwright.async_api import expect
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat_page import ManualProvider, cut, model_answer
 from tests.support.client_page import BLANK, unwatched
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -11,10 +11,10 @@ import pytest
 from playwright.async_api import expect
 
 from aioserver.server import reload
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat_page import answer, ask, connected, is_now
 from tests.support.client_page import unwatched
 from tests.support.keys import COOKIE, auth_of, key_of, keys_of
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from aioserver.client import AnswerError, Client, Complete, Text, Waiting
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.issuer import SigningKey, claims, issuer_server, jwt_settings
 from tests.support.keys import key_of, keys_of
 from tests.support.scripted_server import ScriptedServer, answer, saying
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from collections.abc import Container

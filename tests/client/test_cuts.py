@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from aioserver.client import Client, Processing
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.fault_proxy import FaultProxy
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer

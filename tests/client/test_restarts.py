@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from aioserver.client import AnswerError, Client, faults
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.process import serving
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 from tests.support.worker_processes import gone, workers
 

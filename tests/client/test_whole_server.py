@@ -9,11 +9,11 @@ import aiohttp
 import pytest
 
 from aioserver.client import AnswerError, Client, Complete, Processing, Queued, ToolCalls
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import big
 from tests.support.fault_proxy import FaultProxy
 from tests.support.keys import key_of, keys_of
 from tests.support.server import CONCURRENCY, ENDLESS, NOWHERE, QUICK, SILENT, SIM_HTTP_CLIENT
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from aioserver.config import Configuration
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.programs import CLIENTS, Ended, program_path, run
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT
 from tests.support.process import Process, loop_name
 from tests.support.server import QUICK, write
+from tests.support.simulator import Simulator
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,10 +21,10 @@ import pytest
 from yarl import URL
 
 from aioserver.client import AnswerError, Client
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.proxy import KINDS, Proxy, running
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import QUICK, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.tools import DEPLOY, installed
 from tests.support.waiting import until
 

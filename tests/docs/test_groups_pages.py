@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from aioserver.config import Configuration
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.server import QUICK
+from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer

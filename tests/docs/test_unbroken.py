@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from tests.support.server import RunningServer

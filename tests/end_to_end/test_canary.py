@@ -13,12 +13,12 @@ import pytest
 
 from aioserver.server import reload
 from aioserver.telemetry.logs import ConsoleFormatter, JsonFormatter
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, resume, to_end, until_status
 from tests.support.keys import COOKIE, auth_of, bearer, cookie, keys_of, log_in
 from tests.support.process import serving
 from tests.support.raw import Raw
 from tests.support.scripted_provider import ScriptedProvider
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from collections.abc import Callable

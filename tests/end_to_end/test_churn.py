@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.keys import bearer, entry
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 from tests.support.writing import write
 

@@ -13,7 +13,6 @@ import pytest
 
 from aioserver.protocol import eventstream
 from aioserver.providers.attempt import Attempt
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT
 from tests.support.faces import over_anthropic, over_openai, over_sse, over_websocket
 from tests.support.scripted_provider import (
@@ -24,6 +23,7 @@ from tests.support.scripted_provider import (
     chunk,
 )
 from tests.support.server import QUICK, MakeServer, provider_entry
+from tests.support.simulator import Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import aiohttp
 import orjson
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, cancel, chat, resume, to_end, until_status
 from tests.support.cycles import cycles
 from tests.support.keys import bearer, keys_of
 from tests.support.server import ENDLESS, QUICK, SILENT
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

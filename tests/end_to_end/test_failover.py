@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, chat, read_frames, text_of, to_end
 from tests.support.failing import left_alone
 from tests.support.server import QUICK, MakeServer, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

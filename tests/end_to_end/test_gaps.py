@@ -12,9 +12,9 @@ import pytest
 from aioserver.streams.entries import COMPLETE
 from aioserver.telemetry.loop_lag import INTERVAL
 from aioserver.telemetry.request_log import RequestRecord
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT
 from tests.support.jumping_loop import block
+from tests.support.simulator import Behaviour
 from tests.support.transport import BIG, client, say, stream_of
 from tests.support.waiting import ticks, until
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import Raw
 from tests.support.server import QUICK, SILENT, SIM_HTTP_CLIENT, SLOW, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.wings.simulator.engine import EngineOptions
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, chat, read_frames, to_end
 from tests.support.passing import Account, answer
 from tests.support.server import QUICK, MakeServer, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.gateway.calls import shutdown_error
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import chat, to_end
 from tests.support.hook_program import HookProgram, entry, hook_program, refuse
 from tests.support.keys import bearer, keys_of
@@ -19,6 +18,7 @@ from tests.support.pairs import pair_in
 from tests.support.responses import connect, create, next_event
 from tests.support.responses import to_end as to_response_end
 from tests.support.server import QUICK
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

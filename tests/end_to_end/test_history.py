@@ -20,13 +20,13 @@ import pytest
 
 from aioserver.wings.conversations import wing as conversations
 from aioserver.wings.conversations.history import History
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import cancel, chat, frames_of, text_of, to_end, until_status
 from tests.support.history import query, sql
 from tests.support.keys import bearer, cookie, keys_of, log_in
 from tests.support.process import serving
 from tests.support.redis_server import program_of_server
 from tests.support.server import CONCURRENCY, PACED, QUICK, SIM_HTTP_CLIENT, UVICORN, MakeServer
+from tests.support.simulator import Simulator
 from tests.support.waiting import until, until_result
 from tests.support.worker_processes import alone, workers
 

@@ -17,7 +17,6 @@ from aioserver.providers.request import Answer
 from aioserver.streams.entries import CHUNK
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, big, cancel, chat, frames_of, to_end, until_status
 from tests.support.raw import SMALL, Raw
 from tests.support.scripted_provider import (
@@ -29,6 +28,7 @@ from tests.support.scripted_provider import (
     chunk,
 )
 from tests.support.server import NOWHERE, SIM_HTTP_CLIENT
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

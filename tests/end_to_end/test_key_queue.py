@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, cancel, chat, frames_of, to_end, until_status
 from tests.support.keys import auth_of, bearer, code_of, key_of, keys_of
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
 from tests.support.keys import bearer, keys_of
 from tests.support.process import serving
 from tests.support.server import CONCURRENCY, UVICORN
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until_result
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end
 from tests.support.keys import bearer, code_of, entry
 from tests.support.logs import errors
 from tests.support.process import serving
 from tests.support.server import CONCURRENCY, QUICK, UVICORN
+from tests.support.simulator import Simulator
 from tests.support.waiting import until, until_result
 
 if TYPE_CHECKING:

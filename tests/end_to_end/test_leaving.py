@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.streams.store import owner_of
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import CLOSE, Raw
 from tests.support.server import SILENT, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import pytest
 from yarl import URL
 
 from aioserver.providers.breaker import TRIAL_INTERVAL
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.absent import AbsentProvider
 from tests.support.chat import STREAMED, chat
 from tests.support.faces import Seen, ask_every_face, over_openai, over_sse, over_websocket
@@ -19,6 +18,7 @@ from tests.support.failing import kill, left_alone
 from tests.support.raw import Raw
 from tests.support.scripted_provider import Peer, ScriptedProvider
 from tests.support.server import QUICK, SILENT, MakeServer, RunningServer, provider_entry
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from aioserver.protocol import eventstream
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT
 from tests.support.faces import Seen, expected_text, over_openai, over_sse, over_websocket
 from tests.support.scripted_provider import DONE
 from tests.support.server import HTTP_CLIENT, MakeServer, RunningServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 IMPATIENT = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 0.3}}

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.faces import FACES, Seen, ask_every_face, over_openai, over_sse, over_websocket
 from tests.support.failing import kill, left_alone
 from tests.support.scripted_provider import DONE
 from tests.support.server import HTTP_CLIENT, QUICK, MakeServer, RunningServer, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import pytest
 from aioserver.auth.callers import Caller
 from aioserver.protocol import eventstream
 from aioserver.streams import entries
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import (
     CHAT,
     STREAMED,
@@ -28,6 +27,7 @@ from tests.support.chat import (
 )
 from tests.support.raw import Raw
 from tests.support.server import QUICK, SILENT, SIM_HTTP_CLIENT, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

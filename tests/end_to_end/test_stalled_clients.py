@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import big, chat, frames_of, numbers, to_end, whole
 from tests.support.raw import SMALL, TEXT, Raw, masked
 from tests.support.server import SILENT, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:

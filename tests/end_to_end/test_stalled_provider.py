@@ -12,9 +12,9 @@ from rich.console import Console
 
 from aioserver.tools.top.feed import State
 from aioserver.tools.top.screen import render
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, chat, until_status
 from tests.support.server import SILENT, SIM_HTTP_CLIENT
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, cancel, chat, numbers, to_end
 from tests.support.faces import ask_every_face
 from tests.support.raw import CLOSE, PING, PONG, SMALL, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.auth.callers import Caller
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED, chat, resume, to_end, until_status, whole
 from tests.support.collector import collecting
 from tests.support.keys import bearer, key_of, keys_of
@@ -26,6 +24,7 @@ from tests.support.server import (
     provider_entry,
     running,
 )
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -11,8 +11,6 @@ import pytest
 
 from aioserver.limits.estimate import TOKENS_PER_BYTE
 from aioserver.limits.fixed_share import Scope
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, chat
 from tests.support.faces import ask_every_face, over_anthropic, over_openai, over_websocket
 from tests.support.keys import bearer, key_of, keys_of
@@ -21,6 +19,7 @@ from tests.support.responses import connect, create
 from tests.support.responses import to_end as response_to_end
 from tests.support.scripted_provider import Peer, ScriptedProvider
 from tests.support.server import ENDLESS, NOWHERE, QUICK, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

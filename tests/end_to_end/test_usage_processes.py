@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.bookkeeping import keep_books
 from tests.support.ledgers import lines_of
 from tests.support.process import run_command, serving
 from tests.support.server import ENDLESS, NOWHERE, UVICORN, write
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

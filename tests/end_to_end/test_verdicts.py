@@ -19,11 +19,11 @@ from aioserver.providers.verdicts import MAX_VERDICTS, VERDICT_FOR, Verdicts
 from aioserver.wings.anthropic.attempt import Learned as MessagesPath
 from aioserver.wings.anthropic.attempt import LearnedCounting
 from aioserver.wings.responses.attempt import Learned as ResponsesPath
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT
 from tests.support.clock import FakeClock
 from tests.support.faces import over_openai
 from tests.support.server import QUICK, provider_entry
+from tests.support.simulator import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -18,10 +18,10 @@ from aioserver.faces import admission, intake
 from aioserver.faces import socket as sockets
 from aioserver.faces.upgrade import SocketPlace
 from aioserver.telemetry.logs import RateLimit
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, SILENT, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:

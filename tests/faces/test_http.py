@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.faces import intake, openai
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED
 from tests.support.logs import errors
 from tests.support.raw import Answer, Raw
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.smuggling import INVALID, LAST, LOGGED, VALID, accesses, answers_with_ids
 from tests.support.waiting import patience, within
 

@@ -14,12 +14,11 @@ import pytest
 from openai import AsyncOpenAI
 from yarl import URL
 
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
 from tests.support.commands import TOO_DEEP
 from tests.support.raw import Raw
 from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, SILENT, MakeServer, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:

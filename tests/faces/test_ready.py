@@ -13,9 +13,9 @@ from aiohttp.test_utils import make_mocked_request
 from aioserver.faces import ready, whole
 from aioserver.faces.http import Request
 from aioserver.streams.outbox import Outbox
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Raw
+from tests.support.simulator import Behaviour
 from tests.support.transport import FakeTransport
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from urllib.parse import quote
 import pytest
 from yarl import URL
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import (
     big,
     cancel,
@@ -27,6 +26,7 @@ from tests.support.chat import (
 )
 from tests.support.raw import Raw
 from tests.support.server import PACED, QUICK, SILENT, SLOW, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

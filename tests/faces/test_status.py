@@ -15,12 +15,12 @@ from aioserver import __version__
 from aioserver.monitoring import incidents, monitor
 from aioserver.protocol import eventstream
 from aioserver.telemetry.metrics import FACES
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.jumping_loop import block
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import SMALL, Raw
 from tests.support.server import CONCURRENCY, SILENT, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ import pytest
 from aiohttp import WSMsgType
 
 from aioserver.faces import socket as sockets
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import (
     big,
     cancel,
@@ -27,6 +26,7 @@ from tests.support.chat import (
 )
 from tests.support.raw import BINARY, CLOSE, PING, PONG, SMALL, TEXT, Raw, closing, masked
 from tests.support.server import PACED, QUICK, SILENT, SLOW, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:

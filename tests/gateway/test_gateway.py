@@ -10,10 +10,10 @@ import pytest
 
 from aioserver.auth.callers import anonymous
 from aioserver.faces import socket as sockets
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, PACED, QUICK, SILENT, SLOW, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:

@@ -41,10 +41,9 @@ from aioserver.providers.provider import Provider
 from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.scripted_provider import LIMITS, Peer, ScriptedProvider
 from tests.support.server import NOWHERE, QUICK, SILENT
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until, within
 
 if TYPE_CHECKING:

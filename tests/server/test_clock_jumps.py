@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, cancel, chat, resume
 from tests.support.keys import COOKIE, bearer, cookie, entry, key_of
 from tests.support.process import serving
 from tests.support.raw import Raw
 from tests.support.server import QUICK, SIM_HTTP_CLIENT, UVICORN, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,6 @@ import pytest
 from aioserver.faces.admission import MAX_REFUSED_CLOSING
 from aioserver.monitoring.monitor import MAX_WATCHERS
 from aioserver.server.preflight import wanted_files
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, chat
 from tests.support.process import loop_name, serving
 from tests.support.raw import Raw
@@ -30,6 +29,7 @@ from tests.support.server import (
     UVICORN,
     configured,
 )
+from tests.support.simulator import Simulator
 from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:

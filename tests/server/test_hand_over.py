@@ -10,10 +10,10 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from aioserver.server.runner import until_empty
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, runner_of
+from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:

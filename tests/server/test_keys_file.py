@@ -10,10 +10,10 @@ import pytest
 
 from aioserver.commands.key import add_key, revoke_key
 from aioserver.config.settings import ClientKey
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import chat, until_status
 from tests.support.keys import bearer, code_of, cookie, entry, keys_of, log_in
 from tests.support.raw import CLOSE, Raw, closing
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until_result
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError, web
 from aiohttp.test_utils import BaseTestServer, TestServer
 
 from aioserver.server.app import make_app
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import chat, frames_of, to_end, until_status
 from tests.support.keys import bearer, keys_of
 from tests.support.server import ENDLESS, QUICK, configured
+from tests.support.simulator import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
-    from aioserver.wings.simulator.exchange import Behaviour
+    from tests.support.simulator import Behaviour
 
 QUESTION = {"messages": [{"role": "user", "content": "Hello"}]}
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from aiohttp import ClientSession
 
 from aioserver.client import Client
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.process import serving
 from tests.support.server import CONCURRENCY, NOWHERE, UVICORN
+from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
     from pathlib import Path

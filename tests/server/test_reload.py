@@ -22,8 +22,6 @@ from aioserver.config import Configuration
 from aioserver.protocol import eventstream
 from aioserver.providers.breaker import FEW, LONG_PATIENCE
 from aioserver.server import preflight
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED, chat, numbers, read_frames, to_end, until_status
 from tests.support.failing import kill
 from tests.support.raw import CLOSE, TEXT, Raw, closing
@@ -36,6 +34,7 @@ from tests.support.server import (
     MakeServer,
     provider_entry,
 )
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:

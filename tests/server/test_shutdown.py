@@ -12,13 +12,12 @@ import aiohttp
 import pytest
 
 from aioserver.server.runner import FAREWELL
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED, big, chat, frames_of, resume, to_end
 from tests.support.logs import without_lateness
 from tests.support.process import serving
 from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT
+from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -21,9 +21,9 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.server import listener, systemd
 from aioserver.server.systemd import Notifier
 from aioserver.telemetry import kernel
-from aioserver.wings.simulator.server import Simulator
 from tests.support.process import Process, ServerProcess, serving
 from tests.support.server import NOWHERE, QUICK, UVICORN, runner_of
+from tests.support.simulator import Simulator
 from tests.support.systemd import Systemd
 from tests.support.waiting import patience, until
 

@@ -16,10 +16,10 @@ from aioserver.server import tls
 from aioserver.server.connection import ConnectionServer
 from aioserver.server.tls import MAX_UNFINISHED, PIECE, RECORD, TIMEOUT, TlsTransport
 from aioserver.telemetry.metrics import HANDSHAKES
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support import chat as frames
 from tests.support.raw import Raw
 from tests.support.server import PACED, QUICK, RunningServer
+from tests.support.simulator import Behaviour
 from tests.support.tls import TLS, TlsClient, pair, trusting
 from tests.support.transport import FakeTransport
 from tests.support.waiting import until

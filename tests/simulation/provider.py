@@ -16,10 +16,8 @@ import orjson
 from aiohttp import web
 
 from aioserver.wings.simulator import model, shapes
-from aioserver.wings.simulator.faults import PREFIX
+from aioserver.wings.simulator.faults import PREFIX, as_json
 from aioserver.wings.simulator.model import BadRequest
-from aioserver.wings.simulator.refusals import as_json
-from aioserver.wings.simulator.server import ReceivedRequest, Simulator
 from aioserver.wings.simulator.tools import MESSAGES
 from tests.simulation import uploads
 from tests.simulation.clock import Clock
@@ -27,12 +25,15 @@ from tests.simulation.engine_shapes import ODD
 from tests.simulation.messages import MOST_TOKENS
 from tests.simulation.plan import RENAMED
 from tests.simulation.transport import Transport
+from tests.support.simulator import ReceivedRequest, Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-    from aioserver.wings.simulator.exchange import Behaviour, Exchange
+    from aioserver.wings.simulator import exchange
+    from aioserver.wings.simulator.exchange import Exchange
     from aioserver.wings.simulator.model import ParsedRequest
+    from tests.support.simulator import Behaviour
 
     Play = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
@@ -242,22 +243,22 @@ class NotingSimulator(Simulator):
         self.bodies = _Bodies(refuses)
         self._calls = calls
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path != f"/v1/{uploads.PATH}":
-            return await super()._handle(request)
+            return await super().handle(request)
         size = 0
         async for part in request.content.iter_any():
             size += len(part)
         return as_json(200, orjson.dumps({"bytes": size}))
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         transport = request.transport
         assert isinstance(transport, Transport)
         call = Call(transport, transport.peer.owner, self._name)
         CALL.set(call)
         self._calls.by_transport[transport].append(call)
         before = transport.written
-        response = await super()._answer(request)
+        response = await super().answer(request)
         if isinstance(response, web.Response):
             # Written here, so that its end is known.
             await response.prepare(request)
@@ -266,11 +267,11 @@ class NotingSimulator(Simulator):
         call.whole = transport.written if transport.written > before else 0
         return response
 
-    async def _play(
+    async def play(
         self,
         request: web.BaseRequest,
         parsed: ParsedRequest,
-        behaviour: Behaviour,
+        behaviour: exchange.Behaviour,
         play: Play | None,
     ) -> web.StreamResponse:
         call = CALL.get()
@@ -279,10 +280,10 @@ class NotingSimulator(Simulator):
         if not parsed.stream or parsed.include_usage or reports:
             words, _ = shapes.words_of(parsed, behaviour.tokens)
             call.usage = parsed.prompt_tokens, len(words)
-        return await super()._play(request, parsed, behaviour, play)
+        return await super().play(request, parsed, behaviour, play)
 
-    def _count_token(self) -> None:
-        super()._count_token()
+    def count_token(self) -> None:
+        super().count_token()
         call = CALL.get()
         call.tokens.append(call.transport.written)
         if not call.begun_at:

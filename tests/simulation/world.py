@@ -29,7 +29,6 @@ from aioserver.faces import http
 from aioserver.monitoring import snapshot
 from aioserver.telemetry.bugs import Bugs
 from aioserver.wings.simulator import shapes
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.simulation import agents, clock, engine_shapes
 from tests.simulation.bills import Bills
 from tests.simulation.client import DIALLER, Client
@@ -50,6 +49,7 @@ from tests.simulation.transport import USER_TIMEOUT, FakeSocket, Transport
 from tests.simulation.truth import Violation, speech
 from tests.simulation.watch import Watch
 from tests.support.history import sql
+from tests.support.simulator import Behaviour
 from tests.support.virtual_loop import START
 
 if TYPE_CHECKING:

@@ -46,8 +46,8 @@ from tests.support.scripted_provider import LAST_CHUNK, Peer, chunk
 from tests.support.server import QUICK, running
 
 if TYPE_CHECKING:
-    from aioserver.wings.simulator.exchange import Behaviour
     from tests.support.server import MakeServer, RunningServer
+    from tests.support.simulator import Behaviour
 
 PASS, PARTIAL, SAFE, FAIL = "pass", "partial", "safe", "fail"
 # A native response is not continued.

@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.callers import Caller
-from aioserver.config.settings import Persistence
+from aioserver.config.settings import Context, Persistence
 from aioserver.telemetry.counters import Counter
+from aioserver.wings.conversations.memory import Conversations
 from aioserver.wings.conversations.sqlite import SqliteStorage
 from aioserver.wings.conversations.turn import Turn
 from tests.support.clock import FakeClock
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from aioserver.wings.conversations.redis import LateTurns
+    from aioserver.wings.conversations.redis import RedisHistories
 
 ME, YOU = Caller("me"), Caller("you")
+# Whatever is kept is sent.
+WIDE = Context(max_tokens=10**9, reserve_tokens=0, preserve_recent=0)
 REPOSITORY = "chat.service.repository"
 # Unix time of the clocks of these tests, at first.
 NOW = 1_700_000_000.0
@@ -32,6 +35,13 @@ def clock() -> FakeClock:
 
 def policy(name: str = "unlimited", **bounds: Any) -> Persistence:
     return Persistence(retention_policy=name, **bounds)
+
+
+def conversations(
+    persistence: Persistence | None = None, now: Callable[[], float] | None = None
+) -> Conversations:
+    """Conversations in memory, all of which are sent."""
+    return Conversations(WIDE, persistence or policy(), clock=now or clock())
 
 
 def sql(path: Path, **persistence: Any) -> dict[str, Any]:
@@ -50,7 +60,7 @@ async def storage(
     now: Callable[[], float] | None = None,
     *,
     shared: bool = False,
-    late: LateTurns | None = None,
+    late: RedisHistories | None = None,
 ) -> AsyncIterator[SqliteStorage]:
     """A storage that is open."""
     counts = {"written": Counter(), "lost": Counter()}

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from aioserver.providers.health import Health
     from aioserver.wings.cluster.bus import MakeBus
     from aioserver.wings.cluster.peer_messages import Message
-    from aioserver.wings.simulator.exchange import Behaviour
+    from tests.support.simulator import Behaviour
 
     # What makes the bus of an instance, and its commands.
     Over = tuple[MakeBus, Commands]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import Times
 from aioserver.wings.cluster.membership import join
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.redis_server import RedisServer, Road
 from tests.support.server import running
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

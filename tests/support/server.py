@@ -21,9 +21,8 @@ from aioserver.server.app import Server, open_server
 from aioserver.server.reload import Reload
 from aioserver.server.runner import Runner
 from aioserver.telemetry import counters
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.members import wings_of
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:

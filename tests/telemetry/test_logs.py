@@ -18,13 +18,13 @@ import orjson
 import pytest
 
 from aioserver.telemetry import logs
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.faces import over_openai
 from tests.support.failing import kill
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import Raw
 from tests.support.server import PACED
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ from aioserver.tools.bench.clients import Question
 from aioserver.tools.bench.limits import Peaks, find_limit
 from aioserver.tools.bench.load import Plan, Run
 from aioserver.tools.bench.results import Attempt, Results, Samples
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.process import WITHOUT_RICH, Process, run_command
 from tests.support.scripted_provider import DONE
 from tests.support.server import CONCURRENCY, MakeServer
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from aioserver.__main__ import cli
 from aioserver.tools.provider import provider
 from aioserver.wings.simulator import faults
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED
 from tests.support.process import Process
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

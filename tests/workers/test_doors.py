@@ -12,13 +12,12 @@ from aiohttp import ClientSession, TCPConnector
 
 from aioserver.commands.key import add_key, revoke_key
 from aioserver.config.settings import ClientKey
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.hook_program import hook_program, refuse
 from tests.support.issuer import SigningKey, issuer_server, jwt_settings
 from tests.support.keys import COOKIE, bearer, cookie, entry
 from tests.support.process import serving
 from tests.support.server import UVICORN
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.tls import TLS, pair, trusting
 from tests.support.waiting import until, until_result
 from tests.support.worker_processes import gone, workers

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 import aioserver
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT
 from tests.support.process import serving
 from tests.support.raw import Raw
 from tests.support.server import NOWHERE, QUICK, UVICORN
+from tests.support.simulator import Simulator
 from tests.support.waiting import until
 from tests.support.worker_processes import alone, gone, workers
 

@@ -18,13 +18,13 @@ import aiohttp
 import pytest
 
 from aioserver.files.x509 import certificates
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
 from tests.support.keys import COOKIE, bearer, cookie, key_of, keys_of
 from tests.support.logs import without_lateness
 from tests.support.process import Process, loop_name, run_command, serving
 from tests.support.raw import CLOSE, Raw, closing
 from tests.support.server import CONCURRENCY, NOWHERE, QUICK, UVICORN, write
+from tests.support.simulator import Simulator
 from tests.support.systemd import Systemd
 from tests.support.tls import TLS, TlsClient, pair
 from tests.support.waiting import until, until_result

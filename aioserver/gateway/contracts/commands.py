@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from aioserver.errors import InstanceUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 logger = logging.getLogger("aioserver.cluster")
 
@@ -208,6 +208,39 @@ class Commands:
             return ()
         self.away = self._hangs = False
         return (result,)
+
+
+class Writes:
+    """Calls that write something soon; nobody need wait for them but `close()`."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin *call*."""
+        task = asyncio.get_running_loop().create_task(call)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Wait until all is written, for KNOWN_TIMEOUT at most."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=KNOWN_TIMEOUT)
+        for task in tuple(self._tasks):
+            task.cancel()
+
+
+async def settled(look: Callable[[], Awaitable[T]], busy: Callable[[T], bool]) -> T:
+    """Return what *look* returns, once that is not *busy*, or after BUSY_PAUSES."""
+    for pause in BUSY_PAUSES:
+        if not busy(found := await look()):
+            return found
+        await asyncio.sleep(pause)
+    return await look()
 
 
 def unknown(subject: str) -> InstanceUnavailable:

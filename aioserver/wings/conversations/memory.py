@@ -26,7 +26,6 @@ from aioserver.wings.conversations.turn import (
     Summary,
     Turn,
     estimated_tokens,
-    title_of,
 )
 
 if TYPE_CHECKING:
@@ -145,24 +144,16 @@ class Conversations:
         """
         positions = self._lists.get((caller, caller.address), [])
         index = len(positions) if after is None else bisect_left(positions, after)
-        found: list[tuple[Position, list[Turn]]] = []
+        found: list[Summary] = []
         while index and len(found) <= limit:
             index -= 1
             turns = self._retained(self._kept[caller, positions[index].conversation_id])
             if not turns:
                 # Its days are over, and so are those of the ones before it.
                 break
-            found.append((positions[index], turns))
-        summaries = [
-            Summary(
-                position.conversation_id,
-                title_of(turns[0].question),
-                position.updated,
-                2 * len(turns),
-            )
-            for position, turns in found[:limit]
-        ]
-        return Page(summaries, found[limit - 1][0] if len(found) > limit else None)
+            updated, name = positions[index]
+            found.append(Summary.of(name, turns[0].question, updated, len(turns)))
+        return Page.of(found, limit)
 
     def read(self, caller: Caller, conversation_id: str) -> Dialogue | None:
         """Return what is kept of a conversation; None if there is nothing."""

@@ -25,29 +25,30 @@ set of keys that scripts change as one.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from msgspec.structs import astuple, replace
 
 from aioserver.gateway.contracts.commands import (
-    BUSY_PAUSES,
     ITEM_OVERHEAD,
     ITEMS,
     KNOWN_TIMEOUT,
     MARKED,
     MAX_KEPT,
+    Writes,
     name_of,
+    settled,
 )
 from aioserver.gateway.contracts.histories import Begun
 from aioserver.wings.conversations.history import Loaded, StorageStats
 from aioserver.wings.conversations.turn import Page, Position, Summary, Turn, title_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    import asyncio
+    from collections.abc import Callable, Mapping, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Persistence
@@ -242,14 +243,11 @@ class RedisTurns:
         """Return the turns of a conversation as `turns`, with those that other instances are about
         to write; None without an answer of Redis.
         """
-        found: Turns | None = None
-        for pause in (*BUSY_PAUSES, 0.0):
-            turns = self.turns(name, mark)
-            found = await self._commands.ask(turns, self._commands.patience)
-            if found is None or not found.busy or not pause:
-                break
-            await asyncio.sleep(pause)
-        return found
+
+        async def look() -> Turns | None:
+            return await self._commands.ask(self.turns(name, mark), self._commands.patience)
+
+        return await settled(look, lambda found: found is not None and found.busy)
 
     async def take_mark(self, name: str, mark: str) -> None:
         """Take the mark of a question away of which no turn comes."""
@@ -329,11 +327,11 @@ class RedisHistories:
         self._clock = clock
         # The questions that have begun here.
         self._questions = itertools.count()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._writes = Writes()
 
     def stats(self) -> StorageStats:
         """Return a snapshot; how the instance stands with Redis is said elsewhere."""
-        return StorageStats(storage="redis", waiting=len(self._tasks))
+        return StorageStats(storage="redis", waiting=len(self._writes))
 
     def apply(self, persistence: Persistence) -> None:
         """Do nothing: the bounds are those of the conversations here."""
@@ -366,7 +364,7 @@ class RedisHistories:
     def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
         """Take the mark of a question away, soon."""
         name = name_of(caller.name, conversation_id)
-        self._start(self._unmark(name, begun.mark))
+        self._writes.start(self._unmark(name, begun.mark))
 
     def keep(
         self,
@@ -381,7 +379,7 @@ class RedisHistories:
         # Where the server did not answer, only the clock of this machine says when.
         asked = asked if begun.asked is None else begun.asked
         keeping = self._keep(caller, conversation_id, turn, asked, begun.mark)
-        return self._commands.written(self._start(keeping))
+        return self._commands.written(self._writes.start(keeping))
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations; those that Redis has forgotten are left
@@ -438,17 +436,8 @@ class RedisHistories:
             number += deleted
 
     async def close(self) -> None:
-        """Wait until what was kept is there, for CALL_TIMEOUT at most."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
-        for task in tuple(self._tasks):
-            task.cancel()
-
-    def _start(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(call)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        """Wait until what was kept is there, for a moment at most."""
+        await self._writes.close()
 
     def _loaded(self, found: Turns) -> Loaded:
         now = self._clock()
@@ -478,45 +467,6 @@ class RedisHistories:
             self._turns.delete_turns(_owner(caller), names, KEPT, asked=asked), CALL_TIMEOUT
         )
         return deleted
-
-
-class LateTurns:
-    """Turns that instances are late to write where they share another storage than Redis."""
-
-    def __init__(self, commands: Commands) -> None:
-        self._turns = RedisTurns(commands)
-        self._ask = commands.ask
-        self._marks = (f"{commands.me}:late:{number}" for number in itertools.count())
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def come(self, caller: Caller, conversation_id: str) -> None:
-        """Wait until no other instance is about to write a turn of a conversation, a moment at
-        most.
-        """
-        await self._turns.settled(name_of(caller.name, conversation_id))
-
-    async def note(
-        self, caller: Caller, conversation_id: str, written: asyncio.Future[int]
-    ) -> None:
-        """Let others wait for a turn of a conversation until it is *written*."""
-        name, mark = name_of(caller.name, conversation_id), next(self._marks)
-        loop = asyncio.get_running_loop()
-
-        def take(_written: object) -> None:
-            task = loop.create_task(self._take(name, mark))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-        if await self._ask(self._turns.turns(name, mark)) is not None:
-            written.add_done_callback(take)
-
-    async def close(self) -> None:
-        """Wait until nobody waits any more, for CALL_TIMEOUT at most."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
-
-    async def _take(self, name: str, mark: str) -> None:
-        await self._ask(self._turns.take_mark(name, mark), CALL_TIMEOUT)
 
 
 def _decoded(data: bytes, now: float) -> Turn | None:

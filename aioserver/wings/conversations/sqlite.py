@@ -31,13 +31,16 @@ import sqlite3
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+
+from msgspec.structs import asdict
 
 from aioserver.gateway.contracts.commands import awaited
 from aioserver.wings.conversations import sqlite_file
 from aioserver.wings.conversations.history import Loaded, StorageStats, Trouble
 from aioserver.wings.conversations.sqlite_file import UNREADABLE, Broken, trouble, trouble_of
-from aioserver.wings.conversations.turn import Bounds, Page, Position, Summary, Turn, title_of
+from aioserver.wings.conversations.turn import Bounds, Page, Position, Summary, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +49,11 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Persistence
     from aioserver.gateway.contracts.histories import Begun
     from aioserver.telemetry.counters import Counter
-    from aioserver.wings.conversations.redis import LateTurns
+    from aioserver.wings.conversations.redis import RedisHistories
 
     Values = Mapping[str, Any]
-    # A statement, and its values; a list does it for each of them.
-    Statement = tuple[str, Values | list[Values]]
+    # Statements, and the values of all of them.
+    Work = tuple[Sequence[str], Values]
 
 logger = logging.getLogger("aioserver.history")
 
@@ -79,8 +82,6 @@ SWEEP_STEP = 500
 # Bounds on all conversations of a file together; beyond, those that rested for longest are
 # deleted, of the key (or address) that has most.
 MAX_CONVERSATIONS, MAX_BYTES = 100_000, 1 << 30
-# Conversations that go at once where the bytes are too many: they may be large.
-FEW = 10
 # Seconds for which a deletion is remembered: no answer runs for longer.
 DELETION_SECONDS = 86_400.0
 NO_BOUND = 1 << 62
@@ -106,33 +107,35 @@ DELETE_ALL = (
 MAX_DELETIONS = 1_000
 
 
-class Key(NamedTuple):
-    """A conversation: the caller's name, and its own."""
-
-    caller: str
-    name: str
-
-
 class Write:
-    """A turn that is to be written, or a deletion, which has *statements*.
+    """A turn that is to be written, or a deletion: *statements* with their *values*.
 
-    *done*: nobody need wait any longer. Of a deletion it has the number of rows that are deleted,
-    and cancelled it is not written; a turn stays in the queue, whoever waits for it.
+    *done*: nobody need wait any longer. It has the number of rows that the last statement has
+    changed. A deletion that is cancelled is not written; a turn stays in the queue, whoever waits
+    for it.
     """
 
     def __init__(
         self,
-        key: Key,
+        statements: Sequence[str],
         values: Values,
         done: asyncio.Future[int],
         turn: Turn | None = None,
-        statements: tuple[str, ...] = (),
     ) -> None:
-        self.key = key
+        self.statements = statements
         self.values = values
         self.done = done
         self.turn = turn
-        self.statements = statements
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is still to be written."""
+        return self.turn is not None or not self.done.cancelled()
+
+    @property
+    def conversation(self) -> tuple[str, str]:
+        """The name of the caller, and that of the conversation."""
+        return self.values["caller"], self.values["name"]
 
     @property
     def size(self) -> int:
@@ -140,7 +143,7 @@ class Write:
         return 0 if self.turn is None else self.turn.size
 
     def settle(self, number: int) -> None:
-        """Tell who waits that it is written, and that *number* rows were deleted."""
+        """Tell who waits that it is written, and that *number* rows were changed."""
         if not self.done.done():
             self.done.set_result(number)
 
@@ -160,7 +163,6 @@ class Queue:
 
     def __init__(self) -> None:
         self._writes: deque[Write] = deque()
-        self._by_key: dict[Key, list[Write]] = {}
         self._size = 0
 
     def __len__(self) -> int:
@@ -169,7 +171,6 @@ class Queue:
     def add(self, write: Write) -> int:
         """Append *write*; return how many turns had to go for it."""
         self._writes.append(write)
-        self._by_key.setdefault(write.key, []).append(write)
         self._size += write.size
         lost = 0
         while len(self._writes) > MAX_WAITING or (
@@ -197,15 +198,14 @@ class Queue:
         if self._writes and self._writes[0] is write:
             self._writes.popleft()
             self._size -= write.size
-            same = self._by_key[write.key]
-            same.remove(write)
-            if not same:
-                del self._by_key[write.key]
 
-    def newest(self, key: Key | None = None) -> Write | None:
-        """Return the newest write, or that of one conversation; None if none waits."""
-        writes: Sequence[Write] = self._writes if key is None else self._by_key.get(key, ())
-        return writes[-1] if writes else None
+    def newest(self, conversation: tuple[str, str] | None = None) -> Write | None:
+        """Return the newest write, or that of one *conversation*, by its caller's name and its
+        own; None if none waits.
+        """
+        writes = reversed(self._writes)
+        found = (each for each in writes if conversation in {None, each.conversation})
+        return next(found, None)
 
     def give_up(self) -> None:
         """Let nobody wait: turns stay for later, and no deletion is certain."""
@@ -266,8 +266,8 @@ def rows(connection: sqlite3.Connection, statement: str, values: Values) -> list
     return connection.execute(statement, values).fetchall()
 
 
-def transact(connection: sqlite3.Connection, statements: Sequence[Statement]) -> list[int]:
-    """Do *statements* in one transaction; return how many rows each has changed.
+def transact(connection: sqlite3.Connection, works: Sequence[Work]) -> list[int]:
+    """Do *works* in one transaction; return how many rows the last statement of each has changed.
 
     Without any statement it writes all the same, so that a return means that the file can be
     written.
@@ -277,12 +277,11 @@ def transact(connection: sqlite3.Connection, statements: Sequence[Statement]) ->
     """
     counts = []
     with sqlite_file.transaction(connection):
-        for statement, values in statements or [(sqlite_file.PROBE, {})]:
-            if isinstance(values, list):
-                cursor = connection.executemany(statement, values)
-            else:
-                cursor = connection.execute(statement, values)
-            counts.append(cursor.rowcount)
+        if not any(statements for statements, _ in works):
+            connection.execute(sqlite_file.PROBE)
+        for statements, values in works:
+            cursors = [connection.execute(statement, values) for statement in statements]
+            counts.append(cursors[-1].rowcount if cursors else 0)
     return counts
 
 
@@ -290,8 +289,9 @@ class SqliteStorage:
     """The conversations in the file *path*: see `history.Storage`; *clock* returns Unix time.
 
     *counts*: of turns `written` and `lost`. *shared*: other processes have the file, too, whose
-    questions nobody knows here; a deletion is remembered for these. *late* is where each says what
-    it has not written in time, None if there is no such place.
+    questions nobody knows here; a deletion is remembered for these. *late* is where a turn that is
+    not written in time leaves a mark, as if its question were under way; None if there is no such
+    place.
 
     Always: a turn that was kept is written once, or waits, or is counted as lost. A connection is
     only opened to a file that was found good, and closed when it proves not to be.
@@ -305,7 +305,7 @@ class SqliteStorage:
         counts: Mapping[str, Counter],
         *,
         shared: bool = False,
-        late: LateTurns | None = None,
+        late: RedisHistories | None = None,
     ) -> None:
         self._path = path
         self._late = late
@@ -372,15 +372,14 @@ class SqliteStorage:
 
         None if the file does not say in time, or lacks one that this process has kept.
         """
-        key, end = Key(caller.name, conversation_id), self._loop.time() + LOAD_TIMEOUT
-        while (newest := self._queue.newest(key)) is not None:
+        values, end = self._values(caller, conversation_id), self._loop.time() + LOAD_TIMEOUT
+        while (newest := self._queue.newest((caller.name, conversation_id))) is not None:
             left = end - self._loop.time()
             if self._trouble is not None or left <= 0:
                 return None
             await asyncio.wait((newest.done,), timeout=left)
         if self._late is not None:
-            await self._late.come(caller, conversation_id)
-        values = {**key._asdict(), "oldest": self._sweep.oldest()}
+            await self._late.load(caller, conversation_id)
         found = await self._read(sqlite_file.LOAD, values, LOAD_TIMEOUT)
         return None if found is None else Loaded([Turn(*row) for row in found])
 
@@ -397,19 +396,8 @@ class SqliteStorage:
         Return what ends once it is committed, or after COMMIT_TIMEOUT, and then once other
         processes know that it is late; None in a trouble.
         """
-        key = Key(caller.name, conversation_id)
-        values = {
-            **key._asdict(),
-            "address": caller.address,
-            "asked": asked,
-            "ended": turn.ended,
-            "question": turn.question,
-            "answer": turn.answer,
-            "question_tokens": turn.question_tokens,
-            "answer_tokens": turn.answer_tokens,
-            "turn_size": turn.size,
-        }
-        write = Write(key, values, self._loop.create_future(), turn)
+        values = self._values(caller, conversation_id, asked=asked, **asdict(turn))
+        write = Write(KEEP, values, self._loop.create_future(), turn)
         self._add(write)
         if self._trouble is not None:
             return None
@@ -421,43 +409,24 @@ class SqliteStorage:
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations; None if the file does not say in time."""
-        values = {
-            "caller": caller.name,
-            "address": caller.address,
-            "oldest": self._sweep.oldest(),
-            "updated": 1e300 if after is None else after.updated,
-            "after": "" if after is None else after.conversation_id,
-            "limit": limit + 1,
-        }
+        updated, name = (1e300, "") if after is None else after
+        values = self._values(caller, updated=updated, after=name, limit=limit + 1)
         newest = self._queue.newest()
         if newest is not None and self._trouble is None:
             await asyncio.wait((newest.done,), timeout=CALL_TIMEOUT)
         found = await self._read(sqlite_file.LIST, values, CALL_TIMEOUT)
         if found is None:
             return None
-        summaries = [
-            Summary(name, title_of(question), updated, messages)
-            for name, question, updated, messages in found[:limit]
-        ]
-        if len(found) <= limit:
-            return Page(summaries)
-        return Page(summaries, Position(summaries[-1].updated, summaries[-1].conversation_id))
+        return Page.of([Summary.of(*row) for row in found], limit)
 
     async def delete(self, caller: Caller, conversation_id: str, *, asked: bool) -> bool | None:
         """Delete a conversation; return whether there was one, None if that is not certain."""
-        key = Key(caller.name, conversation_id)
-        values = {**key._asdict(), "asked": asked or self._shared}
-        number = await self._delete(key, DELETE, values)
+        number = await self._delete(caller, conversation_id, DELETE, asked=asked)
         return None if number is None else number > 0
 
     async def delete_all(self, caller: Caller, *, asked: bool) -> int | None:
         """Delete all that `listing` shows; return their number, None if that is not certain."""
-        values = {
-            "caller": caller.name,
-            "address": caller.address,
-            "asked": asked or self._shared,
-        }
-        return await self._delete(Key(caller.name, ""), DELETE_ALL, values)
+        return await self._delete(caller, "", DELETE_ALL, asked=asked)
 
     async def close(self) -> None:
         """Write what waits, for CLOSE_TIMEOUT at most, and close the file."""
@@ -476,7 +445,7 @@ class SqliteStorage:
 
     async def _note_late(
         self,
-        late: LateTurns,
+        late: RedisHistories,
         caller: Caller,
         conversation_id: str,
         write: Write,
@@ -484,21 +453,29 @@ class SqliteStorage:
     ) -> None:
         await committed
         if not write.done.done():
-            await late.note(caller, conversation_id, write.done)
+            _none, begun = await late.begin(caller, conversation_id, known=False)
+            leave = partial(late.leave, caller, conversation_id, begun)
+            write.done.add_done_callback(lambda _written: leave())
 
     def _add(self, write: Write) -> None:
         self._lost.value += self._queue.add(write)
         self._wake.set()
 
-    async def _delete(self, key: Key, statements: tuple[str, ...], values: Values) -> int | None:
+    def _values(self, caller: Caller, conversation_id: str = "", **others: Any) -> Values:
+        """Return the values of statements about conversations of *caller*, or one of them."""
+        names = {"caller": caller.name, "name": conversation_id, "address": caller.address}
+        return {**names, "oldest": self._sweep.oldest(), **others}
+
+    async def _delete(
+        self, caller: Caller, conversation_id: str, statements: tuple[str, ...], *, asked: bool
+    ) -> int | None:
         if self._trouble is not None or self._closing:
             return None
-        times = {
-            "at": self._clock(),
-            "oldest": self._sweep.oldest(),
-            "most": MAX_DELETIONS,
-        }
-        write = Write(key, {**values, **times}, self._loop.create_future(), statements=statements)
+        asked = asked or self._shared
+        values = self._values(
+            caller, conversation_id, at=self._clock(), asked=asked, most=MAX_DELETIONS
+        )
+        write = Write(statements, values, self._loop.create_future())
         self._add(write)
         await asyncio.wait((write.done,), timeout=CALL_TIMEOUT)
         # A client that is told that nothing is certain may go on with the conversation: it must
@@ -624,8 +601,14 @@ class SqliteStorage:
 
     async def _write(self, batch: list[Write]) -> None:
         """Write *batch*, the first of the queue, and take it out."""
+        bounds = self._sweep.values()
+        works = [
+            (write.statements if write.wanted else (), {**write.values, **bounds})
+            for write in batch
+        ]
+        turns = sum(write.turn is not None for write in batch)
         try:
-            deleted = await self._write_once(batch)
+            counts = await self._writer.do(transact, works)
         except (sqlite3.Error, ValueError, OverflowError) as fault:
             if trouble_of(fault, self._path) is not None:
                 raise
@@ -636,37 +619,12 @@ class SqliteStorage:
                 return
             logger.error("a turn cannot be written: %s", type(fault).__name__)  # noqa: TRY400
             self._lost.value += 1
-            deleted = [0]
-        for write, number in zip(batch, deleted, strict=True):
+            turns, counts = 0, [0]
+        self._written.value += turns
+        self._sweep.count(turns)
+        for write, number in zip(batch, counts, strict=True):
             self._queue.remove(write)
             write.settle(number)
-
-    async def _write_once(self, batch: list[Write]) -> list[int]:
-        """Write *batch* in one transaction; return how many rows each deletion has deleted."""
-        bounds = self._sweep.values()
-        statements: list[Statement] = []
-        turns: list[Values] = []
-        # The place of each deletion's last statement.
-        places: dict[Write, int] = {}
-        written = 0
-        for write in batch:
-            if write.turn is not None:
-                turns.append({**write.values, **bounds})
-                written += 1
-            elif not write.done.cancelled():
-                statements += _kept(turns)
-                turns = []
-                statements += ((statement, write.values) for statement in write.statements)
-                places[write] = len(statements) - 1
-        statements += _kept(turns)
-        counts = await self._writer.do(transact, statements)
-        self._written.value += written
-        self._sweep.count(written)
-        return [counts[places[write]] if write in places else 0 for write in batch]
-
-
-def _kept(turns: list[Values]) -> list[Statement]:
-    return [(statement, turns) for statement in KEEP] if turns else []
 
 
 class Sweep:
@@ -699,7 +657,7 @@ class Sweep:
             "oldest": self.oldest(),
             "tokens": min(self.bounds.tokens, NO_BOUND),
             "turns": min(self.bounds.turns, NO_BOUND),
-            "size": self.bounds.size,
+            "bytes": self.bounds.size,
         }
 
     def count(self, turns: int) -> None:
@@ -727,35 +685,24 @@ class Sweep:
         ((newest,),) = await writer.do(rows, sqlite_file.LAST_CONVERSATION, {})
         last = first + SWEEP_STEP
         values = {**self.values(), "first": first, "last": last}
-        await writer.do(transact, [(sqlite_file.TRIM_RANGE, values)])
+        await writer.do(transact, [((sqlite_file.TRIM_RANGE,), values)])
         if self._trimmed == first:
             self._trimmed = last if last < newest else None
 
     async def _delete(self, writer: Connection) -> bool:
         """Delete what is too old or too much; return whether nothing is left."""
         ((number, size),) = await writer.do(rows, sqlite_file.TOTALS, {})
-        limit = {"limit": SWEEP_STEP, "oldest": self.oldest()}
-        step: list[Statement] = [
-            (sqlite_file.EXPIRE, limit),
-            (sqlite_file.DROP_EMPTY, limit),
-            (sqlite_file.FORGET_DELETIONS, {"before": self._clock() - DELETION_SECONDS}),
-        ]
-        over = number - MAX_CONVERSATIONS
-        if over > 0 or size > MAX_BYTES:
-            step.append((sqlite_file.DROP_OLDEST, await self._largest(writer, over)))
-        expired, emptied, *_ = await writer.do(transact, step)
+        values = {
+            "limit": SWEEP_STEP,
+            "oldest": self.oldest(),
+            "before": self._clock() - DELETION_SECONDS,
+            "conversations": number - MAX_CONVERSATIONS,
+            "bytes": min(size - MAX_BYTES, MAX_BATCH_BYTES),
+        }
+        step = [sqlite_file.EXPIRE, sqlite_file.DROP_EMPTY, sqlite_file.FORGET_DELETIONS]
+        if number > MAX_CONVERSATIONS:
+            step.append(sqlite_file.DROP_MOST)
+        elif size > MAX_BYTES:
+            step.append(sqlite_file.DROP_LARGEST)
+        expired, emptied, *_ = await writer.do(transact, [((each,), values) for each in step])
         return expired < SWEEP_STEP and emptied < SWEEP_STEP and len(step) == 3
-
-    async def _largest(self, writer: Connection, over: int) -> Values:
-        """Return who has most of what is too much, and how many of its conversations go at once:
-        *over*, or FEW if that is not their number, and not many more than it has above the next.
-        """
-        if over > 0:
-            first, *others = await writer.do(rows, sqlite_file.LARGEST_BY_NUMBER, {})
-            above = first[2] - sum(other[2] for other in others)
-            limit = min(SWEEP_STEP, over, FEW + above)
-        else:
-            first, *others = await writer.do(rows, sqlite_file.LARGEST_BY_SIZE, {})
-            above = first[3] - sum(other[3] for other in others)
-            limit = min(FEW, 1 + first[2] * above // first[3])
-        return {"caller": first[0], "address": first[1], "limit": limit}

@@ -340,7 +340,7 @@ ON CONFLICT (caller, name) DO UPDATE SET address = excluded.address,
 """
 KEEP_TURN = f"""
 INSERT INTO turns (conversation, ended, question_tokens, answer_tokens, size, question, answer)
-SELECT id, :ended, :question_tokens, :answer_tokens, :turn_size, :question, :answer
+SELECT id, :ended, :question_tokens, :answer_tokens, :size, :question, :answer
 FROM conversations WHERE caller = :caller AND name = :name AND {_NOT_DELETED}
 """  # noqa: S608
 # The turns that `turn.Bounds.kept` leaves out: of one conversation, and of those with the ids of a
@@ -351,7 +351,7 @@ SELECT id FROM (
         sum(question_tokens + answer_tokens) OVER newest AS tokens, sum(size) OVER newest AS size
     FROM turns WHERE {which} AND ended >= :oldest
     WINDOW newest AS (PARTITION BY conversation ORDER BY id DESC)
-) WHERE number > 1 AND (tokens > :tokens OR number > :turns OR size > :size)
+) WHERE number > 1 AND (tokens > :tokens OR number > :turns OR size > :bytes)
 """
 _ONE = "conversation = (SELECT id FROM conversations WHERE caller = :caller AND name = :name)"
 _RANGE = "conversation > :first AND conversation <= :last"
@@ -367,17 +367,20 @@ DELETE FROM conversations WHERE id IN (
 """
 FORGET_DELETIONS = "DELETE FROM deletions WHERE at < :before"
 TOTALS = "SELECT count(*), coalesce(sum(size), 0) FROM conversations"
-# The two that have most: a key or, without keys, an address.
-_LARGEST = """
-SELECT caller, address, count(*), sum(size) FROM conversations
-GROUP BY caller, address ORDER BY {what} DESC LIMIT 2
-"""
-LARGEST_BY_NUMBER, LARGEST_BY_SIZE = _LARGEST.format(what=3), _LARGEST.format(what=4)
-DROP_OLDEST = """
+# Of whoever has most, a key or without keys an address, what rested for longest: as many
+# conversations, or bytes, as are too many.
+_MOST = """
 DELETE FROM conversations WHERE id IN (
-    SELECT id FROM conversations WHERE caller = :caller AND address = :address
-    ORDER BY updated LIMIT :limit)
+    SELECT id FROM (
+        SELECT id, place, sum({weight}) OVER (ORDER BY place DESC, updated, id) - {weight} AS gone
+        FROM (SELECT id, updated, size, sum({weight}) OVER (
+            PARTITION BY caller, address ORDER BY updated, id
+            ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING) AS place
+            FROM conversations))
+    WHERE gone < :{over} ORDER BY place DESC LIMIT :limit)
 """
+DROP_MOST = _MOST.format(weight=1, over="conversations")
+DROP_LARGEST = _MOST.format(weight="size", over="bytes")
 # It writes a page, although nothing changes.
 PROBE = f"PRAGMA user_version = {VERSION}"
 
@@ -391,7 +394,7 @@ SELECT name,
     (SELECT substr(question, 1, {MAX_READ}) FROM turns
         WHERE conversation = conversations.id AND ended >= :oldest ORDER BY id LIMIT 1),
     updated,
-    (SELECT 2 * count(*) FROM turns WHERE conversation = conversations.id AND ended >= :oldest)
+    (SELECT count(*) FROM turns WHERE conversation = conversations.id AND ended >= :oldest)
 FROM conversations
 WHERE caller = :caller AND address = :address AND updated >= :oldest
     AND (updated, name) < (:updated, :after)

@@ -82,6 +82,11 @@ class Summary(NamedTuple):
     updated: float
     messages: int
 
+    @classmethod
+    def of(cls, conversation_id: str, question: str, updated: float, turns: int) -> Self:
+        """Return the entry of a conversation whose first turn has *question*."""
+        return cls(conversation_id, title_of(question), updated, 2 * turns)
+
 
 class Page(NamedTuple):
     """Part of a list of conversations.
@@ -93,12 +98,20 @@ class Page(NamedTuple):
     after: Position | None = None
     partial: bool = False
 
+    @classmethod
+    def of(cls, found: list[Summary], limit: int) -> Self:
+        """Return the page of *limit* conversations that begins what was *found*."""
+        more = len(found) > limit
+        last = (
+            Position(found[limit - 1].updated, found[limit - 1].conversation_id) if more else None
+        )
+        return cls(found[:limit], last)
+
 
 class Dialogue(NamedTuple):
-    """The newest turns of a conversation; *older*: turns before these are kept, too."""
+    """The turns of a conversation."""
 
     turns: list[Turn]
-    older: bool = False
     partial: bool = False
 
 

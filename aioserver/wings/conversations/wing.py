@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
     from aioserver.telemetry.counters import Counter
-    from aioserver.wings.conversations.history import Storage
-    from aioserver.wings.conversations.redis import LateTurns
+    from aioserver.wings.conversations.redis import RedisHistories
 
 logger = logging.getLogger("aioserver.history")
 
@@ -52,17 +51,13 @@ class ConversationsWing(Wing):
         if core.scope is None and persistence.clear_on_startup:
             await asyncio.to_thread(prepare_file, service.repository)
         conversations = Conversations(service.context, persistence)
-        shared = late = None
+        shared = None
         if core.commands is not None:
             # One instance needs none of it.
-            from aioserver.wings.conversations.redis import (  # noqa: PLC0415
-                LateTurns,
-                RedisHistories,
-            )
+            from aioserver.wings.conversations.redis import RedisHistories  # noqa: PLC0415
 
-            shared, late = RedisHistories(core.commands, conversations), LateTurns(core.commands)
+            shared = RedisHistories(core.commands, conversations)
             stack.push_async_callback(shared.close)
-            stack.push_async_callback(late.close)
         self.histories = self._history = await open_history(
             stack,
             service.repository,
@@ -70,7 +65,6 @@ class ConversationsWing(Wing):
             shared,
             core.metrics.history_turns,
             alone=core.scope is None,
-            late=late,
         )
 
     def sections(self) -> Sequence[HistorySection]:
@@ -115,18 +109,17 @@ async def open_history(
     stack: AsyncExitStack,
     repository: Repository,
     conversations: Conversations,
-    shared: Storage | None,
+    shared: RedisHistories | None,
     counts: Mapping[str, Counter],
     *,
     alone: bool,
-    late: LateTurns | None = None,
 ) -> History:
     """Return the history, which *stack* closes; *shared* is the storage of a cluster.
 
-    *alone*: no other process of a parent has the file. *late*: what they are late to write to it.
+    *alone*: no other process of a parent has the file.
 
     A file, where one is wanted, is the storage instead: all processes of a machine have the same
-    one.
+    one, and what they are late to write to it is noted in that of the cluster.
     """
     if not repository.in_file:
         return History(conversations, shared)
@@ -141,7 +134,7 @@ async def open_history(
         conversations.clock,
         counts,
         shared=not alone,
-        late=late,
+        late=shared,
     )
     stack.push_async_callback(storage.close)
     await storage.open()

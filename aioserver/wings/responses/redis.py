@@ -32,26 +32,27 @@ from __future__ import annotations
 import asyncio
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
 from aioserver.errors import ServerAtCapacity
 from aioserver.gateway.contracts.commands import (
-    BUSY_PAUSES,
     FULL,
     ITEM_OVERHEAD,
     ITEMS,
     KNOWN_TIMEOUT,
     MARKED,
     MAX_KEPT,
+    Writes,
     name_of,
+    settled,
 )
 from aioserver.limits.resource import Bid, Reason, Resource, Ticket
 from aioserver.limits.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.gateway.contracts.commands import Commands
@@ -245,7 +246,7 @@ class SharedResponses:
         self._chains = RedisChains(commands)
         self._ask, self._know, self.written = commands.ask, commands.know, commands.written
         self._clock = clock
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._writes = Writes()
         # Those under way whose look-ups wait elsewhere.
         self._announced: set[str] = set()
         # The bytes that they send.
@@ -266,7 +267,7 @@ class SharedResponses:
         """Let look-ups of a response wait for it, soon."""
         name = name_of(caller.name, response_id)
         self._announced.add(name)
-        self._start(self._ask(self._chains.announce(name), KNOWN_TIMEOUT))
+        self._writes.start(self._ask(self._chains.announce(name), KNOWN_TIMEOUT))
 
     def withdraw(self, caller: Caller, response_id: str) -> None:
         """Let look-ups of a response not wait for it, soon."""
@@ -298,7 +299,7 @@ class SharedResponses:
             # It goes out first, and a large response takes a while.
             self.announce(caller, record.id)
         owner = name_of(caller.name, caller.address)
-        writing = self._start(self._write((owner, name), data, previous, seconds, whole))
+        writing = self._writes.start(self._write((owner, name), data, previous, seconds, whole))
         # Not by `_write`, which may never begin.
         writing.add_done_callback(partial(self._sent, len(data)))
         return writing
@@ -335,13 +336,11 @@ class SharedResponses:
 
     async def _look(self, name: str) -> bool:
         """Return whether a response is there, or is within a moment."""
-        found = 0
-        for pause in (*BUSY_PAUSES, 0.0):
-            found = await self._know(self._chains.has_response(name), SUBJECT)
-            if found != NEXT or not pause:
-                break
-            await asyncio.sleep(pause)
-        return found == PRESENT
+
+        async def look() -> int:
+            return await self._know(self._chains.has_response(name), SUBJECT)
+
+        return await settled(look, lambda found: found == NEXT) == PRESENT
 
     async def delete(self, caller: Caller, response_id: str) -> bool:
         """Let a response be found no longer; return whether there was one.
@@ -353,11 +352,8 @@ class SharedResponses:
         return await self._know(self._chains.delete_response(name), SUBJECT)
 
     async def close(self) -> None:
-        """Wait until what was kept is there, for KNOWN_TIMEOUT at most."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=KNOWN_TIMEOUT)
-        for task in tuple(self._tasks):
-            task.cancel()
+        """Wait until what was kept is there, for a moment at most."""
+        await self._writes.close()
 
     def _encoded(self, record: Record) -> bytes | None:
         """Return *record* as bytes that are counted as on their way.
@@ -370,19 +366,13 @@ class SharedResponses:
         self._pending += len(data)
         return data
 
-    def _start(self, call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(call)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
     def _sent(self, size: int, _writing: object) -> None:
         self._pending -= size
 
     def _withdraw(self, name: str) -> None:
         if name in self._announced:
             self._announced.discard(name)
-            self._start(self._ask(self._chains.withdraw(name), KNOWN_TIMEOUT))
+            self._writes.start(self._ask(self._chains.withdraw(name), KNOWN_TIMEOUT))
 
     async def _write(
         self,

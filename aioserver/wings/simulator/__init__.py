@@ -4,7 +4,7 @@ It has real sockets, invented answers, and faults on request. It is the provider
 without a key (`llm.active: demo`), the `aioserver provider` command, and the provider in the
 tests. A request meets these words in this order:
 
-- The **simulator** (`server`) listens, routes and counts. It keeps the last requests for tests.
+- The **simulator** (`server`) listens and routes.
 - Its **behaviour** (`exchange`) says how it answers: times, tokens, and which requests fail.
 - The **parsed request** (`model`) is what the body asks for. The same module writes the words of
   the answer: the same words for the same message.
@@ -12,8 +12,8 @@ tests. A request meets these words in this order:
   are a **sample** (`samples`): a value that the tool's schema allows.
 - The **answer** (`shapes`) is these words as OpenAI's JSON: the events of a stream, or one piece.
 - A **fault** (`faults`, with the table of all names) is what a request gets instead of a plain
-  answer: `refusals` come before the answer, `broken` has what goes wrong within it, `unusual` what
-  is good but written in a rare form.
+  answer: a refusal, what goes wrong within the answer, or a good one that is written in a rare
+  form.
 - The **exchange** (`exchange`) is one request on its connection: it writes the answer token by
   token, and has the steps that faults are made of, such as a stall or a TCP reset.
 

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.wings.simulator.engine import EngineOptions
     from aioserver.wings.simulator.shapes import Answer
-
-    Fault = Callable[["Exchange", int], Awaitable[web.StreamResponse]]
 
 # With SO_LINGER on and a linger time of 0, close() sends RST and not FIN: socket(7).
 _LINGER_0 = struct.pack("ii", 1, 0)
@@ -33,17 +31,10 @@ class Behaviour:
     tokens of an answer; 0: as many as its text has. fail_rate: share of the requests that fail, 0
     to 1. fail_status: HTTP status of the requests that fail. fault: a name of `faults`, such as
     "stall-3": requests fail in this way instead. cut_after: tokens before a TCP reset; None: no
-    reset. stall_after: tokens before nothing more is sent; None: all are sent. ignore_body: read
-    no body, so that a large upload gets stuck; a client that leaves then goes unnoticed. headers:
-    added to every good answer, for example x-ratelimit-*. forgets: status and message with which a
-    request that continues a response is refused; None: none is. responses, messages and counts:
-    whether there is a /v1/responses, a /v1/messages and its /count_tokens. engine: an engine with
-    a prefix cache, whose time replaces ttft and interval. prefill: what becomes of a request that
-    has the beginning of its answer, as `model.rest` has it; "refuses": it is refused. usage:
-    whether a stream has a usage: "asked", if the request asks for it, "always" or "never". cached,
-    reasoning: the tokens of a prompt that come from a cache, and those of an answer that are
-    thought, at most, as it reports them. refuses: members of a body for which it is refused by a
-    400. models: the names that it lists, though it answers any; () for its own.
+    reset. stall_after: tokens before nothing more is sent; None: all are sent. headers: added to
+    every good answer, for example x-ratelimit-*. responses: whether there is a /v1/responses.
+    engine: an engine with a prefix cache, whose time replaces ttft and interval. models: the names
+    that it lists, though it answers any; () for its own.
     """
 
     ttft: float = 0.2
@@ -54,18 +45,9 @@ class Behaviour:
     fault: str = ""
     cut_after: int | None = None
     stall_after: int | None = None
-    ignore_body: bool = False
     headers: tuple[tuple[str, str], ...] = ()
-    forgets: tuple[int, str] | None = None
     responses: bool = True
-    messages: bool = True
-    counts: bool = True
     engine: EngineOptions | None = None
-    prefill: str = ""
-    usage: str = "asked"
-    cached: int = 0
-    reasoning: int = 0
-    refuses: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
 
 

@@ -24,7 +24,6 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     "responses",
     "embeddings",
 )
-NO_PREFILL = "Assistant response prefill is incompatible with enable_thinking."
 NESTED_TOO_DEEPLY = "Your request is nested too deeply."
 # The matches, joined, are the text again.
 _TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
@@ -82,10 +81,6 @@ _BOUNDS = {CHAT: ("max_completion_tokens", "max_tokens"), RESPONSES: ("max_outpu
 _COUNTING = "one two three four five six seven eight nine ten"
 # How the rest of an answer is asked for where the assistant's message cannot be the last one.
 _ANCHOR = re.compile(r"⟦([^⟦⟧]*)⟧\Z")
-# What a model says that takes the wish for the rest for a new question.
-_NEW_TURN = "Certainly! Here is the rest of my answer: "
-# Characters after which a model deviates that says something else the second time.
-_SAME = 40
 _ADVICE = (
     "To talk to a real model, set llm.active in config.yaml to openai, groq, openrouter or local."
 )
@@ -109,9 +104,9 @@ class ParsedRequest:
     *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *call*
     is the call of a tool that is the answer, None for an answer in words; *words* is what that
     answer says, None for a speech. *cached_tokens* are those of the prompt that an engine had in
-    its cache, *reasoning_tokens* those of the answer that are thought, at most. *said* is the beginning of the answer, if the request has it as the assistant's last
-    message, and *anchor* are the last words of it that are wanted again; what becomes of either is
-    a matter of *habit* (`rest`).
+    its cache, *reasoning_tokens* those of the answer that are thought, at most. *said* is the
+    beginning of the answer, if the request has it as the assistant's last message, and *anchor*
+    are the last words of it that are wanted again (`rest`).
     """
 
     endpoint: str
@@ -129,7 +124,6 @@ class ParsedRequest:
     reasoning_tokens: int = 0
     said: str = ""
     anchor: str = ""
-    habit: str = ""
 
     @property
     def prompt(self) -> bytes:
@@ -141,12 +135,12 @@ class ParsedRequest:
 
 
 def error(
-    status: int, message: str, *, param: str | None = None, code: str | None = None
+    status: int, message: str, *, param: str | None = None, code: str | int | None = None
 ) -> bytes:
     """Return an error body as OpenAI writes it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     if code == "insufficient_quota":
-        kind = code
+        kind = "insufficient_quota"
     elif status == 429:
         kind = "requests"
     return orjson.dumps(
@@ -225,24 +219,15 @@ def _beginning(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def rest(text: str, request: ParsedRequest) -> str:
-    """Return what *request*, which has the beginning of an answer, gets of that *text*.
+    """Return what *request*, which has the beginning of an answer, gets of that *text*."""
+    return request.anchor + whole(text, request.said)[len(request.said) :]
 
-    Its habit: "" goes on; "repeats" says the beginning again; "anew" says something like it, and
-    then something else; "turn" begins a new turn.
-    """
-    said, habit = request.said, request.habit
+
+def whole(text: str, said: str) -> str:
+    """Return *text*, or another answer that begins with what was *said*."""
     if _COUNTING.startswith(said.strip()):
         text = _COUNTING
-    if not text.startswith(said):
-        text = said + _FURTHER
-    following = text[len(said) :]
-    if habit == "turn":
-        return _NEW_TURN + following
-    if habit == "repeats":
-        return text
-    if habit == "anew":
-        return f"{text[:_SAME]} (or something like it) {text[_SAME:]}"
-    return request.anchor + following
+    return text if text.startswith(said) else said + _FURTHER
 
 
 def _messages(endpoint: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ class OnDemand:
             # Few servers need it, and it takes time to import.
             from aioserver.wings.simulator.server import Simulator  # noqa: PLC0415
 
-            simulator = await self._stack.enter_async_context(Simulator(keep=0))
+            simulator = await self._stack.enter_async_context(Simulator())
             self._address = simulator.base_url
         return self._address
 

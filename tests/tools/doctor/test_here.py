@@ -23,7 +23,6 @@ from aioserver.tools.doctor.findings import Report
 from aioserver.tools.doctor.here import examine_cluster, examine_hooks, examine_issuer
 from aioserver.tools.doctor.machine import System
 from aioserver.tools.doctor.network import Peer, Steps
-from aioserver.wings.simulator.server import Simulator
 from tests.support.keys import keys_of
 from tests.support.process import run_command
 from tests.support.scripted_provider import (
@@ -35,6 +34,7 @@ from tests.support.scripted_provider import (
 )
 from tests.support.scripted_provider import Peer as Connection
 from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, configured, provider_entry, write
+from tests.support.simulator import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

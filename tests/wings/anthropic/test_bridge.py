@@ -12,12 +12,11 @@ import orjson
 import pytest
 
 from aioserver.wings.anthropic.attempt import Learned, LearnedCounting
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.lazily import lazily
 from tests.support.message_events import check_run, put_together, read_events
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import QUICK, SIM_HTTP_CLIENT, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

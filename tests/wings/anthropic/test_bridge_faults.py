@@ -11,11 +11,10 @@ import orjson
 import pytest
 
 from aioserver.protocol import eventstream
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.message_events import check_run, put_together, read_events
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import QUICK, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

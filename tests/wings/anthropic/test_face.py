@@ -14,8 +14,6 @@ import pytest
 
 from aioserver.protocol import eventstream
 from aioserver.wings.anthropic.wire import PING
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.chat import text_of
 from tests.support.chat import whole as read_over_sse
 from tests.support.keys import bearer, key_of, keys_of
@@ -31,6 +29,7 @@ from tests.support.server import (
     MakeServer,
     provider_entry,
 )
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from aioserver.wings.simulator.exchange import Behaviour
     from tests.support.memory_bus import Instance
+    from tests.support.simulator import Behaviour
 
     Make = Callable[..., Awaitable[list[Instance]]]
 

@@ -24,11 +24,11 @@ from aioserver.wings.cluster.claims import (
 from aioserver.wings.cluster.peer_messages import MAX_READ, Credit, Detach
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.responses.redis import MISSING, NEXT, NO_ROOM, PRESENT, WRITTEN, RedisChains
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import chat, resume, to_end, until_status
 from tests.support.memory_bus import Instance, World, instance_of
 from tests.support.redis_server import RedisServer
 from tests.support.server import ENDLESS, PACED
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from aioserver.wings.responses import stored
 from aioserver.wings.responses.items import ResponseParts
 from aioserver.wings.responses.redis import SharedResponses
 from aioserver.wings.responses.stored import StoredResponses
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.clock import FakeClock
 from tests.support.memory_bus import MemoryStore, World, instances
 from tests.support.responses import connect, create, next_event, to_end, whole
 from tests.support.server import ENDLESS
+from tests.support.simulator import Behaviour
 from tests.support.stored_responses import stored_in
 from tests.support.waiting import until
 

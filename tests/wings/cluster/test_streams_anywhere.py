@@ -14,7 +14,6 @@ from aioserver.limits.quota import Quota
 from aioserver.protocol import eventstream
 from aioserver.wings.cluster.links import CREDIT
 from aioserver.wings.cluster.peer_messages import Block
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import (
     CHAT,
     STREAMED,
@@ -31,6 +30,7 @@ from tests.support.chat import (
 from tests.support.keys import bearer, keys_of
 from tests.support.memory_bus import World, instance_of, instances
 from tests.support.server import ENDLESS, PACED, QUICK, SIM_HTTP_CLIENT
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until, within
 
 if TYPE_CHECKING:

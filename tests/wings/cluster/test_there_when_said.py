@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import chat, frames_of
 from tests.support.chat import to_end as to_end_of_chat
 from tests.support.memory_bus import MemoryStore, World, instances
 from tests.support.responses import connect, create, to_end
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

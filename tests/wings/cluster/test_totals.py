@@ -13,10 +13,10 @@ import pytest
 from aioserver.errors import ServerAtCapacity
 from aioserver.wings.cluster.totals import Totals
 from aioserver.wings.simulator.engine import EngineOptions
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED
 from tests.support.memory_bus import instances
 from tests.support.server import QUICK
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import pytest
 
 from aioserver.errors import StreamNotFound
 from aioserver.gateway.contracts import commands
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, resume, to_end, until_status
 from tests.support.pairs import FORGETFUL, Pair, pair_in
 from tests.support.responses import connect, create, next_event
 from tests.support.responses import to_end as to_response_end
+from tests.support.simulator import Behaviour
 from tests.support.waiting import LATE, until
 
 if TYPE_CHECKING:

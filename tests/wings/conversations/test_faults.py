@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.config.settings import Context
 from aioserver.errors import HistoryUnavailable
 from aioserver.gateway.contracts.commands import Commands
 from aioserver.gateway.contracts.histories import Answered
 from aioserver.wings.conversations import sqlite
 from aioserver.wings.conversations.history import History
-from aioserver.wings.conversations.memory import Conversations
-from aioserver.wings.conversations.redis import LateTurns
+from aioserver.wings.conversations.redis import RedisHistories
 from aioserver.wings.conversations.sqlite_file import (
     APPLICATION_ID,
     KINDS,
@@ -35,10 +33,9 @@ from aioserver.wings.conversations.turn import Turn
 from tests.support.history import (
     ME,
     NOW,
-    clock,
+    conversations,
     keep,
     listed,
-    policy,
     query,
     questions,
     storage,
@@ -216,7 +213,9 @@ async def test_what_is_late_for_the_file_is_waited_for_by_other_processes(
     # The lock lasts for longer than an answer waits, and not for so long that it is a trouble.
     monkeypatch.setattr(sqlite, "COMMIT_TIMEOUT", 0.02)
     monkeypatch.setattr("aioserver.wings.conversations.sqlite_file.WRITE_WAIT", 20.0)
-    here, there = (LateTurns(Commands(MemoryStore(world, name), "")) for name in "ab")
+    here, there = (
+        RedisHistories(Commands(MemoryStore(world, name), ""), conversations()) for name in "ab"
+    )
     async with storage(path, late=here) as kept, storage(path, late=there) as read:
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -446,10 +445,8 @@ async def test_beyond_its_bound_the_queue_loses_its_oldest_turns(
 
 async def test_the_chat_goes_on_with_what_the_process_remembers(tmp_path: Path) -> None:
     path = tmp_path / "h.db"
-    context = Context(max_tokens=1000, reserve_tokens=0, preserve_recent=0)
     async with storage(path) as kept:
-        conversations = Conversations(context, policy(), clock=clock())
-        history = History(conversations, kept)
+        history = History(conversations(), kept)
         history.keep(Answered("one", "1", history.ask(ME, "c"), None, 1.0))
         await written(kept)
         path.unlink()

@@ -78,53 +78,12 @@ def test_a_history_is_a_snapshot() -> None:
     assert kept.sent() == ["q1", "a1", "q2", "a2"]
 
 
-def test_conversations_belong_to_their_caller() -> None:
-    kept = Kept()
-    kept.keep("mine")
-    kept.all.keep(YOU, "c1", Turn.of("yours", "a", 1.0))
-
-    assert kept.sent() == ["mine", "a"]
-    assert kept.sent(name="c2") == []
-    assert len(kept.all) == 2
-
-
 @pytest.mark.parametrize(("text", "expected"), [("", 0), ("a", 1), ("abcd", 1), ("€€", 2)])
 def test_a_token_is_estimated_as_four_bytes(text: str, expected: int) -> None:
     assert estimated_tokens(text) == expected
 
 
 # What is kept.
-
-
-def test_token_limit_lets_the_oldest_turns_go() -> None:
-    kept = Kept(persistence=policy("token_limit", max_tokens_per_conversation=10))
-    for number in range(6):
-        kept.keep(f"q{number}" + "x" * 6, f"a{number}" + "x" * 6)  # two tokens each
-
-    assert [text[:2] for text in kept.sent()] == ["q4", "a4", "q5", "a5"]
-
-
-def test_message_count_lets_the_oldest_turns_go() -> None:
-    kept = Kept(persistence=policy("message_count", max_messages_per_conversation=5))
-    for number in range(6):
-        kept.keep(f"q{number}", f"a{number}")
-
-    assert kept.sent() == ["q4", "a4", "q5", "a5"]  # whole turns: four of the five
-
-
-@pytest.mark.parametrize(
-    "bounds",
-    [
-        policy("token_limit", max_tokens_per_conversation=1),
-        policy("message_count", max_messages_per_conversation=1),
-    ],
-)
-def test_the_latest_turn_stays_whatever_the_bound(bounds: Persistence) -> None:
-    kept = Kept(persistence=bounds)
-    kept.keep("q1" * 100, "a1" * 100)
-    kept.keep("q2" * 100, "a2" * 100)
-
-    assert kept.sent() == ["q2" * 100, "a2" * 100]
 
 
 def test_time_based_lets_turns_go_when_their_days_are_over() -> None:

@@ -155,25 +155,6 @@ async def test_deleted_text_is_nowhere_in_the_file(tmp_path: Path) -> None:
     assert b"still-here" in data
 
 
-async def test_what_was_asked_before_a_deletion_is_not_kept(tmp_path: Path) -> None:
-    now = clock()
-    async with storage(tmp_path / "h.db", now=now) as kept:
-        keep(kept, "one")
-        keep(kept, "one", "d")
-        now.now = NOW + 10
-        assert await kept.delete(ME, "c", asked=False) is True
-        assert await kept.delete(ME, "never", asked=True) is False
-
-        for name in ("c", "d", "never"):
-            keep(kept, "late", name, ended=NOW + 20, asked=NOW + 9)
-        keep(kept, "new", ended=NOW + 30, asked=NOW + 11)
-
-        await written(kept)
-        assert await questions(kept) == ["new"]
-        assert await questions(kept, "d") == ["one", "late"]
-        assert await questions(kept, "never") == []
-
-
 @pytest.mark.parametrize("shared", [False, True])
 async def test_deletions_of_what_never_was_are_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
@@ -221,32 +202,6 @@ async def test_a_caller_that_deletes_all_it_has_pushes_out_no_deletion_of_others
             "SELECT max(number) FROM (SELECT count(*) AS number FROM deletions WHERE caller != '' GROUP BY caller)",
         )
         assert most <= 51
-
-
-async def test_all_of_a_caller_are_deleted_and_no_others(tmp_path: Path) -> None:
-    now = clock()
-    async with storage(tmp_path / "h.db", now=now) as kept:
-        for number in range(5):
-            keep(kept, "q", f"c{number}")
-        keep(kept, "q", caller=YOU)
-        now.now = NOW + 1
-        assert await kept.delete_all(ME, asked=False) == 5
-        keep(kept, "late", "new", ended=NOW + 2, asked=NOW)
-
-        assert await listed(kept) == []
-        assert await listed(kept, YOU) == ["c"]
-
-
-async def test_without_keys_a_list_is_that_of_an_address(tmp_path: Path) -> None:
-    here, there = anonymous("192.0.2.1"), anonymous("192.0.2.2")
-    async with storage(tmp_path / "h.db") as kept:
-        keep(kept, "q", "a", caller=here)
-        keep(kept, "q", "b", caller=there)
-
-        assert (await listed(kept, here), await listed(kept, there)) == (["a"], ["b"])
-        assert await questions(kept, "a", there) == ["q"]  # its id is enough
-        assert await kept.delete_all(there, asked=False) == 1
-        assert await listed(kept, here) == ["a"]
 
 
 # Bounds.
@@ -306,7 +261,6 @@ async def test_a_file_that_is_too_large_loses_what_rested_for_longest(
 ) -> None:
     monkeypatch.setattr(sqlite, name, most)
     monkeypatch.setattr(sqlite, "SWEEP_TURNS", 100)
-    monkeypatch.setattr(sqlite, "FEW", 1)
     async with storage(tmp_path / "h.db") as kept:
         for number in range(100):
             keep(kept, "q", f"c{number}", ended=NOW + number)  # 5 bytes
@@ -322,7 +276,6 @@ async def test_who_has_most_in_a_file_that_is_too_large_loses_its_oldest(
 ) -> None:
     monkeypatch.setattr(sqlite, name, most)
     monkeypatch.setattr(sqlite, "SWEEP_TURNS", 100)
-    monkeypatch.setattr(sqlite, "FEW", 1)
     others = [YOU, anonymous("192.0.2.1"), anonymous("192.0.2.2")]
     async with storage(tmp_path / "h.db") as kept:
         for number, caller in enumerate(others * 5):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import aiohttp
 import pytest
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import chat, to_end
 from tests.support.hook_program import entry, hook_program, refuse
 from tests.support.responses import connect, create
 from tests.support.responses import to_end as to_response_end
 from tests.support.server import QUICK
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until, until_result
 
 if TYPE_CHECKING:

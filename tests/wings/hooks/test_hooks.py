@@ -10,7 +10,6 @@ import aiohttp
 import pytest
 
 from aioserver.wings.hooks import http_hook
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, resume, to_end
 from tests.support.faces import (
     ask_every_face,
@@ -23,6 +22,7 @@ from tests.support.faces import (
 from tests.support.hook_program import entry, hook_program, refuse
 from tests.support.keys import bearer, keys_of
 from tests.support.server import ENDLESS, NOWHERE, PACED, QUICK, provider_entry
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ import pytest
 
 from aioserver.protocol import eventstream
 from aioserver.wings.hooks.decisions import line
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, chat
 from tests.support.faces import ask_every_face, over_anthropic, over_openai
 from tests.support.hook_program import entry, hook_program, hooks_of
@@ -24,6 +23,7 @@ from tests.support.scripted_provider import (
     chunk,
 )
 from tests.support.server import ENDLESS, provider_entry
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.auth.callers import SKEW
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, until_status
 from tests.support.issuer import (
     AUDIENCE,
@@ -24,6 +23,7 @@ from tests.support.issuer import (
 )
 from tests.support.keys import COOKIE, bearer, code_of, cookie, keys_of
 from tests.support.raw import CLOSE, TEXT, Raw, closing
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -12,8 +12,6 @@ from openai import AsyncOpenAI
 
 from aioserver.protocol import eventstream
 from aioserver.wings.responses.attempt import Learned
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.keys import key_of, keys_of
 from tests.support.scripted_provider import Peer, ScriptedProvider
 from tests.support.server import (
@@ -25,6 +23,7 @@ from tests.support.server import (
     MakeServer,
     provider_entry,
 )
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

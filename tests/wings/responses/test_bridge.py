@@ -13,11 +13,10 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 from aioserver.wings.responses.attempt import Learned
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
 from tests.support.response_events import check_response, check_run, read_events
 from tests.support.scripted_provider import ScriptedProvider, answering
 from tests.support.server import ENDLESS, QUICK, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

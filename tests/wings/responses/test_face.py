@@ -19,7 +19,6 @@ from aioserver.protocol.steps import at_once
 from aioserver.protocol.whole_answer import final_response
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.wings.responses.events import ResponseEvents
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, until_status
 from tests.support.raw import Raw
 from tests.support.scripted_provider import (
@@ -31,6 +30,7 @@ from tests.support.scripted_provider import (
     chunk,
 )
 from tests.support.server import CONCURRENCY, ENDLESS, QUICK
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

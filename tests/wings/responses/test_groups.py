@@ -11,9 +11,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from aioserver.wings.simulator.server import Simulator
 from tests.support.failing import left_alone
 from tests.support.server import QUICK, MakeServer, provider_entry
+from tests.support.simulator import Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from aioserver.protocol import eventstream
 from aioserver.wings.responses import lanes
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
 from aioserver.wings.responses.socket import ResponsesSocket
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support import responses
 from tests.support.keys import bearer, key_of, keys_of
 from tests.support.raw import BINARY, CLOSE, PING, TEXT, Raw, closing, masked
 from tests.support.responses import connect, create, kinds, next_event, text_of, to_end, to_ends
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, SILENT, SIM_HTTP_CLIENT, SLOW
+from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

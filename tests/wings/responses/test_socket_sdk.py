@@ -13,9 +13,9 @@ from openai import AsyncOpenAI
 from openai.types.responses.responses_server_event import ResponseWsError
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
 
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support import responses
 from tests.support.fault_proxy import FaultProxy
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from openai.resources.responses.responses import AsyncResponsesConnection

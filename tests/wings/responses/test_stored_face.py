@@ -13,10 +13,10 @@ import pytest
 from openai import AsyncOpenAI
 
 from aioserver.wings.responses.attempt import Learned
-from aioserver.wings.simulator.exchange import Behaviour
 from tests.support.keys import bearer, key_of, keys_of
 from tests.support.passing import ANSWER, Account, answer, settings_for
 from tests.support.server import CONCURRENCY, ENDLESS, QUICK, provider_entry
+from tests.support.simulator import Behaviour
 from tests.support.stored_responses import stored_in
 from tests.support.waiting import until
 

@@ -8,8 +8,7 @@ import aiohttp
 import pytest
 
 from aioserver.wings.simulator.engine import Engine, EngineOptions
-from aioserver.wings.simulator.exchange import Behaviour
-from aioserver.wings.simulator.server import Simulator
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.virtual_loop import run_virtually
 
 OPTIONS = EngineOptions(slots=2, prefill=100.0, decode=10.0, cache=160, block=16)

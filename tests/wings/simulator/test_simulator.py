@@ -14,10 +14,9 @@ import orjson
 import pytest
 
 from aioserver.wings.simulator import faults as simulator_faults
-from aioserver.wings.simulator.exchange import Behaviour
 from aioserver.wings.simulator.model import speech, tokens
-from aioserver.wings.simulator.server import Simulator
 from tests.support.server import QUICK
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import patience, ticks
 
 if TYPE_CHECKING:
@@ -514,7 +513,7 @@ async def test_headers_of_the_behaviour_are_sent(
 
 
 def test_the_table_of_faults_is_whole() -> None:
-    table = re.sub(r"-<\w+>", "", simulator_faults.__doc__ or "")
+    table = re.sub(r"-<\w+>", "", simulator_faults.TABLE)
     named = re.findall(r"^    (fault-\S+)(?: (fault-\S+))?", table, re.MULTILINE)
 
     assert {name.removeprefix("fault-") for pair in named for name in pair if name} == set(

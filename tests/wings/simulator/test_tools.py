@@ -21,9 +21,9 @@ from aioserver.wings.simulator.model import (
     speech,
 )
 from aioserver.wings.simulator.samples import Sampler
-from aioserver.wings.simulator.server import Simulator
 from tests.support.lazily import lazily
 from tests.support.server import QUICK
+from tests.support.simulator import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
