@@ -383,8 +383,9 @@ class _Call:
             # What is more than a whole budget counts as that budget.
             most, least, ahead = min(need, op.per_minute), min(need, op.per_day), 0.0
             if op.per_minute:
-                level = tally.charged + most - tally.drained + held + op.have
-                ahead = (level + front - op.per_minute) / rate
+                # The level first: the sum is exact then where the bucket is empty.
+                level = tally.charged - tally.drained
+                ahead = (level + most + held + op.have + front - op.per_minute) / rate
             full = op.per_day > 0 and tally.count + least > op.per_day
             if closed or ahead > op.patience or full:
                 break

@@ -344,7 +344,8 @@ for _, budget in ipairs(budgets or {}) do
   for _, need in ipairs(needs) do
     -- What is more than a whole budget counts as that budget.
     local most, least, ahead = math.min(need, minute), math.min(need, day), 0
-    if minute > 0 then ahead = (kept.charged + most - kept.drained + held + have + front - minute) / rate end
+    -- The level first: the sum is exact then where the bucket is empty.
+    if minute > 0 then ahead = (kept.charged - kept.drained + most + held + have + front - minute) / rate end
     if closed > 0 or ahead > patience or (day > 0 and kept.count + least > day) then break end
     if ahead > 0 then
       wait = ahead

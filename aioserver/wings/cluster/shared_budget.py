@@ -370,7 +370,8 @@ class TokensInHand:
             kept = min(left, self._spent, room)
             self._spent -= kept
             if left > kept:
-                self._back.append((left - kept, taken.stood))
+                self._back.append((left - kept, taken.stood - self._minute.kept))
+            self._minute.kept += kept
         self._in_hand += kept
         if today:
             self._day.mine += kept - spare
@@ -426,7 +427,9 @@ class TokensInHand:
         if self._part is not None and minute:
             # As far as it has not drained.
             state = self._part.states()[PER_MINUTE]
-            self._spent = min(self._spent, state.used + state.reserved)
+            drained = max(0, self._spent - state.used - state.reserved)
+            self._spent -= drained
+            self._minute.kept += drained
         self._said = self._spent, self._day.number, self._day.mine
         spent, back = self._spent, self._back
         self._spent, self._back = 0, []

@@ -299,6 +299,38 @@ def test_what_is_given_back_or_in_hand_while_others_wait_is_used_once(error: flo
     assert used.most <= BUDGET + RATE * 4 * simulation.delay
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_has_drained_is_nobodys_any_more(kept: bool) -> None:
+    simulation, (one, other) = spending(19, 0.0, 0.0)
+    simulation.advance(10.0)
+    used = one.used = other.used = Used(simulation)
+    one.ask(100)
+    simulation.advance(1.9)
+    assert one.budget is not None
+    # Of what is in hand, while nothing is used.
+    first, then = one.budget.reserve(1000), one.budget.reserve(1000)
+    numbers = used.start(1000), used.start(1000)
+    if kept:
+        first.settle(0)
+        used.end(numbers[0], 1000)
+    simulation.advance(2.5)
+    other.ask(BUDGET - 10_000)
+    simulation.advance(0.1)
+    if not kept:
+        first.settle(0)
+        used.end(numbers[0], 1000)
+    then.settle(0)
+    used.end(numbers[1], 1000)
+
+    for _ in range(100):
+        other.ask(500)
+    simulation.advance(5.0)
+
+    print(f"{used.most - BUDGET:.0f} beyond the budget")
+    assert used.most > BUDGET - 1000
+    assert used.most <= BUDGET + RATE * 4 * simulation.delay
+
+
 @pytest.mark.parametrize(
     ("end", "before", "within"),
     # It says so; its lease is over; its turn has come.
