@@ -160,7 +160,7 @@ class TokensInHand:
         self._spent = 0
         self._back: list[tuple[int, float]] = []
         # What was said in the call under way: what was spent, the day and what is had of it; and
-        # what was asked for, for requests and for the hand.
+        # what was asked for, for the request that waits first and for the hand.
         self._said = 0, 0, 0
         self._asked = self._more = 0
         # The world whose bucket is counted, and whether it is to be told what is known of the day.
