@@ -61,8 +61,8 @@ SHOWN = 60.0
 # Seconds that an instance waits which does not know how many others there are.
 UNKNOWN = 1.0
 # Seconds for which a request of a queue may wait for its tokens: longer than any does. And for
-# which it may be late to use what was given for it.
-PATIENT, LATE = 3600.0, 0.1
+# which it may be late to use what was given for it; once some of that has drained: prompt.
+PATIENT, LATE, PROMPT = 3600.0, 0.1, 0.01
 # Tokens that were given back by so many requests are told at once.
 MANY = 200
 
@@ -305,9 +305,12 @@ class TokensInHand:
     def _given(self, tokens: int) -> _Taken | None:
         """Return what was taken for a request of *tokens*, which may still come."""
         first = self._first
-        if first is None or first.tokens != tokens or self._clock() > first.at + LATE:
+        if first is None or first.tokens != tokens or first.taken is None:
             return None
-        return first.taken
+        taken = first.taken
+        whole = self._minute.left(taken.minute, taken.stood) == taken.minute
+        late = self._clock() - first.at
+        return taken if late <= (LATE if whole else PROMPT) else None
 
     def _counts(self, tokens: int) -> int:
         """Return for how many tokens in hand a request of *tokens* counts."""

@@ -331,6 +331,20 @@ def test_what_has_drained_is_nobodys_any_more(kept: bool) -> None:
     assert used.most <= BUDGET + RATE * 4 * simulation.delay
 
 
+def test_what_was_given_and_drains_unused_is_used_no_more() -> None:
+    simulation, (one, _other) = spending(20, 0.0, 0.0)
+    simulation.advance(10.0)
+    now = lambda: simulation.now  # noqa: E731 - a clock
+    budget = SharedBudget(one.instance.leases, "late", BUDGET, 0, now, now, waiting=lambda: BUDGET)
+    assert budget.shortage(BUDGET) is not None
+    simulation.advance(0.005)
+    assert budget.shortage(BUDGET) is None
+
+    simulation.advance(0.05)
+
+    assert budget.shortage(BUDGET) is not None
+
+
 @pytest.mark.parametrize(
     ("end", "before", "within"),
     # It says so; its lease is over; its turn has come.
