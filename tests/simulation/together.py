@@ -357,7 +357,7 @@ class Together:
 
     def spent(self, reservation: SharedReservation, tokens: int) -> None:
         """Note that the request of *reservation* has cost so many *tokens*."""
-        if reservation.ready and reservation._hand is not None:
+        if reservation.taken is not None and reservation._hand is not None:
             self._spending[reservation._hand.name].end(reservation, tokens)
 
     @property

@@ -34,11 +34,13 @@ may have forgotten some of them: while it is blind, no pace has rested, and whoe
 the next slot begins, as far as it knows.
 
 The tokens of a key are a bucket that drains evenly, and a count of the day. What is in the bucket
-and in all hands is at most the budget, but for what was promised to requests that wait. What an
-instance has in hand that is no member any more goes into the bucket. Such a server takes the bucket
-for full if an instance has used it before, and gives no tokens while it is blind. What all have had of the day is the most that
-anybody knows of, and what each has had since its last answer. An instance says all that it has of
-the day and in hand, not what has changed: so a call that was not answered counts once.
+and in all hands is at most the budget. Instances wait for room in it in the order in which they
+asked; one that has not come half a second after its turn has waits no longer.
+What an instance has in hand that is no member any more goes into the bucket. Such a server takes
+the bucket for full if an instance has used it before, and gives no tokens while it is blind. What
+all have had of the day is the most that anybody knows of, and what each has had since its last
+answer. An instance says all that it has of the day and in hand, not what has changed: so a call
+that was not answered counts once.
 
 Between instances start-time fair queueing (as in limits/fair_queue.py) decides whose turn it is,
 weighted by the callers that wait there. One that does not come for what it was given gets no more,
@@ -69,6 +71,8 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.lease_messages import BudgetOp, PaceOp
 
 DAY, MINUTE = 86_400 * SECOND, 60 * SECOND
+# For so long an instance may be late at the moment at which its turn for tokens comes.
+LATE = SECOND // 2
 
 decode_request = msgspec.msgpack.Decoder(Request).decode
 
@@ -366,22 +370,35 @@ class _Call:
             tally.charged -= left
             tally.returned += left
         self.count_day(tally, op, lost=lost)
-        granted, wait = 0, 0.0
+        at = next((at for at, each in enumerate(tally.queue) if each[0] == me), len(tally.queue))
+        # Whoever is late, or is no member any more, waits no longer.
+        before, behind = (
+            [each for each in part if each[0] in self.world.members and now <= each[2] + LATE]
+            for part in (tally.queue[:at], tally.queue[at + 1 :])
+        )
+        front = sum(count for _who, count, _due in before)
+        waiting = front + sum(count for _who, count, _due in behind)
+        granted, wait, mine = 0, 0.0, []
         for need in op.needs:
             # What is more than a whole budget counts as that budget.
             most, least, ahead = min(need, op.per_minute), min(need, op.per_day), 0.0
             if op.per_minute:
-                level = tally.charged + most - tally.drained + held + op.have
-                ahead = (level - op.per_minute) / rate
+                # The level first: the sum is exact then where the bucket is empty.
+                level = tally.charged - tally.drained
+                ahead = (level + most + held + op.have + front - op.per_minute) / rate
             full = op.per_day > 0 and tally.count + least > op.per_day
             if closed or ahead > op.patience or full:
                 break
+            if ahead > 0:
+                wait, mine = ahead, [(me, most, now + ahead)]
+                break
             tally.charged += most
-            granted, wait = granted + 1, max(0, ahead)
+            granted += 1
             self.count_more(tally, op, least)
+        tally.queue = [*before, *mine, *behind]
         more = 0 if closed or granted < len(op.needs) else op.more
         if op.per_minute:
-            room = op.per_minute - tally.charged + tally.drained - held - op.have
+            room = op.per_minute - tally.charged + tally.drained - held - waiting - op.have
             more = min(more, math.floor(room))
         if op.per_day:
             more = min(more, op.per_day - tally.count)
@@ -399,7 +416,7 @@ class _Call:
             tally.charged,
             tally.drained,
             tally.returned,
-            held,
+            held + waiting,
             tally.day,
             tally.count,
             (tally.day + 1) * DAY - now,

@@ -61,7 +61,8 @@ class Tally:
     """The tokens of a key: a bucket that drains, and the count of a day.
 
     *charged* have come into the bucket, *drained* have left it until *at*, and *returned* were
-    taken out again; *held* are in the hands of instances. *told* is the most that was said of
+    taken out again; *held* are in the hands of instances. Those in the *queue* wait for
+    room in the bucket: who, for how many tokens, and when its turn comes. *told* is the most that was said of
     *count* since it may be forgotten, and *of* what each instance has of it.
     """
 
@@ -70,6 +71,7 @@ class Tally:
     drained: float = 0
     returned: float = 0
     held: dict[str, int] = field(default_factory=dict)
+    queue: list[tuple[str, int, float]] = field(default_factory=list)
     day: int = 0
     count: int = 0
     told: int = 0

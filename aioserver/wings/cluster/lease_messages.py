@@ -94,8 +94,9 @@ class BudgetOp(NamedTuple):
     """Asks for tokens of the budgets of one key, *per_minute* and *per_day*; 0: there is none.
 
     This instance has *have* tokens in hand. Each of *needs* is given for a request, as a whole or
-    not at all, in their order, if it may be used within *patience* microseconds; as far as there
-    are *more* now, they come into its hand. Since it was answered last, *spent* were used of the
+    not at all, in their order. The first for which there is no room waits for it in the queue of
+    the server, if that takes no longer than *patience* microseconds, as long as each call says it
+    again. As far as there are *more* now, they come into the hand. Since it was answered last, *spent* were used of the
     minute, those from its hand included, and *back* are given back to it: how many, and where they
     stood (see `Tokens`).
 
@@ -178,13 +179,14 @@ class Slots(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of a budget: so many of the needs were *granted*, the last of which may be used in
-    *wait* microseconds, and *more* tokens; for *closed* microseconds nothing is.
+    """Tokens of a budget: so many of the needs were *granted*, and *more* tokens; for *closed*
+    microseconds nothing is. The next need is to be said again in *wait* microseconds, when its
+    turn comes; 0: it does not wait.
 
     The bucket of the minute: *charged* have come into it, and *drained* have left it; what was
     given back is not among the charged, but *returned*. A token stands at its number among the
     charged and the returned; those that are given for requests are the last ones. The others have
-    *held* in hand, which will come into it. The day: its number, what all instances have
+    *held* in hand, or wait for them, which will come into it. The day: its number, what all instances have
     *counted* of it, and the microseconds that are left of it.
     """
 

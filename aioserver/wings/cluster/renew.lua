@@ -16,6 +16,8 @@ local PREFIX, DAY = KEYS[1], 86400
 local ENDS, SEQ, NUMBER, HEARD, SILENT = 1, 2, 3, 4, 5
 local HELD, KNOWS = 1, 2
 local TAG, ORDER, NEED, WEIGHT = 1, 2, 3, 4
+-- For so long an instance may be late at the moment at which its turn for tokens comes.
+local LATE = 500000
 
 local function read(key)
   local text = redis.call('GET', PREFIX .. key)
@@ -285,8 +287,9 @@ for _, pace in ipairs(paces) do
   table.insert(slots, { delays, due - now })
 end
 
--- Budgets of tokens: a bucket that drains evenly in a minute, and the count of a day. Nothing is given before all have
--- said what they used in the meantime; what was used before and may be forgotten is a full bucket.
+-- Budgets of tokens: a bucket that drains evenly in a minute, the queue of those that wait for room in it, and the
+-- count of a day. Nothing is given before all have said what they used in the meantime; what was used before and may
+-- be forgotten is a full bucket.
 local tokens, lost = {}, now < (world.lost or 0)
 local closed = math.max(0, (world.lost or 0) - now, blind_ends - now)
 for _, budget in ipairs(budgets or {}) do
@@ -324,18 +327,39 @@ for _, budget in ipairs(budgets or {}) do
     kept.count, kept.of[me] = math.max(0, kept.count + mine - former), mine
   end
 
+  -- Each stands there once, until it comes too late, or wants nothing any more.
+  local queue, position, waiting, front = {}, nil, 0, nil
+  for _, item in ipairs(kept.queue or {}) do
+    local who, count, due = unpack(item)
+    if who == me then
+      position, front = #queue + 1, waiting
+    elseif members[who] and now <= due + LATE then
+      waiting = waiting + count
+      table.insert(queue, item)
+    end
+  end
+  front = front or waiting
+
   local granted, wait = 0, 0
   for _, need in ipairs(needs) do
     -- What is more than a whole budget counts as that budget.
     local most, least, ahead = math.min(need, minute), math.min(need, day), 0
-    if minute > 0 then ahead = (kept.charged + most - kept.drained + held + have - minute) / rate end
+    -- The level first: the sum is exact then where the bucket is empty.
+    if minute > 0 then ahead = (kept.charged - kept.drained + most + held + have + front - minute) / rate end
     if closed > 0 or ahead > patience or (day > 0 and kept.count + least > day) then break end
+    if ahead > 0 then
+      wait = ahead
+      table.insert(queue, position or #queue + 1, { me, most, now + ahead })
+      break
+    end
     kept.charged, kept.count = kept.charged + most, kept.count + least
-    granted, wait = granted + 1, math.max(0, ahead)
+    granted = granted + 1
     if day > 0 then kept.of[me] = (kept.of[me] or 0) + least end
   end
   if closed > 0 or granted < #needs then more = 0 end
-  if minute > 0 then more = math.min(more, math.floor(minute - kept.charged + kept.drained - held - have)) end
+  if minute > 0 then
+    more = math.min(more, math.floor(minute - kept.charged + kept.drained - held - waiting - have))
+  end
   if day > 0 then more = math.min(more, day - kept.count) end
   more = math.max(0, more)
   if have + more > 0 then kept.held[me] = have + more end
@@ -343,9 +367,10 @@ for _, budget in ipairs(budgets or {}) do
     kept.count, kept.of[me] = kept.count + more, (kept.of[me] or 0) + more
   end
   if not lost then kept.told = kept.count end
+  kept.queue = queue
   write('budget:' .. name, kept)
   table.insert(tokens, {
-    granted, wait, more, closed, kept.charged, kept.drained, kept.returned, held,
+    granted, wait, more, closed, kept.charged, kept.drained, kept.returned, held + waiting,
     kept.day, kept.count, (kept.day + 1) * DAY * 1000000 - now,
   })
 end

@@ -9,11 +9,11 @@ ask nobody. What is in the bucket, and in the hands of all, is at most the budge
 t seconds all instances together start at most what one would. They keep at most a HAND of it in
 hand.
 
-A request that waits in the queue of its key is promised its tokens for the moment at which there is
-room for them in the bucket, behind all that came before. So a large one is not overtaken for ever
-by small ones at another instance. That moment stays, also where tokens are given back that stood in
-front of it (an estimate was too high, or what was in hand is not used), and the bucket drains until
-then: in such a span all may start as much more as was given back, or is in hand.
+A request of a queue for which there is no room in the bucket waits in a queue of the server, too,
+behind all that came before. So a large one is not overtaken for ever by small ones at another
+instance. It is told when its turn comes, as far as is known, and its instance asks again at that
+moment. An instance that has tokens in hand gives them back while others wait for more than there
+is.
 
 What a request has not used is given back with the next renewal, as far as it has not drained, and
 so is what is too much in hand; what it has used above its estimate is charged with it. What an
@@ -26,7 +26,6 @@ part of the budget of a minute and of what was left of the day, and says so when
 from __future__ import annotations
 
 import time
-from collections import deque
 from math import ceil, inf
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -62,8 +61,8 @@ SHOWN = 60.0
 # Seconds that an instance waits which does not know how many others there are.
 UNKNOWN = 1.0
 # Seconds for which a request of a queue may wait for its tokens: longer than any does. And for
-# which it may be late for what it was promised.
-PATIENT, LATE = 3600.0, 0.5
+# which it may be late to use what was given for it; once some of that has drained: prompt.
+PATIENT, LATE, PROMPT = 3600.0, 0.1, 0.01
 # Tokens that were given back by so many requests are told at once.
 MANY = 200
 
@@ -97,19 +96,18 @@ class _Taken(NamedTuple):
     number: int
 
 
-class _Promise(NamedTuple):
-    """The tokens of a request that waits, which it may use from the moment *at* on."""
+class _First(NamedTuple):
+    """The request of *tokens* that waits first at this instance: at the moment *at* its turn comes
+    at the server, or something was *taken* for it.
+    """
 
     tokens: int
     at: float
-    taken: _Taken
+    taken: _Taken | None = None
 
 
 class SharedReservation(Reservation):
-    """The tokens of one request, which may have to come from the server first.
-
-    Always: `taken` is None as long as it has none. *part*: what it has of this instance's part.
-    """
+    """The tokens of one request: what was *taken* for it, *part* of it from this instance's part."""
 
     __slots__ = ("_hand", "part", "taken")
 
@@ -119,19 +117,9 @@ class SharedReservation(Reservation):
         self.taken: _Taken | None = None
         self.part: Reservation | None = None
 
-    @property
-    def ready(self) -> bool:
-        """Whether it has its tokens."""
-        return self.taken is not None
-
     def have(self, taken: _Taken, part: Reservation | None = None) -> None:
         """Have what was *taken* for it, or what it has of this instance's *part*."""
         self.taken, self.part = taken, part
-
-    @property
-    def shortage(self) -> Shortage | None:
-        """Why it has no tokens yet, as far as is known."""
-        return None if self.ready or self._hand is None else self._hand.known_shortage(self.tokens)
 
     def settle(self, tokens: int) -> None:
         """Let the request, which has ended, have cost so many *tokens*."""
@@ -142,7 +130,8 @@ class SharedReservation(Reservation):
 
 
 class TokensInHand:
-    """What an instance has of the tokens of the key *name*: in hand, promised, and to be said.
+    """What an instance has of the tokens of the key *name*: in hand, given for the request that
+    waits first, and to be said.
 
     Always: while the server is heard, what requests take was given by it.
 
@@ -165,17 +154,15 @@ class TokensInHand:
         self._patience: Callable[[], float] = lambda: PATIENT
         self._on_tokens: Callable[[], None] = lambda: None
         self._in_hand = 0
-        self._promise: _Promise | None = None
-        # Requests that wait for a moment for tokens, the oldest first.
-        self._undecided: deque[SharedReservation] = deque()
+        # None: none waits, as far as the server knows.
+        self._first: _First | None = None
         # What was used of the minute and is to be said, and what is given back to it.
         self._spent = 0
         self._back: list[tuple[int, float]] = []
         # What was said in the call under way: what was spent, the day and what is had of it; and
-        # what was asked for, for requests and for the hand.
+        # what was asked for, for the request that waits first and for the hand.
         self._said = 0, 0, 0
-        self._asked: list[SharedReservation | int] = []
-        self._more = 0
+        self._asked = self._more = 0
         # The world whose bucket is counted, and whether it is to be told what is known of the day.
         self._world = ("", "")
         self._restate = True
@@ -190,8 +177,7 @@ class TokensInHand:
         # Whether it was ever heard: before, nothing can have been used.
         self._met = False
         self._used_at = self._shown_at = self._refused_at = self._scarce_at = -inf
-        # When nothing was promised to one that waits.
-        self._unpromised_at = self._closed_until = -inf
+        self._closed_until = -inf
 
     # What the budget of the key asks.
 
@@ -218,13 +204,13 @@ class TokensInHand:
     def quiet(self) -> bool:
         """Whether there is nothing in hand, and nothing to be said."""
         to_say = self._spent or self._back or self._day.mine != self._day.was
-        return not (self._in_hand or self._promise or self._undecided or to_say)
+        return not (self._in_hand or self._first or to_say)
 
     def apply(self, per_minute: int, per_day: int) -> None:
         """Use other limits from now on, those of all instances together."""
         if self.limits == (per_minute, per_day):
             return
-        self._break_promise()
+        self._leave_queue()
         self._release(self._in_hand)
         self._minute.limit, self._day.limit = per_minute, per_day
         if not per_minute:
@@ -235,7 +221,7 @@ class TokensInHand:
             self._ask()
         else:
             # Nothing has to come from the server any more.
-            self._serve()
+            self._on_tokens()
 
     def begin_day(self, used: int) -> None:
         """Count at least *used* tokens of today, which the ledger knows."""
@@ -251,7 +237,7 @@ class TokensInHand:
         server is asked, and the delay is 0.0.
         """
         self._turn()
-        delay = inf if self._undecided else self.delay(tokens)
+        delay = self.delay(tokens)
         if delay == 0.0:
             return None
         if not self._heard:
@@ -263,9 +249,7 @@ class TokensInHand:
         if delay < inf:
             return self._short(PER_MINUTE, tokens, delay)
         known = self.known_shortage(tokens)
-        unpromised = self._clock() - self._unpromised_at <= FRESH
-        if known is None or (tokens == self._waiting() and not unpromised):
-            # For one that waits there may be a promise.
+        if known is None:
             self._ask()
         return self._short(self._period, tokens, 0.0) if known is None else known
 
@@ -280,8 +264,8 @@ class TokensInHand:
             return self._short(PER_DAY, tokens, self._day.rest)
         delay = self._closed_until - self._clock()
         if minute:
-            held, level = self._minute.held, self._minute.level + self._spent
-            delay = max(delay, (level + held + min(tokens, minute) - minute) * MINUTE / minute)
+            missing = self._level + self._minute.held + min(tokens, minute) - minute
+            delay = max(delay, missing * MINUTE / minute)
         return self._short(self._period, tokens, delay) if delay > 0 else None
 
     @property
@@ -296,78 +280,80 @@ class TokensInHand:
     @property
     def _level(self) -> float:
         """The tokens of the minute that all instances use and reserve, as far as is known."""
-        promised = 0 if self._promise is None else self._promise.taken.minute
-        return max(0.0, self._minute.level + self._spent - promised)
+        return self._minute.level + self._spent
 
     @property
     def _used_today(self) -> int:
-        promised = 0 if self._promise is None else self._promise.taken.day
-        return max(0, self._day.total - self._in_hand - promised)
+        return max(0, self._day.total - self._in_hand)
 
     def delay(self, tokens: int) -> float:
-        """Return the seconds until a request of *tokens* may use what is in hand, or promised to
-        it; inf: that is too little.
+        """Return the seconds until a request of *tokens* may use what is in hand, or given for it,
+        or until its turn comes; inf: that is not known.
         """
-        if self._in_hand >= self._counts(tokens):
+        if self._in_hand >= self._counts(tokens) or self._given(tokens) is not None:
             return 0.0
-        if self._promise is None or not self._promised(tokens):
+        first = self._first
+        if first is None or not self._queued or first.tokens != tokens:
             return inf
-        delay = self._promise.at - self._clock()
-        return delay if delay > ROUNDING else 0.0
+        # The server is asked at that moment.
+        return max(first.at - self._clock(), ROUNDING)
+
+    @property
+    def _queued(self) -> bool:
+        return self._first is not None and self._first.taken is None
+
+    def _given(self, tokens: int) -> _Taken | None:
+        """Return what was taken for a request of *tokens*, which may still come."""
+        first = self._first
+        if first is None or first.tokens != tokens or first.taken is None:
+            return None
+        taken = first.taken
+        whole = self._minute.left(taken.minute, taken.stood) == taken.minute
+        late = self._clock() - first.at
+        return taken if late <= (LATE if whole else PROMPT) else None
 
     def _counts(self, tokens: int) -> int:
         """Return for how many tokens in hand a request of *tokens* counts."""
         return min(tokens, max(self.limits))
 
     def reserve(self, reservation: SharedReservation) -> None:
-        """Let *reservation* have its tokens now, or once the server has given them."""
+        """Let *reservation* have its tokens: `shortage` has said that they are there."""
         self._turn()
         self._used_at = self._clock()
-        if not self._undecided and self._take(reservation):
-            self._look_ahead(reservation.tokens)
-        else:
-            self._undecided.append(reservation)
-            self._ask()
+        self._take(reservation)
+        self._look_ahead(reservation.tokens)
 
-    def _take(self, reservation: SharedReservation) -> bool:
-        """Let *reservation* have its tokens, if they are there."""
+    def _take(self, reservation: SharedReservation) -> None:
         tokens, (minute, day) = reservation.tokens, self.limits
         most, least, number = min(tokens, minute), min(tokens, day), self._day.number
         of_part: Reservation | None = None
         if self._in_hand >= (count := self._counts(tokens)):
             self._in_hand -= count
-            self._spent += most
-        elif self.delay(tokens) == 0.0 and self._promise is not None:
-            promise, self._promise = self._promise, None
-            reservation.have(promise.taken)
-            return True
+        elif (given := self._given(tokens)) is not None:
+            self._first = None
+            reservation.have(given)
+            return
         else:
-            part = None if self._heard else self._part_now()
-            if part is None or part.shortage(tokens) is not None:
-                return False
-            of_part = part.reserve(tokens)
-            self._spent += most
+            if not self._heard and (part := self._part_now()) is not None:
+                of_part = part.reserve(tokens)
             self._day.mine += least
             if self._answered:
                 # Before the server gives something again.
                 self._calls.call_by(self._clock())
+        self._spent += most
         stood = self._minute.comes(self._spent) if minute else 0.0
         reservation.have(_Taken(self._world, most, stood, least, number), of_part)
-        return True
 
     def settle(self, reservation: SharedReservation, tokens: int) -> None:
         """Let the request of *reservation* have cost so many *tokens*."""
         self._turn()
-        taken = reservation.taken
-        if taken is None:
-            self._undecided.remove(reservation)
-            if self._undecided:
-                self._ask()
+        if reservation.taken is None:
             return
         if reservation.part is not None:
             reservation.part.settle(tokens)
-        self._correct(taken, tokens)
-        if self._undecided or self._lacks(self._waiting()) or len(self._back) > MANY:
+        self._correct(reservation.taken, tokens)
+        waits = self._waiting()
+        if (waits and self.delay(waits) == inf) or len(self._back) > MANY:
             self._ask()
 
     def _correct(self, taken: _Taken, tokens: int) -> None:
@@ -387,7 +373,8 @@ class TokensInHand:
             kept = min(left, self._spent, room)
             self._spent -= kept
             if left > kept:
-                self._back.append((left - kept, taken.stood))
+                self._back.append((left - kept, taken.stood - self._minute.kept))
+            self._minute.kept += kept
         self._in_hand += kept
         if today:
             self._day.mine += kept - spare
@@ -425,24 +412,27 @@ class TokensInHand:
             return None
         keep = 0 if leaving or now - self._used_at >= UNUSED else self._kept
         waits = self._waiting()
-        if not self._promised(waits):
-            self._break_promise()
-        says = self._spent or self._back or self._in_hand > keep or now - self._shown_at < SHOWN
-        if not (restate or asks or (whole and says)):
+        if self._given(waits) is None and not self._queued:
+            self._leave_queue()
+        says = self._spent or self._back or self._in_hand or self._first
+        if not (restate or asks or (whole and (says or now - self._shown_at < SHOWN))):
             return None
-        self._asked, self._more = [], 0
-        if asks:
+        self._asked = self._more = 0
+        if asks or self._queued:
             self.ask_at = inf
-            self._asked = list(self._undecided) or ([waits] if self._lacks(waits) else [])
-            if self._asked:
+            if waits and self.delay(waits) > 0.0:
+                self._asked = waits
                 # The tokens in hand are in the way of a large request.
                 self._release(self._in_hand)
-            self._more = max(0, keep - self._in_hand)
+            if asks:
+                self._more = max(0, keep - self._in_hand)
         self._release(self._in_hand - keep)
         if self._part is not None and minute:
             # As far as it has not drained.
             state = self._part.states()[PER_MINUTE]
-            self._spent = min(self._spent, state.used + state.reserved)
+            drained = max(0, self._spent - state.used - state.reserved)
+            self._spent -= drained
+            self._minute.kept += drained
         self._said = self._spent, self._day.number, self._day.mine
         spent, back = self._spent, self._back
         self._spent, self._back = 0, []
@@ -451,8 +441,8 @@ class TokensInHand:
             minute,
             day,
             self._in_hand,
-            [each if isinstance(each, int) else max(1, each.tokens) for each in self._asked],
-            0.0 if self._undecided else self._patience() * SECOND,
+            [self._asked] if self._asked else [],
+            self._patience() * SECOND,
             self._more,
             back,
             spent,
@@ -464,16 +454,6 @@ class TokensInHand:
             self._met,
         )
 
-    def _promised(self, tokens: int) -> bool:
-        """Return whether something is promised to a request of *tokens*, which may still come."""
-        promise = self._promise
-        if promise is None or promise.tokens != tokens:
-            return False
-        return self._clock() <= promise.at + LATE
-
-    def _lacks(self, tokens: int) -> bool:
-        return tokens > 0 and self.delay(tokens) == inf
-
     def answered(self, answer: Tokens | None, sent: float, world: tuple[str, str]) -> None:
         """Take in the *answer* of the server in this *world* to what was asked at *sent*; None: the
         call failed.
@@ -482,24 +462,20 @@ class TokensInHand:
         self._answered = answer is not None
         if answer is None:
             self._spent += spent
-            if self._undecided:
-                self._ask()
             return
         if world != self._world:
-            # Its bucket does not know of what was promised beyond it.
-            self._break_promise()
+            # Its bucket does not know of what was taken from another one.
+            self._leave_queue()
             self._world = world
         minute, day = self.limits
-        given = [
-            (each, each if isinstance(each, int) else max(1, each.tokens))
-            for each in self._asked[: answer.granted]
-        ]
+        asked = self._asked
+        given = asked if answer.granted else 0
         if minute:
             self._minute.answered(answer, sent)
         more = answer.more
         if day:
             self._turn()
-            of_day = sum(min(tokens, day) for _each, tokens in given) + more
+            of_day = min(given, day) + more
             same = number == self._day.number
             if self._day.answered(answer, mine if same else 0, of_day):
                 self._in_hand = 0
@@ -507,35 +483,25 @@ class TokensInHand:
         now = self._clock()
         self._closed_until = now + answer.closed / SECOND
         self._restate = False
-        stood = self._minute.last - sum(min(tokens, minute) for _each, tokens in given)
-        for each, tokens in given:
-            stood += min(tokens, minute)
-            taken = _Taken(world, min(tokens, minute), stood, min(tokens, day), answer.day)
-            self._give(each, tokens, taken, now + answer.wait / SECOND)
+        if waited := self._queued:
+            self._first = None
+        if given:
+            last = self._minute.last
+            taken = _Taken(world, min(given, minute), last, min(given, day), answer.day)
+            self._first = _First(given, now, taken)
+        elif asked and answer.wait:
+            # What is in hand elsewhere comes back soon.
+            wait = max(answer.wait / SECOND, FRESH if waited else 0.0)
+            self._first = _First(asked, now + wait)
+            self._ask(wait)
+        elif asked:
+            self._refused_at = now
         if answer.more < self._more:
             self._scarce_at = now
-        if len(given) < len(self._asked):
-            self._refused_at = now
-            if isinstance(self._asked[-1], int):
-                self._unpromised_at = now
-        self._asked = []
-        self._serve()
-        if self._undecided:
-            short = self._undecided[0].shortage
-            if short is None or short.delay < SCARCE:
-                self._ask(FRESH if short is None else short.delay)
-
-    def _give(
-        self, to: SharedReservation | int, tokens: int, taken: _Taken, moment: float
-    ) -> None:
-        """Give what was *taken* for a request, which may use it from this *moment* on."""
-        if isinstance(to, int):
-            self._promise = _Promise(tokens, moment, taken)
-        elif to in self._undecided:
-            self._undecided.remove(to)
-            to.have(taken)
-        else:
-            self._correct(taken, 0)
+        if self._in_hand and not self._kept:
+            self._ask()
+        self._asked = 0
+        self._on_tokens()
 
     def stand(self, instances: int, *, heard: bool) -> None:
         """Take in whether the server is *heard* and gives something, and that this instance is one
@@ -550,7 +516,7 @@ class TokensInHand:
         elif not heard and (before or self._part is None):
             self.ask_at = inf
             # The parts of all use the room for it.
-            self._break_promise()
+            self._leave_queue()
             self._make_part()
 
     def _make_part(self) -> None:
@@ -569,7 +535,7 @@ class TokensInHand:
             full = Budget(part, 0, self._clock, self._wall_clock)
             full.reserve(part)
             self._part.take_over(full)
-        self._serve()
+        self._on_tokens()
 
     def _part_now(self) -> Budget | None:
         if self._part is not None and self._part_day != self._day.number:
@@ -579,7 +545,7 @@ class TokensInHand:
     def _turn(self) -> None:
         """Begin another day if it has come: what is in hand is of the one before."""
         if self._day.turn() and self._day.limit:
-            self._in_hand, self._promise = 0, None
+            self._in_hand, self._first = 0, None
 
     def _release(self, tokens: int) -> None:
         """Have so many *tokens* less in hand; of a negative number none."""
@@ -588,11 +554,11 @@ class TokensInHand:
             if self._day.limit:
                 self._day.mine -= tokens
 
-    def _break_promise(self) -> None:
-        """Give back what is promised."""
-        promise, self._promise = self._promise, None
-        if promise is not None:
-            self._correct(promise.taken, 0)
+    def _leave_queue(self) -> None:
+        """Wait no more, and give back what was given for the request that has waited."""
+        first, self._first = self._first, None
+        if first is not None and first.taken is not None:
+            self._correct(first.taken, 0)
 
     def _ask(self, delay: float = 0.0) -> None:
         """Let a call ask for tokens in *delay* seconds."""
@@ -608,15 +574,12 @@ class TokensInHand:
         if worth and self._clock() - self._scarce_at > SCARCE:
             self._ask()
 
-    def _serve(self) -> None:
-        """Let those have their tokens that wait for them."""
-        while self._undecided and self._take(self._undecided[0]):
-            self._undecided.popleft()
-        self._on_tokens()
-
     @property
     def _kept(self) -> int:
-        """How many tokens are kept in hand."""
+        """How many tokens are kept in hand: none while others wait for more than there is."""
+        minute, _day = self.limits
+        if minute and self._level + self._minute.held + self._in_hand > minute + ROUNDING:
+            return 0
         parts = max(1, self._calls.instances)
         return min((int(limit * HAND / parts) for limit in self.limits if limit), default=0)
 
@@ -624,8 +587,7 @@ class TokensInHand:
 class SharedBudget(Budget):
     """The tokens of a key, which all instances share: see `TokensInHand`.
 
-    Always: `reserved` is what requests of this instance have reserved. A request whose tokens have
-    to come from the server has a reservation that is not `ready`.
+    Always: `reserved` is what requests of this instance have reserved.
 
     *waiting* returns the estimate of the first request that waits in the queue of the key, and
     *patience* for how many seconds it does; *on_tokens* is called when more may start than before.
@@ -690,7 +652,7 @@ class SharedBudget(Budget):
         return self.hand.shortage(tokens)
 
     def reserve(self, tokens: int) -> SharedReservation:
-        """Reserve *tokens*, or ask for them."""
+        """Reserve *tokens*: `shortage` comes before it, without an `await` between the two."""
         reservation = SharedReservation(self, tokens, self.hand)
         self.reserved += tokens
         try:

@@ -19,11 +19,12 @@ class Bucket:
     """The bucket of the minute (renew.lua), as it was at the last answer and has drained since.
 
     A token stands at its number among all that have come into the bucket. `limit` is the budget;
-    0: there is none. `held` are in the hands of others.
+    0: there is none. `held` are in the hands of others. `kept` have never come into it, though those
+    that came behind them were counted as if they had: here they count as given back.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.limit = self.held = 0
+        self.limit = self.held = self.kept = 0
         self._clock = clock
         self._charged = self._drained = self._returned = 0.0
         # The answer was given at this moment or later.
@@ -41,16 +42,16 @@ class Bucket:
     @property
     def last(self) -> float:
         """Where the last token stands that the server has given."""
-        return self._charged + self._returned
+        return self.comes(0)
 
     def comes(self, tokens: int) -> float:
         """Return where the last one of *tokens* stands that come into it now, at least."""
-        return max(self._charged, self._out()) + tokens + self._returned
+        return self._charged + tokens + self._returned + self.kept
 
     def left(self, tokens: int, stood: float) -> int:
         """Return how many are left of *tokens*, the last of which *stood* there."""
         # What was taken out since may have stood in front of it.
-        return max(0, min(tokens, int(stood - self._returned - self._out())))
+        return max(0, min(tokens, int(stood - self._returned - self.kept - self._out())))
 
     def answered(self, answer: Tokens, sent: float) -> None:
         """Take in the *answer* to what was said at *sent*."""

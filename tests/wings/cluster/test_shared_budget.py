@@ -25,6 +25,40 @@ MOST = 3000
 NOON = 1_700_000_000 // DAY * DAY + DAY / 2
 
 
+class Used:
+    """The tokens that all use of one budget: by estimates, less what was not used of them. Those of
+    each request drain before those of later ones; `most` is how full the bucket was.
+    """
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation = simulation
+        self.bucket: dict[int, float] = {}
+        self.starts, self.most = 0, 0.0
+        self.at = simulation.now
+
+    def start(self, tokens: int) -> int:
+        self.drain()
+        self.starts += 1
+        self.bucket[self.starts] = tokens
+        self.most = max(self.most, sum(self.bucket.values()))
+        return self.starts
+
+    def end(self, number: int, unused: int) -> None:
+        self.drain()
+        if number in self.bucket:
+            self.bucket[number] -= min(self.bucket[number], unused)
+
+    def drain(self) -> None:
+        out, self.at = (self.simulation.now - self.at) * RATE, self.simulation.now
+        while out > 0 and self.bucket:
+            first = next(iter(self.bucket))
+            gone = min(out, self.bucket[first])
+            out -= gone
+            self.bucket[first] -= gone
+            if not self.bucket[first]:
+                del self.bucket[first]
+
+
 class Spender:
     """Requests of one key at an instance, *load* a second; they wait for nothing but tokens, and
     each costs *error* times what it is estimated to, at most.
@@ -48,6 +82,7 @@ class Spender:
         self.timer = 0
         # When something was started, its estimate, and what it has cost in the end.
         self.started: list[tuple[float, int, int]] = []
+        self.used: Used | None = None
         self.budget: SharedBudget | None = None
         self.budget = SharedBudget(
             self.instance.leases,
@@ -80,14 +115,17 @@ class Spender:
                 return
             tokens = self.waiting.pop(0)
             reservation = self.budget.reserve(tokens)
-            assert reservation.ready
             cost = round(tokens * self.simulation.chance.uniform(min(1.0, self.error), self.error))
             self.started.append((self.simulation.now, tokens, cost))
             seconds = self.simulation.chance.uniform(0.1, 20.0)
-            self.simulation.later(seconds, partial(self.end, reservation, cost), self.instance)
+            number = self.used.start(tokens) if self.used is not None else 0
+            end = partial(self.end, reservation, cost, number)
+            self.simulation.later(seconds, end, self.instance)
 
-    def end(self, reservation: SharedReservation, cost: int) -> None:
+    def end(self, reservation: SharedReservation, cost: int, number: int) -> None:
         reservation.settle(cost)
+        if self.used is not None:
+            self.used.end(number, max(0, reservation.tokens - cost))
         self.serve()
 
     def look_again(self, delay: float) -> None:
@@ -221,6 +259,120 @@ def test_a_large_request_is_not_overtaken_for_ever_by_small_ones_elsewhere() -> 
 
     assert large.started
     assert excess(started_by([busy, large])) <= RATE * 4 * simulation.delay
+
+
+def test_a_request_of_a_whole_budget_waits_until_nobody_has_any_of_it_in_hand() -> None:
+    simulation, others = spending(16, 0.5, 0.5)
+    for each in others:
+        each.tokens = (1, 20)
+    large = Spender(simulation, 0.0)
+    simulation.advance(90.0)
+    used = Used(simulation)
+    for each in (large, *others):
+        each.used = used
+    asked = simulation.now
+
+    large.ask(BUDGET)
+    while not large.started:
+        simulation.advance(0.01)
+    assert simulation.now < asked + 10.0
+    for each in others:
+        each.ask(2000)
+    simulation.advance(5.0)
+
+    print(f"{used.most - BUDGET:.0f} beyond the budget")
+    assert used.most <= BUDGET + RATE * 4 * simulation.delay
+
+
+@pytest.mark.parametrize("error", [0.0, 0.5])
+def test_what_is_given_back_or_in_hand_while_others_wait_is_used_once(error: float) -> None:
+    simulation, spenders = spending(17, 0.5, 0.5, 0.5, error=error)
+    used = Used(simulation)
+    for each in spenders:
+        each.tokens, each.used = (100, BUDGET), used
+
+    simulation.advance(1200.0)
+
+    total = sum(tokens for _, tokens, _ in started_by(spenders))
+    print(f"{used.most - BUDGET:.0f} beyond the budget, {total / (1200 * RATE):.2f} estimated")
+    assert total > 1200 * RATE
+    assert used.most <= BUDGET + RATE * 4 * simulation.delay
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_has_drained_is_nobodys_any_more(kept: bool) -> None:
+    simulation, (one, other) = spending(19, 0.0, 0.0)
+    simulation.advance(10.0)
+    used = one.used = other.used = Used(simulation)
+    one.ask(100)
+    simulation.advance(1.9)
+    assert one.budget is not None
+    # Of what is in hand, while nothing is used.
+    first, then = one.budget.reserve(1000), one.budget.reserve(1000)
+    numbers = used.start(1000), used.start(1000)
+    if kept:
+        first.settle(0)
+        used.end(numbers[0], 1000)
+    simulation.advance(2.5)
+    other.ask(BUDGET - 10_000)
+    simulation.advance(0.1)
+    if not kept:
+        first.settle(0)
+        used.end(numbers[0], 1000)
+    then.settle(0)
+    used.end(numbers[1], 1000)
+
+    for _ in range(100):
+        other.ask(500)
+    simulation.advance(5.0)
+
+    print(f"{used.most - BUDGET:.0f} beyond the budget")
+    assert used.most > BUDGET - 1000
+    assert used.most <= BUDGET + RATE * 4 * simulation.delay
+
+
+def test_what_was_given_and_drains_unused_is_used_no_more() -> None:
+    simulation, (one, _other) = spending(20, 0.0, 0.0)
+    simulation.advance(10.0)
+    now = lambda: simulation.now  # noqa: E731 - a clock
+    budget = SharedBudget(one.instance.leases, "late", BUDGET, 0, now, now, waiting=lambda: BUDGET)
+    assert budget.shortage(BUDGET) is not None
+    simulation.advance(0.005)
+    assert budget.shortage(BUDGET) is None
+
+    simulation.advance(0.05)
+
+    assert budget.shortage(BUDGET) is not None
+
+
+@pytest.mark.parametrize(
+    ("end", "before", "within"),
+    # It says so; its lease is over; its turn has come.
+    [("leaves", 10.0, 3.0), ("is killed", 10.0, 11.0), ("is stopped", 57.0, 6.0)],
+)
+def test_who_waited_first_and_is_gone_is_in_nobodys_way(
+    end: str, before: float, within: float
+) -> None:
+    simulation, (first, other) = spending(18, 0.0, 0.0)
+    simulation.advance(10.0)
+    other.ask(BUDGET)
+    simulation.advance(before)
+    first.ask(BUDGET)
+    simulation.advance(0.1)
+    other.ask(100)
+    simulation.advance(0.1)
+    assert not first.started
+    assert len(other.started) == 1
+
+    if end == "leaves":
+        first.waiting.clear()
+    elif end == "is killed":
+        first.instance.kill()
+    else:
+        first.instance.stop()
+    simulation.advance(within)
+
+    assert len(other.started) == 2
 
 
 def test_an_instance_with_enough_in_hand_asks_nobody() -> None:
@@ -431,16 +583,14 @@ def test_what_waits_or_runs_ends_as_ever_when_the_budget_is_taken_away() -> None
     simulation.advance(10.0)
     assert one.budget is not None
     running = one.budget.reserve(5000)
+    one.ask(60_000)
     simulation.advance(3.0)
-    undecided = one.budget.reserve(40_000)
-    assert running.ready
-    assert not undecided.ready
+    assert not one.started
 
     one.budget.apply(0, 0)
 
-    assert undecided.ready
-    for reservation in (running, undecided):
-        reservation.settle(100)
+    assert len(one.started) == 1
+    running.settle(100)
     simulation.advance(30.0)
     assert one.budget.reserved == 0
     assert not one.budget.limited
