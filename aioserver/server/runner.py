@@ -217,11 +217,6 @@ class Runner:
         return set() if self._server is None else self._server.sites
 
     @property
-    def open_connections(self) -> int:
-        """How many connections of clients are open."""
-        return len(self.server.connections)
-
-    @property
     def server(self) -> ConnectionServer:
         """The server of the connections."""
         assert self._server is not None, "`setup` makes it"

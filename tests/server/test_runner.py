@@ -61,6 +61,24 @@ async def test_an_option_that_aiohttp_does_not_know_is_an_error(tmp_path: Path) 
             runner.server()
 
 
+async def test_a_connection_is_idle_once_the_unread_body_of_its_last_request_has_come(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server()
+    async with Raw(server) as raw:
+        await until(lambda: len(server.http_server.connections) == 1)
+        (connection,) = server.http_server.connections
+        assert isinstance(connection, Connection)
+        assert connection.idle
+        await raw.send(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+        assert (await raw.answer()).status == 404
+
+        assert not connection.idle
+        await raw.send(b" more")
+
+        await until(lambda: connection.idle)
+
+
 async def test_an_access_log_is_written_when_asked_for(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
