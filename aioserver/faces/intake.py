@@ -3,8 +3,6 @@
 The bytes count against `max_body_bytes` from the first one. A body that is passed on while its
 client sends it is a `BodyStream`.
 
-Private names of aiohttp used here, guarded by `tests/faces/test_intake.py`: `_buffer`.
-
 Where spans are made, a client that reads the answer of another request is a visit, with a span of
 its own. The client whose request began an answer is its first reader, and no visit.
 """
@@ -105,10 +103,8 @@ def _arrived(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes | No
         return b""
     if not content.is_eof():
         return None
-    # It came with its head, as a rule. `read_nowait` would do the same, and let the
-    # client go on, which is done at the end of a body.
-    body = b"".join(content._buffer)  # noqa: SLF001 - see the head of this file
-    content._buffer.clear()  # noqa: SLF001
+    # It came with its head, as a rule.
+    body = content.read_nowait()
     if len(body) > max_bytes:
         raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
     hold.grow(len(body))

@@ -57,10 +57,22 @@ def _head(request: web.BaseRequest, headers: Mapping[str, str], framing: str) ->
     return f"{_begun}x-request-id: {log_id}\r\n{lines}\r\n\r\n".encode("latin-1")
 
 
-class ReadyResponse(web.StreamResponse):
-    """A 200 with a whole *body*, for a request that `fits`; in one chunk if it is *chunked*."""
+class _Ready(web.StreamResponse):
+    """A response of which aiohttp writes nothing, and after which the connection goes on."""
 
-    _keep_alive = True
+    keep_alive = True
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Do nothing."""
+
+
+class ReadyResponse(_Ready):
+    """A 200 with a whole *body*, for a request that `fits`; in one chunk if it is *chunked*.
+
+    *prepared*: whether it is written.
+    """
+
+    prepared = False
 
     def __init__(self, body: bytes, headers: Mapping[str, str], *, chunked: bool = False) -> None:
         super().__init__()
@@ -75,7 +87,7 @@ class ReadyResponse(web.StreamResponse):
         Raises:
             ConnectionResetError: the client has left.
         """
-        if self._eof_sent:
+        if self.prepared:
             return None
         transport = request.transport
         if transport is None or transport.is_closing():
@@ -97,7 +109,7 @@ class ReadyResponse(web.StreamResponse):
         response.
         """
         body, headers = self._ready
-        self._eof_sent = True
+        self.prepared = True
         head = _head(request, headers, self._framing)
         return head + (body if len(body) <= HIGH_WATER else memoryview(body)[:HIGH_WATER])
 
@@ -107,20 +119,18 @@ class ReadyResponse(web.StreamResponse):
         for start in range(HIGH_WATER, len(view), HIGH_WATER):
             yield view[start : start + HIGH_WATER]
 
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing: `prepare` has written the whole response."""
 
-
-class ReadyStream(web.StreamResponse):
+class ReadyStream(_Ready):
     """A 200 in chunks, for a request that `fits`.
 
     `streaming.follow` writes all of it, head included.
     """
 
-    _keep_alive = True
-    # aiohttp must not write an end.
-    _eof_sent = True
+    prepared = True
 
     def __init__(self, request: web.Request, headers: Mapping[str, str]) -> None:
         super().__init__()
         self.head = _head(request, headers, CHUNKED)
+
+    async def prepare(self, _request: web.BaseRequest) -> None:
+        """Do nothing."""

@@ -1,33 +1,27 @@
 """The open connections of a pool: those that requests use, one after another, and the idle ones,
 which wait for the next request.
 
-aiohttp's connector opens and closes them. What it does for each request besides (a coroutine, two
+aiohttp's connector opens and closes them; once one is open, its transport has our protocol. What it
+does for each request besides (a coroutine, two
 objects, a search by a key, a list of callbacks) costs more than the rest of a pool, so idle
 connections wait here, in front of it. For the connector an idle one is still in use, and its
 `limit` counts all that are open.
 
 Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp
-would pass them to the next request as its answer. A proxy's handshake (CONNECT), by aiohttp's
-parser, comes before any exchange.
+would pass them to the next request as its answer.
 
 All of it is one concept: what holds a connection, what reads it, and who may have it next cannot
 change apart.
-
-Private names of aiohttp used here, guarded by `tests/providers/test_pool.py` (answers with and
-without an exchange, and a proxy's to CONNECT): `_loop` and `_parser` of `ResponseHandler`,
-`_factory` and `_loop` of `TCPConnector`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections import deque
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aiohttp import TCPConnector
-from aiohttp.client_proto import ResponseHandler
 
 from aioserver.limits.resource import Ticket
 from aioserver.providers.http1 import ResponseParser
@@ -38,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from aiohttp import ClientRequest, ClientTimeout
+    from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
 
     from aioserver.limits.resource import Grant, Resource
@@ -73,15 +68,38 @@ class Receiver(Protocol):
         """Return the seconds since the provider said something; None if nothing is awaited."""
 
 
-class ConnectionProtocol(ResponseHandler):
+class ConnectionProtocol(asyncio.Protocol):
     """The protocol of a pooled connection: it pushes what it receives to the exchange under way.
 
-    Always: `fast_path` is None unless an exchange is under way.
+    Always: `fast_path` is None unless an exchange is under way. *transport* is None once the
+    connection is lost or aborted.
     """
 
+    __slots__ = (
+        "_deadline",
+        "_deadline_timer",
+        "_loop",
+        "_opener",
+        "_outbox",
+        "_unwritten",
+        "exchange",
+        "fast_path",
+        "pooled",
+        "response_parser",
+        "resumed",
+        "reused",
+        "transport",
+        "writing_paused",
+        "written_at",
+    )
+
     def __init__(self, loop: asyncio.AbstractEventLoop, outbox: Outbox) -> None:
-        super().__init__(loop)
+        self._loop = loop
         self._outbox = outbox
+        self.transport: asyncio.Transport | None = None
+        # The protocol with which aiohttp has opened the connection, and which it closes.
+        self._opener: ResponseHandler | None = None
+        self.writing_paused = False
         self.exchange: Receiver | None = None
         # The fast path of the exchange under way, while it is open.
         self.fast_path: Path | None = None
@@ -99,6 +117,20 @@ class ConnectionProtocol(ResponseHandler):
         self._unwritten = False
         self.written_at = 0.0
 
+    def take_over(self, opened: Connection) -> None:
+        """Read and write *opened* from now on, unless it is lost, or has brought something that
+        nobody has asked for.
+        """
+        opener, transport = opened.protocol, opened.transport
+        if opener is not None and transport is not None and not opener.should_close:
+            self._opener = opener
+            transport.set_protocol(self)
+            self.connection_made(transport)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Use *transport*."""
+        self.transport = cast("asyncio.Transport", transport)
+
     def data_received(self, data: bytes) -> None:
         """Push *data* to the exchange under way; abort the connection if there is none."""
         fast_path = self.fast_path
@@ -110,11 +142,14 @@ class ConnectionProtocol(ResponseHandler):
                 exchange.stale()
             else:
                 exchange.feed(data)
-        elif self._parser is not None:
-            # A proxy answers CONNECT.
-            super().data_received(data)
-        elif data and self.transport is not None:
-            self.transport.abort()
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Reset the connection, which nobody uses any more."""
+        transport, self.transport = self.transport, None
+        if transport is not None:
+            transport.abort()
 
     def write_soon(self, data: bytes) -> None:
         """Write *data* with all that this iteration of the event loop writes."""
@@ -128,15 +163,22 @@ class ConnectionProtocol(ResponseHandler):
             transport.write(data)
             self.written_at = monotonic()
 
+    def pause_writing(self) -> None:
+        """Let an upload wait."""
+        self.writing_paused = True
+
     def resume_writing(self) -> None:
         """Wake the upload that waits."""
-        super().resume_writing()
+        self.writing_paused = False
         if self.resumed is not None and not self.resumed.done():
             self.resumed.set_result(None)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End the exchange under way, or leave the pool."""
-        super().connection_lost(exc)
+        self.transport = None
+        opener, self._opener = self._opener, None
+        if opener is not None:
+            opener.connection_lost(exc)
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
             self._deadline_timer = None
@@ -183,9 +225,9 @@ class PooledConnection:
 
     __slots__ = ("_connection", "_owner", "idle_since", "place", "protocol")
 
-    def __init__(self, owner: Connections, connection: Connection) -> None:
-        protocol = connection.protocol
-        assert isinstance(protocol, ConnectionProtocol)
+    def __init__(
+        self, owner: Connections, connection: Connection, protocol: ConnectionProtocol
+    ) -> None:
         self._owner = owner
         self._connection: Connection | None = connection
         self.protocol = protocol
@@ -236,16 +278,6 @@ class PooledConnection:
         self._owner.forget(self)
 
 
-class Connector(TCPConnector):
-    """aiohttp's connector, whose connections speak our protocol."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._factory = functools.partial(  # type: ignore[assignment]
-            ConnectionProtocol, loop=self._loop, outbox=Outbox(self._loop)
-        )
-
-
 class Connections:
     """The open connections of one pool to *endpoint*, *limit* at most, each with a place in *gate*.
 
@@ -274,7 +306,8 @@ class Connections:
         self._timeout = timeout
         self._gate = gate
         self._loop = asyncio.get_running_loop()
-        self._connector = Connector(
+        self._outbox = Outbox(self._loop)
+        self._connector = TCPConnector(
             limit=limit, limit_per_host=limit, keepalive_timeout=expiry, **options
         )
         self._max_idle = max_idle
@@ -334,7 +367,9 @@ class Connections:
         finally:
             self._opening -= 1
         try:
-            connection = PooledConnection(self, opened)
+            protocol = ConnectionProtocol(self._loop, self._outbox)
+            protocol.take_over(opened)
+            connection = PooledConnection(self, opened, protocol)
         except BaseException:
             opened.close()
             raise

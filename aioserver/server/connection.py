@@ -6,8 +6,7 @@ connection: `__call__` therefore makes each connection with all options, and the
 option over a socket. Errors of aiohttp's parser come as text with the request's own bytes in it;
 `Connection` gives them our body.
 
-Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_kwargs`, `_waiter`,
-`_parser`, `_messages`, `_upgraded`.
+Private names of aiohttp used here, where it has them: `_parser`, `_messages`, `_upgraded`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import contextlib
 import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
@@ -25,14 +25,13 @@ from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, Uri
 from aioserver.faces.form import OPENAI
 from aioserver.faces.http import SERVER, error_response, request_id
 from aioserver.limits.write_watchdog import reset, watch_rest
-from aioserver.server.direct import DirectRequestHandler
 from aioserver.streams.outbox import Outbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
+    from aiohttp import StreamReader
     from aiohttp.http_websocket import WebSocketReader
-    from aiohttp.web_protocol import RequestHandler
 
     from aioserver.faces.form import Forms
     from aioserver.telemetry.metrics import Metrics
@@ -41,33 +40,59 @@ logger = logging.getLogger("aioserver.runner")
 
 # Seconds for which a connection that ends is still read: a request may be on its way.
 LAST_CALL = 1.0
-# The requests that wait on a connection that has become a WebSocket.
-NO_REQUESTS: deque[Any] = deque(maxlen=0)
+# What a connection that has become a WebSocket has in place of what reads its requests: a quarter
+# of an idle socket. A parser that is gone must not be paused either, as `_upgraded` says.
+UPGRADED: dict[str, Any] = {"_parser": None, "_messages": deque(maxlen=0), "_upgraded": True}
+if not all(hasattr(web.RequestHandler, name) for name in UPGRADED):
+    UPGRADED = {}
 
 
-class Connection(DirectRequestHandler):
+class Connection(web.RequestHandler):
     """One client's connection. *metrics* counts the requests that the parser refuses.
 
-    *requests*: how many requests have come on it; the middleware counts them, for
-    `max_keepalive_requests`. *last*: whether it ends with the response under way.
+    *requests*: how many requests have come on it, for `max_keepalive_requests`. *last*: whether it
+    ends with the response under way.
     """
 
-    __slots__ = ("_outbox", "forms", "last", "metrics", "requests")
+    __slots__ = ("_body", "_outbox", "_server", "_task", "forms", "last", "metrics", "requests")
 
     def __init__(
-        self, *args: Any, metrics: Metrics, forms: Forms, outbox: Outbox, **kwargs: Any
+        self,
+        server: ConnectionServer,
+        *,
+        metrics: Metrics,
+        forms: Forms,
+        outbox: Outbox,
+        **options: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(server, **options)
+        self._server = server
         self.metrics, self.forms = metrics, forms
         # It sends whole responses.
         self._outbox = outbox
         self.requests = 0
         self.last = False
+        # The task of the last request, while it lives, and its body.
+        self._task: ref[asyncio.Task[Any]] | None = None
+        self._body: StreamReader | None = None
+
+    def begin(self, request: web.BaseRequest) -> None:
+        """Count *request*, whose task this is."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.requests += 1
+        self._task, self._body = ref(task), request.content
 
     @property
     def idle(self) -> bool:
-        """Whether the connection waits for a request."""
-        return self._waiter is not None and not self._waiter.done()
+        """Whether no request is under way, and no body of one is still read."""
+        task = None if self._task is None else self._task()
+        return (task is None or task.done()) and (self._body is None or self._body.is_eof())
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Let go of the last body, which knows this connection."""
+        super().connection_lost(exc)
+        self._body = None
 
     def set_parser(
         self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None
@@ -75,14 +100,11 @@ class Connection(DirectRequestHandler):
         """Give everything that comes from now on to *parser*: the connection has become a
         WebSocket.
 
-        What reads requests goes, since none follows: it is a tenth of an idle socket, and more
-        after long headers.
+        What reads requests goes, since none follows.
         """
         super().set_parser(parser, data_received_cb)
-        self._parser, self._messages = None, NO_REQUESTS
-        # Unless this is set, a pause of the reading would be one of the parser, too. It is not
-        # where a handshake announced a body.
-        self._upgraded = True
+        for name, value in UPGRADED.items():
+            setattr(self, name, value)
 
     def send(self, data: bytes) -> asyncio.Future[None]:
         """Write *data* with all that this iteration of the event loop writes; the result is done
@@ -122,14 +144,9 @@ class Connection(DirectRequestHandler):
         super().eof_received()
         self._watch_rest(self.transport)
 
-    def _end(self, waiter: asyncio.Future[None]) -> None:
-        super()._end(waiter)
-        self._watch_rest(self.transport)
-
     def _watch_rest(self, transport: asyncio.Transport | None) -> None:
-        server = self._manager
-        if transport is not None and isinstance(server, ConnectionServer):
-            watch_rest(transport, server.send_timeout)
+        if transport is not None:
+            watch_rest(transport, self._server.send_timeout)
 
     def close_soon(self) -> None:
         """Close, although the last response did not say so.
@@ -138,18 +155,18 @@ class Connection(DirectRequestHandler):
         response says that the connection ends.
         """
         self.last = True
-        self._loop.call_later(LAST_CALL, self._close_if_idle)
+        asyncio.get_running_loop().call_later(LAST_CALL, self._close_if_idle)
 
     def _close_if_idle(self) -> None:
         if self.idle:
             self.force_close()
 
-    def note_bug(self, bug: Exception) -> None:
-        """Log and count *bug*, which a request has met outside of its handler; aiohttp's own
+    def log_exception(self, *_args: Any, exc_info: BaseException | None = None) -> None:
+        """Log and count a bug, which a request has met outside of its handler; aiohttp's own
         logger is silent.
         """
-        logger.error("bug in a connection", exc_info=bug)
-        self.metrics.bugs.note(bug)
+        logger.error("bug in a connection", exc_info=exc_info)
+        self.metrics.bugs.note(exc_info or RuntimeError())
 
     def handle_error(
         self,
@@ -192,7 +209,8 @@ class Connection(DirectRequestHandler):
 
 
 class ConnectionServer(web.Server):
-    """Makes the connections, and ends them.
+    """Makes the connections, with *options* of `RequestHandler`, and ends them. *sites* are those
+    that accept them.
 
     Once it drains, each connection ends with the response under way. A connection that waits for
     its next request ends soon; a connection without a request so far may still bring one.
@@ -202,18 +220,31 @@ class ConnectionServer(web.Server):
     """
 
     def __init__(
-        self, *args: Any, metrics: Metrics, forms: Forms, send_timeout: float, **kwargs: Any
+        self,
+        handler: Callable[[Any], Awaitable[web.StreamResponse]],
+        *,
+        request_factory: Callable[..., web.BaseRequest],
+        options: Mapping[str, Any],
+        metrics: Metrics,
+        forms: Forms,
+        send_timeout: float,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        # Without the cancellation, the place of a client that has left would be held until its
+        # answer ends.
+        super().__init__(handler, request_factory=request_factory, handler_cancellation=True)
+        self.options = dict(options)
+        # Of listener.py, which imports this file.
+        self.sites: set[Any] = set()
         self.send_timeout = send_timeout
         self._metrics, self._forms = metrics, forms
-        self._outbox = Outbox(self._loop)
+        self._running_loop = loop = asyncio.get_running_loop()
+        self._outbox = Outbox(loop)
         self._draining = False
         self._awaited: set[web.RequestHandler] = set()
         # Set while no connection is awaited.
         self._none_awaited = asyncio.Event()
 
-    def __call__(self) -> RequestHandler:
+    def __call__(self) -> Connection:
         """Return a new connection.
 
         Raises:
@@ -224,8 +255,8 @@ class ConnectionServer(web.Server):
             metrics=self._metrics,
             forms=self._forms,
             outbox=self._outbox,
-            loop=self._loop,
-            **self._kwargs,
+            loop=self._running_loop,
+            **self.options,
         )
         connection.last = self._draining
         return connection
@@ -236,7 +267,9 @@ class ConnectionServer(web.Server):
     def handshake_ends(self) -> None:
         """Be told that the handshake of a connection has ended, however."""
 
-    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
         """Forget a connection that is gone."""
         super().connection_lost(handler, exc)
         self._awaited.discard(handler)
@@ -245,7 +278,7 @@ class ConnectionServer(web.Server):
 
     def apply(self, options: Mapping[str, Any]) -> None:
         """Make connections with *options* of `RequestHandler` from now on."""
-        self._kwargs.update(options)
+        self.options.update(options)
 
     def drain(self, *, silent: bool = False) -> None:
         """Let no connection live longer than the response under way on it.

@@ -1,8 +1,4 @@
-"""Listening with the configured backlog, and a check of the backlog that the kernel granted.
-
-Private names of aiohttp used here, guarded by `tests/server/test_listener.py`: `_runner`,
-`_server`, `_sock`, `_backlog`.
-"""
+"""Listening with the configured backlog, and a check of the backlog that the kernel granted."""
 
 from __future__ import annotations
 
@@ -14,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
-from aiohttp import web
 
-from aioserver.server.connection import ConnectionServer
 from aioserver.telemetry.kernel import accept_queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from aioserver.config.settings import WebSocket
+    from aioserver.server.connection import ConnectionServer
     from aioserver.server.tls import Handshakes
 
 logger = logging.getLogger("aioserver.listener")
@@ -60,41 +55,41 @@ class ListeningSocket(socket.socket):
         return connection
 
 
-class Site(web.SockSite):
-    """A site on a TCP socket, or on a UNIX socket whose file is not removed at the end.
+class Site:
+    """Accepts the connections of *server* on *sock*, a TCP socket, or a UNIX socket whose file is
+    not removed at the end. While it does, it is one of the server's sites.
 
     *handshakes*: those of TLS, which TCP sockets speak then; None: all are plain.
 
-    Always: each connection that it has accepted becomes one of the runner's.
+    Always: each connection that it has accepted becomes one of the server's.
     """
-
-    _sock: ListeningSocket
 
     def __init__(
         self,
-        runner: web.AppRunner,
+        server: ConnectionServer,
         sock: ListeningSocket,
         *,
         backlog: int,
         handshakes: Handshakes | None = None,
     ) -> None:
-        super().__init__(runner, sock, backlog=backlog)
+        self._server, self._sock, self._backlog = server, sock, backlog
         # The permissions of its file guard a UNIX socket.
         self._handshakes = handshakes if sock.family != socket.AF_UNIX else None
+        self._accepting: asyncio.Server | None = None
         # How many connections were made of those that the socket has accepted.
         self._made = 0
 
     async def start(self) -> None:
-        """Accept connections. aiohttp's own sites know TCP only, or remove the file at the end."""
-        await web.BaseSite.start(self)
+        """Accept connections."""
+        self._server.sites.add(self)
         loop = asyncio.get_running_loop()
         if self._sock.family == socket.AF_UNIX:
             keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-            self._server = await loop.create_unix_server(
+            self._accepting = await loop.create_unix_server(
                 self._make, sock=self._sock, backlog=self._backlog, **keep
             )
         else:
-            self._server = await loop.create_server(
+            self._accepting = await loop.create_server(
                 self._make, sock=self._sock, backlog=self._backlog
             )
 
@@ -116,16 +111,13 @@ class Site(web.SockSite):
             if self._made >= self._sock.accepted:
                 break
             await asyncio.sleep(0)
-        await super().stop()
+        if self._accepting is not None:
+            self._accepting.close()
+        self._server.sites.discard(self)
 
     def _make(self) -> asyncio.Protocol:
         self._made += 1
-        server = self._runner.server
-        assert server is not None
-        if self._handshakes is None:
-            return server()
-        assert isinstance(server, ConnectionServer)
-        return self._handshakes.make(server)
+        return self._server() if self._handshakes is None else self._handshakes.make(self._server)
 
 
 class Balance(Protocol):
@@ -133,12 +125,12 @@ class Balance(Protocol):
 
     async def accept_on(
         self,
-        runner: web.AppRunner,
+        server: ConnectionServer,
         sock: ListeningSocket,
         backlog: int,
         handshakes: Handshakes | None,
     ) -> None:
-        """Accept for *runner* what comes on *sock*, which listens already, and close it at the
+        """Accept for *server* what comes on *sock*, which listens already, and close it at the
         end; *handshakes*: see `Site`.
         """
 
@@ -175,14 +167,15 @@ class Listening(msgspec.Struct, frozen=True):
 
 
 async def listen(
-    runner: web.AppRunner,
+    server: ConnectionServer,
     settings: WebSocket,
     *,
     inherited: Sequence[socket.socket] = (),
     balance: Balance | None = None,
     handshakes: Handshakes | None = None,
 ) -> list[Listening]:
-    """Listen on every address of the configured host, with the configured backlog.
+    """Listen on every address of the configured host, with the configured backlog, and accept for
+    *server*.
 
     *inherited*: sockets that are bound and listen already. If there are any, host and port are
     not used; connections that wait in them are answered, and the sockets are closed at the end.
@@ -210,10 +203,10 @@ async def listen(
         limit_kernel(sock)
         sock.setblocking(False)
         if balance is not None:
-            await balance.accept_on(runner, sock, backlog, handshakes)
+            await balance.accept_on(server, sock, backlog, handshakes)
         else:
             for watched in (sock, *(sock.dup() for _ in range(watchers(loop) - 1))):
-                await Site(runner, watched, backlog=backlog, handshakes=handshakes).start()
+                await Site(server, watched, backlog=backlog, handshakes=handshakes).start()
         host, port = address_of(sock)
         queue = accept_queue(sock)
         scheme = "http" if handshakes is None else "https"

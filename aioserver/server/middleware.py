@@ -86,7 +86,7 @@ def make_middleware(
     def check_head(request: web.Request, connection: Connection | None) -> None:
         limits = settings.chat.websocket.concurrency.uvicorn
         if connection is not None:
-            connection.requests += 1
+            connection.begin(request)
             if connection.requests >= limits.max_keepalive_requests:
                 connection.last = True
         line = len(request.method) + len(request.raw_path) + LINE_REST

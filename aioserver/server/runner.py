@@ -1,11 +1,7 @@
 """Runs the application on our connections, under the HTTP limits of the configuration.
 
-aiohttp's work between a parsed request and its handler (finding the route, making its match,
-building the middlewares around the handler) takes a seventh of a request's time. For a path
-without parameters its result is always the same, and is made once: see `Dispatcher`.
-
-Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_make_server`,
-`_kwargs`, `_client_max_size`, `_client_max_fields`, `_match_info`.
+aiohttp's runner starts and ends the application, and finds the handler of a request. The
+connections, and the sockets on which they are accepted, are ours.
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractAccessLogger
-from aiohttp.web_urldispatcher import MatchInfoError
 
 from aioserver.auth.callers import ADDRESS
 from aioserver.faces.http import Request, request_id
@@ -27,12 +22,13 @@ from aioserver.server.connection import LAST_CALL, ConnectionServer
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Set as AbstractSet
 
     from aiohttp.typedefs import Middleware
 
     from aioserver.config.settings import Chat, WebSocket
     from aioserver.server.app import Server
-    from aioserver.server.listener import Balance, Listening
+    from aioserver.server.listener import Balance, Listening, Site
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -53,6 +49,8 @@ LINGERING = 1.0
 # Seconds beside LAST_CALL in which the requests are served that a connection's last call has
 # brought.
 LAST_REQUESTS = 0.3
+# Seconds for what aiohttp itself may leave behind, after `end`.
+SHUTDOWN = 1.0
 # Seconds between two looks at the queues, and the handshakes, of a process that hands over.
 LOOK = 0.05
 
@@ -77,70 +75,44 @@ class AccessLogger(AbstractAccessLogger):
         self.logger.info("access", extra={"fields": fields})
 
 
-class Dispatcher:
-    """The handler of all requests: directly where the path has no parameters, or by aiohttp's
-    router.
-
-    Always: a request gets the handler, the middleware and the match that aiohttp's router would
-    give it. One exception: a request with an `Expect` that is not understood, which aiohttp
-    answers in front of the middleware, goes through the middleware.
-    """
-
-    def __init__(self, app: web.Application, middleware: Middleware, router: Handler) -> None:
-        self._app = app
-        self._middleware = middleware
-        self._router = router
-        self._known: dict[tuple[str, str], tuple[web.UrlMappingMatchInfo, Handler]] = {}
-        for route in app.router.routes():
-            resource = route.resource
-            if isinstance(resource, web.PlainResource):
-                match = web.UrlMappingMatchInfo({}, route)
-                match.add_app(app)
-                match.freeze()
-                # Of two routes on one path the first counts, as for the router.
-                self._known.setdefault((route.method, resource.canonical), (match, route.handler))
-
-    def __call__(self, request: Request) -> Awaitable[web.StreamResponse]:
-        """Return the response to *request*, once it is awaited."""
-        entry = self._known.get((request.method, request.raw_path))
-        if hdrs.EXPECT in request.headers:
-            if request.headers[hdrs.EXPECT].lower() == "100-continue":
-                return self._router(request)
-            match = MatchInfoError(web.HTTPExpectationFailed())
-            match.add_app(self._app)
-            match.freeze()
-            entry = match, match.handler
-        elif entry is None:
-            return self._router(request)
-        request._match_info, handler = entry  # noqa: SLF001 - see the head of this file
-        return self._middleware(request, handler)
+# Those options of a connection that no setting decides. A compressed body is refused, not unpacked.
+FIXED: dict[str, Any] = {
+    "access_log_class": AccessLogger,
+    "max_headers": MAX_HEADERS,
+    "lingering_time": LINGERING,
+    "auto_decompress": False,
+    "read_bufsize": READ_BUFFER,
+    "timeout_ceil_threshold": float("inf"),
+}
 
 
-class Runner(web.AppRunner):
-    """Listens, and runs the application of *server* on our connections.
+class Runner:
+    """Listens, and runs the application of *server* on our connections; *setup* comes first.
 
     *balance* decides when this process accepts, where several serve the same sockets.
     """
 
     def __init__(self, server: Server, balance: Balance | None = None) -> None:
-        settings = server.context.settings.chat.websocket
-        super().__init__(
-            server.app,
-            access_log_class=AccessLogger,
-            # Otherwise the place of a client that has left would be held until its answer ends.
-            handler_cancellation=True,
-            max_headers=MAX_HEADERS,
-            lingering_time=LINGERING,
-            # A compressed body is refused, not unpacked.
-            auto_decompress=False,
-            read_bufsize=READ_BUFFER,
-            # After `disconnect`: for what aiohttp itself may leave behind.
-            shutdown_timeout=1.0,
-            timeout_ceil_threshold=float("inf"),
-            **_options(settings),
-        )
         self._owner = server
         self._balance = balance
+        self._application = web.AppRunner(server.app)
+        self._server: ConnectionServer | None = None
+
+    async def setup(self) -> None:
+        """Start the application, and make the server of its connections."""
+        await self._application.setup()
+        plain = self._application.server
+        assert plain is not None
+        context = self._owner.context
+        make = ConnectionServer if self._balance is None else self._balance.server
+        self._server = make(
+            functools.partial(_handle, plain.request_handler, self._owner.middleware),
+            request_factory=functools.partial(Request, loop=asyncio.get_running_loop()),
+            options=FIXED | _options(context.settings.chat.websocket),
+            metrics=context.metrics,
+            forms=context.admission.forms,
+            send_timeout=context.settings.chat.streams.send_timeout,
+        )
 
     async def listen(self, inherited: Sequence[socket.socket] = ()) -> list[Listening]:
         """Listen where the configuration says, or on the *inherited* sockets: see
@@ -152,7 +124,7 @@ class Runner(web.AppRunner):
         context, balance = self._owner.context, self._balance
         chat = context.settings.chat
         listening = await listener.listen(
-            self,
+            self.server,
             chat.websocket,
             inherited=inherited,
             balance=balance,
@@ -165,7 +137,7 @@ class Runner(web.AppRunner):
 
     def apply(self, chat: Chat) -> None:
         """Use the limits of *chat* for connections that are accepted from now on."""
-        connections = self._connections()
+        connections = self.server
         connections.apply(_options(chat.websocket))
         connections.send_timeout = chat.streams.send_timeout
 
@@ -189,7 +161,7 @@ class Runner(web.AppRunner):
         WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops
         all incoming data, and each close handshake would last for its whole timeout.
         """
-        context, connections = self._owner.context, self._connections()
+        context, connections = self._owner.context, self.server
         settings = context.settings.chat.websocket
         grace = settings.shutdown_timeout
         if hand_over:
@@ -226,42 +198,55 @@ class Runner(web.AppRunner):
         await self._stop_accepting()
         if self._balance is not None:
             self._balance.close()
-        await super().cleanup()
+        if self._server is not None:
+            # A connection that is accepted in this iteration of the event loop is known after it.
+            await asyncio.sleep(0)
+            self._server.pre_shutdown()
+            await self._server.shutdown(SHUTDOWN)
+        await self._application.cleanup()
 
     async def _stop_accepting(self) -> None:
         if self._balance is not None:
             await self._balance.end()
-        for site in list(self.sites):
+        for site in tuple(self.sites):
             await site.stop()
 
     @property
-    def open_connections(self) -> int:
-        """How many connections of clients are open."""
-        return len(self._connections().connections)
+    def sites(self) -> AbstractSet[Site]:
+        """The sites on which connections are accepted."""
+        return set() if self._server is None else self._server.sites
 
-    def _connections(self) -> ConnectionServer:
-        assert isinstance(self.server, ConnectionServer), "`setup` makes it"
-        return self.server
+    @property
+    def server(self) -> ConnectionServer:
+        """The server of the connections."""
+        assert self._server is not None, "`setup` makes it"
+        return self._server
 
-    async def _make_server(self) -> ConnectionServer:
-        # aiohttp's server, with its router and all options.
-        plain = await super()._make_server()
-        app, balance = self.app, self._balance
-        connection_server = ConnectionServer if balance is None else balance.server
-        return connection_server(
-            Dispatcher(app, self._owner.middleware, plain.request_handler),
-            metrics=self._owner.context.metrics,
-            forms=self._owner.context.admission.forms,
-            send_timeout=self._owner.context.settings.chat.streams.send_timeout,
-            request_factory=functools.partial(
-                Request,
-                loop=asyncio.get_running_loop(),
-                client_max_size=app._client_max_size,  # noqa: SLF001
-                client_max_fields=app._client_max_fields,  # noqa: SLF001
-            ),
-            handler_cancellation=plain.handler_cancellation,
-            **plain._kwargs,  # noqa: SLF001 - see the head of this file
-        )
+
+def _handle(
+    handler: Handler, middleware: Middleware, request: web.Request
+) -> Awaitable[web.StreamResponse]:
+    """Return the response to *request*, once it is awaited: that of *handler*, which is aiohttp's.
+
+    An `Expect` that aiohttp refuses in front of the *middleware* goes through it as well.
+    """
+    if hdrs.EXPECT in request.headers:
+        return _expecting(handler, middleware, request)
+    return handler(request)
+
+
+async def _expecting(
+    handler: Handler, middleware: Middleware, request: web.Request
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except (web.HTTPExpectationFailed, UnicodeEncodeError):
+        # aiohttp's refusal repeats the header, which may have any bytes.
+        return await middleware(request, _refuse)
+
+
+async def _refuse(_request: web.Request) -> web.StreamResponse:
+    raise web.HTTPExpectationFailed
 
 
 async def until_empty(empty: Callable[[], bool], most: float) -> float:
@@ -284,7 +269,7 @@ async def until_empty(empty: Callable[[], bool], most: float) -> float:
 
 
 def _options(settings: WebSocket) -> dict[str, Any]:
-    """Return those options of a connection that the configuration decides."""
+    """Return those options of a connection that the configuration decides; FIXED has the others."""
     limits = settings.concurrency.uvicorn
     return {
         "access_log": access_logger if limits.access_log else None,

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiohttp import web
-    from aiohttp.web_protocol import RequestHandler
 
     from aioserver.server.tls import Handshakes
     from aioserver.workers.loads import Loads
@@ -85,7 +84,7 @@ class Balance:
         self._due = 0.0
         self._waiting: Callable[[], int] = lambda: 0
         self._sites: list[Site] = []
-        self._sockets: list[tuple[web.AppRunner, ListeningSocket, int, Handshakes | None]] = []
+        self._sockets: list[tuple[ConnectionServer, ListeningSocket, int, Handshakes | None]] = []
         # The wanted state; the task makes it so.
         self.accepts = True
         self._ended = False
@@ -103,20 +102,20 @@ class Balance:
 
     async def accept_on(
         self,
-        runner: web.AppRunner,
+        server: ConnectionServer,
         sock: ListeningSocket,
         backlog: int,
         handshakes: Handshakes | None = None,
     ) -> None:
-        """Accept for *runner* what comes on *sock*, which listens already; `end` closes it.
+        """Accept for *server* what comes on *sock*, which listens already; `end` closes it.
 
         *handshakes*: see `Site`.
 
         Raises:
             OSError: no copy of the socket can be made.
         """
-        self._sockets.append((runner, sock, backlog, handshakes))
-        await self._open(runner, sock, backlog, handshakes)
+        self._sockets.append((server, sock, backlog, handshakes))
+        await self._open(server, sock, backlog, handshakes)
 
     def server(self, *args: Any, **kwargs: Any) -> ConnectionServer:
         """Return a server whose connections are counted here."""
@@ -203,7 +202,7 @@ class Balance:
         if self._switching is not None:
             await self._switching
         await self._close()
-        for _runner, sock, _backlog, _handshakes in self._sockets:
+        for _server, sock, _backlog, _handshakes in self._sockets:
             sock.close()
 
     def _bound(self, share: float, beyond: int) -> float:
@@ -238,7 +237,7 @@ class Balance:
 
     async def _open(
         self,
-        runner: web.AppRunner,
+        server: ConnectionServer,
         sock: ListeningSocket,
         backlog: int,
         handshakes: Handshakes | None,
@@ -249,7 +248,7 @@ class Balance:
             copy.setblocking(False)
             # libuv accepts one for each copy and turn, and passes its backlog on to the kernel.
             at_once = AT_ONCE if count == 1 else backlog
-            site = Site(runner, copy, backlog=at_once, handshakes=handshakes)
+            site = Site(server, copy, backlog=at_once, handshakes=handshakes)
             self._sites.append(site)
             await site.start()
 
@@ -265,7 +264,7 @@ class _CountingServer(ConnectionServer):
         super().__init__(*args, **kwargs)
         self._balance = balance
 
-    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         """Count a connection."""
         super().connection_made(handler, transport)
         self._balance.made()
@@ -278,7 +277,9 @@ class _CountingServer(ConnectionServer):
         """Count it no more: it has ended, or is made now."""
         self._balance.lost()
 
-    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
         """Count a connection that has ended."""
         super().connection_lost(handler, exc)
         self._balance.lost()

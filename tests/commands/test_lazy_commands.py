@@ -108,7 +108,7 @@ def test_garbage_is_collected_once_the_server_listens_and_not_what_the_start_has
         server.terminate()
 
     assert ready.startswith("aioserver is ready: ")
-    assert state.split() == ["True", "10000", "True"]
+    assert state.split() == ["True", "2000", "True"]
 
 
 def test_a_start_that_is_refused_leaves_the_collector_as_it_was(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.one_loop
 
 PACKAGE = Path(__file__).parents[2] / "aioserver"
 # What watches beside all requests, and may do so in the middle of one.
-BESIDE = ("wings/simulator/", "monitoring/", "server/garbage", "telemetry/loop_lag")
+BESIDE = ("wings/simulator/", "monitoring/", "telemetry/loop_lag")
 # A question is asked so often: the shortest way is that of a question that waits for nothing.
 TIMES = 20
 

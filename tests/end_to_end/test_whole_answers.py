@@ -322,7 +322,7 @@ async def test_a_client_of_a_unix_socket_that_reads_nothing_is_dropped(
         unix = socket.socket(socket.AF_UNIX)
         unix.bind(str(tmp_path / "socket"))
         unix.listen()
-        await listener.listen(server.runner, server.settings.chat.websocket, inherited=[unix])
+        await listener.listen(server.http_server, server.settings.chat.websocket, inherited=[unix])
         with socket.socket(socket.AF_UNIX) as client:
             client.setblocking(False)
             await loop.sock_connect(client, str(tmp_path / "socket"))

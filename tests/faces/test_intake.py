@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import io
 import json
 import tracemalloc
@@ -356,17 +355,3 @@ async def test_a_body_costs_its_bytes_in_however_many_parts_it_comes(
     assert len(body) == 2 * count
     # Beside the bytes there are the request, the reader, and the task.
     assert taken < 2 * count + 100_000
-
-
-# What this takes for granted.
-
-
-def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
-    """See the head of `intake.py`."""
-    for method, line in {
-        "feed_data": "self._buffer.append(data)",
-        # A client that was stopped goes on at the end of its body, whoever reads that.
-        "feed_eof": "self._protocol.resume_reading(",
-        "_read_nowait": 'return b"".join([self._read_nowait_chunk(-1) for _ in range(count)])',
-    }.items():
-        assert line in inspect.getsource(getattr(StreamReader, method))

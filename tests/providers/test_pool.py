@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 import trustme
-from aiohttp import TCPConnector
-from aiohttp.client_proto import ResponseHandler
 
 from aioserver.limits.resource import Ticket
 from aioserver.limits.scheduler import Scheduler
@@ -27,7 +25,6 @@ from aioserver.provider_errors import (
     PoolTimeout,
     ProviderDisconnected,
 )
-from aioserver.providers.connections import ConnectionProtocol
 from aioserver.providers.pool import Pool, connection_gate
 from tests.support.scripted_provider import (
     LIMITS,
@@ -67,27 +64,6 @@ def after(turn: asyncio.Event) -> Callable[[Peer], Awaitable[None]]:
             await peer.send(OK)
 
     return play
-
-
-async def test_the_private_names_of_aiohttp_are_there_and_do_what_the_pool_needs() -> None:
-    why = "aiohttp has changed inside: read aioserver/providers/connections.py again"
-    async with ScriptedProvider(serving) as server, pooled(server.url) as pool:
-        plain = TCPConnector()
-        for name in ("_factory", "_loop"):
-            assert hasattr(plain, name), f"{name}: {why}"
-        assert isinstance(plain._factory(), ResponseHandler), why
-        await plain.close()
-
-        first, second = await pool.connect(), await pool.connect()
-        assert isinstance(first.protocol, ConnectionProtocol), f"_factory made it: {why}"
-        acquired = pool._connections._connector._acquired
-        assert acquired == {first.protocol, second.protocol}, f"`limit` counts them: {why}"
-        first.release()
-        second.close()
-        assert acquired == {first.protocol}, f"an idle one counts, a closed one does not: {why}"
-        assert await pool.connect() is first
-        first.close()
-        assert not acquired, why
 
 
 async def test_an_idle_connection_that_should_close_is_never_taken() -> None:

@@ -8,7 +8,6 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import web
 
 from aioserver.server import listener
 from aioserver.telemetry import kernel
@@ -27,13 +26,13 @@ def sockets_of(runner: Runner) -> list[Any]:
     return [
         sock
         for site in runner.sites
-        for sock in site._server.sockets  # type: ignore[union-attr]  # the kernel is asked
+        for sock in site._accepting.sockets  # type: ignore[union-attr]  # the kernel is asked
     ]
 
 
 async def test_the_backlog_reaches_the_kernel(tmp_path: Path) -> None:
     async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 77}) as (runner, websocket):
-        (listening,) = await listener.listen(runner, websocket)
+        (listening,) = await listener.listen(runner.server, websocket)
 
         assert (listening.host, listening.backlog, listening.queue_limit) == ("127.0.0.1", 77, 77)
         assert listening.url == f"http://127.0.0.1:{listening.port}"
@@ -44,9 +43,8 @@ async def test_many_that_come_at_once_are_let_in_within_few_turns_of_the_loop(
     tmp_path: Path,
 ) -> None:
     async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 512}) as (runner, websocket):
-        (listening,) = await listener.listen(runner, websocket)
+        (listening,) = await listener.listen(runner.server, websocket)
         server = runner.server
-        assert server is not None
         clients = [socket.create_connection((listening.host, listening.port)) for _ in range(200)]
         turns = 0
         while len(server.connections) < len(clients):
@@ -62,7 +60,7 @@ async def test_a_backlog_that_the_kernel_cuts_is_a_warning(
 ) -> None:
     somaxconn = int(listener.SOMAXCONN.read_text())
     async with runner_of(tmp_path, **{f"{UVICORN}.backlog": somaxconn + 5}) as (runner, websocket):
-        (listening,) = await listener.listen(runner, websocket)
+        (listening,) = await listener.listen(runner.server, websocket)
 
     assert listening.queue_limit == somaxconn
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -74,7 +72,7 @@ async def test_a_backlog_that_fits_is_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with runner_of(tmp_path) as (runner, websocket):
-        await listener.listen(runner, websocket)
+        await listener.listen(runner.server, websocket)
 
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
@@ -84,7 +82,7 @@ async def test_a_port_in_use_is_one_clear_error_and_leaves_nothing_open(tmp_path
         port = taken.getsockname()[1]
         async with runner_of(tmp_path, **{f"{WEBSOCKET}.port": port}) as (runner, websocket):
             with pytest.raises(OSError, match="in use"):
-                await listener.listen(runner, websocket)
+                await listener.listen(runner.server, websocket)
             assert not runner.sites
 
 
@@ -92,26 +90,26 @@ async def test_a_host_that_is_not_ours_is_an_error(tmp_path: Path) -> None:
     changes = {f"{WEBSOCKET}.host": "192.0.2.1", "auth.open": True}
     async with runner_of(tmp_path, **changes) as (runner, websocket):
         with pytest.raises(OSError):  # noqa: PT011 - the kernel's words
-            await listener.listen(runner, websocket)
+            await listener.listen(runner.server, websocket)
 
 
 async def test_a_port_may_be_bound_again_at_once(tmp_path: Path) -> None:
     async with runner_of(tmp_path) as (runner, websocket):
-        (first,) = await listener.listen(runner, websocket)
+        (first,) = await listener.listen(runner.server, websocket)
         reader, writer = await asyncio.open_connection("127.0.0.1", first.port)
         writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         await reader.read()  # the server closes first: its side stays in TIME_WAIT
         writer.close()
         await writer.wait_closed()
     async with runner_of(tmp_path, **{f"{WEBSOCKET}.port": first.port}) as (runner, websocket):
-        (second,) = await listener.listen(runner, websocket)
+        (second,) = await listener.listen(runner.server, websocket)
 
     assert second.port == first.port
 
 
 async def test_localhost_is_every_loopback_address_with_one_port(tmp_path: Path) -> None:
     async with runner_of(tmp_path, **{f"{WEBSOCKET}.host": "localhost"}) as (runner, websocket):
-        listening = await listener.listen(runner, websocket)
+        listening = await listener.listen(runner.server, websocket)
 
     assert {address.host for address in listening} <= {"127.0.0.1", "::1"}
     assert "127.0.0.1" in {address.host for address in listening}
@@ -123,7 +121,7 @@ async def test_a_client_that_connects_as_the_server_stops_is_answered_or_refused
     tmp_path: Path, turns: int
 ) -> None:
     async with runner_of(tmp_path) as (runner, websocket):
-        (listening,) = await listener.listen(runner, websocket)
+        (listening,) = await listener.listen(runner.server, websocket)
         with socket.create_connection((listening.host, listening.port)) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             client.setblocking(False)
@@ -154,10 +152,3 @@ async def test_a_socket_that_is_paused_accepts_nothing() -> None:
             sock.paused = False
             sock.accept()[0].close()
     assert sock.accepted == 1
-
-
-def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
-    """See the head of `listener.py`."""
-    for name in ("_runner", "_server", "_backlog"):
-        assert name in web.BaseSite.__slots__
-    assert "_sock" in web.SockSite.__slots__

@@ -7,25 +7,22 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from aiohttp import ClientSession, ServerDisconnectedError, http_parser, web
-from aiohttp.test_utils import make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
 from aioserver.config.validators import TAKEN
-from aioserver.faces.http import Request
 from aioserver.server.app import open_server
-from aioserver.server.connection import Connection
-from aioserver.server.runner import LINGERING, MAX_HEADERS, Dispatcher, Runner
+from aioserver.server.connection import UPGRADED, Connection
+from aioserver.server.runner import LINGERING, MAX_HEADERS, Runner
 from tests.support.raw import Raw
 from tests.support.server import NOWHERE, UVICORN, MakeServer, configured, runner_of
 from tests.support.transport import FakeTransport
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from tests.support.server import RunningServer
@@ -39,7 +36,6 @@ async def test_every_option_reaches_the_connections(tmp_path: Path) -> None:
         f"{UVICORN}.h11_max_incomplete_event_size": 3210,
     }
     async with runner_of(tmp_path, **changes) as (runner, _):
-        assert runner.server is not None
         connection = runner.server()
 
         assert isinstance(connection, Connection)
@@ -55,16 +51,32 @@ async def test_every_option_reaches_the_connections(tmp_path: Path) -> None:
 
 async def test_a_field_is_never_larger_than_all_headers_together(tmp_path: Path) -> None:
     async with runner_of(tmp_path, **{f"{UVICORN}.h11_max_header_size": 2000}) as (runner, _):
-        assert runner.server is not None
         assert runner.server().max_field_size == 2000
 
 
 async def test_an_option_that_aiohttp_does_not_know_is_an_error(tmp_path: Path) -> None:
     async with runner_of(tmp_path) as (runner, _):
-        assert runner.server is not None
-        runner.server._kwargs["keepalive_timeoot"] = 1
+        runner.server.options["keepalive_timeoot"] = 1
         with pytest.raises(TypeError):
             runner.server()
+
+
+async def test_a_connection_is_idle_once_the_unread_body_of_its_last_request_has_come(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server()
+    async with Raw(server) as raw:
+        await until(lambda: len(server.http_server.connections) == 1)
+        (connection,) = server.http_server.connections
+        assert isinstance(connection, Connection)
+        assert connection.idle
+        await raw.send(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+        assert (await raw.answer()).status == 404
+
+        assert not connection.idle
+        await raw.send(b" more")
+
+        await until(lambda: connection.idle)
 
 
 async def test_an_access_log_is_written_when_asked_for(
@@ -127,49 +139,6 @@ async def test_what_is_left_on_a_connection_that_is_closed_is_watched(
     await until(lambda: transport.aborted)
 
     connection.connection_lost(None)
-
-
-# Handlers found at once.
-
-
-async def test_handlers_found_at_once_are_those_of_the_router(server: RunningServer) -> None:
-    assert isinstance(server.http_server.request_handler, Dispatcher)
-    plain = {
-        (route.method, route.resource.canonical)
-        for route in server.app.router.routes()
-        if isinstance(route.resource, web.PlainResource)
-    }
-    assert {("POST", "/v1/chat/completions"), ("GET", "/ws/chat"), ("GET", "/health")} <= plain
-
-    for method, path in plain:
-        match, handler = await found_at_once(server.app, method, path)
-        request = make_mocked_request(method, path, app=server.app)
-        resolved = await server.app.router.resolve(request)
-
-        assert resolved.route is match.route
-        assert resolved.handler is handler
-        assert dict(resolved) == dict(match) == {}
-        assert match.apps == (server.app,)
-        assert match.current_app is server.app
-
-
-async def found_at_once(
-    app: web.Application, method: str, path: str
-) -> tuple[web.UrlMappingMatchInfo, Any]:
-    """The match and the handler that a request gets without aiohttp's router."""
-    matches: list[tuple[web.UrlMappingMatchInfo, Any]] = []
-
-    async def shield(request: web.Request, handler: Any) -> web.StreamResponse:
-        matches.append((request.match_info, handler))
-        return web.Response()
-
-    async def router(_request: web.BaseRequest) -> web.StreamResponse:
-        raise AssertionError(f"{method} {path} is left to the router")
-
-    request: Any = make_mocked_request(method, path, app=app)
-    request.__class__ = Request
-    await Dispatcher(app, shield, router)(request)
-    return matches[0]
 
 
 @pytest.mark.parametrize(
@@ -247,25 +216,6 @@ async def test_a_response_that_cannot_be_written_is_a_bug_that_is_logged_and_cou
     assert [record.getMessage() for record in lines] == ["bug in a connection"]
 
 
-async def test_of_two_routes_on_one_path_the_first_is_found() -> None:
-    app = web.Application()
-    first = app.router.add_get("/twice", pages_of("first"))
-    app.router.add_get("/between", pages_of("between"))
-    app.router.add_get("/twice", pages_of("second"))
-    app.freeze()
-
-    match, handler = await found_at_once(app, "GET", "/twice")
-    assert match.route is first
-    assert handler is first.handler
-
-
-def pages_of(text: str) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
-    async def page(_request: web.BaseRequest) -> web.StreamResponse:
-        return web.Response(text=text)
-
-    return page
-
-
 async def test_no_face_can_be_put_where_something_else_is(server: RunningServer) -> None:
     chat = server.settings.chat
     plain = {
@@ -294,13 +244,8 @@ async def test_an_id_in_a_path_may_have_any_character(server: RunningServer) -> 
 
 
 def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
-    """See the head of `runner.py`."""
-    assert inspect.iscoroutinefunction(web.AppRunner._make_server)
-    assert list(inspect.signature(web.AppRunner._make_server).parameters) == ["self"]
-    source = inspect.getsource(web.Server.__init__)
-    assert "self._kwargs = kwargs" in source
-    assert "self._loop" in source
-    assert "self._waiter" in inspect.getsource(RequestHandler.start)
+    """See the head of `connection.py`."""
+    assert UPGRADED
     # A connection that has become a WebSocket has neither a parser nor requests that wait.
     assert "self._parser = None" in inspect.getsource(RequestHandler.connection_lost)
     for method, condition in {
@@ -311,15 +256,6 @@ def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
     }.items():
         assert condition in inspect.getsource(getattr(RequestHandler, method))
     assert "self._messages: deque" in inspect.getsource(RequestHandler.__init__)
-    made = inspect.getsource(web.Application._make_request)
-    for argument in (
-        *("message,", "payload,", "protocol,", "writer,", "task,", "self._loop,"),
-        "client_max_size=self._client_max_size,",
-        "client_max_fields=self._client_max_fields,",
-    ):
-        assert argument in made.partition("return _cls(")[2]
-    assert "_match_info" in Request.ATTRS
-    assert "request._match_info = match_info" in inspect.getsource(web.Application._handle)
     parameters = inspect.signature(RequestHandler.__init__).parameters
     for name in (
         "access_log",

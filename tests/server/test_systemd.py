@@ -367,7 +367,7 @@ async def test_a_passed_socket_gets_backlog_and_bounds_like_one_of_ours(
 ) -> None:
     (sock,) = passed(port)
     async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 77}) as (runner, websocket):
-        (listening,) = await listener.listen(runner, websocket, inherited=[sock])
+        (listening,) = await listener.listen(runner.server, websocket, inherited=[sock])
 
         assert (listening.host, listening.port) == port.getsockname()
         assert listening.queue_limit == 77
@@ -388,7 +388,7 @@ async def test_a_passed_unix_socket_is_served_and_its_file_left_alone(
         unix.bind(name)
         unix.listen()
         async with runner_of(tmp_path) as (runner, websocket):
-            (listening,) = await listener.listen(runner, websocket, inherited=passed(unix))
+            (listening,) = await listener.listen(runner.server, websocket, inherited=passed(unix))
             for asked in ("/health", "/metrics"):
                 client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 client.connect(name)
@@ -411,7 +411,7 @@ async def test_the_word_of_a_proxy_behind_a_unix_socket_is_taken(
         unix.bind(name)
         unix.listen()
         async with runner_of(tmp_path, **changes) as (runner, websocket):
-            await listener.listen(runner, websocket, inherited=passed(unix))
+            await listener.listen(runner.server, websocket, inherited=passed(unix))
             with caplog.at_level(logging.INFO, "aioserver.access"):
                 reader, writer = await asyncio.open_unix_connection(name)
                 writer.write(

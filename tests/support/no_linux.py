@@ -42,7 +42,7 @@ class Library(ctypes.CDLL):
     """A C library without what GNU's alone has."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in {"mallopt", "malloc_trim", "prctl"}:
+        if name == "prctl":
             raise AttributeError(name)
         return super().__getattr__(name)
 

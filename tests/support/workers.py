@@ -100,7 +100,7 @@ class Workers:
         own = ListeningSocket()
         own.bind(("127.0.0.1", 0))
         own.setblocking(False)
-        await Site(server.runner, own, backlog=1024).start()
+        await Site(server.http_server, own, backlog=1024).start()
         self.ports[slot] = own.getsockname()[1]
         self.servers[slot], self._blocks[slot] = server, block
         self.balances[slot], self.leases[slot] = balance, leases
