@@ -48,7 +48,7 @@ INSIDE_FUNCTIONS = {
     "wings.cluster.wing": {"aioserver.wings.cluster.membership"},
     "commands.serve": {
         "uvloop",
-        "aioserver.workers.image",
+        "aioserver.workers.fork_server",
         "aioserver.workers.parent",
         "aioserver.workers.worker",
     },

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0
-# Seconds of a deadline that the server is told: it takes no longer ones (protocol/terms.py).
+# Seconds of a deadline that the server is told: it takes no longer ones (protocol/request_options.py).
 MAX_TERM = 86_400.0
 NOT_FOUND = "conversation_not_found"
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}

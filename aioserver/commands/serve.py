@@ -141,7 +141,7 @@ def _serve_with_workers(
     """
     preflight.check_workers()
     # One process needs none of it.
-    from aioserver.workers.image import end_with  # noqa: PLC0415
+    from aioserver.workers.fork_server import end_with  # noqa: PLC0415
     from aioserver.workers.parent import Parent  # noqa: PLC0415
 
     # If it is ignored, the kernel keeps no exit codes.

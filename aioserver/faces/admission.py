@@ -34,7 +34,11 @@ from aioserver.limits.deadline import Deadline, Guard
 from aioserver.limits.fair_queue import INTERACTIVE
 from aioserver.limits.quota import Quota
 from aioserver.limits.resource import Bid, Class, Grant, Resource, Ticket
-from aioserver.protocol.terms import NO_TERMS, Terms, terms_of
+from aioserver.protocol.request_options import (
+    NO_REQUEST_OPTIONS,
+    RequestOptions,
+    request_options_of,
+)
 from aioserver.provider_errors import ProviderFault
 from aioserver.telemetry import logs
 from aioserver.telemetry.metrics import FaceMeter
@@ -266,8 +270,8 @@ class Admission:
         try:
             try:
                 guard: AbstractContextManager[object] = NOTHING
-                if hold is not None and hold.terms is not NO_TERMS:
-                    deadline = Deadline(hold.arrived, hold.terms)
+                if hold is not None and hold.request_options is not NO_REQUEST_OPTIONS:
+                    deadline = Deadline(hold.arrived, hold.request_options)
                     on_position = deadline.telling("the door", None)
                     guard = Guard(deadline, self.metrics.count_deadline)
                 ticket = Ticket()
@@ -357,12 +361,12 @@ class BodyHold(msgspec.Struct, eq=False):
 
     The end of its `with` gives them back, unless the hold was `given` to a request that outlives
     the handler: the end of that request does it then. The request *arrived* at this time of the
-    loop, with these *terms*.
+    loop, with these *request_options*.
     """
 
     _admission: Admission
     arrived: float
-    terms: Terms = NO_TERMS
+    request_options: RequestOptions = NO_REQUEST_OPTIONS
     size: int = 0
     given: bool = False
     waited_since: float = 0.0
@@ -547,8 +551,10 @@ def counted(
 
     async def handler(request: web.Request) -> web.StreamResponse:
         caller = request[CALLER]
-        terms = terms_of(request.headers)
-        with Visit(admission, admission.now(), terms, meter=meter, name=caller.name) as visit:
+        request_options = request_options_of(request.headers)
+        with Visit(
+            admission, admission.now(), request_options, meter=meter, name=caller.name
+        ) as visit:
             try:
                 if caller.quota is not None:
                     visit.quota = await admission.connect(face, caller)

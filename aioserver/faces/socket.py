@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.limits.resource import Grant
     from aioserver.protocol.client_headers import ClientHeaders
-    from aioserver.protocol.terms import Terms
+    from aioserver.protocol.request_options import RequestOptions
 
 # Messages, and their bytes, that are kept of a socket that waits for its place.
 MAX_WAITING_MESSAGES = 16
@@ -108,7 +108,7 @@ class Socket(ABC):
         "_place",
         "_read_bytes",
         "_refused_closing",
-        "_terms",
+        "_request_options",
         "_transport",
         "_unreadable",
         "_waiting",
@@ -131,7 +131,7 @@ class Socket(ABC):
         transport: asyncio.Transport,
         drain: Callable[[], Awaitable[None]],
         client_headers: ClientHeaders,
-        terms: Terms,
+        request_options: RequestOptions,
     ) -> None:
         # Set by the timer wheel.
         self.bucket = 0
@@ -140,7 +140,7 @@ class Socket(ABC):
         # Of the handshake: they go on to the provider with each question.
         self._client_headers = client_headers
         # Of the handshake: they hold for each request.
-        self._terms = terms
+        self._request_options = request_options
         self._context = context
         self._ws = ws
         self._messages = messages

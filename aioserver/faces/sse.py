@@ -118,7 +118,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
     detached = any(value.strip().lower() == "respond-async" for value in preferences)
     if headers := client_headers(context, request):
         chat = replace(chat, client_headers=headers)
-    hold.terms = hold.terms.joined(chat.terms)
+    hold.request_options = hold.request_options.joined(chat.request_options)
     question = Question(request[CALLER], chat, hold, detached, _last_seen(request))
     if question.after:
         with context.metrics.resuming():

@@ -19,7 +19,7 @@ from aioserver.faces.admission import MAX_REFUSED_CLOSING
 from aioserver.faces.client_messages import ClientMessages, Upgraded
 from aioserver.faces.intake import client_headers
 from aioserver.faces.socket import MAX_WAITING_BYTES
-from aioserver.protocol.terms import terms_of
+from aioserver.protocol.request_options import request_options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,7 +138,7 @@ async def _upgrade(
 
     What it needs is gone after it: an idle socket keeps each frame of its task.
     """
-    admission, terms = context.admission, terms_of(request.headers)
+    admission, request_options = context.admission, request_options_of(request.headers)
     headers = client_headers(context, request)
     limit = context.settings.chat.websocket.max_message_size
     messages = ClientMessages(admission.hold, limit)
@@ -159,5 +159,7 @@ async def _upgrade(
     ws.headers.clear()
     assert request.transport is not None
     drain = payload_writer.drain
-    socket = make(context, request[CALLER], ws, messages, request.transport, drain, headers, terms)
+    socket = make(
+        context, request[CALLER], ws, messages, request.transport, drain, headers, request_options
+    )
     return ws, messages, socket

@@ -110,7 +110,7 @@ class ChatSocket(Socket):
         self._check_room(command.request_id)
         if self._client_headers:
             command = replace(command, client_headers=self._client_headers)
-        hold.terms = self._terms.joined(command.terms)
+        hold.request_options = self._request_options.joined(command.request_options)
         self._conversation = self._conversation or uuid.uuid4().hex
         gateway = self._context.gateway
         stream = gateway.ask(self.caller, command, self._conversation, face=self.face, hold=hold)

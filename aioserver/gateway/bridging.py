@@ -28,19 +28,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import orjson
 
 from aioserver.gateway.continuation import continuable
-from aioserver.protocol.bridging.refusals import STATUSES, Refusal, refusal
-from aioserver.protocol.bridging.said import BridgedSaid
-from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
-from aioserver.protocol.bridging.words import (
+from aioserver.protocol.bridging.accepted_parameters import (
     LIMIT,
     MARGIN,
     MAX_COMPLETION_TOKENS,
     MAX_TOKENS,
     OPTIONAL,
-    Words,
+    AcceptedParameters,
 )
+from aioserver.protocol.bridging.refusals import STATUSES, Refusal, refusal
+from aioserver.protocol.bridging.transcript import BridgedTranscript
+from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
 from aioserver.provider_errors import ProviderFault, RequestNotBridged
-from aioserver.providers.api import CHAT, Memory
+from aioserver.providers.api import CHAT, Capabilities
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.sinks import BodySink
 from aioserver.providers.verdicts import Verdicts
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.protocol.bridging.chat import BridgedChat
     from aioserver.protocol.bridging.chunks import ChunkReader
-    from aioserver.protocol.said import Said
+    from aioserver.protocol.transcript import Transcript
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import Answer
 
@@ -74,7 +74,7 @@ MIN_LEFT, SPARE = 256, 16
 _PATH = "path"
 
 
-class PathMemory(Memory):
+class PathCapabilities(Capabilities):
     """The knowledge of one path of a provider, from its settings and from its answers since.
 
     Where it has answered, a 404 is about something else, which a client may have named.
@@ -119,7 +119,7 @@ class PathMemory(Memory):
         )
 
 
-class ChatMemory(Memory):
+class ChatCapabilities(Capabilities):
     """The knowledge of one provider's chat completions, for every bridge to them.
 
     *reasoning_field* is the name of the field in which it sends its reasoning; empty if it has
@@ -133,7 +133,7 @@ class ChatMemory(Memory):
         super().__init__(settings, clock)
         self.name = settings.name
         self.reasoning_field = ""
-        self._words: Verdicts[tuple[str, str], bool] = Verdicts(clock)
+        self._accepted: Verdicts[tuple[str, str], bool] = Verdicts(clock)
         self.limits: Verdicts[str, int] = Verdicts(clock)
         self.most: Verdicts[str, int] = Verdicts(clock)
         self._left_out: set[str] = set()
@@ -149,7 +149,7 @@ class ChatMemory(Memory):
         return {model for word, model in self._refused() if word == MAX_TOKENS}
 
     def _refused(self) -> list[tuple[str, str]]:
-        return [key for key, taken in self._words.items() if not taken]
+        return [key for key, taken in self._accepted.items() if not taken]
 
     @property
     def context_limits(self) -> Mapping[str, int]:
@@ -158,15 +158,17 @@ class ChatMemory(Memory):
 
     def refuses(self, word: str, model: str) -> bool:
         """Return whether *model* is not sent *word*."""
-        return self._words.get((word, model)) is False
+        return self._accepted.get((word, model)) is False
 
     def take(self, word: str, model: str) -> None:
         """Learn that *model* has answered a request with *word*."""
-        self._words.keep((word, model), value=True)
+        self._accepted.keep((word, model), value=True)
 
     def refuse(self, word: str, model: str) -> None:
         """Send *model* no *word* for a while, unless it has taken that lately."""
-        if not self._words.get((word, model)) and self._words.keep((word, model), value=False):
+        if not self._accepted.get((word, model)) and self._accepted.keep(
+            (word, model), value=False
+        ):
             instead = f"{MAX_COMPLETION_TOKENS} in its place"
             self._say(instead if word == MAX_TOKENS else f"{word} is left out")
 
@@ -202,9 +204,9 @@ class LearningAttempt(Attempt):
     _of_value: frozenset[str] = frozenset()
 
     @property
-    def _habits(self) -> ChatMemory:
+    def _capabilities(self) -> ChatCapabilities:
         # Asked for anew each time, since a reload makes another.
-        return self.provider.memory(ChatMemory)
+        return self.provider.capabilities(ChatCapabilities)
 
     def _repeats_without(self, what: str) -> bool:
         """Note that the request is sent once more without *what*; return True."""
@@ -223,7 +225,7 @@ class LearningAttempt(Attempt):
     def _keep_learnt(self) -> None:
         for word in (*OPTIONAL, MAX_TOKENS):
             if word in self._learnt and word not in self._of_value:
-                self._habits.refuse(word, self.asked_model)
+                self._capabilities.refuse(word, self.asked_model)
 
 
 class BridgedAttempt(LearningAttempt):
@@ -233,7 +235,7 @@ class BridgedAttempt(LearningAttempt):
     """
 
     # The memory of the path of this API, and its name in the log.
-    memory: ClassVar[type[PathMemory]]
+    capabilities: ClassVar[type[PathCapabilities]]
     shown_path: ClassVar[str]
     # How logs and metrics name the API.
     shown_api: ClassVar[str]
@@ -253,9 +255,9 @@ class BridgedAttempt(LearningAttempt):
         self._left: int | None = None
 
     @property
-    def _learned(self) -> PathMemory:
+    def _learned(self) -> PathCapabilities:
         # Asked for anew each time, since a reload makes another.
-        return self.provider.memory(self.memory)
+        return self.provider.capabilities(self.capabilities)
 
     @property
     def bridged(self) -> bool:
@@ -263,16 +265,16 @@ class BridgedAttempt(LearningAttempt):
         return self._learned.bridged or self._learning
 
     @property
-    def _words(self) -> Words:
+    def _accepted(self) -> AcceptedParameters:
         """The words that the provider takes for this request."""
-        habits, model = self._habits, self.asked_model
-        return Words(
-            self._learnt.union(word for word in OPTIONAL if habits.refuses(word, model)),
+        capabilities, model = self._capabilities, self.asked_model
+        return AcceptedParameters(
+            self._learnt.union(word for word in OPTIONAL if capabilities.refuses(word, model)),
             MAX_COMPLETION_TOKENS
-            if MAX_TOKENS in self._learnt or habits.refuses(MAX_TOKENS, model)
+            if MAX_TOKENS in self._learnt or capabilities.refuses(MAX_TOKENS, model)
             else MAX_TOKENS,
-            habits.limits.get(model),
-            self._most or habits.most.get(model),
+            capabilities.limits.get(model),
+            self._most or capabilities.most.get(model),
             self._left,
             self.provider.costs.tokens_per_byte(model, self.request.caller),
         )
@@ -286,8 +288,8 @@ class BridgedAttempt(LearningAttempt):
         """
         bridged = self.bridged
         if self.hop is not None:
-            said = None if self.stream is None else self.stream.said
-            if isinstance(said, BridgedSaid) != bridged:
+            transcript = None if self.stream is None else self.stream.transcript
+            if isinstance(transcript, BridgedTranscript) != bridged:
                 raise RequestNotBridged("the rest of an answer has no form in another API")
         return self._translate() if bridged else self._own_preparation()
 
@@ -307,7 +309,7 @@ class BridgedAttempt(LearningAttempt):
         outcome.bridge, outcome.left_out = self.shown_api, tuple(left_out)
         if left_out:
             meter.left_out.value += len(left_out)
-            self._habits.note_left_out(left_out)
+            self._capabilities.note_left_out(left_out)
         if self.hop is not None:
             chat.body = await self.hop.body(chat.body)
         elif self.request.keeps_body:
@@ -372,36 +374,36 @@ class BridgedAttempt(LearningAttempt):
         """
         return False
 
-    def _learn_refusal(self, chat: BridgedChat, said: Refusal) -> bool:
+    def _learn_refusal(self, chat: BridgedChat, refusal: Refusal) -> bool:
         """Return whether something was learned, without which the request is sent once more."""
-        for word in sorted(chat.words - self._learnt):
-            if said.names(word):
-                if said.of_value:
+        for word in sorted(chat.accepted - self._learnt):
+            if refusal.names(word):
+                if refusal.of_value:
                     self._of_value |= {word}
                 return self._repeats_without(word)
-        if said.renames and MAX_TOKENS not in self._learnt:
+        if refusal.renames and MAX_TOKENS not in self._learnt:
             return self._repeats_without(MAX_TOKENS)
         wanted = self.request.max_answer
         if LIMIT in self._learnt or wanted is None:
             return False
-        if said.limit:
+        if refusal.limit:
             estimated = round(MARGIN * chat.asked_tokens)
-            left = said.limit - (estimated if said.asked is None else said.asked) - SPARE
-            self._limit = said.limit
+            left = refusal.limit - (estimated if refusal.asked is None else refusal.asked) - SPARE
+            self._limit = refusal.limit
             self._left = left
             return MIN_LEFT <= left < wanted and self._repeats_without(LIMIT)
-        if said.most and said.most < wanted:
-            self._most = said.most
+        if refusal.most and refusal.most < wanted:
+            self._most = refusal.most
             return self._repeats_without(LIMIT)
         return False
 
     def _keep_learnt(self) -> None:
         super()._keep_learnt()
-        habits, model = self._habits, self.asked_model
+        capabilities, model = self._capabilities, self.asked_model
         if self._limit is not None:
-            habits.keep_limit(model, self._limit)
+            capabilities.keep_limit(model, self._limit)
         if self._most is not None:
-            habits.keep_most(model, self._most)
+            capabilities.keep_most(model, self._most)
 
     def first_event(self) -> None:
         """Note that the answer has begun."""
@@ -409,8 +411,8 @@ class BridgedAttempt(LearningAttempt):
         if chat is None:
             learned.found(present=True)
         else:
-            for word in chat.words:
-                self._habits.take(word, self.asked_model)
+            for word in chat.accepted:
+                self._capabilities.take(word, self.asked_model)
         if self._learning and learned.found(present=False):
             logger.info(
                 "provider %s has no %s: it is translated to chat completions",
@@ -419,15 +421,17 @@ class BridgedAttempt(LearningAttempt):
             )
         super().first_event()
 
-    def said(self) -> Said | None:
+    def transcript(self) -> Transcript | None:
         """Return what keeps the answer of a chat completion."""
         if self._chat is None:
-            return super().said()
-        return BridgedSaid(self._writer) if self._free and self._writer is not None else None
+            return super().transcript()
+        return BridgedTranscript(self._writer) if self._free and self._writer is not None else None
 
-    def goes_on(self, said: Said) -> bool:
+    def goes_on(self, transcript: Transcript) -> bool:
         """Return whether the rest can be asked for here: in the API in which it has begun."""
-        return isinstance(said, BridgedSaid) == self.bridged and super().goes_on(said)
+        return isinstance(transcript, BridgedTranscript) == self.bridged and super().goes_on(
+            transcript
+        )
 
     @property
     def max_answer_bytes(self) -> int:
@@ -471,7 +475,7 @@ class BridgedAttempt(LearningAttempt):
 
     def _note_reasoning(self) -> None:
         if self._writer is not None and self._writer.reasoning_field:
-            self._habits.reasoning_field = self._writer.reasoning_field
+            self._capabilities.reasoning_field = self._writer.reasoning_field
 
 
 def path_absent(status: int, body: bytes) -> bool:

@@ -17,7 +17,7 @@ the same one last if it has been silent. Each is asked in its own *form*, the se
     instruct        the same, and the user's wish for the last words and the rest
 
 What comes is the rest, if its seam says so (protocol/seam.py). It goes into the same log by way of
-the same sink, rewritten as the first answer would have gone on (protocol/said.py). A hop that was
+the same sink, rewritten as the first answer would have gone on (protocol/transcript.py). A hop that was
 refused, or broke before anything of it was shown, has shown nothing, and the next provider is
 asked. When nobody is left the answer ends with the fault that broke it.
 
@@ -41,7 +41,6 @@ from aioserver.protocol.eventstream import EventTooLong
 from aioserver.protocol.json_body import ABSENT, null
 from aioserver.protocol.member import Member
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes
-from aioserver.protocol.said import Tokens
 from aioserver.protocol.seam import (
     CLOSING,
     OPENING,
@@ -52,6 +51,7 @@ from aioserver.protocol.seam import (
     provable,
 )
 from aioserver.protocol.steps import pause_after
+from aioserver.protocol.transcript import Tokens
 from aioserver.provider_errors import (
     ContextTooLong,
     ContinuationFailed,
@@ -63,7 +63,7 @@ from aioserver.provider_errors import (
     ProviderRefused,
     ReadTimeout,
 )
-from aioserver.providers.api import Memory
+from aioserver.providers.api import Capabilities
 from aioserver.providers.error_mapping import FILTERS, error_in, event_fault
 from aioserver.providers.verdicts import Verdicts
 from aioserver.streams import entries
@@ -77,8 +77,8 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.gateway.request import Request
-    from aioserver.protocol.said import Said
     from aioserver.protocol.seam import Seam
+    from aioserver.protocol.transcript import Transcript
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
     from aioserver.providers.sinks import StreamSink
@@ -149,7 +149,7 @@ class _Message(msgspec.Struct, gc=False):
 _MESSAGE = msgspec.json.Decoder(_Message)
 
 
-class Habits(Memory):
+class ContinuationCapabilities(Capabilities):
     """The knowledge of how one provider takes an answer to be continued.
 
     *refused* has the models for which it has refused to.
@@ -215,10 +215,10 @@ def _free(format_: object) -> bool:
     return format_ is None or (isinstance(format_, dict) and format_.get("type") == "text")
 
 
-async def continued(body: bytes, form: str, said: str, tokens: int) -> bytes:
+async def continued(body: bytes, form: str, transcript: str, tokens: int) -> bytes:
     """Return the request in *body* as one for the rest of an answer, in this *form*.
 
-    *said* is the answer so far, which has had *tokens*: they are taken off its bound.
+    *transcript* is the answer so far, which has had *tokens*: they are taken off its bound.
 
     Raises:
         InvalidRequest: the body has too many keys that may be those looked for.
@@ -229,12 +229,12 @@ async def continued(body: bytes, form: str, said: str, tokens: int) -> bytes:
             if bound is not None:
                 left = b"%d" % max(1, bound - tokens)
                 body = b"".join((body[: place.value], left, body[place.end :]))
-    message: dict[str, Any] = {"role": "assistant", "content": said}
+    message: dict[str, Any] = {"role": "assistant", "content": transcript}
     if form == PREFIXED:
         message["prefix"] = True
     added = [message]
     if form == INSTRUCT:
-        added.append({"role": "user", "content": WISH % anchor_of(said)})
+        added.append({"role": "user", "content": WISH % anchor_of(transcript)})
     place = MESSAGES.place(body)
     assert place is not None, "`continuable` has seen them"
     end = place.end - 1
@@ -253,30 +253,30 @@ def breaks(fault: ProviderFault) -> bool:
     return isinstance(fault, BREAKS)
 
 
-def seam_of(form: str, said: str, habits: Habits) -> Seam | None:
+def seam_of(form: str, transcript: str, capabilities: ContinuationCapabilities) -> Seam | None:
     """Return the seam of an answer that is continued in this *form*; None if it could not be
     found.
     """
     if form == INSTRUCT:
-        anchor = anchor_of(said)
+        anchor = anchor_of(transcript)
         return Anchored(anchor) if anchor else None
-    if form == PREFIXED and habits.repeats is None and not provable(said):
+    if form == PREFIXED and capabilities.repeats is None and not provable(transcript):
         # Some providers write the beginning again, and others do not: it could not be told.
         return None
-    return Onward(said, repeats=form == PREFIXED and habits.repeats is True)
+    return Onward(transcript, repeats=form == PREFIXED and capabilities.repeats is True)
 
 
 class Hop:
     """One attempt to have the rest of the answer in *stream* said, by *provider*.
 
-    *text* is what it has *said* so far. *fault* is what has broken it off, at the provider
+    *text* is what it has said so far. *fault* is what has broken it off, at the provider
     *broken*.
     """
 
     def __init__(
         self,
         stream: Stream,
-        said: Said,
+        transcript: Transcript,
         text: str,
         seam: Seam,
         provider: Provider,
@@ -285,12 +285,12 @@ class Hop:
     ) -> None:
         self.seam = seam
         self.earlier = Tokens(*stream.outcome.spent)
-        self.rest = said.rest(self.earlier)
+        self.rest = transcript.rest(self.earlier)
         # Whether any of the rest is shown, and how many events of text have come.
         self.shown = False
         self.heard = 0
         self._stream = stream
-        self._text, self._events = text, said.events
+        self._text, self._events = text, transcript.events
         self._provider = provider
         # As the seam expects it, whatever a reload changes while the request waits.
         self._form = provider.settings.continuation
@@ -322,7 +322,7 @@ class Hop:
     def learn(self) -> None:
         """Learn whether the provider writes again what was said."""
         if isinstance(self.seam, Onward) and self.seam.repeated is not None:
-            self._provider.memory(Habits).learn(repeats=self.seam.repeated)
+            self._provider.capabilities(ContinuationCapabilities).learn(repeats=self.seam.repeated)
 
 
 class SeamSink:
@@ -408,10 +408,13 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
         further: ProviderFault | None = None
         while candidates and further is None and hops < MAX_HOPS:
             provider, model = candidates.pop(0)
-            habits, said = provider.memory(Habits), stream.said
+            capabilities, transcript = (
+                provider.capabilities(ContinuationCapabilities),
+                stream.transcript,
+            )
             assert text is not None
-            assert said is not None
-            seam = seam_of(provider.settings.continuation, text, habits)
+            assert transcript is not None
+            seam = seam_of(provider.settings.continuation, text, capabilities)
             if seam is None:
                 continue
             attempt = request.make_attempt(
@@ -422,10 +425,10 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
                 fallback=bool(candidates),
                 again=True,
             )
-            if not attempt.goes_on(said) or not _affordable(provider, broken[0]):
+            if not attempt.goes_on(transcript) or not _affordable(provider, broken[0]):
                 continue
             speaker = next((each for each, _ in order if each.name == broken[0]), provider)
-            hop = Hop(stream, said, text, seam, provider, fault, speaker)
+            hop = Hop(stream, transcript, text, seam, provider, fault, speaker)
             attempt.hop = hop
             outcome.begin_attempt(provider.name, attempt.asked_model)
             try:
@@ -440,7 +443,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
                 elif outcome.sent_at:
                     provider.meter.continuations[FAILED].value += 1
                     if _refuses_form(failed):
-                        habits.refused.keep(attempt.asked_model, None)
+                        capabilities.refused.keep(attempt.asked_model, None)
                 forget_frames(failed)
             finally:
                 # It refers to the attempt: the two would hold each other.
@@ -468,9 +471,9 @@ def _refuses_form(fault: AioserverError) -> bool:
 
 async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str | None:
     """Return what the answer has said so far; None if the rest may not be said."""
-    provider_request, said = request.provider_request, stream.said
+    provider_request, transcript = request.provider_request, stream.transcript
     if (
-        said is None
+        transcript is None
         or not breaks(fault)
         or stream.ended
         or stream.ending is not None
@@ -479,14 +482,14 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
         return None
     # The texts that the fast path has passed on come first.
     stream.close_fast_path()
-    text = said.text()
+    text = transcript.text()
     if text is None or not provider_request.keeps_body:
         return None
     # It may have to wait for a place.
     provider_request.need_body()
     route = request.route
     body = provider_request.body(route.provider.settings, route.model)
-    return text if said.checked or await continuable(body) else None
+    return text if transcript.checked or await continuable(body) else None
 
 
 def _candidates(
@@ -500,7 +503,8 @@ def _candidates(
         and provider.settings.usable
         and not provider.health.breaker.dead
         and not provider.health.flagged
-        and (model or provider.settings.model) not in provider.memory(Habits).refused
+        and (model or provider.settings.model)
+        not in provider.capabilities(ContinuationCapabilities).refused
     ]
     same = [each for each in able if each[0].name == outcome.provider]
     others = [each for each in able if each[0].name != outcome.provider]

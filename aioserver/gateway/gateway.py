@@ -291,11 +291,11 @@ class Gateway:
         Return whether there was one.
         """
         stream, known = self._streams.find(caller, name), False
-        for shelf in self._streams.shelves:
-            if stream is not None and stream.api is shelf.api:
+        for evictable_store in self._streams.evictable_stores:
+            if stream is not None and stream.api is evictable_store.api:
                 self.lifetime.forget(stream)
                 known = True
-            known = shelf.drop(caller, name) or known
+            known = evictable_store.drop(caller, name) or known
         return known
 
     async def revoke(self, callers: Collection[str]) -> None:

@@ -444,7 +444,7 @@ class Router:
         try:
             await self._ask(request, stream)
         except ProviderFault as fault:
-            if stream.said is None or not stream.answered:
+            if stream.transcript is None or not stream.answered:
                 raise
             try:
                 await say_rest(request, stream, fault, self._order(request))

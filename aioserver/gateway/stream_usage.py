@@ -43,7 +43,7 @@ class UsageAttempt(LearningAttempt):
             options is None
             or OPTIONS.name in self._learnt
             or not (self.provider.settings.stream_usage or request.reading is not None)
-            or self._habits.refuses(OPTIONS.name, self.asked_model)
+            or self._capabilities.refuses(OPTIONS.name, self.asked_model)
         ):
             return body
         try:

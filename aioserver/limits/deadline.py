@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from aioserver.protocol.terms import Terms
+    from aioserver.protocol.request_options import RequestOptions
 
 # Seconds by which a timer may be early.
 ROUNDING = 0.002
@@ -37,19 +37,19 @@ class Wait(NamedTuple):
 
 
 class Deadline:
-    """The deadlines of a request with *terms* that *arrived* then.
+    """The deadlines of a request with *request_options* that *arrived* then.
 
     *start_by* and *deadline* are moments of the loop's clock, inf without one. *started*: its first
     attempt was sent, so that the former counts no more. *wait* is what it waits for now; None if
     that is not known. *cut*: its answer was ended by the latter.
     """
 
-    __slots__ = ("_terms", "cut", "deadline", "start_by", "started", "wait")
+    __slots__ = ("_request_options", "cut", "deadline", "start_by", "started", "wait")
 
-    def __init__(self, arrived: float, terms: Terms) -> None:
-        self._terms = terms
-        self.start_by = arrived + terms.start_within
-        self.deadline = arrived + terms.deadline
+    def __init__(self, arrived: float, request_options: RequestOptions) -> None:
+        self._request_options = request_options
+        self.start_by = arrived + request_options.start_within
+        self.deadline = arrived + request_options.deadline
         self.started = self.cut = False
         self.wait: Wait | None = None
 
@@ -94,16 +94,18 @@ class Deadline:
         """Return the error of the request, which is too late; *text* says why, if not what it
         waits for.
         """
-        wait, terms = self.wait or Wait(""), self._terms
+        wait, request_options = self.wait or Wait(""), self._request_options
         reason = f": {text or wait.text}" if text or wait.text else ""
         if self.started:
-            return AnswerTooLate(f"the answer had not ended after {terms.deadline:g} s{reason}")
+            return AnswerTooLate(
+                f"the answer had not ended after {request_options.deadline:g} s{reason}"
+            )
         low, high = RETRY_AFTER
         error = DeadlineExceeded(
-            f"could not start within {min(terms.start_within, terms.deadline):g} s{reason}",
+            f"could not start within {min(request_options.start_within, request_options.deadline):g} s{reason}",
             retry_after=retry_after or min(high, max(low, wait.eta)),
         )
-        if terms.deadline < terms.start_within:
+        if request_options.deadline < request_options.start_within:
             error.bound = AnswerTooLate.bound
         return error
 

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         Trouble,
         Verdict,
     )
-    from aioserver.providers.api import Memory
+    from aioserver.providers.api import Capabilities
     from aioserver.providers.provider import Provider
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.metrics import GroupMeter
@@ -302,15 +302,19 @@ def _provider_state(
     }
 
 
-def _learned(provider: Provider, memories: Sequence[Memory]) -> LearnedState:
+def _learned(provider: Provider, memories: Sequence[Capabilities]) -> LearnedState:
     """Return what is known of the APIs of *provider*, by its settings and by what it has said."""
     settings = provider.settings
-    words = [word for memory in memories if (word := memory.messages) is not None]
+    words = [word for capabilities in memories if (word := capabilities.messages) is not None]
     return {
         "messages": words[0] if words else MESSAGES_WORDS[settings.messages],
-        "refused_words": [word for memory in memories for word in sorted(memory.refused_words)],
+        "refused_words": [
+            word for capabilities in memories for word in sorted(capabilities.refused_words)
+        ],
         "context_limit": {
-            model: limit for memory in memories for model, limit in memory.context_limits.items()
+            model: limit
+            for capabilities in memories
+            for model, limit in capabilities.context_limits.items()
         },
         "tokens_per_byte": round(provider.costs.tokens_per_byte(settings.model), 3),
     }

@@ -159,7 +159,7 @@ class ContinuedState(TypedDict):
 
 
 class SilenceState(TypedDict):
-    """The silence of a provider: see providers/stall.py; *longest* in seconds."""
+    """The silence of a provider: see providers/silence.py; *longest* in seconds."""
 
     longest: Annotated[float, MAX]
     stalled: Annotated[int, SUM]

@@ -22,7 +22,7 @@ What an answer has *said* so far may be continued by another one. Where the *res
 Chunks go to the clients in frames of ours: request id, *event id* (from 1, to resume after it),
 *status* and chunk.
 
-Of a request, the *model body* has the members that we read, and the *terms* are what its client
+Of a request, the *model body* has the members that we read, and the *request_options* are what its client
 asks beside the answer: deadlines, a class. *Client headers* go on to the provider, and *stream
 options* ask for the usage. A *prefix* is how the beginning of a prompt is known. What is
 *passable* goes on as it is, whatever it is. A *whole answer* is one that was not streamed.

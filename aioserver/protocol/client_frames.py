@@ -23,13 +23,13 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
-from aioserver.protocol import json_body, terms
+from aioserver.protocol import json_body, request_options
 from aioserver.protocol.client_headers import NO_HEADERS, ClientHeaders
 from aioserver.protocol.json_body import ABSENT, UnknownField
 from aioserver.protocol.model_body import MAX_CHOICES
+from aioserver.protocol.request_options import NO_REQUEST_OPTIONS, RequestOptions
 from aioserver.protocol.sound import sound
 from aioserver.protocol.steps import LARGE_BYTES, at_once, pause, pause_after
-from aioserver.protocol.terms import NO_TERMS, Terms
 
 MAX_ID_CHARACTERS = 256
 # A character of an id may be written as an escape, and one beyond U+FFFF as two of six bytes.
@@ -114,7 +114,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     If *streaming* is None, the configuration decides. *original* is empty, unless
     something in the question was replaced: it is then a hash of what the client has sent. *hashed*
     is the `digest`, if it was made in steps. The *client_headers* go on to the provider, and are
-    no part of the question, nor are its *terms*: two questions that differ in them alone are the
+    no part of the question, nor are its *request_options*: two questions that differ in them alone are the
     same.
     """
 
@@ -130,7 +130,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     max_answer: int | None = None
     choices: int = 1
     original: bytes = b""
-    terms: Terms = NO_TERMS
+    request_options: RequestOptions = NO_REQUEST_OPTIONS
     hashed: bytes = b""
     client_headers: ClientHeaders = NO_HEADERS
 
@@ -352,27 +352,27 @@ async def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
         max_answer=max_answer,
         choices=choices,
         original=original,
-        terms=_terms(fields),
+        request_options=_request_options(fields),
     )
     large = len(text or messages or b"") + len(options) > LARGE_BYTES
     return replace(chat, hashed=await chat.hashing()) if large else chat
 
 
-def _terms(fields: _Payload) -> Terms:
+def _request_options(fields: _Payload) -> RequestOptions:
     if fields.start_within is fields.deadline is fields.class_ is ABSENT:
-        return NO_TERMS
-    return Terms(
+        return NO_REQUEST_OPTIONS
+    return RequestOptions(
         _seconds(fields.start_within, "start_within"),
         _seconds(fields.deadline, "deadline"),
-        terms.batch(_name(fields.class_, "class"), "class"),
+        request_options.batch(_name(fields.class_, "class"), "class"),
     )
 
 
 def _seconds(raw: Raw, name: str) -> float:
     if json_body.null(raw):
         return inf
-    written = bytes(memoryview(raw)[: terms.MAX_CHARACTERS + 1])
-    return terms.seconds(written.decode(errors="replace"), name)
+    written = bytes(memoryview(raw)[: request_options.MAX_CHARACTERS + 1])
+    return request_options.seconds(written.decode(errors="replace"), name)
 
 
 def _valid_messages(messages: bytes) -> bool:

@@ -1,6 +1,6 @@
 """The seam of a continued answer: where the rest of a text that broke off begins.
 
-An answer that broke off has *said* a text, and another answer is asked for the rest of it. What
+An answer that broke off has said a text, and another answer is asked for the rest of it. What
 comes is checked before any of it is shown:
 
     Onward     an engine that was given the text as the beginning of its own message says the rest
@@ -65,16 +65,16 @@ class Seam(ABC):
 
 
 class Onward(Seam):
-    """The seam of an engine that goes on with *said* as its own message.
+    """The seam of an engine that goes on with *transcript* as its own message.
 
-    *repeats*: the engine is known to write *said* again in front of the rest.
+    *repeats*: the engine is known to write *transcript* again in front of the rest.
     """
 
-    def __init__(self, said: str, *, repeats: bool = False) -> None:
-        self._said = said
-        self.found = not (repeats or provable(said))
+    def __init__(self, transcript: str, *, repeats: bool = False) -> None:
+        self._transcript = transcript
+        self.found = not (repeats or provable(transcript))
         self._held = ""
-        # The characters that have come, all of which are those of *said*.
+        # The characters that have come, all of which are those of *transcript*.
         self._matched = 0
         # Whether the engine has begun anew, or else has not; None: that is not known.
         self.repeated: bool | None = None
@@ -83,16 +83,16 @@ class Onward(Seam):
         """Return what may pass, as `Seam.feed`."""
         if self.found or not text:
             return text
-        said, matched = self._said, self._matched
-        size = min(len(text), len(said) - matched)
-        if not said.startswith(text[:size], matched):
-            if matched + _common(said, matched, text) >= BEGINNING:
+        transcript, matched = self._transcript, self._matched
+        size = min(len(text), len(transcript) - matched)
+        if not transcript.startswith(text[:size], matched):
+            if matched + _common(transcript, matched, text) >= BEGINNING:
                 raise SeamBroken("the answer begins anew, and says something else")
             self.found, self.repeated = True, False
             held, self._held = self._held, ""
             return held + text
         self._matched = matched = matched + size
-        if matched == len(said):
+        if matched == len(transcript):
             self.found = self.repeated = True
             self._held = ""
             return text[size:]
@@ -142,16 +142,18 @@ class Anchored(Seam):
         return ""
 
 
-def provable(said: str) -> bool:
-    """Return whether a text that begins as *said* does, and follows it, must begin it anew."""
-    beginning = said[:BEGINNING]
-    return len(said) >= BEGINNING and (said + beginning).find(beginning, 1) == len(said)
+def provable(transcript: str) -> bool:
+    """Return whether a text that begins as *transcript* does, and follows it, must begin it anew."""
+    beginning = transcript[:BEGINNING]
+    return len(transcript) >= BEGINNING and (transcript + beginning).find(beginning, 1) == len(
+        transcript
+    )
 
 
-def anchor_of(said: str) -> str:
-    """Return the last words of *said*, by which the seam is found; "" if there are none."""
-    anchor = said[-ANCHOR:]
-    if len(said) > ANCHOR and not (said[-ANCHOR - 1].isspace() or anchor[0].isspace()):
+def anchor_of(transcript: str) -> str:
+    """Return the last words of *transcript*, by which the seam is found; "" if there are none."""
+    anchor = transcript[-ANCHOR:]
+    if len(transcript) > ANCHOR and not (transcript[-ANCHOR - 1].isspace() or anchor[0].isspace()):
         # It begins within a word.
         head, space, words = _at_space(anchor)
         anchor = words if space and words.strip() else head + space + words
@@ -165,10 +167,10 @@ def _at_space(text: str) -> tuple[str, str, str]:
     return text[:place], text[place : place + 1], text[place + 1 :]
 
 
-def _common(said: str, start: int, text: str) -> int:
-    """Return how many characters of *text* are those of *said* from *start* on."""
+def _common(transcript: str, start: int, text: str) -> int:
+    """Return how many characters of *text* are those of *transcript* from *start* on."""
     count = 0
-    for ours, theirs in zip(said[start:], text, strict=False):
+    for ours, theirs in zip(transcript[start:], text, strict=False):
         if ours != theirs:
             break
         count += 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from aioserver.protocol.model_body import MAX_CHOICES
 from aioserver.protocol.openai import bounded, is_content, usage_of
-from aioserver.protocol.said import ChatSaid
+from aioserver.protocol.transcript import ChatTranscript
 from aioserver.providers import error_mapping
 from aioserver.providers.sinks import EventSink
 from aioserver.streams.contracts import PLAIN_EVENTS
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.errors import AioserverError
     from aioserver.protocol.model_body import ModelBody
-    from aioserver.protocol.said import PassedSaid
+    from aioserver.protocol.transcript import PassedTranscript
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.contracts import AnswerEvents
     from aioserver.streams.stream import Stream
 
 
-class Memory:
+class Capabilities:
     """What an API has learned of one provider: made at its first use, and anew after a change of
     the settings. What single answers have shown is forgotten by *clock* (verdicts.py).
     """
@@ -80,7 +80,7 @@ class Api(ForwardedApi):
     costs: ClassVar[bool] = True
     paces_cached: ClassVar[bool] = True
     # The memory of an answer that can be continued; None: none of this API can be.
-    continues: ClassVar[type[PassedSaid] | None] = None
+    continues: ClassVar[type[PassedTranscript] | None] = None
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -147,7 +147,7 @@ class ChatApi(Api):
 
     bounds = ("max_tokens", "max_completion_tokens")
     choices = ("n", "best_of")
-    continues = ChatSaid
+    continues = ChatTranscript
 
 
 class CompletionsApi(Api):

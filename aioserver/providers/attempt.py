@@ -22,7 +22,7 @@ from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
 from aioserver.limits.estimate import UNKNOWN_WORK, text_bytes
 from aioserver.protocol.openai import BadEvent, ErrorEvent
-from aioserver.protocol.said import ReadSaid
+from aioserver.protocol.transcript import ReadTranscript
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.error_mapping import (
     check_json,
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from aioserver.limits.estimate import Estimate
     from aioserver.limits.resource import Resource
     from aioserver.limits.scheduler import Scheduler
-    from aioserver.protocol.said import Said, Tokens
-    from aioserver.providers.api import Api, Memory
+    from aioserver.protocol.transcript import Tokens, Transcript
+    from aioserver.providers.api import Api, Capabilities
     from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import ProviderRequest
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 # Bytes at most of the body of an answer with another status than 200.
 MAX_ERROR_BYTES = 1 << 20
 
-M = TypeVar("M", bound="Memory")
+M = TypeVar("M", bound="Capabilities")
 
 
 class Estimating(Protocol):
@@ -97,7 +97,7 @@ class AttemptedProvider(Protocol):
     def answered(self, attempt: Attempt) -> None:
         """Learn that the answer of *attempt* has begun."""
 
-    def memory(self, kind: type[M]) -> M:
+    def capabilities(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider."""
 
 
@@ -209,8 +209,8 @@ class Attempt:
         """The model that is asked for."""
         return self.model or self.provider.settings.model
 
-    def goes_on(self, said: Said) -> bool:  # noqa: ARG002 - in every API but one
-        """Return whether it can go on with what another attempt has *said*."""
+    def goes_on(self, transcript: Transcript) -> bool:  # noqa: ARG002 - in every API but one
+        """Return whether it can go on with the *transcript* of another attempt."""
         return self.request.api.speaks(self.provider.settings)
 
     @property
@@ -255,7 +255,7 @@ class Attempt:
         if self.stream is None:
             # The answer is whole, and its request is over at once.
             return
-        if self.stream.said is None:
+        if self.stream.transcript is None:
             self.request.let_body_go()
         else:
             self.request.forget_body()
@@ -368,7 +368,7 @@ class Attempt:
         sink = self.stream_sink(stream)
         if self.hop is not None:
             return self.hop.sink(self, sink)
-        stream.said = self.said() if self.request.keeps_body else None
+        stream.transcript = self.transcript() if self.request.keeps_body else None
         return sink
 
     def stream_sink(self, stream: Stream) -> StreamSink:
@@ -378,13 +378,13 @@ class Attempt:
             return ChatSink(stream, request.reading)
         return request.api.sink(stream)
 
-    def said(self) -> Said | None:
+    def transcript(self) -> Transcript | None:
         """Return what keeps the answer that begins, for another attempt to say the rest of it;
         None if that could not be.
         """
         request = self.request
         if request.reading is not None:
-            return ReadSaid(request.reading)
+            return ReadTranscript(request.reading)
         return None if request.api.continues is None else request.api.continues()
 
     @property

@@ -16,7 +16,7 @@ from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK
 from aioserver.protocol.tokens import MAX_TOKENS, TOTAL, tokens_of
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
-from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, Part
+from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, AttemptCost
 from aioserver.usage.accounting import CANCELLED, CUT, FAILED, OK
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Costs:
             self._usage.sent(attempt.request.record, partial(self.so_far, attempt))
 
     @bookkeeping(nothing)
-    def count(self, attempt: Attempt, exc: BaseException | None) -> Part | None:
+    def count(self, attempt: Attempt, exc: BaseException | None) -> AttemptCost | None:
         """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
         outcome; None if that is nothing.
         """
@@ -103,36 +103,36 @@ class Costs:
         outcome = request.outcome
         if not outcome.sent_at or attempt.status >= MIN_ERROR_STATUS or not request.api.costs:
             return None
-        part = self.so_far(attempt, exc)
-        outcome.parts += (part,)
-        if part.source in COUNTED:
+        cost = self.so_far(attempt, exc)
+        outcome.costs += (cost,)
+        if cost.source in COUNTED:
             whole = None
-            if exc is None and part.source == PROVIDER and attempt.hop is None:
-                whole = part.tokens_out
+            if exc is None and cost.source == PROVIDER and attempt.hop is None:
+                whole = cost.tokens_out
             self._estimates.learn(
                 self._name,
-                part.model,
+                cost.model,
                 request.caller.flow,
                 attempt.text_bytes,
-                part.tokens_in,
-                part.tokens.cached or 0,
+                cost.tokens_in,
+                cost.tokens.cached or 0,
                 whole,
                 0 if attempt.stream is None else _events(attempt),
                 request.max_answer,
                 request.choices,
             )
-        return part
+        return cost
 
-    def ended(self, attempt: Attempt, part: Part | None) -> None:
-        """Note in sums and ledger that *attempt* has ended, and has cost *part*, None if that is
+    def ended(self, attempt: Attempt, cost: AttemptCost | None) -> None:
+        """Note in sums and ledger that *attempt* has ended, and has cost *cost*, None if that is
         nothing. Its place is given back already.
         """
-        if part is None:
+        if cost is None:
             self._usage.refused(attempt.request.record)
         else:
-            self._usage.ended(attempt.request.record, part)
+            self._usage.ended(attempt.request.record, cost)
 
-    def so_far(self, attempt: Attempt, exc: BaseException | None = None) -> Part:
+    def so_far(self, attempt: Attempt, exc: BaseException | None = None) -> AttemptCost:
         """Return what *attempt* has cost, which has ended, well or with *exc*, or may not have
         ended yet.
         """
@@ -161,7 +161,7 @@ class Costs:
                 answered = 0
         work = uncached + OUTPUT_FACTOR * answered
         began = outcome.sent_at
-        return Part(
+        return AttemptCost(
             self._name,
             outcome.model,
             result,
@@ -189,23 +189,23 @@ class Costs:
         )
 
 
-def paced_tokens(attempt: Attempt, part: Part | None) -> int:
-    """Return the tokens by which *attempt*, which has ended and has cost *part*, counts for the
+def paced_tokens(attempt: Attempt, cost: AttemptCost | None) -> int:
+    """Return the tokens by which *attempt*, which has ended and has cost *cost*, counts for the
     pace.
     """
     outcome, hop = attempt.request.outcome, attempt.hop
-    if part is None:
+    if cost is None:
         # A refusal counts as what was asked, as long as the provider does not say otherwise.
         estimate = attempt.request.estimate
         if estimate is None or not outcome.sent_at:
             return 0
         return min(estimate.prompt, attempt.expected_tokens)
-    if part.source != MIXED and hop is None and outcome.usage is not None:
+    if cost.source != MIXED and hop is None and outcome.usage is not None:
         total = outcome.usage.get(TOTAL)
         if isinstance(total, int) and 0 <= total < MAX_TOKENS:
             return total
-    cached = 0 if attempt.request.api.paces_cached else part.tokens.cached or 0
-    return part.tokens_in - cached + part.tokens_out
+    cached = 0 if attempt.request.api.paces_cached else cost.tokens.cached or 0
+    return cost.tokens_in - cached + cost.tokens_out
 
 
 def _events(attempt: Attempt) -> int:

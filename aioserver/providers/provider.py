@@ -42,7 +42,7 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     StaleConnection,
 )
-from aioserver.providers.api import Memory
+from aioserver.providers.api import Capabilities
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.breaker import Trials
 from aioserver.providers.budget import Budget, BudgetStats
@@ -53,11 +53,11 @@ from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import ALONE, Health
 from aioserver.providers.pool import PoolStats
 from aioserver.providers.pools import Pools
+from aioserver.providers.silence import Silence, SilenceMeter
 from aioserver.providers.sinks import BodySink
-from aioserver.providers.stall import Silence, Silences
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.outcome import PROVIDER, Part
+from aioserver.telemetry.outcome import PROVIDER, AttemptCost
 from aioserver.telemetry.tracer import AttemptEnd
 from aioserver.usage.accounting import Usage
 
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.outcome import Outcome
 
-M = TypeVar("M", bound="Memory")
+M = TypeVar("M", bound="Capabilities")
 # The value of `when_down` by which requests wait.
 WAIT = "wait"
 
@@ -106,7 +106,7 @@ class ProviderStats(msgspec.Struct, frozen=True):
     budget: BudgetStats
     background: tuple[int, int] = (0, 0)
     # What APIs have learned of it.
-    learned: tuple[Memory, ...] = ()
+    learned: tuple[Capabilities, ...] = ()
 
 
 class Provider:
@@ -141,11 +141,11 @@ class Provider:
         self.meter = ProviderMeter() if meter is None else meter
         self._lifetime = lifetime
         self.max_response_bytes = max_response_bytes
-        self._silences: Silences[PooledConnection] = Silences(
+        self._silences: SilenceMeter[PooledConnection] = SilenceMeter(
             lambda connection: connection.protocol.exchange, PooledConnection.heard_at
         )
         # What APIs have learned of it.
-        self._memories: dict[type[Memory], Memory] = {}
+        self._capabilities: dict[type[Capabilities], Capabilities] = {}
         self.clock = clock
         self.health = Health(settings.name, self.meter, clock, observer)
         self.capacity = Capacity(
@@ -207,7 +207,7 @@ class Provider:
             self.settings = settings
             self.max_response_bytes = max_response_bytes
             self._drained = None
-            self._memories.clear()
+            self._capabilities.clear()
             self.health.reset(new_address=new_address, new_key=new_key)
             if new_address or new_key:
                 self._pace.forget()
@@ -336,7 +336,7 @@ class Provider:
         """Give the place back, bill the attempt, and learn from its end, in this order: the next
         request may start at once, and tell its client.
         """
-        part: Part | None = None
+        cost: AttemptCost | None = None
         request = attempt.request
         # It refers to this attempt.
         request.ticket.estimate = None
@@ -348,21 +348,21 @@ class Provider:
             if grant is None:
                 leave(request.ticket, self)
             else:
-                part = self.costs.count(attempt, error)
+                cost = self.costs.count(attempt, error)
         finally:
             try:
                 if grant is not None:
                     spent = None
                     if attempt.expected_tokens:
-                        spent, attempt.expected_tokens = paced_tokens(attempt, part), 0
-                    elif not request.estimated and part is not None and part.source == PROVIDER:
+                        spent, attempt.expected_tokens = paced_tokens(attempt, cost), 0
+                    elif not request.estimated and cost is not None and cost.source == PROVIDER:
                         # Nobody has expected them.
-                        self._pace.charge(paced_tokens(attempt, part))
-                    grant.release(0 if part is None else part.work, spent)
+                        self._pace.charge(paced_tokens(attempt, cost))
+                    grant.release(0 if cost is None else cost.work, spent)
             finally:
                 if self._drained is not None and not self.capacity.inside:
                     self._drained.set()
-                self._ended(attempt, error, part)
+                self._ended(attempt, error, cost)
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now, and has
@@ -390,12 +390,12 @@ class Provider:
         if self.health.answered(seconds, trial=trial):
             self.capacity.resume()
 
-    def memory(self, kind: type[M]) -> M:
+    def capabilities(self, kind: type[M]) -> M:
         """Return what an API has learned of this provider, of which it has its own *kind*."""
-        memory = self._memories.get(kind)
-        if not isinstance(memory, kind):
-            memory = self._memories[kind] = kind(self.settings, self.clock)
-        return memory
+        capabilities = self._capabilities.get(kind)
+        if not isinstance(capabilities, kind):
+            capabilities = self._capabilities[kind] = kind(self.settings, self.clock)
+        return capabilities
 
     def stats(self) -> ProviderStats:
         """Return a snapshot."""
@@ -414,7 +414,7 @@ class Provider:
             self._silences.measure(self.pools.in_use, now, self.meter.first_token),
             self.budget.stats(),
             self.capacity.background,
-            tuple(self._memories.values()),
+            tuple(self._capabilities.values()),
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:
@@ -629,13 +629,15 @@ class Provider:
             self._pace.cool_down(fault.retry_after or 0.0)
             self.capacity.refuse_late()
 
-    def _ended(self, attempt: Attempt, exc: BaseException | None, part: Part | None) -> None:
-        """Count an attempt that has ended, well or with *exc*, and has cost *part*, and learn from
+    def _ended(
+        self, attempt: Attempt, exc: BaseException | None, cost: AttemptCost | None
+    ) -> None:
+        """Count an attempt that has ended, well or with *exc*, and has cost *cost*, and learn from
         it.
 
         Its place is given back already.
         """
-        self.costs.ended(attempt, part)
+        self.costs.ended(attempt, cost)
         self._count(attempt, exc)
         if not attempt.answered and (exc is None or exc is attempt.fault):
             # An answer in one piece has no first event.

@@ -16,7 +16,7 @@ from aioserver.limits.deadline import Deadline
 from aioserver.limits.fair_queue import BATCH
 from aioserver.limits.resource import Ticket
 from aioserver.protocol.client_headers import NO_HEADERS
-from aioserver.protocol.terms import NO_TERMS
+from aioserver.protocol.request_options import NO_REQUEST_OPTIONS
 from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.request_log import RequestRecord
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aioserver.limits.estimate import Estimate
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
-    from aioserver.protocol.terms import Terms
+    from aioserver.protocol.request_options import RequestOptions
     from aioserver.providers.api import Api
     from aioserver.streams.store import HeldBytes
 
@@ -67,13 +67,13 @@ class Hold(Protocol):
     *given* says that the request releases
     them, and not the handler that has read them.
     *waited_since* is the monotonic time since which its client had waited for a place, 0.0 if it
-    has got one at once. Their request *arrived* at this time of the loop, with these *terms*.
+    has got one at once. Their request *arrived* at this time of the loop, with these *request_options*.
     """
 
     given: bool
     waited_since: float
     arrived: float
-    terms: Terms
+    request_options: RequestOptions
 
     @property
     def loan(self) -> Loan | None:
@@ -147,9 +147,12 @@ class ProviderRequest:
         self.bound: Deadline | None = None
         self.keeps_body = self.background = False
         batch = caller.batch
-        if hold is not None and (terms := hold.terms) is not NO_TERMS:
-            self.bound = Deadline(hold.arrived, terms)
-            batch = batch or terms.batch
+        if (
+            hold is not None
+            and (request_options := hold.request_options) is not NO_REQUEST_OPTIONS
+        ):
+            self.bound = Deadline(hold.arrived, request_options)
+            batch = batch or request_options.batch
         self.api = api
         self.path = f"{api.path}?{query}" if query else api.path
         self.body = body

@@ -248,7 +248,7 @@ class PassingSink(StreamSink):
             if not self._stream.answered or isinstance(fault, ProviderAuthError):
                 # Another attempt may follow; and an error about our key is never shown.
                 raise fault
-            if self._stream.said is not None:
+            if self._stream.transcript is not None:
                 # Another attempt may say the rest; else this event is the end.
                 fault.event = error
                 raise fault

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.eventstream import utf8
 from aioserver.protocol.openai import PLAIN
-from aioserver.protocol.said import PassedSaid
+from aioserver.protocol.transcript import PassedTranscript
 from aioserver.streams.contracts import AnswerApi
 from aioserver.streams.entries import TextEntry
 
@@ -121,9 +121,9 @@ class FastPath:
         self.cursor = cursor
         self.shape = shape
         self._stream = cursor.stream
-        said = cursor.stream.said
-        # What was forwarded, if it has to be kept: see protocol/said.py.
-        self._kept = said if isinstance(said, PassedSaid) else None
+        transcript = cursor.stream.transcript
+        # What was forwarded, if it has to be kept: see protocol/transcript.py.
+        self._kept = transcript if isinstance(transcript, PassedTranscript) else None
         self._meter = cursor.stream.meter
         (
             self._transport,

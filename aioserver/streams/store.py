@@ -42,7 +42,7 @@ EVICTION_TARGET = 0.95
 SEARCH_STEP = 0.01
 
 
-class Shelf(Protocol):
+class EvictableStore(Protocol):
     """Answers of one *api* that are kept beside the logs, such as stored responses, and may be
     dropped to make room. Their bytes are counted by `StreamStore.hold`, for their owners.
     """
@@ -129,7 +129,7 @@ class StreamStore:
         # Whether late readers are being dropped.
         self._dropping = False
         # What else may be dropped.
-        self.shelves: list[Shelf] = []
+        self.evictable_stores: list[EvictableStore] = []
         self._observer = observer
 
     def apply(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
@@ -309,7 +309,7 @@ class StreamStore:
         return StoreStats(
             running=len(self._running),
             finished=len(self._finished),
-            responses=sum(map(len, self.shelves)),
+            responses=sum(map(len, self.evictable_stores)),
             bytes=self._bytes,
             max_bytes=self._max_kept_bytes,
         )
@@ -346,7 +346,7 @@ class StreamStore:
         for stream in self._running:
             if self._bytes < self._max_kept_bytes:
                 return
-            if stream.said is not None and stream.said.size:
+            if stream.transcript is not None and stream.transcript.size:
                 stream.drop_said()
 
     def _drop_late_readers(self) -> None:
@@ -392,12 +392,12 @@ class StreamStore:
         while logs and logs[-1].readers:
             logs.pop()
         ended = ended_at(logs[-1]) if logs else inf
-        stored_at, shelf = inf, None
-        for each in self.shelves:
+        stored_at, evictable_store = inf, None
+        for each in self.evictable_stores:
             if (oldest := each.oldest(owner)) < stored_at:
-                stored_at, shelf = oldest, each
-        if shelf is not None and stored_at < ended:
-            shelf.drop_oldest(owner)
+                stored_at, evictable_store = oldest, each
+        if evictable_store is not None and stored_at < ended:
+            evictable_store.drop_oldest(owner)
         elif logs:
             self.drop(logs.pop())
         return stored_at < inf or ended < inf

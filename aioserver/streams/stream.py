@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
-    from aioserver.protocol.said import Said
+    from aioserver.protocol.transcript import Transcript
     from aioserver.streams.contracts import (
         AnswerApi,
         Attempt,
@@ -204,10 +204,10 @@ class Stream:
         "remote",
         "rendered",
         "request_id",
-        "said",
         "source",
         "text_bytes",
         "timer",
+        "transcript",
         "whole",
         "window",
     )
@@ -279,7 +279,7 @@ class Stream:
         # may see them before that.
         self.closing: tuple[bytes, int] | None = None
         # What the answer has said so far, where the rest could be said by another attempt.
-        self.said: Said | None = None
+        self.transcript: Transcript | None = None
         # Counts a body that is collected for the log, once there is one.
         self.held: Held | None = None
         # A second name by which the log is found.
@@ -441,8 +441,8 @@ class Stream:
             size += self.events.size
         if headers := outcome.headers:
             size += sum(len(name) + len(text) + HEADER_OVERHEAD for name, text in headers.items())
-        if self.said is not None:
-            size += self.said.size
+        if self.transcript is not None:
+            size += self.transcript.size
         if self.whole is not None:
             size += self.whole.size
         if self.error is not None:
@@ -486,8 +486,8 @@ class Stream:
 
     def drop_said(self) -> None:
         """Forget what the answer has said: it will not be continued."""
-        if self.said is not None:
-            self.said.drop()
+        if self.transcript is not None:
+            self.transcript.drop()
             self.recount()
 
     def trim(self) -> None:
@@ -518,7 +518,7 @@ class Stream:
         """
         if self.path is not None:
             self.close_fast_path()
-        if self.said is not None and self.said.add(data):
+        if self.transcript is not None and self.transcript.add(data):
             self.recount()
         self.meter.events += count
         readers = self.readers
@@ -542,7 +542,7 @@ class Stream:
         """
         if self.path is not None:
             self.close_fast_path()
-        if self.said is not None and self.said.add(data):
+        if self.transcript is not None and self.transcript.add(data):
             self.recount()
         self.closing = data, count
 
@@ -634,7 +634,7 @@ class Stream:
         self.bytes += entry.size
         self.last, self.ended, self.end_status = entry.first, True, entry.status
         # The producer is done with its text.
-        self.text_bytes, self.said = 0, None
+        self.text_bytes, self.transcript = 0, None
         self._tell_end(entry.size)
 
     def fail(self, error: AioserverError) -> None:
@@ -662,7 +662,7 @@ class Stream:
         self.ended, self.end_status, self.error = True, status, error
         if self.remote is not None:
             self.remote.broken = error
-        self.text_bytes, self.said = 0, None
+        self.text_bytes, self.transcript = 0, None
         self._tell_end()
 
     def _tell_end(self, grown: int = 0) -> None:

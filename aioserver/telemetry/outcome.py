@@ -36,7 +36,7 @@ class GroupStart(NamedTuple):
     size: int = 0
 
 
-class Part(msgspec.Struct, frozen=True, gc=False):
+class AttemptCost(msgspec.Struct, frozen=True, gc=False):
     """What one attempt has cost that was sent, in full or in part, and was not answered with a
     status of 400 or more: its tokens, as far as they are known.
 
@@ -97,7 +97,7 @@ class Outcome(msgspec.Struct, eq=False):
     *sent*: one was sent, so that the answer may cost money; *sent_at* is the monotonic time when
     the newest was, 0.0 if it was not. *headers* are those of the provider's answer that clients
     may see. Until the request is logged, *usage* has its tokens, as the provider reports them, and
-    *start* where it has started last by a group. *parts* has the attempts that have ended and may
+    *start* where it has started last by a group. *costs* has the attempts that have ended and may
     have cost something, *seams* where an answer was continued. *entry* is the number of the request
     in the ledger, 0 if it has none, and how many of its attempts are numbered there.
 
@@ -114,7 +114,7 @@ class Outcome(msgspec.Struct, eq=False):
     sent_at: float = 0.0
     usage: Mapping[str, Any] | None = None
     start: GroupStart | None = None
-    parts: tuple[Part, ...] = ()
+    costs: tuple[AttemptCost, ...] = ()
     seams: tuple[Continued, ...] = ()
     entry: tuple[int, int] = (0, 0)
     bridge: str = ""
@@ -126,17 +126,17 @@ class Outcome(msgspec.Struct, eq=False):
     def spent(self) -> tuple[int, int]:
         """The tokens of all parts: of what was asked, and of what was answered."""
         asked = answered = 0
-        for part in self.parts:
-            asked += part.tokens_in
-            answered += part.tokens_out
+        for cost in self.costs:
+            asked += cost.tokens_in
+            answered += cost.tokens_out
         return asked, answered
 
     @property
     def work(self) -> int:
         """What all parts have cost engines, as fair queues count it."""
         work = 0
-        for part in self.parts:
-            work += part.work
+        for cost in self.costs:
+            work += cost.work
         return work
 
     def begin_attempt(self, provider: str, model: str) -> None:

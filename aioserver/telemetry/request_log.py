@@ -110,7 +110,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     def answered(self, now: float) -> None:
         """Note that the first content of the answer has come *now*; it counts at once."""
         self.first_event_at = now
-        # Silences before the answer do not count: in a head, between comments, in a failed
+        # SilenceMeter before the answer do not count: in a head, between comments, in a failed
         # attempt.
         self.silence = 0.0
         if self.log is not None:
@@ -218,7 +218,7 @@ class RequestLog:
             if (left_out := metrics.refusal_lines.allow(code)) is not None:
                 self._log(record, now, code, outcome, status, **left_out)
         elif logger.isEnabledFor(logging.INFO):
-            if len(asked.parts) > 1:
+            if len(asked.costs) > 1:
                 self._log_parts(record)
             self._log(record, now, code, outcome, status)
         # A log refers to the outcome for its window; these objects are needed no longer.
@@ -254,24 +254,24 @@ class RequestLog:
         meter.starts[start.provider, start.home].value += 1
         if start.size:
             meter.known.add(now, start.known, start.size)
-        part = outcome.parts[-1] if outcome.parts else None
-        if part is not None and part.provider == start.provider and part.source in COUNTED:
-            meter.cached[start.provider].add(now, part.tokens.cached, part.tokens_in)
+        cost = outcome.costs[-1] if outcome.costs else None
+        if cost is not None and cost.provider == start.provider and cost.source in COUNTED:
+            meter.cached[start.provider].add(now, cost.tokens.cached, cost.tokens_in)
 
     @staticmethod
     def _log_parts(record: RequestRecord) -> None:
         """Log what each attempt has cost: a request that had several has no bill in one line."""
-        for number, part in enumerate(record.outcome.parts, 1):
+        for number, cost in enumerate(record.outcome.costs, 1):
             fields = {
                 "request_id": record.request_id[:MAX_NAME],
                 **({"caller": record.caller.name} if record.caller.name else {}),
                 "attempt": number,
-                "provider": part.provider,
-                "model": part.model[:MAX_NAME],
-                "outcome": part.outcome,
-                "tokens_in": part.tokens_in,
-                "tokens_out": part.tokens_out,
-                "estimated": part.estimated,
+                "provider": cost.provider,
+                "model": cost.model[:MAX_NAME],
+                "outcome": cost.outcome,
+                "tokens_in": cost.tokens_in,
+                "tokens_out": cost.tokens_out,
+                "estimated": cost.estimated,
             }
             logger.info("attempt finished", extra={"fields": fields})
 
@@ -321,7 +321,7 @@ class RequestLog:
             fields["our_gap_ms"] = round(record.delay * 1000, 1)
         if record.client_stall > THRESHOLD:
             fields["client_gap_ms"] = round(record.client_stall * 1000, 1)
-        if record.outcome.parts:
+        if record.outcome.costs:
             fields |= _bill(record.outcome)
         if record.outcome.seams:
             fields["seams"] = len(record.outcome.seams)
@@ -349,15 +349,15 @@ def _bill(outcome: Outcome) -> dict[str, object]:
     asked = answered = reasoning = 0
     cached: int | None = None
     source = ""
-    for part in outcome.parts:
-        if part.source == NOBODY:
+    for cost in outcome.costs:
+        if cost.source == NOBODY:
             continue
-        asked += part.tokens_in
-        answered += part.tokens_out
-        reasoning += part.tokens.reasoning
-        if part.tokens.cached is not None:
-            cached = (cached or 0) + part.tokens.cached
-        source = part.source if source in {"", part.source} else MIXED
+        asked += cost.tokens_in
+        answered += cost.tokens_out
+        reasoning += cost.tokens.reasoning
+        if cost.tokens.cached is not None:
+            cached = (cached or 0) + cost.tokens.cached
+        source = cost.source if source in {"", cost.source} else MIXED
     if not source:
         return {}
     fields: dict[str, object] = {"tokens_in": asked, "tokens_out": answered}

@@ -25,7 +25,7 @@ from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.bugs import Bugs
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.metrics import Row, family_of
-from aioserver.telemetry.outcome import NOBODY, Part
+from aioserver.telemetry.outcome import NOBODY, AttemptCost
 from aioserver.usage.ledger import Ledger, Line
 from aioserver.usage.ledger_reader import REFUSED, RUNNING
 from aioserver.usage.sums import CallerSums
@@ -58,7 +58,7 @@ class _Sent:
     __slots__ = ("attempt", "due", "number", "record", "so_far", "told")
 
     def __init__(
-        self, record: RequestRecord, number: int, attempt: int, so_far: Callable[[], Part]
+        self, record: RequestRecord, number: int, attempt: int, so_far: Callable[[], AttemptCost]
     ) -> None:
         self.record = record
         self.number = number
@@ -164,7 +164,7 @@ class Usage:
         return len(self._new) + len(self._running)
 
     @bookkeeping(nothing)
-    def sent(self, record: RequestRecord, so_far: Callable[[], Part]) -> None:
+    def sent(self, record: RequestRecord, so_far: Callable[[], AttemptCost]) -> None:
         """Note that an attempt of the request of *record* was sent, perhaps not for the first
         time.
         """
@@ -173,14 +173,14 @@ class Usage:
             sent.due = time.monotonic() + FIRST_LINE
 
     @bookkeeping(nothing)
-    def ended(self, record: RequestRecord, part: Part) -> None:
-        """Count *part*, the last of the request of *record*."""
-        caller, parts = record.caller, record.outcome.parts
+    def ended(self, record: RequestRecord, cost: AttemptCost) -> None:
+        """Count *cost*, the last of the request of *record*."""
+        caller, costs = record.caller, record.outcome.costs
         # Whatever fails, it runs no longer. Without a ledger nothing does.
         sent = None if self.ledger is None else self._taken(record)
-        self.sums.add(caller.name, part, caller.label, anew=len(parts) < 2 or _is_anew(parts))
+        self.sums.add(caller.name, cost, caller.label, anew=len(costs) < 2 or _is_anew(costs))
         if self.ledger is not None:
-            self._put(sent or self._number(record, _nobody_knows), part, part.outcome)
+            self._put(sent or self._number(record, _nobody_knows), cost, cost.outcome)
 
     @bookkeeping(nothing)
     def refused(self, record: RequestRecord) -> None:
@@ -191,14 +191,14 @@ class Usage:
     def _taken(self, record: RequestRecord) -> _Sent | None:
         return self._new.pop(record, None) or self._running.pop(record, None)
 
-    def _number(self, record: RequestRecord, so_far: Callable[[], Part]) -> _Sent:
+    def _number(self, record: RequestRecord, so_far: Callable[[], AttemptCost]) -> _Sent:
         number, attempts = record.outcome.entry
         if not number:
             self._numbers = number = self._numbers + 1
         record.outcome.entry = number, attempts + 1
         return _Sent(record, number, attempts + 1, so_far)
 
-    def _put(self, sent: _Sent, part: Part, outcome: str) -> None:
+    def _put(self, sent: _Sent, cost: AttemptCost, outcome: str) -> None:
         record = sent.record
         assert self.ledger is not None
         self.ledger.put(
@@ -212,7 +212,7 @@ class Usage:
                 record.path,
                 record.batch,
                 outcome,
-                part,
+                cost,
             )
         )
 
@@ -247,11 +247,11 @@ class Usage:
         return left > 0 or self.ledger is None
 
 
-def _is_anew(parts: tuple[Part, ...]) -> bool:
-    """Return whether the last of *parts* is the first of its provider and model."""
-    *earlier, part = parts
+def _is_anew(costs: tuple[AttemptCost, ...]) -> bool:
+    """Return whether the last of *costs* is the first of its provider and model."""
+    *earlier, cost = costs
     return not any(
-        other.provider == part.provider and other.model == part.model for other in earlier
+        other.provider == cost.provider and other.model == cost.model for other in earlier
     )
 
 
@@ -259,8 +259,8 @@ def _nothing() -> None:
     """Change nothing."""
 
 
-def _nobody_knows() -> Part:
-    return Part("", "", "", 0, 0, NOBODY)
+def _nobody_knows() -> AttemptCost:
+    return AttemptCost("", "", "", 0, 0, NOBODY)
 
 
 # Of these, other than of all metrics, not every set of labels exists from the start: those of

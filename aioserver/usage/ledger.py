@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
-from aioserver.telemetry.outcome import NOBODY, Part
+from aioserver.telemetry.outcome import NOBODY, AttemptCost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,7 @@ class Line(NamedTuple):
     path: str
     batch: bool
     outcome: str
-    part: Part
+    cost: AttemptCost
 
 
 class _Piece(NamedTuple):
@@ -281,9 +281,9 @@ class Ledger:
 
     def _bytes(self, line: Line) -> bytes:
         """Return *line* as JSON: by hand, since one is made for each attempt."""
-        part, tokens = line.part, line.part.tokens
-        path, model = line.path[:MAX_NAME], part.model[:MAX_NAME]
-        names = line.caller, line.face, path, part.provider, model
+        cost, tokens = line.cost, line.cost.tokens
+        path, model = line.path[:MAX_NAME], cost.model[:MAX_NAME]
+        names = line.caller, line.face, path, cost.provider, model
         key = *names, line.batch, line.outcome
         known = self._names.get(key)
         if known is None:
@@ -294,20 +294,20 @@ class Ledger:
             texts.append(f'"class":"{"batch" if line.batch else "interactive"}"')
             known = self._names[key] = ",".join([*texts, f'"outcome":"{line.outcome}"'])
         counts = first = ""
-        if part.source != NOBODY:
+        if cost.source != NOBODY:
             counts = (
-                f'"in":{part.tokens_in},"cached":{tokens.cached or 0},'
-                f'"cache_write":{tokens.cache_write},"out":{part.tokens_out},'
+                f'"in":{cost.tokens_in},"cached":{tokens.cached or 0},'
+                f'"cache_write":{tokens.cache_write},"out":{cost.tokens_out},'
                 f'"reasoning":{tokens.reasoning},"audio_in":{tokens.audio_in},'
                 f'"audio_out":{tokens.audio_out},'
             )
-        if part.first:
-            first = f'"first_ms":{_ms(part.first)},'
+        if cost.first:
+            first = f'"first_ms":{_ms(cost.first)},'
         text = (
             f'{{"ts":"{self._moment(line.time)}","id":"{self._process}-{line.number:x}",'
             f'"attempt":{line.attempt},"request_id":{_text(line.request_id)},{known},'
-            f'{counts}"source":"{part.source}","wait_ms":{_ms(part.wait)},{first}'
-            f'"ms":{_ms(part.duration)}}}\n'
+            f'{counts}"source":"{cost.source}","wait_ms":{_ms(cost.wait)},{first}'
+            f'"ms":{_ms(cost.duration)}}}\n'
         )
         return text.encode()
 

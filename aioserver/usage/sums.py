@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
     from aioserver.config import settings
-    from aioserver.telemetry.outcome import Part
+    from aioserver.telemetry.outcome import AttemptCost
 
 # Rows of a day, and of these those of one caller with models that nobody has configured: their
 # names come from clients. Beyond, the model of a row is OTHER.
@@ -130,29 +130,29 @@ class CallerSums:
         self._estimated: dict[str, Counter] = {}
         self._of_providers: dict[tuple[str, ...], Counter] = {}
 
-    def add(self, caller: str, part: Part, label: str | None = None, *, anew: bool) -> None:
-        """Count *part* of a request of *caller*; *anew*: the first that it has at this provider,
+    def add(self, caller: str, cost: AttemptCost, label: str | None = None, *, anew: bool) -> None:
+        """Count *cost* of a request of *caller*; *anew*: the first that it has at this provider,
         for this model. *label*: what metrics call the caller, if not by its name.
         """
         if not self._began <= self._wall() < self._midnight:
             self._turn()
-        row = self._rows.get((caller, part.provider, part.model))
+        row = self._rows.get((caller, cost.provider, cost.model))
         if row is None:
             name = caller if label is None else label
-            row = self._row(caller, name, part.provider, part.model[:MAX_NAME])
+            row = self._row(caller, name, cost.provider, cost.model[:MAX_NAME])
         if anew:
             row.requests += 1
         else:
             row.repeats += 1
-        if part.source != PROVIDER:
-            if part.source == NOBODY:
+        if cost.source != PROVIDER:
+            if cost.source == NOBODY:
                 return
-            row.estimated_answered += part.tokens_out
-            if part.source == ESTIMATE:
-                row.estimated_asked += part.tokens_in
-        row.asked += part.tokens_in
-        row.answered += part.tokens_out
-        tokens = part.tokens
+            row.estimated_answered += cost.tokens_out
+            if cost.source == ESTIMATE:
+                row.estimated_asked += cost.tokens_in
+        row.asked += cost.tokens_in
+        row.answered += cost.tokens_out
+        tokens = cost.tokens
         if tokens.cached:
             row.cached += tokens.cached
         if tokens.reasoning or tokens.cache_write or tokens.audio_in or tokens.audio_out:

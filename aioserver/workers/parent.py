@@ -34,7 +34,7 @@ from aioserver.auth.sessions import new_secret
 from aioserver.config.faults import ConfigurationError
 from aioserver.server import listener, reload, systemd
 from aioserver.telemetry import logs
-from aioserver.workers.image import Image, close_others, end_with, pass_on
+from aioserver.workers.fork_server import Image, close_others, end_with, pass_on
 from aioserver.workers.loads import Loads
 from aioserver.workers.private_server import SharedServer
 from aioserver.workers.supervisor import Supervisor

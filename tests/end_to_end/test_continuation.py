@@ -64,7 +64,7 @@ async def two(
         await server.nothing_held()
 
 
-def said(simulator: Simulator, index: int = -1) -> str:
+def transcript(simulator: Simulator, index: int = -1) -> str:
     """Return the beginning of an answer that *simulator* was asked to go on with."""
     last = simulator.bodies[index]["messages"][-1]
     assert last["role"] == "assistant"
@@ -99,7 +99,7 @@ async def test_other_provider_says_the_rest(
         assert seen.end == "complete"
         assert seen.text == whole
         assert other.stats().requests == 1
-        beginning = said(other)
+        beginning = transcript(other)
         assert whole.startswith(beginning)
         assert 0 < len(beginning) < len(whole)
         comment = f": seam at={len(beginning)} from=sim to=other code=".encode()
@@ -274,7 +274,7 @@ async def test_response_over_the_bridge_goes_on_as_it_began(
             > responses[0][1][-1]["response"]["usage"]["total_tokens"]
         )
         assert b": seam at=" in raw
-        assert said(other)
+        assert transcript(other)
 
 
 @pytest.mark.parametrize("learned", ["from its own answer", "while it waits"])
@@ -383,8 +383,8 @@ async def test_long_answer_on_the_fast_path_is_kept_and_goes_on(make_server: Mak
 
         assert seen.end == "complete"
         assert seen.text == whole
-        assert whole.startswith(said(other))
-        assert len(said(other)) > len(whole) / 3
+        assert whole.startswith(transcript(other))
+        assert len(transcript(other)) > len(whole) / 3
 
 
 async def test_kept_body_is_let_go_before_a_new_request_is_refused_for_it(
@@ -460,7 +460,7 @@ async def test_what_was_said_is_let_go_where_there_is_no_room(make_server: MakeS
             await answer.content.readuntil(b'"content":"')
             store = server.context.gateway.lifetime.store
             (stream,) = store.running()
-            kept_text = stream.said
+            kept_text = stream.transcript
             assert kept_text is not None
             await until(lambda: kept_text.text() is not None)
             kept = store.stats().bytes

@@ -183,12 +183,12 @@ async def test_another_instance_knows_no_more_of_half_an_answer(tmp_path: Path, 
 async def test_half_a_response_is_continued_by_nobody(
     make_server: MakeServer, end: str, *, bridged: bool, lane: bool
 ) -> None:
-    terms = {"x-aioserver-deadline": "1"} if end == "its deadline" else {}
+    request_options = {"x-aioserver-deadline": "1"} if end == "its deadline" else {}
     async with hook_for(end) as program:
         changes = settings(program, **{"llm.providers.sim.responses": not bridged})
         server = await make_server(SLOW, **changes)
         if lane:
-            async with connect(server, headers={**bearer("web"), **terms}) as ws:
+            async with connect(server, headers={**bearer("web"), **request_options}) as ws:
                 await ws.send_json(create(QUESTION, model="m"))
                 name = (await next_event(ws))["response"]["id"]
                 if end == "cancelled":
@@ -198,7 +198,7 @@ async def test_half_a_response_is_continued_by_nobody(
         else:
             body = {"model": "m", "input": QUESTION, "stream": True}
             async with server.session.post(
-                f"{server.v1}/responses", json=body, headers={**bearer("web"), **terms}
+                f"{server.v1}/responses", json=body, headers={**bearer("web"), **request_options}
             ) as response:
                 await response.content.readuntil(b"event: ")
                 data = await response.content.readuntil(b"\n\n")

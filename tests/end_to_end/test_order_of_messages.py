@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
-class Said(NamedTuple):
+class Transcript(NamedTuple):
     """Something in a conversation, whose *mark* is nowhere else in it; *id* is that of a call."""
 
     kind: str
@@ -37,7 +37,7 @@ def _written(body: bytes) -> list[bytes]:
     return [bytes(raw) for raw in msgspec.json.decode(body, type=_Chat).messages]
 
 
-def as_messages(conversation: Iterable[Said]) -> list[bytes]:
+def as_messages(conversation: Iterable[Transcript]) -> list[bytes]:
     """The messages over the bridge of Messages, each a block."""
     turns: list[dict[str, Any]] = []
     picture = {"type": "image", "source": {"type": "url", "url": "u"}}
@@ -70,7 +70,7 @@ def as_messages(conversation: Iterable[Said]) -> list[bytes]:
     return _written(at_once(messages.chat_request(body, reasoning_field="reasoning")).body)
 
 
-def as_responses(conversation: Iterable[Said]) -> list[bytes]:
+def as_responses(conversation: Iterable[Transcript]) -> list[bytes]:
     """The messages over the bridge of Responses, each an item."""
     items: list[dict[str, Any]] = []
     picture = {"type": "input_image", "image_url": "u"}
@@ -103,14 +103,14 @@ BRIDGES = {"messages": as_messages, "responses": as_responses}
 pytestmark = pytest.mark.parametrize("bridge", BRIDGES)
 
 
-def conversation_of(rng: random.Random, *, orderly: bool) -> list[Said]:
+def conversation_of(rng: random.Random, *, orderly: bool) -> list[Transcript]:
     """A conversation, whose calls all have a result before anything else is said if *orderly*."""
-    said: list[Said] = []
+    said: list[Transcript] = []
     marks = iter(range(1000))
 
     def add(kind: str, call: str = "") -> None:
         mark = f"<{next(marks)}{'+' * rng.randint(0, 1)}>"
-        said.append(Said(kind, mark, call, rng.random() < 0.2))
+        said.append(Transcript(kind, mark, call, rng.random() < 0.2))
 
     for turn in range(rng.randint(1, 8)):
         for _ in range(rng.randint(0, 2)):
@@ -127,7 +127,7 @@ def conversation_of(rng: random.Random, *, orderly: bool) -> list[Said]:
             if rng.random() < 0.3:
                 add(rng.choice(["user", "system", *([] if orderly else ["thought", "assistant"])]))
             add("result", call)
-    return said or [Said("user", "<0>")]
+    return said or [Transcript("user", "<0>")]
 
 
 def texts_of(messages: Sequence[Any]) -> str:
@@ -177,9 +177,9 @@ def test_what_was_said_is_a_prefix_of_what_is_said_later(bridge: str) -> None:
 
 
 def test_what_the_assistant_says_in_a_row_is_one_message(bridge: str) -> None:
-    said = [Said(kind, kind) for kind in ("user", "assistant", "thought")]
+    said = [Transcript(kind, kind) for kind in ("user", "assistant", "thought")]
 
-    written = BRIDGES[bridge]([*said, Said("assistant", "Really")])
+    written = BRIDGES[bridge]([*said, Transcript("assistant", "Really")])
 
     assert [orjson.loads(message) for message in written] == [
         {"role": "user", "content": "user"},
@@ -188,7 +188,9 @@ def test_what_the_assistant_says_in_a_row_is_one_message(bridge: str) -> None:
 
 
 def test_a_thought_alone_does_not_part_what_the_user_says(bridge: str) -> None:
-    written = BRIDGES[bridge]([Said("user", "a"), Said("thought", "t"), Said("user", "bc")])
+    written = BRIDGES[bridge](
+        [Transcript("user", "a"), Transcript("thought", "t"), Transcript("user", "bc")]
+    )
 
     assert [orjson.loads(message) for message in written] == [
         {"role": "user", "content": "a\n\nbc"}
@@ -196,11 +198,11 @@ def test_a_thought_alone_does_not_part_what_the_user_says(bridge: str) -> None:
 
 
 def test_results_follow_their_calls_in_their_order_and_pictures_come_next(bridge: str) -> None:
-    asked = [Said("user", "go"), Said("call", "x", "a"), Said("call", "y", "b")]
+    asked = [Transcript("user", "go"), Transcript("call", "x", "a"), Transcript("call", "y", "b")]
     given = [
-        Said("result", "2", "b", picture=True),
-        Said("user", "and?"),
-        Said("result", "1", "a"),
+        Transcript("result", "2", "b", picture=True),
+        Transcript("user", "and?"),
+        Transcript("result", "1", "a"),
     ]
 
     chat = [orjson.loads(message) for message in BRIDGES[bridge]([*asked, *given])]
@@ -214,8 +216,12 @@ def test_results_follow_their_calls_in_their_order_and_pictures_come_next(bridge
 
 
 def test_a_call_without_a_result_has_an_empty_one_and_a_late_result_is_a_text(bridge: str) -> None:
-    asked = [Said("user", "go"), Said("call", "x", "a"), Said("call", "y", "b")]
-    given = [Said("result", "1", "a"), Said("assistant", "Well"), Said("result", "2", "b")]
+    asked = [Transcript("user", "go"), Transcript("call", "x", "a"), Transcript("call", "y", "b")]
+    given = [
+        Transcript("result", "1", "a"),
+        Transcript("assistant", "Well"),
+        Transcript("result", "2", "b"),
+    ]
 
     chat = [orjson.loads(message) for message in BRIDGES[bridge]([*asked, *given])]
 
@@ -228,8 +234,8 @@ def test_a_call_without_a_result_has_an_empty_one_and_a_late_result_is_a_text(br
 
 
 def test_two_calls_of_one_id_each_have_their_result(bridge: str) -> None:
-    calls = [Said("call", mark, "a") for mark in ("x", "y")]
-    results = [Said("result", mark, "a") for mark in ("1", "2")]
+    calls = [Transcript("call", mark, "a") for mark in ("x", "y")]
+    results = [Transcript("result", mark, "a") for mark in ("1", "2")]
 
     chat = [orjson.loads(message) for message in BRIDGES[bridge]([*calls, *results])]
 
@@ -239,8 +245,8 @@ def test_two_calls_of_one_id_each_have_their_result(bridge: str) -> None:
 
 def test_two_hundred_results_are_one_turn(bridge: str) -> None:
     names = [str(number) for number in range(200)]
-    calls = [Said("call", name, name) for name in names]
-    results = [Said("result", "x" * 5000, name) for name in names]
+    calls = [Transcript("call", name, name) for name in names]
+    results = [Transcript("result", "x" * 5000, name) for name in names]
 
     chat = [orjson.loads(message) for message in BRIDGES[bridge]([*calls, *results])]
 

@@ -158,11 +158,11 @@ async def test_an_outage_costs_nobody_an_answer_and_who_has_worked_is_paid(
 async def test_a_slow_first_word_is_waited_for_and_comes_with_its_preamble(
     make_server: MakeServer,
 ) -> None:
-    said = asyncio.Event()
+    transcript = asyncio.Event()
 
     async def slow(peer: Peer, answer: Answer) -> bool:
         await peer.send(answer.head, *map(chunk, answer.opening))
-        await said.wait()
+        await transcript.wait()
         rest = (*answer.words, *answer.closing, answer.mark)
         peer.write(b"".join(map(chunk, rest)) + LAST_CHUNK)
         return True
@@ -175,7 +175,7 @@ async def test_a_slow_first_word_is_waited_for_and_comes_with_its_preamble(
         async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
             # The head, and a heartbeat: nothing of the answer.
             assert await response.content.readuntil(b"\n\n") == HEARTBEAT
-            said.set()
+            transcript.set()
             raw = await response.read()
 
     answer = answer_to(b'POST /v1/chat/completions\r\n\r\n{"stream":true}')

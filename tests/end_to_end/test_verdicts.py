@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from aiohttp import web
 
-from aioserver.gateway.bridging import MAX_NAMES, ChatMemory
-from aioserver.gateway.continuation import Habits
+from aioserver.gateway.bridging import MAX_NAMES, ChatCapabilities
+from aioserver.gateway.continuation import ContinuationCapabilities
 from aioserver.protocol.client_headers import HOP, MAX_HOPS
-from aioserver.providers.api import Memory
+from aioserver.providers.api import Capabilities
 from aioserver.providers.verdicts import MAX_VERDICTS, VERDICT_FOR, Verdicts
-from aioserver.wings.anthropic.attempt import Learned as MessagesPath
-from aioserver.wings.anthropic.attempt import LearnedCounting
-from aioserver.wings.responses.attempt import Learned as ResponsesPath
+from aioserver.wings.anthropic.attempt import CountingCapabilities
+from aioserver.wings.anthropic.attempt import MessagesCapabilities as MessagesPath
+from aioserver.wings.responses.attempt import ResponsesCapabilities as ResponsesPath
 from tests.support.chat import CHAT
 from tests.support.clock import FakeClock
 from tests.support.faces import over_openai
@@ -197,7 +197,7 @@ class Remembered(NamedTuple):
     *keyed*: it has a key that a client has named.
     """
 
-    memory: type[Memory]
+    capabilities: type[Capabilities]
     learn: Callable[[Any, str], object]
     known: Callable[[Any, str], object]
     keyed: bool = True
@@ -207,53 +207,53 @@ OPTION = "stream_options"
 NO_RESPONSE = b'{"error":{"message":"Previous response with id \'r\' not found."}}'
 REMEMBERED: dict[str, Remembered] = {
     "a word that is refused": Remembered(
-        ChatMemory,
-        lambda memory, key: memory.refuse(OPTION, key),
-        lambda memory, key: memory.refuses(OPTION, key),
+        ChatCapabilities,
+        lambda capabilities, key: capabilities.refuse(OPTION, key),
+        lambda capabilities, key: capabilities.refuses(OPTION, key),
     ),
     "the size of a context": Remembered(
-        ChatMemory,
-        lambda memory, key: memory.keep_limit(key, 4096),
-        lambda memory, key: memory.limits.get(key) == 4096,
+        ChatCapabilities,
+        lambda capabilities, key: capabilities.keep_limit(key, 4096),
+        lambda capabilities, key: capabilities.limits.get(key) == 4096,
     ),
     "the tokens of an answer": Remembered(
-        ChatMemory,
-        lambda memory, key: memory.keep_most(key, 4096),
-        lambda memory, key: memory.most.get(key) == 4096,
+        ChatCapabilities,
+        lambda capabilities, key: capabilities.keep_most(key, 4096),
+        lambda capabilities, key: capabilities.most.get(key) == 4096,
     ),
     "a model that is not continued": Remembered(
-        Habits,
-        lambda memory, key: memory.refused.keep(key, value=None),
-        lambda memory, key: key in memory.refused,
+        ContinuationCapabilities,
+        lambda capabilities, key: capabilities.refused.keep(key, value=None),
+        lambda capabilities, key: key in capabilities.refused,
     ),
     "how an answer is continued": Remembered(
-        Habits,
-        lambda memory, _: memory.learn(repeats=True),
-        lambda memory, _: memory.repeats,
+        ContinuationCapabilities,
+        lambda capabilities, _: capabilities.learn(repeats=True),
+        lambda capabilities, _: capabilities.repeats,
         keyed=False,
     ),
     **{
         f"a path that is there: {kind.__module__}.{kind.__name__}": Remembered(
             kind,
-            lambda memory, _: memory.found(present=True),
-            lambda memory, _: memory.present,
+            lambda capabilities, _: capabilities.found(present=True),
+            lambda capabilities, _: capabilities.present,
             keyed=False,
         )
-        for kind in (MessagesPath, LearnedCounting, ResponsesPath)
+        for kind in (MessagesPath, CountingCapabilities, ResponsesPath)
     },
     **{
         f"a path that is not there: {kind.__module__}.{kind.__name__}": Remembered(
             kind,
-            lambda memory, _: memory.found(present=False),
-            lambda memory, _: memory.lacking,
+            lambda capabilities, _: capabilities.found(present=False),
+            lambda capabilities, _: capabilities.lacking,
             keyed=False,
         )
-        for kind in (MessagesPath, LearnedCounting, ResponsesPath)
+        for kind in (MessagesPath, CountingCapabilities, ResponsesPath)
     },
     "that responses are not kept": Remembered(
         ResponsesPath,
-        lambda memory, _: memory.learn(404, NO_RESPONSE, previous_id="r", by_id=True),
-        lambda memory, _: not memory.keeps,
+        lambda capabilities, _: capabilities.learn(404, NO_RESPONSE, previous_id="r", by_id=True),
+        lambda capabilities, _: not capabilities.keeps,
         keyed=False,
     ),
 }
@@ -269,27 +269,27 @@ async def test_what_one_answer_has_shown_is_bounded_and_soon_forgotten(
 ) -> None:
     server, clock = await make_server(), FakeClock()
     kind, learn, known, keyed = REMEMBERED[name]
-    memory = kind(settings_of(server), clock)
-    assert not known(memory, "m0")
+    capabilities = kind(settings_of(server), clock)
+    assert not known(capabilities, "m0")
 
-    learn(memory, "m0")
-    assert known(memory, "m0")
+    learn(capabilities, "m0")
+    assert known(capabilities, "m0")
     clock.now += VERDICT_FOR - 1
-    assert known(memory, "m0")
+    assert known(capabilities, "m0")
     # The next answer that shows it says that it is still so.
-    learn(memory, "m0")
+    learn(capabilities, "m0")
     clock.now += VERDICT_FOR - 1
-    assert known(memory, "m0")
+    assert known(capabilities, "m0")
     clock.now += 1
-    assert not known(memory, "m0")
+    assert not known(capabilities, "m0")
 
     for number in range(3 * MAX_VERDICTS):
-        learn(memory, f"m{number}")
-    assert known(memory, f"m{3 * MAX_VERDICTS - 1}")
-    assert known(memory, "m0") is not keyed
+        learn(capabilities, f"m{number}")
+    assert known(capabilities, f"m{3 * MAX_VERDICTS - 1}")
+    assert known(capabilities, "m0") is not keyed
 
 
-def kinds_of(kind: type[Memory]) -> list[type[Memory]]:
+def kinds_of(kind: type[Capabilities]) -> list[type[Capabilities]]:
     return [kind, *(each for one in kind.__subclasses__() for each in kinds_of(one))]
 
 
@@ -297,27 +297,27 @@ async def test_whatever_is_learned_of_a_provider_is_a_verdict(make_server: MakeS
     server = await make_server()
     # What the provider itself chooses, or is bounded by MAX_NAMES and only logged.
     others = {"name", "_name", "never", "learns", "reasoning_field", "_left_out"}
-    for kind in kinds_of(Memory):
-        memory = kind(settings_of(server))
-        for name, value in vars(memory).items():
+    for kind in kinds_of(Capabilities):
+        capabilities = kind(settings_of(server))
+        for name, value in vars(capabilities).items():
             assert isinstance(value, Verdicts) or name in others, (kind, name)
-    memory = ChatMemory(settings_of(server))
-    memory.note_left_out(dict.fromkeys(f"t{number}" for number in range(3 * MAX_NAMES)))
-    assert len(vars(memory)["_left_out"]) == MAX_NAMES
+    capabilities = ChatCapabilities(settings_of(server))
+    capabilities.note_left_out(dict.fromkeys(f"t{number}" for number in range(3 * MAX_NAMES)))
+    assert len(vars(capabilities)["_left_out"]) == MAX_NAMES
 
 
 async def test_what_was_learned_of_one_model_says_nothing_of_another(
     make_server: MakeServer,
 ) -> None:
     server = await make_server()
-    memory = ChatMemory(settings_of(server))
+    capabilities = ChatCapabilities(settings_of(server))
 
-    memory.refuse(OPTION, "a")
-    memory.take("top_k", "a")
-    memory.refuse("top_k", "a")
+    capabilities.refuse(OPTION, "a")
+    capabilities.take("top_k", "a")
+    capabilities.refuse("top_k", "a")
 
-    assert memory.refuses(OPTION, "a")
-    assert not memory.refuses(OPTION, "b")
+    assert capabilities.refuses(OPTION, "a")
+    assert not capabilities.refuses(OPTION, "b")
     # It has taken the word: its refusal was about the value.
-    assert not memory.refuses("top_k", "a")
-    assert memory.refused_words == {OPTION}
+    assert not capabilities.refuses("top_k", "a")
+    assert capabilities.refused_words == {OPTION}

@@ -19,7 +19,7 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aioserver.telemetry.outcome import Part
+    from aioserver.telemetry.outcome import AttemptCost
     from aioserver.telemetry.request_log import RequestRecord
     from tests.support.scripted_provider import Peer
     from tests.support.server import MakeServer, RunningServer
@@ -32,25 +32,25 @@ FACES: dict[str, Any] = {
 }
 
 
-class Told(Usage):
+class Announcements(Usage):
     """The usage of a server, which keeps all parts that it is told."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: list[Part] = []
+        self.costs: list[AttemptCost] = []
 
-    def ended(self, record: RequestRecord, part: Part) -> None:
-        super().ended(record, part)
-        assert record.outcome.parts[-1] is part
-        self.parts.append(part)
+    def ended(self, record: RequestRecord, cost: AttemptCost) -> None:
+        super().ended(record, cost)
+        assert record.outcome.costs[-1] is cost
+        self.costs.append(cost)
 
 
-def told_by(server: RunningServer) -> list[Part]:
+def told_by(server: RunningServer) -> list[AttemptCost]:
     """What the providers of *server* tell from now on."""
-    told = Told()
+    told = Announcements()
     for provider in server.context.router.providers.values():
         provider.costs._usage = told  # noqa: SLF001 - the ledger shows it only as lines
-    return told.parts
+    return told.costs
 
 
 async def ask(server: RunningServer, path: str = "chat/completions", **body: Any) -> int:
@@ -71,16 +71,16 @@ async def scripted(make_server: MakeServer, play: Any) -> AsyncIterator[RunningS
 @pytest.mark.parametrize("face", FACES)
 async def test_good_answer_is_one_part_on_each_face(make_server: MakeServer, face: str) -> None:
     server = await make_server(replace(QUICK, cached=1))
-    parts = told_by(server)
+    costs = told_by(server)
     await FACES[face](server, "m")
 
-    await until(lambda: bool(parts))
-    (part,) = parts
-    assert (part.provider, part.model, part.outcome, part.source) == ("sim", "m", "ok", "provider")
-    assert part.tokens_in == 2
-    assert part.tokens.cached == 1
-    assert part.tokens_out > 10
-    assert 0 <= part.first <= part.duration
+    await until(lambda: bool(costs))
+    (cost,) = costs
+    assert (cost.provider, cost.model, cost.outcome, cost.source) == ("sim", "m", "ok", "provider")
+    assert cost.tokens_in == 2
+    assert cost.tokens.cached == 1
+    assert cost.tokens_out > 10
+    assert 0 <= cost.first <= cost.duration
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -88,28 +88,28 @@ async def test_answer_that_breaks_off_is_a_part_with_an_estimate(
     make_server: MakeServer, face: str
 ) -> None:
     server = await make_server()
-    parts = told_by(server)
+    costs = told_by(server)
     seen = await FACES[face](server, "fault-cut-9")
 
     assert seen.end == "error"
-    await until(lambda: bool(parts))
-    (part,) = parts
+    await until(lambda: bool(costs))
+    (cost,) = costs
     # The prompt of a message is known from its first event on.
-    assert (part.outcome, part.source) == ("cut", "mixed" if face == "anthropic" else "estimate")
-    assert part.tokens_in >= 2
-    assert 9 <= part.tokens_out <= 13
+    assert (cost.outcome, cost.source) == ("cut", "mixed" if face == "anthropic" else "estimate")
+    assert cost.tokens_in >= 2
+    assert 9 <= cost.tokens_out <= 13
 
 
 @pytest.mark.parametrize("fault", ["status-400", "status-503", "status-429"])
 async def test_refusal_is_no_part(make_server: MakeServer, fault: str) -> None:
     server = await make_server()
-    parts = told_by(server)
+    costs = told_by(server)
     for stream in (True, False):
         assert await ask(server, model=f"fault-{fault}", stream=stream) >= 400
     assert await ask(server, stream=False) == 200
 
-    (part,) = parts
-    assert part.outcome == "ok"
+    (cost,) = costs
+    assert cost.outcome == "ok"
 
 
 async def test_refusals_before_an_answer_leave_one_part(make_server: MakeServer) -> None:
@@ -119,10 +119,10 @@ async def test_refusals_before_an_answer_leave_one_part(make_server: MakeServer)
             "llm.providers.sim.http_client.backoff_factor": 0.0,
         }
     )
-    parts = told_by(server)
+    costs = told_by(server)
     assert await ask(server, model="fault-flap-1", stream=True) == 200
 
-    assert [part.outcome for part in parts] == ["ok"]
+    assert [cost.outcome for cost in costs] == ["ok"]
 
 
 async def test_request_that_nobody_can_have_got_is_no_part(make_server: MakeServer) -> None:
@@ -136,11 +136,11 @@ async def test_request_that_nobody_can_have_got_is_no_part(make_server: MakeServ
         peer.abort()
 
     async with scripted(make_server, play) as server:
-        parts = told_by(server)
+        costs = told_by(server)
         for _ in range(3):
             await ask(server)
 
-        assert [(part.outcome, part.tokens_in, part.tokens_out) for part in parts] == [
+        assert [(cost.outcome, cost.tokens_in, cost.tokens_out) for cost in costs] == [
             ("ok", 5, 6)
         ] * 3
 
@@ -153,27 +153,27 @@ async def test_new_connection_that_breaks_may_have_cost_something(
         peer.abort()
 
     async with scripted(make_server, play) as server:
-        parts = told_by(server)
+        costs = told_by(server)
         assert await ask(server) == 502
 
-        (part,) = parts
-        assert (part.outcome, part.source, part.tokens_out) == ("failed", "estimate", 1)
-        assert part.tokens_in > 0
+        (cost,) = costs
+        assert (cost.outcome, cost.source, cost.tokens_out) == ("failed", "estimate", 1)
+        assert cost.tokens_in > 0
 
 
 async def test_client_that_leaves_pays_for_what_has_come(make_server: MakeServer) -> None:
     server = await make_server(replace(SLOW, interval=0.01))
-    parts = told_by(server)
+    costs = told_by(server)
     url = f"{server.v1}/chat/completions"
     body = {"model": "m", **CHAT, "stream": True}
     async with server.session.post(url, json=body) as answer:
         for _ in range(5):
             await answer.content.readuntil(b"\n\n")
 
-    await until(lambda: bool(parts))
-    (part,) = parts
-    assert (part.outcome, part.source) == ("cancelled", "estimate")
-    assert part.tokens_out >= 5
+    await until(lambda: bool(costs))
+    (cost,) = costs
+    assert (cost.outcome, cost.source) == ("cancelled", "estimate")
+    assert cost.tokens_out >= 5
 
 
 async def test_message_that_is_cut_has_a_true_prompt(make_server: MakeServer) -> None:
@@ -197,26 +197,26 @@ async def test_message_that_is_cut_has_a_true_prompt(make_server: MakeServer) ->
         await peer.send(EVENT_STREAM, *map(chunk, events))
 
     async with scripted(make_server, play) as server:
-        parts = told_by(server)
+        costs = told_by(server)
         await ask(server, "messages", **CHAT, max_tokens=9, stream=True)
 
-        await until(lambda: bool(parts))
-        (part,) = parts
-        assert (part.outcome, part.source) == ("cut", "mixed")
-        assert (part.tokens_in, part.tokens_out) == (40, 4)
-        assert (part.tokens.cached, part.tokens.cache_write) == (30, 3)
+        await until(lambda: bool(costs))
+        (cost,) = costs
+        assert (cost.outcome, cost.source) == ("cut", "mixed")
+        assert (cost.tokens_in, cost.tokens_out) == (40, 4)
+        assert (cost.tokens.cached, cost.tokens.cache_write) == (30, 3)
 
 
 async def test_embeddings_cost_their_input_and_counts_of_tokens_nothing(
     make_server: MakeServer,
 ) -> None:
     server = await make_server()
-    parts = told_by(server)
+    costs = told_by(server)
     assert await ask(server, "embeddings", input="Hello") == 200
     assert await ask(server, "messages/count_tokens", **CHAT) == 200
 
-    (part,) = parts
-    assert (part.source, part.tokens_in, part.tokens_out) == ("provider", 2, 0)
+    (cost,) = costs
+    assert (cost.source, cost.tokens_in, cost.tokens_out) == ("provider", 2, 0)
 
 
 async def test_tokens_of_what_is_passed_on_are_not_known(make_server: MakeServer) -> None:
@@ -226,11 +226,11 @@ async def test_tokens_of_what_is_passed_on_are_not_known(make_server: MakeServer
             await peer.send(OK)
 
     async with scripted(make_server, play) as server:
-        parts = told_by(server)
+        costs = told_by(server)
         assert await ask(server, "audio/speech", input="Hello") == 200
 
-        (part,) = parts
-        assert (part.source, part.tokens_in, part.tokens_out) == ("none", 0, 0)
+        (cost,) = costs
+        assert (cost.source, cost.tokens_in, cost.tokens_out) == ("none", 0, 0)
 
 
 async def test_whole_answer_without_a_usage_has_what_answers_have_had(
@@ -248,9 +248,9 @@ async def test_whole_answer_without_a_usage_has_what_answers_have_had(
             await peer.send(head % len(body) + body)
 
     async with scripted(make_server, play) as server:
-        parts = told_by(server)
+        costs = told_by(server)
         for _ in range(3):
             await ask(server, max_tokens=2000)
 
-    assert [part.source for part in parts] == ["estimate", "provider", "estimate"]
-    assert [part.tokens_out for part in parts] == [2000, 600, 600]
+    assert [cost.source for cost in costs] == ["estimate", "provider", "estimate"]
+    assert [cost.tokens_out for cost in costs] == [2000, 600, 600]

@@ -14,14 +14,14 @@ from aioserver.errors import (
     RateLimitExceeded,
 )
 from aioserver.limits.deadline import Deadline, Guard, Wait
-from aioserver.protocol.terms import NO_TERMS, Terms
+from aioserver.protocol.request_options import NO_REQUEST_OPTIONS, RequestOptions
 from aioserver.provider_errors import ProviderError, ProviderPaced, ProviderRateLimited
 
 pytestmark = pytest.mark.virtual_time
 
 
-def deadline(terms: Terms) -> Deadline:
-    return Deadline(asyncio.get_running_loop().time(), terms)
+def deadline(request_options: RequestOptions) -> Deadline:
+    return Deadline(asyncio.get_running_loop().time(), request_options)
 
 
 def now() -> float:
@@ -29,7 +29,11 @@ def now() -> float:
 
 
 async def test_a_wait_ends_at_the_moment_of_its_deadline() -> None:
-    bound, began, counted = deadline(Terms(start_within=2.5)), now(), list[DeadlineExceeded]()
+    bound, began, counted = (
+        deadline(RequestOptions(start_within=2.5)),
+        now(),
+        list[DeadlineExceeded](),
+    )
     bound.queued("primary", 7, 12.4)
 
     with pytest.raises(DeadlineExceeded) as refused, Guard(bound, counted.append):
@@ -44,7 +48,7 @@ async def test_a_wait_ends_at_the_moment_of_its_deadline() -> None:
 
 
 async def test_what_has_started_in_time_goes_on_until_the_other_deadline() -> None:
-    bound, began = deadline(Terms(start_within=1, deadline=5)), now()
+    bound, began = deadline(RequestOptions(start_within=1, deadline=5)), now()
 
     async def answer() -> None:
         with Guard(bound, lambda _error: None):
@@ -62,7 +66,7 @@ async def test_what_has_started_in_time_goes_on_until_the_other_deadline() -> No
 
 
 async def test_an_attempt_that_would_be_too_late_is_not_sent() -> None:
-    bound = deadline(Terms(start_within=1))
+    bound = deadline(RequestOptions(start_within=1))
     await asyncio.sleep(1.001)
 
     with pytest.raises(DeadlineExceeded):
@@ -71,7 +75,7 @@ async def test_an_attempt_that_would_be_too_late_is_not_sent() -> None:
 
 
 async def test_a_wait_that_begins_too_late_does_not_begin() -> None:
-    bound = deadline(Terms(deadline=1))
+    bound = deadline(RequestOptions(deadline=1))
     await asyncio.sleep(2)
 
     with pytest.raises(DeadlineExceeded) as refused, Guard(bound, lambda _error: None):
@@ -82,7 +86,7 @@ async def test_a_wait_that_begins_too_late_does_not_begin() -> None:
 
 async def test_what_is_over_is_not_ended() -> None:
     over = False
-    bound = deadline(Terms(deadline=1))
+    bound = deadline(RequestOptions(deadline=1))
 
     with Guard(bound, lambda _error: None, lambda: over):
         over = True
@@ -91,7 +95,7 @@ async def test_what_is_over_is_not_ended() -> None:
 
 async def test_another_cancellation_stays_one() -> None:
     async def wait() -> None:
-        with Guard(deadline(Terms(deadline=5)), lambda _error: None):
+        with Guard(deadline(RequestOptions(deadline=5)), lambda _error: None):
             await asyncio.sleep(60)
 
     task = asyncio.create_task(wait())
@@ -108,7 +112,7 @@ async def test_another_cancellation_stays_one() -> None:
 
 
 async def test_refusals_are_those_of_the_deadline_where_nothing_starts_before_it() -> None:
-    bound = deadline(Terms(start_within=10))
+    bound = deadline(RequestOptions(start_within=10))
 
     def told(error: AioserverError) -> type[AioserverError]:
         try:
@@ -130,14 +134,20 @@ async def test_refusals_are_those_of_the_deadline_where_nothing_starts_before_it
 
 
 async def test_terms_of_several_places_add_up() -> None:
-    assert Terms(2, 8).joined(Terms(4, 6, batch=True)) == Terms(2, 6, batch=True)
-    assert Terms(2).joined(NO_TERMS) == NO_TERMS.joined(Terms(2)) == Terms(2)
-    assert NO_TERMS.joined(NO_TERMS) is NO_TERMS
+    assert RequestOptions(2, 8).joined(RequestOptions(4, 6, batch=True)) == RequestOptions(
+        2, 6, batch=True
+    )
+    assert (
+        RequestOptions(2).joined(NO_REQUEST_OPTIONS)
+        == NO_REQUEST_OPTIONS.joined(RequestOptions(2))
+        == RequestOptions(2)
+    )
+    assert NO_REQUEST_OPTIONS.joined(NO_REQUEST_OPTIONS) is NO_REQUEST_OPTIONS
 
 
 async def test_what_it_waits_for_is_told_while_others_are_told_as_well() -> None:
     heard: list[tuple[int, float]] = []
-    bound = deadline(Terms(start_within=1))
+    bound = deadline(RequestOptions(start_within=1))
 
     bound.telling("its key", lambda position, eta: heard.append((position, eta)))(3, 4.5)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from aioserver.protocol.bridging.accepted_parameters import OPTIONAL
 from aioserver.protocol.bridging.refusals import refusal
-from aioserver.protocol.bridging.words import OPTIONAL
 from aioserver.provider_errors import ContextTooLong, ProviderRefused
 from aioserver.providers.error_mapping import check_status
 from tests.support.engine_refusals import EVERY, Refused

@@ -10,7 +10,7 @@ from aioserver.providers.health import Health, ProviderObserver
 from aioserver.telemetry.metrics import ProviderMeter
 
 
-class Told(ProviderObserver):
+class Announcements(ProviderObserver):
     """Writes down what it hears: deaths as true, their ends as false."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Told(ProviderObserver):
 
 
 def test_a_death_and_its_end_are_reported_once_and_only_where_they_were_found() -> None:
-    deaths, heard = Told(), Told()
+    deaths, heard = Announcements(), Announcements()
     health = Health("groq", ProviderMeter(), observer=deaths)
     other = Health("groq", ProviderMeter(), observer=heard)
 

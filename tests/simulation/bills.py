@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from aioserver.streams.contracts import Source
-    from aioserver.telemetry.outcome import Part
+    from aioserver.telemetry.outcome import AttemptCost
     from aioserver.usage.ledger import Line
     from tests.simulation.provider import Call, Calls
     from tests.simulation.transport import Transport
@@ -67,19 +67,19 @@ class Bills:
         self,
         attempt: Attempt,
         exc: BaseException | None,
-        part: Part | None,
+        cost: AttemptCost | None,
         lines: Sequence[Line],
     ) -> None:
-        """Check the *part* of *attempt*, which has ended, well or with *exc*, and its *lines*."""
-        last = [line.part for line in lines if line.outcome != REFUSED]
-        if last != ([] if part is None else [part]):
-            self._broken(f"an attempt that has cost {part} has the lines {lines}")
+        """Check the *cost* of *attempt*, which has ended, well or with *exc*, and its *lines*."""
+        last = [line.cost for line in lines if line.outcome != REFUSED]
+        if last != ([] if cost is None else [cost]):
+            self._broken(f"an attempt that has cost {cost} has the lines {lines}")
         outcome, sent = attempt.request.outcome, self._sent.pop(attempt, None)
-        if part is not None and outcome.parts[-1] is not part:
-            self._broken(f"{part} is not in {outcome.parts}")
+        if cost is not None and outcome.costs[-1] is not cost:
+            self._broken(f"{cost} is not in {outcome.costs}")
         if sent is None:
-            if part is not None and not isinstance(attempt, PassedAttempt):
-                self._broken(f"an attempt that was not sent has cost {part}")
+            if cost is not None and not isinstance(attempt, PassedAttempt):
+                self._broken(f"an attempt that was not sent has cost {cost}")
             return
         calls = self._calls.by_transport[sent.far]
         call = calls[sent.earlier] if sent.earlier < len(calls) else None
@@ -88,10 +88,10 @@ class Bills:
         # A kept connection that is lost at once is taken for one that the provider had closed.
         if not outcome.sent_at and call is not None and call.arrived:
             self._broken(f"a provider has got what costs nothing: {call}")
-        if (part is not None) != costs:
-            self._broken(f"an attempt with the status {attempt.status} has cost {part}")
-        elif part and (wrong := _wrong(part, attempt, call, exc or attempt.fault)):
-            self._broken(f"{wrong}: {part}, {call}")
+        if (cost is not None) != costs:
+            self._broken(f"an attempt with the status {attempt.status} has cost {cost}")
+        elif cost and (wrong := _wrong(cost, attempt, call, exc or attempt.fault)):
+            self._broken(f"{wrong}: {cost}, {call}")
 
     def patches(self) -> ExitStack:
         """Let all of that be noted, in the block."""
@@ -103,27 +103,32 @@ class Bills:
             sending(attempt, exchange)
 
         def noting_ended(
-            provider: Provider, attempt: Attempt, exc: BaseException | None, part: Part | None
+            provider: Provider,
+            attempt: Attempt,
+            exc: BaseException | None,
+            cost: AttemptCost | None,
         ) -> None:
             book = provider.costs._usage.ledger  # noqa: SLF001 - nobody else knows it
             assert isinstance(book, Book)
             written = book.written
-            ended(provider, attempt, exc, part)
-            noted.ended(attempt, exc, part, book.lines[written:])
+            ended(provider, attempt, exc, cost)
+            noted.ended(attempt, exc, cost, book.lines[written:])
 
         stack.enter_context(mock.patch.object(Attempt, "sending", noting_sending))
         stack.enter_context(mock.patch.object(Provider, "_ended", noting_ended))
         return stack
 
 
-def _wrong(part: Part, attempt: Attempt, call: Call | None, failed: BaseException | None) -> str:
-    """Return what is wrong of the *part* of *attempt*, of which *call* has come to its provider."""
-    tokens = part.tokens_in, part.tokens_out
-    if part.provider != attempt.provider.name:
+def _wrong(
+    cost: AttemptCost, attempt: Attempt, call: Call | None, failed: BaseException | None
+) -> str:
+    """Return what is wrong of the *cost* of *attempt*, of which *call* has come to its provider."""
+    tokens = cost.tokens_in, cost.tokens_out
+    if cost.provider != attempt.provider.name:
         return "a part of another provider"
-    if call is not None and call.provider != part.provider:
+    if call is not None and call.provider != cost.provider:
         return "an answer of another provider"
-    if part.source == PROVIDER:
+    if cost.source == PROVIDER:
         counted = call is not None and call.usage == tokens
         if call is not None and call.usage is not None and call.fault.startswith("early-done"):
             # Of an answer that stops in its middle it has said how much it was so far.
@@ -139,13 +144,13 @@ def _wrong(part: Part, attempt: Attempt, call: Call | None, failed: BaseExceptio
     sent, received = (0, 0) if call is None else (len(call.tokens), call.tokens_received)
     # Reasoning comes before the first token, as it is counted here.
     before = len(call.answer.opening) if call is not None and call.answer is not None else 0
-    if part.tokens_out > _estimate(attempt, sent + before + OTHER_EVENTS):
+    if cost.tokens_out > _estimate(attempt, sent + before + OTHER_EVENTS):
         return "more tokens than were sent"
     if failed is None or isinstance(failed, asyncio.CancelledError):
         return ""
     # One event may be what was wrong: it was too long, for example.
     received -= isinstance(failed, ProviderBadResponse)
-    if part.tokens_out < _estimate(attempt, received):
+    if cost.tokens_out < _estimate(attempt, received):
         return f"fewer tokens than the {received} that have come"
     return ""
 

@@ -87,8 +87,8 @@ Reservation.settle = lossy
 """,
     # Of an answer that breaks off and is continued.
     "what was said last": """
-from aioserver.protocol.said import ChatSaid, ReadSaid
-for kind in (ChatSaid, ReadSaid):
+from aioserver.protocol.transcript import ChatTranscript, ReadTranscript
+for kind in (ChatTranscript, ReadTranscript):
     def text(self, text=kind.text):
         said = text(self)
         return said and said[:-1] or said
@@ -96,11 +96,11 @@ for kind in (ChatSaid, ReadSaid):
 """,
     "that it is one answer": """
 from aioserver.protocol import said
-rest = said.ChatSaid.rest
+rest = said.ChatTranscript.rest
 def other(self, earlier):
     self._head = {}
     return rest(self, earlier)
-said.ChatSaid.rest = other
+said.ChatTranscript.rest = other
 """,
     "what has come before a fault in the rest": """
 from aioserver.gateway import continuation
@@ -116,14 +116,14 @@ from aioserver.gateway import continuation
 continuation.MAX_HOPS = 50
 """,
     "that the call of a tool is not continued": """
-from aioserver.protocol.said import BadEvent, ChatSaid
-text_of = ChatSaid._text_of
+from aioserver.protocol.transcript import BadEvent, ChatTranscript
+text_of = ChatTranscript._text_of
 def lax(self, data):
     try:
         return text_of(self, data)
     except BadEvent:
         return "call"
-ChatSaid._text_of = lax
+ChatTranscript._text_of = lax
 """,
     "that nobody goes on behind a verdict": """
 from aioserver.gateway import continuation
@@ -161,7 +161,7 @@ Usage._taken = forgetful
 """,
     "what was paid before the rest": """
 from aioserver.gateway import continuation
-from aioserver.protocol.said import Tokens
+from aioserver.protocol.transcript import Tokens
 class Forgetful(continuation.Hop):
     def __init__(self, *args):
         super().__init__(*args)
@@ -693,9 +693,9 @@ from aioserver.wings.cluster.rates import SharedRate
 SharedRate.take = lambda self, seconds: None
 """,
     "when a slot is over": """
-from aioserver.wings.cluster.rates import SlotsInHand
-add = SlotsInHand.add
-SlotsInHand.add = lambda self, begins, ends: add(self, begins, begins + 2.0)
+from aioserver.wings.cluster.rates import PrefetchedSlots
+add = PrefetchedSlots.add
+PrefetchedSlots.add = lambda self, begins, ends: add(self, begins, begins + 2.0)
 """,
     "what has started when its state is lost": """
 from aioserver.wings.cluster.lease_messages import UNKNOWN_PACE
@@ -707,13 +707,13 @@ def forgetful(self, op):
 _Call.pace = forgetful
 """,
     "tokens that a request has taken": """
-from aioserver.wings.cluster.shared_budget import TokensInHand
-take = TokensInHand._take
+from aioserver.wings.cluster.shared_budget import PrefetchedTokens
+take = PrefetchedTokens._take
 def generous(self, reservation):
     had = self._in_hand
     take(self, reservation)
     self._in_hand = max(had, self._in_hand)
-TokensInHand._take = generous
+PrefetchedTokens._take = generous
 """,
     "that who waits follows its group": """
 from aioserver.gateway.candidates import Candidates
@@ -824,8 +824,8 @@ from aioserver.wings.anthropic.bridge import blocks
 blocks._BILLING = b"none"
 """,
     "what an engine refuses": """
-from aioserver.gateway.bridging import ChatMemory
-ChatMemory.refuse = ChatMemory.keep_most = lambda self, *args: None
+from aioserver.gateway.bridging import ChatCapabilities
+ChatCapabilities.refuse = ChatCapabilities.keep_most = lambda self, *args: None
 """,
     "that it has repeated a request": """
 from aioserver.gateway.bridging import LearningAttempt

@@ -149,7 +149,7 @@ class Client:
         self.came_back = False
         self.cancels: list[str] = []
         # The headers by which it says how long an answer is of use to it.
-        self.terms = draw_terms(plan.seed, number, plan.hurried)
+        self.request_options = draw_terms(plan.seed, number, plan.hurried)
         self.name = f"r{number}"
         self._habits = {habit: dice.random() < often for habit, often in plan.habits.items()}
         # The events after which the client does what it has a habit of.
@@ -176,7 +176,7 @@ class Client:
             # A second question of the same client.
             self.face, self.key, self.address = like.face, like.key, like.address
             self.show = like.show
-            self.group, self.terms = like.group, like.terms
+            self.group, self.request_options = like.group, like.request_options
         # Whether its answer is the call of a tool.
         called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
         self.calls = called and self.face == "stream"
@@ -232,7 +232,7 @@ class Client:
     def headers(self) -> dict[str, str]:
         """The headers of each request."""
         key = {"Authorization": f"Bearer {self.show()}"} if self.show else {}
-        return {**key, **self.terms}
+        return {**key, **self.request_options}
 
     def dial(self) -> Dial:
         """Draw the next connection of this client."""
@@ -307,7 +307,7 @@ class Client:
                     raise Violation(f"waited in vain, for {patience} s or more") from exc
                 self.outcome = f"gone: {type(exc).__name__}"
             self.outcome = self.outcome or "?"
-            if CODE in self.outcome and not self.terms:
+            if CODE in self.outcome and not self.request_options:
                 raise Violation("a deadline that was not set has ended it")
             if self.outcome == "complete" and self.has("keep alive"):
                 await self._ask_again()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from aioserver.limits.deadline import Guard
-from aioserver.protocol.terms import BATCH, CLASS, DEADLINE, START_WITHIN
+from aioserver.protocol.request_options import BATCH, CLASS, DEADLINE, START_WITHIN
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.passthrough import PassedAttempt
@@ -40,12 +40,12 @@ def draw_terms(seed: int, number: int, share: float) -> dict[str, str]:
     dice = random.Random(f"terms {seed} {number}")
     if dice.random() >= share:
         return {}
-    terms = {
+    request_options = {
         START_WITHIN: dice.choice(("0.05", "0.5", "3", "20")),
         DEADLINE: dice.choice(("0.3", "2", "10", "60")),
         CLASS: BATCH,
     }
-    return {name: value for name, value in terms.items() if dice.random() < 0.6}
+    return {name: value for name, value in request_options.items() if dice.random() < 0.6}
 
 
 class Hurry:

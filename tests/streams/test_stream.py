@@ -1134,7 +1134,7 @@ def test_room_is_looked_for_once_however_many_fast_paths_count_late(
     assert len(closed) == 500
 
 
-class Told(ConditionReader):
+class Announcements(ConditionReader):
     """A reader that counts what it is told; a *broken* one has a bug."""
 
     def __init__(self, stream: Stream, *, broken: bool) -> None:
@@ -1152,7 +1152,7 @@ async def test_an_end_is_told_to_all_whatever_one_reader_raises() -> None:
     ends = Ends()
     streams = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20, observer=ends)
     stream = streams.open("r1", DEMO, window=30)
-    readers = [Told(stream, broken=broken) for broken in (True, False, True, False)]
+    readers = [Announcements(stream, broken=broken) for broken in (True, False, True, False)]
     before = [reader.told for reader in readers]
 
     with pytest.raises(RuntimeError, match="a bug"):

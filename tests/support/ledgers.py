@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioserver.protocol.tokens import Tokens
-from aioserver.telemetry.outcome import Part
+from aioserver.telemetry.outcome import AttemptCost
 from aioserver.usage.ledger import Line
 
 if TYPE_CHECKING:
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 DAY = 86_400
 # 2026-11-28T12:00:00Z.
 NOON = 20_785.5 * DAY
-PART = Part(
+PART = AttemptCost(
     *("openai", "gpt", "ok", 1200, 340, "provider"),
     Tokens(1200, 1024, 340, 0, 128),
     *(0.0121, 0.31, 2.2),
 )
 
 
-def line(number: int = 1, when: float = NOON, part: Part = PART, **changes: Any) -> Line:
+def line(number: int = 1, when: float = NOON, cost: AttemptCost = PART, **changes: Any) -> Line:
     """The first attempt of the request *number*."""
-    whole = Line(when, number, 1, "r", "web", "openai", "chat/completions", False, "ok", part)
+    whole = Line(when, number, 1, "r", "web", "openai", "chat/completions", False, "ok", cost)
     return whole._replace(**changes)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Said:
+class Transcript:
     """A text or a thinking in a row."""
 
     kind: str
@@ -35,11 +35,11 @@ def message_content(chunks: Sequence[Any], *, thinking: bool) -> list[dict[str, 
     """
     pieces = [piece for chunk in chunks for piece in _pieces(chunk)]
     calls: dict[int, Called] = {}
-    order: list[Said | Called] = []
-    waiting: list[tuple[Said | Called, str]] = []
+    order: list[Transcript | Called] = []
+    waiting: list[tuple[Transcript | Called, str]] = []
     current: Called | None = None
 
-    def place(item: Said | Called, more: str) -> Called | None:
+    def place(item: Transcript | Called, more: str) -> Called | None:
         """Add *item*, and return it if it is a call that is not whole yet."""
         if isinstance(item, Called):
             if item not in order:
@@ -55,12 +55,12 @@ def message_content(chunks: Sequence[Any], *, thinking: bool) -> list[dict[str, 
             index = piece["index"]
             if index not in calls:
                 calls[index] = Called(piece.get("id") or "", piece["function"]["name"])
-            entry: tuple[Said | Called, str] = (
+            entry: tuple[Transcript | Called, str] = (
                 calls[index],
                 piece["function"].get("arguments") or "",
             )
         else:
-            entry = Said(kind, piece), ""
+            entry = Transcript(kind, piece), ""
         if current is not None and entry[0] is not current:
             waiting.append(entry)
             continue
@@ -101,7 +101,7 @@ def _whole(arguments: str) -> bool:
     return True
 
 
-def _rendered(order: Sequence[Said | Called]) -> list[dict[str, Any]]:
+def _rendered(order: Sequence[Transcript | Called]) -> list[dict[str, Any]]:
     """The blocks: neighbours of one kind are one, and white space begins none."""
     blocks: list[dict[str, Any]] = []
     before, before_kind = "", ""

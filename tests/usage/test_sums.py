@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from aioserver.protocol.tokens import Tokens
-from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, Part
+from aioserver.telemetry.outcome import ESTIMATE, MIXED, NOBODY, PROVIDER, AttemptCost
 from aioserver.usage.sums import MAX_CHILDREN, MAX_ROWS, MAX_UNKNOWN, CallerSums, together
 from tests.support.ledgers import DAY, NOON
 
@@ -21,9 +21,9 @@ class Wall:
         return self.now
 
 
-def part(provider: str = "p", model: str = "m", **changes: Any) -> Part:
+def cost(provider: str = "p", model: str = "m", **changes: Any) -> AttemptCost:
     tokens = Tokens(10, 4, 3, 2, 1, 5, 6)
-    return replace(Part(provider, model, "ok", 10, 3, "provider", tokens), **changes)
+    return replace(AttemptCost(provider, model, "ok", 10, 3, "provider", tokens), **changes)
 
 
 def sums_of(wall: Wall | None = None) -> CallerSums:
@@ -35,10 +35,10 @@ def sums_of(wall: Wall | None = None) -> CallerSums:
 def test_each_column_has_its_count() -> None:
     sums = sums_of()
 
-    sums.add("web", part(), anew=True)
-    sums.add("web", part(source=ESTIMATE), anew=False)
-    sums.add("web", part(source=MIXED), anew=True)
-    sums.add("web", part(source=NOBODY), anew=True)
+    sums.add("web", cost(), anew=True)
+    sums.add("web", cost(source=ESTIMATE), anew=False)
+    sums.add("web", cost(source=MIXED), anew=True)
+    sums.add("web", cost(source=NOBODY), anew=True)
 
     assert sums.days() == [
         {
@@ -72,7 +72,7 @@ def test_yesterday_is_shown_and_the_day_before_is_not() -> None:
     sums = sums_of(wall)
     shown = []
     for _ in range(4):
-        sums.add("web", part(), anew=True)
+        sums.add("web", cost(), anew=True)
         wall.now += DAY
         shown.append([(day["day"], len(day["rows"])) for day in sums.days()])
 
@@ -87,14 +87,14 @@ def test_yesterday_is_shown_and_the_day_before_is_not() -> None:
 def test_a_clock_that_comes_back_finds_each_day_as_it_was(days: int) -> None:
     wall = Wall()
     sums = sums_of(wall)
-    sums.add("web", part(), anew=True)
+    sums.add("web", cost(), anew=True)
 
     wall.now += days * DAY
-    sums.add("web", part(), anew=True)
-    sums.add("web", part(), anew=True)
+    sums.add("web", cost(), anew=True)
+    sums.add("web", cost(), anew=True)
     assert sums.today("web") == 26
     wall.now -= days * DAY
-    sums.add("web", part(), anew=True)
+    sums.add("web", cost(), anew=True)
 
     assert sums.today("web") == 26
     assert sums.days()[0]["day"] == "2026-11-28"
@@ -105,8 +105,8 @@ def test_names_that_clients_invent_have_bounds_and_cost_no_other_caller_its_rows
     sums = sums_of()
 
     for number in range(MAX_UNKNOWN + 50):
-        sums.add("web", part(model=f"invented {number}"), anew=True)
-    sums.add("other", part(model="mine" * 1000), anew=True)
+        sums.add("web", cost(model=f"invented {number}"), anew=True)
+    sums.add("other", cost(model="mine" * 1000), anew=True)
 
     rows = sums.days()[0]["rows"]
     assert len(rows) == MAX_UNKNOWN + 2
@@ -123,7 +123,7 @@ def test_rows_and_children_have_bounds() -> None:
     sums.configured = {("p", f"{number}") for number in range(MAX_ROWS + 10)}
 
     for number in range(MAX_ROWS + 10):
-        sums.add(f"{number % 7}", part(model=f"{number}"), anew=True)
+        sums.add(f"{number % 7}", cost(model=f"{number}"), anew=True)
 
     rows = sums.days()[0]["rows"]
     assert len(rows) <= MAX_ROWS + 7
@@ -139,8 +139,8 @@ def test_days_of_several_instances_add_up() -> None:
     ahead.now += DAY
     three = sums_of(ahead)
     for sums in (one, two, three):
-        sums.add("web", part(), anew=True)
-    two.add("x", part(), anew=True)
+        sums.add("web", cost(), anew=True)
+    two.add("x", cost(), anew=True)
 
     first, second = together([one.days(), two.days(), three.days()])
 
@@ -156,8 +156,8 @@ def test_days_of_several_instances_add_up() -> None:
 GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("openai", "groq")}
 
 
-def spent(source: str = ESTIMATE, model: str = "m", cached: int | None = None) -> Part:
-    return Part("groq", model, "ok", 3, 9, source, Tokens(cached=cached))
+def spent(source: str = ESTIMATE, model: str = "m", cached: int | None = None) -> AttemptCost:
+    return AttemptCost("groq", model, "ok", 3, 9, source, Tokens(cached=cached))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import orjson
 
+from aioserver.protocol.bridging.accepted_parameters import AcceptedParameters, Size, optional_in
 from aioserver.protocol.bridging.hosted import Hosted
 from aioserver.protocol.bridging.reading import members, string
-from aioserver.protocol.bridging.words import Size, Words, optional_in
 from aioserver.protocol.json_body import null
 from aioserver.protocol.steps import pause_after
 
@@ -29,14 +29,14 @@ class BridgedChat(msgspec.Struct, kw_only=True):
     """A request for chat completions that a bridge has made.
 
     *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It
-    has the optional *words*. *hosted* has what the provider does not get.
+    has the optional *accepted*. *hosted* has what the provider does not get.
     """
 
     body: bytes
     model: str
     hosted: Hosted
     asked_tokens: int
-    words: frozenset[str]
+    accepted: frozenset[str]
 
 
 class ToolMembers(NamedTuple):
@@ -47,7 +47,10 @@ class ToolMembers(NamedTuple):
 
 
 def tool_members(
-    functions: Mapping[str, bytes], choice: bytes, parallel: Raw | bytes, words: Words
+    functions: Mapping[str, bytes],
+    choice: bytes,
+    parallel: Raw | bytes,
+    accepted: AcceptedParameters,
 ) -> ToolMembers:
     """Return the members for *functions*, JSON each. OpenAI's own chat completions refuse a choice
     without tools.
@@ -57,7 +60,9 @@ def tool_members(
     listed = b"[%b]" % b",".join(functions.values())
     return ToolMembers(
         members((b"tools", listed), (b"tool_choice", choice)),
-        members((b"parallel_tool_calls", parallel if words.takes("parallel_tool_calls") else b"")),
+        members(
+            (b"parallel_tool_calls", parallel if accepted.takes("parallel_tool_calls") else b"")
+        ),
     )
 
 
@@ -96,7 +101,7 @@ async def put_together(
     turns: Turns,
     tools: ToolMembers,
     options: Callable[[Size], bytes],
-    words: Words,
+    accepted: AcceptedParameters,
     *,
     streamed: bool,
     form: bytes = b"",
@@ -109,7 +114,7 @@ async def put_together(
     stream = b""
     if streamed:
         usage = b',"stream_options":{"include_usage":true}'
-        stream = b',"stream":true' + (usage if words.takes("stream_options") else b"")
+        stream = b',"stream":true' + (usage if accepted.takes("stream_options") else b"")
     name = b'""' if null(model) else string(model, "model")
     said = turns.finish()
     await pause_after(asked)
@@ -118,4 +123,4 @@ async def put_together(
     start, end = b'{"model":%b,"messages":[' % name, b"]" + stream
     body = b"".join((start, *said, end, *tools, form, further, b"}"))
     optional = optional_in(b"".join((stream, tools.parallel, further)))
-    return body, orjson.loads(name), words.tokens(size), optional
+    return body, orjson.loads(name), accepted.tokens(size), optional

@@ -101,7 +101,7 @@ class ChunkReader(Reading, ABC, Generic[C]):
 
     @property
     @abstractmethod
-    def said(self) -> str | None:
+    def transcript(self) -> str | None:
         """The text that has been shown, if nothing else was and it has no end yet."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from aioserver.protocol.bridging.words import MAX_COMPLETION_TOKENS, MAX_TOKENS
+from aioserver.protocol.bridging.accepted_parameters import MAX_COMPLETION_TOKENS, MAX_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -23,13 +23,13 @@ from aioserver.config.llm import INSTRUCT, NO_CONTINUATION, PREFIXED
 from aioserver.faces.wing import Core, Wing
 from aioserver.files.certificates import client_context
 from aioserver.files.watched_files import WatchedFiles
-from aioserver.gateway.bridging import ABSENT_STATUSES, ChatMemory
+from aioserver.gateway.bridging import ABSENT_STATUSES, ChatCapabilities
 from aioserver.gateway.continuation import continued
 from aioserver.gateway.probe import ARGUMENT
 from aioserver.gateway.prompts import chat_body
 from aioserver.limits.scheduler import Scheduler
-from aioserver.protocol.bridging.words import MAX_COMPLETION_TOKENS as NEWER_BOUND
-from aioserver.protocol.bridging.words import MAX_TOKENS as MAX_BOUND
+from aioserver.protocol.bridging.accepted_parameters import MAX_COMPLETION_TOKENS as NEWER_BOUND
+from aioserver.protocol.bridging.accepted_parameters import MAX_TOKENS as MAX_BOUND
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.seam import Anchored, Onward, SeamBroken, anchor_of
 from aioserver.provider_errors import (
@@ -265,7 +265,7 @@ async def _call_tools(report: Report, provider: Provider) -> None:
     """
     probes = [probe for wing in WINGS if (probe := wing.probe()) is not None]
     if any([await _call_tool(report, provider, probe) for probe in probes]):
-        _tell_learned(report, f"provider {provider.name}", provider.memory(ChatMemory))
+        _tell_learned(report, f"provider {provider.name}", provider.capabilities(ChatCapabilities))
 
 
 async def _call_tool(report: Report, provider: Provider, probe: Probe) -> bool:
@@ -318,17 +318,19 @@ def _has_argument(arguments: str) -> bool:
     return isinstance(content, dict) and ARGUMENT in content
 
 
-def _tell_learned(report: Report, subject: str, habits: ChatMemory) -> None:
+def _tell_learned(report: Report, subject: str, capabilities: ChatCapabilities) -> None:
     """Say what the bridges have learned, as the server will at the first requests of agents."""
-    learned = [f"it refuses {word}, which is left out" for word in sorted(habits.refused_words)]
-    if habits.renaming:
+    learned = [
+        f"it refuses {word}, which is left out" for word in sorted(capabilities.refused_words)
+    ]
+    if capabilities.renaming:
         learned.append(f"it has {NEWER_BOUND} in place of {MAX_BOUND}")
-    for model, tokens in habits.context_limits.items():
+    for model, tokens in capabilities.context_limits.items():
         learned.append(f"{model} has {tokens:,} tokens in its context")
-    for model, tokens in habits.most.items():
+    for model, tokens in capabilities.most.items():
         learned.append(f"{model} has {tokens:,} tokens in an answer at most")
-    if habits.reasoning_field:
-        learned.append(f"its reasoning is in {habits.reasoning_field}")
+    if capabilities.reasoning_field:
+        learned.append(f"its reasoning is in {capabilities.reasoning_field}")
     for text in learned or ["it takes every word that the bridges send"]:
         report.ok(subject, f"learned: {text}")
 

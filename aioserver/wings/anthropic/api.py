@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from aioserver.protocol.openai import bounded, usage_of
 from aioserver.providers.api import Api, WordlessApi
 from aioserver.wings.anthropic import sink, wire
-from aioserver.wings.anthropic.said import MessageSaid
+from aioserver.wings.anthropic.transcript import MessagesTranscript
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,7 +85,7 @@ class CountingApi(WordlessApi, MessagesApi):
 class AnswersApi(MessagesApi):
     """The path whose answers are messages, which can be continued."""
 
-    continues = MessageSaid
+    continues = MessagesTranscript
 
 
 MESSAGES, COUNT_TOKENS = AnswersApi(wire.MESSAGES), CountingApi(wire.COUNT_TOKENS)

@@ -15,10 +15,10 @@ import orjson
 
 from aioserver.config.llm import AUTO, BRIDGE
 from aioserver.errors import InvalidRequest
-from aioserver.gateway.bridging import BridgedAttempt, PathMemory
-from aioserver.protocol.bridging.said import BridgedSaid
+from aioserver.gateway.bridging import BridgedAttempt, PathCapabilities
+from aioserver.protocol.bridging.accepted_parameters import ALL_WORDS
+from aioserver.protocol.bridging.transcript import BridgedTranscript
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
-from aioserver.protocol.bridging.words import ALL_WORDS
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.provider_errors import RequestNotBridged
 from aioserver.providers.attempt import Attempt
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.config import settings
-    from aioserver.protocol.bridging.words import Words
+    from aioserver.protocol.bridging.accepted_parameters import AcceptedParameters
     from aioserver.provider_errors import ProviderFault
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 ESTIMATED = {"x-aioserver-estimated": "input_tokens"}
 
 
-class Learned(PathMemory):
+class MessagesCapabilities(PathCapabilities):
     """The knowledge of whether one provider answers requests for messages."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Learned(PathMemory):
         return "speaks" if self.present or not self.learns else "unknown"
 
 
-class LearnedCounting(Learned):
+class CountingCapabilities(MessagesCapabilities):
     """The knowledge of whether it counts their tokens, which an engine may not that answers
     them.
     """
@@ -75,7 +75,7 @@ class LearnedCounting(Learned):
 class MessageAttempt(BridgedAttempt):
     """One try of one request for a message."""
 
-    memory = Learned
+    capabilities = MessagesCapabilities
     shown_path, shown_api = "/v1/messages", "messages"
 
     def _own_preparation(self) -> Awaitable[None] | None:
@@ -94,11 +94,13 @@ class MessageAttempt(BridgedAttempt):
 
     def stream_sink(self, stream: Stream) -> StreamSink:
         """Return what fills *stream* with the events of the answer."""
-        chat, said = self._chat, stream.said
+        chat, transcript = self._chat, stream.transcript
         if chat is None:
             return super().stream_sink(stream)
         assert isinstance(chat, ChatRequest), "made here"
-        writer = said.writer if isinstance(said, BridgedSaid) and self.hop else None
+        writer = (
+            transcript.writer if isinstance(transcript, BridgedTranscript) and self.hop else None
+        )
         # The same message goes on, if it is continued.
         if not isinstance(writer, MessageWriter):
             writer = MessageWriter(chat, uuid.uuid4().hex, stream.max_bytes)
@@ -112,7 +114,7 @@ class MessageAttempt(BridgedAttempt):
 
     async def _translated(self) -> ChatRequest:
         body = self.request.body(self.provider.settings, self.model)
-        return await translated(body, self._habits.reasoning_field, self._words)
+        return await translated(body, self._capabilities.reasoning_field, self._accepted)
 
     async def _translate_answer(self, answer: Answer) -> None:
         chat = self._chat
@@ -138,7 +140,7 @@ class CountAttempt(Attempt):
         Raises:
             ProviderFault: as `Attempt.conclude`.
         """
-        sink, learned = self.sink, self.provider.memory(LearnedCounting)
+        sink, learned = self.sink, self.provider.capabilities(CountingCapabilities)
         assert isinstance(sink, BodySink), "it is not streamed"
         if self.status == 200:
             learned.found(present=True)
@@ -156,14 +158,16 @@ class CountAttempt(Attempt):
         self.answer = Answer(200, counted, "application/json", outcome)
 
 
-async def translated(body: bytes, reasoning_field: str, words: Words) -> ChatRequest:
+async def translated(
+    body: bytes, reasoning_field: str, accepted: AcceptedParameters
+) -> ChatRequest:
     """Return the request in *body* as one for a chat completion, as `chat_request`.
 
     Raises:
         RequestNotBridged: it has no form there.
     """
     try:
-        return await chat_request(body, reasoning_field=reasoning_field, words=words)
+        return await chat_request(body, reasoning_field=reasoning_field, accepted=accepted)
     except ThreadContinued as exc:
         fault = RequestNotBridged(exc.message, param=exc.param)
         fault.provider_answer = 400, exc.answer

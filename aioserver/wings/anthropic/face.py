@@ -35,7 +35,7 @@ from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
 from aioserver.wings.anthropic.attempt import (
     ESTIMATED,
     CountAttempt,
-    LearnedCounting,
+    CountingCapabilities,
     MessageAttempt,
     estimated,
 )
@@ -118,7 +118,7 @@ async def count(context: Context, request: web.Request, prepared: Request) -> we
         AioserverError: as `openai.serve`.
     """
     provider = prepared.route.provider
-    if not provider.memory(LearnedCounting).bridged:
+    if not provider.capabilities(CountingCapabilities).bridged:
         return await openai.serve(context, request, prepared, dialect=ANTHROPIC)
     try:
         model = prepared.route.model or provider.settings.model

@@ -13,7 +13,7 @@ once, and asks nobody. An instance whose requests wait *wants* places; the other
 do not use, and while others *starve*, each place that ends as well. A rate is shared in the same
 way: its *slots* are moments at which a request may start.
 
-An instance that hears of the server is *joined*. One whose call failed is *unheard*, and goes on
+An instance that hears of the server is *joined*. One whose call failed is *suspect*, and goes on
 with what it was granted until its lease is over. Then it is *alone*, and each limit is its *fixed
 share* of the whole. A server that has lost its state, or did not run for a while, has a *grace
 period* of some seconds: it gives nothing until all who live have said what they have (Gray and

@@ -38,18 +38,18 @@ class Times(NamedTuple):
     # meanwhile.
     grace: float = 3.5
     # An instance that has not come for so long for what it was given gets no more.
-    unheard: float = 0.1
+    suspect: float = 0.1
     # An instance whose lease is over may live alone. It is counted in the fixed shares for so
     # long.
     gone: float = 30.0
 
     def told(self) -> tuple[int, int, int, int, int]:
         """Return those that the server needs, in microseconds."""
-        lease, pause, grace, unheard, gone = (
+        lease, pause, grace, suspect, gone = (
             round(seconds * SECOND)
-            for seconds in (self.lease, self.pause, self.grace, self.unheard, self.gone)
+            for seconds in (self.lease, self.pause, self.grace, self.suspect, self.gone)
         )
-        return lease, pause, grace, unheard, gone
+        return lease, pause, grace, suspect, gone
 
 
 TIMES = Times()

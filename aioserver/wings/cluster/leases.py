@@ -47,7 +47,7 @@ from aioserver.wings.cluster.lease_messages import (
     decode_answer,
     encode,
 )
-from aioserver.wings.cluster.provider_states import Told
+from aioserver.wings.cluster.provider_states import Announcements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.grants import User
     from aioserver.wings.cluster.lease_messages import Op
     from aioserver.wings.cluster.rates import SharedRate
-    from aioserver.wings.cluster.shared_budget import TokensInHand
+    from aioserver.wings.cluster.shared_budget import PrefetchedTokens
 
 # Of so many calls the quickest says how far away the server is: some are late.
 ROUND_TRIPS = 8
@@ -102,7 +102,7 @@ class Leases:
         self.standing = Standing(self._fixed.of, self._call_soon_for, self._asked, clock)
         self._grants: dict[str, Grant] = {}
         self._paces: dict[str, SharedRate] = {}
-        self._tokens: dict[str, TokensInHand] = {}
+        self._tokens: dict[str, PrefetchedTokens] = {}
         # Grants of which something is to be said at once, and those that may have nothing to say
         # by then.
         self._dirty: set[Grant] = set()
@@ -129,10 +129,10 @@ class Leases:
         self._sent = 0.0
         self._ops: list[tuple[Grant, Op]] = []
         self._pace_ops: list[SharedRate] = []
-        self._token_ops: list[TokensInHand] = []
+        self._token_ops: list[PrefetchedTokens] = []
         self._ended: set[str] = set()
         self._ended_said: list[str] = []
-        self.told = Told(self.call_soon, on_told)
+        self.told = Announcements(self.call_soon, on_told)
         self.calls = self.failures = 0
         # Whether the others were told that this instance is no more.
         self.left = False
@@ -189,12 +189,12 @@ class Leases:
         if self._paces.get(user.name) is user:
             del self._paces[user.name]
 
-    def share_tokens(self, user: TokensInHand) -> None:
+    def share_tokens(self, user: PrefetchedTokens) -> None:
         """Share the tokens of *user*."""
         self._tokens[user.name] = user
         self._tell_standing(user)
 
-    def drop_tokens(self, user: TokensInHand) -> None:
+    def drop_tokens(self, user: PrefetchedTokens) -> None:
         """Share the tokens of *user* no more."""
         if self._tokens.get(user.name) is user:
             del self._tokens[user.name]
@@ -460,7 +460,7 @@ class Leases:
         for tokens in self._tokens.values():
             self._tell_standing(tokens)
 
-    def _tell_standing(self, tokens: TokensInHand) -> None:
+    def _tell_standing(self, tokens: PrefetchedTokens) -> None:
         standing = self.standing
         heard = standing.state is State.JOINED and not standing.grace
         tokens.stand(self._fixed.instances, heard=heard)

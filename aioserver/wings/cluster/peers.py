@@ -90,7 +90,7 @@ class Question:
         # have been broken.
         self.patience = patience
 
-    def unheard(self) -> None:
+    def suspect(self) -> None:
         """Note that it has reached no one."""
         self.patience -= 1
         if self.patience <= 0 and not self.answer.done():
@@ -376,7 +376,7 @@ class Peers:
         """Note that what was sent to *target* has reached no one: called by the bus."""
         for question in self._asked.values():
             if question.target == target:
-                question.unheard()
+                question.suspect()
         now = self._loop.time()
         since = self._deaf_since.get(target, now)
         if now - since > MAX_SILENCE:

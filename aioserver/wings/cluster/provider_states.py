@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Told:
+class Announcements:
     """The words to be told with the next call, and those that were heard.
 
     *on_told* is called with the provider, the word and the seconds that it holds for; 0.0: no

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.lease_messages import Slots
 
 
-class SlotsInHand:
+class PrefetchedSlots:
     """Slots that pass, each with its end, and slots that last until they are taken.
 
     All times are seconds of one clock. Always: each group is in the order of its beginnings. A
@@ -194,7 +194,7 @@ class SharedRate(Gcra):
         self._share_kept = share_kept
         self._horizon = horizon
         # Kept slots last; all others pass.
-        self._slots = SlotsInHand()
+        self._slots = PrefetchedSlots()
         # When the next slot begins, as far as is known.
         self._next_at = -inf
         # Starts that are taken back, of which the server does not know yet.

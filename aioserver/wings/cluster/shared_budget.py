@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.lease_messages import Tokens
 
 # All instances together keep this part of a budget in hand.
-HAND = 1 / 8
+PREFETCH = 1 / 8
 # Seconds after its last start at which an instance gives back what it has in hand.
 UNUSED = 10.0
 # Seconds for which it is known that there is too little, before the server is asked again.
@@ -70,10 +70,10 @@ MANY = 200
 class TokenCalls(Protocol):
     """The object that carries the calls: `Leases`."""
 
-    def share_tokens(self, user: TokensInHand) -> None:
+    def share_tokens(self, user: PrefetchedTokens) -> None:
         """Share the tokens of *user*."""
 
-    def drop_tokens(self, user: TokensInHand) -> None:
+    def drop_tokens(self, user: PrefetchedTokens) -> None:
         """Share the tokens of *user* no more."""
 
     def call_by(self, moment: float) -> None:
@@ -85,11 +85,11 @@ class TokenCalls(Protocol):
 
 
 class _Taken(NamedTuple):
-    """What a request has taken: *minute* tokens of the bucket of this *world*, the last of which
+    """What a request has taken: *minute* tokens of the bucket of this *incarnation*, the last of which
     *stood* there, and *day* tokens of the day *number*.
     """
 
-    world: tuple[str, str]
+    incarnation: tuple[str, str]
     minute: int
     stood: float
     day: int
@@ -111,9 +111,9 @@ class SharedReservation(Reservation):
 
     __slots__ = ("_hand", "part", "taken")
 
-    def __init__(self, budget: Budget, tokens: int, hand: TokensInHand) -> None:
+    def __init__(self, budget: Budget, tokens: int, hand: PrefetchedTokens) -> None:
         super().__init__(budget, tokens)
-        self._hand: TokensInHand | None = hand
+        self._hand: PrefetchedTokens | None = hand
         self.taken: _Taken | None = None
         self.part: Reservation | None = None
 
@@ -129,7 +129,7 @@ class SharedReservation(Reservation):
         super().settle(tokens)
 
 
-class TokensInHand:
+class PrefetchedTokens:
     """What an instance has of the tokens of the key *name*: in hand, given for the request that
     waits first, and to be said.
 
@@ -164,7 +164,7 @@ class TokensInHand:
         self._said = 0, 0, 0
         self._asked = self._more = 0
         # The world whose bucket is counted, and whether it is to be told what is known of the day.
-        self._world = ("", "")
+        self._incarnation = ("", "")
         self._restate = True
         # Whether the server is heard, and gives something.
         self._heard = False
@@ -342,7 +342,7 @@ class TokensInHand:
                 self._calls.call_by(self._clock())
         self._spent += most
         stood = self._minute.comes(self._spent) if minute else 0.0
-        reservation.have(_Taken(self._world, most, stood, least, number), of_part)
+        reservation.have(_Taken(self._incarnation, most, stood, least, number), of_part)
 
     def settle(self, reservation: SharedReservation, tokens: int) -> None:
         """Let the request of *reservation* have cost so many *tokens*."""
@@ -367,7 +367,7 @@ class TokensInHand:
         else:
             self._spent += max(0, tokens - taken.minute)
             left = 0
-            if taken.world == self._world:
+            if taken.incarnation == self._incarnation:
                 left = self._minute.left(taken.minute - tokens, taken.stood)
             # What the server does not know to be used never left the hand.
             kept = min(left, self._spent, room)
@@ -454,8 +454,8 @@ class TokensInHand:
             self._met,
         )
 
-    def answered(self, answer: Tokens | None, sent: float, world: tuple[str, str]) -> None:
-        """Take in the *answer* of the server in this *world* to what was asked at *sent*; None: the
+    def answered(self, answer: Tokens | None, sent: float, incarnation: tuple[str, str]) -> None:
+        """Take in the *answer* of the server in this *incarnation* to what was asked at *sent*; None: the
         call failed.
         """
         spent, number, mine = self._said
@@ -463,10 +463,10 @@ class TokensInHand:
         if answer is None:
             self._spent += spent
             return
-        if world != self._world:
+        if incarnation != self._incarnation:
             # Its bucket does not know of what was taken from another one.
             self._leave_queue()
-            self._world = world
+            self._incarnation = incarnation
         minute, day = self.limits
         asked = self._asked
         given = asked if answer.granted else 0
@@ -487,7 +487,7 @@ class TokensInHand:
             self._first = None
         if given:
             last = self._minute.last
-            taken = _Taken(world, min(given, minute), last, min(given, day), answer.day)
+            taken = _Taken(incarnation, min(given, minute), last, min(given, day), answer.day)
             self._first = _First(given, now, taken)
         elif asked and answer.wait:
             # What is in hand elsewhere comes back soon.
@@ -581,11 +581,11 @@ class TokensInHand:
         if minute and self._level + self._minute.held + self._in_hand > minute + ROUNDING:
             return 0
         parts = max(1, self._calls.instances)
-        return min((int(limit * HAND / parts) for limit in self.limits if limit), default=0)
+        return min((int(limit * PREFETCH / parts) for limit in self.limits if limit), default=0)
 
 
 class SharedBudget(Budget):
-    """The tokens of a key, which all instances share: see `TokensInHand`.
+    """The tokens of a key, which all instances share: see `PrefetchedTokens`.
 
     Always: `reserved` is what requests of this instance have reserved.
 
@@ -608,7 +608,7 @@ class SharedBudget(Budget):
         patience: Callable[[], float] = lambda: PATIENT,
         on_tokens: Callable[[], None] = lambda: None,
     ) -> None:
-        self.hand = TokensInHand(calls, name, clock, wall_clock)
+        self.hand = PrefetchedTokens(calls, name, clock, wall_clock)
         # Whether another budget has taken over what this one counts.
         self.replaced = False
         self._served = waiting, patience, on_tokens

@@ -97,9 +97,9 @@ class Totals:
             understood[name] = state
             hosts[host] = max(connections, hosts.get(host, 0))
         reports = {self._me: own, **{name: state[0] for name, state in understood.items()}}
-        unheard = [name for name in others if name not in understood]
+        suspect = [name for name in others if name not in understood]
         connections = sum(hosts.values())
-        return self._fold.add(self._me, reports, places, connections, unheard), understood
+        return self._fold.add(self._me, reports, places, connections, suspect), understood
 
     async def history(self) -> History:
         """Return the history of all instances together."""
@@ -142,15 +142,15 @@ class Totals:
         instances that have not answered.
         """
         days = [self._monitor.usage.days(caller)]
-        unheard = self._others()
+        suspect = self._others()
         what = USAGE if caller is None else f"{USAGE} {caller}"
-        for name, answer in (await self._peers.look(unheard, what)).items():
+        for name, answer in (await self._peers.look(suspect, what)).items():
             try:
                 days = [together([*days, msgspec.msgpack.decode(answer)])]
             except NOT_UNDERSTOOD:
                 continue
-            unheard.remove(name)
-        return together(days), unheard
+            suspect.remove(name)
+        return together(days), suspect
 
     def _others(self) -> list[str]:
         return [name for name in self._members() if name != self._me]

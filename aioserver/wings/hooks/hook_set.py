@@ -38,7 +38,7 @@ from aioserver.wings.hooks import python_hook
 from aioserver.wings.hooks.decisions import HookFault, changed_body
 from aioserver.wings.hooks.http_hook import HttpHook
 from aioserver.wings.hooks.python_hook import PythonHook
-from aioserver.wings.hooks.shown_log import Backlog, Shown, ShownLog
+from aioserver.wings.hooks.tap import Backlog, Tap, TappedLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.request import Request
     from aioserver.providers.request import Answer
     from aioserver.telemetry.metrics import Metrics
-    from aioserver.wings.hooks.asked import Asked
+    from aioserver.wings.hooks.hook_client import HookClient
 
 logger = logging.getLogger("aioserver.hooks")
 
@@ -78,7 +78,7 @@ class HookSet:
         self._metrics = metrics
         self._backlog = Backlog()
         self._lines = RateLimit(1, SAME_ERROR)
-        self._hooks: tuple[Asked, ...] = ()
+        self._hooks: tuple[HookClient, ...] = ()
         # The tasks that show answers.
         self._followers: set[asyncio.Task[Refuse | None]] = set()
         self.present = False
@@ -102,7 +102,7 @@ class HookSet:
             old, self._hooks = self._hooks, hooks
             self._paths, self._max_bytes = paths, websocket.max_message_size
             self.present = bool(hooks)
-            self.log = ShownLog if any(ANSWER in hook.settings.on for hook in hooks) else Stream
+            self.log = TappedLog if any(ANSWER in hook.settings.on for hook in hooks) else Stream
             self._metrics.apply_hooks(hook.name for hook in hooks)
             for hook in old:
                 hook.retire()
@@ -162,9 +162,9 @@ class HookSet:
                 continue
             if isinstance(passed, PassedRequest):
                 self._unseen(hook, ANSWER, request, "the answer is not read here")
-            elif isinstance(stream, ShownLog):
+            elif isinstance(stream, TappedLog):
                 start, frames = partial(self._follow, hook, request), passed.reading is not None
-                shown = Shown(stream, self._backlog, frames=frames, start=start)
+                shown = Tap(stream, self._backlog, frames=frames, start=start)
                 stream.shown = (*stream.shown, shown)
             elif stream is not None:
                 # It was asked for before there was a hook for answers.
@@ -198,7 +198,7 @@ class HookSet:
                 raise _refused(AnswerRefused, said)
             self._count(hook, ANSWER, "passed")
 
-    async def _decide(self, hook: Asked, request: Request) -> None:
+    async def _decide(self, hook: HookClient, request: Request) -> None:
         """Have *hook* decide about *request*."""
         provider_request, route = request.provider_request, request.route
         if provider_request.bound is not None:
@@ -229,7 +229,7 @@ class HookSet:
         if provider_request.usage_options is not None:
             provider_request.usage_options = changed.body.usage_options
 
-    def _follow(self, hook: Asked, request: Request, shown: Shown) -> None:
+    def _follow(self, hook: HookClient, request: Request, shown: Tap) -> None:
         """Begin to show an answer to *hook*."""
         outcome = request.provider_request.outcome
         call = replace(
@@ -245,7 +245,7 @@ class HookSet:
         task.add_done_callback(partial(self._followed, hook, request, shown))
 
     def _followed(
-        self, hook: Asked, request: Request, shown: Shown, task: asyncio.Task[Refuse | None]
+        self, hook: HookClient, request: Request, shown: Tap, task: asyncio.Task[Refuse | None]
     ) -> None:
         """Hear what *hook* has decided about an answer. A callback, since a task that is cancelled
         before its first step never enters its `try`.
@@ -269,7 +269,7 @@ class HookSet:
             _end(shown.stream, _refused(AnswerRefused, said))
 
     def _lost(
-        self, hook: Asked, request: Request, stream: Stream, fault: HookFault, outcome: str
+        self, hook: HookClient, request: Request, stream: Stream, fault: HookFault, outcome: str
     ) -> None:
         """Note that *hook* sees no more of an answer: if it is closed, the answer ends."""
         self._log(hook, ANSWER, request, fault)
@@ -277,7 +277,7 @@ class HookSet:
         if hook.settings.closed:
             _end(stream, _unavailable(hook))
 
-    def _failed(self, hook: Asked, event: str, request: Request, fault: HookFault) -> None:
+    def _failed(self, hook: HookClient, event: str, request: Request, fault: HookFault) -> None:
         """Note that *hook* has made no decision.
 
         Raises:
@@ -290,7 +290,7 @@ class HookSet:
             error.paid = event == ANSWER and request.provider_request.outcome.sent
             raise error
 
-    def _unseen(self, hook: Asked, event: str, request: Request, why: str) -> None:
+    def _unseen(self, hook: HookClient, event: str, request: Request, why: str) -> None:
         """Note that *hook* cannot be shown what passes.
 
         Raises:
@@ -300,29 +300,31 @@ class HookSet:
         if hook.settings.closed:
             raise RequestRefused(f"{why}, and the hook {hook.name} must see it")
 
-    def _count(self, hook: Asked, event: str, outcome: str, noted: Request | None = None) -> None:
+    def _count(
+        self, hook: HookClient, event: str, outcome: str, noted: Request | None = None
+    ) -> None:
         """Count an *outcome*; the log line of the *noted* request names the hook."""
         self._metrics.hook_calls[hook.name, event, outcome].value += 1
         if noted is not None:
             noted.provider_request.outcome.hooks += (hook.name,)
 
-    def _begin(self, hook: Asked) -> float:
+    def _begin(self, hook: HookClient) -> float:
         """Count a call as open until `_took`; return the moment."""
         hook.open += 1
         return self._loop.time()
 
-    def _took(self, hook: Asked, began: float) -> None:
+    def _took(self, hook: HookClient, began: float) -> None:
         hook.open -= 1
         self._metrics.hook_seconds[hook.name,].observe(self._loop.time() - began)
 
-    def _log(self, hook: Asked, event: str, request: Request, fault: HookFault) -> None:
+    def _log(self, hook: HookClient, event: str, request: Request, fault: HookFault) -> None:
         if (left_out := self._lines.allow(hook.name, event)) is None:
             return
         fields = {"hook": hook.name, "event": event, "reason": str(fault)}
         fields |= {"fail": hook.settings.fail, "request_id": request.name[:64]}
         logger.warning("a hook has not decided", extra={"fields": {**fields, **left_out}})
 
-    def _call(self, hook: Asked, request: Request) -> Call:
+    def _call(self, hook: HookClient, request: Request) -> Call:
         """Return what *hook* is told of *request* beside its body."""
         provider_request, route = request.provider_request, request.route
         path = provider_request.path.partition("?")[0]
@@ -348,7 +350,7 @@ def faults(hooks: Sequence[settings.Hook]) -> list[str]:
     return found
 
 
-def _made(index: int, hook: settings.Hook, max_answer: int) -> Asked:
+def _made(index: int, hook: settings.Hook, max_answer: int) -> HookClient:
     """Return the hook of these settings.
 
     Raises:
@@ -369,7 +371,7 @@ def _refused(kind: type[RequestRefused], said: Refuse) -> RequestRefused:
     return error
 
 
-def _unavailable(hook: Asked) -> HookUnavailable:
+def _unavailable(hook: HookClient) -> HookUnavailable:
     return HookUnavailable(f"the hook {hook.name} has not decided", retry_after=RETRY_AFTER)
 
 

@@ -25,8 +25,8 @@ from aioserver.providers.http1 import FRAMING_HEADERS
 from aioserver.providers.pool import Pool
 from aioserver.providers.sinks import BodySink
 from aioserver.wings.hooks import decisions
-from aioserver.wings.hooks.asked import Asked
 from aioserver.wings.hooks.decisions import HookFault
+from aioserver.wings.hooks.hook_client import HookClient
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.hook import Call, Refuse
     from aioserver.providers.http1 import Sink
-    from aioserver.wings.hooks.shown_log import Shown
+    from aioserver.wings.hooks.tap import Tap
 
 # Connections for decisions, and for answers that are streamed: of these one caller alone has two
 # thirds.
@@ -47,7 +47,7 @@ JSON, LINES = "application/json", "application/x-ndjson"
 OWN_HEADERS = FRAMING_HEADERS | {"host", "content-type", "accept-encoding"}
 
 
-class HttpHook(Asked):
+class HttpHook(HookClient):
     """The hook of these *settings*, whose answers have at most *max_answer* bytes.
 
     Always: it has at most MAX_DECISIONS and MAX_ANSWERS connections.
@@ -94,7 +94,7 @@ class HttpHook(Asked):
         content = decisions.with_body(ANSWER, call, await decisions.member(body))
         return decisions.verdict_on_answer(*await self._ask(content, owner))
 
-    async def follow(self, call: Call, shown: Shown, owner: Hashable) -> Refuse | None:
+    async def follow(self, call: Call, shown: Tap, owner: Hashable) -> Refuse | None:
         """Show the events in *shown*, as `Asked.follow`: the hook has its time from their end."""
         head = self._head(LINES, "Transfer-Encoding: chunked")
         try:
@@ -114,7 +114,7 @@ class HttpHook(Asked):
         owner: Hashable,
         request: bytes,
         body: Lines | None = None,
-        shown: Shown | None = None,
+        shown: Tap | None = None,
     ) -> tuple[int, bytes]:
         """Post *request* on a place of *owner*, and *body* behind it, which lasts until *shown* has
         ended; return the status and the body of the answer.
@@ -194,7 +194,7 @@ class Lines:
 
     chunked = True
 
-    def __init__(self, call: Call, shown: Shown) -> None:
+    def __init__(self, call: Call, shown: Tap) -> None:
         self._shown = shown
         self._opening = decisions.opening(ANSWER, call) + b"}\n"
         self._ended = False

@@ -21,15 +21,15 @@ from aioserver.config.settings import ANSWER, REQUEST
 from aioserver.hook import Refuse
 from aioserver.tracebacks import last_line
 from aioserver.wings.hooks import decisions
-from aioserver.wings.hooks.asked import Asked
 from aioserver.wings.hooks.decisions import HookFault
+from aioserver.wings.hooks.hook_client import HookClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Hashable
 
     from aioserver.config import settings
     from aioserver.hook import Call
-    from aioserver.wings.hooks.shown_log import Shown
+    from aioserver.wings.hooks.tap import Tap
 
 logger = logging.getLogger("aioserver.hooks")
 
@@ -61,7 +61,7 @@ def find(settings: settings.Hook) -> type[Any]:
     return found
 
 
-class PythonHook(Asked):
+class PythonHook(HookClient):
     """The hook of these *settings*: an object of its class.
 
     Raises:
@@ -101,7 +101,7 @@ class PythonHook(Asked):
         """Return what its `event` returns about *body*, as `Asked.decide_answer`."""
         return self._event(call, body)
 
-    async def follow(self, call: Call, shown: Shown, owner: Hashable) -> Refuse | None:  # noqa: ARG002 - it has no places
+    async def follow(self, call: Call, shown: Tap, owner: Hashable) -> Refuse | None:  # noqa: ARG002 - it has no places
         """Call its `event` with each event in *shown*, as `Asked.follow`."""
         while events := await shown.events():
             for _, data in events:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.errors import InvalidRequest, RequestTooLarge, ResponseNotFound
-from aioserver.gateway.bridging import BridgedAttempt, PathMemory
-from aioserver.protocol.bridging.said import BridgedSaid
+from aioserver.gateway.bridging import BridgedAttempt, PathCapabilities
+from aioserver.protocol.bridging.transcript import BridgedTranscript
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.protocol.steps import at_once
@@ -75,7 +75,7 @@ _UNSUPPORTED = (
 _KEEPS = "keeps"
 
 
-class Learned(PathMemory):
+class ResponsesCapabilities(PathCapabilities):
     """The knowledge of how one provider does responses.
 
     Always: it `keeps` the responses that it has made, as far as we know.
@@ -94,7 +94,7 @@ class Learned(PathMemory):
         return self._shown.get(_KEEPS) is None
 
     def absent(self, status: int, body: bytes) -> bool:
-        """Return whether an answer says that there is no such path, as `PathMemory.absent`."""
+        """Return whether an answer says that there is no such path, as `PathCapabilities.absent`."""
         return super().absent(status, body) and not refuses_continuation(status, body)
 
     def learn(self, status: int, body: bytes, *, previous_id: str | None, by_id: bool) -> bool:
@@ -166,7 +166,7 @@ class ResponseRequest(ProviderRequest):
 class ResponseAttempt(BridgedAttempt):
     """One try of one request for a response."""
 
-    memory = Learned
+    capabilities = ResponsesCapabilities
     shown_path, shown_api = "/v1/responses", "responses"
 
     def __init__(self, *names: Any, **further: Any) -> None:
@@ -226,9 +226,9 @@ class ResponseAttempt(BridgedAttempt):
         self.prepared = await draft.body_for(body, provider.name, keeps=keeps)
 
     @property
-    def _learned(self) -> Learned:
+    def _learned(self) -> ResponsesCapabilities:
         # Asked for anew each time, since a reload makes another.
-        return self.provider.memory(Learned)
+        return self.provider.capabilities(ResponsesCapabilities)
 
     def body_to_send(self) -> bytes:
         """Return the body of the request, with what it continues.
@@ -254,12 +254,16 @@ class ResponseAttempt(BridgedAttempt):
     def stream_sink(self, stream: Stream) -> StreamSink:
         """Return what fills *stream* with the events of the answer."""
         sink: StreamSink
-        chat, said = self._chat, stream.said
+        chat, transcript = self._chat, stream.transcript
         if chat is None:
             sink = RESPONSES.sink(stream)
         else:
             assert isinstance(chat, ChatRequest), "made here"
-            writer = said.writer if isinstance(said, BridgedSaid) and self.hop else None
+            writer = (
+                transcript.writer
+                if isinstance(transcript, BridgedTranscript) and self.hop
+                else None
+            )
             # The same response goes on, if it is continued.
             if not isinstance(writer, ResponseWriter):
                 writer = ResponseWriter(chat, self._frame(chat), stream.max_bytes)
@@ -337,8 +341,8 @@ class ResponseAttempt(BridgedAttempt):
             chat = await chat_request(
                 body,
                 previous=None if draft is None else draft.previous_id,
-                reasoning_field=self._habits.reasoning_field,
-                words=self._words,
+                reasoning_field=self._capabilities.reasoning_field,
+                accepted=self._accepted,
                 streamed=self._running is not None,
             )
         except ResponseNotFound:

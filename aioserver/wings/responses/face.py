@@ -38,9 +38,9 @@ from aioserver.streams.entries import CANCELLED, COMPLETE
 from aioserver.wings.responses import frames, stored_face
 from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.attempt import (
-    Learned,
     ResponseAttempt,
     ResponseRequest,
+    ResponsesCapabilities,
     frame_of,
 )
 from aioserver.wings.responses.background import Background, OpeningReader
@@ -151,7 +151,7 @@ async def _background(context: Context, body: ModelBody, caller: Caller) -> Back
     route = context.router.route(body.model, caller=caller)
     provider, frame = route.provider, None
     # The simulator ends with its process, too, and leaves the background to us.
-    if provider.memory(Learned).bridged or provider.settings.simulated:
+    if provider.capabilities(ResponsesCapabilities).bridged or provider.settings.simulated:
         asked = openai.body_for(body, provider.settings, route.model)
         # Its attempts say what is wrong with it.
         with contextlib.suppress(InvalidRequest):

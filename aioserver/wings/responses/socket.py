@@ -161,7 +161,7 @@ class ResponsesSocket(Socket):
                 self._last_request = self._loop.time()
                 # A command that waits is told of its deadline in its turn: on a lane the answers
                 # come in the order of their commands.
-                hold.terms = self._terms
+                hold.request_options = self._request_options
                 try:
                     self._lanes.add(command.lane, command, hold)
                 except AioserverError as error:

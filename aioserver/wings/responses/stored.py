@@ -296,7 +296,7 @@ class StoredResponses:
         self._known: WeakValueDictionary[tuple[Caller, str], StoredResponse] = (
             WeakValueDictionary()
         )
-        streams.shelves.append(self)
+        streams.evictable_stores.append(self)
 
     def __len__(self) -> int:
         return len(self._named)

@@ -25,7 +25,7 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, NotFound, PermissionDenied, StreamNotFound
 from aioserver.faces import http, openai, passthrough, whole
 from aioserver.faces.admission import counted
-from aioserver.wings.responses.attempt import Learned
+from aioserver.wings.responses.attempt import ResponsesCapabilities
 from aioserver.wings.responses.items import Page, paging
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ async def prepare_question(context: Context, request: web.Request, hold: BodyHol
     """
     passed = await passthrough.prepare(context, request, hold)
     provider = passed.route.provider
-    if provider.memory(Learned).bridged:
+    if provider.capabilities(ResponsesCapabilities).bridged:
         raise NotFound(
             f"the provider {provider.name} has no /v1/responses, "
             f"so there is no {request.path} either"

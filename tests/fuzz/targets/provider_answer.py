@@ -15,7 +15,7 @@ from aioserver.config import settings
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import ProviderFault
-from aioserver.providers.api import CHAT, Memory
+from aioserver.providers.api import CHAT, Capabilities
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.exchange import Exchange
@@ -86,7 +86,7 @@ KINDS = (
     (RESPONSES, True, False),
 )
 
-M = TypeVar("M", bound=Memory)
+M = TypeVar("M", bound=Capabilities)
 
 
 class Costs:
@@ -120,7 +120,7 @@ class Provider:
     def answered(self, attempt: Attempt) -> None:
         pass
 
-    def memory(self, kind: type[M]) -> M:
+    def capabilities(self, kind: type[M]) -> M:
         return kind(self.settings)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from aioserver.wings.anthropic.attempt import Learned, LearnedCounting
+from aioserver.wings.anthropic.attempt import CountingCapabilities, MessagesCapabilities
 from tests.support.lazily import lazily
 from tests.support.message_events import check_run, put_together, read_events
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
@@ -191,7 +191,7 @@ async def test_a_provider_that_speaks_messages_is_asked_for_them(make_server: Ma
     status, _ = await answer_of(server, ASK)
 
     assert status == 404
-    assert not server.provider.memory(Learned).bridged
+    assert not server.provider.capabilities(MessagesCapabilities).bridged
 
 
 async def test_with_true_its_404_passes(make_server: MakeServer) -> None:
@@ -213,8 +213,8 @@ async def test_tokens_are_estimated_where_nobody_counts_them(make_server: MakeSe
 
     assert found[0] == found[1] > 10
     assert not server.simulator.requests
-    assert server.provider.memory(LearnedCounting).bridged
-    assert not server.provider.memory(Learned).bridged
+    assert server.provider.capabilities(CountingCapabilities).bridged
+    assert not server.provider.capabilities(MessagesCapabilities).bridged
     # An engine may speak messages, and not count their tokens.
     await answer_of(server, ASK)
     assert paths(server.simulator) == ["messages"]

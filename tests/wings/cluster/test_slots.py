@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioserver.wings.cluster.rates import SlotsInHand
+from aioserver.wings.cluster.rates import PrefetchedSlots
 
 HORIZON = 10.0
 
@@ -24,7 +24,7 @@ steps = st.lists(
 
 @given(steps)
 def test_they_are_used_in_order_and_pass_at_their_end(steps: list[tuple[str, float]]) -> None:
-    slots, now = SlotsInHand(), 100.0
+    slots, now = PrefetchedSlots(), 100.0
     passing: list[float] = []
     lasting: list[float] = []
     for step, seconds in steps:
@@ -53,7 +53,7 @@ def test_they_are_used_in_order_and_pass_at_their_end(steps: list[tuple[str, flo
 
 
 def test_nothing_is_taken_where_nothing_is_granted() -> None:
-    slots = SlotsInHand()
+    slots = PrefetchedSlots()
     slots.add(1.0, 2.0)
     slots.take(3.0)
 

@@ -11,7 +11,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from aioserver.protocol import eventstream
-from aioserver.wings.responses.attempt import Learned
+from aioserver.wings.responses.attempt import ResponsesCapabilities
 from tests.support.keys import key_of, keys_of
 from tests.support.scripted_provider import Peer, ScriptedProvider
 from tests.support.server import (
@@ -371,7 +371,7 @@ async def test_a_provider_that_turns_out_to_have_no_responses(make_server: MakeS
             asked = await ask(sdk)
             assert asked.background
             assert (await polled(sdk, asked.id)).status == "completed"
-    assert server.provider.memory(Learned).lacking
+    assert server.provider.capabilities(ResponsesCapabilities).lacking
 
 
 async def test_a_native_provider_runs_it_by_itself(make_server: MakeServer) -> None:

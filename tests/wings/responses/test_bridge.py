@@ -12,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
-from aioserver.wings.responses.attempt import Learned
+from aioserver.wings.responses.attempt import ResponsesCapabilities
 from tests.support.response_events import check_response, check_run, read_events
 from tests.support.scripted_provider import ScriptedProvider, answering
 from tests.support.server import ENDLESS, QUICK, provider_entry
@@ -258,7 +258,7 @@ async def test_a_provider_that_has_answered_has_the_path_whatever_it_does_not_fi
     status, _ = await answer_of(server, ASK)
 
     assert status == 404
-    assert not server.provider.memory(Learned).bridged
+    assert not server.provider.capabilities(ResponsesCapabilities).bridged
 
 
 async def test_failover_goes_from_one_kind_of_provider_to_the_other(

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 
 from aioserver.config.settings import Provider
-from aioserver.wings.responses.attempt import MAX_READ, Learned
+from aioserver.wings.responses.attempt import MAX_READ, ResponsesCapabilities
 from tests.support.scripted_provider import LIMITS
 
 
-def learned() -> Learned:
+def learned() -> ResponsesCapabilities:
     base_url = "http://127.0.0.1:9/v1"
-    return Learned(Provider(name="sim", base_url=base_url, model="m", http_client=LIMITS))
+    return ResponsesCapabilities(
+        Provider(name="sim", base_url=base_url, model="m", http_client=LIMITS)
+    )
 
 
 def error(message: str, **fields: Any) -> bytes:
@@ -56,36 +58,36 @@ OTHERS = [
 def test_a_provider_that_refuses_a_response_of_its_own_keeps_none(
     status: int, body: bytes
 ) -> None:
-    memory = learned()
+    capabilities = learned()
 
-    assert memory.learn(status, body, previous_id="resp_1", by_id=True)
-    assert not memory.keeps
+    assert capabilities.learn(status, body, previous_id="resp_1", by_id=True)
+    assert not capabilities.keeps
 
 
 @pytest.mark.parametrize(("status", "body"), MISSING)
 def test_that_another_response_is_missing_says_nothing(status: int, body: bytes) -> None:
-    memory = learned()
+    capabilities = learned()
 
-    assert not memory.learn(status, body, previous_id="resp_1", by_id=False)
-    assert memory.keeps
+    assert not capabilities.learn(status, body, previous_id="resp_1", by_id=False)
+    assert capabilities.keeps
 
 
 @pytest.mark.parametrize(("status", "body"), UNSUPPORTED)
 def test_a_provider_that_continues_nothing_says_so_of_any_response(
     status: int, body: bytes
 ) -> None:
-    memory = learned()
+    capabilities = learned()
 
-    assert not memory.learn(status, body, previous_id="resp_1", by_id=False)
-    assert not memory.keeps
+    assert not capabilities.learn(status, body, previous_id="resp_1", by_id=False)
+    assert not capabilities.keeps
 
 
 @pytest.mark.parametrize(("status", "body"), OTHERS)
 def test_another_refusal_is_none_of_a_continuation(status: int, body: bytes) -> None:
-    memory = learned()
+    capabilities = learned()
 
-    assert not memory.learn(status, body, previous_id="resp_1", by_id=True)
-    assert memory.keeps
+    assert not capabilities.learn(status, body, previous_id="resp_1", by_id=True)
+    assert capabilities.keeps
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_another_refusal_is_none_of_a_continuation(status: int, body: bytes) -> 
 def test_a_refusal_that_a_client_has_worded_says_nothing_of_the_provider(
     message: str, previous_id: str | None
 ) -> None:
-    memory = learned()
+    capabilities = learned()
 
-    assert not memory.learn(400, error(message), previous_id=previous_id, by_id=False)
-    assert memory.keeps
+    assert not capabilities.learn(400, error(message), previous_id=previous_id, by_id=False)
+    assert capabilities.keeps

@@ -22,7 +22,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.streams import entries
 from aioserver.streams.stream import Stream
-from aioserver.wings.responses.attempt import Learned
+from aioserver.wings.responses.attempt import ResponsesCapabilities
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
@@ -217,6 +217,8 @@ def test_an_answer_beyond_the_bound_of_its_log_is_a_fault() -> None:
 def test_a_path_that_is_not_there_is_told_from_a_model(
     status: int, body: bytes, absent: bool
 ) -> None:
-    learned = Learned(Provider(name="sim", base_url="http://h/v1", model="m", http_client=LIMITS))
+    learned = ResponsesCapabilities(
+        Provider(name="sim", base_url="http://h/v1", model="m", http_client=LIMITS)
+    )
 
     assert learned.absent(status, body) == absent

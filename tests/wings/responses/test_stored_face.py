@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from aioserver.wings.responses.attempt import Learned
+from aioserver.wings.responses.attempt import ResponsesCapabilities
 from tests.support.keys import bearer, key_of, keys_of
 from tests.support.passing import ANSWER, Account, answer, settings_for
 from tests.support.server import CONCURRENCY, ENDLESS, QUICK, provider_entry
@@ -165,7 +165,7 @@ async def test_an_id_that_nobody_holds_goes_to_the_provider(
     with pytest.raises(openai.NotFoundError, match="not found"):
         await ask(sdk, "two", previous_response_id="resp_of_yesterday")
     # That it has forgotten one of yesterday says nothing of those of today.
-    assert server.context.router.active.memory(Learned).keeps
+    assert server.context.router.active.capabilities(ResponsesCapabilities).keeps
 
 
 async def test_another_provider_gets_the_conversation(

@@ -28,8 +28,8 @@ import orjson
 
 from aioserver.protocol.bridging.chunks import ITEM_BYTES, REASONING, REFUSAL, ChunkReader
 from aioserver.protocol.openai import BadEvent
-from aioserver.protocol.said import MAX_SAID
 from aioserver.protocol.tokens import tokens_of
+from aioserver.protocol.transcript import MAX_TRANSCRIPT
 from aioserver.wings.anthropic.bridge import ids
 from aioserver.wings.anthropic.bridge.arguments import Scanner
 from aioserver.wings.anthropic.bridge.blocks import SIGNATURE
@@ -136,7 +136,7 @@ class MessageWriter(ChunkReader[Call]):
         return self._hidden or self.finish_reason is not None
 
     @property
-    def said(self) -> str | None:
+    def transcript(self) -> str | None:
         """The text that has been shown; None if there is more, an end, or nothing yet."""
         if self._called or self._refused or not self.only_text or self.finish_reason is not None:
             return None
@@ -154,7 +154,7 @@ class MessageWriter(ChunkReader[Call]):
 
     def keep_text(self) -> None:
         """Keep the text that is shown, since the answer may be continued."""
-        self.max_text_bytes = MAX_SAID + 1
+        self.max_text_bytes = MAX_TRANSCRIPT + 1
 
     def name_model(self, name: str) -> None:
         """Take over the *name* of the model that answers."""

@@ -20,6 +20,7 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
+from aioserver.protocol.bridging.accepted_parameters import ALL_WORDS, AcceptedParameters, Size
 from aioserver.protocol.bridging.chat import BridgedChat, put_together, tool_members
 from aioserver.protocol.bridging.reading import (
     elements,
@@ -29,7 +30,6 @@ from aioserver.protocol.bridging.reading import (
     string,
 )
 from aioserver.protocol.bridging.turns import Turns
-from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words
 from aioserver.protocol.json_body import ABSENT, flag, null
 from aioserver.protocol.steps import Steps, pause_after
 from aioserver.wings.anthropic.bridge.blocks import BlockReader
@@ -109,11 +109,11 @@ class ChatRequest(BridgedChat, kw_only=True):
 
 
 async def chat_request(
-    body: bytes, *, reasoning_field: str = "", words: Words = ALL_WORDS
+    body: bytes, *, reasoning_field: str = "", accepted: AcceptedParameters = ALL_WORDS
 ) -> ChatRequest:
     """Return the request for chat completions that *body* means, in steps.
 
-    *body* is JSON with a model. *reasoning_field* is as for `Turns`, and *words* are those that
+    *body* is JSON with a model. *reasoning_field* is as for `Turns`, and *accepted* are those that
     the provider takes.
 
     Raises:
@@ -141,9 +141,9 @@ async def chat_request(
         body,
         fields.model,
         turns,
-        tool_members(tools.functions, choice, b"false" if tools.serial else b"", words),
-        lambda size: _options(fields, words, size),
-        words,
+        tool_members(tools.functions, choice, b"false" if tools.serial else b"", accepted),
+        lambda size: _options(fields, accepted, size),
+        accepted,
         streamed=bool(flag(fields.stream)),
         form=_response_format(fields),
     )
@@ -154,21 +154,21 @@ async def chat_request(
         hosted=tools.hosted,
         thinking=_thinking(fields),
         asked_tokens=asked_tokens,
-        words=optional,
+        accepted=optional,
     )
 
 
-def _options(fields: _Body, words: Words, size: Size) -> bytes:
+def _options(fields: _Body, accepted: AcceptedParameters, size: Size) -> bytes:
     effort = b""
-    if words.takes("reasoning_effort") and not null(config := _config(fields).effort):
+    if accepted.takes("reasoning_effort") and not null(config := _config(fields).effort):
         effort = string(config, "output_config.effort")
     stop = b"" if null(fields.stop_sequences) else bytes(fields.stop_sequences)
     return members(
-        (words.bound.encode(), words.bounded(fields.max_tokens, size)),
+        (accepted.bound.encode(), accepted.bounded(fields.max_tokens, size)),
         (b"stop", b"" if stop[1:-1].strip() == b"" else stop),
         (b"temperature", fields.temperature),
         (b"top_p", fields.top_p),
-        (b"top_k", fields.top_k if words.takes("top_k") else ABSENT),
+        (b"top_k", fields.top_k if accepted.takes("top_k") else ABSENT),
         (b"reasoning_effort", _EFFORTS.get(effort, effort)),
     )
 

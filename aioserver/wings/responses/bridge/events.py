@@ -101,7 +101,7 @@ class ResponseWriter(ChunkReader[Call]):
         return bool(self._items)
 
     @property
-    def said(self) -> str | None:
+    def transcript(self) -> str | None:
         """The text of the message that is under way; None if there is more, or nothing yet."""
         message, part = self._message, self._part
         others = [item for item in self._items if not isinstance(item, Reasoning)]

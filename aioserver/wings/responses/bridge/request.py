@@ -25,6 +25,7 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.protocol import json_body
+from aioserver.protocol.bridging.accepted_parameters import ALL_WORDS, AcceptedParameters, Size
 from aioserver.protocol.bridging.chat import BridgedChat, put_together, tool_members
 from aioserver.protocol.bridging.reading import (
     elements,
@@ -35,7 +36,6 @@ from aioserver.protocol.bridging.reading import (
     string,
 )
 from aioserver.protocol.bridging.turns import Piece, Turns
-from aioserver.protocol.bridging.words import ALL_WORDS, Size, Words
 from aioserver.protocol.json_body import ABSENT, flag, null
 from aioserver.protocol.steps import Steps, pause_after
 from aioserver.wings.responses.bridge.items import ItemReader
@@ -114,7 +114,7 @@ async def chat_request(
     *,
     previous: str | None = None,
     reasoning_field: str = "",
-    words: Words = ALL_WORDS,
+    accepted: AcceptedParameters = ALL_WORDS,
     streamed: bool = False,
     incomplete: bool = False,
 ) -> ChatRequest:
@@ -122,7 +122,7 @@ async def chat_request(
 
     *body* is JSON with a model. *previous* is the id of the response that it continues, if its
     items are in the body already; *incomplete*: they need not be. *reasoning_field* is as for
-    `Turns`, and *words* are those that the provider takes. *streamed*: whatever *body* says, the
+    `Turns`, and *accepted* are those that the provider takes. *streamed*: whatever *body* says, the
     answer is streamed.
 
     Raises:
@@ -153,9 +153,9 @@ async def chat_request(
         body,
         fields.model,
         turns,
-        tool_members(tools.functions, choice, fields.parallel_tool_calls, words),
-        lambda size: _options(fields, words, size, logprobs=logprobs),
-        words,
+        tool_members(tools.functions, choice, fields.parallel_tool_calls, accepted),
+        lambda size: _options(fields, accepted, size, logprobs=logprobs),
+        accepted,
         streamed=streamed or bool(flag(fields.stream)),
         form=written_format,
     )
@@ -167,7 +167,7 @@ async def chat_request(
         repeated=_repeated(fields, tools, shown_text, previous),
         logprobs=logprobs,
         asked_tokens=asked_tokens,
-        words=optional,
+        accepted=optional,
     )
 
 
@@ -186,15 +186,15 @@ def _names(raw: Raw) -> list[str]:
     return [json_body.text(each) or "" for each in elements(raw, "include")]
 
 
-def _options(fields: _Body, words: Words, size: Size, *, logprobs: bool) -> bytes:
+def _options(fields: _Body, accepted: AcceptedParameters, size: Size, *, logprobs: bool) -> bytes:
     reasoning = _Reasoning()
     if not null(fields.reasoning):
         reasoning = read(_REASONING, fields.reasoning, "reasoning")
-    effort = reasoning.effort if words.takes("reasoning_effort") else ABSENT
+    effort = reasoning.effort if accepted.takes("reasoning_effort") else ABSENT
     return members(
         (b"temperature", fields.temperature),
         (b"top_p", fields.top_p),
-        (words.bound.encode(), words.bounded(fields.max_output_tokens, size)),
+        (accepted.bound.encode(), accepted.bounded(fields.max_output_tokens, size)),
         (b"reasoning_effort", effort),
         (b"logprobs", b"true" if logprobs else b""),
         (b"top_logprobs", fields.top_logprobs),

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.bridging.words import Words
+from aioserver.protocol.bridging.accepted_parameters import AcceptedParameters
 from aioserver.protocol.steps import at_once
 from aioserver.wings.anthropic.bridge.request import ChatRequest, ThreadContinued, chat_request
 
@@ -23,8 +23,8 @@ PICTURE: Any = {
 SHOWN: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
 
 
-def text(words: str) -> dict[str, Any]:
-    return {"type": "text", "text": words}
+def text(accepted: str) -> dict[str, Any]:
+    return {"type": "text", "text": accepted}
 
 
 def use(name: str, **arguments: Any) -> dict[str, Any]:
@@ -35,9 +35,12 @@ def result(name: str, content: Any = "done", **further: Any) -> dict[str, Any]:
     return {"type": "tool_result", "tool_use_id": name, "content": content, **further}
 
 
-def request(reasoning_field: str = "", words: Words = Words(), **asked: Any) -> ChatRequest:  # noqa: B008
+def request(
+    reasoning_field: str = "", accepted: AcceptedParameters | None = None, **asked: Any
+) -> ChatRequest:
+    accepted = accepted or AcceptedParameters()
     body = orjson.dumps({**ASKED, "messages": [HELLO], **asked})
-    return at_once(chat_request(body, reasoning_field=reasoning_field, words=words))
+    return at_once(chat_request(body, reasoning_field=reasoning_field, accepted=accepted))
 
 
 def sent(**asked: Any) -> dict[str, Any]:
@@ -291,7 +294,7 @@ def test_a_choice_follows_the_tools() -> None:
 
 def test_words_that_a_provider_refuses_are_not_sent() -> None:
     refused_words = frozenset({"top_k", "stream_options", "reasoning_effort"})
-    words = Words(refused_words, "max_completion_tokens", limit=2000, most=500)
+    accepted = AcceptedParameters(refused_words, "max_completion_tokens", limit=2000, most=500)
     asked: dict[str, Any] = {
         "stream": True,
         "top_k": 5,
@@ -299,7 +302,7 @@ def test_words_that_a_provider_refuses_are_not_sent() -> None:
         "output_config": {"effort": "low"},
     }
 
-    chat = orjson.loads(request(words=words, **asked).body)
+    chat = orjson.loads(request(accepted=accepted, **asked).body)
 
     assert chat == {
         "model": "m",
@@ -307,9 +310,9 @@ def test_words_that_a_provider_refuses_are_not_sent() -> None:
         "stream": True,
         "max_completion_tokens": 500,
     }
-    assert request(**asked).words == refused_words
+    assert request(**asked).accepted == refused_words
     for limit, bound in ((2000, 1976), (100, 1024), (100_000, 64_000)):
-        chat = orjson.loads(request(words=Words(limit=limit), **asked).body)
+        chat = orjson.loads(request(accepted=AcceptedParameters(limit=limit), **asked).body)
         assert abs(chat["max_tokens"] - bound) < 20
 
 

@@ -12,18 +12,18 @@ import pytest
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import Splitter
 from aioserver.protocol.openai import BadEvent, ErrorEvent, Reading
-from aioserver.protocol.said import (
+from aioserver.protocol.seam import Onward, SeamBroken
+from aioserver.protocol.transcript import (
     COUNT_BYTES,
     DONE,
     FOLD_BYTES,
-    MAX_SAID,
+    MAX_TRANSCRIPT,
     ChatRest,
-    ChatSaid,
-    ReadSaid,
+    ChatTranscript,
+    ReadTranscript,
     Rest,
     Tokens,
 )
-from aioserver.protocol.seam import Onward, SeamBroken
 
 ANSWERS = 1000
 PIECES = ("ha ", "0", "\n", "| a | b |\n", '"', "\\", "ü", "👍🏽", "Once upon a time, ", "<&>")
@@ -83,16 +83,16 @@ def test_answer_cut_anywhere_goes_on_without_a_character_lost_or_doubled() -> No
         text = "".join(chance.choices(PIECES, k=chance.randint(1, 60)))
         sent = answer(text, chance)
         # In an event, in a character, at a comment, in the preamble.
-        said, splitter = ChatSaid(), Splitter()
+        transcript, splitter = ChatTranscript(), Splitter()
         first = splitter.feed(sent[: chance.randint(1, sent.index(b'"stop"'))])
-        said.add(first)
-        if (before := said.text()) is None:
+        transcript.add(first)
+        if (before := transcript.text()) is None:
             assert text_of(first) == ""
             continue
         assert text.startswith(before)
         other = answer(text[len(before) :], chance, "c2")
         try:
-            shown = rewritten(said.rest(Tokens(5, 2)), Onward(before), other, chance)
+            shown = rewritten(transcript.rest(Tokens(5, 2)), Onward(before), other, chance)
         except SeamBroken:
             assert text[len(before) :].startswith(before[:32]), seed
             continue
@@ -116,7 +116,7 @@ def test_text_that_was_kept_does_not_depend_on_when_it_is_read() -> None:
     text = "".join(chance.choices(PIECES, k=30_000))
     data = answer(text, chance)[: -len(DONE)]
     data = data[: data.index(b'"stop"')].rpartition(b"\n\n")[0] + b"\n\n"
-    once, often, splitter = ChatSaid(), ChatSaid(), Splitter()
+    once, often, splitter = ChatTranscript(), ChatTranscript(), Splitter()
     once.add(data)
     for start in range(0, len(data), 999):
         if block := splitter.feed(data[start : start + 999]):
@@ -146,56 +146,56 @@ def test_text_that_was_kept_does_not_depend_on_when_it_is_read() -> None:
     ],
 )
 def test_answer_with_more_than_text_is_not_continued(event: bytes) -> None:
-    said = ChatSaid()
-    said.add(chunk(content="some text"))
-    said.add(event)
+    transcript = ChatTranscript()
+    transcript.add(chunk(content="some text"))
+    transcript.add(event)
 
-    assert said.text() is None
-    said.add(chunk(content="more"))
-    assert said.text() is None
+    assert transcript.text() is None
+    transcript.add(chunk(content="more"))
+    assert transcript.text() is None
 
 
 def test_text_may_follow_reasoning() -> None:
-    said = ChatSaid()
-    said.add(chunk(role="assistant", content=None, tool_calls=[], refusal=None))
-    said.add(chunk(reasoning_content="let me see"))
+    transcript = ChatTranscript()
+    transcript.add(chunk(role="assistant", content=None, tool_calls=[], refusal=None))
+    transcript.add(chunk(reasoning_content="let me see"))
 
-    assert said.text() is None
+    assert transcript.text() is None
 
-    said.add(chunk(content="some text", reasoning_content=None))
-    assert said.text() == "some text"
+    transcript.add(chunk(content="some text", reasoning_content=None))
+    assert transcript.text() == "some text"
 
 
 def test_text_beyond_the_bound_is_not_kept() -> None:
-    said = ChatSaid()
-    for _ in range(MAX_SAID // 1000 + 2):
-        said.add(chunk(content="x" * 1000))
+    transcript = ChatTranscript()
+    for _ in range(MAX_TRANSCRIPT // 1000 + 2):
+        transcript.add(chunk(content="x" * 1000))
 
-    assert said.text() is None
-    assert said.size < FOLD_BYTES + COUNT_BYTES + 2000
+    assert transcript.text() is None
+    assert transcript.size < FOLD_BYTES + COUNT_BYTES + 2000
 
 
 def test_dropped_text_is_gone_and_stays_so() -> None:
-    said = ChatSaid()
-    said.add(chunk(content="some text"))
-    said.drop()
-    said.add(chunk(content="more"))
+    transcript = ChatTranscript()
+    transcript.add(chunk(content="some text"))
+    transcript.drop()
+    transcript.add(chunk(content="more"))
 
-    assert said.text() is None
-    assert said.size == 0
+    assert transcript.text() is None
+    assert transcript.size == 0
 
 
 def test_reading_has_its_text_and_forgets_half_a_character() -> None:
     reading = Reading(max_text_bytes=0)
-    said = ReadSaid(reading)
+    transcript = ReadTranscript(reading)
     reading.read(b'{"choices":[{"delta":{"content":"some \\ud83d"}}]}')
 
-    assert said.text() == "some "
-    said.rest(Tokens())
+    assert transcript.text() == "some "
+    transcript.rest(Tokens())
     assert not reading.half
 
     reading.read(b'{"choices":[{"delta":{"tool_calls":[{"index":0}]}}]}')
-    assert said.text() is None
+    assert transcript.text() is None
 
 
 def test_halves_of_a_character_are_joined_behind_the_seam() -> None:

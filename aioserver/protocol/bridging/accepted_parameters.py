@@ -28,7 +28,7 @@ class Size(NamedTuple):
     pictures: int = 0
 
 
-class Words(NamedTuple):
+class AcceptedParameters(NamedTuple):
     """The words that a provider takes: it *refused* some, and has a *bound* by one name or
     another.
 
@@ -80,7 +80,7 @@ class Words(NamedTuple):
         return b"%d" % bound
 
 
-ALL_WORDS = Words()
+ALL_WORDS = AcceptedParameters()
 
 
 def optional_in(members: bytes) -> frozenset[str]:

@@ -62,7 +62,7 @@ class _Look(NamedTuple, Generic[C]):
     others: set[C]
 
 
-class Silences(Generic[C]):
+class SilenceMeter(Generic[C]):
     """Measures the silence of one provider, whose exchanges are carried by connections.
 
     *heard_at* tells when a connection has forwarded an event of a streamed answer, in the loop's

@@ -1,5 +1,5 @@
 """What an answer has said so far that is translated, and how another one goes on with it: its
-chunks are read by the same writer (protocol/said.py).
+chunks are read by the same writer (protocol/transcript.py).
 """
 
 from __future__ import annotations
@@ -7,14 +7,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Generic
 
 from aioserver.protocol.bridging.chunks import C
-from aioserver.protocol.said import MAX_SAID, ChatRest, Said
+from aioserver.protocol.transcript import MAX_TRANSCRIPT, ChatRest, Transcript
 
 if TYPE_CHECKING:
     from aioserver.protocol.bridging.chunks import ChunkReader
-    from aioserver.protocol.said import Tokens
+    from aioserver.protocol.transcript import Tokens
 
 
-class BridgedSaid(Said, Generic[C]):
+class BridgedTranscript(Transcript, Generic[C]):
     """What the answer of a chat completion has said that *writer* has translated."""
 
     checked = True
@@ -31,8 +31,8 @@ class BridgedSaid(Said, Generic[C]):
 
     def text(self) -> str | None:
         """Return the text, as `Said.text`."""
-        text = self.writer.said
-        return text if text and len(text.encode()) <= MAX_SAID else None
+        text = self.writer.transcript
+        return text if text and len(text.encode()) <= MAX_TRANSCRIPT else None
 
     def rest(self, earlier: Tokens) -> ChatRest:
         """Return what writes the rest as chunks, which the same writer reads."""

@@ -4,10 +4,10 @@ An answer that breaks off after text can be continued (gateway/continuation.py).
 is kept, as its readers have been shown it, and what must follow it:
 
     Said        the text, what was shown beside it, and what the events behind the seam take over
-      PassedSaid  of an answer whose bytes pass: its events are kept as they come, and are read
+      PassedTranscript  of an answer whose bytes pass: its events are kept as they come, and are read
                   each 64 KiB, or when the text is asked for
-        ChatSaid    chat completions
-      ReadSaid    of an answer whose events are read anyway, by a `Reading`
+        ChatTranscript    chat completions
+      ReadTranscript    of an answer whose events are read anyway, by a `Reading`
     Rest        takes the events of the other answer apart, each into its text and what remains of
                 it, and writes them as the first answer would have gone on: without a second role,
                 with its id, and with the usage of both
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 # Bytes of events that are kept before they are read.
 FOLD_BYTES = 1 << 16
 # Bytes of a text that can be continued.
-MAX_SAID = 1 << 18
+MAX_TRANSCRIPT = 1 << 18
 # Bytes by which what is kept may grow before it is counted.
 COUNT_BYTES = 1 << 13
 # Events of an answer from which its shape is learned.
@@ -62,7 +62,7 @@ class Tokens(NamedTuple):
     answered: int = 0
 
 
-class Said(ABC):
+class Transcript(ABC):
     """What an answer has said so far, as its readers were shown it."""
 
     # Whether its request is known to be one whose answer can be continued.
@@ -83,7 +83,7 @@ class Said(ABC):
         """Return the text, if it is one that can be continued; None otherwise.
 
         It cannot if anything but text was shown, reasoning in front of it aside, if the answer has
-        a finish, if there is no text yet, or if it has more than MAX_SAID bytes.
+        a finish, if there is no text yet, or if it has more than MAX_TRANSCRIPT bytes.
         """
 
     @abstractmethod
@@ -100,7 +100,7 @@ class Said(ABC):
         """Forget all of it: the answer can be continued no more."""
 
 
-class PassedSaid(Said):
+class PassedTranscript(Transcript):
     """What an answer has said whose bytes pass.
 
     Always: `blocks` has events that were not read yet, FOLD_BYTES of them and one block at most.
@@ -161,7 +161,7 @@ class PassedSaid(Said):
         try:
             for event in eventstream.split(block):
                 self._read(event)
-            over = len(self._text) > MAX_SAID
+            over = len(self._text) > MAX_TRANSCRIPT
         except (BadEvent, ValueError, AttributeError, TypeError):
             # A half of a character, for one, that the provider has cut in two.
             over = True
@@ -178,7 +178,7 @@ class PassedSaid(Said):
         """
 
 
-class ChatSaid(PassedSaid):
+class ChatTranscript(PassedTranscript):
     """What a chat completion has said whose bytes pass."""
 
     def __init__(self) -> None:
@@ -225,7 +225,7 @@ class ChatSaid(PassedSaid):
         return text
 
 
-class ReadSaid(Said):
+class ReadTranscript(Transcript):
     """What an answer has said whose events are read, by *reading*."""
 
     # The reading is counted by its sink.
@@ -233,7 +233,7 @@ class ReadSaid(Said):
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        reading.max_text_bytes = max(reading.max_text_bytes, MAX_SAID + 1)
+        reading.max_text_bytes = max(reading.max_text_bytes, MAX_TRANSCRIPT + 1)
 
     @property
     def events(self) -> int:
@@ -245,7 +245,7 @@ class ReadSaid(Said):
         reading = self._reading
         if not reading.only_text or reading.finish_reason is not None:
             return None
-        return reading.text if 0 < reading.size <= MAX_SAID else None
+        return reading.text if 0 < reading.size <= MAX_TRANSCRIPT else None
 
     def rest(self, earlier: Tokens) -> ChatRest:
         """Return what writes the rest, as `Said.rest`."""

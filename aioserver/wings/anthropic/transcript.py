@@ -1,5 +1,5 @@
 """What an answer of Anthropic's Messages API has said so far, and how another answer goes on with
-it (protocol/said.py).
+it (protocol/transcript.py).
 
 The text that comes behind the seam goes to the block that is open, or to a new one if the answer
 broke off between two. Whatever else the other answer has comes behind that, with the next indexes.
@@ -11,7 +11,15 @@ from typing import Any
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import BadEvent, ErrorEvent, without_halves
-from aioserver.protocol.said import Halves, PassedSaid, Rest, Tokens, loaded, summed, written
+from aioserver.protocol.transcript import (
+    Halves,
+    PassedTranscript,
+    Rest,
+    Tokens,
+    loaded,
+    summed,
+    written,
+)
 from aioserver.wings.anthropic import wire
 
 _START, _DELTA, _STOP = "content_block_start", "content_block_delta", "content_block_stop"
@@ -24,7 +32,7 @@ _TEXT_DELTA = "text_delta"
 _OPENING = frozenset({"message_start", "ping"})
 
 
-class MessageSaid(PassedSaid):
+class MessagesTranscript(PassedTranscript):
     """What a message has said whose events pass."""
 
     def __init__(self) -> None:

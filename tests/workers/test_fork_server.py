@@ -67,7 +67,7 @@ class Hook:
 DIFFERS = """
 import os, sys, threading
 from pathlib import Path
-from aioserver.workers.image import Image
+from aioserver.workers.fork_server import Image
 for path in map(Path, sys.argv[1:]):
     image = Image()
     print(image.differs())

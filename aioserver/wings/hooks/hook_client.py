@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.hook import Call, Refuse
-    from aioserver.wings.hooks.shown_log import Shown
+    from aioserver.wings.hooks.tap import Tap
 
 
-class Asked(ABC):
+class HookClient(ABC):
     """A hook of these *settings*. *owner* is whose request it is that is shown, or answered: owners
     share what a hook has room for.
     """
@@ -60,7 +60,7 @@ class Asked(ABC):
         """
 
     @abstractmethod
-    async def follow(self, call: Call, shown: Shown, owner: Hashable) -> Refuse | None:
+    async def follow(self, call: Call, shown: Tap, owner: Hashable) -> Refuse | None:
         """Show the events in *shown*, until they end or the hook has decided; return its decision,
         as `decide_answer`.
 

@@ -1,6 +1,6 @@
 """A log whose events are shown to hooks, beside their way to its readers.
 
-    provider → ShownLog ─▶ readers, as of any log
+    provider → TappedLog ─▶ readers, as of any log
                    └─────▶ Shown, one for each hook ─▶ the task that shows them (hooks.py)
 
 A hook is no reader: it does not count for `resume_window`, pauses no provider, and holds no entry
@@ -43,7 +43,7 @@ class Backlog:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.shown: set[Shown] = set()
+        self.shown: set[Tap] = set()
 
     def grow(self, size: int) -> None:
         """Count *size* bytes more; the one that is behind most may lose what it has."""
@@ -52,7 +52,7 @@ class Backlog:
             max(self.shown, key=lambda shown: shown.size).fall_behind()
 
 
-class Shown:
+class Tap:
     """The events of one answer that one hook has still to be shown.
 
     Always: at most MAX_BEHIND bytes of entries wait in it behind the next one; nothing is added once
@@ -66,7 +66,7 @@ class Shown:
         backlog: Backlog,
         *,
         frames: bool,
-        start: Callable[[Shown], None],
+        start: Callable[[Tap], None],
     ) -> None:
         self.stream = stream
         # How the answer has ended; empty until then.
@@ -178,7 +178,7 @@ class Shown:
             self._news.set_result(None)
 
 
-class ShownLog(Stream):
+class TappedLog(Stream):
     """A log whose events are also shown to hooks, those in *shown*.
 
     Always: its readers see what they would see of another log, in the same order and at the same
@@ -189,14 +189,14 @@ class ShownLog(Stream):
 
     def __init__(self, *names: Any, **bounds: Any) -> None:
         super().__init__(*names, **bounds)
-        self.shown: tuple[Shown, ...] = ()
+        self.shown: tuple[Tap, ...] = ()
 
     def open_fast_path(self, shape: Shape | None = None) -> None:
         """Return None: on a fast path nobody else sees an event."""
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events."""
-        if self.said is not None and self.said.add(data):
+        if self.transcript is not None and self.transcript.add(data):
             self.recount()
         self.append(CHUNK, data=data, count=count, more=more)
 

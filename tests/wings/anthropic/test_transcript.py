@@ -12,9 +12,9 @@ import pytest
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import Splitter
 from aioserver.protocol.openai import BadEvent, ErrorEvent
-from aioserver.protocol.said import Tokens
 from aioserver.protocol.seam import Onward, SeamBroken
-from aioserver.wings.anthropic.said import MessageRest, MessageSaid
+from aioserver.protocol.transcript import Tokens
+from aioserver.wings.anthropic.transcript import MessageRest, MessagesTranscript
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,15 +123,15 @@ def test_message_cut_anywhere_goes_on_in_the_block_that_is_open_or_a_new_one() -
         chance = random.Random(seed)
         text = "".join(chance.choices(PIECES, k=chance.randint(1, 40)))
         sent = message(text, chance, thinks=chance.random() < 0.3, calls=False)
-        said, splitter = MessageSaid(), Splitter()
+        transcript, splitter = MessagesTranscript(), Splitter()
         first = splitter.feed(sent[: chance.randint(1, sent.index(b"event: message_delta"))])
-        said.add(first)
-        if (before := said.text()) is None:
+        transcript.add(first)
+        if (before := transcript.text()) is None:
             continue
         calls = chance.random() < 0.3
         other = message(text[len(before) :], chance, thinks=chance.random() < 0.3, calls=calls)
         try:
-            shown = shown_of(said.rest(Tokens(7, 2)), Onward(before), other)
+            shown = shown_of(transcript.rest(Tokens(7, 2)), Onward(before), other)
         except SeamBroken:
             assert text[len(before) :].startswith(before[:32]), seed
             continue
@@ -157,19 +157,21 @@ def test_message_cut_anywhere_goes_on_in_the_block_that_is_open_or_a_new_one() -
     ],
 )
 def test_message_with_more_than_text_is_not_continued(block: bytes) -> None:
-    said = MessageSaid()
-    said.add(opening() + start(0, type="text", text="") + delta(0, type="text_delta", text="a"))
-    said.add(block)
+    transcript = MessagesTranscript()
+    transcript.add(
+        opening() + start(0, type="text", text="") + delta(0, type="text_delta", text="a")
+    )
+    transcript.add(block)
 
-    assert said.text() is None
+    assert transcript.text() is None
 
 
 def test_message_cut_in_its_thoughts_is_not_continued() -> None:
-    said = MessageSaid()
-    said.add(opening() + start(0, type="thinking", thinking=""))
-    said.add(delta(0, type="thinking_delta", thinking="hm"))
+    transcript = MessagesTranscript()
+    transcript.add(opening() + start(0, type="thinking", thinking=""))
+    transcript.add(delta(0, type="thinking_delta", thinking="hm"))
 
-    assert said.text() is None
+    assert transcript.text() is None
 
 
 def variants(value: Any) -> Iterator[Any]:

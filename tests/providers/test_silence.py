@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from aioserver.providers.stall import FEW, HEARD, IN_ANSWER, Silence, Silences
+from aioserver.providers.silence import FEW, HEARD, IN_ANSWER, Silence, SilenceMeter
 from aioserver.telemetry.counters import Histogram
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ class Connection:
         return None if self.heard is None else now - self.heard
 
 
-def silences() -> Silences[Connection]:
-    return Silences(lambda connection: cast("Receiver", connection), Connection.heard_at)
+def silences() -> SilenceMeter[Connection]:
+    return SilenceMeter(lambda connection: cast("Receiver", connection), Connection.heard_at)
 
 
 def whole(in_use: set[Connection], now: float) -> Silence:
     """What is found where all are looked at."""
-    found: Silences[Connection] = silences()
+    found: SilenceMeter[Connection] = silences()
     parts = [found.measure({connection}, now, FIRST_TOKENS) for connection in in_use]
     return Silence(max(part.longest for part in parts), *map(sum, [*zip(*parts, strict=True)][1:]))
 

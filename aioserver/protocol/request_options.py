@@ -35,37 +35,39 @@ MAX_CHARACTERS = 32
 _NAMES = (START_WITHIN, DEADLINE, CLASS)
 
 
-class Terms(msgspec.Struct, frozen=True):
+class RequestOptions(msgspec.Struct, frozen=True):
     """*start_within* and *deadline* are seconds from the arrival, inf without such a bound."""
 
     start_within: float = inf
     deadline: float = inf
     batch: bool = False
 
-    def joined(self, other: Terms) -> Terms:
+    def joined(self, other: RequestOptions) -> RequestOptions:
         """Return both, each of which holds."""
-        if other is NO_TERMS or self is NO_TERMS:
-            return self if other is NO_TERMS else other
-        return Terms(
+        if other is NO_REQUEST_OPTIONS or self is NO_REQUEST_OPTIONS:
+            return self if other is NO_REQUEST_OPTIONS else other
+        return RequestOptions(
             min(self.start_within, other.start_within),
             min(self.deadline, other.deadline),
             self.batch or other.batch,
         )
 
 
-NO_TERMS = Terms()
+NO_REQUEST_OPTIONS = RequestOptions()
 
 
-def terms_of(headers: Mapping[str, str]) -> Terms:
+def request_options_of(headers: Mapping[str, str]) -> RequestOptions:
     """Return the terms in the *headers* of a request.
 
     Raises:
         InvalidRequest: one of them is not valid; its name is the `param`.
     """
     if headers.keys().isdisjoint(_NAMES):
-        return NO_TERMS
+        return NO_REQUEST_OPTIONS
     start, deadline, name = map(headers.get, _NAMES)
-    return Terms(seconds(start, START_WITHIN), seconds(deadline, DEADLINE), batch(name, CLASS))
+    return RequestOptions(
+        seconds(start, START_WITHIN), seconds(deadline, DEADLINE), batch(name, CLASS)
+    )
 
 
 def seconds(value: str | None, param: str) -> float:
