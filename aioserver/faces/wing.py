@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from aioserver.gateway.histories import Histories
     from aioserver.gateway.hooks import Hooks
     from aioserver.gateway.instances import Instances
-    from aioserver.gateway.probe import Probe
     from aioserver.gateway.sharing import Sharing
     from aioserver.limits.fixed_share import Scope
     from aioserver.limits.scheduler import Scheduler
@@ -112,13 +111,6 @@ class Wing:
         """Do what one process does for all of a machine, before there are any, and import what they
         will need: it is shared by them. It blocks.
         """
-
-    @staticmethod
-    def probe() -> Probe | None:
-        """Return a new question for a call of a tool, in the API that it brings; it need not be
-        open.
-        """
-        return None
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Make what lives as long as the server; *stack* closes it.

@@ -17,8 +17,7 @@ What wings add here, the gateway knows by contracts alone. The *histories* have 
 of a question. A *keeper* is what a request continues, and what it keeps of its answer. The
 *instances* know the streams of other processes: a producer first *claims* the id of its request,
 since the answer may be theirs. *Sharing* makes limits those of all instances, and *commands* reach
-the store that they share. *Hooks* are shown requests and answers. A *probe* is a question of an
-operator.
+the store that they share. *Hooks* are shown requests and answers.
 
 The producer has the router make *attempts*. The *candidates* of an attempt are the members that may
 still answer; it starts at the first of them that has a place. After a fault that allows it, the same
