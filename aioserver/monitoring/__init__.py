@@ -11,7 +11,9 @@ read.
 A *section* is a wing's part of all this. Where there are several instances, each *reports* its
 snapshot, and the *fold* makes one of them, by the *rule* that each field declares.
 
-A *trouble* is a problem that a provider has now, described in a text that every display shows.
+A *finding* is a row of the table of what can be wrong, with the words that every display shows. An
+*alert* says which of them is true of a provider now, and is its `trouble` in `/stats`; the
+*verdict* is the worst that is true of the server.
 
 An *incident* is something that an operator should know, such as the death of a provider. The
 *detector* finds incidents in the difference of two ticks. Repeated incidents are gathered: after

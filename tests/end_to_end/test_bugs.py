@@ -14,7 +14,7 @@ import pytest
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 
-from aioserver.monitoring.troubles import OF_A_BUG
+from aioserver.monitoring.findings import FINDINGS
 from aioserver.protocol import eventstream
 from aioserver.server.app import make_app
 from aioserver.tools.doctor.results import Result
@@ -101,7 +101,7 @@ async def test_requests_that_meet_a_bug_are_reported_everywhere_until_a_minute_h
         *("error", "Bug"),
         sentence,
     )
-    assert verdicts[0]["advice"] == OF_A_BUG
+    assert verdicts[0]["advice"] == FINDINGS["bug"].remedy
     # A burst is one incident; where a tick has cut it in two, they are two.
     assert len(incidents) <= 2
     assert sum(int(incident["text"].split()[0]) for incident in incidents) == 93
@@ -110,7 +110,7 @@ async def test_requests_that_meet_a_bug_are_reported_everywhere_until_a_minute_h
         assert f": {BUG}" in incident["text"]
         assert incident["text"].endswith(" in broken")
     assert [(finding.level, finding.text, finding.hint) for finding in during] == [
-        ("fail", sentence, OF_A_BUG)
+        ("fail", sentence, FINDINGS["bug"].remedy)
     ]
     assert {verdict["word"] for verdict in verdicts[:59]} == {"Bug"}
     assert verdicts[-1]["word"] != "Bug"

@@ -6,16 +6,24 @@ from typing import Any, cast
 
 import pytest
 
+from aioserver.monitoring.alerts import of_rejections
+from aioserver.monitoring.findings import (
+    FAILING,
+    FAULTS,
+    FINDINGS,
+    FLAGGED,
+    OF_PROVIDERS,
+    REJECTED,
+    SILENT,
+)
 from aioserver.monitoring.incidents import (
     DENIED_BURST,
     DENIED_TICKS,
-    GATHERED,
     LAG_LIMIT,
     MANY_FAILED,
     MANY_REJECTED,
     QUIET,
     SEVERE_LAG,
-    TEXTS,
     Detector,
 )
 from aioserver.monitoring.interval import (
@@ -30,17 +38,6 @@ from aioserver.monitoring.interval import (
     SLOW_CLIENTS,
     Interval,
     Total,
-)
-from aioserver.monitoring.troubles import (
-    FAILING,
-    FAULTS,
-    FLAGGED,
-    OF_A_BUG,
-    OF_A_REFUSED_KEY,
-    OF_FAULTS,
-    OF_REJECTIONS,
-    SILENT,
-    of_rejections,
 )
 from aioserver.providers.breaker import DEAD, SICK
 from aioserver.telemetry.metrics import ATTEMPTS as OUTCOMES
@@ -292,18 +289,14 @@ def test_what_went_well_in_the_quiet_time_counts_for_the_severity() -> None:
     )
 
 
-def test_every_kind_that_is_gathered_has_a_text() -> None:
-    assert TEXTS.keys() == {*GATHERED.values(), "auth", "loop_lag"}
-
-
 @pytest.mark.parametrize(
     ("total", "remedy"),
     [
-        (BROKEN, OF_FAULTS["http_5xx"].format(name="groq")),
-        (FULL, OF_REJECTIONS["server_at_capacity"][1]),
-        (Total(KEY_REFUSED, provider="groq"), OF_A_REFUSED_KEY.format(name="groq")),
+        (BROKEN, FAULTS["http_5xx"].remedy.format(name="groq")),
+        (FULL, REJECTED["server_at_capacity"].remedy),
+        (Total(KEY_REFUSED, provider="groq"), OF_PROVIDERS[FLAGGED].remedy.format(name="groq")),
         (Total(SLOW_CLIENTS), ""),
-        (Total(BUGS, "KeyError"), OF_A_BUG),
+        (Total(BUGS, "KeyError"), FINDINGS["bug"].remedy),
     ],
 )
 def test_incident_says_what_can_be_done(total: Total, remedy: str) -> None:
@@ -312,9 +305,8 @@ def test_incident_says_what_can_be_done(total: Total, remedy: str) -> None:
     assert incident["advice"] == remedy
 
 
-def test_every_rejection_and_every_fault_has_its_advice() -> None:
-    assert OF_REJECTIONS.keys() == Metrics({}).rejections.keys()
-    assert OF_FAULTS.keys() == FAULTS.keys()
+def test_every_code_of_a_rejection_has_its_words() -> None:
+    assert REJECTED.keys() == Metrics({}).rejections.keys()
     assert of_rejections("another_code") == ("another_code", "")
 
 

@@ -13,7 +13,8 @@ from yarl import URL
 
 from aioserver import __version__
 from aioserver.client import faults
-from aioserver.monitoring.troubles import OF_A_BUG, met_a_bug
+from aioserver.monitoring.alerts import met_a_bug
+from aioserver.monitoring.findings import FINDINGS
 from aioserver.protocol import frames
 from aioserver.tools import remote
 from aioserver.tools.doctor.arrivals import noting
@@ -196,11 +197,12 @@ async def state(facts: Facts) -> AsyncIterator[Result]:
     the key may see its state.
     """
     answer = await get(facts.session, f"{facts.url}/stats")
+    remedy = FINDINGS["bug"].remedy
     match answer.content:
         case {"bugs": {"last_minute": int(recent)}} if recent:
-            yield fail(met_a_bug(recent), OF_A_BUG)
+            yield fail(met_a_bug(recent), remedy)
         case {"bugs": {"total": int(total)}} if total:
-            yield warn(met_a_bug(total, "since its start"), OF_A_BUG)
+            yield warn(met_a_bug(total, "since its start"), remedy)
         case {"bugs": _}:
             yield ok("no request has met a bug of it since its start")
         case _:

@@ -5,9 +5,9 @@ and its troubles.
 from collections.abc import Sequence
 from typing import Annotated, TypedDict
 
+from aioserver.monitoring.alerts import count
 from aioserver.monitoring.section import Gauge, Section, SectionTrouble
 from aioserver.monitoring.state import OWN, SUM
-from aioserver.monitoring.troubles import count
 from aioserver.wings.conversations.history import History
 
 
