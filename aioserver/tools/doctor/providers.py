@@ -87,12 +87,9 @@ FAULTS: tuple[tuple[type[ProviderFault], str, str], ...] = (
 )
 
 
-class Listing(NamedTuple):
-    """The models that a provider lists, with the `max_model_len` of each that has one; None if it
-    shows no list that can be read. *fault* and *status* are those of its answer.
-    """
+class Asked(NamedTuple):
+    """What came of a request: its fault, its HTTP status, and the seconds that it took."""
 
-    models: dict[str, int | None] | None
     fault: ProviderFault | None
     status: int
     took: float
@@ -138,51 +135,51 @@ async def _provider(facts: Facts, provider: Provider, *, needed: bool) -> AsyncI
         if not peer.reached:
             return
     if settings.simulated or (needed and facts.ask):
-        fault, status, took = await _first_token(provider)
-        if fault is None:
-            yield ok(f"answers: the first token of {settings.model} came", seconds=took)
+        asked, _ = await _chat(provider, _short(settings, QUESTION, streamed=True), streamed=True)
+        if asked.fault is None:
+            yield ok(f"answers: the first token of {settings.model} came", seconds=asked.took)
         else:
-            wrong = await _wrong_base(provider, status)
-            yield problem(*(wrong or _meaning(settings, fault, status)))
+            wrong = await _wrong_base(provider, asked)
+            yield problem(*(wrong or _meaning(settings, asked.fault, asked.status)))
         if settings.continuation != NO_CONTINUATION:
             yield await _continuation(provider)
-        if facts.only is not None and fault is None and not settings.simulated:
+        if facts.only is not None and asked.fault is None and not settings.simulated:
             async for result in agents.agents(facts.server, provider):
                 yield result
         return
-    listing = await _models(provider)
-    if (fault := listing.fault) is None:
-        yield ok("GET /models is answered: the key is not refused", seconds=listing.took)
-    elif not isinstance(fault, ProviderRefused):
-        yield problem(*_meaning(settings, fault, listing.status))
-    elif wrong := await _wrong_base(provider, listing.status):
+    _, asked = await _models(provider)
+    if asked.fault is None:
+        yield ok("GET /models is answered: the key is not refused", seconds=asked.took)
+    elif not isinstance(asked.fault, ProviderRefused):
+        yield problem(*_meaning(settings, asked.fault, asked.status))
+    elif wrong := await _wrong_base(provider, asked):
         yield problem(*wrong)
     else:
-        yield skip(f"GET /models: HTTP {listing.status}: it may have no such list")
+        yield skip(f"GET /models: HTTP {asked.status}: it may have no such list")
     reason = "--no-ask" if needed else "it is neither active nor a fallback"
     yield skip(f"no question was asked: {reason}")
 
 
-async def _asked(
-    provider: Provider, attempt: Attempt, enough: asyncio.Future[Any]
-) -> tuple[ProviderFault | None, float]:
-    """Run *attempt* until *enough* is done, and then cancel it. Return its fault, and the seconds
-    that it took.
+async def _ask(
+    provider: Provider, attempt: Attempt, enough: asyncio.Future[Any] | None = None
+) -> Asked:
+    """Run *attempt* to its end, or until *enough* is done, and then cancel it.
 
     Each wait in it has its deadline in the settings of the provider.
     """
-    began = time.perf_counter()
+    fault, began = None, time.perf_counter()
     answering = asyncio.ensure_future(provider.run(attempt))
+    waited = (answering,) if enough is None else (answering, enough)
     try:
-        await asyncio.wait((answering, enough), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if answering.done():
             await answering
-    except ProviderFault as fault:
-        return fault, time.perf_counter() - began
+    except ProviderFault as exc:
+        fault = exc
     finally:
         answering.cancel()
         await asyncio.wait((answering,))
-    return None, time.perf_counter() - began
+    return Asked(fault, attempt.status, time.perf_counter() - began)
 
 
 def _short(settings: settings.Provider, question: bytes, *, streamed: bool) -> bytes:
@@ -193,27 +190,23 @@ def _short(settings: settings.Provider, question: bytes, *, streamed: bool) -> b
     return chat_body(short, None, question, b"{}", frozenset(), streamed=streamed)
 
 
-async def _first_token(provider: Provider) -> tuple[ProviderFault | None, int, float]:
-    """Ask a small question, and cancel the answer as soon as it begins; return its fault, its
-    status, and the seconds until then.
+async def _chat(provider: Provider, data: bytes, *, streamed: bool) -> tuple[Asked, str]:
+    """Ask for the chat completion of *data*, and cancel one that is *streamed* as soon as it begins;
+    return what came of it, and its text.
     """
-    request = ProviderRequest(
-        CHAT,
-        lambda settings, _model: _short(settings, QUESTION, streamed=True),
-        streamed=True,
-        reading=Reading(),
-    )
+    reading = Reading()
+    request = ProviderRequest(CHAT, lambda *_: data, streamed=streamed, reading=reading)
     stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
-    attempt = Attempt(provider, request, stream)
     # The first event says that the request has its place here, the second comes from the provider.
     reader = ConditionReader(stream, lambda log: log.last > 1 or log.ended)
+    attempt = Attempt(provider, request, stream)
     try:
-        fault, took = await _asked(provider, attempt, reader.reached)
+        asked = await _ask(provider, attempt, reader.reached if streamed else None)
     finally:
         reader.leave()
-    if fault is None and isinstance(stream.error, ProviderFault):
-        fault = stream.error
-    return fault, attempt.status, took
+    if asked.fault is None and isinstance(stream.error, ProviderFault):
+        asked = asked._replace(fault=stream.error)
+    return asked, reading.text
 
 
 def _meaning(settings: settings.Provider, fault: ProviderFault, status: int) -> tuple[str, str]:
@@ -226,18 +219,18 @@ def _meaning(settings: settings.Provider, fault: ProviderFault, status: int) -> 
     )
 
 
-async def _wrong_base(provider: Provider, status: int) -> tuple[str, str] | None:
-    """Return that *status* is the fault of a `base_url` without the path below which the API is,
-    and what to do; None if it is not.
+async def _wrong_base(provider: Provider, asked: Asked) -> tuple[str, str] | None:
+    """Return that a fault is that of a `base_url` without the path below which the API is, and what
+    to do; None if it is not.
     """
-    if status != NOT_FOUND:
+    if asked.status != NOT_FOUND:
         return None
-    models = (await _models(provider, f"{USUAL_PATH}/models")).models
+    models, _ = await _models(provider, f"{USUAL_PATH}/models")
     if models is None:
         return None
     listed = f"{len(models)} model{'' if len(models) == 1 else 's'}"
     return (
-        f"nothing of its API is there: HTTP {status}; below /{USUAL_PATH} it has {listed}",
+        f"nothing of its API is there: HTTP {NOT_FOUND}; below /{USUAL_PATH} it has {listed}",
         f"set base_url: {provider.settings.base_url.rstrip('/')}/{USUAL_PATH}",
     )
 
@@ -248,24 +241,18 @@ async def _continuation(provider: Provider) -> Result:
     A text that was shown to a client comes twice where the form is none of the provider's.
     """
     form = provider.settings.continuation
-    asked = _short(provider.settings, COUNTING, streamed=False)
-    data = await continued(asked, form, SAID, 0)
-    reading = Reading()
-    request = ProviderRequest(CHAT, lambda *_: data, streamed=False, reading=reading)
-    stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
-    began = time.perf_counter()
-    try:
-        await provider.run(Attempt(provider, request, stream))
-    except ProviderRefused as fault:
-        text = f"refuses to go on with an answer: HTTP {fault.provider_status}"
-    except ProviderFault as fault:
-        text = f"does not go on with an answer: {fault.code}"
+    question = _short(provider.settings, COUNTING, streamed=False)
+    data = await continued(question, form, SAID, 0)
+    asked, rest = await _chat(provider, data, streamed=False)
+    if isinstance(asked.fault, ProviderRefused):
+        text = f"refuses to go on with an answer: HTTP {asked.status}"
+    elif asked.fault is not None:
+        text = f"does not go on with an answer: {asked.fault.code}"
     else:
-        text = _rest_found(form, reading.text)
+        text = _rest_found(form, rest)
     if text:
         return warn(text, f"another `continuation` than {form}, or none: docs/rescue.md")
-    took = time.perf_counter() - began
-    return ok(f"goes on with an answer that broke off ({form})", seconds=took)
+    return ok(f"goes on with an answer that broke off ({form})", seconds=asked.took)
 
 
 def _rest_found(form: str, text: str) -> str:
@@ -285,12 +272,14 @@ def _rest_found(form: str, text: str) -> str:
     return ""
 
 
-async def _models(provider: Provider, path: str = "models") -> Listing:
+async def _models(
+    provider: Provider, path: str = "models"
+) -> tuple[dict[str, int | None] | None, Asked]:
     """Ask for the list of models at *path* below the base URL of *provider*, which costs nothing;
-    most providers want their key for it.
+    most providers want their key for it. Return each with its `max_model_len`, if it has one; None
+    without a list that can be read.
     """
     request = PassedRequest("GET", path, lambda *_: b"", {})
-    attempt = PassedAttempt(provider, request, None)
     body = bytearray()
 
     async def read() -> None:
@@ -298,7 +287,7 @@ async def _models(provider: Provider, path: str = "models") -> Listing:
             body.extend(part)
 
     reading = asyncio.ensure_future(read())
-    fault, took = await _asked(provider, attempt, reading)
+    asked = await _ask(provider, PassedAttempt(provider, request, None), reading)
     request.answer.stop()
     await reading
     try:
@@ -306,14 +295,14 @@ async def _models(provider: Provider, path: str = "models") -> Listing:
     except orjson.JSONDecodeError:
         content = None
     entries = content.get("data") if isinstance(content, dict) else None
-    if fault is not None or not isinstance(entries, list):
-        return Listing(None, fault, attempt.status, took)
+    if asked.fault is not None or not isinstance(entries, list):
+        return None, asked
     models: dict[str, int | None] = {}
     for entry in entries:
         if isinstance(entry, dict) and isinstance(id_ := entry.get("id"), str):
             length = entry.get("max_model_len")
             models[id_] = length if isinstance(length, int) and length > 0 else None
-    return Listing(models, None, attempt.status, took)
+    return models, asked
 
 
 async def groups(facts: Facts) -> AsyncIterator[Result]:
@@ -332,7 +321,7 @@ async def groups(facts: Facts) -> AsyncIterator[Result]:
                 yield skip(f"{provider.name} {why}", subject=subject)
                 continue
             if provider.name not in lists:
-                lists[provider.name] = (await _models(provider)).models
+                lists[provider.name], _ = await _models(provider)
             models = lists[provider.name]
             if models is None:
                 text = f"{provider.name} shows no list of models that can be read"
