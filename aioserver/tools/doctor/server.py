@@ -208,7 +208,7 @@ async def state(facts: Facts) -> AsyncIterator[Result]:
         case _:
             yield skip(f"its bugs: /stats: HTTP {answer.status} {answer.code}")
     match answer.content.get("verdict"):
-        case {"about": "bug"} | {"level": "ok"}:
+        case {"about": "bug"} | {"state": "open" | "busy"}:
             pass
         case {"word": word, "text": text, "advice": advice}:
             yield warn(f"{word}: {text}", str(advice))
