@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,8 @@ def command(
         raise click.UsageError("either --config or a URL")
     from aioserver.tools.doctor.checks import examine  # noqa: PLC0415 - start-up time
 
+    # The log of the server in this process is not what was asked for.
+    logging.getLogger("aioserver").addHandler(logging.NullHandler())
     # A person waits, and the next step may take long.
     report = Report((lambda _result: None) if as_json else partial(print, flush=True))
     facts = Facts(url=url, key=key, config=config, only=provider, ask=not no_ask, idle=idle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
 import ssl
@@ -408,6 +409,26 @@ async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path)
 
     assert (code, err) == (0, ""), out
     assert "ok    provider demo: answers: the first token of demo came" in out
+
+
+@pytest.mark.one_loop
+async def test_what_a_server_would_log_of_a_provider_is_not_printed(tmp_path: Path) -> None:
+    """It takes two seconds: a server looks once a second at how its providers fail."""
+    file = tmp_path / "c.yaml"
+
+    async def play(peer: Connection) -> None:
+        await peer.request()
+        await asyncio.sleep(1.5)
+        await peer.send(b"HTTP/1.1 500 Slow\r\nContent-Length: 0\r\n\r\n")
+
+    async with ScriptedProvider(play) as provider:
+        # The other one is asked while the server looks.
+        changes = {"llm.providers.other": provider_entry(provider.url), "llm.fallbacks": ["other"]}
+        write(provider.url, changes, file)
+        code, out, err = await run_command("doctor", "--config", str(file))
+
+    assert (code, err) == (1, ""), out
+    assert out.count("provider_error: HTTP 500") == 2
 
 
 @pytest.mark.one_loop
