@@ -1,5 +1,5 @@
-"""Writes the tables of `configuration.md`, and `config.schema.json`, from the declarations of the
-settings.
+"""Writes the tables of `configuration.md` and `config.schema.json` from the declarations of the
+settings, and `deploy/alerts.yaml` from the table of findings.
 
 python docs/tables.py            write them
 python docs/tables.py --check    exit with 1 if they are stale
@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from aioserver.config import json_schema
 from aioserver.config.schema import fields, ignored_keys, key_of, required, shipped_defaults
 from aioserver.config.settings import Settings
 from aioserver.config.shipped import SHIPPED
+from aioserver.monitoring import findings
 from aioserver.server.reload import ONLY_BY_RESTART, TLS
 
 if TYPE_CHECKING:
@@ -26,6 +29,12 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).with_name("configuration.md")
 # What ships with the package; the file of the same name in the repository's root is a link to it.
 SCHEMA = SHIPPED.with_name("config.schema.json")
+ALERTS = PAGE.parents[1] / "deploy" / "alerts.yaml"
+ABOUT_ALERTS = """\
+# Prometheus alerting rules for aioserver: `rule_files: [alerts.yaml]` in prometheus.yml, and a job that is named
+# "aioserver", as docs/monitoring.md shows. Each rule says what to do; the numbers are where operators usually begin.
+# This file is made by `python docs/tables.py`.
+"""
 BEGIN = "<!-- The rest of this page is made by `python docs/tables.py`. -->\n"
 WITHOUT_EFFECT = """
 ## Settings of the old system without effect
@@ -96,9 +105,11 @@ def main(*, check: bool) -> int:
         sys.stderr.write(f"{PAGE} has no line {BEGIN}")
         return 1
     ignored = "".join((WITHOUT_EFFECT, *without_effect(Settings)))
+    alerts = {"groups": [{"name": "aioserver", "rules": [*findings.rules()]}]}
     made = {
         PAGE: before + marker + "".join(sections(Settings)) + ignored,
         SCHEMA: json_schema.text(),
+        ALERTS: ABOUT_ALERTS + yaml.safe_dump(alerts, sort_keys=False, width=1 << 16),
     }
     stale = [
         path for path, text in made.items() if not path.exists() or path.read_text("utf-8") != text

@@ -66,10 +66,7 @@ INSIDE_FUNCTIONS = {
     "commands.serve_command": {"aioserver.commands.serve"},
     "tools.usage": {"aioserver.config", "aioserver.config.faults"},
     "tools.bench.command": {"aioserver.tools.bench.table"},
-    "tools.doctor.command": {
-        "aioserver.tools.doctor.here",
-        "aioserver.tools.doctor.server",
-    },
+    "tools.doctor.command": {"aioserver.tools.doctor.checks"},
     "tools.chat.dialog": {"readline"},
     "tools.chat.asking": {"aioserver.tools.chat.markdown"},
     "tools.top.command": {"aioserver.tools.top.screen"},

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from aioserver.gateway.contracts.hooks import Hooks
     from aioserver.gateway.contracts.instances import Instances
     from aioserver.gateway.contracts.sharing import Sharing
-    from aioserver.gateway.probe import Probe
     from aioserver.monitoring.section import Section
     from aioserver.providers.api import Api
     from aioserver.providers.registry import Simulated
@@ -113,13 +112,6 @@ class Wing:
         """Do what one process does for all of a machine, before there are any, and import what they
         will need: it is shared by them. It blocks.
         """
-
-    @staticmethod
-    def probe() -> Probe | None:
-        """Return a new question for a call of a tool, in the API that it brings; it need not be
-        open.
-        """
-        return None
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Make what lives as long as the server; *stack* closes it.

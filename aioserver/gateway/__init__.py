@@ -16,7 +16,7 @@ task waits for the answer: that is a *call*.
 What wings add here, the gateway knows by the *contracts* alone, which have a folder of their own.
 *Bridging* makes *bridged* attempts: those whose request is translated, where the provider has chat
 completions only. A streamed attempt may ask for *stream usage*, which its client has not asked
-for. A *probe* is a question of an operator.
+for.
 
 The producer has the router make *attempts*. The *candidates* of an attempt are the members that
 may still answer; it starts at the first of them that has a place. After a fault that allows it,

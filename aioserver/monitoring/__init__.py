@@ -13,8 +13,9 @@ snapshot, and the *fold* makes one of them, by the *rule* that each field declar
 
 The state tells the *usage* of providers by *keys*, and each *group* of models with its members.
 
-A *trouble* is a problem that a provider has now, described in a text that every display shows. The
-*verdict* sums up the state of the server in one word and one sentence.
+A *finding* is a row of the table of what can be wrong, with the words that every display shows. An
+*alert* says which of them is true of a provider now, and is its `trouble` in `/stats`; the
+*verdict* is the worst that is true of the server.
 
 An *incident* is something that an operator should know, such as the death of a provider. The
 *detector* finds incidents in the difference of two ticks. Repeated incidents are gathered: after

@@ -25,9 +25,9 @@ from typing import (
     is_typeddict,
 )
 
+from aioserver.monitoring.findings import OF_PROVIDERS
 from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.state import COUNTS, Snapshot
-from aioserver.monitoring.troubles import WORDS
 from aioserver.monitoring.verdict import Lately, judge
 from aioserver.telemetry.counters import (
     RecentBuckets,
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
     from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import (
+        Alert,
         History,
         Incident,
         InstanceState,
         Percentiles,
         Rule,
-        Trouble,
     )
     from aioserver.telemetry.metrics import Metrics
 
@@ -259,9 +259,9 @@ def _lately(all_lately: Sequence[Lately]) -> Lately:
     )
 
 
-def _worst_trouble(provider: str, own: str, reports: Mapping[str, Report]) -> Trouble | None:
+def _worst_trouble(provider: str, own: str, reports: Mapping[str, Report]) -> Alert | None:
     """Return the worst trouble of *provider* at any instance; of equal ones that of *own*."""
-    kinds = list(WORDS)
+    kinds = list(OF_PROVIDERS)
     troubles = {
         instance: trouble
         for instance, report in reports.items()

@@ -2,21 +2,32 @@
 
 Everything that is counted is gathered, and told in the past, since it may be over: the first
 incident is reported at once, and after it a quiet time begins, in which numbers are added up for
-the next incident of the same kind, detail and provider. A trouble of a provider, or of a section,
-is an incident when it begins and when it ends; a trouble that comes back in its quiet time is
-reported after that, if it still lasts. So is a member that is out of its groups, and back. The
-words are those of troubles.py, so that the log and the verdict say the same.
+the next incident of the same kind, detail and provider. What stands, such as the alert of a
+provider or the trouble of a section, is an incident when it begins and when it ends; one that comes
+back in its quiet time is reported after that, if it still lasts. The words are those of the table
+of findings, so that the log and the verdict say the same.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from aioserver.monitoring.alerts import count, most, of_rejections, span
+from aioserver.monitoring.findings import (
+    BY_SHARE,
+    ERROR,
+    FAULTS,
+    FINDINGS,
+    OF_PROVIDERS,
+    REJECTED,
+    WARNING,
+)
 from aioserver.monitoring.groups import OFF, OUT, closed, listing, several
 from aioserver.monitoring.interval import (
     ANSWERED,
@@ -30,25 +41,10 @@ from aioserver.monitoring.interval import (
     TICK,
     Total,
 )
-from aioserver.monitoring.troubles import (
-    FAULTS,
-    OF_A_BUG,
-    OF_A_REFUSED_KEY,
-    OF_FAULTS,
-    PAST_FAULTS,
-    SILENT,
-    count,
-    met_a_bug,
-    most,
-    of_rejections,
-    span,
-    were,
-)
-from aioserver.providers.breaker import DEAD, SICK
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.section import Section
@@ -60,7 +56,7 @@ QUIET = 10.0
 LAG_LIMIT = 0.1
 # Requests denied in so many ticks that are an incident: more than a person mistypes.
 DENIED_BURST, DENIED_TICKS = 10, 10
-# Totals that are gathered, and the kind of incident that they become.
+# Totals that are gathered, and the finding that they become.
 GATHERED = {
     REJECTIONS: "rejections",
     SLOW_CLIENTS: "slow_client",
@@ -69,32 +65,11 @@ GATHERED = {
     BUGS: "bug",
     SEAMS: "seams",
 }
-TEXTS = {
-    "rejections": "{rejected} in {span}: {detail}",
-    "auth": "{denied}: a missing or wrong key, or a host or origin not allowed",
-    "slow_client": "slow clients dropped, which did not read what was sent: {number}",
-    "provider_auth": "{provider} refused our key, or its quota was used up ({number})",
-    "provider_faults": "{provider} {detail}: {attempts} failed in {span}",
-    "bug": "{bugs}: {detail}",
-    "seams": "{provider} broke off {answers} in {span}, continued by another attempt: {detail}",
-    "loop_lag": "the event loop was {number} ms late",
-}
-# Kinds of troubles that are kinds of incidents too, and the text when the trouble ends.
-TROUBLES = {
-    DEAD: "{provider} answers again",
-    SICK: "{provider} is well again",
-    SILENT: "{provider} speaks again",
-}
-# Kinds and details whose severity is always "error".
-SEVERE = frozenset(("tls", "loop", "provider_auth", "no_provider", "bug"))
-# Rejections and faults are an error, too, if there are as many as this, and more than what went
-# well meanwhile.
+# What is an error by its share is one only if there are as many as this.
 MANY_REJECTED, MANY_FAILED = 10, 5
-# Rejections with these codes are never an error: they are about one caller's limits, a stop, or no
-# answer at all.
-HARMLESS = frozenset(
-    ("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown", "history_unavailable")
-)
+AT_LEAST = {"rejections": MANY_REJECTED, "provider_faults": MANY_FAILED}
+# The findings that the details of these are.
+DETAILS = {"rejections": REJECTED, "provider_faults": FAULTS}
 NO_GROUPS: Mapping[str, GroupState] = MappingProxyType({})
 # Milliseconds by which a late loop is an error: clients see that everything stands still.
 SEVERE_LAG = 1000
@@ -130,6 +105,19 @@ class Gathered(msgspec.Struct):
     well: int = 0
 
 
+class Standing(NamedTuple):
+    """What may stand at a tick, by the name of what it is about: its *kind*, None if it does not
+    stand. Between two beginnings of one *subject* there is a quiet time. *ends* makes the incident
+    of the end of the kind that was reported.
+    """
+
+    about: tuple[str, str]
+    ends: Callable[[str], Incident]
+    kind: str | None = None
+    subject: Subject | None = None
+    begins: Incident | None = None
+
+
 class Detector:
     """Finds incidents, tick by tick.
 
@@ -140,12 +128,8 @@ class Detector:
         self._gathered: dict[Subject, Gathered] = {}
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
-        # By provider: the kind of the trouble that was reported and is not over.
-        self._troubles: dict[str, str] = {}
-        # The same by key of a section.
-        self._section_troubles: dict[str, str] = {}
-        # The members that are out of their groups, as was reported.
-        self._out: set[str] = set()
+        # The kinds of what was reported and is not over.
+        self._reported: dict[tuple[str, str], str] = {}
 
     def detect(
         self,
@@ -159,28 +143,26 @@ class Detector:
         *sections* with their states.
         """
         self._gather(now, interval)
-        return [
-            *self._trouble_changes(now, providers),
-            *self._group_changes(now, groups),
-            *self._section_changes(now, sections),
-            *self._due(now),
-        ]
+        standing = (*_alerts(providers), *_members(groups), *_troubles(sections))
+        return [*self._changes(now, standing), *self._due(now)]
 
-    def _section_changes(
-        self, now: float, sections: Iterable[tuple[Section[Any], Any]]
-    ) -> Iterator[Incident]:
-        reported = self._section_troubles
-        for section, state in sections:
-            key, trouble = section.key, section.trouble(state)
-            if trouble is None:
-                if reported.pop(key, None):
-                    yield incident(key, section.recovery(state), "info")
-            elif trouble.kind != reported.get(key):
-                subject = Subject(key, trouble.kind)
-                if self._quiet_until.get(subject, 0.0) <= now:
-                    self._quiet_until[subject] = now + QUIET
-                    reported[key] = trouble.kind
-                    yield incident(key, trouble.text, "error", None, trouble.advice)
+    def _changes(self, now: float, standing: Iterable[Standing]) -> Iterator[Incident]:
+        """Yield what has begun and what has ended. What is not there any more has not ended."""
+        before, self._reported = self._reported, {}
+        for about, ends, kind, subject, begins in standing:
+            reported = before.get(about)
+            if kind is None:
+                if reported is not None:
+                    yield ends(reported)
+                continue
+            assert subject is not None
+            assert begins is not None
+            if kind != reported and self._quiet_until.get(subject, 0.0) <= now:
+                self._quiet_until[subject] = now + QUIET
+                reported = kind
+                yield begins
+            if reported is not None:
+                self._reported[about] = reported
 
     def _gather(self, now: float, interval: Interval) -> None:
         gathered = self._gathered
@@ -202,57 +184,6 @@ class Detector:
             total = Total(ANSWERED) if name is None else Total(ATTEMPTS, OK, name)
             counted.well += int(interval.growth.get(total, 0))
 
-    def _trouble_changes(
-        self, now: float, providers: Mapping[str, ProviderState]
-    ) -> Iterator[Incident]:
-        reported = self._troubles
-        self._troubles = {name: kind for name, kind in reported.items() if name in providers}
-        for name, provider in providers.items():
-            trouble, before = provider["trouble"], reported.get(name)
-            kind = trouble["kind"] if trouble is not None else None
-            if kind not in TROUBLES:
-                if before is not None:
-                    del self._troubles[name]
-                    text = TROUBLES[before].format(provider=name)
-                    yield incident(before, text, "info", name)
-            elif kind != before:
-                assert trouble is not None, "it has a kind"
-                subject = Subject(trouble["kind"], provider=name)
-                if self._quiet_until.get(subject, 0.0) <= now:
-                    self._quiet_until[subject] = now + QUIET
-                    self._troubles[name] = trouble["kind"]
-                    yield incident(
-                        trouble["kind"],
-                        trouble["text"],
-                        trouble["severity"],
-                        name,
-                        trouble["advice"],
-                    )
-
-    def _group_changes(self, now: float, groups: Mapping[str, GroupState]) -> Iterator[Incident]:
-        """Yield an incident for each member that is out of its groups now, or is back."""
-        states: dict[str, str] = {}
-        names: defaultdict[str, list[str]] = defaultdict(list)
-        for name, group in groups.items():
-            if several(group):
-                for member in group["members"]:
-                    states[member["provider"]] = member["state"]
-                    names[member["provider"]].append(name)
-        # One that is in no group any more has not come back.
-        self._out &= states.keys()
-        for provider, state in states.items():
-            if state not in OUT or state == OFF:
-                if provider in self._out:
-                    self._out.remove(provider)
-                    text = f"{provider} is back in {listing(dict.fromkeys(names[provider]))}"
-                    yield incident("group_restored", text, "info", provider)
-            elif provider not in self._out:
-                subject = Subject("group_degraded", provider=provider)
-                if self._quiet_until.get(subject, 0.0) <= now:
-                    self._quiet_until[subject] = now + QUIET
-                    self._out.add(provider)
-                    yield _degraded(provider, state, dict.fromkeys(names[provider]), groups)
-
     def _due(self, now: float) -> Iterator[Incident]:
         """Yield an incident for each subject that was gathered and is not in its quiet time."""
         due = [subject for subject in self._gathered if self._quiet_until.get(subject, 0.0) <= now]
@@ -260,20 +191,74 @@ class Detector:
             gathered = self._gathered.pop(subject)
             self._quiet_until[subject] = now + QUIET
             detail, remedy = _words(subject)
-            seconds = span(round(now - gathered.since + TICK))
-            text = TEXTS[subject.kind].format(
-                number=gathered.number,
-                rejected=were(gathered.number, "rejected"),
-                denied=were(gathered.number, "denied"),
-                attempts=count(gathered.number, "attempt"),
-                answers=count(gathered.number, "answer"),
-                bugs=met_a_bug(gathered.number, f"in {seconds}"),
-                span=seconds,
+            number = gathered.number
+            text = FINDINGS[subject.kind].past.format(
+                name=subject.provider,
                 detail=detail,
-                provider=subject.provider,
+                span=span(round(now - gathered.since + TICK)),
+                count=number,
+                requests=count(number, "request"),
+                were="was" if number == 1 else "were",
+                attempts=count(number, "attempt"),
+                answers=count(number, "answer"),
             )
             severity = _severity(subject, gathered)
             yield incident(subject.kind, text, severity, subject.provider, remedy)
+
+
+def _alerts(providers: Mapping[str, ProviderState]) -> Iterator[Standing]:
+    """Yield the alert of each provider; a kind whose end is not told is no incident."""
+    for name, provider in providers.items():
+        about, ends, alert = ("provider", name), partial(_ended, name), provider["trouble"]
+        if alert is None or not OF_PROVIDERS[alert["kind"]].past:
+            yield Standing(about, ends)
+        else:
+            kind = alert["kind"]
+            begins = incident(kind, alert["text"], alert["severity"], name, alert["advice"])
+            yield Standing(about, ends, kind, Subject(kind, provider=name), begins)
+
+
+def _ended(name: str, kind: str) -> Incident:
+    return incident(kind, OF_PROVIDERS[kind].past.format(name=name), "info", name)
+
+
+def _troubles(sections: Iterable[tuple[Section[Any], Any]]) -> Iterator[Standing]:
+    """Yield the trouble of each section."""
+    for section, state in sections:
+        key, trouble = section.key, section.trouble(state)
+        about, ends = ("section", key), partial(_recovered, section, state)
+        if trouble is None:
+            yield Standing(about, ends)
+        else:
+            begins = incident(key, trouble.text, ERROR, None, trouble.advice)
+            yield Standing(about, ends, trouble.kind, Subject(key, trouble.kind), begins)
+
+
+def _recovered(section: Section[Any], state: Any, _kind: str) -> Incident:
+    return incident(section.key, section.recovery(state), "info")
+
+
+def _members(groups: Mapping[str, GroupState]) -> Iterator[Standing]:
+    """Yield each member of groups, and whether it is out of them."""
+    states: dict[str, str] = {}
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for name, group in groups.items():
+        for member in group["members"] if several(group) else ():
+            states[member["provider"]] = member["state"]
+            if name not in names[member["provider"]]:
+                names[member["provider"]].append(name)
+    for provider, state in states.items():
+        about, ends = ("member", provider), partial(_restored, provider, names[provider])
+        if state not in OUT or state == OFF:
+            yield Standing(about, ends)
+        else:
+            subject = Subject("group_degraded", provider=provider)
+            begins = _degraded(provider, state, names[provider], groups)
+            yield Standing(about, ends, subject.kind, subject, begins)
+
+
+def _restored(provider: str, names: Iterable[str], _kind: str) -> Incident:
+    return incident("group_restored", f"{provider} is back in {listing(names)}", "info", provider)
 
 
 def _degraded(
@@ -288,7 +273,7 @@ def _degraded(
     if shut:
         parts.append(f"no member of {listing(shut)} can start anything now")
     text = f"{provider} {OUT[state]}: {', and '.join(parts)}"
-    return incident("group_degraded", text, "error" if shut else "warning", provider)
+    return incident("group_degraded", text, ERROR if shut else WARNING, provider)
 
 
 def _words(subject: Subject) -> tuple[str, str]:
@@ -296,26 +281,22 @@ def _words(subject: Subject) -> tuple[str, str]:
     kind, detail, provider = subject
     if kind == "rejections":
         return of_rejections(detail)
+    row = FINDINGS[kind]
     if kind == "provider_faults":
-        return PAST_FAULTS[detail], OF_FAULTS[detail].format(name=provider)
-    if kind == "provider_auth":
-        return detail, OF_A_REFUSED_KEY.format(name=provider)
-    return detail, OF_A_BUG if kind == "bug" else ""
+        row = FAULTS[detail]
+        detail = row.past
+    return detail, row.remedy.format(name=provider)
 
 
 def _severity(subject: Subject, gathered: Gathered) -> str:
     """Return "error" for what most clients notice, such as that they are rejected; else
     "warning".
     """
-    kind, detail, _ = subject
-    total = gathered.number + gathered.well
-    worst = detail not in HARMLESS and most(gathered.number, total) == "error"
-    if (
-        kind in SEVERE
-        or detail in SEVERE
-        or (kind == "rejections" and worst and gathered.number >= MANY_REJECTED)
-        or (kind == "provider_faults" and worst and gathered.number >= MANY_FAILED)
-        or (kind == "loop_lag" and gathered.number >= SEVERE_LAG)
-    ):
-        return "error"
-    return "warning"
+    kind, number = subject.kind, gathered.number
+    if kind == "loop_lag":
+        return ERROR if number >= SEVERE_LAG else WARNING
+    row = DETAILS.get(kind, {}).get(subject.detail, FINDINGS[kind])
+    if row.severity != BY_SHARE:
+        return row.severity
+    many = number >= AT_LEAST[kind]
+    return ERROR if many and most(number, number + gathered.well) == ERROR else WARNING

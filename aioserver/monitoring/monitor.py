@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Protocol
 import orjson
 
 from aioserver.errors import ServerAtCapacity
+from aioserver.monitoring.alerts import Alerts
 from aioserver.monitoring.fold import MAX_INCIDENTS, Report, recent_shares, recent_values
 from aioserver.monitoring.history import Past
 from aioserver.monitoring.incidents import Detector, incident
 from aioserver.monitoring.interval import TICK, IntervalMeter
 from aioserver.monitoring.snapshot import Snapshots
-from aioserver.monitoring.troubles import Troubles
 from aioserver.monitoring.verdict import Verdicts, unknown
 from aioserver.protocol import eventstream
 
@@ -96,7 +96,7 @@ class Monitor:
         self._incident_count = 0
         self._snapshots = Snapshots(sources)
         self._intervals = IntervalMeter(sources.metrics, sources.lag)
-        self._troubles = Troubles()
+        self._troubles = Alerts()
         self.sections = sources.sections
         self._verdicts = Verdicts(sources.sections)
         self._verdict = unknown()

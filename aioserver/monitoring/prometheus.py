@@ -27,9 +27,9 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from aioserver import __version__
+from aioserver.monitoring.findings import OF_PROVIDERS
 from aioserver.monitoring.section import Gauge, State
 from aioserver.monitoring.state import STANDINGS, STATES
-from aioserver.monitoring.troubles import WORDS
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.kernel import accept_queue
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "aioserver_"
 # What the numbers of `provider_trouble` mean; 0 is none.
-TROUBLES = tuple(reversed(WORDS))
+TROUBLES = tuple(reversed(OF_PROVIDERS))
 
 
 def _instances(snapshot: Snapshot) -> dict[str, float]:

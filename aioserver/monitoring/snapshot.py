@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.groups import Group
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.state import (
+        Alert,
         ConnectionsState,
         GroupState,
         LearnedState,
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
         ProviderState,
         Snapshot,
         StreamsState,
-        Trouble,
         Verdict,
     )
     from aioserver.providers.api import Capabilities
@@ -111,7 +111,7 @@ class Snapshots:
     def build(
         self,
         interval: Interval,
-        troubles: Mapping[str, Trouble],
+        troubles: Mapping[str, Alert],
         verdict: Verdict,
         *,
         watchers: int,
@@ -237,7 +237,7 @@ def _streams_state(sources: Sources) -> StreamsState:
 
 
 def _provider_state(
-    provider: Provider, interval: Interval, now: float, trouble: Trouble | None, *, active: bool
+    provider: Provider, interval: Interval, now: float, trouble: Alert | None, *, active: bool
 ) -> ProviderState:
     state, meter, name = provider.stats(), provider.meter, provider.name
     queue, pool, pace, silence = state.queue, state.pool, state.pace, state.silence

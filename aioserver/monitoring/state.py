@@ -167,8 +167,8 @@ class SilenceState(TypedDict):
     under_way: Annotated[int, SUM]
 
 
-class Trouble(TypedDict):
-    """The trouble of a provider: see troubles.py; *since* is Unix time in seconds."""
+class Alert(TypedDict):
+    """The alert of a provider: see alerts.py; *since* is Unix time in seconds."""
 
     kind: str
     word: str
@@ -245,7 +245,7 @@ class ProviderState(TypedDict):
     first_token: Annotated[Percentiles | None, MADE]
     silence: Annotated[Percentiles | None, MADE]
     silent: SilenceState
-    trouble: Annotated[Trouble | None, MADE]
+    trouble: Annotated[Alert | None, MADE]
 
 
 class MemberState(TypedDict):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
+from aioserver.monitoring.alerts import count
 from aioserver.monitoring.section import Gauge, Section, SectionTrouble
 from aioserver.monitoring.state import ANY, OWN, SUM
-from aioserver.monitoring.troubles import count
 from aioserver.usage.ledger import MAX_LINES
 
 if TYPE_CHECKING:

@@ -14,20 +14,11 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioserver.errors import ServerAtCapacity
+from aioserver.monitoring.alerts import count, met_a_bug, most, of_rejections, span
+from aioserver.monitoring.findings import ERROR, FINDINGS, OF_PROVIDERS, REJECTED, WARNING
 from aioserver.monitoring.groups import COOLING, OUT, closed, covering, listing, several
-from aioserver.monitoring.incidents import HARMLESS, MANY_REJECTED
+from aioserver.monitoring.incidents import MANY_REJECTED
 from aioserver.monitoring.interval import ANSWERED, FAILED, REJECTIONS, Total
-from aioserver.monitoring.troubles import (
-    OF_A_BUG,
-    OF_A_FULL_PROVIDER,
-    WORDS,
-    count,
-    met_a_bug,
-    most,
-    of_rejections,
-    span,
-    were,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -131,7 +122,7 @@ class _Judge:
         yield from self._section_troubles()
         yield from self._waiting()
         yield from self._busy()
-        yield self._calm("open", "Open", self._room())
+        yield self._calm("open", self._room())
 
     def _not_ready(self) -> Iterator[Verdict]:
         snapshot = self._snapshot
@@ -139,10 +130,9 @@ class _Judge:
             if any(provider["usable"] for provider in snapshot["providers"].values()):
                 text, advice = "Starting or stopping: new requests are rejected", ""
             else:
-                text = "No provider is usable: nobody gets an answer"
-                advice = "`aioserver check` says what is missing."
+                text, advice = "No provider is usable: nobody gets an answer", None
             detail = _sentences(*self._met_bugs())
-            yield _finding("error", "closed", "Not ready", text, detail=detail, advice=advice)
+            yield _verdict("not_ready", "closed", text, detail=detail, advice=advice)
 
     def _met_bugs(self) -> Iterator[str]:
         if number := self._snapshot["bugs"]["last_minute"]:
@@ -151,9 +141,7 @@ class _Judge:
     def _bugs(self) -> Iterator[Verdict]:
         for text in self._met_bugs():
             detail = _sentences(*self._other_troubles(), *self._rejections(), self._places())
-            yield _finding(
-                "error", "trouble", "Bug", text, detail=detail, advice=OF_A_BUG, about="bug"
-            )
+            yield _verdict("bug", "trouble", text, detail=detail, about="bug")
 
     def _closed_groups(self, *, active: bool) -> Iterator[Verdict]:
         """Yield that no member of a group can start anything: of the active one, or of others."""
@@ -164,13 +152,13 @@ class _Judge:
                 continue
             cooling = any(member["state"] == COOLING for member in group["members"])
             waiting = _queue(group["waiting"], "request", name, group["oldest_wait"])
-            yield _finding(
-                "error" if active and not cooling else "warning",
+            yield _verdict(
+                "group_out",
                 "rejecting" if self._rejections() else "trouble",
-                "Group out",
                 f"No member of {name} can start anything: {listing(self._reasons(group))}",
                 detail=_sentences(waiting if group["waiting"] else "", *self._rejections()),
-                advice="" if cooling else "Look at what is wrong with each of its providers.",
+                level=ERROR if active and not cooling else WARNING,
+                advice="" if cooling else None,
                 about=name,
             )
 
@@ -192,19 +180,19 @@ class _Judge:
             for name, provider in self._snapshot["providers"].items()
             if self._needed(name) == active and (trouble := provider["trouble"]) is not None
         ]
-        troubles.sort(key=lambda row: [*WORDS].index(row[2]["kind"]))
+        troubles.sort(key=lambda row: [*OF_PROVIDERS].index(row[2]["kind"]))
         for name, provider, trouble in troubles[:1]:
             rejected = self._rejections()
             level = trouble["severity"]
             if active and rejected and self._rejected_most():
-                level = "error"
+                level = ERROR
             elif name in self._covered:
-                level = "warning"
-            yield _finding(
-                level,
+                level = WARNING
+            yield _verdict(
+                trouble["kind"],
                 "rejecting" if rejected else "trouble",
-                trouble["word"],
                 trouble["text"],
+                level=level,
                 detail=_sentences(trouble["detail"], "; ".join(self._effects(name, provider))),
                 advice=trouble["advice"],
                 about=name,
@@ -230,24 +218,29 @@ class _Judge:
             return []
         code, most_often = self._rejected.most_common(1)[0]
         part = f", {most_often:,} of them since" if most_often < number else ":"
-        return [f"{were(number, 'rejected')} in {RECENT} s{part} {of_rejections(code)[0]}"]
+        were = f"{count(number, 'request')} {'was' if number == 1 else 'were'} rejected"
+        return [f"{were} in {RECENT} s{part} {of_rejections(code)[0]}"]
 
     def _rejected_most(self) -> bool:
         """Return whether more was rejected than was answered, as the severity of an incident
         says.
         """
-        number = sum(n for code, n in self._rejected.items() if code not in HARMLESS)
-        return number >= MANY_REJECTED and most(number, number + self._answered) == "error"
+        number = sum(
+            each
+            for code, each in self._rejected.items()
+            if code not in REJECTED or REJECTED[code].severity != WARNING
+        )
+        return number >= MANY_REJECTED and most(number, number + self._answered) == ERROR
 
     def _rejecting(self) -> Iterator[Verdict]:
         if rejections := self._rejections():
             code = self._rejected.most_common(1)[0][0]
             others = [*self._busiest(), *self._other_troubles()]
-            yield _finding(
-                "error" if self._rejected_most() else "warning",
+            yield _verdict(
+                "rejections",
                 "rejecting",
-                "Rejecting",
                 rejections[0],
+                level=ERROR if self._rejected_most() else WARNING,
                 detail=_sentences(self._places(), *others),
                 advice=self._advice(code),
                 about=code,
@@ -262,27 +255,25 @@ class _Judge:
         for name, provider in self._snapshot["providers"].items():
             if provider["active"] and not provider["usable"]:
                 text = f"The active provider {name} is not usable"
-                advice = "`aioserver check` says what is missing."
-                yield _finding("error", "trouble", "Not usable", text, advice=advice, about=name)
+                yield _verdict("not_usable", "trouble", text, about=name)
         process = self._snapshot["process"]
         files, max_files = process["open_fds"], process["max_fds"]
         if files and max_files and files > FEW_FILES * max_files:
             text = f"{files:,} of {max_files:,} file descriptors are open"
-            advice = "Raise LimitNOFILE of the unit, or `ulimit -n`, and restart."
-            yield _finding("error", "trouble", "Out of files", text, advice=advice)
+            yield _verdict("files", "trouble", text)
 
     def _section_troubles(self) -> Iterator[Verdict]:
         for section in self._sections:
             trouble = section.trouble(section.of(self._snapshot))
             if trouble is not None:
-                yield _finding(
-                    "warning",
+                yield _verdict(
+                    "section",
                     "trouble",
-                    trouble.word,
                     trouble.text[0].upper() + trouble.text[1:],
                     detail=_sentences(trouble.detail, self._places()),
                     advice=trouble.advice,
                     about=section.key,
+                    word=trouble.word,
                 )
 
     def _waiting(self) -> Iterator[Verdict]:
@@ -297,22 +288,22 @@ class _Judge:
         if text:
             advice = self._advice(ServerAtCapacity.code)
             detail = _sentences(*self._busiest(), self._latency())
-            yield _finding("warning", "full", "Full", text, detail=detail, advice=advice)
+            yield _verdict("full", "full", text, detail=detail, advice=advice)
 
     def _busy(self) -> Iterator[Verdict]:
         room = self._room()
         for name, provider in self._snapshot["providers"].items():
             if cooling := provider["pace"]["cooling"]:
                 text = f"{room}, but {name} cools down for {span(cooling)} more, as it asked"
-                yield self._calm("busy", "Busy", text, about=name)
+                yield self._calm("busy", text, about=name)
         if self._lag >= NOTICEABLE_LAG:
             text = f"{room}, but the event loop was {round(self._lag * 1000):,} ms late"
-            yield self._calm("busy", "Slow", text, about="loop")
+            yield self._calm("loop_lag", text, about="loop")
         for reason, name in self._limits():
-            yield self._calm("busy", "Busy", f"{room}, but {reason}", about=name)
+            yield self._calm("busy", f"{room}, but {reason}", about=name)
         connections = self._snapshot["connections"]
         if connections["active"] >= FEW_PLACES * connections["limit"]:
-            yield self._calm("busy", "Nearly full", room)
+            yield self._calm("nearly_full", room)
 
     def _limits(self) -> Iterator[tuple[str, str]]:
         """Yield how providers limit the server, with their names, the most serious first."""
@@ -333,7 +324,7 @@ class _Judge:
         """Return what to do about rejections with *code*, or about connections that wait."""
         name, provider = self._busiest_provider()
         if code == ServerAtCapacity.code and provider["waiting"]:
-            return OF_A_FULL_PROVIDER.format(name=name)
+            return FINDINGS["full"].remedy.format(name=name)
         return of_rejections(code)[1]
 
     def _busiest_provider(self) -> tuple[str, ProviderState]:
@@ -351,10 +342,10 @@ class _Judge:
                 why = f"{provider['in_flight']:,} of its {provider['limit']:,} places are taken"
             yield f"{queue}; {why}"
 
-    def _calm(self, state: str, word: str, text: str, about: str = "") -> Verdict:
-        level = "ok" if state == "open" else "warning"
+    def _calm(self, name: str, text: str, about: str = "") -> Verdict:
+        state, level = ("open", "ok") if name == "open" else ("busy", WARNING)
         detail = _sentences(self._places(), self._latency())
-        return _finding(level, state, word, text, detail=detail, about=about)
+        return _verdict(name, state, text, level=level, detail=detail, advice="", about=about)
 
     def _room(self) -> str:
         connections = self._snapshot["connections"]
@@ -379,26 +370,30 @@ class _Judge:
 
 def unknown() -> Verdict:
     """Return the verdict before the first tick."""
-    return _finding("warning", "busy", "Starting", "Nothing is known yet")
+    text = "Nothing is known yet"
+    return _verdict("busy", "busy", text, word="Starting")
 
 
-def _finding(
-    level: str,
+def _verdict(
+    name: str,
     state: str,
-    word: str,
     text: str,
     *,
+    level: str = "",
+    word: str = "",
     detail: str = "",
-    advice: str = "",
+    advice: str | None = None,
     about: str = "",
 ) -> Verdict:
+    """Return the verdict that the finding *name* is true; what is not said is that of its row."""
+    row = FINDINGS[name]
     return {
-        "level": level,
+        "level": level or row.severity,
         "state": state,
-        "word": word,
+        "word": word or row.word,
         "text": text,
         "detail": detail,
-        "advice": advice,
+        "advice": row.remedy if advice is None else advice,
         "about": about,
     }
 

@@ -220,4 +220,4 @@ def test_each_alert_fires_for_what_it_is_for(tmp_path: Path) -> None:
 
 
 def test_each_alert_has_its_case() -> None:
-    assert [rule["alert"] for rule in RULES] == list(CASES)
+    assert {rule["alert"] for rule in RULES} == CASES.keys()

@@ -14,16 +14,17 @@ import pytest
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 
-from aioserver.monitoring.troubles import OF_A_BUG
+from aioserver.monitoring.findings import FINDINGS
 from aioserver.protocol import eventstream
 from aioserver.server.app import make_app
-from aioserver.tools.doctor.findings import Finding, Report
-from aioserver.tools.doctor.server import Examination
+from aioserver.tools.doctor.results import Result
+from tests.support.doctor import examined as ask_doctor
 from tests.support.server import NOWHERE, configured
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
 
 SECRET = "S3CR3T"
 BUG = "KeyError at end_to_end/test_bugs.py:"
@@ -61,14 +62,13 @@ async def events(response: Any) -> AsyncIterator[tuple[str, Any]]:
             yield event.event.decode(), orjson.loads(event.data)
 
 
-async def examined(session: ClientSession) -> list[Finding]:
+async def examined(session: ClientSession) -> list[Result]:
     """What the doctor says of bugs."""
-    findings: list[Finding] = []
     async with session.get("/health") as response:
         url = str(response.url.origin())
-    await Examination(Report(findings.append), url, None).run(ask=False, idle=0.0)
-    assert SECRET not in str(findings)
-    return [finding for finding in findings if "bug" in finding.text]
+    results = (await ask_doctor(url=url, ask=False)).results
+    assert SECRET not in str(results)
+    return [result for result in results if "bug" in result.text]
 
 
 # Virtual seconds, of which a minute passes.
@@ -77,7 +77,7 @@ async def examined(session: ClientSession) -> list[Finding]:
 async def test_requests_that_meet_a_bug_are_reported_everywhere_until_a_minute_has_passed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    incidents, verdicts, during = [], [], list[Finding]()
+    incidents, verdicts, during = [], [], list[Result]()
     async with embedded(tmp_path) as session, session.get("/events") as response:
         assert [(finding.level, finding.text) for finding in await examined(session)] == [
             ("ok", "no request has met a bug of it since its start")
@@ -101,7 +101,7 @@ async def test_requests_that_meet_a_bug_are_reported_everywhere_until_a_minute_h
         *("error", "Bug"),
         sentence,
     )
-    assert verdicts[0]["advice"] == OF_A_BUG
+    assert verdicts[0]["advice"] == FINDINGS["bug"].remedy
     # A burst is one incident; where a tick has cut it in two, they are two.
     assert len(incidents) <= 2
     assert sum(int(incident["text"].split()[0]) for incident in incidents) == 93
@@ -110,7 +110,7 @@ async def test_requests_that_meet_a_bug_are_reported_everywhere_until_a_minute_h
         assert f": {BUG}" in incident["text"]
         assert incident["text"].endswith(" in broken")
     assert [(finding.level, finding.text, finding.hint) for finding in during] == [
-        ("fail", sentence, OF_A_BUG)
+        ("fail", sentence, FINDINGS["bug"].remedy)
     ]
     assert {verdict["word"] for verdict in verdicts[:59]} == {"Bug"}
     assert verdicts[-1]["word"] != "Bug"

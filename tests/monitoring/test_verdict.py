@@ -6,15 +6,9 @@ from typing import Any
 
 import pytest
 
+from aioserver.monitoring.alerts import INSTEAD, Alerts
+from aioserver.monitoring.findings import FINDINGS, OF_PROVIDERS, REJECTED
 from aioserver.monitoring.interval import ANSWERED, ATTEMPTS, FAILED, REJECTIONS, Interval, Total
-from aioserver.monitoring.troubles import (
-    INSTEAD,
-    OF_A_BUG,
-    OF_A_FULL_PROVIDER,
-    OF_REJECTIONS,
-    WORDS,
-    Troubles,
-)
 from aioserver.monitoring.verdict import RECENT, Verdicts
 from tests.support.dashboard import CROWDED, QUEUEING, TOKEN, group, provider, snapshot
 
@@ -47,7 +41,7 @@ def judged(
     it.
     """
     stats, tick = state(changes), interval(growth, lag_max=lag_max)
-    Troubles().observe(stats, tick)
+    Alerts().observe(stats, tick)
     return Verdicts().observe(stats, tick)
 
 
@@ -298,7 +292,7 @@ def test_a_bug_comes_with_what_else_is_wrong_and_what_to_do() -> None:
         " 20 requests were rejected in 10 s: the server was full (server_at_capacity)."
         " 0 of 100 places are taken, 0 answers under way."
     )
-    assert (verdict["advice"], verdict["about"]) == (OF_A_BUG, "bug")
+    assert (verdict["advice"], verdict["about"]) == (FINDINGS["bug"].remedy, "bug")
     assert judged({**bug, "ready": False})["detail"] == f"{VERDICTS['a bug that many met'][4]}."
 
 
@@ -310,16 +304,16 @@ def test_rejections_come_with_where_it_is_crowded_and_what_to_do() -> None:
         " 35 requests wait for groq, the longest for 3.2 s; 20 of its 20 places are taken."
         " other fails in TLS: 9 of 9 attempts failed in the last minute."
     )
-    assert verdict["advice"] == OF_A_FULL_PROVIDER.format(name="groq")
+    assert verdict["advice"] == FINDINGS["full"].remedy.format(name="groq")
 
 
 def test_more_places_are_advised_where_no_provider_is_the_limit() -> None:
-    more_places = OF_REJECTIONS["server_at_capacity"][1]
+    more_places = REJECTED["server_at_capacity"].remedy
 
     assert judged(CROWDED, {PLACES: 57.0})["advice"] == more_places
     assert judged(CROWDED)["advice"] == more_places
-    assert judged({**CROWDED, **QUEUEING})["advice"] == OF_A_FULL_PROVIDER.format(name="groq")
-    assert judged(QUEUEING, {OWN: 57.0})["advice"] == OF_REJECTIONS["rate_limit_exceeded"][1]
+    assert judged({**CROWDED, **QUEUEING})["advice"] == FINDINGS["full"].remedy.format(name="groq")
+    assert judged(QUEUEING, {OWN: 57.0})["advice"] == REJECTED["rate_limit_exceeded"].remedy
 
 
 def test_queue_that_the_pace_makes_is_reported_as_such() -> None:
@@ -356,7 +350,7 @@ def test_every_verdict_on_trouble_has_its_advice_and_its_word() -> None:
             assert verdict["advice"], verdict
         words.add(word)
 
-    assert {*WORDS.values()} - words == {WORDS["sick"]}
+    assert {row.word for row in OF_PROVIDERS.values()} - words == {"Sick"}
 
 
 def test_the_verdict_speaks_of_a_group_only_when_no_member_can_start_anything() -> None:

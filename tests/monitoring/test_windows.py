@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.monitoring.alerts import Alerts
 from aioserver.monitoring.history import Past
 from aioserver.monitoring.interval import ATTEMPTS, Interval, Total
-from aioserver.monitoring.troubles import Troubles
 from aioserver.providers.breaker import WINDOW, Breaker
 from aioserver.telemetry.counters import Histogram, RecentValues
 from aioserver.telemetry.loop_lag import MAX_PERIODS, LoopLag
@@ -82,7 +82,7 @@ def history() -> Callable[[int], object]:
 
 
 def attempts() -> Callable[[int], object]:
-    troubles = Troubles()
+    troubles = Alerts()
 
     def tick(number: int) -> None:
         growth = {Total(ATTEMPTS, "ok", "one"): 300.5 + number}

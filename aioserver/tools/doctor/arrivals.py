@@ -1,10 +1,10 @@
-"""The arrivals of streamed events: each as it comes, or many at once because something on the road
-gathers them.
+"""The arrivals of streamed events: each as it comes, or many at once because something on the way
+gathers them; and the life of a silent connection.
 
 There are two measures, and neither compares the clocks of two machines. An answer of the simulated
 provider takes more than a second, and its events are evenly spread: a proxy that gathers them lets
 them come in few **bursts**. The snapshots of `/events` have the time at which they were made: the
-**delay** of each, less that of the quickest, is what the road has added.
+**delay** of each, less that of the quickest, is what the way has added.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import aiohttp
 import orjson
@@ -21,11 +21,12 @@ from aioserver.protocol.eventstream import EventTooLong
 from aioserver.tools import remote
 from aioserver.tools.bench.clients import FaceClient, Question
 from aioserver.tools.bench.results import Attempt, Results
+from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
-    from aioserver.tools.doctor.findings import Report
+    from aioserver.tools.doctor.facts import Facts
 
 # Seconds for one answer, whose provider may be slow.
 ANSWER_TIMEOUT = 60.0
@@ -33,33 +34,20 @@ ANSWER_TIMEOUT = 60.0
 TOGETHER = 0.005
 # Events from which on an answer says something, and the bursts in which it comes if it is
 # gathered.
-MIN_EVENTS = 12
-MAX_BURSTS = 3
-# Tokens of an answer of the simulated provider: a second and a bit.
+MIN_EVENTS, MAX_BURSTS = 12, 3
+# An answer of the simulated provider takes a second and a bit; and one that is long enough, of a
+# model that costs money.
 SIMULATED_TOKENS = 40
-# An answer long enough for that, of a model that costs money.
-PROMPT = "Count from 1 to 40, with a space between."
-MAX_TOKENS = 120
+COSTLY = Question(prompt="Count from 1 to 40, with a space between.", max_tokens=120)
 # Snapshots that are compared, and the seconds between two of them.
-SNAPSHOTS = 3
-INTERVAL = 1.0
-# Seconds that the road may add to a snapshot. A gathered one is late by an interval at least.
+SNAPSHOTS, INTERVAL = 3, 1.0
+# Seconds that the way may add to a snapshot. A gathered one is late by an interval at least.
 MAX_DELAY = 0.8
 # Seconds for all of them.
 EVENTS_TIMEOUT = SNAPSHOTS * INTERVAL + 5.0
-GATHERED = (
-    "switch buffering off for this path in the proxy (nginx: proxy_buffering off; "
-    "docs/proxies.md has the others)"
-)
-FACES = {"WebSocket": "websocket", "SSE": "sse", "OpenAI": "openai"}
-
-
-class Road(NamedTuple):
-    """The way to a server: its URL, the paths of its faces, and a client's key."""
-
-    url: str
-    paths: dict[str, str]
-    key: str | None
+# Seconds to open a silent connection, or to close it; and those in which the server pings twice, by
+# the default of chat.websocket.ping_interval.
+SILENCE_TIMEOUT, TWO_PINGS = 10.0, 41.0
 
 
 class TimedAttempt(Attempt):
@@ -67,8 +55,6 @@ class TimedAttempt(Attempt):
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        # The code of what went wrong; empty for a complete answer.
-        self.failure = ""
         super().__init__(Results())
 
     def event(self, *, token: bool = False) -> None:
@@ -103,92 +89,60 @@ def gathered(times: Sequence[float]) -> bool:
     return len(times) >= MIN_EVENTS and bursts(times) <= MAX_BURSTS
 
 
-async def examine(
-    report: Report, road: Road, simulated: str | None, *, websocket: bool, ask: bool
-) -> None:
-    """Follow an answer on each face, and the snapshots of `/events`.
+def answer(face: str) -> Callable[[Facts], AsyncIterator[Result]]:
+    """Return the check that the events of an answer on *face* arrive one by one.
 
-    *simulated*: a model whose answers cost nothing. Without one an answer is asked for on one face
-    only, and none with *ask* False. *websocket*: whether WebSockets can be opened.
+    Without a model whose answers cost nothing only SSE is asked.
     """
-    faces = [face for face in FACES if websocket or face != "WebSocket"]
-    question = Question(prompt="Hello", model=simulated, max_tokens=SIMULATED_TOKENS)
-    if simulated is None:
-        faces = ["SSE"] if ask else []
-        question = Question(prompt=PROMPT, max_tokens=MAX_TOKENS)
-    encodings: set[str] = set()
-    async with remote.session(road.key, noting(encodings)) as session:
-        async with asyncio.TaskGroup() as tasks:
-            answers = {
-                face: tasks.create_task(_follow(session, road, face, question)) for face in faces
-            }
-            snapshots = tasks.create_task(_delays(session, road))
-        for face, answer in answers.items():
-            _tell_answer(report, face, answer.result(), even=simulated is not None)
-        if simulated is None:
-            reason = "only one face was asked" if ask else "--no-ask, and no model is simulated"
-            report.skip("answers", f"not every face was asked for an answer: {reason}")
-        _tell_delays(report, snapshots.result())
-    if encodings:
-        report.warn(
-            "streams",
-            f"the proxy compresses streams ({', '.join(sorted(encodings))})",
-            "a compressor may hold events back: leave text/event-stream out (nginx: gzip off)",
-        )
+
+    async def look(facts: Facts) -> AsyncIterator[Result]:
+        question = COSTLY
+        if facts.simulated is not None:
+            question = Question(prompt="Hello", model=facts.simulated, max_tokens=SIMULATED_TOKENS)
+        elif face != "sse":
+            return
+        elif not facts.ask:
+            yield skip("no answer was asked for: --no-ask, and no model is simulated")
+            return
+        attempt = TimedAttempt()
+        client = FaceClient(facts.session, face, facts.url, facts.paths[face], question)
+        try:
+            error = await client.request(attempt, ANSWER_TIMEOUT)
+        finally:
+            await client.close()
+        times = attempt.times
+        came = f"{len(times)} events in {bursts(times)} bursts"
+        if error is not None:
+            code = remote.printable(error.code)
+            yield fail(f"an answer failed: {code}", "docs/errors.md explains its codes")
+        elif not gathered(times):
+            took = times[-1] - times[0] if times else 0.0
+            yield ok(f"an answer came whole, each event as it was said: {came}", seconds=took)
+        elif facts.simulated is not None:
+            yield fail(f"an answer came whole, but something on the way gathers it: {came}")
+        else:
+            yield warn(f"an answer came whole, in few pieces, unless the model did that: {came}")
+
+    return look
 
 
-async def _follow(
-    session: aiohttp.ClientSession, road: Road, face: str, question: Question
-) -> TimedAttempt:
-    """Ask *question* on *face*, and read the answer to its end."""
-    attempt, name = TimedAttempt(), FACES[face]
-    client = FaceClient(session, name, road.url, road.paths[name], question)
-    try:
-        if error := await client.request(attempt, ANSWER_TIMEOUT):
-            attempt.failure = remote.printable(error.code)
-    finally:
-        await client.close()
-    return attempt
-
-
-def _tell_answer(report: Report, face: str, attempt: TimedAttempt, *, even: bool) -> None:
-    times = attempt.times
-    if attempt.failure:
-        report.fail(
-            face, f"an answer failed: {attempt.failure}", "docs/errors.md explains its codes"
-        )
-        return
-    came = f"{len(times)} events in {bursts(times)} bursts"
-    took = times[-1] - times[0] if times else 0.0
-    if not gathered(times):
-        report.ok(face, f"an answer came whole, each event as it was said: {came}", took)
-    elif even:
-        report.fail(
-            face, f"an answer came whole, but something on the road gathers it: {came}", GATHERED
-        )
-    else:
-        report.warn(
-            face,
-            f"an answer came whole, in few pieces: {came}",
-            f"maybe the model did that; else {GATHERED}",
-        )
-
-
-async def _delays(session: aiohttp.ClientSession, road: Road) -> list[float] | str:
-    """Return how much later than the quickest each snapshot of `/events` was, or why not."""
+async def snapshots(facts: Facts) -> AsyncIterator[Result]:
+    """Find out how much later than the quickest each snapshot of `/events` is."""
     delays: list[float] = []
     try:
         async with (
             asyncio.timeout(EVENTS_TIMEOUT),
-            session.get(
-                f"{road.url}/events",
+            facts.session.get(
+                f"{facts.url}/events",
                 params={"interval": f"{INTERVAL:g}"},
                 headers={"Accept": "text/event-stream"},
                 allow_redirects=False,
             ) as response,
         ):
             if response.status != 200 or response.content_type != "text/event-stream":
-                return f"HTTP {response.status}"
+                hint = "it wants an admin key, and a proxy that passes it"
+                yield skip(f"not followed: HTTP {response.status}", hint)
+                return
             async for event in remote.events(response):
                 if event.event == b"stats":
                     match orjson.loads(event.data):
@@ -198,28 +152,60 @@ async def _delays(session: aiohttp.ClientSession, road: Road) -> list[float] | s
                     break
     except TimeoutError:
         # A wait without an event says more than the events before it.
-        return [0.0, EVENTS_TIMEOUT]
+        delays = [0.0, 0.0, EVENTS_TIMEOUT]
     except (aiohttp.ClientError, OSError, EventTooLong, orjson.JSONDecodeError) as error:
-        return remote.describe(error)
+        yield skip(f"not followed: {remote.describe(error)}")
+        return
     # The first of them is the newest that there was, and up to an interval old.
-    del delays[:1]
-    return [delay - min(delays) for delay in delays]
+    late = max(delays[1:], default=0.0) - min(delays[1:], default=0.0)
+    if late > MAX_DELAY:
+        yield fail(f"something on the way gathers events: one was {late:.1f} s late")
+    elif len(delays) <= SNAPSHOTS:
+        yield fail("the connection ended early")
+    else:
+        yield ok("each event arrives as it comes", seconds=late)
 
 
-def _tell_delays(report: Report, delays: list[float] | str) -> None:
-    if isinstance(delays, str):
-        report.skip(
-            "/events",
-            f"not followed: {delays}",
-            "it wants an admin key, and a proxy that passes it",
-        )
-    elif len(delays) < SNAPSHOTS and max(delays, default=0.0) < EVENTS_TIMEOUT:
-        report.fail("/events", "the connection ended early")
-    elif max(delays) > MAX_DELAY:
-        report.fail(
-            "/events",
-            f"something on the road gathers events: one was {max(delays):.1f} s late",
-            GATHERED,
+async def compression(facts: Facts) -> AsyncIterator[Result]:
+    """Say that streams were compressed."""
+    yield warn(f"the proxy compresses streams ({', '.join(sorted(facts.encodings))})")
+
+
+async def silence(facts: Facts) -> AsyncIterator[Result]:
+    """Keep a silent WebSocket open, and count the server's pings (RFC 6455, 5.5.2)."""
+    seconds = facts.idle
+    if not seconds:
+        yield skip("not tested", "--idle 90 keeps one open for so many seconds")
+        return
+    began, pings = time.monotonic(), 0
+    try:
+        async with (
+            asyncio.timeout(seconds + 2 * SILENCE_TIMEOUT),
+            facts.session.ws_connect(
+                f"{facts.url}{facts.paths['websocket']}",
+                autoping=False,
+                timeout=aiohttp.ClientWSTimeout(ws_close=SILENCE_TIMEOUT),
+            ) as ws,
+        ):
+            while (left := began + seconds - time.monotonic()) > 0:
+                try:
+                    message = await ws.receive(timeout=left)
+                except TimeoutError:
+                    break
+                if message.type is aiohttp.WSMsgType.PING:
+                    pings += 1
+                    await ws.pong(message.data)
+                elif message.type is not aiohttp.WSMsgType.TEXT:
+                    lived = time.monotonic() - began
+                    yield fail(f"was closed after {lived:.0f} s, and {pings} pings of the server")
+                    return
+    except (aiohttp.ClientError, OSError) as error:
+        yield fail(f"cannot be kept open: {remote.describe(error)}")
+        return
+    if seconds >= TWO_PINGS and not pings:
+        yield warn(
+            f"no ping of the server arrived in {seconds:g} s",
+            "something on the way swallows them, or chat.websocket.ping_interval is long",
         )
     else:
-        report.ok("/events", "each event arrives as it comes", max(delays))
+        yield ok(f"lives for {seconds:g} s of silence, with {pings} pings of the server")

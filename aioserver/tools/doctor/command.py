@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +13,8 @@ import orjson
 from aioserver.client.client import base_url
 from aioserver.commands import options
 from aioserver.tools import remote
-from aioserver.tools.doctor.findings import Finding, Report
+from aioserver.tools.doctor.facts import Facts
+from aioserver.tools.doctor.results import Report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +59,7 @@ def command(
     looks at that alone, and asks it for a call of a tool as agents ask, over the bridges. Keys and
     texts are not shown. Exit code 1: something failed; 2: the configuration is bad.
     """
-    url = provider = None
+    url, provider = "", None
     if target is not None and _address(target, config):
         try:
             url = base_url(target)
@@ -64,20 +67,18 @@ def command(
             raise click.UsageError(str(error)) from None
     else:
         provider = target
-    if url is None and idle:
+    if not url and idle:
         raise click.UsageError("--idle goes with a URL")
-    if url is not None and config is not None:
+    if url and config is not None:
         raise click.UsageError("either --config or a URL")
-    report = Report(_ignore if as_json else _print)
-    if url is None:
-        from aioserver.tools.doctor import here  # noqa: PLC0415 - start-up time
+    from aioserver.tools.doctor.checks import examine  # noqa: PLC0415 - start-up time
 
-        code = here.examine(report, config, ask=not no_ask, only=provider)
-    else:
-        from aioserver.tools.doctor.server import Examination  # noqa: PLC0415 - start-up time
-
-        asyncio.run(Examination(report, url, key).run(ask=not no_ask, idle=idle))
-        code = int(report.failed)
+    # The log of the server in this process is not what was asked for.
+    logging.getLogger("aioserver").addHandler(logging.NullHandler())
+    # A person waits, and the next step may take long.
+    report = Report((lambda _result: None) if as_json else partial(print, flush=True))
+    facts = Facts(url=url, key=key, config=config, only=provider, ask=not no_ask, idle=idle)
+    code = asyncio.run(examine(report, facts))
     if as_json:
         print(orjson.dumps(report.plain(), option=orjson.OPT_INDENT_2).decode())
     else:
@@ -89,12 +90,3 @@ def _address(target: str, config: Path | None) -> bool:
     """Return whether *target* is the address of a server, and not the name of a provider."""
     bare = target != "localhost" and not any(mark in target for mark in ".:/[")
     return "://" in target or (config is None and not bare)
-
-
-def _print(finding: Finding) -> None:
-    # The next step may take long, and a person waits.
-    print(finding, flush=True)
-
-
-def _ignore(_finding: Finding) -> None:
-    """Wait for the whole report."""

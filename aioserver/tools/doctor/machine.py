@@ -3,310 +3,192 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-import os
 import platform
-import shutil
-from importlib import metadata, util
+import ssl
+import time
+from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import aiohttp
-import orjson
 
-from aioserver.client import faults
+from aioserver.files import x509
+from aioserver.files.certificates import day, ends_soon, first_end
 from aioserver.server import listener, preflight
+from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
+from aioserver.tools.doctor.server import get
 from aioserver.tools.remote import printable
 
 if TYPE_CHECKING:
-    from aioserver.config.settings import Settings
-    from aioserver.tools.doctor.findings import Report
+    from collections.abc import AsyncIterator, Callable
 
-# Bytes of a process before its first client, measured.
-PROCESS_BYTES = 64 << 20
-# Seconds to look up the configured host.
-LOOK_UP_TIMEOUT = 10.0
-# Seconds in which a server of this machine says that it lives, and the bytes of that.
-HEALTH_TIMEOUT, MAX_HEALTH_BYTES = 2.0, 1 << 16
+    from aioserver.tools.doctor.facts import Facts
+
+# Seconds to look up the configured host, and in which a server of this machine says that it lives.
+LOOK_UP_TIMEOUT, HEALTH_TIMEOUT = 10.0, 2.0
 MIB = 1 << 20
-# Bytes that should be free for the ledger: two and a half million lines.
-LEDGER_ROOM = 1 << 30
+# MiB of a process before its first client, measured.
+PROCESS_MIB = 64
+# Names of a certificate that are shown.
+MAX_NAMES = 5
+# The files in which Linux shows its limits: proc(5), cgroups(7).
+BACKLOG, PORTS = "proc/sys/net/core/somaxconn", "proc/sys/net/ipv4/ip_local_port_range"
+MEMORY, OWN_CGROUP, CGROUPS = "proc/meminfo", "proc/self/cgroup", "sys/fs/cgroup"
 
 
-class System(NamedTuple):
-    """The files in which a system shows its limits: proc(5), cgroups(7)."""
-
-    somaxconn: Path = listener.SOMAXCONN
-    port_range: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    memory: Path = Path("/proc/meminfo")
-    own_cgroup: Path = Path("/proc/self/cgroup")
-    cgroups: Path = Path("/sys/fs/cgroup")
-
-
-SYSTEM = System()
-
-
-class Extra(NamedTuple):
-    """An optional package, and what it brings."""
-
-    name: str
-    package: str
-    purpose: str
-
-
-UVLOOP = Extra("speedups", "uvloop", "a faster event loop")
-REDIS = Extra("cluster", "redis", "limits and streams that processes and machines share")
-
-
-def examine_interpreter(report: Report) -> None:
-    """Examine Python, and what is installed in it."""
+async def interpreter(_facts: Facts) -> AsyncIterator[Result]:
+    """Look at Python, and what is installed in it."""
     try:
         preflight.check_interpreter()
     except preflight.Unfit as unfit:
-        report.fail("machine", str(unfit))
+        yield fail(str(unfit))
     else:
         versions = f"Python {platform.python_version()}, aiohttp {aiohttp.__version__}"
-        report.ok("machine", f"{versions} with its parser in C")
-    if util.find_spec(UVLOOP.package) is None:
-        report.warn("machine", f"{UVLOOP.package} is not installed", _install(UVLOOP))
-    else:
-        version = metadata.version(UVLOOP.package)
-        report.ok("machine", f"{UVLOOP.package} {version}: {UVLOOP.purpose}")
+        yield ok(f"{versions} with its parser in C")
+    if util.find_spec("uvloop") is None:
+        yield warn("uvloop is not installed")
 
 
-async def examine(report: Report, settings: Settings, system: System = SYSTEM) -> None:
-    """Examine the limits of *system*, and the packages that *settings* ask for."""
-    _check_extras(report, settings)
-    _check_workers(report, settings)
-    _check_files(report, settings)
-    _check_backlog(report, settings, system)
-    _check_ports(report, settings, system)
-    _check_memory(report, settings, system)
-    _check_history(report, settings)
-    _check_ledger(report, settings)
-    await _check_address(report, settings)
-
-
-def _install(extra: Extra) -> str:
-    return f"pip install '.[{extra.name}]' in the clone brings {extra.purpose}"
-
-
-def _check_extras(report: Report, settings: Settings) -> None:
-    workers = settings.chat.websocket.concurrency.uvicorn.workers
-    if util.find_spec(REDIS.package) is None:
-        if settings.cluster.redis_url is not None:
-            report.fail(
-                "machine", "cluster.redis_url is set, and redis is not installed", _install(REDIS)
-            )
-        elif workers > 1:
-            text = (
-                f"redis is not installed: each of {workers} workers has a fixed "
-                "share of each limit"
-            )
-            report.warn("machine", text, _install(REDIS))
-
-
-def _check_workers(report: Report, settings: Settings) -> None:
-    if settings.chat.websocket.concurrency.uvicorn.workers > 1:
-        try:
+async def files(facts: Facts) -> AsyncIterator[Result]:
+    """Look at how many files a process may open, and whether there may be several processes."""
+    try:
+        if facts.here.chat.websocket.concurrency.uvicorn.workers > 1:
             preflight.check_workers()
-        except preflight.Unfit as unfit:
-            report.fail("machine", str(unfit))
-
-
-def _check_files(report: Report, settings: Settings) -> None:
-    try:
-        warning = preflight.raise_file_limit(settings)
+        warning = preflight.raise_file_limit(facts.here)
     except preflight.Unfit as unfit:
-        report.fail("machine", str(unfit))
-        return
-    if warning is not None:
-        report.warn("machine", warning)
+        yield fail(str(unfit))
     else:
-        wanted = preflight.wanted_files(settings)
-        report.ok("machine", f"open files: all limits together need {wanted}, and may have them")
+        wanted = preflight.wanted_files(facts.here)
+        text = f"open files: all limits together need {wanted}, and may have them"
+        yield ok(text) if warning is None else warn(warning)
 
 
-def _check_backlog(report: Report, settings: Settings, system: System) -> None:
-    backlog = settings.chat.websocket.concurrency.uvicorn.backlog
-    limit = _number(system.somaxconn)
-    if limit is None:
-        report.skip("machine", "somaxconn: this system does not show it")
-        return
-    text = f"the kernel lets {limit} connections wait" if limit < backlog else str(limit)
-    report.weigh(
-        "machine",
-        limit >= backlog,
-        f"somaxconn: {text}, and backlog asks for {backlog}",
-        f"sysctl -w net.core.somaxconn={backlog}",
-    )
+def limit(
+    text: str, remedy: str, measured: Callable[[Facts], tuple[int, int]]
+) -> Callable[[Facts], AsyncIterator[Result]]:
+    """Return the check that there is as much as is wanted, which both are *measured*; *text* says
+    so, and begins with what it is about.
+    """
+
+    async def look(facts: Facts) -> AsyncIterator[Result]:
+        try:
+            have, want = measured(facts)
+        except (OSError, ValueError):
+            yield skip(f"{text.partition(':')[0]}: this system does not show it")
+        else:
+            told = text.format(have=have, want=want)
+            yield ok(told) if have >= want else warn(told, remedy.format(want=want))
+
+    return look
 
 
-def _check_ports(report: Report, settings: Settings, system: System) -> None:
-    """Compare the local ports with the connections that need one of them each."""
-    concurrency = settings.chat.websocket.concurrency
-    pools = [
+def backlog(facts: Facts) -> tuple[int, int]:
+    """Return how many connections the kernel lets wait for the server, and the backlog."""
+    wanted = facts.here.chat.websocket.concurrency.uvicorn.backlog
+    return int((facts.root / BACKLOG).read_text()), wanted
+
+
+def ports(facts: Facts) -> tuple[int, int]:
+    """Return how many local ports there are, and how many may be in use for one address, each of
+    which needs its own: that of a provider, or of a proxy on this machine.
+    """
+    concurrency = facts.here.chat.websocket.concurrency
+    clients = concurrency.max_connections + concurrency.connection_queue_size
+    pools = (
         provider.http_client.max_connections * concurrency.uvicorn.workers
-        for provider in settings.llm.providers.values()
+        for provider in facts.here.llm.providers.values()
         if provider.usable
-    ]
-    # A port can serve one connection to each address. A proxy on this machine needs one for each
-    # client.
-    wanted = max([concurrency.max_connections + concurrency.connection_queue_size, *pools])
-    try:
-        low, high = map(int, system.port_range.read_text().split())
-    except (OSError, ValueError):
-        report.skip("machine", "local ports: this system does not show them")
-        return
-    ports = high - low + 1
-    needed = (
-        f"and up to {wanted} connections to one address may need one each"
-        if ports < wanted
-        else f"for at most {wanted} connections to one address"
     )
-    report.weigh(
-        "machine",
-        ports >= wanted,
-        f"local ports: {ports}, {needed}",
-        'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
-    )
+    low, high = map(int, (facts.root / PORTS).read_text().split())
+    return high - low + 1, max(clients, *pools)
 
 
-def _check_memory(report: Report, settings: Settings, system: System) -> None:
-    concurrency = settings.chat.websocket.concurrency
-    kept = settings.chat.streams.max_kept_bytes + concurrency.max_body_bytes + PROCESS_BYTES
-    wanted = kept * concurrency.uvicorn.workers
-    available = available_memory(system)
-    if available is None:
-        report.skip("machine", "memory: this system does not show it")
-        return
-    report.weigh(
-        "machine",
-        available >= wanted,
-        f"memory: {available // MIB} MiB are free, "
-        f"and kept answers and bodies may take {wanted // MIB}",
-        "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
-    )
+def memory(facts: Facts) -> tuple[int, int]:
+    """Return the MiB that are free, and those that answers, bodies and processes may take."""
+    concurrency = facts.here.chat.websocket.concurrency
+    kept = (facts.here.chat.streams.max_kept_bytes + concurrency.max_body_bytes) // MIB
+    wanted = (kept + PROCESS_MIB) * concurrency.uvicorn.workers
+    return available_memory(facts.root) // MIB, wanted
 
 
-def available_memory(system: System) -> int | None:
+def available_memory(root: Path) -> int:
     """Return the bytes that this process could take: those of the machine, or of its cgroup (v2),
     if they are less.
 
-    None: the system does not show them.
+    Raises:
+        OSError, ValueError: the system does not show them.
     """
-    found = []
-    try:
-        lines = system.memory.read_text().splitlines()
-        (text,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        found.append(int(text) * 1024)
-        group = system.own_cgroup.read_text().strip().rpartition(":")[2].lstrip("/")
-    except (OSError, ValueError):
-        return found[0] if found else None
-    folder = system.cgroups / group
-    # The limit of a group holds for those in it.
-    for level in (folder, *folder.parents):
-        if not level.is_relative_to(system.cgroups):
-            break
-        limit, used = _number(level / "memory.max"), _number(level / "memory.current")
-        if limit is not None:
-            found.append(max(0, limit - (used or 0)))
-    return min(found)
+    lines = (root / MEMORY).read_text().splitlines()
+    (text,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    available = int(text) * 1024
+    with contextlib.suppress(OSError):
+        group = (root / OWN_CGROUP).read_text().strip().rpartition(":")[2].lstrip("/")
+        folder = root / CGROUPS / group
+        # The limit of a group holds for those in it.
+        for level in (folder, *folder.parents):
+            # Where there is none, it is the word `max`, or not there.
+            with contextlib.suppress(OSError, ValueError):
+                bound = int((level / "memory.max").read_text())
+                used = int((level / "memory.current").read_text())
+                available = min(available, max(0, bound - used))
+    return available
 
 
-def _check_history(report: Report, settings: Settings) -> None:
-    """Find out whether the file of conversations could be written. Nothing is."""
-    repository = settings.chat.service.repository
-    if not repository.in_file:
-        return
-    file = Path(repository.path).absolute()
-    places = [place for place in (file.parent, file) if place == file.parent or place.exists()]
-    if all(os.access(place, os.W_OK) for place in places):
-        report.ok("machine", f"conversations: {file} can be written")
-    else:
-        report.warn(
-            "machine",
-            f"conversations: {file} cannot be written, "
-            "and they are lost at the end of the process",
-            "make the folder, and let the user of the server write it "
-            "(chat.service.repository.path)",
-        )
-
-
-def _check_ledger(report: Report, settings: Settings) -> None:
-    """Find out whether the disk of the ledger has room; that it can be written is a matter of the
-    configuration.
-    """
-    if settings.usage.path is None:
-        return
-    directory = Path(settings.usage.path).absolute()
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    try:
-        free = shutil.disk_usage(directory).free
-    except OSError as error:
-        report.warn("machine", f"ledger: the disk of {settings.usage.path}: {error.strerror}")
-        return
-    report.weigh(
-        "machine",
-        free >= LEDGER_ROOM,
-        f"ledger: {free // MIB} MiB are free on the disk of {settings.usage.path}",
-        "make room, or move old files of the ledger away: the server deletes none",
-    )
-
-
-async def _check_address(report: Report, settings: Settings) -> None:
-    host, port = settings.chat.websocket.host, settings.chat.websocket.port
-    subject = "machine"
+async def address(facts: Facts) -> AsyncIterator[Result]:
+    """Find out whether the server could listen where it is to, or does so already."""
+    websocket = facts.here.chat.websocket
+    host, port = websocket.host, websocket.port
     try:
         async with asyncio.timeout(LOOK_UP_TIMEOUT):
             infos = await asyncio.get_running_loop().getaddrinfo(host, port, **listener.LOOK_UP)
         for sock in listener.bind(host, port, infos):
             sock.close()
     except TimeoutError:
-        report.fail(subject, f"{host} is not found in time", "see chat.websocket.host")
+        yield fail(f"{host} is not found in time", "see chat.websocket.host")
     except OSError as error:
         text = preflight.cannot_listen(host, port, error)
-        if error.errno == errno.EADDRINUSE:
-            scheme = settings.chat.websocket.scheme
-            host = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared
-            url = listener.url_of(host, port, scheme)
-            if (version := await _serving(url)) is not None:
-                report.ok(
-                    subject,
-                    f"aioserver{version and f' {version}'} already serves {url}: "
-                    f"`aioserver doctor {url}` examines it",
-                )
-            else:
-                report.warn(subject, text)
-        else:
-            report.fail(subject, text)
-    else:
-        report.ok(subject, f"{host}:{port} is free to listen on")
-
-
-async def _serving(url: str) -> str | None:
-    """Return the version of the aioserver at *url*, empty if it is not told; None if what answers
-    is none.
-    """
-    timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT)
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
+        if error.errno != errno.EADDRINUSE:
+            yield fail(text)
+            return
+        host = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared
+        url = listener.url_of(host, port, websocket.scheme)
+        async with aiohttp.ClientSession() as session:
             # Its certificate may have other names than this address, and is examined by itself.
-            session.get(f"{url}/health", allow_redirects=False, ssl=False) as response,
-        ):
-            content = orjson.loads(await faults.read_body(response, MAX_HEALTH_BYTES))
-    except (aiohttp.ClientError, OSError, ValueError):
-        return None
-    if not isinstance(content, dict) or content.get("status") != "healthy":
-        return None
-    return printable(str(content.get("version") or ""))
+            answer = await get(session, f"{url}/health", HEALTH_TIMEOUT, ssl=False)
+        version = f"aioserver {printable(answer.content.get('version') or '')}".rstrip()
+        serves = f"{version} already serves {url}: `aioserver doctor {url}` examines it"
+        yield ok(serves) if answer.healthy else warn(text)
+    else:
+        yield ok(f"{host}:{port} is free to listen on")
 
 
-def _number(path: Path) -> int | None:
-    """Return the number in a file of the kernel; None if there is none."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
+async def certificate(facts: Facts) -> AsyncIterator[Result]:
+    """Look at the certificate that the listener would show, whose files can be used: its dates,
+    its names, and the chain that it is shown with.
+    """
+    tls = facts.here.chat.websocket.tls
+    assert tls is not None
+    chain = x509.certificates(await asyncio.to_thread(Path(tls.cert_file).read_bytes))
+    expires = first_end(chain)
+    if (text := ends_soon(expires)) is None:
+        yield ok(f"the certificate is valid until {day(expires)}")
+    else:
+        hint = "renew it: the files are read again within seconds"
+        yield fail(text, hint) if expires <= time.time() else warn(text, hint)
+    if names := chain[0].names:
+        yield ok(f"clients may connect to {', '.join(names[:MAX_NAMES])}")
+    else:
+        yield fail("the certificate has no name", "clients look for the host in it")
+    known = set()
+    for der in ssl.create_default_context().get_ca_certs(binary_form=True):
+        with contextlib.suppress(x509.Malformed):
+            known.add(x509.certificate(der).subject)
+    last = chain[-1]
+    if last.issuer in known:
+        yield ok("its issuer is an authority that this system knows")
+    else:
+        what = "it is signed by itself" if last.self_signed else "this system knows no such issuer"
+        text = "clients have to trust it by a file, unless an intermediate is missing"
+        yield warn(f"{what}: {text}")

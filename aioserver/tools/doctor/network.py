@@ -1,36 +1,33 @@
-"""The road to a host, step by step: its name, a connection, TLS."""
+"""The way to a host, step by step: its name, a connection, TLS."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 import ssl
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from aioserver.client import faults as client_faults
+from aioserver.client import faults
+from aioserver.tools.doctor.results import Result, fail, ok, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable
 
-    from aioserver.tools.doctor.findings import Report
+    from yarl import URL
 
-    Problem = Callable[[str, str, str], None]
+    Problem = Callable[[str, str], Result]
 
-# Addresses of one name that are tried; a name with more of them has them for one and the same
-# service.
-MAX_ADDRESSES = 4
-# This machine has no address of that family, as most containers have none of IPv6.
-NO_ROAD = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.ENETUNREACH})
 # Days before the end of a certificate, from which on somebody has to act.
 SOON = 14.0
 SECONDS_A_DAY = 86400.0
 
 
-class Peer(NamedTuple):
+@dataclass
+class Peer:
     """A host to reach, each step within *limit* seconds. *context*: None without TLS. *trust*: how
     an authority is trusted that the system does not know.
     """
@@ -40,128 +37,80 @@ class Peer(NamedTuple):
     context: ssl.SSLContext | None
     limit: float
     trust: str = "trust its authority (ca_file)"
+    # Whether there is a way, and the protocol that TLS has agreed on (ALPN, RFC 7301).
+    reached: bool = False
+    protocol: str = ""
 
+    @classmethod
+    def at(cls, url: URL, limit: float, default_port: int = 0) -> Peer:
+        """Return the peer at *url*, with TLS as its scheme says."""
+        context = ssl.create_default_context() if url.scheme in {"https", "rediss"} else None
+        return cls(url.host or "", url.port or default_port, context, limit)
 
-class Steps:
-    """The steps to *peer*. *problem* takes what is wrong; None: `report.fail`."""
-
-    def __init__(
-        self, report: Report, subject: str, peer: Peer, problem: Problem | None = None
-    ) -> None:
-        self._report = report
-        self._subject = subject
-        self._peer = peer
-        self._problem = problem or report.fail
-
-    async def take(self) -> str | None:
-        """Look the name up, connect to each of its addresses, and make a TLS handshake with one.
-
-        Returns None if there is no way to the peer; otherwise the protocol that TLS has agreed on
-        (ALPN, RFC 7301), empty where it has not.
+    async def steps(self, problem: Problem = fail) -> AsyncIterator[Result]:
+        """Look the name up, connect, and make a TLS handshake; *problem* makes the result of what
+        is wrong.
         """
-        infos = await self._look_up()
-        sock = await self._connect(infos) if infos else None
-        if sock is None:
-            return None
-        if self._peer.context is None:
-            sock.close()
-            return ""
-        return await self._secure(sock)
-
-    async def _look_up(self) -> Sequence[tuple[Any, ...]]:
-        """Return the addresses; none if the name is not found."""
-        host, port = self._peer.host, self._peer.port
         loop, began = asyncio.get_running_loop(), time.perf_counter()
         try:
-            async with asyncio.timeout(self._peer.limit):
-                infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            async with asyncio.timeout(self.limit):
+                infos = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            self._problem(
-                self._subject,
-                f"the name {host} is not found: {_reason(error)}",
+            yield problem(
+                f"the name {self.host} is not found: {_reason(error)}",
                 "check its spelling, and the DNS servers of this machine (/etc/resolv.conf)",
             )
-            return ()
-        names = dict.fromkeys(str(info[4][0]) for info in infos)
+            return
+        addresses = [*dict.fromkeys(str(info[4][0]) for info in infos)]
         # An address needs no look-up.
-        if [*names] != [host]:
+        if addresses != [self.host]:
             took = time.perf_counter() - began
-            self._report.ok(self._subject, f"DNS: {host} is {', '.join(names)}", took)
-        return infos[:MAX_ADDRESSES]
-
-    async def _connect(self, infos: Sequence[tuple[Any, ...]]) -> socket.socket | None:
-        """Connect to all addresses.
-
-        Returns the first socket that is connected; None if none is.
-        """
-        subject = self._subject
-        faults: list[str] = []
-        # Addresses of a family that this machine has not, which cost nobody any time.
-        absent: list[str] = []
-        with contextlib.ExitStack() as stack:
-            connected: socket.socket | None = None
-            for family, kind, protocol, _, address in infos:
-                began = time.perf_counter()
-                try:
-                    sock = stack.enter_context(socket.socket(family, kind, protocol))
-                    sock.setblocking(False)
-                    async with asyncio.timeout(self._peer.limit):
-                        await asyncio.get_running_loop().sock_connect(sock, address)
-                except OSError as error:
-                    text = f"{address[0]} port {address[1]}: {_reason(error)}"
-                    (absent if error.errno in NO_ROAD else faults).append(text)
-                    continue
-                if connected is None:
-                    took = time.perf_counter() - began
-                    self._report.ok(subject, f"connected to {address[0]} port {address[1]}", took)
-                    # The stack closes the original.
-                    connected = sock.dup()
-                    connected.setblocking(False)
-        if connected is None:
-            hint = "nothing listens there, or a firewall is in the way"
-            self._problem(subject, f"no connection: {'; '.join((*faults, *absent))}", hint)
-        elif faults:
-            text = f"one of its addresses cannot be reached: {'; '.join(faults)}"
-            self._report.warn(subject, text, "each new connection may try it first, and wait")
-        return connected
-
-    async def _secure(self, sock: socket.socket) -> str | None:
-        """Make a TLS handshake on *sock*, and close it. Returns None if it has failed."""
+            yield ok(f"DNS: {self.host} is {', '.join(addresses)}", seconds=took)
         began = time.perf_counter()
         try:
-            async with asyncio.timeout(self._peer.limit):
-                # A transport closes the socket, also where the handshake fails.
-                _, writer = await asyncio.open_connection(
-                    sock=sock, ssl=self._peer.context, server_hostname=self._peer.host
-                )
+            async with asyncio.timeout(self.limit):
+                _, writer = await asyncio.open_connection(self.host, self.port)
+        except OSError as error:
+            hint = "nothing listens there, or a firewall is in the way"
+            where = f"{', '.join(addresses)} port {self.port}"
+            yield problem(f"no connection: {where}: {_reason(error)}", hint)
+            return
+        try:
+            took = time.perf_counter() - began
+            address, port = writer.get_extra_info("peername")[:2]
+            yield ok(f"connected to {address} port {port}", seconds=took)
+            if self.context is None:
+                self.reached = True
+            else:
+                yield await self._secure(writer, self.context, problem)
+        finally:
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _secure(
+        self, writer: asyncio.StreamWriter, context: ssl.SSLContext, problem: Problem
+    ) -> Result:
+        """Make a TLS handshake, and look at the certificate."""
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.limit):
+                await writer.start_tls(context, server_hostname=self.host)
         except ssl.SSLCertVerificationError as error:
-            self._problem(
-                self._subject,
-                f"TLS: the certificate is refused: {error.verify_message}",
-                f"renew it, use the name that it has, or {self._peer.trust}",
-            )
-            return None
+            text = f"TLS: the certificate is refused: {error.verify_message}"
+            return problem(text, f"renew it, use the name that it has, or {self.trust}")
         except OSError as error:
             text = f"TLS: no handshake: {_reason(error)}"
-            self._problem(self._subject, text, "is there TLS on this port at all?")
-            return None
+            return problem(text, "is there TLS on this port at all?")
         took = time.perf_counter() - began
         tls: ssl.SSLObject = writer.get_extra_info("ssl_object")
-        self._tell_certificate(f"TLS: {tls.version()}", tls.getpeercert() or {}, took)
-        protocol = tls.selected_alpn_protocol() or ""
-        writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-        return protocol
-
-    def _tell_certificate(self, text: str, certificate: Mapping[str, Any], took: float) -> None:
-        days = ssl.cert_time_to_seconds(str(certificate["notAfter"])) - time.time()
-        days /= SECONDS_A_DAY
-        text = f"{text}, and a certificate that is valid for {days:.0f} days"
+        self.reached, self.protocol = True, tls.selected_alpn_protocol() or ""
+        ends = ssl.cert_time_to_seconds(str((tls.getpeercert() or {})["notAfter"]))
+        days = (ends - time.time()) / SECONDS_A_DAY
+        text = f"TLS: {tls.version()}, and a certificate that is valid for {days:.0f} days"
         if days < SOON:
-            self._report.warn(self._subject, text, "renew it: once it has ended, nobody connects")
-        else:
-            self._report.ok(self._subject, text, took)
+            return warn(text, "renew it: once it has ended, nobody connects")
+        return ok(text, seconds=took)
 
 
 def _reason(error: BaseException) -> str:
@@ -170,4 +119,4 @@ def _reason(error: BaseException) -> str:
         return str(error.reason or "the connection was closed")
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)
-    return client_faults.describe(error)
+    return faults.describe(error)

@@ -1,11 +1,9 @@
-"""The road to each provider: its name, a connection, TLS, the key, and the first token of an
-answer; and whether agents can work with it.
+"""The way to each provider: its name, a connection, TLS, the key, and the first token of an
+answer.
 
 The first token comes by the very code that serves clients: the same pool, timeouts, headers and
-meaning of a fault. Nothing that a provider says is shown but its status: its words may hold our
-key.
-
-This file is one concept: the steps on that road, each of which may end it.
+meaning of a fault. Nothing that a provider says is shown but its status, names of models that are
+ours, and lengths: its words may hold our key.
 """
 
 from __future__ import annotations
@@ -13,23 +11,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from yarl import URL
 
 from aioserver.config.llm import INSTRUCT, NO_CONTINUATION, PREFIXED
-from aioserver.faces.wing import Core, Wing
 from aioserver.files.certificates import client_context
-from aioserver.files.watched_files import WatchedFiles
-from aioserver.gateway.bridging import ABSENT_STATUSES, ChatCapabilities
 from aioserver.gateway.continuation import continued
-from aioserver.gateway.probe import ARGUMENT
 from aioserver.gateway.prompts import chat_body
-from aioserver.limits.scheduler import Scheduler
-from aioserver.protocol.bridging.accepted_parameters import MAX_COMPLETION_TOKENS as NEWER_BOUND
-from aioserver.protocol.bridging.accepted_parameters import MAX_TOKENS as MAX_BOUND
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.seam import Anchored, Onward, SeamBroken, anchor_of
 from aioserver.provider_errors import (
@@ -42,204 +32,227 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.api import CHAT
 from aioserver.providers.attempt import Attempt
-from aioserver.providers.passthrough import PassedAttempt
+from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.providers.pool import environment_proxy
-from aioserver.providers.registry import ProviderRegistry
 from aioserver.providers.request import ProviderRequest
-from aioserver.server.wings import WINGS
 from aioserver.streams.cursor import ConditionReader
-from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
-from aioserver.telemetry.metrics import Metrics
-from aioserver.tools.doctor.groups import examine_groups, models_of, models_request
-from aioserver.tools.doctor.network import Peer, Steps
+from aioserver.tools.doctor import agents
+from aioserver.tools.doctor.network import Peer
+from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
 
 if TYPE_CHECKING:
-    import ssl
+    from collections.abc import AsyncIterator
 
     from aioserver.config import settings
-    from aioserver.config.settings import Settings
-    from aioserver.gateway.probe import Probe
     from aioserver.providers.provider import Provider
-    from aioserver.tools.doctor.findings import Report
-    from aioserver.tools.doctor.network import Problem
+    from aioserver.tools.doctor.facts import Facts
 
 QUESTION = b'[{"role":"user","content":"Say OK."}]'
 # A question whose answer is known, the beginning of that, and the word that follows it.
 COUNTING = b'[{"role":"user","content":"Count from one to ten in words."}]'
 SAID, FOLLOWING = "one two three four", "five"
-# Tokens that such an answer may cost at most. It is cancelled at its first.
+# Tokens that such an answer may cost at most. The first is cancelled at its first.
 MAX_TOKENS = 16
-MAX_BYTES = 1 << 20
+# Bytes of an answer, and of a list of models: OpenRouter's has 500 KiB.
+MAX_BYTES = 1 << 22
 # Where most providers have the API, and what they say elsewhere.
 USUAL_PATH, NOT_FOUND = "v1", 404
-NOT_ASKED = "it is neither active nor a fallback"
-
-
-async def examine(
-    report: Report, settings: Settings, *, ask: bool, only: str | None = None
-) -> None:
-    """Examine the providers of *settings*, one after the other, or *only* the one of this name,
-    which is also asked as agents ask.
-
-    A small question is asked of those that clients are answered by unless they choose (the active
-    one and the fallbacks), and of simulated ones; only these can fail. *ask* False: of simulated
-    ones alone.
-
-    Raises:
-        ConfigurationError: a `ca_file` holds no certificate.
-    """
-    llm, metrics = settings.llm, Metrics(settings.llm.providers)
-    # Without that wing this one does nothing.
-    wing = next((wing() for wing in WINGS if wing.name == "simulator"), Wing())
-    async with AsyncExitStack() as stack:
-        loop = asyncio.get_running_loop()
-        streams = StreamStore(max_stream_bytes=MAX_BYTES, max_kept_bytes=MAX_BYTES)
-        core = Core(
-            settings=settings,
-            metrics=metrics,
-            loop=loop,
-            scheduler=Scheduler(loop),
-            streams=streams,
-            # Never begun: nothing changes while it is examined.
-            watched=WatchedFiles(lambda _kind, _text: None),
+# What each fault means: the first row that fits counts.
+FAULTS: tuple[tuple[type[ProviderFault], str, str], ...] = (
+    (
+        ProviderAuthError,
+        "the key is refused: HTTP {status}",
+        "check {key}, what the key may do, and the credit of its account",
+    ),
+    (
+        ProviderRateLimited,
+        "refuses requests for their rate at the moment: HTTP {status}",
+        "lower requests_per_minute, or ask for a higher limit there",
+    ),
+    (
+        ProviderRefused,
+        "refuses a simple question: HTTP {status}",
+        "check base_url, and whether there is a model {model}",
+    ),
+    *(
+        (
+            kind,
+            "{code}: HTTP {status}, without an answer that can be read",
+            "check base_url; it is the provider's fault otherwise",
         )
-        await wing.open(core, stack)
-        registry = ProviderRegistry(metrics, simulated=wing.simulated)
-        try:
-            await registry.prepare(llm)
-            registry.apply(llm, max_response_bytes=MAX_BYTES)
-            needed = [
-                member.provider
-                for name in (llm.active, *llm.fallbacks)
-                for link in llm.chain(name)
-                for member in llm.members(link)
-            ]
-            if only is not None:
-                provider = registry.providers[only]
-                answers = await _examine(report, provider, needed=True, ask=ask)
-                if answers and not provider.settings.simulated:
-                    await _call_tools(report, provider)
-                return
-            # The providers that matter most come first.
-            for name in dict.fromkeys((*needed, *registry.providers)):
-                await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
-            await examine_groups(report, llm, registry.providers)
-        finally:
-            await registry.close()
+        for kind in (ProviderError, ProviderBadResponse)
+    ),
+    (ProviderFault, "{code}: {fault}", "docs/errors.md explains this code"),
+)
 
 
-async def _examine(report: Report, provider: Provider, *, needed: bool, ask: bool) -> bool:
-    """Examine *provider*; return whether it has answered a question."""
-    settings, subject = provider.settings, f"provider {provider.name}"
-    problem: Problem = report.fail if needed else report.warn
+class Asked(NamedTuple):
+    """What came of a request: its fault, its HTTP status, and the seconds that it took."""
+
+    fault: ProviderFault | None
+    status: int
+    took: float
+
+
+async def providers(facts: Facts) -> AsyncIterator[Result]:
+    """Look at the providers, one after the other, the active one and the fallbacks first: only
+    these can fail.
+    """
+    llm, known = facts.settings.llm, facts.server.provider_registry.providers
+    needed = [
+        member.provider
+        for name in (llm.active, *llm.fallbacks)
+        for link in llm.chain(name)
+        for member in llm.members(link)
+    ]
+    if facts.only is not None:
+        needed = [facts.only]
+    for name in needed if facts.only is not None else dict.fromkeys((*needed, *known)):
+        async for result in _provider(facts, known[name], needed=name in needed):
+            yield dataclasses.replace(result, subject=f"provider {name}")
+
+
+async def _provider(facts: Facts, provider: Provider, *, needed: bool) -> AsyncIterator[Result]:
+    settings = provider.settings
+    problem = fail if needed else warn
     if not settings.usable:
-        report.skip(subject, f"off: {settings.missing_key} is not set")
-        return False
+        yield skip(f"off: {settings.missing_key} is not set")
+        return
     if not settings.simulated:
-        _tell_key(report, subject, settings)
-        if not await _reach(report, subject, settings, problem):
-            return False
-    if settings.simulated or (needed and ask):
-        answers = await _first_token(report, subject, provider, problem)
+        where = settings.api_key_env or settings.api_key_file or "the configuration"
+        yield ok("needs no key" if settings.api_key is None else f"its key is in {where}")
+        url = URL(settings.base_url)
+        if proxy := URL(settings.proxy) if settings.proxy else environment_proxy(url):
+            yield ok(f"reached through the proxy {proxy.host}:{proxy.port}")
+        peer = Peer.at(proxy or url, settings.http_client.connect_timeout)
+        if peer.context is not None and not proxy:
+            # A proxy is trusted as aiohttp does it, by the certificates of the system.
+            pair = settings.client_cert_file, settings.client_key_file
+            peer.context, _ = client_context(settings.ca_file, *pair)
+        async for result in peer.steps(problem):
+            yield result
+        if not peer.reached:
+            return
+    if settings.simulated or (needed and facts.ask):
+        asked, _ = await _chat(provider, _short(settings, QUESTION, streamed=True), streamed=True)
+        if asked.fault is None:
+            yield ok(f"answers: the first token of {settings.model} came", seconds=asked.took)
+        else:
+            wrong = await _wrong_base(provider, asked)
+            yield problem(*(wrong or _meaning(settings, asked.fault, asked.status)))
         if settings.continuation != NO_CONTINUATION:
-            await _goes_on(report, subject, provider)
-        return answers
-    await _list_models(report, subject, provider, problem)
-    reason = "--no-ask" if needed else NOT_ASKED
-    report.skip(subject, f"no question was asked: {reason}")
-    return False
-
-
-def _tell_key(report: Report, subject: str, settings: settings.Provider) -> None:
-    source = settings.api_key_env or settings.api_key_file
-    if settings.api_key is None:
-        report.ok(subject, "needs no key")
+            yield await _continuation(provider)
+        if facts.only is not None and asked.fault is None and not settings.simulated:
+            async for result in agents.agents(facts.server, provider):
+                yield result
+        return
+    _, asked = await _models(provider)
+    if asked.fault is None:
+        yield ok("GET /models is answered: the key is not refused", seconds=asked.took)
+    elif not isinstance(asked.fault, ProviderRefused):
+        yield problem(*_meaning(settings, asked.fault, asked.status))
+    elif wrong := await _wrong_base(provider, asked):
+        yield problem(*wrong)
     else:
-        report.ok(subject, f"its key is in {source or 'the configuration'}")
+        yield skip(f"GET /models: HTTP {asked.status}: it may have no such list")
+    reason = "--no-ask" if needed else "it is neither active nor a fallback"
+    yield skip(f"no question was asked: {reason}")
 
 
-async def _reach(
-    report: Report, subject: str, settings: settings.Provider, problem: Problem
-) -> bool:
-    """Reach the provider, or the proxy in front of it, to which the same steps are made."""
-    url = URL(settings.base_url)
-    proxy = URL(settings.proxy) if settings.proxy else environment_proxy(url)
-    if proxy is not None:
-        report.ok(subject, f"reached through the proxy {proxy.host}:{proxy.port}")
-        url = proxy
-    context: ssl.SSLContext | None = None
-    if url.scheme == "https":
-        # A proxy is trusted as aiohttp does it, by the certificates of the system.
-        files = (settings.ca_file, settings.client_cert_file, settings.client_key_file)
-        context, _ = client_context(*((None, None, None) if proxy else files))
-    peer = Peer(url.host or "", url.port or 0, context, settings.http_client.connect_timeout)
-    return await Steps(report, subject, peer, problem).take() is not None
+async def _ask(
+    provider: Provider, attempt: Attempt, enough: asyncio.Future[Any] | None = None
+) -> Asked:
+    """Run *attempt* to its end, or until *enough* is done, and then cancel it.
+
+    Each wait in it has its deadline in the settings of the provider.
+    """
+    fault, began = None, time.perf_counter()
+    answering = asyncio.ensure_future(provider.run(attempt))
+    waited = (answering,) if enough is None else (answering, enough)
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            await answering
+    except ProviderFault as exc:
+        fault = exc
+    finally:
+        answering.cancel()
+        await asyncio.wait((answering,))
+    return Asked(fault, attempt.status, time.perf_counter() - began)
 
 
-async def _first_token(report: Report, subject: str, provider: Provider, problem: Problem) -> bool:
-    """Ask a small question, and cancel the answer as soon as it begins; return whether it has."""
-    configured = provider.settings.max_tokens
+def _short(settings: settings.Provider, question: bytes, *, streamed: bool) -> bytes:
+    """Return the body that asks *question*, for an answer of few tokens."""
     # A provider whose models refuse the parameter gets none, as in a chat.
-    limit = configured and min(configured, MAX_TOKENS)
+    limit = settings.max_tokens and min(settings.max_tokens, MAX_TOKENS)
+    short = dataclasses.replace(settings, max_tokens=limit)
+    return chat_body(short, None, question, b"{}", frozenset(), streamed=streamed)
 
-    def body(settings: settings.Provider, _model: str | None) -> bytes:
-        short = dataclasses.replace(settings, max_tokens=limit)
-        return chat_body(short, None, QUESTION, b"{}", frozenset(), streamed=True)
 
-    request = ProviderRequest(CHAT, body, streamed=True, reading=Reading())
+async def _chat(provider: Provider, data: bytes, *, streamed: bool) -> tuple[Asked, str]:
+    """Ask for the chat completion of *data*, and cancel one that is *streamed* as soon as it begins;
+    return what came of it, and its text.
+    """
+    reading = Reading()
+    request = ProviderRequest(CHAT, lambda *_: data, streamed=streamed, reading=reading)
     stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
-    attempt = Attempt(provider, request, stream)
     # The first event says that the request has its place here, the second comes from the provider.
     reader = ConditionReader(stream, lambda log: log.last > 1 or log.ended)
-    began = time.perf_counter()
+    attempt = Attempt(provider, request, stream)
     try:
-        await _run(provider, attempt, reader.reached)
-    except ProviderFault as fault:
-        if not await _tell_wrong_base(subject, provider, fault, problem):
-            _tell_fault(subject, attempt, fault, problem)
-        return False
+        asked = await _ask(provider, attempt, reader.reached if streamed else None)
     finally:
         reader.leave()
-    took = time.perf_counter() - began
-    if isinstance(stream.error, ProviderFault):
-        _tell_fault(subject, attempt, stream.error, problem)
-        return False
-    report.ok(subject, f"answers: the first token of {provider.settings.model} came", took)
-    return True
+    if asked.fault is None and isinstance(stream.error, ProviderFault):
+        asked = asked._replace(fault=stream.error)
+    return asked, reading.text
 
 
-async def _goes_on(report: Report, subject: str, provider: Provider) -> None:
+def _meaning(settings: settings.Provider, fault: ProviderFault, status: int) -> tuple[str, str]:
+    """Return what *fault* means, whose answer had *status*, and what to do."""
+    text, hint = next(row[1:] for row in FAULTS if isinstance(fault, row[0]))
+    key = settings.api_key_env or settings.api_key_file or "its key in the configuration"
+    return (
+        text.format(code=fault.code, fault=fault, status=status),
+        hint.format(key=key, model=settings.model),
+    )
+
+
+async def _wrong_base(provider: Provider, asked: Asked) -> tuple[str, str] | None:
+    """Return that a fault is that of a `base_url` without the path below which the API is, and what
+    to do; None if it is not.
+    """
+    if asked.status != NOT_FOUND:
+        return None
+    models, _ = await _models(provider, f"{USUAL_PATH}/models")
+    if models is None:
+        return None
+    listed = f"{len(models)} model{'' if len(models) == 1 else 's'}"
+    return (
+        f"nothing of its API is there: HTTP {NOT_FOUND}; below /{USUAL_PATH} it has {listed}",
+        f"set base_url: {provider.settings.base_url.rstrip('/')}/{USUAL_PATH}",
+    )
+
+
+async def _continuation(provider: Provider) -> Result:
     """Have the rest of an answer said, in the form that the provider is asked for it.
 
     A text that was shown to a client comes twice where the form is none of the provider's.
     """
     form = provider.settings.continuation
-    configured = provider.settings.max_tokens
-    short = dataclasses.replace(
-        provider.settings, max_tokens=configured and min(configured, MAX_TOKENS)
-    )
-    asked = chat_body(short, None, COUNTING, b"{}", frozenset(), streamed=False)
-    data = await continued(asked, form, SAID, 0)
-    reading = Reading()
-    request = ProviderRequest(
-        CHAT, lambda _settings, _model: data, streamed=False, reading=reading
-    )
-    stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
-    began = time.perf_counter()
-    try:
-        await provider.run(Attempt(provider, request, stream))
-    except ProviderRefused as fault:
-        text = f"refuses to go on with an answer: HTTP {fault.provider_status}"
-    except ProviderFault as fault:
-        text = f"does not go on with an answer: {fault.code}"
+    question = _short(provider.settings, COUNTING, streamed=False)
+    data = await continued(question, form, SAID, 0)
+    asked, rest = await _chat(provider, data, streamed=False)
+    if isinstance(asked.fault, ProviderRefused):
+        text = f"refuses to go on with an answer: HTTP {asked.status}"
+    elif asked.fault is not None:
+        text = f"does not go on with an answer: {asked.fault.code}"
     else:
-        text = _rest_found(form, reading.text)
+        text = _rest_found(form, rest)
     if text:
-        report.warn(subject, text, f"another `continuation` than {form}, or none: docs/rescue.md")
-    else:
-        took = time.perf_counter() - began
-        report.ok(subject, f"goes on with an answer that broke off ({form})", took)
+        return warn(text, f"another `continuation` than {form}, or none: docs/rescue.md")
+    return ok(f"goes on with an answer that broke off ({form})", seconds=asked.took)
 
 
 def _rest_found(form: str, text: str) -> str:
@@ -259,171 +272,79 @@ def _rest_found(form: str, text: str) -> str:
     return ""
 
 
-async def _call_tools(report: Report, provider: Provider) -> None:
-    """Ask for a call of a tool in the API of each wing, over the bridge where the provider has
-    chat completions only, and say what was learned of it.
+async def _models(
+    provider: Provider, path: str = "models"
+) -> tuple[dict[str, int | None] | None, Asked]:
+    """Ask for the list of models at *path* below the base URL of *provider*, which costs nothing;
+    most providers want their key for it. Return each with its `max_model_len`, if it has one; None
+    without a list that can be read.
     """
-    probes = [probe for wing in WINGS if (probe := wing.probe()) is not None]
-    if any([await _call_tool(report, provider, probe) for probe in probes]):
-        _tell_learned(report, f"provider {provider.name}", provider.capabilities(ChatCapabilities))
+    request = PassedRequest("GET", path, lambda *_: b"", {})
+    body = bytearray()
 
+    async def read() -> None:
+        while len(body) < MAX_BYTES and (part := await request.answer.take()):
+            body.extend(part)
 
-async def _call_tool(report: Report, provider: Provider, probe: Probe) -> bool:
-    """Ask for such a call; return whether a bridge has answered."""
-    subject, path = f"provider {provider.name}", probe.make_attempt.shown_path
-    api = probe.request.api
-    if not api.speaks(provider.settings):
-        report.skip(subject, f"{path}: not asked for, as {api.setting} is false")
-        return False
-    stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
-    stream.events = api.events()
-    attempt = probe.make_attempt(provider, probe.request, stream)
-    began = time.perf_counter()
+    reading = asyncio.ensure_future(read())
+    asked = await _ask(provider, PassedAttempt(provider, request, None), reading)
+    request.answer.stop()
+    await reading
     try:
-        await provider.run(attempt)
-    except ProviderFault as fault:
-        absent = api.setting and attempt.status in ABSENT_STATUSES
-        report.warn(
-            subject,
-            f"{path}: {fault.code}: HTTP {attempt.status}",
-            f"`{api.setting}: auto` has its requests translated, if it has no such path"
-            if absent
-            else "docs/errors.md explains this code",
-        )
-        return False
-    took = time.perf_counter() - began
-    if not attempt.bridged:
-        report.ok(subject, f"{path}: it has that, and answers", took)
-        return False
-    calls = probe.calls(b"".join([entry.data for entry in stream.entries]))
-    if len(calls) == 1 and _has_argument(calls[0]):
-        report.ok(subject, f"{path}, translated: its tool was called", took)
-    else:
-        report.warn(
-            subject,
-            f"{path}, translated: {len(calls)} calls of its tool came, or without its argument",
-            "agents need a model that was trained for calls, and an engine that finds them in its "
-            "answers (vLLM: --enable-auto-tool-choice, --tool-call-parser; llama.cpp: --jinja)",
-        )
-    if stream.outcome.usage is None:
-        report.warn(subject, f"{path}, translated: no usage came: tokens are estimated")
-    return True
-
-
-def _has_argument(arguments: str) -> bool:
-    try:
-        content = orjson.loads(arguments)
+        content: Any = orjson.loads(body)
     except orjson.JSONDecodeError:
-        return False
-    return isinstance(content, dict) and ARGUMENT in content
+        content = None
+    entries = content.get("data") if isinstance(content, dict) else None
+    if asked.fault is not None or not isinstance(entries, list):
+        return None, asked
+    models: dict[str, int | None] = {}
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(id_ := entry.get("id"), str):
+            length = entry.get("max_model_len")
+            models[id_] = length if isinstance(length, int) and length > 0 else None
+    return models, asked
 
 
-def _tell_learned(report: Report, subject: str, capabilities: ChatCapabilities) -> None:
-    """Say what the bridges have learned, as the server will at the first requests of agents."""
-    learned = [
-        f"it refuses {word}, which is left out" for word in sorted(capabilities.refused_words)
-    ]
-    if capabilities.renaming:
-        learned.append(f"it has {NEWER_BOUND} in place of {MAX_BOUND}")
-    for model, tokens in capabilities.context_limits.items():
-        learned.append(f"{model} has {tokens:,} tokens in its context")
-    for model, tokens in capabilities.most.items():
-        learned.append(f"{model} has {tokens:,} tokens in an answer at most")
-    if capabilities.reasoning_field:
-        learned.append(f"its reasoning is in {capabilities.reasoning_field}")
-    for text in learned or ["it takes every word that the bridges send"]:
-        report.ok(subject, f"learned: {text}")
-
-
-async def _list_models(report: Report, subject: str, provider: Provider, problem: Problem) -> None:
-    """Ask for the list of models, which costs nothing; most providers want their key for it."""
-    request = models_request()
-    attempt = PassedAttempt(provider, request, None)
-    began = time.perf_counter()
-    begun = asyncio.ensure_future(request.answer.begun())
-    try:
-        await _run(provider, attempt, begun)
-    except ProviderRefused as fault:
-        if not await _tell_wrong_base(subject, provider, fault, problem):
-            status = fault.provider_status
-            report.skip(subject, f"GET /models: HTTP {status}: it may have no such list")
-        return
-    except ProviderFault as fault:
-        _tell_fault(subject, attempt, fault, problem)
-        return
-    finally:
-        begun.cancel()
-    report.ok(
-        subject, "GET /models is answered: the key is not refused", time.perf_counter() - began
-    )
-
-
-async def _tell_wrong_base(
-    subject: str, provider: Provider, fault: ProviderFault, problem: Problem
-) -> bool:
-    """Say so if *fault* is that of a `base_url` without the path below which the API is; return
-    whether it is.
+async def groups(facts: Facts) -> AsyncIterator[Result]:
+    """Find out whether each member of a group lists the model that it is asked for, and takes
+    prompts of the same length as the others; each provider is asked once.
     """
-    if not isinstance(fault, ProviderRefused) or fault.provider_status != NOT_FOUND:
-        return False
-    models = await models_of(provider, f"{USUAL_PATH}/models")
-    if models is None:
-        return False
-    url = f"{provider.settings.base_url.rstrip('/')}/{USUAL_PATH}"
-    listed = f"{len(models)} model{'' if len(models) == 1 else 's'}"
-    problem(
-        subject,
-        f"nothing of its API is there: HTTP {NOT_FOUND}; below /{USUAL_PATH} it has {listed}",
-        f"set base_url: {url}",
-    )
-    return True
-
-
-async def _run(provider: Provider, attempt: Attempt, enough: asyncio.Future[Any]) -> None:
-    """Run *attempt* until *enough* is done, and then cancel it.
-
-    Each wait in it has its deadline in the settings of the provider.
-
-    Raises:
-        ProviderFault: the attempt has failed before.
-    """
-    answering = asyncio.ensure_future(provider.run(attempt))
-    try:
-        await asyncio.wait((answering, enough), return_when=asyncio.FIRST_COMPLETED)
-        if answering.done():
-            await answering
-    finally:
-        answering.cancel()
-        await asyncio.wait((answering,))
-
-
-def _tell_fault(subject: str, attempt: Attempt, fault: ProviderFault, problem: Problem) -> None:
-    settings = attempt.provider.settings
-    match fault:
-        case ProviderAuthError():
-            where = settings.api_key_env or settings.api_key_file or "its key in the configuration"
-            problem(
-                subject,
-                f"the key is refused: HTTP {attempt.status}",
-                f"check {where}, what the key may do, and the credit of its account",
-            )
-        case ProviderRateLimited():
-            problem(
-                subject,
-                f"refuses requests for their rate at the moment: HTTP {attempt.status}",
-                "lower requests_per_minute, or ask for a higher limit there",
-            )
-        case ProviderRefused():
-            problem(
-                subject,
-                f"refuses a simple question: HTTP {fault.provider_status}",
-                f"check base_url, and whether there is a model {settings.model}",
-            )
-        case ProviderError() | ProviderBadResponse():
-            problem(
-                subject,
-                f"{fault.code}: HTTP {attempt.status}, without an answer that can be read",
-                "check base_url; it is the provider's fault otherwise",
-            )
-        case _:
-            problem(subject, f"{fault.code}: {fault}", "docs/errors.md explains this code")
+    known = facts.server.provider_registry.providers
+    lists: dict[str, dict[str, int | None] | None] = {}
+    for name, group in facts.here.llm.groups().items():
+        subject, lengths = f"group {name}", {}
+        for member in group.members:
+            provider = known[member.provider]
+            settings, model = provider.settings, member.model or provider.settings.model
+            if settings.simulated or not settings.usable:
+                why = "is simulated: it has any model" if settings.usable else "is off"
+                yield skip(f"{provider.name} {why}", subject=subject)
+                continue
+            if provider.name not in lists:
+                lists[provider.name], _ = await _models(provider)
+            models = lists[provider.name]
+            if models is None:
+                text = f"{provider.name} shows no list of models that can be read"
+                yield skip(text, subject=subject)
+                continue
+            # Ollama's names have a tag, and Gemini's a folder, which requests may leave out.
+            fitting = [
+                length
+                for listed, length in models.items()
+                if listed in {model, f"{model}:latest"} or listed.endswith(f"/{model}")
+            ]
+            if fitting:
+                yield ok(f"{provider.name} lists {model}", subject=subject)
+                lengths[member.provider, member.max_context] = fitting[0]
+            else:
+                text = f"{provider.name} does not list {model} under /v1/models"
+                yield warn(text, subject=subject)
+        most = max((length for length in lengths.values() if length is not None), default=0)
+        for (provider_name, bound), length in lengths.items():
+            if length is not None and length < most and bound is None:
+                yield warn(
+                    f"{provider_name} takes {length:,} tokens, and others take {most:,} "
+                    "(max_model_len)",
+                    f"set max_context: {length} there, so that longer prompts go to the others",
+                    subject=subject,
+                )

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aioserver.files.certificates import ends_soon
-from aioserver.monitoring.troubles import count
+from aioserver.monitoring.alerts import count
 from aioserver.tools.remote import printable
 
 if TYPE_CHECKING:

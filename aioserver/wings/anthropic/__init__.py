@@ -7,6 +7,5 @@ provider has is *learned*, from the settings or from its answers, by the *attemp
 The *wire* says what the API's paths, errors and events mean, and the *api* what of it a provider's
 requests and answers need. The *sinks* know a good end of an answer from a bad one. The *history*
 of a request may have what a bridge has written. The *face* takes the requests, and the *form*
-gives this server's own errors and its list of models the form that clients of the API know. The
-*probe* is a request of an operator. What a message has *transcript* so far is where another one goes on.
+gives this server's own errors and its list of models the form that clients of the API know.
 """

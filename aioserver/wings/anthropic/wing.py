@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.faces.wing import Routes, Wing
-from aioserver.wings.anthropic import face, probe
+from aioserver.wings.anthropic import face
 from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
 
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
-    from aioserver.gateway.probe import Probe
     from aioserver.providers.api import Api
 
 
@@ -30,11 +29,6 @@ class AnthropicWing(Wing):
     def apis(self) -> Sequence[Api]:
         """Return the APIs of providers."""
         return MESSAGES, COUNT_TOKENS
-
-    @staticmethod
-    def probe() -> Probe:
-        """Return the question of an operator as one for a message."""
-        return probe.new()
 
     async def serve(self, context: Context) -> Routes:
         """Return the routes of its face."""

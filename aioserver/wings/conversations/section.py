@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
+from aioserver.monitoring.alerts import count
 from aioserver.monitoring.section import Gauge, Section, SectionTrouble
 from aioserver.monitoring.state import OWN, SUM
-from aioserver.monitoring.troubles import count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

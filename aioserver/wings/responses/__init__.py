@@ -11,6 +11,5 @@ continued. *Shared responses* are those that other instances have, in chains of 
 
 The *face* serves a response from its log, the *stored face* one that is stored. Over a WebSocket,
 requests come as *frames*; a *lane* of a connection has one under way, and *holds* its latest
-response. A response in the *background* goes on without a client. Its *sinks* fill the log, and
-its *path* takes events to the client. The *probe* is a request of an operator.
+response.
 """

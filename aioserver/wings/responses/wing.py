@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.faces.wing import Routes, Wing
-from aioserver.wings.responses import face, probe, socket
+from aioserver.wings.responses import face, socket
 from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.redis import SharedResponses
 from aioserver.wings.responses.stored import StoredResponses
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
-    from aioserver.gateway.probe import Probe
     from aioserver.providers.api import Api
 
 
@@ -31,11 +30,6 @@ class ResponsesWing(Wing):
     def apis(self) -> Sequence[Api]:
         """Return the API of providers."""
         return (RESPONSES,)
-
-    @staticmethod
-    def probe() -> Probe:
-        """Return the question of an operator as one for a response."""
-        return probe.new()
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Make the store of responses, and find that of all instances."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
 import ssl
@@ -16,13 +17,11 @@ import yaml
 from yarl import URL
 
 from aioserver import __version__
-from aioserver.config.settings import Jwt
 from aioserver.config.shipped import SHIPPED
-from aioserver.tools.doctor import machine, providers
-from aioserver.tools.doctor.findings import Report
-from aioserver.tools.doctor.here import examine_cluster, examine_hooks, examine_issuer
-from aioserver.tools.doctor.machine import System
-from aioserver.tools.doctor.network import Peer, Steps
+from aioserver.tools.doctor import machine
+from aioserver.tools.doctor.network import Peer
+from tests.support.doctor import Examined
+from tests.support.doctor import examined as ask_doctor
 from tests.support.keys import keys_of
 from tests.support.process import run_command
 from tests.support.scripted_provider import (
@@ -33,40 +32,26 @@ from tests.support.scripted_provider import (
     chunk,
 )
 from tests.support.scripted_provider import Peer as Connection
-from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, configured, provider_entry, write
+from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, provider_entry, write
 from tests.support.simulator import Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from aioserver.tools.doctor.findings import Finding
     from tests.support.server import MakeServer
 
 CANARY = "sk-canary-0123456789"
 SIMULATED = {"simulated": True, "model": "demo", "http_client": HTTP_CLIENT}
 
 
-class Findings(list[Any]):
-    """The findings of a report, as lines: `level subject: text`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.report = Report(self._note)
-
-    def _note(self, finding: Finding) -> None:
-        self.append(str(finding))
-
-    def of(self, level: str) -> list[str]:
-        """The lines of one level, without it."""
-        return [line.partition(" ")[2].strip() for line in self if line.startswith(level)]
-
-
-@pytest.fixture
-def findings() -> Iterator[Findings]:
-    report = Findings()
-    yield report
-    assert not any(CANARY in line for line in report)
+async def examined(path: Path, base_url: str, changes: Any = (), **question: Any) -> Examined:
+    """Ask the doctor about the configuration with *changes*; no key is in what it says."""
+    file = path / "c.yaml"
+    write(base_url, dict(changes), file)
+    found = await ask_doctor(config=file, **question)
+    assert CANARY not in str(found)
+    return found
 
 
 def refusing(status: str) -> Any:
@@ -85,36 +70,29 @@ def refusing(status: str) -> Any:
 
 
 async def test_the_active_provider_is_asked_for_its_first_token_and_no_more(
-    tmp_path: Path, findings: Findings
+    tmp_path: Path,
 ) -> None:
     async with Simulator(QUICK) as simulator:
         changes = {"llm.providers.sim.api_key": CANARY, "llm.providers.demo": SIMULATED}
-        settings = configured(simulator.base_url, changes, tmp_path / "c.yaml").settings
 
-        await providers.examine(findings.report, settings, ask=True)
+        found = await examined(tmp_path, simulator.base_url, changes)
 
         await simulator.until(lambda stats: (stats.requests, stats.active) == (1, 0))
-    assert not findings.report.failed
-    assert findings[0] == "ok    provider sim: its key is in the configuration"
-    assert any(
-        "provider sim: answers: the first token of sim-model came" in finding
-        for finding in findings
-    )
-    assert any(
-        "provider demo: answers: the first token of demo came" in finding for finding in findings
-    )
+    assert found.code == 0
+    answered = [line for line in found.of("ok") if "answers: the first token" in line]
+    assert "provider sim: its key is in the configuration" in found.of("ok")
+    assert answered == [
+        "provider sim: answers: the first token of sim-model came",
+        "provider demo: answers: the first token of demo came",
+    ]
 
 
 @pytest.mark.parametrize(
     ("form", "habit", "text"),
     [
-        ("prefill", "", "ok    provider sim: goes on with an answer that broke off (prefill)"),
-        (
-            "prefix",
-            "repeats",
-            "ok    provider sim: goes on with an answer that broke off (prefix)",
-        ),
-        ("instruct", "", "ok    provider sim: goes on with an answer that broke off (instruct)"),
+        ("prefill", "", "goes on with an answer that broke off (prefill)"),
+        ("prefix", "repeats", "goes on with an answer that broke off (prefix)"),
+        ("instruct", "", "goes on with an answer that broke off (instruct)"),
         ("prefill", "repeats", "says the beginning again"),
         ("final_message", "turn", "begins a new turn"),
         ("instruct", "turn", "begins a new turn"),
@@ -122,20 +100,19 @@ async def test_the_active_provider_is_asked_for_its_first_token_and_no_more(
     ],
 )
 async def test_a_form_of_continuation_is_tried_and_what_came_is_told(
-    form: str, habit: str, text: str, tmp_path: Path, findings: Findings
+    form: str, habit: str, text: str, tmp_path: Path
 ) -> None:
     async with Simulator(replace(QUICK, prefill=habit)) as simulator:
         changes = {
             "llm.providers.sim.continuation": form,
             "llm.providers.sim.max_tokens": 4096,
         }
-        settings = configured(simulator.base_url, changes, tmp_path / "c.yaml").settings
-        await providers.examine(findings.report, settings, ask=True)
+        found = await examined(tmp_path, simulator.base_url, changes)
 
         assert simulator.bodies[-1]["max_tokens"] == 16
-    assert not findings.report.failed
-    (told,) = (finding for finding in findings if text in finding)
-    assert told.startswith("ok" if text.startswith("ok") else "warn")
+    assert not found.of("fail")
+    level = "ok" if text.startswith("goes on") else "warn"
+    assert [line for line in found.of(level, "provider sim") if text in line]
 
 
 @pytest.mark.parametrize("ask", [True, False])
@@ -150,16 +127,15 @@ async def test_a_form_of_continuation_is_tried_and_what_came_is_told(
     ],
 )
 async def test_what_the_provider_answers_is_explained_without_its_words(
-    status: str, text: str, ask: bool, tmp_path: Path, findings: Findings
+    status: str, text: str, ask: bool, tmp_path: Path
 ) -> None:
     play, asked = refusing(status)
     async with ScriptedProvider(play) as provider:
         changes = {"llm.providers.sim.api_key": CANARY}
-        settings = configured(provider.url, changes, tmp_path / "c.yaml").settings
 
-        await providers.examine(findings.report, settings, ask=ask)
+        found = await examined(tmp_path, provider.url, changes, ask=ask)
 
-    (failed,) = findings.of("fail")
+    (failed,) = found.of("fail")
     assert text in failed
     # Without --no-ask the only request is the question; with it, only what costs nothing.
     assert [line.split()[0] for line in asked] == ["POST" if ask else "GET"]
@@ -167,7 +143,7 @@ async def test_what_the_provider_answers_is_explained_without_its_words(
 
 @pytest.mark.parametrize(("configured_tokens", "sent"), [(None, None), (4096, 16), (5, 5)])
 async def test_the_question_is_that_of_a_chat_but_short(
-    configured_tokens: int | None, sent: int | None, tmp_path: Path, findings: Findings
+    configured_tokens: int | None, sent: int | None, tmp_path: Path
 ) -> None:
     bodies: list[Any] = []
 
@@ -176,72 +152,61 @@ async def test_the_question_is_that_of_a_chat_but_short(
 
     async with ScriptedProvider(play) as provider:
         changes = {"llm.providers.sim.max_tokens": configured_tokens}
-        settings = configured(provider.url, changes, tmp_path / "c.yaml").settings
-        await providers.examine(findings.report, settings, ask=True)
+        found = await examined(tmp_path, provider.url, changes)
 
     assert [body.get("max_tokens") for body in bodies] == [sent]
     assert bodies[0]["stream"] is True
-    assert "provider_disconnected" in findings.of("fail")[0]
+    assert "provider_disconnected" in found.of("fail")[0]
 
 
 @pytest.mark.parametrize("keyed", [False, True])
 async def test_a_server_that_runs_already_is_no_trouble(
-    make_server: MakeServer, tmp_path: Path, findings: Findings, keyed: bool
+    make_server: MakeServer, tmp_path: Path, keyed: bool
 ) -> None:
     server = await make_server(**(keys_of("web") if keyed else {}))
     changes = {"chat.websocket.host": "127.0.0.1", "chat.websocket.port": server.port}
-    settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
 
-    await machine.examine(findings.report, settings)
+    found = await examined(tmp_path, NOWHERE, changes)
 
     version = "" if keyed else f" {__version__}"
     said = f"machine: aioserver{version} already serves http://127.0.0.1:{server.port}: "
-    assert any(line.startswith(said) for line in findings.of("ok")), findings
+    assert any(line.startswith(said) for line in found.of("ok")), found
 
 
-async def test_another_program_at_the_port_is_reported(tmp_path: Path, findings: Findings) -> None:
+async def test_another_program_at_the_port_is_reported(tmp_path: Path) -> None:
     play, asked = refusing("404 Not Found")
     async with ScriptedProvider(play) as other:
         url = URL(other.url)
         changes = {"chat.websocket.host": url.host, "chat.websocket.port": url.port}
-        settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
 
-        await machine.examine(findings.report, settings)
+        found = await examined(tmp_path, NOWHERE, changes)
 
-    assert any("Address already in use" in line for line in findings.of("warn")), findings
+    assert any("Address already in use" in line for line in found.of("warn")), found
     assert asked == ["GET /health HTTP/1.1"]
 
 
-async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(
-    tmp_path: Path, findings: Findings
-) -> None:
+async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(tmp_path: Path) -> None:
     play, _ = refusing("404 Not Found")
     async with ScriptedProvider(play) as provider:
-        settings = configured(provider.url, {}, tmp_path / "c.yaml").settings
-        await providers.examine(findings.report, settings, ask=True)
+        found = await examined(tmp_path, provider.url)
 
-    (failed,) = findings.of("fail")
+    (failed,) = found.of("fail")
     assert "HTTP 404" in failed
-    assert "whether there is a model sim-model" in failed
+    assert "whether there is a model sim-model" in found.hint("HTTP 404")
 
 
 @pytest.mark.parametrize("ask", [True, False])
-async def test_a_base_url_without_the_usual_path_is_found_out(
-    ask: bool, tmp_path: Path, findings: Findings
-) -> None:
+async def test_a_base_url_without_the_usual_path_is_found_out(ask: bool, tmp_path: Path) -> None:
     async with Simulator(QUICK) as simulator:
         base = simulator.base_url.removesuffix("/v1")
-        settings = configured(f"{base}/", {}, tmp_path / "c.yaml").settings
-        await providers.examine(findings.report, settings, ask=ask)
+        found = await examined(tmp_path, f"{base}/", ask=ask)
 
-    (failed,) = findings.of("fail")
-    assert "nothing of its API is there: HTTP 404; below /v1 it has 2 models" in failed
-    assert failed.endswith(f"set base_url: {base}/v1")
+    text = "nothing of its API is there: HTTP 404; below /v1 it has 2 models"
+    assert found.of("fail") == [f"provider sim: {text}"]
+    assert found.hint(text) == f"set base_url: {base}/v1"
 
 
-async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(
-    tmp_path: Path, findings: Findings
-) -> None:
+async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(tmp_path: Path) -> None:
     play, asked = refusing("401 Unauthorized")
     async with Simulator(QUICK) as simulator, ScriptedProvider(play) as provider:
         changes = {
@@ -249,41 +214,46 @@ async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(
             "llm.providers.away": provider_entry(NOWHERE),
             "llm.providers.keyless": {**provider_entry(NOWHERE), "api_key_env": "NOT_SET"},
         }
-        settings = configured(simulator.base_url, changes, tmp_path / "c.yaml").settings
-        await providers.examine(findings.report, settings, ask=True)
+        found = await examined(tmp_path, simulator.base_url, changes)
 
-    assert not findings.report.failed
-    away, refused = findings.of("warn")
+    assert found.code == 0
+    away, refused = found.of("warn", "provider")
     assert "provider refusing: the key is refused: HTTP 401" in refused
     assert "provider away: no connection: 127.0.0.1 port 9: Connection refused" in away
-    assert "provider keyless: off: NOT_SET is not set" in findings.of("skip")
+    assert "provider keyless: off: NOT_SET is not set" in found.of("skip")
     assert [line.split()[:2] for line in asked] == [["GET", "/v1/models"]]
 
 
-async def test_a_proxy_is_what_is_reached_and_its_password_is_not_shown(
-    tmp_path: Path, findings: Findings
-) -> None:
+async def test_a_proxy_is_what_is_reached_and_its_password_is_not_shown(tmp_path: Path) -> None:
     changes = {"llm.providers.sim.proxy": f"http://me:{CANARY}@127.0.0.1:9"}
-    settings = configured("https://provider.example/v1", changes, tmp_path / "c.yaml").settings
 
-    await providers.examine(findings.report, settings, ask=True)
+    found = await examined(tmp_path, "https://provider.example/v1", changes)
 
-    assert "provider sim: reached through the proxy 127.0.0.1:9" in findings.of("ok")
-    (failed,) = findings.of("fail")
+    assert "provider sim: reached through the proxy 127.0.0.1:9" in found.of("ok")
+    (failed,) = found.of("fail")
     assert "no connection: 127.0.0.1 port 9: Connection refused" in failed
 
 
-async def certificate_steps(
-    findings: Findings, names: tuple[str, ...], *, days: float = 30.0, trusted: bool = True
-) -> str | None:
-    """Take the steps to a listener whose certificate is for *names*, and ends in so many
-    *days*.
-    """
+async def steps(peer: Peer) -> list[str]:
+    """What the steps to *peer* tell."""
+    return [f"{step.level} {step.text}" async for step in peer.steps()]
+
+
+@pytest.mark.parametrize(
+    ("name", "days", "trusted", "told"),
+    [
+        ("127.0.0.1", 30.0, True, "ok TLS: TLSv1.3, and a certificate that is valid for 30 days"),
+        ("127.0.0.1", 3.0, True, "warn TLS: TLSv1.3, and a certificate that is valid for 3 days"),
+        ("127.0.0.1", -1.0, True, "fail TLS: the certificate is refused: certificate has expired"),
+        ("other.example", 30.0, True, "fail TLS: the certificate is refused: IP address mismatch"),
+        ("127.0.0.1", 30.0, False, "fail TLS: the certificate is refused: unable to get local"),
+    ],
+)
+async def test_the_certificate_is_read(name: str, days: float, trusted: bool, told: str) -> None:
     authority = trustme.CA()
     until = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
-    certificate = authority.issue_cert(*names, not_after=until)
     theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    certificate.configure_cert(theirs)
+    authority.issue_cert(name, not_after=until).configure_cert(theirs)
     ours = ssl.create_default_context()
     if trusted:
         authority.configure_trust(ours)
@@ -292,149 +262,99 @@ async def certificate_steps(
         await peer.left()
 
     async with ScriptedProvider(play, ssl=theirs) as listener:
-        return await Steps(
-            findings.report, "x", Peer("127.0.0.1", listener.port, ours, 20.0)
-        ).take()
+        peer = Peer("127.0.0.1", listener.port, ours, 20.0)
+        connected, secured = await steps(peer)
+
+    assert connected == f"ok connected to 127.0.0.1 port {peer.port}"
+    assert secured.startswith(told)
+    assert peer.reached == (not told.startswith("fail"))
 
 
-@pytest.mark.parametrize(
-    ("options", "level", "text"),
-    [
-        ({"names": ("127.0.0.1",)}, "ok", "valid for 30 days"),
-        ({"names": ("127.0.0.1",), "days": 3.0}, "warn", "valid for 3 days"),
-        ({"names": ("127.0.0.1",), "days": -1.0}, "fail", "certificate has expired"),
-        ({"names": ("other.example",)}, "fail", "mismatch"),
-        ({"names": ("127.0.0.1",), "trusted": False}, "fail", "unable to get local issuer"),
-    ],
-)
-async def test_the_certificate_is_read(
-    options: dict[str, Any], level: str, text: str, findings: Findings
-) -> None:
-    protocol = await certificate_steps(findings, **options)
-
-    assert (protocol is None) == (level == "fail")
-    assert findings[0].startswith("ok    x: connected to 127.0.0.1 port")
-    assert findings[-1].startswith(level)
-    assert text in findings[-1]
-
-
-async def test_tls_where_there_is_none_and_names_that_cannot_be_are_reported(
-    findings: Findings,
-) -> None:
+async def test_tls_where_there_is_none_and_names_that_cannot_be_are_reported() -> None:
     async def play(peer: Connection) -> None:
         await peer.send(b"SSH-2.0-x\r\n")
 
     async with ScriptedProvider(play) as listener:
         peer = Peer("127.0.0.1", listener.port, ssl.create_default_context(), 20.0)
-        assert await Steps(findings.report, "x", peer).take() is None
-    assert await Steps(findings.report, "x", Peer("a" * 64, 1, None, 20.0)).take() is None
+        _, tls = await steps(peer)
+    (name,) = await steps(Peer("a" * 64, 1, None, 20.0))
 
-    tls, name = findings.of("fail")
-    assert "TLS: no handshake: " in tls
-    assert "is not found" in name
-
-
-async def test_this_machine_is_measured_against_the_settings(
-    tmp_path: Path, findings: Findings
-) -> None:
-    system = System(
-        somaxconn=written(tmp_path / "somaxconn", "16\n"),
-        port_range=written(tmp_path / "ports", "40000 40009"),
-        memory=written(tmp_path / "memory", "MemTotal: 9 kB\nMemAvailable: 1024 kB\n"),
-        own_cgroup=tmp_path / "none",
-    )
-
-    await machine.examine(
-        findings.report, configured(NOWHERE, {}, tmp_path / "c.yaml").settings, system
-    )
-
-    warned = " ".join(findings.of("warn"))
-    assert not findings.report.failed
-    assert "somaxconn: the kernel lets 16 connections wait, and backlog asks for 128" in warned
-    assert "local ports: 10, and up to 100 connections" in warned
-    assert "memory: 1 MiB are free" in warned
+    assert tls.startswith("fail TLS: no handshake: ")
+    assert not peer.reached
+    assert name.startswith("fail the name aaa")
 
 
-async def test_the_disk_of_the_ledger_is_measured(
-    tmp_path: Path, findings: Findings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = {"usage.path": str(tmp_path / "not made yet")}
-    settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
-
-    # So much is free on no disk.
-    monkeypatch.setattr(machine, "LEDGER_ROOM", 1 << 80)
-    await machine.examine(findings.report, settings)
-
-    [warned] = [text for text in findings.of("warn") if "ledger" in text]
-    assert "MiB are free on the disk of" in warned
-    assert "the server deletes none" in warned
+def written(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
-async def test_packages_and_a_file_that_the_settings_want_are_missed(
-    tmp_path: Path, findings: Findings, monkeypatch: pytest.MonkeyPatch
+async def test_this_machine_is_measured_against_the_settings(tmp_path: Path) -> None:
+    written(tmp_path / machine.BACKLOG, "16\n")
+    written(tmp_path / machine.PORTS, "40000 40009")
+    written(tmp_path / machine.MEMORY, "MemTotal: 9 kB\nMemAvailable: 1024 kB\n")
+
+    found = await examined(tmp_path, NOWHERE, root=tmp_path)
+
+    backlog, ports, memory = found.of("warn", "machine")[-3:]
+    assert not found.of("fail", "machine")
+    assert "somaxconn: the kernel lets 16 connections wait, and backlog asks for 128" in backlog
+    assert "local ports: 10, and up to 100 connections" in ports
+    assert "memory: 1 MiB are free" in memory
+    assert found.hint("somaxconn") == "sysctl -w net.core.somaxconn=128"
+
+
+async def test_a_system_that_does_not_show_its_limits_is_not_measured(tmp_path: Path) -> None:
+    found = await examined(tmp_path, NOWHERE, root=tmp_path)
+
+    assert found.of("skip", "machine") == [
+        f"machine: {limit}: this system does not show it"
+        for limit in ("somaxconn", "local ports", "memory")
+    ]
+
+
+def test_the_limit_of_a_group_above_counts(tmp_path: Path) -> None:
+    written(tmp_path / machine.MEMORY, "MemAvailable: 1024 kB\n")
+    written(tmp_path / machine.OWN_CGROUP, "0::/outer/inner\n")
+    outer = tmp_path / machine.CGROUPS / "outer"
+    written(outer / "inner" / "memory.max", "max\n")
+    written(outer / "memory.max", "3000\n")
+    written(outer / "memory.current", "1000\n")
+
+    assert machine.available_memory(tmp_path) == 2000
+
+
+async def test_a_package_that_the_settings_want_is_missed_as_the_server_would_miss_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("uvloop", "redis"):
         monkeypatch.setitem(sys.modules, name, None)
-    changes = {
-        "cluster.redis_url": "redis://127.0.0.1:9",
-        "chat.service.repository": {"type": "sql", "path": str(tmp_path / "none" / "events.db")},
-    }
-    settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
 
-    machine.examine_interpreter(findings.report)
-    await machine.examine(findings.report, settings)
-    await examine_cluster(findings.report, settings.cluster)
+    found = await examined(tmp_path, NOWHERE, {"cluster.redis_url": "redis://127.0.0.1:9"})
 
-    (failed,) = findings.of("fail")
-    assert "cluster.redis_url is set, and redis is not installed" in failed
-    texts = " ".join(findings.of("warn"))
-    assert "machine: uvloop is not installed" in texts
-    assert "events.db cannot be written" in texts
-    assert "cluster: no connection: 127.0.0.1 port 9: Connection refused" in texts
+    assert found.code == 2
+    assert "redis is not installed" in found.of("fail", "configuration")[0]
+    assert "machine: uvloop is not installed" in found.of("warn")
+    (away,) = found.of("warn", "cluster")
+    assert away == "cluster: no connection: 127.0.0.1 port 9: Connection refused"
 
 
-async def test_a_hook_that_is_away_is_a_fault_if_it_is_closed(
-    tmp_path: Path, findings: Findings
+async def test_a_hook_or_an_issuer_that_is_away_is_a_fault_but_an_open_hook_is_not(
+    tmp_path: Path,
 ) -> None:
     away = "http://127.0.0.1:9/hook"
     hooks = [
         {"name": "guard", "url": away},
         {"name": "watch", "url": away, "fail": "open"},
-        {"name": "mine", "python": "some.module:Class"},
     ]
-    settings = configured(NOWHERE, {"hooks": hooks}, tmp_path / "c.yaml").settings
+    jwt = {"issuer": "https://issuer", "audience": "a", "jwks_url": "http://127.0.0.1:9/keys"}
 
-    await examine_hooks(findings.report, settings.hooks)
+    found = await examined(tmp_path, NOWHERE, {"hooks": hooks, "auth.jwt": jwt})
 
-    (failed,), (warned,) = findings.of("fail"), findings.of("warn")
-    assert "hook guard: no connection: 127.0.0.1 port 9" in failed
-    assert "hook watch: no connection" in warned
-
-
-async def test_the_way_to_the_keys_of_an_issuer_is_examined(findings: Findings) -> None:
-    nowhere = "http://127.0.0.1:9/keys"
-    await examine_issuer(findings.report, Jwt(issuer="i", audience="a", jwks_url=nowhere))
-    await examine_issuer(findings.report, Jwt(issuer="i", audience="a", jwks_file="jwks.json"))
-
-    (failed,) = findings.of("fail")
-    assert "tokens: no connection: 127.0.0.1 port 9: Connection refused" in failed
-    (skipped,) = findings.of("skip")
-    assert "the issuer's keys are in a file" in skipped
-
-
-def written(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
-
-
-def test_the_limit_of_a_group_above_counts(tmp_path: Path) -> None:
-    written(tmp_path / "outer" / "inner" / "memory.max", "max\n")
-    written(tmp_path / "outer" / "memory.max", "3000\n")
-    written(tmp_path / "outer" / "memory.current", "1000\n")
-    own = written(tmp_path / "own", "0::/outer/inner\n")
-
-    assert machine.available_memory(System(own_cgroup=own, cgroups=tmp_path)) == 2000
+    refused = "no connection: 127.0.0.1 port 9: Connection refused"
+    assert found.of("fail", "hook") == [f"hook guard: {refused}"]
+    assert found.of("warn", "hook") == [f"hook watch: {refused}"]
+    assert found.of("fail", "tokens") == [f"tokens: {refused}"]
 
 
 # A process.
@@ -492,6 +412,26 @@ async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path)
 
 
 @pytest.mark.one_loop
+async def test_what_a_server_would_log_of_a_provider_is_not_printed(tmp_path: Path) -> None:
+    """It takes two seconds: a server looks once a second at how its providers fail."""
+    file = tmp_path / "c.yaml"
+
+    async def play(peer: Connection) -> None:
+        await peer.request()
+        await asyncio.sleep(1.5)
+        await peer.send(b"HTTP/1.1 500 Slow\r\nContent-Length: 0\r\n\r\n")
+
+    async with ScriptedProvider(play) as provider:
+        # The other one is asked while the server looks.
+        changes = {"llm.providers.other": provider_entry(provider.url), "llm.fallbacks": ["other"]}
+        write(provider.url, changes, file)
+        code, out, err = await run_command("doctor", "--config", str(file))
+
+    assert (code, err) == (1, ""), out
+    assert out.count("provider_error: HTTP 500") == 2
+
+
+@pytest.mark.one_loop
 @pytest.mark.parametrize(
     "arguments", [["--idle", "5"], ["http://x", "--config", "c.yaml"], ["ftp://x"]]
 )
@@ -517,20 +457,17 @@ async def lists(*models: Any) -> AsyncIterator[str]:
         yield provider.url
 
 
-async def groups_of(
-    path: Path, findings: Findings, models: dict[str, Any], **urls: str
-) -> list[str]:
-    """The findings on the groups *models* of providers at these *urls*."""
+async def groups_of(path: Path, models: dict[str, Any], **urls: str) -> list[str]:
+    """What is told of the groups *models* of providers at these *urls*."""
     changes: dict[str, Any] = {
         f"llm.providers.{name}": provider_entry(url, "qwen3") for name, url in urls.items()
     }
     changes |= {"llm.providers.demo": SIMULATED, "llm.models": models}
-    settings = configured(NOWHERE, changes, path / "c.yaml").settings
-    await providers.examine(findings.report, settings, ask=False)
-    return [line for line in findings if "group " in line]
+    found = await examined(path, NOWHERE, changes, ask=False)
+    return [str(result) for result in found.results if result.subject.startswith("group ")]
 
 
-async def test_each_member_of_a_group_lists_its_model(tmp_path: Path, findings: Findings) -> None:
+async def test_each_member_of_a_group_lists_its_model(tmp_path: Path) -> None:
     async with (
         lists("other", "qwen3") as good,
         lists("qwen3:latest", "models/small") as tagged,
@@ -539,7 +476,6 @@ async def test_each_member_of_a_group_lists_its_model(tmp_path: Path, findings: 
     ):
         found = await groups_of(
             tmp_path,
-            findings,
             {"qwen": ["good", "tagged", "wrong", "large", "demo"], "small": "tagged/small"},
             good=good,
             tagged=tagged,
@@ -560,7 +496,7 @@ async def test_each_member_of_a_group_lists_its_model(tmp_path: Path, findings: 
     ]
 
 
-async def test_a_list_that_is_none_is_not_looked_at(tmp_path: Path, findings: Findings) -> None:
+async def test_a_list_that_is_none_is_not_looked_at(tmp_path: Path) -> None:
     play, _ = refusing("404 Not Found")
 
     async def no_json(peer: Connection) -> None:
@@ -578,7 +514,6 @@ async def test_a_list_that_is_none_is_not_looked_at(tmp_path: Path, findings: Fi
     ):
         found = await groups_of(
             tmp_path,
-            findings,
             {"qwen": ["refuses", "says", "cuts", "nowhere"]},
             refuses=refuses.url,
             says=says.url,
@@ -592,9 +527,7 @@ async def test_a_list_that_is_none_is_not_looked_at(tmp_path: Path, findings: Fi
     ]
 
 
-async def test_members_that_take_less_than_others_need_a_max_context(
-    tmp_path: Path, findings: Findings
-) -> None:
+async def test_members_that_take_less_than_others_need_a_max_context(tmp_path: Path) -> None:
     async with (
         lists({"id": "qwen3", "max_model_len": 32_768}) as large,
         lists({"id": "qwen3", "max_model_len": 8192}) as less,
@@ -603,7 +536,6 @@ async def test_members_that_take_less_than_others_need_a_max_context(
     ):
         found = await groups_of(
             tmp_path,
-            findings,
             {
                 "qwen": ["large", "less", {"provider": "told", "max_context": 4096}, "unknown"],
                 "alone": ["less", "unknown"],
@@ -672,28 +604,23 @@ def picky(*deltas: dict[str, Any], refused: str = "", usage: bool = True) -> Any
     return play, asked
 
 
-async def named(path: Path, findings: Findings, play: Any, **changes: Any) -> list[str]:
-    """The findings on the provider of *play*, which is named, with these settings."""
+async def named(path: Path, play: Any, **changes: Any) -> Examined:
+    """What is told of the provider of *play*, which is named, with these settings."""
     async with ScriptedProvider(play) as provider:
-        settings = configured(
-            provider.url,
-            {
-                "llm.providers.other": provider_entry(NOWHERE, "m"),
-                **{f"llm.providers.sim.{name}": value for name, value in changes.items()},
-            },
-            path / "c.yaml",
-        ).settings
-        await providers.examine(findings.report, settings, ask=True, only="sim")
-    assert all("provider sim" in line for line in findings)
-    return list(findings)
+        settings = {f"llm.providers.sim.{name}": value for name, value in changes.items()}
+        settings["llm.providers.other"] = provider_entry(NOWHERE, "m")
+        found = await examined(path, provider.url, settings, only="sim")
+    others = {result.subject for result in found.results} - {"machine", "configuration"}
+    assert others == {"provider sim"}
+    return found
 
 
 async def test_a_named_provider_is_asked_for_a_call_over_each_bridge_and_what_was_learned_is_told(
-    tmp_path: Path, findings: Findings
+    tmp_path: Path,
 ) -> None:
     play, asked = picky(CALL, refused="reasoning_effort")
 
-    lines = await named(tmp_path, findings, play, messages="auto")
+    found = await named(tmp_path, play, messages="auto")
 
     for text in (
         "/v1/responses, translated: its tool was called",
@@ -701,38 +628,39 @@ async def test_a_named_provider_is_asked_for_a_call_over_each_bridge_and_what_wa
         "learned: it refuses reasoning_effort, which is left out",
         "learned: its reasoning is in reasoning",
     ):
-        assert [line for line in lines if text in line and line.startswith("ok")], (text, lines)
-    assert not findings.of("warn")
+        assert f"provider sim: {text}" in found.of("ok"), found
+    assert not found.of("warn", "provider")
     probed = [body for path, body in asked if "tools" in body and path.endswith("completions")]
     assert all(body["stream"] for body in probed)
     # What was learned over the one bridge is known to the other.
     assert ["reasoning_effort" in body for body in probed] == [True, False, False]
 
 
-async def test_an_engine_that_calls_no_tools_is_told(tmp_path: Path, findings: Findings) -> None:
+async def test_an_engine_that_calls_no_tools_is_told(tmp_path: Path) -> None:
     play, _asked = picky({"content": '<tool_call>{"name": "note"}</tool_call>'}, usage=False)
 
-    await named(tmp_path, findings, play, messages=False)
+    found = await named(tmp_path, play, messages=False)
 
-    (none, usage) = findings.of("warn")
+    (none, usage) = found.of("warn", "provider")
     assert "/v1/responses, translated: 0 calls of its tool came" in none
-    assert "--tool-call-parser" in none
+    assert "--tool-call-parser" in found.hint("0 calls of its tool")
     assert "no usage came" in usage
-    (skipped,) = findings.of("skip")
+    (skipped,) = found.of("skip")
     assert "/v1/messages: not asked for, as messages is false" in skipped
-    assert any("takes every word" in line for line in findings)
+    assert any("takes every word" in line for line in found.of("ok"))
 
 
 async def test_an_engine_without_messages_that_is_said_to_have_them_is_told(
-    tmp_path: Path, findings: Findings
+    tmp_path: Path,
 ) -> None:
     play, _asked = picky(CALL)
 
-    await named(tmp_path, findings, play, messages=True)
+    found = await named(tmp_path, play, messages=True)
 
-    (told,) = findings.of("warn")
-    assert "/v1/messages: provider_error: HTTP 404" in told
-    assert "`messages: auto`" in told
+    assert found.of("warn", "provider") == [
+        "provider sim: /v1/messages: no whole answer: HTTP 404"
+    ]
+    assert "`messages: auto`" in found.hint("/v1/messages")
 
 
 @pytest.mark.one_loop

@@ -7,20 +7,16 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
 
-from aioserver.tools import remote
-from aioserver.tools.doctor import arrivals, silence
-from aioserver.tools.doctor.arrivals import Road
-from aioserver.tools.doctor.findings import Report
-from aioserver.tools.doctor.server import Examination
-from tests.support.chat import STREAMED
-from tests.support.keys import bearer, key_of, keys_of
+from aioserver.tools.doctor import arrivals
+from aioserver.tools.doctor.facts import Facts
+from tests.support.doctor import examined as ask_doctor
+from tests.support.keys import key_of, keys_of
 from tests.support.ledgers import line, wait_until
 from tests.support.process import run_command
 from tests.support.server import HTTP_CLIENT, QUICK
@@ -29,21 +25,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
+    from tests.support.doctor import Examined
     from tests.support.server import MakeServer, RunningServer
 
 SIMULATED = {"simulated": True, "model": "demo", "http_client": HTTP_CLIENT}
 
 
-async def examined(
-    url: str, key: str | None = None, *, ask: bool = False
-) -> tuple[Report, dict[str, list[str]]]:
-    """The report on the server at *url*, and the lines of each level."""
-    lines: dict[str, list[str]] = {"ok": [], "warn": [], "fail": [], "skip": []}
-    report = Report(
-        lambda finding: lines[finding.level].append(f"{finding.subject}: {finding.text}")
-    )
-    await Examination(report, url, key).run(ask=ask, idle=0.0)
-    return report, lines
+async def examined(url: str, key: str | None = None, *, ask: bool = False) -> Examined:
+    """What is told of the server at *url*, which does not show the key."""
+    found = await ask_doctor(url=url, key=key, ask=ask)
+    assert key is None or key not in str(found)
+    return found
 
 
 async def test_a_client_of_a_server_with_keys_sees_each_event_of_an_answer_that_costs_nothing(
@@ -57,18 +49,17 @@ async def test_a_client_of_a_server_with_keys_sees_each_event_of_an_answer_that_
     changes = {"llm.providers.zzz": SIMULATED, "llm.providers.sim.models": models}
     server = await make_server(**keys_of("web"), **changes)
 
-    report, lines = await examined(server.base, key_of("web"))
+    found = await examined(server.base, key_of("web"))
 
-    assert not report.failed, lines
-    assert lines["warn"] == []
-    for face in arrivals.FACES:
-        assert any(line.startswith(f"{face}: an answer came whole") for line in lines["ok"]), lines
-    assert "key: accepted" in lines["ok"]
-    assert any("pages of" in line or "a page of" in line for line in lines["ok"])
+    assert found.code == 0, found
+    assert found.of("warn") == []
+    for face in ("WebSocket", "SSE", "OpenAI"):
+        assert any("an answer came whole" in line for line in found.of("ok", face)), found
+    assert "key: accepted" in found.of("ok")
+    assert any("a page of" in line for line in found.of("ok"))
     # No admin's key: the snapshots are not for it.
-    assert "/events: not followed: HTTP 403" in lines["skip"]
+    assert "/events: not followed: HTTP 403" in found.of("skip")
     assert server.simulator.stats().requests == 0
-    assert key_of("web") not in json.dumps(report.plain())
 
 
 @pytest.mark.parametrize("key", [None, "aio-unknown"])
@@ -77,15 +68,11 @@ async def test_a_key_that_is_missing_or_unknown_ends_the_examination(
 ) -> None:
     server = await make_server(**keys_of("web"))
 
-    report, lines = await examined(server.base, key)
+    found = await examined(server.base, key)
 
-    assert report.failed
-    (failed,) = lines["fail"]
-    assert (
-        failed
-        == f"key: {'the key is not known to it' if key else 'it wants a key, and there is none'}"
-    )
-    assert "aio-unknown" not in json.dumps(report.plain())
+    text = "the key is not known to it" if key else "it wants a key, and there is none"
+    assert found.code == 1
+    assert found.of("fail") == [f"key: {text}"]
 
 
 @pytest.mark.one_loop
@@ -94,56 +81,39 @@ async def test_one_question_is_asked_of_a_server_without_a_simulated_model_unles
 ) -> None:
     server = await make_server(QUICK, **keys_of("web"))
 
-    _, lines = await examined(server.base, key_of("web"))
+    found = await examined(server.base, key_of("web"))
     assert server.simulator.stats().requests == 0
-    assert any("--no-ask" in line for line in lines["skip"])
-    _, lines = await examined(server.base, key_of("web"), ask=True)
+    assert any("--no-ask" in line for line in found.of("skip"))
+    found = await examined(server.base, key_of("web"), ask=True)
 
     assert server.simulator.stats().requests == 1
     # All of it comes at once, which a model may do by itself, unless the machine is busy.
-    forms = (*lines["warn"], *lines["ok"])
-    assert any(line.startswith("SSE: an answer came whole, ") for line in forms), lines
-    assert lines["fail"] == []
+    forms = (*found.of("warn"), *found.of("ok"))
+    assert any(line.startswith("SSE: an answer came whole, ") for line in forms), found
+    assert found.of("fail") == []
 
 
 @pytest.mark.one_loop
-async def test_a_ledger_that_is_not_written_is_reported(
+async def test_what_the_server_finds_wrong_with_itself_is_told_to_an_admin(
     make_server: MakeServer, tmp_path: Path
 ) -> None:
     server = await make_server(**keys_of("root"), **{"usage.path": str(tmp_path / "usage")})
     ledger = server.context.usage.ledger
     assert ledger is not None
-    _, lines = await examined(server.base, key_of("root"))
-    assert "server: its ledger is written" in lines["ok"]
+    assert not (await examined(server.base, key_of("root"))).of("warn")
 
     (tmp_path / "usage").rename(tmp_path / "away")
     (tmp_path / "usage").write_text("no directory")
     ledger.put(line())
     wait_until(lambda: ledger.trouble is not None)
     server.context.monitor.tick()
-    _, lines = await examined(server.base, key_of("root"))
+    found = await examined(server.base, key_of("root"))
 
-    assert any("its ledger cannot be written: " in text for text in lines["warn"]), lines
+    (warned,) = found.of("warn")
+    assert "No ledger: The ledger in " in warned
+    assert "cannot be written: " in warned
+    assert found.hint("No ledger").startswith("Make the directory of usage.path writable")
     (tmp_path / "usage").unlink()
-
-
-@pytest.mark.one_loop
-async def test_a_provider_that_refuses_to_report_its_usage_is_named(
-    make_server: MakeServer,
-) -> None:
-    server = await make_server(replace(QUICK, refuses=("stream_options",)), **keys_of("root"))
-    _, lines = await examined(server.base, key_of("root"))
-    assert not any("stream_options" in text for text in lines["warn"]), lines
-
-    body = {"model": "m", **STREAMED}
-    url = f"{server.v1}/chat/completions"
-    async with server.session.post(url, json=body, headers=bearer("root")) as answer:
-        assert answer.status == 200
-        await answer.read()
-    server.context.monitor.tick()
-    _, lines = await examined(server.base, key_of("root"))
-
-    assert any("refused stream_options: sim: " in text for text in lines["warn"]), lines
 
 
 async def test_a_page_of_the_servers_own_address_may_always_connect(
@@ -153,9 +123,9 @@ async def test_a_page_of_the_servers_own_address_may_always_connect(
         **keys_of("web"), **{"chat.websocket.allow_origins": ["https://a.example"]}
     )
 
-    _, lines = await examined(server.base.replace("127.0.0.1", "localhost"), key_of("web"))
+    found = await examined(server.base.replace("127.0.0.1", "localhost"), key_of("web"))
 
-    assert any(line.startswith("WebSocket: /ws/chat upgrades") for line in lines["ok"]), lines
+    assert any(line.startswith("WebSocket: /ws/chat upgrades") for line in found.of("ok")), found
 
 
 @pytest.mark.one_loop
@@ -163,12 +133,12 @@ async def test_a_server_that_is_stopping_is_not_ready(server: RunningServer) -> 
     """It takes four seconds: without keys the snapshots are followed, one each second."""
     server.owners.context.lifecycle.ready = False
     try:
-        _, lines = await examined(server.base)
+        found = await examined(server.base)
     finally:
         server.owners.context.lifecycle.ready = True
 
-    assert lines["fail"] == ["server: not ready: starting or stopping"]
-    assert "/events: each event arrives as it comes" in lines["ok"]
+    assert found.of("fail") == ["server: not ready: starting or stopping"]
+    assert "/events: each event arrives as it comes" in found.of("ok")
 
 
 # Answers of something else, or through something that spoils them.
@@ -221,34 +191,34 @@ async def test_another_answer_than_an_aioservers_ends_the_examination(
     answer: Any, text: str
 ) -> None:
     async with standing_in(*answer) as url:
-        _, lines = await examined(url)
+        found = await examined(url)
 
-    (failed,) = lines["fail"]
+    (failed,) = found.of("fail")
     assert text in failed
 
 
 async def test_a_redirect_is_reported_with_its_target_and_no_control_character() -> None:
     async with standing_in(308, "", headers={"Location": "https://chat.example/\u202e"}) as url:
-        _, lines = await examined(url)
+        found = await examined(url)
 
-    assert lines["fail"] == ["server: redirects to https://chat.example/ "]
+    assert found.of("fail") == ["server: redirects to https://chat.example/ "]
 
 
 async def test_a_proxy_without_upgrades_and_a_clock_that_is_wrong_are_reported() -> None:
     date = {"Date": "Wed, 01 Jan 2020 00:00:00 GMT"}
     async with standing_in(*HEALTHY, headers=date) as url:
-        _, lines = await examined(url)
+        found = await examined(url)
 
-    assert lines["fail"] == ["WebSocket: /ws/chat is not upgraded: HTTP 200"]
-    assert any("differs from ours by -" in line for line in lines["warn"])
-    assert "/events: not followed: HTTP 200" in lines["skip"]
+    assert found.of("fail") == ["WebSocket: /ws/chat is not upgraded: HTTP 200"]
+    assert any("differs from ours by -" in line for line in found.of("warn"))
+    assert "/events: not followed: HTTP 200" in found.of("skip")
 
 
 async def test_a_page_of_an_address_that_the_server_does_not_know_may_not_connect() -> None:
     async with standing_in(*HEALTHY, refused="/ws/chat") as url:
-        _, lines = await examined(url)
+        found = await examined(url)
 
-    (failed,) = lines["fail"]
+    (failed,) = found.of("fail")
     assert "HTTP 403: pages of this address may not connect" in failed
 
 
@@ -264,21 +234,20 @@ async def test_nobody_there_is_one_failure_with_exit_code_1() -> None:
 # Silence, and arrivals.
 
 
-async def test_an_idle_socket_that_is_closed_is_reported_with_what_to_raise(
-    make_server: MakeServer,
-) -> None:
+async def silence(server: RunningServer, seconds: float) -> str:
+    """What is told of a WebSocket that is silent for so many seconds."""
+    facts = Facts(url=server.base, idle=seconds)
+    facts.session = server.session
+    (result,) = [each async for each in arrivals.silence(facts)]
+    return f"{result.level} {result.text}"
+
+
+async def test_an_idle_socket_that_is_closed_is_reported(make_server: MakeServer) -> None:
     changes = {"ping_interval": 0.2, "ping_timeout": 0.2, "idle_timeout": 0.3}
     server = await make_server(**{f"chat.websocket.{name}": n for name, n in changes.items()})
-    texts: list[str] = []
-    report = Report(lambda finding: texts.append(str(finding)))
-    road = Road(server.base, remote.PATHS, None)
 
-    await silence.examine(report, road, 20.0)
-    assert texts[0].startswith("fail  idle WebSocket: was closed after ")
-    await silence.examine(report, road, 0.01)
-
-    assert report.failed
-    assert texts[1].startswith("ok    idle WebSocket: lives for 0.01 s")
+    assert (await silence(server, 20.0)).startswith("fail was closed after ")
+    assert (await silence(server, 0.01)).startswith("ok lives for 0.01 s")
 
 
 @pytest.mark.one_loop
@@ -288,16 +257,11 @@ async def test_pings_are_counted_and_answered(make_server: MakeServer) -> None:
     """
     changes = {"chat.websocket.ping_interval": 0.2, "chat.websocket.ping_timeout": 0.2}
     server = await make_server(**changes)
-    texts: list[str] = []
 
-    await silence.examine(
-        Report(lambda finding: texts.append(str(finding))),
-        Road(server.base, remote.PATHS, None),
-        1.0,
-    )
+    told = await silence(server, 1.0)
 
-    assert texts[0].startswith("ok    idle WebSocket: lives for 1 s of silence, with ")
-    assert "with 0 pings" not in texts[0]
+    assert told.startswith("ok lives for 1 s of silence, with ")
+    assert "with 0 pings" not in told
 
 
 def test_gathered_events_are_told_from_events_that_come_one_by_one() -> None:
@@ -321,6 +285,6 @@ async def test_an_answer_that_fails_is_reported_by_its_code_alone(make_server: M
     )
 
     async with asyncio.timeout(30):
-        _, lines = await examined(server.base, key_of("web"), ask=True)
+        found = await examined(server.base, key_of("web"), ask=True)
 
-    assert "SSE: an answer failed: connect_error" in lines["fail"]
+    assert "SSE: an answer failed: connect_error" in found.of("fail")

@@ -1,4 +1,4 @@
-"""Troubles: what is told of a provider, and since when."""
+"""Alerts: what is told of a provider, and since when."""
 
 from __future__ import annotations
 
@@ -6,19 +6,9 @@ from typing import Any
 
 import pytest
 
+from aioserver.monitoring.alerts import INSTEAD, PRESENT, WINDOW, Alerts, span
+from aioserver.monitoring.findings import FAULTS, FLAGGED, OF_PROVIDERS, SILENT
 from aioserver.monitoring.interval import ATTEMPTS, Interval, Total
-from aioserver.monitoring.troubles import (
-    FAULTS,
-    INSTEAD,
-    OF_A_REFUSED_KEY,
-    OF_FAULTS,
-    OF_SILENCE,
-    PAST_FAULTS,
-    PRESENT,
-    WINDOW,
-    Troubles,
-    span,
-)
 from tests.support.dashboard import group
 
 WELL: dict[str, Any] = {
@@ -31,7 +21,7 @@ WELL: dict[str, Any] = {
 
 
 def looked(
-    troubles: Troubles,
+    troubles: Alerts,
     now: float,
     growth: dict[str, int] | None = None,
     fallbacks: tuple[str, ...] = (),
@@ -76,16 +66,16 @@ def silent_for(longest: float, **silent: int) -> dict[str, Any]:
 def test_silence_in_half_of_the_answers_is_the_providers(
     silent: dict[str, int], text: str
 ) -> None:
-    assert looked(Troubles(), 1000.0, **silent_for(6.7, **silent))["text"] == text
+    assert looked(Alerts(), 1000.0, **silent_for(6.7, **silent))["text"] == text
 
 
 @pytest.mark.parametrize("silent", [{}, {"under_way": 25}, {"stalled": 9, "under_way": 19}])
 def test_silence_in_few_answers_is_theirs(silent: dict[str, int]) -> None:
-    assert looked(Troubles(), 1000.0, **silent_for(60.0, **silent)) is None
+    assert looked(Alerts(), 1000.0, **silent_for(60.0, **silent)) is None
 
 
 def test_trouble_that_lasts_keeps_its_beginning() -> None:
-    troubles = Troubles()
+    troubles = Alerts()
     all_silent = {"stalled": 2, "under_way": 2}
 
     first = looked(troubles, 1000.0, **silent_for(6.0, **all_silent))
@@ -98,13 +88,9 @@ def test_trouble_that_lasts_keeps_its_beginning() -> None:
     assert over is None
 
 
-def test_each_fault_has_a_past() -> None:
-    assert PAST_FAULTS.keys() == FAULTS.keys() == OF_FAULTS.keys()
-
-
 @pytest.mark.parametrize("ill", [{"state": "dead"}, {"state": "sick"}, {"flagged": True}])
 def test_a_provider_that_is_well_again_has_no_trouble_left(ill: dict[str, Any]) -> None:
-    troubles = Troubles()
+    troubles = Alerts()
     for tick in range(5):
         growth = {"connect_error": 3, "tls": 1}
         assert looked(troubles, 1000.0 + tick, growth, **ill) is not None
@@ -116,7 +102,7 @@ def test_a_provider_that_is_well_again_has_no_trouble_left(ill: dict[str, Any]) 
 
 
 def test_faults_are_told_in_the_present_while_they_go_on() -> None:
-    troubles = Troubles()
+    troubles = Alerts()
 
     def look(tick: int, **growth: int) -> Any:
         return looked(troubles, 1000.0 + tick, growth)
@@ -134,11 +120,12 @@ def test_faults_are_told_in_the_present_while_they_go_on() -> None:
 
 @pytest.mark.parametrize("outcome", FAULTS)
 def test_provider_that_fails_is_reported_with_how_and_how_often(outcome: str) -> None:
-    trouble = looked(Troubles(), 1000.0, {outcome: 57, "ok": 3, "cancelled": 40, "http_4xx": 9})
+    trouble = looked(Alerts(), 1000.0, {outcome: 57, "ok": 3, "cancelled": 40, "http_4xx": 9})
 
     assert trouble["kind"] == "failing"
     assert (
-        trouble["text"] == f"groq {FAULTS[outcome]}: 57 of 60 attempts failed in the last minute"
+        trouble["text"]
+        == f"groq {FAULTS[outcome].text}: 57 of 60 attempts failed in the last minute"
     )
     assert trouble["detail"] == "It began 0 s ago; no fallback is set"
 
@@ -153,11 +140,11 @@ def test_provider_that_fails_is_reported_with_how_and_how_often(outcome: str) ->
     ],
 )
 def test_what_is_no_fault_of_the_provider_is_no_trouble(growth: dict[str, int]) -> None:
-    assert looked(Troubles(), 1000.0, growth) is None
+    assert looked(Alerts(), 1000.0, growth) is None
 
 
 def test_faults_are_reported_for_a_minute() -> None:
-    troubles = Troubles()
+    troubles = Alerts()
     looked(troubles, 1000.0, {"http_5xx": 5})
 
     looks = [looked(troubles, 1000.0 + tick) for tick in range(1, WINDOW + 1)]
@@ -167,7 +154,7 @@ def test_faults_are_reported_for_a_minute() -> None:
 
 
 def test_provider_that_is_left_alone_is_reported_with_its_next_try_and_its_fallback() -> None:
-    troubles = Troubles()
+    troubles = Alerts()
     looked(troubles, 1000.0, {"connect_error": 5}, state="dead", next_try=5.0)
 
     lonely = looked(troubles, 1042.0, state="dead", next_try=2.2)
@@ -192,11 +179,11 @@ def test_provider_that_is_left_alone_is_reported_with_its_next_try_and_its_fallb
     ],
 )
 def test_worst_trouble_is_reported(changes: dict[str, Any], kind: str) -> None:
-    assert looked(Troubles(), 1000.0, {"timeout": 9}, **changes)["kind"] == kind
+    assert looked(Alerts(), 1000.0, {"timeout": 9}, **changes)["kind"] == kind
 
 
 def test_trouble_that_becomes_another_one_of_the_same_faults_began_with_the_first() -> None:
-    troubles = Troubles()
+    troubles = Alerts()
     kinds = ("failing", "sick", "dead", "sick")
 
     looks = [
@@ -225,24 +212,24 @@ def test_trouble_that_becomes_another_one_of_the_same_faults_began_with_the_firs
 def test_trouble_is_an_error_where_most_attempts_fail(
     growth: dict[str, int], state: str, severity: str
 ) -> None:
-    assert looked(Troubles(), 1000.0, growth, state=state)["severity"] == severity
+    assert looked(Alerts(), 1000.0, growth, state=state)["severity"] == severity
 
 
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
-        ({"flagged": True}, OF_A_REFUSED_KEY),
-        (silent_for(9.0, stalled=1, under_way=1), OF_SILENCE),
-        ({}, OF_FAULTS["timeout"]),
-        ({"state": "dead", "next_try": 1.0}, OF_FAULTS["timeout"]),
+        ({"flagged": True}, OF_PROVIDERS[FLAGGED].remedy),
+        (silent_for(9.0, stalled=1, under_way=1), OF_PROVIDERS[SILENT].remedy),
+        ({}, FAULTS["timeout"].remedy),
+        ({"state": "dead", "next_try": 1.0}, FAULTS["timeout"].remedy),
     ],
 )
 def test_trouble_says_what_can_be_done(changes: dict[str, Any], advice: str) -> None:
     growth, remedy = {"timeout": 9}, advice.format(name="groq")
 
-    lonely = looked(Troubles(), 1000.0, growth, **changes)
-    helped = looked(Troubles(), 1000.0, growth, fallbacks=("other",), **changes)
-    other = looked(Troubles(), 1000.0, growth, active=False, **changes)
+    lonely = looked(Alerts(), 1000.0, growth, **changes)
+    helped = looked(Alerts(), 1000.0, growth, fallbacks=("other",), **changes)
+    other = looked(Alerts(), 1000.0, growth, active=False, **changes)
 
     assert lonely["advice"] == f"{remedy} {INSTEAD}"
     assert [helped["advice"], other["advice"]] == [remedy, remedy]
@@ -258,9 +245,9 @@ def test_where_others_of_its_group_go_on_a_trouble_says_so() -> None:
     dead: dict[str, Any] = {"state": "dead", "next_try": 1.0}
     pair = group(("groq", "dead"), ("gpu2", "well"))
 
-    covered = looked(Troubles(), 1000.0, group_of_two=pair, **dead)
+    covered = looked(Alerts(), 1000.0, group_of_two=pair, **dead)
     alone = looked(
-        Troubles(), 1000.0, group_of_two=group(("groq", "dead"), ("gpu2", "cooling")), **dead
+        Alerts(), 1000.0, group_of_two=group(("groq", "dead"), ("gpu2", "cooling")), **dead
     )
 
     assert covered["detail"].endswith("; the other members of qwen are asked instead")

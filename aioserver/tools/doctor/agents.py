@@ -1,0 +1,136 @@
+"""Questions as agents ask them, for one call of a tool: whether agents can work with a provider.
+
+They are asked of a server in this process, which translates them for a provider that has chat
+completions only. A model that answers with a text where it should call, or an engine that leaves
+calls in the text, is found out, and so is which words it refuses.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import orjson
+
+from aioserver.gateway.bridging import ABSENT_STATUSES, ChatCapabilities
+from aioserver.protocol import eventstream
+from aioserver.protocol.bridging.accepted_parameters import MAX_COMPLETION_TOKENS as NEWER_BOUND
+from aioserver.protocol.bridging.accepted_parameters import MAX_TOKENS as MAX_BOUND
+from aioserver.server.runner import Runner
+from aioserver.tools.doctor.results import Result, ok, skip, warn
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aioserver.providers.provider import Provider
+    from aioserver.server.app import Server
+
+QUESTION = "Call the tool `note` once, with the word ready. Say nothing else."
+TOOL = {"name": "note", "description": "Notes a word."}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"word": {"type": "string"}},
+    "required": ["word"],
+}
+# Tokens that an answer may have: some models think first.
+MAX_TOKENS = 512
+# The question below `/v1`, for a streamed answer, with every word that an engine may not know.
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "responses": {
+        "max_output_tokens": MAX_TOKENS,
+        "store": False,
+        "input": QUESTION,
+        "tools": [{"type": "function", **TOOL, "parameters": PARAMETERS}],
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "low"},
+    },
+    "messages": {
+        "max_tokens": MAX_TOKENS,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "tools": [{**TOOL, "input_schema": PARAMETERS}],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        "output_config": {"effort": "low"},
+        "top_k": 40,
+    },
+}
+HINT = (
+    "agents need a model that was trained for calls, and an engine that finds them in its "
+    "answers (vLLM: --enable-auto-tool-choice, --tool-call-parser; llama.cpp: --jinja)"
+)
+
+
+async def agents(server: Server, provider: Provider) -> AsyncIterator[Result]:
+    """Ask each question, and say what was learned of *provider* meanwhile."""
+    model, bridged = f"{provider.name}/{provider.settings.model}", provider.meter.bridged
+    usage = server.context.usage.sums
+    guessed = sum(counter.value for counter in usage.estimated.values())
+    runner = Runner(server)
+    await runner.setup()
+    try:
+        (listening, *_) = await runner.listen()
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{listening.port}") as session:
+            for path, question in QUESTIONS.items():
+                shown, before, began = f"/v1/{path}", bridged[path].value, time.perf_counter()
+                if path == "messages" and provider.settings.messages is False:
+                    yield skip(f"{shown}: not asked for, as messages is false")
+                    continue
+                body = {"model": model, "stream": True, **question}
+                async with session.post(shown, json=body) as response:
+                    status, data = response.status, await response.read()
+                took, calls = time.perf_counter() - began, _calls(data)
+                if calls is None:
+                    hint = "docs/errors.md explains the codes of errors"
+                    if path == "messages" and status in ABSENT_STATUSES:
+                        hint = (
+                            "`messages: auto` has its requests translated, if it has no such path"
+                        )
+                    yield warn(f"{shown}: no whole answer: HTTP {status}", hint)
+                elif bridged[path].value == before:
+                    yield ok(f"{shown}: it has that, and answers", seconds=took)
+                elif len(calls) == 1 and '"word"' in calls[0]:
+                    yield ok(f"{shown}, translated: its tool was called", seconds=took)
+                else:
+                    text = f"{len(calls)} calls of its tool came, or without its argument"
+                    yield warn(f"{shown}, translated: {text}", HINT)
+    finally:
+        await runner.cleanup()
+    if any(counter.value for counter in bridged.values()):
+        if sum(counter.value for counter in usage.estimated.values()) > guessed:
+            yield warn("no usage came with what was translated: tokens are estimated")
+        for text in _learned(provider.capabilities(ChatCapabilities)):
+            yield ok(f"learned: {text}")
+
+
+def _calls(data: bytes) -> list[str] | None:
+    """Return the arguments of each call in the events of an answer of either form; None if it is
+    not whole.
+    """
+    calls: list[str] = []
+    for event in eventstream.parse(data):
+        match orjson.loads(event.data):
+            case {"item": {"type": "function_call", "arguments": str(arguments)}} if arguments:
+                calls.append(arguments)
+            case {"content_block": {"type": "tool_use"}}:
+                calls.append("")
+            case {"delta": {"partial_json": str(part)}} if calls:
+                calls[-1] += part
+            case {"type": "response.completed" | "response.incomplete" | "message_stop"}:
+                return calls
+    return None
+
+
+def _learned(capabilities: ChatCapabilities) -> list[str]:
+    """Return what the bridges have learned, as the server will at the first requests of agents."""
+    learned = [
+        f"it refuses {word}, which is left out" for word in sorted(capabilities.refused_words)
+    ]
+    if capabilities.renaming:
+        learned.append(f"it has {NEWER_BOUND} in place of {MAX_BOUND}")
+    for model, tokens in capabilities.context_limits.items():
+        learned.append(f"{model} has {tokens:,} tokens in its context")
+    for model, tokens in capabilities.most.items():
+        learned.append(f"{model} has {tokens:,} tokens in an answer at most")
+    if capabilities.reasoning_field:
+        learned.append(f"its reasoning is in {capabilities.reasoning_field}")
+    return learned or ["it takes every word that the bridges send"]

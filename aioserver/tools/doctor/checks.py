@@ -1,0 +1,229 @@
+"""The table of checks, and how it is gone through."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from yarl import URL
+
+from aioserver.config import Configuration
+from aioserver.config.faults import ConfigurationError
+from aioserver.config.settings import Cluster, Repository, Tracing, Usage
+from aioserver.server.app import open_server
+from aioserver.server.wings import WINGS, faults
+from aioserver.tools.doctor import arrivals, machine, providers, server
+from aioserver.tools.doctor.arrivals import answer
+from aioserver.tools.doctor.machine import limit
+from aioserver.tools.doctor.network import Peer
+from aioserver.tools.doctor.results import Report, Result, fail, ok, warn
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from aioserver.config.settings import Settings
+    from aioserver.tools.doctor.facts import Facts
+
+REDIS_PORT = 6379
+# Seconds for each step to the Redis server, and to the keys of an issuer.
+NEAR_TIMEOUT = 5.0
+GATHERED = (
+    "switch buffering off for this path in the proxy (nginx: proxy_buffering off; "
+    "docs/proxies.md has the others)"
+)
+
+
+async def configuration(facts: Facts) -> AsyncIterator[Result]:
+    """Read the configuration. One that is valid, but cannot be served, is examined all the same."""
+    configuration = Configuration.load(facts.config)
+    yield ok(f"{configuration.source} is valid")
+    for warning in configuration.warnings:
+        yield warn(warning)
+    settings = configuration.settings
+    known = settings.llm.providers
+    if facts.only is None:
+        facts.here = settings
+    elif facts.only not in known:
+        text = f"no provider is named {facts.only} (one of {', '.join(known)})"
+        raise ConfigurationError([text])
+    facts.settings = settings
+    facts.server = await facts.stack.enter_async_context(open_server(_alone(settings)))
+    if unfit := [*faults(settings, [wing() for wing in WINGS])]:
+        raise ConfigurationError(unfit)
+    configuration.check_usable()
+
+
+async def needed(facts: Facts) -> AsyncIterator[Result]:
+    """Go the way to what the server needs beside its providers: without Redis or Valkey its shares
+    are fixed, a closed hook that is away lets nothing pass, and without the keys of their issuer
+    no token can be checked.
+    """
+    here = facts.here
+    ways = [
+        (f"hook {hook.name}", hook.url, hook.timeout, fail if hook.closed else warn)
+        for hook in here.hooks
+    ]
+    ways.append(("cluster", here.cluster.redis_url, NEAR_TIMEOUT, warn))
+    if here.auth is not None and here.auth.jwt is not None:
+        ways.append(("tokens", here.auth.jwt.jwks_url, NEAR_TIMEOUT, fail))
+    for subject, address, seconds, problem in ways:
+        url = URL(address or "")
+        # What is in a file, a module, or at a UNIX socket, is read at the start.
+        if url.host is not None:
+            async for result in Peer.at(url, seconds, REDIS_PORT).steps(problem):
+                yield replace(result, subject=subject)
+
+
+def _alone(settings: Settings) -> Settings:
+    """Return *settings* as those of a server with their providers, and nothing else of them."""
+    chat = settings.chat
+    websocket = replace(chat.websocket, host="127.0.0.1", port=0, tls=None)
+    chat = replace(
+        chat, websocket=websocket, service=replace(chat.service, repository=Repository())
+    )
+    settings = replace(settings, chat=chat, auth=None, cluster=Cluster())
+    return replace(settings, hooks=(), tracing=Tracing(), usage=Usage())
+
+
+class Check(NamedTuple):
+    """A row of the table: *look* yields what it finds out about *subject*, if the facts that it
+    *needs* are known. *remedy* says what to do about its warnings and failures that do not say so
+    themselves. Neighbours that are *together* are looked at at the same time.
+    """
+
+    subject: str
+    needs: str
+    look: Callable[[Facts], AsyncIterator[Result]]
+    remedy: str = ""
+    together: bool = False
+
+
+# In the order in which they are told.
+CHECKS = (
+    Check(
+        "machine",
+        "local",
+        machine.interpreter,
+        "pip install '.[speedups]' in the clone brings a faster event loop",
+    ),
+    Check("configuration", "local", configuration),
+    Check("machine", "here", machine.files),
+    Check(
+        "machine",
+        "here",
+        limit(
+            "somaxconn: the kernel lets {have} connections wait, and backlog asks for {want}",
+            "sysctl -w net.core.somaxconn={want}",
+            machine.backlog,
+        ),
+    ),
+    Check(
+        "machine",
+        "here",
+        limit(
+            "local ports: {have}, and up to {want} connections to one address may need one each",
+            'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
+            machine.ports,
+        ),
+    ),
+    Check(
+        "machine",
+        "here",
+        limit(
+            "memory: {have} MiB are free, and kept answers and bodies may take {want}",
+            "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
+            machine.memory,
+        ),
+    ),
+    Check("machine", "here", machine.address),
+    Check(
+        "tls",
+        "here.chat.websocket.tls",
+        machine.certificate,
+        "put the intermediates into cert_file, or give clients the authority (SSL_CERT_FILE)",
+    ),
+    Check("needed", "here", needed),
+    Check("providers", "server", providers.providers),
+    Check(
+        "groups",
+        "here.llm.models",
+        providers.groups,
+        "check `model` of the member, and the name by which its engine serves the model",
+    ),
+    Check("server", "url", server.reach),
+    Check("server", "session", server.health),
+    Check(
+        "server",
+        "healthy",
+        server.ready,
+        "`aioserver doctor` on its machine says what is wrong with its providers",
+    ),
+    Check(
+        "server",
+        "healthy",
+        server.headers,
+        "clients with long tokens or cookies fail (nginx: large_client_header_buffers)",
+    ),
+    Check("key", "healthy", server.key),
+    Check("server", "accepted", server.state),
+    Check(
+        "WebSocket",
+        "accepted",
+        server.websocket,
+        "the proxy must pass Upgrade and Connection on this path, by HTTP/1.1: docs/proxies.md",
+    ),
+    Check(
+        "server",
+        "accepted",
+        server.body,
+        "conversations with pictures fail there: allow more than "
+        "chat.websocket.max_message_size (nginx: client_max_body_size)",
+        together=True,
+    ),
+    Check("WebSocket", "upgraded", answer("websocket"), GATHERED, together=True),
+    Check("SSE", "accepted", answer("sse"), GATHERED, together=True),
+    Check("OpenAI", "accepted", answer("openai"), GATHERED, together=True),
+    Check("/events", "accepted", arrivals.snapshots, GATHERED, together=True),
+    Check(
+        "streams",
+        "encodings",
+        arrivals.compression,
+        "a compressor may hold events back: leave text/event-stream out (nginx: gzip off)",
+    ),
+    Check(
+        "idle WebSocket",
+        "upgraded",
+        arrivals.silence,
+        "raise the proxy's timeout for reading (nginx: proxy_read_timeout) above 4 x "
+        "ping_interval, or see chat.websocket.idle_timeout",
+    ),
+)
+
+
+async def examine(report: Report, facts: Facts) -> int:
+    """Go through the table, and tell *report* what is found. Return the exit code."""
+    async with facts.stack:
+        for together, checks in itertools.groupby(CHECKS, lambda check: check.together):
+            if together:
+                due = [check for check in checks if facts.known(check.needs)]
+                found = await asyncio.gather(*(_results(check, facts) for check in due))
+                for check, results in zip(due, found, strict=True):
+                    for result in results:
+                        report.add(result, check.subject, check.remedy)
+                continue
+            for check in checks:
+                try:
+                    if facts.known(check.needs):
+                        async for result in check.look(facts):
+                            report.add(result, check.subject, check.remedy)
+                except ConfigurationError as error:
+                    facts.usable = False
+                    for fault in error.faults:
+                        report.add(fail(fault), check.subject)
+    return int(report.failed) if facts.usable else 2
+
+
+async def _results(check: Check, facts: Facts) -> list[Result]:
+    return [result async for result in check.look(facts)]
