@@ -52,7 +52,7 @@ from aioserver.monitoring.usage import UsageSection
 from aioserver.providers.health import ALONE
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.certificates import ListenerTls, TlsSection, open_tls
-from aioserver.server.middleware import make_middleware
+from aioserver.server.middleware import Border
 from aioserver.server.wings import WINGS, faults, open_wings
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.outbox import Outbox
@@ -378,13 +378,11 @@ def _open_context(
 
 async def _add_faces(app: web.Application, context: Context, plugged: Plugged) -> Middleware:
     """Add the routes of all faces to *app*, and what stands in front of them, which is returned."""
-    middleware, add_headers = make_middleware(
-        context.settings, context.guard, context.origins, context.admission
-    )
-    app.middlewares.append(middleware)
-    app.on_response_prepare.append(add_headers)
+    border = Border(context.settings, context.guard, context.origins, context.admission)
+    app.middlewares.append(border.handle)
+    app.on_response_prepare.append(border.add_headers)
     _add_routes(app, context, [await wing.serve(context) for wing in plugged.wings])
-    return middleware
+    return border.handle
 
 
 def _begin(server: Server) -> None:

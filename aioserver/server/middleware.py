@@ -50,9 +50,9 @@ from aioserver.telemetry.request_log import MAX_NAME
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection
+    from collections.abc import Collection
 
-    from aiohttp.typedefs import Handler, Middleware
+    from aiohttp.typedefs import Handler
 
     from aioserver.auth.guard import Guard
     from aioserver.auth.origins import Origins
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from aioserver.faces.context import CurrentSettings
     from aioserver.faces.form import Forms
 
-    OnPrepare = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
 logger = logging.getLogger("aioserver.faces.http")
 refusals_logger = logging.getLogger("aioserver.refusals")
@@ -76,15 +75,98 @@ LINE_REST = len(" HTTP/1.1 ")
 REFUSALS_PER_SECOND = 5
 
 
-def make_middleware(
-    settings: CurrentSettings, guard: Guard, origins: Origins, admission: Admission
-) -> tuple[Middleware, OnPrepare]:
-    """Return the middleware, and the handler of the signal `on_response_prepare`."""
-    refusals, metrics = RateLimit(REFUSALS_PER_SECOND), admission.metrics
-    forms = admission.forms
+class Border:
+    """What stands between aiohttp and every handler, as the methods of one middleware.
 
-    def check_head(request: web.Request, connection: Connection | None) -> None:
-        limits = settings.chat.websocket.concurrency.uvicorn
+    `handle` is the middleware; `add_headers` handles the signal `on_response_prepare`.
+    """
+
+    def __init__(
+        self, settings: CurrentSettings, guard: Guard, origins: Origins, admission: Admission
+    ) -> None:
+        self._settings, self._guard, self._origins = settings, guard, origins
+        self._admission, self._metrics = admission, admission.metrics
+        self._forms, self._refusals = admission.forms, RateLimit(REFUSALS_PER_SECOND)
+
+    @web.middleware
+    async def handle(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer *request* by *handler*, or by the error that speaks against it."""
+        assert isinstance(request, Request)
+        protocol = request.protocol
+        # Where the application is embedded, the connection is another server's, without our limit.
+        connection = protocol if isinstance(protocol, Connection) else None
+        try:
+            self._check_head(request, connection)
+            response = await self._admitted(request, handler)
+        except (ConnectionError, asyncio.CancelledError):
+            # The client left, perhaps while its response began: aiohttp ends the connection.
+            request.started = None
+            raise
+        except Exception as error:  # noqa: BLE001 - the border of all handlers
+            response = self._response_of(request, error)
+        # aiohttp's responses know their request until they are written; the two would hold each
+        # other.
+        started, request.started = request.started, None
+        if started is not None and started is not response:
+            if request.transport is not None:
+                # A second head would be taken for a part of the first one's body.
+                request.transport.abort()
+            return started
+        if not response.prepared:
+            announce_close(request, response)
+            if isinstance(response, web.Response) and _large(response):
+                timeout, drop = self._admission.send_timeout, self._admission.dropped
+                try:
+                    await whole.write(request, response, timeout, drop, "http")
+                finally:
+                    request.started = None
+        elif connection is not None and connection.last and response.keep_alive:
+            # The head is sent already, and did not say that the connection ends.
+            connection.close_soon()
+        return response
+
+    async def _admitted(self, request: Request, handler: Handler) -> web.StreamResponse:
+        """Ask the guard, and then *handler*."""
+        try:
+            caller = self._guard.admit(request)
+        except Undecided as undecided:
+            caller = self._guard.admit(request, await undecided.caller())
+        if caller is not None and caller.quota is not None and caller.quota.budget.limited:
+            # The response tells of them.
+            request.limits = partial(self._forms.of(request).limits, caller.quota)
+        if hdrs.UPGRADE in request.headers:
+            self._check_upgrade(request)
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            return self._preflight(request)
+        return await handler(request)
+
+    def _response_of(self, request: web.Request, error: Exception) -> web.StreamResponse:
+        """Return *error* as a response, and count it unless that was done with its record."""
+        form = self._forms.of(request)
+        if isinstance(error, AioserverError):
+            # An error of a request that has a record is counted with that record.
+            recorded = isinstance(error, ProviderFault) and error.request_outcome is not None
+            if not error.counted and not recorded:
+                self._metrics.count_error(error)
+            if isinstance(error, Denied):
+                self._log_refusal(request, error)
+            response = error_response(error, request, form)
+            forget_frames(error)
+            return response
+        if isinstance(error, web.HTTPException):
+            fault, methods = _translated(error, request, self._forms)
+            self._metrics.count_error(fault)
+            response = error_response(fault, request, form)
+            if methods:
+                response.headers["Allow"] = ", ".join(sorted(methods))
+            return response
+        fields = {"request_id": request_id(request)}
+        logger.error("bug in a handler", exc_info=error, extra={"fields": fields})
+        self._metrics.bugs.note(error)
+        return error_response(InternalError("internal error"), request, form)
+
+    def _check_head(self, request: web.Request, connection: Connection | None) -> None:
+        limits = self._settings.chat.websocket.concurrency.uvicorn
         if connection is not None:
             connection.begin(request)
             if connection.requests >= limits.max_keepalive_requests:
@@ -98,7 +180,7 @@ def make_middleware(
         if head > (limit := limits.h11_max_header_size):
             raise HeadersTooLarge(f"{head} bytes of headers, at most {limit}")
 
-    def check_upgrade(request: web.Request) -> None:
+    def _check_upgrade(self, request: web.Request) -> None:
         """Refuse a handshake where there is no WebSocket.
 
         Other upgrades are ignored (RFC 9110, 7.8).
@@ -108,86 +190,19 @@ def make_middleware(
             return
         match = request.match_info
         # Where the application is embedded, the program's own routes decide for themselves.
-        ours = match.http_exception is not None or match.route in guard.policies
-        if ours and match.route not in guard.websockets:
-            endpoint = settings.chat.websocket.endpoint
+        ours = match.http_exception is not None or match.route in self._guard.policies
+        if ours and match.route not in self._guard.websockets:
+            endpoint = self._settings.chat.websocket.endpoint
             raise UpgradeRequired(
                 f"there is no WebSocket at this path: it is at {endpoint}, "
                 "that of responses at /v1/responses"
             )
 
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        assert isinstance(request, Request)
-        protocol = request.protocol
-        # Where the application is embedded, the connection is another server's, without our limit.
-        connection = protocol if isinstance(protocol, Connection) else None
-        try:
-            check_head(request, connection)
-            try:
-                caller = guard.admit(request)
-            except Undecided as undecided:
-                caller = guard.admit(request, await undecided.caller())
-            if caller is not None and caller.quota is not None and caller.quota.budget.limited:
-                # The response tells of them.
-                request.limits = partial(forms.of(request).limits, caller.quota)
-            if hdrs.UPGRADE in request.headers:
-                check_upgrade(request)
-            if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-                return preflight(request)
-            response = await handler(request)
-        except AioserverError as error:
-            # An error of a request that has a record is counted with that record.
-            recorded = isinstance(error, ProviderFault) and error.request_outcome is not None
-            if not error.counted and not recorded:
-                metrics.count_error(error)
-            if isinstance(error, Denied):
-                log_refusal(request, error)
-            response = error_response(error, request, forms.of(request))
-            forget_frames(error)
-        except web.HTTPException as exc:
-            fault, methods = _translated(exc, request, forms)
-            metrics.count_error(fault)
-            response = error_response(fault, request, forms.of(request))
-            if methods:
-                response.headers["Allow"] = ", ".join(sorted(methods))
-        except (ConnectionError, asyncio.CancelledError):
-            # The client left, perhaps while its response began: aiohttp ends the connection.
-            request.started = None
-            raise
-        except Exception as bug:
-            logger.exception(
-                "bug in a handler", extra={"fields": {"request_id": request_id(request)}}
-            )
-            metrics.bugs.note(bug)
-            error_form = forms.of(request)
-            response = error_response(InternalError("internal error"), request, error_form)
-        # aiohttp's responses know their request until they are written; the two would hold each
-        # other.
-        started, request.started = request.started, None
-        if started is not None and started is not response:
-            if request.transport is not None:
-                # A second head would be taken for a part of the first one's body.
-                request.transport.abort()
-            return started
-        if not response.prepared:
-            announce_close(request, response)
-            if isinstance(response, web.Response) and _large(response):
-                timeout, drop = admission.send_timeout, admission.dropped
-                try:
-                    await whole.write(request, response, timeout, drop, "http")
-                finally:
-                    request.started = None
-        elif connection is not None and connection.last and response.keep_alive:
-            # The head is sent already, and did not say that the connection ends.
-            connection.close_soon()
-        return response
-
-    def log_refusal(request: web.Request, error: Denied) -> None:
+    def _log_refusal(self, request: web.Request, error: Denied) -> None:
         """Log which request was refused, and why; never the key that it presented."""
         if not refusals_logger.isEnabledFor(logging.WARNING):
             return
-        if (left_out := refusals.allow(error.reason)) is None:
+        if (left_out := self._refusals.allow(error.reason)) is None:
             return
         resource = request.match_info.route.resource
         fields: dict[str, Any] = {
@@ -204,15 +219,18 @@ def make_middleware(
             fields["setting"] = error.setting
         refusals_logger.warning("access refused", extra={"fields": fields | left_out})
 
-    def preflight(request: web.Request) -> web.Response:
+    def _preflight(self, request: web.Request) -> web.Response:
         """Answer a CORS preflight; a browser takes the missing `Allow-Origin` for a refusal."""
         origin = request.headers.get("Origin")
         host = request.headers.get("Host")
-        if origin is not None and not origins.allows(origin, host, secure=request.secure):
-            log_refusal(request, OriginNotAllowed("a preflight of a page that may not connect"))
+        if origin is not None and not self._origins.allows(origin, host, secure=request.secure):
+            self._log_refusal(
+                request, OriginNotAllowed("a preflight of a page that may not connect")
+            )
         return _preflight(request)
 
-    async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Add the headers that every response has to *response*, which is about to begin."""
         assert isinstance(request, Request)
         request.started = response
         headers = response.headers
@@ -223,13 +241,11 @@ def make_middleware(
         headers["Server"] = SERVER
         headers["x-request-id"] = request_id(request)
         if "Origin" in request.headers:
-            headers.update(origins.cors(request.headers, secure=request.secure))
+            headers.update(self._origins.cors(request.headers, secure=request.secure))
             # By name: with credentials, CORS takes "*" for a header of that name.
             passed = (name.lower() for name in headers if name.lower().startswith(VISIBLE_HEADERS))
             names = dict.fromkeys((*EXPOSED, *passed))
             headers["Access-Control-Expose-Headers"] = ", ".join(names)
-
-    return middleware, add_headers
 
 
 def _large(response: web.Response) -> bool:
