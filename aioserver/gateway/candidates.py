@@ -171,7 +171,7 @@ class Candidates:
         """
         outcome = self._request.provider_request.outcome
         only = self.left[0] if self.alone and self.left else None
-        self.chosen = None
+        self.chosen, attempt = None, None
         try:
             if only is not None and self._settled:
                 member, provider = only, only.provider
@@ -187,7 +187,8 @@ class Candidates:
         except BaseException as error:
             self._leave()
             if only is not None:
-                outcome.begin_attempt(only.provider.name, self.model or only.asked_model)
+                model = only.asked_model if attempt is None else attempt.asked_model
+                outcome.begin_attempt(only.provider.name, model)
                 outcome.attempts -= isinstance(error, AioserverError)
             raise
         self.chosen = member

@@ -261,6 +261,11 @@ class PassedAttempt(Attempt):
         self.backpressure = Backpressure(lambda: 0)
 
     @property
+    def asked_model(self) -> str:
+        """The model that is asked for; empty where nobody has read which one that is."""
+        return self.model or ""
+
+    @property
     def says_little(self) -> bool:
         """Whether the provider has answered with a fault: it may not have this path, or our key
         not the right to it.

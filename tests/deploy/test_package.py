@@ -40,7 +40,7 @@ HIDDEN = (".ci", ".dockerignore", ".gitignore")
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 REFERENCES = re.compile(
     r"""(?x)
-      (?: src | href ) = ["'] ([^"'\#]+) ["']       # HTML
+      (?: src | href ) = ["'] ([^"'\#$]+) ["']       # HTML
     | (?: from | import ) \s* \(? ["'] ([^"']+) ["']  # JavaScript
     | url\( ["']? ([^"')]+) ["']? \)                  # CSS
     """

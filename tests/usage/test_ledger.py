@@ -76,7 +76,7 @@ def test_an_attempt_is_one_line_with_all_that_is_known(
 def test_what_nobody_knows_is_absent(opened: Callable[..., Ledger], tmp_path: Path) -> None:
     ledger = opened()
 
-    ledger.put(line(part=replace(PART, source=NOBODY, first=0.0)))
+    ledger.put(line(cost=replace(PART, source=NOBODY, first=0.0)))
     ledger.close()
 
     [[only]] = lines_of(tmp_path / "usage").values()
@@ -90,7 +90,7 @@ def test_names_of_clients_are_cut_and_cannot_begin_a_line(
     ledger = opened()
     odd = 'x"\n{"id":"y"}\udcff'
 
-    ledger.put(line(request_id=odd + "z" * 1000, part=replace(PART, model="m" * 1000)))
+    ledger.put(line(request_id=odd + "z" * 1000, cost=replace(PART, model="m" * 1000)))
     ledger.close()
 
     [[only]] = lines_of(tmp_path / "usage").values()
