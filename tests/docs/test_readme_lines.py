@@ -171,7 +171,7 @@ def test_python_works_as_pasted(clone: Path, port: int, code: str) -> None:
 
 
 def test_the_example_with_anthropics_sdk_works_as_pasted(clone: Path, port: int) -> None:
-    page = (ROOT / "docs/faces.md").read_text()
+    page = (ROOT / "docs/anthropic.md").read_text()
     (code,) = re.findall(r"^```python\n(from anthropic .*?)^```$", page, re.MULTILINE | re.DOTALL)
 
     output = pasted([sys.executable, "-c", code.replace(":8000", f":{port}")], clone)
