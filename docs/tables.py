@@ -38,7 +38,7 @@ WITHOUT_EFFECT = """
 | --- | --- |
 """
 # A line of the map has so many columns of text at most.
-MAX_MEANING = 74
+MAX_MEANING = 64
 # What ends a sentence, or a part of one.
 PART_END = re.compile(r"[.;:,](?=\s)")
 HEAD = "| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
