@@ -203,5 +203,5 @@ def test_ratios_are_those_of_the_last_table() -> None:
 def test_first_screen_is_short() -> None:
     assert README.count("\n") <= 150
     first_screen = README[: README.index("## Start")]
-    assert "docs/images/dashboard.png" in first_screen
+    assert "docs/images/queue.png" in first_screen
     assert "benchmarks/run.py" in first_screen
