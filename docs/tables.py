@@ -1,5 +1,5 @@
 """Writes what is made of the code: the tables of `configuration.md`, `config.schema.json` and the
-listing of files in `map.md`.
+listing of files in `aioserver/README.md`.
 
 python docs/tables.py            write them
 python docs/tables.py --check    exit with 1 if they are stale
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 PAGE = Path(__file__).with_name("configuration.md")
-MAP = Path(__file__).with_name("map.md")
 PACKAGE = Path(__file__).parents[1] / "aioserver"
+MAP = PACKAGE / "README.md"
 # What ships with the package; the file of the same name in the repository's root is a link to it.
 SCHEMA = SHIPPED.with_name("config.schema.json")
 BEGIN = "<!-- The rest of this page is made by `python docs/tables.py`. -->\n"
