@@ -1,5 +1,5 @@
-"""Writes the tables of `configuration.md` and `config.schema.json` from the declarations of the
-settings, and `deploy/alerts.yaml` from the table of findings.
+"""Writes what is made of the code: the tables of `configuration.md`, `config.schema.json`, the
+listing of files in `aioserver/README.md`, and `deploy/alerts.yaml` from the table of findings.
 
 python docs/tables.py            write them
 python docs/tables.py --check    exit with 1 if they are stale
@@ -7,8 +7,10 @@ python docs/tables.py --check    exit with 1 if they are stale
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 PAGE = Path(__file__).with_name("configuration.md")
+PACKAGE = Path(__file__).parents[1] / "aioserver"
+MAP = PACKAGE / "README.md"
 # What ships with the package; the file of the same name in the repository's root is a link to it.
 SCHEMA = SHIPPED.with_name("config.schema.json")
 ALERTS = PAGE.parents[1] / "deploy" / "alerts.yaml"
@@ -42,6 +46,10 @@ WITHOUT_EFFECT = """
 | key | what does its work here |
 | --- | --- |
 """
+# A line of the map has so many columns of text at most.
+MAX_MEANING = 64
+# What ends a sentence, or a part of one.
+PART_END = re.compile(r"[.;:,](?=\s)")
 HEAD = "| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
 
 
@@ -98,18 +106,48 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return factory() if callable(factory) else field.default
 
 
+def meaning(file: Path) -> str:
+    """Return the first sentence of the docstring of *file*, without its last parts if a line has no
+    room for them.
+    """
+    text = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+    first = " ".join(text.partition("\n\n")[0].split()) + " "
+    parts = []
+    for match in PART_END.finditer(first):
+        before = first[: match.start()]
+        if before.count("(") == before.count(")") and before.count("`") % 2 == 0:
+            parts.append(before)
+            if match[0] == ".":
+                break
+    fitting = (part for part in reversed(parts) if len(part) <= MAX_MEANING)
+    return next(fitting, parts[0])
+
+
+def listing(folder: Path, depth: int = 0) -> Iterator[str]:
+    """Yield a line for each module in *folder*, and for each folder in it with its modules."""
+    indent = "  " * depth
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if path.is_dir() and (glossary := path / "__init__.py").exists():
+            yield f"{f'{indent}{path.name}/':<24}{meaning(glossary)}\n"
+            yield from listing(path, depth + 1)
+        elif path.suffix == ".py" and (path.name != "__init__.py" or folder == PACKAGE):
+            yield f"{f'{indent}{path.name}':<24}{meaning(path)}\n"
+
+
 def main(*, check: bool) -> int:
     """Write the tables, or compare them with the page. Returns the exit code."""
     before, marker, _ = PAGE.read_text("utf-8").partition(BEGIN)
     if not marker:
         sys.stderr.write(f"{PAGE} has no line {BEGIN}")
         return 1
+    introduction, fence, _ = MAP.read_text("utf-8").partition("```\n")
     ignored = "".join((WITHOUT_EFFECT, *without_effect(Settings)))
     alerts = {"groups": [{"name": "aioserver", "rules": [*findings.rules()]}]}
     made = {
         PAGE: before + marker + "".join(sections(Settings)) + ignored,
         SCHEMA: json_schema.text(),
         ALERTS: ABOUT_ALERTS + yaml.safe_dump(alerts, sort_keys=False, width=1 << 16),
+        MAP: introduction + fence + "".join(listing(PACKAGE)) + fence,
     }
     stale = [
         path for path, text in made.items() if not path.exists() or path.read_text("utf-8") != text

@@ -1,14 +1,16 @@
 """Takes the pictures of docs/images: a real server under load, seen by a headless Chromium.
 
-    .venv/bin/python docs/take_pictures.py [--seconds 75] [--folder docs/images]
+    .venv/bin/python docs/take_pictures.py [--seconds 75] [--folder docs/images] [--only queue]
 
 Starts two simulated engines and `aioserver serve` with two workers on free ports of loopback. The
 engines are a group. Loads the server with `aioserver bench` on three faces for that many seconds,
 and takes a picture of the dashboard near the end of the load. What is shown is what the server said
-at that moment. Then a program that answers with a text of this file is asked on the chat page.
-Everything that was started here is ended at the end.
+at that moment. Then a program that answers with a text of this file is asked on the chat page. Of the
+queue there is a picture of its own: a provider of one place, whose answers take five seconds, has
+seven programs as its clients when a person asks it on the chat page. Everything that was started
+here is ended at the end.
 
-Needs the test extras, and Debian's `chromium`.
+Needs the test extras, and Debian's `chromium` or `chromium-headless-shell`.
 """
 
 from __future__ import annotations
@@ -45,10 +47,10 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-DASHBOARD, CHAT = (1280, 900), (1280, 800)  # pixels of the pictures
+DASHBOARD, CHAT, QUEUE = (1280, 900), (1280, 800), (960, 420)  # pixels of the pictures
 START = 30.0  # seconds for a process to say where it serves
 # Small limits, so that a load which one machine makes beside the server meets them.
-PLACES = {"demo": 60, "gpu1": 8}
+PLACES = {"demo": 60, "gpu1": 8, "busy": 1}
 # Options of `bench`, and the share of the whole time after which each load begins. The clients of
 # all of them together are more than max_connections (100).
 LOADS = (
@@ -56,6 +58,10 @@ LOADS = (
     (0.2, "--face openai --clients 30 --ramp 10 --model qwen"),
     (0.5, "--face sse --clients 25 --ramp 6"),
 )
+# A provider whose one place is free each five seconds, and the programs that ask it.
+SLOW = ("provider", "--port", "0", "--ttft", "1", "--interval", "0.05", "--tokens", "80")
+PROGRAMS = "--face openai --clients 7 --model busy"
+LEARNING = 40.0  # seconds after which the server knows how long a place is taken
 QUESTION = "How long do people wait for one of c places?"
 # What the chat page shows of Markdown: a table, code, and a formula, which stays as it is written.
 ANSWER = """\
@@ -80,19 +86,21 @@ A large pool waits less than many small ones with the same load.
 """
 
 
-def configuration(engines: list[str], writer: str) -> str:
-    """Return the shipped configuration with two workers, a group of two *engines*, and a *writer*:
-    their addresses.
+def configuration(engines: list[str], writer: str, workers: int = 2) -> str:
+    """Return the shipped configuration with so many *workers*, a group of two *engines*, and a
+    *writer*: their addresses. The provider `busy` is the second engine.
     """
     settings: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text())
-    settings["chat"]["websocket"]["concurrency"]["uvicorn"]["workers"] = 2
+    settings["chat"]["websocket"]["concurrency"]["uvicorn"]["workers"] = workers
     settings["logging"]["level"] = "WARNING"
     providers = settings["llm"]["providers"]
     providers["gpu1"] = providers["local"] | {"base_url": engines[0], "model": "simulated"}
     providers["gpu2"] = {"like": "gpu1", "base_url": engines[1]}
     providers["writer"] = {"like": "gpu1", "base_url": writer, "model": "writer"}
+    providers["busy"] = {"like": "gpu2", "model": "busy", "http_client": {}}
     for name, places in PLACES.items():
-        http_client = providers[name]["http_client"] | {"concurrent_requests": places}
+        at_once = {"concurrent_requests": max(places, workers)}
+        http_client = providers[name]["http_client"] | at_once
         providers[name] = providers[name] | {"http_client": http_client}
     settings["llm"]["models"] = {"qwen": {"members": ["gpu1", "gpu2"], "choose": "least_busy"}}
     return yaml.safe_dump(settings)
@@ -169,7 +177,7 @@ async def load(url: str, after: float, seconds: float, options: str) -> None:
 @asynccontextmanager
 async def opened(stack: AsyncExitStack) -> AsyncIterator[Page]:
     """Yield an empty page of a Chromium with a profile of its own."""
-    chromium = shutil.which("chromium")
+    chromium = shutil.which("chromium") or shutil.which("chromium-headless-shell")
     if chromium is None:
         raise RuntimeError("no chromium is installed; on Debian: apt-get install chromium")
     profile = stack.enter_context(tempfile.TemporaryDirectory())
@@ -223,6 +231,29 @@ async def take(folder: Path, seconds: float) -> None:
         await page.screenshot(path=folder / "chat.png")
 
 
+async def take_queue(folder: Path) -> None:
+    """Write `queue.png` into *folder*: what a person sees whose question waits."""
+    async with AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(running(*SLOW))
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
+        file.write_text(configuration([engine, engine], engine, workers=1))
+        server = await stack.enter_async_context(
+            running("serve", "--config", str(file), "--port", "0")
+        )
+        page = await stack.enter_async_context(opened(stack))
+        await page.set_viewport_size(size(QUEUE))
+        await page.goto(f"{server}/")
+        await page.locator("select").first.select_option("busy")
+        await page.locator("textarea").fill(QUESTION)
+        async with asyncio.TaskGroup() as group:
+            programs = group.create_task(load(server, 0.0, 2 * LEARNING, PROGRAMS))
+            await asyncio.sleep(LEARNING)
+            await page.keyboard.press("Enter")
+            await page.locator("#turns").get_by_text("position 7").wait_for()
+            await page.screenshot(path=folder / "queue.png")
+            programs.cancel()
+
+
 def main() -> None:
     """Take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -230,9 +261,12 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(__file__).parent / "images", help="where to write"
     )
+    parser.add_argument("--only", choices=["queue"], help="take this picture alone")
     options = parser.parse_args()
     options.folder.mkdir(exist_ok=True)
-    asyncio.run(take(options.folder, options.seconds))
+    asyncio.run(take_queue(options.folder))
+    if options.only is None:
+        asyncio.run(take(options.folder, options.seconds))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Where uvloop differs from asyncio's loop: docs/event-loops.md has a line for each test, and says
-what follows from it.
+"""Where uvloop differs from asyncio's loop: event-loops.md beside this file has a line for each
+test, and says what follows from it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 T = TypeVar("T")
-PAGE = (Path(__file__).parents[1] / "docs/event-loops.md").read_text()
+PAGE = Path(__file__).with_name("event-loops.md").read_text()
 # More than any kernel buffers for a connection of this machine.
 LARGE = b"x" * (32 << 20)
 # The versions whose `writelines` does not look whether the connection is lost (cpython's

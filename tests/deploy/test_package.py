@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 # What is beside the repository's files in a tree in which somebody works, if git cannot tell.
 LOCAL = (".*", "*.egg-info", "__pycache__", "build", "dist", "loadgen", "mockllm", "node_modules")
-HIDDEN = (".ci", ".dockerignore", ".gitignore")
+HIDDEN = (".ci", ".dockerignore", ".gitignore", ".pre-commit-config.yaml")
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 REFERENCES = re.compile(
     r"""(?x)

@@ -1,5 +1,5 @@
-"""docs/clients.md against the code: commands, fields, frames, codes, close codes, and its
-rules.
+"""docs/clients.md, and the frames of docs/faces.md, against the code: commands, fields, frames,
+codes, close codes, and their rules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.support.server import RunningServer
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/clients.md").read_text()
+PAGE = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("faces", "clients"))
 FACES = ROOT / "aioserver/faces"
 # Of what they are named for on the page.
 SAMPLES: dict[str, Any] = {

@@ -152,3 +152,7 @@ def test_page_gives_reasons_for_nothing_else() -> None:
     table = page.partition("| library | used for |")[2].partition("\n\n")[0]
 
     assert sorted(re.findall(r"^\| (\w[\w-]*) \|", table, re.MULTILINE)) == sorted(REQUIRED)
+
+
+def test_the_packaged_configuration_is_the_shipped_one() -> None:
+    assert (ROOT / "config.yaml").read_bytes() == (ROOT / "aioserver/config.yaml").read_bytes()

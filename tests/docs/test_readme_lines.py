@@ -171,7 +171,7 @@ def test_python_works_as_pasted(clone: Path, port: int, code: str) -> None:
 
 
 def test_the_example_with_anthropics_sdk_works_as_pasted(clone: Path, port: int) -> None:
-    page = (ROOT / "docs/faces.md").read_text()
+    page = (ROOT / "docs/anthropic.md").read_text()
     (code,) = re.findall(r"^```python\n(from anthropic .*?)^```$", page, re.MULTILINE | re.DOTALL)
 
     output = pasted([sys.executable, "-c", code.replace(":8000", f":{port}")], clone)
@@ -203,5 +203,5 @@ def test_ratios_are_those_of_the_last_table() -> None:
 def test_first_screen_is_short() -> None:
     assert README.count("\n") <= 150
     first_screen = README[: README.index("## Start")]
-    assert "docs/images/dashboard.png" in first_screen
+    assert "docs/images/queue.png" in first_screen
     assert "benchmarks/run.py" in first_screen

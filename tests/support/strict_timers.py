@@ -1,5 +1,5 @@
 """Timers as the stricter of asyncio's loop and uvloop has them: what relies on the other fails
-(docs/event-loops.md).
+(tests/event-loops.md).
 
 uvloop counts whole milliseconds, so that a timer may fire half of one early, and does so here
 whenever it may. One that comes to nothing has a handle without `when`. It fires at its own time
