@@ -1,20 +1,20 @@
 """Continuation: another attempt generates the rest of an answer that broke off after text.
 
     the fault            a break, no verdict: `breaks`
-    what was shown       text alone, with reasoning in front at most: `Said.text`
-    what was asked for   one choice of free text, and no message of the assistant at the end, which
-                         is a beginning of the client's own: `continuable`
-    who reads            somebody, or somebody may come back
+    what was shown       text alone, perhaps after reasoning: `Transcript.text`
+    what was asked for   one choice of free text, without a message of the assistant at the end,
+                         which would be a beginning by the client itself: `continuable`
+    the readers          there is one, or one may come back
     how often            MAX_HOPS attempts for one answer, a *hop* each
 
 If all of these hold, the same provider is asked first, then the others of the request's order. A
 provider that has gone silent is asked last. Each is asked in its own *form*, the setting
 `continuation`, which says what follows the messages of the request (`continued`):
 
-    prefill         the assistant's message, as far as it was said
+    prefill         the assistant's message so far
     prefix          the same, with `"prefix": true` in it
-    final_message   the same, and two members that vLLM and its like want
-    instruct        the same, and the user's wish for the last words and the rest
+    final_message   the same, and two members that vLLM and similar engines require
+    instruct        the same, and a user's request for the last words and the rest
 
 The provider's text is the rest if its seam says so (protocol/seam.py). It goes into the same log
 through the same sink, rewritten as the first answer would have gone on (protocol/transcript.py).
