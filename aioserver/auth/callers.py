@@ -33,8 +33,8 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     """The owner of streams and conversations. Two objects of one name are the same caller.
 
     *models*: the names of models that it may use, which may end with `*`; None: all. *subflow*:
-    the caller's queue within `flow`; *priority*: the weight of the flow, 1 to 10; *batch*: whether
-    its requests use what others leave; *admin*: whether the caller may see the operating pages;
+    the caller's queue within `flow`; *priority*: the weight of the flow, 1 to 10. *batch*: whether
+    its requests use what others leave; *admin*: whether the caller may see the operating pages.
     *quota*: the limits of the caller's key, None without keys. *role*: that of its token, "" for a
     key. *expires*: the end of its token or key, by the monotonic clock; its connections are closed
     SKEW later. *exp*: the end of a token in Unix time, as the token has it; *signer*: the identity

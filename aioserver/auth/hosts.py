@@ -1,6 +1,6 @@
 """Policies for the headers that name the host of a request and the address of its client.
 
-A page on the web can let its own name resolve to 127.0.0.1 (DNS rebinding); the browser then takes
+A page on the web can let its own name resolve to 127.0.0.1 (DNS rebinding). The browser then takes
 a server on this machine for the page's own origin, and only the `Host` header shows the
 difference. A server without keys therefore answers requests for the names of this machine and for
 configured names only.

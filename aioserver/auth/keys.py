@@ -89,7 +89,7 @@ class Keys:
     """The valid keys, and their sessions.
 
     Always: there is one `Caller` for each key, made once, so that a request costs a hash, a
-    look-up and a comparison; a name keeps its counts for as long as its key stays the same.
+    look-up and a comparison. A name keeps its counts for as long as its key stays the same.
     """
 
     def __init__(

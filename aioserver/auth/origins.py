@@ -40,8 +40,8 @@ class Origins:
         """Return whether a cookie counts in a request from *origin*: our own, or one in
         `allow_origins`.
 
-        A browser adds the cookie by itself, so "*" is not enough: since SameSite takes other ports
-        for the same site, every page on this machine could chat as the person who has logged in
+        A browser adds the cookie by itself, so "*" is not enough. SameSite takes other ports for
+        the same site, so every page on this machine could chat as the person who has logged in
         here. If we serve TLS, a page that came in plain text does not count as our own: an
         attacker on the way may have written it.
         """

@@ -1,10 +1,10 @@
 """Watched files beside the configuration, which are read again when they have changed:
 certificates, keys.
 
-Each LOOK seconds, and at SIGHUP, the files are checked with stat(2), which follows links: a file
-may be written in place, be replaced by another one of its name, or a link in front of it may lead
-elsewhere, as in a volume of Kubernetes. A change is read in a thread, since a file system may
-hang, and put into effect in one step of the event loop.
+Each LOOK seconds, and at SIGHUP, the files are checked with stat(2), which follows links. A file
+may be written in place, be replaced by another one of its name, or be behind a link that changes,
+as in a volume of Kubernetes. A change is read in a thread, since a file system may hang, and put
+into effect in one step of the event loop.
 
 A writer may not be done yet, and two files that belong together are never replaced at once. So a
 change that cannot be used has no effect: the former content stays in use, and each check tries

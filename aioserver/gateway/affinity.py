@@ -3,16 +3,16 @@ prompt.
 
 An engine that has read the beginning before reads only the rest, which saves seconds in a long
 conversation. So a request goes to its home if that has a place, and otherwise waits there for a
-moment: no longer than a few times what reading the prompt anew would cost elsewhere (delay
-scheduling: Zaharia et al., "Delay Scheduling", EuroSys 2010). A member is not a home while it has
+moment: no longer than a few times what reading the prompt anew would cost elsewhere. That is delay
+scheduling (Zaharia et al., "Delay Scheduling", EuroSys 2010). A member is not a home while it has
 more than twice its share of the work under way, and two more ("Consistent Hashing with Bounded
 Loads", Mirrokni, Thorup, Zadimoghaddam, SODA 2018). So a popular beginning does not fill one
 engine while others are idle.
 
 A new conversation's home is the winner of the rendezvous of its identity and the members' names
-(Thaler, Ravishankar, "Using name-based mappings to increase hit rates", 1998): conversations are
-spread evenly, and all instances of a cluster agree. Several instances use the rendezvous alone,
-since what each of them has seen is soon outdated.
+(Thaler, Ravishankar, "Using name-based mappings to increase hit rates", 1998). So conversations
+are spread evenly, and all instances of a cluster agree. Several instances use the rendezvous
+alone, since what each of them has seen is soon outdated.
 
 This knowledge is a guess about the caches of engines. A wrong guess costs time, never an answer.
 """
@@ -45,9 +45,9 @@ SMOOTHING, MEASURED_BYTES = 0.1, 4096
 
 
 class Placement(NamedTuple):
-    """The place of one request: its *home* among the members, None if there is none; the bytes of
-    the prompt that each member knows; the seconds after which it joins the queue of each; and
-    whether what the members know is *remembered*.
+    """The place of one request. *home* is a member, None if there is none. *known* has the bytes
+    of the prompt that each member knows, and *delays* the seconds after which it joins the queue
+    of each. *remembered* says whether what the members know is recorded.
     """
 
     prefix: Prefix

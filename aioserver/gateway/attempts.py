@@ -488,9 +488,9 @@ def final_try(tries: Sequence[Try]) -> Try:
     *tries*, as a rule.
 
     The fault of a provider that could not have answered (UNUSABLE) is returned only if there is no
-    other: it refuses our key, has no form of the request, or does not know what the request
-    continues. A fault of too many requests is returned only if every usable provider has raised
-    one. The `retry_after` is that of the provider that may answer first.
+    other. Such a provider refuses our key, has no form of the request, or does not know what the
+    request continues. A fault of too many requests is returned only if every usable provider has
+    raised one. The `retry_after` is that of the provider that may answer first.
     """
     of_usable = [
         failed

@@ -13,8 +13,8 @@ A request of an API that only some providers speak (providers/api.py) goes only 
 *active* means the first provider, among the active one and the fallbacks, that speaks the API.
 
 A fault before the first content of an answer may be followed by a retry at the same provider
-(attempts.py), or by a failover to another: `llm.fallbacks` in their order, each with its own
-model; never for a pinned provider. provider_errors.py says which fault allows what.
+(attempts.py), or by a failover to another. Failovers go to `llm.fallbacks` in their order, each
+with its own model; a pinned provider has none. provider_errors.py says which fault allows what.
 
 An answer that breaks off later may be continued, by the same provider or another
 (continuation.py).

@@ -4,9 +4,9 @@
 Language Models", OSDI 2024; weighted, with predicted lengths). The waiting caller with the
 smallest counter is served. Its counter grows by the estimated work of the item, divided by the
 caller's weight, when the item starts, and is corrected by the error of the estimate when the item
-ends. A caller that begins to wait gets the counter that was served last (the *virtual time*) if its
-own is smaller, as in start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): it saves nothing
-up while it is away.
+ends. The counter that was served last is the *virtual time*. A caller that begins to wait gets it
+if its own counter is smaller, as in start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): it
+saves nothing up while it is away.
 
     With N starts under way at most, U the dearest item (its work or its estimate) and E the
     largest error of an estimate, two callers of one class that both wait throughout a span have

@@ -1,8 +1,9 @@
 """A resource: something of which only so many can be used at once, and the tickets that wait for it.
 
 Connection slots, a key and a provider are resources. They differ in their arguments and not in
-their class: in capacity, in the classes of tickets and what each class may use, in an optional rate
-(starts or tokens per minute, the trials of a dead provider), and in the words of their refusals.
+their class. The arguments are the capacity, the classes of tickets with the places of each, an
+optional rate (starts or tokens per minute, the trials of a dead provider), and the texts of
+refusals.
 
 A resource may be *within* another one: the background slots of a provider are half of its slots. A
 ticket that is granted an inner slot goes on to the outer resource, in front of its caller's other

@@ -6,9 +6,9 @@ and Gallager, "Data Networks", 1992, 6.5.2), found by taking from the largest sh
 fits.
 
 Where nothing can be evicted, the owner that keeps most is refused first: each may keep a multiple
-of what is free (Choudhury, Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet
-Switches", IEEE/ACM Transactions on Networking, 1998). So some room is always left for an owner
-that keeps nothing, and an owner that is alone has most of it.
+of what is free. See Choudhury, Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet
+Switches", IEEE/ACM Transactions on Networking, 1998. So some room is always left for an owner that
+keeps nothing, and an owner that is alone has most of it.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ chosen.
 
 A provider answers with an *event stream* (text/event-stream). The *splitter* cuts its bytes into
 *blocks* of complete *events*, wherever a read from the socket ends. The *data* of an event is one
-of OpenAI's chat objects: a *delta* for each *choice*, that is a piece of text, reasoning or tool
-calls, and at the end the *finish reason* and the *usage*, which says how many *tokens* were read,
-from a *cache* or not, and written. It can also be an *error object*.
+of OpenAI's chat objects. It has a *delta* for each *choice*: a piece of text, reasoning or tool
+calls. At the end come the *finish reason* and the *usage*: how many *tokens* were read, from a
+*cache* or not, and written. It can also be an *error object*.
 
 The *reading* of an answer turns each event into *chunks*, our own form of these pieces, and keeps
 what the conversation needs. The *shape* of an answer is the bytes that the provider repeats around

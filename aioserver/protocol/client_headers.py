@@ -11,7 +11,7 @@ dropped alone. Valid ones go on as the client sent them, unless this server make
 (wings/tracing/tracer.py): then the parent is one of them.
 
 A request to a provider also lists the servers of ours that it has come through, each by an id of
-its own (`x-aioserver-hop`), so that a server recognizes a request that comes back to it.
+its own (`x-aioserver-hop`). So a server recognizes a request that comes back to it.
 
 No value can end its line, so a client cannot add a header or a body to the request: values are
 compared as bytes with what HTTP allows (RFC 9110, 5.5).

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # The bound of an event, and so of a line, unless a Splitter is made with another.
 MAX_EVENT_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
-# The beginnings of a chunk that a Splitter takes for a block if it ends like one: at first, when
-# there may be a byte order mark; then, with anything; and when it must be searched.
+# The beginnings of a chunk that a Splitter takes for a block if it ends like one. There are three:
+# at first, when there may be a byte order mark; then, with anything; and when it must be searched.
 _FIRST: tuple[bytes, ...] = (b"data:",)
 _ANY: tuple[bytes, ...] = (b"",)
 _NONE: tuple[bytes, ...] = ()

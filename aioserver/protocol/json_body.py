@@ -2,8 +2,8 @@
 
 msgspec reads a body in one call, which validates all of it, and returns the wanted values as their
 bytes (`Raw`). The rest is skipped, so a body of millions of small values costs no object for any
-of them: 16 MiB are read in some 10 ms, and in 70 ms at most, whatever is in them. UTF-8 is checked
-before (sound.py).
+of them. 16 MiB are usually read in some 10 ms, and in 70 ms at most. UTF-8 is checked before
+(sound.py).
 
 If the elements of a list become objects, millions of them would cost thirty times the bytes. So
 only a body with a bounded number of values is read in this way: see `check_values`.

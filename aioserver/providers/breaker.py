@@ -20,11 +20,10 @@ After each success one more trial may be under way at once, so that a recovering
 get every request at once. A provider that falls sick again soon needs more successes.
 
 A success counts at the first event of an answer, and a failure at its end. An answer that breaks
-off after its beginning counts as a failure for the share of a sick provider, and does not count
-for a dead one: while long answers hold all places, nothing begins for minutes. A breaker that
-opens at a share of failures would take away the requests that would have been answered, and
-retries multiply that: if half of all attempts fail, a request with three retries is answered 15
-times out of 16.
+off after its beginning counts as a failure for the share of a sick provider. It does not count for
+a dead one: while long answers hold all places, nothing begins for minutes. A breaker that opens at
+a share of failures would refuse requests that retries can still answer: if half of all attempts
+fail, a request with three retries is answered 15 times out of 16.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ if TYPE_CHECKING:
 
 WELL, SICK, DEAD = "well", "sick", "dead"
 # A provider is dead if for PATIENCE seconds nothing has succeeded and at least MANY attempts have
-# failed: if a provider answers one attempt in twenty, so many fail in a row once in 400 attempts.
+# failed. If a provider answers one attempt in twenty, so many fail in a row once in 400 attempts.
 PATIENCE, MANY = 5.0, 60
 # It is also dead if nothing has succeeded for LONG_PATIENCE seconds and at least FEW attempts have
-# failed, but at most MAX_RATE of them a second: then there can be as many trials, and no request
+# failed, but at most MAX_RATE of them a second. Then there can be as many trials, and no request
 # is lost.
 LONG_PATIENCE, FEW, MAX_RATE = 15.0, 5, 1.0
 # A patience is at least this multiple of the median time to the first event: slow is not dead.

@@ -2,9 +2,9 @@
 wait for the next request.
 
 aiohttp's connector opens and closes them; once one is open, its transport has our protocol. The
-connector's work for each request (a coroutine, two objects, a search by a key, a list of
-callbacks) costs more than the rest of a pool, so idle connections wait here, in front of it. To
-the connector an idle connection is still in use, and its `limit` counts all open ones.
+connector's work for each request costs more than the rest of a pool: a coroutine, two objects, a
+search by a key, a list of callbacks. So idle connections wait here, in front of it. To the
+connector an idle connection is still in use, and its `limit` counts all open ones.
 
 Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp
 would pass them to the next request as its answer.

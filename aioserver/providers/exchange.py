@@ -9,8 +9,8 @@ scheduled per read.
     Exchange.run: write the request → (1xx)* head → sink = on_head(status, headers)
                   → sink.feed(block)* → sink.end() → the connection is released, or closed
 
-The connection goes back to the pool only after a clean end: the request was written whole, the
-answer came whole, with a length or in chunks, the provider keeps the connection, and nothing
+The connection goes back to the pool only after a clean end. The whole request was written, the
+whole answer came, with a length or in chunks, the provider keeps the connection, and nothing
 followed the answer. Any other end aborts it at once, without TLS's closing handshake, which may
 take 30 s.
 

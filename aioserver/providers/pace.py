@@ -9,7 +9,7 @@ reset: the starts are spread over that time, before the provider has to answer 4
 as long again at half the rate.
 
 `tokens_per_minute` is a second GCRA whose starts are worth their tokens, with a burst of a sixth
-of the minute: a request is counted with its expected tokens when it starts, and the count is
+of the minute. A request is counted with its expected tokens when it starts, and the count is
 corrected at its end. While more tokens are counted than the rate allows, nothing starts.
 """
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from aioserver.telemetry.counters import Histogram
 
 # Seconds after which a silence is reported: within an answer, since a model sends several tokens a
-# second; and before its first content, since the model may have to be loaded, or to read a long
-# prompt.
+# second; and before its first content. The latter is longer, since the model may have to be
+# loaded, or to read a long prompt.
 IN_ANSWER, BEFORE_ANSWER = 5.0, 10.0
 # A silence before the first content is not reported before this multiple of the 95th percentile of
 # the times to first contents.

@@ -1,7 +1,7 @@
 r"""The fast path: one event from the provider's socket to the client's, in one call.
 
 Most of a gateway's work is to pass an event on to the one client that waits for it, and objects
-are most of the cost: when a thousand streams take turns, each object that an event touches is a
+are most of the cost. When a thousand streams take turns, each object that an event touches is a
 miss in the processor's caches. So an ordinary event touches few objects: the provider's
 connection, this object, the log, and the client's transport.
 
@@ -16,9 +16,9 @@ holds. Each condition is checked by the object that knows it (`Exchange` → the
     the log has one reader, and that reader has written all there is
     that reader's writer follows nothing else, and the client reads what it is sent
 
-A read that takes the slow path begins by closing the fast path. Whatever else could change one of
-these conditions closes it, too: the log does when a reader comes or goes and when it ends; the
-writer does when it is blocked or closed, and when it follows another stream.
+A read that takes the slow path begins by closing the fast path. Every other change of these
+conditions closes it, too. The log closes it when a reader comes or goes and when it ends; the
+writer closes it when it is blocked or closed, and when it follows another stream.
 
 *What it forwards.* One read that is one whole chunk with one whole event, if the event is
 ordinary:

@@ -1,7 +1,7 @@
 """The lifetime of streams: how long they run without a reader, and are kept after their end.
 
 A stream that loses its last reader ends at once if its window is 0, or if its request has not been
-sent to a provider; in the latter case it is no longer found, so that a client that comes back with
+sent to a provider. In the latter case it is no longer found, so that a client that comes back with
 its question gets an answer. Otherwise the stream is detached: it runs on for its window and is
 then cancelled. At most `max_detached` streams are detached; beyond that, the owner with most of
 them loses its oldest. An answer without a reader never delays a waiting client. When a request has

@@ -1,7 +1,7 @@
 """The writes of one iteration of the event loop, which go out together at its end.
 
 If the reader of the sockets is on this machine (a proxy in front, or a provider), a write that
-closely follows another finds that process still awake: waking it is a third of the cost of a
+closely follows another finds that process still awake. Waking it is a third of the cost of a
 write. Also, the work before and after the writes is done for one request after another, by code
 that is still in the processor's caches.
 """

@@ -100,8 +100,8 @@ NOBODY = StoreObserver()
 class StreamStore:
     """Every log that a caller can find: running, or finished and kept for its window.
 
-    Always: the bytes counted are the sum over these logs, over the private ones, which are never
-    found, while they run, and over bodies that no log has; a log is found by its caller only. The
+    Always: the bytes counted are the sum over these logs, over private ones while they run, and
+    over bodies that no log has. A log is found by its caller only, and a private one never. The
     sum exceeds `max_kept_bytes` only by what running answers and their readers needed at the last
     search for room, and by SEARCH_STEP. That search left only finished logs with readers, the
     entries that readers in time have still to read, the newest event of each running log, and what

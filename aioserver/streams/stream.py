@@ -518,7 +518,7 @@ class Stream:
         """Append the provider's bytes of *count* whole events.
 
         The bytes are not kept if no other client can find the log and its only reader writes them
-        at once: the effect is that of an append after which every reader has passed the entry.
+        at once. The effect is that of an append after which every reader has passed the entry.
         """
         if self.path is not None:
             self.close_fast_path()

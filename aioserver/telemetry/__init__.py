@@ -11,9 +11,9 @@ answer. A request that meets a *bug* of the server is counted, with the bug's pl
 
 A *record* begins when a client's request was admitted and parsed. It accompanies the request and
 notes when each step happened, how often a provider was tried, and the longest *gaps* in the
-answer: the provider's *silence*, our own *delay*, and the time during which the client read
-nothing. Its *outcome* describes its attempts at providers. The *lag* of the event loop shows how
-much of a silence was our own delay.
+answer. These are the provider's *silence*, our own *delay*, and the time during which the client
+read nothing. Its *outcome* describes its attempts at providers. The *lag* of the event loop shows
+how much of a silence was our own delay.
 
 When the request ends, the *request log* adds its record to the metrics and writes one *log line*.
 Lines are written by a thread, from a bounded queue: logging never blocks the event loop.
