@@ -63,7 +63,7 @@ MAX_SESSIONS = 4
 # Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS, hdrs.METH_TRACE})
 KEY_NEEDED = (
-    "this server wants an API key: "
+    "this server requires an API key: "
     f"Authorization: Bearer, {', '.join(KEY_HEADERS)}, or log in on its page"
 )
 
@@ -123,7 +123,7 @@ class Guard:
             return None
         caller = known or self.caller_by_key(request) or self.caller_by_session(request)
         if policy is Policy.ADMIN and not caller.admin:
-            raise PermissionDenied("this key may chat, but not watch: it is no admin key")
+            raise PermissionDenied("this key may chat, but not watch: it is not an admin key")
         request[CALLER] = caller
         return caller
 

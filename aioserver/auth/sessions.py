@@ -54,7 +54,7 @@ class Sessions:
             ValueError: it is too short for a secret.
         """
         if len(secret) < SECRET_BYTES:
-            raise ValueError(f"a secret of sessions has {SECRET_BYTES} bytes at least")
+            raise ValueError(f"a secret for sessions has at least {SECRET_BYTES} bytes")
         self.secret = secret
 
     def make(self, name: str, bound: bytes, until: float | None = None) -> tuple[str, int]:

@@ -57,7 +57,7 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> 
         raise CertificateFault(holder, path, message)
 
     def refuse() -> str:
-        message = "the key is encrypted: nobody could type its password at each start"
+        message = "the key is encrypted: its password cannot be entered at each start"
         raise CertificateFault(holder, path, message)
 
     try:
@@ -125,7 +125,7 @@ def read(setting: str, path: str) -> bytes:
     """
     # A pipe would be empty at the next read, or block everything.
     if os.path.exists(path) and not Path(path).is_file():  # noqa: PTH110
-        raise CertificateFault(setting, path, "is no file that can be read again")
+        raise CertificateFault(setting, path, "is not a regular file")
     try:
         return read_file(path, "no such file")
     except UnreadableFile as exc:

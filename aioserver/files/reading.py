@@ -39,4 +39,4 @@ def reason(exc: Exception) -> str:
         return "it is not UTF-8"
     if isinstance(exc, OSError):
         return exc.strerror or "unknown reason"
-    return "no such name is possible"
+    return "this cannot be the name of a file"

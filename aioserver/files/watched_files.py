@@ -132,7 +132,7 @@ class WatchedFiles:
             self._fail(watch, exc)
             return
         except Exception as bug:
-            logger.exception("bug in reading a file again")
+            logger.exception("bug in rereading a file")
             self._fail(watch, bug)
             return
         watch.seen, watch.failing_since, watch.reported = stamps, None, False
@@ -143,7 +143,7 @@ class WatchedFiles:
             watch.failing_since = now
         if now - watch.failing_since >= PATIENCE and not watch.reported:
             watch.reported = True
-            text = f"what was read before stays in effect: {fault}"
+            text = f"the former content stays in use: {fault}"
             logger.warning("%s: %s", watch.kind, text)
             self._report(watch.kind, text)
 

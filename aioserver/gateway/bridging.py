@@ -140,7 +140,7 @@ class ChatCapabilities(Capabilities):
 
     @property
     def refused_words(self) -> set[str]:
-        """The parameters that a model has refused, each with its model."""
+        """The parameters that at least one of its models has refused."""
         return {word for word, _ in self._refused() if word != MAX_TOKENS}
 
     @property
@@ -169,28 +169,25 @@ class ChatCapabilities(Capabilities):
         if not self._accepted.get((word, model)) and self._accepted.keep(
             (word, model), value=False
         ):
-            instead = f"{MAX_COMPLETION_TOKENS} in its place"
-            self._say(instead if word == MAX_TOKENS else f"{word} is left out")
+            instead = f"sending {MAX_COMPLETION_TOKENS}" if word == MAX_TOKENS else "omitting it"
+            logger.info("provider %s rejected %s; %s from now on", self.name, word, instead)
 
     def keep_limit(self, model: str, tokens: int) -> None:
         """Record that the context of *model* has room for so many *tokens*."""
         if self.limits.keep(model, tokens):
-            self._say(f"{tokens} tokens in its context")
+            logger.info("provider %s has a context of %d tokens", self.name, tokens)
 
     def keep_most(self, model: str, tokens: int) -> None:
         """Record that an answer of *model* has so many *tokens* at most."""
         if self.most.keep(model, tokens):
-            self._say(f"{tokens} tokens in an answer at most")
-
-    def _say(self, consequence: str) -> None:
-        logger.info("learned from a refusal of provider %s: %s", self.name, consequence)
+            logger.info("provider %s allows %d tokens in an answer", self.name, tokens)
 
     def note_left_out(self, names: Mapping[str, None]) -> None:
         """Log once for each of these hosted tools that it is not sent to this provider."""
         for name in names:
             if name not in self._left_out and len(self._left_out) < MAX_NAMES:
                 self._left_out.add(name)
-                logger.info("provider %s has no tool %s: it is left out", self.name, name)
+                logger.info("provider %s has no tool %s; omitting it", self.name, name)
 
 
 class LearningAttempt(Attempt):
@@ -290,7 +287,9 @@ class BridgedAttempt(LearningAttempt):
         if self.hop is not None:
             transcript = None if self.stream is None else self.stream.transcript
             if isinstance(transcript, BridgedTranscript) != bridged:
-                raise RequestNotBridged("the rest of an answer has no form in another API")
+                raise RequestNotBridged(
+                    "the rest of an answer cannot be translated to another API"
+                )
         return self._translate() if bridged else self._own_preparation()
 
     @abstractmethod
@@ -415,7 +414,7 @@ class BridgedAttempt(LearningAttempt):
                 self._capabilities.take(word, self.asked_model)
         if self._learning and learned.found(present=False):
             logger.info(
-                "provider %s has no %s: it is translated to chat completions",
+                "provider %s has no %s; translating requests to chat completions",
                 self.provider.name,
                 self.shown_path,
             )

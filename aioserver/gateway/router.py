@@ -265,7 +265,7 @@ class Router:
             return
         refused = f"every model of {names[0]}" if unread else quoted(names[0])
         allowed = ", ".join((caller.models or ())[:MAX_NAMED])
-        raise ModelNotFound(f"this key may not ask for {refused}: it may ask for {allowed}")
+        raise ModelNotFound(f"this key may not use {refused}: it may use {allowed}")
 
     def _by_name(self, model: str, api: Api) -> Route | None:
         """Return the route of a request of *api* for *model*, if that name is configured;

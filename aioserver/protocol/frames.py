@@ -96,4 +96,4 @@ def parse(data: bytes) -> Frame:
     try:
         return _DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadFrame(f"no frame of an aioserver: {error}") from None
+        raise BadFrame(f"not a frame of an aioserver: {error}") from None

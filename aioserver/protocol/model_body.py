@@ -211,7 +211,9 @@ def check_sole(data: bytes) -> None:
     found = json_body.decode(_OTHERS, data, "the body")
     others = (name for name in _OTHER_NAMES if getattr(found, name) is not ABSENT)
     if (other := next(others, None)) is not None:
-        raise InvalidRequest(f"this key asks by `model` alone, and not by {other}", param=other)
+        raise InvalidRequest(
+            f"this key may name a model by `model` alone, not by {other}", param=other
+        )
     if value := MODEL.value(data):
         start, end = MODEL.extent(data, MODEL.find(data, value))
         view = memoryview(data)

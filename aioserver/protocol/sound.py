@@ -52,7 +52,7 @@ async def sound(body: bytes) -> bytes:
     if b"\\ud" not in body and b"\\uD" not in body:
         return body
     if b"\0" in body:
-        raise InvalidJson("not JSON: a NUL")
+        raise InvalidJson("not JSON: it has a NUL")
     return await _without_lone_surrogates(body)
 
 
@@ -65,7 +65,7 @@ def _check_utf8(body: bytes) -> None:
             # A character that is cut is left for the next step.
             _, read = codecs.utf_8_decode(view[start:end], "strict", end >= len(body))
         except UnicodeDecodeError as exc:
-            raise NotUtf8(f"not JSON: no UTF-8 at byte {start + exc.start}") from None
+            raise NotUtf8(f"not JSON: invalid UTF-8 at byte {start + exc.start}") from None
         start += read
 
 

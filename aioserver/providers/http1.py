@@ -365,7 +365,9 @@ class ResponseParser:
             return
         if CODINGS in headers and _coding(headers) not in {"", "chunked", "identity"}:
             # llhttp removes the last coding, and no request of ours has a `TE` that allows others.
-            raise ProviderBadResponse("the provider's answer has a transfer coding but chunked")
+            raise ProviderBadResponse(
+                "the provider's answer has a transfer coding other than chunked"
+            )
         self.status = status
         on_head, self._on_head = self._on_head, None
         assert on_head is not None

@@ -177,7 +177,7 @@ class ProviderRegistry:
         def apply() -> None:
             for provider in changed:
                 provider.pools.renew()
-                logger.info("provider %s: another client certificate", provider.name)
+                logger.info("provider %s: new client certificate", provider.name)
             if faults:
                 raise ConfigurationError(faults)
 

@@ -433,12 +433,12 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
     Row(
         "key_wait_seconds",
         lambda m: m.key_wait,
-        "Time that requests have waited for a limit of their own key, of those that did",
+        "Time for which requests have waited for a limit of their own key; only of those that waited",
     ),
     Row(
         "hook_calls",
         lambda m: m.hook_calls,
-        "Requests and answers that a hook was shown, or could not be",
+        "Calls to a hook with a request or an answer, by result",
         ("hook", "event", "outcome"),
         grows=True,
     ),
@@ -525,19 +525,19 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
     Row(
         "continuations",
         lambda m: m.continuations,
-        "Attempts to have the rest of an answer said that broke off, here or elsewhere",
+        "Attempts to continue an answer that broke off, here or elsewhere",
         ("result",),
     ),
     Row(
         "bridged_requests",
         lambda m: m.bridged,
-        "Attempts whose request was translated to a chat completion, by the API that it came from",
+        "Attempts whose request was translated to a chat completion, by its API",
         ("api",),
     ),
     Row(
         "left_out_tools",
         lambda m: m.left_out,
-        "Hosted tools that were left out of a request, since nobody here could run them",
+        "Hosted tools that were left out of a request, since the provider cannot run them",
     ),
     Row(
         "learnt_repeats",
@@ -565,7 +565,7 @@ GROUP_FAMILIES: tuple[Row[GroupMeter], ...] = (
     Row(
         "group_starts",
         lambda m: m.starts,
-        "Requests that have started at a member of a group (llm.models), each where it did last",
+        "Requests by the member of a group (llm.models) at which they last started",
         ("provider", "home"),
     ),
 )

@@ -284,7 +284,7 @@ FAMILIES: tuple[Row[Usage], ...] = (
     Row(
         "usage_estimated_tokens",
         lambda usage: usage.sums.estimated,
-        "Those of these tokens that no provider has confirmed",
+        "The part of these tokens that is estimated",
         ("caller",),
         grows=True,
     ),

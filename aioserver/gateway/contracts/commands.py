@@ -203,7 +203,7 @@ class Commands:
                 self._hangs = True
             if not self.away:
                 self.away = True
-                logger.warning("claims of streams get no answer: %r", exc)
+                logger.warning("no answer to claims of request ids: %r", exc)
             return ()
         self.away = self._hangs = False
         return (result,)
@@ -244,7 +244,7 @@ async def settled(look: Callable[[], Awaitable[T]], busy: Callable[[T], bool]) -
 
 def unknown(subject: str) -> InstanceUnavailable:
     """Return the error of a request for *subject*, whose presence is not known."""
-    text = f"whether another process has this {subject} cannot be found out now"
+    text = f"it is not known at the moment whether another process has this {subject}"
     return InstanceUnavailable(text, retry_after=RETRY_AFTER)
 
 

@@ -90,10 +90,10 @@ async def read_whole(body: bytes, writer: ChunkReader[C]) -> None:
         try:
             await _read(await sound(body), writer)
         except (InvalidJson, InvalidRequest, msgspec.ValidationError):
-            raise BadEvent("the provider's answer is no chat completion") from None
+            raise BadEvent("the provider's answer is not a chat completion") from None
         await pause()
     if writer.finish_reason is None and not writer.begun:
-        raise BadEvent("the provider's answer is no chat completion")
+        raise BadEvent("the provider's answer is not a chat completion")
 
 
 async def _read(body: bytes, writer: ChunkReader[C]) -> None:
