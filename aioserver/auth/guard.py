@@ -63,7 +63,7 @@ MAX_SESSIONS = 4
 # Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS, hdrs.METH_TRACE})
 KEY_NEEDED = (
-    "this server requires an API key: "
+    "this server wants an API key: "
     f"Authorization: Bearer, {', '.join(KEY_HEADERS)}, or log in on its page"
 )
 

@@ -87,7 +87,7 @@ class Hold(Protocol):
         """
 
     def spare(self, let_go: Callable[[], None] | None = None) -> None:
-        """Call *let_go*, once, when another body needs the room; None: never."""
+        """Call *let_go*, once, when another body needs the room; None: no longer."""
 
     def shrink_to(self, size: int) -> None:
         """Count at most *size* bytes from now on."""
