@@ -14,7 +14,7 @@ A new conversation's home is the winner of the rendezvous of its identity and th
 are spread evenly, and all instances of a cluster agree. Several instances use the rendezvous
 alone, since what each of them has seen is soon outdated.
 
-This knowledge is a guess about the caches of engines. A wrong guess costs time, never an answer.
+These digests are a guess about the caches of engines. A wrong guess costs time, never an answer.
 """
 
 from __future__ import annotations

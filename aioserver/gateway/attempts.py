@@ -2,9 +2,9 @@
 
     pass       each candidate of a group that can be asked, one after another without a pause, until
                one answers; at one provider it is one attempt
-    backoff    when all have failed, and the fault of one of them may be tried again at the same
-               provider (`retry`); it holds nothing meanwhile
-    next pass  of those alone: `max_retries` times, within the retry budget of the first
+    backoff    when all have failed, and the fault of one of them allows a retry at the same
+               provider (`retry`); the request holds no place meanwhile
+    next pass  of these candidates alone: `max_retries` times, within the retry budget of the first
     next group of `llm.fallbacks`, with its own tries
 
 The function `_after` decides what follows a fault: the first row that fits counts.

@@ -1,21 +1,21 @@
 """Attempts whose request is translated to a chat completion, since their provider lacks the API,
 and what is learned about such providers.
 
-A provider's settings say that it lacks the API, or its answer does. If it has no such path, the
-attempt goes on at once, in the same place, with the request translated to a chat completion. If
-that is answered, the path counts as missing until five minutes after the newest such answer. A 404
-about a model proves nothing, since the path is there then. Nor does any 404 of a provider that has
-answered on the path within five minutes.
+Either a provider's settings or its answer can say that it lacks the API. If the path is missing,
+the attempt goes on at once, in the same place, with the request translated to a chat completion.
+If that is answered, the path counts as missing for five minutes after the newest such answer. A
+404 about a model proves nothing, since the path is there then. Nor does any 404 of a provider that
+has answered on the path within five minutes.
 
 Named refusals of an engine are learned, too: of a parameter that only the bridge has added, or of
 a bound of the answer that exceeds the context. The request is sent once more without it, at once
-and in its place; this is no retry. Only if that is answered is the refusal kept for the model,
-since a refusal may repeat what a client has written. It is kept equally long, for each bridge and
-for streams that pass (stream_usage.py). If the model has accepted the parameter lately, or the
+and in its place; this is no retry. The refusal is kept for the model only if that is answered,
+since a refusal may repeat what a client has written. It is kept for the same time, for each bridge
+and for streams that pass (stream_usage.py). If the model has accepted the parameter lately, or the
 refusal is about its value, it is left out of this one request alone: the value was the client's.
 
 The wings with such an API derive their attempts from `BridgedAttempt`. This file is one concept:
-knowledge about a provider, and the attempts that use it.
+what is learned about a provider decides the form of its attempts.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _PATH = "path"
 
 
 class PathCapabilities(Capabilities):
-    """The knowledge about one path of a provider, from its settings and its later answers.
+    """The capabilities of one path of a provider, by its settings and its later answers.
 
     After an answer on the path, a 404 is about something else, which a client may have named.
     """
@@ -120,7 +120,7 @@ class PathCapabilities(Capabilities):
 
 
 class ChatCapabilities(Capabilities):
-    """The knowledge about one provider's chat completions, for every bridge to them.
+    """The capabilities of one provider's chat completions, for every bridge to them.
 
     *reasoning_field* is the field in which its reasoning comes, empty before there was any. By
     model, *limits* has the tokens of its context, and *most* the most tokens of an answer. For

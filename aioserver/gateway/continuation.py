@@ -149,7 +149,7 @@ _MESSAGE = msgspec.json.Decoder(_Message)
 
 
 class ContinuationCapabilities(Capabilities):
-    """The knowledge of how one provider takes an answer to be continued.
+    """How one provider continues an answer.
 
     *refused* has the models for which it has refused to.
     """

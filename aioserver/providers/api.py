@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 class Capabilities:
-    """The knowledge of an API about one provider: made at its first use, and anew after a change
-    of the settings. Verdicts of single answers expire by *clock* (verdicts.py).
+    """The capabilities that an API has learned about one provider: made at the first use, and anew
+    after a change of the settings. Verdicts of single answers expire by *clock* (verdicts.py).
     """
 
     def __init__(

@@ -98,7 +98,7 @@ class AttemptedProvider(Protocol):
         """Learn that the answer of *attempt* has begun."""
 
     def capabilities(self, kind: type[M]) -> M:
-        """Return the knowledge of an API about this provider."""
+        """Return the capabilities that an API has learned about this provider."""
 
 
 class Hop(Protocol):

@@ -89,7 +89,7 @@ class Pace:
 
     @property
     def cooling(self) -> float:
-        """The seconds that are left of a pause that the provider asked for."""
+        """The seconds that are left of a pause for which the provider has asked."""
         until = self._closed_until
         return max(0.0, until - self._clock()) if until else 0.0
 

@@ -19,7 +19,7 @@ Its guards, the breaker, the pace and the queue, learn from its attempts:
     the head of an answer       its headers say what is left of the provider's limits
     the first content           the provider is not dead
     a refusal for its rate      nothing starts for as long as the provider asks
-    the end                     well, or with a fault that the breaker hears of; the real tokens
+    the end                     the result goes to the breaker, the real tokens to the pace
 
 An attempt that was sent by former settings, perhaps with another key or to another address,
 teaches nothing of this.
@@ -103,7 +103,7 @@ class ProviderStats(msgspec.Struct, frozen=True):
     silence: Silence
     budget: BudgetStats
     background: tuple[int, int] = (0, 0)
-    # The knowledge of APIs about it.
+    # Its capabilities, as each API has learned them.
     learned: tuple[Capabilities, ...] = ()
 
 
@@ -142,7 +142,7 @@ class Provider:
         self._silences: SilenceMeter[PooledConnection] = SilenceMeter(
             lambda connection: connection.protocol.exchange, PooledConnection.heard_at
         )
-        # The knowledge of APIs about it.
+        # Its capabilities, as each API has learned them.
         self._capabilities: dict[type[Capabilities], Capabilities] = {}
         self.clock = clock
         self.health = Health(settings.name, self.meter, clock, observer)
@@ -389,7 +389,9 @@ class Provider:
             self.capacity.resume()
 
     def capabilities(self, kind: type[M]) -> M:
-        """Return the knowledge of an API about this provider; each API has its own *kind*."""
+        """Return the capabilities that an API has learned about this provider; each API has its
+        own *kind*.
+        """
         capabilities = self._capabilities.get(kind)
         if not isinstance(capabilities, kind):
             capabilities = self._capabilities[kind] = kind(self.settings, self.clock)

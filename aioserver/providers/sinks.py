@@ -27,7 +27,7 @@ any event pass at once.
 
 A body that is not streamed is collected, up to a bound (`BodySink`). How an answer may end:
 
-    its end mark                           well; which event that is, the API says
+    its end mark                           well; the API defines that event
     the body ends after a finish_reason    well, for chat completions and messages, however it
                                            ends: nothing is missing but the end mark, which is added
     an event that is not JSON              ProviderBadResponse

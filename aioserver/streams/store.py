@@ -9,8 +9,8 @@ All logs together keep `max_kept_bytes`, in everything that they keep. Beyond th
     4. answers without a reader are ended, the oldest first
     5. new answers are refused
 
-In each step the owner that keeps most of it makes room first, in 2 and 3 with its largest log. An
-owner is a key or, without keys, an address: see `owner_of`.
+In each step the owner that keeps most makes room first, in 2 and 3 with its largest log. An owner
+is a key or, without keys, an address: see `owner_of`.
 
 This file is one concept: all kept bytes are counted here, and evicted here in one order.
 """

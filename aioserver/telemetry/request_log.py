@@ -52,7 +52,7 @@ class RequestRecord(msgspec.Struct, eq=False):
 
     Times are of the monotonic clock, and 0.0 before the event has happened:
 
-        admitted_at     the request was admitted and understood
+        admitted_at     the request was admitted and parsed
         queued_at       the request asked for a place at its provider, for the first time
         first_event_at  the first content of its answer was there
 

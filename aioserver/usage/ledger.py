@@ -1,7 +1,7 @@
 """The ledger: one line of JSON for each attempt that may have cost something, in files by day.
 
     usage-2026-11-28.jsonl         lines whose `ts` is of that day (UTC)
-    usage-2026-11-28.w1.jsonl      the same of worker 1, where several share the directory
+    usage-2026-11-28.w1.jsonl      the same of worker 1, if several share the directory
 
 A thread writes the lines, from a bounded queue, so that no answer waits for a disk. The thread
 gathers lines for a moment, makes the JSON, and appends all of it by one `write`; it calls `fsync`

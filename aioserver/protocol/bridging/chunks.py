@@ -1,10 +1,10 @@
 """A chunk of a chat completion, taken apart for a bridge: the texts and the pieces of calls in its
 delta, or in the message of a whole answer.
 
-Engines have several names for a text, and several ways to send a call: in pieces with an index,
-without one, or all with the same index; with the name behind its arguments; with an object as
-arguments. `ChunkReader` handles these, so that its subclasses see only texts, the beginnings of
-calls, and their arguments.
+Engines have several names for a text, and several ways to send a call. Its pieces have an index,
+none, or all the same; the name may come behind the arguments; and the arguments may be an object.
+`ChunkReader` handles these, so that its subclasses see only texts, the beginnings of calls, and
+their arguments.
 """
 
 from __future__ import annotations
