@@ -1,7 +1,7 @@
-"""The section `auth` as it is in use: the valid keys and tokens, the hosts that are answered, the
-proxies that are trusted.
+"""The section `auth` in use: the valid keys and tokens, the hosts for which requests are answered,
+and the trusted proxies.
 
-Whether a request may pass is decided in guard.py, which reads it here.
+guard.py decides by it whether a request may pass.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 # Limits that are never reached: answers at once, and answers a minute, of clients without a key.
 NO_LIMITS = 1 << 31, 1 << 31
-# Dots of a token: between its head, its claims and its signature (RFC 7515, 7.1).
+# The dots of a token: between its head, its claims and its signature (RFC 7515, 7.1).
 DOTS = 2
 
 
 class Access:
     """The section `auth` of the configuration in use.
 
-    Always: where a client needs a key, it needs one though none be left: taking out the last one
-    opens nothing. Where none is needed, and unless `auth.open` is set, a request is answered only
-    under a name of this machine or an allowed one.
+    Always: if clients need a key, they need one even when no key is left: to remove the last one
+    opens nothing. If they need none, a request is answered only under a name of this machine or an
+    allowed one, unless `auth.open` is set.
 
     The object stays when the configuration is read again; its attributes are replaced. The quota
-    *keyless* limits nothing: revoking it ends the work of clients without a key, once they need
+    *keyless* limits nothing: its revocation ends the work of clients without a key, once they need
     one.
     """
 
@@ -52,10 +52,10 @@ class Access:
     ) -> None:
         self.sessions = Sessions() if sessions is None else sessions
         self.keys = Keys(self.sessions, make_quota=make_quota)
-        # None: no wing makes callers of tokens.
+        # None: no wing accepts tokens.
         self.tokens = tokens
         self.keyless = Quota(*NO_LIMITS)
-        # Makes this process's part of what all have used, where each has a part of every limit.
+        # Returns this process's part of a total use, if each process has a part of every limit.
         self.part_of: Callable[[int], int] = int
         # Whether a client needs a key.
         self.keyed = False
@@ -64,7 +64,7 @@ class Access:
         self.apply(auth)
 
     def apply(self, auth: Auth | None) -> frozenset[str]:
-        """Use the settings *auth* from now on.
+        """Apply the settings *auth*.
 
         Return the names of the callers that are no longer admitted, since their key was removed or
         replaced. If clients need a key only from now on, the name "" of those without one is
@@ -88,7 +88,7 @@ class Access:
         """Return the caller with *key*, which may be a token.
 
         Raises:
-            InvalidApiKey: it is no key that is known and valid, and no token that is good.
+            InvalidApiKey: it is neither a valid key nor a valid token.
             Undecided, PermissionDenied, AuthUnavailable, ServerAtCapacity: see `Tokens.caller`.
         """
         digest = hashlib.sha256(key).digest()
@@ -100,7 +100,7 @@ class Access:
         return caller
 
     def current(self, caller: Caller) -> Caller | None:
-        """Return *caller* as it is configured now; None if it is no longer admitted."""
+        """Return *caller* with its present configuration; None if it is no longer admitted."""
         if not caller.name:
             return None if self.keyed else caller
         if caller.role and self.tokens is not None:
@@ -147,7 +147,7 @@ class Access:
 
 
 def _encoded(text: str) -> str:
-    """Return *text* without dots and without what a cookie would need quotes for."""
+    """Return *text* without dots and characters that would need quotes in a cookie."""
     return urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 

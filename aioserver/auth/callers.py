@@ -1,12 +1,12 @@
 """Callers: the keys that requests come with, and the flows in which they wait.
 
-With keys (`auth.keys`) each key is one caller, and so is each name in tokens (`auth.jwt`). Without keys all clients are one caller, named "".
-Request ids and conversations are names within a caller. Fair queueing is finer than that: it also
-tells apart the addresses of clients without a key, and the users that a request may name (OpenAI's
-`user`).
+With keys (`auth.keys`) each key is one caller, and so is each name in tokens (`auth.jwt`). Without
+keys all clients are one caller, named "". Request ids and conversations are names within a caller.
+Fair queueing distinguishes more: also the addresses of clients without a key, and the users that a
+request may name (OpenAI's `user`).
 
 The flows are the callers of limits/fair_queue, which share a provider's work by weight; the
-subflows of one share what it gets evenly.
+subflows of a flow share its part evenly.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from msgspec.structs import force_setattr, replace
 from aioserver.errors import InvalidApiKey, KeyExpired, TokenExpired
 from aioserver.limits.quota import Quota
 
-# Characters that count of a request's `user`, or of its session: it may be any text, and becomes
-# part of a queue's name.
+# Characters that count in the `user` of a request, or in its session: it may be any text, and
+# becomes part of a queue's name.
 MAX_USER = 256
-# Seconds by which the clocks of an issuer and of this machine may differ: a token is taken for so
-# long after it has expired.
+# Seconds by which the clocks of an issuer and of this machine may differ: a token is accepted for
+# so long after it has expired.
 SKEW = 30.0
 
 
 class Caller(msgspec.Struct, frozen=True, eq=False):
     """The owner of streams and conversations. Two objects of one name are the same caller.
 
-    *models*: the names of models that it may ask for, which may end with `*`; None: all.
-    *subflow*: where the caller's requests wait within `flow`; *priority*: the weight of the flow,
-    1 to 10; *batch*: whether its requests use what others leave; *admin*: whether the caller may
-    see the operating pages; *quota*: the limits of the caller's key, None without keys. *role*: that
-    of its token, "" for a key; *expires*: when its token or key does, by the monotonic clock, and
-    its connections are closed SKEW later; *exp*: the same of a token in Unix time, as the token
-    says it; *signer*: what is known of the key that has signed it. What follows is made of these.
+    *models*: the names of models that it may use, which may end with `*`; None: all. *subflow*:
+    the caller's queue within `flow`; *priority*: the weight of the flow, 1 to 10. *batch*: whether
+    its requests use what others leave; *admin*: whether the caller may see the operating pages.
+    *quota*: the limits of the caller's key, None without keys. *role*: that of its token, "" for a
+    key. *expires*: the end of its token or key, by the monotonic clock; its connections are closed
+    SKEW later. *exp*: the end of a token in Unix time, as the token has it; *signer*: the identity
+    of the key that has signed it. The fields below are derived from these.
     """
 
     name: str = ""
@@ -59,11 +59,11 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     # The user is not part of it: otherwise a client without a key would get a larger share by
     # naming more users.
     flow: str = ""
-    # The caller in metrics, which have no names of people.
+    # The caller's name in metrics, which must not contain names of people.
     label: str = ""
 
     def __post_init__(self) -> None:
-        # Each request reads them, and few callers are made.
+        # Derived once, since each request reads them, and callers are rarely made.
         address = "" if self.name else self.subflow.partition("\0")[0]
         force_setattr(self, "address", address)
         force_setattr(self, "flow", self.name or address)
@@ -76,14 +76,14 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
         return hash(self.name)
 
     def may_ask(self, name: str) -> bool:
-        """Return whether the caller may ask for the model *name*, by that name."""
+        """Return whether the caller may use the model *name*, under that name."""
         return self.models is None or any(
             name == each or (each.endswith("*") and name.startswith(each[:-1]))
             for each in self.models
         )
 
     def may_ask_all(self, start: str) -> bool:
-        """Return whether the caller may ask for every model whose name begins with *start*."""
+        """Return whether the caller may use every model whose name begins with *start*."""
         return self.models is None or any(
             each.endswith("*") and start.startswith(each[:-1]) for each in self.models
         )
@@ -101,11 +101,11 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
         return self
 
 
-# The caller of a request that comes from no client.
+# The caller of a request that does not come from a client.
 NO_CALLER = Caller()
 # The caller of a request that was admitted.
 CALLER = web.RequestKey("caller", Caller)
-# The client's address; set only where proxies are trusted, `request.remote` holds it otherwise.
+# The client's address; set only if proxies are trusted, otherwise `request.remote` holds it.
 ADDRESS = web.RequestKey("address", str)
 
 

@@ -1,27 +1,28 @@
-"""The guard in front of every handler: whether a request may call its route, and for which caller.
+"""The guard in front of every handler: it decides whether a request may call its route, and for
+which caller.
 
 Every route has a policy in the table that server/app.py fills; a route without one is for admins.
-The decision rests on the route that was matched and on nothing else: neither on the path nor on
-the `Host`. A request presents its key in one of these ways:
+The decision depends only on the route that was matched: neither on the path nor on the `Host`. A
+request presents its key in one of these ways:
 
     Authorization: Bearer <key>              RFC 6750
-    x-api-key: <key>, api-key: <key>         as the SDKs of Anthropic and Azure do
+    x-api-key: <key>, api-key: <key>         as the SDKs of Anthropic and Azure send it
     Sec-WebSocket-Protocol: aioserver, aioserver.key.<key>
                                              a browser can set no other header of a WebSocket;
                                              `aioserver` is the protocol that is then selected
     Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.<key>
-                                             the same, as OpenAI has it
-    Cookie: aioserver_session=…              what `POST /session` gives for a key; it counts only
+                                             the same in OpenAI's form
+    Cookie: aioserver_session=…              the result of `POST /session` for a key; it counts only
                                              in a request of our own page, or of one that
                                              `allow_origins` names
 
 The value of such a header may be a guess: it is compared, and never shown or logged. A key may
-come in several of them, but a request with two keys is refused: whichever of them counted, the
-other one would mean another caller.
+come in several of these headers, but a request with two keys is refused, since each would mean
+another caller.
 
-A key alone does not protect a server that needs none, and a page may send some requests without
-asking (Fetch, 4.10), such as a POST without a body. So a request with a method that may change
-something, and one for an upgrade, is checked for its `Origin` on every route, before its key.
+Keys alone do not protect a server without keys, and a page may send some requests without a
+preflight (Fetch, 4.10), such as a POST without a body. So on every route, before its key, the
+`Origin` is checked for each upgrade and each method that may change something.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ KEY_HEADERS = ("x-api-key", "api-key")
 # The subprotocol that is selected, if the client offers it.
 SUBPROTOCOL = "aioserver"
 KEY_PROTOCOL = "aioserver.key."
-# What a subprotocol with a key begins with: ours, and OpenAI's.
+# The beginnings of a subprotocol with a key: ours, and OpenAI's.
 KEY_PROTOCOLS = (KEY_PROTOCOL, "openai-insecure-api-key.")
 # Cookies of this name that are tried: another path or host may have set one as well.
 MAX_SESSIONS = 4
@@ -68,7 +69,7 @@ KEY_NEEDED = (
 
 
 class Policy(Enum):
-    """The callers that may call a route, where keys exist."""
+    """The callers that may call a route, if keys exist."""
 
     OPEN = "anybody: it holds no data"
     KEY = "every caller with a key"
@@ -79,8 +80,8 @@ class Guard:
     """Checks each request before its handler.
 
     Always: a route that is not in *policies* needs an admin key, and no foreign page changes
-    anything by any route. A key is looked for only where keys exist, and a forwarded address only
-    where proxies are trusted: otherwise a request costs a few look-ups.
+    anything by any route. Keys are read only if keys exist, and forwarded addresses only if
+    proxies are trusted: otherwise a request costs a few look-ups.
     """
 
     def __init__(self, access: Access, origins: Origins) -> None:
@@ -91,14 +92,14 @@ class Guard:
         self._origins = origins
 
     def admit(self, request: web.Request, known: Caller | None = None) -> Caller | None:
-        """Admit *request*, and set `request[CALLER]`, except on an open route where keys exist.
+        """Admit *request*, and set `request[CALLER]`, except on an open route when keys exist.
 
-        Return that caller if it has a key. *known* is the caller, where that is decided already.
+        Return that caller if it has a key. *known* is the caller, if it was determined already.
 
         Raises:
-            Undecided: its token waits for a key of the issuer; to be called again then.
-            Denied: the request may not call its route; no handler may see it. So with
-                AuthUnavailable and ServerAtCapacity, for a token.
+            Undecided: its token waits for a key of the issuer; call this again then.
+            Denied: the request may not call its route; no handler may see it. The same
+                holds for AuthUnavailable and ServerAtCapacity, with a token.
         """
         access, headers = self._access, request.headers
         keyed, address = access.keyed, None
@@ -114,7 +115,7 @@ class Guard:
             request[CALLER] = anonymous(request.remote if address is None else address)
             return None
         match = request.match_info
-        # The path does not exist, or not with this method: no handler of ours will run.
+        # The path does not exist, or not with this method: none of our handlers will run.
         if match.http_exception is not None:
             return None
         policy = self.policies.get(match.route, Policy.ADMIN)
@@ -122,7 +123,7 @@ class Guard:
             return None
         caller = known or self.caller_by_key(request) or self.caller_by_session(request)
         if policy is Policy.ADMIN and not caller.admin:
-            raise PermissionDenied("this key may chat, but not watch: it is no admin key")
+            raise PermissionDenied("this key may chat, but not watch: it is not an admin key")
         request[CALLER] = caller
         return caller
 
@@ -145,7 +146,7 @@ class Guard:
         raise fault
 
     def caller_by_key(self, request: web.Request) -> Caller | None:
-        """Return the caller whose key is in the headers of *request*; None if no key is there.
+        """Return the caller whose key is in the headers of *request*; None if there is no key.
 
         Raises:
             InvalidApiKey: no caller has the key, or the request has several keys.
@@ -163,7 +164,7 @@ class Guard:
         return None if sent is None else self._access.caller(sent.encode("utf-8", "surrogatepass"))
 
     def check_page(self, request: web.Request) -> None:
-        """Refuse a request that another page makes a browser send, cookie included (CSRF).
+        """Refuse a request that another page makes a browser send with its cookie (CSRF).
 
         Raises:
             OriginNotAllowed: the page is neither ours nor one in `allow_origins`.
@@ -186,7 +187,7 @@ def selectable_protocols(request: web.Request, others: tuple[str, ...] = ()) -> 
     It is SUBPROTOCOL or, if that is not offered, the first offered one of *others*.
 
     Raises:
-        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the
+        InvalidRequest: the client offers only a key, and no other protocol: aiohttp would log the
             whole offer.
     """
     offered = offered_protocols(request)
@@ -226,7 +227,7 @@ def _bearers(headers: Iterable[str]) -> list[str]:
 
 
 def _keys(headers: Iterable[str]) -> list[str]:
-    """Return the keys in headers that hold nothing else; an empty one holds none."""
+    """Return the keys in headers that hold only a key; an empty header is ignored."""
     return [key for header in headers if (key := header.strip())]
 
 
@@ -234,8 +235,8 @@ def _keys_offered(headers: Iterable[str]) -> list[str]:
     return offered_keys(_protocols(headers))
 
 
-# The headers beside Authorization that may have a key, as multidict looks for them, each with what
-# finds the keys in its values.
+# The headers beside Authorization that may have a key, as multidict looks for them, each with the
+# function that extracts keys from its values.
 OTHER_SOURCES: dict[str, Callable[[Iterable[str]], list[str]]] = {
     **{istr(name): _keys for name in KEY_HEADERS},
     hdrs.SEC_WEBSOCKET_PROTOCOL: _keys_offered,

@@ -1,9 +1,9 @@
-"""Policies for the headers that say which host a request is for, and where it comes from.
+"""Policies for the headers that name the host of a request and the address of its client.
 
-A page on the web can have its own name resolve to 127.0.0.1 (DNS rebinding), and the browser then
-takes a server on this machine for the page's own origin; only the `Host` header shows the
+A page on the web can let its own name resolve to 127.0.0.1 (DNS rebinding). The browser then takes
+a server on this machine for the page's own origin, and only the `Host` header shows the
 difference. A server without keys therefore answers requests for the names of this machine and for
-configured names, and no others.
+configured names only.
 
 Any client can write `X-Forwarded-For` and `X-Forwarded-Proto`. They are believed only when a proxy
 of `auth.trusted_proxies` sends them, and each proxy is believed only about the peer that connected
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 # Elements of X-Forwarded-For that are read, counted from the right.
 MAX_HOPS = 16
-# Host values that are remembered as allowed.
+# Host values that are cached as allowed.
 MAX_KNOWN = 256
 
 
 class Hosts:
-    """The `Host` values that a server without keys answers.
+    """The `Host` values for which a server without keys answers.
 
     These are the loopback names of this machine with any port, and each host in *allowed*: with
     its own port, or with any port if it has none.
@@ -70,7 +70,7 @@ class Hosts:
 
 
 class Proxies:
-    """The proxies that are believed about the clients behind them.
+    """The proxies that are trusted to name the clients behind them.
 
     *trusted*: IP networks, and `unix` for every peer that connects by a UNIX socket.
     """
@@ -84,7 +84,7 @@ class Proxies:
         """Return the address of the client whose request arrived from *peer*.
 
         It is the first address of `X-Forwarded-For`, read from the right, that is not a trusted
-        proxy's, and otherwise the leftmost one that can be read. It is "" for an unknown peer.
+        proxy's, and otherwise the leftmost address that can be read. It is "" for an unknown peer.
         """
         peer = peer or ""
         if not self.trusted or not self._trusts(peer):
@@ -94,7 +94,7 @@ class Proxies:
         for hop in reversed(hops[-MAX_HOPS:]):
             address = addresses.forwarded_address(hop)
             if address is None:
-                # The addresses further left may be made up as well.
+                # The addresses further left may be forged as well.
                 break
             client = address
             if not self._trusts(address):

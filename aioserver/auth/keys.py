@@ -1,7 +1,7 @@
 """API keys, and the sessions that browsers get for them.
 
-Of a key only its SHA-256 is kept. A browser exchanges its key for a session (sessions.py), which is
-bound to that hash: it ends with its key.
+Only the SHA-256 of a key is stored. A browser exchanges its key for a session (sessions.py), which
+is bound to that hash: it ends with its key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import ClientKey, Limits
     from aioserver.limits.scheduler import Scheduler
 
-    # Called as `quota_of` is.
+    # The signature of `quota_of`.
     MakeQuota = Callable[[ClientKey], Quota]
 
 UNKNOWN = "this API key is not known"
@@ -39,16 +39,16 @@ class _Key(msgspec.Struct, frozen=True):
     digest: bytes
     caller: Caller
     quota: Quota
-    # When it expires, in wall time.
+    # The end of its validity, in wall time.
     expires: float
 
     def valid(self, clock: Callable[[], float]) -> bool:
-        """Return whether it has not expired."""
+        """Return whether the key is valid: it has not expired."""
         return clock() < self.expires
 
 
 def quota_of(key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
-    """Return the quota of *key*; what waits there is started by *scheduler*."""
+    """Return the quota of *key*; *scheduler* starts the requests that wait there."""
     return Quota(
         key.max_concurrent,
         key.requests_per_minute,
@@ -60,7 +60,7 @@ def quota_of(key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
 
 
 def limit(quota: Quota, limits: Limits) -> None:
-    """Let *quota* have *limits* from now on."""
+    """Apply *limits* to *quota*."""
     quota.apply(
         limits.max_concurrent,
         limits.requests_per_minute,
@@ -86,10 +86,10 @@ def caller_of(name: str, limits: Limits, quota: Quota, **token: Any) -> Caller:
 
 
 class Keys:
-    """The valid keys, and the sessions made of them.
+    """The valid keys, and their sessions.
 
     Always: there is one `Caller` for each key, made once, so that a request costs a hash, a
-    look-up and a comparison; a name keeps its counts for as long as its key stays the same.
+    look-up and a comparison. A name keeps its counts for as long as its key stays the same.
     """
 
     def __init__(
@@ -123,10 +123,10 @@ class Keys:
             else:
                 quota = self._make_quota(settings)
                 if old_key is not None:
-                    # Another key of the same caller: what it has used today stays used.
+                    # The caller has another key now: what it has used today stays counted.
                     quota.take_over(old_key.quota)
             expires = settings.expires_at
-            # No clock is out of step here, for which connections would wait.
+            # Both times are by our own clock, so connections need no SKEW.
             left = expires - self._clock() - SKEW
             caller = caller_of(settings.name, settings, quota, expires=time.monotonic() + left)
             new[settings.name] = _Key(digest, caller, quota, expires)
@@ -142,13 +142,13 @@ class Keys:
         return frozenset(revoked)
 
     def find(self, digest: bytes) -> Caller | None:
-        """Return the caller with the key whose SHA-256 is *digest*; None if nobody has it.
+        """Return the caller with the key whose SHA-256 is *digest*; None if there is none.
 
         Raises:
             InvalidApiKey: the key has expired.
         """
         entry = self._by_digest.get(digest)
-        # In constant time, although the time that the look-up of a hash takes reveals no key.
+        # In constant time, although the time of a hash's look-up reveals no key.
         if entry is None or not hmac.compare_digest(entry.digest, digest):
             return None
         if entry.expires < inf and not entry.valid(self._clock):
@@ -166,7 +166,9 @@ class Keys:
         return caller
 
     def current(self, caller: Caller) -> Caller | None:
-        """Return *caller* as its key is configured now; None if that key is no longer valid."""
+        """Return *caller* with its key's present configuration; None if that key is no longer
+        valid.
+        """
         key = self._by_name.get(caller.name)
         if key is None or key.quota is not caller.quota or not key.valid(self._clock):
             return None

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class Origins:
     """The pages of `allow_origins`, and our own.
 
-    CORS guards neither a WebSocket, which a browser opens to any host, nor a request that a page
-    may send without asking, whose answer it only cannot read: `check` refuses both if another page
-    sends them, before anything is done.
+    CORS protects neither a WebSocket, which a browser opens to any host, nor a request without a
+    preflight, of which a page only cannot read the answer. `check` refuses both if another page
+    sends them, before they have any effect.
     """
 
     def __init__(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
@@ -31,8 +31,8 @@ class Origins:
         self._credentials = credentials
 
     def allows(self, origin: str, host: str | None, *, secure: bool = False) -> bool:
-        """Return whether a page of *origin* may use this server; our own (same host and port)
-        may. *secure*: whether the request came over TLS.
+        """Return whether a page of *origin* may use this server; our own pages (same host and
+        port) may. *secure*: whether the request came over TLS.
         """
         return self._any or self.trusts(origin, host, secure=secure)
 
@@ -40,16 +40,16 @@ class Origins:
         """Return whether a cookie counts in a request from *origin*: our own, or one in
         `allow_origins`.
 
-        A browser adds the cookie by itself, so "*" is not enough: every page on this machine could
-        chat as the person who has logged in here, since SameSite takes other ports for the same
-        site. A page of our own that came in plain text is none of ours where we speak TLS:
-        somebody on the way may have written it.
+        A browser adds the cookie by itself, so "*" is not enough. SameSite takes other ports for
+        the same site, so every page on this machine could chat as the person who has logged in
+        here. If we serve TLS, a page that came in plain text does not count as our own: an
+        attacker on the way may have written it.
         """
         if origin.rstrip("/").lower() in self._allowed:
             return True
         try:
             parts = urlsplit(origin)
-        # "http://[" is no address.
+        # "http://[" is not a valid address.
         except ValueError:
             return False
         netloc = parts.netloc.lower()
@@ -60,9 +60,9 @@ class Origins:
     def check(self, headers: Mapping[str, str], *, secure: bool = False) -> None:
         """Refuse a handshake, or a request that changes something, of a page that may not connect.
 
-        A request without `Origin` comes from no page, and passes: browsers send the header with
-        each handshake and with each method but GET and HEAD. The origin `null` (a sandboxed frame,
-        a file) is another page's.
+        A request without `Origin` does not come from a page, and passes: browsers send the header
+        with each handshake and with each method but GET and HEAD. The origin `null` (a sandboxed
+        frame, a file) counts as another page.
 
         Raises:
             OriginNotAllowed: the page is neither ours nor allowed.

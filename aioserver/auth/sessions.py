@@ -1,12 +1,12 @@
-"""Browser sessions: what a browser gets for a key or a token, and holds in a cookie.
+"""Browser sessions: a browser gets one for a key or a token, and holds it in a cookie.
 
-A session is `name.expiry.mac`, with an HMAC (RFC 2104) of the name, the expiry and of what the
-session is *bound* to: the hash of its key, or whose tokens are taken. So it ends where that does,
-is valid in every process that has the same secret, and is kept nowhere.
+A session is `name.expiry.mac`, with an HMAC (RFC 2104) of the name, the expiry and a *binding*:
+the hash of its key, or the settings of tokens. So it ends with that, is valid in every process
+that has the same secret, and is not stored anywhere.
 
-The secret is random and made for this alone. Whatever is made of another secret can be guessed
-where that can: providers' keys are words of a manual as often as not. It comes from the process
-that starts the workers, and instances of a cluster agree on one through its server.
+The secret is random and has no other use. A secret that is derived from another one can be guessed
+if that can, and providers' keys are often words of a manual. It comes from the process that starts
+the workers, and instances of a cluster agree on one through their server.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SESSION_SECONDS = 12 * 3600
-# Bytes of a secret: those of the digest (RFC 2104, 3).
+# The bytes of a secret: as many as the digest's (RFC 2104, 3).
 SECRET_BYTES = 32
-# Bytes of what a session is bound to: with one length for all, no two texts are one.
+# The bytes of a binding: with one length for all, two different texts cannot be equal.
 BOUND_BYTES = 32
-# Digits of an expiry at most: a longer number is no date, and int() is slow with thousands of
+# The most digits of an expiry: a longer number is not a date, and int() is slow with thousands of
 # digits.
 MAX_EXPIRY_DIGITS = 15
 
@@ -37,8 +37,8 @@ def new_secret() -> bytes:
 class Sessions:
     """Makes sessions, and reads them.
 
-    Always: what another secret has signed is no session; without a *secret* a random one signs.
-    *clock* shows wall time: a session may be older than the process.
+    Always: a session that another secret has signed is invalid; without a *secret* a random one
+    signs. *clock* shows wall time: a session may be older than the process.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class Sessions:
         self.use(new_secret() if secret is None else secret)
 
     def use(self, secret: bytes) -> None:
-        """Sign with *secret* from now on: sessions of another one have ended.
+        """Sign with *secret* from now on; sessions that another secret has signed end.
 
         Raises:
-            ValueError: it is too short to be one.
+            ValueError: it is too short for a secret.
         """
         if len(secret) < SECRET_BYTES:
-            raise ValueError(f"a secret of sessions has {SECRET_BYTES} bytes at least")
+            raise ValueError(f"a secret for sessions has at least {SECRET_BYTES} bytes")
         self.secret = secret
 
     def make(self, name: str, bound: bytes, until: float | None = None) -> tuple[str, int]:
@@ -67,7 +67,9 @@ class Sessions:
         return f"{text}.{self._mac(text, bound)}", expiry - now
 
     def seconds(self, session: str, bound: bytes) -> float:
-        """Return for how long *session* is valid yet, if it is *bound* so; 0.0 if it is not."""
+        """Return the seconds for which *session* is still valid, if it is *bound* so; 0.0 if it is
+        not.
+        """
         text, _, mac = session.rpartition(".")
         expiry = text.rpartition(".")[2]
         if not (expiry.isascii() and expiry.isdigit() and len(expiry) <= MAX_EXPIRY_DIGITS):

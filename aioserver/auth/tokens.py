@@ -1,8 +1,8 @@
-"""What makes callers of tokens, as access and guard know it: a wing brings it (wings/jwt).
+"""The contract of tokens for access and guard, which a wing implements (wings/jwt).
 
-A token comes wherever a key may come. Whether it is good is known at once, but where it names a
-key of its issuer that is not there yet: that is `Undecided`, and its request waits in the
-middleware, before its body is read.
+A token may come wherever a key may. Its validity is known at once, unless it names a key of its
+issuer that has not been fetched yet: that is `Undecided`, and its request waits in the middleware,
+before its body is read.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Jwt
     from aioserver.limits.quota import Quota
 
-# What the name of a caller with a token begins with; no key has a colon in its name.
+# The prefix of the names of callers with a token; the name of a key has no colon.
 PREFIX = "jwt:"
 
 
 class Undecided(Exception):
-    """It has to be waited for the keys of the issuer.
+    """The request must wait for the keys of the issuer.
 
     *caller* waits, for some seconds at most, and returns the caller of the token. It raises
     TokenRefused, PermissionDenied, AuthUnavailable or ServerAtCapacity. Cancelling it is safe.
@@ -34,7 +34,7 @@ class Undecided(Exception):
 
 
 class Tokens(Protocol):
-    """Makes callers of tokens.
+    """Finds the callers of tokens.
 
     Always: the callers of one name share one quota.
     """
@@ -43,7 +43,7 @@ class Tokens(Protocol):
         """Make quotas by *make_quota* from now on; called once, before any token comes."""
 
     def apply(self, jwt: Jwt | None) -> frozenset[str]:
-        """Accept tokens as *jwt* says from now on; None: no token.
+        """Accept tokens by the settings *jwt*; None: accept none.
 
         Return the names of the callers that are no longer admitted.
         """
@@ -52,30 +52,30 @@ class Tokens(Protocol):
         """Return the caller of *token*, whose SHA-256 is *digest*.
 
         Raises:
-            Undecided: it has to be waited for the keys of the issuer.
-            TokenRefused: the token is not good.
-            PermissionDenied: its roles are not among those that are admitted.
-            AuthUnavailable: the keys of the issuer cannot be had now.
+            Undecided: the request must wait for the keys of the issuer.
+            TokenRefused: the token is not valid.
+            PermissionDenied: none of its roles is admitted.
+            AuthUnavailable: the keys of the issuer are not available now.
             ServerAtCapacity: there are too many callers.
         """
 
     def of_session(self, name: str, role: str, signer: str, seconds: float) -> Caller | None:
-        """Return the caller *name* with *role*, of a session that holds for *seconds* more; None
-        if the role is no longer admitted, or *signer* signs for the issuer no more.
+        """Return the caller *name* with *role*, for a session that is valid for *seconds* more;
+        None if the role is no longer admitted, or *signer* no longer signs for the issuer.
 
         Raises:
             Undecided, AuthUnavailable, ServerAtCapacity: as `caller`.
         """
 
     def current(self, caller: Caller) -> Caller | None:
-        """Return *caller* as it is configured now; None if it is no longer admitted."""
+        """Return *caller* with its present configuration; None if it is no longer admitted."""
 
     def quotas(self) -> Mapping[str, Quota]:
-        """Return the quotas of all callers that are remembered, by their names."""
+        """Return the quotas of all known callers, by their names."""
 
     def begin_day(self, day: str, spent: Mapping[str, int]) -> None:
-        """Let the budgets of *day* begin at what these callers have *spent*, as the ledger has
-        it.
+        """Begin the budgets of *day* with the tokens that these callers have *spent* by the
+        ledger.
         """
 
     @property
@@ -84,6 +84,6 @@ class Tokens(Protocol):
 
     @property
     def binding(self) -> bytes:
-        """What sessions of tokens are bound to (`Sessions.make`): it changes with the settings. It
-        is no secret.
+        """The binding of sessions for tokens (`Sessions.make`): it changes with the settings. It
+        is not secret.
         """

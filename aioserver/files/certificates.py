@@ -1,8 +1,8 @@
-"""The files of certificates that settings name: how they are loaded, and their faults.
+"""The certificate files that settings name: their loading, and their faults.
 
-A pair is a file with a certificate, its intermediates behind it, and the file of its key, which may
-be the same. What is loaded has been read as a whole: files that change meanwhile are a fault, so
-that a pair in use is always one that somebody has written. No fault shows a key.
+A pair is a file with a certificate, its intermediates behind it, and the file of its key, which
+may be the same. Each file is read as a whole. Files that change meanwhile are a fault, so that a
+pair in use is always one that was written as such. No fault shows a key.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from aioserver.files.x509 import Certificate
 
 CERT_FILE, KEY_FILE, CLIENT_CA_FILE = "cert_file", "key_file", "client_ca_file"
-# Reasons of OpenSSL for a key that is another certificate's.
+# OpenSSL's reasons for a key that belongs to another certificate.
 OTHER_KEY = frozenset(("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"))
-# Seconds before the end of a certificate in which operators are warned.
+# Operators are warned so many seconds before the end of a certificate.
 SOON = 14 * 86400
 
 
@@ -57,7 +57,7 @@ def load_pair(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> 
         raise CertificateFault(holder, path, message)
 
     def refuse() -> str:
-        message = "the key is encrypted: nobody could type its password at each start"
+        message = "the key is encrypted: its password cannot be entered at each start"
         raise CertificateFault(holder, path, message)
 
     try:
@@ -81,7 +81,7 @@ def client_context(
 ) -> tuple[ssl.SSLContext, list[Certificate]]:
     """Return the context of a client, and the certificate that it presents, if any.
 
-    It trusts what is in *ca_file*; None: the system's authorities. It blocks, for 20 ms.
+    It trusts the authorities in *ca_file*; None: the system's. It blocks, for 20 ms.
 
     Raises:
         OSError: *ca_file* cannot be read, or holds no certificate.
@@ -123,9 +123,9 @@ def read(setting: str, path: str) -> bytes:
     Raises:
         CertificateFault: it cannot be read, is no regular file, or is too large.
     """
-    # A pipe would be empty at the next look, or hold everything up.
+    # A pipe would be empty at the next read, or block everything.
     if os.path.exists(path) and not Path(path).is_file():  # noqa: PTH110
-        raise CertificateFault(setting, path, "is no file that can be read again")
+        raise CertificateFault(setting, path, "is not a regular file")
     try:
         return read_file(path, "no such file")
     except UnreadableFile as exc:
@@ -146,9 +146,9 @@ def first_end(chain: Iterable[Certificate]) -> int:
 
 
 def ends_soon(expires: float) -> str | None:
-    """Return what to say of a certificate that *expires* soon, or has expired.
+    """Return the warning about a certificate that *expires* soon, or has expired.
 
-    None: not within SOON seconds.
+    None: it does not end within SOON seconds.
     """
     left = expires - time.time()
     if left > SOON:
@@ -165,7 +165,7 @@ def day(moment: float) -> str:
 
 
 def reason_of(exc: ssl.SSLError) -> str:
-    """Return why OpenSSL has failed, in small letters."""
+    """Return OpenSSL's reason for a failure, in small letters."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         return exc.verify_message
     return (exc.reason or "unknown reason").lower().replace("_", " ")

@@ -1,13 +1,14 @@
-"""Files beside the configuration that are read again once they have changed: certificates, keys.
+"""Watched files beside the configuration, which are read again when they have changed:
+certificates, keys.
 
-Each LOOK seconds, and at SIGHUP, the files are looked at with stat(2), which follows links: a file
-may be written in place, be replaced by another one of its name, or a link in front of it may lead
-elsewhere, as in a volume of Kubernetes. A change is read in a thread, since a file system may
-hang, and put in effect in one step of the event loop.
+Each LOOK seconds, and at SIGHUP, the files are checked with stat(2), which follows links. A file
+may be written in place, be replaced by another one of its name, or be behind a link that changes,
+as in a volume of Kubernetes. A change is read in a thread, since a file system may hang, and put
+into effect in one step of the event loop.
 
-Whoever writes a file may not be done, and two files that belong together are never replaced at
-once. So a change that cannot be used alters nothing: what was read before stays in effect, and
-each look tries again. Only after PATIENCE seconds is there one warning, and one incident.
+A writer may not be done yet, and two files that belong together are never replaced at once. So a
+change that cannot be used has no effect: the former content stays in use, and each check tries
+again. Only after PATIENCE seconds is there one warning, and one incident.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.files")
 
-# Seconds between two looks.
+# Seconds between two checks.
 LOOK = 2.0
-# Seconds for which a change may be useless before somebody is told.
+# Seconds for which a change may be unusable before it is reported.
 PATIENCE = 10.0
 
 
@@ -41,9 +42,9 @@ class _Watch:
         prepare: Callable[[], Callable[[], Awaitable[None] | None] | None],
     ) -> None:
         self.kind, self.paths, self.prepare = kind, paths, prepare
-        # How the files were when what is in effect was read; None: nobody knows.
+        # The state of the files when the content in use was read; None: it is not known.
         self.seen: object = None
-        # When they could not be used for the first time, in the loop's time, and whether that was
+        # The first time at which they could not be used, in the loop's time, and whether that was
         # reported.
         self.failing_since: float | None = None
         self.reported = False
@@ -52,11 +53,11 @@ class _Watch:
 class WatchedFiles:
     """Reads files again when they have changed.
 
-    Always: one look is under way at a time, and what it has read is put in effect before the next
-    one begins. A file that changes while it is read is read once more.
+    Always: one check runs at a time, and its results are in effect before the next one begins. A
+    file that changes while it is read is read once more.
 
-    *report* is called with the kind and the text of an incident. Nothing is looked at by itself
-    before `begin`; call `close` at the end.
+    *report* is called with the kind and the text of an incident. Checks start only with `begin`;
+    call `close` at the end.
     """
 
     def __init__(self, report: Callable[[str, str], None]) -> None:
@@ -72,27 +73,28 @@ class WatchedFiles:
         paths: Callable[[], Iterable[str]],
         prepare: Callable[[], Callable[[], Awaitable[None] | None] | None],
     ) -> None:
-        """Watch the files whose *paths* are returned now; a reload may name others.
+        """Watch the files that *paths* returns; after a reload it may return others.
 
         *kind* is that of the incident. *prepare* is called in a thread: it reads the files, and
-        returns what puts their content in effect, which is called in the event loop and may be a
-        coroutine function; None if nothing is to be done. Both raise OSError or ValueError, with a text that holds no secret, where the content cannot be used. The first
-        look reads the files, as they may have changed since the start.
+        returns a function that puts their content into effect, or None if there is nothing to do.
+        The event loop calls this function, which may be a coroutine function. Both raise OSError
+        or ValueError, with a text that holds no secret, if the content cannot be used. The first
+        check reads the files, as they may have changed since the start.
         """
         self._watches.append(_Watch(kind, paths, prepare))
         if self._begun:
             self.begin()
 
     def begin(self) -> None:
-        """Look from time to time, as soon as there is anything to be watched."""
+        """Check from time to time, as soon as there is anything to watch."""
         self._begun = True
         if self._watches and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def look(self, *, again: bool = False) -> None:
-        """Read the files that have changed, or all of them *again*, and put them in effect.
+        """Read the files that have changed, or all of them *again*, and put them into effect.
 
-        Cancelling this may leave a change to the next look.
+        Cancelling this may leave a change to the next check.
         """
         async with self._looking:
             for watch in self._watches:
@@ -101,7 +103,7 @@ class WatchedFiles:
                 await self._look_at(watch)
 
     async def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -114,7 +116,7 @@ class WatchedFiles:
             await self.look()
 
     async def _look_at(self, watch: _Watch) -> None:
-        # In this order: what changes after the first is seen at the next look.
+        # In this order: a change after the stamps is seen at the next check.
         paths = tuple(watch.paths())
         stamps = await asyncio.to_thread(_stamps, paths) if paths else []
         if stamps == watch.seen:
@@ -130,7 +132,7 @@ class WatchedFiles:
             self._fail(watch, exc)
             return
         except Exception as bug:
-            logger.exception("bug in reading a file again")
+            logger.exception("bug in rereading a file")
             self._fail(watch, bug)
             return
         watch.seen, watch.failing_since, watch.reported = stamps, None, False
@@ -141,13 +143,13 @@ class WatchedFiles:
             watch.failing_since = now
         if now - watch.failing_since >= PATIENCE and not watch.reported:
             watch.reported = True
-            text = f"what was read before stays in effect: {fault}"
+            text = f"the former content stays in use: {fault}"
             logger.warning("%s: %s", watch.kind, text)
             self._report(watch.kind, text)
 
 
 def _stamps(paths: Iterable[str]) -> object:
-    """Return what differs once one of the files of *paths* is another or has been written."""
+    """Return a value that differs once one of the files of *paths* was replaced or written."""
     return [(path, _stamp(path)) for path in paths]
 
 

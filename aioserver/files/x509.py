@@ -1,7 +1,8 @@
-"""What a certificate says: its dates, names and issuer, read from DER (RFC 5280, 4.1; ITU-T X.690).
+"""The content of a certificate: its dates, names and issuer, read from DER (RFC 5280, 4.1; ITU-T
+X.690).
 
-The standard library shows these of a certificate that a peer has sent and that was verified, and of
-no other. This reader finds what is shown to operators, and verifies nothing.
+The standard library shows these only for a peer's certificate that was verified. This reader finds
+the fields that operators see, and verifies nothing.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ OBJECT, UTC_TIME, LONG_TIME, VERSION, EXTENSIONS = 0x06, 0x17, 0x18, 0xA0, 0xA3
 DNS_NAME, ADDRESS = 0x82, 0x87
 # The object identifier of subjectAltName.
 ALTERNATIVE_NAMES = b"\x55\x1d\x11"
-# UTCTime has two digits of the year: from 50 on they are of the last century.
+# UTCTime has two digits of the year: from 50 on they belong to the last century.
 LAST_CENTURY = 50
 
 
 class Malformed(ValueError):
-    """These bytes are no certificate."""
+    """These bytes are not a certificate."""
 
 
 class Certificate(msgspec.Struct, frozen=True):
     """A certificate. *begins* and *expires* are seconds since 1970, *names* are hosts and
-    addresses for which it is valid, and *subject* and *issuer* are names in DER. *der* is all of it.
+    addresses for which it is valid, and *subject* and *issuer* are names in DER. *der* is the
+    whole certificate.
     """
 
     der: bytes
@@ -54,7 +56,7 @@ def certificates(pem: bytes) -> list[Certificate]:
     """Return the certificates in *pem*, in order; other blocks are skipped.
 
     Raises:
-        Malformed: a block is no certificate.
+        Malformed: a block is not a certificate.
     """
     found = []
     for match in PEM.finditer(pem):
@@ -67,10 +69,10 @@ def certificates(pem: bytes) -> list[Certificate]:
 
 
 def certificate(der: bytes) -> Certificate:
-    """Return what the certificate *der* says.
+    """Return the content of the certificate *der*.
 
     Raises:
-        Malformed: it is none.
+        Malformed: it is not a certificate.
     """
     try:
         return _certificate(der)
@@ -86,13 +88,13 @@ def _certificate(der: bytes) -> Certificate:
     issuer, validity, subject = (content for _, content in fields[2:5])
     begins, expires = (_time(tag, content) for tag, content in _items(validity))
     extensions = next((content for tag, content in fields if tag == EXTENSIONS), b"")
-    # Clients look for no other name since RFC 9525, 2: the common name is none.
+    # Clients read no other name since RFC 9525, 2: the common name does not count.
     names = tuple(_alternative_names(extensions))
     return Certificate(der, begins, expires, names, subject, issuer)
 
 
 def _items(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield tag and content of each value in *data*."""
+    """Yield the tag and the content of each value in *data*."""
     at = 0
     while at < len(data):
         tag, length = data[at], data[at + 1]

@@ -1,20 +1,20 @@
-"""Where a conversation is at home: the member of a group whose cache has the beginning of its
+"""Affinity: a conversation's *home* is the member of a group whose cache has the beginning of its
 prompt.
 
-An engine that has read the beginning before reads only the rest, which is seconds for a long
-conversation. So a request goes to its home if that has a place, and waits a moment for it
-otherwise: no longer than a few times what reading the prompt anew would cost elsewhere (delay
-scheduling: Zaharia et al., "Delay Scheduling", EuroSys 2010). A member that has twice its share of
-what is under way, and two more, is nobody's home ("Consistent Hashing with Bounded Loads",
-Mirrokni, Thorup, Zadimoghaddam, SODA 2018), so that a popular beginning does not fill one engine
-while others are idle.
+An engine that has read the beginning before reads only the rest, which saves seconds in a long
+conversation. So a request goes to its home if that has a place, and otherwise waits there for a
+moment: no longer than a few times what reading the prompt anew would cost elsewhere. That is delay
+scheduling (Zaharia et al., "Delay Scheduling", EuroSys 2010). A member is not a home while it has
+more than twice its share of the work under way, and two more ("Consistent Hashing with Bounded
+Loads", Mirrokni, Thorup, Zadimoghaddam, SODA 2018). So a popular beginning does not fill one
+engine while others are idle.
 
-A new conversation has the home that wins the rendezvous of its identity and the members' names
-(Thaler, Ravishankar, "Using name-based mappings to increase hit rates", 1998): conversations are
-spread evenly, and all instances of a cluster agree. Several instances know no more than that,
-since what each of them has seen is soon wrong.
+A new conversation's home is the winner of the rendezvous of its identity and the members' names
+(Thaler, Ravishankar, "Using name-based mappings to increase hit rates", 1998). So conversations
+are spread evenly, and all instances of a cluster agree. Several instances use the rendezvous
+alone, since what each of them has seen is soon outdated.
 
-What is remembered is a guess about the caches of engines. A wrong one costs time, never an answer.
+These digests are a guess about the caches of engines. A wrong guess costs time, never an answer.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from aioserver.gateway.groups import Member
     from aioserver.protocol.prefix import Prefix
 
-# Digests that are remembered in one process: some 1,000 conversations, in 8 MB at most.
+# Digests kept in one process: some 1,000 conversations, in 8 MB at most.
 MAX_DIGESTS = 1 << 15
-# How often what reading the unknown part would cost a request may wait at its home, and the share
-# of a queue's deadline that it waits there at most.
+# A request waits at its home for at most PATIENCE times the cost of reading the unknown part, and
+# for at most this share of its queue's deadline.
 PATIENCE, MAX_SHARE = 3.0, 0.25
-# A home has at most so many times its share of what is under way, and so many more.
+# A home has at most so many times its share of the work under way, plus SPARE.
 OVERLOAD, SPARE = 2.0, 2
 # The bounds of the seconds in which an engine reads one byte of a prompt; the weight of the newest
 # measurement, and the bytes that it needs.
@@ -45,9 +45,9 @@ SMOOTHING, MEASURED_BYTES = 0.1, 4096
 
 
 class Placement(NamedTuple):
-    """Where one request belongs: its *home* among the members, None if nobody can be; the bytes
-    that each member knows of it; the seconds after which it joins the line of each; and whether it
-    is *remembered* who knows what.
+    """The place of one request. *home* is a member, None if there is none. *known* has the bytes
+    of the prompt that each member knows, and *delays* the seconds after which it joins the queue
+    of each. *remembered* says whether what the members know is recorded.
     """
 
     prefix: Prefix
@@ -58,31 +58,31 @@ class Placement(NamedTuple):
 
     @property
     def held_back(self) -> bool:
-        """Whether it waits at home for a while, though others may have a place."""
+        """Whether it waits at its home first, though other members may have a place."""
         return any(self.delays.values())
 
     def label(self, started_at: Member) -> str:
-        """Return in a word whether the member where it has started is its home."""
+        """Return a word for the member where it has started: its home or not."""
         if not self.prefix.has_history:
             return NEW
         return HOME if started_at is self.home else OTHER
 
 
 class Affinity:
-    """What was sent to which member, by digests of the beginning: the least recently used go
-    first.
+    """Which prompts were sent to which member, by digests of their beginnings; the least recently
+    used are dropped.
 
     Always: there are at most MAX_DIGESTS digests. *alone* False: other instances send prompts to
-    the same engines, so that home is by rendezvous alone.
+    the same engines, so the home follows from the rendezvous alone.
     """
 
     def __init__(self, *, alone: bool = True) -> None:
         self._alone = alone
-        # Members by their marks, a bit each. Groups have digests of their own.
+        # Members, a bit for each mark, by digest. Each group has digests of its own.
         self._members: OrderedDict[bytes, int] = OrderedDict()
 
     def place(self, prefix: Prefix, members: Sequence[Member]) -> Placement:
-        """Return where the request with this *prefix* belongs among *members*."""
+        """Return the placement of the request with this *prefix* among *members*."""
         known = self._known(prefix, members) if self._alone else dict.fromkeys(members, 0)
         knowing: list[Member] = []
         if prefix.has_history:
@@ -104,20 +104,20 @@ class Affinity:
 
     def sent(self, prefix: Prefix, member: Member) -> None:
         """Remember that the prompt with *prefix* was sent to *member*."""
-        # It may have come while the request waited, and have no mark of its own yet.
+        # The member may have joined while the request waited, and have no mark of its own yet.
         member.mark_holds()
         mark, members = 1 << member.mark, self._members
-        # The shortest is the newest: whoever knows a beginning knows all that are shorter.
+        # The shortest becomes the newest: a member that knows a beginning knows every shorter one.
         for digest in reversed(prefix.digests):
             members[digest] = members.pop(digest, 0) | mark
         while len(members) > MAX_DIGESTS:
             members.popitem(last=False)
 
     def _known(self, prefix: Prefix, members: Sequence[Member]) -> dict[Member, int]:
-        """Return how many bytes of the prompt each member has been sent before."""
+        """Return how many bytes of the prompt were sent to each member before."""
         known = dict.fromkeys(members, 0)
         wanted = {1 << member.mark: member for member in members if member.mark_holds()}
-        # A member that does not know the shortest knows none.
+        # A member that does not know the shortest beginning knows none.
         shortest = self._members.get(prefix.digests[0], 0) if prefix.digests else 0
         left = sum(wanted) & shortest
         for index in range(len(prefix.digests) - 1, -1, -1):
@@ -133,8 +133,8 @@ class Affinity:
 
 
 def _first_fit(members: Sequence[Member], ranked: Sequence[Member]) -> Member | None:
-    """Return the first of *ranked* that can be a home among *members*: it is well, and not
-    overloaded.
+    """Return the first of *ranked* that can be a home among *members*: a member that is well and
+    not overloaded.
     """
     under_way = limits = 0
     for member in members:
@@ -150,7 +150,7 @@ def _first_fit(members: Sequence[Member], ranked: Sequence[Member]) -> Member | 
 
 
 def _ranked(prefix: Prefix, members: Sequence[Member]) -> list[Member]:
-    """Return *members* as they come in the rendezvous of the conversation, the winner first.
+    """Return *members* in the order of the conversation's rendezvous, the winner first.
 
     A score is a universal hash of the identity (Carter, Wegman, "Universal classes of hash
     functions", 1979), whose factor is the member's own.
@@ -160,8 +160,8 @@ def _ranked(prefix: Prefix, members: Sequence[Member]) -> list[Member]:
 
 
 def measured(reading: float, seconds: float, unknown: int) -> float:
-    """Return what the seconds per byte, *reading* so far, are after an answer whose first content
-    came after *seconds*, and of whose prompt so many bytes were *unknown*.
+    """Return the new average of the seconds per byte, *reading* so far. The first content of an
+    answer came after *seconds*, and so many bytes of its prompt were *unknown*.
     """
     if unknown <= MEASURED_BYTES:
         return reading

@@ -1,13 +1,13 @@
-"""The attempts to have one request answered: grant, run, and if it fails, again or the final fault.
+"""The attempts at one request: start, run, and after a fault another attempt or the final fault.
 
     pass       each candidate of a group that can be asked, one after another without a pause, until
                one answers; at one provider it is one attempt
-    backoff    when all have failed, and the fault of one of them may be tried again at the same
-               provider (`retry`); it holds nothing meanwhile
-    next pass  of those alone: `max_retries` times, within the retry budget of the first
+    backoff    when all have failed, and the fault of one of them allows a retry at the same
+               provider (`retry`); the request holds no place meanwhile
+    next pass  of these candidates alone: `max_retries` times, within the retry budget of the first
     next group of `llm.fallbacks`, with its own tries
 
-What follows a fault is decided by one function, `after`, whose first row that fits counts:
+The function `_after` decides what follows a fault: the first row that fits counts.
 
     the fault                                            next                       counts as
     after the first content, or it may not fail over     raised
@@ -66,9 +66,10 @@ if TYPE_CHECKING:
 UNUSABLE = (*KEY_FAULTS, RequestNotBridged)
 # Seconds to which the backoff before a retry grows.
 MAX_BACKOFF = 30.0
-# Seconds of a backoff that a provider asks for; if it asks for more, its fault is raised instead.
+# Seconds of a backoff that a provider may ask for; if it asks for more, its fault is raised
+# instead.
 MAX_ASKED_BACKOFF = 60.0
-# Seconds for which a request is parked whose provider may be away, before it is tried again.
+# Seconds for which a request is parked at a provider that may be away, before it is tried again.
 MAX_PARKED = 2.0
 
 
@@ -92,7 +93,7 @@ class Next(NamedTuple):
 
 
 class Try(NamedTuple):
-    """How one attempt has failed, and what `Outcome` said of it."""
+    """How one attempt has failed, and the `Outcome` after it."""
 
     fault: ProviderFault
     provider: str
@@ -135,9 +136,8 @@ class Attempts:
         self._group: Group
         self._candidates: Candidates
         self._first: Provider
-        # Of all groups: the largest `max_context` of members for which the request was too long,
-        # how each has failed, and those that are asked last, since they are sick, or have failed
-        # as a trial.
+        # For all groups: the largest `max_context` of members that found the request too long; how
+        # each group has failed; and the sick groups, which come last, or have failed in a trial.
         self._too_small = 0
         self._ended: tuple[Try, ...] = ()
         self._late: tuple[Group, ...] = ()
@@ -145,8 +145,8 @@ class Attempts:
         # trial the next attempt is.
         self._trial_group: Group | None = None
         self._trial: Breaker | None = None
-        # Of the group that is asked: whether others can be asked instead, whether the last attempt
-        # was a trial of a sick provider, and whether the request has been asked of it before.
+        # For the present group: whether others can be asked instead, whether the last attempt was
+        # a trial of a sick provider, and whether the request was sent to it before.
         self._fallback = self._was_trial = self._again = False
         # How many retries it has had, how this pass has failed, and the one before.
         self._number = 0
@@ -184,7 +184,7 @@ class Attempts:
                         raise
                     step = Next(Step.REST)
                 except AioserverError as error:
-                    # Raised by us, perhaps since there is no room for the answer that comes.
+                    # We have raised it ourselves, perhaps since there is no room for the answer.
                     error.paid = outcome.sent_at > 0
                     raise
                 else:
@@ -405,7 +405,7 @@ class Attempts:
         self._too_long = self._too_long or too_long(self._tries)
         final, self._tries = final_try(self._tries), ()
         if previous is not None and isinstance(final.fault, CircuitOpen):
-            # What killed the last of them says more than that it is dead.
+            # The fault that killed the last of them says more than that it is dead.
             raise self._raised(previous) from None
         self._previous = final
         self._number += 1
@@ -421,7 +421,7 @@ class Attempts:
             not again
             or self._number > first.settings.http_client.max_retries
             or backoff > MAX_ASKED_BACKOFF
-            # They ask us to wait, or are dead or sick, and the next one may not be.
+            # They ask for a pause, or are dead or sick, and the next group may not be.
             or (
                 self._fallback
                 and (
@@ -477,8 +477,8 @@ def begun(stream: Stream | None) -> bool:
 
 
 def too_long(tries: Sequence[Try]) -> Try | None:
-    """Return the first of *tries* for whom the request was too long: only that refusal tells the
-    caller what to shorten.
+    """Return the first of *tries* whose provider found the request too long: only that refusal
+    tells the caller what to shorten.
     """
     return next((each for each in tries if isinstance(each.fault, ContextTooLong)), None)
 
@@ -487,10 +487,10 @@ def final_try(tries: Sequence[Try]) -> Try:
     """Return the attempt whose fault is raised when all providers have failed: the last of
     *tries*, as a rule.
 
-    A provider that refuses our key is not usable, nor is one that has no form of the request, or
-    does not know what it continues: their faults are returned only if there is no other. A fault
-    of too many requests is returned only if every usable provider has raised one. The
-    `retry_after` is that of the provider that may answer first.
+    The fault of a provider that could not have answered (UNUSABLE) is returned only if there is no
+    other. Such a provider refuses our key, has no form of the request, or does not know what the
+    request continues. A fault of too many requests is returned only if every usable provider has
+    raised one. The `retry_after` is that of the provider that may answer first.
     """
     of_usable = [
         failed

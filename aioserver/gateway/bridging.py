@@ -1,21 +1,21 @@
-"""An attempt whose request is translated to a chat completion, where its provider has no other
-API, and what is learned of such a provider.
+"""Attempts whose request is translated to a chat completion, since their provider lacks the API,
+and what is learned about such providers.
 
-A provider is known by its settings to have no such API, or by its answer: if it has no such path
-the attempt goes on at once, in the same place, with the request as one for a chat completion. It
-is known from then on, for five minutes after the newest such answer, if it answers that one. A 404
-that is about a model is no such answer: then the path is there. Nor is any 404 of a provider that
-has answered there within five minutes.
+Either a provider's settings or its answer can say that it lacks the API. If the path is missing,
+the attempt goes on at once, in the same place, with the request translated to a chat completion.
+If that is answered, the path counts as missing for five minutes after the newest such answer. A
+404 about a model proves nothing, since the path is there then. Nor does any 404 of a provider that
+has answered on the path within five minutes.
 
-What an engine refuses by name is learned, too: a word that only the bridge has added, or a bound
-of the answer for which its context has no room. The request is sent once more, at once and in its
-place, without it; this is no retry. If it is answered, that is known of its model from then on, for
-as long, for each bridge and for streams that pass (stream_usage.py): not before, since a refusal
-may repeat what a client has written. A word that the model has taken lately, or whose refusal is
-about its value, is left out of the one request alone: the value was the client's.
+Named refusals of an engine are learned, too: of a parameter that only the bridge has added, or of
+a bound of the answer that exceeds the context. The request is sent once more without it, at once
+and in its place; this is no retry. The refusal is kept for the model only if that is answered,
+since a refusal may repeat what a client has written. It is kept for the same time, for each bridge
+and for streams that pass (stream_usage.py). If the model has accepted the parameter lately, or the
+refusal is about its value, it is left out of this one request alone: the value was the client's.
 
 The wings with such an API derive their attempts from `BridgedAttempt`. This file is one concept:
-what is learned of a provider, and what an attempt there makes of it.
+what is learned about a provider decides the form of its attempts.
 """
 
 from __future__ import annotations
@@ -57,30 +57,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.providers")
 
-# The statuses by which a provider says that it has no such path, or no such method there.
+# The statuses by which a provider says that it lacks the path, or the method there.
 ABSENT_STATUSES = frozenset({404, 405, 501})
-# Words of a 404 that is about something else than the path.
+# Words in a 404 that is not about the path.
 _OTHER_SUBJECTS = ("model", "resp_", "msg_")
-# The header that names the hosted tools which the provider did not get.
+# The header that names the hosted tools which were not sent to the provider.
 LEFT_OUT = "x-aioserver-left-out"
-# Names of tools of which a line was logged.
+# Names of tools that are logged once each.
 MAX_NAMES = 16
-# Tokens of an answer below which a request is not sent once more, and those that are left between
-# the two: templates add a few.
+# A request is not sent once more with fewer tokens for its answer than the first; the second is a
+# margin, since chat templates add some tokens.
 MIN_LEFT, SPARE = 256, 16
 
 
-# The key of a verdict on a path: whether it is there.
+# The key of the verdict on whether a path is there.
 _PATH = "path"
 
 
 class PathCapabilities(Capabilities):
-    """The knowledge of one path of a provider, from its settings and from its answers since.
+    """The capabilities of one path of a provider, by its settings and its later answers.
 
-    Where it has answered, a 404 is about something else, which a client may have named.
+    After an answer on the path, a 404 is about something else, which a client may have named.
     """
 
-    # It is never asked there; and its 404 may be that of the path.
+    # Whether the path is never tried, and whether a 404 may be about the path.
     never = False
     learns = True
 
@@ -92,25 +92,25 @@ class PathCapabilities(Capabilities):
 
     @property
     def lacking(self) -> bool:
-        """Whether it was found to have no such path."""
+        """Whether the provider was found to lack the path."""
         return self._shown.get(_PATH) is False
 
     @property
     def present(self) -> bool:
-        """Whether it has answered there."""
+        """Whether the provider has answered on the path."""
         return self._shown.get(_PATH) is True
 
     def found(self, *, present: bool) -> bool:
-        """Learn from an answer whether it has that path; return whether that is news."""
+        """Learn from an answer whether the path is there; return whether that is news."""
         return self._shown.keep(_PATH, present)
 
     @property
     def bridged(self) -> bool:
-        """Whether it is asked for a chat completion instead."""
+        """Whether chat completions are used instead."""
         return self.lacking or self.never
 
     def absent(self, status: int, body: bytes) -> bool:
-        """Return whether an answer with *status* and *body* says that there is no such path."""
+        """Return whether an answer with *status* and *body* says that the path is missing."""
         return (
             self.learns
             and status in ABSENT_STATUSES
@@ -120,11 +120,11 @@ class PathCapabilities(Capabilities):
 
 
 class ChatCapabilities(Capabilities):
-    """The knowledge of one provider's chat completions, for every bridge to them.
+    """The capabilities of one provider's chat completions, for every bridge to them.
 
-    *reasoning_field* is the name of the field in which it sends its reasoning; empty if it has
-    sent none. By model, *limits* and *most* have the tokens of a prompt and its answer, and of an
-    answer; by word and model it is known whether that is taken.
+    *reasoning_field* is the field in which its reasoning comes, empty before there was any. By
+    model, *limits* has the tokens of its context, and *most* the most tokens of an answer. For
+    each parameter and model it is known whether the model accepts it.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class ChatCapabilities(Capabilities):
 
     @property
     def refused_words(self) -> set[str]:
-        """The words that one of its models has refused."""
+        """The parameters that at least one of its models has refused."""
         return {word for word, _ in self._refused() if word != MAX_TOKENS}
 
     @property
@@ -157,7 +157,7 @@ class ChatCapabilities(Capabilities):
         return dict(self.limits.items())
 
     def refuses(self, word: str, model: str) -> bool:
-        """Return whether *model* is not sent *word*."""
+        """Return whether *word* is not sent to *model*."""
         return self._accepted.get((word, model)) is False
 
     def take(self, word: str, model: str) -> None:
@@ -165,51 +165,48 @@ class ChatCapabilities(Capabilities):
         self._accepted.keep((word, model), value=True)
 
     def refuse(self, word: str, model: str) -> None:
-        """Send *model* no *word* for a while, unless it has taken that lately."""
+        """Stop sending *word* to *model* for a while, unless the model has taken it lately."""
         if not self._accepted.get((word, model)) and self._accepted.keep(
             (word, model), value=False
         ):
-            instead = f"{MAX_COMPLETION_TOKENS} in its place"
-            self._say(instead if word == MAX_TOKENS else f"{word} is left out")
+            instead = f"sending {MAX_COMPLETION_TOKENS}" if word == MAX_TOKENS else "omitting it"
+            logger.info("provider %s rejected %s; %s from now on", self.name, word, instead)
 
     def keep_limit(self, model: str, tokens: int) -> None:
-        """Keep that *model* has room for so many *tokens* of a prompt and its answer."""
+        """Record that the context of *model* has room for so many *tokens*."""
         if self.limits.keep(model, tokens):
-            self._say(f"{tokens} tokens in its context")
+            logger.info("provider %s has a context of %d tokens", self.name, tokens)
 
     def keep_most(self, model: str, tokens: int) -> None:
-        """Keep that an answer of *model* has so many *tokens* at most."""
+        """Record that an answer of *model* has so many *tokens* at most."""
         if self.most.keep(model, tokens):
-            self._say(f"{tokens} tokens in an answer at most")
-
-    def _say(self, consequence: str) -> None:
-        logger.info("learned from a refusal of provider %s: %s", self.name, consequence)
+            logger.info("provider %s allows %d tokens in an answer", self.name, tokens)
 
     def note_left_out(self, names: Mapping[str, None]) -> None:
-        """Say once of each of these hosted tools that this provider does not get it."""
+        """Log once for each of these hosted tools that it is not sent to this provider."""
         for name in names:
             if name not in self._left_out and len(self._left_out) < MAX_NAMES:
                 self._left_out.add(name)
-                logger.info("provider %s has no tool %s: it is left out", self.name, name)
+                logger.info("provider %s has no tool %s; omitting it", self.name, name)
 
 
 class LearningAttempt(Attempt):
-    """One try of a request that is sent once more without what its provider refuses.
+    """An attempt whose request is sent once more without what its provider refuses.
 
-    Always: others are sent it until the answer to this one has begun.
+    Always: other requests are unaffected until the answer to this one has begun.
     """
 
-    # What it has been sent once more without, and what of it was refused for its value.
+    # What was left out of the repeated request, and the part of it that was refused for its value.
     _learnt: frozenset[str] = frozenset()
     _of_value: frozenset[str] = frozenset()
 
     @property
     def _capabilities(self) -> ChatCapabilities:
-        # Asked for anew each time, since a reload makes another.
+        # Looked up each time, since a reload makes another object.
         return self.provider.capabilities(ChatCapabilities)
 
     def _repeats_without(self, what: str) -> bool:
-        """Note that the request is sent once more without *what*; return True."""
+        """Record that the request is sent once more without *what*; return True."""
         self._learnt |= {what}
         outcome = self.request.outcome
         outcome.learnt = (*outcome.learnt, what)
@@ -229,44 +226,44 @@ class LearningAttempt(Attempt):
 
 
 class BridgedAttempt(LearningAttempt):
-    """One try of a request of an API that is translated where the provider does not have it.
+    """An attempt at a request of an API that is translated if the provider lacks it.
 
-    Always: `_chat` is set if, and only if, a chat completion is asked for.
+    Always: `_chat` is set if, and only if, chat completions are used.
     """
 
-    # The memory of the path of this API, and its name in the log.
+    # The class of the path's capabilities, and the path's name in the log.
     capabilities: ClassVar[type[PathCapabilities]]
     shown_path: ClassVar[str]
-    # How logs and metrics name the API.
+    # The API's name in logs and metrics.
     shown_api: ClassVar[str]
 
     def __init__(self, *names: Any, **further: Any) -> None:
         super().__init__(*names, **further)
         self._chat: BridgedChat | None = None
-        # Whether the answer of that is one which can be continued.
+        # Whether the answer to the translated request can be continued.
         self._free = False
         self._writer: ChunkReader[Any] | None = None
-        # Whether the provider has said that it has no such path, and has not been asked otherwise
-        # before.
+        # Whether this attempt was the first to find that the provider lacks the path.
         self._learning = False
-        # The tokens that it has said it has: for both, for an answer, and left for this one.
+        # The limits that the provider has named: of the context, of an answer, and what is left
+        # for this answer.
         self._limit: int | None = None
         self._most: int | None = None
         self._left: int | None = None
 
     @property
     def _learned(self) -> PathCapabilities:
-        # Asked for anew each time, since a reload makes another.
+        # Looked up each time, since a reload makes another object.
         return self.provider.capabilities(self.capabilities)
 
     @property
     def bridged(self) -> bool:
-        """Whether a chat completion is asked for."""
+        """Whether chat completions are used."""
         return self._learned.bridged or self._learning
 
     @property
     def _accepted(self) -> AcceptedParameters:
-        """The words that the provider takes for this request."""
+        """The parameters that the provider accepts for this request."""
         capabilities, model = self._capabilities, self.asked_model
         return AcceptedParameters(
             self._learnt.union(word for word in OPTIONAL if capabilities.refuses(word, model)),
@@ -283,25 +280,27 @@ class BridgedAttempt(LearningAttempt):
         """Return the steps that translate the request, or those of its own API.
 
         Raises:
-            RequestNotBridged: it asks for the rest of an answer that has begun in the other API:
-                which of them the provider has was learned since, in the wait or by its answer.
+            RequestNotBridged: it continues an answer that has begun in the other API:
+                the provider's API was learned during the wait, or from its answer.
         """
         bridged = self.bridged
         if self.hop is not None:
             transcript = None if self.stream is None else self.stream.transcript
             if isinstance(transcript, BridgedTranscript) != bridged:
-                raise RequestNotBridged("the rest of an answer has no form in another API")
+                raise RequestNotBridged(
+                    "the rest of an answer cannot be translated to another API"
+                )
         return self._translate() if bridged else self._own_preparation()
 
     @abstractmethod
     def _own_preparation(self) -> Awaitable[None] | None:
-        """Return the steps before a request of its own API; None if there are none."""
+        """Return the steps that prepare a request of its own API; None if there are none."""
 
     async def _translate(self) -> None:
-        """Translate the request, in steps.
+        """Translate the request, step by step.
 
         Raises:
-            RequestNotBridged: it has no form in chat completions.
+            RequestNotBridged: it has no equivalent in chat completions.
         """
         self._chat = chat = await self._translated()
         outcome, meter, left_out = self.request.outcome, self.provider.meter, chat.hosted.left_out
@@ -317,18 +316,18 @@ class BridgedAttempt(LearningAttempt):
 
     @abstractmethod
     async def _translated(self) -> BridgedChat:
-        """Return the request as one for a chat completion.
+        """Return the request translated to a chat completion.
 
         Raises:
-            RequestNotBridged: it has no form there.
+            RequestNotBridged: it has no equivalent there.
         """
 
     @abstractmethod
     async def _translate_answer(self, answer: Answer) -> None:
-        """Translate *answer*, a whole chat completion, in steps.
+        """Translate *answer*, a whole chat completion, step by step.
 
         Raises:
-            ProviderFault: it is no chat completion.
+            ProviderFault: it is not a chat completion.
         """
 
     def written(self, writer: RequestWriter) -> bytes:
@@ -349,8 +348,8 @@ class BridgedAttempt(LearningAttempt):
         return sink
 
     def repeats(self) -> bool:
-        """Return whether the request is to be sent once more: as one for a chat completion, since
-        the provider has no such path, or without what it has refused.
+        """Return whether the request is to be sent once more: as a chat completion, since the
+        provider lacks the path, or without a parameter that it has refused.
         """
         sink = self.sink
         if self.status == 200 or not isinstance(sink, BodySink):
@@ -369,13 +368,13 @@ class BridgedAttempt(LearningAttempt):
         return again
 
     def _refused(self, body: bytes) -> bool:  # noqa: ARG002 - in one API only
-        """Return whether the request is to be sent once more, in another form of its own API,
-        since the provider has refused it with *body*.
+        """Return whether the request is to be sent once more in another form of its own API, since
+        the provider has refused it with *body*.
         """
         return False
 
     def _learn_refusal(self, chat: BridgedChat, refusal: Refusal) -> bool:
-        """Return whether something was learned, without which the request is sent once more."""
+        """Return whether the refusal named something without which the request is sent once more."""
         for word in sorted(chat.accepted - self._learnt):
             if refusal.names(word):
                 if refusal.of_value:
@@ -415,27 +414,27 @@ class BridgedAttempt(LearningAttempt):
                 self._capabilities.take(word, self.asked_model)
         if self._learning and learned.found(present=False):
             logger.info(
-                "provider %s has no %s: it is translated to chat completions",
+                "provider %s has no %s; translating requests to chat completions",
                 self.provider.name,
                 self.shown_path,
             )
         super().first_event()
 
     def transcript(self) -> Transcript | None:
-        """Return what keeps the answer of a chat completion."""
+        """Return the transcript of a chat completion."""
         if self._chat is None:
             return super().transcript()
         return BridgedTranscript(self._writer) if self._free and self._writer is not None else None
 
     def goes_on(self, transcript: Transcript) -> bool:
-        """Return whether the rest can be asked for here: in the API in which it has begun."""
+        """Return whether the rest can be requested here, in the API in which the answer has begun."""
         return isinstance(transcript, BridgedTranscript) == self.bridged and super().goes_on(
             transcript
         )
 
     @property
     def max_answer_bytes(self) -> int:
-        """The bytes at most of a good answer that is not streamed."""
+        """The most bytes of a good answer that is not streamed."""
         limit = super().max_answer_bytes
         return limit if self._chat is None else min(limit, MAX_WHOLE_BYTES)
 
@@ -461,8 +460,8 @@ class BridgedAttempt(LearningAttempt):
         return None
 
     def _translate_fault(self, fault: ProviderFault, body: bytes) -> None:
-        """Have *fault*, that of a chat completion which was refused with *body*, shown in the form
-        of this API.
+        """Translate *fault*, the refusal of a chat completion with *body*, into the form of this
+        API.
         """
 
     async def _translating(self, answer: Answer) -> None:
@@ -479,10 +478,10 @@ class BridgedAttempt(LearningAttempt):
 
 
 def path_absent(status: int, body: bytes) -> bool:
-    """Return whether an answer with this *status* and *body* says that there is no such path, or
-    no such method.
+    """Return whether an answer with this *status* and *body* says that the path, or the method
+    there, is missing.
 
-    It may be about the model, or another object that the request names, too.
+    It may also be about the model, or another object that the request names.
     """
     if status != 404:
         return True

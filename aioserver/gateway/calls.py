@@ -1,7 +1,7 @@
-"""Answers that are not streamed: those that nobody can come back for, and the wait for the others.
+"""Answers that are not streamed: calls, and the wait for answers that a stream keeps.
 
-A call has no log: it runs in the task of the handler that waits for it, and ends with it. The
-other answers are kept in a stream.
+A call has no log, so no client can come back for it: it runs in the task of the handler that waits
+for it, and ends with it. Other answers are kept in a stream.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ ENDED = attrgetter("ended")
 class Calls:
     """The calls under way.
 
-    Always: each call is in the request log once it has ended, however it ends.
+    Always: each call is in the request log once it has ended, in whatever way.
     """
 
     def __init__(self, request_log: RequestLog) -> None:
         self._request_log = request_log
-        # The tasks of the handlers that wait.
+        # The tasks of the waiting handlers.
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -52,7 +52,7 @@ class Calls:
     async def answer(
         self, request: Request, ask: Callable[[Request], Awaitable[Answer]]
     ) -> Answer:
-        """Return the answer to *request* of the provider that *ask* asks. The body is let go.
+        """Return the answer to *request*, which *ask* gets from a provider. The body is released.
         Cancelling ends the request.
 
         Raises:
@@ -108,20 +108,20 @@ class Calls:
 
 @asynccontextmanager
 async def kept_answer(stream: Stream, lifetime: Lifetime) -> AsyncIterator[Answer]:
-    """Wait for the whole answer that *stream* keeps; cancelling leaves it.
+    """Wait for the whole answer in *stream*, and return it; cancelling leaves the stream running.
 
     Within the `async with` the stream has a reader, and so is not dropped: its answer counts for
     `max_kept_bytes` until it is written.
 
     Raises:
         ProviderFault: no provider answered.
-        StreamNotFound: the answer was cancelled meanwhile, by another request of the caller.
+        StreamNotFound: another request of the caller has cancelled the answer meanwhile.
     """
     reader = ConditionReader(stream, ENDED)
     try:
         lifetime.reader_added(stream)
         await reader.reached
-        # It has all of it, and is not late.
+        # The reader has everything, and is not late.
         reader.next_index = stream.offset + len(stream.entries)
         answer = stream.whole
         if not isinstance(answer, Answer):

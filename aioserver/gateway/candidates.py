@@ -1,8 +1,8 @@
 """The candidates of one request in one group: the members that may still answer it, the order in
-which they are asked, and where it waits for the first place.
+which they are tried, and the wait for the first place at one of them.
 
-This file is one concept: who is left decides where the request waits, and how it has waited decides
-who is left.
+This file is one concept: the remaining members decide where the request waits, and the end of a
+wait decides which members remain.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ if TYPE_CHECKING:
 
 
 class Candidates:
-    """The members of *group* that *request* is still asked of, *left* in this pass.
+    """The members of *group* that may still answer *request*; *left* are those of this pass.
 
-    If one member keeps what the request continues, that one alone is asked as long as it is not
-    dead, and there is a connection to it. Members that take no more than *too_small* tokens are not
-    asked. A change of the group's members holds at once, also for a request that waits.
+    If one member stores the response being continued, only that member is tried, unless it is dead
+    or cannot be reached. Members that take no more than *too_small* tokens are skipped. A change
+    of the group's members applies at once, also to a request that waits.
 
     A group without a name is one provider, which is asked for *model*. *prefix* is that of the
-    prompt, by which *affinity* knows where it belongs; None: the group has no affinity.
+    prompt, by which *affinity* finds its home; None: the group has no affinity.
 
     Raises:
-        NoProvider: no member can be asked.
+        NoProvider: no member can answer.
     """
 
     def __init__(
@@ -64,37 +64,38 @@ class Candidates:
     ) -> None:
         self._group, self._request, self._stream = group, request, stream
         self.affinity, self.model, self.too_small = affinity, model, too_small
-        # The prefix of the prompt; where the request belongs by it; and whether that is to be
-        # looked for.
+        # The prefix of the prompt; the placement that follows from it; and whether it must still
+        # be found.
         self.prefix: Prefix | None = None
         self.placement: Placement | None = None
         self.placeable = False
-        # The one where the request has started; None while it has not.
+        # The member where the request has started; None before.
         self.chosen: Member | None = None
-        # The one that is asked next, before the others; None: whichever can start first.
+        # The one member that is tried next, before the others; None: whichever can start first.
         self._only: Member | None = None
-        # Members that get all of what the request continues, should the one that keeps it die, and
-        # the provider of that one.
+        # The members that get the whole conversation if the member that stores the response dies,
+        # and the provider of that member.
         self._heirs: Sequence[Member] = ()
         self._kept_at: str | None = None
-        # The members that may be asked again, with the codes of their faults.
+        # The members that may be tried again, with the codes of their faults.
         self._again: tuple[tuple[Member, str], ...] = ()
-        # Members that have been asked and will not be again; and those for which the request was
+        # Members that were tried and will not be tried again; and those for which the request was
         # too long.
         self._asked: frozenset[Member] = frozenset()
         self._short: tuple[Member, ...] = ()
-        # The version of the group that is known, and whether it has changed in a wait.
+        # The version of the group that was last read, and whether the group has changed during a
+        # wait.
         self._seen, self._regrouped = 0, False
-        # While it waits: since when, whether others can be asked instead, the attempts that wait,
-        # and their bids.
+        # While it waits: the start of the wait, whether others can be asked instead, the waiting
+        # attempts, and their bids.
         self.began = 0.0
         self._fallback = False
         self._attempts: dict[Member, Attempt] = {}
         self._bids: dict[Bid, Member] = {}
-        # The members that are asked in this pass.
+        # The members of this pass.
         self.left: Sequence[Member] = group.members
-        # Whether the request stays at one member, whatever becomes of the group; and whether there
-        # is no other one.
+        # Whether the request stays at one member, however the group changes; and whether there is
+        # only one.
         self._settled = self.alone = not group.name and len(self.left) == 1
         if self._settled:
             most = self.left[0].max_context
@@ -111,14 +112,14 @@ class Candidates:
         )
 
     async def find_prefix(self) -> None:
-        """Read the beginning of the prompt, by which the request belongs somewhere."""
+        """Read the beginning of the prompt, by which the request has a home."""
         self.placeable = False
         member = self.left[0]
         body = self._request.provider_request.body(member.settings, member.asked_model)
         self.prefix = await prefix_of(body, self._group.name)
 
     def _usable(self) -> list[Member]:
-        """Return the members that can answer the request, as the group has them now."""
+        """Return the members that can answer the request, by the group's present settings."""
         request = self._request
         api, pinned = request.provider_request.api, request.route.pinned
         members = self._group.usable(api, one_model=pinned)
@@ -128,8 +129,8 @@ class Candidates:
         return members
 
     def _look(self) -> bool:
-        """Take those that can be asked in this pass, as the group has them now; return whether
-        any member can be asked for such a request.
+        """Find the members of this pass, by the group's present settings; return whether any
+        member can answer such a request.
         """
         self._seen, self.alone = self._group.version, len(self._group.members) == 1
         usable = self._usable()
@@ -158,16 +159,16 @@ class Candidates:
         *,
         once: bool = False,
     ) -> tuple[Attempt, Grant]:
-        """Wait for the first place of those that are left; return the attempt there, and its grant.
-        Cancelling is safe.
+        """Wait for the first place at one of the remaining members; return the attempt there, and
+        its grant. Cancelling is safe.
 
-        *again*: the request has been asked before. *fallback*: others can be asked instead of all
-        of these. *parked*: it comes back, in so many seconds, to a provider that is away. *once*:
-        it is asked of nobody else if it fails.
+        *again*: the request was sent before. *fallback*: another group can be asked instead.
+        *parked*: the request comes back, in so many seconds, to a provider that is away. *once*:
+        no other provider is tried if this fails.
 
         Raises:
-            ProviderFault: none can start it in time, or all are left alone. Where only one can be
-                asked, the outcome of the request names that provider.
+            ProviderFault: no member can start it in time, or none is available. If there is only
+                one, the outcome of the request names its provider.
         """
         outcome = self._request.provider_request.outcome
         only = self.left[0] if self.alone and self.left else None
@@ -201,7 +202,7 @@ class Candidates:
         try:
             await member.provider.run(attempt, grant)
         except BaseException:
-            # It may not have begun.
+            # The attempt may never have begun.
             member.provider.give_up(attempt, grant)
             raise
 
@@ -244,17 +245,19 @@ class Candidates:
         finally:
             self._attempts, self._bids = {}, {}
             if trial is not None and started is not trial:
-                # It has started elsewhere, or nowhere.
+                # The request has started elsewhere, or nowhere.
                 trial.provider.health.breaker.unsure(trial=True)
         return member, attempt, grant
 
     def _placed_at(self, member: Member) -> GroupStart:
-        """Return how the request has started at *member*, and what of its prompt that knows."""
+        """Return how the request was placed at *member*, with the bytes of its prompt that the
+        member knows.
+        """
         home, known, size, placement = NONE, 0, 0, self.placement
         if placement is not None:
             home = placement.label(member)
             if placement.remembered:
-                # One that has come since it was placed was not looked at.
+                # A member that joined since the placement was not considered.
                 known, size = placement.known.get(member, 0), placement.prefix.size
         return GroupStart(self._group.name, member.provider.name, home, known, size)
 
@@ -282,7 +285,7 @@ class Candidates:
         delays: Mapping[Member, float] = {}
         first = attempts[ready[0]]
         if self.placement is not None and next(iter(attempts)) is ready[0]:
-            # Nobody waits for a home that is not asked now.
+            # There is no wait for a home that is not tried now.
             delays = self.placement.delays
         now = first.provider.scheduler.time()
         longest = MAX_SHARE * self._request.provider_request.left
@@ -308,7 +311,7 @@ class Candidates:
         """Return the members at which the request may wait now.
 
         Raises:
-            ProviderFault: there is none; of the refusals, the one that may pass soonest.
+            ProviderFault: there is none; the fault is the refusal that may pass soonest.
         """
         refusals: list[ProviderFault] = []
         ready: list[Member] = []
@@ -323,7 +326,8 @@ class Candidates:
             else:
                 ready.append(member)
         if not ready and not fallback:
-            # While all cool, requests wait for them as they do at one provider.
+            # If all members are cooling down, requests wait for them as they do for a single
+            # provider.
             ready = cooling
             for member in cooling:
                 self._attempts[member].fallback = False
@@ -333,7 +337,7 @@ class Candidates:
         return ready
 
     def regroup(self) -> None:
-        """Wait for new members of the group as well, and no more for those that have left it."""
+        """Wait for new members of the group as well, and no longer for those that have left it."""
         self._look()
         self._regrouped = True
         former = list(self._bids.items())
@@ -354,20 +358,18 @@ class Candidates:
     # Afterwards.
 
     def _leave(self) -> None:
-        """Wait for no place any more, and give back the one that nobody has heard of: `start` has
-        failed.
-        """
+        """End every wait, and give back a grant that was not read yet: `start` has failed."""
         ticket = self._request.provider_request.ticket
         leave(ticket, self._group.members[0].provider)
         for grant in [each for each in ticket.grants if each is not self._request.grant]:
             grant.cancel()
 
     def repeat(self) -> None:
-        """Let the member that has failed be asked once more, before the others."""
+        """Let the member that has failed be tried once more, before the others."""
         self._only = self.chosen
 
     def settle(self, member: Member) -> None:
-        """Go on at *member* alone, which all are waiting for."""
+        """Stay with *member*, for which the whole group waits."""
         self.left, self._settled, self.alone = (member,), True, True
         self.model = member.asked_model
 
@@ -383,8 +385,8 @@ class Candidates:
             member.reading = measured(member.reading, seconds, unknown)
 
     def failed(self, fault: ProviderFault) -> bool:
-        """Note that the request has failed with *fault* where it has started, or could start
-        nowhere; return whether it is asked of others in this pass.
+        """Record that the request has failed with *fault* where it has started, or could start
+        nowhere; return whether another member is tried in this pass.
         """
         member = self.chosen
         if member is not None:
@@ -396,8 +398,8 @@ class Candidates:
             isinstance(fault, CircuitOpen | NoProvider | ConnectError | ConnectTimeout)
             or (member is not None and member.provider.health.breaker.dead)
         ):
-            # The member that keeps what the request continues will not answer: it is dead, or
-            # there is no connection to it, which is known long before.
+            # The member that stores the response will not answer: it is dead, or cannot be
+            # reached, which is known long before.
             self.left, self._heirs, self._again = self._heirs, (), ()
         elif member is None:
             self.left = ()
@@ -406,7 +408,7 @@ class Candidates:
         return bool(self.left)
 
     def _cross_off(self, member: Member, fault: ProviderFault) -> None:
-        """Ask *member*, which has failed with *fault*, no more in this pass."""
+        """Try *member*, which has failed with *fault*, no more in this pass."""
         if fault.retry and not fault.once:
             self._again += ((member, fault.code),)
         if self._settled:
@@ -415,15 +417,15 @@ class Candidates:
         self._asked |= {member}
         self.left = [other for other in self.left if other is not member]
         if isinstance(fault, ContextTooLong):
-            # The estimate was wrong: none that takes no more is asked.
+            # The estimate was wrong: members that take no more are skipped.
             self.too_small = max(self.too_small, member.max_context or 0)
             self._short += (member,)
             self.left = [other for other in self.left if other.takes_more_than(member)]
             self._again = tuple(each for each in self._again if each[0].takes_more_than(member))
 
     def unknown(self) -> bool:
-        """Note that the member where the request has started has no use for it, since it is not
-        known what it continues; return whether it is asked of others.
+        """Record that the member where the request has started does not know the response being
+        continued; return whether another member is tried.
         """
         if self._settled or self.chosen is None:
             return False
@@ -433,15 +435,15 @@ class Candidates:
 
     @property
     def away(self) -> bool:
-        """Whether the request waits for its only provider, which is away, until that is back."""
+        """Whether the request waits for its only provider, which is away, to come back."""
         if not self.left:
             return False
         provider = self.left[0].provider
         return provider.health.breaker.dead and provider.kept_until_back
 
     def awaited(self, fault: ProviderFault) -> Member | None:
-        """Return the member at which the request may wait until it is back, where none is asked
-        now; *fault* is what they have refused it with.
+        """Return the member for whose return the request may wait, if no member is available now;
+        *fault* is their refusal.
         """
         if self.chosen is not None or self._heirs or not isinstance(fault, CircuitOpen):
             return None
@@ -455,8 +457,8 @@ class Candidates:
         )
 
     def next(self) -> list[tuple[Provider, str]]:
-        """Begin the next pass, of those that may be asked again, and are members still; return
-        them with the codes of their faults.
+        """Begin the next pass with the members that may be tried again and are still members;
+        return them with the codes of their faults.
         """
         again = self._again
         if not self._settled:

@@ -1,28 +1,27 @@
-"""Continuation: another attempt says the rest of an answer that broke off after text.
+"""Continuation: another attempt generates the rest of an answer that broke off after text.
 
     the fault            a break, no verdict: `breaks`
-    what was shown       text alone, with reasoning in front at most: `Said.text`
-    what was asked for   one choice of free text, and no message of the assistant at the end, which
-                         is a beginning of the client's own: `continuable`
-    who reads            somebody, or somebody may come back
+    what was shown       text alone, perhaps after reasoning: `Transcript.text`
+    what was asked for   one choice of free text, without a message of the assistant at the end,
+                         which would be a beginning by the client itself: `continuable`
+    the readers          there is one, or one may come back
     how often            MAX_HOPS attempts for one answer, a *hop* each
 
-If all of it holds, the same provider is asked first, then the others of the request's order, or
-the same one last if it has been silent. Each is asked in its own *form*, the setting
+If all of these hold, the same provider is asked first, then the others of the request's order. A
+provider that has gone silent is asked last. Each is asked in its own *form*, the setting
 `continuation`, which says what follows the messages of the request (`continued`):
 
-    prefill         the assistant's message, as far as it was said
+    prefill         the assistant's message so far
     prefix          the same, with `"prefix": true` in it
-    final_message   the same, and two members that vLLM and its like want
-    instruct        the same, and the user's wish for the last words and the rest
+    final_message   the same, and two members that vLLM and similar engines require
+    instruct        the same, and a user's request for the last words and the rest
 
-What comes is the rest, if its seam says so (protocol/seam.py). It goes into the same log by way of
-the same sink, rewritten as the first answer would have gone on (protocol/transcript.py). A hop that was
-refused, or broke before anything of it was shown, has shown nothing, and the next provider is
-asked. When nobody is left the answer ends with the fault that broke it.
+The provider's text is the rest if its seam says so (protocol/seam.py). It goes into the same log
+through the same sink, rewritten as the first answer would have gone on (protocol/transcript.py).
+If a hop fails before any of its output was sent, the next provider is tried. When no provider is
+left, the answer ends with the fault that broke it.
 
-This file is one concept: what may be continued, how it is asked for, and who is asked for it, are
-one rule that each answer meets as a whole.
+This file is one concept: which answers may be continued, in which form, and by which provider.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ if TYPE_CHECKING:
 
 # Attempts at most that say the rest of one answer.
 MAX_HOPS = 2
-# The faults that break an answer off; of those that are an event, one that is a verdict does not.
+# The faults that break an answer off; a fault that is an event is excluded if it is a verdict.
 BREAKS = (
     ProviderDisconnected,
     ReadTimeout,
@@ -132,8 +131,8 @@ class _Asked(msgspec.Struct, gc=False):
     add_generation_prompt: Raw = ABSENT
 
 
-# An engine's grammar begins at its own first token, so that the text before it and the rest would
-# not fit together; and who says how a message is continued does so itself.
+# An engine's grammar begins at its own first token, so the earlier text and the rest would not fit
+# together. A client that says itself how a message is continued keeps control of it.
 _FORBIDDEN = (
     *("output_format", "structured_outputs", "grammar", "json_schema", "regex", "ebnf"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
@@ -150,7 +149,7 @@ _MESSAGE = msgspec.json.Decoder(_Message)
 
 
 class ContinuationCapabilities(Capabilities):
-    """The knowledge of how one provider takes an answer to be continued.
+    """How one provider continues an answer.
 
     *refused* has the models for which it has refused to.
     """
@@ -164,11 +163,11 @@ class ContinuationCapabilities(Capabilities):
 
     @property
     def repeats(self) -> bool | None:
-        """Whether it writes again what was said before it goes on; None: that is not known."""
+        """Whether it repeats the earlier text before it goes on; None: not known."""
         return self._repeats.get(None)
 
     def learn(self, *, repeats: bool) -> None:
-        """Learn whether it writes again what was said."""
+        """Learn whether it repeats the earlier text."""
         self._repeats.keep(None, repeats)
 
 
@@ -184,7 +183,7 @@ async def continuable(body: bytes) -> bool:
         )
         formats = _value(asked.response_format), _value(asked.output_config)
     except orjson.JSONDecodeError:
-        # It is nested more deeply than is read here.
+        # The body is nested too deeply to be read here.
         return False
     if not (n is None or n == 1) or logprobs or number:
         return False
@@ -218,7 +217,7 @@ def _free(format_: object) -> bool:
 async def continued(body: bytes, form: str, transcript: str, tokens: int) -> bytes:
     """Return the request in *body* as one for the rest of an answer, in this *form*.
 
-    *transcript* is the answer so far, which has had *tokens*: they are taken off its bound.
+    *transcript* is the answer so far; its *tokens* are subtracted from the request's bound.
 
     Raises:
         InvalidRequest: the body has too many keys that may be those looked for.
@@ -261,16 +260,15 @@ def seam_of(form: str, transcript: str, capabilities: ContinuationCapabilities) 
         anchor = anchor_of(transcript)
         return Anchored(anchor) if anchor else None
     if form == PREFIXED and capabilities.repeats is None and not provable(transcript):
-        # Some providers write the beginning again, and others do not: it could not be told.
+        # Some providers repeat the beginning and others do not: the two cannot be told apart here.
         return None
     return Onward(transcript, repeats=form == PREFIXED and capabilities.repeats is True)
 
 
 class Hop:
-    """One attempt to have the rest of the answer in *stream* said, by *provider*.
+    """An attempt to get the rest of the answer in *stream* from *provider*.
 
-    *text* is what it has said so far. *fault* is what has broken it off, at the provider
-    *broken*.
+    *text* is the answer so far. *fault* has broken it off, at the provider *broken*.
     """
 
     def __init__(
@@ -320,7 +318,7 @@ class Hop:
         attempt.first_event()
 
     def learn(self) -> None:
-        """Learn whether the provider writes again what was said."""
+        """Learn whether the provider repeats the earlier text."""
         if isinstance(self.seam, Onward) and self.seam.repeated is not None:
             self._provider.capabilities(ContinuationCapabilities).learn(repeats=self.seam.repeated)
 
@@ -392,11 +390,11 @@ class SeamSink:
 
 
 async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order: Order) -> None:
-    """Have the rest of the answer in *stream*, which *fault* has broken off, said by one of
-    *order*. Cancelling ends it.
+    """Get the rest of the answer in *stream*, which *fault* has broken off, from one of *order*.
+    Cancelling ends it.
 
     Raises:
-        ProviderFault: nobody could; it is the one that has broken the answer off.
+        ProviderFault: no provider could; it is the fault that has broken the answer off.
     """
     outcome, hops = request.provider_request.outcome, 0
     while True:
@@ -458,8 +456,8 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
 
 
 def _refuses_form(fault: AioserverError) -> bool:
-    """Return whether *fault* says that an answer cannot be continued there, and nothing of the one
-    answer: that it is too long by now, or may not be.
+    """Return whether *fault* means that the provider cannot continue answers at all. A fault about
+    this one answer does not: it may be too long by now, or not allowed.
     """
     return (
         isinstance(fault, ProviderRefused)
@@ -470,7 +468,7 @@ def _refuses_form(fault: AioserverError) -> bool:
 
 
 async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str | None:
-    """Return what the answer has said so far; None if the rest may not be said."""
+    """Return the text of the answer so far; None if it may not be continued."""
     provider_request, transcript = request.provider_request, stream.transcript
     if (
         transcript is None
@@ -495,7 +493,7 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
 def _candidates(
     order: Order, fault: ProviderFault, outcome: Outcome
 ) -> list[tuple[Provider, str | None]]:
-    """Return who is asked for the rest, in this order."""
+    """Return the providers that are asked for the rest, in order."""
     able = [
         (provider, model)
         for provider, model in order
@@ -513,8 +511,8 @@ def _candidates(
 
 
 def _affordable(provider: Provider, broken: str) -> bool:
-    """Return whether *provider* may be asked for the rest: the one whose answer has *broken* off
-    as often as it may be asked again, another one as a failover.
+    """Return whether *provider* may be asked for the rest, by its retry budget: as a retry if its
+    own answer has *broken* off, as a failover otherwise.
     """
     if provider.name != broken:
         provider.budget.add_request()

@@ -5,10 +5,10 @@
     call     a request that is not streamed → the answer
 
 A new stream gets one producer task (producers.py), which goes on whatever the client does.
-streams/lifetime.py decides how long an answer lives that nobody reads.
+streams/lifetime.py decides how long an answer without a reader lives.
 
-This file is one concept: which answer a request has, one under way or a new one, is decided in one
-place.
+This file is one concept: one place decides whether a request gets an answer under way or a new
+one.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ if TYPE_CHECKING:
 
 
 class Gateway:
-    """Answers requests: finds the stream of a known one, and has a producer fill that of a new
-    one.
-    """
+    """Answers requests: finds the stream of a known request, and starts a producer for a new one."""
 
     def __init__(
         self,
@@ -83,7 +81,7 @@ class Gateway:
         self._prompts = Prompts(histories, service, bounds)
         self._request_log = request_log
         self._count_deadline = request_log.metrics.count_deadline
-        # The streams of other instances; None where this one is alone.
+        # The streams of other instances; None if there are none.
         self.instances = instances
         self.producers = Producers(request_log, None if instances is None else instances.ended)
         # Answers without a log.
@@ -92,7 +90,7 @@ class Gateway:
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
-        """Use these settings from now on."""
+        """Apply new settings."""
         self._bounds = bounds
         self._prompts.apply(service, bounds)
         self.lifetime.apply(bounds)
@@ -120,8 +118,8 @@ class Gateway:
 
         Raises:
             RequestConflict: the request id is known with another payload.
-            ModelNotFound, NoProvider: no provider can be asked.
-            ConcurrencyExceeded, RateLimitExceeded: the key has reached a limit of its own.
+            ModelNotFound, NoProvider: no provider can answer.
+            ConcurrencyExceeded, RateLimitExceeded: a limit of the key is reached.
             ServerAtCapacity: there is no room for another answer, or none in the background.
             ServerShutdown: the server is stopping.
         """
@@ -146,7 +144,7 @@ class Gateway:
         try:
             stream = self._begin(request, self._router.fill)
         except BaseException:
-            # The hold is the caller's still.
+            # The caller still owns the hold.
             prompt.release()
             raise
         stream.conversation_id = prompt.conversation_id
@@ -161,7 +159,7 @@ class Gateway:
         return self._existing(request) or self._begin(request, self._router.fill)
 
     def hold(self) -> HeldBytes:
-        """Return a count of the bytes of an answer that no log keeps, for `call`."""
+        """Return a count of the bytes of an answer without a log, for `call`."""
         return self._streams.hold()
 
     async def call(
@@ -169,7 +167,7 @@ class Gateway:
     ) -> Answer:
         """Return the answer to a *request* that is neither streamed nor resumable.
 
-        Cancelling ends it. *ask* asks the provider; None stands for `Router.call`.
+        Cancelling ends it. *ask* asks the provider; None: `Router.call`.
 
         Raises:
             ProviderFault: no provider answered.
@@ -188,7 +186,7 @@ class Gateway:
             request.forget_grant()
 
     async def pass_on(self, request: Request) -> None:
-        """Pass a `PassedRequest` on, whose answer is handed over as it comes. Cancelling ends it.
+        """Pass a `PassedRequest` on; its answer is handed over as it comes. Cancelling ends it.
 
         Raises:
             ProviderFault: there is no good answer, or not all of it.
@@ -200,7 +198,7 @@ class Gateway:
         """Return the stream that keeps the answer to a resumable *request* that is not streamed,
         as `relay`.
 
-        calls.py has `kept_answer`, which waits for the answer.
+        `calls.kept_answer` waits for the answer.
 
         Raises:
             AioserverError: as `ask`.
@@ -210,15 +208,15 @@ class Gateway:
     def find(
         self, caller: Caller, request_id: str, digest: bytes | None = None, after: int | None = 0
     ) -> Stream:
-        """Return the caller's stream of *request_id*; with a *digest*, only that of the same
-        request.
+        """Return the caller's stream of *request_id*; with *digest*, only if it belongs to the
+        same request.
 
-        A stream of which is not known yet whether another instance has it is found to be read from
-        its start only: if events come after event *after*, they are there.
+        While it is not known whether another instance owns the stream, it is found only for
+        reading from the start: events behind a later *after* would be at the other instance.
 
         Raises:
-            StreamNotFound: there was never such a stream, it is no longer kept, or it is another
-                caller's.
+            StreamNotFound: there was never such a stream, it is no longer kept, or it belongs to
+                another caller.
             RequestConflict: the id is known with another payload.
         """
         stream = self._streams.find(caller, request_id)
@@ -229,13 +227,13 @@ class Gateway:
         return stream
 
     async def reach(self, caller: Caller, request_id: str, start: Start = FROM_START) -> Stream:
-        """Return the caller's stream of *request_id*, as `find`, or a mirror of another
-        instance's.
+        """Return the caller's stream of *request_id*, as `find`, or a mirror of another instance's
+        stream.
 
         Raises:
             StreamNotFound, RequestConflict: as `find`.
             ResumeGap: another instance has the stream, but not the events after *start*.
-            InstanceUnavailable: whether another instance has it is not known.
+            InstanceUnavailable: it is not known whether another instance has it.
         """
         try:
             after = start.after if start.sequence is None else None
@@ -246,11 +244,11 @@ class Gateway:
         return await self.instances.reach(caller, request_id, start)
 
     async def cancel_anywhere(self, caller: Caller, request_id: str) -> None:
-        """Cancel a stream for all its readers, as `cancel`, wherever it is.
+        """Cancel a stream for all its readers, as `cancel`, at whichever instance it is.
 
         Raises:
             StreamNotFound: as `find`.
-            InstanceUnavailable: whether another instance has it is not known.
+            InstanceUnavailable: it is not known whether another instance has it.
         """
         try:
             self.cancel(caller, request_id)
@@ -260,8 +258,8 @@ class Gateway:
             await self.instances.cancel(caller, request_id)
 
     async def listing(self, caller: Caller) -> tuple[list[dict[str, Any]], bool]:
-        """Return what `Stream.describe` says of the caller's own streams that are kept, wherever
-        they are, and whether some may be missing.
+        """Return the `Stream.describe` of each of the caller's streams that are kept, at any
+        instance, and whether some may be missing.
         """
         own = [stream.describe() for stream in self.streams_of(caller)]
         if self.instances is None:
@@ -270,7 +268,7 @@ class Gateway:
         return [*own, *others], partial
 
     def streams_of(self, caller: Caller) -> Iterator[Stream]:
-        """Return the caller's own streams that are kept."""
+        """Return the caller's streams that are kept here."""
         return self._streams.owned_by(caller)
 
     def cancel(self, caller: Caller, request_id: str) -> Stream:
@@ -286,7 +284,8 @@ class Gateway:
         return stream
 
     def forget(self, caller: Caller, name: str) -> bool:
-        """Forget an answer that is kept beside its log, and the log here; cancel it if it runs.
+        """Remove an answer that is stored beside its log, and the log here; cancel the answer if
+        it runs.
 
         Return whether there was one.
         """
@@ -314,8 +313,8 @@ class Gateway:
         self.lifetime.drain(shutdown_error)
 
     async def finish_background(self, seconds: float) -> None:
-        """Wait for the answers in the background, for *seconds* at most: once they have ended, the
-        other instances have them. Without any, nobody could come back for one.
+        """Wait, for *seconds* at most, for the answers in the background: the other instances have
+        them once they have ended. Without other instances no client could return for one.
         """
         if self.instances is not None:
             await self.lifetime.finish_background(seconds)
@@ -328,7 +327,7 @@ class Gateway:
         self.lifetime.close()
 
     def _begin_at_key(self, request: Request) -> None:
-        """Count *request* for the key that its caller has, or let it wait there.
+        """Count *request* for its caller's key, or let it wait there.
 
         Raises:
             AioserverError: as `Request.begin`.
@@ -357,7 +356,7 @@ class Gateway:
         if stream.digest != digest:
             raise RequestConflict("this request id is already known, with another payload")
         if stream.end_status == ERROR and not stream.sent and not stream.readers:
-            # No provider has got the request, so a new try costs nothing.
+            # No provider has received the request, so a new try costs nothing.
             self._streams.drop(stream)
             return None
         return stream
@@ -369,7 +368,7 @@ class Gateway:
 
         It counts for its caller's quota until it has ended.
 
-        A log that nobody can come back to is private, and its window is 0: see streams/store.py.
+        A log to which no client can return is private, and its window is 0: see streams/store.py.
         """
         if self._stopping:
             raise shutdown_error()
@@ -404,7 +403,7 @@ class Gateway:
             producer = produce(request, stream)
             self._start(stream, request, producer)
         except BaseException:
-            # There is no task of the producer, whose end would give all of it back.
+            # Otherwise the end of the producer's task would release all of it.
             if producer is not None:
                 producer.close()
             request.forget_grant()
@@ -425,7 +424,7 @@ class Gateway:
         asked.outlive_handler()
         if request.waits:
             producer, release = _once_granted(request, stream, producer)
-        # An answer that nobody can name is asked of no other instance.
+        # A request without an id cannot be known to another instance.
         if self.instances is not None and request.key is not None:
             producer, release = self.instances.claiming(stream, request, producer, release)
         if (bound := asked.bound) is not None:
@@ -451,21 +450,21 @@ class Gateway:
                 await producer
 
         def release_all() -> None:
-            # It may never have begun.
+            # The producer may never have begun.
             producer.close()
             release()
 
         return bounded(), release_all
 
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
-        """Produce an answer that is not streamed, and keep it in *stream*."""
+        """Get an answer that is not streamed, and keep it in *stream*."""
         answer = await self._router.call(request, stream)
         body = answer.body
         if request.stored and (response_id := await final_response(body)) is not None:
             stream.add_alias(response_id)
         pieces = await text_pieces(body)
         if stream.held is not None:
-            # From here on the stream counts it.
+            # From here on the stream counts the answer.
             stream.held.release()
         stream.append_whole(answer, body, pieces)
         stream.end(COMPLETE, {"metadata": {"provider": answer.outcome.provider}})
@@ -484,7 +483,7 @@ def _once_granted(
         await producer
 
     def release() -> None:
-        # It may never have begun.
+        # The producer may never have begun.
         producer.close()
         request.release()
 

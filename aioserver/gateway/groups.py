@@ -1,12 +1,12 @@
-"""Groups: one name of a model, which several providers can answer, and their members.
+"""Groups: one model name that several providers serve, and their members.
 
-A group has members, each a provider and the model that it is asked for, and chooses among those
-that can answer a request: the first that can start it, the least busy, or by weight. It has no
-queue of its own. Where no member has a place, the request bids for a place of each, and starts at
-the first one that becomes free, so that each provider's places are shared fairly by all who ask
-for it, whatever name they use.
+A group has members, each a provider and the model that it is asked for. Among the members that can
+answer a request it chooses the first that can start it, the least busy, or one by weight. A group
+has no queue of its own. If no member has a place, the request bids for a place at each, and starts
+at the first that becomes free, so that all requests share each provider's places fairly, whatever
+name they use.
 
-This file is one concept: which member starts a request.
+This file is one concept: the choice of the member that starts a request.
 """
 
 from __future__ import annotations
@@ -30,36 +30,35 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Provider as ProviderSettings
     from aioserver.providers.api import Api
 
-# A prompt is skipped for a member if, by this estimate, it is longer than what the member takes by
-# more than half.
+# A member is skipped if the prompt, by this estimate, exceeds the member's context by more than
+# half.
 BYTES_PER_TOKEN, DOUBT = 4, 1.5
-# Seconds in which an engine reads one byte of a prompt, before it is measured.
+# Seconds in which an engine reads one byte of a prompt, before any measurement.
 READING = 60e-6
 # Scores of members are below this, a prime number.
 PRIME = (1 << 61) - 1
 
 
 class Waiting(Protocol):
-    """A request that waits for members (gateway/candidates.py), since it *began* to."""
+    """A request that waits for members (gateway/candidates.py); it *began* to wait then."""
 
     began: float
 
     def regroup(self) -> None:
-        """Wait for new members of the group as well, and no more for those that have left it."""
+        """Wait for new members of the group as well, and no longer for those that have left it."""
 
 
 class Member(msgspec.Struct, eq=False):
-    """One provider of a group, and the model that it is asked for; None stands for its own.
+    """One provider of a group, and the model that it is asked for; None: its own.
 
-    *starts* counts the requests that have started there by the group; *started_at* is the
-    monotonic time of the newest. *credit* is what the weights owe it (smooth weighted round robin,
-    as nginx has it): it grows by the weight with each start, and the member that starts gives back
-    the weights of all.
+    *starts* counts the requests that the group has started there; *started_at* is the monotonic
+    time of the newest. *credit* is for the smooth weighted round robin of nginx: it grows by the
+    weight with each start, and the member that starts gives back the weights of all.
 
-    *mark* is what affinity.py knows it by, one of its group's *marks*. It holds for one *address* and
-    until the provider dies, whose *deaths* it knows. *reading* has the seconds in which it reads a
-    byte of a prompt. *factor* is of its names, the same in every process: by it members compete
-    for conversations.
+    affinity.py knows the member by its *mark*, one of its group's *marks*. A mark is valid for one
+    *address*, and until the provider's count of *deaths* changes. *reading* is the seconds in
+    which it reads a byte of a prompt. *factor* is derived from its names, the same in every
+    process: it is the member's part of the rendezvous.
     """
 
     provider: Provider
@@ -82,8 +81,8 @@ class Member(msgspec.Struct, eq=False):
         self.factor = int.from_bytes(digest) % PRIME
 
     def mark_holds(self) -> bool:
-        """Return whether what was sent to it under its mark may still be in its cache; it gets
-        another mark if not.
+        """Return whether prompts that were sent under its mark may still be in its cache; if not,
+        it gets a new mark.
         """
         address, breaker = self.provider.pools.base_url, self.provider.health.breaker
         if address != self.address or breaker.deaths != self.deaths:
@@ -91,8 +90,8 @@ class Member(msgspec.Struct, eq=False):
         return not breaker.dead
 
     def takes_more_than(self, other: Member) -> bool:
-        """Return whether it may take a prompt that is too long for *other*: unless it is known to
-        take no more.
+        """Return whether it may take a prompt that is too long for *other*: unless its context is
+        known to be no larger.
         """
         if self.max_context is None or other.max_context is None:
             return True
@@ -110,11 +109,11 @@ class Member(msgspec.Struct, eq=False):
 
 
 class Group:
-    """The *members* that can answer for *name*; an implied group, which nobody has configured, has
-    no name. In an ordered one another group may stand in the place of a member: all of its members
-    do then, in the order that it chooses.
+    """The *members* that can answer for *name*; a group that was not configured, but is implied,
+    has no name. In an ordered group another group may stand in the place of a member; it stands
+    for all of its members, in the order that it chooses.
 
-    *fallbacks* are asked where no member is left that could answer.
+    *fallbacks* are asked if no member that could answer is left.
 
     Always: `waiting` is the number of requests that wait for a place at any member.
     """
@@ -130,23 +129,23 @@ class Group:
         self.name = name
         self.members: Sequence[Member] = ()
         self.fallbacks: Sequence[Group] = ()
-        # What the members come of.
+        # The members or groups from which the members come.
         self._parts: Sequence[Member | Group] = ()
         self._clock = clock
         self._marks = count()
-        # Grows with each change of its members.
+        # Incremented at each change of its members.
         self.version = 0
-        # Requests that were held back for their home.
+        # The number of requests that were held back for their home.
         self.held_back = 0
-        # The requests that wait, in the order in which they have begun to.
+        # The waiting requests, in the order in which they have begun to wait.
         self.candidates: dict[Waiting, None] = {}
         self.apply(parts, choose, affinity)
 
     def apply(self, parts: Sequence[Member | Group], choose: str, affinity: str) -> None:
-        """Use other members and another choice from now on.
+        """Apply another list of members and another choice.
 
-        One that stays keeps its counts. Requests that wait do so at new ones as well, and at others
-        no more.
+        Members that stay keep their counts. Waiting requests join new members, and leave removed
+        ones.
         """
         own = (old for old in self._parts if isinstance(old, Member))
         known = {(old.provider, old.asked_model): old for old in own}
@@ -173,13 +172,13 @@ class Group:
 
     @property
     def available(self) -> bool:
-        """Whether a member is asked like any other."""
+        """Whether at least one member is well."""
         return any(member.provider.health.available for member in self.members)
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a place at any member; of a group of one: all who wait
-        there.
+        """The number of requests that wait for a place at any member; for a group of one, all that
+        wait there.
         """
         if len(self.members) == 1:
             return self.members[0].provider.stats().queue.waiting
@@ -187,7 +186,7 @@ class Group:
 
     @property
     def oldest_wait(self) -> float:
-        """For how many seconds the request has waited that came first."""
+        """The seconds for which the oldest request has waited."""
         if len(self.members) == 1:
             return self.members[0].provider.stats().queue.oldest_wait
         if (longest := next(iter(self.candidates), None)) is None:
@@ -195,13 +194,13 @@ class Group:
         return self.members[0].provider.scheduler.time() - longest.began
 
     def empty(self) -> NoProvider:
-        """Return the fault of a request that none of its members can answer any more."""
+        """Return the fault of a request that no member can answer any more."""
         return NoProvider(f"no provider of {self.name} is usable")
 
     def usable(self, api: Api, *, one_model: bool = False) -> list[Member]:
-        """Return the members that can be asked for a request of *api*, in their order.
+        """Return the members that can serve a request of *api*, in order.
 
-        With *one_model* only those that are asked for the same model as the first.
+        With *one_model*, only those with the same model as the first.
         """
         members = [
             member
@@ -216,7 +215,7 @@ class Group:
     def fitting(self, members: list[Member], size: int) -> list[Member]:
         """Return those of *members* that take a body of *size* bytes, by an estimate.
 
-        The one that takes most is always among them: its engine says the refusal.
+        The member with the largest context is always included: its engine then refuses.
         """
         most = max((member.max_context or 0 for member in members), default=0)
         if any(member.max_context is None for member in members):
@@ -231,7 +230,7 @@ class Group:
         ]
 
     def order(self, members: Iterable[Member]) -> list[Member]:
-        """Return *members* in the order in which they are offered a request: sick ones last."""
+        """Return *members* in the order in which a request tries them, sick ones last."""
         members = list(members)
         if self._nested:
             members = [
@@ -245,12 +244,12 @@ class Group:
             members.sort(key=lambda member: -(member.credit + member.weight))
         if not any(map(sick, members)):
             return members
-        # `sorted` keeps their order otherwise.
+        # `sorted` is stable.
         return sorted(members, key=sick)
 
     def trial(self, members: Sequence[Member], *, by_time: bool = True) -> Member | None:
-        """Return the one of *members*, which `order` has put in order, that a request asks first
-        as a trial, since it is sick; its breaker has to be told of the end. None: there is none.
+        """Return the one of *members*, ordered by `order`, that a request tries first as a trial,
+        since it is sick; its breaker must be told how that ends. None: there is no trial.
 
         *by_time* is as for `Breaker.start_spared`.
         """
@@ -262,8 +261,8 @@ class Group:
         return None
 
     def first_if_well(self, members: Sequence[Member]) -> tuple[list[Member], bool]:
-        """Return the sick ones of *members* that would be asked first if they were well, and
-        whether none of those behind this group would be.
+        """Return the sick ones of *members* that would be tried first if they were well, and
+        whether a well member ends the search.
         """
         if self.choose != ORDERED:
             return [member for member in members if sick(member)], any(map(well, members))
@@ -281,8 +280,8 @@ class Group:
         return candidates, False
 
     def _by_part(self, members: Sequence[Member]) -> Iterator[tuple[Group | None, list[Member]]]:
-        """Yield *members* by what they have come of, in its order: a group, or None for one that
-        is of this group itself.
+        """Yield *members* by the part that they come from, in order: a group, or None for a member
+        of this group itself.
         """
         left = dict.fromkeys(members)
         for part in self._parts:
@@ -294,13 +293,13 @@ class Group:
                 yield (part if isinstance(part, Group) else None), here
 
     def started(self, chosen: Member, among: Sequence[Member]) -> None:
-        """Note that a request has started at *chosen*, which was chosen *among* these."""
+        """Note that a request has started at *chosen*, one of *among*."""
         chosen.starts += 1
         chosen.started_at = self._clock()
         self.count_start(chosen, among)
 
     def count_start(self, chosen: Member, among: Sequence[Member]) -> None:
-        """Note what the weights owe each member, since *chosen* of *among* has started."""
+        """Update the credits of *among*, since *chosen* has started."""
         if self._nested:
             for part, here in self._by_part(among):
                 if part is not None and chosen in here:
@@ -308,13 +307,13 @@ class Group:
         elif self.choose == WEIGHTED:
             total = sum(map(attrgetter("weight"), among))
             for member in among:
-                # One that was full, and so was passed over, is not owed more than a round.
+                # A member that was passed over because it was full is owed at most one round.
                 member.credit = min(member.credit + member.weight, total)
             chosen.credit -= total
 
 
 def load(member: Member) -> tuple[float, float]:
-    """Return what the least busy member has least of: its share of places taken, then the time of
+    """Return the sort key of the least busy member: its share of taken places, then the time of
     its newest start.
     """
     inside, limit = member.provider.places
@@ -322,14 +321,14 @@ def load(member: Member) -> tuple[float, float]:
 
 
 def sick(member: Member) -> bool:
-    """Return whether *member* comes last, but for trials, since its provider is sick."""
+    """Return whether the provider of *member* is sick, so that it comes last except for trials."""
     breaker = member.provider.health.breaker
     return breaker.sick and not breaker.dead
 
 
 def well(member: Member) -> bool:
-    """Return whether *member* is asked like any other: its provider is neither sick nor dead, and
-    has not refused our key.
+    """Return whether the provider of *member* is available: neither sick nor dead, with its key
+    accepted.
     """
     health = member.provider.health
     return health.available and not health.breaker.sick

@@ -1,7 +1,7 @@
 """The producers: one task for each log, which fills it, and its end.
 
-A producer goes on whatever its clients do. Its done callback ends the log, so that no way of
-ending leaves readers waiting for ever.
+A producer goes on whatever its clients do. Its done callback ends the log, so that its readers
+never wait for ever, however it ends.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Producers:
     ) -> None:
         self._request_log = request_log
         self._loop = asyncio.get_running_loop()
-        # Each with what is called when it has ended.
+        # Each producer's stream, and the callback for its end.
         self._streams: dict[asyncio.Task[None], tuple[Stream, Callable[[], None]]] = {}
         self._on_end = on_end
 
@@ -52,7 +52,7 @@ class Producers:
         try:
             task = self._loop.create_task(producer)
         except BaseException:
-            # It will never begin, of which Python would warn.
+            # Python would warn about a coroutine that never begins.
             producer.close()
             raise
         self._streams[task] = stream, release
@@ -62,7 +62,7 @@ class Producers:
     async def end(
         self, reason: Callable[[], AioserverError], callers: Collection[str] | None = None
     ) -> None:
-        """End every log with *reason*, or those of *callers*, and wait for their producers."""
+        """End every log, or those of *callers*, with *reason*, and wait for their producers."""
         ended = []
         for task, (stream, _release) in self._streams.items():
             owner: Any = stream.caller
@@ -77,9 +77,9 @@ class Producers:
     def _settle(self, task: asyncio.Task[None]) -> None:
         """End the log whose producer *task* is done, and the record of its request.
 
-        A callback and not a `finally`: a task cancelled before its first step never enters its
-        `try`, and its readers would wait for ever. For the same reason each step is done whatever
-        another raises.
+        This is a callback and not a `finally`: a task that is cancelled before its first step
+        never enters its `try`, and its readers would wait for ever. For the same reason each step
+        runs even if another raises.
         """
         stream, release = self._streams.pop(task)
         stream.producer = None
@@ -98,7 +98,7 @@ class Producers:
                             self._end(stream, task, fault)
                     finally:
                         try:
-                            # A mirror's answer is in the request log of its owner.
+                            # The owner of a mirror has its answer in the request log.
                             if not stream.mirrored:
                                 self._finish_record(stream)
                         finally:
@@ -109,7 +109,7 @@ class Producers:
         if bugs:
             for bug in bugs:
                 logger.error("bug in an answer", exc_info=bug)
-            # One request, however many of its steps have failed.
+            # They count as one bug, since it is one request.
             self._request_log.metrics.bugs.note(bugs[0])
 
     def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
@@ -117,7 +117,7 @@ class Producers:
         reason = stream.cancel_reason
         try:
             if stream.ending is not None and fault is None:
-                # All of it has come, and its last event may have been read already.
+                # All of the answer has come, and its last event may have been read already.
                 stream.end_now()
             elif stream.mirrored:
                 gone = ProviderDisconnected("the answer has no end")
@@ -128,7 +128,7 @@ class Producers:
                 error.paid = error.paid or (stream.sent and isinstance(error, InternalError))
                 stream.fail(error)
             elif reason is None:
-                # On the OpenAI face nothing but an error tells a cut from an end.
+                # The OpenAI face can tell a cancelled answer from a complete one only by an error.
                 cut = StreamNotFound("this answer was cancelled")
                 data = stream.final_error(cut, stream.last + 1)
                 stream.end(CANCELLED, {}, data=data)
@@ -148,7 +148,7 @@ class Producers:
             # Otherwise the question would be kept for the whole window.
             forget_frames(stream.error)
         record = stream.record
-        # Without the two events that open and end the stream.
+        # The two events that open and end the stream do not count.
         record.events = stream.last - 2 if stream.answered_at else 0
         record.abandoned = stream.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)

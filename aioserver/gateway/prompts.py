@@ -1,10 +1,10 @@
 """Prompts: chats of the WebSocket and SSE faces as requests to a provider.
 
-A chat with a `text` belongs to a conversation: the history so far is sent before the text, and the
-text and its answer are appended to it, if that is complete, or its client has cancelled it after
-some text; otherwise it has failed. A chat with
-`messages` brings its own history, and none is kept. What the client has written stays as it is: a
-body is joined of its bytes, our defaults, and the history.
+A chat with a `text` belongs to a conversation. The history so far is sent before the text. The
+text and its answer are appended to it if the answer is complete, or if its client has cancelled it
+after some text; otherwise the turn has failed. A chat with `messages` brings its own history, and
+nothing is stored. The client's JSON is not changed: a body joins its bytes, our defaults, and the
+history.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Prompt:
 
     *conversation_id* is None if it belongs to no conversation.
 
-    Always: *reading* is that of *request*, and so has the text that came so far.
+    Always: *reading* belongs to *request*, and so has the text that came so far.
 
-    *late* takes the history, if that has to be loaded first, and returns how the storage knows the
-    question. *sent* holds the bytes of the messages and options that were sent, as soon as they
+    *late* loads the history, if that has to be done first, and returns the question's handle in
+    the storage. *sent* holds the sizes of the messages and options that were sent, as soon as they
     are known. *asked* is the question, if it belongs to a conversation.
     """
 
@@ -70,7 +70,7 @@ class Prompt:
         late: Callable[[], Coroutine[Any, Any, Begun | None]] | None = None,
     ) -> None:
         self._asked = asked
-        # How the storage knows the question, from `begin` on until it has its turn.
+        # The question's handle in the storage, from `begin` until its turn is stored.
         self._begun: Begun | None = None
         self._histories = histories
         self._late = late
@@ -85,13 +85,13 @@ class Prompt:
         """None: any provider gets the history."""
 
     async def begin(self) -> None:
-        """Take the history as it is now, if it was not taken when the prompt was made."""
+        """Load the history, if it was not there when the prompt was made."""
         late, self._late = self._late, None
         if late is not None:
             self._begun = await late()
 
     def identified(self, answer_id: str) -> None:
-        """Do nothing: a turn goes by the id of its conversation."""
+        """Do nothing: a turn belongs to the id of its conversation."""
 
     def keep(self, _answer: Stream | Answer) -> Awaitable[None] | None:
         """Append the client's text, and the answer so far, to the conversation, if there is
@@ -115,7 +115,7 @@ class Prompt:
         return self.keep(stream) if self.reading.size else None
 
     def release(self) -> None:
-        """Forget the question, and let nobody wait for a turn that does not come."""
+        """Forget the question, and end all waits for a turn that does not come."""
         asked, self._asked = self._asked, None
         begun, self._begun = self._begun, None
         if asked is not None:
@@ -134,7 +134,7 @@ class Prompts:
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
-        """Use these settings from now on; prompts that were made stay as they are."""
+        """Apply new settings; existing prompts stay as they are."""
         self._service, self._bounds = service, bounds
 
     def make(
@@ -147,13 +147,12 @@ class Prompts:
     ) -> Prompt:
         """Return the prompt of *chat*; *conversation* is its own if it names none.
 
-        A history that has to be loaded is taken by `Prompt.begin`. *hold* counts the bytes of
-        *chat*. A text counts until its answer has ended, since it is then kept in the
-        conversation.
+        `Prompt.begin` loads a history that is not here. *hold* counts the bytes of *chat*. A text
+        counts until its answer has ended, since it is then stored in the conversation.
         """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
         asked: Asked | None = None
-        # In lists of their own, so that the prompt, which lives longer, does not keep the
+        # These are lists of their own, so that the prompt, which lives longer, does not keep the
         # messages.
         held, sent = [chat.messages or b""], [len(chat.options)]
         take_history: Callable[[], Coroutine[Any, Any, Begun | None]] | None = None
@@ -182,7 +181,7 @@ class Prompts:
         def body(provider: settings.Provider, model: str | None) -> bytes:
             return chat_body(provider, model, held[0], options, option_names, streamed)
 
-        # A question with `messages` has no history that needs the answer's text.
+        # A question with `messages` does not need the answer's text for a history.
         kept = self._bounds.max_stream_bytes if chat.messages is None else 0
         reading = Reading(route.provider.settings.choice_index, max_text_bytes=kept)
         request = ProviderRequest(
@@ -197,13 +196,13 @@ class Prompts:
             client_headers=chat.client_headers,
             size=len(held[0]) + len(chat.text or b"") + len(options),
             allowed=(chat.max_answer or route.provider.settings.max_tokens, chat.choices),
-            # Written by UsageAttempt, unless the client has written its own.
+            # UsageAttempt adds them, unless the client has set its own.
             usage_options=b"" if streamed and OPTIONS.name not in option_names else None,
         )
         return Prompt(self._histories, chat, request, reading, asked, sent, take_history)
 
     def _messages(self, caller: Caller, conversation_id: str, text: bytes) -> bytes:
-        """Return, as JSON, the messages of a conversation as it is now, and *text* after them."""
+        """Return, as JSON, the present messages of a conversation, and *text* after them."""
         history = self._histories.messages(caller, conversation_id, orjson.loads(text))[:-1]
         if self._service.system_prompt:
             history.insert(0, {"role": "system", "content": self._service.system_prompt})

@@ -1,5 +1,5 @@
-"""A request of a client on its way to a provider: which one is asked, for whom, and by which names
-it is known.
+"""A client's request on its way to a provider: its route, its caller, and the ids by which it is
+known.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 class Route(msgspec.Struct, eq=False):
-    """The way of a request: the provider that is asked first, and the model.
+    """The route of a request: the provider that is asked first, and the model.
 
-    *model* None stands for the provider's own. The members of *group* are asked, of which
-    *provider* and *model* are the first that can be; *then* are asked next, where it has nobody
-    left, in their order. *fallbacks* says whether `llm.fallbacks` are asked behind all of them,
-    *pinned* that no other model is asked for: neither a fallback's, nor that of a member with
-    another.
+    *model* None: the provider's own. The members of *group* are asked first; *provider* and
+    *model* are the first of them that is available. The groups in *then* are asked next, in order,
+    once it has no member left. *fallbacks* says whether `llm.fallbacks` are asked after all of
+    them. *pinned* says that no other model may answer: neither a fallback's, nor that of a member
+    with another model.
     """
 
     provider: Provider
@@ -50,13 +50,12 @@ class Route(msgspec.Struct, eq=False):
 class Request(msgspec.Struct, eq=False):
     """One request of a client for an answer; *face* is the name of the face that it came through.
 
-    *name* is the id by which log lines name it. *key* is the id by which the caller finds its
-    stream again, and *digest* tells a repeated request from a conflicting one. *key* is None if
-    nobody can come back for the answer by an id of the client's. A *stored* answer is also found
-    by the provider's id, and one in the *background* runs to its end without a reader. *keeper*
-    keeps the answer beyond its log, or has what the request continues; None if there is nothing of
-    either. Each try at a provider is an *attempt*, of a
-    class that its API may extend.
+    *name* is its id in log lines. *key* is the id by which the caller finds its stream again, None
+    if no client can return for the answer by an id of its own. *digest* distinguishes a repeated
+    request from a conflicting one. A *stored* answer is also found by the provider's id, and an
+    answer in the *background* runs to its end without a reader. *keeper* stores the answer beyond
+    its log, or loads what the request continues; None if neither applies. Each try at a provider
+    is an *attempt*, of a class that its API may extend.
     """
 
     route: Route
@@ -69,7 +68,7 @@ class Request(msgspec.Struct, eq=False):
     background: bool = False
     keeper: Keeper | None = None
     make_attempt: type[Attempt] = Attempt
-    # What it counts for the limits of its caller's key, once it counts; it *waits* there before.
+    # Its grant at its caller's key, once it counts there; until then it *waits*.
     grant: Grant | None = None
     waits: bool = False
 
@@ -80,12 +79,12 @@ class Request(msgspec.Struct, eq=False):
         return quota
 
     def begin(self, on_late: Callable[[DeadlineExceeded], None]) -> None:
-        """Count it for its caller's key, or let it wait there; `release` follows in any case.
+        """Count it for its caller's key, or let it wait there; `release` must follow in any case.
 
-        *on_late* is called where it cannot begin before its deadline.
+        *on_late* is called if it cannot begin before its deadline.
 
         Raises:
-            DeadlineExceeded: it cannot.
+            DeadlineExceeded: it cannot begin in time.
             AioserverError: as `Quota.take`.
         """
         request = self.provider_request
@@ -93,10 +92,10 @@ class Request(msgspec.Struct, eq=False):
         assert quota is not None, "the caller has a key"
         try:
             if not (quota.queue_size or quota.budget.limited):
-                # It begins or is refused, whatever it may cost.
+                # It begins or is refused, without an estimate of its cost.
                 self.grant = quota.take(request.ticket)
             else:
-                # By what is known of the provider that is asked first.
+                # The estimate is that of the provider that is asked first.
                 provider = self.route.provider
                 model = self.route.model or provider.settings.model
                 estimate = provider.costs.estimate(request, model)
@@ -117,11 +116,10 @@ class Request(msgspec.Struct, eq=False):
     async def granted(self, on_position: Callable[[int, float], None] | None = None) -> None:
         """Wait until the request is within its caller's limits, if it *waits*.
 
-        *on_position* is called with its position among those that wait, and the seconds until its
-        start.
+        *on_position* is called with its position in the queue, and the seconds until its start.
 
         Raises:
-            ConcurrencyExceeded, RateLimitExceeded: it is not.
+            ConcurrencyExceeded, RateLimitExceeded: a limit is reached.
             DeadlineExceeded: it could not start in time.
         """
         if not self.waits:
@@ -142,14 +140,14 @@ class Request(msgspec.Struct, eq=False):
             await back
 
     def forget_grant(self) -> None:
-        """Count for its caller's key no longer: it begins no answer."""
+        """Cancel its grant at its caller's key: it begins no answer."""
         if not (self.waits or self.grant is not None):
             return
         self._leave_key()
         if (grant := self.grant) is not None:
             self.grant = None
             grant.cancel()
-        # While the server stops there is none.
+        # While the server stops there is no place.
         with suppress(AioserverError):
             self._regain()
 
@@ -159,7 +157,7 @@ class Request(msgspec.Struct, eq=False):
             self._quota.leave(self.provider_request.ticket)
 
     def _regain(self) -> asyncio.Future[None] | None:
-        """Have its client take its place again, if it was lent; return what is done then."""
+        """Let its client take its place back, if it was lent; return a future for that."""
         request = self.provider_request
         if (loan := request.loan) is None or not loan.lent:
             return None
@@ -167,7 +165,7 @@ class Request(msgspec.Struct, eq=False):
         return loan.regain(asyncio.get_running_loop().time() + left)
 
     def release(self) -> None:
-        """Forget the body and all that was kept of it: the request is over."""
+        """Release the body and all other resources: the request is over."""
         try:
             self.provider_request.release()
         finally:
@@ -178,7 +176,7 @@ class Request(msgspec.Struct, eq=False):
                 if (grant := self.grant) is not None:
                     self.grant = None
                     if self.provider_request.estimate is None:
-                        # Nobody counts what it has cost.
+                        # Its cost was never counted.
                         grant.release(0)
                     else:
                         outcome = self.provider_request.outcome
@@ -193,13 +191,11 @@ class Request(msgspec.Struct, eq=False):
 
     @property
     def resumable(self) -> bool:
-        """Whether the caller can come back for the answer."""
+        """Whether the caller can return for the answer."""
         return self.key is not None or self.stored
 
     def begin_record(self, request_log: RequestLog) -> RequestRecord:
-        """Begin the record of this request, which is understood and goes to its first provider
-        now.
-        """
+        """Begin the record of this request, which was parsed and goes to its first provider now."""
         provider_request, route = self.provider_request, self.route
         record, provider = provider_request.record, route.provider
         record.face, record.request_id = self.face, self.name
@@ -215,6 +211,6 @@ class Request(msgspec.Struct, eq=False):
                 provider_request.waited_since,
             )
             if record.trace is not None:
-                # The log line of the request leads to its trace.
+                # The log line of the request refers to its trace.
                 record.trace_id = record.trace.trace_id
         return record

@@ -1,7 +1,6 @@
-"""The router: it chooses the provider that a request goes to, and says who is asked instead.
+"""The router: it chooses the provider that a request goes to, and the ones that are asked instead.
 
-This file is one concept: the table of providers by which a first one is chosen is that of those
-which may follow it.
+This file is one concept: one table of providers has the first one, and those that may follow it.
 
     the request has                  the router asks
     a `provider` (chats only)        that provider, pinned; the request's model, or its own
@@ -10,19 +9,19 @@ which may follow it.
     "groq/llama-…", groq configured  groq, pinned; the rest is the model
     another model                    the active provider, with the model unchanged
 
-A request of an API that some providers alone speak (providers/api.py) goes only to those: the
-active one stands then for the first of the active provider and the fallbacks that does.
+A request of an API that only some providers speak (providers/api.py) goes only to those; then
+*active* means the first provider, among the active one and the fallbacks, that speaks the API.
 
-A fault that came before the first content of an answer may be tried again at the same provider
-(attempts.py), or at another (`failover`: `llm.fallbacks` in their order, each with its own model;
-never for a pinned provider). provider_errors.py says which fault allows what.
+A fault before the first content of an answer may be followed by a retry at the same provider
+(attempts.py), or by a failover to another. Failovers go to `llm.fallbacks` in their order, each
+with its own model; a pinned provider has none. provider_errors.py says which fault allows what.
 
 An answer that breaks off later may be continued, by the same provider or another
 (continuation.py).
 
-Where there is another provider, one that is sick comes last but for trials, and one that is dead
-is passed over (providers/breaker.py). A trial that fails goes to the others at once, and to the
-sick one again if they fail, too.
+If there is another provider, a sick one comes last except for trials, and a dead one is passed
+over (providers/breaker.py). After a failed trial the others are tried at once, and then the sick
+one again.
 """
 
 from __future__ import annotations
@@ -60,18 +59,18 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
 
 
-# Names in the message of a refusal.
+# The most names in the message of a refusal.
 MAX_NAMED = 8
 
 
 class Router:
-    """Chooses providers for a request, and has them answer it: one of *providers* is *active*,
-    others are its *fallbacks*.
+    """Chooses providers for a request, and gets its answer: one of *providers* is *active*, others
+    are its *fallbacks*.
 
     Always: once an event of an answer is in a log, no further attempt is made for it.
 
     *random_number* returns numbers from 0.0 to 1.0, for the jitter of backoffs. *alone* False:
-    other instances ask the same providers. *hooks* are shown each request; None if there are none.
+    other instances use the same providers. *hooks* see each request; None if there are none.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Router:
         self._random_number = random_number
         self._hooks = hooks
         self._affinity = Affinity(alone=alone)
-        # The groups that are configured, by name.
+        # The configured groups, by name.
         self.groups: dict[str, Group] = {}
         self.apply(providers, llm)
 
@@ -94,9 +93,9 @@ class Router:
         """Choose among *providers* by the settings *llm* from now on; requests under way stay
         where they are.
         """
-        # All providers that are configured, by name.
+        # All configured providers, by name.
         self.providers, self._llm = providers, llm
-        # For each provider the group of it alone.
+        # For each provider, the group that has it as its only member.
         self._own = {name: Group("", [Member(provider)]) for name, provider in providers.items()}
         groups: dict[str, Group] = {}
         self.groups = {name: self._group(llm.aliased(name), groups) for name in llm.models}
@@ -108,24 +107,25 @@ class Router:
         )
         self._active = self._target(llm.active)
         self._fallbacks = [self._target(name) for name in llm.fallbacks]
-        # The active provider, if it is no group and can be asked.
+        # The active provider, if it is not a group and is available.
         active = self.active
         self._alone = active if not self._active.name and active.settings.usable else None
-        # The names of models that providers list, with those that do.
+        # The model names that providers list, with those providers.
         self.listed = self._implied()
         self._continuing = any(
             provider.settings.continuation != NO_CONTINUATION for provider in providers.values()
         )
-        # Whether a name may lead elsewhere than to the provider that it names, or the active one.
+        # Whether a model name may lead to another provider than the active one, or the one that it
+        # names.
         self._names_lead = bool(self.groups or self.listed or llm.unknown_models != PASS)
-        # The client headers that any provider is passed, in lower case.
+        # The client headers that at least one provider receives, in lower case.
         self.passed_headers = frozenset(
             name for provider in providers.values() for name in provider.settings.pass_headers
         )
 
     def _group(self, name: str, made: dict[str, Group]) -> Group:
-        """Return the group *name*, which goes on counting if it is there already; *made* has those
-        that are made by the settings of now.
+        """Return the group *name*, which keeps its counts if it exists already; *made* has those
+        that the present settings have made.
         """
         if name in made:
             return made[name]
@@ -147,13 +147,14 @@ class Router:
         return group
 
     def _target(self, name: str) -> Group:
-        """Return the group *name*, or one of the provider *name* alone."""
+        """Return the group *name*, or the group of the provider *name* alone."""
         return self.groups.get(name) or self._own[name]
 
     def _implied(self) -> dict[str, Group]:
-        """Return, by the name of a model that providers list, the group of these in their order.
+        """Return, by each model name that providers list, the group of these providers in order.
 
-        A provider's own `model` is not enough: whoever names it has not asked for that provider.
+        A provider's own `model` does not count: a client that names it has not asked for that
+        provider.
         """
         listing: dict[str, list[Member]] = {}
         for provider in self.providers.values():
@@ -175,7 +176,7 @@ class Router:
 
     @property
     def fallbacks(self) -> list[str]:
-        """The names of those that are asked where the active provider or group fails."""
+        """The names of the fallbacks of the active provider or group."""
         return [
             group.name or group.members[0].provider.name
             for group in self._others(self._active, CHAT, self._active.fallbacks)
@@ -183,7 +184,7 @@ class Router:
 
     @property
     def usable(self) -> bool:
-        """Whether the active provider, or a member of the active group, can be asked."""
+        """Whether the active provider, or a member of the active group, is available."""
         return self.active.settings.usable
 
     def route(
@@ -196,18 +197,18 @@ class Router:
         body: bytes = b"{}",
         unread: bool = False,
     ) -> Route:
-        """Return where a request of *api* with this *model* and *provider* goes.
+        """Return the route of a request of *api* with this *model* and *provider*.
 
-        *body* is the JSON of which something goes on to the provider as the client has written it.
-        *unread* says that nobody has read which model it is for, since it is in a body that passes,
-        or the provider chooses: it may be any.
+        *body* is the JSON of which the provider gets something as the client has written it.
+        *unread* says that the model was not read, since it is in a body that passes, or since the
+        provider chooses it: it may be any.
 
         Raises:
-            InvalidRequest: *caller* may not ask for all models, and *body* may be read as one for
-                another: see `check_sole`.
-            ModelNotFound: *caller* may not ask for it; the request names a provider that is not
-                configured, or not usable; or a model that nobody has, where these are refused; or
-                who is named does not speak *api*, or none that may be asked does.
+            InvalidRequest: *caller* may not use all models, and *body* could be read as naming
+                another model: see `check_sole`.
+            ModelNotFound: *caller* may not use it; the request names a provider that is not
+                configured or not usable, or an unknown model while these are refused; or the
+                named provider, or every possible one, does not speak *api*.
             NoProvider: the request names none, and the active provider is not usable.
         """
         if caller.models is not None:
@@ -226,7 +227,7 @@ class Router:
             route = self._to(group, api)
             route.fallbacks = True
             if not group.name:
-                # The name of the model goes on unchanged, whether the provider knows it or not.
+                # The model's name is passed unchanged, whether the provider knows it or not.
                 route.model = model
         if not api.speaks(route.provider.settings):
             raise ModelNotFound(
@@ -238,10 +239,10 @@ class Router:
     def _check_allowed(
         self, caller: Caller, model: str | None, provider: str | None, *, unread: bool
     ) -> None:
-        """Refuse what *caller* may not ask for.
+        """Refuse the request if *caller* may not use its model or provider.
 
         Raises:
-            ModelNotFound: it may not.
+            ModelNotFound: *caller* may not.
         """
         target = self._llm.active if provider is None and (model is None or unread) else provider
         group = None if target is None else self.groups.get(target)
@@ -264,15 +265,15 @@ class Router:
             return
         refused = f"every model of {names[0]}" if unread else quoted(names[0])
         allowed = ", ".join((caller.models or ())[:MAX_NAMED])
-        raise ModelNotFound(f"this key may not ask for {refused}: it may ask for {allowed}")
+        raise ModelNotFound(f"this key may not use {refused}: it may use {allowed}")
 
     def _by_name(self, model: str, api: Api) -> Route | None:
-        """Return where a request of *api* for *model* goes, if that name leads anywhere; otherwise
-        None.
+        """Return the route of a request of *api* for *model*, if that name is configured;
+        otherwise None.
 
         Raises:
-            ModelNotFound: it leads to none that is usable; or nowhere, and unknown models are
-                refused.
+            ModelNotFound: it leads to no usable provider; or it is unknown, and unknown models
+                are refused.
         """
         if model in self.providers:
             return self._pinned(model, None)
@@ -297,14 +298,14 @@ class Router:
         return None
 
     def _group_of(self, model: str) -> Group | None:
-        """Return the group of that name, or of the longest that *model* begins with."""
+        """Return the group of that name, or the group with the longest prefix of *model*."""
         if (group := self.groups.get(model)) is not None and not model.endswith("*"):
             return group
         stem = next((stem for stem in self._stems if model.startswith(stem)), None)
         return None if stem is None else self.groups[f"{stem}*"]
 
     def _names(self) -> list[str]:
-        """Return the names that lead somewhere."""
+        """Return the names that lead to a provider."""
         active = self._llm.providers.get(self._llm.active)
         own = [] if active is None else [active.model, *active.models]
         groups = (name for name in self.groups if not name.endswith("*"))
@@ -314,7 +315,7 @@ class Router:
         """Return the route to *group*.
 
         Raises:
-            ModelNotFound: neither its members can be asked, nor its fallbacks.
+            ModelNotFound: neither its members nor its fallbacks are available.
         """
         for index, each in enumerate((group, *group.fallbacks)):
             if members := each.usable(api):
@@ -331,7 +332,7 @@ class Router:
 
         Raises:
             ModelNotFound: none does.
-            NoProvider: the active one does, and is not usable.
+            NoProvider: the active one speaks it, and is not usable.
         """
         active = self._active
         if active.usable(api) or any(group.usable(api) for group in active.fallbacks):
@@ -347,7 +348,7 @@ class Router:
         return others[0]
 
     def _speaking(self, api: Api) -> str:
-        """Return what to do where a provider does not speak *api*."""
+        """Return the advice for a provider that does not speak *api*."""
         names = [
             name
             for name, provider in self.providers.items()
@@ -358,8 +359,8 @@ class Router:
         return f"the model may name one that does: {', '.join(names)}"
 
     def _others(self, first: Group, api: Api, then: Sequence[Group] = ()) -> list[Group]:
-        """Return *then* and the fallbacks that may be asked instead of *first*, in their order:
-        those that speak *api*.
+        """Return *then* and the fallbacks that may be asked after *first*, in order: those that
+        speak *api*.
         """
         others: list[Group] = []
         links = [link for group in self._fallbacks for link in (group, *group.fallbacks)]
@@ -372,7 +373,7 @@ class Router:
         return others
 
     def _after(self, route: Route, api: Api) -> list[Group]:
-        """Return the groups that may be asked where that of *route* has nobody left."""
+        """Return the groups that may be asked once that of *route* has no member left."""
         if route.pinned:
             return []
         if route.fallbacks:
@@ -380,10 +381,10 @@ class Router:
         return [group for group in route.then if group.usable(api)]
 
     def _pinned(self, name: str, model: str | None) -> Route:
-        """Return the route to the provider *name* alone, which is asked for *model*.
+        """Return the route to the provider *name* alone, with *model*.
 
         Raises:
-            ModelNotFound: it is not configured, or not usable.
+            ModelNotFound: the provider is not configured, or not usable.
         """
         provider = self.providers.get(name)
         if provider is None or not provider.settings.usable:
@@ -396,8 +397,8 @@ class Router:
     async def fill(self, request: Request, stream: Stream) -> None:
         """Fill *stream* from the first provider that starts to answer.
 
-        Once there is content in the log no second answer follows; but an answer that breaks off may
-        be continued.
+        Once there is content in the log no second answer follows; but an answer that breaks off
+        may be continued.
 
         Raises:
             ProviderFault: no provider answered.
@@ -417,8 +418,8 @@ class Router:
             await stream.finished()
         except asyncio.CancelledError:
             stream.close_fast_path()
-            # Nobody but its client has a word about the half of an answer: what a hook has refused
-            # or a deadline has cut is an error, and no turn.
+            # Only its client may keep half of an answer: an answer that a hook has refused or a
+            # deadline has cut is an error, and no turn.
             own = stream.cancelled_by_client and stream.cancel_reason is None
             if own and not (stream.ended or stream.ending):
                 kept = keeper.cut(stream)
@@ -429,11 +430,11 @@ class Router:
             stream.keeper = None
 
     async def _answer(self, request: Request, stream: Stream) -> None:
-        """Fill *stream* from the first provider that starts to answer; if it breaks off, from those
-        that say the rest.
+        """Fill *stream* from the first provider that starts to answer; if the answer breaks off,
+        from those that continue it.
 
         Raises:
-            ProviderFault: no provider answered, or none has said the rest.
+            ProviderFault: no provider answered, or none has continued the answer.
         """
         provider_request = request.provider_request
         if self._continuing and provider_request.streamed:
@@ -454,9 +455,7 @@ class Router:
                 end_with_error(stream, broken.event, broken)
 
     def _order(self, request: Request) -> list[tuple[Provider, str | None]]:
-        """Return the providers that may answer *request*, in their order, with the model of
-        each.
-        """
+        """Return the providers that may answer *request*, in order, each with its model."""
         route, api = request.route, request.provider_request.api
         first = route.group
         groups = [first, *self._after(route, api)]
@@ -484,7 +483,7 @@ class Router:
         answer = await self._ask(request, stream)
         assert answer is not None, "a whole answer was asked for"
         if hooks is not None:
-            # They may take their time.
+            # The hooks may take their time.
             request.provider_request.let_body_go()
             await hooks.answered(request, answer)
         if keeper is not None and (kept := keeper.keep(answer)) is not None:
@@ -493,7 +492,7 @@ class Router:
         return answer
 
     async def pass_on(self, request: Request) -> Answer:
-        """Pass a `PassedRequest` on to its provider, once; return its answer, whose body has been
+        """Pass a `PassedRequest` on to its provider, once; return its answer, whose body was
         handed over.
 
         Raises:

@@ -1,13 +1,13 @@
-"""An attempt at a streamed chat completion that is asked to report its usage.
+"""Attempts at a streamed chat completion that ask the provider to report its usage.
 
-Without being asked, engines report none for a stream, and nobody would know what it costs. So where
-a client does not ask, its request does (protocol/stream_options.py). Where the answer passes as the
-provider's bytes, the event that has nothing but the usage is taken out of it (providers/sinks.py);
-the WebSocket and SSE faces show it.
+Engines report no usage for a stream unless they are asked to, and its cost would be unknown. So if
+a client does not ask, its request is changed to do so (protocol/stream_options.py). If the answer
+passes as the provider's bytes, the event that has only the usage is taken out of it
+(providers/sinks.py); the WebSocket and SSE faces show it.
 
-An engine that refuses `stream_options` is asked once more without, at once and in the same place:
-this is no retry. If it answers that, its model is not asked again for five minutes, neither here
-nor over a bridge (bridging.py).
+If an engine refuses `stream_options`, the request is sent once more without, at once and in the
+same place: this is no retry. If that is answered, the option is not sent to the model for five
+minutes, neither here nor over a bridge (bridging.py).
 """
 
 from __future__ import annotations
@@ -26,17 +26,15 @@ if TYPE_CHECKING:
 
 
 class UsageAttempt(LearningAttempt):
-    """One try of a request for a stream whose client does not ask for the usage.
+    """One attempt at a streamed request whose client does not ask for the usage.
 
-    Always: `_asks` says whether what was sent last does.
+    Always: `_asks` says whether the request that was sent last asks for it.
     """
 
     _asks = False
 
     def body_to_send(self) -> bytes:
-        """Return the body to send, which asks for the usage unless the provider is not to be
-        asked.
-        """
+        """Return the body to send; it asks for the usage unless the provider is not to be asked."""
         body, request = super().body_to_send(), self.request
         options, self._asks = request.usage_options, False
         if (
@@ -49,20 +47,20 @@ class UsageAttempt(LearningAttempt):
         try:
             body = asking(body, options)
         except InvalidRequest:
-            # It has the key in too many places.
+            # The body has the key in too many places.
             return body
         self._asks = True
         return body
 
     def stream_sink(self, stream: Stream) -> StreamSink:
-        """Return what fills *stream* with the events of the answer."""
+        """Return the sink that fills *stream* with the events of the answer."""
         if self.request.reading is not None:
             return super().stream_sink(stream)
         return EventSink(stream, self.request.api.content, hides_usage=self._asks)
 
     def repeats(self) -> bool:
-        """Return whether the request is to be sent once more, as it was before the provider was
-        asked for the usage, since that is refused.
+        """Return whether the request is to be sent once more, in its original form, since the
+        provider refuses to report the usage.
         """
         sink = self.sink
         if not self._asks or self.status not in STATUSES or not isinstance(sink, BodySink):

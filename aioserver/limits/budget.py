@@ -1,19 +1,19 @@
-"""How many tokens one key may use in a minute and in a day.
+"""The tokens that one key may use in a minute and in a day.
 
-Tokens are reserved by an estimate before a request starts, and corrected once it is known what its
-attempts have cost. Both budgets are asked before either is charged, in one step of the event loop,
-so that a refusal leaves nothing behind.
+Tokens are reserved by an estimate before a request starts, and corrected once the cost of its
+attempts is known. Both budgets are checked before either is charged, in one step of the event
+loop, so that a refusal charges nothing.
 
     minute   a GCRA (ITU-T I.371) whose unit is a token: a bucket that drains evenly, and holds a
              whole minute's tokens. After a rest a minute's tokens may be used at once; there is no
-             edge at which a second burst is free
+             edge at which a second burst starts
     day      a count from 00:00 UTC. If the clock goes back to an earlier day, the count goes on
              as it was on that day: a clock that was wrong for a moment neither brings a second
              budget nor takes one away
 
-What a reservation gives back is what the bucket still holds of it, with the oldest tokens drained
-first. Otherwise a long answer that has cost nothing would give back tokens that have drained
-already: those of others would count for less than they are.
+A settled reservation returns to the bucket only the tokens that are still in it; the oldest tokens
+drain first. Otherwise a long answer that cost nothing would return tokens that have drained
+already, and the tokens of other requests would be undercounted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MINUTE, DAY = 60.0, 86400
 PER_MINUTE, PER_DAY = "tokens_per_minute", "tokens_per_day"
-# Days whose counts are remembered, for a clock that comes back.
+# Days whose counts are remembered, for a clock that is set back.
 MAX_DAYS = 4
 # Tokens that may be missing by the rounding of sums: a client that comes back after exactly the
 # delay of its refusal is not refused again.
@@ -34,8 +34,8 @@ ROUNDING = 1e-6
 
 
 class Shortage(NamedTuple):
-    """A budget into which a request of *tokens* does not fit for *delay* seconds; *used* are
-    those that are used or reserved.
+    """A budget into which a request of *tokens* does not fit for *delay* seconds; *used* counts
+    the tokens that are used or reserved.
     """
 
     period: str
@@ -46,8 +46,8 @@ class Shortage(NamedTuple):
 
 
 class BudgetState(NamedTuple):
-    """A budget as it is now, in tokens. *reset*: the seconds until all of it is there, if no more
-    is used.
+    """The present state of a budget, in tokens. *reset*: the seconds until it is full again, if no
+    more is used.
     """
 
     limit: int
@@ -58,8 +58,8 @@ class BudgetState(NamedTuple):
 
 
 class _Slot(NamedTuple):
-    """What one request holds in the bucket of the minute: *tokens* in front of *end*, when so many
-    had been *returned* by all requests.
+    """The tokens of one request in the bucket of the minute: *tokens* in front of *end*, taken
+    when *returned* tokens in all had been given back.
     """
 
     tokens: int
@@ -77,15 +77,15 @@ class _Minute:
         self.limit = limit
         self._clock = clock
         self._then = clock()
-        # All tokens that were ever put in, without those that were given back; and those that have
+        # The tokens that were ever put in, less those that were given back; and those that have
         # drained.
         self._charged = self._drained = 0.0
-        # All tokens that were ever given back.
+        # The tokens that were ever given back.
         self._returned = 0.0
         self._reserved = 0
 
     def apply(self, limit: int) -> None:
-        """Hold another number of tokens; what is in the bucket stays."""
+        """Set another limit; the tokens in the bucket stay."""
         self._drain()
         self.limit = limit
 
@@ -97,7 +97,7 @@ class _Minute:
         return self._charged - self._drained
 
     def shortage(self, tokens: int) -> Shortage | None:
-        """Return what is short for a request of *tokens*, None if it fits."""
+        """Return the shortage for a request of *tokens*, None if it fits."""
         level = self._drain()
         missing = level + min(tokens, self.limit) - self.limit
         if missing <= ROUNDING:
@@ -113,13 +113,13 @@ class _Minute:
         return _Slot(tokens, self._charged, self._returned)
 
     def settle(self, slot: _Slot, tokens: int) -> None:
-        """Let a request that has reserved *slot* have cost so many *tokens*."""
+        """Replace the reservation of *slot* by the real cost, *tokens*."""
         self._drain()
         self._reserved -= slot.tokens
         if tokens > slot.tokens:
             self._charged += tokens - slot.tokens
             return
-        # What others have returned since may have stood in front of it.
+        # Tokens that others have given back since may have stood in front of these.
         left = slot.end - (self._returned - slot.returned) - self._drained
         back = min(float(slot.tokens - tokens), max(0.0, left))
         self._charged -= back
@@ -147,9 +147,10 @@ class _DayCount:
 
 
 class _Day:
-    """The counts of the days that the clock has shown last.
+    """The counts of the days that the clock has shown most recently.
 
-    Always: what was reserved on one day counts on that day alone, however it ends.
+    Always: tokens that were reserved on one day count on that day alone, however their request
+    ends.
     """
 
     def __init__(self, limit: int, wall_clock: Callable[[], float]) -> None:
@@ -157,16 +158,16 @@ class _Day:
         self._wall_clock = wall_clock
         # The day by its number, counted from 1970.
         self._number = int(wall_clock() // DAY)
-        # By the numbers of the days; the one that was begun last is the last.
+        # Counts by the number of the day; the day that was begun last comes last.
         self._counts = {self._number: _DayCount()}
 
     def _turn(self) -> float:
-        """Go to the day that it is; return the seconds until the next one."""
+        """Turn to the current day; return the seconds until the next one."""
         now = self._wall_clock()
         number = int(now // DAY)
         if number != self._number:
             if number not in self._counts:
-                # The clock was ahead since we began, and what was used then was used on this day.
+                # The clock was ahead until now: tokens that were used then were used on this day.
                 used = self._today.count if number < self._number else 0
                 self._counts[number] = _DayCount(used)
                 if len(self._counts) > MAX_DAYS:
@@ -179,14 +180,14 @@ class _Day:
         return self._counts[self._number]
 
     def shortage(self, tokens: int) -> Shortage | None:
-        """Return what is short for a request of *tokens*, None if it fits."""
+        """Return the shortage for a request of *tokens*, None if it fits."""
         rest, used = self._turn(), self._today.count
         if used + min(tokens, self.limit) <= self.limit:
             return None
         return Shortage(PER_DAY, self.limit, used, tokens, rest)
 
     def reserve(self, tokens: int) -> tuple[int, _DayCount]:
-        """Return what is reserved, and on which day."""
+        """Reserve *tokens*; return the tokens reserved, and the day."""
         self._turn()
         tokens, today = min(tokens, self.limit), self._today
         today.count += tokens
@@ -194,13 +195,13 @@ class _Day:
         return tokens, today
 
     def settle(self, reserved: tuple[int, _DayCount], tokens: int) -> None:
-        """Let a request that has *reserved* so much have cost so many *tokens*."""
+        """Replace what was *reserved* by the real cost, *tokens*."""
         estimate, day = reserved
         day.reserved -= estimate
         day.count += tokens - estimate
 
     def begin(self, used: int) -> None:
-        """Count at least *used* tokens of today."""
+        """Count at least *used* tokens for today."""
         self._turn()
         self._today.count = max(self._today.count, used)
 
@@ -234,7 +235,7 @@ class Reservation:
             self._day = day, day.reserve(self.tokens)
 
     def settle(self, tokens: int) -> None:
-        """Let the request, which has ended, have cost so many *tokens*."""
+        """Replace the reservation by the real cost, *tokens*, since the request has ended."""
         budget, self._budget = self._budget, None
         if budget is None:
             return
@@ -247,22 +248,22 @@ class Reservation:
         budget.reserved -= self.tokens
 
     def release(self) -> None:
-        """Let the request have cost nothing."""
+        """Give all of it back: the request has cost nothing."""
         self.settle(0)
 
 
 class Budget:
-    """The tokens that one key may use in a minute and in a day; a limit of 0: any number.
+    """The tokens that one key may use in a minute and in a day; a limit of 0 bounds nothing.
 
-    Always: `reserved` is the sum of the estimates of the requests that have reserved and have not
-    ended; what is reserved and used fits both budgets, but for what requests have cost above their
-    estimates, or what new limits have lowered since. An estimate above a whole budget counts as
-    that budget, so that the request starts once nothing of it is used.
+    Always: `reserved` is the sum of the estimates of the requests that have reserved and not
+    ended. Tokens used and reserved fit both budgets, except where requests have cost more than
+    their estimates, or limits were lowered since. An estimate above a whole budget counts as that
+    budget, so that the request starts once nothing of it is used.
 
-    *clock* is that of the minute, *wall_clock* the seconds since 1970 that decide which day it is.
+    *clock* measures the minute; *wall_clock*, in seconds since 1970, decides which day it is.
     """
 
-    # Seconds after which to look again, at least, where there is too little.
+    # The least seconds before a short budget is checked again.
     look_again = 0.0
 
     def __init__(
@@ -281,7 +282,7 @@ class Budget:
         self.apply(per_minute, per_day)
 
     def apply(self, per_minute: int, per_day: int) -> None:
-        """Use other limits from now on; what is used and reserved stays so."""
+        """Set other limits; tokens that are used and reserved stay counted."""
         if not per_minute:
             self._minute = None
         elif self._minute is None:
@@ -297,24 +298,24 @@ class Budget:
         self.limited = per_minute > 0 or per_day > 0
 
     def take_over(self, old: Budget) -> None:
-        """Go on with what *old* counts, by our own limits; it settles what it has reserved."""
+        """Continue the counts of *old* under our own limits; *old* settles its own reservations."""
         minute, day = self._minute, self._day
         self._minute, self._day = old._minute, old._day
         self.apply(0 if minute is None else minute.limit, 0 if day is None else day.limit)
 
     @property
     def counts_days(self) -> bool:
-        """Whether there is a limit of a day."""
+        """Whether a day has a limit."""
         return self._day is not None
 
     @property
     def whole(self) -> bool:
-        """Whether all tokens are there."""
+        """Whether no token is used or reserved."""
         return not any(state.used or state.reserved for state in self.states().values())
 
     def shortage(self, tokens: int) -> Shortage | None:
-        """Return why a request of *tokens* cannot start now, None if it can: the budget into which
-        it fits last.
+        """Return the shortage of the budget that delays a request of *tokens* longest, None if it
+        can start now.
         """
         minute = None if self._minute is None else self._minute.shortage(tokens)
         day = None if self._day is None else self._day.shortage(tokens)
@@ -323,7 +324,7 @@ class Budget:
         return minute
 
     def reserve(self, tokens: int) -> Reservation:
-        """Reserve *tokens* in both budgets, whether they fit or not: `shortage` comes before it,
+        """Reserve *tokens* in both budgets, whether they fit or not: call `shortage` first,
         without an `await` between the two.
         """
         reservation = Reservation(self, tokens)
@@ -336,12 +337,12 @@ class Budget:
         return reservation
 
     def begin_day(self, used: int) -> None:
-        """Count at least *used* tokens of today, those that the ledger knows."""
+        """Count at least *used* tokens, those in the ledger, for today."""
         if self._day is not None:
             self._day.begin(used)
 
     def states(self) -> dict[str, BudgetState]:
-        """Return the budgets that there are, by the names of their settings."""
+        """Return the states of the limited budgets, by the names of their settings."""
         states = {}
         if self._minute is not None:
             states[PER_MINUTE] = self._minute.state()

@@ -1,10 +1,10 @@
-"""The deadlines of one request: by when it has to start, and by when its answer has to end.
+"""The deadlines of one request: when it must have started, and when its answer must have ended.
 
-A request without such terms has none, and no timer. One that has them keeps a single timer, which
-cancels the task that waits or works for it: so each wait minds it, whatever it waits for, and the
+A request without such options has no deadline and no timer. With them it keeps a single timer,
+which cancels the task that waits or works for it. So the timer bounds every wait, and the
 provider's connection is closed at once. A wait that is known to be too long does not begin: a
-refusal that says when the request could start (`AioserverError.timed`) becomes that of a deadline
-if this is too late. An estimate of a wait ends none.
+refusal that says when the request could start (`AioserverError.timed`) becomes a deadline error if
+that time is too late. An estimate never ends a wait.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 
 # Seconds by which a timer may be early.
 ROUNDING = 0.002
-# Bounds in seconds of what a client is told whose request could not start, where that is an
-# estimate.
+# The bounds in seconds of the delay that a client is told when its request could not start, if the
+# delay is an estimate.
 RETRY_AFTER = (1.0, 60.0)
 
 
 class Wait(NamedTuple):
-    """What a request waits for, in words, and for how many seconds, as an estimate."""
+    """What a request waits for, in words, and an estimate of the wait in seconds."""
 
     text: str
     eta: float = 0.0
 
 
 class Deadline:
-    """The deadlines of a request with *request_options* that *arrived* then.
+    """The deadlines of a request with *request_options* that came in at *arrived*.
 
-    *start_by* and *deadline* are moments of the loop's clock, inf without one. *started*: its first
-    attempt was sent, so that the former counts no more. *wait* is what it waits for now; None if
-    that is not known. *cut*: its answer was ended by the latter.
+    *start_by* and *deadline* are times of the loop's clock, inf if there is none. *started* says
+    that the first attempt was sent; *start_by* no longer counts then. *wait* is the present wait,
+    None if it is not known. *cut* says that *deadline* has ended the answer.
     """
 
     __slots__ = ("_request_options", "cut", "deadline", "start_by", "started", "wait")
@@ -60,7 +60,9 @@ class Deadline:
     def telling(
         self, place: str, on_position: Callable[[int, float], None] | None
     ) -> Callable[[int, float], None]:
-        """Return a function that is told the position at *place*, and tells *on_position*, too."""
+        """Return a callback that records the position at *place*, and passes it on to
+        *on_position*.
+        """
 
         def told(position: int, eta: float) -> None:
             self.queued(place, position, eta)
@@ -71,19 +73,19 @@ class Deadline:
 
     @property
     def next(self) -> float:
-        """The moment at which the request ends, unless it starts or ends before."""
+        """The time at which the request ends, unless it starts or ends before."""
         return self.deadline if self.started else min(self.start_by, self.deadline)
 
     @property
     def left(self) -> float:
-        """The seconds until then, negative if it is past."""
+        """The seconds until then, negative once it has passed."""
         return self.next - asyncio.get_running_loop().time()
 
     def start(self, name: str) -> None:
-        """Note that an attempt is sent to *name* now.
+        """Record that an attempt is sent to *name* now.
 
         Raises:
-            DeadlineExceeded: it would be too late.
+            DeadlineExceeded: the deadline has passed.
         """
         if self.left < 0:
             raise self.exceeded()
@@ -91,8 +93,8 @@ class Deadline:
         self.wait = Wait(f"{name} was answering")
 
     def exceeded(self, text: str = "", retry_after: float | None = None) -> DeadlineExceeded:
-        """Return the error of the request, which is too late; *text* says why, if not what it
-        waits for.
+        """Return the deadline error of the request; *text* gives the reason, if that is not the
+        present wait.
         """
         wait, request_options = self.wait or Wait(""), self._request_options
         reason = f": {text or wait.text}" if text or wait.text else ""
@@ -110,17 +112,17 @@ class Deadline:
         return error
 
     def refused(self, error: AioserverError) -> DeadlineExceeded | None:
-        """Return the error of the request, which was refused with *error*, if it would be too late
-        otherwise; None if it would not.
+        """Return the deadline error that replaces the refusal *error*, if the request would be too
+        late otherwise; None if it would not.
         """
         fault = error if isinstance(error, ProviderFault) else None
         if fault is not None and fault.backoff:
             return self.exceeded(f"{error.message}; the next attempt in {fault.backoff:.1f} s")
-        # What a provider has answered is its word, and no wait.
+        # A provider's own refusal stands; it is not turned into a deadline error.
         if fault is not None and fault.attempt_outcome:
             return None
         if self.left <= ROUNDING and fault is not None:
-            # Its wait at a provider has ended for this reason.
+            # The deadline has ended its wait at a provider.
             return self.exceeded()
         if not error.timed:
             return None
@@ -131,14 +133,13 @@ class Deadline:
 
 
 class Guard:
-    """Ends what the task does within its `with` at the *deadline* of its request, unless it is
-    *over*.
+    """Cancels the body of its `with` at the *deadline* of its request, unless that is *over*.
 
-    Always: there is no timer after the `with`, and a task that somebody else has cancelled stays
+    Always: no timer is left after the `with`, and a task that somebody else has cancelled stays
     cancelled. *count* is called with each error that is raised.
 
     Raises:
-        DeadlineExceeded: the request was ended, or was refused since it would be too late.
+        DeadlineExceeded: the deadline has passed, or a refusal means that it will.
     """
 
     __slots__ = ("_cancelling", "_count", "_deadline", "_error", "_over", "_task", "_timer")
@@ -173,8 +174,8 @@ class Guard:
         if self._timer is not None:
             self._timer.cancel()
         task, late = self._task, self._error
-        # A task that ends with an error keeps its traceback, which leads here: what stood here
-        # would hold the task in turn, and with it all that the request has.
+        # A task that ends with an error keeps its traceback, which refers to this object.
+        # References from here would keep the task alive in turn, and all that its request holds.
         del self._task, self._error, _traceback
         error: DeadlineExceeded | None = None
         if late is not None:
@@ -205,7 +206,7 @@ class Guard:
         if self._over():
             return
         if deadline.next > moment:
-            # It has started in time.
+            # The request has started in time.
             self._watch()
             return
         self._error, deadline.cut = deadline.exceeded(), deadline.started

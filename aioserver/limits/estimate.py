@@ -1,8 +1,8 @@
-"""The tokens that a request will cost, and those that an answer without usage has cost: estimates,
-learned from what providers report.
+"""Estimates of the tokens that a request will cost, and of those that an answer without usage has
+cost, learned from the usage that providers report.
 
 There is no tokenizer: it would be wrong for most engines, and each estimate is corrected at the
-end. What is learned are exponential moving averages, in which the newest value weighs an eighth:
+end. The estimates are exponential moving averages, in which the newest value weighs an eighth:
 
     of each caller, provider and model   tokens of the prompt for each byte of the request, all of
                                          them, and those that a cache holds; tokens for each event
@@ -10,16 +10,16 @@ end. What is learned are exponential moving averages, in which the newest value 
     of each caller and model             tokens of an answer, and by how many these are more than
                                          the request has allowed
 
-What a caller's requests have taught is its own. For another one that has taught nothing it is one
-voice of several, whose median counts: a caller whose bodies are white space moves nobody else's
-estimates. Whatever is taught, a byte costs a sixteenth of a token at least, and one at most.
+Each caller has averages of its own. For a caller without any, the averages of all others are
+votes, of which the median counts, so that a caller whose bodies are white space moves no other
+estimate. A byte always counts for at least a sixteenth of a token, and at most one.
 
-An answer may have as many tokens as its request allows, for each of the choices that it asks for;
-or as the caller's answers have on average, where these are fewer, or are more than what was
-allowed: some engines do not know the bound. An answer that its bound has cut says only that it
-would have been longer.
+The answer is estimated at the tokens that its request allows, times the choices that it asks for.
+The average of the caller's answers replaces this bound if it is less, or if answers have exceeded
+their bounds: some engines ignore them. An answer that was cut at its bound says only that it would
+have been longer.
 
-The fair queues, the budgets of keys and the pace of providers ask one object.
+The fair queues, the budgets of keys and the pace of providers share one object.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ if TYPE_CHECKING:
 
 # The weight of the newest value in an average is the inverse of this.
 SMOOTHING = 8
-# Tokens for each byte of a request, before any were reported.
+# Tokens for each byte of a request, before any usage was reported.
 TOKENS_PER_BYTE = 0.25
-# The bounds of what is learned of that: a body may have white space that costs next to nothing, or
-# the address of a picture.
+# The bounds of that average: white space in a body costs next to nothing, and so does the address
+# of a picture.
 LEAST_PER_BYTE, MOST_PER_BYTE = 1 / 16, 1.0
-# Tokens of an answer, before any were reported: what the request itself bounds, but no more than
-# the second; and without a bound. The first burst of a new key must not be underestimated, and a
-# bound that a client always sends says little.
+# Tokens of an answer before any were reported: for a request without a bound; and the most for one
+# with a bound. The first burst of a new key must not be underestimated, and a bound that a client
+# always sends says little.
 UNBOUNDED, LARGEST_FIRST = 1000, 4096
-# Tokens of a prompt at most: a body with a picture has far fewer than its bytes say. And of an
-# answer, whatever a request allows.
+# The most tokens of a prompt: a body with a picture has far fewer than its bytes suggest. And the
+# most of an answer, whatever its request allows.
 MAX_INPUT, MAX_ANSWER = 128_000, 1 << 40
-# The units of work of a request whose tokens nobody knows.
+# The units of work of a request whose tokens cannot be estimated.
 UNKNOWN_WORK = 1000
-# What a token of an answer costs more than one of a prompt. Sheng et al., "Fairness in Serving
-# Large Language Models", OSDI 2024.
+# The cost of a token of an answer, in tokens of a prompt. Sheng et al., "Fairness in Serving Large
+# Language Models", OSDI 2024.
 OUTPUT_FACTOR = 2
-# Averages of callers that are kept; the caller with most of them loses the one that was taught
-# least recently.
+# Averages of callers that are kept; the caller with most of them loses its least recently updated
+# one.
 MAX_PAIRS = 1000
-# Voices that are heard of one provider and model: those that have spoken last.
+# Callers whose averages vote for one provider and model: those that were updated last.
 MAX_VOICES = 15
-# Bytes of a body that is looked through for pictures: its search takes some 50 µs.
+# Bytes of a body that are searched for pictures: a search takes some 50 µs.
 MAX_SEARCHED = 1 << 18
 
 
 class Estimate(msgspec.Struct, frozen=True, gc=False):
-    """The tokens of a request: those of its prompt, how many of these no cache holds, and those of
-    its answer.
+    """The tokens of a request: those of its prompt, those of its prompt that no cache holds, and
+    those of its answer.
     """
 
     prompt: int
@@ -79,7 +79,7 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def work(self) -> int:
-        """What it costs an engine, in tokens of a prompt: the cost of a fair queue."""
+        """Its cost for an engine, in tokens of a prompt: the unit of a fair queue."""
         return max(1, self.uncached + OUTPUT_FACTOR * self.answer)
 
 
@@ -95,8 +95,8 @@ class _Ratios:
 
 
 class _Answers:
-    """The averages of one caller and model: tokens of an answer, for each choice, None before there
-    were any; and how many of them are more than its request has allowed.
+    """The averages of one caller and model: tokens of an answer for each choice, None before the
+    first; and their excess over what the request has allowed.
     """
 
     __slots__ = ("excess", "tokens")
@@ -110,12 +110,12 @@ class _Answers:
             over = max(0.0, tokens - bound)
             self.excess = over if self.tokens is None else _moved(self.excess, over)
             if tokens == bound and (self.tokens is None or tokens < self.tokens):
-                # It was cut.
+                # The answer was cut at its bound.
                 return
         self.tokens = tokens if self.tokens is None else _moved(self.tokens, tokens)
 
     def expected(self, bound: int | None) -> float:
-        """Return the tokens of an answer, for each choice, of a request that allows *bound*."""
+        """Return the expected tokens of an answer, for each choice, if the request allows *bound*."""
         if self.tokens is None:
             return UNBOUNDED if bound is None else min(bound, LARGEST_FIRST)
         return self.tokens if bound is None else min(bound + self.excess, self.tokens)
@@ -126,25 +126,25 @@ def _moved(average: float, newest: float) -> float:
 
 
 def text_bytes(body: bytes) -> int:
-    """Return the bytes of *body* if all of it may be text; 0 if it has a picture or a file, whose
-    tokens have nothing to do with its bytes, or is too large to know.
+    """Return the bytes of *body* if all of it may be text. Return 0 if it is too large to search,
+    or has a picture or a file, whose tokens are unrelated to its bytes.
     """
     size = len(body)
-    # In a `data:` URL (RFC 2397) and in Anthropic's objects.
+    # `base64` occurs in a `data:` URL (RFC 2397) and in Anthropic's objects.
     return 0 if size > MAX_SEARCHED or b"base64" in body else size
 
 
 class Estimates:
-    """The knowledge of the tokens of requests, for all providers, models and callers.
+    """The estimates for all providers, models and callers.
 
-    Always: at most MAX_PAIRS triples of caller, provider and model, and as many pairs of caller and
-    model, are known. The voices of a provider and model are among the former.
+    Always: there are at most MAX_PAIRS averages by caller, provider and model, and as many by
+    caller and model. The votes for a provider and model are among the former.
     """
 
     def __init__(self) -> None:
         self._ratios: Bounded[str, tuple[str, str], _Ratios] = Bounded(MAX_PAIRS)
         self._answers: Bounded[str, str, _Answers] = Bounded(MAX_PAIRS)
-        # Those that have taught anything of each provider and model; who has last is the last.
+        # The averages that vote for each provider and model, the most recently updated last.
         self._voices: dict[tuple[str, str], OrderedDict[str, _Ratios]] = {}
 
     def before(
@@ -156,8 +156,8 @@ class Estimates:
         bound: int | None = None,
         choices: int = 1,
     ) -> Estimate:
-        """Return what a request of *caller* will cost, of which *size* bytes are known, and whose
-        answer has so many *choices*, each with at most *bound* tokens by its own word.
+        """Return the estimate for a request of *caller* with *size* bytes of text and so many
+        *choices*, each with at most *bound* tokens by the request itself.
         """
         ratios = self._known(provider, model, caller)
         known = self._answers.of(caller).get(model, _NO_ANSWERS)
@@ -169,7 +169,7 @@ class Estimates:
         return Estimate(prompt, uncached, round(answer))
 
     def _known(self, provider: str, model: str, caller: str) -> _Ratios:
-        """Return what is known for *caller*: what it has taught itself, or what most say."""
+        """Return the averages for *caller*: its own, or the median of the votes."""
         pair = provider, model
         voices = self._voices.get(pair)
         if voices is None:
@@ -180,8 +180,8 @@ class Estimates:
         return _median([_START, *islice(reversed(voices.values()), MAX_VOICES)])
 
     def tokens_per_byte(self, provider: str, model: str, caller: str | None) -> float:
-        """Return the tokens of a prompt for each byte of a request of *caller*; None: of those that
-        have taught any.
+        """Return the tokens of a prompt for each byte of a request of *caller*; None: by the
+        median of the votes.
         """
         if caller is not None:
             return self._known(provider, model, caller).prompt
@@ -191,8 +191,8 @@ class Estimates:
     def unreported(
         self, provider: str, model: str, caller: str, estimate: Estimate, events: int
     ) -> Estimate:
-        """Return what a request of *caller* with this *estimate* has cost whose answer had so many
-        *events*, and reported no usage.
+        """Return the cost of an answer without usage: of a request of *caller* with this
+        *estimate*, after so many *events*.
         """
         answer = max(1, round(events * self._known(provider, model, caller).event))
         return Estimate(estimate.prompt, estimate.uncached, answer)
@@ -210,10 +210,10 @@ class Estimates:
         bound: int | None = None,
         choices: int = 1,
     ) -> None:
-        """Learn that the provider has counted *prompt* tokens in a request of *size* bytes of text,
-        0 if that is not known, of which it had *cached* so many; and *answer* tokens in the answer
-        to *caller*, which had so many *events*, or was not streamed. None: all of that answer did
-        not come. *bound*, *choices*: as the request asked for them.
+        """Learn from the usage that a provider has reported. *prompt* tokens, *cached* of them
+        from its cache, belong to *size* bytes of text, 0 if that is not known. *answer* tokens
+        belong to so many *events*, 0 if it was not streamed; None: the answer is incomplete.
+        *bound* and *choices* are those of the request.
         """
         ratios = self._taught(provider, model, caller)
         if size:
@@ -233,7 +233,7 @@ class Estimates:
         answers.learn(answer / choices, bound)
 
     def _taught(self, provider: str, model: str, caller: str) -> _Ratios:
-        """Return the averages of *caller*, as those that are used last."""
+        """Return the averages of *caller*, marked as the most recently used."""
         pair = provider, model
         ratios = self._ratios.used(caller, pair)
         if ratios is not None:
@@ -251,7 +251,7 @@ class Estimates:
 
 
 def _median(voices: Collection[_Ratios]) -> _Ratios:
-    """Return what most of *voices* say."""
+    """Return the median of *voices*."""
     return _Ratios(
         _middle([each.prompt for each in voices]),
         _middle([each.cached for each in voices]),
@@ -260,7 +260,7 @@ def _median(voices: Collection[_Ratios]) -> _Ratios:
 
 
 def _middle(values: list[float]) -> float:
-    """Return the median of *values*; of two that are in the middle, the one nearer to the first."""
+    """Return the median of *values*; of two in the middle, the one nearer to the first."""
     first = values[0]
     values.sort()
     middle = values[(len(values) - 1) // 2 : len(values) // 2 + 1]

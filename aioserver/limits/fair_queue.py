@@ -4,17 +4,17 @@
 Language Models", OSDI 2024; weighted, with predicted lengths). The waiting caller with the
 smallest counter is served. Its counter grows by the estimated work of the item, divided by the
 caller's weight, when the item starts, and is corrected by the error of the estimate when the item
-ends. A caller that begins to wait gets the counter that was served last (the *virtual time*) if its
-own is smaller, as in start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): it saves nothing
-up while it is away.
+ends. The counter that was served last is the *virtual time*. A caller that begins to wait gets it
+if its own counter is smaller, as in start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): it
+saves nothing up while it is away.
 
     With N starts under way at most, U the dearest item (its work or its estimate) and E the
     largest error of an estimate, two callers of one class that both wait throughout a span have
     started work that differs by 2 (U + N E) at most, each divided by its weight.
 
-The counters of two callers that wait are never further apart than U + N E: the one that is ahead
-was the smaller one when it was served last, and has grown since by one item, and both by
-corrections. The flows of a caller share what the caller gets by the same rule, each with weight 1.
+The counters of two waiting callers are never further apart than U + N E: the larger one was the
+smaller when it was served last. Since then it has grown by one item, and both have been corrected.
+The flows of a caller share its part by the same rule, each with weight 1.
 
 **Classes** share by weighted fair queueing (Demers, Keshav, Shenker, SIGCOMM 1989): the class whose
 head would finish first in virtual time is next. So a class of weight 1 starts an item of work w
@@ -25,7 +25,7 @@ over, and keeps the right to one start.
 Counters are whole numbers, since their order must be exact: a unit of work is 2520 / weight, which
 has no remainder for the weights 1 to 10.
 
-This file is one concept: the three levels are one order, in which items are served.
+This file is one concept: the three levels make one order, in which items are served.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ INTERACTIVE, BATCH = "interactive", "batch"
 
 
 class _Counter:
-    """What a caller or a flow has started, in virtual time: its *tag*.
+    """The work that a caller or a flow has started, in virtual time: its *tag*.
 
     *waiting* and *work* are the number and the estimates of its items; *running* counts its starts
-    that have not ended. Of two with one tag the first to wait is served first: its *serial* is
-    smaller. *length* is a unit of its work in virtual time.
+    that have not ended. Of two with one tag, the one with the smaller *serial*, the first to wait,
+    is served first. *length* is a unit of its work in virtual time.
     """
 
     __slots__ = ("length", "running", "serial", "tag", "waiting", "work")
@@ -69,7 +69,7 @@ class _Counter:
         self.serial = self.waiting = self.work = self.running = 0
 
     def served_before(self, tag: int, serial: int) -> int:
-        """Return how many of its items are served before one of another counter with *tag*, if
+        """Return how many of its items are served before an item of another counter with *tag*, if
         each has their mean work.
         """
         ahead = (tag - self.tag) * self.waiting
@@ -83,7 +83,7 @@ class _Counter:
 
 
 class _Flow(_Counter, Generic[T]):
-    """A flow and its items, but for those at the front of its caller, each with its work."""
+    """A flow and its items with their work, without those at the front of its caller."""
 
     __slots__ = ("items",)
 
@@ -105,7 +105,7 @@ class _Caller(_Counter, Generic[T]):
         self.flows: _Level[_Flow[T]] = _Level(_Flow)
 
     def rest(self) -> None:
-        """Forget what its flows have started, since nothing of it waits or runs."""
+        """Forget the tags of its flows, since none of its items waits or runs."""
         flows = self.flows
         if len(flows.counters) > 1:
             self.flows = _Level(_Flow)
@@ -127,7 +127,7 @@ C = TypeVar("C", bound=_Counter)
 
 
 class _Level(Generic[C]):
-    """Counters by name, of which the smallest one that waits is next.
+    """Counters by name; the smallest one that waits is next.
 
     Always: `_heap` has a valid entry for each counter that waits; its other entries are stale, and
     skipped. `virtual` never falls. At most MAX_STALE counters more than those that wait or run are
@@ -150,7 +150,7 @@ class _Level(Generic[C]):
             return counter
         if not (counter.running or counter.waiting):
             self.idle -= 1
-        # The newest weight holds.
+        # The newest weight applies.
         counter.length = length
         return counter
 
@@ -165,7 +165,9 @@ class _Level(Generic[C]):
             self.push(counter)
 
     def start(self, counter: C, work: int, *, in_turn: bool = True) -> None:
-        """Charge *counter* with a start without a wait; *in_turn*: nobody of this level waits."""
+        """Charge *counter* with a start that had no wait; *in_turn*: no other counter of this
+        level waits.
+        """
         if not counter.waiting:
             counter.tag = max(counter.tag, self.virtual)
         if in_turn:
@@ -194,7 +196,7 @@ class _Level(Generic[C]):
             self.push(counter)
 
     def ends(self, counter: C, more: int) -> None:
-        """Charge *counter* with so much *more* in virtual time, since a start has ended."""
+        """Charge *counter* with so much *more* in virtual time, since an item has ended."""
         counter.tag += more
         counter.running -= 1
         if more and counter.waiting:
@@ -203,7 +205,7 @@ class _Level(Generic[C]):
             self.rests()
 
     def leaves(self, counter: C, work: int) -> None:
-        """Take an item of so much *work* away from *counter*, which waits for it no more."""
+        """Take an item of so much *work* away from *counter*: it waits no longer."""
         counter.work -= work
         counter.waiting -= 1
         if not (counter.waiting or counter.running):
@@ -233,8 +235,8 @@ class _Level(Generic[C]):
     def order(
         self, items: Callable[[C], Iterator[tuple[T, int]]], ahead: Mapping[Hashable, int]
     ) -> Iterator[tuple[T, int]]:
-        """Iterate over the *items* of all counters in the order in which they are served, each
-        with its work, once some counters were charged with what lies *ahead*.
+        """Iterate over the *items* of all counters, each with its work, in the order of service
+        once some counters are charged with the work *ahead*.
         """
         heap = [
             (each.tag + ahead.get(name, 0), each.serial, each.length, items(each))
@@ -252,8 +254,8 @@ class _Level(Generic[C]):
                 yield item
 
     def rests(self) -> None:
-        """Account for a counter that neither waits nor runs; forget such counters if they are the
-        most. Of many, those that are furthest ahead of virtual time are kept.
+        """Settle a counter that neither waits nor runs; forget such counters once there are too
+        many. Those that are furthest ahead of virtual time are kept longest.
         """
         self.idle += 1
         if self.idle <= MAX_STALE or 2 * self.idle <= len(self.counters):
@@ -270,8 +272,8 @@ class _Level(Generic[C]):
 
 
 class Charge(msgspec.Struct, Generic[T], eq=False):
-    """What the caller and the flow of an item that has started are charged with: *work*, which is
-    corrected once. *_length* is by the weight at the start.
+    """The *work* charged to the caller and the flow of an item that has started, which is
+    corrected once. *_length* follows the weight at the start.
     """
 
     _queue: FairQueue[T] | None
@@ -281,7 +283,8 @@ class Charge(msgspec.Struct, Generic[T], eq=False):
     work: int
 
     def settle(self, cost: int | None = None) -> None:
-        """Replace the estimate by the *cost*, since the item has ended; None: by nothing else.
+        """Replace the estimate by the real *cost*, since the item has ended; None: the estimate
+        stands.
 
         Effective once, however often it is called.
         """
@@ -298,8 +301,8 @@ class Charge(msgspec.Struct, Generic[T], eq=False):
 
 
 class FairQueue(Generic[T]):
-    """The items of one class, *size* of them, in the order in which they are to be served. Each is
-    hashable, in the queue once, and is estimated to cost at least 1.
+    """The *size* items of one class, in the order of service. Each is hashable, in the queue once,
+    and has an estimated cost of at least 1.
     """
 
     def __init__(self) -> None:
@@ -315,8 +318,8 @@ class FairQueue(Generic[T]):
         work: int,
         arrived: float | None = None,
     ) -> None:
-        """Add *item* as the last of its flow; or, if it has *arrived* before, in front of its
-        caller's other items, among which the first to arrive is first.
+        """Add *item* as the last of its flow. An item with an *arrived* time comes back: it goes
+        in front of its caller's other items, in the order of arrival.
         """
         entry = self.callers.active(caller, LENGTH // weight)
         if arrived is not None:
@@ -331,7 +334,7 @@ class FairQueue(Generic[T]):
         self.work += work
 
     def start(self, caller: Hashable, flow: Hashable, weight: int, work: int) -> Charge[T]:
-        """Charge *caller* and *flow* with an item that starts without a wait."""
+        """Charge *caller* and *flow* with an item that starts without having waited."""
         entry = self.callers.active(caller, LENGTH // weight)
         line = entry.flows.active(flow)
         self.callers.start(entry, work, in_turn=not self.size)
@@ -339,7 +342,7 @@ class FairQueue(Generic[T]):
         return Charge(self, entry, line, entry.length, work)
 
     def spend(self, caller: Hashable, weight: int, cost: int) -> None:
-        """Charge *caller* with an item that has started, and has ended, while nothing waited."""
+        """Charge *caller* with an item that has started and ended while nothing waited."""
         callers = self.callers
         entry = callers.counters.get(caller)
         if entry is None:
@@ -362,13 +365,13 @@ class FairQueue(Generic[T]):
         return next(iter(entry.flows.first().items.items()))
 
     def pop(self) -> tuple[T, Charge[T]]:
-        """Remove the next item, of which there is one, and charge its caller and flow with it."""
+        """Remove the next item, and charge its caller and flow with it. There must be one."""
         entry = self.callers.first()
         flows = entry.flows
         if entry.front:
             _, _, item, flow, work = entry.front.pop(0)
             line = flows.active(flow)
-            # It comes before its turn, which says nothing of the turns of other flows.
+            # It is served out of turn, which does not affect the turns of other flows.
             flows.start(line, work, in_turn=False)
         else:
             line = flows.first()
@@ -403,8 +406,9 @@ class FairQueue(Generic[T]):
     def position(
         self, caller: Hashable, flow: Hashable, arrived: float | None = None, *, waits: bool
     ) -> int:
-        """Estimate the position of the last item of *flow*, or of the one at the front that
-        *arrived* then; 1 is served next. *waits* says that it is in the queue already. O(callers).
+        """Estimate the position of the last item of *flow*, or of the item at the front with this
+        *arrived*; the item at 1 is served next. *waits* says that it is in the queue already.
+        O(callers).
         """
         entry = self.callers.counters.get(caller)
         own = 1
@@ -417,7 +421,7 @@ class FairQueue(Generic[T]):
         return self.callers.position(entry, own)
 
     def heads(self) -> Iterator[T]:
-        """Iterate over the first item of each flow, and those at the front of a caller."""
+        """Iterate over the first item of each flow, and the items at the front of each caller."""
         for entry in self.callers.counters.values():
             for each in entry.front:
                 yield each[2]
@@ -426,26 +430,26 @@ class FairQueue(Generic[T]):
 
     @property
     def weight(self) -> int:
-        """The weights of the callers with an item, together. O(callers)."""
+        """The sum of the weights of the callers with an item. O(callers)."""
         return sum(
             LENGTH // each.length for each in self.callers.counters.values() if each.waiting
         )
 
     def order(self) -> Iterator[tuple[T, int]]:
-        """Iterate in the order in which the items are served if none is added or removed, and no
-        estimate corrected; each with its work.
+        """Iterate over the items, each with its work, in the order of service, if no item is added
+        or removed and no estimate corrected.
         """
         return self.callers.order(_Caller.order, {})
 
 
 class ClassQueue(Generic[T]):
-    """Items of several classes, each with a fair queue of its own; the heaviest class is first."""
+    """Items of several classes, each in a fair queue of its own; the heaviest class is first."""
 
     def __init__(self, weights: Sequence[int]) -> None:
         self.queues: list[FairQueue[T]] = [FairQueue() for _ in weights]
         unit = lcm(*weights)
         self._lengths = [unit // weight for weight in weights]
-        # What each class has started beside another one that waited, in virtual time.
+        # The work that each class has started beside another waiting class, in virtual time.
         self._tags = [0 for _ in weights]
         self._virtual = self.size = 0
 
@@ -465,7 +469,7 @@ class ClassQueue(Generic[T]):
         """Add *item* to class *index*, as `FairQueue.add` does."""
         queue = self.queues[index]
         if queue.size == self.size:
-            # No other class waits: what was before does not count.
+            # No other class waits: earlier starts do not count.
             self._virtual = 0
             self._tags = [0 for _ in self._tags]
         if not queue.size:
@@ -504,13 +508,13 @@ class ClassQueue(Generic[T]):
             for other in others:
                 head = self.queues[other].head()
                 assert head is not None
-                # It was passed over if it could have been first: then it is owed one start.
+                # A class that could have been first was passed over: it is owed one start.
                 tags[other] = max(tags[other], tags[index] - head[1] * lengths[other])
         return item, charge
 
     def position(self, index: int, own: int) -> int:
-        """Estimate the position among all of the *own*-th item of class *index*, if the items of
-        each class have their mean work.
+        """Estimate the position, among all items, of the *own*-th item of class *index*, if the
+        items of each class have their mean work.
         """
         queue, total = self.queues[index], own
         if queue.size == self.size:
@@ -524,7 +528,7 @@ class ClassQueue(Generic[T]):
         return total
 
     def order(self) -> Iterator[T]:
-        """Iterate in the order in which the items are served, if every class has free places."""
+        """Iterate in the order of service, if every class has free places."""
         heads = []
         for index, queue in enumerate(self.queues):
             items = queue.order()

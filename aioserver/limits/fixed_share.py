@@ -1,5 +1,5 @@
-"""Fixed shares: what one of several processes may use of a limit, where nobody says who uses how
-much.
+"""Fixed shares: the part of a limit that one of several processes may use while no server divides
+it.
 """
 
 from __future__ import annotations
@@ -8,19 +8,22 @@ from typing import NamedTuple
 
 
 def fixed_share(limit: int, rank: int, count: int) -> int:
-    """Return the share of number *rank*, from 0, of *count*; all of them together are *limit*."""
+    """Return the share of process *rank*, from 0, of *count* processes; the shares add up to
+    *limit*.
+    """
     return limit // count + (rank < limit % count)
 
 
 class FixedShare:
-    """The fixed share of an instance of a cluster, for as long as its server does not answer.
+    """The fixed share of an instance of a cluster, used while the shared server does not answer.
 
-    *known* are its rank from 0 and the number of instances, where both are known by other means
-    than answers: those of a parent's workers. Without them an instance has no share before it has
-    learned who lives: two strangers must not both think that they are alone.
+    *known* are its rank, from 0, and the number of instances, if they do not depend on the
+    server's answers: the workers of one parent have them. Without them an instance has no share
+    before it has learned which instances are alive: two strangers must not both believe that they
+    are alone.
 
-    Instances may have heard of different members; what tests/support/settle_model.py says of ranks
-    keeps the sum within the limit then.
+    Instances may have heard of different members. The rules for ranks in
+    tests/support/settle_model.py keep the sum of the shares within the limit nevertheless.
     """
 
     def __init__(self, known: tuple[int, int] | None) -> None:
@@ -29,12 +32,12 @@ class FixedShare:
 
     @property
     def instances(self) -> int:
-        """Of how many instances it is one; 0: of an unknown number."""
+        """The number of instances, 0 if it is not known."""
         view = self._known or self._learned
         return 0 if view is None else view[1]
 
     def of(self, limit: int, least: int = 0) -> int:
-        """Return the share of *limit*, and at least *least* where there is one."""
+        """Return the share of *limit*; at least *least* once the rank is known."""
         view = self._known or self._learned
         if view is None:
             return 0
@@ -42,9 +45,10 @@ class FixedShare:
         return max(least, fixed_share(limit, rank, count))
 
     def adopt(self, rank: int, count: int, *, known_to_all: bool) -> None:
-        """Take in that this instance is number *rank* of *count*.
+        """Adopt number *rank* of *count* as this instance's rank.
 
-        Until that is *known_to_all*, its share is within both its former one and the one to come.
+        Until the new rank is *known_to_all*, the share is within both the former share and the new
+        one.
         """
         if known_to_all:
             self._learned = rank, count
@@ -57,8 +61,8 @@ class Scope(NamedTuple):
     """The processes among which a limit is shared: this one is number *rank* of the *workers* of
     *host*.
 
-    *host* is a name that only the workers of one parent have. *first*: no other worker of it was
-    there before.
+    *host* is a name that only the workers of one parent have. *first*: this is the first worker of
+    that host.
     """
 
     host: str

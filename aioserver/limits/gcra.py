@@ -42,7 +42,7 @@ class Gcra:
         self.interval = interval
 
     def delay(self, ahead: float = 0.0) -> float:
-        """Return the seconds until a start is allowed after others that are worth *ahead*
+        """Return the seconds until a start is allowed after earlier starts that are worth *ahead*
         seconds.
         """
         wait = ahead - self._tolerance
@@ -51,7 +51,7 @@ class Gcra:
         return wait if wait > 0 else 0.0
 
     def take(self, seconds: float) -> None:
-        """Count a start that is worth *seconds*, whether it is allowed or not.
+        """Count a start that is worth *seconds*, allowed or not.
 
         An ordinary start is worth `interval`. A negative number takes an earlier start back.
         """
@@ -76,10 +76,10 @@ class Gcra:
         return max(0, int((self._tolerance - ahead) / self.interval + 1 + ROUNDING))
 
     def apply(self, interval: float, tolerance: float, *, scale: float = 1.0) -> None:
-        """Use another rate from now on.
+        """Set another rate.
 
-        What is counted ahead of now is multiplied by *scale*: 1 keeps the seconds until the next
-        start, the new interval divided by the old one keeps the number of starts.
+        The time that is counted ahead of now is multiplied by *scale*: 1 keeps the seconds until
+        the next start, and the new interval divided by the old one keeps the number of starts.
         """
         now = self._clock()
         if self._tat > now:
@@ -87,9 +87,9 @@ class Gcra:
         self.interval, self._tolerance = interval, tolerance
 
     def postpone(self, moment: float) -> None:
-        """Allow no start before *moment*, a time of the clock, and no burst at that moment."""
+        """Allow no start before *moment*, a time of the clock, and no burst then."""
         self._tat = max(self._tat, moment + self._tolerance)
 
     def catch_up(self) -> None:
-        """Allow the next start in one interval at the latest, whatever has been counted."""
+        """Allow the next start within one interval, whatever has been counted."""
         self._tat = min(self._tat, self._clock() + self._tolerance + self.interval)

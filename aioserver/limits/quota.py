@@ -6,15 +6,15 @@ that attaches to an answer under way begins none. A connection counts from its r
 to its end, also while it waits for its place; a `max_connections` of 0 bounds nothing. The limit
 per minute is a GCRA (limits/gcra.py) with a burst of a whole minute: after a rest
 `requests_per_minute` answers may begin at once, then one each 60 / `requests_per_minute` seconds.
-A deletion counts like the beginning of an answer, since it costs all instances a look.
-Tokens count by an estimate that is reserved before the start (limits/budget.py).
+A deletion counts like the beginning of an answer, since all instances have to look for it. Tokens
+count by an estimate that is reserved before the start (limits/budget.py).
 
 A key is a resource (limits/resource.py): its answers are the places, its starts and tokens the
-rate. A request over a limit is refused, unless the key has a queue: it then waits there before it
-asks for anything that is everybody's, if what it lacks can come within its time. The queue is fair
+rate. A request over a limit is refused, unless the key has a queue. There it waits, before it
+takes anything that callers share, if the limit can admit it within its time. The queue is fair
 among the users of the key.
 
-This file is one concept: what an answer counts is counted in all limits of its key, or in none.
+This file is one concept: an answer is counted in all limits of its key, or in none.
 """
 
 # ruff: noqa: SLF001 - a quota and what is bound to it are one concept
@@ -57,7 +57,7 @@ MINUTE = 60.0
 # Seconds that a request may wait at its key: the timeout of the SDKs themselves.
 MAX_WAIT = 600.0
 REVOKED = "this API key is no longer valid"
-# What a start has taken that has reserved no tokens.
+# What the rate returns for a start that has reserved no tokens.
 START = object()
 
 
@@ -109,9 +109,9 @@ class KeyRate:
 
 
 class Shared(Protocol):
-    """What shares the limits of a key among instances; they are in the key's quota."""
+    """The part that shares the limits of a key among instances, owned by the key's quota."""
 
-    # Seconds for which an answer or a deletion waits for what others may have.
+    # Seconds for which an answer or a deletion waits for tokens or starts that others may hold.
     patience: float
 
     @property
@@ -128,12 +128,12 @@ class Shared(Protocol):
 class Quota:
     """The counts of one key; they outlive a change of its limits.
 
-    Always: `running` answers were taken and not given back, and `connections` counted and not
-    ended; in any span of t seconds at most `(t / 60 + 1) * requests_per_minute` are taken. Once
-    `revoked`, none is taken any more.
+    Always: `running` is the number of answers taken and not given back, `connections` the number
+    of connections that have not ended. In any span of t seconds at most `(t / 60 + 1) *
+    requests_per_minute` answers are taken, and none once `revoked`.
 
-    Its `limit` is what may run at once, of which `resource` has the part of this process. What
-    waits is started by *scheduler*; None: by one of its own.
+    Its `limit` bounds the answers at once, and `resource` has the part of this process.
+    *scheduler* starts the requests that wait; None: one of its own.
     """
 
     def __init__(
@@ -252,8 +252,8 @@ class Quota:
 
     @property
     def rested(self) -> bool:
-        """Whether nothing runs, waits or is open, and a new quota in the place of this one would
-        allow no more.
+        """Whether nothing runs, waits or is open, and a new quota in its place would allow no
+        more.
         """
         if self.running or self.connections or self.resource.waiting or self._held:
             return False
@@ -279,10 +279,10 @@ class Quota:
         on_wait: Callable[[], None] | None = None,
     ) -> Grant | None:
         """Return the grant of an answer that begins: release it once the answer has ended, or
-        cancel it if it has never begun. None: *ticket* waits, and `granted` is next, or `leave`.
+        cancel it if it has never begun. None: *ticket* waits; call `granted` next, or `leave`.
 
-        Its *tokens* are an estimate. Where it has to wait, *on_wait* is called, which may raise; but
-        if others may have what it lacks, only once it has waited for a moment.
+        Its *tokens* are an estimate. If it has to wait, *on_wait* is called, which may raise. If
+        other instances may hold what it needs, *on_wait* is called only after a short wait.
 
         Raises:
             InvalidApiKey: the key was revoked after its request came in.
@@ -445,8 +445,8 @@ class Quota:
     def connect(self) -> Awaitable[None] | None:
         """Count a connection; call `disconnect` once when it has ended.
 
-        Where other processes share the limit, the result may have to be awaited; a connection that
-        is refused by it has ended, too.
+        If other processes share the limit, the result may have to be awaited; a connection that is
+        refused then has ended, too.
 
         Raises:
             ConcurrencyExceeded: `max_connections` of the key are open or wait; nothing is counted.
@@ -560,7 +560,8 @@ class Held(msgspec.Struct, eq=False):
 def too_many_tokens(shortage: Shortage) -> TokensExceeded:
     """Return the error of a request for which there are too few tokens."""
     period, limit, used, tokens, delay = shortage
-    # Codex reads the time from exactly these words; a tenth too late is not refused again.
+    # Codex parses the time from exactly these words. A time that is a tenth too long is not
+    # refused again.
     seconds = ceil(delay * 10) / 10
     error = TokensExceeded(
         f"{period} of this key: limit {limit}, used {used}, requested about {tokens}."

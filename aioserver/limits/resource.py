@@ -1,20 +1,23 @@
 """A resource: something of which only so many can be used at once, and the tickets that wait for it.
 
 Connection slots, a key and a provider are resources. They differ in their arguments and not in
-their class: in capacity, in the classes of tickets and what each class may use, in an optional rate
-(starts or tokens per minute, the trials of a dead provider), and in the words of their refusals.
+their class. The arguments are the capacity, the classes of tickets with the places of each, an
+optional rate (starts or tokens per minute, the trials of a dead provider), and the texts of
+refusals.
 
 A resource may be *within* another one: the background slots of a provider are half of its slots. A
-ticket that is granted one goes on to the outer resource, in front of its caller's others, and both
-are released together.
+ticket that is granted an inner slot goes on to the outer resource, in front of its caller's other
+tickets, and both grants are released together.
 
-The capacity may be ours or somebody else's: a reload, or a *supply* that shares one limit among
-several processes. Whoever owns it calls `Scheduler.resize`. Nothing inherits from a resource.
+The capacity has one owner: our settings, which a reload replaces, or a *supply*, which shares one
+limit among several processes. The owner calls `Scheduler.resize`. Nothing inherits from a
+resource.
 
 The queue is bounded by *slots*. A ticket takes one slot when it begins to wait, at one of the
-resources that it bids for, and keeps it until it starts or leaves, wherever it stands meanwhile.
+resources that it bids for, and keeps it until it starts or leaves, whichever queues it stands in
+meanwhile.
 
-This file is one concept: what a resource has, what is granted of it, and who waits for it are one
+This file is one concept: the capacity, the grants and the waiting tickets of a resource are one
 count.
 """
 
@@ -42,8 +45,8 @@ SMOOTHING, LONGEST = 0.2, 60.0
 
 
 class Reason(Enum):
-    """Why a ticket is refused: there is no room to wait, it has waited too long, its rate is too
-    slow for its deadline, or its own deadline has come.
+    """Why a ticket is refused: the queue is full, it has waited too long, the rate is too slow for
+    its deadline, or its own deadline has come.
     """
 
     FULL = "full"
@@ -54,8 +57,8 @@ class Reason(Enum):
 
 class Class(NamedTuple):
     """A kind of ticket at a resource. *weight* is its part of the work while others wait, *places*
-    what it may use of a capacity (None: all), *room* its part of the queue, *patience* how many
-    times as long as `queue_timeout` it waits (inf: until its deadline).
+    what it may use of a capacity (None: all), *room* its part of the queue. *patience* is how many
+    times `queue_timeout` it waits at most (inf: until its deadline).
     """
 
     name: str
@@ -66,12 +69,12 @@ class Class(NamedTuple):
 
 
 def all_but_a_tenth(capacity: int) -> int:
-    """Return what batch may use: all but a tenth, at least one, of two places or more."""
+    """Return the places of batch: all but a tenth, at least one, of two places or more."""
     return capacity - max(1, capacity // 10) if capacity > 1 else capacity
 
 
 def half(capacity: int) -> int:
-    """Return what answers in the background may use: half, at least one."""
+    """Return the places of answers in the background: half, at least one."""
     return max(1, capacity // 2) if capacity > 0 else 0
 
 
@@ -81,57 +84,57 @@ BOTH_CLASSES = (Class(INTERACTIVE, 19), Class(BATCH, 1, all_but_a_tenth, 0.5, 10
 
 
 class Rate(Protocol):
-    """How fast starts may follow each other, or how much they may spend: a provider's pace with the
-    trials of its breaker; a key's starts and tokens.
+    """How fast starts may follow each other, or how much they may spend: a provider's pace with
+    the trials of its breaker, or a key's starts and tokens.
     """
 
     def delay(self, cost: int, ahead: int = 0) -> float:
-        """Return the seconds until a start of *cost* is allowed that has so many others *ahead*;
-        inf: until `Scheduler.serve` is called.
+        """Return the seconds until a start of *cost* is allowed with so many others *ahead*; inf:
+        until `Scheduler.serve` is called.
         """
 
     def try_take(self, cost: int) -> object:
-        """Count a start, if it is allowed now; return what was taken, and None if nothing was.
-        True: nothing is to be settled.
+        """Count a start if it is allowed now, and return what was taken; None: it is not allowed.
+        True: there is nothing to settle.
         """
 
     def settle(self, taken: object, spent: int | None) -> None:
-        """Correct, once, what was taken: so much was *spent*; None: it was not used at all."""
+        """Correct *taken*, once, to the tokens *spent*; None: it was not used at all."""
 
 
 class Supply:
-    """The part that shares one limit among several processes. It calls `Scheduler.resize` with the places
-    that this process may use. What an heir does not override does nothing.
+    """The part that shares one limit among several processes. It calls `Scheduler.resize` with the
+    places that this process may use. Methods that a subclass does not override do nothing.
     """
 
     def check(self) -> None:
-        """Lower the capacity if what was granted holds no more; called before each start."""
+        """Lower the capacity if the grant of places has expired; called before each start."""
 
     def asked(self) -> None:
-        """Set `Resource.elsewhere` and `Resource.grace`: a ticket cannot start at once, and asks
-        whether it may wait.
+        """Set `Resource.elsewhere` and `Resource.grace`: a ticket cannot start at once, and is
+        about to be queued or refused.
         """
 
     def changed(self) -> None:
-        """Hear that a ticket waits that cannot start, or has left without a start."""
+        """Note that a ticket waits that cannot start, or has left without a start."""
 
     def freed(self) -> None:
-        """Hear that a place is about to become free: it may be given to others."""
+        """Note that a place is about to become free: the supply may give it to another process."""
 
     def apply(self, limit: int) -> None:
-        """Use another limit, which all processes have together."""
+        """Set another limit for all processes together."""
 
     def leave(self) -> None:
-        """Take no more places: each is given back as it ends."""
+        """Take no more places; each place held is given back as its use ends."""
 
     def share(self, size: int) -> int:
-        """Return what this process has of *size*, which is not lent to and fro."""
+        """Return this process's share of *size*, a number that is not lent between processes."""
         return size
 
 
 class QueueStats(msgspec.Struct, frozen=True):
-    """A snapshot of a resource; *oldest_wait* in seconds. Of those *waiting*, *batch_waiting* are
-    batch.
+    """A snapshot of a resource; *oldest_wait* in seconds. *batch_waiting* of the *waiting* tickets
+    are batch.
     """
 
     inside: int
@@ -144,30 +147,32 @@ class QueueStats(msgspec.Struct, frozen=True):
 
 
 class Places(msgspec.Struct, eq=False):
-    """Places, of which *inside* are taken, and how fast they become free while all are."""
+    """Places, of which *inside* are taken, and the rate at which they become free while all are
+    taken.
+    """
 
     limit: int
     clock: Callable[[], float]
     inside: int = 0
     interval: float = 1.0
-    # Since when all are taken, or when one became free last while they were.
+    # When the last place was taken, or, while all are taken, when one became free last.
     full_since: float = 0.0
 
     def resize(self, limit: int) -> None:
-        """Have so many places; those that are taken stay taken."""
+        """Set the number of places; those that are taken stay taken."""
         if self.inside < self.limit:
             self.full_since = self.clock()
         self.limit = limit
 
     def take(self) -> None:
-        """Take one."""
+        """Take a place."""
         if self.inside + 1 == self.limit:
             self.full_since = self.clock()
         self.inside += 1
 
     def free(self) -> None:
-        """Give one back."""
-        # Below the limit nobody had to wait for it, so its interval does not count.
+        """Give a place back."""
+        # Below the limit no ticket had to wait for the place, so its interval does not count.
         if self.inside >= self.limit:
             now = self.clock()
             newest = min(LONGEST, now - self.full_since)
@@ -176,21 +181,21 @@ class Places(msgspec.Struct, eq=False):
         self.inside -= 1
 
     def eta(self, position: int) -> float:
-        """Estimate the seconds until so many have become free."""
+        """Estimate the seconds until so many places have become free."""
         return position * self.interval if self.inside >= self.limit else 0.0
 
 
 class Ticket(msgspec.Struct, eq=False):
-    """One request: who asks, and until when it may wait.
+    """One request: its caller, and how long it may wait.
 
-    Always: it waits for one set of bids at most, which ends once: with a grant or an error. What
-    it holds is released by `Scheduler.close`, wherever it is.
+    Always: it waits for one set of bids at most, and that wait ends once, with a grant or an
+    error. `Scheduler.close` releases all its grants.
 
-    *kind* names its class, *work* is what it is estimated to cost its caller's share; 0: what
-    *estimate* returns, which is called once somebody waits. It *arrived* at that time of the
-    clock: when it comes back, it stands where it would have stood. A ticket
-    that *goes_on* with what has begun may still enter while a resource closes. *on_position* is
-    called with the resource, the position there, and the seconds until the start, by an estimate.
+    *kind* names its class. *work* is the estimate that is charged to its caller; 0: *estimate*
+    returns it, and is called once a ticket waits. *arrived* is a time of the clock: a ticket that
+    comes back stands where it would have stood. A ticket that *goes_on* continues an answer, and
+    may enter while a resource closes. *on_position* is called with the resource, the position
+    there, and the estimated seconds until the start.
     """
 
     caller: Hashable = None
@@ -203,29 +208,29 @@ class Ticket(msgspec.Struct, eq=False):
     goes_on: bool = False
     estimate: Callable[[], int] | None = None
     on_position: Callable[[Resource, int, float], None] | None = None
-    # What it holds.
+    # The grants that it holds.
     grants: dict[Grant, None] = msgspec.field(default_factory=dict)
-    # The resource in whose queue its slot is, and the seconds that it has waited at each.
+    # The resource in whose queue its slot is, and the seconds that it has waited at each resource.
     slot: Resource | None = None
     waited: dict[Resource, float] | None = None
-    # While it waits; *outcome* is how the wait has ended, until its task hears of it.
+    # Its bids while it waits; *outcome* is how the wait has ended, until its task has read it.
     bids: Sequence[Bid] = ()
     timer: asyncio.TimerHandle | None = None
     woken: asyncio.Future[None] | None = None
     outcome: Grant | BaseException | None = None
-    # The bid by which it has started last, and whether it had to wait for that.
+    # The bid by which it has started last, and whether that bid had to wait.
     won: Bid | None = None
     queued: bool = False
     reported: tuple[Resource, int, float] | None = None
 
     def cost(self) -> int:
-        """Return its work."""
+        """Return its estimated work."""
         if not self.work:
             self.work = 1 if self.estimate is None else self.estimate()
         return self.work
 
     def free_slot(self) -> None:
-        """Take no slot any more: its request does not come back."""
+        """Give its slot back: its request does not return."""
         if (resource := self.slot) is not None:
             self.slot = None
             resource.take_slots(self.kind, -1)
@@ -234,19 +239,19 @@ class Ticket(msgspec.Struct, eq=False):
 
     @property
     def left(self) -> bool:
-        """Whether its task has given up, and has not run since."""
+        """Whether its task was cancelled, and has not run since."""
         return self.woken is not None and self.woken.cancelled()
 
 
-# The ticket of a bid that waits no more, or not yet.
+# The ticket of a bid that does not wait yet, or no longer.
 NOBODY = cast("Ticket", None)
 
 
 class Bid(msgspec.Struct, eq=False):
     """A ticket's wish for one *resource*, where it counts *cost* for the rate.
 
-    It joins the queue at *not_before*, a time of the clock. One that comes back stands in *front*
-    of its caller's others. One that is *parked* waits for the resource to recover, and joins at
+    It joins the queue at *not_before*, a time of the clock. A bid that comes back stands in
+    *front* of its caller's others. A *parked* bid waits for the resource to recover, and joins at
     once when `Scheduler.recover` is called. *movable* says that the request can go elsewhere.
     """
 
@@ -256,8 +261,8 @@ class Bid(msgspec.Struct, eq=False):
     front: bool = False
     parked: bool = False
     movable: bool = False
-    # Its ticket once that has bid, and the class of it; since when and until when it waits; where it
-    # stands, with the seconds until its start; and its grant within the resource.
+    # Set while it waits: its ticket, and the ticket's class; since when and until when it waits;
+    # its entry in the queue, with the seconds until its start; and its grant within the resource.
     ticket: Ticket = NOBODY
     index: int = 0
     since: float = 0.0
@@ -268,11 +273,13 @@ class Bid(msgspec.Struct, eq=False):
 
     @property
     def rests(self) -> bool:
-        """Whether it was there before, and waits for nothing but its time."""
+        """Whether it was queued before, and now waits only for *not_before*."""
         return self.front and not self.parked
 
     def began(self, resource: Resource) -> float:
-        """Return since when it waits, as if its former waits at *resource* had come just before."""
+        """Return the start of its wait, as if its earlier waits at *resource* had come just
+        before.
+        """
         waited = self.ticket.waited
         return self.since - (0.0 if waited is None else waited.get(resource, 0.0))
 
@@ -285,21 +292,21 @@ class Grant(msgspec.Struct, eq=False):
     _resource: Resource | None
     ticket: Ticket
     index: int = 0
-    # What the rate has counted, and with what its caller was charged.
+    # What the rate has counted, and what its caller was charged with.
     taken: object = True
     charge: Charge[Bid] | None = None
-    # That of a resource within this one.
+    # The grant of a resource within this one.
     inner: Grant | None = None
 
     @property
     def resource(self) -> Resource:
-        """What it is a grant of. It has not ended."""
+        """The resource that granted it. It must not have ended."""
         assert self._resource is not None
         return self._resource
 
     def release(self, work: int | None = None, spent: int | None = None) -> None:
-        """End it: its request has cost so much *work* and has *spent* so many tokens; None: what
-        was estimated.
+        """End it. Its request has cost so much *work* and has *spent* so many tokens; None: as
+        estimated.
         """
         if (resource := self._resource) is not None:
             self._resource = None
@@ -308,8 +315,8 @@ class Grant(msgspec.Struct, eq=False):
             resource.leave(self, work)
 
     def cancel(self, *, serve: bool = True) -> None:
-        """End it as one that was not used: it has cost nothing. Unless this is to *serve* who is
-        next, the caller does.
+        """End it unused: it costs nothing. Unless told to *serve* the next ticket, the caller
+        must.
         """
         if (resource := self._resource) is not None:
             self._resource = None
@@ -322,18 +329,18 @@ class Resource:
     """Bounded in its capacity, in its queue, and in the time that a ticket waits; fair between
     callers. The scheduler drives it.
 
-    Always: `inside` is at most the capacity, and that of each class at most what the class may
-    use, unless these were lowered since; no ticket waits while the next one could start.
+    Always: `inside` is at most the capacity, and the grants of each class are at most the places
+    of the class, unless these were lowered since; no ticket waits while the next one could start.
 
-    *refuse* makes the error of a refusal: its reason, the seconds after which to come back, and
-    the bid. *serve* is called when a place has become free. *keeps* says whether tickets that
-    start now keep their slots, since they may have to come back: they are trials. *look* returns
-    the error of a bid that comes later, if something has come up against it meanwhile. *reopens*
-    estimates the seconds until a rate opens where the rate itself does not know. It is a *part* of
-    what it is *within*. A queue of size 0 lets nobody wait. Of a *bare* one all tickets have one
-    caller, whom nobody charges, and whoever is granted a place gives it back: `Scheduler.close`
-    does not know of it. Where places are taken by what may be *idle*, the time between two that
-    become free counts only while somebody waits.
+    *refuse* makes the error of a refusal from its reason, the seconds after which to come back,
+    and the bid. *serve* is called when a place has become free. *keeps* says whether tickets that
+    start now keep their slots, since they are trials and may have to come back. *look* returns an
+    error for a bid that joins later, if it can no longer be served. *reopens* estimates the
+    seconds until a rate opens, if the rate itself does not know. A resource is a *part* of what it
+    is *within*. A queue of size 0 admits no ticket. All tickets of a *bare* resource have one
+    caller that is never charged, and the holder of a place gives it back: `Scheduler.close` does
+    not know of it. If places can be held by *idle* connections, the time between two freed places
+    counts only while a ticket waits.
     """
 
     def __init__(
@@ -362,44 +369,44 @@ class Resource:
         self.look, self.reopens = look, reopens
         self.classes, self.rate, self.within, self.part = classes, rate, within, part
         self.supply, self.bare, self.idle = supply, bare, idle
-        # How many places may be free in other processes: so much longer may the queue be; and for
-        # how many seconds a ticket may wait that would be refused at once otherwise.
+        # Places that may be free in other processes, by which the queue may be longer; and the
+        # seconds for which a ticket may wait that would otherwise be refused at once.
         self.elsewhere, self.grace = 0, 0.0
-        # Makes the error of all who come once it is shut, but for those who go on with what has
-        # begun if it *finishes* that.
+        # Makes the error for all arrivals after `close`, except those that go on with an answer if
+        # it *finishes* answers.
         self.closed: Callable[[], BaseException] | None = None
         self.finishes = False
-        # How many tickets were refused.
+        # The number of refused tickets.
         self.refused = 0
-        # The bids that are parked, and do not stand in the queue.
+        # The bids that are parked and not in the queue.
         self.away: dict[Bid, None] = {}
         # Fires when the head may start.
         self.timer: asyncio.TimerHandle | None = None
         self.places = Places(capacity, clock)
-        # What each class may use, None for all.
+        # The places of each class, None for all.
         self.limits = [each.places and Places(each.places(capacity), clock) for each in classes]
         self._indices = {each.name: index for index, each in enumerate(classes)}
         self.queue: ClassQueue[Bid] = ClassQueue([each.weight for each in classes])
-        # Grants that were had without a wait while nobody waited: their callers are charged once
-        # somebody waits, or else at their end. Without a queue nobody is charged.
+        # Grants that had no wait while no ticket waited: their callers are charged once a ticket
+        # waits, or else at their end. Without a queue they are never charged.
         self._early: dict[Grant, None] = {}
         # The slots that are taken, of all and of each class.
         self.slots, self.class_slots = 0, [0 for _ in classes]
         # The resources within this one.
         self.inner: list[Resource] = []
-        # Whether a start takes nothing but a place.
+        # Whether a start needs nothing but a place.
         self._plain = False
         self._note_plain()
         if within is not None:
             within.inner.append(self)
 
     def attach(self, supply: Supply | None) -> None:
-        """Have the capacity from *supply* from now on; None: it is our own."""
+        """Take the capacity from *supply* from now on; None: from our own settings."""
         self.supply = supply
         self._note_plain()
 
     def close(self, error: Callable[[], BaseException], *, finishes: bool) -> None:
-        """Refuse all who come from now on; see `Scheduler.shut`."""
+        """Refuse all arrivals from now on; see `Scheduler.shut`."""
         self.closed, self.finishes = error, finishes
         self._note_plain()
 
@@ -409,27 +416,27 @@ class Resource:
 
     @property
     def inside(self) -> int:
-        """How many grants have not ended."""
+        """The number of grants that have not ended."""
         return self.places.inside
 
     @property
     def limit(self) -> int:
-        """The capacity now."""
+        """The present capacity."""
         return self.places.limit
 
     @property
     def waiting(self) -> int:
-        """How many tickets wait here, those that are parked included."""
+        """The number of tickets that wait here, parked ones included."""
         return self.queue.size + len(self.away)
 
     def index(self, ticket: Ticket) -> int:
-        """Return the class of *ticket* here."""
+        """Return the class index of *ticket* here."""
         return self._indices.get(ticket.kind, 0)
 
     # Starts.
 
     def try_start(self, ticket: Ticket, cost: int = 0) -> Grant | None:
-        """Return a grant if one is free and nobody waits for it."""
+        """Return a grant if a place is free and no ticket waits for it."""
         places = self.places
         if self._plain:
             if places.inside >= places.limit or self.queue.size:
@@ -494,7 +501,7 @@ class Resource:
                 return None
             if not found[1].ticket.left:
                 return found[1]
-            # Its task leaves in this turn of the loop: it is passed over.
+            # The task of the ticket was cancelled in this turn of the loop: it is passed over.
             self.drop(found[1])
         return None
 
@@ -529,12 +536,12 @@ class Resource:
         return grant
 
     def settle(self, taken: object, spent: int | None) -> None:
-        """Correct what the rate has *taken* for a start."""
+        """Settle what the rate has *taken* for a start."""
         assert self.rate is not None
         self.rate.settle(taken, spent)
 
     def leave(self, grant: Grant, work: int | None, *, serve: bool = True) -> None:
-        """Take *grant* back, whose request has cost so much *work*; None: what was estimated."""
+        """Take *grant* back; its request has cost so much *work*; None: as estimated."""
         places = self.places
         if self._plain:
             if places.inside >= places.limit and (self.queue.size or not self.idle):
@@ -550,7 +557,7 @@ class Resource:
         if grant.charge is not None:
             grant.charge.settle(work)
         elif grant in self._early:
-            # It was had without a wait, and nobody has waited since.
+            # It had no wait, and no ticket has waited since.
             del self._early[grant]
             cost = ticket.cost() if work is None else work
             self.queue.queues[index].spend(ticket.caller, ticket.weight, cost)
@@ -579,17 +586,17 @@ class Resource:
     # The queue.
 
     def class_room(self, kind: str) -> int:
-        """Return how many more slots the class *kind* may have, however full the queue is."""
+        """Return how many more slots the class *kind* may take, however full the queue is."""
         index = self._indices.get(kind, 0)
         return math.ceil(self.queue_size * self.classes[index].room) - self.class_slots[index]
 
     def room(self, kind: str) -> int:
-        """Return for how many more tickets of the class *kind* the queue has room."""
+        """Return for how many more tickets of the class *kind* there is room in the queue."""
         room = min(self.queue_size - self.slots, self.class_room(kind)) + self.elsewhere
         return room if self.within is None else min(room, self.within.room(kind))
 
     def ask(self) -> None:
-        """Have the supply say what other processes may have free."""
+        """Let the supply report places that may be free in other processes."""
         if self.supply is not None:
             self.supply.asked()
         if self.within is not None:
@@ -601,10 +608,10 @@ class Resource:
         self.class_slots[self._indices.get(kind, 0)] += count
 
     def admit(self, bid: Bid, now: float, *, room: bool) -> None:
-        """Set until when *bid* may wait here, where there is *room* for its ticket.
+        """Set until when *bid* may wait here, if there is *room* for its ticket.
 
         Raises:
-            BaseException: made by *refuse*: it may not wait, or could not start in time.
+            BaseException: made by *refuse*; it may not wait, or could not start in time.
         """
         ticket, patience = bid.ticket, self.classes[bid.index].patience
         if patience < inf:
@@ -625,7 +632,7 @@ class Resource:
         bid.until = min(bid.since + seconds, ticket.deadline)
         left = bid.until - now
         delay = bid.not_before - now
-        # The true position costs a look at all callers: that of the last one often does.
+        # The exact position takes a look at all callers; that of the last ticket often suffices.
         if self.rate is not None and self.rate.delay(bid.cost, self.queue.size) > left:
             delay = max(delay, self.rate.delay(bid.cost, self.first_position(bid) - 1))
         if left < delay < inf:
@@ -640,24 +647,22 @@ class Resource:
             and self.rate is not None
             and self.places.inside < self.places.limit
         ):
-            # Nobody may wait here: the refusal names what is missing.
+            # The queue has no slots: the refusal names the rate, which is what is missing.
             return self.refusal(Reason.SLOW, bid, self.rate.delay(bid.cost))
         return self.refusal(Reason.FULL, bid, self.retry_after())
 
     def no_wait(self, ticket: Ticket, cost: int = 0) -> BaseException:
-        """Return the error of *ticket*, which could not start, where nobody may wait."""
+        """Return the error of *ticket*, which could not start, at a resource without a queue."""
         if self.closed is not None:
             return self.closed()
         return self._no_wait(self.bid(ticket, cost), 0.0, 0.0)
 
     def bid(self, ticket: Ticket, cost: int = 0) -> Bid:
-        """Return a bid of *ticket*, for the words of a refusal."""
+        """Return a bid of *ticket*, for the text of a refusal."""
         return Bid(self, cost, ticket=ticket, index=self.index(ticket))
 
     def refusal(self, reason: Reason, bid: Bid, seconds: float) -> BaseException:
-        """Return the error of a ticket that is refused here, and count it; *seconds* inf: nobody
-        knows when it may come back.
-        """
+        """Count a refusal, and return its error; *seconds* inf: the time to come back is unknown."""
         self.refused += 1
         return self.refuse(reason, self.retry_after() if seconds == inf else seconds, bid)
 
@@ -676,7 +681,7 @@ class Resource:
         queue.add(bid.index, bid, ticket.caller, ticket.flow, ticket.weight, work, arrived)
 
     def drop(self, bid: Bid) -> bool:
-        """Let *bid* wait here no more; return whether it stood here."""
+        """Take *bid* out of the queue; return whether it was there."""
         if not bid.standing:
             return False
         bid.standing = False
@@ -688,7 +693,7 @@ class Resource:
     # Reports.
 
     def first_position(self, bid: Bid) -> int:
-        """Estimate the position of *bid*, which stands here or is about to."""
+        """Estimate the position of *bid*, which is in the queue or about to join it."""
         ticket, queue = bid.ticket, self.queue
         if not queue.size:
             return 1
@@ -717,7 +722,7 @@ class Resource:
         return min(high, max(low, estimate) * random.uniform(1.0, 1.5))  # noqa: S311 - jitter
 
     def positions(self) -> Iterator[tuple[Bid, int, float]]:
-        """Iterate over those that wait, each with its position and the seconds until its start."""
+        """Iterate over the waiting bids, each with its position and the seconds until its start."""
         own = [0 for _ in self.classes]
         for position, bid in enumerate(self.queue.order(), 1):
             own[bid.index] += 1

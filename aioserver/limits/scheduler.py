@@ -1,17 +1,17 @@
-"""The scheduler: a ticket waits here, once, until one of the resources that it bids for has a place.
+"""The scheduler: the one place where tickets wait until a resource that they bid for has a place.
 
     enter ──▶ a grant at once
       └─────▶ waits ──▶ a grant │ refused │ its deadline │ it has left
                 ▲         │
                 └─ again ─┘      a retry, a failover, a provider that is away
 
-A request asks for what it needs in order: first for its key, whose grant it holds until its answer
-has ended, then for any of the providers that may answer, whose grant it holds for one attempt. At
-each step it stands in the queues of all its bids, and leaves all of them in the moment in which it
+A request asks for its resources in order: first its key, whose grant it holds until its answer has
+ended; then any of the providers that may answer, whose grant it holds for one attempt. At each
+step it stands in the queues of all its bids, and leaves all of them at the moment at which it
 starts at one. A ticket that comes back keeps its first arrival, and the time that it has waited.
 
-Nothing here blocks, and no call leads back into itself: resources whose queue has changed are
-noted, and served one after the other.
+Nothing here blocks, and no call is re-entrant: resources whose queue has changed are noted, and
+served one after the other.
 
 This file is one concept: a wait, from when a ticket enters to its one end.
 """
@@ -31,31 +31,31 @@ if TYPE_CHECKING:
 
     from aioserver.limits.resource import Bid
 
-# Seconds between two reports to the tickets that want to know their positions.
+# Seconds between two reports of positions.
 REPORT_INTERVAL = 1.0
-# Entries for bids that have left, which are kept among the later ones before they are swept.
+# Entries of bids that have left, which stay in the heap of later bids before they are swept.
 MAX_STALE = 64
 
 
 class Scheduler:
-    """Starts tickets in the order of their resources' queues, and ends those that are too late.
+    """Starts tickets in the order of their resources' queues, and ends those whose deadline has
+    come.
 
-    Always: a ticket waits for one set of bids at most, and its wait ends once; once it has ended,
-    it stands in no queue, has no timer, and takes no slot unless its resource keeps that; after
-    `close` it holds nothing. No resource has a place for a ticket that stands in its queue and
-    could be next.
+    Always: a ticket waits for one set of bids at most, and its wait ends once. Once it has ended,
+    the ticket stands in no queue, has no timer, and takes no slot unless its resource keeps it;
+    after `close` it holds nothing. No resource has a place for a queued ticket that could be next.
 
-    One event loop owns one scheduler. A callback that a resource was given must not raise.
+    One event loop owns one scheduler. Callbacks that resources were given must not raise.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        # The tickets that wait, in the order in which they began to.
+        # The waiting tickets, in the order in which they began to wait.
         self.waiting: dict[Ticket, None] = {}
-        # Resources whose queue has to be looked at.
+        # Resources whose queue must be looked at.
         self._dirty: dict[Resource, None] = {}
         self._serving = False
-        # The bids that join later, by their times, and those of them that have left.
+        # The bids that join later, by time, and those of them that have left.
         self._later: list[tuple[float, int, Bid]] = []
         self._entries = 0
         self._later_timer: asyncio.TimerHandle | None = None
@@ -66,14 +66,14 @@ class Scheduler:
         """Return the time of its clock, in seconds."""
         return self._loop.time()
 
-    # What a request calls.
+    # The calls of a request.
 
     def enter(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant | None:
-        """Return the first grant that is free, in the order of *bids*; otherwise let *ticket* wait,
-        and return None: `granted` is next.
+        """Return the first free grant, in the order of *bids*; otherwise let *ticket* wait, and
+        return None: call `granted` next.
 
         Raises:
-            BaseException: it may wait nowhere; of the refusals, that which may pass soonest.
+            BaseException: every bid was refused; the error is the refusal that may pass soonest.
         """
         for bid in bids:
             if not bid.not_before and (grant := bid.resource.try_start(ticket, bid.cost)):
@@ -97,7 +97,7 @@ class Scheduler:
         """Return the grant that *ticket* waits for. Cancelling is safe.
 
         Raises:
-            BaseException: it was refused; made by the resource that it has left last.
+            BaseException: it was refused; the resource that it left last made the error.
         """
         try:
             if ticket.outcome is None:
@@ -112,8 +112,8 @@ class Scheduler:
         return _outcome(ticket)
 
     def listen(self, ticket: Ticket, on_position: Callable[[Resource, int, float], None]) -> None:
-        """Have *ticket*, if it waits, tell *on_position* where it stands: each second, and at once
-        if it had something else to tell when it began to wait.
+        """Report the position of *ticket*, if it waits, to *on_position*: each second, and at once
+        if its report has changed since it began to wait.
         """
         known, ticket.reported = ticket.on_position is not None, None
         ticket.on_position = on_position
@@ -123,7 +123,7 @@ class Scheduler:
             self._report_later()
 
     def leave(self, ticket: Ticket) -> None:
-        """End the wait of *ticket*, if it waits; a grant of which it has not heard is not used."""
+        """End the wait of *ticket*, if it waits; a grant that its task has not read is cancelled."""
         outcome, ticket.outcome = ticket.outcome, None
         if isinstance(outcome, Grant):
             outcome.cancel()
@@ -132,13 +132,15 @@ class Scheduler:
         ticket.free_slot()
 
     def close(self, ticket: Ticket) -> None:
-        """End *ticket*: its wait, and each grant that it still holds, which was not used."""
+        """End *ticket*: its wait, and each grant that it still holds, as unused."""
         self.leave(ticket)
         while ticket.grants:
             next(reversed(ticket.grants)).cancel()
 
     def join(self, ticket: Ticket, bid: Bid) -> None:
-        """Let *ticket*, if it still waits, bid for one more resource, where it may wait."""
+        """Let *ticket*, if it still waits, bid for one more resource, provided that it may wait
+        there.
+        """
         if ticket not in self.waiting:
             return
         now = self._loop.time()
@@ -157,9 +159,7 @@ class Scheduler:
         self._begin([bid], now)
 
     def withdraw(self, bid: Bid, error: Callable[[], BaseException]) -> None:
-        """Let the ticket of *bid* wait there no more; if that was its last bid, it ends with
-        *error*.
-        """
+        """Withdraw *bid*; if that was its ticket's last bid, the ticket ends with *error*."""
         self._withdraw(bid, error)
 
     def suspend(self, grant: Grant, kind: str) -> None:
@@ -176,15 +176,15 @@ class Scheduler:
         self._take_slot(ticket, resource)
         grant.release()
 
-    # What the owner of a resource calls.
+    # The calls of a resource's owner.
 
     def serve(self, resource: Resource) -> None:
-        """Start what may start now: *resource* has more places, or its rate has changed."""
+        """Start the next tickets of *resource*: it has more places, or its rate has changed."""
         self._dirty[resource] = None
         self._serve_all()
 
     def resize(self, resource: Resource, capacity: int) -> None:
-        """Have another capacity: of a reload, or of a supply. What is held stays held."""
+        """Set another capacity, after a reload or by a supply. Grants that are held stay."""
         if capacity != resource.places.limit:
             resource.places.resize(capacity)
             for limit, each in zip(resource.limits, resource.classes, strict=True):
@@ -201,8 +201,8 @@ class Scheduler:
         error: Callable[[], BaseException],
         which: Callable[[Bid], bool] = lambda _bid: True,
     ) -> None:
-        """Withdraw the bids that wait for *resource* for which *which* holds; tickets without
-        another bid end, each with an *error* of its own.
+        """Withdraw the bids for *resource* for which *which* holds; tickets without another bid
+        end, each with an *error* of its own.
         """
         for ticket in list(self.waiting):
             for bid in [each for each in ticket.bids if _leads_to(each, resource)]:
@@ -211,7 +211,7 @@ class Scheduler:
                     self._withdraw(bid, error)
 
     def recover(self, resource: Resource) -> None:
-        """Let the tickets that are parked come back to *resource* now, and to those within it."""
+        """Let parked tickets return to the queue of *resource* now, and of those within it."""
         parked = [each[2] for each in self._later if each[2].parked]
         for bid in parked:
             if _leads_to(bid, resource) and _comes(bid):
@@ -222,8 +222,8 @@ class Scheduler:
     def shut(
         self, resource: Resource, error: Callable[[], BaseException], *, finishes: bool = False
     ) -> None:
-        """Refuse all who wait for *resource*, and all who come, each with an error of its own; if
-        it *finishes* what has begun, not those that go on with it.
+        """Refuse all waiting and future tickets of *resource*, each with an error of its own; if
+        it *finishes* answers, except those that go on with one.
         """
         resource.close(error, finishes=finishes)
         self.refuse(resource, error, lambda bid: not (finishes and bid.ticket.goes_on))
@@ -234,12 +234,13 @@ class Scheduler:
     def _wait(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant | None:
         assert ticket not in self.waiting, "it waits once at a time"
         now = self._loop.time()
-        # A rest takes no slot; what is to join later has its room like the others.
+        # A bid that only rests takes no slot; a new bid that joins later has its room like the
+        # others.
         need = [bid for bid in bids if bid.not_before <= now or not bid.rests]
         for bid in bids:
             bid.resource.ask()
         if ticket.slot is not None and not any(_leads_to(bid, ticket.slot) for bid in bids):
-            # It comes back no more to where it had one.
+            # It does not return to the resource where it had a slot.
             ticket.free_slot()
         room = ticket.slot is not None or not need
         room = room or any(bid.resource.room(ticket.kind) > 0 for bid in need)
@@ -296,7 +297,7 @@ class Scheduler:
         self._serve_all()
 
     def _come(self, bid: Bid) -> None:
-        """Let *bid*, which has waited for its time, join the queue."""
+        """Let *bid*, whose time has come, join the queue."""
         ticket, resource = bid.ticket, bid.resource
         _outermost(bid).away.pop(bid, None)
         if (error := resource.look(bid)) is not None:
@@ -320,7 +321,7 @@ class Scheduler:
             self._report_first(ticket)
 
     def _serve_all(self) -> None:
-        """Look at the resources whose queue has changed, unless that is done already."""
+        """Serve the resources whose queue has changed, unless a caller further up does."""
         if self._serving:
             return
         self._serving = True
@@ -360,7 +361,7 @@ class Scheduler:
             return True
         if grant is None or outer is None:
             return self._start_later(bid)
-        # It goes on in the resource around it, before its caller's others.
+        # It goes on to the outer resource, before its caller's other tickets.
         bid.inner, bid.front, bid.resource = grant, True, outer
         bid.index = outer.index(ticket)
         if ticket.slot is resource:
@@ -371,13 +372,13 @@ class Scheduler:
         return True
 
     def _start_later(self, bid: Bid) -> bool:
-        """Look again when the rate allows *bid* to start; refuse it if that is too late."""
+        """Try again when the rate allows *bid* to start; refuse it if that is too late."""
         resource, now = bid.resource, self._loop.time()
         assert resource.rate is not None
         if (delay := resource.rate.delay(bid.cost)) == inf:
             return False
         if now + delay > bid.until + ROUNDING:
-            # What was in time when it began to wait is too late now.
+            # The bid was in time when it began to wait, and is too late now.
             late = resource.refusal(Reason.SLOW, bid, delay)
             self._withdraw(bid, lambda: late)
             return True
@@ -389,8 +390,8 @@ class Scheduler:
     def _end(
         self, ticket: Ticket, outcome: Grant | BaseException | None = None, *, keeps: bool = False
     ) -> None:
-        """End the wait of *ticket*: with a grant, with an error, or since it has left. *keeps*: it
-        was parked, and may have to come back.
+        """End the wait of *ticket*: with a grant, with an error, or since its task has left.
+        *keeps*: it was parked, and may have to come back.
         """
         del self.waiting[ticket]
         now, bids, ticket.bids = self._loop.time(), ticket.bids, ()
@@ -404,14 +405,14 @@ class Scheduler:
                 self._free_slot_unless(ticket, outcome, keeps=keeps)
             else:
                 ticket.free_slot()
-        # The callback for its position leads to whoever waits.
+        # The position callback refers to the waiting task.
         ticket.outcome, ticket.reported, ticket.on_position = outcome, None, None
         if ticket.woken is not None and not ticket.woken.done():
             ticket.woken.set_result(None)
         self._serve_all()
 
     def _take_away(self, bid: Bid, now: float) -> None:
-        """Let *bid* stand nowhere, and note how long it has waited; `_serve_all` is next."""
+        """Remove *bid* from all queues, and record how long it has waited; call `_serve_all` next."""
         ticket, resource = bid.ticket, bid.resource
         if now > bid.since:
             if ticket.waited is None:
@@ -419,19 +420,17 @@ class Scheduler:
             ticket.waited[resource] = ticket.waited.get(resource, 0.0) + now - bid.since
         _outermost(bid).away.pop(bid, None)
         if resource.drop(bid):
-            # The next one may cost less, and the timer is that of the head.
+            # The next ticket may cost less, and the timer is that of the head.
             self._dirty[resource] = None
         if (inner := bid.inner) is not None:
             bid.inner = None
             self._dirty[inner.resource] = None
             inner.cancel(serve=False)
-        # What has waited is not kept by its bids: one for later is known until its time.
+        # A bid must not keep its ticket alive: an entry for later stays until its time.
         bid.ticket = NOBODY
 
     def _withdraw(self, bid: Bid, error: Callable[[], BaseException]) -> None:
-        """Let the ticket of *bid* wait there no more; if that was its last bid, it ends with
-        *error*.
-        """
+        """Withdraw *bid*; if that was its ticket's last bid, the ticket ends with *error*."""
         ticket = bid.ticket
         if not _waits(bid):
             return
@@ -446,7 +445,7 @@ class Scheduler:
             kept = self._roomiest(ticket, rest)
             queue = kept.resource
             if queue.room(ticket.kind) <= 0:
-                # The room that it had was elsewhere.
+                # Its slot was in another queue.
                 self._refuse(ticket, lambda: queue.refusal(Reason.FULL, kept, queue.retry_after()))
                 return
             self._take_slot(ticket, queue)
@@ -461,7 +460,7 @@ class Scheduler:
             self._end(ticket, bug)
 
     def _expire_at(self, ticket: Ticket) -> None:
-        """Let the first of the bids that end be looked at in time."""
+        """Set the timer for the earliest deadline of the bids."""
         when = min(bid.until for bid in ticket.bids)
         if ticket.timer is not None:
             ticket.timer.cancel()
@@ -472,7 +471,7 @@ class Scheduler:
         now = self._loop.time()
         overdue = now >= ticket.deadline - ROUNDING
         for bid in list(ticket.bids):
-            # It may have started elsewhere as another bid was withdrawn.
+            # The ticket may have started elsewhere when another bid was withdrawn.
             if _waits(bid) and (overdue or bid.until <= now + ROUNDING):
                 reason = Reason.DEADLINE if overdue else Reason.LATE
                 late = bid.resource.refusal(reason, bid, bid.resource.retry_after())
@@ -489,8 +488,8 @@ class Scheduler:
             resource.within.take_slots(ticket.kind)
 
     def _free_slot_unless(self, ticket: Ticket, grant: Grant, *, keeps: bool) -> None:
-        """Take no slot any more, unless *ticket* has started there, and *keeps* it or is a trial:
-        then it may have to come back.
+        """Give the slot back, unless *ticket* has started there and *keeps* it or is a trial: then
+        it may have to come back.
         """
         slot, resource = ticket.slot, grant.resource
         assert slot is not None
@@ -553,7 +552,7 @@ class Scheduler:
             self._report_later()
 
     def _tell(self, ticket: Ticket) -> None:
-        """Tell the best position, and the seconds until the start at resources that serve the
+        """Report the best position, and the seconds until the start if all resources serve the
         ticket side by side.
         """
         known = [bid for bid in ticket.bids if bid.at is not None and bid.standing]
@@ -574,8 +573,8 @@ class Scheduler:
 
 
 def _outcome(ticket: Ticket) -> Grant:
-    """Return the grant by which the wait of *ticket* has ended, or raise the error; it is told of
-    that once.
+    """Return the grant by which the wait of *ticket* has ended, or raise its error; the outcome is
+    delivered once.
     """
     outcome, ticket.outcome = ticket.outcome, None
     if isinstance(outcome, Grant):
@@ -589,7 +588,7 @@ def _outcome(ticket: Ticket) -> Grant:
 
 
 def _outermost(bid: Bid) -> Resource:
-    """Return the resource that *bid* leads to: the one around that which it waits for, if any."""
+    """Return the resource that *bid* leads to: the outermost one around the one it waits for."""
     return bid.resource.within or bid.resource
 
 
@@ -599,10 +598,10 @@ def _leads_to(bid: Bid, resource: Resource) -> bool:
 
 
 def _comes(bid: Bid) -> bool:
-    """Return whether *bid*, which was to join later, still does."""
+    """Return whether *bid*, which was to join later, still will."""
     return not bid.standing and _waits(bid)
 
 
 def _waits(bid: Bid) -> bool:
-    """Return whether the ticket of *bid* still waits by it."""
+    """Return whether the ticket of *bid* still waits by that bid."""
     return bid.ticket is not NOBODY and bid in bid.ticket.bids

@@ -1,13 +1,13 @@
-"""What each owner keeps of something that all of them share, within one bound.
+"""Fair shares of a bounded store that several owners fill.
 
-Where room can be made, the owner that keeps most makes it, with its oldest things first: so no
-owner pushes out what another keeps, as long as that one keeps less. It is max-min fairness of what
-stays (Bertsekas and Gallager, "Data Networks", 1992, 6.5.2), found by taking from the largest
-share until the rest fits.
+Where entries can be evicted, the owner that keeps most loses its oldest entries first. So no owner
+pushes out the entries of an owner that keeps less. It is max-min fairness of what stays (Bertsekas
+and Gallager, "Data Networks", 1992, 6.5.2), found by taking from the largest share until the rest
+fits.
 
-Where nothing may be taken away, the owner that keeps most is refused first: each may keep so many
-times what is free (Choudhury, Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet
-Switches", IEEE/ACM Transactions on Networking, 1998). So some room is always left for an owner that
+Where nothing can be evicted, the owner that keeps most is refused first: each may keep a multiple
+of what is free. See Choudhury, Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet
+Switches", IEEE/ACM Transactions on Networking, 1998. So some room is always left for an owner that
 keeps nothing, and an owner that is alone has most of it.
 """
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 O = TypeVar("O")  # noqa: E741 - an owner
 K = TypeVar("K")
 V = TypeVar("V")
-# How many times what is free an owner may keep where nothing is taken away: two thirds of all for
-# one that is alone.
+# The multiple of the free room that an owner may keep if nothing can be evicted: two thirds of all
+# for an owner that is alone.
 EASE = 2
-# The part of all that is taken away at once where there is no room, since to begin takes time: one
-# of so many.
+# One of so many entries is evicted at once when there is no room, since beginning an eviction
+# takes time.
 MADE = 16
 
 
@@ -52,7 +52,7 @@ class Shares(Generic[O]):
         return self._sizes.get(owner, 0)
 
     def add(self, owner: O, size: int) -> None:
-        """Count another *size* that *owner* keeps; a negative one is kept no longer."""
+        """Add *size* to what *owner* keeps; a negative *size* takes away."""
         self.total += size
         kept = self._sizes.get(owner, 0) + size
         if kept:
@@ -61,10 +61,10 @@ class Shares(Generic[O]):
             self._sizes.pop(owner, None)
 
     def largest_first(self) -> Iterator[O]:
-        """Yield the owner that keeps most, again and again, for the caller to take from it.
+        """Yield, again and again, the owner that keeps most, for the caller to evict from it.
 
-        An owner from which nothing was taken is not yielded again. To begin takes time for each
-        owner, to go on does not: so whoever evicts should make room for a while at once.
+        An owner from which nothing was taken is not yielded again. The first step takes time for
+        each owner, further steps do not: so an eviction should make room for a while at once.
         """
         heap = [(-size, number, owner) for number, (owner, size) in enumerate(self._sizes.items())]
         heapify(heap)
@@ -78,9 +78,9 @@ class Shares(Generic[O]):
 
 
 class ByOwner(Generic[O, K, V]):
-    """Things with keys, each of an owner, whose things are in the order in which they were put.
+    """Entries by key, each of an owner, whose entries are in the order in which they were put.
 
-    Each change takes the same time, however many there are.
+    Each change takes constant time.
     """
 
     __slots__ = ("_owned", "_size")
@@ -93,18 +93,18 @@ class ByOwner(Generic[O, K, V]):
         return self._size
 
     def of(self, owner: O) -> OrderedDict[K, V]:
-        """Return what *owner* has, the oldest first; it is not to be changed."""
+        """Return the entries of *owner*, the oldest first; do not change them."""
         return self._owned.get(owner) or OrderedDict()
 
     def put(self, owner: O, key: K, value: V) -> V | None:
-        """Let *owner* have *value* as its newest; return what it has had under *key*, if any."""
+        """Store *value* as the newest entry of *owner*; return the former value of *key*, if any."""
         former = self.pop(owner, key)
         self._owned.setdefault(owner, OrderedDict())[key] = value
         self._size += 1
         return former
 
     def pop(self, owner: O, key: K) -> V | None:
-        """Take away what *owner* has under *key*, and return it; None if there is nothing."""
+        """Remove the entry of *owner* under *key*, and return it; None if there is none."""
         owned = self._owned.get(owner)
         if owned is None or key not in owned:
             return None
@@ -116,8 +116,8 @@ class ByOwner(Generic[O, K, V]):
 
 
 class Bounded(ByOwner[O, K, V]):
-    """At most *limit* such things of all owners together: where there is no room, the owner that
-    has most loses those that it has put first.
+    """At most *limit* entries of all owners together: if there is no room, the owner that has most
+    loses its oldest.
     """
 
     __slots__ = ("_limit", "_shares")
@@ -128,15 +128,15 @@ class Bounded(ByOwner[O, K, V]):
         self._shares: Shares[O] = Shares()
 
     def put(self, owner: O, key: K, value: V) -> V | None:
-        """Let *owner* have *value* as its newest, as `ByOwner.put`; `make_room` comes before it
-        where the key is new.
+        """Store *value* as the newest entry of *owner*, as `ByOwner.put`; call `make_room` first
+        if the key is new.
         """
         former = super().put(owner, key, value)
         self._shares.add(owner, 1)
         return former
 
     def pop(self, owner: O, key: K) -> V | None:
-        """Take away what *owner* has under *key*, as `ByOwner.pop`."""
+        """Remove the entry of *owner* under *key*, as `ByOwner.pop`."""
         size = len(self)
         value = super().pop(owner, key)
         if len(self) < size:
@@ -144,8 +144,8 @@ class Bounded(ByOwner[O, K, V]):
         return value
 
     def used(self, owner: O, key: K) -> V | None:
-        """Return what *owner* has under *key*, as its newest from now on; None if there is
-        nothing.
+        """Return the entry of *owner* under *key*, and mark it as the newest; None if there is
+        none.
         """
         try:
             owned = self._owned[owner]
@@ -155,7 +155,7 @@ class Bounded(ByOwner[O, K, V]):
         return owned[key]
 
     def make_room(self) -> list[tuple[O, K]]:
-        """Make room for one thing more, and some, if there is none; return what was taken away."""
+        """Evict some entries if there is no room for one more; return them."""
         taken: list[tuple[O, K]] = []
         if len(self) < self._limit:
             return taken
@@ -169,10 +169,10 @@ class Bounded(ByOwner[O, K, V]):
 
 
 class Places(Shares[O]):
-    """The places that owners have of *limit*, which none of them has to give back.
+    """Places, *limit* in all, that owners take and give back by themselves.
 
-    Always: no more are taken than there are, unless *limit* was lowered since; an owner that waits
-    could not take one. Whoever waits and has fewest is next.
+    Always: no more places are taken than there are, unless *limit* was lowered since; a waiting
+    owner could not take one. The waiting owner that has fewest is next.
     """
 
     __slots__ = ("_waiting", "limit")
@@ -187,7 +187,7 @@ class Places(Shares[O]):
         return self.of(owner) < EASE * (self.limit - self.total)
 
     async def take(self, owner: O) -> None:
-        """Take a place for *owner*, and wait for it if need be; `give_back` follows. Cancelling is
+        """Take a place for *owner*, waiting if need be; the caller must `give_back`. Cancelling is
         safe.
         """
         if owner not in self._waiting and self.allows(owner):
@@ -209,10 +209,10 @@ class Places(Shares[O]):
             raise
 
     def give_back(self, owner: O) -> None:
-        """Give back a place of *owner*; the next one that waits has it."""
+        """Give a place of *owner* back; the next waiter gets it."""
         self.add(owner, -1)
         while self._waiting:
-            # In the order in which they began to wait, where some have as many.
+            # Among equals, the one that began to wait first.
             owner = min(self._waiting, key=self.of)
             if not self.allows(owner):
                 return

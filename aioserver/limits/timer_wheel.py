@@ -32,7 +32,8 @@ class Member(Protocol):
 
 
 class TimerWheel:
-    """Visits its members when they have asked for it, at most one *grain* (in seconds) late.
+    """Visits its members at the times that they have asked for, at most one *grain* (in seconds)
+    late.
 
     Always: a member is in at most one bucket; a timer is set while there is a member.
     """
@@ -47,20 +48,20 @@ class TimerWheel:
         self._timer_bucket = 0
 
     def add(self, member: Member, delay: float) -> None:
-        """Visit *member* in *delay* seconds, and not when it was to be visited before."""
+        """Visit *member* in *delay* seconds; an earlier time is replaced."""
         if member.bucket:
             self.remove(member)
         if self._put(member, self._loop.time() + delay):
             self._arm()
 
     def remove(self, member: Member) -> None:
-        """Visit *member* no more. It need not be in the wheel."""
+        """Stop visiting *member*, which need not be in the wheel."""
         if member.bucket and (bucket := self._buckets.get(member.bucket)) is not None:
             bucket.pop(member, None)
         member.bucket = 0
 
     def close(self) -> None:
-        """Visit no member any more."""
+        """Stop all visits."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -8,23 +8,23 @@ chosen.
 
 A provider answers with an *event stream* (text/event-stream). The *splitter* cuts its bytes into
 *blocks* of complete *events*, wherever a read from the socket ends. The *data* of an event is one
-of OpenAI's chat objects: a *delta* for each *choice*, that is a piece of text, reasoning or tool
-calls, and at the end the *finish reason* and the *usage*, which says how many *tokens* were read,
-from a *cache* or not, and written. It can also be an *error object*.
+of OpenAI's chat objects. It has a *delta* for each *choice*: a piece of text, reasoning or tool
+calls. At the end come the *finish reason* and the *usage*: how many *tokens* were read, from a
+*cache* or not, and written. It can also be an *error object*.
 
 The *reading* of an answer turns each event into *chunks*, our own form of these pieces, and keeps
 what the conversation needs. The *shape* of an answer is the bytes that the provider repeats around
 every text: an event of that shape need not be parsed.
 
-What an answer has *said* so far may be continued by another one. Where the *rest* begins is the
+An answer so far, its *transcript*, may be continued by another one. The *rest* begins at the
 *seam*.
 
 Chunks go to the clients in frames of ours: request id, *event id* (from 1, to resume after it),
 *status* and chunk.
 
-Of a request, the *model body* has the members that we read, and the *request_options* are what its client
-asks beside the answer: deadlines, a class. *Client headers* go on to the provider, and *stream
-options* ask for the usage. A *prefix* is how the beginning of a prompt is known. What is
-*passable* goes on as it is, whatever it is. A *whole answer* is one that was not streamed.
-*Addresses* are those of the Internet Protocol.
+Of a request, the *model body* has the members that we read, and the *request options* are further
+wishes of its client: deadlines, a class. *Client headers* go on to the provider, and *stream
+options* ask for the usage. A *prefix* identifies the beginning of a prompt. A *passable* path is
+passed on as it is, whatever its body. A *whole answer* is one that was not streamed. *Addresses*
+are those of the Internet Protocol.
 """

@@ -32,7 +32,7 @@ def address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     4291, section 2.5.5.2): the IPv4 address inside it is returned.
 
     Raises:
-        ValueError: *text* is no IP address.
+        ValueError: *text* is not an IP address.
     """
     ip = ipaddress.ip_address(text)
     return (isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped) or ip

@@ -1,15 +1,16 @@
-"""The frames of the WebSocket and SSE faces that come from clients: one JSON object each.
+"""The frames that clients send on the WebSocket and SSE faces: one JSON object each.
 
     {"action": "chat", "request_id": "6f0c", "payload": {"text": "Hello", "streaming": true}}
     {"action": "cancel", "request_id": "6f0c"}
     {"action": "resume", "request_id": "6f0c", "payload": {"last_event_id": 17}}
     {"action": "ping"}
 
-The body of an SSE request has the payload's fields and the `request_id`. Of a question only the
-fields are looked at: `text`, `messages` and `options` stay the bytes that the client has written,
-and go to the provider as they are.
+The body of an SSE request has the payload's fields and the `request_id`. Only these fields of a
+question are read: `text`, `messages` and `options` stay the bytes that the client has written, and
+go to the provider as they are.
 
-This file is one concept: all that a client may send on these faces, checked by the same rules.
+This file is one concept: everything that a client may send on these faces, checked by the same
+rules.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ MAX_ID_CHARACTERS = 256
 # A character of an id may be written as an escape, and one beyond U+FFFF as two of six bytes.
 MAX_ID_BYTES = 12 * MAX_ID_CHARACTERS + 2
 MAX_EVENT_NUMBER_BYTES = 32
-# Messages of a chat are looked at one by one if they cannot be more than this. The provider judges
-# larger chats: an object for each of a million messages would stop the event loop.
+# The messages of a chat are checked one by one if they cannot be more than this. The provider
+# checks larger chats: an object for each of a million messages would stop the event loop.
 MAX_CHECKED_MESSAGES = 30_000
 _ACTIONS = "chat, cancel, resume, ping"
 _EMPTY = Raw(b"{}")
@@ -75,7 +76,7 @@ class _Message(msgspec.Struct, gc=False):
 
 
 class _Options(msgspec.Struct, gc=False):
-    """The options that are not the client's to set, and those for which there is a default."""
+    """The options that a client may not set, and those that have a default."""
 
     model: Raw = ABSENT
     messages: Raw = ABSENT
@@ -108,14 +109,13 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
 
     Exactly one of *text* and *messages* is set; both are JSON, as the client wrote it.
 
-    *options* is the JSON of an object, and *option_names* says which of its keys replace a
-    default. *max_answer* has the tokens that the answer may have by them, None if they do not say,
-    and *choices* how many answers they ask for.
-    If *streaming* is None, the configuration decides. *original* is empty, unless
-    something in the question was replaced: it is then a hash of what the client has sent. *hashed*
-    is the `digest`, if it was made in steps. The *client_headers* go on to the provider, and are
-    no part of the question, nor are its *request_options*: two questions that differ in them alone are the
-    same.
+    *options* is the JSON of an object, and *option_names* are those of its keys that replace a
+    default. *max_answer* is their bound of the answer in tokens, None if there is none, and
+    *choices* the number of answers that they ask for. If *streaming* is None, the configuration
+    decides. *original* is empty unless something in the question was replaced: it is then a hash
+    of what the client has sent. *hashed* is the `digest`, if it was made in steps. The
+    *client_headers* go on to the provider. They are not part of the question, nor are its
+    *request_options*: two questions that differ only in these are the same.
     """
 
     request_id: str
@@ -135,7 +135,8 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     client_headers: ClientHeaders = NO_HEADERS
 
     def digest(self) -> bytes:
-        """Return a hash of the question, which tells a repeated request from a conflicting one.
+        """Return a hash of the question, which distinguishes a repeated request from a conflicting
+        one.
 
         It is a hash of the bytes as they came: another order of keys is another question. The hash
         is kept as long as the answer, since the question itself may have megabytes.
@@ -175,7 +176,7 @@ Command = Chat | Cancel | Resume | Ping
 
 
 class BadCommand(Exception):
-    """The frame is no valid command. *request_id* is None if it could not be read."""
+    """The frame is not a valid command. *request_id* is None if it could not be read."""
 
     def __init__(self, error: AioserverError, request_id: str | None) -> None:
         super().__init__(error.message)
@@ -187,7 +188,7 @@ def parse(frame: bytes) -> Command:
     """Parse the command of one WebSocket text frame.
 
     Raises:
-        BadCommand: the frame is no command; its `error` is an `InvalidJson` or `InvalidRequest`.
+        BadCommand: the frame is not a command; its `error` is an `InvalidJson` or `InvalidRequest`.
     """
     return at_once(parsing(frame))
 
@@ -237,7 +238,7 @@ async def reading_question(data: bytes) -> Chat:
     try:
         fields = json_body.decode(_QUESTION, body, "the body")
     except UnknownField as error:
-        # A missing id is told first.
+        # A missing id is reported first.
         await pause_after(body)
         frame = json_body.decode(_FRAME, body, "the body")
         identifier(json_body.text(frame.request_id, MAX_ID_BYTES))
@@ -272,7 +273,7 @@ def identifier(value: object) -> str:
     """Check a request id: 1 to 256 printable characters.
 
     Raises:
-        InvalidRequest: *value* is anything else.
+        InvalidRequest: *value* is not such an id.
     """
     if not isinstance(value, str) or not value:
         raise InvalidRequest("request_id is required, a string", param="request_id")
@@ -285,7 +286,7 @@ def identifier(value: object) -> str:
 
 
 def event_number(value: object) -> int:
-    """Check the number of the last event that a client has; 0 if it has none.
+    """Check the number of the last event that a client has seen; 0 if it has seen none.
 
     Raises:
         InvalidRequest: *value* is neither a whole number >= 0 nor a string of at most 18 digits.
@@ -304,7 +305,7 @@ def _event_number(raw: Raw) -> int:
     try:
         return event_number(orjson.loads(written))
     except orjson.JSONDecodeError:
-        # A number that no float can hold.
+        # No float can hold such a number.
         return event_number(None)
 
 
@@ -401,11 +402,11 @@ def _name(raw: Raw, name: str) -> str | None:
 
 
 def _read_options(options: bytes) -> tuple[frozenset[str], int | None, int]:
-    """Return which of the options with a default are set, the tokens that an answer may have by
-    them, and how many answers they ask for.
+    """Return which of the options with a default are set, the bound of an answer in tokens, and
+    the number of answers that they ask for.
 
     Raises:
-        InvalidRequest: the options have a key that is not the client's to set.
+        InvalidRequest: the options have a key that a client may not set.
     """
     if options == b"{}":
         return frozenset(), None, 1

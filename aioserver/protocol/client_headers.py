@@ -1,4 +1,4 @@
-"""The headers of a client that go on to the provider: its trace, and those that the configuration
+"""The client's headers that go on to the provider: its trace, and those that the configuration
 names.
 
 A trace is W3C's Trace Context, Level 1 (https://www.w3.org/TR/trace-context/):
@@ -6,15 +6,15 @@ A trace is W3C's Trace Context, Level 1 (https://www.w3.org/TR/trace-context/):
     traceparent: 00-<32 hex digits: trace>-<16: span>-<2: flags>
     tracestate: <name>=<value>,…                what tracing systems add to it
 
-An invalid `traceparent` does not go on, nor the `tracestate` beside it; an invalid `tracestate`
-does not go on alone. What goes on is as the client sent it, unless this server makes spans of its
-own (wings/tracing/tracer.py): then the parent is one of them.
+An invalid `traceparent` is dropped, with the `tracestate` beside it; an invalid `tracestate` is
+dropped alone. Valid ones go on as the client sent them, unless this server makes spans of its own
+(wings/tracing/tracer.py): then the parent is one of them.
 
-A request to a provider also says through which servers of ours it has come, each by an id of its
-own (`x-aioserver-hop`), so that one which comes back to where it was is known there.
+A request to a provider also lists the servers of ours that it has come through, each by an id of
+its own (`x-aioserver-hop`). So a server recognizes a request that comes back to it.
 
 No value can end its line, so a client cannot add a header or a body to the request: values are
-compared as bytes with what HTTP allows in one (RFC 9110, 5.5).
+compared as bytes with what HTTP allows (RFC 9110, 5.5).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from multidict import MultiMapping
 
-# As multidict looks for them.
+# In the form in which multidict looks for them.
 TRACEPARENT: str = istr("traceparent")
 TRACESTATE: str = istr("tracestate")
 TRACE_HEADERS = frozenset({TRACEPARENT, TRACESTATE})
@@ -37,10 +37,10 @@ TRACE_HEADERS = frozenset({TRACEPARENT, TRACESTATE})
 HOP: str = istr("x-aioserver-hop")
 # Headers that go on whatever is configured.
 _OF_ITSELF = (TRACEPARENT, HOP)
-# So many of them are a circle, though none is known.
+# A request with so many of them is in a loop, even if no id is known.
 MAX_HOPS = 5
 _HOP = re.compile("[0-9A-Za-z_-]{1,64}")
-# Headers that never go on. Those between two neighbours (RFC 9110, 7.6.1):
+# Headers that never go on. Those of a single connection (RFC 9110, 7.6.1):
 HOP_BY_HOP = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization"),
@@ -55,7 +55,7 @@ CREDENTIALS = frozenset(
         *("sec-websocket-extensions", "sec-websocket-version"),
     }
 )
-# And those that say what we send, and what we can read:
+# And headers that describe what we send, and what we can read:
 OURS = frozenset(
     {
         *("host", "content-length", "content-type", "content-encoding", "expect"),
@@ -75,7 +75,8 @@ _MEMBER = re.compile(
     r"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 )
 MAX_MEMBERS = 32
-# Characters of a `tracestate`: the standard asks for no more. Whole members go, from the end.
+# Characters of a `tracestate`: the standard asks for no more. Whole members are dropped from the
+# end.
 MAX_TRACESTATE = 512
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
@@ -105,7 +106,7 @@ class ClientHeaders:
 
     @property
     def hops(self) -> bool:
-        """Whether the client has said that the request has come through other servers."""
+        """Whether the client has listed servers that the request has come through."""
         return any(name == HOP for name, _ in self._lines)
 
     def trace(self) -> tuple[bytes, bytes]:
@@ -125,13 +126,14 @@ class ClientHeaders:
         return ClientHeaders(lines, trace_id, self._api_lines)
 
     def without_api(self) -> ClientHeaders:
-        """Return these headers without those of the API that the request is for."""
+        """Return these headers without those of the request's API."""
         return ClientHeaders(self._lines, self.trace_id) if self._api_lines else self
 
     def written(self, names: Collection[str], configured: Collection[str] = ()) -> bytes:
         """Return those headers whose name, in lower case, is in *names*, as lines of a request.
 
-        Those of the API are among them, unless they are in *configured*, or have gone by *names*.
+        The headers of the API are among them, except those that are in *configured*, or were
+        selected by *names*.
         """
         lines = [line for line in self._lines if line[0] in names]
         if self._api_lines:
@@ -151,8 +153,8 @@ def collect(
 ) -> ClientHeaders:
     """Return the headers that go on: the trace, and those in *names*, which are in lower case.
 
-    The names of the headers of the API, if it has any, begin with *api*. A header of NEVER_PASSED
-    does not go on, nor one that the client's `Connection` names.
+    The names of the headers of the API, if it has any, begin with *api*. Neither a header of
+    NEVER_PASSED goes on nor one that the client's `Connection` names.
     """
     if not names and not api and headers.keys().isdisjoint(_OF_ITSELF):
         return NO_HEADERS
@@ -191,7 +193,7 @@ def _lines(
 
 
 def _trace(headers: MultiMapping[str]) -> tuple[str, list[tuple[str, bytes]]]:
-    """Return the id of the trace, "" if there is none, and the headers that tell of it."""
+    """Return the id of the trace, "" if there is none, and its headers."""
     parents = headers.getall(TRACEPARENT, ())
     parent = parents[0].strip(" \t") if len(parents) == 1 else ""
     match = _TRACEPARENT.fullmatch(parent)
@@ -237,7 +239,7 @@ def as_sent(text: str) -> bytes | None:
     None if HTTP forbids one of them.
     """
     try:
-        # As aiohttp decodes them.
+        # The same encoding as aiohttp's decoding.
         value = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return None

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # The bound of an event, and so of a line, unless a Splitter is made with another.
 MAX_EVENT_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
-# How a chunk begins that a Splitter takes for a block if it ends like one: at first, where there may
-# be a byte order mark; then, with anything; and where it has to be looked at.
+# The beginnings of a chunk that a Splitter takes for a block if it ends like one. There are three:
+# at first, when there may be a byte order mark; then, with anything; and when it must be searched.
 _FIRST: tuple[bytes, ...] = (b"data:",)
 _ANY: tuple[bytes, ...] = (b"",)
 _NONE: tuple[bytes, ...] = ()
@@ -61,7 +61,7 @@ class Splitter:
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         # A bytearray is extended in place: an event of megabytes comes in hundreds of reads.
         self._rest = bytearray()
-        # Whether a block was looked for in bytes with a CR.
+        # Whether a block was searched for in bytes with a CR.
         self._cr = False
         self._started = False
         self._whole = _FIRST
@@ -79,7 +79,7 @@ class Splitter:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is pending, and no block was looked for in bytes with a CR.
+        """Whether nothing is pending, and no block was searched for in bytes with a CR.
 
         False before the first byte.
         """
@@ -102,7 +102,7 @@ class Splitter:
         return block
 
     def _cut(self, chunk: bytes) -> bytes:
-        """Return what `feed` does, by the blank lines in *chunk*."""
+        """Return the result of `feed`, by the blank lines in *chunk*."""
         # The rest ends with one line end at most, so no blank line begins before its last two
         # bytes.
         start = max(0, len(self._rest) - 2)
@@ -148,7 +148,7 @@ def _longest(data: bytes | bytearray) -> int:
 def split(block: bytes) -> list[bytes]:
     """Return the events of a block as bytes, each with LF line ends and its blank line.
 
-    A part without a `data` line, such as a comment, is no event (WHATWG HTML 9.2.6) and is
+    A part without a `data` line, such as a comment, is not an event (WHATWG HTML 9.2.6) and is
     dropped.
     """
     if b"\r" in block:
@@ -163,7 +163,9 @@ def split(block: bytes) -> list[bytes]:
 
 
 def pieces(block: bytes) -> list[bytes]:
-    """Return the events of a block, and what is none, as they came: joined they are *block*."""
+    """Return the events of a block, and the parts that are not events, as they came: joined they
+    are *block*.
+    """
     ends = [match.end() for match in _BLANK.finditer(block)]
     if not ends or ends[-1] < len(block):
         ends.append(len(block))
@@ -177,7 +179,7 @@ def count(block: bytes) -> int:
         and block.find(b"\n\n") == len(block) - 2
         and block.find(b"\r") < 0
     ):
-        # As a rule, a read brings one event.
+        # Usually a read brings one event.
         return 1
     blanks = block.count(b"\n\n")
     if (
@@ -192,8 +194,8 @@ def count(block: bytes) -> int:
 
 
 def _named(block: bytes) -> bool:
-    """Return whether *block* is one event of two lines, its name and its data, as the Responses
-    API has them.
+    """Return whether *block* is one event of two lines, its name and its data, as in the Responses
+    API.
     """
     return (
         block.startswith(b"event: ")
@@ -217,7 +219,7 @@ def parse(block: bytes) -> list[ServerEvent]:
             and (end := part.find(b"\ndata: ")) > 0
             and part.count(b"\n") == 1
         ):
-            # As the Responses API and Anthropic's have them: a name and a line of data.
+            # The form of the Responses API and of Anthropic's: a name and a line of data.
             events.append(ServerEvent(part[end + 7 :], part[7:end]))
         elif part and (event := _event(part)) is not None:
             events.append(event)
@@ -225,7 +227,9 @@ def parse(block: bytes) -> list[ServerEvent]:
 
 
 def each(block: bytes, *, backwards: bool = False) -> Iterator[ServerEvent]:
-    """Yield what `parse` returns, or that *backwards*, where few of many events are looked at."""
+    """Yield the events of `parse`, or in reverse order with *backwards*, for callers that need few
+    of many events.
+    """
     if b"\r" in block:
         events = parse(block)
         yield from reversed(events) if backwards else events

@@ -1,12 +1,12 @@
-"""The frames of the WebSocket and SSE faces that go to clients, as they are written, and as a
-client reads them.
+"""The frames that the WebSocket and SSE faces send: how they are written, and how a client reads
+them.
 
     {"request_id":"6f0c","event_id":3,"status":"chunk",
      "chunk":{"type":"text","data":"Hel","metadata":{}}}
 
-Those from clients are in client_frames.py. A frame with an `event_id` is an event of an answer;
+The frames of clients are in client_frames.py. A frame with an `event_id` is an event of an answer;
 one without is a remark to this connection. A client ignores fields, types and statuses that it
-does not know: they are a later server's.
+does not know: they belong to a later server.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def text_frame(head: bytes, event_id: int, text: bytes) -> bytes:
 
 
 def loose_frame(request_id: str | None, status: str, chunk: dict[str, Any]) -> bytes:
-    """Return a frame that is no event of a stream: `queued`, `pong`, or an error of the socket."""
+    """Return a frame that is not an event of a stream: `queued`, `pong`, or an error of the
+    socket.
+    """
     return orjson.dumps({"request_id": request_id, "status": status, "chunk": chunk})
 
 
@@ -51,7 +53,7 @@ _EventNumber = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class BadFrame(ValueError):
-    """The bytes are no frame of an aioserver."""
+    """The bytes are not a frame of an aioserver."""
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -94,4 +96,4 @@ def parse(data: bytes) -> Frame:
     try:
         return _DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadFrame(f"no frame of an aioserver: {error}") from None
+        raise BadFrame(f"not a frame of an aioserver: {error}") from None

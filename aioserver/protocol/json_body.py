@@ -1,12 +1,12 @@
-"""A body that is JSON (RFC 8259), read without building what is below its top level.
+"""A JSON body (RFC 8259), read without building what is below its top level.
 
-msgspec reads a body in one call, which validates all of it, and gives the values that are wanted as
-the bytes that stand for them (`Raw`). The rest is skipped, so a body of millions of small values
-costs no object for any of them: 16 MiB are read in some 10 ms, and in 70 ms at most, whatever is in
-them. What is UTF-8 is checked before (sound.py).
+msgspec reads a body in one call, which validates all of it, and returns the wanted values as their
+bytes (`Raw`). The rest is skipped, so a body of millions of small values costs no object for any
+of them. 16 MiB are usually read in some 10 ms, and in 70 ms at most. UTF-8 is checked before
+(sound.py).
 
-Where the elements of a list become objects, an object for each of millions would cost thirty times
-the bytes. So only a body with a bounded number of values is read so: see `check_values`.
+If the elements of a list become objects, millions of them would cost thirty times the bytes. So
+only a body with a bounded number of values is read in this way: see `check_values`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from aioserver.protocol.steps import LARGE_BYTES
 
 T = TypeVar("T")
 ABSENT = Raw(b"")
-# How msgspec names a key that its type has not.
+# How msgspec names a key that its type does not have.
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `.*`)?", re.DOTALL)
 ANYTHING = msgspec.json.Decoder(Raw)
 _LIST = msgspec.json.Decoder(list[Raw])
-# Values that may be read one by one: in any body, and in one that has MIN_VALUE_BYTES for each. An
+# Values that may be read one by one: in any body, and in a body with MIN_VALUE_BYTES for each. An
 # element of a list costs 56 bytes.
 FEW_VALUES, MAX_VALUES = 100_000, 500_000
 MIN_VALUE_BYTES = 6
 # Bytes whose values are counted at once.
 COUNTED_BYTES = 1 << 18
-# A value follows each of these, but for the brackets of what is empty.
+# A value follows each of these, except in empty brackets.
 _BEFORE_VALUES = b",[{"
 _NEITHER_NOR_QUOTES = bytes(byte for byte in range(256) if byte not in b'"' + _BEFORE_VALUES)
 
@@ -47,9 +47,9 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | memoryview, what: str
 
     Raises:
         InvalidJson: *body* is not JSON, or is nested more deeply than the stack allows.
-        UnknownField: the object has a key that the decoder's type forbids. Of one that is large,
-            the rest need not be JSON.
-        InvalidRequest: *body* is JSON, but no object.
+        UnknownField: the object has a key that the decoder's type forbids. The rest of a
+            large body need not be JSON.
+        InvalidRequest: *body* is JSON, but not an object.
     """
     try:
         return decoder.decode(body)
@@ -60,8 +60,8 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | memoryview, what: str
     except RecursionError:
         raise InvalidJson("not JSON: nested too deeply") from None
     unknown = _UNKNOWN.fullmatch(fault)
-    # msgspec has stopped where the type is wrong, and has not seen the rest. What it has read of a
-    # large body is not read twice for that.
+    # msgspec has stopped at the wrong type, and has not read the rest. A large body is not read
+    # twice for that.
     if decoder is not ANYTHING and (unknown is None or len(body) <= LARGE_BYTES):
         decode(ANYTHING, body, what)
     if unknown is not None:
@@ -71,9 +71,9 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | memoryview, what: str
 
 
 def text(raw: Raw, max_bytes: int | None = None) -> str | None:
-    """Return the string that *raw* is.
+    """Return the string *raw*.
 
-    None if it is none, or is written in more than *max_bytes*.
+    None if it is not a string, or is written in more than *max_bytes*.
     """
     if raw is ABSENT:
         return None
@@ -90,7 +90,7 @@ def null(raw: Raw) -> bool:
 
 
 def flag(raw: Raw) -> bool | None:
-    """Return the boolean that *raw* is; None if it is none."""
+    """Return the boolean *raw*; None if it is not one."""
     if raw is ABSENT:
         return None
     word = _word(raw)
@@ -98,17 +98,17 @@ def flag(raw: Raw) -> bool | None:
 
 
 def count(raw: Raw) -> int | None:
-    """Return the number of 1 to 18 digits that *raw* is; None if it is anything else."""
+    """Return the number *raw*, of 1 to 18 digits; None if it is anything else."""
     if raw is ABSENT:
         return None
-    # One byte more than the longest tells a longer number from it.
+    # One byte more than the longest number distinguishes a longer one from it.
     digits = bytes(memoryview(raw)[:19])
     return int(digits) if digits.isdigit() and len(digits) < 19 else None
 
 
 def meant(raw: Raw) -> int | None:
-    """Return the number that *raw* is for an engine that takes a text, a fraction or `true` for
-    one; None if it is none.
+    """Return the number as which *raw* counts for an engine that accepts a text, a fraction or
+    `true`; None if there is none.
     """
     if raw is ABSENT:
         return None
@@ -120,23 +120,23 @@ def meant(raw: Raw) -> int | None:
 
 
 def _word(raw: Raw) -> bytes:
-    # One byte more than `false` tells a longer value from it.
+    # One byte more than `false` distinguishes a longer value from it.
     return bytes(memoryview(raw)[:6])
 
 
 def check_values(body: bytes, limit: int = 0) -> None:
-    """Make sure that the values of *body*, which is JSON, are at most *limit*; without one, that
-    they can be read one by one.
+    """Check that *body*, which is JSON, has at most *limit* values; without a limit, that they can
+    be read one by one.
 
     Raises:
-        InvalidRequest: it has more. Without a limit, that is more than MAX_VALUES, or more than
+        InvalidRequest: it has more. Without a limit: more than MAX_VALUES, or more than
             FEW_VALUES of fewer than MIN_VALUE_BYTES each on the average.
     """
     limit = limit or min(MAX_VALUES, max(FEW_VALUES, len(body) // MIN_VALUE_BYTES))
-    # None of them has fewer than two bytes with what is before it.
+    # Each of them has at least two bytes, with the one before it.
     if len(body) <= 2 * limit:
         return
-    # With what is within strings, so that the slow way is taken by few.
+    # This also counts bytes within strings, so that few bodies take the slow way.
     if sum(body.count(byte) for byte in _BEFORE_VALUES) <= limit:
         return
     count, start, within = 0, 0, 0

@@ -1,7 +1,7 @@
-"""A member of the top level of a body, and where it stands in the bytes.
+"""A member on the top level of a body, and its place in the bytes.
 
-A body goes on as it came. Where one value on its top level has to be another, its place in the
-bytes is looked for. If a key stands there several times, that is the last of them, the one that
+A body goes on as it came. If one value on its top level must be replaced, its place in the bytes
+is searched for. If a key occurs there several times, the place is that of the last, the one that
 decoders read: a request must not be served by another value than the one that was checked.
 """
 
@@ -26,9 +26,9 @@ _SPACE = rb"[ \t\r\n]*"
 _COLON = re.compile(_SPACE + b":" + _SPACE)
 _START = re.compile(_SPACE + rb"\{" + _SPACE)
 _COMMA_AFTER = re.compile(_SPACE + b"," + _SPACE)
-# The bytes of which one follows each value in an object or an array.
+# One of these bytes follows each value in an object or an array.
 _VALUE_ENDS = b",}] \t\r\n"
-# Keys that are looked at one by one.
+# Keys that are checked one by one.
 _FEW = 1000
 # Bytes at the beginning and at the end of a value that are compared first.
 _EDGE = 4096
@@ -39,7 +39,7 @@ class _OneValue(Protocol):
 
 
 class Place(NamedTuple):
-    """Where a member stands in a body: its key, its value, and the end of that."""
+    """The place of a member in a body: its key, its value, and the value's end."""
 
     key: int
     value: int
@@ -57,7 +57,7 @@ class Member:
             rb"(?:%c|\\u00%x[%x%c])" % (letter, letter >> 4, letter & 15, b"%X" % (letter & 15))
             for letter in name.encode()
         )
-        # How the escape of a letter begins.
+        # The beginnings of the letters' escapes.
         self._escapes = {b"\\u00%x" % (letter >> 4) for letter in name.encode()}
         fields: Sequence[tuple[str, type, object]] = (("value", Raw, ABSENT),)
         shape = msgspec.defstruct("Shape", fields, gc=False, rename={"value": name})
@@ -68,7 +68,7 @@ class Member:
         return bytes(self._decoder.decode(data).value)
 
     def place(self, data: bytes) -> Place | None:
-        """Return where the member stands in *data*, a JSON object; None: there is none.
+        """Return the member's place in *data*, a JSON object; None if there is none.
 
         Raises:
             InvalidRequest: as `find`.
@@ -77,14 +77,14 @@ class Member:
         return self.find(data, value) if value else None
 
     def find(self, data: bytes, value: bytes) -> Place:
-        """Return where the member is whose *value* `value` has returned, which is not empty.
+        """Return the place of the member whose *value* was returned by `value`, and is not empty.
 
         Raises:
-            InvalidRequest: there are more than MAX_PLACES, or MAX_LONG_PLACES, where it may be.
+            InvalidRequest: it may be in more than MAX_PLACES, or MAX_LONG_PLACES.
         """
         escaped = any(escape in data for escape in self._escapes)
         if not escaped and (start := data.find(self.key)) == data.rfind(self.key):
-            # The body has no other place where the key is, in whatever depth.
+            # The key occurs nowhere else in the body, at any depth.
             colon = _COLON.match(data, start + len(self.key))
             assert colon is not None, "a key, since the body has it on its top level"
             return Place(start, colon.end(), colon.end() + len(value))
@@ -98,7 +98,7 @@ class Member:
                 and (len(value) <= _EDGE or data.startswith(value, begin))
             ):
                 places.append(Place(start, begin, end))
-            # To compare a long value everywhere would take the square of its length.
+            # Comparing a long value everywhere would take the square of its length.
             limit = MAX_PLACES if len(value) <= _EDGE else MAX_LONG_PLACES
             if number > limit:
                 raise InvalidRequest(
@@ -106,7 +106,7 @@ class Member:
                 )
         if len(places) == 1:
             return places[0]
-        # Each of them gets its number as its value; the decoder then says which one it reads.
+        # Each of them gets its number as its value; the decoder then shows which one it reads.
         parts: list[bytes | memoryview] = []
         end, view = 0, memoryview(data)
         for number, place in enumerate(places):
@@ -116,9 +116,10 @@ class Member:
         return places[int(self.value(numbered))]
 
     def _starts(self, data: bytes, edge: bytes, escaped: bool) -> Iterator[tuple[int, int]]:
-        """Yield where the key, and where its value begins, wherever that begins with *edge*.
+        """Yield the beginnings of the key and of its value, for each place where the value begins
+        with *edge*.
 
-        A quote inside a string is escaped, so what is found is a key, though perhaps a nested one.
+        A quote inside a string is escaped, so each match is a key, though perhaps a nested one.
         """
         if escaped or data.count(self.key) > _FEW:
             key = self._escaped_key if escaped else self.key
@@ -126,7 +127,7 @@ class Member:
             for match in re.finditer(pattern, data):
                 yield match.start(), match.end()
             return
-        # To look for bytes takes a tenth of the time that a pattern takes.
+        # A search for bytes takes a tenth of a pattern's time.
         start = -1
         while (start := data.find(self.key, start + 1)) >= 0:
             colon = _COLON.match(data, start + len(self.key))
@@ -134,7 +135,7 @@ class Member:
                 yield start, colon.end()
 
     def insert(self, data: bytes, pieces: Sequence[bytes]) -> bytes:
-        """Return *data*, which has no such member, with one in front, whose value are the
+        """Return *data*, which has no such member, with one in front, whose value is made of
         *pieces*.
         """
         match = _START.match(data)
@@ -145,23 +146,22 @@ class Member:
 
     @staticmethod
     def extent(data: bytes, place: Place) -> tuple[int, int]:
-        """Return the bytes that are to be taken out of *data*, so that it lacks the member at
-        *place*: from, to.
-        """
+        """Return the bytes to remove from *data* so that it lacks the member at *place*: from, to."""
         start, end = place.key, place.end
         if (comma := _COMMA_AFTER.match(data, end)) is not None:
             return start, comma.end()
-        # Without one after it, its comma is the last one before it, unless it is the only member.
+        # Without a comma after it, its comma is the last one before it, unless it is the only
+        # member.
         before = data.rfind(b",", 0, start)
         alone = before < 0 or data[before + 1 : start].strip(b" \t\r\n")
         return (start if alone else before), end
 
     def check_absent(self, data: bytes) -> None:
-        """Make sure that *data* lacks this member, which was taken out of it.
+        """Check that *data* lacks this member, which was removed from it.
 
         Raises:
             InvalidRequest: there is another one.
         """
-        # Without the key, however it is written, there is nothing to read.
+        # If the key does not occur, however it is written, there is nothing to read.
         if (self.key in data or b"\\u00" in data) and self.value(data):
             raise InvalidRequest(f"several keys {self.name} in one body", param=self.name)

@@ -1,11 +1,12 @@
-"""A body with a `model`, as OpenAI's API has it: its bytes, and what is read of its top level.
+"""A body with a `model`, as in OpenAI's API: its bytes, and the values that are read on its top
+level.
 
-The body goes to the provider as it came. Where a provider is asked for another model than the
-client named, the value of `model` is replaced in the bytes, and nothing else. If the key stands
-there several times, that is the last of them, the one that was read: a request must not be served
-by another value than the one it was routed by. Not every engine reads it so: some take the first
-of several keys, or a key whatever the case of its letters is, or a list of `models`. Where a caller
-may not ask for all models, `check_sole` refuses what could be read in another way.
+The body goes to the provider as it came. If a provider is asked for another model than the client
+named, the value of `model` is replaced in the bytes, and nothing else. If the key occurs several
+times, the last one is replaced, which was read: a request must not be served by another value than
+the one by which it was routed. Engines differ here: some take the first of several keys, or ignore
+the case of its letters, or read a list of `models`. For a caller that may not ask for all models,
+`check_sole` refuses bodies that could be read in another way.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ if TYPE_CHECKING:
 
 # Bytes in which the name of a model is written.
 MAX_MODEL_BYTES = 4096
-# A name that has so many bytes at most, whichever way it is written: 12 of them stand for an
-# escaped pair of surrogates.
+# A name of at most so many bytes, however it is written: 12 of them stand for an escaped pair of
+# surrogates.
 SureName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_MODEL_BYTES // 12)]
-# Bytes in which the id of a response is written that is looked for; a longer one is none of ours.
+# The most bytes of the id of a response that is looked up; a longer id is not ours.
 MAX_ID_BYTES = 1024
 # Bytes of `metadata` that are kept.
 MAX_METADATA_BYTES = 4096
-# Answers to one prompt at most: an engine refuses to make more.
+# The most answers to one prompt: engines refuse to make more.
 MAX_CHOICES = 1 << 14
-# Bytes of a `prompt` that are looked through for texts, and what stands behind each but the last.
+# Bytes of a `prompt` that are searched for texts, and the separator behind each text but the last.
 MAX_SEARCHED = 1 << 16
 _PROMPT_ENDS = re.compile(rb'["\]][ \t\r\n]*,')
 
 
 class Fields(msgspec.Struct, gc=False):
-    """The fields that are read, as nearly all clients send them."""
+    """The fields that are read, in the form that nearly all clients send."""
 
     model: SureName | None = None
     stream: bool | None = None
@@ -86,11 +87,11 @@ class _RawFields(msgspec.Struct, gc=False):
 
 _DECODER = msgspec.json.Decoder(Fields)
 _RAW_DECODER = msgspec.json.Decoder(_RawFields)
-# The longest body that may be read twice: first as nearly all clients send it, then whatever it
-# has.
+# The longest body that may be read twice: first in the form that nearly all clients send, then in
+# any other.
 MAX_READ_TWICE = 1 << 16
 MODEL = Member("model")
-# The keys that some engine may take for its model's beside that one, in the names of attributes.
+# The keys that some engine may take for its model, beside `model`, as names of attributes.
 _OTHER_NAMES = [
     "".join(letters) + more
     for letters in product(*zip("model", "MODEL", strict=True))
@@ -105,15 +106,15 @@ _OTHERS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
 class ModelBody:
     """The body of one request, and the values of its top level that are read.
 
-    *model*, *user*, *stored* and *previous_response_id* are None where the client set none;
+    *model*, *user*, *stored* and *previous_response_id* are None if the client has set none;
     *streamed* and *background* are false then. *several* says whether a number of choices was set.
-    *usage_options* is what `unasked` makes of its `stream_options`. *metadata* is JSON; it is empty
-    where the client set none, or more than MAX_METADATA_BYTES.
+    *usage_options* is the result of `unasked` for its `stream_options`. *metadata* is JSON; it is
+    empty if the client has set none, or more than MAX_METADATA_BYTES.
     """
 
     # The value of `model`, as it is written, empty if there is none; None until it is needed.
     _value: bytes | None = None
-    # Where that value begins, once it was looked for.
+    # The beginning of that value, once it was searched for.
     _place: int | None = None
 
     def __init__(self, data: bytes) -> None:
@@ -121,7 +122,7 @@ class ModelBody:
 
         Raises:
             InvalidJson: *data* is not JSON.
-            InvalidRequest: *data* is no object, or a field has a wrong type.
+            InvalidRequest: *data* is not an object, or a field has a wrong type.
         """
         self.data = data
         fields: Fields | None = None
@@ -134,7 +135,7 @@ class ModelBody:
             options = fields.stream_options
         else:
             raw = json_body.decode(_RAW_DECODER, data, "the body")
-            # What may be long is not kept.
+            # Values that may be long are not kept.
             fields, self._value, options = _checked(raw), bytes(raw.model), raw.stream_options
         self._fields = fields
         self.model, self.user = fields.model, fields.user
@@ -159,8 +160,8 @@ class ModelBody:
         return self._fields.previous_response_id
 
     def largest(self, names: Sequence[str]) -> int | None:
-        """Return the largest number of tokens or of choices that the members of these *names* have;
-        None if none of them has any. Some write -1 where there is no bound.
+        """Return the largest number of tokens or choices among the members of these *names*; None
+        if there is none. Some clients write -1 for no bound.
         """
         numbers = filter(None, map(partial(getattr, self._fields), names))
         largest: int = max(numbers, default=0)
@@ -169,7 +170,7 @@ class ModelBody:
     @property
     def prompts(self) -> int:
         """The number of texts, or of lists of tokens, in its `prompt`, each of which is answered;
-        of a long one about so many.
+        for a long prompt an approximation.
         """
         prompt = memoryview(self._fields.prompt)
         searched = prompt[:MAX_SEARCHED]
@@ -179,7 +180,7 @@ class ModelBody:
 
     @property
     def metadata(self) -> bytes:
-        """A copy, since the body is let go before its request ends."""
+        """A copy, since the body is released before its request ends."""
         return bytes(_short(self._fields.metadata))
 
     def with_model(self, model: str) -> bytes:
@@ -202,15 +203,17 @@ class ModelBody:
 
 
 def check_sole(data: bytes) -> None:
-    """Check that *data*, a JSON object, names one model at most, however it is read.
+    """Check that *data*, a JSON object, names at most one model, however it is read.
 
     Raises:
-        InvalidRequest: it has several keys `model`, or one that may be taken for it.
+        InvalidRequest: it has several keys `model`, or one that could be read as it.
     """
     found = json_body.decode(_OTHERS, data, "the body")
     others = (name for name in _OTHER_NAMES if getattr(found, name) is not ABSENT)
     if (other := next(others, None)) is not None:
-        raise InvalidRequest(f"this key asks by `model` alone, and not by {other}", param=other)
+        raise InvalidRequest(
+            f"this key may name a model by `model` alone, not by {other}", param=other
+        )
     if value := MODEL.value(data):
         start, end = MODEL.extent(data, MODEL.find(data, value))
         view = memoryview(data)
@@ -218,7 +221,7 @@ def check_sole(data: bytes) -> None:
 
 
 def _checked(fields: _RawFields) -> Fields:
-    """Return *fields* with their values, and refuse those that mean nothing."""
+    """Return the values of *fields*, and refuse those without a meaning."""
     model = json_body.text(fields.model, MAX_MODEL_BYTES)
     if not model and not json_body.null(fields.model):
         raise InvalidRequest(
@@ -250,7 +253,7 @@ def _short(metadata: Raw) -> Raw:
 
 
 def simple(data: bytes) -> bool:
-    """Return whether *data* is short and has nothing that `reading` would look at before."""
+    """Return whether *data* is short and needs none of the checks of `reading`."""
     if len(data) > LARGE_BYTES or not data.isascii():
         return False
     # Most bodies have no escaped character at all.
@@ -258,11 +261,12 @@ def simple(data: bytes) -> bool:
 
 
 async def reading(data: bytes) -> ModelBody:
-    """Return the body in *data*, in steps; a lone surrogate escape in it becomes that of U+FFFD.
+    """Return the body in *data*, in steps; each lone surrogate escape in it becomes that of
+    U+FFFD.
 
     Raises:
         InvalidJson: *data* is not JSON.
-        InvalidRequest: *data* is no object, or a field has a wrong type.
+        InvalidRequest: *data* is not an object, or a field has a wrong type.
     """
     body = await sound(data)
     await pause_after(body)

@@ -6,7 +6,7 @@ readers:
 
     {"type":"text","data":"Hel","metadata":{}}
 
-This file is one concept: what each part of such an object means, for all who read them.
+This file is one concept: the meaning of each part of such an object.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
 TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
 
 
-# Bytes of a usage as JSON; of a larger one only the counts are kept.
+# The most bytes of a usage as JSON; only the counts of a larger one are kept.
 MAX_USAGE_BYTES = 16_384
 TOKEN_COUNTS = (
     *("prompt_tokens", "completion_tokens", "total_tokens"),
@@ -47,15 +47,15 @@ PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')
 # A text that comes in pieces: a field of the delta, or (index, holder, field) in a tool call.
 TextPlace: TypeAlias = str | tuple[int, str, str]
 TEXTS = ("content", "reasoning_content", "reasoning")
-# The fields of a delta beside which there is nothing but text and reasoning.
+# The fields of a delta that, beside text and reasoning, carry no content.
 SILENT = frozenset({*TEXTS, "role", "reasoning_details"})
 TOOL_TEXTS = (("function", "arguments"), ("custom", "input"))
-# Halves that are kept at most, which is more than the tool calls that a model makes at once.
+# The most halves that are kept, which is more than the tool calls that a model makes at once.
 MAX_HALVES = 256
 
 
 class BadEvent(ValueError):
-    """An event or a whole answer is no chat object."""
+    """An event or a whole answer is not a chat object."""
 
 
 class ErrorEvent(Exception):
@@ -93,13 +93,13 @@ class Reading:
         self.finish_reason: str | None = None
         self.usage: dict[str, Any] | None = None
         self.half: dict[TextPlace, str] = {}
-        # Whether nothing but text has come, and reasoning in front of it; and in how many events.
+        # Whether only text has come, perhaps after reasoning; and in how many events.
         self.only_text, self.texts = True, 0
         # UTF-8.
         self._text = bytearray()
 
     def begin_anew(self) -> None:
-        """Forget what was read: another attempt follows one that has failed."""
+        """Forget everything: another attempt follows one that has failed."""
         self.finish_reason = self.usage = None
         self.half.clear()
         self._text.clear()
@@ -109,7 +109,7 @@ class Reading:
         """Return the `chunk` objects of one provider event, or of a whole answer.
 
         Raises:
-            BadEvent: *data* is not JSON, no object, or nested too deeply.
+            BadEvent: *data* is not JSON, not an object, or nested too deeply.
             ErrorEvent: *data* has an error object.
         """
         try:
@@ -125,7 +125,7 @@ class Reading:
 
     @property
     def size(self) -> int:
-        """The bytes of the text in UTF-8, which it takes in memory, about."""
+        """The approximate bytes of the text in UTF-8, and in memory."""
         return len(self._text)
 
     def note(self, text: bytes, count: int = 1) -> None:
@@ -146,7 +146,7 @@ class Reading:
         if error := answer.get("error"):
             raise ErrorEvent(error)
         if (usage := usage_of(answer)) is not None:
-            # Raises if orjson cannot write the usage where the `complete` event has it: two levels
+            # Raises if orjson cannot write the usage as the `complete` event has it: two levels
             # deeper.
             written = orjson.dumps([[usage]])
             self.usage = usage if len(written) <= MAX_USAGE_BYTES else bounded(usage)
@@ -166,8 +166,7 @@ class Reading:
 
         A first half at the end of a text is kept in `half`.
 
-        A half that was kept goes in front of the next text of its field, or in front of the
-        finish.
+        A half that was kept goes before the next text of its field, or before the finish.
         """
         name = "delta" if choice.get("delta") else "message"
         delta = choice.get(name)
@@ -184,7 +183,7 @@ class Reading:
             for number, call in enumerate(calls if isinstance(calls, list) else ())
         ]
         if last:
-            # Nothing follows for these.
+            # No further text comes for these.
             joined += self._lone_halves()
         if joined:
             fields["tool_calls"] = joined
@@ -270,7 +269,7 @@ def without_halves(value: Any) -> Any:
     """Return *value* with its surrogate pairs joined, and U+FFFD for each lone surrogate."""
     match value:
         case str() if not value.isascii():
-            # Not `utf-16-le`: its first use imports it, which fails where no descriptor is free.
+            # Not `utf-16-le`: its first use imports it, which fails if no descriptor is free.
             return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         case dict():
             return {without_halves(key): without_halves(item) for key, item in value.items()}
@@ -282,10 +281,10 @@ def without_halves(value: Any) -> Any:
 class Shape(msgspec.Struct):
     """The bytes that a provider repeats around each text of an answer.
 
-    An event that begins with *prefix*, ends with *suffix*, and has between them only characters
-    that stand for themselves in a JSON string differs from every other such event in its text
-    alone, so it need not be parsed. *prefix* goes from `data: ` to the text's opening quote,
-    *suffix* from its closing quote to the blank line. *reading* is that of the answer.
+    Consider the events that begin with *prefix*, end with *suffix*, and have between them only
+    characters that stand for themselves in a JSON string. They differ in their texts alone, so
+    they need not be parsed. *prefix* goes from `data: ` to the text's opening quote, *suffix* from
+    its closing quote to the blank line. *reading* is that of the answer.
     """
 
     prefix: bytes
@@ -295,7 +294,7 @@ class Shape(msgspec.Struct):
     def text_in(self, event: bytes) -> bytes | None:
         """Return the text in *event*, as it stands in JSON.
 
-        None if *event* is of another shape, or no UTF-8.
+        None if *event* is of another shape, or not UTF-8.
         """
         begin, stop = len(self.prefix), len(event) - len(self.suffix)
         if (
@@ -309,8 +308,8 @@ class Shape(msgspec.Struct):
         return text if utf8(text) else None
 
     def texts_in(self, block: bytes) -> list[bytes]:
-        """Return the texts in *block*, whole events, as they stand in JSON; none if one of these is
-        of another shape, or no UTF-8.
+        """Return the texts in *block*, whole events, as they stand in JSON; none if one of these
+        is of another shape, or not UTF-8.
         """
         if not block.endswith(self.suffix):
             return []
@@ -369,10 +368,11 @@ def says_more(delta: Mapping[str, Any]) -> bool:
 
 
 def is_content(data: bytes) -> bool:
-    """Return whether an event of a streamed chat completion, which has *data*, is content, and not
-    only a preamble to it: a role, an empty text, an event without choices, such as that of the usage.
+    """Return whether an event of a streamed chat completion, which has *data*, is content.
+    Otherwise it is a preamble: a role, an empty text, or an event without choices, such as that of
+    the usage.
 
-    Whatever is not known as a preamble is content, and so is what is not JSON.
+    Everything that is not known as a preamble is content, also data that are not JSON.
     """
     try:
         answer = orjson.loads(data)
@@ -396,16 +396,16 @@ def is_content(data: bytes) -> bool:
     return False
 
 
-# What has a value in a choice, and in its delta, before there is content.
+# The fields that may have a value in a choice, and in its delta, before there is content.
 _CHOICE, _ROLE = ("delta", "index"), ("role",)
 
 
 def only_names(fields: Mapping[str, object], names: Collection[str]) -> bool:
-    """Return whether none of the *fields* of an object but those of these *names* has a value:
-    the others are null or empty.
+    """Return whether only the *fields* with these *names* have a value in an object: the others
+    are null or empty.
     """
     for name, value in fields.items():
-        # A number is a value, also if it is 0.
+        # A number is a value, even 0.
         if (value or not (value is None or isinstance(value, str | list | dict))) and (
             name not in names
         ):
@@ -416,8 +416,8 @@ def only_names(fields: Mapping[str, object], names: Collection[str]) -> bool:
 def usage_of(answer: object) -> dict[str, Any] | None:
     """Return the usage in a chunk, a whole answer or an event of a response.
 
-    Groq's chunks have the usage in `x_groq`, Kimi's in the last choice, events of the Responses API
-    in `response`.
+    Groq's chunks have the usage in `x_groq`, Kimi's in the last choice, events of the Responses
+    API in `response`.
     """
     if not isinstance(answer, dict):
         return None
@@ -443,7 +443,7 @@ def bounded(usage: dict[str, Any]) -> dict[str, Any]:
 
 
 def error_codes(error: object) -> set[int | str]:
-    """Return the code and the type in an error object; one of three digits becomes a number."""
+    """Return the code and the type in an error object; a code of three digits becomes a number."""
     if not isinstance(error, dict):
         return set()
     codes: set[int | str] = set()

@@ -1,17 +1,17 @@
-"""What the beginning of a prompt is known by: digests of its bytes at fixed lengths.
+"""The prefix of a prompt, identified by digests of its bytes at fixed lengths.
 
-Engines keep the key-value cache of prompts, so that a prompt whose beginning they have read before
+Engines keep the key-value cache of prompts, so a prompt whose beginning they have read before
 costs only the rest. Two prompts have the same beginning if they have the same digest at a length.
-What is hashed are the bytes of the tools, the system prompt and the messages in this order, as the
-client wrote them, without the markers that some clients move from message to message to say what
-is to be cached.
+The hash covers the bytes of the tools, the system prompt and the messages in this order, as the
+client wrote them. Cache markers are left out, since some clients move them from message to
+message.
 
 A digest is a running BLAKE2b, read at 1, 2, 3 … 8 KiB and then at each eighth further, up to 1
-MiB, so that any body has 50 of them at most, and what is known of it is known to a ninth of its
-length. One more is read at the end of the first message of a user: it is the *identity* of a
-conversation, whose later turns all have it.
+MiB. So any body has at most 50 digests, and its known part is measured to a ninth of its length.
+One more digest is read at the end of the first user message: it is the *identity* of a
+conversation, which all later turns share.
 
-A digest says nothing of the text, and two groups have different ones for the same text.
+A digest reveals nothing of the text, and two groups have different digests for the same text.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 DIGEST_BYTES = 16
-# The longest prompt whose whole length is looked at.
+# The longest prompt whose whole length is hashed.
 MAX_BYTES = 1 << 20
-# Messages that are looked at for the first one of a user.
+# Messages that are searched for the first one of a user.
 MAX_LOOKED_AT = 256
 # Seeds whose hash is kept at its beginning.
 MAX_SEEDS = 1024
@@ -49,19 +49,19 @@ def _lengths() -> tuple[int, ...]:
 
 
 LENGTHS = _lengths()
-# The markers, each with the comma in front of it, or behind it where it stands first. A value is an
+# The markers, each with the comma in front of it, or behind it if it comes first. A value is an
 # object without another in it, a text, or a word.
 _VALUE = rb'\s*:\s*(?:\{[^{}]*\}|"(?:[^"\\]|\\.)*"|[a-z0-9]+)'
 _KEY = rb'(?<!\\)"(?:cache_control|cachePoint|prompt_cache_breakpoint)"'
 _MARKER = re.compile(rb",\s*" + _KEY + _VALUE + rb"|" + _KEY + _VALUE + rb"\s*,?\s*")
-# What is more than the brackets that close the conversation.
+# Anything but the brackets that close the conversation.
 _MORE = re.compile(rb"[^ \t\r\n\]},]")
-# The words that a marker begins with, which are looked for first: that is ten times as fast.
+# The words with which a marker begins, which are searched for first: that is ten times as fast.
 _WORDS = (b'"cache_control"', b'"cachePoint"', b'"prompt_cache_breakpoint"')
 
 
 class _Top(msgspec.Struct, gc=False):
-    """The members of a body that make its prompt, in their order."""
+    """The members of a body that make up its prompt, in order."""
 
     tools: Raw = ABSENT
     system: Raw = ABSENT
@@ -89,7 +89,7 @@ class Prefix(NamedTuple):
     """The beginning of one prompt of *size* bytes.
 
     *digests* has the digest of its first *lengths* bytes each, in ascending order. *identity* is
-    the digest of what ends with the first message of a user; the prompt *has_history* if something
+    the digest up to the end of the first user message; the prompt *has_history* if anything
     follows that.
     """
 
@@ -104,14 +104,14 @@ class Prefix(NamedTuple):
 async def prefix_of(body: bytes, seed: str) -> Prefix | None:
     """Return the prefix of the prompt in *body*, valid JSON; None if there is no prompt.
 
-    The digests are those of one *seed*. A body that is long is read in steps.
+    The digests depend on *seed*. A long body is read in steps.
     """
     top = _TOP.decode(body)
     await pause_after(body)
     parts = [bytes(part) for part in _parts(top) if part]
     if not parts:
         return None
-    # The last part is the conversation; its first message of a user ends there.
+    # The last part is the conversation; its first user message ends there.
     head, talk = parts[:-1], parts[-1]
     cut = await _end_of_first_user(talk)
     await pause_after(talk)
@@ -139,14 +139,14 @@ def _parts(top: _Top) -> Iterator[Raw]:
     yield top.tools
     yield top.system
     yield top.instructions
-    # One of the three.
+    # A body has one of the three.
     yield top.messages or top.input or top.prompt
 
 
 async def _end_of_first_user(talk: bytes) -> int:
-    """Return where the first message of a user ends in *talk*.
+    """Return the end of the first user message in *talk*.
 
-    Of a text, and where there is no such message, that is its first KiB, or all of it.
+    For a text, or without such a message, it is the end of the first KiB, or of the whole.
     """
     whole = min(len(talk), LENGTHS[0])
     if not talk.startswith(b"["):
@@ -156,7 +156,7 @@ async def _end_of_first_user(talk: bytes) -> int:
     for element in first:
         if element is ABSENT:
             break
-        # Elements come in their order, so each is found behind the one before it.
+        # Elements come in order, so each is found behind the one before it.
         raw = bytes(element)
         end = talk.index(raw, end) + len(raw)
         if raw.startswith(b"{") and bytes(_ROLE.decode(raw).role) == b'"user"':
@@ -172,7 +172,7 @@ def _unmarked(data: bytes) -> bytes:
 
 @lru_cache(maxsize=MAX_SEEDS)
 def _seeded(seed: str) -> hashlib.blake2b:
-    """Return a hash of nothing yet, which is another one for each *seed*."""
+    """Return an empty hash, different for each *seed*."""
     key = hashlib.blake2b(seed.encode(), digest_size=32).digest()
     return hashlib.blake2b(digest_size=DIGEST_BYTES, key=key)
 
@@ -193,7 +193,7 @@ class _Running:
         self.identity = b""
 
     def update(self, data: bytes) -> None:
-        """Take the next bytes in."""
+        """Hash the next bytes."""
         view, start = memoryview(data), 0
         next_stop = bisect_right(self._stops, self.size)
         while start < len(data):

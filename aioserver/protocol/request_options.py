@@ -1,13 +1,12 @@
-"""The terms of a request: how long it may take, and whether it is in a hurry at all.
+"""The options of a request: its deadlines, and its class.
 
     x-aioserver-start-within: 2       seconds until the first attempt is sent
     x-aioserver-deadline: 30.5        seconds until the answer has ended
-    x-aioserver-class: batch          it uses what others leave
+    x-aioserver-class: batch          the request uses what others leave
 
-The faces of our own have fields of a payload for the same: `start_within`, `deadline`, `class`.
-Seconds count from the arrival of the request. A term can shorten a wait and never extend one, and
-lower a class and never raise it, so terms from several places add up: the smaller number holds, and
-batch holds.
+Our own faces have fields of a payload for the same: `start_within`, `deadline`, `class`. Seconds
+count from the arrival of the request. An option can only shorten a wait, and only lower a class,
+so options from several places combine: the smaller number holds, and batch holds.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from aioserver.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# As multidict looks for them: of nearly all requests the headers have none of these.
+# In the form in which multidict looks for them: nearly all requests have none of these headers.
 START_WITHIN: str = istr("x-aioserver-start-within")
 DEADLINE: str = istr("x-aioserver-deadline")
 CLASS: str = istr("x-aioserver-class")
 INTERACTIVE, BATCH = CLASSES = ("interactive", "batch")
-# Seconds of a bound at most: a day.
+# The most seconds of a bound: a day.
 MAX_SECONDS = 86_400.0
-# Characters of a number of seconds.
+# The most characters of a number of seconds.
 MAX_CHARACTERS = 32
 _NAMES = (START_WITHIN, DEADLINE, CLASS)
 
@@ -43,7 +42,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
     batch: bool = False
 
     def joined(self, other: RequestOptions) -> RequestOptions:
-        """Return both, each of which holds."""
+        """Return the combination of both."""
         if other is NO_REQUEST_OPTIONS or self is NO_REQUEST_OPTIONS:
             return self if other is NO_REQUEST_OPTIONS else other
         return RequestOptions(
@@ -57,10 +56,10 @@ NO_REQUEST_OPTIONS = RequestOptions()
 
 
 def request_options_of(headers: Mapping[str, str]) -> RequestOptions:
-    """Return the terms in the *headers* of a request.
+    """Return the options in the *headers* of a request.
 
     Raises:
-        InvalidRequest: one of them is not valid; its name is the `param`.
+        InvalidRequest: an option is not valid; its name is the `param`.
     """
     if headers.keys().isdisjoint(_NAMES):
         return NO_REQUEST_OPTIONS
@@ -74,7 +73,7 @@ def seconds(value: str | None, param: str) -> float:
     """Return the decimal number *value*; inf if there is none.
 
     Raises:
-        InvalidRequest: it is no number, or out of range.
+        InvalidRequest: it is not a number, or out of range.
     """
     if value is None:
         return inf
@@ -91,7 +90,7 @@ def seconds(value: str | None, param: str) -> float:
 
 
 def batch(value: str | None, param: str) -> bool:
-    """Return whether the class *value* is batch; None is no class.
+    """Return whether the class *value* is batch; None: no class was named.
 
     Raises:
         InvalidRequest: there is no such class.

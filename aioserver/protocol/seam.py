@@ -1,21 +1,21 @@
-"""The seam of a continued answer: where the rest of a text that broke off begins.
+"""The seam of a continued answer: the point at which the rest of a broken text begins.
 
-An answer that broke off has said a text, and another answer is asked for the rest of it. What
-comes is checked before any of it is shown:
+When an answer broke off after some text, its *transcript*, another answer is asked for the rest.
+Its text is checked before any of it is shown:
 
-    Onward     an engine that was given the text as the beginning of its own message says the rest
-               of it. One thing may go wrong and can be noticed: that it begins anew. Then all that
-               was said has to come again, word for word, and is dropped
+    Onward     an engine that was given the text as the beginning of its own message continues it.
+               One fault can be noticed: the engine begins anew. Then the whole transcript must
+               come again, word for word, and is dropped
     Anchored   a model that was asked to write the last words again, the *anchor*, and to go on.
-               They have to come, and are dropped
+               They must come, and are dropped
 
-Nothing else is ever cut off: who matched a few characters at the seam would lose text of an engine
-that tells the truth, since texts repeat themselves ("ha ha", tables, zeros, code).
+Nothing else is ever cut off. To match a few characters at the seam would lose text of a correct
+engine, since texts repeat themselves ("ha ha", tables, zeros, code).
 
-An engine has begun anew if its text begins with the first 32 characters of what was said. That
-proves something only where these occur nowhere else, also not across the seam: in what was said
-with them behind it they occur at the two ends alone. Otherwise a text that repeats itself would be
-taken for one that begins anew. The one text that is taken wrongly repeats its own whole beginning
+An engine has begun anew if its text begins with the first 32 characters of the transcript. That
+proves something only if these occur nowhere else, not even across the seam: in the transcript
+followed by themselves they occur at the two ends alone. Otherwise a text that repeats itself would
+be taken for one that begins anew. The one text that is misjudged repeats its own whole beginning
 exactly at the cut.
 """
 
@@ -23,64 +23,65 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-# Characters by which an engine is known that begins anew.
+# Characters by which a text that begins anew is recognized.
 BEGINNING = 32
-# Characters of an anchor at most.
+# The most characters of an anchor.
 ANCHOR = 64
-# Characters that are held back at most before the seam is found, or is not.
+# The most characters that are held back before the seam is found, or is not.
 MAX_CHECKED = 1 << 16
-# What encloses the anchor where a model is asked for it.
+# The brackets around the anchor in the request to a model.
 OPENING, CLOSING = "⟦", "⟧"
 
 
 class SeamBroken(ValueError):
-    """What has come is not the rest of what was said."""
+    """The text is not the rest of the transcript."""
 
 
 class Seam(ABC):
-    """Lets the rest of a text pass, once it has been found to be that.
+    """Lets the rest of a text pass, once it is proved to be the rest.
 
-    Always: what `feed` and `close` have returned is the rest of what was said, in its order; if
-    either has raised, nothing was returned before.
+    Always: the results of `feed` and `close` are the rest of the transcript, in order; if either
+    has raised, nothing was returned before.
     """
 
-    # Whether the rest has been found to be one: what follows passes.
+    # Whether the rest is proved: all later text passes.
     found = False
 
     @abstractmethod
     def feed(self, text: str) -> str:
-        """Return what of *text*, which has come next, and of what was held back may pass.
+        """Return the part of *text*, which has come next, and of the text held back, that may
+        pass.
 
         Raises:
-            SeamBroken: it is not the rest.
+            SeamBroken: the text is not the rest.
         """
 
     @abstractmethod
     def close(self) -> str:
-        """Return what was held back, since no text follows, or something else comes first.
+        """Return the text held back, since no text follows, or something else comes first.
 
         Raises:
-            SeamBroken: what has come is not the rest.
+            SeamBroken: the text is not the rest.
         """
 
 
 class Onward(Seam):
     """The seam of an engine that goes on with *transcript* as its own message.
 
-    *repeats*: the engine is known to write *transcript* again in front of the rest.
+    *repeats*: the engine is known to write *transcript* again before the rest.
     """
 
     def __init__(self, transcript: str, *, repeats: bool = False) -> None:
         self._transcript = transcript
         self.found = not (repeats or provable(transcript))
         self._held = ""
-        # The characters that have come, all of which are those of *transcript*.
+        # The number of characters that have come, all of them equal to *transcript*.
         self._matched = 0
-        # Whether the engine has begun anew, or else has not; None: that is not known.
+        # Whether the engine has begun anew; None: not known yet.
         self.repeated: bool | None = None
 
     def feed(self, text: str) -> str:
-        """Return what may pass, as `Seam.feed`."""
+        """Return the text that may pass, as `Seam.feed`."""
         if self.found or not text:
             return text
         transcript, matched = self._transcript, self._matched
@@ -98,12 +99,12 @@ class Onward(Seam):
             return text[size:]
         if matched > MAX_CHECKED:
             raise SeamBroken(f"more than {MAX_CHECKED} characters are repeated")
-        # Of a text that begins anew nothing will be shown.
+        # A text that begins anew is never shown.
         self._held = self._held + text if matched < BEGINNING else ""
         return ""
 
     def close(self) -> str:
-        """Return what was held back, as `Seam.close`."""
+        """Return the text held back, as `Seam.close`."""
         if self.found:
             return ""
         if self._matched >= BEGINNING:
@@ -121,7 +122,7 @@ class Anchored(Seam):
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """Return what may pass, as `Seam.feed`."""
+        """Return the text that may pass, as `Seam.feed`."""
         if self.found:
             return text
         self._held += text
@@ -143,7 +144,7 @@ class Anchored(Seam):
 
 
 def provable(transcript: str) -> bool:
-    """Return whether a text that begins as *transcript* does, and follows it, must begin it anew."""
+    """Return whether a text that begins like *transcript*, and follows it, must begin it anew."""
     beginning = transcript[:BEGINNING]
     return len(transcript) >= BEGINNING and (transcript + beginning).find(beginning, 1) == len(
         transcript
@@ -162,13 +163,13 @@ def anchor_of(transcript: str) -> str:
 
 
 def _at_space(text: str) -> tuple[str, str, str]:
-    """Return *text* before its first white space, that, and what follows."""
+    """Return *text* before its first white space, the white space, and the text after it."""
     place = next((place for place, each in enumerate(text) if each.isspace()), len(text))
     return text[:place], text[place : place + 1], text[place + 1 :]
 
 
 def _common(transcript: str, start: int, text: str) -> int:
-    """Return how many characters of *text* are those of *transcript* from *start* on."""
+    """Return how many characters of *text* equal those of *transcript* from *start* on."""
     count = 0
     for ours, theirs in zip(transcript[start:], text, strict=False):
         if ours != theirs:

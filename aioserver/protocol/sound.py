@@ -1,11 +1,11 @@
 """JSON that is sound: UTF-8, without lone surrogates.
 
-msgspec need not look into a string that it skips, so two checks come before it: of UTF-8, and of
-lone surrogate escapes (`D83D` without its other half), in place of each of which U+FFFD is
-written. Such an escape is the remains of a character that a client cut in two. Most providers
-refuse it, and an agent whose history holds one could not go on.
+msgspec does not check a string that it skips, so two checks come before it: for UTF-8, and for
+lone surrogate escapes (`D83D` without its other half), each of which is replaced by U+FFFD. Such
+an escape is half of a character that a client cut in two. Most providers refuse it, and an agent
+whose history holds one could not go on.
 
-Where text is cut into pieces, none of them ends within a character, an escape or a pair of
+If text is cut into pieces, none of them ends within a character, an escape or a pair of
 surrogates, so each is sound by itself.
 """
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 # Bytes of a piece, in which lone surrogates are replaced in 0.5 ms, if there is nothing else.
 PIECE_BYTES = 1 << 15
 _HIGH = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
-# A high half that no low half follows, or a low half that follows no high half. A high half is
-# never the second of a pair, so its neighbours say all, if no backslash is itself escaped.
+# A high half without a low half behind it, or a low half without a high half before it. A high
+# half is never the second of a pair, so its neighbours decide, as long as no backslash is itself
+# escaped.
 _LONE = re.compile(
     rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
     rb"|[c-fC-F][0-9a-fA-F]{2}(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))"
@@ -37,13 +38,13 @@ class NotUtf8(InvalidJson):
 
 
 async def sound(body: bytes) -> bytes:
-    """Return *body*, or a copy in which each lone surrogate escape is that of U+FFFD.
+    """Return *body*, or a copy in which U+FFFD replaces each lone surrogate escape.
 
     Both have the same length. The result is UTF-8; it need not be JSON.
 
     Raises:
         NotUtf8: *body* is not UTF-8.
-        InvalidJson: *body* has a NUL, which stands nowhere in JSON.
+        InvalidJson: *body* has a NUL, which JSON never has.
     """
     if not body.isascii():
         _check_utf8(body)
@@ -51,12 +52,12 @@ async def sound(body: bytes) -> bytes:
     if b"\\ud" not in body and b"\\uD" not in body:
         return body
     if b"\0" in body:
-        raise InvalidJson("not JSON: a NUL")
+        raise InvalidJson("not JSON: it has a NUL")
     return await _without_lone_surrogates(body)
 
 
 def _check_utf8(body: bytes) -> None:
-    # A text of all of it could have four times its bytes.
+    # A text of the whole body could have four times its bytes.
     view, start = memoryview(body), 0
     while start < len(body):
         end = start + LARGE_BYTES
@@ -64,7 +65,7 @@ def _check_utf8(body: bytes) -> None:
             # A character that is cut is left for the next step.
             _, read = codecs.utf_8_decode(view[start:end], "strict", end >= len(body))
         except UnicodeDecodeError as exc:
-            raise NotUtf8(f"not JSON: no UTF-8 at byte {start + exc.start}") from None
+            raise NotUtf8(f"not JSON: invalid UTF-8 at byte {start + exc.start}") from None
         start += read
 
 
@@ -83,7 +84,7 @@ async def _without_lone_surrogates(body: bytes) -> bytes:
 
 
 def pieces(text: bytes, start: int = 0, end: int | None = None) -> Iterator[slice]:
-    """Yield the pieces of *text* between *start* and *end*, which is UTF-8 and has no NUL; no
+    """Yield the pieces of *text* between *start* and *end*; the text is UTF-8 without NUL, and no
     escape is cut there.
     """
     end = len(text) if end is None else end

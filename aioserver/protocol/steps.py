@@ -1,8 +1,9 @@
-"""What takes long, in steps: coroutines that pause between two of them, so that others are served.
+"""Long work in steps: coroutines that pause between two steps, so that the event loop serves
+others.
 
-Awaited in a task, a pause lets the event loop run; `at_once` needs no loop, and passes over the
-pauses. One pass of C over a body of 16 MiB is a step, which takes 70 ms at most, and some 10 ms as
-a rule. What Python does for each of many values is a step for a few of them.
+Awaited in a task, a pause lets the event loop run; `at_once` needs no loop, and skips the pauses.
+One pass of C over a body of 16 MiB is a step, which takes 70 ms at most, and usually some 10 ms.
+When Python reads many values one by one, a few of them make a step.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ async def pause_after(data: Sized) -> None:
 
 
 def at_once(steps: Coroutine[object, None, T]) -> T:
-    """Take all *steps*, which wait for nothing but `pause`, and return their result."""
+    """Run all *steps*, which await nothing but `pause`, and return their result."""
     while True:
         try:
             steps.send(None)

@@ -1,7 +1,7 @@
-"""`stream_options` in the body of a request for a stream: whether its client asks for the usage of
-the answer, and the bytes of a body that does.
+"""`stream_options` in the body of a streamed request: whether its client asks for the usage of the
+answer, and the bytes of a body that does.
 
-Members are edited where they stand: what else the client has written stays, byte for byte.
+Members are edited in place: the client's other bytes stay as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _UNASKED = frozenset({b"", b"false", b"null"})
 
 
 def unasked(options: Raw) -> bytes | None:
-    """Return *options* as they are written, empty if there are none; None if they ask for the usage
-    already, or are nothing that is edited.
+    """Return *options* as they are written, empty if there are none; None if they ask for the
+    usage already, or cannot be edited.
     """
     if options is ABSENT:
         return b""
@@ -39,8 +39,8 @@ def unasked(options: Raw) -> bytes | None:
 
 
 def asking(body: bytes, options: bytes) -> bytes:
-    """Return *body* with options that ask for the usage, in place of *options*, which `unasked` has
-    returned for it.
+    """Return *body* with options that ask for the usage, in place of *options*, the result of
+    `unasked` for it.
 
     Raises:
         InvalidRequest: as `Member.find`.

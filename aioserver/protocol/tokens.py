@@ -1,13 +1,12 @@
-"""The tokens that a provider reports in the usage of an answer: one meaning, whichever API has
-counted.
+"""The tokens that a provider reports in the usage of an answer: one meaning for all APIs.
 
-    prompt        all that was read, from a cache or not; Anthropic's `input_tokens` leave out what
-                  was read from one or written to one, so that these are added
-    answer        all that was written, with what was thought: some count that apart
+    prompt        all tokens read, from a cache or not; Anthropic's `input_tokens` leave out those
+                  read from a cache or written to one, so these are added
+    answer        all tokens written, including reasoning, which some count apart
     the others    parts of these two
 
-The last usage of an answer counts, never a sum: whoever reports one with each event reports what
-there was so far.
+Only the last usage of an answer counts, never a sum: a provider that reports one with each event
+reports the total so far.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# The keys of the token counts in a usage: of chat completions, then of responses and of messages.
+# The keys of the token counts in a usage: for chat completions, then for responses and messages.
 PROMPT, INPUT = "prompt_tokens", "input_tokens"
 COMPLETION, OUTPUT = "completion_tokens", "output_tokens"
 TOTAL = "total_tokens"
-# The parts of a usage, of chat completions and of responses, that say what these consist of.
+# The members of a usage, of chat completions and of responses, that break these down.
 PROMPT_DETAILS, INPUT_DETAILS = "prompt_tokens_details", "input_tokens_details"
 COMPLETION_DETAILS, OUTPUT_DETAILS = "completion_tokens_details", "output_tokens_details"
 # Members of these.
 CACHED, CACHE_WRITE = "cached_tokens", "cache_write_tokens"
 REASONING, AUDIO = "reasoning_tokens", "audio_tokens"
-# What Anthropic's `input_tokens` leave out of the prompt.
+# The tokens that Anthropic's `input_tokens` leave out of the prompt.
 CACHE_READ, CACHE_WRITTEN = "cache_read_input_tokens", "cache_creation_input_tokens"
-# DeepSeek's name for what came from a cache; Kimi's is CACHED, beside the others.
+# DeepSeek's name for the tokens from a cache; Kimi's is CACHED, beside the others.
 CACHE_HITS = "prompt_cache_hit_tokens"
-# The keys that speak of caches outside of details.
+# The keys about caches outside of details.
 OF_CACHES = frozenset({CACHE_READ, CACHE_WRITTEN, CACHE_HITS, CACHED})
 # A number of tokens with more bits is ignored.
 MAX_BITS = 40
@@ -41,11 +40,11 @@ MAX_TOKENS = 1 << MAX_BITS
 
 
 class Tokens(msgspec.Struct, frozen=True, gc=False):
-    """The tokens of the whole *prompt*, how many of them are *cached*, and those of the *answer*;
-    None stands for each that is not known.
+    """The tokens of the whole *prompt*, the *cached* ones among them, and those of the *answer*;
+    None for each that is not known.
 
-    Of the prompt *cache_write* were written to a cache, and *audio_in* are audio. Of the answer
-    *reasoning* were thought, and *audio_out* are audio.
+    *cache_write* tokens of the prompt were written to a cache, and *audio_in* are audio.
+    *reasoning* tokens of the answer are reasoning, and *audio_out* are audio.
     """
 
     prompt: int | None = None
@@ -65,13 +64,13 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
     if usage is None:
         return NO_TOKENS
     prompt, answer = usage.get(PROMPT), usage.get(COMPLETION)
-    # Most are plausible, as `_count` has it: neither has a sign, or a bit above the bound.
+    # Most are plausible by the rule of `_count`: neither has a sign, or a bit above the bound.
     if type(prompt) is not int or type(answer) is not int or (prompt | answer) >> MAX_BITS:
         prompt, answer = _count(prompt), _count(answer)
         if answer is None:
             answer = _count(usage.get(OUTPUT))
         if answer is None and prompt is not None and usage.get(TOTAL) == prompt:
-            # As embeddings have it.
+            # Embeddings have no answer.
             answer = 0
     cached, written = None, 0
     if not OF_CACHES.isdisjoint(usage):
@@ -95,7 +94,7 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
     if asked and isinstance(asked, dict):
         if cached is None:
             cached = _count(asked.get(CACHED))
-        # Many are details of nothing.
+        # Many details are empty.
         if any(asked.values()):
             written = _count(asked.get(CACHE_WRITE)) or written
             audio_in = _count(asked.get(AUDIO)) or 0
@@ -120,6 +119,6 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
 
 
 def _count(number: object) -> int | None:
-    """Return *number* if it is a plausible one of tokens, else None."""
-    # A boolean is an integer, too, for `isinstance`.
+    """Return *number* if it is a plausible number of tokens, else None."""
+    # For `isinstance` a boolean is an integer, too.
     return number if type(number) is int and 0 <= number < MAX_TOKENS else None

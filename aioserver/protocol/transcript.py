@@ -1,19 +1,19 @@
-"""What an answer has said so far, and how another answer goes on with it: chat completions.
+"""The transcript of an answer so far, and its continuation by another answer: chat completions.
 
 An answer that breaks off after text can be continued (gateway/continuation.py). For that its text
-is kept, as its readers have been shown it, and what must follow it:
+is kept as its readers have seen it, with everything that later events depend on:
 
-    Said        the text, what was shown beside it, and what the events behind the seam take over
-      PassedTranscript  of an answer whose bytes pass: its events are kept as they come, and are read
-                  each 64 KiB, or when the text is asked for
-        ChatTranscript    chat completions
-      ReadTranscript    of an answer whose events are read anyway, by a `Reading`
-    Rest        takes the events of the other answer apart, each into its text and what remains of
-                it, and writes them as the first answer would have gone on: without a second role,
-                with its id, and with the usage of both
-      ChatRest    chat completions
+    Transcript              the text, and what events behind the seam take over
+        PassedTranscript    of an answer whose bytes pass: its events are kept as they come, and
+                            read at each 64 KiB, or when the text is needed
+            ChatTranscript  of chat completions
+        ReadTranscript      of an answer whose events a `Reading` reads anyway
+    Rest                    takes the events of the other answer apart, each into its text and the
+                            remainder, and writes them as the first answer would have gone on:
+                            without a second role, with its id, and with the usage of both
+        ChatRest            of chat completions
 
-This file is one concept: what is kept of an answer decides how another one goes on with it.
+This file is one concept: the kept part of an answer decides how another one continues it.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ if TYPE_CHECKING:
 
 # Bytes of events that are kept before they are read.
 FOLD_BYTES = 1 << 16
-# Bytes of a text that can be continued.
+# The most bytes of a text that can be continued.
 MAX_TRANSCRIPT = 1 << 18
-# Bytes by which what is kept may grow before it is counted.
+# Bytes by which the kept part may grow before it is counted.
 COUNT_BYTES = 1 << 13
 # Events of an answer from which its shape is learned.
 MAX_SHAPE_SAMPLES = 4
 DONE = b"data: [DONE]\n\n"
 _REASONING = SILENT - {"role", "content"}
-# The members of a chunk that belong to the answer and not to who speaks.
+# The members of a chunk that belong to the answer and not to its model.
 _IDENTITY = ("id", "created")
 
 
 class Tokens(NamedTuple):
-    """The tokens that attempts have cost: of what they were asked, and of what they answered."""
+    """The tokens that attempts have cost: those of their prompts, and those of their answers."""
 
     asked: int = 0
     answered: int = 0
 
 
 class Transcript(ABC):
-    """What an answer has said so far, as its readers were shown it."""
+    """The transcript of an answer so far, as its readers have seen it."""
 
-    # Whether its request is known to be one whose answer can be continued.
+    # Whether its request is known to allow a continuation.
     checked: ClassVar[bool] = False
 
     @property
@@ -76,34 +76,35 @@ class Transcript(ABC):
     @property
     @abstractmethod
     def events(self) -> int:
-        """How many events have had text, as far as `text` has read them."""
+        """The number of events with text, as far as `text` has read them."""
 
     @abstractmethod
     def text(self) -> str | None:
-        """Return the text, if it is one that can be continued; None otherwise.
+        """Return the text, if it can be continued; None otherwise.
 
-        It cannot if anything but text was shown, reasoning in front of it aside, if the answer has
-        a finish, if there is no text yet, or if it has more than MAX_TRANSCRIPT bytes.
+        It cannot if anything but text, perhaps after reasoning, was shown, if the answer has a
+        finish, if there is no text yet, or if it has more than MAX_TRANSCRIPT bytes.
         """
 
     @abstractmethod
     def rest(self, earlier: Tokens) -> Rest:
-        """Return what writes the rest; *earlier* are the tokens of all attempts so far."""
+        """Return the object that writes the rest; *earlier* are the tokens of all attempts so far."""
 
     def add(self, block: bytes) -> bool:  # noqa: ARG002 - of some it is kept elsewhere
         """Keep *block*, whole events that are shown now; return whether `size` has grown so much
-        that it is to be counted again.
+        that it must be counted again.
         """
         return False
 
     def drop(self) -> None:  # noqa: B027 - of some nothing is kept
-        """Forget all of it: the answer can be continued no more."""
+        """Forget everything: the answer can no longer be continued."""
 
 
 class PassedTranscript(Transcript):
-    """What an answer has said whose bytes pass.
+    """The transcript of an answer whose bytes pass.
 
-    Always: `blocks` has events that were not read yet, FOLD_BYTES of them and one block at most.
+    Always: `blocks` has the events that were not read yet, at most FOLD_BYTES of them and one
+    block.
     """
 
     def __init__(self) -> None:
@@ -113,40 +114,40 @@ class PassedTranscript(Transcript):
         self._text = bytearray()
         self._events = 0
         self._lost = False
-        # The bytes in `blocks` beyond which what is kept is to be counted again.
+        # The bytes in `blocks` above which the kept part must be counted again.
         self.mark = COUNT_BYTES
 
     @property
     def size(self) -> int:
-        """The bytes that are kept."""
+        """The number of kept bytes."""
         return len(self.blocks) + len(self._text)
 
     @property
     def events(self) -> int:
-        """How many events have had text."""
+        """The number of events with text."""
         return self._events
 
     def add(self, block: bytes) -> bool:
-        """Keep *block*, events that pass now, as `Said.add`."""
+        """Keep *block*, events that pass now, as `Transcript.add`."""
         self.blocks += block
         return len(self.blocks) > self.mark and self.grown()
 
     def grown(self) -> bool:
-        """Return True, since `blocks` has more than `mark`; they are read if that is much."""
+        """Return True, since `blocks` has more than `mark`; the events are read if there are many."""
         if len(self.blocks) > FOLD_BYTES:
             self._fold()
         self.mark = len(self.blocks) + COUNT_BYTES
         return True
 
     def text(self) -> str | None:
-        """Return the text, as `Said.text`."""
+        """Return the text, as `Transcript.text`."""
         self._fold()
         if self._lost or not self._text:
             return None
         return self._text.decode()
 
     def drop(self) -> None:
-        """Forget all of it, as `Said.drop`."""
+        """Forget everything, as `Transcript.drop`."""
         self._lost = True
         # Cleared and not replaced, since the fast path adds to this very object.
         self.blocks.clear()
@@ -163,7 +164,7 @@ class PassedTranscript(Transcript):
                 self._read(event)
             over = len(self._text) > MAX_TRANSCRIPT
         except (BadEvent, ValueError, AttributeError, TypeError):
-            # A half of a character, for one, that the provider has cut in two.
+            # For example half of a character that the provider has cut in two.
             over = True
         if over:
             self.drop()
@@ -173,13 +174,13 @@ class PassedTranscript(Transcript):
         """Read *event*, and add its text.
 
         Raises:
-            BadEvent, ValueError, AttributeError, TypeError: it is none after which the answer can
-                be continued.
+            BadEvent, ValueError, AttributeError, TypeError: the answer cannot be continued
+                after it.
         """
 
 
 class ChatTranscript(PassedTranscript):
-    """What a chat completion has said whose bytes pass."""
+    """The transcript of a chat completion whose bytes pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ class ChatTranscript(PassedTranscript):
         self._samples_left = MAX_SHAPE_SAMPLES
 
     def rest(self, earlier: Tokens) -> ChatRest:
-        """Return what writes the rest, as `Said.rest`."""
+        """Return the object that writes the rest, as `Transcript.rest`."""
         return ChatRest(earlier, self._head)
 
     def _read(self, event: bytes) -> None:
@@ -226,9 +227,9 @@ class ChatTranscript(PassedTranscript):
 
 
 class ReadTranscript(Transcript):
-    """What an answer has said whose events are read, by *reading*."""
+    """The transcript of an answer whose events *reading* reads."""
 
-    # The reading is counted by its sink.
+    # The sink counts the reading.
     size = 0
 
     def __init__(self, reading: Reading) -> None:
@@ -237,19 +238,19 @@ class ReadTranscript(Transcript):
 
     @property
     def events(self) -> int:
-        """How many events have had text."""
+        """The number of events with text."""
         return self._reading.texts
 
     def text(self) -> str | None:
-        """Return the text, as `Said.text`."""
+        """Return the text, as `Transcript.text`."""
         reading = self._reading
         if not reading.only_text or reading.finish_reason is not None:
             return None
         return reading.text if 0 < reading.size <= MAX_TRANSCRIPT else None
 
     def rest(self, earlier: Tokens) -> ChatRest:
-        """Return what writes the rest, as `Said.rest`."""
-        # Halves of characters that were not shown belong to an answer that goes on no more.
+        """Return the object that writes the rest, as `Transcript.rest`."""
+        # Half characters that were not shown belong to an answer that has ended.
         self._reading.half.clear()
         return ChatRest(earlier, index=self._reading.choice_index)
 
@@ -259,22 +260,21 @@ class Rest(ABC):
 
     @abstractmethod
     def take(self, data: bytes) -> tuple[str, dict[str, Any] | None]:
-        """Return the text of an event with this *data*, and the content that remains of it, to be
-        written behind that text; None if nothing does.
+        """Return the text of an event with this *data*, and its remaining content, to be written
+        behind that text; None if nothing remains.
 
         Raises:
-            BadEvent: it is no event of this API.
+            BadEvent: it is not an event of this API.
             ErrorEvent: it reports an error.
         """
 
     @abstractmethod
     def text(self, text: str) -> bytes:
-        """Return the event of a *text*; `take` has been called before."""
+        """Return the event of a *text*; `take` must have been called before."""
 
     @abstractmethod
     def event(self, content: dict[str, Any]) -> bytes:
-        """Return what `take` has found to remain as an event, once the text before it is
-        written.
+        """Return the remaining content of `take` as an event, once the text before it is written.
 
         Raises:
             BadEvent: it is nested too deeply.
@@ -284,8 +284,8 @@ class Rest(ABC):
 class ChatRest(Rest):
     """Takes the chunks of a chat completion apart.
 
-    Those behind the seam have what *head* has of the first answer, and a usage with the *earlier*
-    tokens added. Only the text of the choice with this *index* counts.
+    The chunks behind the seam have the members of *head* from the first answer, and a usage with
+    the *earlier* tokens added. Only the text of the choice with this *index* counts.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class ChatRest(Rest):
         self._halves = Halves()
 
     def take(self, data: bytes) -> tuple[str, dict[str, Any] | None]:
-        """Return the text of a chunk, and what remains of it, as `Rest.take`."""
+        """Return the text of a chunk, and its remaining content, as `Rest.take`."""
         if data.strip() == b"[DONE]":
             return "", {}
         content = loaded(data)
@@ -325,7 +325,7 @@ class ChatRest(Rest):
                 more = {name: value for name, value in delta.items() if name not in SILENT}
                 remaining.append({**choice, "delta": more})
         text = self._halves.join(text, last=bool(remaining))
-        # Some send a usage with each chunk: that of the last one counts.
+        # Some send a usage with each chunk: only that of the last one counts.
         if remaining or (usage is not None and not text and not choices) or "x_groq" in content:
             content["choices"] = remaining
             if isinstance(usage, dict):
@@ -335,7 +335,7 @@ class ChatRest(Rest):
         return text, None
 
     def event(self, content: dict[str, Any]) -> bytes:
-        """Return what remains of a chunk, as `Rest.event`; the end mark if that is empty."""
+        """Return the remaining content of a chunk, as `Rest.event`; the end mark if it is empty."""
         return eventstream.write(written(content)) if content else DONE
 
     def text(self, text: str) -> bytes:
@@ -345,7 +345,7 @@ class ChatRest(Rest):
 
 
 class Halves:
-    """Joins the halves of characters that a provider has cut over two texts."""
+    """Joins the halves of characters that a provider has split over two texts."""
 
     def __init__(self) -> None:
         self._half = ""
@@ -365,7 +365,7 @@ def loaded(data: bytes) -> dict[str, Any]:
     """Return the object in *data*.
 
     Raises:
-        BadEvent: there is none.
+        BadEvent: *data* is not an object.
     """
     try:
         content = orjson.loads(data)
@@ -393,7 +393,7 @@ def written(content: Mapping[str, Any]) -> bytes:
 
 
 def summed(usage: dict[str, Any], earlier: Mapping[str, int]) -> dict[str, Any]:
-    """Return *usage* with the tokens of *earlier* added, by their names."""
+    """Return *usage* with the tokens of *earlier* added, under their names."""
     counted = bounded(usage)
     return counted | {
         name: count + number
@@ -403,7 +403,7 @@ def summed(usage: dict[str, Any], earlier: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _add_to_groq(content: dict[str, Any], earlier: Mapping[str, int]) -> None:
-    """Add the tokens of *earlier* to the usage where Groq has it, if *content* has it there."""
+    """Add the tokens of *earlier* to the usage in Groq's place, if *content* has it there."""
     groq = content.get("x_groq")
     if isinstance(groq, dict) and isinstance(usage := groq.get("usage"), dict):
         content["x_groq"] = {**groq, "usage": summed(usage, earlier)}

@@ -1,7 +1,7 @@
-"""Lookups in the body of a whole answer: the model's text, and whether a response is final.
+"""Look-ups in the body of a whole answer: the model's text, and whether a response is final.
 
-Such a body may have many megabytes, so nothing is built of it but what is looked up. A body is what
-a provider has sent, and need not be JSON.
+Such a body may have many megabytes, so only the wanted values are built. A body is what a provider
+has sent, and need not be JSON.
 """
 
 from typing import Generic, NamedTuple, TypeVar
@@ -16,7 +16,7 @@ from aioserver.protocol.sound import pieces, sound
 from aioserver.protocol.steps import pause_after
 
 T = TypeVar("T")
-# Bytes of a value that is read: an id, or a status.
+# The most bytes of a value that is read: an id, or a status.
 MAX_VALUE_BYTES = 1024
 FINAL_STATUSES = ("completed", "incomplete", "failed", "cancelled")
 
@@ -30,7 +30,7 @@ class _Choice(msgspec.Struct, gc=False):
 
 
 class _Choices(msgspec.Struct, array_like=True, gc=False):
-    """A list of which no more than the first element is read."""
+    """A list of which only the first element is read."""
 
     first: _Choice
 
@@ -56,16 +56,16 @@ _RESPONSE = msgspec.json.Decoder(_Response)
 
 
 async def text_pieces(body: bytes) -> list[slice]:
-    """Return where the text of a whole chat completion stands in *body*, in pieces.
+    """Return the places of the text of a whole chat completion in *body*, in pieces.
 
     A piece is the inside of a JSON string, as it is written; lone surrogates may be in it. There
-    is none if the body has no text, or is no chat completion.
+    is none if the body has no text, or is not a chat completion.
     """
     found = await _read(body, _ANSWER)
     text = b"" if found is None else bytes(found.value.choices.first.message.content)
     if found is None or not text.startswith(b'"'):
         return []
-    # Wherever else these bytes stand, they are the same text.
+    # If these bytes occur elsewhere, they are the same text.
     start = found.body.index(text)
     return list(pieces(found.body, start + 1, start + len(text) - 1))
 
@@ -85,7 +85,7 @@ async def final_response(body: bytes) -> str | None:
 
 
 async def _read(body: bytes, decoder: msgspec.json.Decoder[T]) -> _Found[T] | None:
-    """Return what *decoder* finds in *body*, None if it is not there, in steps."""
+    """Return the value that *decoder* finds in *body*, None if it is not there, in steps."""
     try:
         body = await sound(body)
         await pause_after(body)

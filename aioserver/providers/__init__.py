@@ -6,15 +6,15 @@ attempt *bids* for the provider's *capacity*: it starts when a *place* is free, 
 `concurrent_requests`, and the *pace* allows it: so many requests per minute. An answer in the
 *background* uses a part of the places.
 
-A provider is *well*; or it is *sick*: many attempts fail and some succeed, so that it is asked,
-but after a provider that is well; or it is *dead*: nothing succeeds any more, so that it is left
-alone but for *trials*. Its *breaker* knows which. A provider that cannot be reached, or says that
-it is not ready, is *away*: requests may wait in its queue until it is back. A request whose
-attempt has just failed is *parked* before it queues again, and keeps its slot meanwhile. Its
-*health* is this breaker and two facts more: whether the provider has refused our key (it is
-*flagged*), and whether it was removed from the configuration. The provider tells breaker, pace and
-queue how its attempts fare. The *budget* bounds the retries, so that a failing provider does not
-get a multiple of the requests.
+A provider is *well*, *sick* or *dead*; its *breaker* decides which. Many attempts at a sick
+provider fail and some succeed, so it is asked after a provider that is well. Nothing succeeds at a
+dead provider, so it gets only *trials*. A provider is *away* if it cannot be reached or says that
+it is not ready: requests may wait in its queue until it is back. A request whose attempt has just
+failed is *parked* before it queues again, and keeps its slot meanwhile. Its *health* has this
+breaker and two more facts: whether the provider has refused our key (it is *flagged*), and whether
+it was removed from the configuration. The provider tells breaker, pace and queue how its attempts
+fare. The *budget* bounds the retries, so that a failing provider does not get a multiple of the
+requests.
 
 The attempt that has started takes a connection from the *pool*, the open sockets to one provider.
 The request and its answer on this connection are an *exchange*. It pushes the body into a *sink*,
@@ -28,7 +28,7 @@ Where new settings need new connections, the old pool is *retired*: it serves th
 has, and closes. The wing `simulator` is a provider of our own, for demonstrations and tests.
 
 *Backpressure* pauses an exchange whose readers are slow. A *passthrough* hands over request and
-answer as they come, and an *upload* sends a body piece by piece. *Rate headers* say what the
-provider leaves us of its limits. A *verdict* is what one answer has shown of its provider, and a
-*stall* an answer in which nothing comes.
+answer as they come, and an *upload* sends a body piece by piece. *Rate headers* report what is
+left of the provider's limits. A *verdict* is what one answer has shown about its provider, and a
+*stall* is an answer that has stopped coming.
 """

@@ -1,8 +1,8 @@
-"""An API: what a path below a provider's base URL means, and how it differs from chat completions.
+"""An API: the meaning of a path below a provider's base URL, as it differs from chat completions.
 
-The face that makes a request passes its `Api` along; the attempt, its sink, the head of the
-request and the log of the answer ask it, and nothing looks it up. Chat completions are `CHAT`;
-what other APIs change is in their wings.
+The face that makes a request passes its `Api` along. The attempt, its sink, the head of the
+request and the log of the answer use it, and nothing looks it up. Chat completions are `CHAT`; the
+wings have the other APIs.
 """
 
 from __future__ import annotations
@@ -32,68 +32,69 @@ if TYPE_CHECKING:
 
 
 class Capabilities:
-    """What an API has learned of one provider: made at its first use, and anew after a change of
-    the settings. What single answers have shown is forgotten by *clock* (verdicts.py).
+    """The capabilities that an API has learned about one provider: made at the first use, and anew
+    after a change of the settings. Verdicts of single answers expire by *clock* (verdicts.py).
     """
 
     def __init__(
         self, settings: settings.Provider, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Know nothing beside *settings*."""
+        """Begin with nothing but *settings*."""
 
     @property
     def refused_words(self) -> Collection[str]:
-        """The words that the provider has refused."""
+        """The parameters that the provider has refused."""
         return ()
 
     @property
     def context_limits(self) -> Mapping[str, int]:
-        """The tokens of the contexts of models, by their names."""
+        """The context lengths of models in tokens, by name."""
         return MappingProxyType({})
 
     @property
     def messages(self) -> str | None:
-        """The word of `/stats` for how messages are asked for; None if it is not about them."""
+        """The word in `/stats` for the way in which messages are asked for; None if it is not
+        about messages.
+        """
         return None
 
 
 class Api(ForwardedApi):
-    """The API at *path*, below the base URL of a provider: chat completions, and all that is asked
-    and answered like them.
+    """The API at *path*, below the base URL of a provider: chat completions, and every API that is
+    asked and answered like them.
 
     Always: it has no state, so that one object serves every request for its path.
     """
 
-    # In a sentence, and the setting by which a provider speaks it.
+    # Its name in a sentence, and the setting by which a provider speaks it.
     name: ClassVar[str] = "OpenAI's API"
     setting: ClassVar[str] = ""
-    # Headers that a request has unless its client sends them or the settings do; the names in
-    # lower case.
+    # Headers that are added unless the client or the settings have them; the names in lower case.
     headers: ClassVar[Mapping[str, str]] = {}
     # The members of a body that bound an answer in tokens, those that ask for several answers, and
-    # whether each of several prompts has its own.
+    # whether each of several prompts gets its own answer.
     bounds: ClassVar[Sequence[str]] = ()
     choices: ClassVar[Sequence[str]] = ()
     many_prompts: ClassVar[bool] = False
-    # Whether an answer costs tokens; and whether those of a prompt that came from a cache count for
-    # the provider's pace.
+    # Whether an answer costs tokens; and whether the cached tokens of a prompt count for the
+    # provider's pace.
     costs: ClassVar[bool] = True
     paces_cached: ClassVar[bool] = True
-    # The memory of an answer that can be continued; None: none of this API can be.
+    # The transcript of an answer that can be continued; None: no answer of this API can be.
     continues: ClassVar[type[PassedTranscript] | None] = None
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def speaks(self, provider: settings.Provider) -> bool:  # noqa: ARG002 - all speak this one
-        """Return whether a provider with these settings has this API."""
+        """Return whether a provider with these settings speaks this API."""
         return True
 
     def allowed(self, body: ModelBody) -> tuple[int | None, int]:
-        """Return how many tokens an answer may have by the word of *body*, None if it says nothing,
-        and how many answers it asks for. What this API has not means nothing in it.
+        """Return the most tokens of an answer that *body* allows, None if it sets no bound, and
+        the number of answers that it asks for. Members that this API does not have mean nothing.
 
-        Of several bounds the largest counts: it depends on the engine which of them it takes.
+        Of several bounds the largest counts: engines differ in which of them they obey.
         """
         choices = 1
         if body.several and (wanted := body.largest(self.choices)) is not None:
@@ -111,15 +112,13 @@ class Api(ForwardedApi):
         return EventSink(stream, self.content)
 
     def content(self, event: bytes) -> bool:
-        """Return whether an *event* of a streamed answer, its data, is content: what a person or a
-        program waits for. The others are a preamble.
+        """Return whether *event*, the data of a streamed event, is content that a person or a
+        program waits for. Other events are a preamble.
         """
         return is_content(event)
 
     def events(self) -> AnswerEvents:
-        """Return what is remembered of the events of an answer to come, and the form of its
-        errors.
-        """
+        """Return the memory for the events of an answer to come, and the form of its errors."""
         return PLAIN_EVENTS
 
     def check_status(
@@ -128,7 +127,7 @@ class Api(ForwardedApi):
         """Raise the fault that the *status* of an answer of *provider* means.
 
         Raises:
-            ProviderFault: it is none of 200 to 299.
+            ProviderFault: it is not between 200 and 299.
         """
         error_mapping.check_status(provider, status, headers, body)
 
@@ -151,7 +150,7 @@ class ChatApi(Api):
 
 
 class CompletionsApi(Api):
-    """Completions, an answer to each prompt."""
+    """Completions, with an answer to each prompt."""
 
     bounds = ("max_tokens",)
     choices = ("n", "best_of")
@@ -159,7 +158,7 @@ class CompletionsApi(Api):
 
 
 class WordlessApi(Api):
-    """A path whose answers have no tokens of their own, such as that of embeddings."""
+    """A path whose answers have no tokens, such as that of embeddings."""
 
     def allowed(self, body: ModelBody) -> tuple[int | None, int]:  # noqa: ARG002 - nothing is
         """Return that an answer has no tokens."""

@@ -1,15 +1,15 @@
-"""One try of one request at one provider, and where each part of its answer goes.
+"""One try of one request at one provider, and the destination of each part of its answer.
 
     queued ──▶ started ──▶ sending ──▶ head_received ──▶ (the sink fills the log) ──▶ conclude
        └───────────┴───────────┴─────────────┴──▶ a ProviderFault, or cancelled
 
-Between started and sending come `preparation`, which may take long, and `written`. An attempt of
-another kind, of a request that is passed on (passthrough.py) or of a wing's API, replaces some of
-these steps; `repeats` sends the request once more in another form.
+Between started and sending come `preparation`, which may take long, and `written`. Other kinds of
+attempts replace some of these steps: for a request that is passed on (passthrough.py), or for a
+wing's API. `repeats` sends the request once more in another form.
 
 The router's loop over retries and the provider's loop over dead connections share this object: the
-router makes an attempt for each try, and the provider runs it. What is asked, independently of the
-provider that answers, is a `ProviderRequest` (request.py).
+router makes an attempt for each try, and the provider runs it. A `ProviderRequest` (request.py) is
+the question, independent of the provider that answers.
 
 This file is one concept: the steps of an attempt, each of which another kind may replace.
 """
@@ -55,26 +55,26 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.metrics import ProviderMeter
 
-# Bytes at most of the body of an answer with another status than 200.
+# The most bytes of the body of an answer with another status than 200.
 MAX_ERROR_BYTES = 1 << 20
 
 M = TypeVar("M", bound="Capabilities")
 
 
 class Estimating(Protocol):
-    """What estimates the costs of requests at one provider (costs.py)."""
+    """The estimator of request costs at one provider (costs.py)."""
 
     def estimate(self, request: ProviderRequest, model: str) -> Estimate:
-        """Return what *request* will cost, and have it keep that."""
+        """Return the estimated cost of *request*, and store it in the request."""
 
     def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
-        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
-        estimate.
+        """Return the estimated tokens of a prompt for each byte of a request of *caller* for
+        *model*.
         """
 
 
 class AttemptedProvider(Protocol):
-    """The provider, as its attempts see it: provider.py knows attempts, and not they it."""
+    """The provider, as its attempts see it: provider.py imports attempts, not the reverse."""
 
     name: str
     meter: ProviderMeter
@@ -85,31 +85,31 @@ class AttemptedProvider(Protocol):
 
     @property
     def costs(self) -> Estimating:
-        """What estimates costs there."""
+        """The estimator of costs there."""
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a place that other requests hold."""
+        """The number of requests that wait for a place that other requests hold."""
 
     def head_received(self, attempt: Attempt) -> None:
-        """Learn from the head of an answer: *attempt* knows its status and headers now."""
+        """Learn from the head of an answer; *attempt* has its status and headers."""
 
     def answered(self, attempt: Attempt) -> None:
         """Learn that the answer of *attempt* has begun."""
 
     def capabilities(self, kind: type[M]) -> M:
-        """Return what an API has learned of this provider."""
+        """Return the capabilities that an API has learned about this provider."""
 
 
 class Hop(Protocol):
-    """What makes an attempt one to have the rest of an answer said (gateway/continuation.py)."""
+    """The part of an attempt that continues a broken answer (gateway/continuation.py)."""
 
     earlier: Tokens
-    # The events of text that have come.
+    # The number of text events that have come.
     heard: int
 
     async def body(self, body: bytes) -> bytes:
-        """Return the request in *body* as one for the rest."""
+        """Return the request in *body*, changed into one for the rest."""
 
     def sink(self, attempt: Attempt, sink: StreamSink) -> Sink:
         """Return the sink of *attempt*, which passes the rest on to *sink*."""
@@ -121,13 +121,13 @@ class Attempt:
     Always: at most one of `answer` and `fault` is set, and neither before `conclude`. `answered`
     is set by the first content of the answer, or by the end of one that has none.
 
-    *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
-    provider's own. *fallback* says that another provider can be asked instead, *again* that its
-    request has been asked before: it stands in front of its caller's others.
+    *stream* is the log to fill; None if no log keeps the answer. *model* None: the provider's own.
+    *fallback* says that another provider can be asked instead. *again* says that its request was
+    sent before: it goes in front of its caller's other requests.
 
     After the end, `answer` has an answer that was not streamed and is passed on unread. `fault`
     says why an answer broke off after its first content. It is not raised, since the client has
-    seen it.
+    seen the beginning.
     """
 
     def __init__(
@@ -145,19 +145,20 @@ class Attempt:
         self.stream = stream
         self.model = model
         self.fallback, self.again = fallback, again
-        # Whether this is a trial of a sick or dead provider, whose end the breaker does not know
-        # yet; and whether it has its place, since when.
+        # Whether this is a trial of a sick or dead provider, whose result the breaker does not
+        # know yet; and whether it has its place, since when.
         self.trial = self.runs = False
         self.began = 0.0
         # The tokens that the pace was charged with.
         self.expected_tokens = 0
-        # Set if the rest of an answer is asked for; and the body of that request, between its
+        # Set if the attempt continues a broken answer; and the body of its request, between its
         # preparation and its sending.
         self.hop: Hop | None = None
         self.prepared: bytes | None = None
-        # The body behind what `written` returns; None if that has it.
+        # The body behind what `written` returns; None if `written` returns it all.
         self.body: Body | None = None
-        # What decides whether the exchange may pause; None for that of the provider.
+        # The backpressure that decides whether the exchange may pause; None for that of the
+        # provider.
         self.backpressure: Backpressure | None = None
         self.answered = False
         # The pool that the request went through.
@@ -167,18 +168,18 @@ class Attempt:
         self.answer: Answer | None = None
         self.fault: ProviderFault | None = None
         self.headers: Mapping[str, str] = NO_HEADERS
-        # The bytes of the body that was sent, as many if they are text, and the events that the log
-        # had before.
+        # The bytes of the body that was sent, the same number if they are text, and the events
+        # that the log had before.
         self.body_bytes = self.text_bytes = self.before = 0
 
     @property
     def came(self) -> float:
-        """When its request asked for a place for the first time."""
+        """The time at which its request first asked for a place."""
         record = self.request.record
         return record.queued_at or record.admitted_at
 
     def work(self) -> int:
-        """Return what it is estimated to cost its caller's share of the provider."""
+        """Return its estimated cost for its caller's share of the provider."""
         if self.request.estimated:
             return self.provider.costs.estimate(self.request, self.asked_model).work
         return UNKNOWN_WORK
@@ -210,7 +211,7 @@ class Attempt:
         return self.model or self.provider.settings.model
 
     def goes_on(self, transcript: Transcript) -> bool:  # noqa: ARG002 - in every API but one
-        """Return whether it can go on with the *transcript* of another attempt."""
+        """Return whether it can continue the *transcript* of another attempt."""
         return self.request.api.speaks(self.provider.settings)
 
     @property
@@ -220,14 +221,12 @@ class Attempt:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait there for a place that others hold."""
+        """The number of requests that wait there for a place that others hold."""
         return self.provider.waiting
 
     @property
     def unread(self) -> bool:
-        """Whether it goes on, after earlier attempts or a wait, with an answer that nobody
-        reads.
-        """
+        """Whether it goes on, after earlier attempts or a wait, with an answer that has no reader."""
         stream = self.stream
         if stream is None or stream.readers or stream.background:
             return False
@@ -235,16 +234,16 @@ class Attempt:
 
     @property
     def background(self) -> bool:
-        """Whether it uses a place of the part for the background: its answer runs there."""
+        """Whether it uses a background place: its answer runs in the background."""
         return self.request.background
 
     @property
     def streamed(self) -> bool:
-        """Whether the answer is asked for as a stream of events."""
+        """Whether the answer is requested as a stream of events."""
         return self.request.streamed
 
     def ended(self) -> None:
-        """Note that the place, if there was one, is given back."""
+        """Note that the place, if there was one, was given back."""
         if self.stream is not None:
             self.stream.attempt = self.stream.queued = None
 
@@ -262,20 +261,21 @@ class Attempt:
 
     @property
     def says_little(self) -> bool:
-        """Whether a fault of it says nothing of the provider as a whole, neither of its health nor
-        of our key: whoever says that its request has come through many servers has made the circle.
+        """Whether a fault of it says nothing about the provider as a whole, neither about its
+        health nor about our key. A client that names servers which its request came through may
+        have made the circle itself.
         """
         return self.status == LoopDetected.status and self.request.client_headers.hops
 
     def preparation(self) -> Awaitable[None] | None:
-        """Return the steps to take before `written`; None if there are none."""
+        """Return the steps before `written`; None if there are none."""
         return None if self.hop is None else self._prepare_rest(self.hop)
 
     async def _prepare_rest(self, hop: Hop) -> None:
         self.prepared = await hop.body(self.request.body(self.provider.settings, self.model))
 
     def repeats(self) -> bool:
-        """Return whether the request has to be sent in another form, now that the answer is
+        """Return whether the request must be sent again in another form, now that the answer is
         there.
         """
         return False
@@ -283,7 +283,7 @@ class Attempt:
     def written(self, writer: RequestWriter) -> bytes:
         """Return the bytes to send.
 
-        They are made now: the settings, and the model, may change in a wait.
+        They are made late, since the settings and the model may change during a wait.
         """
         request = self.request
         return self.request_bytes(writer, request.api, request.path, self.body_to_send())
@@ -296,14 +296,14 @@ class Attempt:
         return body
 
     def request_bytes(self, writer: RequestWriter, api: Api, path: str, body: bytes) -> bytes:
-        """Return the bytes of a request for *path*, that of *api*, with this *body*, and note it
+        """Return the bytes of a request for *path*, that of *api*, with this *body*, and record it
         in the trace.
         """
         self.body_bytes, self.text_bytes = len(body), text_bytes(body)
         request = self.request
         client_headers, trace = request.client_headers, request.record.trace
         if api is not request.api:
-            # It is translated: a word of the one API says nothing in the other.
+            # The request is translated: headers of one API mean nothing in the other.
             client_headers = client_headers.without_api()
         if trace is not None:
             client_headers = trace.sending(client_headers, body)
@@ -312,10 +312,10 @@ class Attempt:
     def sending(self, exchange: Source | None = None) -> None:
         """Note that the request goes out: from here on the model may run, and cost money.
 
-        *exchange* brings the answer.
+        *exchange* receives the answer.
         """
         self.request.outcome.sent = True
-        # That of an exchange before this one.
+        # The status of an earlier exchange.
         self.status = 0
         if self.stream is not None:
             self.stream.source = exchange
@@ -337,7 +337,7 @@ class Attempt:
         request, stream = self.request, self.stream
         request.outcome.headers = visible = visible_headers(headers)
         if visible:
-            # The headers of what is left of its limits are among them.
+            # They include the headers that report what is left of its limits.
             self.provider.head_received(self)
         if stream is not None:
             if visible:
@@ -351,7 +351,7 @@ class Attempt:
         else:
             limit = self.max_answer_bytes if status == 200 else MAX_ERROR_BYTES
             if stream is not None and request.reading is not None:
-                # It is parsed at once, and becomes one event of the log.
+                # The body is parsed at once, and becomes one event of the log.
                 limit = min(limit, stream.max_bytes)
             held = request.answer_bytes if stream is None else stream.hold()
             sink = BodySink(limit, held)
@@ -372,15 +372,15 @@ class Attempt:
         return sink
 
     def stream_sink(self, stream: Stream) -> StreamSink:
-        """Return what fills *stream* with events, which the provider has sent as they are."""
+        """Return the sink that fills *stream* with the provider's events as they were sent."""
         request = self.request
         if request.reading is not None:
             return ChatSink(stream, request.reading)
         return request.api.sink(stream)
 
     def transcript(self) -> Transcript | None:
-        """Return what keeps the answer that begins, for another attempt to say the rest of it;
-        None if that could not be.
+        """Return the transcript of the answer that begins, by which another attempt could continue
+        it; None if that is not possible.
         """
         request = self.request
         if request.reading is not None:
@@ -389,12 +389,12 @@ class Attempt:
 
     @property
     def max_answer_bytes(self) -> int:
-        """The bytes at most of a good answer that is not streamed."""
+        """The most bytes of a good answer that is not streamed."""
         return self.provider.max_response_bytes
 
     def conclude(self) -> Awaitable[None] | None:
         """Check the answer, which is complete now, and read it if it was not streamed; return the
-        steps that are left.
+        remaining steps.
 
         Raises:
             ProviderFault: the status or the body is not that of a good answer.

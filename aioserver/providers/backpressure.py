@@ -1,11 +1,12 @@
-"""What exchanges at one provider owe to the requests that wait for their places.
+"""Backpressure: which exchanges of a provider may pause, and when they must give their places to
+waiting requests.
 
-A log asks for a pause where its client cannot come back (streams/stream.py). A paused exchange
-keeps its place at the provider, so it is read on as soon as a request waits for one.
+A log asks for a pause if its client cannot come back (streams/stream.py). A paused exchange keeps
+its place at the provider, so it reads on as soon as a request waits for one.
 
-What is passed on as it comes (passthrough.py) is kept nowhere, so it cannot be read on: there the
-client has to send, or to take, LEAST_RATE while a request waits. Its `ClientPace` counts only the
-time in which nothing but the client is waited for.
+A passthrough (passthrough.py) is not stored, so it cannot be read ahead: while a request waits,
+its client has to send, or to take, at least LEAST_RATE. Its `ClientPace` counts only the time in
+which the client alone is awaited.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ if TYPE_CHECKING:
 
     from aioserver.streams.contracts import Source
 
-# Bytes a second, on an average of RATE_SECONDS.
+# Bytes a second, averaged over RATE_SECONDS.
 LEAST_RATE = 1 << 14
 RATE_SECONDS = 10.0
-# Seconds between two looks at the clients' paces while a request waits.
+# Seconds between two checks of the clients' paces while a request waits.
 LOOK = 1.0
 
 
 class ClientPace:
-    """How fast a client sends, or takes, what is passed on.
+    """The speed at which a client sends or takes a passthrough.
 
-    It is a leaky bucket of seconds: one that waits for the client takes its length out, and
+    It is a leaky bucket of seconds: a second of waiting for the client takes one out, and
     LEAST_RATE bytes put one in.
 
     Always: `-RATE_SECONDS <= credit <= RATE_SECONDS`.
@@ -41,7 +42,7 @@ class ClientPace:
         self._loop = asyncio.get_running_loop()
         self._credit = RATE_SECONDS
         self._since = 0.0
-        # How many bytes have moved; None unless the client is waited for.
+        # Returns how many bytes have moved; None unless the client is awaited.
         self._moved: Callable[[], int] | None = None
         self._noted = 0
         # Ends the wait for the client, and with it the request.
@@ -63,7 +64,7 @@ class ClientPace:
             self._moved, self.give_up = None, _nothing
 
     def credit(self) -> float:
-        """Return the seconds that are left; the client is too slow if they are less than 0."""
+        """Return the seconds that are left; the client is too slow below 0."""
         if self._moved is not None:
             now, moved = self._loop.time(), self._moved()
             seconds = (moved - self._noted) / LEAST_RATE - (now - self._since)
@@ -72,21 +73,21 @@ class ClientPace:
         return self._credit
 
     def begin(self) -> None:
-        """Forget what was before: a place is held from now on."""
+        """Start anew: a place is held from now on."""
         self._credit = RATE_SECONDS
 
 
 def _nothing() -> None:
-    """Do nothing: the client is not waited for."""
+    """Do nothing: the client is not awaited."""
 
 
 class Backpressure:
     """The exchanges of one provider that go at the speed of their clients.
 
-    Always: none is paused once a request waits, which *waiting* counts and `end` is called for.
-    While requests wait for places that others hold, *held_up* of them, as many of the clients that
-    are too slow are given up, the slowest first. Both counts have the requests of other instances
-    that share the places, as far as is known.
+    Always: no exchange is paused while a request waits; *waiting* counts these requests, and `end`
+    must be called when one begins to wait. While *held_up* requests wait for places that others
+    hold, as many of the clients that are too slow are dropped, the slowest first. Both counts
+    include the requests of other instances that share the places, as far as they are known.
     """
 
     def __init__(self, waiting: Callable[[], int], held_up: Callable[[], int] = lambda: 0) -> None:
@@ -102,25 +103,25 @@ class Backpressure:
         return len(self._paused)
 
     def add(self, exchange: Source) -> bool:
-        """Count *exchange* as paused; return False, with nothing done, if a request waits."""
+        """Add *exchange* to the paused ones; return False, with nothing done, if a request waits."""
         if self._waiting():
             return False
         self._paused.add(exchange)
         return True
 
     def discard(self, exchange: Source) -> None:
-        """Count *exchange* as paused no more."""
+        """Remove *exchange* from the paused ones."""
         self._paused.discard(exchange)
 
     def watch(self, pace: ClientPace) -> None:
-        """Give the client of *pace*, which holds a place, up if it is too slow."""
+        """Drop the client of *pace*, which holds a place, once it is too slow."""
         pace.begin()
         self._paces.add(pace)
         if self._waiting():
             self._look_in(LOOK)
 
     def unwatch(self, pace: ClientPace) -> None:
-        """Watch *pace* no more; nothing happens if it is not watched."""
+        """Stop watching *pace*; nothing happens if it is not watched."""
         self._paces.discard(pace)
         if not self._paces and self._look_timer is not None:
             self._look_timer.cancel()

@@ -1,10 +1,11 @@
-"""A circuit breaker that costs no more than the fault: a provider that answers anything is asked.
+"""A circuit breaker that costs no more than the fault: a provider that answers anything is still
+asked.
 
-After Michael T. Nygard, "Release It!", 2007, but dead is another thing than sick:
+After Michael T. Nygard, "Release It!", 2007, but with two levels of ill health, sick and dead:
 
     well    every request is sent
-    sick    many attempts fail, and some succeed: every request is sent, but first to a provider
-            that is well, if there is one, except for trials; some that succeed in a row end it
+    sick    many attempts fail, and some succeed: every request is sent, but a provider that is
+            well comes first, except for trials; several successes in a row end it
     dead    nothing succeeds: no request is sent but for trials, and the first success ends it
 
                   more than half fail            nothing succeeds any more
@@ -13,16 +14,16 @@ After Michael T. Nygard, "Release It!", 2007, but dead is another thing than sic
           │   fewer than a quarter fail                                      │
           └──────────────────────── any success ─────────────────────────────┘
 
-A sick provider comes back by time and not by count alone: at two requests a second, one trial in
+A sick provider recovers by time and not by count alone: at two requests a second, one trial in
 twenty took minutes. Trials begin soon, and each that fails doubles the time until the next one.
-After each that succeeds one more may be under way at once, so that a provider which is well again
-is not asked by everybody at once. One that falls sick again soon has to succeed more often.
+After each success one more trial may be under way at once, so that a recovering provider does not
+get every request at once. A provider that falls sick again soon needs more successes.
 
-A success counts at the first event of an answer, and a failure at its end. An answer that has
-begun and breaks off is a failure for the share of a sick provider, and says nothing of a dead one:
-where all places are taken by long answers, nothing begins for minutes. A breaker that opens at a
-share of failures takes away the requests that would have been answered, and retries multiply that:
-where half of all attempts fail, a request with three retries is answered 15 times out of 16.
+A success counts at the first event of an answer, and a failure at its end. An answer that breaks
+off after its beginning counts as a failure for the share of a sick provider. It does not count for
+a dead one: while long answers hold all places, nothing begins for minutes. A breaker that opens at
+a share of failures would refuse requests that retries can still answer: if half of all attempts
+fail, a request with three retries is answered 15 times out of 16.
 """
 
 from __future__ import annotations
@@ -40,44 +41,42 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WELL, SICK, DEAD = "well", "sick", "dead"
-# A provider is dead if for PATIENCE seconds nothing has succeeded and at least MANY attempts
-# failed: of a provider that answers one attempt in twenty, so many fail in a row once in 400
-# attempts.
+# A provider is dead if for PATIENCE seconds nothing has succeeded and at least MANY attempts have
+# failed. If a provider answers one attempt in twenty, so many fail in a row once in 400 attempts.
 PATIENCE, MANY = 5.0, 60
-# So it is if nothing has succeeded for LONG_PATIENCE seconds and at least FEW attempts failed, but
-# at most MAX_RATE of them a second: then there can be as many trials, and nobody loses anything by
-# them.
+# It is also dead if nothing has succeeded for LONG_PATIENCE seconds and at least FEW attempts have
+# failed, but at most MAX_RATE of them a second. Then there can be as many trials, and no request
+# is lost.
 LONG_PATIENCE, FEW, MAX_RATE = 15.0, 5, 1.0
 # A patience is at least this multiple of the median time to the first event: slow is not dead.
 USUAL = 2.0
-# Times to a first event that the median is taken of.
+# Times to a first event from which the median is computed.
 FIRST_EVENTS = 100
 # A provider is sick if more than SICK_ABOVE of at least MIN_ATTEMPTS in the last WINDOW seconds
-# failed, and well again if fewer than WELL_BELOW of at least MIN_ATTEMPTS did: between the two it
-# stays what it is.
+# failed, and well again if fewer than WELL_BELOW of at least MIN_ATTEMPTS did. Between the two it
+# keeps its state.
 WINDOW, MIN_ATTEMPTS = 30.0, 20
 SICK_ABOVE, WELL_BELOW = 0.5, 0.25
-# Attempts that are remembered for these shares, and the seconds by which WINDOW may be shorter.
+# Attempts that are kept for these shares, and the seconds by which WINDOW may be shorter.
 MAX_REMEMBERED, GRAIN = 1000, 1.0
-# Of the requests that a sick provider would get first, one of so many is a trial whatever the time
-# is.
+# Of the requests that would go to a sick provider first, every twentieth is a trial at any time.
 TURN = 20
-# Seconds from when a provider falls sick to its first trial; they double with each that fails, up
-# to LONGEST_INTERVAL.
+# Seconds from when a provider falls sick to its first trial; they double with each failed trial,
+# up to LONGEST_INTERVAL.
 SICK_INTERVAL = 1.0
-# So many trials that succeed in a row end it. They double each time that the provider falls sick
-# again within FLAPPING seconds, up to MOST_NEEDED.
+# The successful trials in a row that end the sickness. They double each time that the provider
+# falls sick again within FLAPPING seconds, up to MOST_NEEDED.
 NEEDED, MOST_NEEDED, FLAPPING = 3, 12, 300.0
 # Seconds between two trials of a dead provider, and how many may be under way. A request that
-# another provider can answer is a trial only if none is under way, and these seconds double up to
-# LONGEST_INTERVAL.
+# another provider can answer is a trial only if no other trial is under way, and these seconds
+# double up to LONGEST_INTERVAL.
 TRIAL_INTERVAL, MAX_TRIALS = 0.5, 3
 LONGEST_INTERVAL = 10.0
 
 
 class Trials(msgspec.Struct, frozen=True):
-    """The trials of a sick provider: the seconds between two that fail, how many have succeeded in
-    a row, and how many are needed.
+    """The trials of a sick provider: the seconds between two that fail, the successes in a row,
+    and the number needed.
     """
 
     interval: float
@@ -86,11 +85,11 @@ class Trials(msgspec.Struct, frozen=True):
 
 
 class Breaker:
-    """Decides which attempts may start, by how earlier ones have ended.
+    """Decides which attempts may start, by the results of earlier ones.
 
     Always: while the provider is dead, trials start TRIAL_INTERVAL apart or more, and at most
-    MAX_TRIALS are under way; while it is sick, at most one more than have succeeded in a row. Every
-    attempt that `start` has let pass, and every trial that `start_spared` has begun, has one
+    MAX_TRIALS are under way; while it is sick, at most one more than have succeeded in a row.
+    Every attempt that `start` has let pass, and every trial that `start_spared` has begun, has one
     verdict: `succeeded`, `failed`, or `unsure` if it proves nothing. A failure may follow a
     success: the answer has broken off.
     """
@@ -98,39 +97,39 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.dead = self.sick = False
-        # How often it has died.
+        # The number of times that it has died.
         self.deaths = 0
-        # Whether the provider could not be reached, or is not ready yet, at its newest failure; of
-        # a dead one, at any failure since it died, or at that by which it died.
+        # Whether the newest failure was that of a provider which could not be reached, or was not
+        # ready. For a dead provider: any failure since it died, or the one by which it died.
         self.unreachable = False
-        # How many instances ask the provider, and have a breaker of their own: they share the
+        # The number of instances that use the provider, each with its own breaker: they share the
         # trials.
         self.instances = 1
-        # The times to a first event since `forget` was called last, and those before.
+        # The times to a first event since the last call of `forget`, and those before.
         self._first_events: deque[float] = deque(maxlen=FIRST_EVENTS)
         self._former_first_events = array("d")
         self._last_success = -inf
-        # Since the last success: the failures, and the time at which the first of them began.
+        # The failures since the last success, and the time at which the first of them began.
         self._failures = 0
         self._failing_since = 0.0
-        # How many attempts have been counted, and how many of them are too old to count for the
-        # share of failures.
+        # The number of attempts so far, and how many of them are too old to count for the share of
+        # failures.
         self._attempts = self._too_old = 0
-        # How many had been counted at moments of the last WINDOW, GRAIN apart or more; and when
-        # the next such moment is.
+        # The number of attempts at times in the last WINDOW, GRAIN apart or more; and the time of
+        # the next such mark.
         self._marks: deque[tuple[float, int]] = deque()
         self._next_mark = -inf
-        # The numbers of the attempts that have failed, of those that are not too old.
+        # The numbers of the failed attempts that are not too old.
         self._failed: deque[int] = deque()
-        # While it is sick: the requests since the last trial, the trials that have succeeded in a
-        # row, and how many of them are needed.
+        # While it is sick: the requests since the last trial, the successful trials in a row, and
+        # the number of them that is needed.
         self._requests_since_trial = 0
         self._row, self._needed = 0, NEEDED
-        # When it got well last.
+        # When it last got well.
         self._well_at = -inf
         # The trials under way, of a sick provider or of a dead one.
         self._trials = 0
-        # The times from which on the next trial may start: at all, and where there is another
+        # The times from which on the next trial may start: in general, and if there is another
         # provider.
         self._next_trial = self._next_spared_trial = 0.0
         self._interval = TRIAL_INTERVAL
@@ -169,10 +168,10 @@ class Breaker:
         return Trials(self._apart(), self._row, self._needed)
 
     def start_spared(self, *, by_time: bool = True) -> bool:
-        """Count a request that would ask the sick provider first, and that another one can answer;
-        return whether it does, as a trial: then its end has to be told.
+        """Count a request that would go to the sick provider first, and that another one can
+        answer; return whether it goes there as a trial, whose result must be reported.
 
-        Without *by_time* each twentieth does, and no other.
+        Without *by_time* only each twentieth does.
         """
         self._requests_since_trial += 1
         if self._trials > self._row:
@@ -185,7 +184,7 @@ class Breaker:
         return True
 
     def start(self) -> bool:
-        """Note that an attempt starts, which `delay` must have permitted; return whether it is a
+        """Note that an attempt starts, which `delay` must have allowed; return whether it is a
         trial.
         """
         if not self.dead:
@@ -211,7 +210,7 @@ class Breaker:
         if now >= self._next_mark:
             self._mark(now)
         self._attempts += 1
-        # A provider of which nothing has failed is well.
+        # A provider without a failure is well.
         if self.sick or self._failed:
             self._judge(now)
         return was_dead
@@ -238,12 +237,11 @@ class Breaker:
         if now >= self._next_mark:
             self._mark(now)
         self._failed.append(self._attempts + 1)
-        # An answer was counted as an attempt when it began, if that is remembered.
+        # An answer was counted as an attempt when it began, if that is still kept.
         self._attempts += not (answered and began > now - WINDOW)
         self._judge(now)
         if answered:
-            # The provider may be sick. That it is dead no answer says which has begun, however it
-            # ends.
+            # The provider may be sick. An answer that has begun never shows that it is dead.
             return False
         self.unreachable = unreachable
         began = max(began, self._last_success)
@@ -271,13 +269,13 @@ class Breaker:
         return was_dead
 
     def unsure(self, *, trial: bool) -> None:
-        """Note the end of an attempt that proves nothing: its client left, or the fault is not
-        ours.
+        """Note the end of an attempt that proves nothing: its client left, or the fault is not the
+        provider's.
         """
         self._trials -= trial
 
     def reset(self) -> None:
-        """Forget everything but the trials under way: the address is another."""
+        """Forget everything but the trials under way: the address has changed."""
         self._get_well()
         self._first_events.clear()
         self._former_first_events = array("d")
@@ -288,7 +286,7 @@ class Breaker:
         self.dead = True
         self.deaths += 1
         self._row, self._interval = 0, TRIAL_INTERVAL
-        # Instances that hear of it at the same time do not all try at the same time.
+        # Instances that hear of it together do not all try at the same time.
         first = TRIAL_INTERVAL * random.uniform(1, self.instances)  # noqa: S311 - jitter
         self._next_trial = self._next_spared_trial = self._clock() + first
 
@@ -306,9 +304,10 @@ class Breaker:
         return not ordered or seconds >= USUAL * ordered[len(ordered) // 2]
 
     def forget(self) -> None:
-        """Make no difference, but keep no objects of a load that is over; to be called each second.
+        """Release the objects of a load that is over, without changing a decision; call it each
+        second.
 
-        They would keep the memory around them from going back to the system.
+        Otherwise they would keep the memory around them from being returned to the system.
         """
         self._drop_old(self._clock())
         if self._first_events:
@@ -319,7 +318,7 @@ class Breaker:
         return [*self._former_first_events, *self._first_events][-FIRST_EVENTS:]
 
     def _mark(self, now: float) -> None:
-        """Remember how many attempts had been counted before *now*."""
+        """Record the number of attempts before *now*."""
         self._marks.append((now, self._attempts))
         self._next_mark = now + GRAIN
         self._drop_old(now)
@@ -338,7 +337,7 @@ class Breaker:
             failed.popleft()
 
     def _judge(self, now: float) -> None:
-        """See whether the provider is sick by the share of failures."""
+        """Decide by the share of failures whether the provider is sick."""
         self._drop_old(now)
         attempts = self._attempts - self._too_old
         if attempts < MIN_ATTEMPTS:
@@ -362,8 +361,8 @@ class Breaker:
     def _apart(self) -> float:
         """Return the seconds between two trials of a sick provider at this instance.
 
-        Instances divide them while they are frequent: it gets well at each of them by itself, and
-        none should be much later than one alone.
+        Instances divide frequent trials among them: the provider gets well at each of them
+        separately, and at none of them much later than at a single instance.
         """
         return min(LONGEST_INTERVAL, self._interval * self.instances)
 

@@ -1,8 +1,7 @@
-"""The budget of retries: a fifth of the requests, so that a failing provider causes no wave of
-retries.
+"""The retry budget: a fifth of the requests, so that a failing provider causes no wave of retries.
 
 After "Handling Overload" in Beyer et al., "Site Reliability Engineering", 2016. A provider with
-few requests may have MIN_RETRIES in each WINDOW all the same.
+few requests may have MIN_RETRIES in each WINDOW nevertheless.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ MIN_RETRIES = 10
 
 
 class BudgetStats(NamedTuple):
-    """A snapshot of a budget: the retries of the last WINDOW seconds, and how many it allows in
-    them.
+    """A snapshot of a budget: the retries of the last WINDOW seconds, and the most that it allows
+    in them.
     """
 
     used: int
@@ -50,7 +49,7 @@ class Budget:
         self._requests[second % WINDOW] += 1
 
     def take_retry(self) -> bool:
-        """Count a retry, if the budget has room for it; return whether it has."""
+        """Count a retry if the budget has room for it; return whether it has."""
         used, limit = self.stats()
         if used >= limit:
             return False

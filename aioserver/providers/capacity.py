@@ -1,10 +1,10 @@
-"""The capacity of a provider: its places and its rate as one resource, and the part of them that
-answers in the background may use.
+"""The capacity of a provider: its places and its rate as one resource, with the part of the places
+that background answers may use.
 
-Attempts start at the pace of the provider. While it is dead only trials start, which the grant of
-an attempt carries until its end. Answers in the *background* run for long, and nothing ends them
-for a request that waits. So they have half of the places at most, and wait for these in a queue of
-their own, for longer than others wait.
+Attempts start at the pace of the provider. While it is dead only trials start, and the grant of an
+attempt carries its trial until its end. Answers in the *background* run for long, and no waiting
+request ends them. So they have half of the places at most, and wait for these in a queue of their
+own, for longer than others wait.
 """
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ if TYPE_CHECKING:
     from aioserver.providers.health import Health
 
 if TYPE_CHECKING:
-    # Called with the scheduler, the name of a provider, its health, its clock, and what is called
-    # while requests wait in other instances for places that are taken here.
+    # A function of the scheduler, the provider's name, its health, its clock, and a callback for
+    # the time in which requests in other instances wait for places that are taken here.
     ShareProvider = Callable[
         [Scheduler, str, Health, Callable[[], float], Callable[[], None]], "SharedCapacity"
     ]
 
-# An attempt that can fail over does so if nothing can start at its provider for more than these
+# An attempt that can fail over does so if its provider can start nothing for more than these
 # seconds.
 FAILOVER_WAIT = 1.0
-# How many times as long as others an answer in the background waits, of either class.
+# An answer in the background waits so many times as long as others, in either class.
 BACKGROUND_PATIENCE = 10.0
 BACKGROUND_CLASSES = (Class(INTERACTIVE, 19), Class(BATCH, 1, all_but_a_tenth, 0.5))
 
 
 class SharedCapacity(Protocol):
-    """What makes the capacity of one provider that of all instances (the wing `cluster`)."""
+    """Lets all instances share the capacity of one provider (implemented by the wing `cluster`)."""
 
     def places(self, resource: Resource, limit: int) -> None:
-        """Share the places of *resource*, the provider or the part of it for the background, of
-        which all instances together have *limit*.
+        """Share the places of *resource*, the provider or its background part; all instances
+        together have *limit*.
         """
 
     def starts(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
-        """Return the rate of starts, which calls *serve* when there are more."""
+        """Return the shared rate of starts, which calls *serve* when it allows more."""
 
     def tokens(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
-        """Return the rate of tokens, which calls *serve* when there are more."""
+        """Return the shared rate of tokens, which calls *serve* when it allows more."""
 
     def without_tokens(self) -> None:
-        """Share no tokens any more: they are not paced."""
+        """Stop sharing tokens: they are not paced any more."""
 
     @property
     def starving(self) -> bool:
@@ -81,9 +81,10 @@ class SharedCapacity(Protocol):
 
 
 class Trial(msgspec.Struct, eq=False):
-    """A trial of a dead provider, and the tokens that the pace was charged with for it.
+    """A trial of a dead provider, with the tokens that were charged to the pace for it.
 
-    Always: the breaker hears of its end, from whoever has *taken* it, or else when its grant ends.
+    Always: the breaker learns its result, from the attempt that has *taken* it, or else when its
+    grant ends.
     """
 
     cost: int
@@ -91,16 +92,16 @@ class Trial(msgspec.Struct, eq=False):
 
 
 class ProviderRate:
-    """How fast attempts may start: by the *pace*, and while the provider is dead, by the trials of
-    its breaker.
+    """The rate at which attempts may start: that of the *pace*, and while the provider is dead,
+    that of its breaker's trials.
     """
 
     def __init__(self, pace: Pace, health: Health) -> None:
         self._pace, self._health = pace, health
 
     def delay(self, _cost: int, ahead: int = 0) -> float:
-        """Return the seconds until a start with so many others *ahead*; inf where a trial decides
-        about that.
+        """Return the seconds until a start with so many others *ahead*; inf if that depends on a
+        trial's result.
         """
         delay, breaker = self._pace.delay(ahead), self._health.breaker
         if not breaker.dead:
@@ -108,7 +109,7 @@ class ProviderRate:
         return inf if ahead else max(delay, breaker.delay())
 
     def try_take(self, cost: int) -> object:
-        """Count a start of *cost* tokens, if it is allowed; return the tokens or the trial, True if
+        """Count a start of *cost* tokens if it is allowed; return the tokens or the trial, True if
         there is nothing to settle, and None if it is not allowed.
         """
         pace, breaker = self._pace, self._health.breaker
@@ -122,7 +123,7 @@ class ProviderRate:
         return trial
 
     def settle(self, taken: object, spent: int | None) -> None:
-        """Correct the tokens, and tell the breaker of a trial that nobody has taken over."""
+        """Correct the tokens, and report the end of a trial that no attempt has taken over."""
         cost = taken
         if isinstance(taken, Trial):
             cost = taken.cost
@@ -138,8 +139,8 @@ class Capacity:
     """The capacity of the provider *name*, by the *limits* that were applied last.
 
     Always: attempts start within `concurrent_requests`, the pace and the trials of the breaker.
-    Those that wait, are parked or may come back are `queue_size` together, unless other limits have
-    lowered that number since.
+    Requests that wait, are parked or may come back number at most `queue_size` together, unless
+    that number was lowered since.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Capacity:
     ) -> None:
         self._name, self._limits, self._health = name, limits, health
         self._scheduler, self._shared = scheduler, shared
-        # The part for the background; None before the first request.
+        # The background part; None before its first request.
         self._background: Resource | None = None
         self.resource = Resource(
             name,
@@ -183,7 +184,7 @@ class Capacity:
             shared.places(self.resource, limits.concurrent_requests)
 
     def apply_limits(self, limits: HttpClient) -> None:
-        """Use new limits. Places that are taken stay taken, and starts stay counted."""
+        """Apply new limits. Places that are taken stay taken, and starts stay counted."""
         self._limits, resource = limits, self.resource
         self.pace.apply(
             limits.requests_per_minute, _burst(limits), tokens_per_minute=limits.tokens_per_minute
@@ -210,13 +211,11 @@ class Capacity:
         return self._background
 
     def paced_fault(self, wait: float) -> ProviderPaced:
-        """Return the fault of a request that cannot wait the *wait* seconds until it could
-        start.
-        """
+        """Return the fault of a request that cannot wait for *wait* seconds until its start."""
         limits = self._limits
         text = f"{self._name} limits our rate"
         if not self.pace.cooling and wait <= limits.queue_timeout:
-            # The request itself is in a hurry.
+            # The request's own deadline is too short.
             text = f"{self._name} is at its requests_per_minute={limits.requests_per_minute}"
         elif not self.pace.cooling:
             text = (
@@ -226,8 +225,8 @@ class Capacity:
         return ProviderPaced(text, retry_after=wait)
 
     def refuse_late(self) -> None:
-        """Refuse the bids that cannot start in time, since the pace has slowed down; those of
-        requests that can go elsewhere also if nothing starts for longer than FAILOVER_WAIT.
+        """Refuse the bids that cannot start in time, since the pace has slowed down; also those of
+        requests that can go elsewhere, if nothing starts for longer than FAILOVER_WAIT.
         """
         delay = self.pace.delay()
         earliest_start = self._scheduler.time() + delay
@@ -238,23 +237,21 @@ class Capacity:
         )
 
     def told_cooling(self, seconds: float) -> None:
-        """Start nothing for *seconds*, since the provider has asked another instance to be left
-        alone.
-        """
+        """Start nothing for *seconds*, since the provider has asked another instance for a pause."""
         self.pace.told_cooling(seconds)
         self.refuse_late()
 
     def refuse(self, error: Callable[[], AioserverError], *, movable_only: bool = False) -> None:
-        """Refuse whoever waits, or *movable_only* those that another provider can answer."""
+        """Refuse all waiting requests; with *movable_only* those that another provider can answer."""
         self._scheduler.refuse(self.resource, error, lambda bid: bid.movable or not movable_only)
 
     def resume(self) -> None:
-        """Let the requests in that wait, since the provider is back."""
+        """Admit the waiting requests, since the provider is back."""
         self._scheduler.recover(self.resource)
 
     def close(self, error: Callable[[], AioserverError], *, finishes: bool) -> None:
-        """Refuse whoever waits and whoever comes, but for those that go on with an answer that has
-        begun, if it *finishes* these.
+        """Refuse all waiting and future requests, except those that continue an answer if it
+        *finishes* these.
         """
         self._scheduler.shut(self.resource, error, finishes=finishes)
         if self._background is not None:
@@ -268,17 +265,17 @@ class Capacity:
 
     @property
     def inside(self) -> int:
-        """How many places are taken."""
+        """The number of places that are taken."""
         return self.resource.places.inside
 
     @property
     def limit(self) -> int:
-        """How many places there are."""
+        """The number of places."""
         return self.resource.places.limit
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a place here."""
+        """The number of requests that wait for a place here."""
         return self.resource.waiting
 
     @property
@@ -289,31 +286,33 @@ class Capacity:
 
     @property
     def waiting_elsewhere(self) -> int:
-        """How many requests at least wait in other instances for places that are taken here."""
+        """The least number of requests that wait in other instances for places that are taken
+        here.
+        """
         return int(self._shared is not None and self.full and self._shared.starving)
 
     @property
     def background(self) -> tuple[int, int]:
-        """How many answers in the background have a place or are next to get one, and how many
-        wait until others have ended.
+        """The number of background answers that have a place or are next to get one, and of those
+        that wait for others to end.
         """
         part = self._background
         return (0, 0) if part is None else (part.inside, part.waiting)
 
     def waited(self, ticket: Ticket) -> float:
-        """Return the seconds for which *ticket* has waited here, all its attempts together."""
+        """Return the seconds for which *ticket* has waited here, in all its attempts together."""
         if (waited := ticket.waited) is None:
             return 0.0
         return sum(waited.get(part, 0.0) for part in self.parts)
 
     def add_wait(self, ticket: Ticket, seconds: float) -> None:
-        """Count so many *seconds* as waited here by *ticket*."""
+        """Add *seconds* to the wait of *ticket* here."""
         if ticket.waited is None:
             ticket.waited = {}
         ticket.waited[self.resource] = ticket.waited.get(self.resource, 0.0) + seconds
 
     def patience(self, ticket: Ticket) -> float:
-        """Return for how many seconds *ticket* may wait here, all its attempts together."""
+        """Return the seconds for which *ticket* may wait here, in all its attempts together."""
         part = self.resource
         return part.queue_timeout * part.classes[part.index(ticket)].patience
 
@@ -384,5 +383,5 @@ class Capacity:
 
 
 def _burst(limits: HttpClient) -> int:
-    """Return how many requests may start at once after a rest: those of a second."""
+    """Return how many requests may start at once after a rest: those of one second."""
     return min(limits.concurrent_requests, limits.requests_per_minute // 60)

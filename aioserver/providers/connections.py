@@ -1,17 +1,16 @@
-"""The open connections of a pool: those that requests use, one after another, and the idle ones,
-which wait for the next request.
+"""The open connections of a pool: those in use, one request after another, and idle ones, which
+wait for the next request.
 
-aiohttp's connector opens and closes them; once one is open, its transport has our protocol. What it
-does for each request besides (a coroutine, two
-objects, a search by a key, a list of callbacks) costs more than the rest of a pool, so idle
-connections wait here, in front of it. For the connector an idle one is still in use, and its
-`limit` counts all that are open.
+aiohttp's connector opens and closes them; once one is open, its transport has our protocol. The
+connector's work for each request costs more than the rest of a pool: a coroutine, two objects, a
+search by a key, a list of callbacks. So idle connections wait here, in front of it. To the
+connector an idle connection is still in use, and its `limit` counts all open ones.
 
 Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp
 would pass them to the next request as its answer.
 
-All of it is one concept: what holds a connection, what reads it, and who may have it next cannot
-change apart.
+This file is one concept: the owner, the reader and the next user of a connection cannot change
+apart.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Receiver(Protocol):
         """Fail: bytes have come on a kept connection before the request was written."""
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """End, since the connection is lost; *exc* None stands for an orderly close."""
+        """End, since the connection is lost; *exc* None: it was closed in an orderly way."""
 
     def check_deadline(self) -> float | None:
         """Fail if the read deadline has passed.
@@ -65,7 +64,7 @@ class Receiver(Protocol):
         """
 
     def silence(self, now: float) -> float | None:
-        """Return the seconds since the provider said something; None if nothing is awaited."""
+        """Return the seconds since the provider last sent anything; None if nothing is awaited."""
 
 
 class ConnectionProtocol(asyncio.Protocol):
@@ -97,7 +96,7 @@ class ConnectionProtocol(asyncio.Protocol):
         self._loop = loop
         self._outbox = outbox
         self.transport: asyncio.Transport | None = None
-        # The protocol with which aiohttp has opened the connection, and which it closes.
+        # The protocol with which aiohttp has opened the connection, and which closes it.
         self._opener: ResponseHandler | None = None
         self.writing_paused = False
         self.exchange: Receiver | None = None
@@ -108,18 +107,18 @@ class ConnectionProtocol(asyncio.Protocol):
         self.response_parser = ResponseParser()
         # Done when the transport takes more; None unless an upload waits for it.
         self.resumed: asyncio.Future[None] | None = None
-        # What hears that the connection is lost without an exchange under way.
+        # Notified when the connection is lost without an exchange under way.
         self.pooled: PooledConnection | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
-        # When it fires, in the loop's time: uvloop's handle of a short delay does not know.
+        # When it fires, in the loop's time: uvloop's handle of a short delay does not report it.
         self._deadline = 0.0
         # Whether a request waits in the outbox, and the monotonic time of the last write.
         self._unwritten = False
         self.written_at = 0.0
 
     def take_over(self, opened: Connection) -> None:
-        """Read and write *opened* from now on, unless it is lost, or has brought something that
-        nobody has asked for.
+        """Read and write *opened* from now on, unless it is lost, or has received unrequested
+        bytes.
         """
         opener, transport = opened.protocol, opened.transport
         if opener is not None and transport is not None and not opener.should_close:
@@ -138,7 +137,7 @@ class ConnectionProtocol(asyncio.Protocol):
             return
         if (exchange := self.exchange) is not None:
             if self._unwritten and self.reused:
-                # The provider has said this to nobody: a 408 for an idle connection, perhaps.
+                # The provider has sent this unasked: a 408 for an idle connection, perhaps.
                 exchange.stale()
             else:
                 exchange.feed(data)
@@ -146,13 +145,13 @@ class ConnectionProtocol(asyncio.Protocol):
             self.abort()
 
     def abort(self) -> None:
-        """Reset the connection, which nobody uses any more."""
+        """Reset the connection, which is no longer used."""
         transport, self.transport = self.transport, None
         if transport is not None:
             transport.abort()
 
     def write_soon(self, data: bytes) -> None:
-        """Write *data* with all that this iteration of the event loop writes."""
+        """Write *data* together with the other writes of this iteration of the event loop."""
         self._unwritten = True
         self._outbox.put(self, data)
 
@@ -164,7 +163,7 @@ class ConnectionProtocol(asyncio.Protocol):
             self.written_at = monotonic()
 
     def pause_writing(self) -> None:
-        """Let an upload wait."""
+        """Make an upload wait."""
         self.writing_paused = True
 
     def resume_writing(self) -> None:
@@ -198,7 +197,7 @@ class ConnectionProtocol(asyncio.Protocol):
         if self._deadline_timer is not None:
             if self._deadline <= deadline:
                 return
-            # The timer was set for a request that might wait longer: a reload has changed the
+            # The timer was set for a request that could wait longer: a reload has changed the
             # timeout.
             self._deadline_timer.cancel()
         self._set_deadline(read_timeout)
@@ -219,8 +218,8 @@ class PooledConnection:
     A request that has taken it ends its use by `release` or `close`; only the first of these calls
     has an effect.
 
-    Always: *place* is its place in the gate of the pool; None once it is closed, or while it is
-    idle and its place has gone to a request that waited for one.
+    Always: *place* is its place in the pool's resource; None once it is closed, or while it is
+    idle and its place was given to a waiting request.
     """
 
     __slots__ = ("_connection", "_owner", "idle_since", "place", "protocol")
@@ -241,8 +240,8 @@ class PooledConnection:
         return self.protocol.transport
 
     def heard_at(self) -> float:
-        """Return when the fast path has forwarded something, in the loop's time; 0.0 without
-        one.
+        """Return when the fast path has forwarded something, in the loop's time; 0.0 without a
+        fast path.
         """
         fast_path = self.protocol.fast_path
         return 0.0 if fast_path is None else fast_path.forwarded_at
@@ -262,7 +261,7 @@ class PooledConnection:
             place.release()
 
     def discard(self) -> None:
-        """Close the connection, which no request uses."""
+        """Close the connection, which is not in use."""
         self.give_place()
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -279,15 +278,16 @@ class PooledConnection:
 
 
 class Connections:
-    """The open connections of one pool to *endpoint*, *limit* at most, each with a place in *gate*.
+    """The open connections of one pool to *endpoint*, *limit* at most, each with a place in
+    *gate*.
 
-    *timeout* is that of opening one.
+    *timeout* bounds the opening of one.
 
     The other *options* are those of aiohttp's `TCPConnector`.
 
-    Always: while a request waits for a place, no idle connection has one. A connection that is
-    given back is kept only if at most `max_idle + pending()` are idle then, and for *expiry*
-    seconds at most. The connection that has been idle longest is taken first.
+    Always: while a request waits for a place, no idle connection holds one. A released connection
+    is kept only if at most `max_idle + pending()` are idle then, and for *expiry* seconds at most.
+    The connection that has been idle longest is taken first.
     """
 
     def __init__(
@@ -313,7 +313,7 @@ class Connections:
         self._max_idle = max_idle
         self._expiry = expiry
         self._pending = pending
-        # Called when a connection is given back, or closed.
+        # Called when a connection is released or closed.
         self._on_release: Callable[[], None] | None = None
         # The idle connections, the one that has been idle longest first.
         self.idle: deque[PooledConnection] = deque()
@@ -323,7 +323,7 @@ class Connections:
 
     @property
     def acquired(self) -> int:
-        """How many connections are in use, or being opened."""
+        """The number of connections that are in use, or being opened."""
         return len(self._in_use) + self._opening
 
     @property
@@ -334,7 +334,7 @@ class Connections:
     def take(self, place: Grant | None = None) -> PooledConnection | None:
         """Return an idle connection; None if there is none, or no place for it.
 
-        *place* is that of the request, if it has one already, and is given back if it is not
+        *place* is the request's own place, if it has one already, and is given back if it is not
         needed.
         """
         idle, too_old = self.idle, self._loop.time() - self._expiry
@@ -378,8 +378,8 @@ class Connections:
         return connection
 
     def give_back(self, connection: PooledConnection, *, keep: bool = True) -> None:
-        """Keep *connection*, which was in use, for the next request; or close it, also if there
-        are enough. A second call does nothing.
+        """Keep *connection*, which was in use, for the next request; or close it, also if enough
+        are idle. A second call does nothing.
         """
         if connection not in self._in_use:
             return
@@ -398,13 +398,13 @@ class Connections:
                 self._on_release()
 
     def give_places(self) -> None:
-        """Have no idle connection keep its place: a request is about to wait for one."""
+        """Take the places of all idle connections back: a request is about to wait for one."""
         for connection in self.idle:
             connection.give_place()
 
     def forget(self, connection: PooledConnection) -> None:
-        """Close *connection*, which its provider has closed, unless a request uses it: that ends
-        its use itself.
+        """Close *connection*, which its provider has closed, unless a request uses it: that
+        request ends its use itself.
         """
         if connection in self.idle:
             self.idle.remove(connection)
@@ -413,7 +413,7 @@ class Connections:
     def retire(self, on_release: Callable[[], None]) -> None:
         """Keep no connection from now on.
 
-        *on_release* is called when one is given back or closed.
+        *on_release* is called when one is released or closed.
         """
         self._max_idle, self._pending, self._on_release = 0, lambda: 0, on_release
         self.drop_idle()
@@ -446,5 +446,5 @@ class Connections:
             due = self.idle[0].idle_since + self._expiry
             self._expiry_timer = self._loop.call_at(due, self._sweep)
         else:
-            # An empty one keeps 16 of its blocks, which lie between the objects of a load.
+            # An empty deque keeps 16 of its blocks, which lie between the objects of a load.
             self.idle = deque()

@@ -1,9 +1,9 @@
-"""What attempts at one provider cost: tokens and work, by an estimate before they start, and as the
-provider has counted them at their end.
+"""The costs of attempts at one provider, in tokens and work: estimated before they start, and as
+the provider has counted them at their end.
 
-Where a provider reports no usage, or an answer was cut, what it has cost is estimated, too. What
-it has counted teaches the estimates. Each attempt that was sent has its cost in the outcome of its
-request, and in the ledger.
+If a provider reports no usage, or an answer was cut, its cost is estimated, too. The estimates
+learn from reported usage. Each attempt that was sent has its cost in the outcome of its request,
+and in the ledger.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from aioserver.telemetry.bugs import Bugs
     from aioserver.usage.accounting import Usage
 
-# The statuses from this one on say that there is no answer, and that it costs nothing.
+# From this status on there is no answer, and no cost.
 MIN_ERROR_STATUS = 400
 
 
 class Costs:
-    """What attempts at the provider *name* cost.
+    """The costs of attempts at the provider *name*.
 
     Always: an attempt that was sent, and not refused, is counted once, at its end.
     """
@@ -53,12 +53,12 @@ class Costs:
 
     @property
     def bugs(self) -> Bugs:
-        """Counts the bugs of the server."""
+        """The counter of the server's bugs."""
         return self._usage.bugs
 
     def estimate(self, request: ProviderRequest, model: str) -> Estimate:
-        """Return what *request*, which is about to wait, will cost if it is asked for *model*; it
-        keeps the estimate.
+        """Return the estimated cost of *request*, which is about to wait, if it is asked for
+        *model*; store the estimate in it.
         """
         estimate = request.estimate = self._before(request, model, request.size)
         if request.estimated:
@@ -71,22 +71,23 @@ class Costs:
         )
 
     def tokens_per_byte(self, model: str, caller: Caller | None = None) -> float:
-        """Return the tokens of a prompt for each byte of a request of *caller* for *model*, as an
-        estimate; None: of a request of anybody.
+        """Return the estimated tokens of a prompt for each byte of a request of *caller* for
+        *model*; *caller* None: of any request.
         """
         flow = None if caller is None else caller.flow
         return self._estimates.tokens_per_byte(self._name, model, flow)
 
     def expected_tokens(self, attempt: Attempt, limit: int) -> int:
-        """Return the tokens by which *attempt* will count for the pace of *limit* tokens a minute,
-        by an estimate.
+        """Return the estimated tokens by which *attempt* will count for the pace of *limit* tokens
+        a minute.
         """
         request = attempt.request
         if not request.estimated:
             return 0
         estimate = request.estimate or self.estimate(request, attempt.asked_model)
         prompt = estimate.prompt if request.api.paces_cached else estimate.uncached
-        # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
+        # At most a minute's worth: a body with a picture has far fewer tokens than its bytes
+        # suggest.
         return min(prompt + estimate.answer, limit)
 
     def sent(self, attempt: Attempt) -> None:
@@ -96,8 +97,8 @@ class Costs:
 
     @bookkeeping(nothing)
     def count(self, attempt: Attempt, exc: BaseException | None) -> AttemptCost | None:
-        """Return what *attempt*, which has ended, well or with *exc*, has cost, and note it in the
-        outcome; None if that is nothing.
+        """Return the cost of *attempt*, which has ended, well or with *exc*, and record it in the
+        outcome; None if there is no cost.
         """
         request = attempt.request
         outcome = request.outcome
@@ -124,8 +125,8 @@ class Costs:
         return cost
 
     def ended(self, attempt: Attempt, cost: AttemptCost | None) -> None:
-        """Note in sums and ledger that *attempt* has ended, and has cost *cost*, None if that is
-        nothing. Its place is given back already.
+        """Record in sums and ledger that *attempt* has ended at *cost*, None if there is no cost.
+        Its place was given back already.
         """
         if cost is None:
             self._usage.refused(attempt.request.record)
@@ -133,15 +134,13 @@ class Costs:
             self._usage.ended(attempt.request.record, cost)
 
     def so_far(self, attempt: Attempt, exc: BaseException | None = None) -> AttemptCost:
-        """Return what *attempt* has cost, which has ended, well or with *exc*, or may not have
-        ended yet.
-        """
+        """Return the cost of *attempt*, which has ended, well or with *exc*, or may still run."""
         request, hop = attempt.request, attempt.hop
         outcome, first = request.outcome, request.record.first_event_at
         tokens = tokens_of(outcome.usage)
         asked, answered = tokens.prompt, tokens.answer
         if hop is not None:
-            # The usage has the earlier attempts in it.
+            # The usage includes the earlier attempts.
             asked = None if asked is None else max(0, asked - hop.earlier.asked)
             answered = None if answered is None else max(0, answered - hop.earlier.answered)
         result, source = OK, PROVIDER
@@ -157,7 +156,7 @@ class Costs:
             elif asked is None:
                 source, asked, answered, uncached = NOBODY, 0, 0, UNKNOWN_WORK
             else:
-                # Nothing was written.
+                # The model has written nothing.
                 answered = 0
         work = uncached + OUTPUT_FACTOR * answered
         began = outcome.sent_at
@@ -176,13 +175,13 @@ class Costs:
         )
 
     def _unreported(self, attempt: Attempt, result: str) -> Estimate:
-        """Return an estimate of what *attempt* has cost, with this *result* or so far."""
+        """Return an estimate of the cost of *attempt*, with this *result* or so far."""
         request, model = attempt.request, attempt.request.outcome.model
         estimate = request.estimate
         if estimate is None or attempt.hop is not None:
             estimate = self._before(request, model, attempt.body_bytes)
         if not attempt.streamed and result != FAILED:
-            # Nobody knows how much of it was written.
+            # It is not known how much of the answer the model has written.
             return estimate
         return self._estimates.unreported(
             self._name, model, request.caller.flow, estimate, _events(attempt)
@@ -190,12 +189,10 @@ class Costs:
 
 
 def paced_tokens(attempt: Attempt, cost: AttemptCost | None) -> int:
-    """Return the tokens by which *attempt*, which has ended and has cost *cost*, counts for the
-    pace.
-    """
+    """Return the tokens by which *attempt*, which has ended at *cost*, counts for the pace."""
     outcome, hop = attempt.request.outcome, attempt.hop
     if cost is None:
-        # A refusal counts as what was asked, as long as the provider does not say otherwise.
+        # A refusal counts as the tokens of its prompt, unless the provider says otherwise.
         estimate = attempt.request.estimate
         if estimate is None or not outcome.sent_at:
             return 0
@@ -209,16 +206,16 @@ def paced_tokens(attempt: Attempt, cost: AttemptCost | None) -> int:
 
 
 def _events(attempt: Attempt) -> int:
-    """Return how many events of a streamed answer have come by *attempt*."""
+    """Return the number of streamed events that *attempt* has received."""
     stream, hop = attempt.stream, attempt.hop
     if stream is None or not attempt.streamed:
         return 0
-    # The end of the log is none of the provider's.
+    # The last event of the log is not the provider's.
     events = stream.last - attempt.before - stream.ended
     if isinstance(attempt.sink, StreamSink):
-        # The rest, still to be shown, was paid for.
+        # Events that are still held were paid for.
         events += attempt.sink.kept_pieces
-    # What was not shown of a rest was paid for as well.
+    # Events of a continuation that were not shown were paid for as well.
     return events if hop is None else max(events, hop.heard)
 
 

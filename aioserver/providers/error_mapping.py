@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.eventstream import EventTooLong
 
-# Bytes of a body that is parsed to see that it is JSON; a longer one is not checked.
+# Bytes of a body that are parsed to check that it is JSON; a longer one is not checked.
 MAX_CHECKED_BYTES = 1 << 20
-# Characters of the reason of a refusal; a text in which something is said about a key; and the
-# status of a proxy that wants one.
+# The most characters of the reason of a refusal; the sign of a text about a key; and the status of
+# a proxy that asks for one.
 MAX_REASON = 500
 ABOUT_KEYS = re.compile("api[ _-]?key", re.IGNORECASE)
 PROXY_STATUS = 407
@@ -55,22 +55,22 @@ KEY_STATUSES = frozenset({KEY_STATUS, CREDIT_STATUS})
 OF_MODEL = re.compile(r"\bmodels?\b", re.IGNORECASE)
 BUSY_STATUSES = frozenset({429, 498})
 QUOTA = "insufficient_quota"
-# The values of Content-Encoding of a body that is not compressed.
+# The values of Content-Encoding for a body that is not compressed.
 IDENTITY = frozenset({"", "identity"})
-# The codes in an error object that mean the same as these statuses. OpenRouter's codes are the
+# The codes in an error object that are equivalent to these statuses. OpenRouter's codes are the
 # statuses that it would have sent.
 KEY_CODES = KEY_STATUSES | {QUOTA, "invalid_api_key"}
-# Those of a verdict on a text, or on a request: another provider would be asked the same that this
+# The codes of a verdict on a text or a request: another provider would get the same text that this
 # one refuses.
 FILTERS = frozenset({"content_filter", "content_policy_violation", "invalid_prompt"})
 VERDICTS = FILTERS | {"invalid_request_error"}
 BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
-# How providers say that a request is longer than their model's context: by a code, or in words
-# under one of these statuses, in a body of so many bytes at most.
+# The ways in which providers say that a request exceeds their model's context: by a code, or in
+# words under one of these statuses, in a body of so many bytes at most.
 TOO_LONG_CODES = {"context_length_exceeded", "exceed_context_size_error"}
 TOO_LONG_STATUSES = frozenset({400, 413, 422})
-# And how they say, also under 429, that it has more tokens than a minute of our account: it would
-# fit at no time, and no other request has to wait for that.
+# The words, also under 429, for a request with more tokens than a minute of our account allows: it
+# would never fit, and no other request has to wait for that.
 TOO_LARGE = "request too large for"
 MAX_READ_BYTES = 1 << 16
 TOO_LONG = (
@@ -93,7 +93,7 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
     """Raise the fault that a *status* of the provider *name* means.
 
     Raises:
-        ProviderFault: the status is none of 200 to 299; see the table above.
+        ProviderFault: the status is not between 200 and 299; see the table above.
     """
     if 200 <= status < 300:
         return
@@ -114,12 +114,13 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
         raise ProviderLeadsBack(f"llm.providers.{name}.base_url leads back to this server")
     if status >= 500 or status == 408:
         fault = ProviderError(f"{name} answered {status}", retry_after=wait)
-        # An engine that loads its model says so, and a proxy in front of one that is away.
+        # An engine that loads its model answers so, and so does a proxy in front of one that is
+        # away.
         fault.unreachable = status == 503
         raise fault
     reason = ""
     if error is None:
-        # The body is a proxy's page, for example, which our clients must not get.
+        # The body may be a proxy's page, for example, which our clients must not see.
         shown = InvalidRequest(f"{name} answered {status}").body()
     else:
         shown, reason = body, _reason(status, error)
@@ -128,10 +129,10 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
 
 
 def key_fault(name: str, status: int, error: object) -> ProviderAuthError:
-    """Return the fault of a refusal of our key, or of our account, by the provider *name* with this
-    *status* and *error*: the request may be at fault, too.
+    """Return the fault of a refusal of our key, or of our account, by the provider *name* with
+    this *status* and *error*; the request may be at fault, too.
 
-    A 402 may be about an answer of more tokens than our credit does for, and a 401 about a model
+    A 402 may be about an answer of more tokens than our credit covers, and a 401 about a model
     that our key may not use, which the client has named.
     """
     shown = f"{name} refuses our key or its quota is used up"
@@ -147,8 +148,8 @@ def key_fault(name: str, status: int, error: object) -> ProviderAuthError:
 
 
 def says_too_long(status: int, error: object) -> bool:
-    """Return whether *error*, the object or the text that a provider has sent under *status*, says
-    that the request is longer than its model's context.
+    """Return whether *error*, an object or a text that a provider has sent under *status*, says
+    that the request exceeds its model's context.
     """
     if not error_codes(error).isdisjoint(TOO_LONG_CODES):
         return True
@@ -158,8 +159,8 @@ def says_too_long(status: int, error: object) -> bool:
 
 
 def error_in(body: bytes) -> object:
-    """Return the error in *body*: an object or a text, or all of its content; None if that is no
-    JSON.
+    """Return the error in *body*: an object or a text, or else the whole content; None if it is
+    not JSON.
     """
     try:
         answer: object = orjson.loads(body)
@@ -172,13 +173,13 @@ def error_in(body: bytes) -> object:
 
 
 def reason_of(status: int, body: bytes) -> str:
-    """Return why a provider has refused a request with *body*, as `_reason`."""
+    """Return the reason for which a provider has refused a request, from *body*, as `_reason`."""
     return _reason(status, error_in(body)) if len(body) <= MAX_READ_BYTES else ""
 
 
 def _reason(status: int, error: object) -> str:
-    """Return why a provider has refused a request, in its own words; "" if it does not say so, or
-    speaks of our key or our proxy.
+    """Return the provider's own words for its refusal; "" if there are none, or if they mention
+    our key or our proxy.
     """
     text = error.get("message") if isinstance(error, dict) else error
     if not isinstance(text, str) or status == PROXY_STATUS:
@@ -212,7 +213,7 @@ def error_object_fault(error: object) -> ProviderFault:
         return ProviderRateLimited("the provider limits our rate", retry_after=1.0)
     text = error.get("message") if isinstance(error, dict) else error
     text = text[:200] if isinstance(text, str) else "the provider reported an error"
-    # A lone surrogate cannot be written as UTF-8.
+    # A lone surrogate cannot be encoded as UTF-8.
     text = text.encode("utf-8", "replace").decode()
     message = f"the provider reported an error: {text}"
     verdict = too_long or not codes.isdisjoint(VERDICTS)
@@ -224,7 +225,7 @@ def error_object_fault(error: object) -> ProviderFault:
         "message": text,
         "type": "invalid_request_error",
         "param": None,
-        # Clients know it by its name.
+        # Clients know this error by its code.
         "code": next(iter(codes & TOO_LONG_CODES), status),
     }
     body = orjson.dumps({"error": public_error})
@@ -244,8 +245,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds of `retry-after-ms`, or of `retry-after` (RFC 9110, 10.2.3: seconds or a
     date).
 
-    More than MAX_COOLING is that, however much it is. None if neither header has a plausible
-    value: a negative number is none, nor is a date that is past for more than a day.
+    A longer time becomes MAX_COOLING. None if neither header has a plausible value: a negative
+    number has none, nor has a date that is past for more than a day.
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         seconds = number(headers.get(name, ""))
@@ -300,7 +301,7 @@ def parses(body: bytes) -> bool:
 
 
 def check_json(headers: Mapping[str, str], body: bytes) -> object:
-    """Return the content of *body*; None if it has more than MAX_CHECKED_BYTES.
+    """Return the content of *body*; None if it is longer than MAX_CHECKED_BYTES.
 
     Raises:
         ProviderBadResponse: the body is not JSON, or is an error under a good status.
@@ -316,7 +317,7 @@ def check_json(headers: Mapping[str, str], body: bytes) -> object:
             answer = load_with_surrogates(body)
         except BadEvent:
             raise ProviderBadResponse("the provider's answer is not JSON") from None
-    # A response that has failed has an `error`, too, but is an answer, with its `object`.
+    # A failed response has an `error`, too, but it is an answer, with its `object`.
     if isinstance(answer, dict) and answer.get("error") and "object" not in answer:
         raise ProviderBadResponse("the provider reported an error as if it were an answer")
     return answer

@@ -1,24 +1,24 @@
 """One request and its answer on a pooled connection, without aiohttp's `ClientSession`.
 
 `ClientSession` costs a third of a request's time, and a task switch per read. Here the
-connection's own protocol parses the answer (http1.py) and pushes the body, as it comes, into a
-sink, from `data_received` itself; the sink appends to the log, and the log notifies the writers.
-One task per request waits for one future, the end of the exchange; nothing else is scheduled per
-read.
+connection's own protocol parses the answer (http1.py) and pushes the body into a sink as it
+arrives, from `data_received` itself. The sink appends to the log, and the log notifies the
+writers. One task per request waits for one future, the end of the exchange; nothing else is
+scheduled per read.
 
     Exchange.run: write the request → (1xx)* head → sink = on_head(status, headers)
                   → sink.feed(block)* → sink.end() → the connection is released, or closed
 
-The connection goes back to the pool only after a clean end: the request was written whole, the
-answer came whole, with a length or in chunks, the provider keeps the connection, and nothing
+The connection goes back to the pool only after a clean end. The whole request was written, the
+whole answer came, with a length or in chunks, the provider keeps the connection, and nothing
 followed the answer. Any other end aborts it at once, without TLS's closing handshake, which may
 take 30 s.
 
-Timeouts: each read must come within `read_timeout` of the last one: one lazy timer per connection
+Timeouts: each read must come within `read_timeout` of the last one. One lazy timer per connection
 checks the time of the last byte; it rests while the log has paused the exchange
-(streams/stream.py). The first content of a streamed answer must come within
-`first_token_timeout` of the request's last byte, where one is set. A write must make progress
-within `write_timeout`, or a WriteWatchdog ends the exchange.
+(streams/stream.py). The first content of a streamed answer must come within `first_token_timeout`
+of the request's last byte, if that is set. A write must make progress within `write_timeout`, or a
+WriteWatchdog ends the exchange.
 
 This file is one concept: an exchange, and each way in which it can end.
 """
@@ -60,8 +60,8 @@ class Exchange:
     """One request and its answer. `run` may be called once.
 
     Always: after `run`, however it ended, the connection is released or closed and the protocol
-    holds no exchange; after a good answer whose last chunk is still to come, LAST_CHUNK_TIMEOUT
-    later at most.
+    holds no exchange. After a good answer whose last chunk is still to come, this holds
+    LAST_CHUNK_TIMEOUT later at most.
     """
 
     def __init__(
@@ -82,34 +82,34 @@ class Exchange:
         self._parser = parser = protocol.response_parser
         parser.begin(on_head)
         self._done: asyncio.Future[None] = loop.create_future()
-        # When the provider said something last, or the request was sent, and the progress of the
+        # When the provider last sent anything, or the request was sent, and the progress of the
         # sink then.
         self.last_byte_at = self.spoke_at = loop.time()
         self._progress = 0
         self.record = record
         self._backpressure = backpressure
-        # Whether all of the request is written; and whether the sink needs no more, and at most the
-        # end of the body's framing is to come.
+        # Whether the whole request is written; and whether the sink needs no more, so that only
+        # the end of the body's framing may still come.
         self._written = self._ended = False
-        # The fault that it ends with, until that is raised: its traceback leads to this object.
+        # The fault with which it ends, until that is raised: its traceback refers to this object.
         self._fault: Exception | None = None
         # The bound of the wait for the first content, and whether that has come; None if there is
-        # no bound. The timer of that bound, or later of that of the last chunk.
+        # no bound. The timer of that bound, or later of the last chunk.
         self._first_token: tuple[float, Callable[[], bool]] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        # Whether nothing is read, since the client reads more slowly than the provider sends.
+        # Whether reading is paused, since the client reads more slowly than the provider sends.
         self._paused = False
         # The monotonic time of the first byte; 0.0 until then.
         self._heard_at = 0.0
 
     def bound_first_token(self, seconds: float, answered: Callable[[], bool]) -> None:
-        """Let it fail if there is no content *seconds* after the request was written; *answered*
-        says whether there is.
+        """Fail if there is no content *seconds* after the request was written; *answered* says
+        whether there is.
         """
         self._first_token = seconds, answered
 
     async def run(self, request: bytes, body: Body | None = None) -> None:
-        """Send *request* (head and body, or what is before the *body*) and push the answer to its
+        """Send *request* (head and body, or the part before *body*) and push the answer to its
         sink.
 
         Cancelling is safe: the connection is closed at once.
@@ -126,7 +126,7 @@ class Exchange:
             if protocol.transport is None:
                 self.connection_lost(None)
             elif body is None and len(request) <= UPLOAD_PIECE:
-                # No transport asks its writer to wait for so little.
+                # For so few bytes no transport asks its writer to wait.
                 protocol.write_soon(request)
             else:
                 watch = self._write_timeout, self._write_timed_out
@@ -150,7 +150,7 @@ class Exchange:
                 self._fault = None
 
     def feed(self, data: bytes) -> None:
-        """Parse bytes from the provider, and push what they bring to the sink."""
+        """Parse bytes from the provider, and push the parsed body to the sink."""
         now, parser = self._loop.time(), self._parser
         if self.protocol.fast_path is not None:
             self.spoke_at, self.protocol.fast_path = self._last(self.spoke_at), None
@@ -161,8 +161,8 @@ class Exchange:
             self._heard_at = monotonic()
         self.last_byte_at = now
         if parser.between_chunks and data.endswith(b"\r\n"):
-            # Most reads of a stream are one whole chunk, which the parser, between two chunks,
-            # need not see.
+            # Most reads of a stream are one whole chunk. Between two chunks the parser need not
+            # see it.
             start = data.find(b"\r\n") + 2
             size = len(data) - start - 2
             if size > 0 and data.startswith(b"%x\r\n" % size):
@@ -194,7 +194,7 @@ class Exchange:
                 fast_path.read_at = self.spoke_at
 
     def _push(self) -> None:
-        """Push to the sink what has come, and the end of the body."""
+        """Push the body's new bytes, and its end, to the sink."""
         parser = self._parser
         sink, parts = parser.sink, parser.parts
         if self._done.done():
@@ -216,7 +216,7 @@ class Exchange:
                 self._fail(exc)
 
     def stale(self) -> None:
-        """Fail, since the provider has said something on a kept connection before it can have read
+        """Fail, since the provider has sent something on a kept connection before it can have read
         the request.
         """
         self._fail(StaleConnection("the provider has ended the kept connection"))
@@ -224,7 +224,7 @@ class Exchange:
     def connection_lost(self, exc: BaseException | None) -> None:
         """End the exchange, since its connection is lost.
 
-        *exc* None stands for an orderly close.
+        *exc* None: it was closed in an orderly way.
         """
         parser = self._parser
         if self._done.done():
@@ -271,7 +271,7 @@ class Exchange:
         return None
 
     def silence(self, now: float) -> float | None:
-        """Return the seconds since the provider said something, or the request.
+        """Return the seconds since the provider last sent anything, or since the request was sent.
 
         None if nothing is awaited.
         """
@@ -303,7 +303,7 @@ class Exchange:
         self._paused = False
         assert self._backpressure is not None
         self._backpressure.discard(self)
-        # The pause is no silence of the provider.
+        # The pause does not count as a silence of the provider.
         self.last_byte_at = self.spoke_at = self._loop.time()
         if self.protocol.fast_path is not None:
             self.protocol.fast_path.read_at = self.last_byte_at
@@ -313,8 +313,8 @@ class Exchange:
             self.protocol.watch_deadline(self._read_timeout)
 
     def _last(self, moment: float) -> float:
-        """Return *moment*, in the loop's time, or when the fast path has forwarded something
-        since.
+        """Return *moment*, in the loop's time, or the time at which the fast path has forwarded
+        something since.
         """
         fast_path = self.protocol.fast_path
         return moment if fast_path is None else max(moment, fast_path.forwarded_at)
@@ -350,7 +350,7 @@ class Exchange:
             else:
                 self._fault = fault
             self._done.set_result(None)
-        # Even after a good end of this kind the connection is not kept.
+        # The connection is not kept after an end of this kind, even a good one.
         parser.reusable = False
         self._settle()
 
@@ -363,8 +363,8 @@ class Exchange:
             if self._paused:
                 self.resume()
             if self._written:
-                # A silence that lasts until the end counts as any other. The record drops a silence
-                # before the answer when the answer comes.
+                # A silence that lasts until the end counts as any other. The record drops a
+                # silence before the answer when the answer comes.
                 self.record.silent(self._last(self.spoke_at), self._loop.time())
         protocol.exchange = protocol.fast_path = None
         if self._timer is not None:
@@ -382,11 +382,11 @@ class Exchange:
                 self._connection.close()
 
     def _answers_another(self) -> bool:
-        """Return whether the answer, an error, may be meant for nobody, so that this request's own
-        is still to come.
+        """Return whether the answer, an error, may be for no request at all, so that this
+        request's answer is still to come.
 
         A 408 ends an idle connection (RFC 9110, 15.5.9), and may cross the request. So may any
-        error which comes on a kept connection sooner than a byte can go there and back.
+        error which comes on a kept connection in less than a round trip.
         """
         status, protocol = self._parser.status, self.protocol
         if status == 408 or protocol.transport is None or not protocol.reused:

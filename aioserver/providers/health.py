@@ -1,14 +1,15 @@
-"""Whether a provider is asked: not while it is dead, refuses our key, or after it was removed.
+"""Whether a provider is asked: not while it is dead or refuses our key, and not after it was
+removed.
 
-The breaker of a dead provider keeps requests away from it, but for trials. A provider that refuses
-our key is flagged, for 5 minutes or until a reload: no client's request would fare better. So is
-one whose certificate does not hold, or whose address leads back to this server.
+The breaker of a dead provider keeps requests away from it, except for trials. A provider that
+refuses our key is flagged, for 5 minutes or until a reload: no client's request would fare better.
+So is a provider whose certificate is invalid, or whose address leads back to this server.
 
-A refusal that may be about the one request flags nobody whose key has been accepted: otherwise one
-client could stop the provider for all. It is a 403 (a text that moderation does not let through),
-a 402 (an answer of more tokens than the credit does for), or a 401 that is about a model. Nor does
-a circle say anything of the provider where the client itself has named servers that its request
-has come through.
+A refusal that may be about one request does not flag a provider that has accepted its key:
+otherwise one client could stop the provider for all. Such refusals are a 403 (a text that
+moderation rejects), a 402 (an answer of more tokens than the credit covers), and a 401 about a
+model. Nor does a loop flag the provider if the client itself has named servers that its request
+came through.
 """
 
 from __future__ import annotations
@@ -41,27 +42,27 @@ KEY_FAULTS = (ProviderAuthError, CertificateFault, ProviderLeadsBack)
 
 
 class ProviderObserver:
-    """Hears what this instance finds out about one provider; this one tells nobody."""
+    """Observes what this instance learns about one provider; this class ignores it."""
 
     def died(self, *, unreachable: bool) -> None:
-        """Hear that the provider is dead, and whether it cannot be reached."""
+        """Note that the provider is dead, and whether it cannot be reached."""
 
     def revived(self) -> None:
-        """Hear that the provider has answered again."""
+        """Note that the provider has answered again."""
 
     def cooling(self, seconds: float) -> None:
-        """Hear that the provider wants to be left alone for *seconds*."""
+        """Note that the provider has asked for a pause of *seconds*."""
 
 
 ALONE = ProviderObserver()
 
 
 class Health:
-    """The health of the provider *name*, known from the ends of its attempts.
+    """The health of the provider *name*, known from the results of its attempts.
 
-    Always: a provider that is removed is not asked, whatever its breaker says.
+    Always: a provider that was removed is not asked, whatever its breaker says.
 
-    *observer* hears what is found out here, and not what `breaker` is told by others.
+    *observer* is told what is learned here, and not what other instances tell `breaker`.
     """
 
     def __init__(
@@ -76,14 +77,14 @@ class Health:
         self._clock = clock
         self.breaker = Breaker(clock)
         self.observer = observer
-        # When it is asked again which has refused our key; 0.0 for one that has not.
+        # When a provider that has refused our key is asked again; 0.0 if it has not.
         self.flagged_until = 0.0
-        # Whether that is because its address leads back to this server.
+        # Whether the flag is set because its address leads back to this server.
         self._leads_back = False
-        # Whether the provider has answered well with the key of its present settings.
+        # Whether the provider has accepted the key of its present settings.
         self._key_accepted = False
         self._removed = False
-        # Whether another provider could answer the newest request that met this one dead.
+        # Whether another provider could answer the newest request that found this one dead.
         self._alternative = False
 
     @property
@@ -98,17 +99,17 @@ class Health:
 
     @property
     def state(self) -> str:
-        """How the provider is: `well`, `sick` (asked, though it fails often) or `dead` (left
-        alone).
+        """The state of the provider: `well`, `sick` (asked, though it fails often) or `dead` (not
+        asked).
         """
         return self.breaker.state
 
     def next_try(self, *, waited_for: bool) -> float | None:
         """Return the seconds until the provider is asked again; None while it is asked.
 
-        *waited_for* says that requests wait until it is back: they are its next trials. Otherwise
-        the next request that comes is the next trial, and is taken to be like the newest: another
-        provider can answer it, so that trials are rare, or none can.
+        *waited_for* says that requests wait for its return: they are its next trials. Otherwise
+        the next request is the next trial, and is assumed to be like the newest one: either
+        another provider can answer it, so that trials are rare, or none can.
         """
         if self.flagged:
             return self.flagged_until - self._clock()
@@ -146,15 +147,15 @@ class Health:
             return LoopFlagged(f"llm.providers.{self._name}.base_url leads back to this server")
         if self.flagged:
             return ProviderFlagged(f"{self._name} has refused our key")
-        # With jitter, so that not all clients come back at once.
+        # With jitter, so that the clients do not all come back at once.
         wait = self.retry_after * random.uniform(1.0, 1.1)  # noqa: S311
         return CircuitOpen(
             f"{self._name} has answered nothing lately and is not asked for now", retry_after=wait
         )
 
     def answered(self, seconds: float, *, trial: bool) -> bool:
-        """Learn that an attempt has its first event, after *seconds*; return whether that ends a
-        death.
+        """Learn that an attempt has its first event, after *seconds*; return whether the provider
+        was dead.
         """
         self._key_accepted = True
         revived = self.breaker.succeeded(seconds, trial=trial)
@@ -165,8 +166,8 @@ class Health:
     def attempt_failed(
         self, exc: BaseException, began: float, *, trial: bool, answered: bool
     ) -> bool:
-        """Learn from an attempt that *began* then and ended with *exc*; return whether none starts
-        now.
+        """Learn from an attempt that *began* then and ended with *exc*; return whether no other
+        may start now.
 
         *answered*: it had its first event before.
         """
@@ -195,11 +196,11 @@ class Health:
         """Forget what new settings make doubtful; a key that was refused is tried again."""
         self._removed, self.flagged_until = False, 0.0
         if new_address:
-            # The failures were those of another address.
+            # The failures belong to another address.
             self.breaker.reset()
         if new_address or new_key:
             self._key_accepted = False
 
     def remove(self) -> None:
-        """Note that the provider was removed from the configuration: it is asked no more."""
+        """Note that the provider was removed from the configuration: it is not asked any more."""
         self._removed, self.flagged_until = True, inf

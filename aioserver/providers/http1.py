@@ -1,9 +1,8 @@
-"""HTTP/1.1 with a provider (RFC 9112): requests as bytes, and the bytes of answers parsed.
+"""HTTP/1.1 with a provider (RFC 9112): requests as bytes, and the parsing of answers.
 
-httptools (llhttp) parses; the `ResponseParser` keeps what httptools reports. One such object lives
-as long as its connection: a parser for each answer would cost as much as the parsing, and leave a
-reference cycle behind for the garbage collector, which then takes a seventh of the time of a
-request.
+httptools (llhttp) parses, and the `ResponseParser` stores what httptools reports. It lives as long
+as its connection. A parser for each answer would cost as much as the parsing, and leave a
+reference cycle behind; the garbage collector would then take a seventh of a request's time.
 
 This file is one concept: the form of a request and of its answer, byte for byte.
 """
@@ -29,25 +28,25 @@ if TYPE_CHECKING:
     from aioserver.streams.contracts import Path
 
 CODINGS = "transfer-encoding"
-# Headers that frame a body, and that of loops; a configured header of one of these names is never
-# sent.
+# Headers that frame a body, and the one against loops; a configured header of one of these names
+# is never sent.
 FRAMING_HEADERS = frozenset({"connection", "content-length", CODINGS, HOP})
-# Nor one of these with a body that is passed on: it is the client's, and so is its type.
+# With a body that is passed on, neither are these: the body is the client's, and so is its type.
 BODY_HEADERS = FRAMING_HEADERS | {"content-type", "content-encoding"}
-# Bytes of an answer's head, with the interim answers before it; and of its trailers.
+# The most bytes of an answer's head, with the interim answers before it; and of its trailers.
 MAX_HEAD_BYTES = 65_536
 
 
 class RequestWriter:
     """Writes the requests to the API at *base_url*.
 
-    *absolute* says that a plain HTTP proxy gets the requests: the target is then an absolute URL
-    (RFC 9112, 3.2.2), and the proxy wants to see *proxy_headers*. *hop* is the id of this server in
-    the header that tells of loops; without one there is none.
+    *absolute* says that the requests go to a plain HTTP proxy: the target is then an absolute URL
+    (RFC 9112, 3.2.2), and the proxy gets *proxy_headers*. *hop* is the id of this server in the
+    header that detects loops; None: the header is not sent.
 
-    Always: two requests for one path differ in their body, its length, and the headers of their
-    client, which stand behind that length, so that the head of each path is made once. A header
-    that the settings add is never the client's.
+    Always: two requests for one path differ only in their body, its length, and the headers of
+    their client, which stand behind that length, so that the head of each path is made once. A
+    header in the settings is never replaced by the client's.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class RequestWriter:
         self._absolute = absolute
         self._proxy_headers = proxy_headers
         self._heads: dict[str, bytes] = {}
-        # Sent where the client's own is not passed on.
+        # Sent unless the client's own is passed on.
         self._user_agent = f"User-Agent: aioserver/{__version__}\r\n".encode()
         if "user-agent" in {name.lower() for name in (*settings.headers, *proxy_headers)}:
             self._user_agent = b""
@@ -109,7 +108,7 @@ class RequestWriter:
         """Return the head of a request that is passed on.
 
         *target* is its path below the base URL, with its query. *own* are the headers of its body,
-        and those that stand in for the writer's.
+        and those that replace the writer's.
         """
         path, question_mark, query = target.partition("?")
         passed = client_headers.written(self._passed)
@@ -119,10 +118,10 @@ class RequestWriter:
         return b"%b\r\n%b\r\n" % (begun, passed)
 
     def _missing(self, headers: Mapping[str, str], passed: bytes) -> bytes:
-        """Return the lines of those *headers* that neither the settings add nor *passed* has,
-        lines of the client's.
+        """Return the lines of those *headers* that neither the settings add nor *passed*, the
+        client's lines, contains.
         """
-        # No value has a line end, so that none is taken for a name.
+        # No value has a line end, so no value can be mistaken for a name.
         lines = b"\r\n" + passed
         return b"".join(
             f"{name}: {value}\r\n".encode()
@@ -152,8 +151,8 @@ class RequestWriter:
     ) -> bytes:
         """Return the first lines of a head, without the end of the last one.
 
-        Configured headers replace those in *own*, but no header is sent that *never* names in
-        lower case.
+        Configured headers replace those in *own*, but a header that *never* names in lower case is
+        not sent.
         """
         url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
         headers = {"Host": url.authority.rpartition("@")[2], **own, **self._own}
@@ -184,8 +183,8 @@ class Sink(Protocol):
 
     @property
     def progress(self) -> int:
-        """A number that grows with what the provider says; comments, which keep a connection
-        alive, say nothing.
+        """A number that grows with each event of the provider; comments, which only keep a
+        connection alive, do not count.
         """
 
     def feed(self, data: bytes) -> bool:
@@ -195,8 +194,8 @@ class Sink(Protocol):
         """Note that the body is complete."""
 
     def broken(self, fault: Exception) -> bool:
-        """Return whether the answer is complete, though it breaks off now with *fault*, so that it
-        ends well: nothing was missing but its end mark.
+        """Return whether the answer is complete, and thus ends well, although it breaks off now
+        with *fault*: only its end mark was missing.
         """
 
     def fast(self) -> Path | None:
@@ -209,13 +208,12 @@ class Sink(Protocol):
 class ResponseParser:
     """Parses the answers on one connection, one after the other.
 
-    `begin` comes before each answer, then `feed` until it is `whole`; its user drops the `sink`
-    then. After an answer that did not end well the connection is closed, and its parser is used no
-    more.
+    Call `begin` before each answer, then `feed` until it is `whole`, and drop the `sink` then.
+    After an answer that did not end well the connection is closed, and its parser is not used
+    again.
 
-    Always: `parts` has the body's bytes that came since its user has cleared it; nothing that comes
-    after a whole answer is added to it. `between_chunks` is empty unless the parser is between two
-    chunks.
+    Always: `parts` has the body's bytes since it was last cleared; bytes after a whole answer are
+    not added. `between_chunks` is empty unless the parser is between two chunks.
     """
 
     __slots__ = (
@@ -242,7 +240,7 @@ class ResponseParser:
         self.between_chunks: list[bool] = []
         self.on_chunk_header = self.between_chunks.clear
         self.on_chunk_complete = functools.partial(self.between_chunks.append, True)
-        # The parts of the body that the sink has not got yet, filled in the same way.
+        # The parts of the body that the sink has not received yet, filled in the same way.
         self.parts: list[bytes] = []
         self.on_body = self.parts.append
         self._parser = httptools.HttpResponseParser(self)
@@ -260,23 +258,23 @@ class ResponseParser:
         Once its head is complete, *on_head* returns the sink of its body.
         """
         self._on_head = on_head
-        # Bytes that came before the head was complete; some of them may be the body's.
+        # Bytes that came before the head was complete; some of them may belong to the body.
         self._head_bytes = self._trailer_bytes = 0
         self.between_chunks.clear()
-        # Whether the answer is complete; and whether nothing came that is no part of it, and the
-        # provider keeps the connection open.
+        # Whether the answer is complete; and whether the connection can be reused: nothing came
+        # after the answer, and the provider keeps the connection open.
         self.whole = self.reusable = False
 
     def close(self) -> None:
-        """Hear of nothing more, since the connection is lost.
+        """Ignore all further callbacks, since the connection is lost.
 
-        Otherwise this object and its parser in C, which calls it, would hold each other.
+        Otherwise this object and its parser in C, which calls it, would be in a reference cycle.
         """
         self._parser = httptools.HttpResponseParser(None)
 
     @property
     def begun(self) -> bool:
-        """Whether anything of an answer has come."""
+        """Whether any byte of an answer has come."""
         return self._head_bytes > 0
 
     @property
@@ -287,9 +285,9 @@ class ResponseParser:
         return "content-length" in headers or chunked or self.status in {204, 304}
 
     def feed(self, data: bytes) -> None:
-        """Parse bytes from the provider; the body's go to `parts`.
+        """Parse bytes from the provider; those of the body go to `parts`.
 
-        After a whole answer they only make it not `reusable`.
+        Bytes after a whole answer only clear `reusable`.
 
         Raises:
             ProviderBadResponse: the answer is not HTTP, or its head is too long.
@@ -304,7 +302,7 @@ class ResponseParser:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
             self.reusable = False
-            # Bytes that follow a whole answer are no fault of its request.
+            # Bytes that follow a whole answer do not make its request fail.
             if not self.whole:
                 if self._interim:
                     self._check_interim()
@@ -342,9 +340,9 @@ class ResponseParser:
         self._headers, self._interim = {}, False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header, the last of those with one name, and all codings.
+        """Store a header: the last of those with one name, but all transfer codings.
 
-        A trailer is counted and not read.
+        A trailer is counted, but not read.
         """
         if self.sink is not None:
             # The 4 bytes are ": " and the line's end.
@@ -366,16 +364,18 @@ class ResponseParser:
             self._interim = True
             return
         if CODINGS in headers and _coding(headers) not in {"", "chunked", "identity"}:
-            # llhttp takes off the last one, and no request of ours has a `TE` that allows others.
-            raise ProviderBadResponse("the provider's answer has a transfer coding but chunked")
+            # llhttp removes the last coding, and no request of ours has a `TE` that allows others.
+            raise ProviderBadResponse(
+                "the provider's answer has a transfer coding other than chunked"
+            )
         self.status = status
         on_head, self._on_head = self._on_head, None
         assert on_head is not None
         self.sink = on_head(status, headers)
 
     def _check_interim(self) -> None:
-        """Refuse an interim answer with a body: it has none (RFC 9112, 6.3), but llhttp reads it
-        where it does not know the status.
+        """Refuse an interim answer with a body: it has none (RFC 9112, 6.3), but llhttp reads one
+        if it does not know the status.
         """
         if self.parts:
             raise ProviderBadResponse("the provider's interim answer has a body")

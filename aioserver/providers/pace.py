@@ -1,6 +1,6 @@
-"""The rate at which requests start at a provider: never a burst at the edge of a minute.
+"""The rate at which requests start at a provider, without a burst at the edge of a minute.
 
-The starts are spaced out by GCRA (limits/gcra.py): in any window no more than its share of
+GCRA (limits/gcra.py) spaces the starts out: each span of time has at most its share of
 `requests_per_minute`, and a small burst.
 
 The provider itself can lower the rate. Its headers report how many requests remain until their
@@ -9,7 +9,7 @@ reset: the starts are spread over that time, before the provider has to answer 4
 as long again at half the rate.
 
 `tokens_per_minute` is a second GCRA whose starts are worth their tokens, with a burst of a sixth
-of the minute: a request is counted with its expected tokens when it starts, and the count is
+of the minute. A request is counted with its expected tokens when it starts, and the count is
 corrected at its end. While more tokens are counted than the rate allows, nothing starts.
 """
 
@@ -26,14 +26,14 @@ from aioserver.providers.rate_headers import limits_left
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-# Seconds for which a provider can stop the starts.
+# The most seconds for which a provider can stop the starts.
 MAX_COOLING = 120.0
-# Seconds over which what is left is spread; over a longer time, or a date, it would be next to
-# nothing.
+# The most seconds over which the remainder is spread; over a longer time, or until a date, the
+# rate would be next to nothing.
 MAX_RESET = 86_400.0
 # Seconds' worth of tokens that may be used at once: a sixth of the minute.
 TOKEN_BURST = 10.0
-# The share that is added at random to a wait, which several instances learn of at the same time.
+# The random share that is added to a wait of which several instances learn at the same time.
 JITTER = 0.1
 
 
@@ -42,7 +42,7 @@ class Pace:
 
     Always: in any span of t seconds at most `t * per_minute / 60 + burst` starts.
 
-    *on_cooling* is called with the seconds for which the provider wants to be left alone.
+    *on_cooling* is called with the seconds of a pause that the provider asks for.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Pace:
         self.per_minute = per_minute
 
     def apply(self, per_minute: int, burst: int, *, tokens_per_minute: int = 0) -> None:
-        """Use another pace from now on; what has started counts as before."""
+        """Set another pace; earlier starts count as before."""
         # A faster pace keeps the number of starts that are counted, a slower one the seconds until
         # the next.
         scale = min(1.0, self.per_minute / per_minute)
@@ -77,19 +77,19 @@ class Pace:
             self._tokens = self._token_rate(tokens_per_minute)
         else:
             interval = 60.0 / tokens_per_minute
-            # The number of tokens that are counted is kept.
+            # The number of counted tokens stays.
             self._tokens.apply(interval, TOKEN_BURST, scale=interval / self._tokens.interval)
 
     @property
     def left(self) -> int:
-        """How many requests could start now."""
+        """The number of requests that could start now."""
         if self.cooling or (self._tokens is not None and self._tokens.delay() > 0):
             return 0
         return self._starts.available
 
     @property
     def cooling(self) -> float:
-        """The seconds for which the provider wants to be left alone."""
+        """The seconds that are left of a pause for which the provider has asked."""
         until = self._closed_until
         return max(0.0, until - self._clock()) if until else 0.0
 
@@ -109,8 +109,8 @@ class Pace:
             self.charge(tokens)
 
     def try_start(self, tokens: int = 0) -> bool:
-        """Count a start that is expected to cost *tokens*, if it may be now; return whether it
-        may.
+        """Count a start that is expected to cost *tokens*, if it is allowed now; return whether it
+        is.
         """
         if not (self._closed_until or self._slow_until or self._tokens is not None):
             return self._starts.try_take() <= 0
@@ -125,13 +125,15 @@ class Pace:
             self._tokens.take(tokens * self._tokens.interval)
 
     def cool_down(self, seconds: float) -> None:
-        """Start nothing for *seconds*, as the provider asks, then at half the pace for as long."""
+        """Start nothing for *seconds*, as the provider asks, then run at half the pace for as
+        long.
+        """
         self.told_cooling(seconds)
         if seconds > 0:
             self._on_cooling(min(seconds, MAX_COOLING))
 
     def told_cooling(self, seconds: float) -> None:
-        """Do what `cool_down` does, since the provider has asked another instance for it."""
+        """Do the same as `cool_down`, since the provider has asked another instance for it."""
         now = self._clock()
         wait = min(max(0.0, seconds), MAX_COOLING) * (1 + JITTER * random.random())  # noqa: S311
         self._closed_until = max(self._closed_until, now + wait)
@@ -143,9 +145,9 @@ class Pace:
         )
 
     def learn(self, headers: Mapping[str, str]) -> bool:
-        """Lower the pace to what the provider says in *headers* that is left of its limits.
+        """Lower the pace to what is left of the provider's limits by its *headers*.
 
-        Returns whether nothing is left, so that no request starts before the reset.
+        Return whether nothing is left, so that no request starts before the reset.
         """
         exhausted = False
         for requests, left, seconds in limits_left(headers):
@@ -157,7 +159,7 @@ class Pace:
         return exhausted
 
     def forget(self) -> None:
-        """Forget what the provider has asked for, which concerns another account or address."""
+        """Forget the requested pauses, which concern another account or address."""
         self._closed_until = self._slow_until = 0.0
         self._starts.catch_up()
 
@@ -166,7 +168,7 @@ class Pace:
         if interval > self._starts.interval:
             self._slow_interval, self._slow_until = interval, now + seconds
         elif now >= self._closed_until and now < self._slow_until:
-            # There is more left than the provider said before.
+            # More is left than the provider reported before.
             self._slow_until = 0.0
             self._starts.catch_up()
 

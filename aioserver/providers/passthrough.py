@@ -1,14 +1,14 @@
-"""A request that is passed on as it is, and its answer, which is handed on as it comes.
+"""A passthrough: a request that is passed on as it is, and its answer, which is handed over as it
+comes.
 
     client ──▶ Body ──▶ upload ──▶ provider ──▶ Handover ──▶ face ──▶ client
 
-Nothing of either is kept, and of an answer only its usage is read, where that stands near its
-beginning or its end: an upload and an answer may have any size. The place is taken
-once the first part of an upload is there, or all of it. A part waits in memory until the other
-side has taken the part before it, so that the slower side sets the pace of both, except that a
-client which is too slow is given up where a request waits for its place (backpressure.py). There
-is one attempt, and its faults are those of any other: a status that is no success means what it
-means elsewhere (error_mapping.py).
+Nothing of either is stored, and only the usage of an answer is read, if it stands near its
+beginning or its end: an upload and an answer may have any size. The place is taken once the first
+part of an upload has arrived, or all of it. A part waits in memory until the other side has taken
+the part before it, so the slower side sets the pace of both. A client that is too slow is dropped
+if a request waits for its place (backpressure.py). There is one attempt, and its faults are those
+of any other: an error status has its usual meaning (error_mapping.py).
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
 
-# Bytes that are handed on and not taken yet, from which on nothing more is read. A read adds 256
-# KiB at most.
+# Bytes that were handed over and not taken yet, from which on reading pauses. A read adds 256 KiB
+# at most.
 PAUSE_BYTES = 1 << 16
-# The types of the answers that may report what they have cost.
+# The types of the answers that may report usage.
 REPORTING = ("application/json", "text/event-stream")
-# Headers of the provider that say what its body is. Neither a cookie nor a redirect is among them.
+# Headers of the provider that describe its body. Neither a cookie nor a redirect is among them.
 BODY_HEADERS = ("content-type", "content-disposition", "content-range")
 
-# Bytes at each end of an answer in which its usage is looked for, and the members of that name that
-# are looked at.
+# Bytes at each end of an answer that are searched for its usage, and the most members of that name
+# that are checked.
 SEARCHED, MAX_USAGES = 1 << 14, 16
 _USAGE = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(?=\{)')
 _JSON = json.JSONDecoder()
 
 
 class Ends:
-    """The beginning and the end of an answer: an object in JSON, or events with one each."""
+    """The beginning and the end of an answer: a JSON object, or events with one each."""
 
     def __init__(self) -> None:
         self._first = self._last = b""
@@ -66,8 +66,8 @@ class Ends:
         self._last = (self._last + data[-SEARCHED:])[-SEARCHED:]
 
     def usage(self) -> dict[str, Any] | None:
-        """Return the usage of the answer: that on the top level of the object, or of the last event
-        that has one. None if it reports none, or elsewhere.
+        """Return the usage of the answer: that on the top level of the object, or of the last
+        event that has one. None if there is none in these places.
         """
         usage: dict[str, Any]
         for usage, _, behind in reversed([*_usages(self._last)]):
@@ -80,11 +80,11 @@ class Ends:
 
 
 def _usages(text: bytes) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
-    """Yield the last objects named `usage` in *text*, each with what stands before and behind."""
+    """Yield the last objects named `usage` in *text*, each with the text before and behind it."""
     usage: dict[str, Any]
     for match in [*_USAGE.finditer(text)][-MAX_USAGES:]:
         try:
-            # It has numbers and names; what else it has may be read as it likes.
+            # Only its numbers and names matter; its other text may be decoded in any way.
             usage, end = _JSON.raw_decode(text[match.end() :].decode("latin-1"))
         except (ValueError, RecursionError):
             continue
@@ -100,8 +100,7 @@ def _is_object(text: bytes) -> bool:
 
 
 class Handover:
-    """The answer to a request that is passed on: the provider puts its parts in, and a face takes
-    them out.
+    """The answer to a passthrough: the provider puts its parts in, and a face takes them out.
 
     Always: about PAUSE_BYTES and one read wait in it; *source* is read on once they are taken.
     Nothing comes after `stop`.
@@ -112,7 +111,7 @@ class Handover:
         self.headers: Mapping[str, str] = {}
         # The exchange under way.
         self.source: Source | None = None
-        # What its usage is read from; None if it is none that could report any.
+        # The object from which its usage is read; None if the answer cannot report any.
         self.ends: Ends | None = None
         self._parts: list[bytes] = []
         # A number that grows with each part.
@@ -140,7 +139,7 @@ class Handover:
         """Do nothing: `stop` follows once the attempt has ended, for whatever reason."""
 
     def broken(self, _fault: Exception) -> bool:
-        """Return False: half a body is none."""
+        """Return False: half a body is not complete."""
         return False
 
     def fast(self) -> None:
@@ -158,7 +157,7 @@ class Handover:
         return bool(self.status)
 
     async def take(self) -> bytes:
-        """Return what has come since the last call; empty when nothing more comes.
+        """Return the bytes since the last call; empty when nothing more comes.
 
         Cancelling is safe.
         """
@@ -182,12 +181,12 @@ class Handover:
 
 
 class ObjectApi(Api):
-    """A path where something is asked of what the provider has, and no model runs."""
+    """A path that reads or changes the provider's objects, and runs no model."""
 
     costs = False
 
 
-# The paths where a model reads the whole of a question: what it costs is estimated.
+# The paths at which a model reads the whole question: their cost is estimated.
 READ: Mapping[str, Api] = {
     api.path: api for api in (Api("responses/compact"), WordlessApi("rerank"))
 }
@@ -204,9 +203,9 @@ class PassedRequest(ProviderRequest):
     """A request that is passed on with its own method, path and body.
 
     *target* is its path below the provider's base URL, with its query. *upload* is a body that its
-    client is still sending; without it the body is what *body* makes, unless *method* has none.
-    *pace* is the client's, in either direction.
-    *body_headers* are those that go with it. *further*: see `ProviderRequest`.
+    client is still sending; without it *body* makes the body, unless *method* has none. *pace* is
+    the client's, in either direction. *body_headers* are those that belong to the body. *further*:
+    see `ProviderRequest`.
     """
 
     def __init__(
@@ -254,10 +253,10 @@ class PassedAttempt(Attempt):
         request = self.request
         assert isinstance(request, PassedRequest)
         self._passed = request
-        # The client is still sending it, if it is there.
+        # The client is still sending it, if it is set.
         self.body = request.upload
-        # It always lets the exchange pause: an answer of any size must not be read ahead of its
-        # client.
+        # This one always lets the exchange pause: an answer of any size must not be read ahead of
+        # its client.
         self.backpressure = Backpressure(lambda: 0)
 
     @property
@@ -267,8 +266,8 @@ class PassedAttempt(Attempt):
 
     @property
     def says_little(self) -> bool:
-        """Whether the provider has answered with a fault: it may not have this path, or our key
-        not the right to it.
+        """Whether the provider has answered with a fault: it may lack the path, or our key the
+        permission.
         """
         return self.status >= 300
 
@@ -287,7 +286,7 @@ class PassedAttempt(Attempt):
         self.provider.backpressure.unwatch(self._passed.pace)
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
-        """Return the sink for the body: that of a success is handed over.
+        """Return the sink for the body; that of a success is handed over.
 
         Raises:
             ProviderBadResponse: the body is compressed.
@@ -295,11 +294,12 @@ class PassedAttempt(Attempt):
         self.status, self.headers = status, headers
         self.request.outcome.headers = visible = visible_headers(headers)
         if visible:
-            # The headers of what is left of its limits are among them.
+            # They include the headers that report what is left of its limits.
             self.provider.head_received(self)
         check_uncompressed(headers)
         if 200 <= status < 300:
-            # However long its body is, the provider is well, and gets the request no second time.
+            # However long its body is, the provider is well, and does not get the request a second
+            # time.
             self.first_event()
             self._passed.let_body_go()
             if self.request.api.costs and headers.get("content-type", "").startswith(REPORTING):
@@ -314,14 +314,14 @@ class PassedAttempt(Attempt):
         """Check the status.
 
         Raises:
-            ProviderFault: the status is none of a success.
+            ProviderFault: the status is not that of a success.
         """
         if isinstance(self.sink, BodySink):
             check = self.request.api.check_status
             check(self.provider.name, self.status, self.headers, self.sink.body)
         if (ends := self._passed.answer.ends) is not None and (usage := ends.usage()) is not None:
             if TOTAL in usage and PROMPT not in usage and INPUT not in usage:
-                # As some rerankers have it, which write nothing.
+                # Some rerankers report only a total, since they write nothing.
                 usage[PROMPT] = usage[TOTAL]
             self.request.outcome.usage = self.request.api.usage({"usage": usage})
         content_type = self.headers.get("content-type", "")
@@ -329,8 +329,8 @@ class PassedAttempt(Attempt):
 
 
 def shown_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the *headers* of a provider's success that go on to the client, all of
-    printable ASCII.
+    """Return those of the *headers* of a provider's success that the client gets, all of printable
+    ASCII.
     """
     shown = {
         name: value
@@ -343,7 +343,7 @@ def shown_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def body_length(headers: Mapping[str, str]) -> int | None:
     """Return the length of the body that follows a head with *headers*.
 
-    None if it ends otherwise.
+    None if the body ends in another way.
     """
     length = headers.get("content-length", "")
     if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):

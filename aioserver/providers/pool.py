@@ -2,12 +2,13 @@
 
 `max_connections` is the cap on open sockets, and aiohttp's `limit`. At most `max_keepalive` idle
 connections are kept; but while requests wait for this provider, its connections are handed on
-instead of closed, however many they are. httpx closes them then, and opens 24 sockets for the work
+instead of closed, however many they are. httpx would close them, and open 24 sockets for the work
 of 6. `keepalive_expiry` is aiohttp's `keepalive_timeout`, checked on reuse and by a sweep.
 connections.py has the idle connections.
 
-`pool_timeout` is the wait for a connection and nothing else: our capacity stands in front, so that the
-connector never has a waiter of its own and `connect_timeout` is DNS, TCP and TLS together.
+`pool_timeout` bounds the wait for a connection and nothing else: our capacity stands in front, so
+that the connector never has a waiter of its own, and `connect_timeout` covers DNS, TCP and TLS
+together.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.pool")
 
-# This process, or the machine, has no file descriptor left. That is no fault of a provider.
+# This process, or the machine, has no file descriptor left: the provider is not at fault.
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 # aiohttp rounds timeouts above its threshold, 5 s, up to whole seconds; ours stay as configured.
 NEVER_CEIL = float("inf")
-# The size of the queue for connections: the provider's queue in front of it is bounded already.
+# The size of the queue for connections: the provider's queue in front of it has a bound already.
 UNBOUNDED = 1 << 31
 
 
 class Endpoint(ClientRequest):
-    """The address of a pool, in the form in which aiohttp's connectors take it.
+    """The address of a pool, in the form that aiohttp's connectors take.
 
     Always: its key is computed once. aiohttp looks for an idle connection by this key.
     """
@@ -103,9 +104,9 @@ class Pool:
     exchange. `close` aborts them all.
 
     *context* is that of TLS to the provider; None: the system's authorities are trusted. *pending*
-    counts the requests that may soon want a connection, beyond those that wait in the
-    pool: as many idle connections are kept for them. A pool that is retired opens connections only
-    for the requests that it has, and keeps none.
+    counts the requests that may soon want a connection, beyond those that wait in the pool: as
+    many idle connections are kept for them. A retired pool opens connections only for the requests
+    that it has, and keeps none.
     """
 
     def __init__(
@@ -121,13 +122,13 @@ class Pool:
     ) -> None:
         url = URL(base_url)
         loop = asyncio.get_running_loop()
-        # True: that of aiohttp, which has loaded the system's certificates when it was imported.
+        # True: aiohttp's own context, which has loaded the system's certificates at its import.
         trust: ssl.SSLContext | bool = True if context is None else context
         self._limits = limits
         self._scheduler = scheduler = scheduler or Scheduler(loop)
         self._gate = connection_gate(limits, scheduler, loop.time) if gate is None else gate
-        # Requests that wait for a place in the gate, or have got one and have not run since. The
-        # gate does not count the latter as waiting.
+        # Requests that wait for a place, or have got one and have not run since. The resource does
+        # not count the latter as waiting.
         self._pending = 0
         # Set when a retired pool has no request any more; None unless the pool is retired.
         self._drained: asyncio.Event | None = None
@@ -156,8 +157,7 @@ class Pool:
             expiry=limits.keepalive_expiry,
             pending=lambda: pending() + self._pending,
             timeout_ceil_threshold=NEVER_CEIL,
-            # Set, since aiohttp would use aiodns where that is installed, which resolves
-            # differently.
+            # Set, since aiohttp would use aiodns if that is installed, which resolves differently.
             resolver=aiohttp.ThreadedResolver(),
             ssl=trust,
         )
@@ -168,7 +168,7 @@ class Pool:
         self.forwards = self._proxy is not None and not endpoint.is_ssl()
 
     def proxy_headers(self) -> dict[str, str]:
-        """Return the headers that a plain HTTP proxy wants to see in each request."""
+        """Return the headers for a plain HTTP proxy in each request."""
         if self._proxy is None or not self.forwards:
             return {}
         credentials = aiohttp.BasicAuth.from_url(self._proxy)
@@ -198,8 +198,8 @@ class Pool:
             self._check_drained()
             if isinstance(exc, Exception):
                 fault = self._translated(exc)
-                # What aiohttp raises is in cycles with its frames, which lead to ours and to the
-                # request.
+                # The exceptions of aiohttp are in cycles with its frames, which refer to ours and
+                # to the request.
                 if fault is not exc:
                     forget_frames(exc)
                 raise fault from exc
@@ -264,7 +264,7 @@ class Pool:
         await self._connections.close()
 
     def _translated(self, exc: Exception) -> AioserverError | Exception:
-        """Return the fault that stands for *exc*, which connecting has raised."""
+        """Return the fault that stands for *exc*, raised while connecting."""
         match exc:
             case AioserverError():
                 return exc

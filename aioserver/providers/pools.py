@@ -1,10 +1,10 @@
-"""The pool that a provider uses, and beside it those of former settings that still have requests.
+"""The pool that a provider uses, and the pools of former settings that still have requests.
 
 A pool fits its settings: when one of them changes (the address, the key, a limit of connections,
-…) another pool is built beside it, and the old one is retired. Requests end where they began; the
-old pool keeps no connection that becomes free. All pools count their connections in one gate, so
-that together they have no more than the newest `max_connections`, once the requests above that
-number have ended.
+…) another pool is built beside it, and the old one is retired. Requests end in the pool in which
+they began; the old pool keeps no connection that becomes free. All pools count their connections
+in one resource. So together they have no more than the newest `max_connections`, once the requests
+above that number have ended.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Pools:
     """The pools to one provider.
 
     Always: `pool` and `writer` fit the settings applied last, and `certificates` are what `pool`
-    presents to the provider; each other pool has a task, which
-    closes it when its last request has ended. `close` closes all of them.
+    presents to the provider; each other pool has a task, which closes it when its last request has
+    ended. `close` closes all of them.
 
     *pending* counts the requests that may soon want a connection; see `Pool`. *hop*: see
     `RequestWriter`.
@@ -103,7 +103,7 @@ class Pools:
         return apply
 
     def renew(self) -> None:
-        """Build another pool for the same settings: its files have changed.
+        """Build another pool for the same settings: the certificate files have changed.
 
         Raises:
             ConfigurationError: as `prepare`.
@@ -146,7 +146,7 @@ class Pools:
     def _needs_replacement(self, settings: settings.Provider, base_url: str) -> bool:
         """Return whether the pool does not fit *settings*.
 
-        A pool with a certificate file never does: the content may have changed under the file's
+        A pool with a certificate file never fits: the content may have changed under the file's
         name.
         """
         old, client, old_client = self._settings, settings.http_client, self._settings.http_client

@@ -1,7 +1,7 @@
-"""One provider behind its guards: its health, its queue, its pool, and what it learns from
+"""One provider behind its guards: its health, its queue and its pool, which learn from its
 answers.
 
-This file is one concept: an attempt's way through the guards, and what they make of its end.
+This file is one concept: an attempt's way through the guards, and what they learn from its end.
 
     healthy? → bid → granted: `processing` → connection → POST → sinks fill the log
 
@@ -11,15 +11,15 @@ client is. A provider knows no face: it runs an `Attempt`, which fills a `Stream
 
 A model server that restarts is away for minutes: it cannot be reached, or says that it is not
 ready. With `when_down: wait` a request that no other provider can answer waits in the queue until
-it is back, for `queue_timeout` at most, all its waits together. A trial finds out that it is back,
-and the requests that wait are the trials.
+it is back, for `queue_timeout` at most in all its waits together. The waiting requests are the
+trials that find out when it is back.
 
 Its guards, the breaker, the pace and the queue, learn from its attempts:
 
     the head of an answer       its headers say what is left of the provider's limits
     the first content           the provider is not dead
     a refusal for its rate      nothing starts for as long as the provider asks
-    the end                     well, or with a fault that the breaker hears of; the real tokens
+    the end                     the result goes to the breaker, the real tokens to the pace
 
 An attempt that was sent by former settings, perhaps with another key or to another address,
 teaches nothing of this.
@@ -76,14 +76,12 @@ if TYPE_CHECKING:
     from aioserver.telemetry.outcome import Outcome
 
 M = TypeVar("M", bound="Capabilities")
-# The value of `when_down` by which requests wait.
+# The value of `when_down` with which requests wait.
 WAIT = "wait"
 
 
 class PaceStats(msgspec.Struct, frozen=True):
-    """A snapshot of a pace: starts per minute, how many could start now, seconds of cooling
-    down.
-    """
+    """A snapshot of a pace: starts per minute, how many could start now, seconds of cooling down."""
 
     per_minute: int
     left: int
@@ -105,7 +103,7 @@ class ProviderStats(msgspec.Struct, frozen=True):
     silence: Silence
     budget: BudgetStats
     background: tuple[int, int] = (0, 0)
-    # What APIs have learned of it.
+    # Its capabilities, as each API has learned them.
     learned: tuple[Capabilities, ...] = ()
 
 
@@ -113,8 +111,8 @@ class Provider:
     """One provider, which runs attempts within its limits.
 
     Always: at most `concurrent_requests` attempts are under way, unless new settings have lowered
-    that number since; whatever an attempt takes is given back by the end of `run`, however it
-    ends. The breaker hears of the end of each trial, once.
+    that number since. The end of `run`, in whatever way, gives back all that the attempt has
+    taken. The breaker learns the result of each trial, once.
 
     Created by the registry, which must close it.
     """
@@ -144,7 +142,7 @@ class Provider:
         self._silences: SilenceMeter[PooledConnection] = SilenceMeter(
             lambda connection: connection.protocol.exchange, PooledConnection.heard_at
         )
-        # What APIs have learned of it.
+        # Its capabilities, as each API has learned them.
         self._capabilities: dict[type[Capabilities], Capabilities] = {}
         self.clock = clock
         self.health = Health(settings.name, self.meter, clock, observer)
@@ -191,9 +189,8 @@ class Provider:
         Nothing changes until it is called.
 
         Attempts that run end as they began. The counts of places and pace go on, and those of the
-        breaker too, unless the address is another. The provider is asked again if it had refused
-        our key. It is also asked before a cooling down is over, if the key or the address is
-        another.
+        breaker too, unless the address has changed. A provider that had refused our key is asked
+        again. A new key or address also ends a cooling down.
 
         Raises:
             ConfigurationError: `ca_file` cannot be read, or holds no certificate.
@@ -253,20 +250,20 @@ class Provider:
     def waits(self) -> None:
         """Note that a request begins to wait for a place here."""
         if self.capacity.full:
-            # Not where a place is free and only the pace delays the start.
+            # Not if a place is free and only the pace delays the start.
             self._make_room()
         self.backpressure.end()
 
     def join(self, attempt: Attempt, bid: Bid) -> None:
-        """Let the request of *attempt*, which waits elsewhere already, make a *bid* here, too."""
+        """Let the request of *attempt*, which waits elsewhere already, *bid* here, too."""
         self.scheduler.join(attempt.request.ticket, bid)
         self.waits()
 
     async def run(self, attempt: Attempt, grant: Grant | None = None) -> None:
-        """Run *attempt*: send the request, and take the answer in.
+        """Run *attempt*: send the request, and receive the answer.
 
-        *grant* is the place that it has; None: it waits for one here. Cancelling is safe: the
-        connection is closed at once, and the place is free.
+        *grant* is its place; None: it waits for one here. Cancelling is safe: the connection is
+        closed at once, and the place is free.
 
         Raises:
             ProviderFault: no good answer came; a part of one may be in the log.
@@ -288,7 +285,7 @@ class Provider:
             error = exc
             # A connection may have been kept for this request.
             self.pools.pool.trim()
-            # A fault without an outcome is our own pace's, not the provider's.
+            # A fault without an outcome comes from our own pace, not from the provider.
             if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:
                 self._rate_limited(attempt, exc)
             raise
@@ -296,10 +293,10 @@ class Provider:
             try:
                 self._end(attempt, grant, error)
             finally:
-                error = None  # its traceback leads here
+                error = None  # its traceback refers to this frame
 
     def give_up(self, attempt: Attempt, grant: Grant) -> None:
-        """Give back *grant*, and the trial that *attempt* is, unless that has run."""
+        """Give back *grant*, and the trial that *attempt* may be, unless it has run."""
         try:
             if attempt.trial:
                 attempt.trial = False
@@ -318,27 +315,28 @@ class Provider:
         if isinstance(grant.taken, Trial):
             grant.taken.taken = True
             if attempt.trial:
-                # It was to be one of a sick provider, which has died meanwhile.
+                # The attempt was to be a trial of a sick provider, which has died meanwhile.
                 self.health.breaker.unsure(trial=True)
             attempt.trial = True
         elif grant.ticket.queued:
-            # It may have died, or begun to limit us, in the wait.
+            # It may have died, or begun to limit us, during the wait.
             if self.health.breaker.dead:
                 raise self.health.refusal()
             self.look_at(attempt)
         attempt.began = self.clock()
         attempt.started()
         if attempt.unread and self.waiting:
-            # A retry or a failover of an answer that nobody reads: somebody else wants the place.
+            # A retry or a failover of an answer without a reader: another request waits for the
+            # place.
             self._make_room()
 
     def _end(self, attempt: Attempt, grant: Grant | None, error: BaseException | None) -> None:
-        """Give the place back, bill the attempt, and learn from its end, in this order: the next
-        request may start at once, and tell its client.
+        """Give the place back, record the attempt's cost, and learn from its end, in this order:
+        the next request may start at once, and tell its client.
         """
         cost: AttemptCost | None = None
         request = attempt.request
-        # It refers to this attempt.
+        # The callback refers to this attempt.
         request.ticket.estimate = None
         if attempt.runs:
             attempt.runs = False
@@ -356,7 +354,7 @@ class Provider:
                     if attempt.expected_tokens:
                         spent, attempt.expected_tokens = paced_tokens(attempt, cost), 0
                     elif not request.estimated and cost is not None and cost.source == PROVIDER:
-                        # Nobody has expected them.
+                        # These tokens were not expected.
                         self._pace.charge(paced_tokens(attempt, cost))
                     grant.release(0 if cost is None else cost.work, spent)
             finally:
@@ -365,8 +363,8 @@ class Provider:
                 self._ended(attempt, error, cost)
 
     def head_received(self, attempt: Attempt) -> None:
-        """Learn from the head of an answer: *attempt* knows its status and headers now, and has
-        some that clients may see.
+        """Learn from the head of an answer; *attempt* has its status and headers, some of which
+        clients may see.
         """
         if self._outdated(attempt):
             return
@@ -378,10 +376,10 @@ class Provider:
         if trial := attempt.trial:
             attempt.trial = False
         if (ticket := attempt.request.ticket).slot is not None:
-            # It comes back no more.
+            # The request does not come back.
             ticket.free_slot()
         if attempt.pool is not self.pools.pool:
-            # As `_outdated`: it has been sent.
+            # As for `_outdated`: the attempt was sent.
             self.health.breaker.unsure(trial=trial)
             # Another trial may start now.
             self.scheduler.serve(self.capacity.resource)
@@ -391,7 +389,9 @@ class Provider:
             self.capacity.resume()
 
     def capabilities(self, kind: type[M]) -> M:
-        """Return what an API has learned of this provider, of which it has its own *kind*."""
+        """Return the capabilities that an API has learned about this provider; each API has its
+        own *kind*.
+        """
         capabilities = self._capabilities.get(kind)
         if not isinstance(capabilities, kind):
             capabilities = self._capabilities[kind] = kind(self.settings, self.clock)
@@ -418,46 +418,44 @@ class Provider:
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:
-        """Refuse the attempts that wait and all later ones, each with its own *error*.
+        """Refuse the waiting attempts and all later ones, each with its own *error*.
 
-        Attempts that have started go on, and with an *error* so do those for the rest of an answer
-        that has begun. The default error is `NoProvider`, for all.
+        Attempts that have started go on, and with an *error* so do attempts that continue an
+        answer. The default error is `NoProvider`, for all.
         """
         closing = error or (lambda: NoProvider(f"{self.name} is closing"))
         self.capacity.close(closing, finishes=error is not None)
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a place that other requests hold, those in other instances
-        included, as far as is known.
+        """The number of requests that wait for a place that other requests hold; those in other
+        instances are included, as far as they are known.
         """
         capacity = self.capacity
         return capacity.waiting + capacity.waiting_elsewhere if capacity.full else 0
 
     @property
     def background(self) -> tuple[int, int]:
-        """How many answers in the background have a place or are the next to get one, and how many
-        wait until others have ended.
+        """The number of background answers that have a place or are the next to get one, and of
+        those that wait for others to end.
         """
         return self.capacity.background
 
     @property
     def places(self) -> tuple[int, int]:
-        """How many places are taken, and how many there are."""
+        """The number of places that are taken, and of all places."""
         return self.capacity.inside, self.capacity.limit
 
     @property
     def well(self) -> bool:
-        """Whether nothing speaks against asking it: it is neither sick nor dead, has not refused
-        our key, and does not want to be left alone.
-        """
+        """Whether it is healthy: not sick, not dead, its key accepted, not cooling down."""
         health = self.health
         breaker = health.breaker
         return not (breaker.sick or breaker.dead or health.flagged or self.cooling)
 
     @property
     def cooling(self) -> bool:
-        """Whether it wants to be left alone for longer than who may go elsewhere waits for it."""
+        """Whether it is cooling down for longer than FAILOVER_WAIT."""
         return self._pace.cooling > FAILOVER_WAIT
 
     @property
@@ -466,7 +464,7 @@ class Provider:
         return self.capacity.inside > 0
 
     def remove(self) -> None:
-        """Refuse the attempts that wait and all later ones, since the configuration dropped the
+        """Refuse the waiting attempts and all later ones, since the configuration dropped the
         provider.
 
         Attempts that have started go on. The function that `prepare` returns brings the provider
@@ -503,7 +501,7 @@ class Provider:
             if (steps := attempt.preparation()) is not None:
                 await steps
             attempt.pool = pool = self.pools.pool
-            # No reference to it is held while the answer comes.
+            # No reference to the bytes is kept while the answer comes.
             data = attempt.written(self.pools.writer)
             connection = pool.take() or await pool.connect()
             try:
@@ -532,8 +530,8 @@ class Provider:
             try:
                 await running
             except StaleConnection:
-                # Nothing had come on a reused connection, and nobody can have worked on the request:
-                # repeat at once, on a new one, which never raises this.
+                # Nothing had come on a reused connection, and the provider cannot have worked on
+                # the request. It is repeated at once on a new connection, which never raises this.
                 outcome.sent_at = 0.0
                 if attempt.body is not None and not attempt.body.rewind():
                     raise
@@ -548,12 +546,12 @@ class Provider:
                 attempt.received()
 
     def _make_room(self) -> None:
-        """Have an answer that nobody reads give its place here to a request that waits."""
+        """End an answer without a reader that has a place here, since a request waits."""
         if self._lifetime is not None:
             self._lifetime.make_room(self.name)
 
     def _others_starve(self) -> None:
-        """Have what nobody reads, or what is too slow, make room for a request that waits in
+        """End answers without a reader, and clients that are too slow, for a request that waits in
         another instance.
         """
         if self._lifetime is not None:
@@ -568,13 +566,13 @@ class Provider:
             return
         health.check(alternative=fallback)
         if dead and self.capacity.waiting:
-            # The request that waits longest is the next trial.
+            # The request that has waited longest is the next trial.
             raise health.refusal()
         if fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
             raise self.capacity.paced_fault(wait)
 
     def _look_again(self, bid: Bid) -> ProviderFault | None:
-        """Return what has come up against *bid* since it was made."""
+        """Return the fault of *bid* if the provider is not asked any more, else None."""
         try:
             self._check(fallback=bid.movable)
         except ProviderFault as fault:
@@ -598,15 +596,16 @@ class Provider:
             self.capacity.resume()
 
     def _refuse_waiting(self) -> None:
-        """Refuse the requests that do not wait until it is back, since no attempt may start now."""
+        """Refuse the waiting requests that cannot wait for its return, since no attempt may start
+        now.
+        """
         self.capacity.refuse(self.health.refusal, movable_only=self.kept_until_back)
 
     async def unsend(self, stream: Stream | None, outcome: Outcome) -> None:
-        """Note that the request of *stream* waits, and that no attempt of it is under way any
-        more.
+        """Note that the request of *stream* waits, and that no attempt is under way any more.
 
         A client that leaves ends the wait from now on, and one that has left ends it here: an
-        answer that nobody reads does not stand in front of others. Cancelling is safe.
+        answer without a reader must not wait in front of others. Cancelling is safe.
         """
         if stream is None or not stream.sent:
             return
@@ -617,12 +616,12 @@ class Provider:
 
     @property
     def _pending(self) -> int:
-        """How many attempts wait for a place, or have one and do not run yet."""
+        """Return the number of attempts that wait for a place, or have one and do not run yet."""
         capacity = self.capacity
         return capacity.waiting + capacity.inside - self._running
 
     def _rate_limited(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
-        """Start nothing for as long as the provider asks, which has refused *attempt* for its
+        """Start nothing for the time that the provider asks for: it has refused *attempt* for its
         rate.
         """
         if not self._outdated(attempt):
@@ -632,10 +631,9 @@ class Provider:
     def _ended(
         self, attempt: Attempt, exc: BaseException | None, cost: AttemptCost | None
     ) -> None:
-        """Count an attempt that has ended, well or with *exc*, and has cost *cost*, and learn from
-        it.
+        """Count an attempt that has ended, well or with *exc*, at *cost*, and learn from it.
 
-        Its place is given back already.
+        Its place was given back already.
         """
         self.costs.ended(attempt, cost)
         self._count(attempt, exc)
@@ -648,7 +646,7 @@ class Provider:
         trial, attempt.trial = attempt.trial, False
         outdated, attempt.pool = self._outdated(attempt), None
         if outdated or attempt.says_little:
-            # Its fault is that of former settings, with another key or address, or of one path.
+            # The fault belongs to former settings, with another key or address, or to one path.
             self.health.breaker.unsure(trial=trial)
         elif self.health.attempt_failed(
             exc, attempt.began, trial=trial, answered=attempt.answered
@@ -660,7 +658,7 @@ class Provider:
 
     @property
     def bugs(self) -> Bugs:
-        """Counts the bugs of the server."""
+        """The counter of the server's bugs."""
         return self.costs.bugs
 
     @bookkeeping(nothing)
@@ -679,7 +677,7 @@ class Provider:
 
     @bookkeeping(nothing)
     def waited_in_vain(self, attempt: Attempt, exc: BaseException) -> None:
-        """Note that *attempt* has had no place, but *exc*."""
+        """Note that *attempt* got *exc* instead of a place."""
         if (trace := attempt.request.record.trace) is not None:
             trace.attempt_ended(self._end_of(attempt, exc))
 
@@ -708,11 +706,11 @@ class Provider:
 
 
 def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
-    """Return the first grant that is free of those that *bids* are for, of which one is that of
-    *attempt*; None: the request waits, and `granted` is next.
+    """Return the first free grant of *bids*, one of which belongs to *attempt*; None: the request
+    waits; call `granted` next.
 
     Raises:
-        ProviderFault: it may wait nowhere.
+        ProviderFault: it may not wait at any of them.
     """
     request = attempt.request
     ticket = request.ticket
@@ -724,14 +722,13 @@ def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
         ticket.deadline = bound.next
         ticket.on_position = attempt.queued
     elif attempt.stream is not None and not request.whole:
-        # Somebody wants to hear of it.
+        # A stream wants its position.
         ticket.on_position = attempt.queued
     return attempt.provider.scheduler.enter(ticket, bids)
 
 
 async def granted(attempt: Attempt, providers: Sequence[Provider]) -> Grant:
-    """Return the grant that the request of *attempt* waits for, at each of *providers*. Cancelling
-    is safe.
+    """Return the grant that the request of *attempt* waits for at *providers*. Cancelling is safe.
 
     Raises:
         ProviderFault: it was refused.
@@ -755,6 +752,6 @@ async def granted(attempt: Attempt, providers: Sequence[Provider]) -> Grant:
 
 
 def leave(ticket: Ticket, provider: Provider) -> None:
-    """Let *ticket*, which may wait for a place at *provider* or others, wait no more."""
+    """End the wait of *ticket*, if it waits, at *provider* and all others."""
     if ticket.bids or ticket.outcome is not None:
         provider.scheduler.leave(ticket)

@@ -1,7 +1,7 @@
-"""The limits that a provider says, in its headers, are left.
+"""The response headers by which a provider reports what is left of its limits.
 
 x-ratelimit-{remaining,reset}-{requests,tokens}
-    OpenAI, Groq and others. A window: what remains is for the time until the reset, a duration
+    OpenAI, Groq and others. A window: the remainder is for the time until the reset, a duration
 anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,remaining,reset}
     Anthropic. A bucket that fills evenly: the reset is the time (RFC 3339) at which it has its
     limit again
@@ -24,8 +24,8 @@ BUCKETS = {
     kind: f"anthropic-ratelimit-{kind}-remaining"
     for kind in ("requests", "tokens", "input-tokens", "output-tokens")
 }
-# Of a bucket of tokens, this share must come in before a request is worth sending. Anthropic
-# rounds what remains to thousands, so 0 may be some hundreds.
+# This share of a bucket of tokens must be there before a request is worth sending. Anthropic
+# rounds the remainder to thousands, so 0 may mean some hundreds.
 USEFUL_SHARE = 0.1
 _DURATION = re.compile(
     r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
@@ -33,9 +33,9 @@ _DURATION = re.compile(
 
 
 class Left(NamedTuple):
-    """The rest of one limit: *left* units for *seconds*; 0 for that long where nothing is.
+    """The remainder of one limit: *left* units for *seconds*; 0: nothing may start for that long.
 
-    *requests*: of starts.
+    *requests*: the units are starts, otherwise tokens.
     """
 
     requests: bool
@@ -44,7 +44,7 @@ class Left(NamedTuple):
 
 
 def limits_left(headers: Mapping[str, str]) -> Iterator[Left]:
-    """Yield what *headers* say of limits, as far as it is plausible."""
+    """Yield the limits in *headers*, as far as they are plausible."""
     if WINDOWS["requests"] in headers or WINDOWS["tokens"] in headers:
         for kind, name in WINDOWS.items():
             left = number(headers.get(name, ""))
@@ -62,13 +62,13 @@ def limits_left(headers: Mapping[str, str]) -> Iterator[Left]:
 
 
 def _of_bucket(requests: bool, left: float, reset: float, limit: float | None) -> Left:
-    """Return what is left in a bucket that is full again, with *limit* units, after *reset*
+    """Return the remainder of a bucket that is full again, with *limit* units, after *reset*
     seconds.
     """
     if limit is None or not max(1.0, left) <= limit < inf:
         return Left(requests, left, reset)
     if left < 1:
-        # Until there is one request again, or a useful share of the tokens.
+        # Wait until there is one request again, or a useful share of the tokens.
         return Left(requests, 0.0, reset * (1 / limit if requests else USEFUL_SHARE))
     # Until then as many may start as are left, and as come in.
     return Left(requests, limit, reset)
@@ -90,7 +90,7 @@ def duration(text: str) -> float | None:
 
 
 def seconds_until(text: str, now: float) -> float | None:
-    """Return the seconds from *now* until the time that *text* is (RFC 3339), None if it is none,
+    """Return the seconds from *now* until the time *text* (RFC 3339); None if it is no such time,
     or has no zone.
     """
     try:
@@ -101,9 +101,7 @@ def seconds_until(text: str, now: float) -> float | None:
 
 
 def _now(date: str) -> float:
-    """Return the time that the provider's clock shows by its header `Date`, which may differ from
-    ours.
-    """
+    """Return the provider's time by its header `Date`, which may differ from ours."""
     try:
         return parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):
@@ -113,8 +111,8 @@ def _now(date: str) -> float:
 def number(text: str) -> float | None:
     """Parse a number >= 0; None for anything else, such as -1, by which some mean "no limit".
 
-    More digits than a float can hold are infinite; the words "inf" and "nan", which Python reads,
-    too, are no numbers.
+    A number with more digits than a float can hold is infinite; the words "inf" and "nan", which
+    Python would accept, are not numbers here.
     """
     try:
         value = float(text)

@@ -1,5 +1,5 @@
-"""The sinks that read each event of a chat completion: what they share, that of the faces that
-show frames, and what those of bridges share.
+"""The sinks that read each event of a chat completion: their common part, the sink of faces that
+show frames, and the common part of bridges.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MAX_SHAPE_SAMPLES = 4
 
 
 class ReadingSink(StreamSink):
-    """Reads each event of a chat completion, and appends what becomes of it.
+    """Reads each event of a chat completion, and appends the events that it makes of it.
 
-    *reading* has what was read so far, of this attempt alone. Once the shape of the provider's
-    events is known, an event of that shape need not be read.
+    *reading* has the state of this attempt alone. Once the shape of the provider's events is
+    known, an event of that shape need not be read.
     """
 
     def __init__(self, stream: Stream, reading: Reading) -> None:
@@ -44,7 +44,7 @@ class ReadingSink(StreamSink):
     def _take(self, block: bytes) -> bool:
         stream, read = self._stream, self._reading.read
         if stream.path is not None:
-            # The texts that it has passed on come before these events in the log.
+            # The texts that it has forwarded come before these events in the log.
             stream.close_fast_path()
         parts: list[bytes] = []
         try:
@@ -52,14 +52,15 @@ class ReadingSink(StreamSink):
                 if event.data == b"[DONE]":
                     self._over = True
                     break
-                # Without data it is no event (WHATWG HTML 9.2.6): it keeps the connection alive.
+                # Without data it is not an event (WHATWG HTML 9.2.6): it keeps the connection
+                # alive.
                 if event.data:
                     parts += read(event.data) if stream.answered_at else self._begin(event.data)
         finally:
             self._append(parts)
         if self._over:
             if not stream.answered_at:
-                # An answer without content is one.
+                # An empty answer is an answer.
                 self._append(self._open())
             self._complete()
         elif self._samples_left and len(parts) == 1 and self._may_be_text(parts[0]):
@@ -68,8 +69,8 @@ class ReadingSink(StreamSink):
         return not self._over
 
     def _begin(self, data: bytes) -> list[bytes]:
-        """Return what becomes of an event before the first content, which has *data*: nothing, if
-        it is a part of the preamble.
+        """Return the events made of *data*, the data of an event before the first content: none,
+        if it is part of the preamble.
 
         Raises:
             BadEvent, ErrorEvent: see `Reading.read`.
@@ -80,20 +81,20 @@ class ReadingSink(StreamSink):
         return parts
 
     def _open(self) -> list[bytes]:
-        """Return what comes in front of the first content, which is next."""
+        """Return the events before the first content, which is next."""
         self._commit()
         return []
 
     @abstractmethod
     def _may_be_text(self, part: bytes) -> bool:
-        """Return whether an event of which *part* became may have had a text and nothing else."""
+        """Return whether an event that became *part* may have had a text and nothing else."""
 
     @abstractmethod
     def _append(self, parts: list[bytes]) -> None:
         """Append *parts*."""
 
     def _count_text(self) -> None:
-        """Count for the log what its reading keeps, once that has grown by a step."""
+        """Count the bytes that its reading keeps for the log, whenever they have grown by a step."""
         size, stream = self._reading.size, self._stream
         if size - stream.text_bytes > TEXT_STEP:
             stream.text_bytes = size
@@ -125,9 +126,9 @@ class ChatSink(ReadingSink):
 
 
 class BridgingSink(ReadingSink, Generic[C]):
-    """Reads the provider's chunks, and appends the events of another API, as *writer* makes them.
+    """Reads the provider's chunks, and appends events of another API, which *writer* makes.
 
-    No event of the provider is one of the log, so there is no fast path.
+    The log has no event of the provider, so there is no fast path.
     """
 
     def __init__(self, stream: Stream, writer: ChunkReader[C]) -> None:
@@ -146,7 +147,7 @@ class BridgingSink(ReadingSink, Generic[C]):
             if texts := shape.texts_in(block):
                 events: list[bytes] = []
                 try:
-                    # What came before a fault stays.
+                    # Events before a fault stay.
                     events.extend(map(writer.add_text, texts))
                 finally:
                     self._append_texts(b"".join(events), len(events))
@@ -181,14 +182,14 @@ class BridgingSink(ReadingSink, Generic[C]):
         complete(self._stream)
 
     def _close(self, events: list[bytes]) -> None:
-        """Append *events*, which end the answer, with the end of the log."""
+        """Append *events*, which end the answer, and end the log."""
         if events:
             self._stream.close_with(b"".join(events), len(events))
 
     @abstractmethod
     def _append_texts(self, data: bytes, count: int) -> None:
-        """Append *data*, *count* events of a text each, about which there is nothing to be found
-        out; none, if the first was a fault.
+        """Append *data*, *count* events of one text each, which need no check; *count* is 0 if the
+        first was a fault.
         """
 
 

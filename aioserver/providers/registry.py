@@ -1,5 +1,4 @@
-"""The registry: the providers of the configuration, by name, and how they change while answers
-run.
+"""The registry: the configured providers by name, and their change while answers run.
 
 A provider that stays in the configuration is the same object, whatever changes in it. A provider
 that is removed takes no new attempt, and is closed when the running ones have ended. If it comes
@@ -34,7 +33,7 @@ logger = logging.getLogger("aioserver.providers")
 
 
 class Simulated(Protocol):
-    """The simulated provider, which a wing brings."""
+    """The simulated provider, which a wing adds."""
 
     async def address(self) -> str:
         """Return its base URL; it runs from the first call to the end of the server."""
@@ -47,10 +46,10 @@ class ProviderRegistry:
     other provider has a task, which closes it when its last attempt has ended. `close` closes all
     of them.
 
-    *observe* returns who hears what is found out about the provider of a name. *simulated* is
-    where `simulated: true` leads; None if there is no simulator. *lifetime* has the answers that
-    nobody reads, and that give way to requests which wait; None if there are none. *usage* hears
-    what attempts have cost. *hop* is the id by which requests that come back are known.
+    *observe* returns the observer of a named provider. *simulated* is the provider of `simulated:
+    true`; None if there is no simulator. *lifetime* has the answers without a reader, which give
+    way to waiting requests; None if there are none. *usage* receives the costs of attempts. *hop*
+    is the id by which requests that come back are recognized.
     """
 
     def __init__(
@@ -72,12 +71,12 @@ class ProviderRegistry:
         self._share = share
         self._observe = observe
         self._simulated = simulated
-        # The knowledge of the tokens of requests, for all providers, of now and later.
+        # The estimates of tokens for all providers, present and future.
         self.estimates = Estimates()
         self._lifetime = lifetime
-        # All providers that are configured, by name.
+        # The configured providers, by name.
         self.providers: dict[str, Provider] = {}
-        # The providers that were removed, each with the task that closes it.
+        # The removed providers, each with the task that closes it.
         self._draining: dict[Provider, asyncio.Task[None]] = {}
         # The simulator's address; empty until the simulator runs.
         self._simulator_url = ""
@@ -94,7 +93,7 @@ class ProviderRegistry:
             self._simulator_url = await self._simulated.address()
 
     def apply(self, llm: settings.Llm, *, max_response_bytes: int) -> None:
-        """Use the providers of *llm* from now on, for which `prepare` was called before.
+        """Use the providers of *llm* from now on; `prepare` must have been called for it.
 
         Raises:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
@@ -143,7 +142,7 @@ class ProviderRegistry:
             _log_limits(provider)
 
     def watch(self, watched: WatchedFiles) -> None:
-        """Let changed files of the certificates that providers are shown come in effect."""
+        """Reload client certificates when their files change."""
         watched.add("certificate", self._certificate_files, self._read_certificates)
 
     def _certificate_files(self) -> list[str]:
@@ -155,9 +154,10 @@ class ProviderRegistry:
         ]
 
     def _read_certificates(self) -> Callable[[], None] | None:
-        """Return what builds new pools for the providers whose certificates have changed.
+        """Return the function that builds new pools for the providers whose certificates have
+        changed.
 
-        One that cannot be used keeps no other back.
+        A certificate that cannot be used does not affect the others.
         """
         changed, faults = [], []
         for provider in tuple(self.providers.values()):
@@ -177,7 +177,7 @@ class ProviderRegistry:
         def apply() -> None:
             for provider in changed:
                 provider.pools.renew()
-                logger.info("provider %s: another client certificate", provider.name)
+                logger.info("provider %s: new client certificate", provider.name)
             if faults:
                 raise ConfigurationError(faults)
 

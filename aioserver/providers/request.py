@@ -36,23 +36,23 @@ if TYPE_CHECKING:
 
 
 class Loan(Protocol):
-    """A client whose place others can use while its request waits at its key.
+    """A client whose place others can use while its request waits for its key.
 
-    *lent* says that they do.
+    *lent* says that others use it.
     """
 
     lent: bool
 
     def lend(self) -> None:
-        """Give the place to others.
+        """Lend the place to others.
 
         Raises:
-            ConcurrencyExceeded: as many have lent theirs as may.
+            ConcurrencyExceeded: too many clients have lent their places.
         """
 
     def regain(self, until: float) -> asyncio.Future[None] | None:
-        """Take the next free place, *until* a moment of the loop's clock; return what is done then,
-        None if there is nothing to wait for.
+        """Take the next free place, *until* a time of the loop's clock; return a future for that,
+        None if there is no need to wait.
 
         Raises:
             AioserverError: the server is stopping; the future has `ServerAtCapacity` once it is
@@ -64,10 +64,10 @@ class Hold(Protocol):
     """The bytes of a client's body that count against `max_body_bytes`, as their request sees
     them.
 
-    *given* says that the request releases
-    them, and not the handler that has read them.
+    *given* says that the request releases them, and not the handler that has read them.
     *waited_since* is the monotonic time since which its client had waited for a place, 0.0 if it
-    has got one at once. Their request *arrived* at this time of the loop, with these *request_options*.
+    got one at once. Their request *arrived* at this time of the loop, with these
+    *request_options*.
     """
 
     given: bool
@@ -77,7 +77,7 @@ class Hold(Protocol):
 
     @property
     def loan(self) -> Loan | None:
-        """The client whose place can be lent, if it can."""
+        """The client whose place can be lent, if any."""
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes.
@@ -87,37 +87,37 @@ class Hold(Protocol):
         """
 
     def spare(self, let_go: Callable[[], None] | None = None) -> None:
-        """Have *let_go* called, once, where another body needs the room; None: no more."""
+        """Call *let_go*, once, when another body needs the room; None: no longer."""
 
     def shrink_to(self, size: int) -> None:
-        """Count no more than *size* bytes from now on."""
+        """Count at most *size* bytes from now on."""
 
     def release(self) -> None:
-        """Count nothing any more; a second call does nothing."""
+        """Stop counting; a second call does nothing."""
 
 
 class ProviderRequest:
     """A request for one answer, the same for every provider that is asked.
 
-    Always: nothing in it but its `record`, `outcome` and `answer_bytes` change from one attempt to
-    the next.
+    Always: only its `record`, `outcome` and `answer_bytes` change from one attempt to the next.
 
-    *api* says where it goes, and what comes back; `path` is the API's, with the *query* behind it.
-    *body* makes the JSON for one provider and model, None for the provider's own; it is called for
-    each attempt, and its result is not kept. *keeps_body*: `forget_body` keeps it, since the answer
-    may have to be continued, until there is no room for it. *hold* counts the client's body until
-    `forget_body`, or `release`; of it *kept_bytes* are kept longer. *reading* collects the text of
-    an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
-    for the provider that is asked first; None stands for the model in its settings. Of the
-    *client_headers* each provider gets those that its settings name, and the trace.
+    *api* decides where it goes and how its answer is read; `path` is the API's, with the *query*
+    behind it. *body* makes the JSON for one provider and model, None for the provider's own; it is
+    called for each attempt, and its result is not stored. *keeps_body*: `forget_body` keeps the
+    body while there is room for it, since the answer may have to be continued. *hold* counts the
+    client's body until `forget_body`, or `release`; *kept_bytes* of it are kept longer. *reading*
+    collects the text of an answer whose log has `chunk` objects; None if the log has the
+    provider's bytes. *model* is for the provider that is asked first; None: the model in its
+    settings. Each provider gets those of the *client_headers* that its settings name, and the
+    trace.
 
-    *size* has the bytes of it that are known before a body is made, and *allowed* the tokens that
-    an answer may have by its own word, None without one, and how many answers it asks for (its
-    `max_answer` and `choices`): what its `estimate` is made of, once it is about to wait. Its
-    `work` is what that costs its caller's share of a provider. *usage_options* are the
-    `stream_options` of a body that does not ask for the usage (protocol/stream_options.py); None:
-    nothing is asked. A *batch* request uses what others leave, and an answer in the *background*
-    runs to its end without a reader. Its *bound* are its deadlines, None if it has none.
+    *size* is the number of its bytes that are known before a body is made. *allowed* has the bound
+    of an answer in tokens by the request itself, None without one, and the number of answers (its
+    `max_answer` and `choices`). From these comes its `estimate`, once it is about to wait, and its
+    `work`, the cost for its caller's share of a provider. *usage_options* are the `stream_options`
+    for a body that does not ask for the usage (protocol/stream_options.py); None: add nothing. A
+    *batch* request uses what others leave, and an answer in the *background* runs to its end
+    without a reader. *bound* has its deadlines, None if there are none.
     """
 
     # Whether its tokens can be estimated before it starts.
@@ -173,7 +173,7 @@ class ProviderRequest:
         )
         # Counts the bytes of an answer that is collected without a log.
         self.answer_bytes: HeldBytes | None = None
-        # What waits for it, at its key and at providers.
+        # The ticket with which it waits, at its key and at providers.
         self.ticket = Ticket(
             caller.flow,
             caller.subflow,
@@ -193,20 +193,20 @@ class ProviderRequest:
         return None if self._hold is None else self._hold.loan
 
     def outlive_handler(self) -> None:
-        """Note that the request goes on when the client's handler has ended: `release` is called
+        """Note that the request goes on after the client's handler has ended: `release` is called
         then.
         """
         if self._hold is not None:
             self._hold.given = True
 
     async def whole_body(self, provider: settings.Provider, model: str | None) -> bytes:
-        """Return the body for *provider* with all that goes to some provider by it, in steps: also
-        what one that keeps it gets by a name.
+        """Return the body for *provider*, built step by step, with everything that some provider
+        gets by it: also what a provider that stores it gets by a name.
         """
         return self.body(provider, model)
 
     def replace_body(self, body: BodyMaker, size: int) -> None:
-        """Send what *body* makes, of about *size* bytes, in place of what the client has sent.
+        """Send the result of *body*, of about *size* bytes, in place of what the client has sent.
 
         Raises:
             ServerAtCapacity: there is no room for it.
@@ -223,23 +223,23 @@ class ProviderRequest:
             self._hold.spare(self.let_body_go)
 
     def need_body(self) -> None:
-        """Have the body, which is kept, let go for no other one: it is to be sent again."""
+        """Protect the kept body from making room for others: it is to be sent again."""
         if self._hold is not None:
             self._hold.spare()
 
     def let_body_go(self) -> None:
-        """Forget the body, whether it is kept or not."""
+        """Forget the body, even if it is kept."""
         self.keeps_body = False
         self.body = _no_body
         if self._hold is not None:
             self._hold.shrink_to(self._kept_bytes)
 
     def release(self) -> None:
-        """Forget the body and all that was kept of it: the request is over."""
+        """Release the body and all other resources: the request is over."""
         self.body = _no_body
-        # It leads to the attempt whose wait was refused.
+        # The callback refers to the attempt whose wait was refused.
         self.ticket.estimate = None
-        # Its last attempt may have been a trial, and it comes back no more.
+        # Its last attempt may have been a trial; it does not come back.
         self.ticket.free_slot()
         if self._hold is not None:
             self._hold.release()
@@ -280,7 +280,7 @@ def _no_body(_provider: settings.Provider, _model: str | None) -> bytes:
 class Answer(msgspec.Struct, eq=False):
     """A body that was not streamed.
 
-    *outcome* says who has given it, and after how many attempts.
+    *outcome* names the provider that has given it, and the number of attempts.
     """
 
     status: int
@@ -290,5 +290,5 @@ class Answer(msgspec.Struct, eq=False):
 
     @property
     def size(self) -> int:
-        """The bytes of its body; what its outcome takes is counted for its log."""
+        """The bytes of its body; its log counts the size of its outcome."""
         return len(self.body)

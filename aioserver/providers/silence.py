@@ -1,9 +1,9 @@
 """Silence: how long a provider has sent nothing, in the answers that are under way now.
 
-An answer that has ended is measured in its record (telemetry/request_log.py). An answer that has
-stalled has no end yet, so the exchanges under way are measured once a second, and an event costs
-nothing. Of many exchanges only those are looked at that may be silent for long: one that was heard
-just before a look cannot be that for some seconds.
+An answer that has ended is measured in its record (telemetry/request_log.py). A stalled answer has
+no end yet, so the exchanges under way are measured once a second, and an event costs nothing. Of
+many exchanges only those are checked that may have been silent for long: one that was heard just
+before a check cannot be for some seconds.
 
 Only streamed answers count: an answer in one piece sends nothing until it is complete.
 """
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from aioserver.providers.connections import Receiver
     from aioserver.telemetry.counters import Histogram
 
-# Seconds after which a silence is reported: within an answer, where a model sends several tokens a
-# second, and before its first content, since the model may have to be loaded, or to read a long
-# prompt.
+# Seconds after which a silence is reported: within an answer, since a model sends several tokens a
+# second; and before its first content. The latter is longer, since the model may have to be
+# loaded, or to read a long prompt.
 IN_ANSWER, BEFORE_ANSWER = 5.0, 10.0
-# A silence before the first content is not reported before this multiple of the time in which 95 of
-# 100 first contents came.
+# A silence before the first content is not reported before this multiple of the 95th percentile of
+# the times to first contents.
 USUAL = 2.0
 
 
-# Exchanges that are all looked at.
+# Up to so many exchanges are all checked.
 FEW = 100
-# Of more than FEW, one that was heard in the last HEARD seconds before a look is left alone for
-# REST seconds: it is looked at again before it has been silent for IN_ANSWER.
+# Of more than FEW, an exchange that was heard in the last HEARD seconds before a check is skipped
+# for REST seconds: it is checked again before it has been silent for IN_ANSWER.
 HEARD, REST = 1.0, 3.5
-# What carries an exchange.
+# The carrier of an exchange.
 C = TypeVar("C")
 
 
@@ -44,8 +44,8 @@ class Silence(NamedTuple):
     since its request was sent. Of the answers *under_way*, *stalled* have begun and then stopped,
     and *unanswered* have not begun, both for so long that the silence should be reported.
 
-    Of more than FEW exchanges *longest* may be too low below IN_ANSWER, and *under_way* that of up
-    to REST seconds before.
+    With more than FEW exchanges, *longest* may be too low below IN_ANSWER, and *under_way* up to
+    REST seconds old.
     """
 
     longest: float = 0.0
@@ -55,7 +55,7 @@ class Silence(NamedTuple):
 
 
 class _Look(NamedTuple, Generic[C]):
-    """What was heard at a moment: what carries streamed *answers*, and what carries *others*."""
+    """The carriers heard at one check: those of streamed *answers*, and those of *others*."""
 
     time: float
     answers: set[C]
@@ -65,10 +65,10 @@ class _Look(NamedTuple, Generic[C]):
 class SilenceMeter(Generic[C]):
     """Measures the silence of one provider, whose exchanges are carried by connections.
 
-    *heard_at* tells when a connection has forwarded an event of a streamed answer, in the loop's
-    time; 0.0 if it is not known without a look at its exchange, which *exchange_of* returns.
+    *heard_at* returns when a connection has forwarded an event of a streamed answer, in the loop's
+    time; 0.0 if only its exchange knows, which *exchange_of* returns.
 
-    Always: nothing that is not in use any more is held after the next measurement.
+    Always: a carrier that is no longer in use is released at the next measurement.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class SilenceMeter(Generic[C]):
         self._looks: list[_Look[C]] = []
 
     def measure(self, in_use: AbstractSet[C], now: float, first_tokens: Histogram) -> Silence:
-        """Return the silence in the exchanges of what is *in_use* at *now*, the loop's time.
+        """Return the silence in the exchanges of the carriers *in_use* at *now*, the loop's time.
 
-        *first_tokens* has the times to the first content that the provider has needed so far.
+        *first_tokens* has the provider's times to the first content so far.
         """
         patience = max(BEFORE_ANSWER, USUAL * first_tokens.quantile(0.95))
         longest, stalled, unanswered = 0.0, 0, 0
@@ -88,7 +88,7 @@ class SilenceMeter(Generic[C]):
         if not many:
             self._looks.clear()
         else:
-            # By the hashes that sets have of their members: no object is touched that is not due.
+            # Sets compare by stored hashes: an object that is not due is not touched.
             self._looks = [
                 _Look(look.time, look.answers & in_use, look.others & in_use)
                 for look in self._looks

@@ -1,5 +1,5 @@
-"""The sinks of answers: what those of streamed answers share, whichever API their provider speaks,
-and those of chat completions.
+"""The sinks of answers: the common part of streamed answers, whichever API their provider speaks,
+and the sinks of chat completions.
 
 This file is one concept: how the bytes of an answer become the events of a log, and how an answer
 may end.
@@ -20,14 +20,14 @@ means:
                             (reading_sinks.py)
             BridgeSink      chat completions as the events of a response (wings/responses/sinks.py)
 
-What comes before the content of an answer, its *preamble* (a role, an id), is held, and appended
-together with the first content, byte for byte: until then another attempt may follow, of which
-the client would see a second preamble. What is content, the API says (`Api.content`). Comments in
-front of any event pass at once.
+The *preamble* of an answer is what comes before its content (a role, an id). It is held, and
+appended together with the first content, byte for byte: until then another attempt may follow, and
+the client would see a second preamble. `Api.content` decides what is content. Comments in front of
+any event pass at once.
 
 A body that is not streamed is collected, up to a bound (`BodySink`). How an answer may end:
 
-    its end mark                           well; which event that is, the API says
+    its end mark                           well; the API defines that event
     the body ends after a finish_reason    well, for chat completions and messages, however it
                                            ends: nothing is missing but the end mark, which is added
     an event that is not JSON              ProviderBadResponse
@@ -66,15 +66,15 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
 
 
-# The bounds of a preamble that is held; beyond, it is shown, and no other attempt follows.
+# The bounds of a held preamble; beyond them it is shown, and no other attempt follows.
 MAX_HELD_BYTES, MAX_HELD_EVENTS = 1 << 16, 256
 # The end mark of chat completions.
 DONE = b"data: [DONE]\n\n"
 # What stands between the contents of two events of one line.
 BETWEEN = b"}\n\ndata: {"
-# Bytes beside a log that are not counted yet, at most: of a text, or of what is held.
+# The most bytes beside a log that are not counted yet: of a text, or of what is held.
 TEXT_STEP = 4096
-# The faults by which an answer may break off behind its finish, and be complete.
+# The faults that do not matter after the finish of an answer, which is complete then.
 BREAKS = (ProviderDisconnected, ReadTimeout, ProviderBadResponse)
 
 
@@ -141,8 +141,8 @@ class StreamSink(ABC):
         self._complete()
 
     def broken(self, fault: Exception) -> bool:
-        """Return whether the answer is complete, though it breaks off now with *fault*: nothing
-        was missing but its end mark. The log is completed then.
+        """Return whether the answer is complete although it breaks off now with *fault*, since
+        only its end mark was missing. The log is completed then.
         """
         if not isinstance(fault, BREAKS) or not self._complete_without_mark or self._stream.ended:
             return False
@@ -274,8 +274,8 @@ class PassingSink(StreamSink):
         """
 
     def _failure(self, held: Sequence[bytes]) -> ProviderFault | None:  # noqa: ARG002 - as a rule, none
-        """Return the fault that the end of an answer without content means, *held* with the rest of
-        it; None if that is a good one.
+        """Return the fault that the end of an answer without content means, with *held*, its last
+        events; None if that is a good end.
         """
         return None
 
@@ -562,7 +562,7 @@ def before_error(block: bytes, kind: str = "") -> tuple[bytes, bytes]:
 def error_in(event: bytes, kind: str = "") -> dict[str, Any] | None:
     """Return the content of *event* if it reports an error; otherwise None.
 
-    It has an error object; or it is one, if *kind* is passed: an event of this type.
+    The event has an error object; or, with *kind*, it is an event of that type.
     """
     for part in eventstream.parse(event):
         try:
@@ -642,8 +642,7 @@ def _done_line(block: bytes) -> int:
     return -1
 
 
-# Parts below this size are put together as they come: each by itself would cost more than its
-# bytes.
+# Check each event as `plausible` does.
 SMALL_PART_BYTES = 1024
 
 

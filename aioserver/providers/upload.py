@@ -1,8 +1,8 @@
-"""Sends a request to a provider, in pieces, under the deadline of each write.
+"""Sends a request to a provider in pieces, with a deadline for each write.
 
-A request is there as a whole, or its body comes from a client that is still sending: a piece is
-then asked for when the piece before it has left, so that no more than a piece and the buffers of
-two sockets are in memory.
+The body of a request is there as a whole, or comes from a client that is still sending it. In the
+latter case a piece is read when the piece before it has left, so that no more than a piece and the
+buffers of two sockets are in memory.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from aioserver.providers.connections import ConnectionProtocol
 
-# Bytes that are written before the transport is asked whether it takes more.
+# Bytes that are written before the transport is checked for room.
 UPLOAD_PIECE = 65_536
 
 
 class Body(Protocol):
     """A body whose client is still sending it.
 
-    *chunked* says that its length is not known, so that it goes out in chunks (RFC 9112, 7.1).
+    *chunked* says that its length is not known, so that it is sent in chunks (RFC 9112, 7.1).
     """
 
     chunked: bool
@@ -40,11 +40,11 @@ class Body(Protocol):
         """Return the next piece; empty at the end. Cancelling is safe.
 
         Raises:
-            AioserverError: no more comes.
+            AioserverError: the client has stopped sending.
         """
 
     def rewind(self) -> bool:
-        """Begin anew, and return True; False if a part of the body is gone."""
+        """Start over, and return True; False if a part of the body is gone."""
 
 
 async def upload(
@@ -59,7 +59,7 @@ async def upload(
     early.
 
     *on_timeout* is called when the provider has taken nothing for *write_timeout* seconds
-    (limits/write_watchdog.py); it must make *done* done. Cancelling leaves the request half sent.
+    (limits/write_watchdog.py); it must complete *done*. Cancelling leaves the request half sent.
 
     Raises:
         AioserverError: the client does not send all of the *body*.
@@ -76,8 +76,7 @@ async def upload(
     while body is not None and (piece := await _next_piece(body, done)) is not None:
         if body.chunked:
             # asyncio's `writelines` would watch the descriptor of a closing connection for good,
-            # and the next connection that gets this number would hear nothing (cpython's
-            # gh-136234).
+            # and the next connection with this number would receive nothing (cpython's gh-136234).
             if not transport.is_closing():
                 transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
         elif piece:
@@ -94,7 +93,7 @@ async def _next_piece(body: Body, done: asyncio.Future[None]) -> bytes | None:
     None if *done* is done before there is one.
     """
     reading = asyncio.get_running_loop().create_task(body.read())
-    # It may end just when nobody waits for it any more.
+    # It may end just after the wait for it was given up.
     reading.add_done_callback(lambda task: task.cancelled() or task.exception())
     try:
         await asyncio.wait((reading, done), return_when=asyncio.FIRST_COMPLETED)

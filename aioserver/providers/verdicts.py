@@ -1,7 +1,7 @@
-"""What single answers of a provider have shown of it: bounded, and soon forgotten.
+"""Verdicts: what single answers have shown about a provider, bounded and short-lived.
 
 One answer proves little: what it shows may be the fault of its request, or over in a minute. So a
-verdict counts for a while only, and the next request that would show the same finds out anew.
+verdict counts for a while only, and the next request that could show the same checks it anew.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 K = TypeVar("K", bound="Hashable")
 V = TypeVar("V")
 
-# Seconds for which a verdict counts after the newest answer that has shown it, and a provider that
-# refuses our key is not asked.
+# Seconds for which a verdict counts after the newest answer that has shown it, and for which a
+# provider that refuses our key is not asked.
 VERDICT_FOR = 300.0
-# Verdicts of one kind about one provider: their keys have names of models, which clients choose.
+# The most verdicts of one kind about one provider: their keys have names of models, which clients
+# choose.
 MAX_VERDICTS = 100
 
 
 class Verdicts(Generic[K, V]):
     """The verdicts of one kind about one provider, by key.
 
-    Always: there are at most MAX_VERDICTS, of which the one that was shown least recently goes
-    first; none counts that no answer has shown for VERDICT_FOR seconds.
+    Always: there are at most MAX_VERDICTS; the one that was shown least recently is dropped first.
+    A verdict that no answer has shown for VERDICT_FOR seconds does not count.
     """
 
     __slots__ = ("_clock", "_values")
@@ -37,9 +38,9 @@ class Verdicts(Generic[K, V]):
         self._values: OrderedDict[K, tuple[V, float]] = OrderedDict()
 
     def keep(self, key: K, value: V) -> bool:
-        """Keep *value*, which an answer has shown; return whether that is news.
+        """Store *value*, which an answer has shown; return whether that is news.
 
-        A value is none that was known before, even if it counted no more.
+        A value that was stored before is not news, even if it had expired.
         """
         known = self._values.pop(key, None)
         self._values[key] = value, self._clock() + VERDICT_FOR
@@ -48,7 +49,7 @@ class Verdicts(Generic[K, V]):
         return known is None or known[0] != value
 
     def get(self, key: K) -> V | None:
-        """Return the value of *key*; None if there is none that counts."""
+        """Return the value of *key*; None if there is none, or it has expired."""
         entry = self._values.get(key)
         return None if entry is None or entry[1] <= self._clock() else entry[0]
 

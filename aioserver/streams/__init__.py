@@ -15,14 +15,14 @@ a *private* stream cannot be found: nobody but the client that asked for it read
 The *lifetime* of a stream depends on its readers. A stream that runs without a reader is
 *detached*: it goes on for its *window*, a number of seconds, and is then cancelled. A client that
 comes back in time can *resume*: it reads on after the last event that it has seen. A stream that
-has ended is kept for its window, too. With a window of 0 nobody can come back, and nothing is
-kept; the provider is then *paused* while its client reads too slowly. Anywhere else a reader that
-falls behind what is kept is *dropped*, and told so.
+has ended is kept for its window, too. With a window of 0 no client can come back, and nothing is
+kept; the provider is then *paused* while its client reads too slowly. Otherwise a reader that
+falls behind the kept events is *dropped*, and told so.
 
-Where several processes serve together, a client may read a stream of another one: it then has a
-*mirror* of its log, which that process, its *owner*, fills.
+If several processes serve together, a client may read a stream of another process, its *owner*: it
+then reads a *mirror* of the log, which the owner fills.
 
-*Contracts* say how a log sees its readers, its source and its store. Each step of an *ending* is
-done, whatever another raises. The *outbox* has the writes of one turn of the event loop, which go
-out together.
+*Contracts* describe a log's view of its readers, its source and its store. In an *ending* each
+step is done, even if another raises. The *outbox* has the writes of one turn of the event loop,
+which go out together.
 """

@@ -1,9 +1,9 @@
-"""The contracts of a log: its readers, its fast path, the source of its events, and what these
-mean.
+"""The contracts of a log: its readers, its fast path, the source of its events, and the API of its
+answer.
 
 Each is implemented elsewhere: readers in cursor.py, fast paths in fast_path.py, sources and APIs
-in the package `providers`. Those of its store and of its keeper, which see the log, stand beside
-it in stream.py.
+in the package `providers`. The contracts of its store and its keeper stand in stream.py, beside
+the log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Runs of consecutive events (number, sequence, last sequence), and the newest event with an
 # object.
 EventsState = tuple[list[tuple[int, int, int]], bytes]
-# Where a request waits.
+# The place of a request that waits for its key.
 AT_KEY: Final = "key"
 AT_PROVIDER: Final = "provider"
 
@@ -33,12 +33,12 @@ class Queued(NamedTuple):
 
     @property
     def chunk(self) -> dict[str, object]:
-        """What frames of it say."""
+        """Its content in frames."""
         return {"at": self.at, "position": self.position, "eta": round(self.eta, 1)}
 
     @property
     def comment(self) -> bytes:
-        """It as a comment in an event stream."""
+        """Its form as a comment in an event stream."""
         return b": queued at=%b position=%d eta=%.1f\n\n" % (
             self.at.encode(),
             self.position,
@@ -49,8 +49,8 @@ class Queued(NamedTuple):
 class Path(Protocol):
     """The fast path of a log's only reader (fast_path.py), as the log and the provider see it.
 
-    *forwarded_at* is the loop's time of the last read that it forwarded; *read_at* when the
-    provider said something last, by either path.
+    *forwarded_at* is the loop's time of the last read that it forwarded; *read_at* is when the
+    provider last sent anything, by either path.
     """
 
     forwarded_at: float
@@ -60,7 +60,7 @@ class Path(Protocol):
         """Forward *read*; return False, with nothing done, if it must take the slow path."""
 
     def close(self) -> None:
-        """Forward nothing from now on; the log has all that was forwarded when this returns."""
+        """Stop forwarding; the log has everything that was forwarded when this returns."""
 
 
 class Reader(Protocol):
@@ -85,7 +85,7 @@ class Reader(Protocol):
         """Read on: the log has grown or ended."""
 
     def drop(self, seen: int) -> None:
-        """Leave the log, which no longer has the entry that comes next, and tell the client so.
+        """Leave the log, which no longer has the next entry, and tell the client so.
 
         *seen* is the number of the last event before that entry.
         """
@@ -95,20 +95,20 @@ class Reader(Protocol):
 
 
 class Source(Protocol):
-    """Where the events of a log come from: one exchange with a provider.
+    """The origin of a log's events: one exchange with a provider.
 
-    Neither method raises, and a second call of it does nothing.
+    Neither method raises, and a second call does nothing.
     """
 
     def pause(self) -> None:
-        """Read nothing from the provider for now, unless a request waits for a place there."""
+        """Pause reading from the provider, unless a request waits for a place there."""
 
     def resume(self) -> None:
-        """Read on."""
+        """Resume reading."""
 
 
 class Held(Protocol):
-    """Bytes that no log has, and that are counted: *size* of them (store.py)."""
+    """Bytes, *size* of them, that are counted although no log has them (store.py)."""
 
     size: int
 
@@ -135,28 +135,28 @@ class WholeAnswer(Protocol):
 
 
 class Attempt(Protocol):
-    """The attempt that fills a log (providers/attempt.py), from when it has its place until that
-    is given back.
+    """The attempt that fills a log (providers/attempt.py), from when it gets its place until it
+    gives it back.
     """
 
     @property
     def place(self) -> str:
-        """The name of the provider where it has a place."""
+        """The name of the provider at which it has a place."""
 
     @property
     def waiting(self) -> int:
-        """How many requests wait there for a place that others hold."""
+        """The number of requests that wait there for a place that others hold."""
 
     def first_event(self) -> None:
         """Note that the answer has begun."""
 
 
 class AnswerEvents:
-    """The form of the errors between the events of one answer, and what is remembered of its
-    events for as long as its log.
+    """The form of errors among the events of one answer, and the state that its log keeps about
+    its events.
 
-    These are those of a chat completion, of which nothing is remembered. Clients of other APIs may
-    name an event by a *sequence* number of the provider's.
+    This class is for chat completions, which need no state. Clients of other APIs may refer to an
+    event by the provider's *sequence* number.
     """
 
     __slots__ = ()
@@ -167,41 +167,41 @@ class AnswerEvents:
         return 0
 
     def note(self, block: bytes, first: int) -> None:
-        """Look at a block of the provider's events, of which *first* is the first one's number."""
+        """Read a block of the provider's events; the first one has the number *first*."""
 
     def render(self, error: AioserverError, seen: int | None = None) -> bytes:  # noqa: ARG002
-        """Return *error* as the last event of the answer, or of a reader that has *seen* the event
-        of that number.
+        """Return *error* as the last event of the answer, or for a reader that has *seen* the
+        event of that number.
         """
         return b"data: %b\n\n" % error.body()
 
     def event_before(self, sequence: int, last: int) -> int | None:  # noqa: ARG002
-        """Return the number of the event after which the first one above *sequence* comes, *last*
-        if that is to come.
+        """Return the number of the event before the first one above *sequence*; *last* if that is
+        still to come.
 
         None if *sequence* has not come yet, or events have no such numbers.
         """
         return None
 
     def newest(self, status: str = "") -> bytes | None:  # noqa: ARG002
-        """Return the newest object that the events describe, as JSON, with another *status* if one
-        is passed.
+        """Return the newest object that the events describe, as JSON, with *status* in place of
+        its own if given.
         """
         return None
 
     def state(self) -> EventsState | None:
-        """Return all that is remembered, for `restore`; None if nothing is."""
+        """Return the whole state, for `restore`; None if there is none."""
         return None
 
     def restore(self, runs: Sequence[tuple[int, int, int]], newest: bytes) -> None:
-        """Remember what the `state` of another object was, instead."""
+        """Replace the state by the `state` of another object."""
 
 
 class AnswerApi:
-    """The API of an answer, as its log sees it; `ForwardedApi` (fast_path.py) has more of it."""
+    """The API of an answer, as its log sees it; `ForwardedApi` (fast_path.py) extends it."""
 
     path: str
 
 
-# Of every answer whose API has no others.
+# For every answer whose API has no other.
 PLAIN_EVENTS = AnswerEvents()

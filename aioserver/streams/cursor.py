@@ -1,7 +1,7 @@
 """The readers of a log: the cursor of a client, and those that wait for a condition.
 
 A log keeps no list of what each of its readers must still get. A reader is an index into the log,
-and what it has not seen yet is rendered when its writer has room for it.
+and the entries that it has not seen are rendered when its writer has room for them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CursorWriter(Protocol):
 
     @property
     def blocked(self) -> bool:
-        """Whether the client is not reading what it was sent, at the moment."""
+        """Whether the client is not reading at the moment."""
 
     def write_now(self, data: bytes) -> bool:
         """Write *data*, the next bytes of the only cursor.
@@ -55,7 +55,8 @@ class Cursor:
 
     *next_index* is the index of the next entry, counted from the start of the log; *skip* is the
     number of events at that entry's start that the client has seen already. *removed* is true once
-    the writer follows the cursor no longer. *farewell* is what a client that is dropped is told.
+    the writer no longer follows the cursor. *farewell* is the message for a client that is
+    dropped.
     """
 
     __slots__ = (
@@ -91,8 +92,8 @@ class Cursor:
         self._render_position = render_position
 
     def write_now(self, data: bytes) -> bool:
-        """Write *data*, events as the provider sent them; return False if something must go before
-        them.
+        """Write *data*, events as the provider sent them; return False if something else must be
+        written first.
         """
         if self._writer.write_now(self.format.render_bytes(data)):
             self.next_index += 1
@@ -123,9 +124,9 @@ class Cursor:
             self._writer.drop(self)
 
     def report_position(self, queued: Queued) -> None:
-        """Write where the request waits, if this face shows it.
+        """Write the position of the waiting request, if this face shows it.
 
-        A client that is not reading gets none: its position would be outdated when it is read.
+        A client that is not reading gets no position: it would be outdated when it is read.
         """
         if self._render_position is not None and not self._writer.blocked:
             self._writer.send(self._render_position(queued))
@@ -144,8 +145,8 @@ class Cursor:
         return self.format.render_newest(stream, entries[-1])
 
     def note_blocked(self, since: float) -> None:
-        """Note that the client has read nothing *since* that monotonic time: what has come
-        meanwhile has waited for the client.
+        """Note that the client has read nothing *since* that monotonic time: events that came
+        meanwhile have waited for the client.
         """
         record, self._since = self.stream.record, monotonic()
         record.client_stall = max(record.client_stall, self._since - since)
@@ -158,8 +159,8 @@ class Cursor:
         return self.next_index < self.stream.offset + len(self.stream.entries)
 
     def render(self, parts: list[bytes], room: int) -> int:
-        """Append up to about *room* rendered bytes to *parts*; return how much room is left. With
-        none there may be more to render.
+        """Append up to about *room* rendered bytes to *parts*; return how much room is left. If
+        none is left, there may be more to render.
 
         The record of the request then says how long the first of these events has waited for this
         server: since it was read, since this reader came, or since the client reads again.
@@ -196,7 +197,7 @@ class Cursor:
 
 
 class ConditionReader:
-    """A reader that reads no events, and waits until *condition* is true of its stream.
+    """A reader of no events, which waits until *condition* is true of its stream.
 
     The future *reached* is done from then on, or from `stop_waiting`. The waiter must call
     `leave`, however the wait ends.
@@ -211,11 +212,11 @@ class ConditionReader:
         self.notify()
 
     def write_now(self, _data: bytes) -> bool:
-        """Return False: the log has to append the entry."""
+        """Return False: the log must append the entry."""
         return False
 
     def open_fast_path(self, _shape: Shape | None) -> None:
-        """Return None: there is no client to forward anything to."""
+        """Return None: there is no client to forward to."""
 
     def notify(self) -> None:
         """Check whether the condition is true now."""
@@ -247,7 +248,7 @@ class CollectingReader(ConditionReader):
         super().__init__(stream, lambda stream: stream.ended)
 
     def notify(self) -> None:
-        """Collect what is new."""
+        """Collect the new entries."""
         stream = self._stream
         self.entries += stream.entries[max(0, self.next_index - stream.offset) :]
         self.next_index = stream.offset + len(stream.entries)

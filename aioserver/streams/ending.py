@@ -1,6 +1,4 @@
-"""Ends of things that others wait for: each step of such an end is done, whatever the others
-raise.
-"""
+"""Endings that others wait for: each step is done, even if another raises."""
 
 from __future__ import annotations
 

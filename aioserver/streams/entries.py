@@ -36,7 +36,7 @@ class Entry:
     """Consecutive events of one *status*: *count* of them, from event number *first* on.
 
     *data* is the provider's own bytes, whole events; *frames* are the events as the JSON of
-    frames. Which of the two a log has depends on the face that asked for it; the last entry of a
+    frames. The face that asked for the log decides which of the two it has; the last entry of a
     log may have both. *received_at* is the monotonic time at which its last event was read. *size*
     is in bytes and includes the overhead.
     """
@@ -73,18 +73,18 @@ class Entry:
 
 
 class WholeEntry(Entry):
-    """A *piece* of the text of an answer that was not streamed, as one event: where it stands in
+    """One event with a *piece* of the text of an answer that was not streamed: its place in
     *body*.
 
     The body is counted where it is kept, and the log never discards it for its size. Nothing is
-    parsed, neither here nor for a reader: the piece is the inside of a JSON string, and goes on as
-    it is written.
+    parsed, neither here nor for a reader: the piece is the inside of a JSON string, and is passed
+    on as it is written.
     """
 
     __slots__ = ("_body", "_piece")
 
     def __init__(self, first: int, body: bytes, piece: slice, received_at: float) -> None:
-        # The body as the provider sent it is there once.
+        # The body, as the provider sent it, is there once.
         data = body if first == 1 else b""
         super().__init__(first, 1, CHUNK, data, None, received_at)
         self.size = ENTRY_OVERHEAD
@@ -100,8 +100,8 @@ class WholeEntry(Entry):
 class TextEntry(Entry):
     """`chunk` events that contain one text each.
 
-    *texts* holds them one after the other, each as it is written between the quotes of a JSON
-    string and followed by the closing quote, which no text contains unescaped.
+    *texts* holds the texts in a row, each as written in a JSON string and followed by the closing
+    quote, which no text contains unescaped.
     """
 
     __slots__ = ("texts",)
@@ -134,8 +134,8 @@ def find_event(entries: Sequence[Entry], number: int) -> int:
 
 
 def locate(entries: Sequence[Entry], last: int, after: int) -> tuple[int, int]:
-    """Return where a reader goes on after event *after*: an index in *entries*, and the events to
-    skip there.
+    """Return where a reader continues after event *after*: an index in *entries*, and the number
+    of events to skip there.
 
     *last* is the newest event, kept or not.
 
@@ -174,7 +174,7 @@ def processing(provider: str, model: str, conversation_id: str | None) -> bytes:
 def _chunk_of(data: bytes) -> bytes:
     """Return a provider's event as the `chunk` of a frame.
 
-    Whatever the event says, it becomes one frame; the text is empty if the event has none.
+    Any event becomes one frame; its text is empty if the event has none.
     """
     try:
         choice = orjson.loads(data)["choices"][0]

@@ -1,24 +1,24 @@
 r"""The fast path: one event from the provider's socket to the client's, in one call.
 
-Most of what a gateway does is to pass an event on to the one client that waits for it, and most of
-what that costs is objects: when a thousand streams take turns, each object that an event touches
-is a miss in the processor's caches. So where an event needs nothing else, it touches few objects:
-the provider's connection, this object, the log, and the client's transport.
+Most of a gateway's work is to pass an event on to the one client that waits for it, and objects
+are most of the cost. When a thousand streams take turns, each object that an event touches is a
+miss in the processor's caches. So an ordinary event touches few objects: the provider's
+connection, this object, the log, and the client's transport.
 
     ConnectionProtocol.data_received → forward → (the end of this loop iteration) transport.write
 
 *When it is open.* It is opened after a read that took the slow path, if all of the following
-holds. The conditions are checked one after the other, each by the object that knows it (`Exchange`
-→ the sink → `Stream` → `Writer`):
+holds. Each condition is checked by the object that knows it (`Exchange` → the sink → `Stream` →
+`Writer`):
 
     the provider's parser is between two chunks, and the answer goes on
     no event is half read, and one has been appended already
     the log has one reader, and that reader has written all there is
     that reader's writer follows nothing else, and the client reads what it is sent
 
-A read that takes the slow path begins by leaving the fast path. Whatever else could change one of
-these conditions closes the fast path: the log does when a reader comes or goes and when it ends;
-the writer does when it is blocked or closed, and when it follows another stream.
+A read that takes the slow path begins by closing the fast path. Every other change of these
+conditions closes it, too. The log closes it when a reader comes or goes and when it ends; the
+writer closes it when it is blocked or closed, and when it follows another stream.
 
 *What it forwards.* One read that is one whole chunk with one whole event, if the event is
 ordinary:
@@ -29,7 +29,7 @@ ordinary:
     TextPath   for the faces that show frames: an event of the answer's `Shape`, which has a text
                and nothing else. It is appended to the log like any other
 
-An API may have one of its own: the path is made by the `ForwardedApi` of the answer
+An API may have its own fast path: the `ForwardedApi` of the answer makes it
 (wings/responses/path.py).
 
 Every other form of the same bytes, every end, error and comment takes the slow path, and has the
@@ -60,9 +60,9 @@ if TYPE_CHECKING:
 MAX_CHUNK_BYTES = 2048
 # Bytes of texts that are forwarded before they are appended to the log.
 MAX_RUN_BYTES = 2048
-# An event with one of these takes the slow path. A quote inside a JSON string is escaped, so these
-# are never text that a model has written. They are looked for with `find` and not with a regular
-# expression, since every byte that passes is searched.
+# An event with one of these takes the slow path. A quote inside a JSON string is escaped, so they
+# never match text that a model has written. `find` is faster here than a regular expression, and
+# every byte that passes is searched.
 ERROR_NAME, FINISH, FINISH_SPACED = b'"error"', b'"finish_reason":"', b'"finish_reason": "'
 # The first line of a read that is one chunk, by the size of the read. At a size that no chunk has,
 # it is b"\r\n", with which no chunk begins.
@@ -90,9 +90,9 @@ class Destination(NamedTuple):
 class FastPath:
     """Forwards the provider's bytes unchanged.
 
-    *forwarded_at* is the loop's time of the last read that it forwarded, *read_at* when the
-    provider said something last, by either path. *_silence* is the longest silence noted so far,
-    in seconds: only a longer one is noted.
+    *forwarded_at* is the loop's time of the last read that it forwarded; *read_at* is when the
+    provider last sent anything, by either path. *_silence* is the longest silence noted so far, in
+    seconds: only a longer one is noted.
     """
 
     __slots__ = (
@@ -122,7 +122,7 @@ class FastPath:
         self.shape = shape
         self._stream = cursor.stream
         transcript = cursor.stream.transcript
-        # What was forwarded, if it has to be kept: see protocol/transcript.py.
+        # The transcript of what was forwarded, if it is needed: see protocol/transcript.py.
         self._kept = transcript if isinstance(transcript, PassedTranscript) else None
         self._meter = cursor.stream.meter
         (
@@ -171,7 +171,7 @@ class FastPath:
         return True
 
     def close(self) -> None:
-        """Forward nothing from now on."""
+        """Stop forwarding."""
         self.open = False
 
     def write(self, data: bytes) -> None:
@@ -247,9 +247,7 @@ class TextPath(FastPath):
         return True
 
     def close(self) -> None:
-        """Forward nothing from now on, and append to the log the texts that it does not have
-        yet.
-        """
+        """Stop forwarding, and append to the log the texts that it does not have yet."""
         self.open = False
         if self._texts:
             self._append_texts()
@@ -268,7 +266,7 @@ class TextPath(FastPath):
 
 
 class ForwardedApi(AnswerApi):
-    """An API, as fast paths see it: chat completions, and all that is answered like them."""
+    """An API, as fast paths see it: chat completions, and every API that is answered like them."""
 
     def fast_path(self, cursor: Cursor, destination: Destination) -> FastPath | None:
         """Return the path by which the provider's bytes go from *cursor* to *destination*.

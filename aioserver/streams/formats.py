@@ -23,20 +23,21 @@ if TYPE_CHECKING:
 # The first byte of a frame: the mark of the last fragment (FIN), and the opcode.
 WS_TEXT, WS_CLOSE, WS_PING, WS_PONG = 0x81, 0x88, 0x89, 0x8A
 
-# How many milliseconds an EventSource waits before it comes back. The line stands in the block of
-# an event: alone in a block it is an empty event to some clients (httpx-sse, fetch-event-source).
+# The milliseconds that an EventSource waits before it reconnects. The line stands in the block of
+# an event: alone in a block it would be an empty event to some clients (httpx-sse,
+# fetch-event-source).
 RETRY = b"retry: 2000\n"
 
 
 class Format(NamedTuple):
-    """One way to write the events of a log; *name* tells it from the others.
+    """One way to write the events of a log; *name* identifies it.
 
     *render* takes a stream, one of its entries, and the number of events to skip at its start.
-    *render_text* renders one event that contains only a text. It takes the head of the stream's
-    frames, the event's number, and the text as JSON with its closing quote. It is None for a
-    format that needs the provider's bytes. *render_error* renders an error that ends the reading
-    after the event of a number, or a later one, though not the stream. *frame* writes the data of
-    one of the provider's events, for a format that does so.
+    *render_text* renders one event that has only a text, from the head of the stream's frames, the
+    event's number, and the text as JSON with its closing quote. It is None for a format that needs
+    the provider's bytes. *render_error* renders an error that ends the reading after the event of
+    a number, or a later one, though not the stream. *frame* writes the data of one of the
+    provider's events, in formats that do so.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Format(NamedTuple):
 
     def render_bytes(self, data: bytes, skip: int = 0) -> bytes:
         """Render *data*, the provider's own bytes of whole events, in a format that needs nothing
-        else of them.
+        else.
 
         The first *skip* events are left out.
         """
@@ -68,9 +69,9 @@ class Format(NamedTuple):
 
 
 def framed(frame: Callable[[bytes], bytes], data: bytes, skip: int) -> bytes:
-    """Return the events in *data* but the first *skip*, each as *frame* writes it."""
+    """Return the events in *data* except the first *skip*, each as *frame* writes it."""
     events = [event.data for event in eventstream.parse(data)]
-    # A [DONE] is no event of the Responses API; some providers send one nevertheless.
+    # A [DONE] is not an event of the Responses API; some providers send one nevertheless.
     return b"".join([frame(data) for data in events[skip:] if data and data != b"[DONE]"])
 
 
@@ -98,7 +99,7 @@ def _event(number: int, status: bytes, frame: bytes) -> bytes:
 
 def _events(stream: Stream, entry: Entry, skip: int) -> bytes:
     if not entry.count:
-        # A comment.
+        # The entry is a comment.
         return entry.data
     frames = stream.frames(entry)
     status = entry.status
@@ -119,7 +120,7 @@ def _text_event(head: bytes, number: int, text: bytes) -> bytes:
 
 
 def _error_event(stream: Stream, error: AioserverError, _seen: int) -> bytes:
-    # Without an id, so that a client which comes back goes on after the last event that it has.
+    # Without an id, so that a client that comes back continues after the last event that it has.
     frame = protocol_frames.loose_frame(stream.request_id, "error", error.as_chunk())
     return eventstream.write(frame, event="error")
 

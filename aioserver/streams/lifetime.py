@@ -1,19 +1,19 @@
 """The lifetime of streams: how long they run without a reader, and are kept after their end.
 
-A stream that loses its last reader ends at once if its request has not been sent to a provider, or
-if its window is 0; nobody finds the former any more, so that a client which comes back with its
-question has an answer. Otherwise it is detached: it runs on for its window and is then cancelled.
-At most `max_detached` streams are detached; beyond that the oldest is cancelled of the owner that
-has most of them. When a request has to wait for a provider, the oldest detached stream that holds
-a place there is cancelled, too, and a stream that loses its last reader while others wait gives
-way at once: an answer that nobody reads never costs a client that waits. A request that has to
-wait until its provider is back counts as not sent again, so it ends if its client has left. A
-stream that has ended is kept for its window.
+A stream that loses its last reader ends at once if its window is 0, or if its request has not been
+sent to a provider. In the latter case it is no longer found, so that a client that comes back with
+its question gets an answer. Otherwise the stream is detached: it runs on for its window and is
+then cancelled. At most `max_detached` streams are detached; beyond that, the owner with most of
+them loses its oldest. An answer without a reader never delays a waiting client. When a request has
+to wait for a provider, the oldest detached stream with a place there is cancelled, and a stream
+that loses its last reader while others wait is cancelled at once. A request that waits for its
+provider to come back counts as not sent, so it ends if its client has left. A stream that has
+ended is kept for its window.
 
-A stream in the *background* runs to its end, whether anybody reads it or not: its client has asked
-for that, and comes back for the answer later. None of the above ends it, so it has bounds of its
-own: there are at most half as many as `max_detached`, and they have at most half of a provider's
-places (providers/capacity.py). None of them makes room for another one, so that whoever has most of
+A stream in the *background* runs to its end with or without readers: its client has asked for
+that, and comes back for the answer later. None of the above ends it, so it has bounds of its own:
+there are at most half as many as `max_detached`, and they have at most half of a provider's places
+(providers/capacity.py). None of them is cancelled for another one, so the owner that has most of
 them is refused first (limits/shares.py).
 """
 
@@ -37,21 +37,20 @@ if TYPE_CHECKING:
 
 # Seconds between two sweeps of the streams that have ended: one sweep removes all that are due.
 MIN_SWEEP_INTERVAL = 0.05
-# Seconds after which a client may come back that wants one more answer in the background: these
-# take long.
+# Seconds after which a client may retry a refused background answer: these take long.
 BACKGROUND_RETRY = 15.0
 
 
 class Lifetime(StoreObserver):
     """Owns the store, and ends and forgets its streams in time.
 
-    It has to learn of each reader that comes or leaves.
+    It must be told of each reader that comes or leaves.
 
     Always: a stream in `_detached` runs, has no reader, and has a timer. Its request was sent,
-    unless a client began it without reading it. A stream in `_background` runs, and is in
-    `_detached` never.
+    unless a client began it without reading it. A stream in `_background` runs, and is never in
+    `_detached`.
 
-    *on_alias* is called with each stream that is found by another name, too.
+    *on_alias* is called with each stream that gets another name.
     """
 
     def __init__(
@@ -66,8 +65,7 @@ class Lifetime(StoreObserver):
         )
         self._bounds = bounds
         self._on_alias = on_alias
-        # Streams that were cancelled for a request that waits, and have not given their place
-        # back.
+        # Streams that were cancelled for a waiting request, and have not given their place back.
         self._giving_way: set[Stream] = set()
         self._loop = asyncio.get_running_loop()
         # The streams that run without a reader: whether the last one has left, or none has come
@@ -76,11 +74,11 @@ class Lifetime(StoreObserver):
         # The streams that run in the background, the oldest first.
         self._background: dict[Stream, None] = {}
         self._places: Places[Hashable] = Places(_background_places(bounds))
-        # Ended streams with the loop's time at which to forget each, by their windows, and of each
-        # window the next one in front.
+        # Ended streams by their windows, each with the loop's time at which to forget it; the next
+        # one comes first.
         self._kept: dict[float, OrderedDict[Stream, float]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
-        # Makes the error of what nobody reads, once the server drains.
+        # Makes the error of a stream without a reader, once the server drains.
         self._drained: Callable[[], AioserverError] | None = None
 
     @property
@@ -95,15 +93,15 @@ class Lifetime(StoreObserver):
 
     @property
     def background_window(self) -> float:
-        """The seconds for which an answer is kept that has run in the background."""
+        """The seconds for which an answer of the background is kept."""
         return max(self._bounds.store_window, self._bounds.resume_window)
 
     def check_background(self, caller: Hashable) -> None:
-        """Refuse one more stream of *caller* in the background, if there are too many, or it has
-        too many of them.
+        """Refuse one more background stream of *caller*, if there are too many, or it has too many
+        of them.
 
         Raises:
-            ServerAtCapacity: there are.
+            ServerAtCapacity: there are too many.
         """
         places, owner = self._places, owner_of(caller)
         if not places.allows(owner):
@@ -116,7 +114,7 @@ class Lifetime(StoreObserver):
             )
 
     def run_in_background(self, stream: Stream) -> None:
-        """Let *stream*, which begins, run to its end, whether anybody reads it or not."""
+        """Let *stream*, which begins, run to its end with or without readers."""
         stream.background = True
         self._background[stream] = None
         self._places.add(owner_of(stream.caller), 1)
@@ -128,18 +126,18 @@ class Lifetime(StoreObserver):
             await asyncio.wait(tasks, timeout=seconds)
 
     def leave_background(self, stream: Stream) -> None:
-        """Let *stream* live by its readers again: another instance has the answer."""
+        """Treat *stream* as an ordinary stream again: another instance has the answer."""
         stream.background = False
         self._ran_in_background(stream)
 
     def _ran_in_background(self, stream: Stream) -> None:
-        """Count *stream* in the background no longer; a second call does nothing."""
+        """Remove *stream* from the background; a second call does nothing."""
         if stream in self._background:
             del self._background[stream]
             self._places.give_back(owner_of(stream.caller))
 
     def apply(self, bounds: settings.Streams) -> None:
-        """Use new bounds; a stream keeps the window that it began with."""
+        """Apply new bounds; a stream keeps the window with which it began."""
         self._bounds = bounds
         self._places.limit = _background_places(bounds)
         self.store.apply(
@@ -148,10 +146,10 @@ class Lifetime(StoreObserver):
         self._enforce_max_detached()
 
     def drain(self, reason: Callable[[], AioserverError]) -> None:
-        """End every stream that nobody reads, now and from now on, with an error that *reason*
-        makes: its client may be about to read it, and has cancelled nothing.
+        """End every stream without a reader, now and from now on, with an error that *reason*
+        makes: its client may be about to read it, and has not cancelled it.
 
-        One in the background has as much time as those that are read.
+        A background stream has as much time as a stream with a reader.
         """
         self._drained = reason
         for stream in self.store.running():
@@ -195,7 +193,7 @@ class Lifetime(StoreObserver):
             stream.timer = self._loop.call_later(seconds, self.let_go, stream)
 
     def let_go(self, stream: Stream) -> None:
-        """Note that nobody is going to read *stream*, if it is a mirror that has no reader."""
+        """Note that *stream* will get no reader, if it is a mirror without one."""
         remote = stream.remote
         if remote is not None and remote.mirrored and not stream.readers:
             remote.expected = False
@@ -226,18 +224,18 @@ class Lifetime(StoreObserver):
             self.make_room_if(attempt.place, attempt.waiting)
 
     def end(self, stream: Stream, *, abandoned: bool = True) -> None:
-        """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
+        """Cancel *stream*, with readers or without; *abandoned*: because it has no reader."""
         self._leave_detached(stream)
         stream.abandoned, stream.cancelled_by_client = abandoned, not abandoned
         if abandoned and not (stream.sent or stream.answered or stream.background):
-            # Nothing has begun. As a log it would tell a client that comes back, and has cancelled
-            # nothing, that its answer was cancelled.
+            # Nothing has begun. The log of it would tell a client that comes back, and has not
+            # cancelled anything, that its answer was cancelled.
             self.store.unname(stream)
             stream.window = 0.0
         stream.cancel()
 
     def forget(self, stream: Stream) -> None:
-        """Let *stream* be found no longer, and drop it once nobody reads it.
+        """Let *stream* be found no longer, and drop it once it has no reader.
 
         If it runs, it is cancelled.
         """
@@ -248,9 +246,7 @@ class Lifetime(StoreObserver):
             self.store.drop(stream)
 
     def make_room(self, provider: str) -> None:
-        """Cancel the oldest detached stream that has a place at *provider*, where a request
-        waits.
-        """
+        """Cancel the oldest detached stream that has a place at *provider*, where a request waits."""
         for stream in self._detached:
             if stream.place == provider:
                 self._giving_way.add(stream)
@@ -258,7 +254,9 @@ class Lifetime(StoreObserver):
                 return
 
     def make_room_if(self, provider: str, waiting: int) -> None:
-        """Do as `make_room`, if more requests are *waiting* than places are about to be free."""
+        """Do the same as `make_room`, if more requests are *waiting* than places are about to be
+        free.
+        """
         if waiting > self._freed_soon(provider):
             self.make_room(provider)
 
@@ -283,18 +281,18 @@ class Lifetime(StoreObserver):
             stream.timer = None
 
     def aliased(self, stream: Stream, alias: str) -> None:
-        """Hear that *stream* is found by *alias*, too."""
+        """Note that *stream* has *alias* as another name."""
         self._on_alias(stream, alias)
 
     def dropped(self, stream: Stream) -> None:
-        """Hear that *stream* is kept no longer, perhaps for want of room."""
+        """Note that *stream* is no longer kept, perhaps for want of room."""
         for kept in self._kept.values():
-            # Its window may be another one by now.
+            # Its window may have changed since.
             kept.pop(stream, None)
 
     def crowded(self, size: int) -> None:
-        """End detached streams that keep *size* bytes, to make room, and then those in the
-        background: of the owner whose streams keep most the oldest, again and again.
+        """End detached streams, and then background streams, to free *size* bytes: each time the
+        oldest of the owner whose streams keep most.
         """
         for streams in (self._detached, self._background):
             size = self._end_largest(streams, size, attrgetter("kept_bytes"))
@@ -302,8 +300,8 @@ class Lifetime(StoreObserver):
     def _end_largest(
         self, streams: Iterable[Stream], size: int, size_of: Callable[[Stream], int]
     ) -> int:
-        """End those of *streams* that have *size* together, by *size_of* each: the oldest of the
-        owner that has most, again and again. Return how much more there is to find.
+        """End those of *streams* that together have *size*, each measured by *size_of*: each time
+        the oldest of the owner that has most. Return how much is still missing.
         """
         shares: Shares[Hashable] = Shares()
         oldest: dict[Hashable, deque[Stream]] = {}
@@ -318,7 +316,7 @@ class Lifetime(StoreObserver):
             size -= (ended := size_of(stream))
             shares.add(owner, -ended)
             if stream.background:
-                # Its client has cancelled nothing.
+                # Its client has not cancelled it.
                 stream.cancel_reason = ServerAtCapacity(
                     "there was no room for this answer any more", retry_after=BACKGROUND_RETRY
                 )
@@ -326,7 +324,7 @@ class Lifetime(StoreObserver):
         return size
 
     def finished(self, stream: Stream) -> None:
-        """Hear that *stream* has its last event."""
+        """Note that *stream* has its last event."""
         expected = stream.remote is not None and stream.remote.expected
         if stream.timer is not None and not expected:
             self._leave_detached(stream)
@@ -342,7 +340,7 @@ class Lifetime(StoreObserver):
             self.store.drop(stream)
 
     def _sweep_at(self, due: float) -> None:
-        """Let the next sweep come at *due*, a time of the loop, at the latest."""
+        """Schedule the next sweep for *due*, a time of the loop, at the latest."""
         if self._sweeper is not None:
             if self._sweeper.when() <= due:
                 return

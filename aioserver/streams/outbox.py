@@ -1,9 +1,9 @@
 """The writes of one iteration of the event loop, which go out together at its end.
 
 If the reader of the sockets is on this machine (a proxy in front, or a provider), a write that
-closely follows another finds that process still awake: waking it is a third of the cost of a
-write. And what comes before and after the writes is done for one request after another, from code
-that the processor still has in its caches.
+closely follows another finds that process still awake. Waking it is a third of the cost of a
+write. Also, the work before and after the writes is done for one request after another, by code
+that is still in the processor's caches.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Outbox:
         self._waiting: list[asyncio.Future[None]] = []
 
     def put(self, target: Writable, data: bytes) -> None:
-        """Have *target* write *data*, at the end of this iteration of the loop."""
+        """Queue *data* for *target* to write at the end of this iteration of the loop."""
         if not self._pending:
             self._loop.call_soon(self.flush)
         self._pending.append((target, data))
 
     def send(self, target: Writable, data: bytes) -> asyncio.Future[None]:
-        """Have *target* write *data* as `put` does; the result is done when that has happened."""
+        """Queue *data* as `put` does; the result is done when it was written."""
         if not self._pending:
             self._loop.call_soon(self.flush)
         self._pending.append((target, data))
@@ -63,7 +63,7 @@ class Outbox:
             try:
                 target.write(data)
             except Exception:
-                # The bytes behind these are those of others, whose handlers wait for them.
+                # The bytes after these belong to other connections, whose handlers wait for them.
                 logger.exception("bug in a write")
                 target.abort()
         if self._waiting:

@@ -2,17 +2,17 @@
 
 All logs together keep `max_kept_bytes`, in everything that they keep. Beyond that
 
-    1. the finished logs that nobody reads, and stored responses, are dropped: of the owner that
+    1. finished logs without a reader, and stored responses, are dropped: of the owner that
        keeps most of both, the oldest first
-    2. readers that are far behind are dropped, with what only they still need
-    3. running logs lose the oldest events that no reader has still to read
-    4. answers that nobody reads are ended, the oldest first
+    2. readers that are far behind are dropped, with the events that only they still need
+    3. running logs lose the oldest events that every reader has passed
+    4. answers without a reader are ended, the oldest first
     5. new answers are refused
 
-In each step the owner that keeps most of it makes room first, in 2 and 3 with its largest log. An
-owner is a key or, without keys, an address: see `owner_of`.
+In each step the owner that keeps most makes room first, in 2 and 3 with its largest log. An owner
+is a key or, without keys, an address: see `owner_of`.
 
-This file is one concept: whatever is kept is counted here, and goes from here, by one order.
+This file is one concept: all kept bytes are counted here, and evicted here in one order.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ if TYPE_CHECKING:
 # The share of max_kept_bytes that an eviction leaves. It is below 1, since otherwise each event
 # would have to search for logs to drop.
 EVICTION_TARGET = 0.95
-# The share of max_kept_bytes by which the logs must grow before late readers are looked for again.
+# The share of max_kept_bytes by which the logs must grow before the next search for late readers.
 SEARCH_STEP = 0.01
 
 
 class EvictableStore(Protocol):
     """Answers of one *api* that are kept beside the logs, such as stored responses, and may be
-    dropped to make room. Their bytes are counted by `StreamStore.hold`, for their owners.
+    dropped to make room. `StreamStore.hold` counts their bytes, for their owners.
     """
 
     api: AnswerApi
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of answers."""
 
     def oldest(self, owner: Hashable) -> float:
-        """Return the monotonic time at which the oldest of *owner* was stored; infinity if there
-        is none.
+        """Return the monotonic time at which the oldest answer of *owner* was stored; infinity if
+        there is none.
         """
 
     def drop_oldest(self, owner: Hashable) -> None:
-        """Drop the oldest of *owner*."""
+        """Drop the oldest answer of *owner*."""
 
     def drop(self, caller: Caller, name: str) -> bool:
         """Let an answer of *caller* be found no longer; return whether there was one."""
 
 
 class StoreStats(msgspec.Struct, frozen=True):
-    """A snapshot of the store: numbers of logs and of stored responses, their bytes, and the bound
-    of these.
+    """A snapshot of the store: the numbers of logs and of stored responses, their bytes, and the
+    bound of these.
     """
 
     running: int
@@ -77,20 +77,20 @@ class StoreStats(msgspec.Struct, frozen=True):
 
 
 class StoreObserver:
-    """Hears what becomes of the logs of a store; this one does nothing."""
+    """Observes the logs of a store; this class does nothing."""
 
     def finished(self, stream: Stream) -> None:
-        """Hear that *stream* has its last event."""
+        """Note that *stream* has its last event."""
 
     def dropped(self, stream: Stream) -> None:
-        """Hear that *stream* is kept no longer."""
+        """Note that *stream* is no longer kept."""
 
     def aliased(self, stream: Stream, alias: str) -> None:
-        """Hear that *stream* is found by *alias*, too."""
+        """Note that *stream* has *alias* as another name."""
 
     def crowded(self, size: int) -> None:
-        """Hear that running answers need *size* bytes more than there are: end some that nobody
-        reads.
+        """Note that running answers need *size* bytes more than there are: end some without a
+        reader.
         """
 
 
@@ -100,12 +100,12 @@ NOBODY = StoreObserver()
 class StreamStore:
     """Every log that a caller can find: running, or finished and kept for its window.
 
-    Always: the bytes counted are the sum over these logs, over the private ones, which are never
-    found, while they run, and over bodies that no log has; a log is found by its caller only.
-    It is more than `max_kept_bytes` only by what running answers and their readers have needed
-    when room was looked for last, and by SEARCH_STEP: nothing was kept then but finished logs that
-    are read, what readers that are not late have still to read, the newest event of each running
-    log, and what is kept beside its events.
+    Always: the bytes counted are the sum over these logs, over private ones while they run, and
+    over bodies that no log has. A log is found by its caller only, and a private one never. The
+    sum exceeds `max_kept_bytes` only by what running answers and their readers needed at the last
+    search for room, and by SEARCH_STEP. That search left only finished logs with readers, the
+    entries that readers in time have still to read, the newest event of each running log, and what
+    is kept beside its events.
     """
 
     def __init__(
@@ -116,24 +116,24 @@ class StreamStore:
         self._by_name: dict[tuple[Hashable, str], Stream] = {}
         # The streams of each owner, the oldest first.
         self._owned: dict[Hashable, dict[Stream, None]] = {}
-        # The oldest first, each with its owner if it counts for that: one that goes with its last
-        # reader does not.
+        # The oldest first, each with its owner if it counts for that: a log that is dropped with
+        # its last reader does not.
         self._finished: OrderedDict[Stream, Hashable] = OrderedDict()
         self._finished_of: ByOwner[Hashable, Stream, None] = ByOwner()
-        # The bytes of what may be dropped where room is needed: finished logs, and shelves.
+        # The bytes of what may be dropped to make room: finished logs, and stored responses.
         self._shares: Shares[Hashable] = Shares()
         self._running: set[Stream] = set()
         self._bytes = 0
-        # The bytes from which on late readers are looked for.
+        # The bytes from which on late readers are searched for.
         self._search_at = 0.0
         # Whether late readers are being dropped.
         self._dropping = False
-        # What else may be dropped.
+        # Other stores whose answers may be dropped.
         self.evictable_stores: list[EvictableStore] = []
         self._observer = observer
 
     def apply(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
-        """Use new bounds; a log keeps the `max_stream_bytes` that it began with."""
+        """Apply new bounds; a log keeps the `max_stream_bytes` with which it began."""
         self._max_stream_bytes, self._max_kept_bytes = max_stream_bytes, max_kept_bytes
         if self._bytes > max_kept_bytes:
             self._evict(search=True)
@@ -149,8 +149,8 @@ class StreamStore:
         outcome: Outcome | None = None,
         kind: type[Stream] = Stream,
     ) -> Stream:
-        """Return a new log of this *kind*, of a request with this *outcome*; a *private* one cannot
-        be found.
+        """Return a new log of this *kind*, for a request with this *outcome*; a *private* one
+        cannot be found.
 
         Raises:
             ServerAtCapacity: the logs that are running fill `max_kept_bytes`.
@@ -177,7 +177,7 @@ class StreamStore:
         return stream
 
     def open_mirror(self, request_id: str, caller: Hashable, *, after: int) -> Stream:
-        """Return the mirror, after event *after*, of a log that another instance has.
+        """Return the mirror, after event *after*, of a log of another instance.
 
         Raises:
             ServerAtCapacity: as `open`.
@@ -188,8 +188,8 @@ class StreamStore:
         return stream
 
     def hide(self, stream: Stream) -> None:
-        """Let *stream* be found no longer, and kept only for the readers that it has: it is a
-        mirror now.
+        """Let *stream* be found no longer, and kept only for its present readers: it is a mirror
+        now.
         """
         stream.private, stream.window = True, 0.0
         stream.remote = stream.remote or Remote()
@@ -208,7 +208,7 @@ class StreamStore:
     def owned_by(self, caller: Hashable) -> Iterator[Stream]:
         """Iterate over the caller's logs, the oldest first.
 
-        Without keys all clients are one caller; the logs are those of the caller's address then.
+        Without keys all clients are one caller; the logs are then those of the caller's address.
         """
         return iter(tuple(self._owned.get(owner_of(caller), ())))
 
@@ -235,7 +235,7 @@ class StreamStore:
         self._observer.dropped(stream)
 
     def unname(self, stream: Stream) -> None:
-        """Let *stream* be found by no name any more; a second call does nothing."""
+        """Remove the names of *stream*; a second call does nothing."""
         for name in (stream.request_id, stream.alias):
             if name is not None and self._by_name.get((stream.caller, name)) is stream:
                 del self._by_name[stream.caller, name]
@@ -255,7 +255,7 @@ class StreamStore:
 
     def note_end(self, stream: Stream) -> None:
         """Note that *stream* has its last event."""
-        # It may be dropped already: its last reader has left with that event.
+        # It may be dropped already: its last reader has left at that event.
         if stream in self._running:
             self._running.discard(stream)
             owner = None
@@ -278,7 +278,7 @@ class StreamStore:
     def hold(self, owner: Hashable = None) -> HeldBytes:
         """Return a count, at 0, of the bytes of a body that no log has.
 
-        *owner* is that of an answer on a shelf; None: they cannot be dropped to make room.
+        *owner* is that of a stored answer; None: the bytes cannot be dropped to make room.
         """
         return HeldBytes(self, owner)
 
@@ -299,7 +299,7 @@ class StreamStore:
             self._shares.add(owner, size)
 
     def give_back(self, size: int, owner: Hashable = None) -> None:
-        """Count *size* bytes no longer, which `take` has counted."""
+        """Stop counting *size* bytes, which `take` has counted."""
         self._bytes -= size
         if owner is not None:
             self._shares.add(owner, -size)
@@ -317,10 +317,10 @@ class StreamStore:
     def _evict(self, *, search: bool = False) -> bool:
         """Make room, as the head of this file says; return whether there is room now.
 
-        *search*: also among running logs, where the last search has not found enough.
+        *search*: also among running logs, even if the last search has not found enough.
         """
         if self._dropping:
-            # A log that is made smaller counts what its fast path had not counted yet.
+            # A log that was shortened counts what its fast path had not counted yet.
             return self._bytes < self._max_kept_bytes
         self._drop_unread()
         step = SEARCH_STEP * self._max_kept_bytes
@@ -335,14 +335,16 @@ class StreamStore:
                     self._observer.crowded(excess + 1)
             finally:
                 self._dropping = False
-            # If that was not enough, it is not tried again for each event.
+            # If that was not enough, it is not tried again at each event.
             self._search_at = self._bytes + step
         elif self._bytes < self._max_kept_bytes:
             self._search_at = 0.0
         return self._bytes < self._max_kept_bytes
 
     def _drop_said(self) -> None:
-        """Forget what running answers have said, which only an answer needs that breaks off."""
+        """Forget the transcripts of running answers, which are needed only if an answer breaks
+        off.
+        """
         for stream in self._running:
             if self._bytes < self._max_kept_bytes:
                 return
@@ -359,7 +361,7 @@ class StreamStore:
                     self._drop_unread()
 
     def _cut_running(self) -> None:
-        """Let running logs lose the oldest events that nobody has still to read."""
+        """Discard the oldest events of running logs that every reader has passed."""
         target = self._max_kept_bytes * EVICTION_TARGET
         for stream in _of_who_keeps_most(sorted(self._running, key=_size)):
             if self._bytes < target:
@@ -367,13 +369,13 @@ class StreamStore:
             stream.cut(int(self._bytes - target) + 1)
 
     def _drop_unread(self) -> None:
-        """Drop finished logs that nobody reads, and stored responses: of the owner that keeps most
-        of them, the oldest first.
+        """Drop finished logs without a reader, and stored responses: each time the oldest of the
+        owner that keeps most of them.
         """
         target = self._max_kept_bytes * EVICTION_TARGET
         if self._bytes < target:
             return
-        # Of each owner that keeps most at some moment: its finished logs, the oldest last.
+        # For each owner that has kept most at some moment: its finished logs, the oldest last.
         logs: dict[Hashable, list[Stream]] = {}
         for owner in self._shares.largest_first():
             if owner not in logs:
@@ -386,8 +388,8 @@ class StreamStore:
                 return
 
     def _drop_oldest(self, owner: Hashable, logs: list[Stream]) -> bool:
-        """Drop the oldest of the finished *logs* of *owner*, the oldest last, and of what it has
-        stored; return whether there was any.
+        """Drop the oldest of the finished *logs* of *owner*, sorted with the oldest last, and of
+        its stored responses; return whether there was any.
         """
         while logs and logs[-1].readers:
             logs.pop()
@@ -408,8 +410,8 @@ def _size(stream: Stream) -> int:
 
 
 def _of_who_keeps_most(streams: Iterable[Stream]) -> Iterator[Stream]:
-    """Yield each of *streams*, for the caller to take from it: of the owner whose logs keep most
-    the last one, again and again.
+    """Yield each of *streams*, for the caller to take from it: each time the last log of the owner
+    whose logs keep most.
     """
     shares: Shares[Hashable] = Shares()
     logs: dict[Hashable, list[Stream]] = {}
@@ -430,8 +432,8 @@ def _of_who_keeps_most(streams: Iterable[Stream]) -> Iterator[Stream]:
 class HeldBytes(msgspec.Struct, eq=False):
     """The bytes of one body that is collected or written, and that no log has.
 
-    `release` gives them back, also in a `with`; nothing is counted after it. *size* is how many
-    they are.
+    `release` gives them back, also at the end of a `with`; nothing is counted after it. *size* is
+    their number.
     """
 
     _store: StreamStore
@@ -474,8 +476,6 @@ def ended_at(stream: Stream) -> float:
 
 
 def owner_of(caller: Hashable) -> Hashable:
-    """Return the owner of what is kept of *caller*, and shown to it: its key, or its address
-    without keys.
-    """
-    # The name stands for the caller: its hash is known.
+    """Return the owner of what *caller* keeps and may see: its key, or its address without keys."""
+    # The name stands for the caller: its hash is cached.
     return (caller.name, caller.flow) if isinstance(caller, Caller) else caller

@@ -1,7 +1,7 @@
 """The log of one answer.
 
-This file is one concept: the entries and what is counted of them hold one invariant, and whatever
-adds to a log, discards of it or ends it holds it here.
+This file is one concept: the entries and their counts hold one invariant, and everything that adds
+to a log, discards from it or ends it keeps that invariant here.
 
 A stream is an append-only log of events, numbered 1, 2, 3 … without gaps: `processing`, `chunk`*,
 then one of `complete`, `error` and `cancelled`. One producer appends, at the provider's speed; any
@@ -15,23 +15,23 @@ bytes. Events that the fast path forwards are in the log at the latest when the 
 `close_fast_path`.
 
 A log is bounded. Beyond `max_stream_bytes` its oldest entries are discarded, though never its
-newest; a reader that has not seen them yet is dropped, and skips no event silently. Where no
-client can come back (`window` 0), an entry is discarded once every reader has passed it.
+newest; a reader that has not seen them yet is dropped, and skips no event silently. If no client
+can come back (`window` 0), an entry is discarded once every reader has passed it.
 
-Where nobody can come back, the provider is also read no faster than its client reads. A log that a
-client can come back to takes the answer at the provider's speed, so that the provider's place is
-soon free; with a window of 0 that would only lose what the client has not read, so reading from
-the provider pauses instead: TCP's own flow control then reaches from the client to the provider.
-A pause costs the provider's place, so that there is none while a request waits for it
-(providers/backpressure.py). `send_timeout` ends a client that reads nothing at all.
+If no client can come back, the provider is also read no faster than its client reads. Otherwise a
+log takes the answer at the provider's speed, so that the provider's place is soon free. With a
+window of 0 that would only lose what the client has not read, so reading from the provider pauses
+instead: TCP's own flow control then reaches from the client to the provider. A pause holds the
+provider's place, so there is none while a request waits for it (providers/backpressure.py).
+`send_timeout` ends a client that reads nothing at all.
 
-Where several processes serve together, a log stays where it is made: its instance is its *owner*.
-A client that reads it through another instance has a *mirror* there: a log like any other, with
-the owner's events and numbers, which is filled by messages between the two (wing `cluster`). A
-mirror begins where its reader goes on. It cannot be found, it keeps what its readers have not
-passed, and it goes with the last of them. It ends with the owner's last event. Where the owner is
-out of reach it stops instead, without an event of its own: its readers are told an error that has
-no number, so that a client which comes back says the number that it would have said anyway.
+If several processes serve together, a log stays where it was made: its instance is its *owner*. A
+client that reads it through another instance has a *mirror* there: a log like any other, with the
+owner's events and numbers, which messages between the two fill (wing `cluster`). A mirror begins
+where its reader continues. It cannot be found, it keeps the entries that its readers have not
+passed, and it is dropped with the last of them. It ends with the owner's last event. If the owner
+is out of reach it stops instead, without an event of its own. Its readers then get an error that
+has no number, so that a client that comes back continues from the same number as before.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ STREAM_OVERHEAD: Final = 4096
 # Bytes of Python objects per header.
 HEADER_OVERHEAD = 200
 # Unread bytes of a log at which reading pauses, and at which it goes on: as much as a socket's
-# buffers hold, and what a writer writes at once.
+# buffers hold, and as a writer writes at once.
 PAUSE_BYTES, RESUME_BYTES = 1 << 18, 1 << 16
-# With several readers: entries between two counts of what is unread, and bytes of one that is
-# counted at once.
+# With several readers: the entries between two counts of unread bytes, and the size of an entry
+# that is counted at once.
 CHECK_EVERY, CHECK_BYTES = 16, 1 << 12
 
 
 class Store(Protocol):
-    """The store of a log (store.py), as the log sees it. Each *stream* is the one that calls."""
+    """The store of a log (store.py), as the log sees it. *stream* is always the caller."""
 
     def count_bytes(self, stream: Stream, size: int) -> None:
         """Note that *stream* has grown by *size* bytes; negative: it has shrunk."""
@@ -107,25 +107,25 @@ class Store(Protocol):
 
 
 class Keeper(Protocol):
-    """What keeps the answer of a log (gateway/contracts/keeper.py), as the log sees it."""
+    """Stores the answer of a log (gateway/contracts/keeper.py), as the log sees it."""
 
     def identified(self, answer_id: str) -> None:
         """Note the id that the provider has given to the answer."""
 
     def keep(self, stream: Stream) -> Awaitable[None] | None:
-        """Keep the answer in *stream*, which is complete but for its last event.
+        """Store the answer in *stream*, which is complete but for its last event.
 
-        None if that is done already.
+        Return None if that is done already.
         """
 
 
 class Remote:
-    """What a log has to do with other instances.
+    """The relation of a log to other instances.
 
-    *claimed* is done once it is known which of them fills the log; its result is the error, if the
-    answer is refused. None: nobody asks. *mirrored*: another instance fills it. *expected*: the
-    log waits for its first reader. *broken* is the error with which a mirror ended where its
-    owner's log goes on.
+    *claimed* is done once it is known which instance fills the log; its result is the error, if
+    the answer is refused. None: there is no need to ask. *mirrored*: another instance fills it.
+    *expected*: the log waits for its first reader. *broken* is the error with which a mirror ended
+    although its owner's log goes on.
     """
 
     __slots__ = ("broken", "claimed", "expected", "mirrored")
@@ -162,7 +162,8 @@ class Stream:
 
     *window* is the time, in seconds, that the log lives without a reader, and after its end. A
     *private* log is read only by the client that asked for it, and cannot be found; unless it is a
-    mirror it has the provider's bytes. *digest* tells a repeated request from a conflicting one.
+    mirror it has the provider's bytes. *digest* distinguishes a repeated request from a
+    conflicting one.
     """
 
     __slots__ = (
@@ -238,7 +239,8 @@ class Stream:
         self.readers: list[Reader] = []
         # The fast path, from when it is opened until anything else looks at the log.
         self.path: Path | None = None
-        # The newest entry and, by the name of a format, its rendering that several readers share.
+        # The newest entry with its renderings, by the name of a format, which several readers
+        # share.
         self.rendered: tuple[Entry, dict[str, bytes]] | None = None
         self.ended = False
         self.end_status = b""
@@ -246,7 +248,7 @@ class Stream:
         self.error: AioserverError | None = None
         # What has become of its request so far.
         self.outcome = Outcome() if outcome is None else outcome
-        # Where its request waits, as it was told last; None if it does not.
+        # The last reported place in which its request waits; None if it does not wait.
         self.queued: Queued | None = None
         # The attempt that has a place at a provider, if any.
         self.attempt: Attempt | None = None
@@ -262,7 +264,8 @@ class Stream:
         self.record = NO_RECORD
         self.head = protocol_frames.frame_head(request_id)
         self.max_bytes = max_bytes
-        # What kind of answer this is, None if it is no provider's; and what its events are.
+        # The kind of answer, None if it does not come from a provider; and the state of its
+        # events.
         self.api: AnswerApi | None = None
         self.events = PLAIN_EVENTS
         self.conversation_id: str | None = None
@@ -271,34 +274,34 @@ class Stream:
         # The bytes of text that the producer keeps beside the log while the answer runs, or of a
         # preamble that it holds.
         self.text_bytes = 0
-        # What keeps the answer before the log gets its event `complete`; and that event, while it
-        # waits for that.
+        # The keeper that stores the answer before the log gets its event `complete`; and that
+        # event, while it waits for that.
         self.keeper: Keeper | None = None
         self.ending: tuple[Awaitable[None], Mapping[str, Any], bytes] | None = None
-        # The provider's bytes that say so themselves, and how many events they have: no reader
-        # may see them before that.
+        # The provider's bytes that say that the answer is complete, and the number of their
+        # events: no reader may see them before it is stored.
         self.closing: tuple[bytes, int] | None = None
-        # What the answer has said so far, where the rest could be said by another attempt.
+        # The transcript of the answer so far, if another attempt could continue it.
         self.transcript: Transcript | None = None
         # Counts a body that is collected for the log, once there is one.
         self.held: Held | None = None
         # A second name by which the log is found.
         self.alias: str | None = None
-        # Whether it runs to its end without a reader, in bounds of its own.
+        # Whether it runs to its end without a reader, within bounds of its own.
         self.background = False
         # Runs while the log is detached, and cancels it when its window is over.
         self.timer: asyncio.TimerHandle | None = None
-        # Whether the log was cancelled because nobody read it.
+        # Whether the log was cancelled because it had no reader.
         self.abandoned = False
-        # Whether its client has cancelled it: what was said until then, it has wanted.
+        # Whether its client has cancelled it: the client has wanted the text until then.
         self.cancelled_by_client = False
         # The error with which a cancelled log ends; None if it ends with the event `cancelled`, as
         # when a reader asked for that.
         self.cancel_reason: AioserverError | None = None
-        # None where there are no other instances, or they have no part in this log.
+        # None if there are no other instances, or they have no part in this log.
         self.remote: Remote | None = None
         self._store = store
-        # As `recount`, of what there is now.
+        # The same sum as in `recount`, for the initial state.
         self.extra_bytes = size = STREAM_OVERHEAD + 3 * len(self.head) + len(self.outcome.model)
         if store is not None:
             store.count_bytes(self, size)
@@ -338,7 +341,7 @@ class Stream:
 
     @property
     def broken(self) -> AioserverError | None:
-        """The error with which a mirror ended where its owner's log goes on."""
+        """The error with which a mirror ended although its owner's log goes on."""
         return None if self.remote is None else self.remote.broken
 
     def mark_answered(self) -> None:
@@ -361,7 +364,7 @@ class Stream:
             self._store.add_alias(self, alias)
 
     def hold(self) -> Held | None:
-        """Return what counts a body that is collected for the log, None without a store; it is
+        """Return a count for a body that is collected for the log, None without a store; it is
         released when the producer has ended.
         """
         if self.held is None and self._store is not None:
@@ -375,7 +378,9 @@ class Stream:
             self.close_fast_path()
 
     def remove_reader(self, reader: Reader) -> None:
-        """Let *reader* follow no longer. What it alone had still to read is no longer unread."""
+        """Let *reader* follow no longer. Entries that only this reader had still to read are no
+        longer unread.
+        """
         self.readers.remove(reader)
         if self.path is not None:
             self.close_fast_path()
@@ -418,9 +423,9 @@ class Stream:
         self.notify()
 
     def close_fast_path(self) -> None:
-        """Close the fast path, so that the log has all that was forwarded.
+        """Close the fast path, so that the log has everything that was forwarded.
 
-        This is always done before anything reads `entries` or adds to them.
+        This must come before any code that reads `entries` or adds to them.
         """
         if (path := self.path) is not None:
             self.path = None
@@ -432,8 +437,8 @@ class Stream:
         self._grow(entry.size)
 
     def recount(self, grown: int = 0) -> None:
-        """Count what is kept beside the entries: to be called when it has changed; and *grown*
-        bytes of entries.
+        """Count what is kept beside the entries, and *grown* bytes of entries. To be called when
+        either has changed.
         """
         outcome = self.outcome
         size = STREAM_OVERHEAD + 3 * len(self.head) + len(outcome.model) + self.text_bytes
@@ -458,9 +463,7 @@ class Stream:
         return self.bytes + self.extra_bytes
 
     def shed(self) -> bool:
-        """Discard all but the newest entry, and drop late readers; return whether there were
-        any.
-        """
+        """Discard all but the newest entry, and drop late readers; return whether there were any."""
         self.close_fast_path()
         if not any(map(self._late, self.readers)):
             return False
@@ -468,11 +471,11 @@ class Stream:
         return True
 
     def cut(self, size: int) -> None:
-        """Discard the oldest entries that no reader has still to read: *size* bytes of them, or as
+        """Discard the oldest entries that every reader has passed: *size* bytes of them, or as
         much as there is.
 
         The newest entry stays, and so does an answer that was not streamed. The fast path may stay
-        open, since what it has is newer.
+        open, since its texts are newer.
         """
         entries, offset = self.entries, self.offset
         passed = [reader.next_index - offset for reader in self.readers]
@@ -485,15 +488,16 @@ class Stream:
             self._discard(count)
 
     def drop_said(self) -> None:
-        """Forget what the answer has said: it will not be continued."""
+        """Forget the transcript of the answer: it will not be continued."""
         if self.transcript is not None:
             self.transcript.drop()
             self.recount()
 
     def trim(self) -> None:
-        """Discard entries beyond `max_stream_bytes`; if no client can come back, those passed.
+        """Discard entries beyond `max_stream_bytes`; if no client can come back, also those that
+        every reader has passed.
 
-        In the latter case the source pauses, or goes on, as the readers have read.
+        In the latter case the source pauses, or goes on, according to what the readers have read.
         """
         if self.window > 0:
             if self.bytes > self.max_bytes:
@@ -513,8 +517,8 @@ class Stream:
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
 
-        The bytes are not kept if nobody else can find the log and its only reader writes them at
-        once: the effect is that of an append after which every reader has passed the entry.
+        The bytes are not kept if no other client can find the log and its only reader writes them
+        at once. The effect is that of an append after which every reader has passed the entry.
         """
         if self.path is not None:
             self.close_fast_path()
@@ -538,7 +542,7 @@ class Stream:
 
     def close_with(self, data: bytes, count: int) -> None:
         """Append the provider's bytes of the last *count* events, which say that the answer is
-        complete, together with the end of the log, which follows: once its answer is kept.
+        complete, together with the end of the log that follows, once its answer is stored.
         """
         if self.path is not None:
             self.close_fast_path()
@@ -575,11 +579,11 @@ class Stream:
         self.append(PROCESSING, [processing(outcome.provider, outcome.model, conversation)])
 
     def finish(self, chunk: Mapping[str, Any], data: bytes = b"") -> None:
-        """End the log well, once its keeper has kept the answer: now, or in `finished`, if that
+        """End the log well, once its keeper has stored the answer: now, or in `finished`, if that
         takes a while.
         """
         if self.path is not None:
-            # The kept part of the answer has the texts that the fast path has passed on, too.
+            # The stored answer must include the texts that the fast path has forwarded.
             self.close_fast_path()
         keeper = self.keeper
         kept = None if keeper is None else keeper.keep(self)
@@ -590,7 +594,7 @@ class Stream:
             self.notify()
 
     async def finished(self) -> None:
-        """Wait until the answer is kept, if the log is to end then, and end it.
+        """Wait until the answer is stored, if the log is about to end, and end it.
 
         Cancelling leaves it without an end.
         """
@@ -599,7 +603,7 @@ class Stream:
             self.end_now()
 
     def end_now(self) -> None:
-        """End a log that is about to end, whether its answer is kept yet or not."""
+        """End a log that is about to end, whether its answer is stored yet or not."""
         assert self.ending is not None
         _kept, chunk, data = self.ending
         self.end(COMPLETE, chunk, data=data)
@@ -608,7 +612,7 @@ class Stream:
     def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
         """Append the last event, and notify the readers and the store.
 
-        If this raises after the event is in the log, all has been done nevertheless: each reader
+        If this raises after the event is in the log, everything was done nevertheless: each reader
         is notified.
         """
         if self.path is not None:
@@ -625,7 +629,7 @@ class Stream:
     def end_with(self, entry: Entry, error: AioserverError | None = None) -> None:
         """Append *entry*, the last event, as `end` does.
 
-        *error* is what it says, if it is one.
+        *error* is its error, if it has one.
         """
         assert not self.ended, "nothing follows the end of a stream"
         if error is not None:
@@ -657,7 +661,7 @@ class Stream:
     def stop(self, status: bytes = ERROR, error: AioserverError | None = None) -> None:
         """End this mirror without an event, with the *status* of its owner's log.
 
-        Its readers are told *error*.
+        Its readers get *error*.
         """
         self.ended, self.end_status, self.error = True, status, error
         if self.remote is not None:
@@ -666,8 +670,8 @@ class Stream:
         self._tell_end()
 
     def _tell_end(self, grown: int = 0) -> None:
-        """Count what is kept now, *grown* bytes of entries with it, and let all know that the log
-        has ended.
+        """Count the kept bytes, including *grown* bytes of entries, and notify everyone that the
+        log has ended.
         """
         try:
             self.recount(grown)
@@ -682,7 +686,7 @@ class Stream:
                         self._store.note_end(self)
 
     def describe(self) -> dict[str, Any]:
-        """Return what a list of streams says of this one."""
+        """Return the description of this stream in a list of streams."""
         return {
             "request_id": self.request_id,
             "status": self.end_status.decode() or "running",
@@ -707,8 +711,8 @@ class Stream:
             reader.report_position(queued)
 
     def locate(self, after: int) -> tuple[int, int]:
-        """Return where a reader goes on after event *after*: an entry's index, and the events to
-        skip.
+        """Return where a reader continues after event *after*: an entry's index, and the number of
+        events to skip.
 
         Raises:
             ResumeGap: events after *after* are no longer kept, or *after* does not exist yet.
@@ -716,7 +720,7 @@ class Stream:
         if self.path is not None:
             self.close_fast_path()
         if self.private and not (after or self.offset) and self.remote is None:
-            # From the start, of which event 1 has no entry.
+            # From the start: event 1 has no entry.
             return 0, 0
         index, skip = locate(self.entries, self.last, after)
         return self.offset + index, skip
@@ -737,14 +741,15 @@ class Stream:
         return freed
 
     def notify(self) -> None:
-        """Notify the readers of what was added."""
-        # Several readers are copied: one that leaves while it is notified would hide the next.
+        """Notify the readers of new entries."""
+        # Several readers are copied: a reader that leaves while it is notified would hide the
+        # next.
         for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
             reader.notify()
         self.trim()
 
     def add_entry(self, entry: Entry) -> None:
-        """Add *entry*, of which the readers are still to be notified."""
+        """Add *entry* without notifying the readers yet."""
         assert not self.ended, "nothing follows the end of a stream"
         self.last += entry.count
         self.entries.append(entry)
@@ -758,9 +763,7 @@ class Stream:
             self._store.count_bytes(self, size)
 
     def _discard(self, count: int = 0) -> None:
-        """Discard the oldest *count* entries, those passed, and what is beyond
-        `max_stream_bytes`.
-        """
+        """Discard the oldest *count* entries, which were passed or are beyond `max_stream_bytes`."""
         entries, readers, passed = self.entries, self.readers, 0
         if self.window <= 0 and readers:
             passed = (
@@ -769,7 +772,7 @@ class Stream:
                 else min([reader.next_index for reader in readers])
             ) - self.offset
         if passed and passed >= len(entries):
-            # As a rule all of them are.
+            # Usually all of them are discarded.
             self.offset += len(entries)
             entries.clear()
             self._grow(-self.bytes)
@@ -808,12 +811,12 @@ class Stream:
         return size > RESUME_BYTES
 
     def _regulate(self, source: Source) -> None:
-        """Pause *source*, or let it go on, as the log, where passed entries are discarded, is
-        read.
+        """Pause *source*, or let it go on, by the unread bytes of a log that discards passed
+        entries.
         """
         if self.ended:
             return
-        # What an only reader has passed is discarded already.
+        # Entries that an only reader has passed are discarded already.
         unread = self.bytes if len(self.readers) < 2 else self._unread_bytes()
         # A small log pauses well before its bound, which would drop the client.
         if unread <= min(RESUME_BYTES, self.max_bytes // 8):
@@ -822,11 +825,11 @@ class Stream:
             source.pause()
 
     def _due(self) -> bool:
-        """Return whether the bytes that several readers have still to read are counted for the
-        newest entry.
+        """Return whether to count, at the newest entry, the bytes that several readers have still
+        to read.
 
-        They are for each CHECK_EVERY-th entry and for each large one, since it takes longer the
-        more of them are unread. The count is then late by 64 KiB at most.
+        They are counted at each CHECK_EVERY-th entry and at each large one, since a count takes
+        longer the more of them are unread. The count is then late by 64 KiB at most.
         """
         entries = self.entries
         if not entries:
@@ -835,8 +838,8 @@ class Stream:
         return not number % CHECK_EVERY or entries[-1].size > CHECK_BYTES
 
     def _unread_bytes(self) -> int:
-        """Return about how many bytes none of several readers has passed: PAUSE_BYTES and one
-        entry at most.
+        """Return about how many bytes none of several readers has passed, up to PAUSE_BYTES and
+        one entry.
 
         The reader that is ahead counts: a slow reader costs the others nothing.
         """

@@ -1,7 +1,7 @@
 """The one writer of a client's socket.
 
-This file is one concept: one writer decides what is written to its socket, and what becomes of it
-when it blocks.
+This file is one concept: one writer decides what is written to its socket, and handles its
+blocking.
 
 Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. A
 writer keeps cursors into logs, not events; only control frames are queued, at most 64. Writing is
@@ -9,7 +9,8 @@ synchronous and happens within `Stream.append` itself, which notifies its cursor
 the client's socket without a task switch.
 
 Most tokens do not pass through the writer: when nothing else is to be written, it opens a fast
-path for its stream (fast_path.py), whose bytes go out before anything else that the writer writes.
+path for its stream (fast_path.py). The bytes of the fast path are written before anything else of
+the writer.
 
 When the transport's buffer is over its high-water mark, the writer is *blocked*: it stops
 rendering, one task waits in `drain()`, and a watchdog aborts the transport once the client is gone
@@ -17,8 +18,8 @@ rendering, one task waits in `drain()`, and a watchdog aborts the transport once
 timer.
 
 A writer with one cursor writes at once; one with several gathers the events of one iteration of
-the event loop. Cursors take turns, with one write in each iteration, so that a long replay holds
-up nobody.
+the event loop. Cursors take turns, with one write in each iteration, so that a long replay delays
+no other stream.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ MAX_CONTROL_FRAMES = 64
 
 
 def _ignore(_reason: str) -> None:
-    """Hear that the client is dropped."""
+    """Ignore that the client is dropped."""
 
 
 class Writer:
@@ -63,9 +64,9 @@ class Writer:
     Always: nothing is written while blocked; a cursor in `_ready` has something to write; once
     closed it follows nothing, so that no later append can reach the connection's next response.
 
-    *head* goes in front of the first write, and *tail* after the end of a stream, in the same
-    write. *chunked*: each write is one chunk (RFC 9112, 7.1). *on_drop* is called with the reason
-    when the client is dropped, *on_unfollow* with each stream that is followed no longer.
+    *head* goes before the first write, and *tail* after the end of a stream, in the same write.
+    *chunked*: each write is one chunk (RFC 9112, 7.1). *on_drop* is called with the reason when
+    the client is dropped, *on_unfollow* with each stream that is no longer followed.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Writer:
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
         self._watchdog: WriteWatchdog | None = None
-        # The monotonic time at which the client stopped reading last.
+        # The monotonic time at which the client last stopped reading.
         self._blocked_at = 0.0
         # Whether nothing will be written from now on.
         self.closed = False
@@ -112,7 +113,7 @@ class Writer:
 
     @property
     def blocked(self) -> bool:
-        """Whether the client is not reading what it was sent, at the moment."""
+        """Whether the client is not reading at the moment."""
         return self._draining is not None
 
     @property
@@ -129,11 +130,11 @@ class Writer:
         render_position: Callable[[Queued], bytes] | None = None,
         on_end: Callable[[Cursor], None] = lambda _cursor: None,
     ) -> Cursor:
-        """Write the events of *stream* after event *after*, those to come included.
+        """Write the events of *stream* after event *after*, including those to come.
 
-        *render_position* renders where the request waits; None: that is not shown. *on_end* is
-        called once the last event was written. A writer that is closed already unfollows *stream*
-        in the next iteration of the event loop.
+        *render_position* renders the position of a waiting request; None: positions are not shown.
+        *on_end* is called once the last event was written. A writer that is closed already
+        unfollows *stream* in the next iteration of the event loop.
 
         Raises:
             ResumeGap: see `Stream.locate`.
@@ -141,7 +142,7 @@ class Writer:
         cursor = Cursor(self, stream, after, event_format, render_position, on_end)
         if self.closed:
             cursor.removed = True
-            # Not now: the face has yet to tell the stream's lifetime of this reader.
+            # Not now: the face must first register this reader with the stream's lifetime.
             self._loop.call_soon(self._on_unfollow, stream)
             return cursor
         stream.add_reader(cursor)
@@ -154,7 +155,7 @@ class Writer:
         return cursor
 
     def unfollow(self, cursor: Cursor) -> None:
-        """Follow the stream of *cursor* no longer; a second call does nothing."""
+        """Stop following the stream of *cursor*; a second call does nothing."""
         if cursor.removed:
             # Its farewell may not be written yet.
             self._ready.pop(cursor, None)
@@ -227,10 +228,11 @@ class Writer:
             self._give_up(bug)
 
     def send(self, data: bytes) -> None:
-        """Write a control frame or a comment, before every event that is not written yet.
+        """Write a control frame or a comment before all events that are not written yet.
 
         While the writer is blocked, *data* is queued; beyond MAX_CONTROL_FRAMES the client is
-        dropped. So is one that has vanished, while the kernel had room for what was written to it.
+        dropped. So is a client that has vanished while the kernel had room for what was written to
+        it.
         """
         if self.closed:
             return
@@ -262,7 +264,7 @@ class Writer:
             self._give_up(bug)
 
     def _write_ready(self) -> None:
-        """Write once; what is left then is written in the next iteration of the event loop."""
+        """Write once; the rest is written in the next iteration of the event loop."""
         ready = self._ready
         if self._draining is not None or self.closed or not (ready or self._control):
             return
@@ -273,7 +275,7 @@ class Writer:
             try:
                 room = cursor.render(parts, room)
             except ResumeGap:
-                # Each entry that was read has an event at least.
+                # Each entry that was read has at least one event.
                 cursor.drop(cursor.next_index)
                 continue
             del ready[cursor]
@@ -283,7 +285,7 @@ class Writer:
                 ready[cursor] = None
                 stream.note_passed()
             elif stream.ended or cursor.farewell:
-                # What it has passed is discarded when it is unfollowed.
+                # The entries that it has passed are discarded when it is unfollowed.
                 ended.append(cursor)
             else:
                 stream.note_passed()
@@ -301,7 +303,7 @@ class Writer:
             self._schedule()
 
     async def flush(self) -> None:
-        """Wait until all that is ready is in the transport, or the writer is closed.
+        """Wait until everything that is ready is in the transport, or the writer is closed.
 
         Cancelling is safe: it does not cancel a blocked write.
         """
@@ -314,7 +316,7 @@ class Writer:
                 await asyncio.sleep(0)
 
     def abort(self, reason: str) -> None:
-        """Drop the client: reset its connection, whatever is still to be written."""
+        """Drop the client: reset its connection, discarding whatever is still to be written."""
         if not self.closed:
             self._on_drop(reason)
             for cursor in self._cursors:
@@ -323,7 +325,7 @@ class Writer:
         self.close()
 
     def end(self, data: bytes) -> None:
-        """Write *data* after all that the transport has, and close the writer."""
+        """Write *data* after everything in the transport, and close the writer."""
         self._outbox.flush()
         if not self._transport.is_closing():
             self._transport.write(data)
@@ -346,7 +348,7 @@ class Writer:
     def _stop(self) -> None:
         self._ready.clear()
         self._control.clear()
-        # Otherwise a socket and its writer would hold each other.
+        # Otherwise a socket and its writer would be in a reference cycle.
         self._on_drop = _ignore
         if self._scheduled is not None:
             self._scheduled.cancel()
@@ -355,7 +357,7 @@ class Writer:
             watch_rest(self._transport, self._send_timeout)
 
     def _give_up(self, bug: Exception) -> None:
-        """Reset the connection: its client would wait for ever for what cannot be written."""
+        """Reset the connection: its client would wait for ever for bytes that cannot be written."""
         logger.error("bug in a writer", exc_info=bug)
         for cursor in list(self._cursors)[:1]:
             cursor.stream.record.note_bug(bug)

@@ -1,8 +1,8 @@
-"""The border between an answer and what is written down about it: counters, records, sums, lines of
-the ledger, traces.
+"""The border between an answer and its bookkeeping: counters, records, sums, lines of the ledger,
+traces.
 
-Nothing of it can fail an answer, which was given and paid for. The methods by which answers come
-here are marked with `bookkeeping`; a method behind one of them needs no care of its own.
+Bookkeeping cannot fail an answer, which was given and paid for. The methods that answers call are
+marked with `bookkeeping`; a method behind one of them needs no care of its own.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ logger = logging.getLogger("aioserver.bookkeeping")
 
 
 class Bookkeeper(Protocol):
-    """What has such methods."""
+    """An object with such methods."""
 
     @property
     def bugs(self) -> Bugs:
-        """Counts the bugs that one of them meets."""
+        """The counter of bugs in them."""
 
 
 B = TypeVar("B", bound=Bookkeeper)
@@ -35,13 +35,13 @@ R = TypeVar("R")
 def bookkeeping(
     otherwise: Callable[..., Any],
 ) -> Callable[[Callable[Concatenate[B, P], R]], Callable[Concatenate[B, P], R]]:
-    """Let the method that is decorated raise no exception: a bug in it is logged, and counted.
+    """Catch every exception of the decorated method: a bug is logged, and counted.
 
-    *otherwise* returns what it returns then, by its arguments.
+    *otherwise* then returns the result, from its arguments.
     """
 
     def decorate(method: Callable[Concatenate[B, P], R]) -> Callable[Concatenate[B, P], R]:
-        # Each answer comes here several times, so nothing is unpacked but for a bug.
+        # Each answer comes here several times, so nothing is unpacked except for a bug.
         @wraps(method)
         def kept(*args: Any, **kwargs: Any) -> Any:
             try:

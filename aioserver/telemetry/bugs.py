@@ -1,17 +1,17 @@
-"""Counts the requests that have met a bug of the server, and says where the bugs are."""
+"""Counts the requests that have met a bug of the server, by the bugs' places in the code."""
 
 from __future__ import annotations
 
 from aioserver.telemetry.counters import Counter
 from aioserver.tracebacks import last_line
 
-# Lines of code that are told apart, far more than have a bug at once; and what stands for those
-# beyond.
+# Lines of code that are distinguished, far more than have a bug at once; and the name of all
+# others.
 MAX_PLACES, ELSEWHERE = 100, "other bugs"
 
 
 class Bugs(Counter):
-    """The requests that have met a bug, which *places* counts by the last line of its traceback.
+    """The requests that have met a bug; *places* counts them by the last line of its traceback.
 
     Always: `value` is the sum of `places`, which has MAX_PLACES + 1 items at most.
     """

@@ -27,11 +27,11 @@ RECENT_SECONDS = 60.0
 RECENT_VALUES = 1000
 # Entries in a block of a deque.
 BLOCK = 64
-# Seconds that are summed up as one in a recent share.
+# The seconds of one slice in a recent share.
 SLICE_SECONDS = 5.0
 # Buckets of recent values in each doubling: the middle of a bucket is within 2.2 % of its values.
 PER_DOUBLING = 16
-# Seconds that the first bucket begins with; shorter values are in it, too.
+# The seconds at which the first bucket begins; shorter values are in it, too.
 SHORTEST = 1e-6
 
 
@@ -48,7 +48,7 @@ class Histogram:
     """The number of observations in each bucket, and the sum of all.
 
     Always: `counts[i]` observations were at most `bounds[i]` and above the bound before it; the
-    last of `counts` is of those above every bound.
+    last of `counts` has those above every bound.
     """
 
     __slots__ = ("bounds", "counts", "sum")
@@ -83,10 +83,11 @@ class Histogram:
 class RecentValues:
     """The observations of the last minute, the newest thousand at most, for percentiles.
 
-    Those before the last look are in arrays: an object for each, made under a load and kept for a
-    minute, would keep the memory around it, a megabyte at a time, from going back to the system.
+    Those before the last read are in arrays. An object for each, made under a load and kept for a
+    minute, would keep the memory around it from being returned to the system, a megabyte at a
+    time.
 
-    Always: there are at most RECENT_VALUES since the last look.
+    Always: there are at most RECENT_VALUES since the last read.
     """
 
     __slots__ = ("_new", "_times", "_values")
@@ -136,23 +137,24 @@ class RecentValues:
             self._times.extend(times)
             self._values.extend(values)
             if len(times) > BLOCK:
-                # One that is cleared keeps 16 of its blocks, which lie between the objects of a
-                # load.
+                # A deque that is cleared keeps 16 of its blocks, which lie between the objects of
+                # a load.
                 self._new = deque(maxlen=RECENT_VALUES)
             else:
                 self._new.clear()
 
 
 class RecentShare:
-    """What part of a whole was, over the last minute, in slices of some seconds.
+    """The share of a part in a whole over the last minute, in slices of some seconds.
 
-    A part may not be known: its whole counts as soon as another part is.
+    A part may be unknown: its whole counts as soon as another part is known.
     """
 
     __slots__ = ("_slices",)
 
     def __init__(self) -> None:
-        # Each: when it began, the sums of the parts and the wholes, and how many parts were known.
+        # For each: its beginning, the sums of the parts and the wholes, and the number of known
+        # parts.
         self._slices: deque[tuple[float, int, int, int]] = deque()
 
     def add(self, now: float, part: int | None, whole: int) -> None:
@@ -196,7 +198,7 @@ def sum_of(shares: Iterable[Share | None]) -> Share | None:
 
 
 def quotient_of(share: Share | None) -> float | None:
-    """Return how much of its whole the part is; None if there is none."""
+    """Return the quotient of part and whole; None if there is none."""
     return round(share.part / share.whole, 3) if share is not None and share.whole else None
 
 
@@ -208,10 +210,10 @@ class RecentBuckets(NamedTuple):
 
 
 def percentiles_of(sources: Iterable[RecentBuckets]) -> dict[str, float] | None:
-    """Return what `RecentValues.percentiles` returns, of the values of all *sources* together.
+    """Return the same as `RecentValues.percentiles`, for the values of all *sources* together.
 
-    They are never made of percentiles, whose mean is none. A percentile is the middle of its
-    bucket.
+    They are never computed from percentiles, whose mean is not a percentile. A percentile is the
+    middle of its bucket.
     """
     counts: Tally[int] = Tally()
     age = math.inf

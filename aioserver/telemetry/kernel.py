@@ -1,4 +1,4 @@
-"""What the kernel knows of a listening socket (Linux: tcp(7), TCP_INFO) and of this process."""
+"""The kernel's data about a listening socket (Linux: tcp(7), TCP_INFO) and this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DESCRIPTORS, MEMORY = Path("/proc/self/fd"), Path("/proc/self/statm")
 
 
 class AcceptQueue(NamedTuple):
-    """Connections that wait to be accepted, and how many the kernel lets wait at most."""
+    """Connections that wait to be accepted, and the most that the kernel lets wait."""
 
     waiting: int
     limit: int
@@ -27,7 +27,7 @@ class AcceptQueue(NamedTuple):
 class ProcessUsage(TypedDict):
     """Descriptors and resident memory of this process.
 
-    None where the system does not show them.
+    None if the system does not show them.
     """
 
     open_fds: int | None
@@ -47,9 +47,9 @@ def accept_queue(sock: socket.socket) -> AcceptQueue | None:
 
 
 def least_round_trip(sock: socket.socket) -> float:
-    """Return the seconds in which a byte has come back soonest on a connection.
+    """Return the least round-trip time of a connection, in seconds.
 
-    0.0 where that is not known.
+    0.0 if it is not known.
     """
     if not hasattr(socket, "TCP_INFO") or sock.family == socket.AF_UNIX:
         return 0.0
@@ -65,7 +65,7 @@ def least_round_trip(sock: socket.socket) -> float:
 
 
 def process_usage() -> ProcessUsage:
-    """Return the descriptors and the memory that this process uses now."""
+    """Return the present descriptors and memory of this process."""
     open_fds: int | None = None
     rss_bytes: int | None = None
     try:

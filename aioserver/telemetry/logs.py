@@ -1,10 +1,10 @@
 """Logs: one JSON object a line for machines, or plain lines for people; never a key, never chat
 text.
 
-Lines are written by a thread, from a bounded queue: a terminal that is stopped, a pipe that nobody
-reads or a disk that is full never blocks the event loop. Lines for which there is no room are
-dropped and counted. An error that repeats is written once in ten seconds, with the number of those
-left out, unless its record has an attribute `thinned`: its logger has left lines out already.
+A thread writes the lines, from a bounded queue: a stopped terminal, a pipe without a reader or a
+full disk never blocks the event loop. Lines for which there is no room are dropped and counted. An
+error that repeats is written once in ten seconds, with the number of lines left out, unless its
+record has an attribute `thinned`: its logger has left lines out already.
 
 Names and paths in a line come from clients. Characters that are not printable are escaped in both
 formats, so that no client can begin a line of its own, or control the terminal that shows the line
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 MAX_TEXT = 2000
 # Lines that may wait to be written.
 MAX_LINES = 10_000
-# Kinds of lines that a rate limit tells apart; beyond, it forgets all kinds and begins anew.
+# Kinds of lines that a rate limit distinguishes; beyond, it forgets all kinds and begins anew.
 MAX_KINDS = 1000
 # Seconds in which the same error is written once.
 SAME_ERROR = 10.0
@@ -45,18 +45,17 @@ SAME_ERROR = 10.0
 CLOSE_TIMEOUT = 1.0
 # Bytes that a pipe takes from one of several writers in one piece (PIPE_BUF; pipe(7)).
 MAX_WHOLE = 4096
-# Characters that stay of a field where a line has to become shorter.
+# Characters that remain of a field if a line must be shortened.
 MAX_FIELD = 100
-# What Python says of a caller that it cannot find. Our lines show none; those of a program that
-# embeds the server may.
+# Python's names for a caller that it cannot find. Our lines do not show them; those of a program
+# that embeds the server may.
 UNKNOWN_FILE, UNKNOWN_FUNCTION = "(unknown file)", "(unknown function)"
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line.
 
-    *worker*: the slot of this process among those that share the log; None if it has the log
-    alone.
+    *worker*: the slot of this process among those that share the log; None if it is the only one.
     """
 
     def __init__(self, service: str, version: str, worker: int | None = None) -> None:
@@ -96,8 +95,7 @@ class ConsoleFormatter(logging.Formatter):
 
     A traceback follows in lines of its own, which are indented: no record begins with a space.
 
-    *worker*: the slot of this process among those that share the log; None if it has the log
-    alone.
+    *worker*: the slot of this process among those that share the log; None if it is the only one.
     """
 
     def __init__(self, worker: int | None = None) -> None:
@@ -127,7 +125,7 @@ class ConsoleFormatter(logging.Formatter):
 def _as_json(line: dict[str, Any]) -> str:
     try:
         text = orjson.dumps(line, default=str).decode()
-    # A lone surrogate is no UTF-8.
+    # A lone surrogate cannot be encoded as UTF-8.
     except TypeError:
         text = json.dumps(line, default=str)
     # Outside of its strings JSON has nothing that needs an escape.
@@ -135,13 +133,12 @@ def _as_json(line: dict[str, Any]) -> str:
 
 
 def _shorten(line: dict[str, Any], excess: int) -> None:
-    """Take *excess* bytes or more out of *line*, if that can be: the beginning of a traceback,
-    else of all texts.
+    """Take *excess* bytes or more out of *line*, if possible: the beginning of a traceback,
+    otherwise a part of all texts.
     """
     traceback = line.get("traceback", "")
     if len(traceback) > MAX_FIELD:
-        # A character may have become six bytes; what was not enough is made up for in the next
-        # turn.
+        # A character may have become six bytes; the next turn removes what is still too much.
         line["traceback"] = "…" + traceback[max(16, excess // 6) :]
         return
     longest = max(line, key=lambda name: len(str(line[name])))
@@ -150,8 +147,8 @@ def _shorten(line: dict[str, Any], excess: int) -> None:
 
 
 def whole(text: str) -> str:
-    """Return *text*, or as much of it as several processes can write to one pipe in one piece with
-    a line end.
+    """Return *text*, cut to what several processes can write to one pipe in one piece with a line
+    end.
     """
     data = text.encode(errors="backslashreplace")
     if len(data) < MAX_WHOLE:
@@ -165,13 +162,13 @@ def printable(text: str) -> str:
     """
     if text.isprintable():
         return text
-    # Not the codec `unicode_escape`: its first use imports it, which fails where no descriptor is
+    # Not the codec `unicode_escape`: its first use imports it, which fails if no descriptor is
     # free.
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _shown(value: object) -> str:
-    """Return the value of a field, in quotes where it could be taken for several fields."""
+    """Return the value of a field, in quotes if it could be read as several fields."""
     text = printable(str(value))
     if " " in text or "=" in text or '"' in text:
         text = text.replace('"', '\\"')
@@ -201,9 +198,9 @@ class RateLimit:
         self._kinds: dict[tuple[str, ...], list[int]] = {}
 
     def allow(self, *kind: str) -> dict[str, int] | None:
-        """Count a line of *kind*; return the field that it has if others were left out before it.
+        """Count a line of *kind*; return its field for the lines that were left out before it.
 
-        None: it must be left out itself.
+        None: this line must be left out itself.
         """
         period = int(self._clock() / self._seconds)
         state = self._kinds.get(kind)
@@ -226,7 +223,7 @@ class BackgroundHandler(logging.Handler):
 
     The thread ends with `close`, and does not keep the process alive.
 
-    *worker*: the slot of this process among those that write to the stream, which its lines say.
+    *worker*: the slot of this process among those that write to the stream; each line has it.
     """
 
     worker: int | None = None
@@ -236,7 +233,7 @@ class BackgroundHandler(logging.Handler):
         # Lines that could not be written.
         self.dropped = 0
         self._stream = stream
-        # Not `queue.Queue`, whose bound costs its locks and conditions for each line.
+        # Not `queue.Queue`, whose bound costs locks and conditions for each line.
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._errors = RateLimit(1, SAME_ERROR, clock)
         self._thread = threading.Thread(target=self._write, name="logs", daemon=True)
@@ -260,7 +257,7 @@ class BackgroundHandler(logging.Handler):
             self.dropped += 1
 
     def close(self) -> None:
-        """Write the lines that wait, for CLOSE_TIMEOUT seconds at most, and end the thread."""
+        """Write the waiting lines, for CLOSE_TIMEOUT seconds at most, and end the thread."""
         self._queue.put(None)
         self._thread.join(CLOSE_TIMEOUT)
         super().close()
@@ -271,7 +268,7 @@ class BackgroundHandler(logging.Handler):
                 self._stream.write(line)
                 if self._queue.empty():
                     self._stream.flush()
-            # The stream is closed (ValueError), or nobody reads it.
+            # The stream is closed (ValueError), or has no reader.
             except (OSError, ValueError):
                 self.dropped += 1
 
@@ -280,7 +277,7 @@ class DirectHandler(logging.Handler):
     """Writes lines to *descriptor* at once, for a process that may have no thread because it
     forks.
 
-    Always: a line is at most MAX_WHOLE bytes, and is dropped where it would have to wait.
+    Always: a line has at most MAX_WHOLE bytes, and is dropped if it would have to wait.
     """
 
     worker = None
@@ -298,7 +295,7 @@ class DirectHandler(logging.Handler):
                 os.write(self._descriptor, data)
             else:
                 self.dropped += 1
-        # The stream is closed, nobody reads it, or the record cannot be formatted.
+        # The stream is closed or has no reader, or the record cannot be formatted.
         except Exception:  # noqa: BLE001
             self.dropped += 1
 
@@ -306,7 +303,7 @@ class DirectHandler(logging.Handler):
 def set_up(settings: Logging, worker: int | None = None) -> None:
     """Send all logs of the process to stderr in the configured format.
 
-    *worker*: the slot of this process among those that share stderr. Its lines say it, and are at
+    *worker*: the slot of this process among those that share stderr. Its lines have it, and are at
     most MAX_WHOLE bytes.
     """
     handler = BackgroundHandler(sys.stderr)
@@ -315,13 +312,13 @@ def set_up(settings: Logging, worker: int | None = None) -> None:
 
 
 def set_up_without_thread(settings: Logging) -> None:
-    """Do as `set_up` for a process that forks, and has no event loop."""
+    """Do the same as `set_up` for a process that forks, and has no event loop."""
     _set_up(DirectHandler(sys.stderr.fileno()), settings)
 
 
 def _set_up(handler: BackgroundHandler | DirectHandler, settings: Logging) -> None:
     _format_a_traceback()
-    # No line shows these, and each record would ask for them (Python's "Logging HOWTO").
+    # No line shows these, and each record would compute them (Python's "Logging HOWTO").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if sys.version_info >= (3, 12):
         logging.logAsyncioTasks = False
@@ -333,7 +330,7 @@ def _set_up(handler: BackgroundHandler | DirectHandler, settings: Logging) -> No
 
 
 def _format_a_traceback() -> None:
-    """Load what tracebacks are formatted with: Python 3.15 does it for the first one, for which no
+    """Load what the formatting of tracebacks needs: Python 3.15 does so for the first one, when no
     descriptor may be free.
     """
     try:
@@ -354,8 +351,8 @@ def apply(settings: Logging) -> None:
 
 
 def write(logger: logging.Logger, level: int, message: str, fields: dict[str, Any]) -> None:
-    """Log *message* with *fields*, as `Logger.log`, but without looking through the stack for the
-    caller, which no line of ours shows.
+    """Log *message* with *fields*, as `Logger.log`, but without searching the stack for the
+    caller, which our lines do not show.
     """
     if logger.isEnabledFor(level):
         file, function, extra = UNKNOWN_FILE, UNKNOWN_FUNCTION, {"fields": fields}

@@ -1,9 +1,8 @@
-"""How late the event loop is, and when it was late: the part of a provider's silence that is ours.
+"""The lag of the event loop, and its times: the part of a provider's silence that is our own.
 
 A timer that is due every tenth of a second measures how late it is called. While the loop is late
-nothing is read: the bytes of a provider wait in the kernel, and the provider seems to be silent
-for as much longer as the loop was late. So the late periods are kept, and taken out of the
-silences that they end.
+nothing is read: the bytes of a provider wait in the kernel, and the provider seems silent for that
+time. So the late periods are kept, and subtracted from the silences that they end.
 
 Only the time after the timer was due is measured: a block of 150 ms is measured as 50 to 150 ms.
 """
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 INTERVAL = 0.1
 # Seconds; a shorter lateness is normal for an event loop, and is not kept.
 THRESHOLD = 0.005
-# Late periods that are kept at least.
+# The late periods that are kept at least.
 MAX_PERIODS = 1000
 
 
@@ -31,8 +30,8 @@ class LoopLag:
     """Measures the loop until it is closed.
 
     Always: `_due_at` and `_called_at` have the newest late periods in order, in the loop's time:
-    MAX_PERIODS of them and twice as many at most. They are numbers without an object for each, which would
-    keep memory from being given back.
+    between MAX_PERIODS of them and twice as many. They are numbers without an object for each,
+    which would keep memory from being returned.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, histogram: Histogram) -> None:
@@ -56,8 +55,8 @@ class LoopLag:
     def before(self, until: float, since: float) -> float:
         """Return for how many seconds the loop was late just before *until*, a time of the loop.
 
-        What came meanwhile was read at *until*. A late period that was over INTERVAL earlier has
-        hidden nothing until then. The part before *since* does not count.
+        Bytes that came meanwhile were read at *until*. A late period that was over INTERVAL
+        earlier has delayed nothing until then. The part before *since* does not count.
         """
         for due, called in self._periods():
             if called < until - INTERVAL:

@@ -1,11 +1,11 @@
-"""Every metric of the server: where it is counted, its name, its help text and its labels.
+"""Every metric of the server: its counter, its name, its help text and its labels.
 
-This file is one concept: every metric stands here, so that no name or label is made anywhere else
-but for what callers have spent (usage/accounting.py).
+This file is one concept: all metrics stand here, so that no name or label is made elsewhere,
+except for the callers' spending (usage/accounting.py).
 
-What happens is counted in attributes of `Metrics` and of its meters, one for each face, provider
-and group. The four tables at the end of the file make metrics of these attributes, one row each;
-names lack their prefix `aioserver_`, those of counters their suffix `_total`.
+Events are counted in attributes of `Metrics` and of its meters, one for each face, provider and
+group. The four tables at the end of the file make metrics of these attributes, one row each; names
+lack their prefix `aioserver_`, those of counters their suffix `_total`.
 
 Labels come from the configuration or from a list in this file, never from a client, and every set
 of labels exists from the start, at 0.
@@ -57,7 +57,7 @@ OUTCOMES = (
     CANCELLED,
     "internal_error",
 )
-# What becomes of a TLS handshake. `plain`: a request that does not speak TLS.
+# The results of a TLS handshake. `plain`: a request that does not speak TLS.
 DONE, RESUMED, FAILED, TIMED_OUT, DISPLACED, PLAIN = HANDSHAKES = (
     *("done", "resumed", "failed", "timeout", "displaced", "plain"),
 )
@@ -82,15 +82,15 @@ def _fault_codes(flag: str) -> list[str]:
 ERROR_OUTCOMES = sorted(
     {(error.code, error.outcome) for error in provider_errors.subclasses(errors.AioserverError)}
 )
-# By when the request had to start, or its answer to end.
+# The two kinds of deadlines: for the start of a request, and for the end of its answer.
 DEADLINE_KINDS = (errors.DeadlineExceeded.bound, errors.AnswerTooLate.bound)
 DENIED_REASONS = sorted({error.reason for error in provider_errors.subclasses(errors.Denied)})
-# What comes of a call to a hook, by what it is shown.
+# The results of a call to a hook, by what the hook is shown.
 HOOK_OUTCOMES = {
     "request": ("passed", "changed", "refused", "failed", "unseen"),
     "answer": ("passed", "refused", "failed", "unseen", "behind"),
 }
-# What became of an attempt to have the rest of an answer said.
+# The results of an attempt to continue an answer.
 CONTINUED, FAILED = "continued", "failed"
 # The APIs that are translated to chat completions, and what is learned from refusals of these.
 BRIDGED_APIS = ("messages", "responses")
@@ -129,7 +129,8 @@ class ProviderMeter:
         self.gap = Histogram()
         self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
         self.continuations = {result: Counter() for result in (CONTINUED, FAILED)}
-        # Attempts whose request was translated, by its API; and what they have not sent, or learned.
+        # Attempts whose request was translated, by its API; and the parameters that they have left
+        # out, or learned about.
         self.bridged = {api: Counter() for api in BRIDGED_APIS}
         self.left_out = Counter()
         self.learnt = {what: Counter() for what in LEARNABLE}
@@ -143,21 +144,21 @@ class ProviderMeter:
         self.recent_silences = RecentValues()
 
 
-# How the shares of a group are named in its state.
+# The names of a group's shares in its state.
 KNOWN_SHARE, CACHED_SHARE = "known_share", "cached_share"
 NO_GROUPS: Mapping[str, settings.Group] = MappingProxyType({})
-# The meter of a stream that no provider fills yet: its counts are shown nowhere.
+# The meter of a stream that no provider fills yet: its counts are not shown.
 NO_METER = ProviderMeter()
 
 
 class FaceMeter:
-    """The counts of one *face*; *connections* and *waiting* are the numbers at this moment."""
+    """The counts of one *face*; *connections* and *waiting* are the present numbers."""
 
     def __init__(self, face: str) -> None:
         self.face = face
         self.waiting = Counter()
         self.opened = Counter()
-        # By close code, which is empty where the face is no WebSocket.
+        # By close code, which is empty if the face is not a WebSocket.
         self.closed = {code: Counter() for code in (CLOSE_CODES if face in WEBSOCKETS else ("",))}
         self.rejected = Counter()
         self.duration = Histogram()
@@ -166,7 +167,7 @@ class FaceMeter:
 
     @property
     def connections(self) -> int:
-        """How many were opened, and have not ended."""
+        """The number of connections that were opened and have not ended."""
         return int(self.opened.value - sum(counter.value for counter in self.closed.values()))
 
 
@@ -174,13 +175,13 @@ class GroupMeter:
     """The counts of one group: its requests by the provider where they have started last, and by
     home.
 
-    Of the prompts of the last minute: their bytes that were *known* where they started, and their
+    For the prompts of the last minute: the bytes that were *known* where they started, and the
     tokens that were *cached* there, by provider.
     """
 
     def __init__(self) -> None:
-        # By provider and home: each pair of those that there have been, since a request under way
-        # may go on by other settings than those with which it has begun.
+        # By provider and home: each pair that has occurred, since a running request may go on by
+        # other settings than those with which it has begun.
         self.starts: dict[tuple[str, ...], Counter] = {}
         self._homes: tuple[str, ...] = (NONE,)
         self.known = RecentShare()
@@ -196,7 +197,7 @@ class GroupMeter:
             self.starts.setdefault(labels, Counter())
 
     def started(self, home: str) -> int:
-        """Return how many requests have started last where *home* says."""
+        """Return how many requests have started last at *home*'s kind of member."""
         return int(sum(count.value for labels, count in self.starts.items() if labels[1] == home))
 
     def shares(self, now: float) -> dict[str, Share | None]:
@@ -208,9 +209,9 @@ class GroupMeter:
 
 
 class Metrics:
-    """Everything that is counted, for as long as the server lives.
+    """All counts, for as long as the server lives.
 
-    Always: each set of labels that can occur has its child; asking for another is a KeyError.
+    Always: each set of labels that can occur has its child; any other is a KeyError.
     """
 
     def __init__(self, providers: Mapping[str, settings.Provider]) -> None:
@@ -226,16 +227,16 @@ class Metrics:
         self.resumes = {outcome: Counter() for outcome in ("ok", "gap", "not_found")}
         self.handshakes = {outcome: Counter() for outcome in HANDSHAKES}
         self.reloads = {outcome: Counter() for outcome in ("applied", "invalid", "failed")}
-        # Limits the log lines about refused requests, by error code: thousands a second may be
-        # refused.
+        # Limits the log lines about refused requests, by error code: there may be thousands of
+        # refusals a second.
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
         self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
         self.deadlines = {kind: Counter() for kind in DEADLINE_KINDS}
-        # By caller and setting, made when first counted; callers are configured.
+        # By caller and setting, made at the first count; callers are configured.
         self.budget_refusals: dict[tuple[str, ...], Counter] = {}
         self.key_wait = Histogram()
-        # By hook, what it was shown and what came of it; and the time of decisions by hook.
+        # By hook, the kind of its input and its result; and the time of decisions by hook.
         self.hook_calls: dict[tuple[str, ...], Counter] = {}
         self.hook_seconds: dict[tuple[str, ...], Histogram] = {}
         self.slow_clients = Counter()
@@ -256,7 +257,7 @@ class Metrics:
     ) -> None:
         """Count *providers* and *groups* from now on, too.
 
-        One that is no longer configured keeps its numbers.
+        A provider or group that is no longer configured keeps its numbers.
         """
         for name, group in groups.items():
             self.groups.setdefault(name, GroupMeter()).apply(group)
@@ -319,7 +320,7 @@ class Metrics:
             self.resumes[outcome].value += 1
 
     def families(self) -> Iterator[Family]:
-        """Yield every metric of the four tables below, as it is now."""
+        """Yield every metric of the four tables below, with its present value."""
         yield from (family_of(row, {"": self}) for row in SERVER_FAMILIES)
         yield from (family_of(row, self.faces, "face") for row in FACE_FAMILIES)
         yield from (family_of(row, self.providers, "provider") for row in PROVIDER_FAMILIES)
@@ -346,8 +347,8 @@ Owner = TypeVar("Owner")
 class Family(NamedTuple):
     """One metric: a child for each set of labels, all of one type.
 
-    *grows*: a counter's child is made when it is first counted, so that each instance of a cluster
-    has others.
+    *grows*: a child is made when it is first counted, so that each instance of a cluster has
+    different ones.
     """
 
     name: str
@@ -360,8 +361,8 @@ class Family(NamedTuple):
 class Row(NamedTuple, Generic[Owner]):
     """One metric in a table.
 
-    *children* gives the only child, or a child for each value of *labels* (a string, or a tuple
-    where there are several labels).
+    *children* returns the only child, or a child for each value of *labels* (a string, or a tuple
+    if there are several labels).
     """
 
     name: str
@@ -432,12 +433,12 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
     Row(
         "key_wait_seconds",
         lambda m: m.key_wait,
-        "Time that requests have waited for a limit of their own key, of those that did",
+        "Time for which requests have waited for a limit of their own key; only of those that waited",
     ),
     Row(
         "hook_calls",
         lambda m: m.hook_calls,
-        "Requests and answers that a hook was shown, or could not be",
+        "Calls to a hook with a request or an answer, by result",
         ("hook", "event", "outcome"),
         grows=True,
     ),
@@ -524,19 +525,19 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
     Row(
         "continuations",
         lambda m: m.continuations,
-        "Attempts to have the rest of an answer said that broke off, here or elsewhere",
+        "Attempts to continue an answer that broke off, here or elsewhere",
         ("result",),
     ),
     Row(
         "bridged_requests",
         lambda m: m.bridged,
-        "Attempts whose request was translated to a chat completion, by the API that it came from",
+        "Attempts whose request was translated to a chat completion, by its API",
         ("api",),
     ),
     Row(
         "left_out_tools",
         lambda m: m.left_out,
-        "Hosted tools that were left out of a request, since nobody here could run them",
+        "Hosted tools that were left out of a request, since the provider cannot run them",
     ),
     Row(
         "learnt_repeats",
@@ -564,7 +565,7 @@ GROUP_FAMILIES: tuple[Row[GroupMeter], ...] = (
     Row(
         "group_starts",
         lambda m: m.starts,
-        "Requests that have started at a member of a group (llm.models), each where it did last",
+        "Requests by the member of a group (llm.models) at which they last started",
         ("provider", "home"),
     ),
 )

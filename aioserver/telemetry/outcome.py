@@ -1,4 +1,4 @@
-"""What became of one request at its providers: one object, to which its record, its log, its
+"""The outcome of one request at its providers: one object, to which its record, its log, its
 answer and its error refer.
 """
 
@@ -14,19 +14,19 @@ from aioserver.protocol.tokens import NO_TOKENS, Tokens
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Where a request of a group has started: at the member whose cache has its conversation, at
-# another one, as a new conversation; none where that is not known.
+# another one, as a new conversation; none if that is not known.
 HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
-# The counter of the tokens of an attempt: its provider; nobody, so that they are estimated; the
-# provider the prompt alone. NOBODY: they are not known.
+# The source of an attempt's token counts: its provider; an estimate; or, for MIXED, the provider
+# for the prompt alone. NOBODY: they are not known.
 PROVIDER, ESTIMATE, MIXED, NOBODY = "provider", "estimate", "mixed", "none"
-# Those of which a provider has counted the prompt.
+# The sources with a provider's count of the prompt.
 COUNTED = PROVIDER, MIXED
 
 
 class GroupStart(NamedTuple):
     """A start of a request at a member of *group*.
 
-    Of the *size* bytes of its prompt so many were *known* there; size 0: nobody remembers any.
+    So many of the *size* bytes of its prompt were *known* there; size 0: this is not recorded.
     """
 
     group: str
@@ -37,12 +37,12 @@ class GroupStart(NamedTuple):
 
 
 class AttemptCost(msgspec.Struct, frozen=True, gc=False):
-    """What one attempt has cost that was sent, in full or in part, and was not answered with a
+    """The cost of one attempt that was sent, in full or in part, and was not answered with a
     status of 400 or more: its tokens, as far as they are known.
 
-    *outcome* is that of the ledger (usage/accounting.py), *source* who has counted. The two sums
-    are those of this attempt alone, and *tokens* has what they do not say; *work* is what they
-    cost the caller's share. Durations are in seconds: *wait* in the provider's queue, *first* from
+    *outcome* is that of the ledger (usage/accounting.py), *source* the source of the counts. The
+    two sums are those of this attempt alone, and *tokens* has further counts; *work* is the cost
+    for the caller's share. Durations are in seconds: *wait* in the provider's queue, *first* from
     sending to the first content, 0.0 if there was none or the answer was not streamed, and
     *duration* from sending to the end.
     """
@@ -61,13 +61,13 @@ class AttemptCost(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def estimated(self) -> bool:
-        """Whether its tokens are known, and nobody has counted all of them."""
+        """Whether its tokens are known, and at least some of them by an estimate."""
         return self.source in (ESTIMATE, MIXED)
 
 
 class Continued(NamedTuple):
-    """A seam of an answer: behind *at* characters of text its provider broke off, for the reason
-    of this *code*, and another attempt went on.
+    """A seam of an answer: after *at* characters of text its provider broke off, for the reason of
+    this *code*, and another attempt continued.
     """
 
     at: int
@@ -76,34 +76,34 @@ class Continued(NamedTuple):
     code: str
 
     def described(self) -> dict[str, object]:
-        """Return it as clients are told."""
+        """Return its form for clients."""
         return {"at": self.at, "from": self.broken, "to": self.provider, "code": self.code}
 
     @property
     def comment(self) -> bytes:
-        """It as a comment in an event stream."""
+        """Its form as a comment in an event stream."""
         told = " ".join(f"{name}={value}" for name, value in self.described().items())
         return b": seam %b\n\n" % told.encode()
 
 
 class Outcome(msgspec.Struct, eq=False):
-    """The provider that was asked last, and what is known of its answer.
+    """The provider that was asked last, and the facts about its answer.
 
-    Always: it is written by the router and its attempts alone; where the answer is another
-    instance's, by the facts that come from there. If the request has failed, it is about the
-    attempt whose fault is raised.
+    Always: only the router and its attempts write it; for another instance's answer, the facts
+    that come from there. If the request has failed, it describes the attempt whose fault is
+    raised.
 
     *attempts* counts the requests that were sent, at all providers, and the one that is under way.
-    *sent*: one was sent, so that the answer may cost money; *sent_at* is the monotonic time when
-    the newest was, 0.0 if it was not. *headers* are those of the provider's answer that clients
-    may see. Until the request is logged, *usage* has its tokens, as the provider reports them, and
-    *start* where it has started last by a group. *costs* has the attempts that have ended and may
-    have cost something, *seams* where an answer was continued. *entry* is the number of the request
-    in the ledger, 0 if it has none, and how many of its attempts are numbered there.
+    *sent*: one was sent, so the answer may cost money; *sent_at* is the monotonic time of the
+    newest sending, 0.0 if there was none. *headers* are those of the provider's answer that
+    clients may see. Until the request is logged, *usage* has its tokens, as the provider reports
+    them, and *start* its last start in a group. *costs* has the attempts that have ended and may
+    have cost something, *seams* the points at which an answer was continued. *entry* has the
+    number of the request in the ledger, 0 if it has none, and the number of its attempts there.
 
-    *bridge*: the request is translated from this API, and *left_out* are the hosted tools that the
-    provider does not get then. *learnt* is what refusals have taught, each with one repeat. *hooks*
-    are the names of those that have refused or changed it.
+    *bridge*: the API from which the request is translated; *left_out* are the hosted tools that
+    the provider does not get then. *learnt* is what refusals have taught, each with one repeat.
+    *hooks* are the names of those that have refused or changed it.
     """
 
     provider: str = ""
@@ -124,7 +124,7 @@ class Outcome(msgspec.Struct, eq=False):
 
     @property
     def spent(self) -> tuple[int, int]:
-        """The tokens of all parts: of what was asked, and of what was answered."""
+        """The tokens of all attempts: of their prompts, and of their answers."""
         asked = answered = 0
         for cost in self.costs:
             asked += cost.tokens_in
@@ -133,7 +133,7 @@ class Outcome(msgspec.Struct, eq=False):
 
     @property
     def work(self) -> int:
-        """What all parts have cost engines, as fair queues count it."""
+        """The work of all attempts for engines, in the unit of fair queues."""
         work = 0
         for cost in self.costs:
             work += cost.work
@@ -142,7 +142,7 @@ class Outcome(msgspec.Struct, eq=False):
     def begin_attempt(self, provider: str, model: str) -> None:
         """Note that *provider* is asked for an answer of *model*."""
         if self.attempts or self.sent_at or self.bridge:
-            # All that is known is about an earlier one.
+            # The facts so far are about an earlier attempt.
             self.headers, self.sent_at, self.usage = NO_HEADERS, 0.0, None
             self.bridge, self.left_out = "", ()
         self.provider, self.model = provider, model

@@ -1,14 +1,14 @@
 """One request for an answer, from its admission to its end: its times, its gaps, its log line.
 
-A record is made when the request is understood, and goes along with it: gateway, provider, stream
-and writers note in the record what happens. When the request has ended, the request log adds the
+A record is made when the request was parsed, and accompanies it: gateway, provider, stream and
+writers write what happens into the record. When the request has ended, the request log adds the
 record to the metrics and writes one line. Requests that are refused for now are warnings, and
 thinned out.
 
-The longest gap of an answer is measured for each of three causes, so that the line of an answer
-that stuttered says why: the provider sent nothing, we were late, or the client read nothing.
+The longest gap of an answer is measured for each of three causes, so that its line shows why it
+stuttered: the provider sent nothing, we were late, or the client read nothing.
 
-This file is one concept: a record, and what is made of it at its end.
+This file is one concept: a record, and its use at the end.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Statuses(Protocol):
 class RequestRecord(msgspec.Struct, eq=False):
     """The times, counts and gaps of one request.
 
-    Times are of the monotonic clock, and 0.0 as long as the event has not happened:
+    Times are of the monotonic clock, and 0.0 before the event has happened:
 
-        admitted_at     the request was admitted and understood
+        admitted_at     the request was admitted and parsed
         queued_at       the request asked for a place at its provider, for the first time
         first_event_at  the first content of its answer was there
 
@@ -66,19 +66,20 @@ class RequestRecord(msgspec.Struct, eq=False):
         delay           the longest time that an event which had been read waited for us
         client_stall    the longest time that the client read nothing
 
-    *outcome* says which provider was asked, and what became of it there.
+    *outcome* has the provider that was asked, and the result there.
     """
 
     outcome: Outcome = msgspec.field(default_factory=Outcome)
     face: str = ""
     request_id: str = ""
     caller: Caller = NO_CALLER
-    # The name in `llm.models` by which the model was asked for, if it was.
+    # The name in `llm.models` by which the model was requested, if any.
     group: str = ""
     # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if it
     # has none.
     trace_id: str = ""
-    # The trace of which spans are made; None if there is no tracer, or the client samples none.
+    # The trace from which spans are made; None if there is no tracer, or the client does not
+    # sample.
     trace: RequestTrace | None = None
     # The method and the path of a request that is passed on as it is, without its query.
     target: str = ""
@@ -96,7 +97,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     client_stall: float = 0.0
     # Events of the answer, without those that open and end the stream.
     events: int = 0
-    # Whether the request was cancelled because nobody read its answer any more.
+    # Whether the request was cancelled because its answer had no reader any more.
     abandoned: bool = False
     # Whether its last reader was dropped, since it read too slowly.
     slow_client: bool = False
@@ -104,13 +105,13 @@ class RequestRecord(msgspec.Struct, eq=False):
     streamed: bool = False
     # None: each error has its own.
     statuses: Statuses | None = None
-    # The log that counts the first content of the answer when it comes; None if nothing counts it.
+    # The log that counts the first content of the answer when it comes; None if it is not counted.
     log: RequestLog | None = None
 
     def answered(self, now: float) -> None:
         """Note that the first content of the answer has come *now*; it counts at once."""
         self.first_event_at = now
-        # SilenceMeter before the answer do not count: in a head, between comments, in a failed
+        # Silences before the answer do not count: in a head, between comments, in a failed
         # attempt.
         self.silence = 0.0
         if self.log is not None:
@@ -123,13 +124,13 @@ class RequestRecord(msgspec.Struct, eq=False):
         return self.silence
 
     def waited(self, provider: str, began: float, until: float) -> None:
-        """Note a wait in the queue of *provider*; both moments are of the clock of the queue."""
+        """Note a wait in the queue of *provider*; both times are of the clock of the queue."""
         self.queue_wait += until - began
         if self.trace is not None:
             self.trace.waited(provider, began, until)
 
     def note_bug(self, bug: Exception) -> None:
-        """Count *bug*, one of ours that the log has: it befell one client of this request."""
+        """Count *bug*, one of ours that was logged: one client of this request has met it."""
         if self.log is not None:
             self.log.metrics.bugs.note(bug)
 
@@ -138,7 +139,7 @@ def _status(error: AioserverError, statuses: Statuses | None) -> int:
     return error.http_status if statuses is None else statuses.http_status(error)
 
 
-# The record of a stream that no request has begun: its notes are shown nowhere.
+# The record of a stream without a request: its notes are not shown.
 NO_RECORD = RequestRecord()
 
 
@@ -152,14 +153,12 @@ class RequestLog:
 
     @property
     def bugs(self) -> Bugs:
-        """Counts the bugs of the server."""
+        """The counter of the server's bugs."""
         return self.metrics.bugs
 
     @bookkeeping(nothing)
     def count_first_token(self, record: RequestRecord) -> None:
-        """Count how long the first content of the answer took, from admission and from being
-        sent.
-        """
+        """Count the time to the first content of the answer, from admission and from sending."""
         metrics, first = self.metrics, record.first_event_at
         from_admission, from_sending = first - record.admitted_at, first - record.outcome.sent_at
         metrics.faces[record.face].first_token.observe(from_admission)
@@ -210,7 +209,7 @@ class RequestLog:
             if asked.attempts:
                 self._count_start(start, asked, now)
             else:
-                # It was refused in line.
+                # The request was refused while it waited.
                 asked.start = None
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
@@ -221,11 +220,11 @@ class RequestLog:
             if len(asked.costs) > 1:
                 self._log_parts(record)
             self._log(record, now, code, outcome, status)
-        # A log refers to the outcome for its window; these objects are needed no longer.
+        # A log refers to the outcome for its window; these objects are no longer needed.
         asked.usage = asked.start = None
 
     def _count_gaps(self, record: RequestRecord, now: float) -> None:
-        """Count the longest gap of each side, after moving our own lag out of the provider's."""
+        """Count the longest gap of each side, after subtracting our own lag from the provider's."""
         metrics, lag, end = self.metrics, self._lag, record.silence_end
         if record.silence > THRESHOLD:
             ours = lag.before(end, end - record.silence)
@@ -235,7 +234,7 @@ class RequestLog:
         provider.gap.observe(silence)
         provider.recent_silences.add(now, silence)
         if not record.first_event_at:
-            # There was no event that we or the client could hold up.
+            # There was no event that we or the client could delay.
             return
         delay, stall = max(record.delay, lag.longest(record.first_event_at)), record.client_stall
         record.delay = delay
@@ -249,7 +248,7 @@ class RequestLog:
         recent["client"].add(now, stall)
 
     def _count_start(self, start: GroupStart, outcome: Outcome, now: float) -> None:
-        """Count a request by *start*, and what was known and cached of its prompt."""
+        """Count a request by *start*, and the known and cached parts of its prompt."""
         meter = self.metrics.groups[start.group]
         meter.starts[start.provider, start.home].value += 1
         if start.size:
@@ -260,7 +259,7 @@ class RequestLog:
 
     @staticmethod
     def _log_parts(record: RequestRecord) -> None:
-        """Log what each attempt has cost: a request that had several has no bill in one line."""
+        """Log the cost of each attempt: one line cannot show those of a request with several."""
         for number, cost in enumerate(record.outcome.costs, 1):
             fields = {
                 "request_id": record.request_id[:MAX_NAME],
@@ -345,7 +344,7 @@ def _bridged(outcome: Outcome) -> dict[str, object]:
 
 
 def _bill(outcome: Outcome) -> dict[str, object]:
-    """Return what a log line says of the tokens of all attempts, as far as they are known."""
+    """Return the token fields of a log line for all attempts, as far as they are known."""
     asked = answered = reasoning = 0
     cached: int | None = None
     source = ""

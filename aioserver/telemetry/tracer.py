@@ -1,10 +1,10 @@
-"""The contract of a tracer: what is noted of a request, of which spans are made after its end.
+"""The contract of a tracer: the notes about a request, from which spans are made after its end.
 
     Tracer.begin ──▶ RequestTrace: waited, sending ──▶ watch ──▶ attempt_ended ──▶ ended
     Tracer.visit ──▶ Visit: a client that reads the answer of another request, until `end`
 
-Without a tracer no request has a trace. Nothing of the W3C Trace Context that a client sends is
-lost then: it goes on to the provider as it came.
+Without a tracer no request has a trace. The W3C Trace Context of a client is not lost then: it
+goes on to the provider as it came.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class WatchedSink(Protocol[Fast_co]):
 
     @property
     def progress(self) -> int:
-        """The events that it has filled its log with so far, or the bytes that it has kept."""
+        """The number of events in its log so far, or of bytes that it has kept."""
 
     def feed(self, data: bytes) -> bool:
         """Take *data* of the body; return whether more may come."""
@@ -33,18 +33,18 @@ class WatchedSink(Protocol[Fast_co]):
         """Note that the body is complete."""
 
     def broken(self, fault: Exception) -> bool:
-        """Return whether the answer is complete, though it breaks off now with *fault*."""
+        """Return whether the answer is complete although it breaks off now with *fault*."""
 
     def fast(self) -> Fast_co | None:
-        """Return the fast path for what comes next, if there is one."""
+        """Return the fast path for the next bytes, if there is one."""
 
 
 class AttemptEnd(NamedTuple):
     """How an attempt at *provider* has ended, well or with *error*.
 
-    *began* and *ended* are monotonic times. *began* is 0.0 if it got no place. *base_url* is where
-    it was sent, *first_chunk* the seconds from there to the first content of a stream. *body*: a
-    good answer that came as a whole.
+    *began* and *ended* are monotonic times; *began* is 0.0 if it got no place. *base_url* is the
+    address to which it was sent, *first_chunk* the seconds from the sending to the first content
+    of a stream. *body*: a good answer that came as a whole.
     """
 
     provider: str
@@ -60,7 +60,7 @@ class AttemptEnd(NamedTuple):
 
 
 class RequestEnd(NamedTuple):
-    """How a request has ended, as its log line says; its times are monotonic."""
+    """How a request has ended, as in its log line; its times are monotonic."""
 
     request_id: str
     face: str
@@ -79,9 +79,9 @@ class RequestEnd(NamedTuple):
 
 
 class RequestTrace(Protocol):
-    """The notes of one request.
+    """The notes about one request.
 
-    *followed*: a client reads its answer, or has read it; any other one comes back for it.
+    *followed*: a client reads its answer, or has read it; any other client comes back for it.
     """
 
     followed: bool
@@ -92,22 +92,24 @@ class RequestTrace(Protocol):
 
     @property
     def link(self) -> tuple[bytes, bytes]:
-        """The ids of the trace and of the request's span: those of later readers link to it."""
+        """The ids of the trace and of the request's span, for links from later readers."""
 
     def waited(self, provider: str, began: float, ended: float) -> None:
-        """Note a wait for a place at *provider* that is over."""
+        """Note that a wait for a place at *provider* is over."""
 
     def sending(self, client_headers: ClientHeaders, body: bytes = b"") -> ClientHeaders:
-        """Note that *body* is about to be sent; return its headers, below the attempt."""
+        """Note that *body* is about to be sent; return its headers, with the attempt as their
+        parent.
+        """
 
     def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
-        """Return a sink that notes the beginning and the end of what *sink* is fed."""
+        """Return a sink that notes the beginning and the end of the bytes fed to *sink*."""
 
     def attempt_ended(self, end: AttemptEnd) -> None:
         """Note the end of an attempt."""
 
     def ended(self, end: RequestEnd) -> None:
-        """Have the spans made: the request has ended."""
+        """Make the spans: the request has ended."""
 
 
 class Visit(Protocol):
@@ -116,8 +118,8 @@ class Visit(Protocol):
     def end(self, status: bytes, code: str = "") -> None:
         """Note that the client has left, or has read all of it.
 
-        *status* is that with which the answer has ended, empty if it goes on; *code*: that of its
-        error.
+        *status* is that with which the answer has ended, empty if it goes on; *code* is that of
+        its error.
         """
 
 
@@ -129,7 +131,7 @@ class Tracer(Protocol):
     ) -> RequestTrace | None:
         """Begin the trace of a request that goes to *path* at its provider.
 
-        None if its client samples no trace. The request was admitted at the monotonic time
+        None if its client does not sample. The request was admitted at the monotonic time
         *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
         """
 
@@ -143,5 +145,5 @@ class Tracer(Protocol):
         """Note that a client reads the answer of *request_id*, with *trace*, after event *after*.
 
         Return the visit, which the caller ends; None for the client whose request began the
-        answer, and for one that samples no trace.
+        answer, and for a client that does not sample.
         """

@@ -1,9 +1,9 @@
-"""Usage: what attempts at providers have cost, by caller.
+"""Usage: the costs of attempts at providers, by caller.
 
 An attempt that was sent costs tokens: those that its provider reports, or an *estimate* of them.
-Its *part* of the request's outcome says so, once it has ended. The *accounting* knows what was
-sent and has not ended; it counts each part in the *sums* of its caller, and hands it to the
-ledger.
+Once it has ended, its *cost* is part of the request's outcome. The *accounting* knows the attempts
+that were sent and have not ended; it adds each cost to the *sums* of its caller, and passes it to
+the ledger.
 
 The *sums* are in memory: a *row* for each caller, provider and model, today and yesterday. `GET
 /usage` and the metrics of tokens show them, with *columns* that have the same names everywhere.

@@ -1,13 +1,13 @@
-"""Usage: what each attempt at a provider costs, from its sending to its end.
+"""Accounting: the cost of each attempt at a provider, from its sending to its end.
 
-The parts of an `Outcome` are the only source. Each is counted in the sums of its caller at once,
-and becomes a line of the ledger, if there is one:
+The costs in an `Outcome` are the only source. Each is added to the sums of its caller at once, and
+becomes a line of the ledger, if there is one:
 
     sent ──▶ (running, once a second at first, then each 30) ──▶ ended: one line
       └──────────────────────────────────────────────────────▶ refused: no line
 
-An attempt that is refused by a status has cost nothing. If a line said that it runs, another one
-takes that back.
+An attempt that is refused by a status has cost nothing. Another line then withdraws its `running`
+line, if there was one.
 """
 
 from __future__ import annotations
@@ -41,18 +41,19 @@ if TYPE_CHECKING:
 # How an attempt has ended: well; it broke off; its client has left, or cancelled it; no answer
 # began.
 OK, CUT, CANCELLED, FAILED = "ok", "cut", "cancelled", "failed"
-# Lines at most that one sweep writes, and the seconds until it goes on: the loop is not held.
+# The most lines that one sweep writes, and the seconds until it goes on: a sweep must not block
+# the loop.
 MAX_SWEPT, SWEEP_ON = 200, 0.02
-# Seconds from one sweep to the next, from the sending of an attempt to the first line that it
-# runs, and from each of these to the next.
+# Seconds from one sweep to the next, from the sending of an attempt to its first `running` line,
+# and from each of these to the next.
 SWEEP, FIRST_LINE, NEXT_LINE = 1.0, 1.0, 30.0
-# Hex digits that the ids of a process begin with.
+# Bytes of the random part with which the ids of a process begin.
 PROCESS_BYTES = 4
 
 
 class _Sent:
-    """An attempt that was sent; *so_far* returns what it has cost until now, *due* is when the
-    next line says that it runs.
+    """An attempt that was sent; *so_far* returns its present cost, *due* is the time of its next
+    `running` line.
     """
 
     __slots__ = ("attempt", "due", "number", "record", "so_far", "told")
@@ -69,14 +70,14 @@ class _Sent:
 
 
 class Usage:
-    """Counts what attempts cost, and hands their lines to the ledger.
+    """Counts the costs of attempts, and passes their lines to the ledger.
 
     Always: an attempt that was `sent` is known until it has `ended` or was `refused`; it has one
-    last line, and a pair of a request's number and an attempt's is used once. Without a ledger
-    nothing is known of what runs.
+    last line, and each pair of a request's number and an attempt's is used once. Without a ledger,
+    running attempts are not recorded.
 
-    *worker*: the number of this process among those that share the directory. *bugs* counts those
-    that are met here.
+    *worker*: the number of this process among those that share the directory. *bugs* counts bugs
+    in this code.
     """
 
     def __init__(self, *, worker: int | None = None, bugs: Bugs | None = None) -> None:
@@ -89,7 +90,7 @@ class Usage:
         self._process = secrets.token_hex(PROCESS_BYTES)
         self._worker = worker
         self._numbers = 0
-        # What was sent, in two lines in the order of their next sweep.
+        # The attempts that were sent, in two lists by the time of their next sweep.
         self._new: dict[RequestRecord, _Sent] = {}
         self._running: dict[RequestRecord, _Sent] = {}
         # The ledger that was opened last and is not used yet, and those of former directories.
@@ -99,14 +100,14 @@ class Usage:
         self._timer: asyncio.TimerHandle | None = None
 
     def prepare(self, settings: settings.Usage) -> Callable[[], None]:
-        """Return the function that puts *settings* in effect. It may block for a moment.
+        """Return the function that puts *settings* into effect. It may block for a moment.
 
         Raises:
-            ConfigurationError: the ledger cannot be written there; nothing has changed then.
+            ConfigurationError: the ledger cannot be written there; nothing has changed.
         """
         path = settings.path
         if self._spare is not None:
-            # It was opened for settings that were not put in effect.
+            # It was opened for settings that were not put into effect.
             self._spare.end()
             self._spare = None
         if path == self.path:
@@ -132,12 +133,12 @@ class Usage:
             self._running.clear()
 
     def sweep_in(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Look once a second at what runs, until `close`."""
+        """Sweep the running attempts once a second, until `close`."""
         self._loop = loop
         self._timer = loop.call_later(SWEEP, self._sweep)
 
     def close(self) -> None:
-        """Write what waits, within a second, and sweep no more. It blocks."""
+        """Write the waiting lines, within a second, and stop the sweeps. It blocks."""
         if self._timer is not None:
             self._timer.cancel()
         for ledger in (self._spare, self.ledger, *self._former):
@@ -146,7 +147,7 @@ class Usage:
 
     @property
     def lines(self) -> tuple[int, int, int]:
-        """How many lines were written, were lost, and wait."""
+        """The numbers of lines that were written, were lost, and wait."""
         ledgers = [*self._former, *(() if self.ledger is None else (self.ledger,))]
         return (
             sum(ledger.written for ledger in ledgers),
@@ -155,12 +156,12 @@ class Usage:
         )
 
     def families(self) -> Iterator[Family]:
-        """Yield every metric of what callers have spent, as it is now."""
+        """Yield every metric of the callers' spending, with its present value."""
         yield from (family_of(row, {"": self}) for row in FAMILIES)
 
     @property
     def running(self) -> int:
-        """How many attempts were sent and have not ended; 0 without a ledger."""
+        """The number of attempts that were sent and have not ended; 0 without a ledger."""
         return len(self._new) + len(self._running)
 
     @bookkeeping(nothing)
@@ -176,7 +177,8 @@ class Usage:
     def ended(self, record: RequestRecord, cost: AttemptCost) -> None:
         """Count *cost*, the last of the request of *record*."""
         caller, costs = record.caller, record.outcome.costs
-        # Whatever fails, it runs no longer. Without a ledger nothing does.
+        # Even if a later step fails, the attempt runs no longer. Without a ledger there are no
+        # running ones.
         sent = None if self.ledger is None else self._taken(record)
         self.sums.add(caller.name, cost, caller.label, anew=len(costs) < 2 or _is_anew(costs))
         if self.ledger is not None:
@@ -218,14 +220,14 @@ class Usage:
 
     def _sweep(self) -> None:
         assert self._loop is not None
-        # A bug does not end the sweeps.
+        # A bug must not end the sweeps.
         self._timer = self._loop.call_later(SWEEP, self._sweep)
         if not self._swept():
             self._timer.cancel()
             self._timer = self._loop.call_later(SWEEP_ON, self._sweep)
 
     def _swept(self) -> bool:
-        """Write a line for each attempt for which one is due; return whether that were all."""
+        """Write a line for each attempt for which one is due; return whether those were all."""
         written, lost, _waiting = self.lines
         for outcome, count in (("written", written), ("lost", lost)):
             self.counts[outcome].value = count
@@ -233,7 +235,7 @@ class Usage:
         now = time.monotonic()
         for line in (self._new, self._running):
             due: list[_Sent] = []
-            # Those behind the first that is not due are not, either.
+            # The attempts behind the first that is not due are not due either.
             for sent in line.values():
                 if sent.due > now or len(due) >= left:
                     break
@@ -263,8 +265,8 @@ def _nobody_knows() -> AttemptCost:
     return AttemptCost("", "", "", 0, 0, NOBODY)
 
 
-# Of these, other than of all metrics, not every set of labels exists from the start: those of
-# callers would be many.
+# Unlike other metrics, these do not have every set of labels from the start: those of callers
+# would be many.
 FAMILIES: tuple[Row[Usage], ...] = (
     Row(
         "tokens",
@@ -282,7 +284,7 @@ FAMILIES: tuple[Row[Usage], ...] = (
     Row(
         "usage_estimated_tokens",
         lambda usage: usage.sums.estimated,
-        "Those of these tokens that no provider has confirmed",
+        "The part of these tokens that is estimated",
         ("caller",),
         grows=True,
     ),

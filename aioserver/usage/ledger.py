@@ -1,17 +1,17 @@
 """The ledger: one line of JSON for each attempt that may have cost something, in files by day.
 
     usage-2026-11-28.jsonl         lines whose `ts` is of that day (UTC)
-    usage-2026-11-28.w1.jsonl      the same of worker 1, where several share the directory
+    usage-2026-11-28.w1.jsonl      the same of worker 1, if several share the directory
 
-Lines are written by a thread, from a bounded queue, so that no answer waits for a disk. The thread
-gathers for a moment, makes the JSON, and appends what there is by one `write`; it calls `fsync`
-once a second at most. So kill -9 costs what has ended in the last moment, and a loss of power what
-has ended in the last second or so.
+A thread writes the lines, from a bounded queue, so that no answer waits for a disk. The thread
+gathers lines for a moment, makes the JSON, and appends all of it by one `write`; it calls `fsync`
+once a second at most. So kill -9 loses the attempts that have ended in the last moment, and a loss
+of power those of the last second or so.
 
-A write that fails is tried again while there is room for the lines that come meanwhile. Beyond,
-lines are lost and counted, and the file says so itself, once it can be written again:
-`{"ts":…,"lost":17}`. A file that does not end with a line end, since a process was killed, gets
-one before the first new line. Nothing here deletes a file, or reads one.
+A write that fails is tried again while there is room for new lines. Beyond, lines are lost and
+counted, and the file records that once it can be written again: `{"ts":…,"lost":17}`. A file
+without a line end at its end, since a process was killed, gets one before the first new line.
+Nothing here deletes a file, or reads one.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ if TYPE_CHECKING:
 MAX_LINES = 20_000
 # Characters of a name, which may come from a client.
 MAX_NAME = 200
-# Texts of names that are kept; they follow from the settings, as a rule.
+# Encoded names that are cached; usually they come from the settings.
 MAX_NAMES = 1000
 # Seconds in which lines are gathered for one write, between two calls of `fsync`, and between two
-# tries after a write has failed.
+# tries after a failed write.
 GATHER, SYNC, RETRY = 0.1, 1.0, 0.5
-# Lines whose JSON is made in one piece: the interpreter is not held for long.
+# Lines whose JSON is made in one piece: the thread must not hold the interpreter for long.
 CHUNK = 500
-# Seconds for the lines that wait when the server ends, and when a reload has named another
+# Seconds for the waiting lines when the server ends, and when a reload has named another
 # directory.
 CLOSE_TIMEOUT, LEAVE_TIMEOUT = 1.0, 30.0
-# Nobody else may read who has asked what.
+# The lines show who has asked for what: no other user may read them.
 FILE_MODE, DIRECTORY_MODE = 0o600, 0o700
 SECONDS_OF_A_DAY = 86_400
 
 
 class Line(NamedTuple):
-    """One line: what the attempt *attempt* of the request *number* has cost, at *time* (Unix)."""
+    """One line: the cost of the attempt *attempt* of the request *number*, at *time* (Unix)."""
 
     time: float
     number: int
@@ -68,7 +68,7 @@ class Line(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """The bytes of a line of *day*; *lost*: it says that so many were lost."""
+    """The bytes of a line of *day*; *lost*: the number of lost lines that it reports."""
 
     day: int
     data: bytes
@@ -81,8 +81,8 @@ class Ledger:
     Always: at most MAX_LINES lines wait, and CHUNK more are being written; each line that was put
     is written, waits, or is lost. `put` never waits.
 
-    *process* is what ids begin with; it is no other process's. *worker* is the number of this one
-    among those that share the directory; None if it has the directory alone. *wall* returns the
+    *process* is the prefix of ids, which no other process has. *worker* is the number of this
+    process among those that share the directory; None if it is the only one. *wall* returns the
     Unix time.
 
     Raises:
@@ -100,12 +100,12 @@ class Ledger:
         self._process = process
         self._suffix = ".jsonl" if worker is None else f".w{worker}.jsonl"
         self._wall = wall
-        # Written by the thread alone.
+        # Only the thread writes it.
         self.written = 0
         self._unwritten = self._told = 0
-        # Why the last write has failed; None if it has not.
+        # The error of the last write; None if it has succeeded.
         self.trouble: OSError | None = None
-        # Lines that had no room: counted by `put` alone.
+        # Lines for which there was no room: only `put` counts them.
         self._refused = 0
         self._lines: deque[Line] = deque()
         self._pieces: deque[_Piece] = deque()
@@ -114,7 +114,7 @@ class Ledger:
         self._day = self._file = -1
         self._synced_at = 0.0
         self._unsynced = False
-        # What lines have in common, as JSON; and the newest second, as a text.
+        # The common parts of lines, as JSON; and the newest second, as a text.
         self._names: dict[tuple[str | bool, ...], str] = {}
         self._second, self._second_text = -1, ""
         self._open(_day_of(wall()))
@@ -123,12 +123,12 @@ class Ledger:
 
     @property
     def lost(self) -> int:
-        """How many lines were lost."""
+        """The number of lost lines."""
         return self._refused + self._unwritten
 
     @property
     def waiting(self) -> int:
-        """How many lines wait to be written."""
+        """The number of lines that wait to be written."""
         return len(self._lines) + len(self._pieces)
 
     def put(self, line: Line) -> None:
@@ -141,13 +141,13 @@ class Ledger:
             self._wake.set()
 
     def end(self, timeout: float = LEAVE_TIMEOUT) -> None:
-        """Write what waits, and close the file, within *timeout* seconds; do not wait for it."""
+        """Write the waiting lines, and close the file, within *timeout* seconds; return at once."""
         self._give_up_at = time.monotonic() + timeout
         self._ending.set()
         self._wake.set()
 
     def close(self) -> None:
-        """Write what waits, and close the file, within CLOSE_TIMEOUT seconds. It blocks."""
+        """Write the waiting lines, and close the file, within CLOSE_TIMEOUT seconds. It blocks."""
         self.end(CLOSE_TIMEOUT)
         self._thread.join(CLOSE_TIMEOUT)
 
@@ -180,7 +180,7 @@ class Ledger:
                 self._ending.wait(GATHER)
 
     def _write_all(self) -> None:
-        """Write all lines that wait, or as many as can be written."""
+        """Write all waiting lines, or as many as can be written."""
         while True:
             if not self._pieces:
                 self._prepare()
@@ -195,7 +195,7 @@ class Ledger:
             self.trouble = None
 
     def _prepare(self) -> None:
-        """Make the bytes of the next lines, and of a line that says how many are lost."""
+        """Make the bytes of the next lines, and of a line that reports how many are lost."""
         if lost := self.lost - self._told:
             now = self._wall()
             data = b'{"ts":"%b","lost":%d}\n' % (self._moment(now).encode(), lost)
@@ -208,7 +208,7 @@ class Ledger:
         """Append the next lines, those of one day, by one `write`.
 
         Raises:
-            OSError: not all of it could be written. The lines that were are not written again.
+            OSError: not all of it could be written. Written lines are not written again.
         """
         pieces = self._pieces
         day = pieces[0].day
@@ -216,7 +216,7 @@ class Ledger:
             self._open(day)
         data = [piece.data for piece in pieces if piece.day == day]
         if len(data) < len(pieces):
-            # Up to the first of another day.
+            # The lines up to the first of another day.
             data = []
             for piece in pieces:
                 if piece.day != day:
@@ -235,11 +235,11 @@ class Ledger:
             self.written += not piece.lost
         else:
             return
-        # The rest of a line that was cut is no line.
+        # The rest of a line that was cut is not a line.
         raise OSError("only a part could be written")
 
     def _in_place(self) -> bool:
-        """Return whether the open file is the one of that name: it may have been moved away."""
+        """Return whether the open file still has its name: it may have been moved away."""
         try:
             there = os.stat(self._path(self._day))  # noqa: PTH116
         except OSError:
@@ -280,7 +280,7 @@ class Ledger:
         self._file = self._day = -1
 
     def _bytes(self, line: Line) -> bytes:
-        """Return *line* as JSON: by hand, since one is made for each attempt."""
+        """Return *line* as JSON, written by hand, since each attempt makes one."""
         cost, tokens = line.cost, line.cost.tokens
         path, model = line.path[:MAX_NAME], cost.model[:MAX_NAME]
         names = line.caller, line.face, path, cost.provider, model
@@ -312,7 +312,7 @@ class Ledger:
         return text.encode()
 
     def _moment(self, seconds: float) -> str:
-        """Return a Unix time as RFC 3339 has it, in UTC; the second of the last one is known."""
+        """Return a Unix time in the form of RFC 3339, in UTC; the last second is cached."""
         second = int(seconds)
         if second != self._second:
             self._second = second
@@ -327,7 +327,7 @@ def _text(name: str) -> str:
         return f'"{name}"'
     try:
         return orjson.dumps(name).decode()
-    # A lone surrogate is no UTF-8.
+    # A lone surrogate cannot be encoded as UTF-8.
     except TypeError:
         return json.dumps(name)
 

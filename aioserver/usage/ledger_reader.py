@@ -1,11 +1,11 @@
-"""The ledger, as it is read: what each attempt has cost, counted once.
+"""Reading the ledger: the cost of each attempt, counted once.
 
-`(id, attempt)` is unique. A line `running` says what an attempt had cost when it ran still, and
-any other line of the same attempt replaces it, wherever that stands. What has no other line is
-`lost`: its process was killed. A line `refused` takes the line `running` of an attempt back, which
-has cost nothing in the end. Lines that are torn, or are no JSON, are skipped and counted.
+`(id, attempt)` is unique. A `running` line has the cost of an attempt so far, and any other line
+of the same attempt replaces it, wherever that stands. An attempt without another line is `lost`:
+its process was killed. A `refused` line withdraws the `running` line of an attempt, which has cost
+nothing in the end. Lines that are torn, or not JSON, are skipped and counted.
 
-Read as a stream: what stays of a line that was counted is its number.
+Files are read as a stream: of a line that was counted, only its number stays in memory.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-# What becomes of an attempt, beside "ok", "cut", "cancelled" and "failed".
+# The fates of an attempt, beside "ok", "cut", "cancelled" and "failed".
 RUNNING, REFUSED, LOST = "running", "refused", "lost"
-# Seconds after its newest line within which an attempt may run still: it writes one each 30.
+# Seconds after its newest line within which an attempt may still run: it writes one each 30.
 STILL_RUNNING = 60.0
-# Bytes of a line at most; a longer one is none of ours.
+# The most bytes of a line; a longer one is not ours.
 MAX_LINE = 1 << 16
-# What an attempt's number is shifted by in a key, and the attempts that fit below.
+# The bits by which an attempt's number is shifted in a key, and the attempts that fit below.
 ATTEMPT_BITS = 8
 
 
 class Entry(msgspec.Struct, gc=False):
-    """A line, as far as it is added up; names and counts that it lacks are empty."""
+    """A line, as far as it is added up; missing names and counts are empty."""
 
     ts: str
     id: str = ""
@@ -61,7 +61,7 @@ class Entry(msgspec.Struct, gc=False):
 
 
 class Sums:
-    """What the attempts of one row have cost."""
+    """The costs of the attempts of one row."""
 
     __slots__ = (
         *("requests", "attempts", "input_tokens", "cached_tokens", "cache_write_tokens"),
@@ -92,8 +92,8 @@ COLUMNS = Sums.__slots__
 
 
 class Reading:
-    """Adds up the lines of files by the fields *by* (attributes of `Entry`), from the moment
-    *since* to before the moment *until*, texts as in `ts`.
+    """Adds up the lines of files by the fields *by* (attributes of `Entry`), from the time *since*
+    to before the time *until*, both in the form of `ts`.
 
     Always: each attempt is counted once, in one row.
     """
@@ -101,17 +101,17 @@ class Reading:
     def __init__(self, by: Sequence[str], since: str = "", until: str = "") -> None:
         self.rows: dict[tuple[str, ...], Sums] = {}
         self.total = Sums()
-        # Lines that were no entries; and entries that the server could not write.
+        # Lines that were not entries; and entries that the server could not write.
         self.skipped = self.lost = 0
         self._since, self._until = since, until or "~"
         self._key = attrgetter(*by)
         self._one = len(by) == 1
         self._decoder = msgspec.json.Decoder(Entry)
-        # By process: each attempt that was counted, and where; None: it is not to be counted.
+        # By process: each attempt that was counted, and its row; None: it is not to be counted.
         self._known: dict[str, dict[int, Sums | None]] = {}
-        # The rows of requests that have had several attempts.
+        # The rows of requests with several attempts.
         self._several: dict[tuple[str, int], list[Sums | None]] = {}
-        # The newest line of each attempt that has no other one than `running`.
+        # The newest line of each attempt that has only `running` lines.
         self._running: dict[tuple[str, int], Entry] = {}
 
     def read(self, file: BinaryIO) -> None:
@@ -131,7 +131,7 @@ class Reading:
                 self.skipped += bool(line.strip())
 
     def finish(self, now: float | None = None) -> None:
-        """Count the attempts that have not ended: they are lost, or run still at *now*."""
+        """Count the attempts that have not ended: they are lost, or still run at *now*."""
         newest = (time.time() if now is None else now) - STILL_RUNNING
         recent = datetime.fromtimestamp(newest, UTC).isoformat()[:19]
         for (process, key), entry in self._running.items():
@@ -206,15 +206,15 @@ def _request(key: int) -> int:
 
 
 def files_of(directory: Path, first: str = "", last: str = "~") -> list[Path]:
-    """Return the files of *directory*, of the days *first* to *last*, by their names."""
+    """Return the files of *directory* for the days *first* to *last*, by their names."""
     found = directory.glob("usage-????-??-??*.jsonl")
     return sorted(path for path in found if first <= path.name[6:16] <= last)
 
 
 def spent(directory: Path, day: str) -> dict[str, int]:
-    """Return the tokens of each caller on *day*, as the ledger in *directory* has them.
+    """Return the tokens of each caller on *day*, from the ledger in *directory*.
 
-    What runs still counts with its estimate. A file that cannot be read counts nothing.
+    Running attempts count with their estimates. A file that cannot be read counts nothing.
     """
     reading = Reading(["caller"], since=day, until=f"{day}~")
     for path in files_of(directory, day, day):

@@ -1,7 +1,7 @@
-"""What callers have spent: tokens by caller, provider and model, today and yesterday, in memory.
+"""The callers' spending: tokens by caller, provider and model, today and yesterday, in memory.
 
-They are what `GET /usage` shows, and the metrics of tokens. They are counted whether there is a
-ledger or not, and begin at 0 with the process.
+`GET /usage` and the metrics of tokens show these sums. They are counted with or without a ledger,
+and begin at 0 with the process.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.telemetry.outcome import AttemptCost
 
-# Rows of a day, and of these those of one caller with models that nobody has configured: their
-# names come from clients. Beyond, the model of a row is OTHER.
+# Rows of a day; and among them, rows of one caller with models that are not configured: such names
+# come from clients. Beyond these bounds, the model of a row is OTHER.
 MAX_ROWS, MAX_UNKNOWN = 10_000, 100
 # Children of the metric by caller; beyond, the caller of a child is OTHER.
 MAX_CHILDREN = 10_000
@@ -47,10 +47,10 @@ class Day(TypedDict):
 
 
 class _Row:
-    """What one caller has spent at one provider for one model on one day.
+    """The spending of one caller at one provider for one model on one day.
 
-    Of what was asked and answered, so much is estimated. *told* is how much of its `counts` the
-    children of the metrics have, whose caller is *label*.
+    The prompt and answer tokens that are estimated are counted as well. *told* is how much of its
+    `counts` the children of the metrics have, whose caller is *label*.
     """
 
     __slots__ = (
@@ -77,18 +77,18 @@ class _Row:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Its tokens by kind, and those that are estimated."""
+        """Its tokens by kind, and the estimated ones."""
         return *self.kinds, self.estimated_asked, self.estimated_answered
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """It in the order of COLUMNS."""
+        """Its values in the order of COLUMNS."""
         estimated = self.estimated_asked + self.estimated_answered
         return self.requests, self.requests + self.repeats, *self.kinds, estimated
 
 
 class _Total:
-    """All rows of one caller on the present day, and how many are of models that nobody has
+    """All rows of one caller on the present day, and the number of rows for models that are not
     configured.
     """
 
@@ -103,13 +103,14 @@ _NOTHING: tuple[dict[tuple[str, str, str], _Row], dict[str, object]] = {}, {}
 
 
 class CallerSums:
-    """Counts what attempts have cost.
+    """Counts the costs of attempts.
 
-    Always: each day has at most MAX_ROWS rows, and MAX_CHILDREN children of the metric by caller
-    are there, besides those of OTHER. If the clock goes to another day and comes back, each day
-    has what was counted on it.
+    Always: each day has at most MAX_ROWS rows, and the metric by caller has at most MAX_CHILDREN
+    children, besides those of OTHER. If the clock goes to another day and comes back, each day
+    keeps its counts.
 
-    An attempt changes its row alone: the children of the metrics are told when somebody looks.
+    An attempt changes only its row: the children of the metrics are updated when the metrics are
+    read.
 
     *configured* has the pairs of a provider and a model that the settings name. A provider that is
     no longer among them keeps its numbers.
@@ -117,7 +118,7 @@ class CallerSums:
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
-        # The day by its number, from when on the clock shows it, and until when.
+        # The day by its number, and the times at which the clock began and will cease to show it.
         self._day, self._began, self._midnight = 0, 0, 0
         self.configured: Container[tuple[str, str]] = frozenset()
         # The rows and the callers of today, and of the days that were shown last.
@@ -131,8 +132,8 @@ class CallerSums:
         self._of_providers: dict[tuple[str, ...], Counter] = {}
 
     def add(self, caller: str, cost: AttemptCost, label: str | None = None, *, anew: bool) -> None:
-        """Count *cost* of a request of *caller*; *anew*: the first that it has at this provider,
-        for this model. *label*: what metrics call the caller, if not by its name.
+        """Add *cost* of a request of *caller*; *anew*: its first at this provider, for this model.
+        *label*: the caller's name in metrics, if it differs.
         """
         if not self._began <= self._wall() < self._midnight:
             self._turn()
@@ -181,7 +182,7 @@ class CallerSums:
     def apply(
         self, providers: Mapping[str, settings.Provider], groups: Mapping[str, settings.Group]
     ) -> None:
-        """Count the models of *providers* and *groups* by their names from now on."""
+        """Apply the models of *providers* and *groups*, by their names."""
         self.configured = {
             (name, model)
             for name, provider in providers.items()
@@ -198,7 +199,7 @@ class CallerSums:
                     self._of_providers.setdefault((name, model, kind, source), Counter())
 
     def today(self, caller: str) -> int:
-        """Return all tokens of *caller* on this day."""
+        """Return all tokens of *caller* today."""
         self._turn()
         total = self._totals.get(caller)
         return 0 if total is None else sum(row.asked + row.answered for row in total.rows)
@@ -225,7 +226,7 @@ class CallerSums:
         ]
 
     def _turn(self) -> None:
-        """Go to the day that it is, if it is another."""
+        """Turn to the current day, if it has changed."""
         now = self._wall()
         if self._began <= now < self._midnight:
             return
@@ -240,7 +241,7 @@ class CallerSums:
     def _row(self, caller: str, label: str, provider: str, model: str) -> _Row:
         """Return the row of today for these names, or for the model OTHER.
 
-        Where there are too many rows, a new caller with a token has those of its role.
+        If there are too many rows, a new caller with a token shares those of its role.
         """
         if label != caller and caller not in self._totals and len(self._rows) >= MAX_ROWS:
             caller = label
@@ -261,7 +262,7 @@ class CallerSums:
         return row
 
     def _tell(self) -> None:
-        """Have the children of the metrics count all that the rows of today do."""
+        """Update the children of the metrics to the counts of today's rows."""
         for (_, provider, model), row in self._rows.items():
             counts = row.counts
             if counts == row.told:
@@ -287,7 +288,7 @@ class CallerSums:
                     self._of_providers.setdefault(labels, Counter()).value += count
 
     def _child(self, caller: str, provider: str, model: str, kind: str) -> Counter:
-        """Return the child of the metric, which is made now, unless there are too many."""
+        """Return the child of the metric, made now if needed, unless there are too many."""
         if (provider, model) not in self.configured:
             model = OTHER
         labels = caller, provider, model, kind
@@ -297,9 +298,7 @@ class CallerSums:
 
 
 def together(several: Iterable[Sequence[Day]]) -> list[Day]:
-    """Return the two newest days of those that several instances show, with their rows added
-    up.
-    """
+    """Return the two newest days of several instances, with their rows added up."""
     days: dict[str, dict[tuple[str, str, str], dict[str, str | int]]] = {}
     for each in several:
         for day in each:

@@ -284,7 +284,7 @@ async def test_what_is_passed_on_goes_where_its_model_is_known_to_be_allowed(
             f"{server.v1}/audio/transcriptions", headers=bearer("web") | named, **body
         ) as response:
             text = await response.text()
-        refused = "this key may not ask for" in text
+        refused = "this key may not use" in text
         assert refused == (status == 404), text
         assert bool(account.passed) == (status == 200)
         assert not other.passed
@@ -337,7 +337,7 @@ async def test_a_reload_changes_what_an_open_socket_may_ask_for(make_server: Mak
         await ws.send_json(chat("r1", model="sim"))
         frame = (await to_end(ws))[-1]
         assert frame["chunk"]["code"] == REFUSED
-        assert frame["chunk"]["error"] == 'this key may not ask for "sim": it may ask for fast'
+        assert frame["chunk"]["error"] == 'this key may not use "sim": it may use fast'
         await ws.send_json(chat("r2", model="fast"))
         await until_status(ws, "complete")
 

@@ -92,7 +92,7 @@ def test_a_byte_order_mark_is_no_fault(file: Path) -> None:
     [
         ("gone", "No such file or directory"),
         (".", "Is a directory"),
-        ("a\0b", "no such name is possible"),
+        ("a\0b", "this cannot be the name of a file"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(name: str, why: str, tmp_path: Path) -> None:

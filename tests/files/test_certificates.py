@@ -92,9 +92,7 @@ def test_faults_of_the_listener_say_which_file_is_meant(tmp_path: Path) -> None:
     mismatch = "chat.websocket.tls.key_file: the key does not belong to the certificate"
     assert said(cert_file=tmp_path / "no") == ["chat.websocket.tls.cert_file: no such file"]
     assert said(cert_file=key) == ["chat.websocket.tls.cert_file: holds no certificate"]
-    assert said(cert_file=tmp_path) == [
-        "chat.websocket.tls.cert_file: is no file that can be read again"
-    ]
+    assert said(cert_file=tmp_path) == ["chat.websocket.tls.cert_file: is not a regular file"]
     assert said(cert_file=cert) == [
         "chat.websocket.tls.cert_file: holds no key, and there is no key_file"
     ]
@@ -104,7 +102,7 @@ def test_faults_of_the_listener_say_which_file_is_meant(tmp_path: Path) -> None:
     assert said(cert_file=cert, key_file=other) == [mismatch]
     assert said(cert_file=cert, key_file=tmp_path / "rsa.key") == [mismatch]
     assert said(cert_file=cert, key_file=encrypted(key)) == [
-        f"{TLS}.key_file: the key is encrypted: nobody could type its password at each start"
+        f"{TLS}.key_file: the key is encrypted: its password cannot be entered at each start"
     ]
     (cut,) = said(cert_file=tmp_path / "cut", key_file=key)
     assert cut.startswith("chat.websocket.tls.cert_file: cannot be used")

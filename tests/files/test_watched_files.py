@@ -156,7 +156,7 @@ async def test_useless_files_are_reported_once_when_they_had_their_time(
     assert not reader.reports
     await asyncio.sleep(1.5 * PATIENCE)
     assert reader.reports == [
-        ("certificate", "what was read before stays in effect: they do not match")
+        ("certificate", "the former content stays in use: they do not match")
     ]
     assert len(caplog.messages) == 1
 

@@ -228,8 +228,8 @@ async def test_one_line_says_what_was_learned(
     for _ in range(3):
         await ask(server, {})
 
-    learned = [message for message in caplog.messages if "learned" in message]
-    assert learned == ["learned from a refusal of provider sim: stream_options is left out"]
+    learned = [message for message in caplog.messages if "rejected" in message]
+    assert learned == ["provider sim rejected stream_options; omitting it from now on"]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ async def test_provider_is_shown_our_certificate_and_the_renewed_one(
         await server.owners.watched.look()
         assert await ask(server) == 200
 
-        # A half of a pair: what was read before stays in effect.
+        # Half of a pair: the former content stays in use.
         put(file, file.read_bytes()[:-300])
         await server.owners.watched.look()
         assert await ask(server) == 200

@@ -143,7 +143,7 @@ async def test_what_cannot_be_used_changes_nothing_until_it_can(
     assert await status(server, "web") == 200
     assert await status(server, None) == 401
     (told,) = texts(server)
-    assert told.startswith(f"what was read before stays in effect: {file}:")
+    assert told.startswith(f"the former content stays in use: {file}:")
     warnings = [r.getMessage() for r in caplog.records if r.name == "aioserver.files"]
     assert warnings == [f"keys_file: {told}"]
 

@@ -82,7 +82,7 @@ async def test_top_wants_an_admins_key(make_server: MakeServer) -> None:
     for key, remark in (
         (None, "wants an API key"),
         ("aio-nobody", "this API key is not known"),
-        (key_of("web"), "it is no admin key"),
+        (key_of("web"), "it is not an admin key"),
     ):
         async with remote.session(key) as session:
             with pytest.raises(remote.Unreachable, match=remark):

@@ -1,11 +1,11 @@
-"""Contracts: what wings add to the gateway, as the gateway knows it.
+"""Contracts: what wings add to the gateway, as protocols that the gateway calls.
 
-The *histories* have the turns in front of a question, each with its *answer*, by conversation. A
-*keeper* is what one request continues, and what it keeps of its answer. *Hooks* are asked about
-requests, and are shown answers.
+The *histories* have, by conversation, the turns before a question, each with its *answer*. A
+*keeper* loads what one request continues, and stores its answer. *Hooks* may refuse or change
+requests, and see answers.
 
-Where several processes serve together, each is an *instance*. The *instances* know the streams of
-the others: a request *claims* its id, which belongs to one of them, and a *mirror* is another
-one's log as it is read here. *Sharing* makes the limits of providers and keys those of all
-instances. *Commands* reach the store that they share, and bound how long its answers are awaited.
+If several processes serve together, each is an *instance*. The *instances* know each other's
+streams: a request *claims* its id, which belongs to one of them, and a *mirror* is a local copy of
+another instance's log. *Sharing* lets all instances share the limits of providers and keys.
+*Commands* reach their common store, and bound how long its answers are awaited.
 """

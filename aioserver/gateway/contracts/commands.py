@@ -1,5 +1,5 @@
-"""Commands to the Redis or Valkey server that all instances share: what a wing keeps there for all
-of them.
+"""Commands to the Redis or Valkey server that all instances share, for the wings that store
+something there.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.cluster")
 
-# Seconds for which the server's answer is awaited where a request can do without it, and where no
-# answer would be taken for one.
+# Seconds for which the server's answer is awaited if a request can do without it, and if a missing
+# answer would be mistaken for one.
 TIMEOUT, KNOWN_TIMEOUT = 0.05, 1.0
-# Seconds for which the end of an answer waits for what is written of it: as long as a look-up waits
-# for it elsewhere; and while the server answers nobody. With a connection that is lost nothing is
-# waited for.
+# Seconds for which the end of an answer waits until it is stored: as long as a look-up at another
+# instance waits for it; and while the server answers nothing. Without a connection there is no
+# wait.
 WRITE_TIMEOUT, HURRIED = 0.5, 0.02
-# Seconds for which a look-up waits for what another instance is about to write, in growing pauses,
-# and for which a mark says so if its instance is killed.
+# The growing pauses, in seconds, of a look-up that waits for another instance's write; and the
+# seconds after which the mark of such a write expires if its instance is killed.
 BUSY_PAUSES, MARKED = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.185), 120.0
-# Seconds after which a client may ask again for what was not known.
+# Seconds after which a client may ask again if the answer is not known.
 RETRY_AFTER = 1.0
-# Seconds by which a timer is late where the event loop is, and for which an answer is awaited
-# longer then, at most.
+# The lateness of a timer, in seconds, above which the event loop counts as late, and the most
+# seconds by which an answer is then awaited longer.
 LATE, MAX_LONGER = 0.01, 1.0
-# Begins the scripts that write what clients let grow. Beyond its `maxmemory` a server refuses
-# whatever writes, the renewal of leases as well, so the last quarter is not for them.
+# The head of the scripts that store what clients let grow. Beyond its `maxmemory` a server refuses
+# every write, the renewal of leases as well, so these scripts leave the last quarter free.
 FULL = """
 local function full(more)
   local memory = redis.call('INFO', 'memory')
@@ -41,9 +41,9 @@ local function full(more)
   return most > 0 and tonumber(memory:match('used_memory:(%d+)')) + more > most * 0.75
 end
 """
-# Begins the scripts that keep what may also be forgotten: each item is a key, kept for its owner,
-# and all owners share the room. Where there is none, the owner that keeps most loses the items
-# that end first. ARGV[1] is how keys begin. Of all items there are:
+# The head of the scripts that store items which may also be evicted: each item is a key that
+# belongs to an owner, and all owners share the room. If there is none, the owner that keeps most
+# loses the items that expire first. ARGV[1] is the prefix of the keys, which are:
 #
 #   PREFIX items       hash: the owner and the bytes of each    PREFIX ends   when each ends
 #   PREFIX ends:OWNER  when each of an owner ends               PREFIX owners  how much each keeps
@@ -105,9 +105,9 @@ local function note(owner, key, size, seconds)
 end
 """
 )
-# Bytes that one item takes beside its own, about: its key, and what is said of it.
+# The approximate bytes of one item beside its own: its key, and its metadata.
 ITEM_OVERHEAD = 600
-# Bytes of all items at a server without a `maxmemory`.
+# The most bytes of all items, if the server has no `maxmemory`.
 MAX_KEPT = 1 << 30
 
 T = TypeVar("T")
@@ -118,11 +118,10 @@ class Connection(Protocol):
 
     @property
     def connected(self) -> bool:
-        """Whether commands are carried out."""
+        """Whether commands can be sent."""
 
     async def execute(self, *command: bytes | str | float) -> Any:
-        """Return the answer to one command; those of one connection are carried out in their
-        order.
+        """Return the answer to one command; the commands of one connection run in order.
 
         Raises:
             Exception: the server is away, or refuses the command.
@@ -130,7 +129,7 @@ class Connection(Protocol):
 
 
 class Commands:
-    """The shared store, as each wing uses it that keeps something there.
+    """The shared store, as the wings use it.
 
     Each key begins with *prefix*. *me* is a name that no other instance has.
 
@@ -140,26 +139,26 @@ class Commands:
     def __init__(self, connection: Connection, prefix: str) -> None:
         self.prefix = prefix
         self.me = secrets.token_hex(6)
-        # Whether the server did not answer the last `ask`.
+        # Whether the last `ask` had no answer.
         self.away = False
-        # Whether it has left one without an answer for longer than a write is waited for.
+        # Whether a command has had no answer for longer than a write is awaited.
         self._hangs = False
         self._connection = connection
 
     @property
     def patience(self) -> float:
-        """Seconds for which an answer is awaited that a request goes on without, but badly.
+        """Seconds for which an answer is awaited that a request can do without, at a cost.
 
-        None is waited for long while it is known that the server is away.
+        While the server is known to be away, the wait is short.
         """
         return KNOWN_TIMEOUT if self._connection.connected else TIMEOUT
 
     def written(self, writing: asyncio.Future[Any]) -> asyncio.Future[None]:
-        """Return a future that is done once *writing* is, or after WRITE_TIMEOUT: see
+        """Return a future that is done when *writing* is, or after WRITE_TIMEOUT: see
         `Keeper.keep`.
 
-        A server that hangs delays the ends of answers in its first second alone: from then on this
-        waits for HURRIED, until the server has answered something.
+        A server that hangs delays the ends of answers only in its first second; from then on the
+        wait is HURRIED, until the server has answered something.
         """
         return awaited(writing, HURRIED if self._hangs else WRITE_TIMEOUT)
 
@@ -170,8 +169,8 @@ class Commands:
     async def evaluate(
         self, script: str, keys: Sequence[str], *values: bytes | str | float
     ) -> Any:
-        """Return what *script* returns, which is short: see `Connection`."""
-        # Not EVALSHA: a server that comes back empty knows no script.
+        """Return the result of *script*, a short script: see `Connection`."""
+        # Not EVALSHA: a server that has restarted empty knows no script.
         return await self._connection.execute("EVAL", script, len(keys), *keys, *values)
 
     async def ask(self, call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T | None:
@@ -183,11 +182,11 @@ class Commands:
         return answered[0] if answered else None
 
     async def know(self, call: Coroutine[Any, Any, T], subject: str) -> T:
-        """Return the result of *call*, which looks a *subject* up that all instances share.
+        """Return the result of *call*, which looks up a *subject* that all instances share.
 
         Raises:
-            InstanceUnavailable: the server does not answer within KNOWN_TIMEOUT. What is not known
-                is not absent.
+            InstanceUnavailable: the server does not answer within KNOWN_TIMEOUT. A missing
+                answer does not mean that the subject is absent.
         """
         answered = await self._answered(call, KNOWN_TIMEOUT)
         if not answered:
@@ -204,14 +203,14 @@ class Commands:
                 self._hangs = True
             if not self.away:
                 self.away = True
-                logger.warning("claims of streams get no answer: %r", exc)
+                logger.warning("no answer to claims of request ids: %r", exc)
             return ()
         self.away = self._hangs = False
         return (result,)
 
 
 class Writes:
-    """Calls that write something soon; nobody need wait for them but `close()`."""
+    """Calls that write something soon; only `close()` waits for them."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -227,7 +226,7 @@ class Writes:
         return task
 
     async def close(self) -> None:
-        """Wait until all is written, for KNOWN_TIMEOUT at most."""
+        """Wait until all calls have ended, for KNOWN_TIMEOUT at most."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=KNOWN_TIMEOUT)
         for task in tuple(self._tasks):
@@ -235,7 +234,7 @@ class Writes:
 
 
 async def settled(look: Callable[[], Awaitable[T]], busy: Callable[[T], bool]) -> T:
-    """Return what *look* returns, once that is not *busy*, or after BUSY_PAUSES."""
+    """Return the first result of *look* that is not *busy*, or the last after BUSY_PAUSES."""
     for pause in BUSY_PAUSES:
         if not busy(found := await look()):
             return found
@@ -244,24 +243,24 @@ async def settled(look: Callable[[], Awaitable[T]], busy: Callable[[T], bool]) -
 
 
 def unknown(subject: str) -> InstanceUnavailable:
-    """Return the error of a request for *subject*, of which nobody says whether it is there."""
-    text = f"whether another process has this {subject} cannot be found out now"
+    """Return the error of a request for *subject*, whose presence is not known."""
+    text = f"it is not known at the moment whether another process has this {subject}"
     return InstanceUnavailable(text, retry_after=RETRY_AFTER)
 
 
 def awaited(writing: asyncio.Future[Any], seconds: float) -> asyncio.Future[None]:
-    """Return a future that is done once *writing* is, or after *seconds*: see `Keeper.keep`.
+    """Return a future that is done when *writing* is, or after *seconds*: see `Keeper.keep`.
 
-    Time for which our own event loop was late does not count, as in `answer_of`.
+    Time by which our own event loop was late does not count, as in `answer_of`.
     """
-    # Not *writing* itself: who awaits a future cancels it when it is cancelled.
+    # Not *writing* itself: a task that awaits a future cancels it when it is cancelled.
     deadline = _Deadline(seconds)
     writing.add_done_callback(deadline.tell)
     return deadline.done
 
 
 class _Deadline:
-    """Ends *done* after *seconds*. No functions within `awaited`: they would hold each other."""
+    """Ends *done* after *seconds*. Functions within `awaited` would be in a reference cycle."""
 
     def __init__(self, seconds: float) -> None:
         self._loop = loop = asyncio.get_running_loop()
@@ -287,10 +286,10 @@ class _Deadline:
 
 
 async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T:
-    """Return the result of *call*, a question to the server, which has *seconds* to answer.
+    """Return the result of *call*, a command to the server, which has *seconds* to answer.
 
-    Time for which our own event loop was late does not count: a busy instance would otherwise take
-    the server for away when its answer is there already. Cancelling is safe.
+    Time by which our own event loop was late does not count: a busy instance would otherwise take
+    the server for away though its answer has arrived. Cancelling is safe.
 
     Raises:
         TimeoutError: there is no answer in time.

@@ -1,6 +1,6 @@
-"""The contract of conversations: the turns in front of a question, and the one it becomes.
+"""The contract of conversations: the turns before a question, and the turn that it becomes.
 
-A core without the wing keeps no conversation: each question stands alone, under whatever id.
+A core without the wing stores no conversation: each question stands alone, whatever its id.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Asked:
-    """A question of *caller* that came *at* a time, in Unix time, and has no answer yet.
+    """A question of *caller*, asked *at* a Unix time, that has no answer yet.
 
-    *deleted*: its conversation was deleted since, so its turn is not kept.
+    *deleted*: its conversation was deleted since, so its turn is not stored.
     """
 
     __slots__ = ("at", "caller", "conversation_id", "deleted")
@@ -28,10 +28,10 @@ class Asked:
 
 
 class Answered(NamedTuple):
-    """A *question* that was *asked*, and its *answer*, as far as that came.
+    """A *question*, when it was *asked*, and its *answer* as far as it came.
 
-    *usage* is the provider's, None if it has none. *share* is the question's part of the bytes of
-    the prompt, which *usage* counts.
+    *usage* is the provider's, None if there is none. *share* is the question's part of the
+    prompt's bytes, which *usage* counts.
     """
 
     question: str
@@ -42,10 +42,10 @@ class Answered(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A question as a storage knows it that several processes share, until its turn is kept.
+    """A question as a storage shared by several processes knows it, until its turn is stored.
 
-    *mark* is its name there; *asked* is when it came, by the storage's own clock, None if the
-    storage did not answer.
+    *mark* is its name there; *asked* is its time by the storage's own clock, None if the storage
+    did not answer.
     """
 
     mark: str
@@ -57,41 +57,43 @@ class Histories(Protocol):
 
     @property
     def stored(self) -> bool:
-        """Whether a question begins with `begin`."""
+        """Whether questions begin with `begin`."""
 
     def ask(self, caller: Caller, conversation_id: str) -> Asked:
-        """Note that a question has come, until `done`: a deletion is remembered for it."""
+        """Note that a question has come; until `done`, a deletion of its conversation is
+        remembered.
+        """
 
     def done(self, asked: Asked) -> None:
-        """Note that no turn of a question will be kept any more; a second call does nothing."""
+        """Note that no turn will be stored for a question any more; a second call does nothing."""
 
     async def begin(self, asked: Asked, *, known: bool) -> Begun | None:
-        """Let the conversation be as its storage has it; without an answer it stays as it is.
+        """Load the conversation from its storage; if the storage does not answer, it stays as it
+        is.
 
-        *known*: it may be there already. What is returned is for `keep`, or `leave` instead.
+        *known*: the conversation may be loaded already. Pass the result to `keep`, or to `leave`.
         """
 
     def messages(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
         """Return the messages to send for the question *text*, which is the last of them."""
 
     def keep(self, answered: Answered, begun: Begun | None = None) -> Awaitable[None] | None:
-        """Append a turn; not if the conversation was deleted since the question came.
+        """Append a turn, unless the conversation was deleted since the question came.
 
-        Return what the end of the answer is to wait for, as `Keeper.keep`; None if it need not
-        wait.
+        Return an awaitable for the end of the answer, as `Keeper.keep`; None if it need not wait.
         """
 
     def leave(self, asked: Asked, begun: Begun) -> None:
-        """Note that no turn comes of a question that has begun."""
+        """Note that a question that has begun gets no turn."""
 
 
 class NoHistories:
-    """The place of conversations that nobody keeps."""
+    """The stand-in without stored conversations."""
 
     stored = False
 
     def ask(self, caller: Caller, conversation_id: str) -> Asked:
-        """Return the question, which nobody has to know of."""
+        """Return the question, which is not recorded."""
         return Asked(caller, conversation_id, time.time())
 
     def done(self, asked: Asked) -> None:

@@ -1,11 +1,11 @@
-"""The contract of hooks: programs of the operator's that are asked about each request, and shown
-each answer.
+"""The contract of hooks: the operator's programs that are asked about each request, and shown each
+answer.
 
-    ask       once what the request continues is known, and before a provider is asked
-    answered  once a whole answer is there, and before anything is sent of it
+    ask       once the request's conversation is known, and before a provider is asked
+    answered  once a whole answer is there, and before any of it is sent
 
-A request is shown once, whatever becomes of it: attempts, other providers and the rest of an
-answer come behind `ask`, and clients that come back for the answer ask nothing.
+Hooks see each request once, however it fares: retries, failovers and continuations come after
+`ask`, and clients that return for the answer cause no further call.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ if TYPE_CHECKING:
 
 
 class Hooks(Protocol):
-    """The hooks of the server, those of the settings that were applied last.
+    """The hooks in the settings that were applied last.
 
-    *present*: whether there are any. *log* is the class of a new log: where answers are shown, one
-    that shows its events.
+    *present*: whether there are any. *log* is the class of new logs: if hooks see answers, a log
+    that shows them its events.
     """
 
     present: bool
     log: type[Stream]
 
     async def ask(self, request: Request, stream: Stream | None = None) -> None:
-        """Show *request*, whose answer is about to fill *stream* if that is streamed; it may have
-        another body then. Cancelling is safe.
+        """Show *request* to the hooks, and wait for their decision; its body may be replaced. If
+        it is streamed, its answer will fill *stream*. Cancelling is safe.
 
         Raises:
-            RequestRefused: a hook has refused it, or refuses what it cannot see.
-            HookUnavailable: one that must decide has not.
+            RequestRefused: a hook has refused it, or refuses requests that it cannot see.
+            HookUnavailable: a hook whose decision is required has not answered.
             ServerAtCapacity: there is no room for its new body.
         """
 
     async def answered(self, request: Request, answer: Answer) -> None:
-        """Show a whole *answer* to *request*, of which nothing is sent yet. Cancelling is safe.
+        """Show *answer*, a whole answer to *request*, of which nothing was sent yet. Cancelling is
+        safe.
 
         Raises:
             AnswerRefused: a hook has refused it.
-            HookUnavailable: one that must decide has not.
+            HookUnavailable: a hook whose decision is required has not answered.
         """

@@ -1,10 +1,10 @@
-"""Streams of other instances: where several processes serve together, any of them leads to any
-stream.
+"""Streams of other instances: if several processes serve together, each of them gives access to
+every stream.
 
-A request id belongs to one instance, which *claims* it before it asks a provider: the owner of its
-stream. A request whose id is another instance's gets a mirror of the owner's log
-(streams/stream.py). So does a client that comes back for a stream which is not here. What the
-instances say to each other is behind `Instances`, which the wing `cluster` implements.
+A request id belongs to one instance, the owner of its stream, which *claims* it before it asks a
+provider. A request whose id another instance owns gets a mirror of the owner's log
+(streams/stream.py), and so does a client that returns for a stream which is not here. The wing
+`cluster` implements `Instances`, which hides how the instances communicate.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ NOT_FOUND = "no such stream: it never existed, or is no longer kept"
 
 
 class Start(NamedTuple):
-    """Where a mirror begins: after event *after*, or after that with the sequence number
+    """The start of a mirror: after event *after*, or after the event with the sequence number
     *sequence*.
 
-    Both None: after the newest event. *digest*: only if the log is that of the same request.
-    *cancel*: the answer is cancelled.
+    Both None: after the newest event. *digest*: only if the log belongs to the same request.
+    *cancel*: cancel the answer.
     """
 
     after: int | None = 0
@@ -35,7 +35,7 @@ class Start(NamedTuple):
     cancel: bool = False
 
 
-# Where a client begins that has seen nothing.
+# The start for a client that has seen nothing.
 FROM_START = Start()
 
 
@@ -63,20 +63,20 @@ class Instances(Protocol):
         """
 
     async def reach(self, caller: Caller, request_id: str, start: Start) -> Stream:
-        """Return a mirror, as `mirror`, once it is known that there is such a stream.
+        """Return a mirror, as `mirror`, once it is certain that there is such a stream.
 
         Raises:
             StreamNotFound: no instance has such a log.
             RequestConflict, ResumeGap: as `Gateway.find`, and `Stream.locate`.
             ServerShutdown: its owner is gone.
-            InstanceUnavailable: whether there is one is not known.
+            InstanceUnavailable: it is not known whether there is one.
         """
 
     async def claimed(self, stream: Stream) -> None:
-        """Wait until it is known that *stream* is answered, here or elsewhere.
+        """Wait until it is certain that *stream* is being answered, here or elsewhere.
 
         Raises:
-            AioserverError: it is not.
+            AioserverError: it is not being answered.
         """
 
     async def cancel(self, caller: Caller, request_id: str) -> None:
@@ -84,24 +84,24 @@ class Instances(Protocol):
 
         Raises:
             StreamNotFound: there is none.
-            InstanceUnavailable: whether there is one is not known.
+            InstanceUnavailable: it is not known whether there is one.
         """
 
     async def listing(self, caller: Caller) -> tuple[list[dict[str, Any]], bool]:
-        """Return what `Stream.describe` says of the caller's streams at all other instances, and
-        whether it may be only a part of that.
+        """Return the `Stream.describe` of each of the caller's streams at all other instances, and
+        whether some may be missing.
         """
 
     async def forget(self, caller: Caller, name: str) -> bool:
-        """Let no other instance know an answer any more that is kept beside its log; return
-        whether one did.
+        """Remove an answer that is stored beside its log from all other instances; return whether
+        there was one.
 
         Raises:
-            InstanceUnavailable: that is not known of all.
+            InstanceUnavailable: not all of them have confirmed it.
         """
 
     def aliased(self, stream: Stream, alias: str) -> None:
-        """Note that *stream* is found by *alias*, too."""
+        """Note that *alias* is another id of *stream*."""
 
     def ended(self, stream: Stream) -> None:
         """Note that the producer of *stream* has ended."""

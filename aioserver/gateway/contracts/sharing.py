@@ -1,5 +1,5 @@
-"""What several instances share of their limits: the places of providers, the quotas of keys, and
-the secret of sessions.
+"""What several instances share: the places of providers, the quotas of keys, and the secret of
+sessions.
 """
 
 from __future__ import annotations
@@ -29,38 +29,36 @@ class Sharing(Protocol):
         clock: Callable[[], float],
         on_starving: Callable[[], None],
     ) -> SharedCapacity:
-        """Return what shares the capacity of the provider *name*; *on_starving* is called while
-        requests wait in other instances for places that are taken here.
+        """Return the shared capacity of the provider *name*; *on_starving* is called while
+        requests in other instances wait for places that are taken here.
         """
 
     def observe(self, name: str) -> ProviderObserver:
-        """Return who tells the other instances what this one finds out about the provider
-        *name*.
+        """Return an observer that tells the other instances what this one learns about the
+        provider *name*.
         """
 
     def make_quota(self, key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
-        """Return the quota of *key*, which all instances share; what waits there is started by
-        *scheduler*.
+        """Return the quota of *key*, which all instances share; *scheduler* starts the requests
+        that wait there.
         """
 
     def share_door(self, scheduler: Scheduler, door: Resource, limit: int) -> None:
-        """Share the *limit* places in front of the handlers, if other processes have a part in
-        them.
-        """
+        """Share the *limit* places in front of the handlers, if other processes use some of them."""
 
     @property
     def token(self) -> int:
-        """The number of this instance, which no other one ever has."""
+        """A number that no other instance ever has."""
 
     def ended(self, token: int) -> None:
-        """Note that the process of another instance has ended for certain."""
+        """Note that the process of another instance has certainly ended."""
 
     async def settled(self) -> None:
-        """Wait until what such instances had is free, for a second at most."""
+        """Wait, for a second at most, until the limits held by such instances are free."""
 
     async def agree_on_sessions(self, sessions: Sessions) -> None:
         """Let *sessions* use the secret on which the instances agree, its own if there was none.
 
-        Without an answer it keeps its own until there is one: a session holds only where it was
-        made.
+        Without an answer it keeps its own secret until there is one: a session is then valid only
+        at the instance that made it.
         """

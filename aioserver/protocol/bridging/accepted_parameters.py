@@ -1,5 +1,5 @@
-"""The words of a chat completion that a bridge uses, though an engine may not know them, and the
-bound of an answer, which must fit into the engine's context.
+"""The parameters of a chat completion that a bridge uses, though an engine may not know them, and
+the bound of an answer, which must fit into the engine's context.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
 # Members that an engine may not know.
 OPTIONAL = ("reasoning_effort", "parallel_tool_calls", "stream_options", "top_k")
 MAX_TOKENS, MAX_COMPLETION_TOKENS = "max_tokens", "max_completion_tokens"
-# The name of the tokens that a model has room for, as it is learned.
+# The name under which a model's context length is learned.
 LIMIT = "limit"
-# Tokens that stand for a picture or a document.
+# The tokens counted for a picture or a document.
 PICTURE_TOKENS = 1600
-# An estimate is exceeded by so much at most, as a rule; and an answer may have so many tokens,
-# whatever the estimate says.
+# The factor by which an estimate is usually exceeded at most; and the tokens that an answer may
+# always have, whatever the estimate says.
 MARGIN, MIN_ANSWER = 1.1, 1024
 
 
 class Size(NamedTuple):
-    """The size of a request: its bytes without its *pictures*, and how many of these it has."""
+    """The size of a request: its bytes without its *pictures*, and the number of these."""
 
     text_bytes: int
     pictures: int = 0
 
 
 class AcceptedParameters(NamedTuple):
-    """The words that a provider takes: it *refused* some, and has a *bound* by one name or
-    another.
+    """The parameters that a provider accepts: it has *refused* some, and wants its *bound* by one
+    name or another.
 
-    *limit*: the tokens that its model has for a prompt and its answer together, and *most* those
-    of an answer alone, as far as it has said so; *left*: what it has left for the answer of this
-    very request. A byte of a request stands for *tokens_per_byte*.
+    *limit*: the tokens of its model's context, and *most* those of an answer, as far as it has
+    named them; *left*: the tokens left for the answer of this very request. A byte of a request
+    counts for *tokens_per_byte*.
     """
 
     refused: frozenset[str] = frozenset()
@@ -49,14 +49,14 @@ class AcceptedParameters(NamedTuple):
         return word not in self.refused
 
     def tokens(self, size: Size) -> int:
-        """Return the tokens of a request of this *size*, as an estimate."""
+        """Return the estimated tokens of a request of this *size*."""
         return max(1, round(size.text_bytes * self.tokens_per_byte)) + (
             size.pictures * PICTURE_TOKENS
         )
 
     def bounded(self, raw: Raw, size: Size) -> Raw | bytes:
-        """Return *raw*, the tokens that the answer to a request of this *size* may have, or fewer
-        if the provider has said that it has no more.
+        """Return *raw*, the bound in tokens of the answer to a request of this *size*, lowered to
+        the provider's own bound.
         """
         written = bytes(raw)
         if (
@@ -84,5 +84,5 @@ ALL_WORDS = AcceptedParameters()
 
 
 def optional_in(members: bytes) -> frozenset[str]:
-    """Return the optional words in *members*, those of a request that are written here."""
+    """Return the optional parameters in *members*, those of a request that are written here."""
     return frozenset(word for word in OPTIONAL if members.find(b'"%b":' % word.encode()) >= 0)

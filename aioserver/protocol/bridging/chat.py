@@ -1,4 +1,4 @@
-"""The chat completion that a bridge asks for, put together of the parts that each API has read."""
+"""The chat completion that a bridge requests, assembled from the parts that each API has read."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.bridging.turns import Turns
 
-# The characters in the name of a function that engines take.
+# The most characters in the name of a function that all engines accept.
 MAX_NAME = 64
 
 
 class BridgedChat(msgspec.Struct, kw_only=True):
     """A request for chat completions that a bridge has made.
 
-    *body* is the JSON to send, of *asked_tokens* as an estimate; it is let go when it was sent. It
-    has the optional *accepted*. *hosted* has what the provider does not get.
+    *body* is the JSON to send, of *asked_tokens* by estimate; it is released once it was sent. It
+    has the optional parameters *accepted*. *hosted* has the tools that the provider does not get.
     """
 
     body: bytes
@@ -40,7 +40,9 @@ class BridgedChat(msgspec.Struct, kw_only=True):
 
 
 class ToolMembers(NamedTuple):
-    """The members of a body for its tools: the *functions*, and whether they are *parallel*."""
+    """The members of a body for its tools: the *functions*, and whether they may be called in
+    *parallel*.
+    """
 
     functions: bytes = b""
     parallel: bytes = b""
@@ -72,7 +74,7 @@ def function_name(name: str, identity: object, taken: Container[str] = ()) -> st
     """
     if len(name) <= MAX_NAME and name not in taken:
         return name
-    # A digest keeps apart what is the same when it is cut.
+    # A digest distinguishes names that are the same once they are cut.
     digest = f"{zlib.crc32(repr(identity).encode('utf-8', 'replace')):08x}"
     return f"{name[: MAX_NAME - 9]}_{digest}"
 
@@ -83,13 +85,13 @@ def function(
     """Return a tool that is the function *name*.
 
     Raises:
-        InvalidRequest: its *description* is no text; *param* names it.
+        InvalidRequest: its *description* is not a text; *param* names it.
     """
     described = b"" if null(description) else string(description, f"{param}.description")
     more = members(
         (b"description", described),
         (b"parameters", parameters),
-        # Chat completions are not strict by default, and not every engine knows the word.
+        # Chat completions are not strict by default, and not every engine knows this parameter.
         (b"strict", b"true" if strict else b""),
     )
     return b'{"type":"function","function":{"name":%b%b}}' % (orjson.dumps(name), more)
@@ -106,8 +108,8 @@ async def put_together(
     streamed: bool,
     form: bytes = b"",
 ) -> tuple[bytes, str, int, frozenset[str]]:
-    """Return the body for the request *asked*, its model, its tokens as an estimate, and the
-    optional words in it.
+    """Return the body for the request *asked*, its model, its estimated tokens, and its optional
+    parameters.
 
     *options* returns the members that depend on the size; *form* is that of the text.
     """

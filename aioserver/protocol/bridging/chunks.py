@@ -1,10 +1,10 @@
 """A chunk of a chat completion, taken apart for a bridge: the texts and the pieces of calls in its
 delta, or in the message of a whole answer.
 
-Engines have several names for a text, and several ways to send a call: in pieces by an index,
-without one, all with the same index, the name behind its arguments, the arguments as an object.
-`ChunkReader` knows these, so that what derives from it sees texts, calls that begin, and their
-arguments.
+Engines have several names for a text, and several ways to send a call. Its pieces have an index,
+none, or all the same; the name may come behind the arguments; and the arguments may be an object.
+`ChunkReader` handles these, so that its subclasses see only texts, the beginnings of calls, and
+their arguments.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 REASONING_FIELDS = ("reasoning_content", "reasoning")
 CONTENT, REFUSAL, REASONING = "content", "refusal", "reasoning"
-# Bytes of an item beside its texts, in Python's objects and in what is written of it.
+# Bytes of an item beside its texts: its Python objects, and its JSON.
 ITEM_BYTES = 1024
 
 
 class DeltaText(NamedTuple):
     """A text that is not empty.
 
-    *kind* is CONTENT, REFUSAL or REASONING, *field* the one of the delta in which it came.
+    *kind* is CONTENT, REFUSAL or REASONING, *field* the field of the delta in which it came.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class DeltaText(NamedTuple):
 
 
 class PartialCall(Protocol):
-    """A call of a tool whose arguments grow; *provider_id* is what the provider calls it."""
+    """A call of a tool whose arguments grow; *provider_id* is the provider's id of it."""
 
     provider_id: str
 
@@ -48,7 +48,7 @@ C = TypeVar("C", bound=PartialCall)
 class ChunkReader(Reading, ABC, Generic[C]):
     """Reads the chunks of one answer, or a whole answer, for a bridge.
 
-    All that is kept has at most *max_bytes*.
+    All kept data together have at most *max_bytes*.
     """
 
     __slots__ = (
@@ -65,19 +65,18 @@ class ChunkReader(Reading, ABC, Generic[C]):
 
     def __init__(self, max_bytes: int, size: int = 0, *, logprobs: bool = False) -> None:
         super().__init__(max_text_bytes=0)
-        # Whether the logprobs of the answer are wanted.
+        # Whether the client wants the logprobs of the answer.
         self.logprobs = logprobs
         # The name of the field in which the provider sends its reasoning; empty if it has sent
         # none.
         self.reasoning_field = ""
-        # Whether what is read is a whole answer, in which each call stands once.
+        # Whether a whole answer is read, in which each call stands once.
         self.in_one_piece = False
         self._max_bytes = max_bytes
-        # The bytes that are kept, and those of them that are no text of the answer, nor there from
-        # the start.
+        # The kept bytes, and those of them that are neither text of the answer nor there from the
+        # start.
         self._size, self._overhead = size, 0
-        # The calls by the index that the provider gives them; of those without one, by a number
-        # below 0.
+        # The calls by the provider's index; those without one by a number below 0.
         self._calls: dict[int, C] = {}
         # The first key in it of each id that the provider gives its calls.
         self._ids: dict[str, int] = {}
@@ -86,7 +85,7 @@ class ChunkReader(Reading, ABC, Generic[C]):
 
     @property
     def size(self) -> int:
-        """The bytes that are kept."""
+        """The number of kept bytes."""
         return self._size
 
     @property
@@ -97,12 +96,12 @@ class ChunkReader(Reading, ABC, Generic[C]):
     @property
     @abstractmethod
     def begun(self) -> bool:
-        """Whether there is anything of an answer."""
+        """Whether any part of an answer has come."""
 
     @property
     @abstractmethod
     def transcript(self) -> str | None:
-        """The text that has been shown, if nothing else was and it has no end yet."""
+        """The text that was shown, if nothing else was shown and it has not ended yet."""
 
     @abstractmethod
     def add_text(self, text: bytes) -> bytes:
@@ -114,7 +113,7 @@ class ChunkReader(Reading, ABC, Generic[C]):
 
     @abstractmethod
     def name_model(self, name: str) -> None:
-        """Take over the *name* of the model that answers."""
+        """Record the *name* of the model that answers."""
 
     @abstractmethod
     def _speak(self, piece: DeltaText, choice: Mapping[str, Any], events: list[bytes]) -> None:
@@ -129,18 +128,18 @@ class ChunkReader(Reading, ABC, Generic[C]):
         """Add *text* to the arguments of *call*."""
 
     def add_logprobs(self, tokens: object) -> None:
-        """Add the logprobs of *tokens* to the text that was added last, where they are wanted.
+        """Add the logprobs of *tokens* to the text that was added last, if they are wanted.
 
         Raises:
             BadEvent: the answer is too long.
         """
 
     def note_model(self, data: bytes) -> None:
-        """Take over the model's name from *data*, a chunk or a whole answer."""
+        """Record the model's name from *data*, a chunk or a whole answer."""
         try:
             model = orjson.loads(data).get("model")
         except (orjson.JSONDecodeError, AttributeError):
-            # The reading says so.
+            # The reading handles it.
             return
         if isinstance(model, str) and 0 < len(model) <= 1024:
             self.name_model(model.encode("utf-8", "replace").decode())
@@ -158,7 +157,7 @@ class ChunkReader(Reading, ABC, Generic[C]):
                     if isinstance(call, dict):
                         self._call(call, number, chunks)
             elif isinstance(call := delta.get("function_call"), dict):
-                # The form before there were tools; llama-cpp-python sends both.
+                # The form from before there were tools; llama-cpp-python sends both.
                 self._call({"index": 0, "function": call}, 0, chunks)
         reason = choice.get("finish_reason")
         if isinstance(reason, str):
@@ -204,18 +203,18 @@ class ChunkReader(Reading, ABC, Generic[C]):
         if isinstance(index, bool) or not isinstance(index, int):
             index = None
         if name and (self.in_one_piece or (number and index is None)):
-            # It is no piece of a call that stands before it, whatever their ids are.
+            # It does not belong to a call before it, whatever their ids are.
             return -1 - len(self._calls)
         if index is not None:
             if index in self._calls or name or provider_id or -1 not in self._calls:
                 return index
         elif provider_id or name:
             return self._ids.get(provider_id, -1 - len(self._calls))
-        # A piece without a name goes on with the newest call.
+        # A piece without a name belongs to the newest call.
         return next(reversed(self._calls), number)
 
     def _check_named(self) -> None:
-        """Raise BadEvent if a call has come whose name never did."""
+        """Raise BadEvent if a call never got its name."""
         if self._nameless:
             raise BadEvent("the provider sent a call without a name")
 
@@ -254,7 +253,9 @@ def texts_of(delta: Mapping[str, Any]) -> list[DeltaText]:
 
 
 def _texts_of_part(part: object) -> list[DeltaText]:
-    """Return the texts in a *part* of a content: Mistral's models send text and thoughts so."""
+    """Return the texts in a *part* of a content: Mistral's models send text and thoughts in this
+    form.
+    """
     if not isinstance(part, dict):
         return []
     if part.get("type") == "thinking" and isinstance(thoughts := part.get("thinking"), list):

@@ -1,39 +1,39 @@
-"""The hosted tools of a request: those that nobody but a provider could run, and that chat
-completions do not have.
+"""The hosted tools of a request: only a provider could run them, and chat completions do not have
+them.
 
-A hosted tool is left out if another tool remains and none of the hosted is chosen: the model never
-hears of it. Otherwise it is refused by name, since an answer to a search that nobody made is made
-up.
+A hosted tool is left out if another tool remains and the client has not chosen a hosted one: the
+model never hears of it. Otherwise it is refused by name: without the search, a model would make
+its results up.
 """
 
 from __future__ import annotations
 
 from aioserver.errors import InvalidRequest
 
-# Characters of a name that are shown, and names.
+# The most characters of a name that are shown, and the most names.
 MAX_SHOWN, MAX_NAMES = 64, 16
 
 
 class Hosted:
-    """The hosted tools of one request, and what else of such tools its history has.
+    """The hosted tools of one request, and the traces of such tools in its history.
 
-    `left_out` are the names of all that the provider does not get, once each, in their order.
+    `left_out` are the names of all tools that the provider does not get, once each, in order.
     """
 
     def __init__(self) -> None:
-        # By name, where the first of that name stands.
+        # The place of the first tool of each name.
         self.names: dict[str, str] = {}
         self.left_out: dict[str, None] = {}
 
     def add(self, name: str, param: str) -> None:
-        """Add a tool, which stands at *param*."""
+        """Add a tool; *param* is its place."""
         self.names.setdefault(name, param)
 
     def leave_out(self, *, others: bool) -> None:
         """Leave out the tools that were added; *others*: other tools remain.
 
         Raises:
-            InvalidRequest: none does.
+            InvalidRequest: no other tool remains.
         """
         if self.names and not others:
             name, param = next(iter(self.names.items()))

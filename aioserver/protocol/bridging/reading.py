@@ -1,11 +1,11 @@
-"""Parts of a request, read by msgspec into types whose values stay bytes (`Raw`) where they are
+"""Parts of a request, which msgspec reads into types whose values stay bytes (`Raw`) if they are
 only passed on.
 
-The elements of a list are all there at once, so `check_values` of protocol/json_body.py comes
+The elements of a list are all built at once, so `check_values` of protocol/json_body.py comes
 first: a body of millions of empty elements would otherwise cost thirty times its bytes.
 
-What takes long comes in steps of less than a millisecond, of which a value of LARGE_BYTES or more
-is one each time that it is read; one of megabytes takes 0.3 ms for each.
+Long work is done in steps of less than a millisecond. A value of LARGE_BYTES or more is a step
+each time that it is read; a value of megabytes takes 0.3 ms for each.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 T = TypeVar("T")
-# Elements of a list, but for the messages and the input: more parts than a message has, or tools.
+# The most elements of a list, except for the messages and the input: more than a message has
+# parts, or a request tools.
 MAX_ELEMENTS = 4096
-# Bytes of a value that is read in a step of its own.
+# Bytes from which on a value is read in a step of its own.
 LARGE_BYTES = 1 << 16
 
 
 def elements(raw: Raw, param: str, limit: int | None = MAX_ELEMENTS) -> list[Raw]:
-    """Return the elements of the list that *raw* is; none if it is absent or null.
+    """Return the elements of the list *raw*; none if it is absent or null.
 
     Raises:
-        InvalidRequest: it is no list, or has more than *limit* elements; *param* names it.
+        InvalidRequest: it is not a list, or has more than *limit* elements; *param* names it.
     """
     if null(raw):
         return []
@@ -48,10 +49,10 @@ def elements(raw: Raw, param: str, limit: int | None = MAX_ELEMENTS) -> list[Raw
 
 
 async def for_each(raw: Raw, param: str, add: Callable[[Raw, str], Awaitable[None]]) -> None:
-    """Call *add* with each element of the list that *raw* is, however long, and its name.
+    """Call *add* with each element of the list *raw*, however long, and its name.
 
     Raises:
-        InvalidRequest: it is no list, or an empty one; *param* names it.
+        InvalidRequest: it is not a list, or is empty; *param* names it.
     """
     listed = elements(raw, param, None)
     if not listed:
@@ -62,17 +63,17 @@ async def for_each(raw: Raw, param: str, add: Callable[[Raw, str], Awaitable[Non
 
 
 async def reading(decoder: msgspec.json.Decoder[T], raw: Raw, param: str) -> T:
-    """Return what `read` returns, in a step of its own if *raw* is large."""
+    """Return the result of `read`, in a step of its own if *raw* is large."""
     if len(memoryview(raw)) > LARGE_BYTES:
         await pause()
     return read(decoder, raw, param)
 
 
 def read(decoder: msgspec.json.Decoder[T], raw: Raw, param: str) -> T:
-    """Return *raw* as the type of *decoder*.
+    """Read *raw* as the type of *decoder*.
 
     Raises:
-        InvalidRequest: it is something else, or absent; *param* names it.
+        InvalidRequest: it has another type, or is absent; *param* names it.
     """
     if raw is ABSENT:
         raise InvalidRequest(f"{param} is missing", param=param)
@@ -83,10 +84,10 @@ def read(decoder: msgspec.json.Decoder[T], raw: Raw, param: str) -> T:
 
 
 def string(raw: Raw, param: str) -> bytes:
-    """Return *raw*, which must be a string, as the JSON that it is.
+    """Return *raw*, which must be a string, as its JSON.
 
     Raises:
-        InvalidRequest: it is no string; *param* names it.
+        InvalidRequest: it is not a string; *param* names it.
     """
     if not is_string(raw):
         raise InvalidRequest(f"{param} must be a string", param=param)
@@ -94,7 +95,9 @@ def string(raw: Raw, param: str) -> bytes:
 
 
 def no_form(kind: str, param: str, hint: str = "") -> InvalidRequest:
-    """Return the error of a request that has something of this *kind*, at *param*."""
+    """Return the error of a request with something of this *kind*, at *param*, that has no
+    equivalent.
+    """
     hint = hint or ", which are all that the provider has"
     return InvalidRequest(f"{kind[:64]!r} has no form in chat completions{hint}", param=param)
 
@@ -117,8 +120,8 @@ async def quoted(json: bytes) -> bytes:
 
 
 def _escaped(json: bytes) -> bytes:
-    """Return *json* as it stands in a JSON string; it has no other control characters than space
-    between its values.
+    """Return *json* escaped for a JSON string; its only control characters are spaces between
+    values.
     """
     escaped = json.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
     for space, written in ((b"\n", b"\\n"), (b"\r", b"\\r"), (b"\t", b"\\t")):
@@ -136,7 +139,7 @@ def join(texts: list[bytes], between: bytes) -> bytes:
 
 
 def members(*pairs: tuple[bytes, Raw | bytes]) -> bytes:
-    """Return those members of an object that are neither absent nor null, each with a comma in
+    """Return the members of an object that are neither absent nor null, each with a comma in
     front.
     """
     return b"".join(

@@ -1,9 +1,8 @@
-"""What an engine says where it refuses a request: a word that it does not know, or the context that
-its model has.
+"""Refusals of engines: a parameter that they do not know, or a context that is too small.
 
-Each engine says it in its own words; tests/support/engine_refusals.py has them, by engine and version.
-The tokens of a prompt may be a lower bound: vLLM counts no more of it than would fit beside the answer
-that was asked for, and one. Then nothing is known of the prompt but that.
+Each engine has its own texts; tests/support/engine_refusals.py has them, by engine and version.
+The tokens of a prompt may be a lower bound: vLLM counts only as many as would fit beside the
+requested answer, and one more. Then the prompt is known to be longer, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from aioserver.protocol.bridging.accepted_parameters import MAX_COMPLETION_TOKEN
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Bytes of a refusal that is read, and of its text.
+# The most bytes of a refusal that is read, and of its text.
 MAX_READ_BYTES, MAX_TEXT = 1 << 16, 4096
-# The statuses of a refusal that is about the words of a request.
+# The statuses of a refusal that may be about the parameters of a request.
 STATUSES = frozenset({400, 422})
 _N = r"(\d{1,9})"
 # Patterns, compiled when a provider refuses for the first time.
@@ -47,15 +46,16 @@ _MOST = (
 )
 # Words about the tokens of an answer, and not about another number.
 _OF_ANSWERS = "max_tokens|max_completion_tokens|completion tokens|maximum tokens"
-# The tokens of an answer that was asked for; and a count of a prompt that says itself that it has more.
+# The requested tokens of an answer; and a prompt's count that says itself that it is a lower
+# bound.
 _WANTED = rf"requested {_N} output tokens"
 _AT_LEAST = r"at least \d{1,9} input tokens"
-# What engines call a word that they do not name.
+# How engines describe a parameter that they do not name.
 _OTHER_WORDS = {
     "reasoning_effort": "does not support thinking|invalid reasoning value|reasoningEffort",
 }
 
-# How they say what values a word has, which they know.
+# How engines list the values of a parameter, which they know.
 _OF_VALUE = (
     r"must be (?:one of|\W?(?:low|high))|should be (?:one of|'\w+')|expected one of"
     r"|supported values|invalid reasoning value|value_error|literal_error"
@@ -63,9 +63,9 @@ _OF_VALUE = (
 
 
 class Refusal(NamedTuple):
-    """What the *text* of a refusal says of its model: *limit* is that of a prompt and its answer
-    together, *asked* the tokens of the prompt, None if they are not known, and *most* the limit of
-    an answer. *code* is the engine's own, empty if it has none.
+    """What the *text* of a refusal says about its model: *limit* is the context length, *asked*
+    the tokens of the prompt, None if they are not known, and *most* the bound of an answer. *code*
+    is the engine's own, empty if it has none.
     """
 
     text: str
@@ -83,7 +83,7 @@ class Refusal(NamedTuple):
 
     @property
     def of_value(self) -> bool:
-        """Whether it is about the value of a word, and not about the word itself."""
+        """Whether it is about the value of a parameter, and not about the parameter itself."""
         return re.search(_OF_VALUE, self.text, re.IGNORECASE) is not None
 
     @property
@@ -97,7 +97,7 @@ class Refusal(NamedTuple):
 
 
 def refusal(body: bytes) -> Refusal:
-    """Return what *body*, that of a refusal, says."""
+    """Return the content of *body*, that of a refusal."""
     if len(body) > MAX_READ_BYTES:
         return Refusal("")
     try:
@@ -111,7 +111,7 @@ def refusal(body: bytes) -> Refusal:
         parts = [error.get(name) for name in ("message", "msg", "detail", "param")]
         parts.append(upstream(error))
         said = _read(" ".join(part if isinstance(part, str) else _written(part) for part in parts))
-        # llama.cpp's own words.
+        # These are llama.cpp's own members.
         limit, asked = _count(error.get("n_ctx")), _count(error.get("n_prompt_tokens"))
         code = error.get("code")
         code = code if isinstance(code, str | int) else ""
@@ -124,8 +124,8 @@ def _written(part: object) -> str:
 
 
 def upstream(error: Mapping[str, Any]) -> str:
-    """Return what a provider has said whose *error* a router hands on, as OpenRouter does; empty if
-    there is no such thing.
+    """Return the words of the provider whose *error* a router, such as OpenRouter, passes on;
+    empty if there are none.
     """
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, dict) else None

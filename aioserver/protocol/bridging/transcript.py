@@ -1,5 +1,5 @@
-"""What an answer has said so far that is translated, and how another one goes on with it: its
-chunks are read by the same writer (protocol/transcript.py).
+"""The transcript of a translated answer, and its continuation: the same writer reads the chunks of
+both (protocol/transcript.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class BridgedTranscript(Transcript, Generic[C]):
-    """What the answer of a chat completion has said that *writer* has translated."""
+    """The transcript of a chat completion that *writer* has translated."""
 
     checked = True
-    # The writer is counted by its sink.
+    # The sink counts the writer.
     size = 0
 
     def __init__(self, writer: ChunkReader[C]) -> None:
@@ -26,15 +26,15 @@ class BridgedTranscript(Transcript, Generic[C]):
 
     @property
     def events(self) -> int:
-        """How many events have had text."""
+        """The number of events with text."""
         return self.writer.texts
 
     def text(self) -> str | None:
-        """Return the text, as `Said.text`."""
+        """Return the text, as `Transcript.text`."""
         text = self.writer.transcript
         return text if text and len(text.encode()) <= MAX_TRANSCRIPT else None
 
     def rest(self, earlier: Tokens) -> ChatRest:
-        """Return what writes the rest as chunks, which the same writer reads."""
+        """Return the object that writes the rest as chunks, which the same writer reads."""
         self.writer.half.clear()
         return ChatRest(earlier)

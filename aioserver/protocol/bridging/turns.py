@@ -1,14 +1,14 @@
-"""The order of the messages of a chat, as strict engines want it, whatever order a client has.
+"""The order of the messages of a chat, as strict engines require it, whatever the client's order.
 
 Templates of many models take one system message, in front, and roles that alternate; engines want
-each `tool` message directly behind its call. So neighbours of one role become one message, and a
-turn of the user is kept until the next of the assistant: then come the results, in the order of
-the calls, and one message with all else, first the pictures of the results. A call without a
-result gets an empty one, and a result without a call is a text of the user. A later system message
-is a text of the user in its place, between lines `<system-reminder>`: in front it would change
-what an engine has in its prefix cache.
+each `tool` message directly behind its call. So adjacent messages of one role become one message.
+A user's turn is held until the assistant's next turn: first come the results, in the order of the
+calls, and then one message with everything else, the pictures of the results first. A call without
+a result gets an empty one, and a result without a call becomes a text of the user. A later system
+message becomes a text of the user in its place, between lines `<system-reminder>`: in front it
+would change the prefix that an engine has cached.
 
-What was said is a prefix of what is said later: nothing depends on how many turns there are.
+Earlier messages are a prefix of later ones: nothing depends on the number of turns.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from aioserver.protocol.steps import Steps, pause
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    # What messages are joined of.
+    # The pieces of which messages are joined.
     Bytes = bytes | memoryview
 
-# What stands between two texts of one message, and between those of two: JSON, without quotes.
+# The separators between two texts of one message, and between those of two messages: JSON, without
+# quotes.
 LINE, PARAGRAPH = b"\\n", b"\\n\\n"
 EMPTY = b'""'
-# What a client writes in front of a result that is an error.
+# The beginnings by which clients mark a result as an error.
 _FAILED = (b'"Error: ', b'"<tool_use_error>')
 # The result of a tool that has no text, but pictures.
 _SHOWN_BELOW = b'"(see the next message)"'
 _BLANK = re.compile(rb'"(?: |\\[nrtf])*+"')
-# Calls whose results are awaited at most, which is more than a model makes at once.
+# The most calls that await results, which is more than a model makes at once.
 MAX_OPEN_CALLS = 1000
 
 
 class Piece(NamedTuple):
-    """A piece of what a user says: a text, a JSON string, and what stands *between* it and a text
-    before it; or a part that is no text, such as a picture.
+    """A piece of a user's message: a text, as a JSON string, with the separator *between* it and
+    the text before it; or another part, such as a picture.
     """
 
     content: bytes
@@ -51,8 +52,8 @@ class Piece(NamedTuple):
 
 
 class _Content:
-    """The content of a message of the user, which grows piece by piece: one text, as some engines
-    take no other, or a list of parts. It is joined of bytes that are written as they come.
+    """The content of a user's message, which grows piece by piece: one text, since some engines
+    take nothing else, or a list of parts. It is joined of bytes that are written as they come.
     """
 
     __slots__ = ("_joined", "_listed", "_within_text")
@@ -62,7 +63,7 @@ class _Content:
         self._within_text = self._listed = False
 
     def __bool__(self) -> bool:
-        """Whether there is anything in it."""
+        """Whether it is not empty."""
         return bool(self._joined)
 
     def add(self, piece: Piece) -> None:
@@ -80,7 +81,7 @@ class _Content:
             self._listed = True
 
     def finish(self, first: list[Bytes]) -> list[Bytes]:
-        """Return what it is joined of, with the parts *first* in front, each behind a comma."""
+        """Return its pieces, with the parts *first* in front, each behind a comma."""
         self._end_text()
         if self._listed or first:
             return [b"[", *(first + self._joined)[1:], b"]"]
@@ -95,12 +96,13 @@ class _Content:
 class Turns:
     """The messages of a chat, which grow piece by piece.
 
-    *reasoning_field* is the name that the provider has for the reasoning of a message; empty if it
-    has none. `pictures` counts what is no text, and `picture_bytes` its bytes. Texts are JSON
+    *reasoning_field* is the provider's name for the reasoning of a message; empty if it has none.
+    `pictures` counts the parts that are not text, and `picture_bytes` their bytes. Texts are JSON
     strings.
 
-    Always: a `tool` message stands directly behind its call, among others at most; one message of
-    the system at most, in front; no two of one role are in a row, but for `tool`.
+    Always: a `tool` message stands directly behind its call, with at most other `tool` messages
+    between; at most one system message, in front; no two adjacent messages of one role, except
+    `tool`.
     """
 
     def __init__(self, reasoning_field: str = "") -> None:
@@ -109,23 +111,23 @@ class Turns:
         self._messages: list[bytes] = []
         # The messages before them, many joined as one.
         self._joined: list[bytes] = []
-        # Texts of the system, until anything else comes.
+        # Texts of the system, until another message comes.
         self._system: list[bytes] = []
         # The message of the assistant that is under way.
         self._said: list[Bytes] = []
         self._reasoning: list[bytes] = []
         self._calls: list[bytes] = []
         # A `tool` message for each call of the last message of the assistant, empty until its
-        # result has come, and the places of those that are empty by the ids of the calls.
+        # result has come; and, by the ids of the calls, the places of the empty ones.
         self._results: list[bytes] = []
         self._awaited: dict[str, list[int]] = {}
-        # The turn of the user that is under way: the pictures of results, and what else it says.
+        # The user's turn that is under way: the pictures of results, and its other parts.
         self._below: list[Bytes] = []
         self._asked = _Content()
         self._steps = Steps()
 
     def instruct(self, text: bytes) -> None:
-        """Add a *text* of the system: in front, or as one of the user if anything was said."""
+        """Add a *text* of the system: in front, or as a user's text if there were messages before."""
         if text == EMPTY:
             return
         if not (self._messages or self._joined or self._asked or self._speaking):
@@ -135,7 +137,7 @@ class Turns:
             self.ask(Piece(reminder, PARAGRAPH))
 
     def ask(self, piece: Piece) -> None:
-        """Add a *piece* of what the user says."""
+        """Add a *piece* of a user's message."""
         if piece.content != EMPTY:
             self._close_assistant()
             self._count(piece)
@@ -171,8 +173,8 @@ class Turns:
         self._said.append(_inner(text))
 
     def think(self, text: bytes) -> None:
-        """Add a *text* of the assistant's reasoning, which belongs to what it says or calls with
-        it, or next.
+        """Add a *text* of the assistant's reasoning, which belongs to its present or next message
+        or call.
         """
         if self._reasoning_field and text != EMPTY:
             self._reasoning.append(text)
@@ -181,7 +183,7 @@ class Turns:
         """Add a call of the function *name* by the assistant; its *arguments* are a JSON string.
 
         Raises:
-            InvalidRequest: there are too many; *param* names it.
+            InvalidRequest: there are too many calls; *param* names this one.
         """
         self._close_user()
         number = len(self._results)
@@ -191,20 +193,20 @@ class Turns:
         self._results.append(_result(call_id, EMPTY))
         form = b'%b{"id":%b,"type":"function","function":{"name":%b,"arguments":'
         head = form % (b"," if number else b"", orjson.dumps(call_id), orjson.dumps(name))
-        # Megabytes of arguments are not copied more often than need be.
+        # Megabytes of arguments must be copied as rarely as possible.
         self._calls += (head, arguments, b"}}")
 
     async def step(self, size: int) -> None:
         """Pause if that is due, since a piece of *size* bytes was added."""
         if self._steps.over(size):
             if self._messages:
-                # So that few are left to be joined at the end.
+                # So few pieces are left to be joined at the end.
                 self._joined.append(b",".join(self._messages))
                 self._messages.clear()
             await pause()
 
     def finish(self) -> list[bytes]:
-        """Return all messages, and commas between them."""
+        """Return all messages, with commas between them."""
         self._close_user()
         self._close_assistant()
         self._close_system()
@@ -222,7 +224,9 @@ class Turns:
             self.picture_bytes += len(piece.content)
 
     def _close_user(self) -> None:
-        """Add the turn of the user that is under way: the results, and one message of all else."""
+        """Add the user's turn that is under way: the results, and one message with everything
+        else.
+        """
         if self._speaking:
             return
         self._close_system()
@@ -234,8 +238,8 @@ class Turns:
         self._below, self._asked = [], _Content()
 
     def _close_assistant(self) -> None:
-        """Add the message of the assistant that is under way; reasoning that nothing followed is
-        dropped.
+        """Add the message of the assistant that is under way; reasoning without a message after it
+        is dropped.
         """
         reasoning, self._reasoning = self._reasoning, []
         if not self._speaking:
@@ -263,5 +267,5 @@ def _result(call_id: str, text: bytes) -> bytes:
 
 
 def _inner(text: bytes) -> Bytes:
-    """Return *text* without its quotes; a large one is not copied."""
+    """Return *text* without its quotes; a large text is not copied."""
     return text[1:-1] if len(text) < LARGE_BYTES else memoryview(text)[1:-1]

@@ -1,7 +1,7 @@
 """A whole chat completion, read for a bridge.
 
-What stands in a large one is written as the chunks of a stream would be: a text in slices, calls
-and logprobs one by one. So no step takes long, and what nobody reads is skipped.
+The content of a large one is written like the chunks of a stream: a text in slices, calls and
+logprobs one by one. So no step takes long, and unneeded parts are skipped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from aioserver.protocol.openai import BadEvent
 from aioserver.protocol.sound import pieces, sound
 from aioserver.protocol.steps import Steps, pause, pause_after
 
-# Bytes of a chat completion that is read at all; those of models that exist are a hundredth of it,
-# as a rule.
+# The most bytes of a chat completion that is read at all; those of existing models usually have a
+# hundredth of it.
 MAX_WHOLE_BYTES = 1 << 24
-# The values of one, which are more where it has logprobs.
+# The most values in one, a bound that matters only with logprobs.
 MAX_VALUES = 1_000_000
-# Bytes of one that is read at once, or of what stands in it.
+# Bytes of the answer, or of a value in it, that are read at once.
 STEP_BYTES = 1 << 16
 
 
@@ -79,7 +79,7 @@ async def read_whole(body: bytes, writer: ChunkReader[C]) -> None:
     """Have *writer* read *body*, a whole answer, in steps.
 
     Raises:
-        BadEvent: *body* is no chat completion.
+        BadEvent: *body* is not a chat completion.
         ErrorEvent: it is an error object.
     """
     writer.in_one_piece = True
@@ -90,10 +90,10 @@ async def read_whole(body: bytes, writer: ChunkReader[C]) -> None:
         try:
             await _read(await sound(body), writer)
         except (InvalidJson, InvalidRequest, msgspec.ValidationError):
-            raise BadEvent("the provider's answer is no chat completion") from None
+            raise BadEvent("the provider's answer is not a chat completion") from None
         await pause()
     if writer.finish_reason is None and not writer.begun:
-        raise BadEvent("the provider's answer is no chat completion")
+        raise BadEvent("the provider's answer is not a chat completion")
 
 
 async def _read(body: bytes, writer: ChunkReader[C]) -> None:
@@ -102,7 +102,7 @@ async def _read(body: bytes, writer: ChunkReader[C]) -> None:
     await pause_after(body)
     answer = json_body.decode(_ANSWER, body, "the answer")
     await pause_after(body)
-    # A larger one is none that anybody would read.
+    # A larger value is skipped.
     error, usage, model = (
         bytes(raw) if _size(raw) <= STEP_BYTES else b"null"
         for raw in (answer.error, answer.usage, answer.model)
@@ -177,7 +177,7 @@ async def _read_message(message: _Message, logprobs: Raw, writer: ChunkReader[C]
         await steps.taken(_size(call))
     called = not null(message.tool_calls) and _size(message.tool_calls) > 2
     if not (called or null(message.function_call)) and _size(message.function_call) > 2:
-        # The form before there were tools; llama-cpp-python sends both.
+        # The form from before there were tools; llama-cpp-python sends both.
         await _write_call(b'{"index":0,"function":%b}' % bytes(message.function_call), writer)
 
 
@@ -216,7 +216,7 @@ def _chunk(delta: bytes, further: bytes = b"") -> bytes:
 
 
 def _elements(raw: Raw) -> list[Raw]:
-    """Return the elements of the list that *raw* is; none if it is no list."""
+    """Return the elements of the list *raw*; none if it is not a list."""
     if null(raw) or bytes(memoryview(raw)[:1]) != b"[":
         return []
     return json_body.elements(memoryview(raw))

@@ -165,7 +165,7 @@ def test_a_lone_surrogate_in_a_large_answer_becomes_a_replacement_character() ->
 @pytest.mark.usefixtures("small_steps")
 @pytest.mark.parametrize("body", [b"[%b]", b'{"a":%b}', b'{"choices":[{}],"a":%b', b"\xff%b"])
 def test_a_large_body_that_is_no_chat_completion_is_a_fault(body: bytes) -> None:
-    with pytest.raises(BadEvent, match="no chat completion"):
+    with pytest.raises(BadEvent, match="not a chat completion"):
         whole(body % (b"[%b1]" % (b"1," * 300)))
 
 
@@ -184,7 +184,7 @@ def test_a_large_answer_of_too_many_values_is_a_fault(monkeypatch: pytest.Monkey
     body = answer({"content": "x"})
 
     assert whole(body.replace(b",{}" * 10, b"", 1))
-    with pytest.raises(BadEvent, match="no chat completion"):
+    with pytest.raises(BadEvent, match="not a chat completion"):
         whole(body.replace(b"{}]}", b"{}%b]}" % (b",{}" * 100)))
 
 
