@@ -148,11 +148,6 @@ class ClientMessages:
         self._reader = reader
         return self
 
-    @property
-    def wrapped(self) -> bool:
-        """Whether a reader gets what is counted here."""
-        return self._reader is not None
-
     def start(self, receiver: Receiver) -> None:
         """Read what has come so far, and tell *receiver* of faults."""
         self._receiver = receiver
@@ -359,9 +354,12 @@ class Upgraded(web.WebSocketResponse):
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Do the handshake."""
+        if self.prepared:
+            # aiohttp asks once more when the handler has ended.
+            return await super().prepare(request)
         counted: Any = _CountedRequest(request, self._messages)
         writer = await super().prepare(counted)
-        assert self._messages.wrapped, "aiohttp gives its reader to the request's connection"
+        assert counted.has_reader, "aiohttp gives its reader to the request's connection"
         return writer
 
     async def close(
@@ -378,10 +376,11 @@ class Upgraded(web.WebSocketResponse):
 class _CountedRequest:
     """A request whose connection gets a counted reader."""
 
-    __slots__ = ("_messages", "_request")
+    __slots__ = ("_messages", "_request", "has_reader")
 
     def __init__(self, request: web.BaseRequest, messages: ClientMessages) -> None:
         self._request, self._messages = request, messages
+        self.has_reader = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._request, name)
@@ -395,6 +394,7 @@ class _CountedRequest:
         """Give the connection the reader that counts."""
         connection: Any = self._request.protocol
         connection.set_parser(self._messages.wrap(reader), **kwargs)
+        self.has_reader = True
 
     def keep_alive(self, value: bool) -> None:
         """Pass *value* to the connection."""
