@@ -19,7 +19,7 @@ class FixedShare:
     than answers: those of a parent's workers. Without them an instance has no share before it has
     learned who lives: two strangers must not both think that they are alone.
 
-    Instances may have heard of different members; what tests/support/settle_model.py says of ranks
+    Instances may have heard of different members; what tests/support/renew_script.py says of ranks
     keeps the sum within the limit then.
     """
 

@@ -1,5 +1,5 @@
-"""The Redis or Valkey server of a run, which all instances share: the reference model of its
-script, claims and messages, with faults.
+"""The Redis or Valkey server of a run, which all instances share: its script, claims and
+messages in memory, with faults.
 
 What an instance says takes a moment each way, comes in the order in which it was said on one
 *line*, and may be lost, late, or never answered. What the server says to an instance by itself may
@@ -22,7 +22,7 @@ from aioserver.wings.cluster.lease_messages import SECOND
 from aioserver.wings.cluster.peer_messages import decode
 from tests.simulation.clock import Clock
 from tests.support.memory_bus import MemoryBus, MemoryStore, World
-from tests.support.settle_model import Model, Stale
+from tests.support.renew_script import Script, Stale
 
 if TYPE_CHECKING:
     import random
@@ -46,7 +46,7 @@ PREFIX = f"aio:{{{NAME}}}:"
 
 
 class _World(World):
-    """Claims, logs and messages; the members are those of the reference model."""
+    """Claims, logs and messages; the members are those of the script."""
 
     def __init__(self, server: SharedServer, dice: random.Random) -> None:
         self._server = server
@@ -55,8 +55,7 @@ class _World(World):
     @property
     def members(self) -> list[str]:
         """The names of all members."""
-        state = self._server.model.world
-        return [] if state is None else list(state.members)
+        return list(self._server.script.members)
 
     @members.setter
     def members(self, _names: list[str]) -> None:
@@ -74,7 +73,7 @@ class SharedServer:
         self.loop = loop
         self.dice = dice
         self.faults = faults
-        self.model = Model()
+        self.script = Script()
         self.world = _World(self, dice)
         self.up, self.paused = True, False
         self.run = "run0"
@@ -109,7 +108,7 @@ class SharedServer:
             CallFailed: a later call was answered.
         """
         try:
-            answer, wakes = self.model.renew(request, round(time.time() * SECOND))
+            answer, wakes = self.script.renew(request, round(time.time() * SECOND))
         except Stale as error:
             raise CallFailed(str(error)) from error
         for name, words in wakes.items():
@@ -184,11 +183,11 @@ class SharedServer:
         else:
             world = self.world
             names = ("claims", "logs", "conversations", "responses", "forgotten")
-            kept = (self.model.world, *(getattr(world, name) for name in names))
-            former = copy.deepcopy(kept)
+            former = copy.deepcopy([getattr(world, name) for name in names])
+            keys = self.script.snapshot()
             await asyncio.sleep(seconds)
-            self.model.world, *others = former
-            for kept_name, value in zip(names, others, strict=True):
+            self.script.restore(keys)
+            for kept_name, value in zip(names, former, strict=True):
                 setattr(world, kept_name, value)
             self.disturbed.append(Clock.now)
             self._start()
@@ -201,7 +200,7 @@ class SharedServer:
                 self.after(moment, partial(self._connected, leases), context)
 
     def _empty(self) -> None:
-        self.model = Model()
+        self.script = Script()
         world = self.world
         for kept in (world.claims, world.logs, world.conversations, world.responses):
             kept.clear()

@@ -221,14 +221,14 @@ class Together:
 
     def _alone(self, instance: Instance, member: Member) -> bool:
         """Return whether the instance uses what the server does not know of."""
-        leases, world = member.leases, self.server.model.world
+        leases, world = member.leases, self.server.script.world
         if instance.number in self._loop.absent or leases.standing.state is State.ALONE:
             return True
         if Clock.now >= leases.lease_end:
             return True
-        if world is None or leases.epoch == world.epoch or self.server.reaches(member.number):
+        if leases.epoch == world.get("epoch", leases.epoch) or self.server.reaches(member.number):
             return False
-        if Clock.now * SECOND + world.offset >= world.grace:
+        if Clock.now * SECOND + world["offset"] >= world["blind"]:
             # It uses what it had in a world that is gone, and the server cannot know.
             for name, grant in leases._grants.items():
                 member.left_over[name] = max(member.left_over[name], grant.user.inside)
