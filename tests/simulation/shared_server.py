@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Coroutine, Sequence
 
-    from aioserver.wings.cluster.claims import Renewal, Verdict
     from aioserver.wings.cluster.leases import Leases
     from aioserver.wings.cluster.peer_messages import Message
-    from aioserver.wings.conversations.redis import Listed
     from tests.simulation.loop import SimulatedLoop
     from tests.simulation.plan import Shared
 
@@ -353,63 +351,6 @@ class SimulatedStore(MemoryStore):
     async def close(self) -> None:
         """Do nothing: there is nothing to close."""
 
-    async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
-        return await self._ask(
-            lambda: super(SimulatedStore, self).take(name, digest, seconds, lost), name
-        )
-
-    async def find(self, name: str) -> Verdict:
-        return await self._ask(lambda: super(SimulatedStore, self).find(name))
-
-    async def renew(self, claims: Sequence[Renewal]) -> None:
-        names = [claim.name for claim in claims]
-        await self._ask(lambda: super(SimulatedStore, self).renew(claims), *names)
-
-    async def members(self) -> list[str]:
-        return await self._ask(super().members)
-
-    async def put_log(self, name: str, log: bytes, seconds: float) -> None:
-        await self._ask(lambda: super(SimulatedStore, self).put_log(name, log, seconds), name)
-
-    async def get_log(self, name: str) -> bytes | None:
-        return await self._ask(lambda: super(SimulatedStore, self).get_log(name), name)
-
-    async def keep_turn(
-        self,
-        name: str,
-        turn: bytes,
-        bounds: tuple[int, int, float],
-        listed: Listed | None = None,
-        mark: str = "",
-    ) -> bool:
-        keep = super().keep_turn
-        return await self._ask(lambda: keep(name, turn, bounds, listed, mark))
-
-    async def turns(self, name: str, me: str, mark: str) -> tuple[list[bytes], bool, bool, float]:
-        return await self._ask(lambda: super(SimulatedStore, self).turns(name, me, mark))
-
-    async def take_mark(self, name: str, mark: str) -> int:
-        return await self._ask(lambda: super(SimulatedStore, self).take_mark(name, mark))
-
-    async def put_response(self, name: str, data: bytes, previous: str) -> int:
-        put = super().put_response
-        return await self._ask(lambda: put(name, data, previous))
-
-    async def mark_response(self, name: str) -> bool:
-        return await self._ask(lambda: super(SimulatedStore, self).mark_response(name))
-
-    async def unmark_response(self, name: str) -> int:
-        return await self._ask(lambda: super(SimulatedStore, self).unmark_response(name))
-
-    async def has_response(self, name: str) -> bool:
-        return await self._ask(lambda: super(SimulatedStore, self).has_response(name))
-
-    async def response_chain(self, name: str, most: int) -> list[bytes]:
-        return await self._ask(lambda: super(SimulatedStore, self).response_chain(name, most))
-
-    async def delete_response(self, name: str) -> bool:
-        return await self._ask(lambda: super(SimulatedStore, self).delete_response(name))
-
     async def _ask(self, make: Callable[[], Coroutine[Any, Any, T]], *names: str) -> T:
         def do() -> T:
             # Its steps never wait, so that it is over with the first one.
@@ -424,6 +365,27 @@ class SimulatedStore(MemoryStore):
 
     async def _asked(self) -> float:
         return Clock.now
+
+
+def _asking(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Return what asks for the method *name* of the store in memory on the line of an instance."""
+    method = getattr(MemoryStore, name)
+
+    async def ask(store: SimulatedStore, *args: Any, **options: Any) -> Any:
+        claimed = [claim.name for claim in args[0]] if name == "renew" else args[:1]
+        names = claimed if name in CLAIMING else ()
+        return await store._ask(partial(method, store, *args, **options), *names)  # noqa: SLF001
+
+    return ask
+
+
+# What is asked of a store; and that of which the answer is to be relied on, whatever was lost.
+CLAIMING = ("take", "renew", "put_log", "get_log")
+for _name in (
+    *(*CLAIMING, "find", "members", "keep_turn", "turns", "take_mark", "put_response"),
+    *("mark_response", "unmark_response", "has_response", "response_chain", "delete_response"),
+):
+    setattr(SimulatedStore, _name, _asking(_name))
 
 
 class SimulatedConnection:
