@@ -57,6 +57,7 @@ from lupa import lua51
 
 from aioserver.wings.cluster.lease_messages import Request
 
+SCRIPT = (files("aioserver") / "wings/cluster/renew.lua").read_bytes()
 PREFIX = "aio:{test}:"
 decode_request = msgspec.msgpack.Decoder(Request).decode
 
@@ -74,8 +75,7 @@ def _lua() -> Any:
 @functools.cache
 def _script() -> Any:
     """The script, as a function of what Redis gives it."""
-    text = (files("aioserver") / "wings/cluster/renew.lua").read_bytes()
-    body = text.partition(b"\n")[2]
+    body = SCRIPT.partition(b"\n")[2]
     return _lua().eval(b"function(KEYS, ARGV, redis, cmsgpack) " + body + b"\nend")
 
 

@@ -13,6 +13,7 @@ from aioserver.wings.cluster.lease_messages import (
     SECOND,
     TIMES,
     UNKNOWN_PACE,
+    Answer,
     BudgetOp,
     Op,
     PaceOp,
@@ -166,6 +167,26 @@ def run(server: RedisServer, seed: int, steps: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_script_answers_here_as_in_the_server(server: RedisServer, seed: int) -> None:
     run(server, seed, 150)
+
+
+def test_server_that_has_just_begun_gives_nothing_before_all_have_said_what_they_have() -> None:
+    script, now = Script(), 1_700_000_000 * SECOND
+
+    def ask(seq: int, epoch: str, now: int) -> Answer:
+        op = Op("p:one", have=0, give=0, want=3, weight=1, limit=20, spare=0)
+        request = Request(
+            "a", epoch, "run1", seq, 0, 0, TIMES.told(), [], [], False, [op], [], [], []
+        )
+        return decode_answer(script.renew(encode(request), now)[0])
+
+    answer, given = ask(1, "", now), []
+    for beat in range(2, 30):
+        given.append((answer.grace > 0, answer.results[0].recorded))
+        answer = ask(beat, answer.epoch, now + beat * round(TIMES.beat * SECOND))
+
+    assert given[0] == (True, 0)
+    assert given[-1] == (False, 3)
+    assert set(given) == {given[0], given[-1]}
 
 
 @pytest.mark.stress
