@@ -130,18 +130,18 @@ class Gateway:
             return existing
         route = self._router.route(chat.model, chat.provider, caller=caller, body=chat.options)
         prompt = self._prompts.make(caller, chat, conversation, route, hold)
-        request = Request(
-            route,
-            prompt.request,
-            face,
-            key,
-            key,
-            digest,
-            background=background,
-            keeper=prompt,
-            make_attempt=Attempt if prompt.request.usage_options is None else UsageAttempt,
-        )
         try:
+            request = Request(
+                route,
+                prompt.request,
+                face,
+                key,
+                key,
+                digest,
+                background=background,
+                keeper=prompt,
+                make_attempt=Attempt if prompt.request.usage_options is None else UsageAttempt,
+            )
             stream = self._begin(request, self._router.fill)
         except BaseException:
             # The caller still owns the hold.

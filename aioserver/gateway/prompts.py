@@ -152,6 +152,7 @@ class Prompts:
         """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
         asked: Asked | None = None
+        name = ""
         # These are lists of their own, so that the prompt, which lives longer, does not keep the
         # messages.
         held, sent = [chat.messages or b""], [len(chat.options)]
@@ -160,14 +161,14 @@ class Prompts:
             assert chat.text is not None
             text, known = chat.text, chat.conversation_id or conversation
             name = known or uuid.uuid4().hex
-            question = asked = self._histories.ask(caller, name)
 
             def take() -> None:
                 held[0] = self._messages(caller, name, text)
                 sent.append(len(held[0]))
 
             async def load() -> Begun | None:
-                begun = await self._histories.begin(question, known=known is not None)
+                assert asked is not None
+                begun = await self._histories.begin(asked, known=known is not None)
                 take()
                 return begun
 
@@ -199,6 +200,9 @@ class Prompts:
             # UsageAttempt adds them, unless the client has set its own.
             usage_options=b"" if streamed and OPTIONS.name not in option_names else None,
         )
+        if name:
+            # Last, since it is the prompt that forgets the question.
+            asked = self._histories.ask(caller, name)
         return Prompt(self._histories, chat, request, reading, asked, sent, take_history)
 
     def _messages(self, caller: Caller, conversation_id: str, text: bytes) -> bytes:

@@ -23,7 +23,7 @@ class FixedShare:
     are alone.
 
     Instances may have heard of different members. The rules for ranks in
-    tests/support/settle_model.py keep the sum of the shares within the limit nevertheless.
+    tests/support/renew_script.py keep the sum of the shares within the limit nevertheless.
     """
 
     def __init__(self, known: tuple[int, int] | None) -> None:

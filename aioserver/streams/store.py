@@ -170,10 +170,11 @@ class StreamStore:
             outcome=outcome,
             store=self,
         )
-        self._running.add(stream)
         if not private:
+            owned = self._owned.setdefault(owner_of(caller), {})
             self._by_name[caller, request_id] = stream
-            self._owned.setdefault(owner_of(caller), {})[stream] = None
+            owned[stream] = None
+        self._running.add(stream)
         return stream
 
     def open_mirror(self, request_id: str, caller: Hashable, *, after: int) -> Stream:

@@ -111,7 +111,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     def answered(self, now: float) -> None:
         """Note that the first content of the answer has come *now*; it counts at once."""
         self.first_event_at = now
-        # Silences before the answer do not count: in a head, between comments, in a failed
+        # SilenceMeter before the answer do not count: in a head, between comments, in a failed
         # attempt.
         self.silence = 0.0
         if self.log is not None:

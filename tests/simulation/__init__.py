@@ -13,7 +13,7 @@ the patience of those that exist are in agents.py.
 
 cluster: instances that share a server, and what happens to them (cluster.py). member: one of them
 (membership.py). shared server: the Redis or Valkey of a run, with its faults (shared_server.py).
-What holds of all of them is in together.py.
+What holds of all of them is in together.py; how methods are noted, in noting.py.
 
 violation: a promise of the server that was broken. What a client may read is in truth.py; what a
 server may hold in watch.py, how long it may wait in deadlines.py, whom it serves next in

@@ -79,12 +79,9 @@ def _longest(client: Client) -> float:
 
 async def _ask_response(client: Client) -> str | None:
     """Ask for a response; return its address, None if the client has what it gets."""
-    model = client.question.model or client.group or "sim-model"
     arguments = client.body(
         {
-            "model": f"sim/{client.question.model or 'sim-model'}"
-            if client.plan.pinned
-            else model,
+            "model": client.model(client.question),
             "input": client.question.text,
             "max_output_tokens": client.question.tokens,
             "background": True,
@@ -105,18 +102,7 @@ async def _ask_response(client: Client) -> str | None:
 
 
 async def _ask_sse(client: Client) -> str | None:
-    body: dict[str, Any] = {
-        "request_id": client.name,
-        "messages": [{"role": "user", "content": client.question.text}],
-        "options": {"max_tokens": client.question.tokens},
-    }
-    if client.plan.pinned:
-        body["provider"] = "sim"
-    if client.question.model:
-        body["model"] = client.question.model
-    elif client.group:
-        body["model"] = client.group
-    arguments = client.body(body)
+    arguments = client.body({"request_id": client.name, **client.own_payload()})
     arguments["headers"]["Prefer"] = "respond-async"
     url = f"{client.base}/sse/chat"
     async with client.session.post(url, **arguments) as response:

@@ -8,7 +8,6 @@ the next one there, as each connection carries one request at a time.
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -23,9 +22,11 @@ from aioserver.providers.provider import Provider
 from aioserver.telemetry.outcome import PROVIDER
 from aioserver.usage.ledger_reader import REFUSED
 from tests.simulation.book import Book
+from tests.simulation.noting import noted, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import ExitStack
 
     from aioserver.streams.contracts import Source
     from aioserver.telemetry.outcome import AttemptCost
@@ -56,7 +57,7 @@ class Bills:
         self._broken = broken
         self._sent: dict[Attempt, _Sent] = {}
 
-    def sent(self, attempt: Attempt, exchange: Source | None) -> None:
+    def sent(self, attempt: Attempt, exchange: Source | None = None) -> None:
         """Note that *attempt* is sent, perhaps once more."""
         if isinstance(attempt, PassedAttempt) or not isinstance(exchange, Exchange):
             return
@@ -95,12 +96,7 @@ class Bills:
 
     def patches(self) -> ExitStack:
         """Let all of that be noted, in the block."""
-        stack, noted = ExitStack(), self
-        sending, ended = Attempt.sending, Provider._ended  # noqa: SLF001 - there is no other door
-
-        def noting_sending(attempt: Attempt, exchange: Source | None = None) -> None:
-            noted.sent(attempt, exchange)
-            sending(attempt, exchange)
+        ended = Provider._ended  # noqa: SLF001 - there is no other door
 
         def noting_ended(
             provider: Provider,
@@ -112,11 +108,12 @@ class Bills:
             assert isinstance(book, Book)
             written = book.written
             ended(provider, attempt, exc, cost)
-            noted.ended(attempt, exc, cost, book.lines[written:])
+            self.ended(attempt, exc, cost, book.lines[written:])
 
-        stack.enter_context(mock.patch.object(Attempt, "sending", noting_sending))
-        stack.enter_context(mock.patch.object(Provider, "_ended", noting_ended))
-        return stack
+        return together(
+            noted(Attempt, "sending", before=self.sent),
+            mock.patch.object(Provider, "_ended", noting_ended),
+        )
 
 
 def _wrong(

@@ -222,6 +222,26 @@ class Client:
                 return key
         return self.plan.keys[-1] if self.plan.keys else None
 
+    def model(self, question: Question, *, grouped: bool = True) -> str:
+        """Return the model to ask for on a face of OpenAI's or Anthropic's: with the provider's name
+        in front no other one is asked.
+        """
+        if self.plan.pinned:
+            return f"sim/{question.model}" if question.model else "sim"
+        return question.model or (self.group if grouped else "") or "sim-model"
+
+    def own_payload(self) -> dict[str, Any]:
+        """Return what it asks for on a face of the server's own."""
+        what: dict[str, Any] = {"text": self.question.text, "conversation_id": self.conversation}
+        if not self.conversation:
+            what = {"messages": [{"role": "user", "content": self.question.text}]}
+        payload: dict[str, Any] = {**what, "options": {"max_tokens": self.question.tokens}}
+        if self.plan.pinned:
+            payload["provider"] = "sim"
+        if model := self.question.model or self.group:
+            payload["model"] = model
+        return payload
+
     @property
     def has_id(self) -> bool:
         """Whether the question has an id, by which it is known when it is sent again."""

@@ -149,11 +149,3 @@ def lost(status: int, error: Mapping[str, Any]) -> bool:
     if error.get("code") == "previous_response_not_found":
         return True
     return status == 404 and "revious response" in error["message"]
-
-
-def model_of(turn: Turn, plan: Plan) -> str:
-    """Return the model to ask for: with the provider's name in front no other one is asked."""
-    model = turn.question.model
-    if plan.pinned:
-        return f"sim/{model}" if model else "sim"
-    return model or "sim-model"

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 import json
 from base64 import urlsafe_b64decode
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from aioserver.gateway.gateway import Gateway
 from aioserver.wings.jwt.token_callers import TokenCallers
 from tests.simulation import sick_hook
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import now
+from tests.simulation.noting import noted, together
 from tests.simulation.provider import questions_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import ExitStack
 
     from aioserver.auth.callers import Caller
     from tests.simulation.plan import Plan
@@ -49,29 +49,25 @@ class Doors:
 
     def patches(self) -> ExitStack:
         """Let all of that be noted, in the block."""
-        stack, noted = ExitStack(), self
-        caller, ask, relay = TokenCallers.caller, Gateway.ask, Gateway.relay
+        return together(
+            noted(TokenCallers, "caller", after=self._taken),
+            noted(Gateway, "ask", before=self._asked),
+            noted(Gateway, "relay", before=self._relayed),
+        )
 
-        def taking(callers: TokenCallers, token: bytes, digest: bytes) -> Caller:
-            taken = caller(callers, token, digest)
-            payload = token.split(b".")[1]
-            claims = json.loads(urlsafe_b64decode(payload + b"=" * (-len(payload) % 4)))
-            if (late := now() - claims["exp"]) >= SKEW:
-                noted._broken(f"a token is taken {late:.3f} s after its end")
-            return taken
+    def _taken(
+        self, _caller: Caller, _callers: TokenCallers, token: bytes, _digest: bytes
+    ) -> None:
+        payload = token.split(b".")[1]
+        claims = json.loads(urlsafe_b64decode(payload + b"=" * (-len(payload) % 4)))
+        if (late := now() - claims["exp"]) >= SKEW:
+            self._broken(f"a token is taken {late:.3f} s after its end")
 
-        def asking(gateway: Gateway, caller: Caller, *what: Any, face: str, **more: Any) -> Any:
-            noted._question(caller, face)
-            return ask(gateway, caller, *what, face=face, **more)
+    def _asked(self, _gateway: Gateway, caller: Caller, *_what: Any, face: str, **_: Any) -> None:
+        self._question(caller, face)
 
-        def relaying(gateway: Gateway, request: Any, *what: Any, **more: Any) -> Any:
-            noted._question(request.caller, request.face)
-            return relay(gateway, request, *what, **more)
-
-        stack.enter_context(mock.patch.object(TokenCallers, "caller", taking))
-        stack.enter_context(mock.patch.object(Gateway, "ask", asking))
-        stack.enter_context(mock.patch.object(Gateway, "relay", relaying))
-        return stack
+    def _relayed(self, _gateway: Gateway, request: Any, *_what: Any, **_more: Any) -> None:
+        self._question(request.caller, request.face)
 
     def _question(self, caller: Caller, face: str) -> None:
         if face in SOCKETS and (late := Clock.now - caller.expires) >= SKEW:

@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
-from unittest import mock
 
 from aioserver.gateway.affinity import MAX_SHARE, Affinity
 from aioserver.gateway.groups import Group
 from aioserver.providers.breaker import Breaker
 from tests.simulation.clock import Clock
+from tests.simulation.noting import noted, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
+    from contextlib import ExitStack
 
     from aioserver.gateway.affinity import Placement
     from aioserver.gateway.candidates import Candidates
@@ -209,7 +209,7 @@ class Remembered:
                     f"{member.provider.name} is said to know {known} bytes that it was not sent"
                 )
 
-    def applied(self, group: Group, members: Sequence[Member]) -> None:
+    def applied(self, group: Group, members: Sequence[Member], *_how: object) -> None:
         """Note that *group* has other *members* now."""
         stay = {_name(member)[1:] for member in members}
         for old in group.members:
@@ -218,35 +218,12 @@ class Remembered:
 
     def patches(self) -> ExitStack:
         """Let all of that be noted, in the block."""
-        stack, noted = ExitStack(), self
-        place, sent, apply, die = Affinity.place, Affinity.sent, Group.apply, Breaker._die
-
-        def noting_place(
-            affinity: Affinity, prefix: Prefix, members: Sequence[Member]
-        ) -> Placement:
-            placement = place(affinity, prefix, members)
-            noted.placed(affinity, placement)
-            return placement
-
-        def noting_sent(affinity: Affinity, prefix: Prefix, member: Member) -> None:
-            noted.sent(affinity, prefix, member)
-            sent(affinity, prefix, member)
-
-        def noting_apply(
-            group: Group, members: Sequence[Member], choose: str, affinity: str
-        ) -> None:
-            noted.applied(group, members)
-            apply(group, members, choose, affinity)
-
-        def noting_die(breaker: Breaker) -> None:
-            noted._deaths[id(breaker)] += 1
-            die(breaker)
-
-        stack.enter_context(mock.patch.object(Affinity, "place", noting_place))
-        stack.enter_context(mock.patch.object(Affinity, "sent", noting_sent))
-        stack.enter_context(mock.patch.object(Group, "apply", noting_apply))
-        stack.enter_context(mock.patch.object(Breaker, "_die", noting_die))
-        return stack
+        return together(
+            noted(Affinity, "place", after=lambda made, affinity, *_: self.placed(affinity, made)),
+            noted(Affinity, "sent", before=self.sent),
+            noted(Group, "apply", before=self.applied),
+            noted(Breaker, "_die", before=lambda breaker: self._deaths.update([id(breaker)])),
+        )
 
 
 def _name(member: Member) -> tuple[int, str, str]:

@@ -9,9 +9,7 @@ each answer that a deadline guards, wherever it is.
 from __future__ import annotations
 
 import random
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from aioserver.limits.deadline import Guard
 from aioserver.protocol.request_options import BATCH, CLASS, DEADLINE, START_WITHIN
@@ -21,9 +19,11 @@ from aioserver.providers.passthrough import PassedAttempt
 from aioserver.wings.conversations.sqlite import COMMIT_TIMEOUT
 from tests.simulation.clock import Clock
 from tests.simulation.network import INSTANCE
+from tests.simulation.noting import noted, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import ExitStack
 
     from aioserver.limits.deadline import Deadline
     from aioserver.streams.contracts import Source
@@ -85,7 +85,7 @@ class Hurry:
                 late = Clock.now - deadline.next
                 self._broken(f"{deadline.wait} goes on for {late:.3f} s after its deadline")
 
-    def sending(self, attempt: Attempt, exchange: Source | None) -> None:
+    def sending(self, attempt: Attempt, exchange: Source | None = None) -> None:
         """Note that *attempt* is sent."""
         deadline = attempt.request.bound
         if deadline is None:
@@ -101,27 +101,9 @@ class Hurry:
 
     def patches(self) -> ExitStack:
         """Let all of that be noted, in the block."""
-        stack, noted = ExitStack(), self
-        enter, leave = Guard.__enter__, Guard.__exit__
-        for kind in (Attempt, PassedAttempt):
-            stack.enter_context(mock.patch.object(kind, "sending", self._noting(kind.sending)))
-
-        def entering(guard: Guard) -> Guard:
-            result = enter(guard)
-            noted._guards[guard] = INSTANCE.get()
-            return result
-
-        def leaving(guard: Guard, *exc: Any) -> None:
-            noted._guards.pop(guard, None)
-            leave(guard, *exc)
-
-        stack.enter_context(mock.patch.object(Guard, "__enter__", entering))
-        stack.enter_context(mock.patch.object(Guard, "__exit__", leaving))
-        return stack
-
-    def _noting(self, sending: Callable[[Any, Source | None], None]) -> Callable[..., None]:
-        def noting(attempt: Attempt, exchange: Source | None = None) -> None:
-            self.sending(attempt, exchange)
-            sending(attempt, exchange)
-
-        return noting
+        guards = self._guards
+        return together(
+            *(noted(kind, "sending", before=self.sending) for kind in (Attempt, PassedAttempt)),
+            noted(Guard, "__enter__", before=lambda guard: guards.update({guard: INSTANCE.get()})),
+            noted(Guard, "__exit__", before=lambda guard, *_: guards.pop(guard, None)),
+        )

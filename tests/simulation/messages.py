@@ -112,7 +112,7 @@ class Talk:
         # Whatever came before it, and however it is translated.
         question.rewrite(text, tokens, tuple(range(1, 2 * self.asked + 1)))
         body: dict[str, Any] = {
-            "model": model_of(client),
+            "model": client.model(client.question),
             "max_tokens": tokens,
             "system": self._system(),
             "messages": list(self.said),
@@ -142,14 +142,6 @@ class Talk:
     def _system(self) -> Any:
         billing = f"{BILLING} cc_version=2.1; number={self.asked};"
         return [{"type": "text", "text": text} for text in (billing, "You help.", "Be brief.")]
-
-
-def model_of(client: Client) -> str:
-    """Return the model to ask for: with the provider's name in front no other one is asked."""
-    model = client.question.model
-    if client.plan.pinned:
-        return f"sim/{model}" if model else "sim"
-    return model or client.group or "sim-model"
 
 
 async def ask(client: Client) -> None:

@@ -27,14 +27,6 @@ TOOLS = {
 }
 
 
-def _model(client: Client) -> str:
-    """Return the model to ask for: with the provider's name in front no other one is asked."""
-    model = client.question.model
-    if client.plan.pinned:
-        return f"sim/{model}" if model else "sim"
-    return model or client.group or "sim-model"
-
-
 def _chat(client: Client, *, stream: bool) -> dict[str, Any]:
     before = []
     if client.plan.grouping is not None and client.group:
@@ -42,7 +34,7 @@ def _chat(client: Client, *, stream: bool) -> dict[str, Any]:
         client.question.turns = (2,) if before else (1,)
     arguments = client.body(
         {
-            "model": _model(client),
+            "model": client.model(client.question),
             "messages": [*before, {"role": "user", "content": client.question.text}],
             "max_tokens": client.question.tokens,
             "stream": stream,
@@ -130,7 +122,7 @@ async def whole(client: Client) -> None:
 def _responses_body(client: Client, *, store: bool) -> dict[str, Any]:
     return client.body(
         {
-            "model": _model(client),
+            "model": client.model(client.question),
             "input": client.question.text,
             "max_output_tokens": client.question.tokens,
             "stream": True,

@@ -26,26 +26,11 @@ async def ask(client: Client) -> None:
     await come_back(client, functools.partial(read, client), lambda: client.reading.end)
 
 
-def _payload(client: Client) -> dict[str, Any]:
-    text, conversation = client.question.text, client.conversation
-    what: dict[str, Any] = {"text": text, "conversation_id": conversation}
-    if not conversation:
-        what = {"messages": [{"role": "user", "content": text}]}
-    payload: dict[str, Any] = {**what, "options": {"max_tokens": client.question.tokens}}
-    if client.plan.pinned:
-        payload["provider"] = "sim"
-    if client.question.model:
-        payload["model"] = client.question.model
-    elif client.group:
-        payload["model"] = client.group
-    return payload
-
-
 async def _websocket(client: Client, attempt: int) -> None:
     client.came_back = attempt > 0
     url = client.base.replace("http", "ws", 1) + "/ws/chat"
     async with client.session.ws_connect(url, max_msg_size=0, headers=client.headers) as ws:
-        frame = {"action": "chat", "request_id": client.name, "payload": _payload(client)}
+        frame = {"action": "chat", "request_id": client.name, "payload": client.own_payload()}
         if attempt and client.reading.last:
             frame["action"] = "resume"
             frame["payload"] = {"last_event_id": client.reading.last}
@@ -78,7 +63,7 @@ async def _sse(client: Client, attempt: int) -> None:
         request = client.session.get(f"{url}/{client.name}", headers=headers)
     else:
         client.asks()
-        body = {**_payload(client), "request_id": client.name}
+        body = {**client.own_payload(), "request_id": client.name}
         request = client.session.post(url, **client.body(body))
     async with request as response:
         if response.status == 204:

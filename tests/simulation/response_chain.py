@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from tests.simulation.conversation import Turn, lost, model_of, next_turn
+from tests.simulation.conversation import Turn, lost, next_turn
 from tests.simulation.events import events
 from tests.simulation.patience import Left
 from tests.simulation.plan import KEEPS
@@ -58,7 +58,7 @@ async def _ask(client: Client, turn: Turn) -> bool:
     """Ask for the response of *turn*; return whether it is complete."""
     streamed = client.dice.random() < 0.5
     arguments = client.body(
-        {"model": model_of(turn, client.plan), "stream": streamed, **turn.fields}
+        {"model": client.model(turn.question, grouped=False), "stream": streamed, **turn.fields}
     )
     async with client.session.post(f"{client.base}/v1/responses", **arguments) as response:
         if response.status != 200:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from tests.simulation.conversation import Turn, lost, model_of, next_turn
+from tests.simulation.conversation import Turn, lost, next_turn
 from tests.simulation.patience import Left
 from tests.simulation.returning import come_back
 from tests.simulation.truth import Violation
@@ -158,7 +158,7 @@ class Talk:
             turn = next_turn(self.client, lane.chain, self.store, prepared=prepared)
             lane.asked.append(turn)
             generate = {"generate": False} if turn.prepared else {}
-            model = model_of(turn, self.client.plan)
+            model = self.client.model(turn.question, grouped=False)
             await self._send(
                 ws, lane, {"type": "response.create", "model": model, **turn.fields, **generate}
             )

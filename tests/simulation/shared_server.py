@@ -1,5 +1,5 @@
-"""The Redis or Valkey server of a run, which all instances share: the reference model of its
-script, claims and messages, with faults.
+"""The Redis or Valkey server of a run, which all instances share: its script, claims and
+messages in memory, with faults.
 
 What an instance says takes a moment each way, comes in the order in which it was said on one
 *line*, and may be lost, late, or never answered. What the server says to an instance by itself may
@@ -22,16 +22,14 @@ from aioserver.wings.cluster.lease_messages import SECOND
 from aioserver.wings.cluster.peer_messages import decode
 from tests.simulation.clock import Clock
 from tests.support.memory_bus import MemoryBus, MemoryStore, World
-from tests.support.settle_model import Model, Stale
+from tests.support.renew_script import Script, Stale
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Coroutine, Sequence
 
-    from aioserver.wings.cluster.claims import Renewal, Verdict
     from aioserver.wings.cluster.leases import Leases
     from aioserver.wings.cluster.peer_messages import Message
-    from aioserver.wings.conversations.redis import Listed
     from tests.simulation.loop import SimulatedLoop
     from tests.simulation.plan import Shared
 
@@ -46,7 +44,7 @@ PREFIX = f"aio:{{{NAME}}}:"
 
 
 class _World(World):
-    """Claims, logs and messages; the members are those of the reference model."""
+    """Claims, logs and messages; the members are those of the script."""
 
     def __init__(self, server: SharedServer, dice: random.Random) -> None:
         self._server = server
@@ -55,8 +53,7 @@ class _World(World):
     @property
     def members(self) -> list[str]:
         """The names of all members."""
-        state = self._server.model.world
-        return [] if state is None else list(state.members)
+        return list(self._server.script.members)
 
     @members.setter
     def members(self, _names: list[str]) -> None:
@@ -74,7 +71,7 @@ class SharedServer:
         self.loop = loop
         self.dice = dice
         self.faults = faults
-        self.model = Model()
+        self.script = Script()
         self.world = _World(self, dice)
         self.up, self.paused = True, False
         self.run = "run0"
@@ -109,7 +106,7 @@ class SharedServer:
             CallFailed: a later call was answered.
         """
         try:
-            answer, wakes = self.model.renew(request, round(time.time() * SECOND))
+            answer, wakes = self.script.renew(request, round(time.time() * SECOND))
         except Stale as error:
             raise CallFailed(str(error)) from error
         for name, words in wakes.items():
@@ -184,11 +181,11 @@ class SharedServer:
         else:
             world = self.world
             names = ("claims", "logs", "conversations", "responses", "forgotten")
-            kept = (self.model.world, *(getattr(world, name) for name in names))
-            former = copy.deepcopy(kept)
+            former = copy.deepcopy([getattr(world, name) for name in names])
+            keys = self.script.snapshot()
             await asyncio.sleep(seconds)
-            self.model.world, *others = former
-            for kept_name, value in zip(names, others, strict=True):
+            self.script.restore(keys)
+            for kept_name, value in zip(names, former, strict=True):
                 setattr(world, kept_name, value)
             self.disturbed.append(Clock.now)
             self._start()
@@ -201,7 +198,7 @@ class SharedServer:
                 self.after(moment, partial(self._connected, leases), context)
 
     def _empty(self) -> None:
-        self.model = Model()
+        self.script = Script()
         world = self.world
         for kept in (world.claims, world.logs, world.conversations, world.responses):
             kept.clear()
@@ -354,63 +351,6 @@ class SimulatedStore(MemoryStore):
     async def close(self) -> None:
         """Do nothing: there is nothing to close."""
 
-    async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
-        return await self._ask(
-            lambda: super(SimulatedStore, self).take(name, digest, seconds, lost), name
-        )
-
-    async def find(self, name: str) -> Verdict:
-        return await self._ask(lambda: super(SimulatedStore, self).find(name))
-
-    async def renew(self, claims: Sequence[Renewal]) -> None:
-        names = [claim.name for claim in claims]
-        await self._ask(lambda: super(SimulatedStore, self).renew(claims), *names)
-
-    async def members(self) -> list[str]:
-        return await self._ask(super().members)
-
-    async def put_log(self, name: str, log: bytes, seconds: float) -> None:
-        await self._ask(lambda: super(SimulatedStore, self).put_log(name, log, seconds), name)
-
-    async def get_log(self, name: str) -> bytes | None:
-        return await self._ask(lambda: super(SimulatedStore, self).get_log(name), name)
-
-    async def keep_turn(
-        self,
-        name: str,
-        turn: bytes,
-        bounds: tuple[int, int, float],
-        listed: Listed | None = None,
-        mark: str = "",
-    ) -> bool:
-        keep = super().keep_turn
-        return await self._ask(lambda: keep(name, turn, bounds, listed, mark))
-
-    async def turns(self, name: str, me: str, mark: str) -> tuple[list[bytes], bool, bool, float]:
-        return await self._ask(lambda: super(SimulatedStore, self).turns(name, me, mark))
-
-    async def take_mark(self, name: str, mark: str) -> int:
-        return await self._ask(lambda: super(SimulatedStore, self).take_mark(name, mark))
-
-    async def put_response(self, name: str, data: bytes, previous: str) -> int:
-        put = super().put_response
-        return await self._ask(lambda: put(name, data, previous))
-
-    async def mark_response(self, name: str) -> bool:
-        return await self._ask(lambda: super(SimulatedStore, self).mark_response(name))
-
-    async def unmark_response(self, name: str) -> int:
-        return await self._ask(lambda: super(SimulatedStore, self).unmark_response(name))
-
-    async def has_response(self, name: str) -> bool:
-        return await self._ask(lambda: super(SimulatedStore, self).has_response(name))
-
-    async def response_chain(self, name: str, most: int) -> list[bytes]:
-        return await self._ask(lambda: super(SimulatedStore, self).response_chain(name, most))
-
-    async def delete_response(self, name: str) -> bool:
-        return await self._ask(lambda: super(SimulatedStore, self).delete_response(name))
-
     async def _ask(self, make: Callable[[], Coroutine[Any, Any, T]], *names: str) -> T:
         def do() -> T:
             # Its steps never wait, so that it is over with the first one.
@@ -425,6 +365,27 @@ class SimulatedStore(MemoryStore):
 
     async def _asked(self) -> float:
         return Clock.now
+
+
+def _asking(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Return what asks for the method *name* of the store in memory on the line of an instance."""
+    method = getattr(MemoryStore, name)
+
+    async def ask(store: SimulatedStore, *args: Any, **options: Any) -> Any:
+        claimed = [claim.name for claim in args[0]] if name == "renew" else args[:1]
+        names = claimed if name in CLAIMING else ()
+        return await store._ask(partial(method, store, *args, **options), *names)  # noqa: SLF001
+
+    return ask
+
+
+# What is asked of a store; and that of which the answer is to be relied on, whatever was lost.
+CLAIMING = ("take", "renew", "put_log", "get_log")
+for _name in (
+    *(*CLAIMING, "find", "members", "keep_turn", "turns", "take_mark", "put_response"),
+    *("mark_response", "unmark_response", "has_response", "response_chain", "delete_response"),
+):
+    setattr(SimulatedStore, _name, _asking(_name))
 
 
 class SimulatedConnection:

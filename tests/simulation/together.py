@@ -21,9 +21,7 @@ Private names used here: those of `Leases`, of its grants and of rates, which no
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from aioserver.gateway.contracts.commands import name_of
 from aioserver.limits.budget import MINUTE, Reservation
@@ -35,12 +33,14 @@ from aioserver.wings.cluster.leased import LeasedCapacity
 from aioserver.wings.cluster.rates import SharedRate
 from aioserver.wings.cluster.shared_budget import SharedReservation
 from tests.simulation.clock import Clock
+from tests.simulation.noting import noted, together
 from tests.simulation.slowness import HELD_UP_ELSEWHERE, Slowness
 from tests.simulation.watch import delay_of
 from tests.support.stored_responses import stored_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import ExitStack
 
     from aioserver.wings.cluster.grants import Grant
     from aioserver.wings.cluster.leases import Leases
@@ -221,14 +221,14 @@ class Together:
 
     def _alone(self, instance: Instance, member: Member) -> bool:
         """Return whether the instance uses what the server does not know of."""
-        leases, world = member.leases, self.server.model.world
+        leases, world = member.leases, self.server.script.world
         if instance.number in self._loop.absent or leases.standing.state is State.ALONE:
             return True
         if Clock.now >= leases.lease_end:
             return True
-        if world is None or leases.epoch == world.epoch or self.server.reaches(member.number):
+        if leases.epoch == world.get("epoch", leases.epoch) or self.server.reaches(member.number):
             return False
-        if Clock.now * SECOND + world.offset >= world.grace:
+        if Clock.now * SECOND + world["offset"] >= world["blind"]:
             # It uses what it had in a world that is gone, and the server cannot know.
             for name, grant in leases._grants.items():
                 member.left_over[name] = max(member.left_over[name], grant.user.inside)
@@ -409,40 +409,17 @@ class Together:
 
     def patches(self) -> ExitStack:
         """Let starts be noted, in the block."""
-        stack = ExitStack()
-        take = SharedRate.take
+        return together(
+            noted(SharedRate, "take", after=lambda _, rate, seconds: self.started(rate, seconds)),
+            noted(SharedReservation, "have", after=lambda _, each, *_what: self.spends(each)),
+            noted(SharedReservation, "settle", before=self.spent),
+            # Those that have waited, and those that start at once.
+            *(noted(Resource, name, after=self._look_at_start) for name in ("try_start", "start")),
+        )
 
-        def noting_take(rate: SharedRate, seconds: float) -> None:
-            take(rate, seconds)
-            self.started(rate, seconds)
-
-        have, settle = SharedReservation.have, SharedReservation.settle
-
-        def noting_have(reservation: SharedReservation, *args: Any) -> None:
-            have(reservation, *args)
-            self.spends(reservation)
-
-        def noting_settle(reservation: SharedReservation, tokens: int) -> None:
-            self.spent(reservation, tokens)
-            settle(reservation, tokens)
-
-        stack.enter_context(mock.patch.object(SharedReservation, "have", noting_have))
-        stack.enter_context(mock.patch.object(SharedReservation, "settle", noting_settle))
-        stack.enter_context(mock.patch.object(SharedRate, "take", noting_take))
-        # Those that have waited, and those that start at once.
-        for name in ("try_start", "start"):
-            noting = self._noting(getattr(Resource, name))
-            stack.enter_context(mock.patch.object(Resource, name, noting))
-        return stack
-
-    def _noting(self, start: Callable[..., Any]) -> Callable[..., Any]:
-        def noting(resource: Resource, *args: Any) -> Any:
-            grant = start(resource, *args)
-            if grant is not None and isinstance(resource.supply, LeasedCapacity | LeasedPlaces):
-                self.entered(resource, resource.supply._leases)
-            return grant
-
-        return noting
+    def _look_at_start(self, grant: object | None, resource: Resource, *_what: Any) -> None:
+        if grant is not None and isinstance(resource.supply, LeasedCapacity | LeasedPlaces):
+            self.entered(resource, resource.supply._leases)
 
 
 def _waits(member: Member, name: str) -> bool:

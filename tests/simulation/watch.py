@@ -129,7 +129,11 @@ class Watch:
                 ticket.slot is resource for ticket in quota.scheduler.waiting
             ):
                 self._broken(f"{resource.slots} slots of {name} are taken")
-            if quota.shared is not None or not queue.size:
+            if quota.shared is not None:
+                continue
+            if quota.running > quota.limit and not self._reloaded:
+                self._broken(f"{quota.running} answers of {name} run, of {quota.limit}")
+            if not queue.size:
                 continue
             if quota.running < quota.limit:
                 head = queue.queues[0].head()

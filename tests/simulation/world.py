@@ -16,7 +16,7 @@ import random
 import tempfile
 import traceback
 from collections import Counter
-from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from tests.simulation.hurry import Hurry
 from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import INSTANCE, Network
+from tests.simulation.noting import noted, together
 from tests.simulation.plan import BRIDGED, FORGETS, LACKS, MESSAGE_SETTINGS, provider_dial
 from tests.simulation.provider import Calls, NotingSimulator, note_answer
 from tests.simulation.silence import be_silent
@@ -54,15 +55,16 @@ from tests.support.virtual_loop import START
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
+    from contextlib import AbstractContextManager
 
     from tests.simulation.membership import Member
     from tests.simulation.plan import Plan
 
 # The address of the balancer in front of the instances, at which nobody listens.
 BALANCER = ("127.0.0.1", 80)
-# Seconds after the last client until everything must be given back: the longest window, and some
-# more.
-AFTERWARDS = 120.0
+# Seconds after the last client until everything must be given back: the longest window, and the
+# answers in the background, which wait for each other with ten times the patience of others.
+AFTERWARDS = 1800.0
 # How a provider refuses to continue a response that it has not kept.
 NO_RESPONSES = (404, "Previous response with id 'x' not found.")
 NO_USAGE = {"open_fds": None, "max_fds": 1024, "rss_bytes": None}
@@ -142,23 +144,20 @@ class World:
         """Let the starts of instances that share their limits be noted, in the block, what
         attempts cost, and what the members of groups are sent.
         """
-        stack = ExitStack()
+        patches = [
+            self._hurry.patches(),
+            self.doors.patches(),
+            noted(Bugs, "note", before=self._bug),
+        ]
+        patches.append(Bills(self.calls, self.broken).patches())
         if self.cluster is not None:
-            stack.enter_context(self.cluster.together.patches())
-        stack.enter_context(self._hurry.patches())
-        stack.enter_context(self.doors.patches())
-        stack.enter_context(mock.patch.object(Bugs, "note", self._noting_bugs(Bugs.note)))
-        stack.enter_context(Bills(self.calls, self.broken).patches())
+            patches.append(self.cluster.together.patches())
         if self.plan.grouping is not None:
-            stack.enter_context(Remembered(self.broken).patches())
-        return stack
+            patches.append(Remembered(self.broken).patches())
+        return together(*patches)
 
-    def _noting_bugs(self, note: Callable[[Bugs, BaseException], None]) -> Callable[..., None]:
-        def noting(bugs: Bugs, bug: BaseException) -> None:
-            self.broken(f"a bug of the server: {bug!r}{_place_of(bug)}")
-            note(bugs, bug)
-
-        return noting
+    def _bug(self, _bugs: Bugs, bug: BaseException) -> None:
+        self.broken(f"a bug of the server: {bug!r}{_place_of(bug)}")
 
     def is_dead(self, task: asyncio.Task[object]) -> bool:
         """Return whether *task* is one of an instance that was killed."""

@@ -1,5 +1,5 @@
-"""A cluster in virtual time: instances (`Leases`), the reference model of the renewal between
-them, and every fault that there is.
+"""A cluster in virtual time: instances (`Leases`), the script of their renewal between them, and
+every fault that there is.
 
 Nothing of it is asynchronous: an instance is a state machine, and the simulation carries its
 calls. A call may arrive, be lost, be answered late or never. An instance may be killed, or
@@ -13,7 +13,6 @@ wings/cluster/leases.py.
 
 from __future__ import annotations
 
-import copy
 import functools
 import heapq
 import itertools
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING
 from aioserver.wings.cluster.grants import State
 from aioserver.wings.cluster.lease_messages import SECOND, TIMES, Times
 from aioserver.wings.cluster.leases import Leases
-from tests.support.settle_model import Model, Stale, decode_request
+from tests.support.renew_script import Script, Stale, decode_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -207,8 +206,8 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._numbers = itertools.count()
-        self.model = Model()
-        self.snapshot = copy.deepcopy(self.model.world)
+        self.script = Script()
+        self.snapshot = self.script.snapshot()
         self.up, self.paused = True, False
         self.runs = itertools.count(1)
         self.run = "run0"
@@ -292,7 +291,7 @@ class Simulation:
     def _renew(self, instance: Instance, call: int, request: bytes) -> None:
         delay = self.delay * self.chance.uniform(0.5, 1.5)
         try:
-            answer, wakes = self.model.renew(request, round(self.now * SECOND))
+            answer, wakes = self.script.renew(request, round(self.now * SECOND))
         except Stale:
             self.later(delay, lambda: instance.refused(call), instance)
             return
@@ -309,7 +308,7 @@ class Simulation:
     def kill_server(self) -> None:
         self.up = False
         self.inbox.clear()
-        self.model = Model()
+        self.script = Script()
         self.paused = False
 
     def start_server(self) -> None:
@@ -318,7 +317,7 @@ class Simulation:
         self._connected()
 
     def empty(self) -> None:
-        self.model = Model()
+        self.script = Script()
 
     def pause(self) -> None:
         self.paused = True
@@ -333,13 +332,13 @@ class Simulation:
 
     def keep(self) -> None:
         """Keep the state, to come back to it."""
-        self.snapshot = copy.deepcopy(self.model.world)
+        self.snapshot = self.script.snapshot()
 
     def roll_back(self) -> None:
         """Go on with the state that was kept, in another process: what a replica that lags
         does.
         """
-        self.model.world = copy.deepcopy(self.snapshot)
+        self.script.restore(self.snapshot)
         self.rolled_back = self.now
         self.start_server()
 
@@ -353,26 +352,24 @@ class Simulation:
     def check(self) -> None:
         """Raise an AssertionError if an invariant is broken."""
         living = [each for each in self.instances if each.alive]
-        world = self.model.world
-        holds = world.limits[NAME].holds if world and NAME in world.limits else {}
+        world = self.script.world
+        holders = self.script.holders(NAME)
         for each in living:
             assert each.inside >= 0
             grant = each.grant
             assert 0 <= grant.granted <= self.limit
             # `_standing`: the property would look at the clock.
             standing = each.leases.standing
-            if world and each.leases.epoch != world.epoch and not self.reaches(each):
+            if world and each.leases.epoch != world["epoch"] and not self.reaches(each):
                 # It uses what it had in a world that is gone, and the server cannot know.
                 each.left_over = max(each.left_over, each.inside)
             valid = standing.state is not State.ALONE and self.now < each.leases.lease_end
-            if valid and world and each.leases.epoch == world.epoch:
-                hold = holds.get(each.leases.instance)
-                known = hold.recorded if hold else 0
+            if valid and world and each.leases.epoch == world["epoch"]:
+                known = holders.get(each.leases.instance, 0)
                 answered = each.leases.lease_end - self.times.lease + self.times.margin
                 if self.rolled_back < answered and grant.granted:
-                    member = world.members.get(each.leases.instance)
-                    assert member is not None
-                    assert member.ends / SECOND >= each.leases.lease_end
+                    ends, *_ = self.script.members[each.leases.instance]
+                    assert ends / SECOND >= each.leases.lease_end
                     assert known >= grant.granted, (each.number, known, grant.granted)
         # Instances whose lease was over while they ran may still have so many, or their share.
         excess = 0

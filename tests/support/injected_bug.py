@@ -7,20 +7,26 @@ raises is raised in the callee, before its first statement.
 
 from __future__ import annotations
 
+import ast
 import dis
+import inspect
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aioserver
+from tests.support.package import MODULES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from types import CodeType, FrameType
 
 ROOT = Path(aioserver.__file__).parent
+# The code of what may wait, and goes on later.
+SUSPENDS = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
 class InjectedBugError(Exception):
@@ -78,6 +84,22 @@ def _last(function: Function) -> str:
     return function.name.rpartition(".")[2]
 
 
+@cache
+def begins_with_try(function: Function) -> bool:
+    """Return whether the first statement of *function* that may raise is a `try`."""
+    node: Any = MODULES[function.module]
+    for name in function.name.split("."):
+        named = (each for each in ast.walk(node) if getattr(each, "name", None) == name)
+        node = next(named, ast.Module([], []))
+    may_raise = (
+        statement
+        for statement in node.body
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
+        and any(isinstance(part, ast.Call | ast.Await | ast.Try) for part in ast.walk(statement))
+    )
+    return isinstance(next(may_raise, None), ast.Try)
+
+
 @contextmanager
 def calls_of(sections: Collection[Function]) -> Iterator[dict[Call, None]]:
     """Note each call that one of *sections* makes within the block."""
@@ -94,6 +116,82 @@ def calls_of(sections: Collection[Function]) -> Iterator[dict[Call, None]]:
 
     with _traced(trace):
         yield calls
+
+
+@dataclass(slots=True)
+class _Running:
+    """A function under way: its own *call*, and its *calls* of others. *net* is what is held more
+    since it began, as far as it, and what it has called, did that; *takes*: some of it rose.
+    """
+
+    function: Function
+    call: Call | None
+    suspends: bool
+    calls: set[Call] = field(default_factory=set)
+    net: int = 0
+    takes: bool = False
+
+
+@contextmanager
+def calls_of_taking(held: Callable[[], int]) -> Iterator[set[Call]]:
+    """Note, once the block has ended, each call in it by a function of the package that takes
+    something, itself or by what it calls. *held* says how much is held now.
+
+    Where nothing else could give back, a call is none: that of a function that gives back more
+    than it takes, or by one that has done so without a wait; and that of a function which begins
+    with a `try`, in which it has what its caller has taken.
+    """
+    calls: set[Call] = set()
+    gives: set[Call | Function | None] = set()
+    running: dict[int, _Running] = {}
+    level = held()
+
+    def over(each: _Running | None) -> None:
+        if each is not None and each.net < 0:
+            gives.update({each.call} if each.suspends else {each.call, each.function})
+        elif each is not None and each.takes:
+            calls.update(each.calls)
+
+    def account(frame: FrameType | None) -> None:
+        nonlocal level
+        change, level = -level, held()
+        change += level
+        while change and frame is not None:
+            if (each := running.get(id(frame))) is not None:
+                each.net += change
+                each.takes |= change > 0
+            frame = frame.f_back
+
+    def trace(frame: FrameType, _event: str, _arg: object) -> object:
+        begins = frame.f_lasti <= _start(frame.f_code)
+        if begins:
+            # Another one may have been there before.
+            over(running.pop(id(frame), None))
+        if (function := function_of(frame.f_code)) is None:
+            return None
+        frame.f_trace_lines = False
+        account(frame)
+        if begins:
+            call = _call(frame)
+            suspends = bool(frame.f_code.co_flags & SUSPENDS)
+            running[id(frame)] = _Running(function, call, suspends)
+            caller = running.get(id(frame.f_back))
+            if call is not None and caller is not None:
+                caller.calls.add(call)
+        return returned
+
+    def returned(frame: FrameType, event: str, _arg: object) -> object:
+        if event == "return":
+            account(frame)
+        return returned
+
+    with _traced(trace):
+        yield calls
+    for each in running.values():
+        over(each)
+    for call in list(calls):
+        if call in gives or call.section in gives or begins_with_try(call.callee):
+            calls.remove(call)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""Instances whose calls are carried at once, with the reference model as the server."""
+"""Instances whose calls are carried at once, with the server's script in memory."""
 
 from __future__ import annotations
 
 from aioserver.wings.cluster.lease_messages import SECOND
 from aioserver.wings.cluster.leases import Leases
 from tests.support.clock import FakeClock
-from tests.support.settle_model import Model
+from tests.support.renew_script import Script
 
 
 class Cluster:
@@ -13,7 +13,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.model = Model()
+        self.script = Script()
         self.instances: dict[str, Leases] = {}
         self.away = False
 
@@ -26,7 +26,7 @@ class Cluster:
         if self.away:
             leases.failed("away")
             return
-        answer, wakes = self.model.renew(request, round(self.clock() * SECOND))
+        answer, wakes = self.script.renew(request, round(self.clock() * SECOND))
         leases.answered(answer)
         for name, words in wakes.items():
             self.instances[name].woken(words)

@@ -1,5 +1,5 @@
-"""The reference model of the shared server in the test's event loop: calls of `Leases` are
-answered without any socket.
+"""The shared server's script in the test's event loop: calls of `Leases` are answered without any
+socket.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.wings.cluster.lease_messages import SECOND
 from aioserver.wings.cluster.leases import Leases
-from tests.support.settle_model import Model, Stale
+from tests.support.renew_script import Script, Stale
 
 if TYPE_CHECKING:
     from typing import Any
@@ -24,7 +24,7 @@ class ReferenceServer:
     """
 
     def __init__(self) -> None:
-        self.model = Model()
+        self.script = Script()
         self.up = True
         self.calls = 0
         self._loop = asyncio.get_running_loop()
@@ -64,7 +64,7 @@ class ReferenceServer:
         try:
             if not self.up:
                 raise Stale("down")
-            answer, wakes = self.model.renew(request, round(self._loop.time() * SECOND))
+            answer, wakes = self.script.renew(request, round(self._loop.time() * SECOND))
         except Stale as error:
             self._loop.call_later(DELAY, leases.failed, str(error))
             return

@@ -5,7 +5,7 @@ Several processes and machines share these through one Redis or Valkey server. A
 process of the cluster; its name says where it runs, and a process that is started again is another
 instance. It is a *member* while its *lease* lasts, which each of its calls renews. All that it has
 to say of limits, it says in one call, the *renewal*: a script in Lua that the server runs in one
-piece. The tests have a *reference model* of it in Python.
+piece.
 
 What is shared are *limits*: the places of a provider, the concurrent answers of a key. The server
 *grants* an instance so many places of each: a request that finds a granted one free starts at

@@ -4,7 +4,7 @@ their order.
 A pool that repeats its calls is not wanted here: a call whose fate is not known may be answered
 later, when it is no longer true. So there is one connection, owned by one task. A call that is not
 answered in time kills it, and with it all other calls under way; what arrives at the server
-afterwards is refused by its number (tests/support/settle_model.py). The next connection is made at
+afterwards is refused by its number (tests/support/renew_script.py). The next connection is made at
 once at first, then after a pause that doubles, with jitter, so that the instances of a server that
 comes back do not all come at once.
 

@@ -2,8 +2,8 @@
 -- A renewal: everything that one instance has to say to the others, in one atomic call.
 --
 -- KEYS[1] is the prefix of all keys of the cluster; ARGV[1] is the request and the result is the answer, both in
--- msgpack, as wings/cluster/lease_messages.py declares them. tests/support/settle_model.py says the same in Python, with the reasons;
--- a test runs both and compares every answer and the state. Times are in microseconds. What is kept:
+-- msgpack, as wings/cluster/lease_messages.py declares them. tests/support/renew_script.py has the reasons for what it
+-- does, and runs it for tests in virtual time. Times are in microseconds. What is kept:
 --
 --   PREFIX world       the members and the time          PREFIX names       the names of all limits
 --   PREFIX limit:NAME  who holds and wants how much      PREFIX pace:NAME   when its next slot begins

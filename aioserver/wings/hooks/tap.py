@@ -45,8 +45,9 @@ class Backlog:
         self.bytes = 0
         self.shown: set[Tap] = set()
 
-    def grow(self, size: int) -> None:
-        """Count *size* bytes more; the one that is behind most may lose what it has."""
+    def grow(self, shown: Tap, size: int) -> None:
+        """Count *size* bytes more of *shown*; the one that is behind most may lose what it has."""
+        shown.size += size
         self.bytes += size
         while self.bytes > MAX_BEHIND_TOGETHER:
             max(self.shown, key=lambda shown: shown.size).fall_behind()
@@ -89,12 +90,11 @@ class Tap:
         """Take the newest entry of the log, whose readers are notified next."""
         if self.over or not (self._frames or entry.data or self.whole):
             return
-        self._entries.append(entry)
-        self.size += entry.size
-        self._backlog.grow(entry.size)
-        # The one that it takes next may be as large as it likes.
+        self._backlog.grow(self, entry.size)
         if self.over:
             return
+        self._entries.append(entry)
+        # The one that it takes next may be as large as it likes.
         if self.size - self._entries[0].size > MAX_BEHIND:
             self.fall_behind()
         elif not self._started and self.stream.answered:

@@ -37,6 +37,7 @@ SECTIONS = {
             ("http_hook", "HttpHook.follow"),
             ("http_hook", "Lines.read"),
             ("shown_log", "Shown.events"),
+            ("shown_log", "Shown.take"),
         )
     ),
 }
