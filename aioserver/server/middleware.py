@@ -99,7 +99,7 @@ def make_middleware(
             raise HeadersTooLarge(f"{head} bytes of headers, at most {limit}")
 
     def check_upgrade(request: web.Request) -> None:
-        """Refuse a handshake where there is no WebSocket.
+        """Refuse a WebSocket handshake to a path that has none.
 
         Other upgrades are ignored (RFC 9110, 7.8).
         """
@@ -107,7 +107,7 @@ def make_middleware(
         if all(protocol.strip().lower() != "websocket" for protocol in protocols):
             return
         match = request.match_info
-        # Where the application is embedded, the program's own routes decide for themselves.
+        # If the application is embedded, the program's own routes decide for themselves.
         ours = match.http_exception is not None or match.route in guard.policies
         if ours and match.route not in guard.websockets:
             endpoint = settings.chat.websocket.endpoint
@@ -120,7 +120,7 @@ def make_middleware(
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         assert isinstance(request, Request)
         protocol = request.protocol
-        # Where the application is embedded, the connection is another server's, without our limit.
+        # If the application is embedded, the connection is another server's, without our limit.
         connection = protocol if isinstance(protocol, Connection) else None
         try:
             check_head(request, connection)
@@ -129,7 +129,7 @@ def make_middleware(
             except Undecided as undecided:
                 caller = guard.admit(request, await undecided.caller())
             if caller is not None and caller.quota is not None and caller.quota.budget.limited:
-                # The response tells of them.
+                # The response reports them.
                 request.limits = partial(forms.of(request).limits, caller.quota)
             if hdrs.UPGRADE in request.headers:
                 check_upgrade(request)
@@ -162,12 +162,12 @@ def make_middleware(
             metrics.bugs.note(bug)
             error_form = forms.of(request)
             response = error_response(InternalError("internal error"), request, error_form)
-        # aiohttp's responses know their request until they are written; the two would hold each
-        # other.
+        # aiohttp's responses know their request until they are written, which would make a
+        # reference cycle.
         started, request.started = request.started, None
         if started is not None and started is not response:
             if request.transport is not None:
-                # A second head would be taken for a part of the first one's body.
+                # A second head would be read as a part of the first one's body.
                 request.transport.abort()
             return started
         if not response.prepared:
@@ -179,7 +179,7 @@ def make_middleware(
                 finally:
                     request.started = None
         elif connection is not None and connection.last and response.keep_alive:
-            # The head is sent already, and did not say that the connection ends.
+            # The head is already sent, and did not announce that the connection ends.
             connection.close_soon()
         return response
 
@@ -205,7 +205,7 @@ def make_middleware(
         refusals_logger.warning("access refused", extra={"fields": fields | left_out})
 
     def preflight(request: web.Request) -> web.Response:
-        """Answer a CORS preflight; a browser takes the missing `Allow-Origin` for a refusal."""
+        """Answer a CORS preflight; a browser treats the missing `Allow-Origin` as a refusal."""
         origin = request.headers.get("Origin")
         host = request.headers.get("Host")
         if origin is not None and not origins.allows(origin, host, secure=request.secure):
@@ -224,7 +224,7 @@ def make_middleware(
         headers["x-request-id"] = request_id(request)
         if "Origin" in request.headers:
             headers.update(origins.cors(request.headers, secure=request.secure))
-            # By name: with credentials, CORS takes "*" for a header of that name.
+            # Listed by name: with credentials, CORS takes "*" for a header of that name.
             passed = (name.lower() for name in headers if name.lower().startswith(VISIBLE_HEADERS))
             names = dict.fromkeys((*EXPOSED, *passed))
             headers["Access-Control-Expose-Headers"] = ", ".join(names)
@@ -254,9 +254,7 @@ def _preflight(request: web.Request) -> web.Response:
 def _translated(
     exc: web.HTTPException, request: web.Request, forms: Forms
 ) -> tuple[AioserverError, Collection[str]]:
-    """Return the error of ours that says the same as aiohttp's *exc*, and the methods that the
-    path has, for 405.
-    """
+    """Return our error for aiohttp's *exc*, and the methods that the path has, for 405."""
     methods: Collection[str] = ()
     if exc.status in {404, 405}:
         if request.rel_url.raw_path.startswith(API):
