@@ -1,7 +1,7 @@
-"""`aioserver usage`: add up the ledger by caller, model, day, and what else a bill is made of.
+"""`aioserver usage`: add up the ledger by caller, model, day, and the other fields of a bill.
 
-It reads files, and asks no server. What it needs of the package is what reads a ledger, and the
-configuration only where no file is named.
+It reads files, and asks no server. Of the package it needs only the reader of ledgers, and the
+configuration if no file is named.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 KEYS = ("caller", "provider", "model", "day", "face", "path", "class", "outcome")
 DEFAULT_KEYS = "caller,model"
 SPANS = {"d": timedelta(days=1), "h": timedelta(hours=1)}
-# What a spreadsheet would take for the beginning of a formula (CWE-1236): a model's name may come
-# from a client.
+# Characters that a spreadsheet takes for the beginning of a formula (CWE-1236): a model's name may
+# come from a client.
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -163,7 +163,7 @@ def _configured(config: Path | None) -> Path:
 
 
 def _text(moment: datetime | None) -> str | None:
-    """Return *moment* as a line of the ledger has it."""
+    """Return *moment* in the format of the ledger."""
     if moment is None:
         return None
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Incidents that are kept: as many as the server keeps.
 MAX_INCIDENTS = 100
-# Seconds between two attempts at most: a person waits.
+# The most seconds between two attempts: a person waits.
 MAX_DELAY = 4.0
 # Seconds beyond the interval after which a server that sends no byte counts as lost.
 SILENCE = 10.0
