@@ -194,7 +194,7 @@ class Caller:
             self.seq - chance.choice((0, 0, 0, 0, 0, 1)),
             self.heard,
             self.version,
-            TIMES.told(),
+            TIMES.for_server(),
             self.members,
             chance.choice(([], [], [], [], ["d"])),
             chance.random() < 0.05,
