@@ -34,7 +34,7 @@ class ResponsesWing(Wing):
 
     @staticmethod
     def probe() -> Probe:
-        """Return the question of an operator as one for a response."""
+        """Return the operator's test as a request for a response."""
         return probe.new()
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
