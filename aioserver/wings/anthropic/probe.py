@@ -1,4 +1,4 @@
-"""The question of an operator for a call of a tool, as one for a message (gateway/probe.py)."""
+"""An operator's test of tool calls, as a request for a message (gateway/probe.py)."""
 
 from __future__ import annotations
 

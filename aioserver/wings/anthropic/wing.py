@@ -33,7 +33,7 @@ class AnthropicWing(Wing):
 
     @staticmethod
     def probe() -> Probe:
-        """Return the question of an operator as one for a message."""
+        """Return the operator's test as a request for a message."""
         return probe.new()
 
     async def serve(self, context: Context) -> Routes:
