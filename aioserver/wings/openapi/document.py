@@ -1,10 +1,11 @@
-"""`GET /openapi.json`: our own faces as OpenAPI 3.1 has them (https://spec.openapis.org/oas/v3.1.1).
+"""`GET /openapi.json`: our own faces in OpenAPI 3.1 (https://spec.openapis.org/oas/v3.1.1).
 
-It is made of what serves: the table of routes, with the configured paths; the policies of the guard,
-which become `security`; the structs of messages, and the errors. What passes through below `/v1` is
-one entry. OpenAPI has no word for a WebSocket: such an operation has `x-websocket: true`.
+It is made of the server's own parts: the table of routes, with the configured paths; the policies
+of the guard, which become `security`; the structs of messages, and the errors. The paths that pass
+through below `/v1` are one entry. OpenAPI has no term for a WebSocket: such an operation has
+`x-websocket: true`.
 
-It is made at the first request, when all routes are there, and stays as long as the server.
+It is made at the first request, when all routes exist, and stays as long as the server.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
 
 PATH = "/openapi.json"
-# Routes that are not in it, by the beginning of their paths, and why.
+# Routes that are left out, by the beginning of their paths, and why.
 LEFT_OUT = {
     "/assets/": "a file of our pages",
     "/client": "the client for pages, a module",
@@ -49,7 +50,7 @@ LEFT_OUT = {
 HEADERS = {"Cache-Control": "no-cache", "Vary": "Origin"}
 _PARAMETER = re.compile(r"\{(\w+)\}")
 SCHEMA = "#/components/schemas/{name}"
-# How a caller may show its key.
+# The ways in which a caller may present its key.
 SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer"},
     **{name: {"type": "apiKey", "in": "header", "name": name} for name in KEY_HEADERS},
@@ -78,8 +79,8 @@ POSITION: dict[str, Any] = {
 
 
 class Operation(NamedTuple):
-    """What a route is for: a sentence, the name of the schema of its body, if it has one, and the
-    type of what it answers.
+    """The purpose of a route: a sentence, the name of the schema of its body, if it has one, and
+    the type of its answer.
     """
 
     summary: str
@@ -130,7 +131,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/"): Operation("The chat page for browsers; what there is, for programs"),
     ("GET", PATH): Operation("This description"),
 }
-# What passes through, whatever it is.
+# All requests that pass through.
 PASSED = Operation(
     "Every other path of OpenAI's API, passed on to a provider as it is", answers="*/*"
 )
@@ -150,7 +151,7 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 def describe(context: Context, app: web.Application) -> dict[str, Any]:
-    """Return the description of the routes of *app* that are ours."""
+    """Return the description of our routes in *app*."""
     chat = context.settings.chat
     endpoints = {chat.websocket.endpoint: "WS", chat.sse.endpoint: "SSE"}
     paths: dict[str, dict[str, Any]] = {}
@@ -185,8 +186,8 @@ def describe(context: Context, app: web.Application) -> dict[str, Any]:
 
 
 def described(context: Context, app: web.Application) -> Iterator[tuple[AbstractRoute, Policy]]:
-    """Yield each route that stands in the description, with its policy: not HEAD, which comes with
-    a GET, and not what is LEFT_OUT.
+    """Yield each described route, with its policy. HEAD, which comes with a GET, is left out, and
+    so is LEFT_OUT.
     """
     for route in app.router.routes():
         policy = context.guard.policies.get(route)
@@ -228,7 +229,7 @@ def _operation(
 
 def _schemas() -> dict[str, Any]:
     _, components = msgspec.json.schema_components((Frame,), ref_template=SCHEMA)
-    # A body goes on as it came: these are the members that are read of it.
+    # A body is passed on as it came: these are the members of it that are read.
     struct = type_info(Fields)
     assert isinstance(struct, StructType)
     members = {field.encode_name: _type_of(field.type) for field in struct.fields}
@@ -267,7 +268,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _type_of(kind: Type) -> dict[str, Any]:
-    """Return the schema of a member of a body; of one that stays bytes it is any."""
+    """Return the schema of a member of a body; a member that stays bytes may have any type."""
     kinds = kind.types if isinstance(kind, UnionType) else (kind,)
     names = [TYPES[type(each)] for each in kinds if type(each) in TYPES]
     return {"type": names} if names else {}
@@ -283,7 +284,7 @@ def _errors() -> Iterator[type[AioserverError]]:
 
 
 def _response_of(error: type[AioserverError]) -> dict[str, Any]:
-    """Return *error* as a response: HTTP status, and what it means."""
+    """Return *error* as a response: its HTTP status and its meaning."""
     meaning = (inspect.getdoc(error) or "").partition("\n\n")[0].replace("\n", " ")
     return {
         "description": f"{error.status}: {meaning}",
