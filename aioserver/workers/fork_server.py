@@ -5,7 +5,7 @@ Such a worker must be equal to a program that is executed now. So a worker is ex
 that would run other code, or if the parent has threads, which a fork would lack. Descriptors are
 closed as exec closes them, and none of the parent's objects is finalized.
 
-Private names of the standard library used here, guarded by `tests/workers/test_image.py`:
+Private names of the standard library used here, guarded by `tests/workers/test_fork_server.py`:
 `threading._shutdown`, `atexit._run_exitfuncs`. The interpreter ends with them, and so do the
 forked processes of multiprocessing.
 """
