@@ -25,8 +25,12 @@ class AnswerError(Exception):
     """There is no answer, or not the whole of it. It is the only error that an answer raises.
 
     *code* is the server's code (see the page on errors), or one of the library's own:
-    `connect_error`, the server cannot be reached; `deadline_exceeded`; `protocol_error`, the bytes
-    are not an aioserver's; `cancelled`, another client or program has cancelled the answer.
+
+    - `connect_error`: the server cannot be reached.
+    - `deadline_exceeded`: the deadline of the answer has passed.
+    - `protocol_error`: the bytes are not an aioserver's.
+    - `cancelled`: another client or program has cancelled the answer.
+
     *message* is for people. *retryable*: the same question may succeed later, and is not paid for
     twice; after *retry_after* seconds, if they are known. *text* is the text of the answer so far.
     """

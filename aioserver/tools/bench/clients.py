@@ -1,6 +1,6 @@
 """Clients of all faces: they send requests, and report all that they receive to an `Attempt`.
 
-On the WebSocket and SSE faces they use the client library, which never asks again: an answer is
+On the WebSocket and SSE faces they use the client library, which never asks again. An answer is
 complete when its events are numbered without a gap or a repetition and the last of them is
 `complete`. The answers of the other APIs are read here. An answer is complete
 

@@ -12,9 +12,9 @@ two transactions, as long as each holds all waiting writes, and a turn that a cl
 survives a process that is killed. Of several processes each has its own connections, and reads
 what the others have committed.
 
-The file may fail at any time. That is a trouble: the task tries again, with growing pauses; turns
-wait in the queue, and beyond its bounds the oldest are lost; the chat continues with the memory of
-the process, and waits for nothing. A trouble ends with the first write that succeeds. Nothing is
+The file may fail at any time. That is a trouble: the task tries again, with growing pauses. Turns
+wait in the queue, and beyond its bounds the oldest are lost. Chats continue with the memory of the
+process, and wait for nothing. A trouble ends with the first write that succeeds. Nothing is
 written to a damaged file.
 
 The sweep applies the bounds to conversations that are not continued, step by step; between two

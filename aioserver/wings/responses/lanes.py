@@ -100,9 +100,9 @@ class Lane:
 class Lanes:
     """The lanes of one connection. `close` must be called at its end.
 
-    Always: at most MAX_RUNNING lanes have something under way, and at most MAX_WAITING commands
-    wait, with MAX_WAITING_BYTES; a lane is in `_due` if and only if a command waits on it, and
-    nothing is under way there.
+    Always: at most MAX_RUNNING lanes have something under way. At most MAX_WAITING commands wait,
+    with MAX_WAITING_BYTES. A lane is in `_due` if and only if a command waits on it, and nothing
+    is under way there.
 
     *held* has the latest response of each lane, until it is dropped to make room. *on_end* is
     called with a lane when the response requested on it has ended, and no longer counts for a
