@@ -165,7 +165,9 @@ def describe(error: BaseException) -> str:
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Read the body of *response*; if it is larger than *limit* bytes, a little more than these."""
+    """Read the body of *response*; if it is larger than *limit* bytes, a little more
+    than these.
+    """
     body = bytearray()
     async for data in response.content.iter_any():
         body += data

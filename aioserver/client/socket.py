@@ -207,7 +207,9 @@ class Reading(ABC):
 
     @abstractmethod
     def _cancel(self) -> asyncio.Future[None] | None:
-        """Let the server cancel the answer. Returns a future that is done when it has been told."""
+        """Let the server cancel the answer. Returns a future that is done when it has
+        been told.
+        """
 
     @abstractmethod
     def _detach(self) -> None:
@@ -305,8 +307,8 @@ class Transport(ABC):
         """Return the headers of a request.
 
         Raises:
-            Interrupted: the key function has failed; *lost* makes the interruption, whose cause is the
-                function's exception.
+            Interrupted: the key function has failed; *lost* makes the interruption, whose cause is
+                the function's exception.
         """
         try:
             return await self.credentials.headers()

@@ -177,9 +177,9 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         *hosts* are the addresses that the server listens on, if not on the configured host.
 
         Raises:
-            ConfigurationError: the active provider or a fallback lacks its key, other machines
-                can reach one of the hosts and need no key, or the directory of the ledger cannot
-                be written.
+            ConfigurationError: the active provider or a fallback lacks its key, other machines can
+                reach one of the hosts and need no key, or the directory of the ledger cannot be
+                written.
         """
         if hosts is None:
             hosts = (self.settings.chat.websocket.host,)
@@ -306,7 +306,9 @@ def _read(source: str, content: bytes, environ: Mapping[str, str]) -> Document:
 
 
 def _message(error: vol.Invalid, document: Document) -> str:
-    """Return the message of *error*, with a hint how to write the list or section that it expects."""
+    """Return the message of *error*, with a hint how to write the list or section that
+    it expects.
+    """
     message = str(error.error_message)
     if not isinstance(error, WrongShape):
         return message

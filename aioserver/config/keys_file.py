@@ -47,8 +47,8 @@ def read(path: Path, others: Iterable[ClientKey] = ()) -> tuple[ClientKey, ...]:
     """Return the keys in the file *path*. *others* are the keys of the configuration.
 
     Raises:
-        ConfigurationError: the file cannot be read, or an entry cannot be used, for example because it has the
-            name or the key of another.
+        ConfigurationError: the file cannot be read, or an entry cannot be used, for example
+            because it has the name or the key of another.
     """
     try:
         content = read_file(path, f"no such file (`aioserver key NAME --add {path}` makes it)")

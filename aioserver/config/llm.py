@@ -346,7 +346,9 @@ class Llm(SettingsClass):
         )
 
     def group_in(self, member: Member) -> str | None:
-        """Return the name of the group that *member* of a group refers to; None: it is a provider."""
+        """Return the name of the group that *member* of a group refers to; None: it is
+        a provider.
+        """
         name = member.written
         return name if member.provider not in self.providers and name in self.models else None
 

@@ -318,7 +318,9 @@ def ignored_keys(cls: type[Any]) -> Mapping[str, str]:
 
 
 def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.Invalid]]:
-    """Return the instance that a faulty section makes, and the rules that its valid values break."""
+    """Return the instance that a faulty section makes, and the rules that its valid
+    values break.
+    """
     values = {}
     for field in fields(cls):
         if (key := key_of(field)) in mapping:

@@ -156,7 +156,9 @@ class Admission:
             supply.apply(limits.max_connections)
 
     def close(self, error: Callable[[], AioserverError]) -> None:
-        """Refuse all requests that wait for a place or come later, each with an error of its own."""
+        """Refuse all requests that wait for a place or come later, each with an error
+        of its own.
+        """
         self.scheduler.shut(self.gate, error)
         if self.gate.supply is not None:
             self.gate.supply.leave()
@@ -468,7 +470,8 @@ class Visit(BodyHold, eq=False, kw_only=True):
         and the future may be cancelled or dropped.
 
         Raises:
-            AioserverError: the server is stopping; the future has `ServerAtCapacity` once it is too late.
+            AioserverError: the server is stopping; the future has `ServerAtCapacity` once it is
+                too late.
         """
         if (place := self._place) is None or not self.lent:
             return None

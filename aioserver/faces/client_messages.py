@@ -66,7 +66,9 @@ def sendable(code: int) -> bool:
 
 
 def too_much(text: str) -> RateLimitExceeded:
-    """Return the error of a client that has sent more than it may; it includes when to come back."""
+    """Return the error of a client that has sent more than it may; it includes when to
+    come back.
+    """
     return RateLimitExceeded(text, retry_after=COME_BACK)
 
 

@@ -204,7 +204,9 @@ class Socket(ABC):
 
     @abstractmethod
     def show_error(self, error: AioserverError) -> None:
-        """Report *error*, which belongs to no request, to the client; the socket closes after it."""
+        """Report *error*, which belongs to no request, to the client; the socket closes
+        after it.
+        """
 
     def admit(self, caller: Caller) -> None:
         """Serve the same *caller* with other limits from now on, until its key or token has

@@ -137,7 +137,8 @@ def open_tls(
     files again, and *stack* closes it.
 
     Raises:
-        ConfigurationError: a file has changed since the configuration was read, and cannot be used.
+        ConfigurationError: a file has changed since the configuration was read, and cannot be
+            used.
     """
     settings = current.chat.websocket.tls
     if settings is None:

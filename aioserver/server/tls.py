@@ -217,7 +217,9 @@ class Handshake(asyncio.Protocol):
             transport.read_soon()
 
     def _refuse_plain(self, data: bytes) -> None:
-        """Answer a request without TLS, of which *data* is the beginning, if it looks like HTTP."""
+        """Answer a request without TLS, of which *data* is the beginning, if it looks
+        like HTTP.
+        """
         lower = self._lower
         assert lower is not None
         if not data[:1].isalpha():
@@ -315,7 +317,9 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             self._lower.pause_reading()
 
     def resume_reading(self) -> None:
-        """Pass on what comes, after the bytes that wait inside, in the next iteration of the loop."""
+        """Pass on what comes, after the bytes that wait inside, in the next iteration
+        of the loop.
+        """
         if self._paused and not self.is_closing():
             self._paused = False
             self._lower.resume_reading()

@@ -71,7 +71,9 @@ class LeasedCapacity(Supply):
 
     @property
     def waiting_elsewhere(self) -> int:
-        """The least number of tickets that wait in other instances for places that are taken here."""
+        """The least number of tickets that wait in other instances for places that are
+        taken here.
+        """
         return 1 if self._grant.starving and self._full else 0
 
     @property

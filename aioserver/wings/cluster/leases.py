@@ -200,7 +200,9 @@ class Leases:
             del self._tokens[user.name]
 
     def ended(self, instance: str) -> None:
-        """Note that another instance has certainly ended, so that its lease need not expire first."""
+        """Note that another instance has certainly ended, so that its lease need not
+        expire first.
+        """
         self._ended.add(instance)
         self.call_soon()
 

@@ -173,7 +173,9 @@ class SharedLimits:
         return shared
 
     def observe(self, name: str) -> ProviderObserver:
-        """Return the observer that announces this instance's findings about the provider *name*."""
+        """Return the observer that announces this instance's findings about the
+        provider *name*.
+        """
         return Announcer(self._leases, name)
 
     def share_door(self, scheduler: Scheduler, door: Resource, limit: int) -> None:

@@ -158,7 +158,9 @@ class Membership:
         return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
-        """Let announcements reach *providers*, and let *monitor* show the state of all instances."""
+        """Let announcements reach *providers*, and let *monitor* show the state of all
+        instances.
+        """
         self.limits.serve(providers)
         self._incidents = monitor
         assert self._streams is not None, "`streams` was called before"

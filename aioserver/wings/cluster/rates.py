@@ -218,7 +218,9 @@ class SharedRate(Gcra):
     # The interface for the pace of a provider, and for a quota.
 
     def delay(self, ahead: float = 0.0) -> float:
-        """Return the seconds until a start is allowed after others that count for *ahead* seconds."""
+        """Return the seconds until a start is allowed after others that count for
+        *ahead* seconds.
+        """
         now = self._clock()
         wait = max(0.0, self._not_before - now)
         if self._state is not State.JOINED:
@@ -253,7 +255,9 @@ class SharedRate(Gcra):
             self._slots.take(now)
 
     def try_take(self) -> float:
-        """Count a start if it is allowed, and return 0; otherwise return the seconds until it is."""
+        """Count a start if it is allowed, and return 0; otherwise return the seconds
+        until it is.
+        """
         if (delay := self.delay()) > ROUNDING:
             return delay
         self.take(self.interval)

@@ -34,7 +34,9 @@ class Member(Sharing, Protocol):
         """Return the streams of other instances."""
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
-        """Let announcements reach *providers*, and let *monitor* show the state of all instances."""
+        """Let announcements reach *providers*, and let *monitor* show the state of all
+        instances.
+        """
 
 
 class ClusterWing(Wing):
@@ -77,7 +79,9 @@ class ClusterWing(Wing):
             self.instances = self._others = self._member.streams()
 
     async def serve(self, context: Context) -> Routes:
-        """Let the other instances read the streams of this one, and receive their announcements."""
+        """Let the other instances read the streams of this one, and receive their
+        announcements.
+        """
         if self._member is not None and self._others is not None:
             self._others.serve(context.gateway, context.apis)
             self._member.serve(lambda: context.router.providers, context.monitor)

@@ -92,7 +92,9 @@ class Conversations:
         self.bounds = Bounds.of(persistence)
 
     def history(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
-        """Return a snapshot of the messages to send: as much of the history as fits, then *text*."""
+        """Return a snapshot of the messages to send: as much of the history as fits,
+        then *text*.
+        """
         key = (caller, conversation_id)
         conversation = self._kept.get(key)
         if conversation is not None:

@@ -47,7 +47,9 @@ STREAM = Member("stream")
 
 
 class HookFault(Exception):
-    """A hook has made no decision; the text says why, without a word of the content it was shown."""
+    """A hook has made no decision; the text says why, without a word of the content it
+    was shown.
+    """
 
 
 class _Refusal(msgspec.Struct, forbid_unknown_fields=True):
@@ -88,7 +90,9 @@ def verdict(status: int, content: bytes) -> Refuse | bytes | None:
 
 
 def verdict_on_answer(status: int, content: bytes) -> Refuse | None:
-    """Return the decision about an answer of a model, as `verdict`: another body is no decision."""
+    """Return the decision about an answer of a model, as `verdict`: another body is no
+    decision.
+    """
     said = verdict(status, content)
     if isinstance(said, bytes):
         raise HookFault("its answer is no decision")

@@ -142,8 +142,8 @@ class Issuer:
         """Return the result of *find* in the keys, once a fetch has brought it.
 
         Raises:
-            TokenRefused: a fetch that has begun since does not have it, or one within the last FORCED
-                seconds.
+            TokenRefused: a fetch that has begun since does not have it, or one within the last
+                FORCED seconds.
             AuthUnavailable: it is unknown now whether it exists.
         """
         since = self._clock()

@@ -1,4 +1,6 @@
-"""The issuer of the tokens that are accepted now. A reload may name another one, with other keys."""
+"""The issuer of the tokens that are accepted now. A reload may name another one, with
+other keys.
+"""
 
 from __future__ import annotations
 

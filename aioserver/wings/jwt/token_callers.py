@@ -309,7 +309,9 @@ class TokenCallers(Tokens):
 
 
 def identity(jwt: Jwt) -> tuple[str | None, ...]:
-    """Return the settings that decide whose tokens are accepted, and how they name their callers."""
+    """Return the settings that decide whose tokens are accepted, and how they name
+    their callers.
+    """
     return (jwt.issuer, jwt.audience, jwt.jwks_url, jwt.jwks_file, jwt.caller, jwt.roles)
 
 

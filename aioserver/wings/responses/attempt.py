@@ -94,7 +94,9 @@ class ResponsesCapabilities(PathCapabilities):
         return self._shown.get(_KEEPS) is None
 
     def absent(self, status: int, body: bytes) -> bool:
-        """Return whether an answer means that there is no such path, as `PathCapabilities.absent`."""
+        """Return whether an answer means that there is no such path, as
+        `PathCapabilities.absent`.
+        """
         return super().absent(status, body) and not refuses_continuation(status, body)
 
     def learn(self, status: int, body: bytes, *, previous_id: str | None, by_id: bool) -> bool:

@@ -134,7 +134,8 @@ class Draft:
         *provider*, in steps; see `continued`.
 
         Raises:
-            ResponseNotFound: the continued response is not held here, or without its whole conversation.
+            ResponseNotFound: the continued response is not held here, or without its whole
+                conversation.
             RequestTooLarge, InvalidRequest: as `continued`.
         """
         if self.previous is not None and self.previous.whole:

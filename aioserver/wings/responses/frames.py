@@ -125,7 +125,9 @@ class Resume(msgspec.Struct, frozen=True):
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """Stop a response: the one with an id or, if the id is None, the one under way on the *lane*."""
+    """Stop a response: the one with an id or, if the id is None, the one under way on
+    the *lane*.
+    """
 
     lane: str | None
     response_id: str | None

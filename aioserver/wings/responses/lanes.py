@@ -312,7 +312,9 @@ class LaneNews:
         return min(NEWS_INTERVAL, self.interval)
 
     def _tell_running(self, now: float) -> None:
-        """Report on each lane that its response is still awaited, if it has been silent for long."""
+        """Report on each lane that its response is still awaited, if it has been silent
+        for long.
+        """
         interval = self.interval
         for lane in self._lanes.under_way():
             stream = lane.stream
@@ -330,7 +332,9 @@ class LaneNews:
                     self._send(frames.queued(lane.name, *lane.queued))
 
     def _tell_waiting(self, now: float) -> None:
-        """Report the position of each waiting command, if it has changed or was reported long ago."""
+        """Report the position of each waiting command, if it has changed or was
+        reported long ago.
+        """
         interval = self.interval
         for turn, position, eta in self._lanes.waiting():
             if turn.told != position or now - turn.told_at >= interval * 0.99:

@@ -140,7 +140,9 @@ class StoredResponse:
             response = response.leave()
 
     def leave(self) -> StoredResponse | None:
-        """Remove a reference; after the last one, return the predecessor, which has one less, too."""
+        """Remove a reference; after the last one, return the predecessor, which has one
+        less, too.
+        """
         self._references -= 1
         if self._references:
             return None
@@ -334,7 +336,8 @@ class StoredResponses:
         Cancelling is safe.
 
         Raises:
-            InstanceUnavailable, ServerAtCapacity: it is not known now whether another instance has one.
+            InstanceUnavailable, ServerAtCapacity: it is not known now whether another instance has
+                one.
         """
         response = self.get(caller, response_id)
         if response is not None:

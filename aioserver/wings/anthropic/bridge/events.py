@@ -148,7 +148,9 @@ class MessageWriter(ChunkReader[Call]):
 
     @property
     def kept_pieces(self) -> int:
-        """The number of texts and pieces of calls that have come before an earlier call was whole."""
+        """The number of texts and pieces of calls that have come before an earlier call
+        was whole.
+        """
         return sum(1 + len(each.kept) if isinstance(each, Call) else 1 for each in self._kept)
 
     def keep_text(self) -> None:

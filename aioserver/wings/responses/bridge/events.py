@@ -120,7 +120,9 @@ class ResponseWriter(ChunkReader[Call]):
         return text
 
     def begin(self) -> list[bytes]:
-        """Return the events that precede those of any chunk: none, if they are already in the log."""
+        """Return the events that precede those of any chunk: none, if they are already
+        in the log.
+        """
         if self._frame.opened:
             return []
         response = b'"response":%b' % self._frame.render(IN_PROGRESS)
