@@ -291,7 +291,7 @@ def base_url(text: str) -> str:
     """
     url = URL(text if "://" in text else f"http://{text}")
     if url.user is not None:
-        raise ValueError("a key is given by itself, not in the URL")
+        raise ValueError("pass the key as an argument, not in the URL")
     labels = (url.raw_host or "").removesuffix(".").split(".")
     # A longer label is no host name (RFC 1035, 2.3.4), and an IPv6 address counts as one label.
     if url.scheme not in SCHEMES or not all(0 < len(label) < 64 for label in labels):

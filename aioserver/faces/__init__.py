@@ -16,8 +16,8 @@ Beyond our own faces, other paths below `/v1` *pass through* to a provider. *Pol
 and then how far an answer is. The operating pages tell the *status* of the server.
 
 To serve, a handler turns the request into a question or a provider request, gets its *stream* from
-the gateway, and *follows* that stream (*streaming*): a writer sends its events to the client, in
-the *format* of this face, to the end. An answer without events is sent as a *whole*. A *ready*
+the gateway, and *follows* that stream. In this *streaming* a writer sends the events to the
+client, in the *format* of this face. An answer without events is sent as a *whole*. A *ready*
 response has a head of our own making, sent together with its first bytes. Silence is filled by
 *heartbeats*, and on a WebSocket by *pings*.
 

@@ -146,7 +146,7 @@ async def read_start(request: web.Request, hold: BodyHold, max_bytes: int) -> by
                 hold.grow(len(part))
                 body += part
     except TimeoutError:
-        raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
+        raise RequestTimeout(f"the body was not complete within {BODY_TIMEOUT} s") from None
     return bytes(body)
 
 
@@ -244,9 +244,11 @@ class BodyStream:
                 self._count += len(piece)
                 return piece
         except TimeoutError:
-            text = f"nothing of the body came for {BODY_SILENCE} s"
+            text = f"no bytes of the body came for {BODY_SILENCE} s"
             if too_slow:
-                text = f"less than {LEAST_RATE} bytes of the body came a second, and others wait"
+                text = (
+                    f"the body came at less than {LEAST_RATE} bytes a second while others waited"
+                )
             raise RequestTimeout(text) from None
         except (ConnectionError, HttpProcessingError, RequestPayloadError) as exc:
             raise InvalidRequest("the body breaks off") from exc
@@ -289,7 +291,7 @@ async def _collect(request: web.Request, hold: BodyHold, max_bytes: int) -> byte
                 hold.grow(len(part))
                 body += part
     except TimeoutError:
-        raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
+        raise RequestTimeout(f"the body was not complete within {BODY_TIMEOUT} s") from None
     return bytes(body)
 
 

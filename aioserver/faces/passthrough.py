@@ -114,7 +114,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     by_group = bool(name)
     if passage is not Passage.EVERY_KEY and by_group:
         raise InvalidRequest(
-            f"/v1/{path} is of one provider's account, and {name} may have several: "
+            f"/v1/{path} belongs to one provider's account, and {name} may have several: "
             f"name the provider in {PROVIDER}"
         )
     if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
@@ -200,7 +200,7 @@ async def _write(
         return -peer_of(transport).waiting
 
     def give_up() -> None:
-        drop(f"less than {LEAST_RATE} bytes taken a second, and others wait")
+        drop(f"less than {LEAST_RATE} bytes taken a second while others waited")
         reset(transport)
 
     while piece := await answer.take():
@@ -244,15 +244,15 @@ def _check_admin(context: Context, request: web.Request, path: str) -> None:
     local = not access.keyed and access.hosts is not None
     if not (request[CALLER].admin or local):
         raise PermissionDenied(
-            f"/v1/{path.partition('/')[0]} is of the provider's account: it needs an admin key"
+            f"/v1/{path.partition('/')[0]} belongs to the provider's account: it needs an admin key"
         )
 
 
 def _closed(path: str, provider: str) -> str:
     """Return the message for a *path* of the account of a *provider* without `account_paths`."""
     return (
-        f"/v1/{path.partition('/')[0]} is of the provider's account: "
-        f"it passes where llm.providers.{provider}.account_paths is true"
+        f"/v1/{path.partition('/')[0]} belongs to the provider's account: "
+        f"it is passed on if llm.providers.{provider}.account_paths is true"
     )
 
 
@@ -266,7 +266,7 @@ async def _take_body(
         AioserverError: the body may not pass.
     """
     if request.headers.get(hdrs.EXPECT, "100-continue").lower() != "100-continue":
-        raise ExpectationFailed("Expect may be 100-continue and nothing else")
+        raise ExpectationFailed("Expect must be 100-continue")
     refuse_coded(request)
     if not request.body_exists:
         return None, None

@@ -267,5 +267,5 @@ def _translated(
     if exc.status == 413:
         return RequestTooLarge("the body is too large"), ()
     if exc.status == 417:
-        return ExpectationFailed("Expect may be 100-continue and nothing else"), ()
+        return ExpectationFailed("Expect must be 100-continue"), ()
     return InvalidRequest(exc.reason), ()

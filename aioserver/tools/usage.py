@@ -40,7 +40,7 @@ def _check_keys(
         if name not in KEYS:
             raise click.BadParameter(f"{name!r} is none of {', '.join(KEYS)}")
     if len(set(names)) < len(names):
-        raise click.BadParameter("a name is there twice")
+        raise click.BadParameter("a name occurs twice")
     return names
 
 
@@ -56,7 +56,7 @@ def _check_moment(
         moment = datetime.fromisoformat(text)
         return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):
-        message = f"{text!r} is no day as 2026-11-01, and no span as 7d or 24h"
+        message = f"{text!r} is neither a day such as 2026-11-01 nor a span such as 7d or 24h"
         raise click.BadParameter(message) from None
 
 

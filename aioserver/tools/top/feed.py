@@ -148,7 +148,7 @@ class Feed:
         except (aiohttp.ClientError, OSError) as error:
             raise LostError(remote.describe(error)) from None
         except (EventTooLong, orjson.JSONDecodeError):
-            raise LostError("the server sends something else than aioserver's events") from None
+            raise LostError("the server does not send aioserver's events") from None
         raise LostError("the server closed the connection")
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:

@@ -16,12 +16,12 @@ its *slots* are moments at which a request may start.
 An instance that the server answers is *joined*. After a failed call it is *suspect* (state
 `unheard`), and continues with its grants until its lease expires. Then it is *partitioned* (state
 `alone`), and each limit is its *fixed share* of the whole. A server that has lost its state, or
-did not run for a while, has a *grace period* of some seconds: it grants nothing until all living
+did not run for a while, has a *grace period* of some seconds. It grants nothing until all living
 instances have reported their places (Gray and Cheriton, "Leases", 1989).
 
 Instances send each other *messages* over the server's pub/sub: the *bus*. A stream's log stays in
 the instance that makes it, its *owner*, which the *claim* names. A client that reads the stream at
-another instance has a *mirror* there; the owner's side of it is a *link*, a reader like any other,
+another instance has a *mirror* there. The owner's side of it is a *link*, a reader like any other,
 which sends the log as *blocks* of bytes for as long as it has *credit*. Logs that have ended are
 *handed over* to the server when their owner stops. The turns of *conversations* that clients name
 are there, too.

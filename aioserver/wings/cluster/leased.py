@@ -24,8 +24,8 @@ SOON = 0.1
 # Seconds that a request may wait for a place of another instance, where it would otherwise be
 # refused at once. The place is granted within two renewals, later only if an event loop is late.
 GRACE = 0.5
-# The same if no other instance is known to have a place, since a place that has just ended may be
-# on its way between two of them; and the number of requests that may wait for this.
+# The same if no other instance is known to have a place: a place that has just ended may be on its
+# way between two of them. The second number bounds the requests that wait for this.
 MOMENT, MOMENTARY = 0.05, 100
 
 

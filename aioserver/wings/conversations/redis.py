@@ -68,9 +68,9 @@ NOW = """
 local clock = time[1] .. '.' .. string.format('%06d', time[2])
 """
 # KEYS: the conversation, its deletion, its marks. ARGV: the prefix of keys, the name of this
-# instance, a mark to be set ("" if none), the seconds for which a mark makes readers wait, and its
-# lifetime in seconds, so that a deletion is remembered. Returns the turns, whether the
-# conversation was deleted, whether there are marks of other instances, and the time.
+# instance, a mark to be set ("" if none), the seconds for which it makes readers wait, and its
+# lifetime in seconds. Returns the turns, whether the conversation was deleted, whether there are
+# marks of other instances, and the time.
 LOAD_TURNS = (
     ITEMS
     + NOW

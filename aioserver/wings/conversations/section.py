@@ -87,7 +87,7 @@ class HistorySection(Section[HistoryState]):
         trouble = state["trouble"]
         if trouble is None:
             return None
-        detail = "Chats go on without what is not in memory"
+        detail = "Chats continue with the turns in memory alone"
         return SectionTrouble(
             trouble["kind"], "Not kept", trouble["text"], detail, trouble["advice"]
         )

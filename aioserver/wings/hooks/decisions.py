@@ -199,7 +199,7 @@ async def changed_body(said: bytes, shown: bytes, max_bytes: int) -> ChangedBody
             data = _with_stream(body.data, streamed=before.streamed)
             body = await model_body.reading(data)
     except AioserverError as exc:
-        raise HookFault("its body is none of a request") from exc
+        raise HookFault("its body is not that of a request") from exc
     return ChangedBody(body, before.model)
 
 

@@ -130,7 +130,7 @@ class TokenCallers(Tokens):
                 return caller
             del self._verified[digest]
         if self._jwt is None:
-            raise refused("no tokens are taken here")
+            raise refused("tokens are not accepted here")
         unverified = read(token, self._jwt, self._clock())
         if self._issuer is None:
             raise AuthUnavailable("the keys of the token's issuer cannot be had now")
@@ -147,7 +147,7 @@ class TokenCallers(Tokens):
         keys = await issuer.wait_for(partial(issuer.find, kid))
         # Other settings may have come into effect meanwhile.
         if self._jwt is None or issuer is not self._issuer:
-            raise refused("no tokens of this issuer are taken here")
+            raise refused("tokens of this issuer are not accepted here")
         unverified = read(token, self._jwt, self._clock())
         return self._remember(digest, unverified.verified(keys))
 

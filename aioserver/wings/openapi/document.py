@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 PATH = "/openapi.json"
 # Routes that are left out, by the beginning of their paths, and why.
 LEFT_OUT = {
-    "/assets/": "a file of our pages",
-    "/client": "the client for pages, a module",
+    "/assets/": "a file of the pages",
+    "/client": "the pages' client library, a module",
     "/dashboard": "a page for people",
     "/healthz": "another name of /health",
     "/livez": "another name of /health",
     "/readyz": "another name of /ready",
-    "/v1/responses/{question}": "what no path is, and is told so",
+    "/v1/responses/{question}": "matches no other path; answered with a hint",
 }
 HEADERS = {"Cache-Control": "no-cache", "Vary": "Origin"}
 _PARAMETER = re.compile(r"\{(\w+)\}")
@@ -104,7 +104,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/completions"): Operation("Ask for a completion", "Body", JSON_OR_EVENTS),
     ("POST", "/v1/embeddings"): Operation("Ask for embeddings", "Body"),
     ("POST", "/v1/responses"): Operation("Ask for a response", "Body", JSON_OR_EVENTS),
-    ("GET", "/v1/responses"): Operation("Responses over a WebSocket, as OpenAI has them"),
+    ("GET", "/v1/responses"): Operation("Responses over a WebSocket, as at OpenAI"),
     ("GET", "/v1/responses/{id}"): Operation(
         "Read a response that is kept, or its events", answers=JSON_OR_EVENTS
     ),
@@ -114,7 +114,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/messages"): Operation("Ask for a message (Anthropic)", "Body", JSON_OR_EVENTS),
     ("POST", "/v1/messages/count_tokens"): Operation("Count the tokens of a message", "Body"),
     ("GET", "/v1/models"): Operation("List the models"),
-    ("GET", "/v1/models/{id}"): Operation("Say who is asked for a model"),
+    ("GET", "/v1/models/{id}"): Operation("Say which provider is asked for a model"),
     ("GET", "/conversations"): Operation("List the conversations of the caller"),
     ("DELETE", "/conversations"): Operation("Delete all conversations of the caller"),
     ("GET", "/conversations/{id}"): Operation("Read a conversation"),
@@ -128,7 +128,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/session"): Operation("Whether the browser has a session"),
     ("POST", "/session"): Operation("Exchange a key for a cookie", "Login"),
     ("DELETE", "/session"): Operation("End the session of the browser"),
-    ("GET", "/"): Operation("The chat page for browsers; what there is, for programs"),
+    ("GET", "/"): Operation("The chat page for browsers; an overview for programs"),
     ("GET", PATH): Operation("This description"),
 }
 # All requests that pass through.

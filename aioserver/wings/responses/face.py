@@ -127,7 +127,7 @@ async def prepare_new(
     limit = context.settings.chat.websocket.max_message_size
     body, data = await read_model_body(request, hold, limit)
     if body.background and body.stored is False:
-        raise InvalidRequest("a response in the background is stored", param="store")
+        raise InvalidRequest("a response in the background must be stored", param="store")
     key, caller = idempotency_key(request), request[CALLER]
     return make_request(
         context,

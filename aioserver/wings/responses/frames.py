@@ -204,7 +204,8 @@ async def _create(lane: str | None, frame: _Frame, body: bytes) -> Create:
         raise InvalidRequest("generate must be true or false", param="generate")
     if json_body.flag(frame.background) is True:
         raise InvalidRequest(
-            "background is not for a WebSocket: POST /v1/responses has it", param="background"
+            "background is not available over WebSocket: use POST /v1/responses",
+            param="background",
         )
     streamed = json_body.flag(frame.stream) is True
     body = await _without(_OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body)

@@ -408,7 +408,7 @@ class SharedResponses:
 
 
 def _too_many(_reason: Reason, retry_after: float, _bid: Bid) -> ServerAtCapacity:
-    return ServerAtCapacity("too many conversations are read", retry_after=retry_after)
+    return ServerAtCapacity("too many conversations are being read", retry_after=retry_after)
 
 
 def _decoded(data: bytes) -> tuple[float, Record] | None:

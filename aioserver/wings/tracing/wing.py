@@ -121,7 +121,7 @@ def _pairs(name: str, text: str) -> dict[str, str]:
         key, sign, value = part.partition("=")
         if not sign or not key.strip():
             raise ConfigurationError(
-                [f"{name}: part {number} is not key=value (pairs stand apart by commas)"]
+                [f"{name}: part {number} is not key=value (pairs are separated by commas)"]
             )
         pairs[unquote(key.strip())] = unquote(value.strip())
     return pairs

@@ -90,7 +90,7 @@ class BlockReader:
         """
         for piece in await self._pieces(raw, param):
             if not piece.text:
-                raise InvalidRequest("a system has text only", param=param)
+                raise InvalidRequest("a system message may have only text", param=param)
             if not piece.content.startswith(_BILLING):
                 self._turns.instruct(piece.content)
             await self._turns.step(0)

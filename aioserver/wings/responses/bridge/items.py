@@ -117,7 +117,7 @@ class ItemReader:
                 await self._turns.step(0)
             return
         if not all(piece.text for piece in pieces):
-            raise InvalidRequest(f"a message of the {role} has text only", param=param)
+            raise InvalidRequest(f"a message of the {role} may have only text", param=param)
         texts = [piece.content for piece in pieces]
         if role == "assistant":
             for number, text in enumerate(texts):
