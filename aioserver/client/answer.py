@@ -352,7 +352,7 @@ class Answer:
 
     def _start(self) -> None:
         if self._started:
-            raise RuntimeError("an answer can be read only once: ask again, or keep its text")
+            raise RuntimeError("an answer is read once: ask again, or keep what has come")
         self._started = True
 
     def _check_deadline(self) -> None:

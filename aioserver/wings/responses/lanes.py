@@ -350,5 +350,5 @@ def _ignore(_lane: Lane) -> None:
 
 
 def _too_much(text: str) -> ConcurrencyExceeded:
-    # nobody knows when one of them ends
+    # no event tells when one of them ends
     return ConcurrencyExceeded(text, retry_after=1.0)
