@@ -4,14 +4,14 @@ A *client* asks *questions*, and each question has one *answer*. An answer is re
 its text or as *events*. It comes over a *transport*, a WebSocket that many answers share
 (`socket`) or an HTTP response for each answer (`event_source`). The *reading* of an answer is its
 place on a transport: it knows the number of the last event. When the *connection* is lost, the
-reading goes on after that number on the next one, so that each event comes once. What the server
-refuses is asked again (`faults`), for want of *room* when another answer has ended (`room`), until
-the *deadline* of the answer. *Credentials* are the key that a client shows. A *conversation* is an
-id that questions have in common, whose *turns* the server keeps (`history`). `sync` is the same
-for a program without an event loop.
+reading continues after that number on the next one, so that each event comes once. A refused
+question is asked again (`faults`) until the *deadline* of the answer; if there was no *room*, when
+another answer has ended (`room`). *Credentials* are the key that a client sends. A *conversation*
+is an id that questions have in common, whose *turns* the server keeps (`history`). `sync` is the
+same for a program without an event loop.
 
-The names that programs import stand here, unlike in the other packages: this one is an interface
-for code that is not ours, and its files may change.
+Unlike other packages, this one exports the names that programs import: it is an interface for code
+that is not ours, and its files may change.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ This file is one concept: an answer is its events, and when each of them comes.
 
     Queued* Processing (Text | Reasoning | ToolCalls)* Complete
 
-An answer that was asked again by the library may have more than one `Processing`. A `Waiting` may
+An answer that the library has asked for again may have more than one `Processing`. A `Waiting` may
 come anywhere before the end. The *number* of an event is that of the server, from 1; `Queued` and
 `Waiting` have none.
 """
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The question waits: *position* of the queue, from 1, and an estimate of the wait in
-    seconds. *admission*: it is the socket that waits, in front of a full server.
+    """The question waits: *position* in the queue, from 1, and an estimate of the wait in seconds.
+    *admission*: the socket itself waits, in front of a full server.
     """
 
     position: int
@@ -50,8 +50,8 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The library waits for *seconds* before it asks, or reads on, again: *code* and *message* are
-    those of the fault that passes by itself.
+    """The library waits for *seconds* before it asks, or reads on, again. *code* and *message* are
+    those of the temporary fault.
     """
 
     code: str
@@ -79,7 +79,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A piece of what the model thinks."""
+    """A piece of the model's reasoning."""
 
     text: str
     number: int = field(default=0, compare=False)
@@ -95,7 +95,7 @@ class ToolCalls:
 
 @dataclass(frozen=True, slots=True)
 class Complete:
-    """The end of a whole answer; what the provider did not say is None or empty.
+    """The end of a whole answer; a value that the provider did not report is None or empty.
 
     *finish_reason* `length` says that the answer was cut by `max_tokens`.
     """
@@ -111,7 +111,7 @@ Event = Queued | Waiting | Processing | Text | Reasoning | ToolCalls | Complete
 
 
 def event_of(frame: Frame) -> Event | None:
-    """Return the event that *frame* is; None if it is none, or unknown here.
+    """Return *frame* as an event; None if it is none, or unknown here.
 
     Raises:
         Broken: a field has the wrong type.
@@ -169,7 +169,8 @@ def _text(metadata: dict[str, Any], name: str) -> str | None:
 
 # Seconds that `cancel` waits for its command to be sent.
 CANCEL_TIMEOUT = 5.0
-# Seconds of a wait that is told; an event loop may wake up a part of a millisecond early.
+# Shorter waits are not reported, in seconds; an event loop may wake up a part of a millisecond
+# early.
 LEAST_WAIT = 0.01
 
 
@@ -188,7 +189,7 @@ class Answer:
             print(event)
 
     Leaving the loop before its end cancels the answer at the server, whether by `break`, by an
-    exception, or since the task is cancelled; so does an iterator that nobody has any more. A
+    exception, or because the task is cancelled. So does the garbage collection of the iterator. A
     program that keeps the iterator should read the answer `async with`, which cancels at the end
     of its block:
 
@@ -214,30 +215,29 @@ class Answer:
         self._reading: Reading = transport.read(question, last_event_id)
         self._timeout = deadline
         self._retry = retry
-        # The loop's time, once the answer is read.
+        # The deadline in the loop's time, once the answer is read.
         self._deadline: float | None = None
         self._retries = Retries(random.random)
         self._started = self._ended = False
-        # Frames that have come and were not taken yet.
+        # Frames that were received and not yet returned.
         self._rest: list[Frame] = []
         # Whether a part of the answer has come; event 1 is none.
         self._shown = last_event_id is not None and last_event_id > 1
-        # Why the answer has been asked again the last time, and the loop's time before which
-        # nothing is sent.
+        # The fault of the last repetition, and the loop's time before which nothing is sent.
         self._fault: Fault | None = None
         self._until: float | None = None
-        # Its turn among the answers of this client that wait for room, once it does.
+        # Its ticket among the answers of this client that wait for room, if it waits.
         self._ticket: int | None = None
         self._timer: asyncio.Timeout | None = None
 
     @property
     def request_id(self) -> str:
-        """The id of the question; another one after it was asked again under a new id."""
+        """The id of the question; it changes when the question is asked again under a new id."""
         return self._reading.question.request_id
 
     @property
     def received(self) -> str:
-        """The text that has come so far."""
+        """The text so far."""
         return "".join(self._texts)
 
     def __aiter__(self) -> AsyncGenerator[str]:
@@ -268,7 +268,7 @@ class Answer:
     async def batch(self) -> list[Event]:
         """Return all events that have come, one at least; none at the end.
 
-        This is the loop of `events` by hand, for a program that would rather take several at once.
+        This is the loop of `events` by hand, for a program that wants to take several at once.
         Such a program calls `leave` when it gives up before the end.
 
         Raises:
@@ -286,7 +286,7 @@ class Answer:
                 if events := self._take(frames):
                     return events
             except TimeoutError:
-                # Or it was cancelled by `cancel`, which moves the deadline.
+                # If the answer has ended, `cancel` ended it by moving the deadline.
                 if not self._ended:
                     raise self._error(self._overdue()) from None
             except Lost as lost:
@@ -303,10 +303,11 @@ class Answer:
         return []
 
     def leave(self) -> asyncio.Future[None] | None:
-        """Read no further, and let the server cancel what has not ended; of no effect after the
-        end.
+        """Stop reading, and let the server cancel an answer that has not ended; of no effect after
+        the end.
 
-        Returns what is done when the server has been told, None if there is nothing to tell it.
+        Returns a future that is done when the server has been told, None if there is nothing to
+        tell.
         """
         self._ended = True
         return self._reading.leave()
@@ -319,7 +320,7 @@ class Answer:
         """
         told = self.leave()
         if self._timer is not None and not self._timer.expired():
-            # The task that reads wakes up.
+            # This wakes up the task that reads.
             self._timer.reschedule(asyncio.get_running_loop().time())
         if told is not None:
             await asyncio.wait([told], timeout=CANCEL_TIMEOUT)
@@ -355,8 +356,7 @@ class Answer:
         self._started = True
 
     def _check_deadline(self) -> None:
-        """Look at the time: if frames wait whenever the program comes, no timeout ever has its
-        turn.
+        """Check the deadline: a timeout never fires if frames are always waiting.
 
         Raises:
             TimeoutError: the deadline has passed. It does not matter once the last event has come.
@@ -380,7 +380,7 @@ class Answer:
             self._timer = None
 
     def _take(self, frames: list[Frame]) -> list[Event]:
-        """Return what *frames* say, or prepare to ask again.
+        """Return the events in *frames*, or prepare to ask again.
 
         Raises:
             AnswerError, Broken: they say that there is no answer.
@@ -390,7 +390,7 @@ class Answer:
         events: list[Event] = []
         for position, frame in enumerate(frames):
             if frame.event_id is not None and frame.status in {"error", "cancelled"}:
-                # The events before it are read first.
+                # The events before the interruption are returned first.
                 if events:
                     self._rest = frames[position:]
                 elif frame.status == "error":
@@ -433,7 +433,8 @@ class Answer:
         return asyncio.get_running_loop().time() + wait
 
     def _wait(self, fault: Fault, until: float) -> list[Event]:
-        """Let nothing be sent before the loop's time *until*, and return what is to be told of it.
+        """Let nothing be sent before the loop's time *until*, and return the events that report
+        this.
 
         Raises:
             AnswerError: the deadline comes before, or nothing is to be sent again.
@@ -454,7 +455,7 @@ class Answer:
                 await self._sleep(delay)
                 self._until = None
         except TimeoutError:
-            # It was cancelled meanwhile, which the caller sees.
+            # The future was cancelled meanwhile, which the caller sees.
             pass
         finally:
             self._timer = None
@@ -467,12 +468,12 @@ class Answer:
         if self._ticket is None:
             self._ticket = room.ticket()
         if await room.wait(self._ticket, seconds) and self._ended:
-            # It was left meanwhile, and asks nothing.
+            # The answer was left meanwhile, and does not need the room.
             room.give_back()
 
     def _raise_cause(self, interrupted: Interrupted) -> None:
-        """Raise what the caller's function for a key has raised, as long as nothing is lost by it:
-        an answer that was asked for may be read on when the function returns a key again.
+        """Raise the exception of the caller's key function, as long as nothing is lost by it: the
+        rest of a running answer can still be read once the function returns a key again.
         """
         if interrupted.__cause__ is not None and not self._reading.sent:
             raise interrupted.__cause__
@@ -482,7 +483,7 @@ class Answer:
         if self._fault is not None:
             return self._fault
         message = f"no whole answer within {self._timeout:g} s"
-        # Once a provider has begun, another answer is another price.
+        # Once a provider has begun, another answer would be paid for again.
         return Fault("deadline_exceeded", message, not self._reading.last)
 
     def _error(self, fault: Fault) -> AnswerError:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0
-# Seconds of a deadline that the server is told: it takes no longer ones (protocol/request_options.py).
+# The longest deadline that is sent to the server, in seconds: the server accepts no longer ones
+# (protocol/request_options.py).
 MAX_TERM = 86_400.0
 NOT_FOUND = "conversation_not_found"
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}
@@ -35,15 +36,15 @@ class Client:
             async for piece in client.chat("Hello"):
                 print(piece, end="")
 
-    *url*: the server's, with the path of a proxy that leads to it, if there is one. *key*: a
-    client key, for a server that wants one; or a function, async or not, that returns a key or a
-    token: it is asked at each connect, and once more when the server refuses what it has returned.
-    *transport*: `websocket`, where answers share sockets,
-    or `sse`, where each has an HTTP response. *endpoint*: the path of that face, if it is not the
-    one of the shipped configuration. *deadline*: seconds that an answer may take, waits and
-    reconnections included; None: no deadline. *retry*: whether it is asked again, or read on, after
-    what passes by itself. *session*: an aiohttp session to use, for a proxy or
-    a certificate authority of your own; it is not closed. Made and used in one event loop; a task
+    *url* is the server's, with the path of a proxy that leads to it, if there is one. *key* is a
+    client key, for a server that wants one, or a function, async or not, that returns a key or a
+    token. The function is called at each connect, and again when the server refuses its result.
+    *transport* is `websocket`, where answers share sockets, or `sse`, where each has an HTTP
+    response. *endpoint* is the path of that face, if it is not the one of the shipped
+    configuration. *deadline* is the seconds that an answer may take, waits and reconnections
+    included; None: no deadline. *retry*: whether the library repeats or resumes an answer after
+    temporary faults. *session* is an aiohttp session to use, for a proxy or a certificate
+    authority of your own; it is not closed. A client is made and used in one event loop; a task
     that uses it must not outlive it.
 
     Raises:
@@ -111,15 +112,15 @@ class Client:
     ) -> Answer:
         """Return the answer to a question, which is sent when the answer is read.
 
-        *content*: the user's text, in front of which the server puts what was said before in
-        *conversation_id* (absent: nothing was), or OpenAI's list of messages, which is sent as it
-        is. *options*: further fields of OpenAI's request, such as `temperature`. *deadline*: as
-        that of the client, for this answer; the server knows it, too, and ends the answer then.
-        *start_within*: seconds, counted by the server, after which it does not begin the answer any
-        more. *batch*: the answer may wait until there is room that nobody else wants. *request_id*:
-        the same id is the same answer, paid for once (absent: a new one). *last_event_id*: go on
-        with the answer to *request_id* after this event, whose *number* an earlier program has
-        kept; nothing is asked anew.
+        *content* is the user's text, in front of which the server puts the earlier turns of
+        *conversation_id* (absent: a new conversation), or OpenAI's list of messages, which is sent
+        as it is. *options* are further fields of OpenAI's request, such as `temperature`.
+        *deadline* replaces that of the client for this answer; the server knows it, too, and ends
+        the answer then. *start_within*: seconds, counted by the server, after which it does not
+        begin the answer any more. *batch*: the answer may wait for spare capacity. *request_id*:
+        the same id is the same answer, paid for once (absent: a new one). *last_event_id*: resume
+        the answer to *request_id* after this event, whose *number* an earlier program has kept;
+        nothing is asked again.
 
         Raises:
             ValueError: an argument can be no part of a question.
@@ -161,7 +162,7 @@ class Client:
         return Conversation(self, conversation_id or uuid.uuid4().hex)
 
     async def conversations(self, most: int = PAGE) -> list[Summary]:
-        """Return the *most* conversations that were used last, of this key; the newest first.
+        """Return the *most* conversations of this key that were used last, the newest first.
 
         Without keys these are the conversations of this machine's address.
 
@@ -192,7 +193,7 @@ class Client:
         return History(self._opened_session(), self.url, self._credentials, self._deadline)
 
     def _opened_session(self) -> aiohttp.ClientSession:
-        """Return the session; it is made when it is used first, in the event loop."""
+        """Return the session; it is made at its first use, in the event loop."""
         if self._closed:
             raise RuntimeError("the client is closed")
         if self._session is None:
@@ -236,7 +237,7 @@ class Conversation:
         return self._client.chat(content, conversation_id=self.id, **arguments)
 
     async def turns(self) -> list[Turn]:
-        """Return the turns that the server keeps, the oldest first; none before the first one has
+        """Return the turns that the server keeps, the oldest first; none before the first turn has
         ended.
 
         Raises:
@@ -250,7 +251,7 @@ class Conversation:
             raise
 
     async def delete(self) -> None:
-        """Delete what the server keeps; of no effect if that is nothing.
+        """Delete the conversation at the server; of no effect if nothing is kept.
 
         Raises:
             AnswerError: it may not be deleted.
@@ -265,8 +266,8 @@ class Conversation:
 async def send_once(
     request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Send *request*; a GET is not sent again by aiohttp, at once, where the server has closed the
-    connection without an answer. A transport knows when to come back.
+    """Send *request* once. aiohttp must not repeat a GET whose connection the server has closed
+    without an answer: the transport decides when to come back.
 
     Raises:
         aiohttp.ClientError: there is no response.
@@ -290,9 +291,9 @@ def base_url(text: str) -> str:
     """
     url = URL(text if "://" in text else f"http://{text}")
     if url.user is not None:
-        raise ValueError("a key is given by itself, not in the URL")
+        raise ValueError("pass the key as an argument, not in the URL")
     labels = (url.raw_host or "").removesuffix(".").split(".")
-    # A longer label is no host name (RFC 1035, 2.3.4), and an address of IPv6 is one label.
+    # A longer label is no host name (RFC 1035, 2.3.4), and an IPv6 address counts as one label.
     if url.scheme not in SCHEMES or not all(0 < len(label) < 64 for label in labels):
         raise ValueError(f"{text!r} is not the URL of a server, such as http://127.0.0.1:8000")
     url = url.with_scheme(SCHEMES[url.scheme]).with_query(None).with_fragment(None)
@@ -308,9 +309,9 @@ def _checked(deadline: float | None) -> float | None:
 
 
 def _term(seconds: float | None) -> float | None:
-    """Return a deadline of *seconds* as the server is told it; None if it is not."""
+    """Return a deadline of *seconds* as it is sent to the server; None if it is not sent."""
     checked = _checked(seconds)
     if checked is None or checked > MAX_TERM:
         return None
-    # In digits: the server takes no exponent.
+    # The server accepts no exponent.
     return max(0.001, round(checked, 3))

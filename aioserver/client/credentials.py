@@ -1,5 +1,5 @@
-"""What a client shows of itself: a key, or what a function returns, which is asked for each
-connection: tokens do not live as long as programs.
+"""The credentials of a client: a key, or a function that is called for each connection, since
+tokens do not live as long as programs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNAUTHORIZED = 401
 class Credentials:
     """The key of a client, or the function that returns one.
 
-    *renewable*: whether there may be another one after the server has refused this one.
+    *renewable*: whether there may be another key after the server has refused this one.
     """
 
     def __init__(self, key: Key) -> None:
@@ -26,7 +26,7 @@ class Credentials:
         self.renewable = callable(key)
 
     async def headers(self) -> dict[str, str]:
-        """Return the headers of a request. What a function raises is raised here."""
+        """Return the headers of a request. An exception of the function is raised here."""
         key = self._key
         if callable(key):
             asked = key()

@@ -1,11 +1,11 @@
 """The SSE transport: an HTTP response for each answer (WHATWG HTML 9.2).
 
 A question is a POST. The rest of an answer is a GET with the number of the last event, and DELETE
-cancels it. The response is read when the program reads the answer, so that nothing is kept here: a
-program that is slow is waited for by the server, and resumes if it was too slow.
+cancels it. The response is read when the program reads the answer, so that nothing is kept here.
+The server waits for a slow program, which resumes if it was too slow.
 
-After a loss one request is the trial, and the others wait until it has its response: a server that
-is full, or away, is asked once at a time by a client, as on a WebSocket.
+After a loss one request is the trial, and the others wait until it has its response: a client asks
+a full or unreachable server with one request at a time, as on a WebSocket.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ SILENCE = 80.0
 CONNECT_TIMEOUT = 10.0
 # Seconds for the body of an error.
 ERROR_TIMEOUT = 10.0
-# Seconds for all that is cancelled when the client is closed, and for one of them.
+# Seconds for all cancellations when the client is closed, and for one of them.
 CLOSE_TIMEOUT = 2.0
 CANCEL_TIMEOUT = 10.0
 # Seconds for the end of a response after its last event.
 FINISH_TIMEOUT = 1.0
-# Refusals of everything that is asked, as a WebSocket's handshake is refused.
+# Refusals that concern every request, as a refused WebSocket handshake does.
 CLOSED_TO_ALL = frozenset({"server_at_capacity", SHUTDOWN})
-# Statuses that may say so, or that nothing is behind a proxy.
+# Statuses that may mean the same, or that a proxy does not reach the server.
 AWAY = frozenset({502, 503, 504})
 # The errors of a request that was never sent.
 NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
@@ -74,15 +74,15 @@ class EventSourceReading(Reading):
     ) -> None:
         super().__init__(transport.room, question, last)
         self._transport = transport
-        # The losses before its last request.
+        # The number of losses before its last request.
         self.losses = 0
         self._response: aiohttp.ClientResponse | None = None
         self._splitter = eventstream.Splitter(MAX_FRAME_BYTES)
-        # The interruption that came after the frames that were returned.
+        # The interruption that came after the returned frames.
         self._interrupted: Interrupted | None = None
 
     async def frames(self) -> list[Frame]:
-        """Return the frames that have come."""
+        """Return the received frames."""
         while True:
             if self._interrupted is not None:
                 interrupted, self._interrupted = self._interrupted, None
@@ -173,7 +173,7 @@ class EventSourceReading(Reading):
             return response
 
     async def _refused(self, response: aiohttp.ClientResponse) -> Interrupted:
-        """Return what a status other than 200 says."""
+        """Return the meaning of a status other than 200."""
         try:
             async with asyncio.timeout(ERROR_TIMEOUT):
                 body = await read_body(response, MAX_ERROR_BYTES)
@@ -189,7 +189,7 @@ class EventSourceReading(Reading):
         return Broken(turned.fault) if final else turned
 
     def _turned(self, fault: Fault) -> Interrupted:
-        """Return the interruption by a refusal: of this answer, or of everything that is asked."""
+        """Return the interruption by a refusal of this answer, or of every request."""
         refused = self._refuse(fault)
         return self._lost_by(fault) if fault.retryable and fault.code in CLOSED_TO_ALL else refused
 
@@ -209,7 +209,7 @@ class EventSourceReading(Reading):
             if self.ended:
                 finished = self._transport.finish(response)
                 if self._had_place:
-                    # The server has the place until the end of the response.
+                    # The answer keeps its place at the server until the end of the response.
                     finished.add_done_callback(lambda _finished: self._give_back())
             else:
                 response.close()
@@ -224,8 +224,8 @@ class EventSourceTransport(Transport):
         super().__init__(session, url, credentials)
         # The readings that were sent and have not ended.
         self._readings: set[EventSourceReading] = set()
-        # Losses so far; whether nothing that was asked since the last one has had a response; and
-        # what is done when the trial has one.
+        # The number of losses so far; whether no request since the last one has had a response;
+        # and a future that is done when the trial has one.
         self.losses = 0
         self._down = False
         self._trial: asyncio.Future[None] | None = None
@@ -239,7 +239,7 @@ class EventSourceTransport(Transport):
         """Wait until a request may be sent, which is done in the block.
 
         Raises:
-            Lost: that is later.
+            Lost: no request may be sent before a later time.
         """
         while self._trial is not None and self.loss is None:
             await asyncio.wait([self._trial])
@@ -256,7 +256,7 @@ class EventSourceTransport(Transport):
             trial.set_result(None)
 
     def lost_since(self, losses: int, fault: Fault) -> Interrupted:
-        """Return the loss, by *fault*, of what was asked after so many *losses*.
+        """Return the loss, by *fault*, of a request that was sent after so many *losses*.
 
         Responses that are lost together are one loss.
         """
@@ -299,7 +299,7 @@ class EventSourceTransport(Transport):
         headers["Content-Type"] = "application/json"
         return await self._session.post(
             self.url,
-            # A large body that is bytes would be written in one piece, which aiohttp warns of.
+            # aiohttp would write a large body of bytes in one piece, and warns of that.
             data=io.BytesIO(question.body()),
             headers=headers,
             timeout=_TIMEOUT,
@@ -311,17 +311,17 @@ class EventSourceTransport(Transport):
         self._readings.discard(reading)
 
     def cancel(self, request_id: str) -> asyncio.Future[None] | None:
-        """Cancel an answer. Returns what is done when the server was told."""
+        """Cancel an answer. Returns a future that is done when the server was told."""
         return None if self.closed else self.start(self._cancel(request_id))
 
     def make_room(self) -> None:
-        """Note that an answer has given a connection back: a server that was full takes one."""
+        """Note that an answer has given its connection back: a full server accepts one again."""
         if self._loss is not None and self._loss[0].code in NO_ROOM:
             self._loss = self._loss[0], self._firm
 
     def finish(self, response: aiohttp.ClientResponse) -> asyncio.Future[None]:
-        """Read the end of a response, so that its connection can be used again. Returns what is
-        done then.
+        """Read the end of a response, so that its connection can be used again. Returns a future
+        that is done then.
         """
         if not (self.closed or response.content.at_eof()):
             return self.start(self._finish(response))
@@ -331,7 +331,7 @@ class EventSourceTransport(Transport):
         return finished
 
     async def close(self) -> None:
-        """Cancel what runs, for which there is a short time."""
+        """Cancel the running answers, within a short time."""
         for reading in list(self._readings):
             reading.leave()
         self.closed = True
@@ -353,8 +353,8 @@ class EventSourceTransport(Transport):
 
     async def _cancel(self, request_id: str) -> None:
         timeout = aiohttp.ClientTimeout(total=CANCEL_TIMEOUT)
-        # An answer without a reader ends by itself after the server's `resume_window`. What the
-        # caller's function for a key raises is raised where an answer is awaited.
+        # An answer without a reader ends by itself after the server's `resume_window`. An
+        # exception of the caller's key function is raised where an answer is awaited.
         with contextlib.suppress(Exception):
             headers = await self.credentials.headers()
             async with self._session.delete(

@@ -1,10 +1,10 @@
-"""The faults of an answer: the one error that it may raise, what a refusal means, and which fault
-is asked again, and when.
+"""The faults of an answer: the one error that it may raise, the meaning of a refusal, and which
+fault is retried, and when.
 
 No I/O, no clock: seconds are returned, and the caller waits. All waits have full jitter: a random
 part of a span that doubles with each failure (Marc Brooker, "Exponential Backoff And Jitter",
-2015), on top of what the server asks for. A server that is there, and has no room, says itself for
-how long, so that the span for it grows less.
+2015), in addition to the time that the server asks for. A reachable server without room names that
+time itself, so the span for it grows less.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ class AnswerError(Exception):
     """There is no answer, or not the whole of it. It is the only error that an answer raises.
 
     *code* is the server's code (see the page on errors), or one of the library's own:
-    `connect_error`, the server cannot be reached; `deadline_exceeded`; `protocol_error`, what came
-    is not an aioserver's; `cancelled`, somebody else has cancelled the answer. *message* is for
-    people. *retryable*: the same question may succeed later, and is not paid for twice; after
-    *retry_after* seconds, if they are known. *text* is what has come of the answer.
+
+    - `connect_error`: the server cannot be reached.
+    - `deadline_exceeded`: the deadline of the answer has passed.
+    - `protocol_error`: the bytes are not an aioserver's.
+    - `cancelled`: another client or program has cancelled the answer.
+
+    *message* is for people. *retryable*: the same question may succeed later, and is not paid for
+    twice; after *retry_after* seconds, if they are known. *text* is the text of the answer so far.
     """
 
     def __init__(
@@ -50,13 +54,13 @@ class AnswerError(Exception):
         self.text = text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let it be pickled: it may have to cross from one process to another."""
+        """Support pickling: the error may have to cross from one process to another."""
         return AnswerError, (self.code, self.message), vars(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a question has no answer yet."""
+    """The reason why a question has no answer yet."""
 
     code: str
     message: str
@@ -65,7 +69,7 @@ class Fault:
 
 
 class Interrupted(Exception):
-    """A reading cannot go on as it is, because of *fault*."""
+    """A reading cannot continue as it is, because of *fault*."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.message)
@@ -73,7 +77,7 @@ class Interrupted(Exception):
 
 
 class Lost(Interrupted):
-    """There is no connection. The reading may go on at the loop's time *until*."""
+    """There is no connection. The reading may continue at the loop's time *until*."""
 
     def __init__(self, fault: Fault, until: float) -> None:
         super().__init__(fault)
@@ -85,7 +89,7 @@ class Refused(Interrupted):
 
 
 class Broken(Interrupted):
-    """The server's bytes are no protocol of ours, or it forbids us to come back."""
+    """The server's bytes do not follow our protocol, or it forbids the client to come back."""
 
 
 def protocol_error(message: str) -> Broken:
@@ -93,14 +97,14 @@ def protocol_error(message: str) -> Broken:
     return Broken(Fault("protocol_error", message))
 
 
-# How a certificate is reported that is not trusted.
+# The report of a certificate that is not trusted.
 UNTRUSTED = "its certificate is refused"
 # Bytes of an error's body that are read.
 MAX_ERROR_BYTES = 1 << 16
 # Characters of a server's message that are kept.
 MAX_MESSAGE = 1000
-# The usual codes of statuses whose body has none, or is out of reach: that of a refused WebSocket
-# handshake.
+# The usual codes of statuses without a readable code in the body, such as that of a refused
+# WebSocket handshake.
 CODES = {
     401: "invalid_api_key",
     403: "permission_denied",
@@ -110,7 +114,7 @@ CODES = {
     503: "server_at_capacity",
 }
 RETRYABLE = frozenset({408, 429, 503})
-# A proxy in front says these while the server behind it restarts.
+# A proxy sends these while the server behind it restarts.
 GATEWAY_FAULTS = frozenset({502, 504})
 
 
@@ -150,7 +154,8 @@ def describe(error: BaseException) -> str:
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorError):
         inner = error.os_error
-        # A host name that was not found has no positive number, and neither has a certificate.
+        # A failed look-up of a host name has no positive number, and neither has a refused
+        # certificate.
         if not isinstance(inner, ssl.SSLError) and inner.errno and inner.errno > 0:
             return os.strerror(inner.errno)
         if isinstance(inner, ssl.SSLCertVerificationError):
@@ -160,7 +165,9 @@ def describe(error: BaseException) -> str:
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Read the body of *response*; of one that is larger, a little more than *limit* bytes."""
+    """Read the body of *response*; if it is larger than *limit* bytes, a little more
+    than these.
+    """
     body = bytearray()
     async for data in response.content.iter_any():
         body += data
@@ -187,18 +194,17 @@ def _seconds(text: str | None, per_second: int) -> float | None:
     return int(text) / per_second
 
 
-# The longest span of a wait by chance, in seconds; and where the server has answered "not now".
+# The longest span of a random wait, in seconds; and the longest after "not now".
 MAX_SPAN, MAX_BUSY_SPAN = 30.0, 8.0
-# A server that stops is left alone for 1 to 10 s: its successor has to start, and all its clients
-# come.
+# Clients come back to a stopping server after 1 to 10 s: its successor has to start, and all
+# clients come at once.
 RESTART_LEAST, RESTART_SPAN = 1.0, 9.0
-# Tries to reach a server that has never been reached: a wrong address is told soon.
+# Attempts to reach a server that has never been reached: a wrong address is reported soon.
 FIRST_TRIES = 3
-# How often a question is asked again after a fault that is the provider's, though nothing was paid
-# for.
+# How often a question is asked again after a provider's fault that was not paid for.
 MAX_UNPAID = 2
 
-# Codes that say "not now".
+# Codes that mean "not now".
 FULL = frozenset(
     {
         "server_at_capacity",
@@ -212,32 +218,32 @@ FULL = frozenset(
         "concurrency_exceeded",
     }
 )
-# Those of them that say that all places are taken.
+# The subset of codes that mean that all places are taken.
 NO_ROOM = FULL - {"circuit_open", "no_provider", "provider_rate_limited", "rate_limit_exceeded"}
 # Codes of faults before a provider has had the question.
 UNPAID = frozenset({"request_timeout", "connect_error", "connect_timeout"})
 SHUTDOWN = "server_shutdown"
-# Close codes (RFC 6455, 7.4.1) after which a client must not come back with the same.
+# Close codes (RFC 6455, 7.4.1) after which a client must not repeat the same.
 FINAL_CLOSE_CODES = frozenset({1002, 1003, 1007, 1010})
-# The socket was idle, or the server goes away: nothing is wrong.
+# Close codes of an idle socket, or of a server that goes away: no fault.
 QUIET_CLOSE_CODES = frozenset({1000, 1001})
 POLICY, RESTART, TRY_AGAIN_LATER = 1008, 1012, 1013
 
 
 def span(failures: int, first: float, most: float = MAX_SPAN) -> float:
-    """Return the span of the wait after so many *failures* before the last one, at most *most*."""
+    """Return the span of the wait after *failures* earlier failures, at most *most*."""
     return float(min(most, first * 2.0 ** min(failures, 16)))
 
 
 def after_restart(random: Callable[[], float]) -> float:
-    """Return the seconds after which to come back to a server that stops: 1 to 10, by chance."""
+    """Return the seconds after which to come back to a server that stops: 1 to 10, at random."""
     return RESTART_LEAST + RESTART_SPAN * random()
 
 
 class Retries:
     """The decisions of one answer about the faults that it meets.
 
-    Always: a question is asked again only if nobody has paid for an answer to it.
+    Always: a question is asked again only if no answer to it was paid for.
     """
 
     def __init__(self, random: Callable[[], float]) -> None:
@@ -248,7 +254,7 @@ class Retries:
     def after_refusal(self, fault: Fault) -> float | None:
         """Return the seconds after which to send the same again; None if that is of no use.
 
-        The fault is one without a number: nothing has begun, and the id is still free.
+        The fault has no number: nothing has begun, and the id is still free.
         """
         if not fault.retryable:
             return None
@@ -257,7 +263,7 @@ class Retries:
         return self._wait(fault)
 
     def after_end(self, fault: Fault, *, shown: bool, began: bool) -> float | None:
-        """Return the seconds after which to ask under a new id; None if the fault is the end.
+        """Return the seconds after which to ask under a new id; None if the fault is final.
 
         *shown*: some of the answer has come. *began*: a provider has had the question, or may
         have.
@@ -283,18 +289,18 @@ class Retries:
 class Reconnection:
     """When a transport connects again.
 
-    Always: the first try after an event has come is at once, unless the server has said otherwise.
+    Always: the first attempt after an event is immediate, unless the server has said otherwise.
     """
 
     def __init__(self, random: Callable[[], float]) -> None:
         self._random = random
         self._failures = 0
-        # Whether the server has ever answered as one of ours.
+        # Whether the server has ever answered as an aioserver.
         self.reached = False
 
     @property
     def hopeless(self) -> bool:
-        """Whether the address looks wrong: no server was ever there."""
+        """Whether the address looks wrong: no server was ever reached there."""
         return not self.reached and self._failures >= FIRST_TRIES
 
     def progressed(self) -> None:

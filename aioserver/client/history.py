@@ -1,6 +1,7 @@
 """The conversations that the server keeps: listed, read and deleted.
 
-Each is one small HTTP request, which may be repeated: it is, until the deadline, as questions are.
+Each call is one small HTTP request, which is safe to repeat, and is repeated until the deadline as
+questions are.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Conversations of one page, at most.
+# The most conversations of one page.
 PAGE = 200
-# Bytes of one answer: the server sends 4 MiB of text at most, and JSON may need six bytes for one.
+# The most bytes of one answer: the server sends up to 4 MiB of text, and JSON may need six bytes
+# for one.
 MAX_BYTES = 1 << 26
 # Seconds for one request.
 REQUEST_TIMEOUT = 30.0
@@ -54,8 +56,8 @@ class Turn:
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """A conversation in a list: *title* is how its oldest question begins, *updated* the end of
-    its newest turn (Unix seconds).
+    """A conversation in a list: *title* is the beginning of its oldest question, *updated* the end
+    of its newest turn (Unix seconds).
     """
 
     id: str
@@ -111,7 +113,7 @@ class History:
         return summaries
 
     async def turns(self, conversation_id: str) -> list[Turn]:
-        """Return the turns of a conversation that are kept, the oldest first."""
+        """Return the kept turns of a conversation, the oldest first."""
         body = await self._request("GET", self._address(conversation_id))
         return [*_turns(_decode(body, _Dialogue).messages)]
 
@@ -123,7 +125,7 @@ class History:
         return URL(f"{self._url}/{quote(conversation_id, safe='')}", encoded=True)
 
     async def _request(self, method: str, url: URL) -> bytes:
-        """Return the body of the answer, however often it must be asked for.
+        """Return the body of the answer, after as many attempts as it takes.
 
         Raises:
             AnswerError: there is none.

@@ -1,8 +1,8 @@
 """The answers of one client for which the server had no room.
 
-Each of them asks again after a time. But another answer of the same client that ends gives its
-place back, and nobody knows that sooner: then one of those that wait asks at once. So a client
-that has more questions than the server has places keeps these taken.
+Each of them asks again after a time. But when another answer of the same client ends and gives its
+place back, this client is the first to know: one of the waiting answers then asks at once. So a
+client with more questions than the server has places keeps these places in use.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from itertools import count
 
 
 class Room:
-    """The answers that wait.
+    """The waiting answers.
 
-    Always: a place that was given back lets one of them ask, the one that came first, as long as
-    there is one.
+    Always: a place that was given back lets the waiting answer ask that came first, if there is
+    one.
     """
 
     def __init__(self) -> None:
@@ -24,11 +24,11 @@ class Room:
         self._waiting: dict[int, asyncio.Future[bool]] = {}
 
     def ticket(self) -> int:
-        """Return a turn among those that wait."""
+        """Return a ticket for one more waiting answer."""
         return next(self._tickets)
 
     def give_back(self) -> None:
-        """Let the first one ask, since there is a place again."""
+        """Let the first waiting answer ask, since there is a place again."""
         waiting = [ticket for ticket, asked in self._waiting.items() if not asked.done()]
         if waiting:
             self._waiting[min(waiting)].set_result(True)

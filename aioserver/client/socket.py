@@ -1,15 +1,16 @@
 """The WebSocket transport: a connection for up to MAX_ANSWERS answers, and further ones for more.
 
 This file is one concept: a question, the reading of its answer, and the connections that many
-readings share. Who may send when, and what is asked for again, is decided by all three together.
+readings share. Which reading sends next, and what is asked for again, is decided by all three
+together.
 
 A connection (RFC 6455) asks first for a `pong`, which proves that it has its place at the server:
-a socket that waits for its place may send no more than 16 frames. Then it sends what its readings
-want, as fast as the server's bound of frames allows. What comes is given to the readings at once,
-so that a slow reader delays no other one.
+a socket that waits for its place may send no more than 16 frames. Then it sends the frames of its
+readings, as fast as the server's bound of frames allows. Received frames are given to the readings
+at once, so that a slow reader delays no other one.
 
-A reading keeps MAX_UNREAD bytes of frames. What comes beyond is dropped, and asked for again
-(`resume`) when the program has read what was kept: the server keeps an answer anyway, and it is
+A reading keeps MAX_UNREAD bytes of frames. Further frames are dropped, and asked for again
+(`resume`) when the program has read the kept ones: the server keeps an answer anyway, and it is
 not kept twice.
 """
 
@@ -63,10 +64,10 @@ T = TypeVar("T")
 MAX_ID_CHARACTERS = 256
 # Fields of OpenAI's request that `options` cannot set: they have arguments, or are the server's.
 RESERVED_OPTIONS = frozenset({"model", "messages", "stream"})
-# An event is as large as the server's `max_stream_bytes` at most, 4 MiB by default. One that is
-# larger than this would fill the memory.
+# An event has at most the server's `max_stream_bytes`, 4 MiB by default. A frame above this bound
+# could fill the memory.
 MAX_FRAME_BYTES = 1 << 26
-# The code of an answer that is not kept, and what it means for one that has begun.
+# The code of an answer that is not kept, and the message for an answer that had begun.
 GONE = "stream_not_found"
 LOST_ANSWER = (
     "the server has lost the rest of this answer: it was started anew, or keeps it no longer"
@@ -81,12 +82,12 @@ class Question:
     payload: bytes
 
     def command(self) -> bytes:
-        """Return the frame that asks it on a WebSocket."""
+        """Return the WebSocket frame of the question."""
         name = orjson.dumps(self.request_id)
         return b'{"action":"chat","request_id":%b,"payload":%b}' % (name, self.payload)
 
     def body(self) -> bytes:
-        """Return the HTTP body that asks it."""
+        """Return the HTTP body of the question."""
         return b'{"request_id":%b,%b' % (orjson.dumps(self.request_id), self.payload[1:])
 
     def under_new_id(self) -> Question:
@@ -135,7 +136,7 @@ def make_question(
     try:
         return Question(request_id, orjson.dumps(payload))
     except TypeError as error:
-        # orjson says which type is not JSON, or that a text is not UTF-8.
+        # orjson names the type that is not JSON, or says that a text is not UTF-8.
         raise ValueError(f"the question cannot be written as JSON: {error}") from None
 
 
@@ -157,30 +158,30 @@ class Reading(ABC):
     question is new.
 
     Always: the numbered frames that `frames` has returned are those after the first *last* up to
-    the present one, each once. What it has had at the server is given back to *room* when it has
-    ended there.
+    the present one, each once. When the answer has ended at the server, its place is given back to
+    *room*.
     """
 
     def __init__(self, room: Room, question: Question, last: int | None = None) -> None:
         self.question = question
         self._room = room
-        # Whether its end says that there is room: it had a place.
+        # Whether the answer's end makes room at the server, because it had a place.
         self._had_place = False
         self.last = last or 0
         # Whether the last event has come; the program may not have read it yet.
         self.ended = False
-        # Whether the server may know the question; and whether it surely has had it.
+        # Whether the server may know the question; and whether it certainly has received it.
         self.sent = self._asked = last is not None
         self._left = False
 
     @property
     def resumes(self) -> bool:
-        """Whether the rest of the answer is asked for, and not the question."""
+        """Whether the next request asks for the rest of the answer instead of the question."""
         return self._asked or self.last > 0
 
     @abstractmethod
     async def frames(self) -> list[Frame]:
-        """Return the frames that have come, one at least; asks, or resumes, where it is necessary.
+        """Return the received frames, one at least; ask, or resume, where necessary.
 
         Cancelling it loses nothing. It is not called after the last event.
 
@@ -192,10 +193,10 @@ class Reading(ABC):
         """
 
     def leave(self) -> asyncio.Future[None] | None:
-        """Read no further, and let the server cancel an answer that may not have ended.
+        """Stop reading, and let the server cancel an answer that may not have ended.
 
-        Returns what is done when the server has been told; None if there is nothing to tell it. Of
-        no effect after the last event, and at the second call.
+        Returns a future that is done when the server has been told; None if there is nothing to
+        tell. Of no effect after the last event, and at the second call.
         """
         told = None if self._left or self.ended or not self.sent else self._cancel()
         self._left = True
@@ -206,7 +207,9 @@ class Reading(ABC):
 
     @abstractmethod
     def _cancel(self) -> asyncio.Future[None] | None:
-        """Let the server cancel the answer. Returns what is done when it has been told."""
+        """Let the server cancel the answer. Returns a future that is done when it has
+        been told.
+        """
 
     @abstractmethod
     def _detach(self) -> None:
@@ -219,7 +222,7 @@ class Reading(ABC):
     def _refuse(self, fault: Fault) -> Refused:
         """Return the interruption by a *fault* that has no number."""
         if not self.resumes or fault.code == GONE:
-            # There is nothing to cancel; the id may be another answer's.
+            # There is nothing to cancel; the id may belong to another answer.
             self.sent = False
         if self.resumes and fault.code == GONE:
             # The server, which may be another process now, cannot know that there was an answer.
@@ -230,21 +233,20 @@ class Reading(ABC):
         """Take the next numbered frame.
 
         Raises:
-            Broken: another number has its turn.
+            Broken: the frame has an unexpected number.
         """
         if frame.event_id != self.last + 1:
             raise protocol_error(f"event {frame.event_id} came after event {self.last}")
         self.last += 1
         self.ended = frame.ends
-        # An answer that has begun, and did not end for want of room.
+        # The answer has begun, and did not end for lack of room.
         self._had_place = frame.ends and self.last > 1 and frame.chunk.code not in FULL
 
 
 class Transport(ABC):
-    """A way to the face of a server at *url*, and the tasks that work for it.
+    """The connections to one face of a server at *url*, and the tasks that work for them.
 
-    Always: after a loss nothing connects before the time that the loss allows, whoever was
-    reading then.
+    Always: after a loss no reading connects before the time that the loss allows.
     """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, credentials: Credentials) -> None:
@@ -257,7 +259,7 @@ class Transport(ABC):
         self._tasks: set[asyncio.Task[Any]] = set()
         # Why there is no connection, and the loop's time before which none is opened.
         self._loss: tuple[Fault, float] | None = None
-        # The loop's time before which none is, whatever becomes of a server that was full.
+        # The loop's time before which none is opened, even if a full server has room again.
         self._firm = 0.0
 
     @abstractmethod
@@ -268,11 +270,13 @@ class Transport(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Tell the server what to cancel, and close all connections. Readings end as broken."""
+        """Tell the server which answers to cancel, and close all connections. Readings end as
+        broken.
+        """
 
     @property
     def loss(self) -> Lost | None:
-        """The last loss, while it holds the next connection back."""
+        """The last loss, while it delays the next connection."""
         if self._loss is None or asyncio.get_running_loop().time() >= self._loss[1]:
             return None
         return Lost(*self._loss)
@@ -280,17 +284,19 @@ class Transport(ABC):
     def lost(
         self, fault: Fault, close_code: int | None = None, *, counted: bool = True
     ) -> Interrupted:
-        """Note a loss, by *fault* and with *close_code*, and return what it means for a reading.
+        """Note a loss, by *fault* and with *close_code*, and return its interruption for a
+        reading.
 
         It is final at an address where no server was ever reached. *counted*: it is not a part of
-        the last one.
+        the last loss.
         """
         delay = fault.retry_after or 0.0
         if counted:
             delay = self.reconnection.after_loss(close_code, fault.retry_after)
         until = asyncio.get_running_loop().time() + delay
         if self._loss is not None:
-            # A loss that allows an earlier return does not take back what the server asked for.
+            # A loss that allows an earlier return does not shorten the time that the server asked
+            # for.
             until = max(until, self._loss[1])
         self._loss = fault, until
         if fault.code not in NO_ROOM:
@@ -301,8 +307,8 @@ class Transport(ABC):
         """Return the headers of a request.
 
         Raises:
-            Interrupted: what *lost* makes of it that the function for the key has failed; its cause
-                is what that has raised.
+            Interrupted: the key function has failed; *lost* makes the interruption, whose cause is
+                the function's exception.
         """
         try:
             return await self.credentials.headers()
@@ -318,7 +324,7 @@ class Transport(ABC):
         return task
 
 
-# Bytes of frames that wait to be read by the program, for each answer.
+# The most bytes of unread frames, for each answer.
 MAX_UNREAD = 1 << 20
 
 
@@ -340,14 +346,14 @@ class SocketReading(Reading):
         self._behind = self._resuming = False
 
     async def frames(self) -> list[Frame]:
-        """Return the frames that have come."""
+        """Return the received frames."""
         while True:
             if self._frames:
                 frames, self._frames, self._unread = self._frames, [], 0
                 return frames
             if self._interrupted is not None:
                 interrupted, self._interrupted = self._interrupted, None
-                # Its traceback would keep what other readings had that were interrupted by it.
+                # Its traceback would keep frames of other readings that it has interrupted.
                 raise interrupted.with_traceback(None)
             if self.connection is None:
                 connection = await self._transport.connection(self.question.request_id)
@@ -361,7 +367,7 @@ class SocketReading(Reading):
             await self._waiter
 
     def command(self) -> bytes:
-        """Return the frame that asks for what comes next."""
+        """Return the frame that asks for the answer, or its rest."""
         if not self.resumes:
             return self.question.command()
         name = orjson.dumps(self.question.request_id)
@@ -411,7 +417,7 @@ class SocketReading(Reading):
             else:
                 self.interrupt(self._refuse(fault))
         elif frame.status == "queued":
-            # It may come often, and only the newest is of interest.
+            # These come often, and only the newest matters.
             if self._frames and self._frames[-1].status == "queued":
                 self._frames.pop()
             self._frames.append(frame)
@@ -430,7 +436,7 @@ class SocketReading(Reading):
 # Answers at once on one socket. The server's bound is 32; the others are for answers whose
 # `cancel` is on its way.
 MAX_ANSWERS = 28
-# Seconds for commands that wait to be sent when the client is closed.
+# Seconds to send waiting commands when the client is closed.
 FLUSH_TIMEOUT = 2.0
 # The server closes a socket that sends more than 100 frames or 16 MiB a second, after a burst of
 # twice as much. Pongs are frames, too.
@@ -451,26 +457,25 @@ class Connection:
         # Whether it takes no more questions, since it is closed or will be; and whether it sends
         # nothing any more.
         self.leaving = self.closed = False
-        # What the end of the socket means for its readings, if it was not closed here.
+        # The interruption of its readings by the end of the socket, if it was not closed here.
         self.end: Interrupted | None = None
         self._left = False
         self._transport = transport
         self._ws = ws
         self._loop = asyncio.get_running_loop()
-        # Frames to be sent, with the reading that wants them, and what is done when they were
-        # sent.
+        # Frames to be sent, each with its reading, and the future that is done once it was sent.
         self._outbox: deque[tuple[bytes, SocketReading | None, asyncio.Future[None] | None]] = (
             deque()
         )
         self._more = asyncio.Event()
         # Set when the server has given the socket its place.
         self._placed = asyncio.Event()
-        # Set when nothing waits to be sent.
+        # Set when no frame waits to be sent.
         self._flushed = asyncio.Event()
         self._flushed.set()
-        # The last remark of the server about the whole socket.
+        # The last error of the server about the whole socket.
         self._remark: Fault | None = None
-        # The last remark of the server about the wait for a place, until there is one.
+        # The last `queued` frame about the whole socket, until the socket has its place.
         self._queued: Frame | None = None
         self._receiver = transport.start(self._receive())
         self._sender = transport.start(self._send())
@@ -489,11 +494,11 @@ class Connection:
         reading.connection = self
         self.send(reading.command(), reading)
         if self._queued is not None:
-            # It may have come with the handshake, before there was a reading.
+            # The frame may have come with the handshake, before there was a reading.
             reading.receive(self._queued, 0)
 
     def remove(self, reading: SocketReading) -> None:
-        """Let a reading go; an extra connection closes with its last one."""
+        """Remove a reading; an extra connection closes with its last one."""
         if self.readings.get(reading.question.request_id) is reading:
             del self.readings[reading.question.request_id]
             self._transport.emptied(self)
@@ -504,13 +509,13 @@ class Connection:
         reading: SocketReading | None = None,
         done: asyncio.Future[None] | None = None,
     ) -> None:
-        """Send *frame* when its turn comes, unless *reading* has gone by then."""
+        """Send *frame* when its turn comes, unless *reading* was removed by then."""
         self._outbox.append((frame, reading, done))
         self._flushed.clear()
         self._more.set()
 
     async def close(self) -> None:
-        """Send what waits, for a short time, and close the socket."""
+        """Send waiting frames, for a short time, and close the socket."""
         self.leaving = self.closed = self._left = True
         try:
             if not self._ws.closed and self._placed.is_set():
@@ -578,7 +583,7 @@ class Connection:
             self._remark = fault_of(frame)
 
     async def _send(self) -> None:
-        """Send what waits, as fast as the server allows."""
+        """Send waiting frames, as fast as the server allows."""
         await self._placed.wait()
         # The time at which an even flow would send the next frame (GCRA, ITU-T I.371).
         due = self._loop.time()
@@ -599,7 +604,7 @@ class Connection:
                 try:
                     await self._ws.send_frame(frame, WSMsgType.TEXT)
                 except (OSError, aiohttp.ClientError):
-                    # `_receive` sees that the socket is lost, and knows more about it.
+                    # `_receive` also notices the loss of the socket, and knows more about it.
                     self.leaving = self.closed = True
                     self._outbox.appendleft((frame, None, done))
                     break
@@ -620,7 +625,8 @@ class Connection:
             return
         code, remark = self._ws.close_code, self._remark
         if end is None and code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG:
-            # It was one of the questions that have no answer yet; it can only be the largest.
+            # The server has refused one of the unanswered questions, and only the largest can be
+            # too large.
             unanswered = [reading for reading in readings if reading.sent and not reading.last]
             if unanswered:
                 largest = max(unanswered, key=lambda reading: len(reading.question.payload))
@@ -632,12 +638,14 @@ class Connection:
             reading.interrupt(self.end)
 
     def _end(self, code: int | None, remark: Fault | None) -> Interrupted:
-        """Return what the close *code*, and the *remark* before it, mean for the readings."""
+        """Return the interruption that the close *code*, and the *remark* before it, mean for the
+        readings.
+        """
         if code in FINAL_CLOSE_CODES:
             return protocol_error(f"the server closed the socket with close code {code}")
         if code == aiohttp.WSCloseCode.POLICY_VIOLATION and remark and not remark.retryable:
             if remark.code == INVALID_KEY and self._transport.credentials.renewable:
-                # Its token has expired: the next connection has another one.
+                # The token has expired: the next connection has another one.
                 return self._transport.lost(remark)
             return Broken(remark)
         quiet = code in QUIET_CLOSE_CODES
@@ -656,25 +664,23 @@ class Connection:
 HANDSHAKE_TIMEOUT = 30.0
 REASON_TIMEOUT = 5.0
 CLOSE_TIMEOUT = 2.0
-# Seconds of silence before a ping; half as long may its answer take.
+# Seconds of silence before a ping; the answer may take half as long.
 HEARTBEAT = 30.0
-# Seconds for which the server lets an answer without a reader go on, by default: then it needs no
-# `cancel`.
+# Seconds for which the server keeps an answer without a reader running, by default: after them no
+# `cancel` is needed.
 CANCEL_WINDOW = 30.0
 INVALID_KEY = "invalid_api_key"
 CLOSED = Fault("connect_error", "the client is closed")
 
 
 class SocketTransport(Transport):
-    """The sockets of a client: one, and another one for each further MAX_ANSWERS answers at
-    once.
-    """
+    """The sockets of a client: one, and another one for each further MAX_ANSWERS answers."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, credentials: Credentials) -> None:
         super().__init__(session, url, credentials)
         self._connections: list[Connection] = []
         self._opening: asyncio.Task[Connection] | None = None
-        # Answers to be cancelled when there is a connection, and until which time of the loop.
+        # Answers to be cancelled when there is a connection, each until a time of the loop.
         self._cancels: dict[str, float] = {}
 
     def read(self, question: Question, last: int | None = None) -> SocketReading:
@@ -717,7 +723,9 @@ class SocketTransport(Transport):
     def cancel(
         self, request_id: str, connection: Connection | None
     ) -> asyncio.Future[None] | None:
-        """Cancel an answer, on any connection. Returns what is done when that was sent."""
+        """Cancel an answer, on any connection. Returns a future that is done when the command was
+        sent.
+        """
         if self.closed:
             return None
         loop = asyncio.get_running_loop()
@@ -733,7 +741,7 @@ class SocketTransport(Transport):
         return None
 
     async def close(self) -> None:
-        """Cancel what runs, and close all connections."""
+        """Cancel the running answers, and close all connections."""
         if self.closed:
             return
         for connection in self._connections:
@@ -749,7 +757,7 @@ class SocketTransport(Transport):
             await asyncio.wait(self._tasks)
 
     def _open_once(self) -> asyncio.Task[Connection]:
-        """Open a connection; it is the one that is being opened, if there is one."""
+        """Return the task that opens a connection; a running one is shared."""
         if self._opening is None:
             self._opening = self.start(self._open())
             self._opening.add_done_callback(self._opened)
@@ -776,7 +784,7 @@ class SocketTransport(Transport):
     async def _refused(
         self, error: aiohttp.WSServerHandshakeError, headers: dict[str, str]
     ) -> Interrupted:
-        """Return what a handshake with *headers* that the server has refused means."""
+        """Return the interruption by a handshake with *headers* that the server has refused."""
         fault, final = refusal(error.status, CIMultiDict(error.headers or {}), b"")
         if final:
             return Broken(await self._reason(error.status, fault, headers))
@@ -820,7 +828,7 @@ class SocketTransport(Transport):
     async def _reason(self, status: int, fault: Fault, headers: dict[str, str]) -> Fault:
         """Return why a handshake was refused with *status*; *fault* if that cannot be known.
 
-        aiohttp keeps the body of a refused handshake to itself, but a plain request is refused for
+        aiohttp does not show the body of a refused handshake, but a plain request is refused for
         the same reason.
         """
         timeout = aiohttp.ClientTimeout(total=REASON_TIMEOUT)
@@ -838,7 +846,7 @@ class SocketTransport(Transport):
     def _opened(self, task: asyncio.Task[Connection]) -> None:
         self._opening = None
         if not task.cancelled():
-            # Its waiters have it raised; it may be that nobody waits any more.
+            # The waiters get the exception; there may be none left.
             task.exception()
 
 

@@ -37,7 +37,7 @@ JOIN_TIMEOUT = 5.0
 
 
 class Client:
-    """A client of one server; its arguments are those of `aioserver.client.Client`, but for a
+    """A client of one server. Its arguments are those of `aioserver.client.Client`, except the
     session.
 
     Raises:
@@ -49,7 +49,7 @@ class Client:
             raise ValueError("a session belongs to an event loop, and this client has its own")
         self._client = asynchronous.Client(url, **arguments)
         self._thread = LoopThread()
-        # Also at the exit of a program that forgets to close it.
+        # This also closes it at the exit of a program that forgets to.
         self._finalizer = weakref.finalize(self, self._thread.close, self._client.close)
 
     @property
@@ -86,7 +86,7 @@ class Client:
         return Conversation(self, self._client.conversation(conversation_id))
 
     def conversations(self, most: int = PAGE) -> list[Summary]:
-        """Return the *most* conversations that were used last, of this key; the newest first.
+        """Return the *most* conversations of this key that were used last, the newest first.
 
         Raises:
             AnswerError: they cannot be had.
@@ -123,7 +123,7 @@ class Conversation:
         self._conversation = conversation
 
     def turns(self) -> list[Turn]:
-        """Return the turns that the server keeps, the oldest first; none before the first one has
+        """Return the turns that the server keeps, the oldest first; none before the first turn has
         ended.
 
         Raises:
@@ -132,7 +132,7 @@ class Conversation:
         return self._client.run(self._conversation.turns())
 
     def delete(self) -> None:
-        """Delete what the server keeps; of no effect if that is nothing.
+        """Delete the conversation at the server; of no effect if nothing is kept.
 
         Raises:
             AnswerError: it may not be deleted.
@@ -156,15 +156,14 @@ class Answer:
     """
 
     def __init__(self, client: Client, thread: LoopThread, answer: AsynchronousAnswer) -> None:
-        # A client that nobody has any more closes itself, and not before its answers have been
-        # read.
+        # A client without references closes itself, but not before its answers have been read.
         self._client = client
         self._thread = thread
         self._answer = answer
 
     @property
     def request_id(self) -> str:
-        """The id of the question; another one after it was asked again under a new id."""
+        """The id of the question; it changes when the question is asked again under a new id."""
         return self._answer.request_id
 
     @property
@@ -174,7 +173,7 @@ class Answer:
 
     @property
     def received(self) -> str:
-        """The text that has come so far."""
+        """The text so far."""
         return self._answer.received
 
     def __iter__(self) -> Iterator[str]:

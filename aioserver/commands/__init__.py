@@ -7,11 +7,11 @@
 - **serve** is the server itself: it reads the **configuration**, listens, and runs until a signal.
   **init** writes a configuration to start from, **check** validates one, **key** makes a client
   key.
-- Those that look at a server from outside are in the folder `tools`.
+- Commands that look at a server from outside are in the folder `tools`.
 
 Results go to stdout, explanations and errors to stderr. An error is one line without a traceback,
-and says what to do. A server goes on if its **output** cannot be written.
+and says what to do. A server continues if its **output** cannot be written.
 
-A file that a command writes is *replaced* as a whole. *Completion* is what a shell offers for a
-word that is half typed.
+A file that a command writes is *replaced* as a whole. *Completion* is a shell's proposal for a
+half-typed word.
 """

@@ -1,5 +1,5 @@
-"""`aioserver check`: validate a configuration without starting, and print it, or print the schema
-of all.
+"""`aioserver check`: validate a configuration without starting, and print it, or print the JSON
+Schema of configurations.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from click.shell_completion import get_completion_class
 
 from aioserver.commands import options
 
-# The variable by which such a script asks for completions; click derives the same from the name of
-# the program.
+# The variable by which such a script asks for completions; click derives the same name from that
+# of the program.
 VARIABLE = "_AIOSERVER_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
 

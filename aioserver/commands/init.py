@@ -12,7 +12,7 @@ from aioserver.commands import options
 from aioserver.config import json_schema
 from aioserver.config.shipped import SHIPPED
 
-# Beside the configuration, whose first lines name it for editors.
+# Stands beside the configuration, whose first lines name it for editors.
 SCHEMA = "config.schema.json"
 
 
@@ -30,13 +30,14 @@ def command(file: Path) -> int:
 
 
 def init(target: Path) -> int:
-    """Write the shipped configuration to *target*, never over a file, and its schema beside it,
+    """Write the shipped configuration to *target*, unless that exists, and its schema beside it,
     unless one is there.
 
-    Returns the exit code: 0, or 2 where *target* exists or cannot be written.
+    Returns the exit code: 0, or 2 if *target* exists or cannot be written.
     """
     try:
-        # x: the kernel refuses a file that exists; a look beforehand could race with its creation.
+        # x: the kernel refuses a file that exists; a check beforehand could race with its
+        # creation.
         with target.open("xb") as file:
             file.write(SHIPPED.read_bytes())
     except FileExistsError:
@@ -45,7 +46,7 @@ def init(target: Path) -> int:
     except OSError as error:
         print(f"{target} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
-    # Without the schema an editor helps less, and nothing else is missing.
+    # Without the schema only the help of editors is missing.
     with contextlib.suppress(OSError), target.with_name(SCHEMA).open("x") as schema:
         schema.write(json_schema.text())
     print(f"{target} written; `aioserver check --config {target}` validates it")

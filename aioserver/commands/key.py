@@ -27,11 +27,11 @@ PREFIX = "aio-"
 RANDOM_BYTES = 32
 # Requests of a new key that wait for its limits instead of a 429: the agents of a few people.
 QUEUE_SIZE = 200
-# Of a number in an option; those of settings are shorter.
+# The most digits of a number in an option; settings have fewer.
 MAX_DIGITS = 20
-# What stands for the value of an option that is no number.
+# The placeholder of an option's value that is no number.
 WORDS = {"class_": "WORD", "models": "NAMES", "expires": "TIME"}
-# The settings of a key that are options: its limits.
+# The settings of a key that are also options: its limits.
 LIMITS = [
     field
     for field in schema.fields(ClientKey)

@@ -1,4 +1,4 @@
-"""The standard streams of a server, which may be closed, on a full disk, or read by nobody.
+"""The standard streams of a server, which may be closed, on a full disk, or without a reader.
 
 None of that may keep the server from serving, or change its exit code.
 """
@@ -36,7 +36,7 @@ def open_closed() -> None:
 def announce(text: str) -> None:
     """Print *text* at once; if stdout cannot be written, log that and go on."""
     try:
-        # In one write, though stdout be unbuffered: stderr may go to the same file.
+        # In one write, even if stdout is unbuffered: stderr may go to the same file.
         print(f"{text}\n", end="", flush=True)
     except OSError as error:
         logger.warning(

@@ -1,9 +1,9 @@
 """A small file that programs change while others read it: it is replaced as a whole.
 
 A change is made under a lock (flock(2)) on a file beside it, `NAME.lock`, which stays there: two
-programs that change it at once lose nothing. What is written goes to the disk before it gets the
-file's name (rename(2)), so that a reader, a crash or a killed writer finds the old content or the
-new one, and never a part. Symbolic links are followed: they stay, and their target is replaced.
+programs that change it at once lose nothing. The new content is on the disk before it gets the
+file's name (rename(2)). So a reader, a crash or a killed writer finds the old content or the new
+one, and never a part. Symbolic links are followed: they stay, and their target is replaced.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# Seconds to wait for another program, each of which needs milliseconds, and between two looks.
+# Seconds to wait for another program, each of which needs milliseconds, and between two attempts.
 PATIENCE, LOOK = 10.0, 0.02
-# Of a new file: it has hashes, and only its owner is to know even these.
+# The mode of a new file: it has hashes, and only its owner may read even these.
 NEW_MODE = 0o600
 
 
 def change(path: Path, edit: Callable[[bytes], bytes], *, new: bool = False) -> None:
-    """Replace the content of the file *path* by what *edit* makes of it, which may raise.
+    """Replace the content of the file *path* by the result of *edit*, which may raise.
 
-    What it refuses at once leaves not even a lock. *new*: the file may be missing; its content is then b"".
+    If it raises at once, not even a lock file is left. *new*: the file may be missing; its content
+    is then b"".
 
     Raises:
         OSError: the file cannot be read or replaced; it is as it was. TimeoutError: another
@@ -75,7 +76,7 @@ def _locked(target: Path) -> Iterator[None]:
 
 def _replace(target: Path, content: bytes, status: os.stat_result | None) -> None:
     """Give *target* another *content*, with the owner and the mode in *status*."""
-    # One name is enough under the lock, and what a killed writer has left is written over.
+    # One name is enough under the lock, and the remains of a killed writer are overwritten.
     written = target.with_name(f"{target.name}.new")
     written.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -86,7 +87,7 @@ def _replace(target: Path, content: bytes, status: os.stat_result | None) -> Non
             file.flush()
             if status is not None:
                 if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                    # Otherwise the server could not read what root has changed.
+                    # Otherwise the server could not read a file that root has changed.
                     os.fchown(file.fileno(), status.st_uid, status.st_gid)
                 os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
             os.fsync(file.fileno())

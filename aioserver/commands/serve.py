@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.serve")
 
-# Seconds for threads to end, once everything else has.
+# Seconds for threads to end, after everything else has ended.
 THREADS_TIMEOUT = 1.0
-# New objects, beyond those that were freed, after which the garbage collector looks at the new ones,
-# and such passes after which it looks at older ones, too. A log is many new objects: of 10,000 a
-# pass takes twice as long.
+# The number of new objects, beyond those that were freed, after which the garbage collector scans
+# the young generation, and the number of such passes after which it scans older ones. A log is
+# many new objects: with 10,000 a pass takes twice as long.
 YOUNG, OLD = 2_000, 100
 
 
@@ -58,7 +58,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     environ = dict(os.environ)
     if host is not None:
-        # In quotes, since YAML has another use for brackets.
+        # In quotes, since brackets have another meaning in YAML.
         environ["AIOSERVER__CHAT__WEBSOCKET__HOST"] = json.dumps(host)
     if port is not None:
         environ["AIOSERVER__CHAT__WEBSOCKET__PORT"] = str(port)
@@ -102,9 +102,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
 
 
 def _worker() -> Worker | None:
-    """Return what this process is among several, as its parent says.
-
-    None if it has no such parent.
+    """Return the worker that the parent describes; None if this process has no such parent.
 
     Raises:
         Unfit: the parent does not give what a worker needs.
@@ -115,8 +113,8 @@ def _worker() -> Worker | None:
 
     worker = Worker.take(os.environ)
     if worker is None:
-        # As a process on its own it would serve the same sockets, with limits that others have
-        # already.
+        # As a separate process it would serve the same sockets, with limits that others already
+        # use.
         raise preflight.Unfit(
             "AIOSERVER_WORKER is set, but not all that belongs to it: "
             "the parent process is of another version; restart it",
@@ -140,13 +138,14 @@ def _serve_with_workers(
         Unfit: this system lacks what a parent needs.
     """
     preflight.check_workers()
-    # One process needs none of it.
+    # A single process needs none of it.
     from aioserver.workers.fork_server import end_with  # noqa: PLC0415
     from aioserver.workers.parent import Parent  # noqa: PLC0415
 
     # If it is ignored, the kernel keeps no exit codes.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # In a process of its own: it imports the hooks, whose files and threads are not for all.
+    # The check runs in a process of its own: it imports the hooks, whose files and threads must
+    # not be inherited.
     if (pid := os.fork()) == 0:
         end_with(partial(_check_wings, configuration.settings))
     if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
@@ -176,7 +175,8 @@ def _serve_with_workers(
 
 
 def _collect_garbage() -> None:
-    """Begin to collect garbage, but none of what there is now, which lives as long as the server.
+    """Begin to collect garbage, except the objects that exist now, which live as long as the
+    server.
 
     A full pass before would find 0.4 MB, and take 20 ms.
     """
@@ -186,7 +186,9 @@ def _collect_garbage() -> None:
 
 
 def _check_wings(settings: Settings) -> NoReturn:
-    """Print what the wings cannot serve with, and end without waiting for threads of theirs."""
+    """Print the settings that the wings cannot serve with, and end without waiting for the wings'
+    threads.
+    """
     unfit = list(faults(settings, (wing() for wing in WINGS)))
     os._exit(_refuse(ConfigurationError(unfit)) if unfit else 0)
 
@@ -247,7 +249,7 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.by_signal)
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
-    # By default it kills.
+    # The default action kills the process.
     loop.add_signal_handler(signal.SIGUSR2, _ignore)
     settings, loads, balance = configuration.settings, None, None
     if worker is not None:
@@ -300,7 +302,7 @@ async def _run(
 
 
 async def _balance(worker: Worker, loads: Loads, sharing: Sharing | None) -> Balance:
-    """Return what decides when *worker* accepts, once what killed workers had is free."""
+    """Return the balance of *worker*, once the leases of killed workers are free."""
     if sharing is None:
         return worker.balance(loads)
     loads.tell_instance(sharing.token)
@@ -337,13 +339,13 @@ async def _serve(
     if announced:
         output.announce(f"aioserver is ready: {listening[0].url}")
     notifier.ready()
-    # Not before `ready`: the end of a reload says READY=1, too.
+    # Not before `ready`: the end of a reload sends READY=1, too.
     reloading = asyncio.create_task(reload.run())
     try:
         await stop.asked.wait()
         logger.info("stopping")
         if stop.orphaned:
-            # Nobody is left who could be told.
+            # No receiver is left.
             notifier.close()
         else:
             notifier.stopping()

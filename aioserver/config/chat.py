@@ -116,13 +116,13 @@ class Tls(SettingsClass):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files that it names."""
+        """The files that the section names."""
         names = (self.cert_file, self.key_file, self.client_ca_file)
         return tuple(name for name in names if name is not None)
 
 
 class WebSocket(SettingsClass):
-    """The address of the server, and what holds for its clients on every face."""
+    """The address of the server, and settings for its clients on every face."""
 
     host: str = setting(
         listening,
@@ -196,7 +196,7 @@ class Streaming(SettingsClass):
 
 
 class Persistence(SettingsClass):
-    """Bounds on what is kept of one conversation."""
+    """Bounds on the stored turns of one conversation."""
 
     enabled: bool = setting(
         boolean,
@@ -291,7 +291,7 @@ class Service(SettingsClass):
 
 
 class Streams(SettingsClass):
-    """Bounds on how long answers are kept, and on how much of them is kept."""
+    """Bounds on how long answers are kept, and on how many bytes of them are kept."""
 
     resume_window: float = setting(
         seconds_or_0,

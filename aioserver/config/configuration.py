@@ -9,7 +9,8 @@ the section, if the key is missing; or the variable, if a variable sets the valu
 secrets (`api_key_env`, `api_key_file`), and `credentials.py` reads them; no message and no output
 shows a secret.
 
-This file is one concept: how a file becomes settings, and what is said of it on the way.
+This file is one concept: how a file becomes settings, and which faults and warnings are reported
+on the way.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _REFERENCE = re.compile(r"\$([A-Z_][A-Z0-9_]{1,63})|os\.environ/([A-Z_][A-Z0-9_]
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Valid settings, the file they come from, and warnings for the author of that file.
 
-    *content* is what was read of that file.
+    *content* is the content of that file.
 
     Always: every value has passed its validator, and no rule between the settings is broken.
     """
@@ -78,7 +79,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             environ: the environment; None stands for that of the process.
             again: whether the file was loaded before. A pipe with a key is refused then, because
                 its content is gone and reading it would never end.
-            content: what was read of that file before, if the file itself is not to be read.
+            content: the content of that file, if it was read before and is not to be read again.
 
         Raises:
             ConfigurationError: with every fault of the file, of the variables that override it,
@@ -176,9 +177,9 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         *hosts* are the addresses that the server listens on, if not on the configured host.
 
         Raises:
-            ConfigurationError: the active provider or a fallback lacks its key, other machines
-                can reach one of the hosts and need no key, or the directory of the ledger cannot
-                be written.
+            ConfigurationError: the active provider or a fallback lacks its key, other machines can
+                reach one of the hosts and need no key, or the directory of the ledger cannot be
+                written.
         """
         if hosts is None:
             hosts = (self.settings.chat.websocket.host,)
@@ -264,7 +265,7 @@ def _keys_of_file(
 ) -> tuple[tuple[ClientKey, ...], Sequence[str]]:
     """Return the keys in `auth.keys_file`, and its faults. *others* are those of `auth.keys`.
 
-    A name that leads nowhere may be a key in the wrong place: it is not shown.
+    The name of a missing file may be a misplaced key: it is not shown.
     """
     if auth is None or not isinstance(auth.keys_file, str):
         return (), ()
@@ -305,7 +306,9 @@ def _read(source: str, content: bytes, environ: Mapping[str, str]) -> Document:
 
 
 def _message(error: vol.Invalid, document: Document) -> str:
-    """Return the message of *error*, with how to write the list or section that it expects."""
+    """Return the message of *error*, with a hint how to write the list or section that
+    it expects.
+    """
     message = str(error.error_message)
     if not isinstance(error, WrongShape):
         return message
@@ -416,7 +419,7 @@ def _texts(values: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _leads_here(base_url: str, settings: Settings) -> bool:
-    """Return whether *base_url* has the host and the port on which the server listens itself."""
+    """Return whether *base_url* has the host and the port on which the server itself listens."""
     own, url = settings.chat.websocket, urlsplit(base_url)
     host = url.hostname or ""
     if (url.port or {"http": 80, "https": 443}.get(url.scheme)) != own.port:

@@ -28,24 +28,24 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 class Credentials:
     """Finds keys for *document*, and adds a fault to it for each that cannot be used.
 
-    The settings may have been made of a faulty document: the fault of a value that is
-    `FAULTY` is reported already, and the key that it names is `FAULTY` as well.
+    The settings may have been made of a faulty document: the fault of a value that is `FAULTY` is
+    reported already, and the key that it names is `FAULTY` as well.
 
-    *again*: the document was loaded before. A pipe with a key was read to its end then, and
-    reading it once more would wait for ever; such a pipe is a fault.
+    *again*: the document was loaded before. A pipe with a key was read to its end then, and a
+    second reading would wait for ever; such a pipe is a fault.
     """
 
     def __init__(self, document: Document, environ: Mapping[str, str], *, again: bool) -> None:
-        # What the author should know of certificates.
+        # Warnings for the author about certificates.
         self.warnings: list[Fault] = []
-        # Certificates of providers that were checked: one provider may have those of another.
+        # Certificates of providers that were checked: several providers may have the same.
         self._pairs: set[tuple[str | None, str | None]] = set()
         self._document = document
         self._environ = environ
         self._again = again
 
     def of_provider(self, name: str, provider: Provider) -> Any:
-        """Return the key of *provider*: that in its settings, in its file or in its variable.
+        """Return the key of *provider*: the one in its settings, in its file or in its variable.
 
         None means that no key was found, which is a fault only for a provider that is needed.
         """
@@ -100,7 +100,7 @@ class Credentials:
         return tls
 
     def client_key(self, provider: Provider) -> str | None:
-        """Return the path of the key of the certificate that *provider* is shown."""
+        """Return the path of the private key of our certificate for *provider*."""
         if provider.client_key_file is None:
             return None
         from aioserver.files import certificates  # noqa: PLC0415 - as above
@@ -108,7 +108,7 @@ class Credentials:
         return certificates.find_key(provider.client_key_file, self._environ)
 
     def check_pair(self, name: str, provider: Provider) -> None:
-        """Check the certificate that *provider* is shown, unless another one has the same."""
+        """Check our certificate for *provider*, unless another provider has the same."""
         path = ("llm", "providers", name)
         cert_file, key_file = pair = provider.client_cert_file, provider.client_key_file
         if provider is FAULTY or FAULTY in pair or pair in self._pairs:
@@ -121,8 +121,8 @@ class Credentials:
             self._load_pair(path, "client_", cert_file, self.client_key(provider))
 
     def _load_pair(self, path: KeyPath, prefix: str, cert: str, key: str | None) -> None:
-        """Load a pair once, to find its faults, and whether it ends soon. Its settings begin with
-        *prefix*. None names a file: it stands in the configuration, where a secret may be.
+        """Load a pair once, to find its faults, and whether it expires soon. Its settings begin
+        with *prefix*. No fault names a file: a secret may stand in its place.
         """
         from aioserver.files import certificates  # noqa: PLC0415 - as above
 

@@ -37,7 +37,7 @@ _UNPRINTABLE = yaml.reader.Reader.NON_PRINTABLE
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|\$\{")
 # A part of the name of a variable that a shell can set.
 _WORD = re.compile(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*", re.ASCII)
-# A key that is shown: a name, or that of a model, such as `openai/gpt-4*`.
+# A key that may be shown: a name, or that of a model, such as `openai/gpt-4*`.
 _NAME = re.compile(
     r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}(?:[/:][A-Za-z0-9_.-]{1,40}){0,8}\*?", re.ASCII
 )
@@ -279,8 +279,8 @@ class Document:
 
 
 def _quote_over_lines(text: str, mark: Any) -> Any:
-    """Return the mark where the text in quotes begins that ends in front of *mark*, if that is on an
-    earlier line: the quote that begins the next text may have closed it. None: there is no such.
+    """Return the mark where the quoted text begins that ends in front of *mark*, if that is on an
+    earlier line: the quote that begins the next text may have closed it. Otherwise return None.
     """
     last = None
     try:
@@ -297,7 +297,7 @@ def _quote_over_lines(text: str, mark: Any) -> Any:
 
 
 def _layout_hint(text: str, mark: Any) -> str:
-    """Return what is probably wrong with the layout of the line at *mark*, where YAML gave up."""
+    """Return the probable fault in the layout of the line at *mark*, where YAML gave up."""
     lines = text.splitlines()[mark.line : mark.line + 1]
     line = lines[0] if lines else ""
     indent = line[: len(line) - len(line.lstrip())]
@@ -311,11 +311,10 @@ def _layout_hint(text: str, mark: Any) -> str:
 
 
 def scalar(text: str) -> Any:
-    """Return the value of a scalar without quotes, as in YAML 1.1, but `010` is text, as dates
-    are.
+    """Return the value of a scalar without quotes, as in YAML 1.1, but `010` and dates are text.
 
-    What PyYAML reads as text is text here as well, so that a value that it has written is read
-    back unchanged.
+    Any text for PyYAML is text here as well, so that a value that it has written is read back
+    unchanged.
     """
     if text.lower() in _WORDS and text in {text.lower(), text.upper(), text.capitalize()}:
         return _WORDS[text.lower()]

@@ -1,4 +1,4 @@
-"""What to write instead of a wrong value: the hints behind the messages of validators.
+"""The correct way to write a wrong value: the hints behind the messages of validators.
 
 A hint repeats a part of the value only where no secret can be meant: a number, a short word of a
 list, or an address without a user, a query or a long label.
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Characters of a wrong value that a fault shows. Keys are longer: OpenAI's have 51 at least.
+# The most characters of a wrong value that a fault shows. Keys are longer: OpenAI's have at least
+# 51.
 MAX_SHOWN = 15
-# Keys with which other programs name what a setting is here: LiteLLM, SDKs, nginx.
+# Keys by which other programs (LiteLLM, SDKs, nginx) name a setting of ours.
 OTHER_WORDS = {
     **dict.fromkeys(("api_base", "api_url", "url", "endpoint_url", "baseurl"), "base_url"),
     **dict.fromkeys(("apikey", "api-key", "key", "token"), "api_key_env"),
@@ -34,7 +35,7 @@ OTHER_WORDS = {
     "model_name": "model",
     **dict.fromkeys(("cors_origins", "origins"), "allow_origins"),
 }
-# Keys at the top of a file of LiteLLM.
+# Keys at the top of a LiteLLM file.
 LITELLM = frozenset(("model_list", "litellm_settings", "router_settings", "general_settings"))
 
 _UNITS: dict[str, dict[str, float]] = {
@@ -140,7 +141,7 @@ def address(value: object) -> str | None:
 
 
 def nearest(word: object, words: Iterable[str]) -> str:
-    """Return which of *words* is probably meant by *word*, if any."""
+    """Return the one of *words* that *word* probably means; empty if there is none."""
     folded = {known.lower(): known for known in words}
     text = word.lower()[:64] if isinstance(word, str) else ""
     meant = most_like(text, folded)
@@ -148,8 +149,10 @@ def nearest(word: object, words: Iterable[str]) -> str:
 
 
 def most_like(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return which of *known* words is most like *word*; None: none has the share *cutoff* of it."""
-    # Only faults ask.
+    """Return the *known* word that is most similar to *word*; None: no similarity reaches
+    *cutoff*.
+    """
+    # Only faults need it.
     from difflib import get_close_matches  # noqa: PLC0415
 
     matches = get_close_matches(word, tuple(known), n=1, cutoff=cutoff)

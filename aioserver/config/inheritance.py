@@ -1,9 +1,9 @@
-"""Providers that have the settings of another: `like`.
+"""Providers that inherit the settings of another: `like`.
 
 The values of a document are merged before they are validated, so that the rules between settings
-hold of what a provider has in the end. `http_client` is merged key by key, and every other key is
-replaced whole. `base_url` and `simulated` are one setting for this purpose, and so are the three
-that say where the key is.
+apply to the result. `http_client` is merged key by key, and every other key is replaced whole.
+`base_url` and `simulated` are one setting for this purpose, and so are the three that say where
+the key is.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from aioserver.config.document import Document
 
 KEYS = ("api_key", "api_key_env", "api_key_file")
-# Settings of which one replaces all others.
+# Groups of settings; setting one replaces all of its group.
 TOGETHER = (("base_url", "simulated"), KEYS)
 
 
 class Inheritance:
-    """Which provider of *document* has whose settings; its values are merged when this is made.
+    """Which provider of *document* inherits from which; the values are merged when this object is
+    made.
 
     A provider whose `like` leads nowhere becomes faulty, with its fault in the document.
     """
@@ -37,9 +38,9 @@ class Inheritance:
         llm = document.values.get("llm")
         providers = llm.get("providers") if isinstance(llm, dict) else None
         self._providers: dict[str, Any] = providers if isinstance(providers, dict) else {}
-        # By the name of a provider that has `like`: the other one.
+        # For each provider that has `like`: the other one.
         self.likes: dict[str, str] = {}
-        # By the name of a provider: the one whose settings say where its key is.
+        # For each provider: the one whose settings say where its key is.
         self.key_owners: dict[str, str] = {name: name for name in self._providers}
         merged: dict[str, Any] = {}
         for name in self._providers:
@@ -47,7 +48,9 @@ class Inheritance:
         self._providers.update(merged)
 
     def _merge(self, name: str, merged: dict[str, Any], above: tuple[str, ...]) -> Any:
-        """Return what the provider *name* has in the end; *above* are those that are like it."""
+        """Return the merged values of the provider *name*; *above* are the providers that inherit
+        from it.
+        """
         if name in merged:
             return merged[name]
         values = self._providers[name]
@@ -71,7 +74,7 @@ class Inheritance:
         return merged[name]
 
     def _both(self, name: str, own: dict[str, Any], like: str, other: Any) -> Any:
-        """Return the values of *own* and, where it has none, of *other*."""
+        """Return the values of *own*, completed by those of *other*."""
         if not isinstance(other, dict):
             return own
         other = {key: value for key, value in other.items() if key != "like"}
@@ -98,7 +101,7 @@ class Inheritance:
         return FAULTY
 
     def told_once(self, errors: Iterable[vol.Invalid]) -> Iterator[vol.Invalid]:
-        """Yield those of *errors* that a provider does not have from the one that it is like."""
+        """Yield the *errors* that a provider has not inherited from another one."""
         errors = list(errors)
         known = {(_at(error), str(error.error_message)) for error in errors}
         for error in errors:

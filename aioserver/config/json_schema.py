@@ -1,9 +1,9 @@
 """The JSON Schema (draft 7) of the configuration, made of the declarations of the settings.
 
-An editor that understands it (the YAML language server, which most use) completes keys, shows what
-they mean, and marks faults while the file is written. It accepts what `aioserver check` accepts,
-and refuses what can be seen in one value alone: it knows neither the rules between two settings,
-nor the environment, nor the files that the configuration names.
+An editor that understands it (most use the YAML language server) completes keys, shows their
+meanings, and marks faults while the file is written. It accepts what `aioserver check` accepts,
+and refuses faults that are visible in one value alone: it knows neither the rules between two
+settings, nor the environment, nor the files that the configuration names.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def text() -> str:
 def section_schema(cls: type[Any]) -> dict[str, Any]:
     """Return the schema of one section.
 
-    One that needs no key may also be empty, as all its lines may be comments.
+    A section that needs no key may also be empty, as all its lines may be comments.
     """
     keys = fields(cls)
     shipped = shipped_defaults(cls)
@@ -80,8 +80,8 @@ def _property(field: dataclasses.Field[Any], shipped: Mapping[str, Any]) -> dict
 
 
 def _made(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Return *part* of a validator's schema with its sections in place, and variables wherever a
-    value stands.
+    """Return *part* of a validator's schema with its sections in place, and variables allowed for
+    every value.
     """
     if "section" in part:
         return section_schema(part["section"])

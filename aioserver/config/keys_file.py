@@ -1,10 +1,10 @@
 """The file of client keys that `auth.keys_file` names: how it is read, and how one entry of it is
 added or taken out.
 
-It is a list of entries as in `auth.keys`, with `sha256` only. What is changed are the lines of one
-entry; all other bytes stay, comments included. A change is made in the text and read back: what
-does not say exactly what was meant is refused, so that no layout that somebody has written by hand
-can be damaged.
+It is a list of entries as in `auth.keys`, with `sha256` only. A change touches only the lines of
+one entry; all other bytes stay, comments included. A change is made in the text and read back. If
+the result is not exactly the intended one, the change is refused, so that no layout written by
+hand can be damaged.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BY_HAND = "its layout is not one that a command can change: write each entry as `- {name: …}`"
-# The mark of UTF-8, with which some editors begin a file.
+# The byte order mark of UTF-8, with which some editors begin a file.
 BOM = b"\xef\xbb\xbf"
 _ENTRIES = list_of(schema.section(ClientKey))
 
 
 class _Lines(NamedTuple):
-    """The lines of one entry, from 0; *end* is the first that is not its own."""
+    """The lines of one entry, from 0; *end* is the first line after it."""
 
     begin: int
     end: int
@@ -47,8 +47,8 @@ def read(path: Path, others: Iterable[ClientKey] = ()) -> tuple[ClientKey, ...]:
     """Return the keys in the file *path*. *others* are the keys of the configuration.
 
     Raises:
-        ConfigurationError: the file cannot be read, or an entry cannot be used; so is one with the
-            name or the key of another.
+        ConfigurationError: the file cannot be read, or an entry cannot be used, for example
+            because it has the name or the key of another.
     """
     try:
         content = read_file(path, f"no such file (`aioserver key NAME --add {path}` makes it)")
@@ -78,7 +78,7 @@ def parse(content: bytes, source: str, others: Iterable[ClientKey] = ()) -> tupl
         )
         document.faults.append(document.fault((), message))
     elif document.values is None:
-        # Somebody may be about to write it, so this does not take back every key.
+        # An editor may be about to write it, so an empty file does not revoke every key.
         document.faults.append(document.fault((), "is empty (without any key it says `[]`)"))
     elif document.values is not FAULTY:
         keys = _keys(document, others)
@@ -119,7 +119,7 @@ def _faults(
     names: dict[str, str],
     digests: dict[str | None, str],
 ) -> Iterator[Fault]:
-    """Yield why *entry* cannot be used, beside those with these names and hashes."""
+    """Yield why *entry* cannot be used beside entries with these names and hashes."""
     if digest is None or entry.key_env is not None or entry.key_file is not None:
         yield document.fault((index,), "a key in this file has sha256, and no key_env or key_file")
     elif digest == EMPTY_SHA256:
@@ -155,7 +155,7 @@ def with_entry(content: bytes, entry: str, source: str) -> bytes:
 
 
 def without_entry(content: bytes, name: str, source: str) -> bytes:
-    """Return *content* without the lines of the entry of *name*, which is there.
+    """Return *content* without the lines of the entry of *name*, which exists.
 
     Raises:
         ConfigurationError: the content has a fault, or its layout cannot be changed.
@@ -175,7 +175,7 @@ def without_entry(content: bytes, name: str, source: str) -> bytes:
 
 
 def names(content: bytes, source: str) -> list[str]:
-    """Return the names of the keys in *content*, in which nothing may be written yet.
+    """Return the names of the keys in *content*, which may have no entry yet.
 
     Raises:
         ConfigurationError: the content has a fault.
@@ -223,7 +223,7 @@ def _check(changed: bytes, keys: list[ClientKey], source: str) -> None:
     """Check that *changed* has exactly *keys*.
 
     Raises:
-        ConfigurationError: it has not.
+        ConfigurationError: the keys differ.
     """
     try:
         if list(parse(changed, source)) == keys:
@@ -234,14 +234,14 @@ def _check(changed: bytes, keys: list[ClientKey], source: str) -> None:
 
 
 def entry_of(key: ClientKey) -> str:
-    """Return *key* as an entry in one line: its name and hash, and what differs from the
+    """Return *key* as an entry in one line: its name and hash, and the values that differ from the
     defaults.
     """
     parts: list[tuple[str, Any]] = [("name", f'"{key.name}"'), ("sha256", f'"{key.sha256}"')]
     for field in schema.fields(ClientKey):
         value = getattr(key, field.name)
         if field.name not in {"name", "sha256"} and value != field.default:
-            # A word stands without quotes, as everybody writes it.
+            # A word stands without quotes, as is usual.
             plain = isinstance(value, str) and value.isalpha()
             parts.append((schema.key_of(field), value if plain else json.dumps(value)))
     return f"{{{', '.join(f'{name}: {value}' for name, value in parts)}}}"

@@ -1,9 +1,9 @@
 """The settings of `llm`: everything on the providers' side.
 
 Durations are seconds, sizes are bytes. Settings that have the name of an httpx option
-(`max_connections`, `keepalive_expiry` and the timeouts) mean what it means.
+(`max_connections`, `keepalive_expiry` and the timeouts) have its meaning.
 
-This file is one concept: what is declared of a provider, and the rules between its settings.
+This file is one concept: the settings of a provider, and the rules between them.
 """
 
 from __future__ import annotations
@@ -51,12 +51,11 @@ from aioserver.config.validators import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-# Requests that may wait for a provider, at least, if nothing else is set: fifty agents at four
-# places.
+# The least default of requests that may wait for a provider: fifty agents at four places.
 MIN_QUEUE_SIZE = 64
-# What `messages` may be beside true and false.
+# The values of `messages` beside true and false.
 AUTO, BRIDGE = "auto", "bridge"
-# How a provider is asked for the rest of an answer.
+# The ways of asking a provider for the rest of an answer.
 NO_CONTINUATION, PREFILL, PREFIXED, FINAL_MESSAGE, INSTRUCT = CONTINUATIONS = (
     "none",
     "prefill",
@@ -64,7 +63,7 @@ NO_CONTINUATION, PREFILL, PREFIXED, FINAL_MESSAGE, INSTRUCT = CONTINUATIONS = (
     "final_message",
     "instruct",
 )
-# By the name of a provider: the variable that holds its key, if no setting says where the key is.
+# For each provider name: the variable with its key, if no setting says where the key is.
 KEY_VARIABLES = {
     name: f"{name.upper()}_API_KEY" for name in ("openai", "groq", "openrouter", "anthropic")
 }
@@ -131,7 +130,7 @@ class HttpClient(SettingsClass):
 
     def __post_init__(self) -> None:
         if self.queue_size is None:
-            # An agent is kept alive by its place in a queue, and not by a refusal.
+            # An agent needs a place in a queue; a refusal may end it.
             queue_size = max(MIN_QUEUE_SIZE, 10 * self.concurrent_requests)
             object.__setattr__(self, "queue_size", queue_size)
         if self.queue_timeout is None:
@@ -347,7 +346,9 @@ class Llm(SettingsClass):
         )
 
     def group_in(self, member: Member) -> str | None:
-        """Return the name of the group that *member* of a group is; None: it is a provider."""
+        """Return the name of the group that *member* of a group refers to; None: it is
+        a provider.
+        """
         name = member.written
         return name if member.provider not in self.providers and name in self.models else None
 
@@ -361,8 +362,8 @@ class Llm(SettingsClass):
         return name
 
     def members(self, name: str) -> tuple[Member, ...]:
-        """Return who answers for *name*: the members of a group, where those of a group that is a
-        member stand in its place; or the provider of that name.
+        """Return the members that answer for *name*: those of its group, where the members of a
+        group that is itself a member stand in its place; or the provider of that name.
         """
         if name in self.providers:
             return (Member(provider=name),)
@@ -378,8 +379,8 @@ class Llm(SettingsClass):
         return tuple(members.values())
 
     def chain(self, name: str) -> tuple[str, ...]:
-        """Return *name*, or what it is an alias of, and what is asked when that has nobody left:
-        its fallbacks, each with its own.
+        """Return *name*, or the name it is an alias of, followed by its fallbacks, each with its
+        own fallbacks.
         """
         name = self.aliased(name)
         chain = {name: None}
@@ -405,8 +406,8 @@ class Llm(SettingsClass):
         }
 
     def bare_routes(self) -> dict[tuple[str, ...], list[str]]:
-        """Return the models that come to other providers by their name alone, since these list
-        them; by the names of the providers, in the order in which they are asked.
+        """Return the models that go to other providers by their name alone, since these list them.
+        The keys are the names of the providers, in the order in which they are asked.
         """
         listing: dict[str, list[str]] = {}
         for name, provider in self.providers.items():
@@ -419,8 +420,8 @@ class Llm(SettingsClass):
         return routes
 
     def _leads_elsewhere(self, model: str) -> bool:
-        """Return whether *model* comes to a provider of that name, to a group, or to the active
-        provider, whoever else lists it.
+        """Return whether *model* goes to a provider of that name, to a group, or to the active
+        provider, even if others list it.
         """
         active = self.providers.get(self.active)
         provider, slash, rest = model.partition("/")
@@ -475,8 +476,8 @@ def _broken_members(llm: Llm, path: tuple[str | int, ...], one: Group) -> Iterat
 
 
 def _broken_ways(llm: Llm) -> Iterator[BrokenRule]:
-    """Yield where groups lead in a circle, or to too many others."""
-    # By the name of a group: through how many it leads, and the members of all that stand in it.
+    """Yield the references by which groups form a circle, or lead to too many others."""
+    # For each group: the depth of groups below it, and the number of all its members.
     known: dict[str, tuple[int, int]] = {}
     broken: list[BrokenRule] = []
 
@@ -507,7 +508,9 @@ def _broken_ways(llm: Llm) -> Iterator[BrokenRule]:
 
 
 def _ways(llm: Llm, name: str) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Yield the groups to which that of *name* leads, each by the path from `llm` of where."""
+    """Yield the groups to which the group *name* refers, each with the path of the reference from
+    `llm`.
+    """
     one = llm.models[name]
     for index, entry in enumerate(one.members):
         if (other := llm.group_in(entry)) is not None:

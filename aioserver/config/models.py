@@ -2,7 +2,7 @@
 
 A name stands for one member, `openai` or `openai/gpt-4o`; for a list of members, which are asked
 in this order; or for a section, which says how a member is chosen. A member is the name of a
-provider, with the model after a slash where it is not the provider's own, or a section. A name that
+provider, with the model after a slash if it is not the provider's own, or a section. A name that
 stands for another name alone is an *alias* of it, and a member of an ordered group may be another
 group, whose members stand in its place.
 
@@ -30,11 +30,11 @@ from aioserver.config.validators import count, label, line, list_of, one_of, opt
 
 MAX_NAMES = 1_000
 MAX_MEMBERS = 64
-# Groups that stand in one another, or follow one another.
+# The most groups that may be nested, or follow one another.
 MAX_DEPTH = 8
 ORDERED, LEAST_BUSY, WEIGHTED = "ordered", "least_busy", "weighted"
 PREFIX = "prefix"
-# What becomes of a model that nobody has.
+# What happens to requests for a model that no provider has.
 PASS, REFUSE = "pass", "refuse"
 
 
@@ -172,7 +172,7 @@ group = Validator(
 
 def _name(value: Any, all_names: str = "llm.active is asked for what nobody else has") -> str:
     """Accept the name of a model, which may end with `*` for all names that begin so; *all_names*
-    says what to do for all.
+    is the hint for a name that would match all.
     """
     if not isinstance(value, str) or not 0 < len(value) <= 256:
         refuse("expected a name of 1 to 256 characters")

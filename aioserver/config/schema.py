@@ -1,14 +1,13 @@
 """How settings are declared, and how the declarations become a voluptuous schema.
 
-A settings class is a `SettingsClass`, and stands for one section of the file. `setting()`
-declares a field by its validator, its meaning and its default; `group()` declares a section inside
-the section. `section()` turns the class into a validator: a valid mapping becomes an instance of
-it.
+A settings class is a `SettingsClass`, and stands for one section of the file. `setting()` declares
+a field by its validator, its meaning and its default; `group()` declares a section inside the
+section. `section()` turns the class into a validator: a valid mapping becomes an instance of it.
 
 All faults of a mapping are collected and raised together. A value that fails its validator is
 replaced by `FAULTY`, so that the rules between the other settings are still checked.
 
-All this is one concept: a declaration is only what becomes of it.
+This file is one concept: a declaration means nothing without its validation.
 """
 
 from __future__ import annotations
@@ -111,10 +110,10 @@ class Validator(msgspec.Struct, frozen=True):
     """A validator for voluptuous that can describe the values it accepts.
 
     *kind* is the type that the documentation shows. *inner* is the settings class of the sections
-    inside the value, if there are any, and *suffix* is what follows the key if the value may hold
-    several of them: `.<name>` in a mapping, `[]` in a list. *json* is the JSON Schema of the
-    value, which accepts at least what *test* does; json_schema.py makes that of a section, whose
-    *json* is empty.
+    inside the value, if there are any. *suffix* follows the key if the value may hold several of
+    them: `.<name>` in a mapping, `[]` in a list. *json* is the JSON Schema of the value, which
+    accepts at least what *test* does; json_schema.py makes the schema of a section, whose *json*
+    is empty.
     """
 
     kind: str
@@ -180,7 +179,7 @@ def group(cls: type[Any]) -> Any:
     kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
 )
 class SettingsClass:
-    """What makes a class a frozen dataclass of settings.
+    """The base that makes a class a frozen dataclass of settings.
 
     The methods that `dataclass` would write and compile for each class stand here once: there are
     some thirty classes, and one instance of most.
@@ -257,9 +256,9 @@ def required(field: dataclasses.Field[Any]) -> bool:
 
 
 def shipped_values(cls: type[Any]) -> Callable[[], dict[str, Any]] | None:
-    """Return the `SHIPPED` of a settings class: the function that returns a copy of that section of
-    the shipped file, whose values count where the section, or a key without a default, is left out.
-    None: it has none.
+    """Return the `SHIPPED` of a settings class: the function that returns a copy of that section
+    of the shipped file. These values apply where the section, or a key without a default, is left
+    out. None: the class has none.
     """
     values: Callable[[], dict[str, Any]] | None = getattr(cls, "SHIPPED", None)
     return values
@@ -277,7 +276,7 @@ def shipped_defaults(cls: type[Any]) -> dict[str, Any]:
 def section(cls: type[T]) -> Validator:
     """Return the validator of a settings class, which turns a valid mapping into an instance.
 
-    Keys that the class has in `IGNORED`, with what does their work, are accepted and dropped. A
+    Keys in the class's `IGNORED`, which names their replacements, are accepted and dropped. A
     section without a value, such as one whose lines are all comments, counts as an empty mapping.
     The validator raises `Faults`.
     """
@@ -311,16 +310,16 @@ def section(cls: type[T]) -> Validator:
 
 
 def ignored_keys(cls: type[Any]) -> Mapping[str, str]:
-    """Return the keys of a settings class that are accepted without effect, since files of the
-    system that aioserver replaces have them, each with what does its work here.
+    """Return the keys of a settings class that are accepted without effect, each with its
+    replacement. Files of the system that aioserver replaces have them.
     """
     ignored: Mapping[str, str] = getattr(cls, "IGNORED", {})
     return ignored
 
 
 def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.Invalid]]:
-    """Return the instance that a faulty section makes, and the rules that its valid values
-    break.
+    """Return the instance that a faulty section makes, and the rules that its valid
+    values break.
     """
     values = {}
     for field in fields(cls):
@@ -394,8 +393,8 @@ def check_rules(owner: object, *broken: BrokenRule | None) -> None:
 def changed(owner: T, **values: Any) -> T:
     """Return a copy of *owner*, a section, with *values* instead of its own.
 
-    Its rules are not checked once more, as `dataclasses.replace` would: a section that breaks one
-    of them has been reported, and is still looked at for other faults. `FAULTY` stays what it is.
+    Its rules are not checked again, as `dataclasses.replace` would: a section that breaks one of
+    them has been reported, and is still searched for other faults. `FAULTY` stays what it is.
     """
     if owner is FAULTY:
         return owner
@@ -406,8 +405,8 @@ def changed(owner: T, **values: Any) -> T:
 
 
 def repeated(values: Iterable[T]) -> Iterator[tuple[int, T]]:
-    """Yield each of *values* that has come before, with its index; those that are `FAULTY` are
-    like no other one.
+    """Yield each of *values* that has occurred before, with its index; `FAULTY` values are never
+    equal.
     """
     before: set[T] = set()
     for index, value in enumerate(values):
@@ -465,7 +464,7 @@ def show(value: object, most: int = MAX_SHOWN) -> str:
     """Describe the wrong *value* of a setting that holds no secret, and quote it if it has no more
     than *most* characters.
 
-    A longer text may be a key that was put into the wrong place.
+    A longer text may be a misplaced key.
     """
     match value:
         case bool():

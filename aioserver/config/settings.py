@@ -6,7 +6,7 @@ The keys, types and rules are those of the system that aioserver replaces: a key
 system requires has no default here, and a key that it lacks is optional. A settings object is
 never changed: a reload makes a new one. Durations are seconds, sizes are bytes.
 
-This file is one concept: what stands beside `chat` and `llm`, each section as its class.
+This file is one concept: the sections beside `chat` and `llm`, each as a class.
 """
 
 from __future__ import annotations
@@ -105,15 +105,15 @@ __all__ = [
     "WebSocket",
 ]
 
-# What a hook is shown, and what happens without its decision.
+# The two subjects of a hook; and the outcome if the hook does not decide.
 REQUEST, ANSWER = "request", "answer"
 CLOSED, OPEN = "closed", "open"
-# Each is asked before the next one, so that the waits add up.
+# Hooks are asked one after the other, so their waits add up.
 MAX_HOOKS = 4
 
 
 class Limits(SettingsClass):
-    """What one caller may do."""
+    """The limits of one caller."""
 
     max_concurrent: int = setting(
         count, "answers that the caller may have queued or running at once; beyond: 429", 20
@@ -279,7 +279,7 @@ class Auth(SettingsClass):
 
     @property
     def guarded(self) -> bool:
-        """Whether a client needs a key or a token, though there may be none."""
+        """Whether a client needs a key or a token, though none may be configured."""
         some = (self.keys, self.keys_file, self.jwt)
         return not self.open and any(each is not None for each in some)
 
@@ -324,7 +324,7 @@ class Cluster(SettingsClass):
 
 
 class Tracing(SettingsClass):
-    """Traces of requests, as OpenTelemetry has them."""
+    """Traces of requests, for OpenTelemetry."""
 
     otlp_endpoint: str | None = setting(
         optional(api),
@@ -372,7 +372,7 @@ class Hook(SettingsClass):
 
     @property
     def closed(self) -> bool:
-        """Whether what it cannot decide is refused."""
+        """Whether a request is refused if the hook cannot decide."""
         return self.fail == CLOSED
 
     def __post_init__(self) -> None:
@@ -396,7 +396,7 @@ class Logging(SettingsClass):
 
 
 class Usage(SettingsClass):
-    """What attempts have cost."""
+    """The ledger of what attempts have cost."""
 
     path: str | None = setting(
         optional(line),

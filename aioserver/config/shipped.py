@@ -1,5 +1,5 @@
-"""The file that ships with the package, and its values, which count for what another file leaves
-out: a section, or a key without a default.
+"""The file that ships with the package. Its values replace those that another file leaves out: a
+section, or a key without a default.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ def values(path: str) -> Callable[[], dict[str, Any]]:
 
 
 def fill(cls: type[Any], mapping: Any) -> None:
-    """Add the sections that *mapping*, which is to become a *cls*, leaves out, or without a value.
+    """Add the sections that *mapping*, which is to become a *cls*, leaves out, or has without a
+    value.
 
     A variable of the environment may then change one value inside such a section. A provider with
-    `like` has what the other one has.
+    `like` inherits them from the other one.
     """
     if not isinstance(mapping, dict):
         return

@@ -1,10 +1,10 @@
 """The validators of single values, by the names that declarations of settings use.
 
-A validator returns the value to keep, or raises `vol.Invalid`. Its message shows the value that it
-refuses if that is short, and no value of a setting that may hold a secret; it quotes limits and
-bounds, and says what to write instead (hints.py).
+A validator returns the value to keep, or raises `vol.Invalid`. Its message shows a refused value
+if that is short, and no value of a setting that may hold a secret; it quotes limits and bounds,
+and says what to write instead (hints.py).
 
-This file is one concept: all that a single value may be.
+This file is one concept: the values that a single setting may have.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from aioserver.protocol.client_headers import CREDENTIALS, NEVER_PASSED, TRACE_H
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-# Seconds: 31 years, which asyncio and the kernel still take for a timeout.
+# Seconds: 31 years, which asyncio and the kernel still accept as a timeout.
 MAX_NUMBER = 1e9
 # The scheme in an address. What follows it may have a password.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,9})://")
-# An address without a user and a query, in which no key stands, and characters of it that are
+# An address without a user and a query, which holds no key; and the most characters of it that are
 # shown.
 _ADDRESS, MAX_ADDRESS = re.compile(r"https?://[^\s?#@]+"), 100
 
@@ -176,7 +176,7 @@ def boolean_or(*words: str) -> Validator:
 
 
 def optional(validator: Validator, nothing: object = None) -> Validator:
-    """Accept what *validator* accepts, and *nothing*, the value that stands for no value."""
+    """Accept the values of *validator*, and *nothing*, which stands for no value."""
 
     def test(value: Any) -> Any:
         return value if value == nothing else validator(value)
@@ -326,7 +326,7 @@ def _log_format(value: Any) -> str:
     return "console" if isinstance(value, str) and "%(" in value else _log_formats(value)
 
 
-# Numbers. The bounds are what listen(2) takes, and what JSON can carry exactly.
+# Numbers. The bounds are those of listen(2), and of exact integers in JSON.
 count = whole(1, 2**31 - 1, "whole number > 0")
 count_or_0 = whole(0, 2**31 - 1, "whole number")
 size = whole(1, 2**53, "bytes > 0")
@@ -385,7 +385,7 @@ proxy = url("http", "https", rest=r"[^\s\x00-\x1f\x7f?#]+")
 redis = url("redis", "rediss", "unix", rest=r"[^\s\x00-\x1f\x7f#]+")
 # A user's name and password in the URL of an API are refused, because there is `api_key`.
 api = url("http", "https", shown=True)
-# Nobody on the way may change what is there.
+# No third party on the way may change these keys.
 jwks = text(
     "URL",
     r"(?:https://[^\s\x00-\x1f\x7f#@/]+"
@@ -395,7 +395,7 @@ jwks = text(
     shown=True,
 )
 
-# Paths that no face can have: the other routes without a parameter, except the pages' assets.
+# Paths that no face may have: the other routes without a parameter, except the pages' assets.
 TAKEN = frozenset(
     (
         *("/client.js", "/client.d.ts", "/dashboard", "/events", "/metrics", "/session", "/stats"),

@@ -34,8 +34,8 @@ def plain(value: Any) -> Any:
 
 
 def _writable(field: dataclasses.Field[Any], value: Any) -> bool:
-    """Return whether the value can be written: no word stands for that of some settings which are
-    left out.
+    """Return whether the value can be written: the file has no word for some values of settings
+    that are left out.
     """
     if value is not None:
         return True

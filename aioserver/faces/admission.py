@@ -61,26 +61,27 @@ ShareDoor: TypeAlias = "Callable[[Scheduler, Resource, int], None]"
 logger = logging.getLogger("aioserver.connections")
 
 LINES_PER_SECOND = 20
-# Of the lines about refusals: a full server refuses thousands, and an incident counts them.
+# The bound for lines about refusals: a full server refuses thousands, and an incident counts them.
 REFUSAL_LINES_PER_SECOND = 1
-# The wait of a client without a deadline.
+# Stands for the wait of a client without a deadline.
 NOTHING: AbstractContextManager[object] = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
-# The class of requests that wait at their keys, whose places others use meanwhile. They have half
-# of the queue, come back before whoever waits at the door, and wait until their keys let them.
+# The class of requests that wait for the limits of their keys, and whose places others use
+# meanwhile. They may fill half of the queue, go before new connections, and wait until their keys
+# let them start.
 LENT = "lent"
 CLASSES = (Class(INTERACTIVE), Class(LENT, 1_000_000, room=0.5, patience=inf))
 
 
 class Admission:
-    """The door in front of the handlers, and the bytes of the bodies that may yet be sent to a
-    provider.
+    """The limit of connections in front of the handlers, and the bytes of the bodies that may yet
+    be sent to a provider.
 
     Always: `body_bytes <= max_body_bytes`.
 
-    *share* is called with the scheduler, the door, and the number of all its places, if it shares
-    them with other processes.
+    *share* is called with the scheduler, the resource of connections, and the number of all its
+    places, if they are shared with other processes.
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class Admission:
         loop = asyncio.get_running_loop()
         # Returns the loop's time.
         self.now = loop.time
-        # Each connection has a ticket of its own; all have one caller, in order of arrival.
+        # Each connection has a ticket of its own; all belong to one caller and wait in order of
+        # arrival.
         self.gate = Resource(
             "door",
             0,
@@ -120,13 +122,14 @@ class Admission:
             elsewhere=self._elsewhere,
         )
         self.refused_closing = 0
-        # Seconds without progress after which a client is dropped that does not read its response.
+        # Seconds without progress after which a client that does not read its response is dropped.
         self.send_timeout = send_timeout
         self._limits = limits
         # Bytes of bodies that are being read, or whose request may yet be sent.
         self.body_bytes = 0
         self.max_body_bytes = limits.max_body_bytes
-        # How to let go bodies that are kept in case their answer breaks off, the oldest first.
+        # Callbacks that free bodies which are kept in case their answer breaks off, the oldest
+        # first.
         self._spare: dict[BodyHold, Callable[[], None]] = {}
         self._lines = logs.RateLimit(LINES_PER_SECOND)
         self.refusal_lines = logs.RateLimit(REFUSAL_LINES_PER_SECOND)
@@ -153,22 +156,24 @@ class Admission:
             supply.apply(limits.max_connections)
 
     def close(self, error: Callable[[], AioserverError]) -> None:
-        """Refuse all who wait for a place, and all who come, each with an error of its own."""
+        """Refuse all requests that wait for a place or come later, each with an error
+        of its own.
+        """
         self.scheduler.shut(self.gate, error)
         if self.gate.supply is not None:
             self.gate.supply.leave()
 
     @property
     def lent(self) -> int:
-        """How many requests have lent their places to others."""
+        """The number of requests that have lent their places to others."""
         return self.gate.class_slots[1]
 
     def hold(self) -> BodyHold:
-        """Return a hold for one body; the caller has it released, however the request ends."""
+        """Return a hold for one body; the caller must release it, however the request ends."""
         return BodyHold(self, self.now())
 
     def make_room(self, size: int) -> None:
-        """Let bodies go that are kept, until there is room for another *size* bytes.
+        """Free spare bodies until there is room for another *size* bytes.
 
         Raises:
             ServerAtCapacity: all bodies together would have more than `max_body_bytes`.
@@ -183,7 +188,9 @@ class Admission:
             )
 
     def spare(self, hold: BodyHold, let_go: Callable[[], None] | None = None) -> None:
-        """Have *let_go* called where another body needs the room of *hold*; None: no more."""
+        """Mark *hold* as spare: *let_go* is called when another body needs its room. None ends
+        that.
+        """
         if let_go is not None:
             self._spare[hold] = let_go
         elif self._spare:
@@ -212,8 +219,9 @@ class Admission:
             logs.write(logger, level, f"connection {event}", fields)
 
     async def connect(self, face: str, caller: Caller) -> Quota | None:
-        """Count a connection of the caller's key, and return what counts it, of which `disconnect`
-        is to be called once; None: nothing does. Cancelling is safe.
+        """Count a connection of the caller's key, and return the quota that counts it.
+        `disconnect` must be called on it once; None: the connection is not counted. Cancelling is
+        safe.
 
         Raises:
             ConcurrencyExceeded: the key has as many connections as it may have.
@@ -247,12 +255,9 @@ class Admission:
         on_position: Callable[[int, float], None] | None = None,
         hold: BodyHold | None = None,
     ) -> Grant:
-        """Queue for a place, and return it; *name*: that of the key that waits.
+        """Queue for a place, and return it. The caller releases it; cancelling leaves the queue.
 
-        *hold*: of its body, which notes the wait.
-
-        Whoever calls this releases the place; cancelling leaves the queue.
-
+        *name* is the name of the waiting key, *hold* that of its body, which notes the wait.
         *on_position* is called with the position in the queue and the seconds until a place is
         expected, whenever either changes.
 
@@ -279,7 +284,7 @@ class Admission:
                     ticket.on_position = lambda _door, position, eta: tell(position, eta)
                 with guard:
                     place = await self.scheduler.wait(ticket, [Bid(self.gate)])
-                # Nobody is told any more, and the ticket may last for hours.
+                # The callback is of no use any more, and the ticket may last for hours.
                 ticket.on_position = None
             finally:
                 meter.waiting.value -= 1
@@ -297,8 +302,8 @@ class Admission:
         return place
 
     def opened(self, meter: FaceMeter, caller: str = "") -> None:
-        """Count a connection of the face of *meter* that has got its place; if this raises, it is
-        not counted.
+        """Count a connection that has got its place, on the face of *meter*. If this raises, the
+        connection is not counted.
         """
         if logger.isEnabledFor(logging.INFO):
             self.log("opened", meter.face, caller=caller)
@@ -307,9 +312,7 @@ class Admission:
         meter.opened.value += 1
 
     def too_many_lent(self) -> ConcurrencyExceeded | None:
-        """Return the error of one more request that would lend its place, if as many have as
-        may.
-        """
+        """Return the error for one more request that would lend its place; None if it may."""
         gate, lent = self.gate, self.lent
         if lent < gate.queue_size // 2:
             return None
@@ -333,7 +336,7 @@ class Admission:
             self.log("closed", meter.face, caller=caller)
 
     def gave_way(self, face: str, caller: str) -> None:
-        """Count an idle client whose place another one gets."""
+        """Count an idle client that gave its place to another one."""
         self.metrics.gave_way.value += 1
         self.log("gave way", face, logging.WARNING, caller=caller)
 
@@ -343,7 +346,7 @@ class Admission:
         self.log(f"dropped: {reason}", face, logging.WARNING)
 
     def _elsewhere(self) -> bool:
-        """Return whether another process may have a place that it does not use."""
+        """Return whether another process may have an unused place."""
         self.gate.ask()
         return self.gate.elsewhere > 0
 
@@ -360,8 +363,8 @@ class BodyHold(msgspec.Struct, eq=False):
     """The bytes that one body has taken of `max_body_bytes`, from its first byte.
 
     The end of its `with` gives them back, unless the hold was `given` to a request that outlives
-    the handler: the end of that request does it then. The request *arrived* at this time of the
-    loop, with these *request_options*.
+    the handler: then the end of that request does. *arrived* is the time of the loop at which the
+    request arrived, *request_options* are its options.
     """
 
     _admission: Admission
@@ -373,7 +376,7 @@ class BodyHold(msgspec.Struct, eq=False):
 
     @property
     def loan(self) -> Visit | None:
-        """The client whose place can be lent while its request waits."""
+        """The client whose place can be lent while its request waits; None if there is none."""
         return None
 
     def grow(self, size: int) -> None:
@@ -389,7 +392,7 @@ class BodyHold(msgspec.Struct, eq=False):
         self.size += size
 
     def spare(self, let_go: Callable[[], None] | None = None) -> None:
-        """Have *let_go* called, once, where another body needs the room; None: no more."""
+        """Have *let_go* called, once, when another body needs the room; None ends that."""
         self._admission.spare(self, let_go)
 
     def shrink_to(self, size: int) -> None:
@@ -399,7 +402,7 @@ class BodyHold(msgspec.Struct, eq=False):
             self.size = size
 
     def release(self) -> None:
-        """Count nothing of this body any more; a second call does nothing."""
+        """Stop counting this body; a second call does nothing."""
         if size := self.size:
             admission, self.size = self._admission, 0
             admission.body_bytes -= size
@@ -414,19 +417,19 @@ class BodyHold(msgspec.Struct, eq=False):
 
 
 class Visit(BodyHold, eq=False, kw_only=True):
-    """A client of the face of *meter*, from its request to the end of its handler: the connection
-    that counts for its key, its body, and its place.
+    """A client of the face of *meter*, from its request to the end of its handler. It owns the
+    connection that counts for its key, its body, and its place.
 
-    Always: what it has taken is given back at the end of its `with`, whatever fails meanwhile, and
-    the client is counted as often as it is taken off.
+    Always: everything that it has taken is given back at the end of its `with`, whatever fails
+    meanwhile, and each client that was counted as served is counted off once.
     """
 
     meter: FaceMeter
-    # That of its key.
+    # The name of its key.
     name: str
-    # What counts the connection.
+    # The quota that counts the connection.
     quota: Quota | None = None
-    # It has ended while it is *lent*: others have it.
+    # The place; it is released while it is *lent* to others.
     _place: Grant | None = None
     lent: bool = False
     _return: asyncio.Task[None] | None = None
@@ -442,15 +445,15 @@ class Visit(BodyHold, eq=False, kw_only=True):
 
     @property
     def loan(self) -> Visit | None:
-        """Itself, if its place can be lent while its request waits in the queue of its key."""
+        """This client, if its place can be lent while its request waits for its key."""
         quota = self.quota
         return self if self._place is not None and quota is not None and quota.queue_size else None
 
     def lend(self) -> None:
-        """Give the place to others for as long as the request waits at its key.
+        """Give the place to others for as long as the request waits for the limits of its key.
 
         Raises:
-            ConcurrencyExceeded: as many have lent theirs as may.
+            ConcurrencyExceeded: the most requests that may have already lent theirs.
         """
         if (place := self._place) is None or self.lent:
             return
@@ -462,13 +465,13 @@ class Visit(BodyHold, eq=False, kw_only=True):
         admission.scheduler.suspend(place, LENT)
 
     def regain(self, until: float) -> asyncio.Future[None] | None:
-        """Take the next free place, *until* a moment of the loop's clock; return what is done then,
-        None if the client has its place or needs none any more. It may be called again, and what
-        it has returned may be cancelled, or be dropped.
+        """Take the next free place, *until* a moment of the loop's clock. Return a future that is
+        done then, None if the client has its place or needs none any more. It may be called again,
+        and the future may be cancelled or dropped.
 
         Raises:
-            AioserverError: the server is stopping; what is returned has `ServerAtCapacity` once it
-                is too late.
+            AioserverError: the server is stopping; the future has `ServerAtCapacity` once it is
+                too late.
         """
         if (place := self._place) is None or not self.lent:
             return None
@@ -488,7 +491,7 @@ class Visit(BodyHold, eq=False, kw_only=True):
         if self._return is not None:
             self._return.cancel()
             self._return = None
-        # If lending has failed, it has it still.
+        # If lending has failed, the client still has the place.
         place.release()
         self._admission.scheduler.close(place.ticket)
 
@@ -524,7 +527,7 @@ class Visit(BodyHold, eq=False, kw_only=True):
 
 
 def _conclude(back: asyncio.Future[None], task: asyncio.Task[None]) -> None:
-    """Let *back*, for which perhaps nobody waits, end as *task* has."""
+    """End *back*, which may have no waiter, as *task* has ended."""
     error = None if task.cancelled() else task.exception()
     if back.done():
         return
@@ -542,9 +545,9 @@ def counted(
     serve: Callable[[web.Request, T], Awaitable[web.StreamResponse]],
     refuse: Callable[[web.Request, AioserverError], Awaitable[web.StreamResponse]] | None = None,
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """Return an HTTP handler that prepares, enters, and serves with what was prepared.
+    """Return an HTTP handler that prepares, enters, and serves the prepared request.
 
-    *refuse* answers a request that got no place, or whose key has too many connections; without it
+    *refuse* answers a request that got no place, or whose key has too many connections. Without it
     the refusal is raised: a plain 503 or 429.
     """
     meter = admission.metrics.faces[face]
@@ -579,7 +582,7 @@ def counted(
                 started = isinstance(request, Request) and request.started
                 if fault.request_outcome is None or started:
                     raise
-                # Counted with its record, and as large as the provider likes.
+                # The fault is counted with its record, and may be as large as the provider likes.
                 response = error_response(fault, request, admission.forms.of(request))
                 forget_frames(fault)
             if not response.prepared:

@@ -1,20 +1,19 @@
-"""What comes on a WebSocket (RFC 6455, 5.2), counted frame by frame before aiohttp reads it.
+"""Incoming WebSocket messages (RFC 6455, 5.2), counted frame by frame before aiohttp reads them.
 
-aiohttp shows a message when it is whole, and what it does not show it does not count: half a
-message, and the frames that it refuses nothing of. `ClientMessages` stands between the connection
-and aiohttp's reader. It reads the heads of the frames only, and passes everything on unchanged.
-Always:
+aiohttp shows only whole messages. It counts neither the bytes of an unfinished message nor control
+frames. `ClientMessages` therefore stands between the connection and aiohttp's reader. It reads
+only the heads of the frames, and passes everything on unchanged. Always:
 
-- at most FRAMES_PER_SECOND frames come, after a burst; control frames count, and parts of a
-  message that are too small to be sent for their size;
+- at most FRAMES_PER_SECOND frames come, after a burst; control frames count, and so do parts of a
+  message that are smaller than MIN_PART_BYTES;
 - at most `max_message_size` bytes a second come, after a burst of twice that;
 - the bytes of an unfinished message count against `max_body_bytes`. While the socket waits for its
   place they are at most `room`;
 - a message is whole within BODY_TIMEOUT after its first byte;
 - every frame is masked, and a close frame has a code that may be sent (RFC 6455, 5.1 and 7.4).
 
-A fault between two frames takes effect after the messages before it: the reader gets a frame
-instead that it refuses. Any other fault takes effect at once.
+A fault between two frames takes effect after the messages before it: the reader gets an invalid
+frame, which it refuses. Any other fault takes effect at once.
 
 This file is one concept: all of these counts are taken from the same heads of frames.
 """
@@ -38,19 +37,18 @@ if TYPE_CHECKING:
 
     from aioserver.faces.admission import BodyHold
 
-# More frames than these are a flood.
+# A client that sends more frames than these floods the server.
 FRAMES_PER_SECOND, FRAMES_BURST = 100, 200
 FRAME_INTERVAL = 1 / FRAMES_PER_SECOND
 FRAME_TOLERANCE = (FRAMES_BURST - 1) * FRAME_INTERVAL
 # Seconds' worth of bytes that may come at once.
 BYTES_BURST = 2.0
-# A part of a message of at least so many bytes is no frame of a flood: browsers send a large
-# message in parts of 128 KiB, and its bytes count anyway.
+# A part of a message with at least this many bytes does not count as a frame of a flood: browsers
+# send a large message in parts of 128 KiB, whose bytes count anyway.
 MIN_PART_BYTES = 1024
-# Why nothing more may come before the socket has its place.
+# The reason given when a client sends more than fits before the socket has its place.
 FULL_ROOM = "too many messages before a place was free"
-# Seconds after which a client that was told so may come back: what it may send is counted by the
-# second.
+# Seconds after which a refused client may come back: its rates are counted by the second.
 COME_BACK = 1.0
 # The opcode of a close frame (RFC 6455, 5.2).
 CLOSE = 8
@@ -68,8 +66,8 @@ def sendable(code: int) -> bool:
 
 
 def too_much(text: str) -> RateLimitExceeded:
-    """Return the error of a client that has sent more than it may, which says when to come
-    back.
+    """Return the error of a client that has sent more than it may; it includes when to
+    come back.
     """
     return RateLimitExceeded(text, retry_after=COME_BACK)
 
@@ -85,11 +83,11 @@ class Receiver(Protocol):
 
 
 class ClientMessages:
-    """Counts what a client sends on one socket; aiohttp's connection takes it for its reader.
+    """Counts what a client sends on one socket; aiohttp's connection uses it as its reader.
 
-    Always: the reader gets whole heads and whole payloads, never a part of one; a whole message of
-    the client has its hold in `_holds`, in the order of the messages. `close` must be called at
-    the end of the socket.
+    Always: the reader gets whole heads and whole payloads, never a part of one; `_holds` has one
+    hold for each whole message of the client, in the order of the messages. `close` must be called
+    at the end of the socket.
     """
 
     __slots__ = (
@@ -121,35 +119,37 @@ class ClientMessages:
         self._receiver: Receiver | None = None
         self._frames = Gcra(FRAME_INTERVAL, FRAME_TOLERANCE)
         self._bytes = Gcra(1 / max_message_bytes, BYTES_BURST)
-        # A part of a frame's head, or of a close frame; before there is a receiver, all that came.
+        # A part of a frame's head, or of a close frame. Before there is a receiver: all bytes so
+        # far.
         self._head = b""
-        # Bytes of the frame's payload that are still to come, and those that came before: aiohttp
-        # would keep a list of what each packet had, of which each may cost many times its bytes.
+        # The number of payload bytes still to come, and the payload bytes received so far. They
+        # are kept here because aiohttp would keep a list with one object for each packet, each
+        # many times larger than its bytes.
         self._left = 0
         self._payload: bytearray | None = None
-        # Whether the frame is a part of a message.
+        # Whether the frame is a part of a message, not a control frame.
         self._data = False
-        # Whether it is the last part.
+        # Whether it is the last part of its message.
         self._final = False
         # Counts the message that is not finished.
         self._hold: BodyHold | None = None
-        # A list, since an empty deque has the size of all the rest, for each idle client.
+        # A list, since an empty deque would double the size of this object for each idle client.
         self._holds: list[BodyHold] = []
         self._timer: asyncio.TimerHandle | None = None
-        # Whether nothing more is read.
+        # Whether reading has ended.
         self._over = False
-        # Bytes that an unfinished message may have; None: as many as any.
+        # The most bytes that an unfinished message may have; None: no bound.
         self.room: int | None = None
-        # The error of the frame that the reader refuses; None if it is aiohttp's own.
+        # The error of the frame that the reader refuses; None if aiohttp found the fault.
         self.fault: AioserverError | None = None
 
     def wrap(self, reader: WebSocketReader) -> ClientMessages:
-        """Pass everything to *reader* from now on, and stand in its place."""
+        """Pass everything to *reader* from now on, in its place at the connection."""
         self._reader = reader
         return self
 
     def start(self, receiver: Receiver) -> None:
-        """Read what has come so far, and tell *receiver* of faults."""
+        """Read the bytes received so far, and report faults to *receiver*."""
         self._receiver = receiver
         early, self._head = self._head, b""
         if early:
@@ -160,10 +160,10 @@ class ClientMessages:
         return self._holds.pop(0)
 
     def close(self) -> None:
-        """Count nothing any more, and read nothing."""
+        """Stop counting and reading."""
         self._over = True
         self._stop_timer()
-        # It may have megabytes of a message that has no end.
+        # The reader may hold megabytes of an unfinished message.
         self._reader = None
         self._head, self._payload = b"", None
         if self._hold is not None:
@@ -173,7 +173,7 @@ class ClientMessages:
         self._holds.clear()
 
     def forget_receiver(self) -> None:
-        """Tell nobody any more when the connection is lost."""
+        """Report a lost connection to no receiver any more."""
         self._receiver = None
 
     # The interface of aiohttp's reader.
@@ -186,7 +186,7 @@ class ClientMessages:
             self._receiver.client_gone()
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
-        """Count *data*, and pass it on; the first value says that nothing more is read."""
+        """Count *data*, and pass it on. The first value is True once nothing more is read."""
         if self._over:
             return True, b""
         if self._receiver is None:
@@ -211,7 +211,7 @@ class ClientMessages:
             if self._bytes.delay() > ROUNDING:
                 error = too_much(f"more than {self._max_bytes} bytes a second")
                 if start < 0:
-                    # The reader is within this frame.
+                    # The reader is in the middle of this frame.
                     self._break_off(error)
                     return True, b""
                 self.fault = error
@@ -239,8 +239,8 @@ class ClientMessages:
     def _read_head(self, data: bytes, start: int) -> int:
         """Read the head of the frame at *start*, and return where its payload begins.
 
-        Returns 0 if it is not complete, and -1 if the frame is refused. A close frame is complete
-        with its payload only.
+        Returns 0 if the head is not complete, and -1 if the frame is refused. A close frame counts
+        as complete only with its payload.
         """
         have = len(data) - start
         if have < 2:
@@ -270,7 +270,7 @@ class ClientMessages:
         if self._data:
             have = 0 if self._hold is None else self._hold.size
             if have + length > self._max_bytes:
-                # The reader refuses it, and reads none of it.
+                # The reader refuses the frame, and reads none of it.
                 self._left, self._data = 0, False
                 return len(data)
             self._final = data[start] >= 0x80
@@ -296,7 +296,7 @@ class ClientMessages:
         return True
 
     def _watch(self) -> None:
-        """Set the deadline of what has begun, or end it if everything is whole."""
+        """Start the deadline of an unfinished message, or end it if everything is whole."""
         if self._hold is None and not self._head and not self._left:
             self._stop_timer()
         elif self._timer is None:
@@ -322,14 +322,14 @@ class ClientMessages:
         return True, b""
 
     def _with_payload(self, data: bytes) -> bytes:
-        """Return *data* behind the payload that came in earlier packets, which is kept no
-        longer.
+        """Return *data* with the payload of earlier packets in front of it, which is then no
+        longer kept.
         """
         payload, self._payload = self._payload or b"", None
         return b"".join((payload, data))
 
     def _break_off(self, error: AioserverError) -> None:
-        """Close with *error* at once: the messages that were not taken are dropped."""
+        """Close with *error* at once; messages that were not taken are dropped."""
         assert self._receiver is not None
         assert self._reader is not None
         self._end()
@@ -387,7 +387,7 @@ class _CountedRequest:
 
     @property
     def protocol(self) -> _CountedRequest:
-        """The connection, as far as it is needed: this object, too."""
+        """The connection, as far as aiohttp needs it: this object plays its part, too."""
         return self
 
     def set_parser(self, reader: WebSocketReader, **kwargs: Any) -> None:

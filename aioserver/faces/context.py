@@ -79,8 +79,8 @@ class OpenSocket(Protocol):
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
-    """The objects that a face may use. *tracer* is None if no spans are made. *hop* is the id of
-    this server, by which a request that comes back by way of a provider is known.
+    """The objects that a face may use. *tracer* is None if requests are not traced. *hop* is the
+    id of this server, by which a request that comes back by way of a provider is recognized.
 
     Always: it is filled once, when the server starts, and never changes.
     """

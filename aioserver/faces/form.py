@@ -1,6 +1,4 @@
-"""The form in which the clients of an API know what this server itself says: errors, and the list
-of models.
-"""
+"""How clients of an API expect this server's own answers: errors, and the list of models."""
 
 from __future__ import annotations
 
@@ -28,9 +26,9 @@ class Form:
     Always: it has no state, so that one object serves every request.
     """
 
-    # The models of the providers that speak it are listed, and others are not found.
+    # The API whose providers' models are listed; other models are not found.
     api: Api = CHAT
-    # The header that has the id of a request, too.
+    # A further header that carries the id of a request.
     id_header = ""
 
     def speaks(self, path: str, headers: Mapping[str, str]) -> bool:  # noqa: ARG002
@@ -46,7 +44,7 @@ class Form:
         return error.body()
 
     def limits(self, quota: Quota) -> dict[str, str]:
-        """Return the headers that tell of the limits of a key with budgets."""
+        """Return the headers that report the limits of a key with budgets."""
         limit, left, reset = quota.starts
         headers = _limit_headers("requests", limit, left, reset)
         for name, budget in zip(("tokens", "tokens-day"), quota.budgets().values(), strict=False):
@@ -56,7 +54,7 @@ class Form:
     def model(self, name: str, owner: str, *, simulated: bool) -> dict[str, Any]:
         """Return the model *name* of *owner*, which leads to a provider that may be *simulated*."""
         entry = {"id": name, "object": "model", "created": 0, "owned_by": owner}
-        # No field of OpenAI's: with it the chat page says that no real model answers.
+        # The field is not OpenAI's: the chat page uses it to say that no real model answers.
         return {**entry, "simulated": True} if simulated else entry
 
     def models(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def _limit_headers(name: str, limit: int, remaining: int, reset: float) -> dict[
 
 
 class Forms:
-    """The forms that there are: those of the wings, and OpenAI's for all other clients."""
+    """All forms: those of the wings, and OpenAI's for all other clients."""
 
     def __init__(self, forms: Iterable[Form] = ()) -> None:
         self._forms = tuple(forms)
@@ -97,7 +95,7 @@ class Forms:
         return self.at(request.path, request.headers)
 
     def at(self, path: str, headers: Mapping[str, str]) -> Form:
-        """Return the form that a client knows which asks for *path* with *headers*."""
+        """Return the form that a client expects when it asks for *path* with *headers*."""
         return next((form for form in self._forms if form.speaks(path, headers)), OPENAI)
 
 

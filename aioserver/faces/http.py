@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.faces.form import Form
 
-# Headers of what nobody may keep.
+# Headers of responses that must not be stored.
 NO_STORE = {"Cache-Control": "no-store"}
 # Segments of a route's path that are ids, which may have any character. aiohttp's own pattern
 # matches no brace.
@@ -33,7 +33,8 @@ _ID_HEADER = istr("X-Request-Id")
 
 
 def _new_ids() -> Iterator[Iterator[str]]:
-    # Not before the first one: workers that were forked from one process have different ones.
+    # Made at the first use: workers that were forked from one process then have different
+    # prefixes.
     yield map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
 
 
@@ -43,9 +44,9 @@ _ids = itertools.chain.from_iterable(_new_ids())
 class Request(web.Request):
     """aiohttp's request with three attributes of ours; server/runner.py makes every request one.
 
-    *known_id*: the id that `request_id` has returned before. *started*: the response whose head
-    was sent, or is about to be. *limits* returns the headers that tell of the limits of its
-    client's key; None if that has no budget.
+    *known_id* is the id that `request_id` has returned before. *started* is the response whose
+    head was sent, or is about to be sent. *limits* returns the headers that report the limits of
+    the client's key; it is None if the key has no budget.
     """
 
     ATTRS = web.Request.ATTRS | frozenset(["known_id", "limits", "started"])
@@ -69,8 +70,8 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 def with_limits(request: Request, headers: Mapping[str, str]) -> Mapping[str, str]:
-    """Return *headers* of a response, in which the limits of the client's key take the place of
-    its provider's, if the key has a budget.
+    """Return *headers* of a response. If the client's key has a budget, the limits of the key
+    replace those of the provider.
     """
     if request.limits is None:
         return headers
@@ -85,7 +86,7 @@ def with_limits(request: Request, headers: Mapping[str, str]) -> Mapping[str, st
 def last_on_connection(request: web.BaseRequest) -> bool:
     """Return whether the connection ends with this response.
 
-    False on another server's connections.
+    The answer is False on connections of another server, in which the application is embedded.
     """
     return getattr(request.protocol, "last", False)
 
@@ -117,17 +118,18 @@ def announce_close(
     """Announce in the head of *response* that the connection ends with it, if it does.
 
     The client may have asked for that (RFC 9112, 9.6). The connection of an HTTP/1.0 client ends
-    with a *streamed* body in any case: the body has neither chunks nor a length, and only the
-    close ends it.
+    with a *streamed* body in any case: the body has neither chunks nor a length, so only the close
+    ends it.
     """
     if (
         last_on_connection(request)
         or not request.keep_alive
-        # A client that was not asked for its body may send it, or the next request in its place.
+        # A client that never got its `100 Continue` may send the body next, or another request in
+        # its place.
         or (hdrs.EXPECT in request.headers and not request.content.is_eof())
         or (streamed and request.version < HttpVersion11)
     ):
-        # A refused upgrade names its header there, too.
+        # A refused upgrade names its header in `Connection`, too.
         if "close" not in response.headers.get("Connection", ""):
             response.headers["Connection"] = "close"
         response.force_close()

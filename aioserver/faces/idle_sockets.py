@@ -1,16 +1,16 @@
 """Which idle WebSocket gives way, where one key holds most places and others wait for one.
 
 An idle socket holds a place, and a key may open as many as there are places, whatever else its
-limits are. While a client of another key waits for a place, the socket of that key which has asked
-nothing for longest closes: at most one for each client that waits, none that has an answer under
-way or has asked within the last IDLE_SECONDS, and none once the key has no more than half of the
-places.
+limits are. While a client of another key waits for a place, the socket of that key which has been
+idle longest closes. At most one closes for each client that waits. None closes that has an answer
+under way or has asked within the last IDLE_SECONDS, and none once the key has no more than half of
+the places.
 
-A socket asks by a chat, a resume or a cancel that is carried out, and by its handshake. Pings ask
-nothing, so they keep no place.
+A chat, a resume or a cancel that is carried out counts as asking, and so does the handshake. Pings
+do not count, so they keep no place.
 
-Its place is free as soon as it gives way, however long its client takes to close. So a client gets
-it that may not wait (`queue_timeout: 0`), too.
+The place of a socket is free as soon as it gives way, however long its client takes to close. So a
+client that may not wait (`queue_timeout: 0`) gets one, too.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
 
-# Seconds without a question after which a socket is idle: a person who types an answer may take
-# them.
+# Seconds without a question after which a socket is idle: a person may need that long to type one.
 IDLE_SECONDS = 30.0
-# Seconds until it is known whether another process has a place for those that wait.
+# Seconds until it is known whether another process has a place for the waiting clients.
 KNOWN = 0.05
 
 
@@ -45,14 +44,14 @@ class IdleSocket(Protocol):
 
 
 class IdleSockets:
-    """The places of each key, its waiting clients, and its sockets, those that asked longest ago
-    first.
+    """The places of each key, its waiting clients, and its sockets in the order of their last
+    question.
 
     Always: a socket is told to give way at most once. Clients without a key are one caller, and
     not counted. Each change takes the same time, however many sockets there are.
 
     *limit* returns how many places there are, *waiting* how many clients wait for one, and
-    *elsewhere* whether another process may have one for them: then nobody has to give way.
+    *elsewhere* whether another process may have one for them: then no socket has to give way.
     """
 
     def __init__(
@@ -69,19 +68,20 @@ class IdleSockets:
         self._elsewhere = elsewhere
         self._places: dict[str, int] = {}
         self._waiters: Counter[str] = Counter()
-        # Of each key: its sockets, with the time at which each has asked last.
+        # The sockets of each key, with the time of their last question.
         self._sockets: dict[str, OrderedDict[IdleSocket, float]] = {}
         # The key with the most places. It may be outdated, but not while a key has more than half
         # of them.
         self._largest = ""
         self._timer: asyncio.TimerHandle | None = None
-        # When it fires, in the loop's time: uvloop's handle of a short delay does not know.
+        # The loop's time at which the timer fires: uvloop's handle of a short delay does not know
+        # it.
         self._due = 0.0
 
     def opened(self, name: str) -> None:
         """Count a place that a client of the key *name* has got."""
         if name:
-            # First what may fail: a place is counted or it is not.
+            # This comes first since it may fail: a place is either counted or it is not.
             if self._waiters:
                 self._look_in(0.0)
             places = self._places
@@ -103,8 +103,8 @@ class IdleSockets:
             self._waiters[name] += 1
 
     def make_room(self, name: str) -> None:
-        """Let a socket give way now, as far as the rule goes, for a client of the key *name* that
-        may not wait.
+        """Let a socket give way now, as far as the rule allows, for a client of the key *name*
+        that may not wait.
         """
         if name and name != self._largest and not self._elsewhere():
             self._give(self._waiting() + 1)
@@ -118,7 +118,7 @@ class IdleSockets:
                 self._timer = None
 
     def limit_changed(self) -> None:
-        """Look again which key has the most places, since their number has changed."""
+        """Find the key with the most places again, since their number has changed."""
         self._largest = max(self._places, key=self._places.__getitem__, default="")
         if self._waiters:
             self._look_in(0.0)
@@ -129,7 +129,7 @@ class IdleSockets:
             self._sockets.setdefault(name, OrderedDict())[socket] = self._loop.time()
 
     def asked(self, socket: IdleSocket) -> None:
-        """Note that *socket* has asked something now, or that an answer has ended on it."""
+        """Note that *socket* has asked now, or that an answer has ended on it."""
         sockets = self._sockets.get(socket.caller.name)
         if sockets is not None and socket in sockets:
             sockets[socket] = self._loop.time()
@@ -145,7 +145,7 @@ class IdleSockets:
                 del self._sockets[name]
 
     def _look_in(self, delay: float) -> None:
-        """Look in *delay* seconds, or earlier, whether a socket has to give way."""
+        """Check in *delay* seconds, or earlier, whether a socket has to give way."""
         due = self._loop.time() + delay
         if self._timer is not None:
             if self._due <= due:
@@ -154,17 +154,17 @@ class IdleSockets:
         self._timer, self._due = self._loop.call_later(delay, self._make_room), due
 
     def _make_room(self) -> None:
-        """Let a socket give way for each client that waits, as far as the rule goes."""
+        """Let a socket give way for each client that waits, as far as the rule allows."""
         self._timer = None
         if self._elsewhere():
             if self._waiters:
                 self._look_in(KNOWN)
             return
-        # A client that was handed its place in this turn of the loop waits no more for the gate.
+        # A client that got its place in this iteration of the loop does not wait any more.
         self._give(min(self._waiters.total() - self._waiters[self._largest], self._waiting()))
 
     def _give(self, others: int) -> None:
-        """Let sockets of the key with the most places give way to so many *others*."""
+        """Let *others* sockets of the key with the most places give way."""
         name, now = self._largest, self._loop.time()
         while (
             others > 0
@@ -177,7 +177,7 @@ class IdleSockets:
                     self._look_in(left)
                 return
             if socket.busy:
-                # It asks until its answers have ended.
+                # A socket with answers counts as asking until they have ended.
                 self.asked(socket)
                 continue
             others -= 1

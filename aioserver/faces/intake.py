@@ -3,8 +3,9 @@
 The bytes count against `max_body_bytes` from the first one. A body that is passed on while its
 client sends it is a `BodyStream`.
 
-Where spans are made, a client that reads the answer of another request is a visit, with a span of
-its own. The client whose request began an answer is its first reader, and no visit.
+If requests are traced, each client that reads an answer which another request began is a visit,
+with a span of its own. The client whose request began the answer is its first reader, and no
+visit.
 """
 
 from __future__ import annotations
@@ -48,15 +49,16 @@ if TYPE_CHECKING:
 BODY_TIMEOUT = 15.0
 # Seconds for which a client may send nothing of a body that is passed on.
 BODY_SILENCE = 15.0
-# Bytes of such a body that are kept, to be sent once more where a pooled connection proves dead.
+# Bytes of such a body that are kept, so that they can be sent again if a pooled connection turns
+# out to be closed.
 MAX_REPEATED = 1 << 16
 # Bytes of such a body that are taken at once.
 PIECE_BYTES = 1 << 16
-# Bytes of such a body that are there before a provider's place is taken for it.
+# Bytes of such a body that must have arrived before a provider's place is taken for it.
 FIRST_BYTES = 1 << 18
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 IDEMPOTENCY_KEY = istr("Idempotency-Key")
-# Ids of sessions, which agents send: Claude Code, Codex, opencode.
+# Headers in which agents send the id of their session: Claude Code, Codex, opencode.
 SESSIONS = (istr("x-claude-code-session-id"), istr("session-id"), istr("x-session-id"))
 CODINGS = (hdrs.CONTENT_ENCODING, hdrs.TRANSFER_ENCODING)
 
@@ -70,8 +72,8 @@ def session_of(request: web.Request) -> str | None:
 
 
 def caller_of(request: web.Request, user: str | None) -> Caller:
-    """Return the caller of *request*, within whose requests those of *user* wait apart; without a
-    user those of its session.
+    """Return the caller of *request*. In the fair queue, requests of *user* wait apart from the
+    caller's others; without a user, those of the session do.
     """
     user = user or session_of(request)
     return request[CALLER].on_behalf_of(user) if user else request[CALLER]
@@ -103,7 +105,7 @@ def _arrived(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes | No
         return b""
     if not content.is_eof():
         return None
-    # It came with its head, as a rule.
+    # The body usually arrives together with the head.
     body = content.read_nowait()
     if len(body) > max_bytes:
         raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
@@ -112,7 +114,7 @@ def _arrived(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes | No
 
 
 def refuse_coded(request: web.Request) -> None:
-    """Refuse a body whose bytes are not those that they stand for.
+    """Refuse a body that is compressed or has an unknown transfer coding.
 
     Raises:
         UnsupportedMediaType: it is compressed.
@@ -123,15 +125,15 @@ def refuse_coded(request: web.Request) -> None:
         return
     if hdrs.CONTENT_ENCODING in headers:
         raise UnsupportedMediaType("a compressed body is not accepted")
-    # aiohttp's parser takes off the last coding, which is `chunked`, and says nothing of others.
+    # aiohttp's parser removes the last coding, `chunked`, and ignores all others.
     if headers[hdrs.TRANSFER_ENCODING].strip().lower() != "chunked":
         raise UnsupportedCoding("no transfer coding but chunked is accepted")
 
 
 async def read_start(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:
-    """Return the whole body, or, if it has more than *max_bytes*, what was read of it.
+    """Return the whole body, or its first bytes if it has more than *max_bytes*.
 
-    *hold* counts it.
+    *hold* counts the bytes.
 
     Raises:
         RequestTimeout, ServerAtCapacity: as `read_body`.
@@ -144,12 +146,14 @@ async def read_start(request: web.Request, hold: BodyHold, max_bytes: int) -> by
                 hold.grow(len(part))
                 body += part
     except TimeoutError:
-        raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
+        raise RequestTimeout(f"the body was not complete within {BODY_TIMEOUT} s") from None
     return bytes(body)
 
 
 def let_continue(request: web.Request) -> None:
-    """Ask a client for its body that waits to be asked (RFC 9110, 10.1.1)."""
+    """Send `100 Continue` to a client that waits for it before sending its body (RFC 9110,
+    10.1.1).
+    """
     waits = hdrs.EXPECT in request.headers and request.version >= HttpVersion11
     if waits and not request.content.is_eof() and request.transport is not None:
         request.transport.write(CONTINUE)
@@ -158,11 +162,12 @@ def let_continue(request: web.Request) -> None:
 class BodyStream:
     """A body that its client is still sending, for the upload to a provider.
 
-    *first* is what was read of it before; *hold* counts it, and what is read before a place is
-    taken. A client that waits to be asked for its body is asked when the request is passed on.
+    *first* is the part that was read before. *hold* counts that part, and all bytes that are read
+    before a place is taken. A client that waits for `100 Continue` gets it when the request is
+    passed on.
 
-    Always: at most MAX_REPEATED bytes are kept of what was read, beside the first FIRST_BYTES and
-    a piece, until they are read.
+    Always: besides the first FIRST_BYTES and one piece, at most MAX_REPEATED bytes are kept until
+    they are read.
     """
 
     def __init__(
@@ -173,14 +178,15 @@ class BodyStream:
         self._hold = hold
         self._pace = pace
         self._count = 0
-        # Pieces that come before those that the client sends now, the last one first.
+        # Pieces to be returned before those that the client sends now, the last one first.
         self._before = [first] if first else []
         self._asked = bool(first)
-        # The bytes that were read, so that they can be read again; None once they are too many.
+        # The bytes that were read, kept for a second reading; None once they are too many.
         self._read: list[bytes] | None = []
 
     async def begin(self) -> None:
-        """Read the first FIRST_BYTES, or all there is. Cancelling is safe: nothing is read then.
+        """Read the first FIRST_BYTES, or the whole body if it is shorter. Cancelling is safe: a
+        cancelled call reads nothing.
 
         Raises:
             ServerAtCapacity: see `Admission.make_room`.
@@ -210,9 +216,9 @@ class BodyStream:
         return piece
 
     def rewind(self) -> bool:
-        """Let all of the body be read again, and return True.
+        """Let the whole body be read again, and return True.
 
-        False if it was too much to be kept.
+        Returns False if the body was too large to be kept.
         """
         if self._read is None:
             return False
@@ -238,9 +244,11 @@ class BodyStream:
                 self._count += len(piece)
                 return piece
         except TimeoutError:
-            text = f"nothing of the body came for {BODY_SILENCE} s"
+            text = f"no bytes of the body came for {BODY_SILENCE} s"
             if too_slow:
-                text = f"less than {LEAST_RATE} bytes of the body came a second, and others wait"
+                text = (
+                    f"the body came at less than {LEAST_RATE} bytes a second while others waited"
+                )
             raise RequestTimeout(text) from None
         except (ConnectionError, HttpProcessingError, RequestPayloadError) as exc:
             raise InvalidRequest("the body breaks off") from exc
@@ -258,7 +266,8 @@ async def read_model_body(
     """
     if (data := _arrived(request, hold, max_bytes)) is None:
         data = await _collect(request, hold, max_bytes)
-    # Steps, for which nearly no body has a use, would cost each request a coroutine.
+    # Reading in steps would cost each request a coroutine, and few bodies are large enough to need
+    # it.
     body = ModelBody(data) if model_body.simple(data) else await model_body.reading(data)
     return body, data
 
@@ -282,7 +291,7 @@ async def _collect(request: web.Request, hold: BodyHold, max_bytes: int) -> byte
                 hold.grow(len(part))
                 body += part
     except TimeoutError:
-        raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
+        raise RequestTimeout(f"the body was not complete within {BODY_TIMEOUT} s") from None
     return bytes(body)
 
 
@@ -304,10 +313,10 @@ def client_headers(context: Context, request: web.Request, api: str = "") -> Cli
     """Return the headers of *request* that go on to a provider: its trace, and those that settings
     name.
 
-    Those of the API, if it has any, whose names begin with *api*, are among them.
+    If *api* is not empty, the headers whose names begin with it are included.
 
     Raises:
-        LoopDetected: a provider has sent the request here that has it from this server.
+        LoopDetected: the request came from this server by way of a provider.
     """
     if HOP in request.headers:
         passed = hops(request.headers)
@@ -319,9 +328,8 @@ def client_headers(context: Context, request: web.Request, api: str = "") -> Cli
 def begin_visit(
     context: Context, request: web.Request, stream: Stream, after: int = 0
 ) -> Visit | None:
-    """Return the visit of *request*, which reads *stream* from event *after* on.
-
-    None if it is none.
+    """Return the visit of *request*, which reads *stream* from event *after* on; None if it is the
+    first reader.
     """
     if context.tracer is None:
         return None

@@ -1,7 +1,7 @@
 """OpenAI's API: the official SDKs work unchanged with their `base_url` set to our `/v1`.
 
-The body is passed on as it came, but for two things: `model` is replaced where it names a
-provider, and a lone surrogate by U+FFFD. The provider's events come back byte for byte, each as
+The body is passed on as it came, with two exceptions: `model` is replaced if it names a provider,
+and a lone surrogate is replaced by U+FFFD. The provider's events come back byte for byte, each as
 soon as it arrives. The head of a streamed answer is sent with the provider's first bytes, so that
 a fault before them has its HTTP status; after `ping_interval` of silence it is sent alone, and
 heartbeat comments follow. A fault after the head is one error event, then the end: an answer never
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
 
-# The owner of the names of `llm.models`.
+# The owner that is shown for the names of `llm.models`.
 OURS = "aioserver"
 EMBEDDINGS = WordlessApi("embeddings")
 APIS: tuple[Api, ...] = (CHAT, CompletionsApi("completions"), EMBEDDINGS)
@@ -71,8 +71,8 @@ class Dialect(NamedTuple):
     """The differences between the APIs whose answers pass as the provider's bytes.
 
     *face* is the name of their face. *heartbeat* is written into a stream after each
-    `ping_interval` of silence; what *render_wait* makes, if the request waits. The id of a request
-    is in the header *id_header*, too, if the provider has sent none.
+    `ping_interval` of silence; while the request waits, the result of *render_wait* is written
+    instead. The id of a request is also in the header *id_header* if the provider has sent none.
     """
 
     face: str
@@ -112,7 +112,7 @@ def prepare_for(
         caller, streamed = caller_of(request, body.user), body.streamed
         route = context.router.route(body.model, caller=caller, body=body.data)
         if api is EMBEDDINGS:
-            # The vectors of a fallback's model mean nothing beside those of the model that was
+            # Vectors of a fallback's model cannot be compared with those of the model that was
             # asked for.
             route.pinned, streamed = True, False
         provider_request = ProviderRequest(
@@ -141,12 +141,14 @@ def prepare_for(
 
 
 def digest_of(path: str, body: bytes) -> bytes:
-    """Return a hash that tells a repeated request from another one of the same key."""
+    """Return a hash that tells a repeated request from a different one of the same key."""
     return hashlib.sha256(path.encode() + b"\0" + body).digest()
 
 
 def body_for(body: ModelBody, provider: settings.Provider, model: str | None) -> bytes:
-    """Return *body* for a provider and a model: the client's, or the same with another model."""
+    """Return *body* for a provider and a model: the client's own bytes, or the same with another
+    model.
+    """
     wanted = model or provider.model
     return body.data if wanted == body.model else body.with_model(wanted)
 
@@ -164,7 +166,7 @@ async def serve(
 async def write_answer(
     context: Context, request: web.Request, prepared: Request, dialect: Dialect = OPENAI
 ) -> web.StreamResponse:
-    """Answer a POST whose answer is not streamed: with an `Idempotency-Key`, by one that is kept.
+    """Answer a POST whose answer is not streamed; with an `Idempotency-Key`, from the kept answer.
 
     Raises:
         AioserverError: as `Gateway.call` and `write_kept`.
@@ -177,7 +179,7 @@ async def write_answer(
         prepared.provider_request.answer_bytes = held
         answer = await gateway.call(prepared)
         response = response_of(request, answer, dialect)
-        # Within the `with`: a client that reads slowly keeps the answer in memory.
+        # Inside the `with`, since the answer stays in memory while a slow client reads it.
         timeout, drop = context.admission.send_timeout, context.admission.dropped
         await whole.write(request, response, timeout, drop, dialect.face)
         return response
@@ -186,7 +188,7 @@ async def write_answer(
 async def write_kept(
     context: Context, request: web.Request, stream: Stream, dialect: Dialect = OPENAI
 ) -> web.StreamResponse:
-    """Answer with the whole answer that *stream* keeps, or will keep, and write it.
+    """Write the whole answer that *stream* keeps, or will keep.
 
     Raises:
         AioserverError: as `kept_answer`.
@@ -270,14 +272,14 @@ async def follow_stream(
 
 
 def _begun(stream: Stream) -> bool:
-    """Return whether the head can be sent: the provider's first bytes are there, or an end without
-    any.
+    """Return whether the head can be sent: the provider's first bytes are there, or the stream has
+    ended without any.
     """
     return stream.ended or bool(stream.entries and stream.entries[-1].data)
 
 
 def shown(stream: Stream) -> bool:
-    """Return whether there is more to show of *stream*, which has ended, than how."""
+    """Return whether *stream*, which has ended, has content to show beside its end."""
     return stream.answered or any(entry.data for entry in stream.entries[:-1])
 
 
@@ -303,9 +305,10 @@ def _streamed_response(
 
 
 async def models(context: Context, request: web.Request) -> web.Response:
-    """Answer `GET /v1/models`: the usable providers and their models, without asking a provider.
+    """Answer `GET /v1/models` with the usable providers and their models, without asking a
+    provider.
 
-    A client gets those that speak its API, in the form that it knows.
+    A client gets the models that speak its API, in the form that it expects.
     """
     form, router = context.admission.forms.of(request), context.router
     entries, caller = [], request[CALLER]
@@ -319,13 +322,13 @@ async def models(context: Context, request: web.Request) -> web.Response:
 
 
 async def model(context: Context, request: web.Request) -> web.Response:
-    """Answer `GET /v1/models/{id}`: with the provider that a request for this model goes to.
+    """Answer `GET /v1/models/{id}` with the provider to which a request for this model goes.
 
-    A model that names no provider goes to the active one, which alone knows whether it has it:
-    `listed` is false where the configuration does not say so.
+    A model that names no provider goes to the active one, and only that provider knows whether it
+    has the model: `listed` is false if the configuration does not list it.
 
     Raises:
-        ModelNotFound, NoProvider: a request for this model is refused, too.
+        ModelNotFound, NoProvider: a request for this model would be refused, too.
     """
     name, form = request.match_info["id"], context.admission.forms.of(request)
     route = context.router.route(name, caller=request[CALLER], api=form.api)
@@ -341,7 +344,7 @@ async def model(context: Context, request: web.Request) -> web.Response:
 def _names(router: Router, api: Api, caller: Caller) -> Iterator[tuple[str, str]]:
     """Yield the names by which *caller* may ask for models of *api*, as `_all_names`.
 
-    A name that the caller's key has is one of these, though no other caller is shown it.
+    A name that belongs to the caller's key is included, though no other caller sees it.
     """
     names = {name: owner for name, owner in _all_names(router, api) if caller.may_ask(name)}
     for name in caller.models or ():
@@ -351,8 +354,8 @@ def _names(router: Router, api: Api, caller: Caller) -> Iterator[tuple[str, str]
 
 
 def _all_names(router: Router, api: Api) -> Iterator[tuple[str, str]]:
-    """Yield the names by which models of *api* are asked for, each with its owner; with none where
-    that is the provider to which the name leads.
+    """Yield the names by which models of *api* can be asked for, each with its owner. The owner is
+    empty if the name leads to a provider.
     """
     for name in router.groups:
         if not name.endswith("*"):

@@ -39,11 +39,11 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
-    # A cache must not give what it has for our own pages, without CORS headers, to a page of
-    # another origin.
+    # A cache must not give a page of another origin the copy that it keeps for our own pages,
+    # which has no CORS headers.
     "Vary": "Origin",
 }
-# For a year, which is as long as a cache may keep anything (RFC 9111, 5.2.2.1; RFC 8246).
+# One year, the longest time for which a cache may keep anything (RFC 9111, 5.2.2.1; RFC 8246).
 IMMUTABLE = "public, max-age=31536000, immutable"
 
 
@@ -106,8 +106,7 @@ async def versioned(client: Asset, request: web.Request) -> web.StreamResponse:
     """Answer `GET /client/VERSION.js` with the module, which a cache may keep for ever.
 
     Raises:
-        NotFound: this server has another version: it would be wrong to give that under this
-            address.
+        NotFound: this server has another version, which must not be sent under this address.
     """
     if request.match_info["version"] != __version__:
         raise NotFound(

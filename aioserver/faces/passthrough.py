@@ -1,14 +1,14 @@
-"""Everything else below `/v1`: requests that go to a provider as they are, and its answers, which
-come back so.
+"""All other paths below `/v1`: requests and answers that are passed between client and provider
+unchanged.
 
 protocol/passable.py says which paths pass, and for whom. A request takes the same way as any
-other, through the provider's queue, pace and pool, but neither it nor its answer is kept: what a
-client uploads goes out while it comes, once its first part is there, and what the provider answers
-comes back at the speed at which its client reads. So there is neither a retry nor a failover, and
-a fault after the head of the answer cuts the connection.
+other, through the provider's queue, pace and pool, but neither the request nor its answer is kept.
+The upload goes out while the client sends it, once FIRST_BYTES are there; the answer comes back at
+the speed at which the client reads. So there is neither a retry nor a failover, and a fault after
+the head of the answer cuts the connection.
 
-Only a JSON body is read, if it is no longer than a question may be, since its `model` may name a
-provider. The header `x-aioserver-provider` names one for any request.
+Only a JSON body is read, since its `model` may name a provider, and only up to the size of a
+question. The header `x-aioserver-provider` names a provider for any request.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ if TYPE_CHECKING:
     from aioserver.providers.request import BodyMaker
 
 FACE = "other"
-# The part that all paths of OpenAI's API begin with.
+# The prefix of all paths of OpenAI's API.
 API = "/v1/"
 ROUTE_NAME = "aioserver.passthrough"
 # The header by which a request names its provider.
 PROVIDER = "x-aioserver-provider"
-# Other files of the provider's account are not of this origin: a browser must not run or keep
-# them.
+# Files of the provider's account are not content of this origin: a browser must neither run nor
+# keep them.
 GUARDS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; sandbox",
@@ -83,13 +83,13 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 async def expect_later(_request: web.Request) -> None:
-    """Do not ask for a body yet: it is asked for when the request has been found to pass."""
+    """Do not send `100 Continue` yet: the body is asked for once the request has been found to
+    pass.
+    """
 
 
 async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Request:
-    """Prepare a request: find out whether it passes, and where to.
-
-    Of its body no more than JSON is read.
+    """Prepare a request: find out whether it passes, and where to. Only a JSON body is read.
 
     Raises:
         web.HTTPNotFound: the path does not pass, or not by this method.
@@ -109,18 +109,19 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     written = b"{}" if body is None else body.data
     unread = model is None
     route = context.router.route(model, provider, caller=caller, body=written, unread=unread)
-    # The members of a group get their own models, however it was named.
+    # Members of a group get their own models, whether the body or the header named the group.
     name = provider if provider in context.router.groups else route.group.name
     by_group = bool(name)
     if passage is not Passage.EVERY_KEY and by_group:
         raise InvalidRequest(
-            f"/v1/{path} is of one provider's account, and {name} may have several: "
+            f"/v1/{path} belongs to one provider's account, and {name} may have several: "
             f"name the provider in {PROVIDER}"
         )
     if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
         raise NotFound(_closed(path, route.provider.name))
     if passage is not Passage.EVERY_KEY:
-        # An object of an account, such as the file of a batch, names models that nobody reads here.
+        # An account's object, such as the file of a batch, names models inside, which are not
+        # checked here.
         context.router.route(None, route.provider.name, caller=caller, unread=True)
     if model is not None and route.model is None:
         model = route.provider.settings.model
@@ -150,7 +151,7 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
 
     def stop(call: asyncio.Task[None]) -> None:
         answer.stop()
-        # It may fail when this handler has ended.
+        # The call may fail after this handler has ended; its exception is marked as retrieved.
         _ = call.cancelled() or call.exception()
 
     call.add_done_callback(stop)
@@ -166,7 +167,7 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
 async def _write(
     context: Context, request: web.Request, passed: PassedRequest, call: asyncio.Task[None]
 ) -> web.StreamResponse:
-    """Write the answer to *passed*, whose head is there, while it comes by *call*.
+    """Write the answer to *passed*, whose head is there, while *call* receives the rest.
 
     Raises:
         ConnectionError: the client has left, or is dropped.
@@ -199,7 +200,7 @@ async def _write(
         return -peer_of(transport).waiting
 
     def give_up() -> None:
-        drop(f"less than {LEAST_RATE} bytes taken a second, and others wait")
+        drop(f"less than {LEAST_RATE} bytes taken a second while others waited")
         reset(transport)
 
     while piece := await answer.take():
@@ -214,9 +215,8 @@ async def _write(
 
 
 def _path(request: web.Request) -> tuple[str, str]:
-    """Return the path below `/v1`, and the query, as they stand on the wire.
-
-    An empty path if it is none.
+    """Return the path below `/v1`, and the query, as they stand on the wire; an empty path if it
+    is not below `/v1`.
     """
     url = request.rel_url
     if "#" in request.raw_path or not url.raw_path.startswith(API):
@@ -225,8 +225,8 @@ def _path(request: web.Request) -> tuple[str, str]:
 
 
 def _check_admin(context: Context, request: web.Request, path: str) -> None:
-    """Refuse a path that names objects of a provider's account, unless they are there and its
-    caller may use them.
+    """Refuse a path that names objects of a provider's account, unless a provider shares them and
+    the caller may use them.
 
     Without keys the clients are those on this machine, all of them admins; an open server has no
     admin.
@@ -244,29 +244,29 @@ def _check_admin(context: Context, request: web.Request, path: str) -> None:
     local = not access.keyed and access.hosts is not None
     if not (request[CALLER].admin or local):
         raise PermissionDenied(
-            f"/v1/{path.partition('/')[0]} is of the provider's account: it needs an admin key"
+            f"/v1/{path.partition('/')[0]} belongs to the provider's account: it needs an admin key"
         )
 
 
 def _closed(path: str, provider: str) -> str:
     """Return the message for a *path* of the account of a *provider* without `account_paths`."""
     return (
-        f"/v1/{path.partition('/')[0]} is of the provider's account: "
-        f"it passes where llm.providers.{provider}.account_paths is true"
+        f"/v1/{path.partition('/')[0]} belongs to the provider's account: "
+        f"it is passed on if llm.providers.{provider}.account_paths is true"
     )
 
 
 async def _take_body(
     context: Context, request: web.Request, hold: BodyHold, pace: ClientPace
 ) -> tuple[BodyStream | None, ModelBody | None]:
-    """Return the body that is passed on while it comes, or what was read of a JSON body; two None
+    """Return the stream of a body that is passed on, or the bytes of a JSON body; `(None, None)`
     without a body.
 
     Raises:
-        AioserverError: the body is not one that passes.
+        AioserverError: the body may not pass.
     """
     if request.headers.get(hdrs.EXPECT, "100-continue").lower() != "100-continue":
-        raise ExpectationFailed("Expect may be 100-continue and nothing else")
+        raise ExpectationFailed("Expect must be 100-continue")
     refuse_coded(request)
     if not request.body_exists:
         return None, None
@@ -282,10 +282,10 @@ async def _take_body(
 
 
 def _body_maker(body: ModelBody | None, *, renamed: bool) -> BodyMaker:
-    """Return a function that makes the body for a provider and a model: the client's, or the same
-    with another model.
+    """Return a function that makes the body for a provider and a model: the client's own bytes, or
+    the same with another model.
 
-    *renamed* says that the client's model may name the provider.
+    *renamed*: the client's model may name the provider.
     """
     if body is not None and renamed:
         return partial(openai.body_for, body)
@@ -298,7 +298,7 @@ def _body_maker(body: ModelBody | None, *, renamed: bool) -> BodyMaker:
 
 
 def _body_headers(request: web.Request, upload: BodyStream | None) -> Mapping[str, str]:
-    """Return the headers that describe the body, and the one that it is answered by.
+    """Return the headers that describe the body, and `Accept`, which the answer depends on.
 
     Raises:
         InvalidRequest: one of them has a character that HTTP forbids.

@@ -1,11 +1,11 @@
-"""How far an answer is, for a client of the SSE face that does not follow it, and asks now and then
+"""The state of an answer, for a client of the SSE face that polls instead of following the stream
 (`Accept: application/json`).
 
     {"request_id": "r1", "status": "running", "last_event_id": 17}
 
-The status is `queued` before the answer has its place, and `running` after that; in the end it is
-`complete`, `error` or `cancelled`, and what there is of the text comes with it, unless the log has
-its beginning no more.
+The status is `queued` before the answer has its place, and `running` after that. In the end it is
+`complete`, `error` or `cancelled`. The text so far comes with it, unless the beginning of the log
+is gone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
-# Where a mirror begins of whose events none is read.
+# The start of a mirror whose events are not read.
 NEWEST = Start(after=None)
 # Entries that are read in one step.
 STEP_ENTRIES = 512
@@ -89,7 +89,7 @@ async def _text(context: Context, stream: Stream) -> str:
     """Return the text of *stream*, which has ended, in steps.
 
     Raises:
-        ResumeGap: the log has its beginning no more.
+        ResumeGap: the beginning of the log is gone.
     """
     lifetime = context.gateway.lifetime
     stream.locate(0)

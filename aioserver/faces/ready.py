@@ -2,8 +2,8 @@
 
 aiohttp's work for a head costs a tenth of a request's time: a dictionary, a signal, the
 serialization, and for a stream two more writes. Here the ordinary head is made from one template,
-and a stream's last chunk goes out with its last bytes. A response that is not ordinary (HTTP/1.0,
-a page's Origin, the last one on a connection) is left to aiohttp: see `fits`.
+and a stream's last chunk goes out with its last bytes. Any other response (HTTP/1.0, a page's
+Origin, the last one on a connection) is left to aiohttp: see `fits`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 HIGH_WATER = 1 << 16
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNKED = "Transfer-Encoding: chunked"
-# The first lines of a head, which are made once a second for `Date` (RFC 9110, 6.6.1), and that
-# second.
+# The first lines of a head, made once a second for `Date` (RFC 9110, 6.6.1), and that second.
 _begun, _begun_at = "", 0
 _line = ": ".join
 
@@ -58,7 +57,7 @@ def _head(request: web.BaseRequest, headers: Mapping[str, str], framing: str) ->
 
 
 class _Ready(web.StreamResponse):
-    """A response of which aiohttp writes nothing, and after which the connection goes on."""
+    """A response that aiohttp does not write, and after which the connection goes on."""
 
     keep_alive = True
 
@@ -101,11 +100,11 @@ class ReadyResponse(_Ready):
 
     @property
     def body_length(self) -> int:
-        """The bytes of the body, as they are written."""
+        """The number of body bytes as they are written."""
         return len(self._ready[0])
 
     def first_piece(self, request: web.BaseRequest) -> bytes:
-        """Return the head with the first HIGH_WATER bytes of the body; who calls this writes the
+        """Return the head with the first HIGH_WATER bytes of the body; the caller writes the
         response.
         """
         body, headers = self._ready

@@ -1,4 +1,4 @@
-"""`/session`: a browser exchanges its API key for a cookie (RFC 6265), and may forget it again."""
+"""`/session`: a browser exchanges its API key for a cookie (RFC 6265), and may delete it again."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 async def describe(context: Context, request: web.Request) -> web.Response:
-    """Answer `GET /session`: tell a page whether to ask for a key. The answer is no error.
+    """Answer `GET /session`, which tells a page whether to ask for a key. A missing session is no
+    error.
 
-    Only the cookie counts, so that no key can be tried here without being counted.
+    Only the cookie counts: otherwise keys could be tried here without being counted.
     """
     caller: Caller | None = None
     if context.access.keyed:
@@ -69,11 +70,11 @@ async def log_in(context: Context, request: web.Request) -> web.Response:
         InvalidRequest: the body is not `{"key": …}`. Otherwise as `read_body`.
     """
     access, guard = context.access, context.guard
-    # No other page may log a browser in, with a key of its own.
+    # No other page may log a browser in with a key of its own.
     guard.check_page(request)
     if not access.keyed:
         return _description(context, None)
-    # A session does not count here: sessions made of sessions would never end.
+    # A session is not accepted here: sessions made of sessions would never end.
     try:
         caller = guard.caller_by_key(request)
         if caller is None:

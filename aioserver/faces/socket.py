@@ -4,18 +4,18 @@ A face derives its sockets from `Socket`, and upgrade.py runs one for each hands
 the connection and its one writer; the face carries out messages in `receive`, and lets the writer
 follow streams.
 
-One task always reads, since only a reader sees that its client leaves. Messages are carried out in
-that task, without waiting for anything but the next step of a large one. What comes is counted
-first (client_messages.py). Frames go straight to the transport, ready-made: no compression, and no
-masking from a server.
+One task always reads, since only a reader notices that its client leaves. Messages are carried out
+in that task, without waiting for anything but the next step of a large one. Incoming frames are
+counted first (client_messages.py). Outgoing frames go straight to the transport, ready-made: no
+compression, and no masking from a server.
 
 Pings are made here: aiohttp's heartbeat waits for a fixed time, and closes without a close frame.
-A ping is read after all that was written before it, so a client that reads slowly has as much
-longer for its pong as limits/write_watchdog.py gives it for those bytes.
-So is the closing handshake: aiohttp ends the connection together with its close frame, and if the
-client is still sending then, the kernel's reset can destroy that frame.
+A ping is read after all earlier bytes, so a client that reads slowly has as much longer for its
+pong as limits/write_watchdog.py gives it for those bytes. The closing handshake is made here, too:
+aiohttp ends the connection together with its close frame, and if the client is still sending then,
+the kernel's reset can destroy that frame.
 
-This file is one concept: what one connection is doing decides on each of these.
+This file is one concept: the state of one connection decides on each of these.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ if TYPE_CHECKING:
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.request_options import RequestOptions
 
-# Messages, and their bytes, that are kept of a socket that waits for its place.
+# The most messages, and bytes of them, that are kept of a socket that waits for its place.
 MAX_WAITING_MESSAGES = 16
 MAX_WAITING_BYTES = 1 << 20
-# Seconds for a client to read what is left, and again to answer a close frame.
+# Seconds for a client to read the remaining bytes, and again to answer a close frame.
 CLOSE_TIMEOUT = 2.0
 # Seconds for the running answers of a socket whose token has expired.
 LAST_ANSWERS = 60.0
@@ -83,11 +83,11 @@ class Socket(ABC):
     Always: messages that come before the socket has its place are kept in order, and carried out
     then; every byte to the client goes through `_writer`. *face* is a metric label. *protocols*
     are the subprotocols that may be selected, beside ours. A pong may take *min_ping_timeout*
-    seconds, whatever `ping_timeout` is.
+    seconds, even if `ping_timeout` is shorter.
     """
 
-    # More members than Python shares the names of (30): a dictionary for each idle socket would
-    # take 1.5 KiB.
+    # The class has more members than Python can share the names of (30): a dictionary for each
+    # idle socket would take 1.5 KiB.
     __slots__ = (
         "_client_done",
         "_client_headers",
@@ -137,9 +137,9 @@ class Socket(ABC):
         self.bucket = 0
         # A reload replaces the caller if the limits of its key have changed.
         self.caller = caller
-        # Of the handshake: they go on to the provider with each question.
+        # The headers of the handshake, which go on to the provider with each question.
         self._client_headers = client_headers
-        # Of the handshake: they hold for each request.
+        # The options of the handshake, which apply to each request.
         self._request_options = request_options
         self._context = context
         self._ws = ws
@@ -156,18 +156,18 @@ class Socket(ABC):
             on_unfollow=context.gateway.lifetime.reader_removed,
         )
         self._inside = False
-        # None before it has one, and after it gave way.
+        # The place; None before it has one, and after it gave way.
         self._place: Grant | None = None
         self._waiting: list[tuple[bytes, BodyHold]] = []
         self._pings = itertools.count(1)
         # The payload of a ping whose pong has not come.
         self._ping: bytes | None = None
-        # When it was sent, the bytes that were written until then, and those of them that the
-        # client may have had to read first.
+        # The time at which it was sent, the bytes that were written until then, and those of them
+        # that the client may have had to read first.
         self._ping_at, self._ping_behind, self._ping_ahead = 0.0, 0, 0
-        # The bytes that were written before the ping that was answered last.
+        # The bytes that were written before the last answered ping.
         self._read_bytes = 0
-        # A ping was sent, and `ping_timeout` after it is not over.
+        # Whether a ping was sent less than `ping_timeout` ago.
         self._pinged = False
         self._last_request = self._loop.time()
         self._closing: asyncio.Task[None] | None = None
@@ -177,12 +177,13 @@ class Socket(ABC):
         self._unreadable = False
         self._refused_closing = False
         self._close_code = ABNORMAL_CLOSURE
-        # Until the key or token of the caller has expired, and then until answers have to be over.
+        # Runs until the key or token of the caller has expired, and then until answers have to be
+        # over.
         self._expiry: asyncio.TimerHandle | None = None
         self.admit(caller)
         context.wheel.add(self, settings.websocket.ping_interval)
 
-    # What a face adds.
+    # The interface that a face implements.
 
     @property
     @abstractmethod
@@ -199,15 +200,17 @@ class Socket(ABC):
 
     @abstractmethod
     def show_position(self, position: int, eta: float) -> None:
-        """Tell the client its position in the queue for a place; *eta* in seconds."""
+        """Report the position in the queue for a place to the client; *eta* in seconds."""
 
     @abstractmethod
     def show_error(self, error: AioserverError) -> None:
-        """Tell the client *error*, which belongs to no request; the socket closes after it."""
+        """Report *error*, which belongs to no request, to the client; the socket closes
+        after it.
+        """
 
     def admit(self, caller: Caller) -> None:
-        """Serve *caller* from now on, who is the same with other limits, until its key or token
-        has expired.
+        """Serve the same *caller* with other limits from now on, until its key or token has
+        expired.
         """
         self.caller = caller
         if self._expiry is not None:
@@ -222,16 +225,16 @@ class Socket(ABC):
         """Whether the socket has its place, and has not begun to close."""
         return self._inside and self._closing is None and not self._transport.is_closing()
 
-    # Admission.
+    # The interface for admission.
 
     def entered(self, place: Grant) -> None:
-        """Carry out what came while the socket waited: it has its *place* now."""
+        """Carry out the messages that came while the socket waited: it has its *place* now."""
         self._place = place
         context = self._context
         context.admission.opened(context.metrics.faces[self.face], self.caller.name)
         self._inside, self._messages.room = True, None
         self._context.admission.idle_sockets.add(self)
-        # The list is released at the end, whatever a message does.
+        # The list is released at the end, even if a message raises.
         while self._waiting:
             data, hold = self._waiting.pop(0)
             with hold:
@@ -240,7 +243,7 @@ class Socket(ABC):
                     at_once(self.receive(data, hold))
 
     def refused(self, error: AioserverError) -> None:
-        """Tell the client that it gets no place, and close."""
+        """Report to the client that it gets no place, and close."""
         admission = self._context.admission
         admission.log(
             "refused", self.face, logging.WARNING, caller=self.caller.name, code=error.code
@@ -311,7 +314,7 @@ class Socket(ABC):
     # Pings.
 
     def visit(self, now: float) -> float | None:
-        """Ping, or see whether the last ping was answered.
+        """Send a ping, or check whether the last ping was answered.
 
         Return the seconds until the next visit.
         """
@@ -349,17 +352,17 @@ class Socket(ABC):
     def drain(self) -> None:
         """Close with 1012, unless answers run: the server stops, and the client should come back.
 
-        A socket that waits for its place is closed by the gate's refusal instead.
+        A socket that waits for its place is closed by the refusal of admission instead.
         """
         if self._inside and not self.busy:
             self.close(ServerShutdown.close or 1012, ServerShutdown.close_reason)
 
     def revoke(self) -> None:
-        """Tell the client that its key is no longer valid, and close."""
+        """Report to the client that its key is no longer valid, and close."""
         self.end(InvalidApiKey(REVOKED))
 
     def check_token(self) -> None:
-        """Check that the token of the caller, if it came with one, is still good.
+        """Check that the token of the caller, if it came with one, is still valid.
 
         Raises:
             InvalidApiKey: it is not.
@@ -392,9 +395,9 @@ class Socket(ABC):
         self.end(self.caller.expired())
 
     def give_way(self) -> None:
-        """Give the place to others, tell the client, and close with 1013.
+        """Give the place to others, report that to the client, and close with 1013.
 
-        What is left to do counts as the end of a refused socket.
+        The remaining work counts as the end of a refused socket.
         """
         admission = self._context.admission
         admission.gave_way(self.face, self.caller.name)
@@ -407,7 +410,7 @@ class Socket(ABC):
         self.end(ServerAtCapacity(reason, retry_after=admission.gate.retry_after()))
 
     def end(self, error: AioserverError) -> None:
-        """Tell the client *error*, and close with the code of the error."""
+        """Report *error* to the client, and close with the code of the error."""
         if self._closing is None:
             self.show_error(error)
             assert error.close is not None
@@ -416,11 +419,11 @@ class Socket(ABC):
     def close(self, code: int, reason: bytes, *, lost: bool = False) -> None:
         """Begin to close with *code*; a second call does nothing.
 
-        *lost*: the client answers nothing any more, and the close frame is a courtesy.
+        *lost*: the client does not answer any more, and the close frame is a courtesy.
         """
         if self._closing is None:
             self._close_code = code
-            # Not made for each socket: an event is a twentieth of an idle socket.
+            # Made only here, since an event is a twentieth of an idle socket.
             self._client_done = asyncio.Event()
             self._closing = self._loop.create_task(
                 self._handshake(code, reason, self._client_done, lost=lost)
@@ -431,7 +434,7 @@ class Socket(ABC):
     ) -> None:
         """Do the closing handshake (RFC 6455, 7.1.2), and close the connection."""
         if not lost:
-            # An answer may go on meanwhile, and its client be slow.
+            # An answer may still be running meanwhile, and its client be slow.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
                     await self._writer.flush()
@@ -442,8 +445,8 @@ class Socket(ABC):
         if self._unreadable and not self._transport.is_closing():
             # The client's close frame cannot be read, but the end of its data can.
             self._transport.write_eof()
-        # What the client still sends is read and ignored. A connection that is closed before the
-        # client has read the close frame may be reset, and that frame is lost then.
+        # Bytes that the client still sends are read and ignored. A connection that is closed
+        # before the client has read the close frame may be reset, and that frame is then lost.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await client_done.wait()
@@ -457,9 +460,9 @@ class Socket(ABC):
         self._writer.end(ws_frame(WS_CLOSE, struct.pack("!H", code) + reason))
 
     async def finish(self) -> None:
-        """Complete the close after the last read, and leave nothing behind.
+        """Complete the close after the last read, and release everything.
 
-        Call it once, always.
+        It must be called exactly once.
         """
         admission = self._context.admission
         holds, self._waiting = [hold for _, hold in self._waiting], []
@@ -490,7 +493,7 @@ class Socket(ABC):
                 admission.refused_closing -= 1
             self._messages.forget_receiver()
             self._writer.close()
-            # It has what came and was not read, and this socket and its writer hold each other.
+            # It holds unread messages, and this socket and its writer refer to each other.
             del self._ws
 
     def _dropped(self, reason: str) -> None:

@@ -1,8 +1,8 @@
 """The SSE face (WHATWG HTML 9.2): for `fetch` and `EventSource`; each event's number is its `id`.
 
-POST starts an answer and streams it or, with `Prefer: respond-async` (RFC 7240), returns its
-location: the answer runs in the background then, to its end. GET says how far it is (polling.py),
-or follows an answer from any event on, so that an EventSource which reconnects by
+POST starts an answer and streams it. With `Prefer: respond-async` (RFC 7240) it returns the
+answer's location instead, and the answer runs to its end in the background. GET tells how far an
+answer is (polling.py), or follows it from any event on, so that an EventSource which reconnects by
 itself misses nothing. DELETE ends an answer. The headers are aiohttp-sse's; its ping task is not
 used, since it would be a second writer on the socket.
 """
@@ -90,8 +90,8 @@ class Question(msgspec.Struct):
     """A POST, read and found valid.
 
     *detached*: the client gets a 202 now, and comes back for the answer, which runs in the
-    background. *after*: the last event that the
-    client has seen; above 0 it comes back for the rest of an answer that is known.
+    background. *after* is the last event that the client has seen; above 0, the client comes back
+    for the rest of a known answer.
     """
 
     caller: Caller
@@ -99,11 +99,11 @@ class Question(msgspec.Struct):
     hold: BodyHold
     detached: bool
     after: int
-    # The answer that the client comes back for.
+    # The answer for which the client comes back.
     stream: Stream | None = None
 
     def take_chat(self) -> Chat:
-        """Return the chat, which is not kept here any more: it may have megabytes."""
+        """Return the chat, and drop the reference to it: it may have megabytes."""
         chat, self.chat = self.chat, None
         assert chat is not None, "a chat is taken once"
         return chat
@@ -130,14 +130,15 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
 
 
 async def start(context: Context, request: web.Request, question: Question) -> web.StreamResponse:
-    """Answer a POST: with the events, or with their location.
+    """Answer a POST with the events, or with their location.
 
-    A client that has seen some of the events gets the rest, exactly as by GET: libraries that can
+    A client that has seen some of the events gets exactly the rest, as by GET: libraries that can
     send a body repeat their POST when they reconnect.
     """
     gateway, stream = context.gateway, question.stream
     if stream is not None:
-        # A mirror is this request's own; a log that is kept here may have gone meanwhile.
+        # A mirror belongs to this request; a log that is kept here may have been evicted
+        # meanwhile.
         stream = stream if stream.mirrored else await _known(context, question)
         question.chat = None
         question.hold.release()
@@ -153,8 +154,8 @@ async def start(context: Context, request: web.Request, question: Question) -> w
         if gateway.instances is not None:
             await gateway.instances.claimed(stream)
             if stream.mirrored and stream.first > question.after + 1:
-                # Requests with one id have waited for its claim together, and others began to read
-                # the mirror already.
+                # Several requests with one id have waited for its claim together, and another one
+                # already reads the mirror.
                 start = Start(question.after, digest=chat.digest())
                 stream = await gateway.reach(question.caller, chat.request_id, start)
         del chat
@@ -163,7 +164,7 @@ async def start(context: Context, request: web.Request, question: Question) -> w
     if not stream.readers:
         context.gateway.lifetime.detach(stream)
     if stream.record.trace is not None:
-        # The client that follows it makes another request.
+        # The client will follow the stream by another request.
         stream.record.trace.followed = True
     endpoint = context.settings.chat.sse.endpoint
     location = f"{endpoint}/{quote(stream.request_id, safe='')}"
@@ -204,7 +205,7 @@ async def resume(
 ) -> web.StreamResponse:
     """Answer a GET with the events after *position*; with 204 if the stream ends there.
 
-    A 204 stops an EventSource, which would otherwise come back for ever.
+    The 204 stops an EventSource, which would otherwise reconnect for ever.
     """
     stream, after = position
     if stream.ended and after >= stream.last:
@@ -227,8 +228,8 @@ async def _head(request: web.Request) -> web.StreamResponse:
 async def busy(
     context: Context, request: web.Request, error: AioserverError
 ) -> web.StreamResponse:
-    """Answer a GET for which there is no place: any status but 200 would stop an EventSource for
-    good.
+    """Answer a GET for which there is no place with a 200: any other status would stop an
+    EventSource for good.
     """
     context.metrics.count_error(error)
     response = await _head(request)
@@ -240,18 +241,20 @@ async def busy(
 
 
 async def listing(context: Context, request: web.Request) -> web.Response:
-    """Answer a GET without an id: the caller's own streams that are kept.
+    """Answer a GET without an id with the caller's own streams that are kept.
 
-    Without keys all clients are one caller, and an id is enough to read its answer: a client is
-    therefore shown the streams of its own address only. A list that lacks those of an instance
-    which does not answer says that it is `partial`.
+    Without keys all clients are one caller, and an id is enough to read an answer: a client is
+    therefore shown only the streams of its own address. If an instance does not answer, the list
+    lacks its streams and is marked `partial`.
     """
     streams, partial = await context.gateway.listing(request[CALLER])
     return web.json_response({"streams": streams} | ({"partial": True} if partial else {}))
 
 
 async def cancel(context: Context, request: web.Request) -> web.Response:
-    """Answer a DELETE: end the stream for all its readers; no error if it has ended already."""
+    """Answer a DELETE: end the stream for all its readers. A stream that has already ended is no
+    error.
+    """
     request_id = client_frames.identifier(request.match_info["request_id"])
     await context.gateway.cancel_anywhere(request[CALLER], request_id)
     return web.Response(status=204)
@@ -277,7 +280,7 @@ async def _follow(
             render_position=render_position,
         )
     finally:
-        # The stream may have had no reader at all, if the client left before.
+        # The stream may have no reader, if its client has left before.
         if not stream.readers:
             context.gateway.lifetime.reader_removed(stream)
     return response

@@ -1,6 +1,4 @@
-"""The operating pages: whether the server lives, whether it takes work, its state now and as it
-changes, and what callers have spent.
-"""
+"""The operating pages: health, readiness, the state now and as it changes, and usage by caller."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def probes(context: Context) -> list[web.RouteDef]:
-    """Return the routes for load balancers and process managers, which have no key."""
+    """Return the routes for load balancers and process managers, which need no key."""
     healthy, readiness = partial(health, context), partial(ready, context)
     return [
         *(web.get(path, healthy) for path in ("/health", "/healthz", "/livez")),
@@ -52,14 +50,14 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 def own(context: Context) -> list[web.RouteDef]:
-    """Return the route for all callers, who see there what is their own."""
+    """Return the route that shows each caller its own usage."""
     return [web.get("/usage", partial(usage, context))]
 
 
 async def health(context: Context, _request: web.Request) -> web.Response:
     """Answer 200 while the process lives, also when no place is free.
 
-    Where keys exist, the answer says nothing more.
+    Where keys exist, the answer has no further content.
     """
     fields: dict[str, Any] = {"status": "healthy"}
     if not context.access.keyed:
@@ -89,7 +87,7 @@ async def ready(context: Context, _request: web.Request) -> web.Response:
 def overview(context: Context) -> Mapping[str, object]:
     """Return the snapshot that `/stats` shows.
 
-    Where keys exist, only what a client has to know.
+    Where keys exist, it has only what a client needs.
     """
     snapshot = context.monitor.snapshot
     if context.access.keyed:
@@ -104,10 +102,10 @@ async def stats(context: Context, _request: web.Request) -> web.Response:
 
 
 async def usage(context: Context, request: web.Request) -> web.Response:
-    """Answer with what the caller has spent today and yesterday, or all of them have if it is an
-    admin, or there are no keys.
+    """Answer with what the caller has spent today and yesterday. An admin gets all callers, and so
+    does everybody if there are no keys.
 
-    It costs all instances a look, so that one of a caller counts as the beginning of an answer.
+    All instances have to look this up, so a request of a caller counts as a start of its key.
 
     Raises:
         RateLimitExceeded: `requests_per_minute` of the key is reached.
@@ -123,7 +121,7 @@ async def usage(context: Context, request: web.Request) -> web.Response:
         for name, key in keys.items()
         if key["budgets"] and (everything or name == caller.name)
     ]
-    # A caller with a token is not among the keys: what it sees is of this process.
+    # A caller with a token is not among the keys: it sees the numbers of this process.
     if caller.role and caller.quota is not None and (own := budget_states(caller.quota)):
         budgets.append({"caller": caller.name, **own})
     answer: dict[str, object] = {"days": days, "budgets": budgets}
@@ -150,8 +148,9 @@ async def metrics(context: Context, _request: web.Request) -> web.Response:
 async def events(context: Context, request: web.Request) -> web.StreamResponse:
     """Answer with the state as an event stream: `history` first, then `stats` and `incident`.
 
-    A watcher that reads nothing is disconnected as any client is. A watcher whose key is revoked
-    or whose token has expired, or who is no admin any more, gets an `error` event that says so, and the end.
+    A watcher that reads nothing is disconnected as any client is. A watcher whose key is revoked,
+    whose token has expired, or who is no admin any more, gets an `error` event that says so, and
+    the stream ends.
 
     Raises:
         InvalidRequest: the interval is not 1 to 60 seconds.

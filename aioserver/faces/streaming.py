@@ -1,10 +1,10 @@
-"""A stream as the body of an HTTP response, to its end: what the SSE face and those of OpenAI's
-and Anthropic's APIs share.
+"""A stream as the body of an HTTP response, to its end, for the SSE face and those of OpenAI's and
+Anthropic's APIs.
 
 The events go straight to the transport, without a task switch: each read of the provider's bytes
 becomes one chunk (RFC 9112, 7.1). The head and the last chunk of a `ReadyStream` go the same way;
-aiohttp writes those of any other response. A stream that has ended before its head could be sent is
-written whole.
+aiohttp writes those of any other response. A stream that has ended before its head could be sent
+is written whole.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ async def follow(
     heartbeat: bytes = eventstream.HEARTBEAT,
     render_wait: Callable[[Queued], bytes] | None = None,
 ) -> None:
-    """Send the head of *response*, and the events of *stream* after event *after*, to its end.
+    """Send the head of *response*, then the events of *stream* after event *after*, to its end.
 
-    *render_position* renders where the request waits, whenever that changes. *opening* has read
-    the stream until now, and leaves it to this reader. *heartbeat* is written after each
-    `ping_interval` of silence; while the request waits, what *render_wait* makes of its wait, and
-    with the head, too.
+    *render_position* renders the queue position whenever it changes. *opening* has read the stream
+    until now, and hands it over to this reader. *heartbeat* is written after each `ping_interval`
+    of silence. While the request waits, the result of *render_wait* is written instead, and also
+    with the head.
 
     However this ends, the writer follows nothing afterwards: an event that is appended later would
     land inside the next response on this connection.
@@ -139,8 +139,7 @@ async def write_ended(
     stream: Stream,
     face: str,
 ) -> None:
-    """Write *response*, which has all events of *stream*: they came faster than they could be
-    followed.
+    """Write *response* with all events of *stream*, which ended before it could be followed.
 
     Raises:
         ConnectionError: the client has left, or is dropped.
@@ -150,7 +149,8 @@ async def write_ended(
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
-        # Now, and not with others: the next request on this connection finds it idle then.
+        # Written at once and not with other sockets' writes: the next request then finds this
+        # connection idle.
         transport.write(response.first_piece(request))
         if transport.get_write_buffer_size():
             timeout = context.settings.chat.streams.send_timeout
@@ -162,8 +162,9 @@ async def write_ended(
 
 
 class Heartbeat:
-    """A member of the timer wheel: it writes what *beat* returns after *interval* seconds without
-    a write, unless the client is not reading: it would be outdated when it is read.
+    """A member of the timer wheel that writes what *beat* returns after *interval* seconds without
+    a write. It writes nothing while the client does not read: the beat would be outdated by the
+    time it is read.
     """
 
     __slots__ = ("_beat", "_interval", "_writer", "bucket")
@@ -180,7 +181,7 @@ class Heartbeat:
         if self._writer.closed:
             return None
         silence = now - self._writer.last_write
-        # A visit may come a moment early: the wheel rounds its time.
+        # The wheel rounds its time, so a visit may come a moment early.
         if silence < self._interval * 0.99:
             return self._interval - silence
         if not self._writer.blocked:

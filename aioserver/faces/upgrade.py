@@ -37,8 +37,8 @@ logger = logging.getLogger("aioserver.connections")
 class SocketPlace:
     """The place of *socket*: taken at once, or awaited while the socket's reader goes on.
 
-    Within its `with` the socket is told once that it has `entered`, or was `refused`; neither, if
-    the `with` ends before. At its end the place is given back, or the wait is cancelled.
+    Within its `with`, exactly one of the socket's `entered` and `refused` is called, or neither if
+    the `with` ends earlier. At its end the place is given back, or the wait is cancelled.
     """
 
     __slots__ = ("_admission", "_over", "_place", "_socket", "_task")
@@ -98,8 +98,8 @@ async def serve(
     kind: type[Socket],
     make: Callable[..., Socket] | None = None,
 ) -> web.StreamResponse:
-    """Serve one socket of this *kind*, which *make* makes if it needs more than the others, from
-    the handshake to the end of its connection.
+    """Serve one socket of this *kind* from the handshake to the end of its connection. *make*
+    makes the socket if its constructor needs further arguments.
 
     Raises:
         UpgradeRequired: *request* is no handshake.
@@ -136,7 +136,8 @@ async def _upgrade(
 ) -> tuple[Upgraded, ClientMessages, Socket]:
     """Do the handshake.
 
-    What it needs is gone after it: an idle socket keeps each frame of its task.
+    A function of its own, so that its variables are freed: an idle socket keeps each frame of its
+    task.
     """
     admission, request_options = context.admission, request_options_of(request.headers)
     headers = client_headers(context, request)
@@ -148,14 +149,15 @@ async def _upgrade(
         autoping=False,
         autoclose=False,
         compress=False,
-        # Text of four bytes a character would cost four times its bytes.
+        # Decoded text may take four bytes a character, which is four times the size of the
+        # message.
         decode_text=False,
         protocols=selectable_protocols(request, kind.protocols),
         # aiohttp refuses a message of exactly `max_msg_size`.
         max_msg_size=limit + 1,
     )
     payload_writer = await ws.prepare(request)
-    # The headers are sent, and would be kept for hours.
+    # The headers are sent, and would otherwise be kept for the hours of the connection.
     ws.headers.clear()
     assert request.transport is not None
     drain = payload_writer.drain

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.tracer import Visit
 
-# Answers that run at once on one socket.
+# Answers that may run at once on one socket.
 MAX_ANSWERS = 32
 
 
@@ -54,10 +54,10 @@ class ChatSocket(Socket):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # The conversation of the questions that name none; "" before the first question.
+        # The conversation of questions that name none; "" before the first question.
         self._conversation = ""
         self._following: dict[str, Cursor] = {}
-        # The cursors on answers that other requests have begun; None without one.
+        # The visits to answers that other requests have begun, by cursor; None without one.
         self._visits: dict[Cursor, Visit] | None = None
 
     @property
@@ -72,7 +72,7 @@ class ChatSocket(Socket):
         except BadCommand as fault:
             self._refuse(fault.request_id, fault.error)
         else:
-            # While a large one is read, the socket may be closed.
+            # While a large message is read, the socket may be closed.
             if len(data) <= LARGE_BYTES or self.open:
                 self._carry_out(command, hold)
 
@@ -139,7 +139,7 @@ class ChatSocket(Socket):
             start = Start(None, cancel=True)
             stream = gateway.instances.mirror(self.caller, request_id, start)
             if request_id in self._following:
-                # Its end comes by the mirror that is followed already.
+                # The end arrives through the mirror that is followed already.
                 if stream.remote is not None:
                     stream.remote.expected = False
             else:
@@ -153,7 +153,7 @@ class ChatSocket(Socket):
         if request_id not in self._following and len(self._following) >= MAX_ANSWERS:
             raise ConcurrencyExceeded(
                 f"{MAX_ANSWERS} answers run on this socket already",
-                retry_after=1.0,  # nobody knows when one of them ends
+                retry_after=1.0,  # no event tells when one of them ends
             )
 
     def _follow(self, stream: Stream, after: int) -> None:
@@ -189,7 +189,8 @@ class ChatSocket(Socket):
         try:
             await super().finish()
         finally:
-            # Answers that had not ended: their cursors hold this socket.
+            # Only answers that had not ended are left: their cursors hold a reference to this
+            # socket.
             self._following.clear()
             for cursor in tuple(self._visits or ()):
                 self._end_visit(cursor)

@@ -1,9 +1,10 @@
 """Writes a response that is not streamed, for as long as its client needs to read it.
 
-aiohttp writes a response after its handler has returned. The connection's place is given back by
-then, so that any number of clients that read nothing could hold an answer each. This module writes
-the whole response before the handler returns, and waits until the kernel has it. A client that
-takes nothing for `send_timeout` is dropped, also on a UNIX socket, where no kernel would drop it.
+aiohttp writes a response after its handler has returned. By then the connection has given its
+place back, so any number of clients that read nothing could each hold an answer in memory. This
+module writes the whole response before the handler returns, and waits until the kernel has it. A
+client that takes nothing for `send_timeout` is dropped, also on a UNIX socket, where the kernel
+would not drop it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ async def write(
 ) -> None:
     """Write the whole *response*, of which nothing was written, and wait until the kernel has it.
 
-    *on_drop* is called with *face* and the reason when the client takes nothing for *send_timeout*
-    seconds and is dropped.
+    A client that takes nothing for *send_timeout* seconds is dropped, and *on_drop* is called with
+    *face* and the reason.
 
     Raises:
         ConnectionError: the client has left, or is dropped.
@@ -42,7 +43,7 @@ async def write(
     if transport is None or transport.is_closing():
         return
     if isinstance(response, ReadyResponse):
-        # Where the application is embedded, the connection is another server's, which has none.
+        # If the application is embedded in another server, the connection lacks this method.
         send: Callable[[bytes], Awaitable[None]] | None = getattr(request.protocol, "send", None)
         if send is None:
             transport.write(response.first_piece(request))
@@ -55,7 +56,7 @@ async def write(
     if isinstance(response, ReadyResponse):
         for piece in response.more_pieces():
             if transport.is_closing():
-                # The client has left meanwhile, and asyncio warns of each write from now on.
+                # The client has left meanwhile, and asyncio would warn of each further write.
                 return
             if transport.get_write_buffer_size() > HIGH_WATER:
                 await watched()
@@ -71,8 +72,8 @@ async def _write_by_aiohttp(
     transport: asyncio.Transport,
     watched: Callable[[], Awaitable[None]],
 ) -> None:
-    """Have aiohttp write *response*, but without its own wait for the client, which nothing
-    bounds.
+    """Let aiohttp write *response*, but without aiohttp's own wait for the client, which has no
+    deadline.
     """
     announce_close(request, response)
     writer = await response.prepare(request)
@@ -105,7 +106,7 @@ async def flush(
         await drained(transport, drain, send_timeout, on_drop)
     finally:
         if not transport.is_closing():
-            # asyncio's own limits, which the writers of streams count on.
+            # asyncio's own limits, which the writers of streams rely on.
             transport.set_write_buffer_limits()
 
 

@@ -1,8 +1,8 @@
 """The contract of a wing: how a feature that the core does not need is plugged into a server.
 
 The core knows a wing by these members alone, and a wing knows of the core what `Core` and
-`Context` have. A server opens its wings in the order of `server/wings.py`, which is the one file
-that names them, and closes them in the reverse one.
+`Context` have. A server opens its wings in the order of `server/wings.py`, the one file that names
+them, and closes them in reverse order.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 
 class Core(msgspec.Struct, frozen=True, kw_only=True):
-    """What there is before any wing is open.
+    """The parts of a server that exist before any wing is open.
 
-    *commands* reach the store that all instances share; None if there is none, or no wing that
-    brings it is open yet. *scheduler* lets requests wait. *scope*: this process among those of its
-    parent, which has called `before_workers`; None if it has no parent. *private_server* is the
-    URL of the parent's own Valkey or Redis server, if it has one. *watched* reads files again that
-    have changed.
+    *commands* reach the store that all instances share; it is None if there is no store, or if the
+    wing that brings it is not open yet. *scheduler* lets requests wait. *scope* is this process
+    among those of its parent, which has called `before_workers`; it is None without a parent.
+    *private_server* is the URL of the parent's own Valkey or Redis server, if it has one.
+    *watched* reads files again when they have changed.
     """
 
     settings: Settings
@@ -63,7 +63,7 @@ class Core(msgspec.Struct, frozen=True, kw_only=True):
 class Routes(msgspec.Struct, frozen=True, kw_only=True):
     """Routes of handlers by who may use them: any caller, admins alone, everybody.
 
-    *websockets*: handshakes, for any caller.
+    *websockets* are handshakes, open to any caller.
     """
 
     websockets: Sequence[web.RouteDef] = msgspec.field(default=())
@@ -79,38 +79,40 @@ class Wing:
     does.
     """
 
-    # In the log, and in the test that deletes the wing.
+    # The name in the log, and in the test that deletes the wing.
     name: ClassVar[str]
-    # The paths of its faces, as the server's overview and `/stats` tell them to clients.
+    # The paths of its faces, as the server's overview and `/stats` show them to clients.
     endpoints: ClassVar[Mapping[str, str]] = {}
 
-    # At most one wing fills each of these, and none stands for one that is not needed.
+    # At most one wing fills each of these; None means that the feature is not in use.
 
-    # Gates, quotas and the secret that instances share.
+    # The limits and the secret that instances share.
     sharing: Sharing | None = None
-    # The store that instances share, for the wings behind this one.
+    # The store that instances share, for the wings after this one.
     commands: Commands | None = None
     # The logs of other instances.
     instances: Instances | None = None
-    # Where `simulated: true` leads.
+    # The providers to which `simulated: true` leads.
     simulated: Simulated | None = None
     # The callers of tokens.
     callers: Tokens | None = None
     # The traces of requests.
     tracer: Tracer | None = None
-    # The turns in front of a question.
+    # The earlier turns of a conversation.
     histories: Histories | None = None
     # The hooks are asked about each request, and shown each answer.
     hooks: Hooks | None = None
 
     def faults(self, settings: Settings) -> Iterable[str]:  # noqa: ARG002
-        """Return what the wing cannot serve with, for `check`, the start and a reload."""
+        """Yield each reason why the wing cannot serve with *settings*, for `check`, the start and
+        a reload.
+        """
         return ()
 
     @staticmethod
     def before_workers(settings: Settings) -> None:
-        """Do what one process does for all of a machine, before there are any, and import what they
-        will need: it is shared by them. It blocks.
+        """Do what one process does for all workers of a machine before they exist, and import the
+        modules that they will share. It blocks.
         """
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
@@ -121,8 +123,8 @@ class Wing:
         """
 
     def sections(self) -> Sequence[Section[Any]]:
-        """Return its parts of `/stats`, of `/metrics`, of incidents and of the verdict; asked
-        once, when all wings are open.
+        """Return its parts of `/stats`, of `/metrics`, of incidents and of the verdict. It is
+        called once, when all wings are open.
         """
         return ()
 
@@ -131,11 +133,11 @@ class Wing:
         return Routes()
 
     def apis(self) -> Sequence[Api]:
-        """Return the APIs of providers that it brings, for logs that come from elsewhere."""
+        """Return the APIs of providers that it brings, for logs that come from other instances."""
         return ()
 
     def forms(self) -> Sequence[Form]:
-        """Return the forms in which its clients know errors and model lists."""
+        """Return the forms in which its clients expect errors and model lists."""
         return ()
 
     def prepare(self, settings: Settings) -> Callable[[], None]:  # noqa: ARG002
@@ -149,7 +151,7 @@ class Wing:
         return _nothing
 
     async def leave(self) -> None:
-        """Say good-bye: every answer has ended, and connections still stand."""
+        """Say good-bye to other servers: every answer has ended, and connections still stand."""
 
 
 def _nothing() -> None:

@@ -1,7 +1,7 @@
 """The server: one process that listens, runs the faces, and changes and ends in good order.
 
 A *preflight* checks, before anything is opened, that this process can serve. `open_server` then
-makes the *server*: the object that holds everything that lives as long as itself, and its
+makes the *server*: the object that holds everything with the lifetime of the server, and its
 *application*, aiohttp's object with the routes of the faces. The table of *wings* names the
 features that stand on the core: they are opened before all else, and closed last.
 
@@ -11,14 +11,12 @@ and the runner accepts them, on sockets that it has opened or that systemd has p
 request, and the *middleware* is in front of it: limits of the head, the guard, CORS, and errors
 that become responses.
 
-A *listener* may speak *TLS*: its *certificate* is what clients know it by, and is read again when
-it is renewed. A request may be served *directly*, past aiohttp's loop. *Garbage* is collected, and
-*memory* that is no longer used goes back to the system, when requests do not feel it. *Paths* that
-are not there get an answer that says what was probably meant.
+A *listener* may speak *TLS*: its *certificate* identifies it to clients, and is read again when it
+is renewed. *Paths* that do not exist get an answer with the path that was probably meant.
 
 A *reload* puts another configuration in effect, with no connection dropped. A *stop* is the
 request that the process ends. At the end the server is first not *ready* any more, then *drains*:
-it refuses new work, and what runs may finish. The *notifier* reports all of this to systemd.
+it refuses new work, and running work may finish. The *notifier* reports all of this to systemd.
 
 Several such processes may serve one port: the folder `workers`.
 """

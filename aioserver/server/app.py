@@ -1,11 +1,12 @@
-"""The server as an object: everything that lives as long as it, and the routes of its application.
+"""The server as an object: everything with the lifetime of the server, and the routes of its
+application.
 
-`open_server` makes all of it, in this order, and closes it in the reverse one:
+`open_server` makes all of it, in this order, and closes it in reverse order:
 
     wings → providers → router → streams → gateway → monitor → faces
 
-How it changes while it runs is in reload.py, and how it ends in runner.py. This file is one
-concept: what is made here, in which order, and from which objects.
+Its changes while it runs are in reload.py, and its end is in runner.py. This file is one concept:
+which objects are made, in which order, and from which others.
 """
 
 from __future__ import annotations
@@ -77,18 +78,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.app")
 
-# Pings are late by a twentieth of their interval at most.
+# Pings are at most a twentieth of their interval late.
 WHEEL_GRAIN = 20
-# Names of models in one log line.
+# The most names of models in one log line.
 ROUTES_OF_A_LINE = 20
 
 
 class Server(msgspec.Struct, frozen=True, kw_only=True):
-    """A running server. Its faces may use what is in *context*; only server/ needs the rest.
+    """A running server. Its faces may use *context*; only server/ needs the rest.
 
-    *listening*: the sockets on which it listens; the runner fills the list. *tls*: what they
-    speak; None if they are plain. *sharing*: what it
-    shares with other instances; None if it is the only one.
+    *listening*: the sockets on which it listens; the runner fills the list. *tls* is the TLS of
+    these sockets; None if they are plain. *sharing* is the state shared with other instances; None
+    if it is the only one.
     """
 
     app: web.Application
@@ -105,8 +106,8 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def waiting(self) -> int:
-        """How many connections and requests wait for a place, here, at their key or at a provider,
-        or for the word of other instances on whose answer it is.
+        """The number of connections and requests that wait for a place: at the door, for their key
+        or a provider, or for the claim of an answer among instances.
         """
         providers = self.provider_registry.providers.values()
         queues = sum(provider.stats().queue.waiting for provider in providers)
@@ -115,7 +116,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         return self.context.admission.gate.waiting + keys + queues + undecided
 
     def drain(self) -> None:
-        """Refuse new work: requests that wait, idle sockets and answers without a reader end."""
+        """Refuse new work: waiting requests, idle sockets and answers without a reader end."""
         context = self.context
         context.lifecycle.ready = False
         context.lifecycle.stopping.set()
@@ -141,11 +142,10 @@ async def open_server(
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet. *session_secret* is that of browser sessions, a new one by
-    default. *share_door* shares the places in front of the handlers with other processes, unless a
-    wing does; see `Admission`. *scope*, *private_server*: see `Core`. *worker* is the slot of this
-    process among those that share a configuration. *wings* make the features that it has beside
-    those of the core.
+    *app* must not be frozen yet. *session_secret* signs browser sessions; by default it is new.
+    *share_door* shares the places in front of the handlers with other processes, unless a wing
+    does; see `Admission`. *scope*, *private_server*: see `Core`. *worker* is the slot of this
+    process among those that share a configuration. *wings* are the features beside the core.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -168,7 +168,7 @@ async def open_server(
 
     lifetime = Lifetime(settings.chat.streams, aliased)
     async with AsyncExitStack() as stack:
-        # Closed last: it hears of answers to the end.
+        # Closed last: it is told of answers to the end.
         usage = _open_usage(Usage(worker=worker, bugs=metrics.bugs), settings, loop, stack)
         watched = WatchedFiles(report)
         stack.push_async_callback(watched.close)
@@ -220,7 +220,7 @@ def _open_usage(
 
 
 async def _make_access(core: Core, plugged: Plugged, sessions: Sessions) -> Access:
-    """Return who may call what, with the budgets of today."""
+    """Return the access rules, with today's budgets."""
     scope, sharing = core.scope, plugged.sharing
     if sharing is not None:
         await sharing.agree_on_sessions(sessions)
@@ -248,8 +248,8 @@ def _make_admission(core: Core, plugged: Plugged, share_door: ShareDoor | None) 
 
 
 class _Answering(msgspec.Struct, frozen=True, kw_only=True):
-    """What answers requests, on whichever face they come; *hop* is what the server is called in
-    requests to providers.
+    """The objects that answer requests, on any face; *hop* is this server's name in requests to
+    providers.
     """
 
     hop: str
@@ -264,7 +264,7 @@ class _Answering(msgspec.Struct, frozen=True, kw_only=True):
 async def _open_answering(
     core: Core, plugged: Plugged, lifetime: Lifetime, usage: Usage, stack: AsyncExitStack
 ) -> _Answering:
-    """Make what answers requests; *stack* closes it.
+    """Make the objects that answer requests; *stack* closes them.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -324,7 +324,7 @@ def _open_context(
     listening: Sequence[socket.socket],
     stack: AsyncExitStack,
 ) -> Context:
-    """Make what faces may use, with the monitor of all of it; *stack* closes it."""
+    """Make the context of faces, with its monitor; *stack* closes it."""
     chat, metrics, usage, router = current.chat, core.metrics, answering.usage, answering.router
     lifecycle, gateway = Lifecycle(), answering.gateway
     admission = _make_admission(core, plugged, share_door)
@@ -397,10 +397,10 @@ def _begin(server: Server) -> None:
 
 
 async def begin_days(access: Access, settings: Settings) -> None:
-    """Let the budgets of a day begin at what the ledger knows of today.
+    """Start the daily budgets at the sums that the ledger has for today.
 
-    Where instances share them, what is counted there may be more, and holds. A worker that has a
-    part of each limit begins at its part of what all have used.
+    If instances share the budgets, the shared count may be higher, and holds. A worker that has a
+    part of each limit starts at its part of the total.
     """
     path, tokens = settings.usage.path, access.tokens
     quotas = access.keys.quotas()
@@ -457,7 +457,7 @@ async def _adopt(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def _end_embedded(server: Server, _app: web.Application) -> None:
-    """End all answers and sockets; otherwise the runner would wait for them, for a minute."""
+    """End all answers and sockets; otherwise the runner would wait a minute for them."""
     server.drain()
     await server.context.gateway.close()
 
@@ -475,7 +475,7 @@ def _add_routes(app: web.Application, context: Context, wings: Sequence[Routes])
             *openai.routes(context),
             *status.own(context),
             *(route for routes in wings for route in routes.key),
-            # It takes all paths below `/v1` that nobody else has.
+            # It takes all paths below `/v1` that no other face has.
             *passthrough.routes(context),
         ],
         Policy.ADMIN: [
@@ -509,7 +509,7 @@ def log_limits(limits: Concurrency) -> None:
 
 
 def log_routes(llm: Llm) -> None:
-    """Log which models come to other providers than the active one by their name alone."""
+    """Log which models go to other providers than the active one by their name alone."""
     for providers, models in llm.bare_routes().items():
         names = ", ".join(providers)
         for first in range(0, len(models), ROUTES_OF_A_LINE):

@@ -1,9 +1,9 @@
 """The TLS of the listener: its certificate, which may be renewed while it serves, its handshakes,
-and what operators see of both.
+and the state that operators see.
 
-A renewed certificate is loaded into a context of its own, which connections have that are accepted
-from then on: a context in use could only be added to, so that an authority which was taken away
-would still be trusted.
+A renewed certificate is loaded into a new context, which is used for connections accepted from
+then on. A context in use could only be extended, so it would still trust a certificate authority
+that was removed from the file.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ KIND = "certificate"
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """What was loaded of the files: *context*, made of the certificate of *chain*, with its
-    intermediates, and of *authorities*. *at*: when, in seconds since 1970.
+    """The content of the certificate files: *context*, made of the certificate of *chain*, with
+    its intermediates, and of *authorities*. *at* is the time of loading, in seconds since 1970.
     """
 
     context: ssl.SSLContext
@@ -57,7 +57,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
     @property
     def expires(self) -> int:
-        """The end of the first of the certificates to expire."""
+        """The earliest end of all certificates' validity."""
         return first_end(self.chain)
 
     def same(self, other: Loaded) -> bool:
@@ -66,7 +66,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 def load(settings: Tls) -> Loaded:
-    """Return what the files of *settings* hold. It blocks.
+    """Load the files of *settings*, and return their content. It blocks.
 
     Raises:
         CertificateFault: a file cannot be used.
@@ -81,9 +81,9 @@ def load(settings: Tls) -> Loaded:
     if settings.client_ca_file is not None:
         authorities = load_authorities(settings.client_ca_file, context)
         context.verify_mode = ssl.CERT_REQUIRED
-        # An authority in the file counts, whoever has signed it.
+        # An authority in the file is trusted, whether or not it is self-signed.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        # A session that is resumed shows no certificate.
+        # A resumed session does not present its certificate.
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
     return Loaded(context, chain, authorities, time.time())
@@ -92,8 +92,8 @@ def load(settings: Tls) -> Loaded:
 class ListenerTls:
     """The TLS of the listener.
 
-    Always: `loaded` is of a pair that matches. *current* returns the settings in effect; turned
-    off, TLS stays until a restart.
+    Always: the certificate and the key of `loaded` match. *current* returns the settings in
+    effect; if they turn TLS off, it stays on until a restart.
 
     Raises:
         CertificateFault: a file cannot be used, when it is made.
@@ -111,7 +111,7 @@ class ListenerTls:
         self.handshakes.close()
 
     def watch(self, watched: WatchedFiles) -> None:
-        """Let changes of the files come in effect by *watched*."""
+        """Let *watched* put changes of the files in effect."""
         watched.add(KIND, lambda: self._in_effect().files, self._prepare)
 
     def _in_effect(self) -> Tls:
@@ -120,7 +120,7 @@ class ListenerTls:
     def _prepare(self) -> Callable[[], None] | None:
         settings = self._in_effect()
         loaded = load(settings)
-        # They stay in effect where TLS is turned off until the restart.
+        # They stay in effect when TLS is turned off, until the restart.
         self._settings = settings
         return None if loaded.same(self.loaded) else lambda: self._use(loaded)
 
@@ -137,7 +137,8 @@ def open_tls(
     files again, and *stack* closes it.
 
     Raises:
-        ConfigurationError: a file has changed since the configuration was read, and cannot be used.
+        ConfigurationError: a file has changed since the configuration was read, and cannot be
+            used.
     """
     settings = current.chat.websocket.tls
     if settings is None:
@@ -153,7 +154,7 @@ def open_tls(
 
 class TlsState(TypedDict):
     """The TLS of the listener: when its certificate expires and was loaded, in seconds since 1970,
-    handshakes that are not finished, and what has become of the others.
+    the number of unfinished handshakes, and the outcomes of the others.
     """
 
     expires: Annotated[float | None, EARLIEST]
@@ -163,7 +164,9 @@ class TlsState(TypedDict):
 
 
 class TlsSection(Section[TlsState]):
-    """What operators see of *tls*, None where the listener is plain; *outcomes* count."""
+    """The state of *tls* for operators; *tls* is None if the listener is plain. *outcomes* counts
+    handshakes.
+    """
 
     key = "tls"
     shape = TlsState
@@ -189,7 +192,7 @@ class TlsSection(Section[TlsState]):
         }
 
     def trouble(self, state: TlsState) -> SectionTrouble | None:
-        """Return that the certificate expires soon, or has expired."""
+        """Return a trouble if the certificate expires soon, or has expired."""
         expires = state["expires"]
         if expires is None or (text := ends_soon(expires)) is None:
             return None

@@ -1,10 +1,10 @@
 """Our connections: aiohttp's, with our error bodies, a count of their requests, and an orderly
 end.
 
-aiohttp forgives a misspelled option by dropping all of them, with one log line for each
-connection: `__call__` therefore makes each connection with all options, and the tests prove each
-option over a socket. Errors of aiohttp's parser come as text with the request's own bytes in it;
-`Connection` gives them our body.
+If one option is misspelled, aiohttp drops all of them, with one log line for each connection:
+`__call__` therefore makes each connection with all options, and the tests prove each option over a
+socket. Errors of aiohttp's parser are texts that contain the request's own bytes; `Connection`
+replaces them by our body.
 
 Private names of aiohttp used here, where it has them: `_parser`, `_messages`, `_upgraded`.
 """
@@ -40,8 +40,8 @@ logger = logging.getLogger("aioserver.runner")
 
 # Seconds for which a connection that ends is still read: a request may be on its way.
 LAST_CALL = 1.0
-# What a connection that has become a WebSocket has in place of what reads its requests: a quarter
-# of an idle socket. A parser that is gone must not be paused either, as `_upgraded` says.
+# Replaces the request parser of a connection that has become a WebSocket, which saves a quarter of
+# an idle socket. A removed parser must not be paused either, hence `_upgraded`.
 UPGRADED: dict[str, Any] = {"_parser": None, "_messages": deque(maxlen=0), "_upgraded": True}
 if not all(hasattr(web.RequestHandler, name) for name in UPGRADED):
     UPGRADED = {}
@@ -50,8 +50,8 @@ if not all(hasattr(web.RequestHandler, name) for name in UPGRADED):
 class Connection(web.RequestHandler):
     """One client's connection. *metrics* counts the requests that the parser refuses.
 
-    *requests*: how many requests have come on it, for `max_keepalive_requests`. *last*: whether it
-    ends with the response under way.
+    *requests* is the number of requests so far, for `max_keepalive_requests`. *last*: whether the
+    connection ends with the response under way.
     """
 
     __slots__ = ("_body", "_outbox", "_server", "_task", "forms", "last", "metrics", "requests")
@@ -68,16 +68,16 @@ class Connection(web.RequestHandler):
         super().__init__(server, **options)
         self._server = server
         self.metrics, self.forms = metrics, forms
-        # It sends whole responses.
+        # Sends whole responses.
         self._outbox = outbox
         self.requests = 0
         self.last = False
-        # The task of the last request, while it lives, and its body.
+        # The task of the last request, while it lives, and the body of that request.
         self._task: ref[asyncio.Task[Any]] | None = None
         self._body: StreamReader | None = None
 
     def begin(self, request: web.BaseRequest) -> None:
-        """Count *request*, whose task this is."""
+        """Count *request*, which the current task handles."""
         task = asyncio.current_task()
         assert task is not None
         self.requests += 1
@@ -85,30 +85,29 @@ class Connection(web.RequestHandler):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way, and no body of one is still read."""
+        """Whether no request is under way, and no body is still being read."""
         task = None if self._task is None else self._task()
         return (task is None or task.done()) and (self._body is None or self._body.is_eof())
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Let go of the last body, which knows this connection."""
+        """Drop the last body, which refers to this connection."""
         super().connection_lost(exc)
         self._body = None
 
     def set_parser(
         self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None
     ) -> None:
-        """Give everything that comes from now on to *parser*: the connection has become a
-        WebSocket.
+        """Give all further bytes to *parser*: the connection has become a WebSocket.
 
-        What reads requests goes, since none follows.
+        The request parser is freed, since no request follows.
         """
         super().set_parser(parser, data_received_cb)
         for name, value in UPGRADED.items():
             setattr(self, name, value)
 
     def send(self, data: bytes) -> asyncio.Future[None]:
-        """Write *data* with all that this iteration of the event loop writes; the result is done
-        then.
+        """Write *data* with everything that this iteration of the event loop writes. The future is
+        done once it is written.
         """
         return self._outbox.send(self, data)
 
@@ -139,7 +138,7 @@ class Connection(web.RequestHandler):
     def eof_received(self) -> None:
         """Let the transport close, since the client sends nothing more.
 
-        What it has still to send may belong to an answer that says nothing for a long time.
+        Bytes that are still to be sent may belong to an answer that pauses for a long time.
         """
         super().eof_received()
         self._watch_rest(self.transport)
@@ -149,10 +148,10 @@ class Connection(web.RequestHandler):
             watch_rest(transport, self._server.send_timeout)
 
     def close_soon(self) -> None:
-        """Close, although the last response did not say so.
+        """Close, although the last response did not announce it.
 
         The client's next request may be on its way: for LAST_CALL it is still read, and its
-        response says that the connection ends.
+        response announces that the connection ends.
         """
         self.last = True
         asyncio.get_running_loop().call_later(LAST_CALL, self._close_if_idle)
@@ -179,7 +178,7 @@ class Connection(web.RequestHandler):
         aiohttp.
         """
         if status >= 500:
-            # A ConnectionError is a client that left.
+            # A ConnectionError only means that the client left.
             if not isinstance(exc, ConnectionError):
                 logger.error("bug in a handler", exc_info=exc)
                 # aiohttp does not pass a TimeoutError on.
@@ -198,7 +197,7 @@ class Connection(web.RequestHandler):
         else:
             error = InvalidRequest("this is no valid HTTP request")
         self.metrics.count_error(error)
-        # Of a request that the parser refused nothing is known.
+        # Nothing is known of a request that the parser refused.
         form = self.forms.of(request) if status >= 500 else OPENAI
         response = error_response(error, request, form)
         response.headers["Server"] = SERVER
@@ -209,14 +208,14 @@ class Connection(web.RequestHandler):
 
 
 class ConnectionServer(web.Server):
-    """Makes the connections, with *options* of `RequestHandler`, and ends them. *sites* are those
-    that accept them.
+    """Makes the connections, with *options* of `RequestHandler`, and ends them. *sites* are the
+    sockets that accept them.
 
     Once it drains, each connection ends with the response under way. A connection that waits for
     its next request ends soon; a connection without a request so far may still bring one.
 
-    *send_timeout*: seconds after which a connection that is closed is aborted, if its client reads
-    nothing of the rest.
+    *send_timeout*: seconds after which a closed connection is aborted, if its client does not read
+    the rest.
     """
 
     def __init__(
@@ -233,7 +232,7 @@ class ConnectionServer(web.Server):
         # answer ends.
         super().__init__(handler, request_factory=request_factory, handler_cancellation=True)
         self.options = dict(options)
-        # Of listener.py, which imports this file.
+        # Their class is in listener.py, which imports this file.
         self.sites: set[Any] = set()
         self.send_timeout = send_timeout
         self._metrics, self._forms = metrics, forms
@@ -241,7 +240,7 @@ class ConnectionServer(web.Server):
         self._outbox = Outbox(loop)
         self._draining = False
         self._awaited: set[web.RequestHandler] = set()
-        # Set while no connection is awaited.
+        # Set while no connection's end is awaited.
         self._none_awaited = asyncio.Event()
 
     def __call__(self) -> Connection:
@@ -262,10 +261,10 @@ class ConnectionServer(web.Server):
         return connection
 
     def handshake_begins(self) -> None:
-        """Be told of a connection that is made once its TLS handshake is done."""
+        """Note a connection that will be made once its TLS handshake is done."""
 
     def handshake_ends(self) -> None:
-        """Be told that the handshake of a connection has ended, however."""
+        """Note that the handshake of a connection has ended, with any outcome."""
 
     def connection_lost(
         self, handler: web.RequestHandler, exc: BaseException | None = None
@@ -283,8 +282,8 @@ class ConnectionServer(web.Server):
     def drain(self, *, silent: bool = False) -> None:
         """Let no connection live longer than the response under way on it.
 
-        *silent*: connections that have brought no request end as soon as those that wait for their
-        next.
+        *silent*: connections that have brought no request end as soon as connections that wait for
+        their next one.
         """
         self._draining = True
         for connection in self.connections:
@@ -300,7 +299,7 @@ class ConnectionServer(web.Server):
         """
         self._awaited = {
             connection
-            # Some connections are lost already, and their tasks about to end.
+            # Some connections are already lost, and their tasks about to end.
             for connection in self.connections
             if connection.transport is not None
             and (silent or (isinstance(connection, Connection) and connection.requests))
@@ -312,7 +311,7 @@ class ConnectionServer(web.Server):
                     await self._none_awaited.wait()
 
     async def disconnect(self, seconds: float) -> None:
-        """Close idle connections at once, the others when they are done, by force after
+        """Close idle connections at once, and others when they are done, or by force after
         *seconds*.
         """
         for connection in self.connections:

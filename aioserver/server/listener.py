@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.listener")
 
 UVLOOP_WATCHERS = 8
-# Unsent bytes that the kernel keeps for a client that reads nothing; by itself it keeps 4 MiB.
+# Unsent bytes that the kernel keeps for a client that reads nothing; its own default is 4 MiB.
 MAX_NOT_SENT = 1 << 17
 # How the configured host is looked up.
 LOOK_UP: dict[str, Any] = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
-# Iterations of the loop in which asyncio has made a connection of what it has accepted: it takes
+# Iterations of the loop within which asyncio makes a connection of an accepted socket; it needs
 # one.
 MAX_TURNS = 10
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
 
 class ListeningSocket(socket.socket):
-    """A socket that counts what is accepted, and accepts nothing while it is *paused*.
+    """A socket that counts accepted connections, and accepts nothing while it is *paused*.
 
     For asyncio's loop alone, which accepts by this class; libuv does not.
     """
@@ -57,9 +57,9 @@ class ListeningSocket(socket.socket):
 
 class Site:
     """Accepts the connections of *server* on *sock*, a TCP socket, or a UNIX socket whose file is
-    not removed at the end. While it does, it is one of the server's sites.
+    not removed at the end. While it accepts, it is one of the server's sites.
 
-    *handshakes*: those of TLS, which TCP sockets speak then; None: all are plain.
+    *handshakes* are the TLS handshakes of TCP sockets; None: all connections are plain.
 
     Always: each connection that it has accepted becomes one of the server's.
     """
@@ -73,10 +73,10 @@ class Site:
         handshakes: Handshakes | None = None,
     ) -> None:
         self._server, self._sock, self._backlog = server, sock, backlog
-        # The permissions of its file guard a UNIX socket.
+        # A UNIX socket is guarded by the permissions of its file.
         self._handshakes = handshakes if sock.family != socket.AF_UNIX else None
         self._accepting: asyncio.Server | None = None
-        # How many connections were made of those that the socket has accepted.
+        # How many of the accepted sockets have become connections.
         self._made = 0
 
     async def start(self) -> None:
@@ -94,16 +94,14 @@ class Site:
             )
 
     def pause(self) -> None:
-        """Accept nothing more on asyncio's loop, which tries again and again until `stop` is
-        called.
-        """
+        """Accept nothing more on asyncio's loop, which keeps trying until `stop` is called."""
         self._sock.paused = True
 
     async def stop(self) -> None:
         """Accept no more connections, and close the socket.
 
-        asyncio makes a connection of an accepted socket in the next iteration of the loop, and if
-        its server is closed by then, it drops the socket without a word: the client would wait for
+        asyncio makes a connection of an accepted socket in the next iteration of the loop. If its
+        server is closed by then, asyncio silently drops the socket, and the client would wait for
         ever.
         """
         self.pause()
@@ -130,7 +128,7 @@ class Balance(Protocol):
         backlog: int,
         handshakes: Handshakes | None,
     ) -> None:
-        """Accept for *server* what comes on *sock*, which listens already, and close it at the
+        """Accept connections for *server* on *sock*, which already listens, and close it at the
         end; *handshakes*: see `Site`.
         """
 
@@ -144,7 +142,7 @@ class Balance(Protocol):
         """Accept no more connections, for good."""
 
     def close(self) -> None:
-        """End what `start` has begun."""
+        """Undo `start`."""
 
 
 class Listening(msgspec.Struct, frozen=True):
@@ -177,15 +175,16 @@ async def listen(
     """Listen on every address of the configured host, with the configured backlog, and accept for
     *server*.
 
-    *inherited*: sockets that are bound and listen already. If there are any, host and port are
-    not used; connections that wait in them are answered, and the sockets are closed at the end.
+    *inherited*: sockets that are already bound and listen. If there are any, host and port are not
+    used; connections that wait in them are answered, and the sockets are closed at the end.
 
-    *handshakes*: those of TLS, which TCP sockets speak then. *balance* decides when this process accepts; the sockets listen already then, and other
-    processes accept as well.
+    *handshakes* are the TLS handshakes of TCP sockets; None: plain. *balance* decides when this
+    process accepts, if other processes accept on the same sockets, too; the sockets listen already
+    in that case.
 
-    What the kernel keeps for a client that reads nothing is bounded (`TCP_NOTSENT_LOWAT`, which
-    accepted sockets inherit). There is no `TCP_USER_TIMEOUT`: it resets a client that reads
-    steadily, too, if its window is shut meanwhile (limits/write_watchdog.py).
+    The kernel's buffer for a client that reads nothing is bounded (`TCP_NOTSENT_LOWAT`, which
+    accepted sockets inherit). There is no `TCP_USER_TIMEOUT`: it also resets a client that reads
+    steadily, if its window is closed at the moment (limits/write_watchdog.py).
 
     Raises:
         OSError: the address is in use, or is not one of this machine.
@@ -217,11 +216,11 @@ async def listen(
 
 
 def watchers(loop: asyncio.AbstractEventLoop) -> int:
-    """Return how often *loop* has to watch one listening socket.
+    """Return how many watchers *loop* needs for one listening socket.
 
     uvloop accepts one connection for each watcher and iteration of the loop. Under load an
     iteration is long, and new clients would starve, while connected ones notice nothing. asyncio
-    accepts all that wait.
+    accepts all waiting connections.
     """
     return UVLOOP_WATCHERS if type(loop).__module__.startswith("uvloop") else 1
 
@@ -239,7 +238,7 @@ def _addresses(host: str, infos: Iterable[tuple[Any, ...]]) -> Sequence[tuple[in
 def bind(host: str, port: int, infos: Iterable[tuple[Any, ...]]) -> list[socket.socket]:
     """Return a bound socket for each address of *host*, all on one port.
 
-    *infos*: what getaddrinfo(3) says of the host, looked up as LOOK_UP says.
+    *infos* is the result of getaddrinfo(3) for the host, looked up with LOOK_UP.
 
     Raises:
         OSError: one address cannot be bound; no socket is left open then.
@@ -271,7 +270,7 @@ def _bind(family: int, address: str, port: int) -> socket.socket:
 
 
 def limit_kernel(sock: socket.socket) -> None:
-    """Bound what the kernel keeps for a client on sockets accepted from *sock*."""
+    """Bound the kernel's buffer for each client on sockets accepted from *sock*."""
     if sock.family != socket.AF_UNIX and hasattr(socket, "TCP_NOTSENT_LOWAT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT)
 
@@ -284,8 +283,8 @@ def hosts(inherited: Sequence[socket.socket]) -> list[str] | None:
 
 
 def address_of(sock: socket.socket) -> tuple[str, int]:
-    """Return host and port of *sock*; of a UNIX socket its path (abstract: `@` and the name)
-    and 0.
+    """Return host and port of *sock*. For a UNIX socket these are its path (abstract: `@` and the
+    name) and 0.
     """
     name = sock.getsockname()
     if sock.family != socket.AF_UNIX:

@@ -270,9 +270,7 @@ def _preflight(request: web.Request) -> web.Response:
 def _translated(
     exc: web.HTTPException, request: web.Request, forms: Forms
 ) -> tuple[AioserverError, Collection[str]]:
-    """Return the error of ours that says the same as aiohttp's *exc*, and the methods that the
-    path has, for 405.
-    """
+    """Return our error for aiohttp's *exc*, and the methods that the path has, for 405."""
     methods: Collection[str] = ()
     if exc.status in {404, 405}:
         if request.rel_url.raw_path.startswith(API):
@@ -285,5 +283,5 @@ def _translated(
     if exc.status == 413:
         return RequestTooLarge("the body is too large"), ()
     if exc.status == 417:
-        return ExpectationFailed("Expect may be 100-continue and nothing else"), ()
+        return ExpectationFailed("Expect must be 100-continue"), ()
     return InvalidRequest(exc.reason), ()

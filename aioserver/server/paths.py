@@ -1,9 +1,9 @@
-"""Paths that are not there, and what a client that asks for one of them probably means.
+"""Paths that do not exist, and the path that a client probably meant.
 
-OpenAI's SDKs put a path such as `chat/completions` behind a base URL. Where that URL lacks its
-`/v1`, has it twice, or has a part of another server's, every request of the program is 404: the
-message names the path that is there. Anthropic's SDKs put the `/v1` there themselves, so their
-base URL must not have it; other programs for that API do not.
+OpenAI's SDKs put a path such as `chat/completions` behind a base URL. If that URL lacks its `/v1`,
+has it twice, or has a part of another server's, every request of the program gets a 404: the
+message names the path that exists. Anthropic's SDKs add the `/v1` themselves, so their base URL
+must not have it; other programs for that API do not.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 
     from aioserver.faces.form import Forms
 
-# Characters of a path in a message.
+# The most characters of a path in a message.
 MAX_SHOWN = 200
-# Segments in front of a path of ours that a wrong base URL may have, as `openai/deployments/x`. A
-# longer path is no such mistake, and would cost a comparison for each segment.
+# The most segments that a wrong base URL may have in front of a path of ours, as
+# `openai/deployments/x`. A longer path is no such mistake, and would cost a comparison for each
+# segment.
 MAX_EXTRA = 4
 
 
 def methods(request: web.Request) -> set[str]:
-    """Return the methods with which the path of *request*, below `/v1`, is there, so that the
-    answer is 405.
+    """Return the methods that the path of *request*, below `/v1`, allows, so that the answer is
+    405.
 
-    A path that only matches as somebody's id has none, but for HEAD: `responses/compact` is
-    OpenAI's, and no response is named `compact`.
+    A path that matches only as an id allows none but HEAD: `responses/compact` is OpenAI's, and no
+    response is named `compact`.
     """
     path = request.rel_url.raw_path
     found = {
@@ -49,7 +50,7 @@ def methods(request: web.Request) -> set[str]:
 
 
 def not_found(request: web.Request, forms: Forms) -> NotFound:
-    """Return the error of a path that is not there, with the one that was probably meant."""
+    """Return the error for a path that does not exist, with the path that was probably meant."""
     path = request.rel_url.raw_path
     message = f"no such path for {request.method}: {path[:MAX_SHOWN]}"
     meant = next((candidate for candidate in _candidates(path) if _exists(request, candidate)), "")
@@ -61,7 +62,7 @@ def not_found(request: web.Request, forms: Forms) -> NotFound:
 
 
 def _candidates(path: str) -> Iterator[str]:
-    """Yield the paths below `/v1` whose end is that of *path*, the longest first."""
+    """Yield the paths below `/v1` that *path* ends with, the longest first."""
     segments = [segment for segment in path.split("/") if segment]
     for extra in range(min(len(segments), MAX_EXTRA + 1)):
         candidate = API + "/".join(segments[extra:])

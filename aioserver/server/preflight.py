@@ -1,8 +1,8 @@
-"""The conditions under which this process can serve; each that fails is one clear line.
+"""The conditions under which this process can serve; each unmet one is reported in one clear line.
 
-Python runs without `-O`, since asserts state our invariants. aiohttp has its parser in C: the
-parser in Python is slow, and has had security holes that the one in C had not. There are enough
-descriptors for all limits of the configuration together.
+Python must run without `-O`, since asserts state our invariants. aiohttp must have its parser in
+C: the parser in Python is slow, and has had security holes that the one in C had not. There must
+be enough descriptors for all limits of the configuration together.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 # Descriptors for the event loop, the log, listening sockets, and files being read.
 SPARE_FILES = 64
-# Entries of the kernel's table of descriptors that are made at the start: half a MiB at most.
+# The most entries of the kernel's table of descriptors that are made at the start: half a MiB.
 MOST_ENTRIES = 1 << 16
 
 
 class Unfit(Exception):
     """This process cannot serve.
 
-    *code* is its exit code: 2 for how it was started, otherwise 1.
+    *code* is its exit code: 2 for the way it was started, otherwise 1.
     """
 
     def __init__(self, message: str, code: int) -> None:
@@ -44,7 +44,7 @@ def check_interpreter() -> None:
     """Refuse an interpreter that runs without our asserts or without aiohttp's parser in C.
 
     Raises:
-        Unfit: the interpreter is such a one; the message says what to do.
+        Unfit: the interpreter is refused; the message says what to do.
     """
     if sys.flags.optimize:
         raise Unfit(
@@ -61,10 +61,10 @@ def check_interpreter() -> None:
 
 
 def check_workers() -> None:
-    """Refuse several workers where the system lacks what their parent needs.
+    """Refuse several workers on a system that lacks what their parent needs.
 
     Raises:
-        Unfit: this is no Linux.
+        Unfit: the system is not Linux.
     """
     if not hasattr(os, "memfd_create"):
         raise Unfit(
@@ -92,7 +92,7 @@ def wanted_files(settings: Settings) -> int:
 
 
 def raise_file_limit(settings: Settings) -> str | None:
-    """Raise the limit of open files to what *settings* may need, or as far as is allowed.
+    """Raise the limit of open files to the need of *settings*, or as far as is allowed.
 
     Return a warning if that is not enough.
 
@@ -121,12 +121,12 @@ def raise_file_limit(settings: Settings) -> str | None:
 
 
 def make_room_for_files(settings: Settings) -> None:
-    """Have the kernel's table of this process' descriptors as large as *settings* may need.
+    """Enlarge the kernel's table of this process' descriptors to the need of *settings*.
 
-    For a process that has no other thread yet, or for a thread beside the event loop's. Beside
-    another thread Linux makes the table larger (at 256 descriptors, 512, 1,024 and so on) only
-    once every processor has let go of the old one (`expand_fdtable` in fs/file.c): some 5 to 25 ms
-    in which the thread is blocked that needs it, and no other.
+    It is for a process that has no other thread yet, or for a thread beside the event loop's. If
+    there are several threads, Linux enlarges the table (at 256 descriptors, 512, 1,024 and so on)
+    only once every processor has released the old one (`expand_fdtable` in fs/file.c). This blocks
+    the calling thread, and no other, for some 5 to 25 ms.
     """
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     entries = min(wanted_files(settings), MOST_ENTRIES)

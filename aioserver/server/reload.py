@@ -2,12 +2,12 @@
 
     read and check (in a thread) → prepare what may fail → apply, in one step of the event loop
 
-A change of `auth.keys_file` is seen without a signal, and only the keys are read again then.
+A change of `auth.keys_file` is noticed without a signal; then only the keys are read again.
 
-A configuration with a fault changes nothing, and every fault is in the log. Connections and
-answers that have a place, wait or run stay, under the limits that are now in effect: a lowered
-limit admits nobody until it is kept again. A setting that only a restart can change is named in
-the log, and stays as it was.
+A configuration with a fault changes nothing, and every fault is logged. Connections and answers
+that have a place, wait or run stay, under the limits that are now in effect: a lowered limit
+admits no further request until usage is below it. A setting that only a restart can change is
+named in the log, and stays as it was.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.reload")
 
 TLS = "chat.websocket.tls"
-# Sockets, routes, processes and files that are made once.
+# Settings of sockets, routes, processes and files that are made once.
 ONLY_BY_RESTART = (
     "chat.websocket.host",
     "chat.websocket.port",
-    # Whether there is one: what is in it may change.
+    # Whether the section exists; its content may change.
     TLS,
     "chat.websocket.endpoint",
     "chat.websocket.concurrency.uvicorn.backlog",
@@ -58,18 +58,19 @@ ONLY_BY_RESTART = (
     "cluster",
     "tracing",
 )
-# Names of keys in one log line.
+# The most names of keys in one log line.
 NAMES = 20
 
 
 class Reload:
-    """Reads the file of *configuration* again, with the same environment, whenever it is asked to.
+    """Reads the file of *configuration* again, with the same environment, whenever a reload is
+    requested.
 
     Always: one reload runs at a time; `ask` during a reload causes another one after it.
 
     *hosts*: the addresses of inherited sockets; None if the server listens on the configured one.
-    *share_out* returns the part of the settings that this process has among several; None if it
-    serves alone.
+    *share_out* returns this process's share of the settings among several processes; it is None if
+    the process serves alone.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Reload:
         self._asked.set()
 
     async def run(self) -> NoReturn:
-        """Do the reloads.
+        """Run the requested reloads, for ever.
 
         Cancelling one before it is applied leaves the old settings in effect.
         """
@@ -138,12 +139,12 @@ class Reload:
             use_ledger()
             await apply_auth(self._server, settings.auth)
             await begin_days(self._server.context.access, settings)
-            # By their names, which may be others now, and in place of what an earlier look has put
-            # in effect while the configuration was read.
+            # The file names may have changed, and the result replaces that of an earlier check
+            # which took effect while the configuration was read.
             await self._server.watched.look(again=True)
         except ConfigurationError as exc:
-            # As warnings, since the log writes an error of one place in the code once in ten
-            # seconds.
+            # Logged as warnings, since the log writes errors of one place in the code only once in
+            # ten seconds.
             for fault in exc.faults:
                 logger.warning("not applied: %s", fault)
             number = len(exc.faults)
@@ -156,7 +157,7 @@ class Reload:
             return False
         for warning in few_files:
             logger.warning("%s", warning)
-        # A parent says the rest once for all.
+        # The parent logs the rest once for all workers.
         if self._share_out is None:
             log_remarks(configuration)
             for key in only_by_restart(configuration.settings, self._at_start):
@@ -170,7 +171,8 @@ class Reload:
         return () if auth is None or auth.keys_file is None else (auth.keys_file,)
 
     def _read_keys(self) -> Callable[[], Awaitable[None]] | None:
-        """Return what puts the keys in effect that are in their file now; None if they are.
+        """Return the function that puts the current keys of the file in effect; None if they
+        already are.
 
         Raises:
             ConfigurationError: the file cannot be used.
@@ -182,8 +184,8 @@ class Reload:
         return None if keys == auth.file_keys else partial(self._apply_keys, auth, keys)
 
     async def _apply_keys(self, auth: Auth, keys: tuple[ClientKey, ...]) -> None:
-        """Put the *keys* of a file in effect, unless another configuration than that with *auth*
-        was meanwhile, which brings a look of its own.
+        """Put the *keys* of a file in effect, unless *auth* has been replaced meanwhile: the new
+        configuration brings a check of its own.
         """
         if self._whole.auth is not auth:
             return
@@ -205,7 +207,7 @@ class Reload:
         context.monitor.incident("reload", text, severity=severity)
 
     def _with_fixed_paths(self, settings: Settings) -> Settings:
-        """Return *settings* with the paths of the faces as they are: clients use them."""
+        """Return *settings* with the paths of the faces unchanged: clients use them."""
         chat, began = settings.chat, self._at_start.chat
         websocket = replace(chat.websocket, endpoint=began.websocket.endpoint)
         return replace(settings, chat=replace(chat, websocket=websocket, sse=began.sse))
@@ -240,7 +242,7 @@ class Reload:
 
 
 def _changed(old: Iterable[ClientKey], new: Iterable[ClientKey]) -> str:
-    """Return what differs between two lists of keys, by names."""
+    """Return the names of the keys that differ between two lists, as a text."""
     before, after = {key.name: key for key in old}, {key.name: key for key in new}
     added = [name for name in after if name not in before]
     removed = [name for name in before if name not in after]
@@ -267,9 +269,9 @@ def read_again(
     try:
         regular = stat.S_ISREG(os.stat(source).st_mode)  # noqa: PTH116
     except OSError:
-        # `load` says why.
+        # `load` then reports the reason.
         regular = True
-    # A pipe was read to its end before, and reading it again would wait.
+    # A pipe has already been read to its end, and a second read would block.
     if not regular:
         raise ConfigurationError([f"{source}: is no file that can be read again"])
     configuration = Configuration.load(source, environ=environ, again=True)
@@ -281,7 +283,7 @@ def read_again(
 
 
 def log_remarks(configuration: Configuration) -> None:
-    """Log what the author of *configuration* should know."""
+    """Log the warnings of *configuration* for its author."""
     for warning in configuration.warnings:
         logger.warning("%s", warning)
 
@@ -289,12 +291,12 @@ def log_remarks(configuration: Configuration) -> None:
 def only_by_restart(
     settings: Settings, began: Settings, keys: Sequence[str] = ONLY_BY_RESTART
 ) -> Iterator[str]:
-    """Yield those of *keys* that differ from the settings with which the server *began*."""
+    """Yield those of *keys* whose settings differ from those with which the server *began*."""
     return (key for key in keys if _fixed(settings, key) != _fixed(began, key))
 
 
 def _fixed(settings: Settings, key: str) -> object:
-    """Return that of the setting *key* which only a restart changes."""
+    """Return the part of the setting *key* that only a restart changes."""
     value: object = attrgetter(key)(settings)
     return value is not None if key == TLS else value
 

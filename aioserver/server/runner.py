@@ -38,27 +38,26 @@ access_logger = logging.getLogger("aioserver.access")
 MAX_PATH = 200
 # Header fields of one request.
 MAX_HEADERS = 128
-# Bytes of a body that wait in its connection, above twice of which its client is stopped: a read
+# Bytes of a body that wait in its connection; at twice that the client is stopped, and one read
 # adds 256 KiB.
 READ_BUFFER = 1 << 16
-# Seconds for the last responses and close frames, once nothing runs any more.
+# Seconds for the last responses and close frames, after the last answer has ended.
 FAREWELL = 2.0
-# Seconds for which the unread body of an answered request is read on, so that the response
+# Seconds for which the unread body of an answered request is still read, so that the response
 # arrives.
 LINGERING = 1.0
-# Seconds beside LAST_CALL in which the requests are served that a connection's last call has
-# brought.
+# Seconds beside LAST_CALL for the requests that arrive during a connection's last call.
 LAST_REQUESTS = 0.3
-# Seconds for what aiohttp itself may leave behind, after `end`.
+# Seconds for anything that aiohttp itself may leave behind, after `end`.
 SHUTDOWN = 1.0
-# Seconds between two looks at the queues, and the handshakes, of a process that hands over.
+# Seconds between two checks of the queues, and the handshakes, of a process that hands over.
 LOOK = 0.05
 
 
 class AccessLogger(AbstractAccessLogger):
     """Logs a line for each finished request, with the address that a trusted proxy gives.
 
-    The query and what a client says of itself are left out: both may hold anything.
+    The query and the User-Agent are left out: both may hold anything.
     """
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
@@ -75,7 +74,7 @@ class AccessLogger(AbstractAccessLogger):
         self.logger.info("access", extra={"fields": fields})
 
 
-# Those options of a connection that no setting decides. A compressed body is refused, not unpacked.
+# The options of a connection that no setting decides. A compressed body is refused, not unpacked.
 FIXED: dict[str, Any] = {
     "access_log_class": AccessLogger,
     "max_headers": MAX_HEADERS,
@@ -144,19 +143,20 @@ class Runner:
     async def end(self, *, hand_over: bool = False, at_once: bool = False) -> None:
         """Stop serving in good order; call it before `cleanup`.
 
-        *hand_over*: other processes go on to accept connections from the same sockets. Before this
-        one refuses anything, its connections end, each with an answer; what comes on them
-        meanwhile is served, and what waits gets its turn, for half of `shutdown_timeout`.
+        *hand_over*: other processes continue to accept connections from the same sockets. Before
+        this one refuses anything, its connections end, each with an answer. For half of
+        `shutdown_timeout`, requests that arrive on them are served, and waiting requests get their
+        turn.
 
         *at_once*: the port is given up without `drain_delay`, since another server may be waiting
         for it.
 
         First the server is not ready, but still takes work (`drain_delay`). Then it accepts no
-        more connections and refuses new work: requests that wait are refused, idle connections
+        more connections and refuses new work: waiting requests are refused, idle connections
         close, and answers without a reader end. The other answers have `shutdown_timeout` to
-        finish, and each connection ends with its last response. Those in the background have it,
-        too, where other instances go on to keep them. Answers that are left after that end with
-        `server_shutdown`, within FAREWELL seconds.
+        finish, and each connection ends with its last response. Background answers have that time,
+        too, if other instances can continue to keep them. Answers that are left after that end
+        with `server_shutdown`, within FAREWELL seconds.
 
         WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops
         all incoming data, and each close handshake would last for its whole timeout.
@@ -177,7 +177,7 @@ class Runner:
         await asyncio.sleep(0)
         tls = self._owner.tls
         if hand_over and tls is not None:
-            # Each is a connection then, whose client has still to bring its request.
+            # Each handshake is a connection then, whose client has yet to send its request.
             grace -= await until_empty(lambda: not tls.handshakes, grace / 2)
         connections.drain(silent=hand_over)
         if hand_over:
@@ -226,7 +226,7 @@ class Runner:
 def _handle(
     handler: Handler, middleware: Middleware, request: web.Request
 ) -> Awaitable[web.StreamResponse]:
-    """Return the response to *request*, once it is awaited: that of *handler*, which is aiohttp's.
+    """Return the awaitable response to *request* from *handler*, which is aiohttp's.
 
     An `Expect` that aiohttp refuses in front of the *middleware* goes through it as well.
     """
@@ -250,15 +250,16 @@ async def _refuse(_request: web.Request) -> web.StreamResponse:
 
 
 async def until_empty(empty: Callable[[], bool], most: float) -> float:
-    """Wait until a queue is *empty* at two looks, LOOK seconds apart, or *most* seconds are over.
+    """Wait until a queue is *empty* at two checks, LOOK seconds apart, or *most* seconds are over.
     Return how long that took.
 
-    What got its turn just before the first look is in no queue, and may go on to the next one.
+    A request that got its turn just before the first check is in no queue, and may join the next
+    one.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
     before = False
-    # No queue says when it is empty, and this happens once in the life of a process.
+    # No queue signals that it is empty, and this happens once in the life of a process.
     while loop.time() - began < most:
         now = empty()
         if now and before:
@@ -269,7 +270,7 @@ async def until_empty(empty: Callable[[], bool], most: float) -> float:
 
 
 def _options(settings: WebSocket) -> dict[str, Any]:
-    """Return those options of a connection that the configuration decides; FIXED has the others."""
+    """Return the options of a connection that the configuration decides; FIXED has the others."""
     limits = settings.concurrency.uvicorn
     return {
         "access_log": access_logger if limits.access_log else None,

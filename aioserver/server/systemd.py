@@ -3,11 +3,12 @@ sd_listen_fds(3).
 
 systemd passes its variables in the environment. They are removed from it here, since they are
 meant for this process and not for its children. A notification is one datagram, which is sent or
-lost: nothing waits for it, and a server whose systemd does not listen serves on.
+lost: no call waits for it, and a server whose systemd does not listen continues to serve.
 
-The watchdog is fed from the event loop, so that a blocked loop starves it. A process that systemd
-then kills leaves its stacks behind: once just before the deadline, by the timer of `faulthandler`,
-which needs neither the loop nor the interpreter's lock, and again on systemd's SIGABRT.
+The watchdog is fed from the event loop, so that a blocked loop starves it. Before systemd kills
+such a process, its stacks are dumped: once just before the deadline, by the timer of
+`faulthandler`, which needs neither the loop nor the interpreter's lock, and again on systemd's
+SIGABRT.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ logger = logging.getLogger("aioserver.systemd")
 # The first descriptor that systemd passes: SD_LISTEN_FDS_START.
 FIRST = 3
 STDERR = 2
-# The part of the watchdog's time after which stacks are dumped: before systemd's signal comes.
+# The part of the watchdog's time after which stacks are dumped, just before systemd's signal.
 STACKS_AT = 0.9
 FAMILIES = {socket.AF_INET, socket.AF_INET6, socket.AF_UNIX}
 
 
 class Notifier:
-    """Tells systemd the state of the service; does nothing where there is no systemd.
+    """Tells systemd the state of the service; does nothing without systemd.
 
     *address*: a path, or `@` and an abstract name; None without systemd. *watchdog*: the seconds
-    after which systemd takes silence for a hang. From the first `ready()` to `close()` a
-    keep-alive is sent after each half of them, with the line that *status* returns. *channel*: a
-    connected socket to a parent process that hears the same messages, in place of an address; it
-    is closed at the end.
+    of silence after which systemd assumes a hang. From the first `ready()` to `close()` a
+    keep-alive is sent every half of them, with the line that *status* returns. *channel*: a
+    connected socket to a parent process that gets the same messages, in place of an address; it is
+    closed at the end.
 
     Always: no method raises or waits. Called on the event loop.
     """
@@ -59,10 +60,10 @@ class Notifier:
         self._watchdog = watchdog
         self._status = status
         self._timer: asyncio.TimerHandle | None = None
-        # Open from the first datagram to `close`: later no descriptor may be free for another one,
-        # and a server that still serves must not be killed for that.
+        # Open from the first datagram to `close`. A new socket might find no free descriptor
+        # later, and a server that still serves must not be killed for that.
         self._socket: socket.socket | None = None
-        # The last datagram could not be sent: that is logged once.
+        # Whether the last datagram could not be sent, which is logged once.
         self._failing = False
 
     @classmethod
@@ -95,7 +96,7 @@ class Notifier:
         self._send("STOPPING=1", "STATUS=stopping")
 
     def close(self) -> None:
-        """Feed the watchdog no more, and dump no stacks. Nothing is sent afterwards."""
+        """Stop feeding the watchdog, and dump no stacks. Nothing is sent afterwards."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -107,7 +108,7 @@ class Notifier:
 
     def _feed(self) -> None:
         assert self._watchdog is not None
-        # In this order: whoever has got the keep-alive knows that stacks will be dumped.
+        # In this order: a receiver of the keep-alive can rely on the dump of the stacks.
         faulthandler.dump_traceback_later(self._watchdog * STACKS_AT, file=STDERR)
         self._send("WATCHDOG=1", f"STATUS={self._status()}")
         self._timer = asyncio.get_running_loop().call_later(self._watchdog / 2, self._feed)

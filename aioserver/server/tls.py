@@ -1,19 +1,20 @@
-"""TLS on an accepted connection (RFC 8446, RFC 5246), the same on each event loop: our protocol
-over `ssl.MemoryBIO`, between the loop's transport, which is below, and aiohttp's connection.
+"""TLS on an accepted connection (RFC 8446, RFC 5246), the same on each event loop. Our protocol
+uses `ssl.MemoryBIO`, between the loop's transport below and aiohttp's connection above.
 
     bytes → Handshake → (done) → TlsTransport ↔ aiohttp's connection
                       ↘ failed, timeout, displaced, plain
 
-The loops have TLS of their own, but say nothing of handshakes that fail, fix the context when the
-listener opens, and hide what waits below them from `get_write_buffer_size`, by which the write
-watchdog sees a client that reads nothing. Here everything is encrypted as soon as it is written,
-and no byte waits in this layer: buffers, their bounds and pauses are those of the transport below.
+The loops have TLS of their own, but they do not report failed handshakes and fix the context when
+the listener opens. They also hide waiting bytes from `get_write_buffer_size`, by which the write
+watchdog detects a client that reads nothing. Here everything is encrypted as soon as it is
+written, and no byte waits in this layer: buffers, their bounds and pauses are those of the
+transport below.
 
-A handshake is bounded in time and in number. An honest one lasts some round trips, so where there
-are too many the oldest ends: a thousand silent sockets would lock everybody out otherwise.
+Handshakes are bounded in time and in number. An honest one lasts some round trips, so if there are
+too many, the oldest ends: otherwise a thousand silent sockets would lock everybody out.
 
-To close is to send `close_notify`, and to wait for nothing: a body that ends by its framing needs
-no more (RFC 8446, 6.1).
+To close, this layer sends `close_notify` and waits for nothing: a body that ends by its framing
+needs no more (RFC 8446, 6.1).
 
 This file is one concept: the whole way of a connection's bytes through TLS.
 
@@ -46,13 +47,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.tls")
 
-# Seconds for a handshake, and unfinished ones in a process at most.
+# Seconds for a handshake, and the most unfinished handshakes in a process.
 TIMEOUT, MAX_UNFINISHED = 10.0, 1024
-# Log lines about handshakes that fail, in a second, for each reason.
+# Log lines a second about failed handshakes, for each reason.
 LINES_PER_SECOND = 5
-# Plain bytes of a record at most (RFC 8446, 5.1), which is what one read returns.
+# The most plain bytes of a record (RFC 8446, 5.1), which is also the size of one read.
 RECORD = 1 << 14
-# Bytes that are encrypted at once: an answer of 16 MiB need not be there twice.
+# Bytes that are encrypted at once, so that an answer of 16 MiB is not in memory twice.
 PIECE = 1 << 16
 # The first byte of a connection that speaks TLS: a record of the handshake (RFC 8446, 5.1).
 HANDSHAKE = 0x16
@@ -63,19 +64,18 @@ SPEAK_TLS = "this port speaks TLS: use https://"
 
 
 class Handshakes:
-    """The handshakes of this process that are not finished, and what has become of the others.
+    """The unfinished handshakes of this process, and the outcomes of the finished ones.
 
-    Always: there are at most MAX_UNFINISHED, none is older than TIMEOUT by more than a turn of the
-    loop, and one more ends the oldest. *context* is that of connections which are accepted from
-    now on; established ones keep theirs. *outcomes* count.
-
+    Always: there are at most MAX_UNFINISHED, none is older than TIMEOUT by more than one iteration
+    of the loop, and one more ends the oldest. *context* is used for connections that are accepted
+    from now on; established ones keep theirs. *outcomes* counts the finished ones.
     """
 
     def __init__(self, context: ssl.SSLContext, outcomes: Mapping[str, Counter]) -> None:
         self.context = context
         self.outcomes = outcomes
         self._loop = asyncio.get_running_loop()
-        # The oldest first, each with what ends it when it is too old.
+        # The oldest first, each with the timer that ends it.
         self._unfinished: dict[Handshake, asyncio.TimerHandle] = {}
         self._lines = RateLimit(LINES_PER_SECOND)
 
@@ -83,8 +83,8 @@ class Handshakes:
         return len(self._unfinished)
 
     def make(self, server: ConnectionServer) -> asyncio.Protocol:
-        """Return the protocol of an accepted connection. *server* makes what speaks HTTP on it,
-        once the handshake is done.
+        """Return the protocol of an accepted connection. *server* makes the HTTP connection once
+        the handshake is done.
         """
         return Handshake(self, server)
 
@@ -96,7 +96,7 @@ class Handshakes:
         self._unfinished[handshake] = late
 
     def remove(self, handshake: Handshake, outcome: str, reason: str = "") -> None:
-        """Forget *handshake*, and count it; where it did not succeed, *reason* is logged."""
+        """Forget *handshake*, and count it; if it failed, log *reason*."""
         self._unfinished.pop(handshake).cancel()
         self.outcomes[outcome].value += 1
         if not reason or (left_out := self._lines.allow(reason)) is None:
@@ -105,7 +105,7 @@ class Handshakes:
         logger.warning("tls handshake failed", extra={"fields": fields})
 
     def close(self) -> None:
-        """End all that are not finished."""
+        """End all handshakes that are not finished."""
         for handshake in tuple(self._unfinished):
             handshake.give_up(FAILED, "the server stops")
 
@@ -113,8 +113,8 @@ class Handshakes:
 class Handshake(asyncio.Protocol):
     """One handshake: the protocol of an accepted connection until it is done.
 
-    Always: it is counted once, by its outcome, and is one of *unfinished*, and for *server* a
-    connection to be made, until then. Nothing of OpenSSL's is made before the first byte has come.
+    Always: it is counted once, by its outcome. Until then it is one of *unfinished*, and *server*
+    counts it as a connection to be made. No OpenSSL object is made before the first byte has come.
     """
 
     __slots__ = (
@@ -138,7 +138,7 @@ class Handshake(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the client's first bytes."""
-        # uvloop's are no instances of it.
+        # uvloop's transports are no instances of it.
         self._lower = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         self.address = peer[0] if peer else ""
@@ -162,7 +162,7 @@ class Handshake(asyncio.Protocol):
         except ssl.SSLWantReadError:
             self._flush()
         except ssl.SSLError as exc:
-            # With the alert that says why.
+            # This sends the alert with the reason.
             self._flush()
             self.give_up(FAILED, reason_of(exc))
         else:
@@ -170,7 +170,9 @@ class Handshake(asyncio.Protocol):
             self._finish(self._lower, self._object)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count a client that has left in the middle. A probe that sends nothing is no news."""
+        """Count a client that has left during its handshake. A probe that sends nothing is not
+        logged.
+        """
         del exc
         if self._lower is not None:
             self._settle(FAILED, "the client has left" if self._object is not None else "")
@@ -211,18 +213,20 @@ class Handshake(asyncio.Protocol):
         if self._writing_paused:
             connection.pause_writing()
         if self._incoming.pending:
-            # In a turn of its own, as what comes first on a plain connection.
+            # In a separate iteration of the loop, as the first bytes of a plain connection are.
             transport.read_soon()
 
     def _refuse_plain(self, data: bytes) -> None:
-        """Answer a plain request, of which *data* is the beginning, as far as HTTP is meant."""
+        """Answer a request without TLS, of which *data* is the beginning, if it looks
+        like HTTP.
+        """
         lower = self._lower
         assert lower is not None
         if not data[:1].isalpha():
             self.give_up(FAILED, "no TLS")
             return
         self._settle(PLAIN, "a plain request")
-        # What is left of the request is read, so that the client has its response.
+        # The rest of the request is read, so that the client gets its response.
         lower.set_protocol(asyncio.Protocol())
         lower.write(PLAIN_RESPONSE)
         lower.write_eof()
@@ -232,14 +236,14 @@ class Handshake(asyncio.Protocol):
 class TlsTransport(asyncio.Transport, asyncio.Protocol):
     """The transport of an HTTP connection over TLS, and the protocol of the transport below.
 
-    Always: what was written is with the transport below, encrypted; while reading is paused,
-    nothing is passed on, though decrypted bytes may be inside; they come before all that follow.
+    Always: all written bytes are with the transport below, encrypted. While reading is paused,
+    nothing is passed on, though decrypted bytes may wait inside; they come before all later ones.
     """
 
     __slots__ = (
         *("_decrypt", "_encrypt", "_ended", "_feed", "_incoming", "_lower", "_lower_write"),
         *("_object", "_outgoing", "_paused", "_protocol", "_take"),
-        # Those of the transport below, without a call of ours around each.
+        # The methods of the transport below, without a call of ours around each.
         *("get_write_buffer_size", "is_closing"),
     )
 
@@ -263,10 +267,10 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._lower_write = lower.write
         self.get_write_buffer_size, self.is_closing = lower.get_write_buffer_size, lower.is_closing
         self._paused = False
-        # Whether the client has said that nothing more comes.
+        # Whether the client has said that it sends nothing more.
         self._ended = False
 
-    # The transport of the connection above.
+    # The interface of a transport, for the connection above.
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt *data* and write it."""
@@ -290,11 +294,11 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self.write(b"".join(list_of_data))
 
     def close(self) -> None:
-        """Say that nothing more comes, and close once all is sent; nothing is waited for."""
+        """Announce the end, and close once all is sent, without waiting for the client."""
         self._paused = True
         if self.is_closing():
             return
-        # It would wait for the client's.
+        # SSLError: it would wait for the client's `close_notify`.
         with contextlib.suppress(ssl.SSLError):
             self._object.unwrap()
         if self._outgoing.pending:
@@ -302,7 +306,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._lower.close()
 
     def abort(self) -> None:
-        """Close at once; what is not sent is lost."""
+        """Close at once; unsent bytes are lost."""
         self._paused = True
         self._lower.abort()
 
@@ -313,18 +317,20 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             self._lower.pause_reading()
 
     def resume_reading(self) -> None:
-        """Pass on what comes, and before it what is inside already, in the next turn."""
+        """Pass on what comes, after the bytes that wait inside, in the next iteration
+        of the loop.
+        """
         if self._paused and not self.is_closing():
             self._paused = False
             self._lower.resume_reading()
             self.read_soon()
 
     def is_reading(self) -> bool:
-        """Return whether what comes is passed on."""
+        """Return whether incoming bytes are passed on."""
         return not self._paused and not self.is_closing()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Return what is known of the connection: of TLS, or of the socket below."""
+        """Return information about the connection: about TLS, or about the socket below."""
         if name == "sslcontext":
             return self._object.context
         if name == "ssl_object":
@@ -332,7 +338,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         return self._lower.get_extra_info(name, default)
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Set the bytes at which writing pauses, encrypted ones."""
+        """Set the numbers of encrypted bytes at which writing pauses and resumes."""
         self._lower.set_write_buffer_limits(high, low)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
@@ -344,7 +350,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         assert isinstance(protocol, asyncio.Protocol)
         self._protocol = protocol
 
-    # The protocol of the transport below.
+    # The interface of a protocol, for the transport below.
 
     def data_received(self, data: bytes) -> None:
         """Decrypt *data*, and pass it on unless reading is paused."""
@@ -353,7 +359,9 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             self.read_on()
 
     def eof_received(self) -> bool:
-        """Pass on what is left, and the end. The transport below stays, until we close it."""
+        """Pass on the remaining bytes, and the end. The transport below stays open until we close
+        it.
+        """
         self._incoming.write_eof()
         if not self._paused:
             self.read_on()
@@ -373,7 +381,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._protocol.resume_writing()
 
     def read_on(self) -> None:
-        """Pass on what is inside, until reading is paused or the rest of a record is missing."""
+        """Pass on the bytes inside, until reading is paused or the rest of a record is missing."""
         if self._ended:
             return
         incoming, decrypt = self._incoming, self._decrypt
@@ -396,47 +404,47 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             self._break()
             return
         if self._outgoing.pending and not self.is_closing():
-            # A message of the protocol itself, as the answer to a new key (RFC 8446, 4.6.3).
+            # A message of TLS itself, such as the answer to a key update (RFC 8446, 4.6.3).
             self._lower_write(self._take())
 
     def read_soon(self) -> None:
-        """Pass on what is inside in the next turn of the loop."""
+        """Pass on the bytes inside in the next iteration of the loop."""
         asyncio.get_running_loop().call_soon(self._read_on)
 
     def _read_on(self) -> None:
         try:
             self.read_on()
         except BaseException:
-            # As the loop does with a connection whose protocol has a bug.
+            # The loop does the same with a connection whose protocol raises.
             self.abort()
             raise
 
     def _end(self) -> None:
-        """Pass on that the client sends nothing more, once."""
+        """Pass on, once, that the client sends nothing more."""
         self._ended = True
         if not self._protocol.eof_received():
             self.close()
 
     def _break(self) -> None:
-        """End a connection on which something came, or was written, that TLS does not allow."""
+        """End a connection on which TLS does not allow the bytes that came or were written."""
         if self.is_closing():
             return
         self._paused = True
         if self._outgoing.pending:
-            # The alert.
+            # This sends the alert.
             self._lower_write(self._take())
         close_soon(self._lower)
 
 
 def close_soon(lower: asyncio.Transport) -> None:
-    """Close *lower*, at the latest after LINGERING: its peer need not read what is left."""
+    """Close *lower*, at the latest after LINGERING: its peer may not read the rest."""
     lower.close()
     if lower.get_write_buffer_size():
         asyncio.get_running_loop().call_later(LINGERING, lower.abort)
 
 
 def outlived(tls: ssl.SSLObject) -> bool:
-    """Return whether the client's certificate has expired: a resumed session does not show it
+    """Return whether the client's certificate has expired: a resumed session does not present it
     again.
     """
     der = tls.getpeercert(binary_form=True)

@@ -1,6 +1,6 @@
-"""The table of wings, the one file that names them; and the wings of a server, once they are open.
+"""The table of wings, in the one file that names them, and the open wings of a server.
 
-What a deleted wing has served is then unknown, as any path is.
+Paths of a deleted wing are unknown, as any other path is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# In the order in which they are opened; they are closed in the reverse one.
+# The order in which they are opened; they are closed in reverse order.
 WINGS: tuple[type[Wing], ...] = (
     ClusterWing,
     SimulatorWing,
@@ -53,8 +53,8 @@ WINGS: tuple[type[Wing], ...] = (
 
 
 def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
-    """Yield what *wings* cannot serve with, and each setting that needs a wing which is not among
-    them.
+    """Yield each setting that *wings* cannot serve with, and each that needs a wing which is not
+    among them.
     """
     wings = tuple(wings)
     there = {wing.name for wing in wings}
@@ -82,7 +82,7 @@ def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
 
 
 class Plugged(msgspec.Struct, frozen=True, kw_only=True):
-    """The open *wings* of one server, and what they bring: see `Wing`."""
+    """The open *wings* of one server, and the parts that they contribute: see `Wing`."""
 
     wings: Sequence[Wing]
     histories: Histories
@@ -95,7 +95,7 @@ class Plugged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def open_wings(wings: Sequence[Wing], core: Core, stack: AsyncExitStack) -> Plugged:
-    """Open *wings*, each with what *core* has then; *stack* closes them.
+    """Open *wings* in turn; each gets the *core* as it is by then. *stack* closes them.
 
     Raises:
         ConfigurationError: a wing cannot serve with these settings.
@@ -117,5 +117,5 @@ async def open_wings(wings: Sequence[Wing], core: Core, stack: AsyncExitStack) -
 
 
 def _first(brought: Iterable[T | None]) -> T | None:
-    """Return what one of the wings has *brought*; None if none of them has it."""
+    """Return the first of *brought* that is not None; None if there is none."""
     return next((each for each in brought if each is not None), None)

@@ -1,8 +1,8 @@
-"""Whether the server of this configuration answers on this machine: the health check of an image.
+"""The health check of an image: whether the server of this configuration answers on this machine.
 
 `python -m aioserver.tools.health [PATH]` ends with 0 if it does. The scheme and the port are those
-of the configuration. A configuration that has a fault now may be another one than that in effect,
-so both schemes are tried then.
+of the configuration. If the configuration has a fault, it may differ from the one in effect, so
+both schemes are tried.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aioserver.server.listener import url_of
 
 TIMEOUT = 2.0
 EVERYWHERE = {"0.0.0.0", "::"}  # noqa: S104 - compared
-# Reasons of OpenSSL on a server that wants a certificate: it lives, and lets nobody in without.
+# OpenSSL's reasons on a server that wants a client certificate: it lives, and refuses this client.
 ALIVE = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE")
 
 

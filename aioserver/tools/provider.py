@@ -44,7 +44,7 @@ def _fault(_context: click.Context, _parameter: click.Parameter, name: str) -> s
 
 
 def _fault_names(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    """Return the names of faults by which a shell completes what is *begun*."""
+    """Return the fault names that begin with *begun*, for a shell's completion."""
     prefix = faults.PREFIX if begun.startswith(faults.PREFIX) else ""
     return [name for fault in faults.FAULTS if (name := prefix + fault).startswith(begun)]
 
@@ -72,7 +72,7 @@ def _engine(
 
 
 def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    """Print what --fault takes, and exit."""
+    """Print the names that --fault takes, and exit."""
     if wanted and not context.resilient_parsing:
         click.echo(f"{FAULTS_TITLE}\n{faults.TABLE}", nl=False)
         context.exit()

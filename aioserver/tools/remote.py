@@ -27,13 +27,13 @@ RICH_MISSING = (
 DEFAULT_URL = "http://127.0.0.1:8000"
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0
-# What our server says to a plain request where it speaks TLS.
+# Our server's response to a plain request on a TLS port.
 SPEAK_TLS = "this port speaks TLS: use https://"
 # Characters of a server's message that are shown.
 MAX_TEXT = 300
 # Bytes of one event, which may hold ten minutes of history with many providers.
 MAX_EVENT_BYTES = 16 << 20
-# The paths of the faces, where the server has no overview that names them.
+# The paths of the faces, for a server whose overview does not name them.
 PATHS = {
     "websocket": "/ws/chat",
     "sse": "/sse/chat",
@@ -48,7 +48,7 @@ class Unreachable(Exception):
 
 
 class KeyNeeded(Unreachable):
-    """The server wants a key, and we have none that it knows."""
+    """The server wants a key, and does not know ours, or we have none."""
 
 
 def _check_url(_context: click.Context, _parameter: click.Parameter, text: str) -> str:
@@ -82,8 +82,8 @@ def session(key: str | None, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSess
 
 
 async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | None:
-    """Return the path of each face, of which the server's overview tells everybody; None if what
-    answers is no aioserver.
+    """Return the path of each face from the server's public overview; None if the other side is no
+    aioserver.
 
     Raises:
         Unreachable: nothing answered in time.
@@ -96,7 +96,7 @@ async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | No
             answer = await response.json()
     except aiohttp.ContentTypeError:
         return None
-    # Before ValueError, which a certificate that is not trusted is as well.
+    # Before ValueError, which an untrusted certificate raises as well.
     except (aiohttp.ClientError, OSError) as error:
         raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
     except ValueError:
@@ -115,7 +115,7 @@ async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | No
 
 
 async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -> None:
-    """Ask for the models, which needs a key where any request does and costs nothing.
+    """Ask for the models, which needs a key if other requests do, and costs nothing.
 
     Raises:
         KeyNeeded: the server does not know *key*, with which *session* was made, or there is none
@@ -164,8 +164,8 @@ async def events(response: aiohttp.ClientResponse) -> AsyncGenerator[ServerEvent
 
 
 async def read_error(response: aiohttp.ClientResponse) -> Fault:
-    """Read the error in a response whose status is not 200, up to a bound of its body; what the
-    server says in it is printable.
+    """Read the error in a response whose status is not 200, up to a bound of its body; the
+    server's message is made printable.
     """
     fault, _final = faults.refusal(
         response.status,

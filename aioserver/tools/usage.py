@@ -1,7 +1,7 @@
-"""`aioserver usage`: add up the ledger by caller, model, day, and what else a bill is made of.
+"""`aioserver usage`: add up the ledger by caller, model, day, and the other fields of a bill.
 
-It reads files, and asks no server. What it needs of the package is what reads a ledger, and the
-configuration only where no file is named.
+It reads files, and asks no server. Of the package it needs only the reader of ledgers, and the
+configuration if no file is named.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 KEYS = ("caller", "provider", "model", "day", "face", "path", "class", "outcome")
 DEFAULT_KEYS = "caller,model"
 SPANS = {"d": timedelta(days=1), "h": timedelta(hours=1)}
-# What a spreadsheet would take for the beginning of a formula (CWE-1236): a model's name may come
-# from a client.
+# Characters that a spreadsheet takes for the beginning of a formula (CWE-1236): a model's name may
+# come from a client.
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -40,7 +40,7 @@ def _check_keys(
         if name not in KEYS:
             raise click.BadParameter(f"{name!r} is none of {', '.join(KEYS)}")
     if len(set(names)) < len(names):
-        raise click.BadParameter("a name is there twice")
+        raise click.BadParameter("a name occurs twice")
     return names
 
 
@@ -56,7 +56,7 @@ def _check_moment(
         moment = datetime.fromisoformat(text)
         return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):
-        message = f"{text!r} is no day as 2026-11-01, and no span as 7d or 24h"
+        message = f"{text!r} is neither a day such as 2026-11-01 nor a span such as 7d or 24h"
         raise click.BadParameter(message) from None
 
 
@@ -163,7 +163,7 @@ def _configured(config: Path | None) -> Path:
 
 
 def _text(moment: datetime | None) -> str | None:
-    """Return *moment* as a line of the ledger has it."""
+    """Return *moment* in the format of the ledger."""
     if moment is None:
         return None
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

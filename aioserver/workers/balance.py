@@ -1,19 +1,19 @@
 """The balance: workers that share a listening socket stop accepting in turn, so that connections
 spread evenly.
 
-The kernel wakes all workers for a new connection, and the one that comes first gets it. Left
-alone, 600 idle WebSockets may all go to one worker. A worker therefore stops accepting, with a new
-connection, where it has more than STOP times the mean of all workers and a few beyond; it goes on,
-at a beat, where it has less than GO_ON times the mean. The mean is over the workers whose loops
-turn, so one that is blocked holds back nobody. The worker with the fewest connections has no more
-than the mean, so there is always one that accepts.
+The kernel wakes all workers for a new connection, and the fastest gets it. Without a balance, 600
+idle WebSockets may all go to one worker. With a new connection, a worker therefore stops accepting
+if it has more than STOP times the mean of all workers and a few beyond. At a beat it resumes if it
+has less than GO_ON times the mean. The mean is over the workers whose loops turn, so a blocked one
+holds back no other. The worker with the fewest connections has no more than the mean, so there is
+always one that accepts.
 
-To stop is to close this process' copies of the socket; the socket itself, which the siblings
-share, goes on listening. To go on is to make new copies. Nothing accepted is lost: see
+To stop, a process closes its copies of the socket; the socket itself, which the siblings share,
+continues to listen. To resume, it makes new copies. No accepted connection is lost: see
 `Site.stop`.
 
-A *beat* every BEAT says that this worker's loop turns, and looks at the others. Where the turn to
-accept again is to come, the next beat is after SOON. Where nothing happens here it is after REST:
+A *beat* every BEAT shows that this worker's loop turns, and checks the others. If the worker waits
+for its turn to accept again, the next beat is after SOON. If it is idle, the next is after REST:
 an idle server wakes up for little else.
 """
 
@@ -42,19 +42,20 @@ STOP = (1.06, 4)
 GO_ON = (1.03, 2)
 # Seconds between two beats. A worker counts as blocked three beats later (`loads.LATE`).
 BEAT, SOON, REST = 0.025, 0.005, 0.25
-# Seconds until it is tried again to make copies of the socket: the process has too many open
-# files.
+# Seconds between attempts to copy the socket when the process has too many open files.
 RETRY = 1.0
-# Connections that asyncio's loop accepts in one turn: a burst is not all for the worker that wakes
-# up first.
+# Connections that asyncio's loop accepts in one iteration: a burst must not go entirely to the
+# worker that wakes up first.
 AT_ONCE = 16
 
 
 class SharedSocket(ListeningSocket):
-    """A copy of a socket that listens already, with the backlog that it has."""
+    """A copy of a socket that already listens, with its backlog."""
 
     def listen(self, backlog: int = 0, /) -> None:
-        """Do nothing: asyncio's `backlog` is also how many it accepts in one turn, see AT_ONCE."""
+        """Do nothing: asyncio's `backlog` is also the number of connections it accepts at once,
+        see AT_ONCE.
+        """
 
 
 class Balance:
@@ -62,8 +63,8 @@ class Balance:
 
     Always: `connections` are those of this worker, and *loads* say so; from `start` to `close` one
     timer runs, for the next beat. *on_gone* is called with each instance of the cluster whose
-    process has ended (`Loads.gone`); those that had ended before are among them: where all workers
-    end at once, nobody else has seen it.
+    process has ended (`Loads.gone`). Instances that had ended before are included: if all workers
+    end at once, no other process has noticed.
     """
 
     def __init__(
@@ -74,9 +75,9 @@ class Balance:
         self._gone: list[int] = []
         self._look()
         self.connections = 0
-        # How often a connection has come or gone, and how often it had at the last beat.
+        # The number of connections that came or went, in total and up to the last beat.
         self._events, self._seen = 0, -1
-        # How many beats there were, and the seconds from the last one to the next.
+        # The number of beats, and the seconds from the last one to the next.
         self.beats, self.interval = 0, 0.0
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -89,15 +90,13 @@ class Balance:
         self.accepts = True
         self._ended = False
         self._switching: asyncio.Task[None] | None = None
-        # Whether no copy of a socket could be made, and until when none is tried again.
+        # Whether no copy of a socket could be made, and the time before which none is tried again.
         self._failing = False
         self._retry_at = 0.0
 
     @property
     def able(self) -> bool:
-        """Whether this worker accepts connections, or will as soon as the others have caught
-        up.
-        """
+        """Whether this worker accepts connections, or will once the others have caught up."""
         return not self._ended and not self._failing
 
     async def accept_on(
@@ -107,7 +106,7 @@ class Balance:
         backlog: int,
         handshakes: Handshakes | None = None,
     ) -> None:
-        """Accept for *server* what comes on *sock*, which listens already; `end` closes it.
+        """Accept connections for *server* on *sock*, which already listens; `end` closes it.
 
         *handshakes*: see `Site`.
 
@@ -148,7 +147,7 @@ class Balance:
         self._beat()
 
     def close(self) -> None:
-        """Beat no more."""
+        """Stop the beats."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -165,7 +164,7 @@ class Balance:
         self._beat_in(self.interval)
 
     def _look(self) -> None:
-        """Look whether processes of the cluster have ended."""
+        """Check whether processes of the cluster have ended."""
         if (gone := self._loads.gone()) != self._gone:
             for instance in set(gone).difference(self._gone, (0,)):
                 self._on_gone(instance)
@@ -182,9 +181,9 @@ class Balance:
         self._timer = self._loop.call_later(delay, self._beat)
 
     def _go_on(self) -> bool:
-        """Go on accepting if the others have caught up.
+        """Resume accepting if the others have caught up.
 
-        Return whether it has still to wait for them.
+        Return whether it still has to wait for them.
         """
         if not self.accepts and not self._ended:
             if asyncio.get_running_loop().time() < self._retry_at:
@@ -217,7 +216,7 @@ class Balance:
             self._switching = asyncio.get_running_loop().create_task(self._follow())
 
     async def _follow(self) -> None:
-        """Open or close the sites until that is what is wanted."""
+        """Open or close the sites until they are in the wanted state."""
         try:
             while self.accepts != bool(self._sites):
                 if self.accepts:
@@ -246,7 +245,8 @@ class Balance:
         for _ in range(count):
             copy = SharedSocket(sock.family, sock.type, sock.proto, fileno=sock.dup().detach())
             copy.setblocking(False)
-            # libuv accepts one for each copy and turn, and passes its backlog on to the kernel.
+            # libuv accepts one for each copy and iteration, and passes its backlog on to the
+            # kernel.
             at_once = AT_ONCE if count == 1 else backlog
             site = Site(server, copy, backlog=at_once, handshakes=handshakes)
             self._sites.append(site)
@@ -274,7 +274,7 @@ class _CountingServer(ConnectionServer):
         self._balance.made()
 
     def handshake_ends(self) -> None:
-        """Count it no more: it has ended, or is made now."""
+        """Stop counting it: it has ended, or is made now."""
         self._balance.lost()
 
     def connection_lost(

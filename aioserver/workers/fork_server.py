@@ -1,13 +1,13 @@
-"""From a parent to a worker without another program: what is forked shares the pages of all that
-its parent has imported, which is half of a worker's memory.
+"""How a parent makes a worker without executing another program: a forked process shares the pages
+of everything that its parent has imported, which is half of a worker's memory.
 
-Such a worker must be what a program that is executed now would be. So it is executed where that
-would run other code, or where the parent has threads, of which a fork has none; descriptors are
-closed as exec closes them; and nothing of the parent's is finalized.
+Such a worker must be equal to a program that is executed now. So a worker is executed instead if
+that would run other code, or if the parent has threads, which a fork would lack. Descriptors are
+closed as exec closes them, and none of the parent's objects is finalized.
 
-Private names of the standard library used here, guarded by `tests/workers/test_image.py`:
-`threading._shutdown`, `atexit._run_exitfuncs`. The interpreter ends with them, and so do the forked
-processes of multiprocessing.
+Private names of the standard library used here, guarded by `tests/workers/test_fork_server.py`:
+`threading._shutdown`, `atexit._run_exitfuncs`. The interpreter ends with them, and so do the
+forked processes of multiprocessing.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ if TYPE_CHECKING:
 
 
 class Image:
-    """What this process has loaded, as it was when this was made: modules, libraries, all files of
-    this package, and what libraries read once, such as the authorities that aiohttp trusts.
+    """The state that this process had loaded when this object was made: modules, libraries, all
+    files of this package, and data that libraries read once, such as the authorities that aiohttp
+    trusts.
     """
 
     def __init__(self) -> None:
         self._stamps = {path: stamp for path in _loaded() if (stamp := _stamp(path))}
 
     def differs(self) -> str | None:
-        """Return why a process that is forked now is not what an executed one would be; None if it
-        is.
+        """Return why a process that is forked now would differ from an executed one; None if it
+        would not.
         """
         try:
             threads = len([*Path("/proc/self/task").iterdir()])
@@ -77,11 +78,11 @@ def _stamp(path: str) -> tuple[int, int] | None:
 
 
 def pass_on(descriptors: Sequence[int]) -> range:
-    """Give *descriptors* the numbers from `systemd.FIRST` on, in a process that was just forked, and
-    return these.
+    """Give *descriptors* the numbers from `systemd.FIRST` on, in a process that was just forked,
+    and return these numbers.
     """
     numbers = range(systemd.FIRST, systemd.FIRST + len(descriptors))
-    # Above these, which some of them have.
+    # The copies lie above the target numbers, some of which are in use.
     copies = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, numbers.stop) for each in descriptors]
     for copy, number in zip(copies, numbers, strict=True):
         os.dup2(copy, number)
@@ -89,20 +90,21 @@ def pass_on(descriptors: Sequence[int]) -> range:
 
 
 def close_others() -> None:
-    """Close what exec would close, in a process that was just forked."""
-    # Objects of the parent own these numbers: none may ever be finalized, and close another's.
+    """Close the descriptors that exec would close, in a process that was just forked."""
+    # Objects of the parent own these numbers: none may ever be finalized, and close another's
+    # descriptor.
     gc.disable()
     gc.freeze()
     for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
-        # OSError: it was that of the list.
+        # OSError: the descriptor was that of the directory listing.
         with contextlib.suppress(OSError):
             if not os.get_inheritable(number):
                 os.close(number)
 
 
 def end_with(work: Callable[[], int]) -> NoReturn:
-    """Do *work* in a process that was just forked, and end with the exit code that it returns as
-    the interpreter would, but for the objects of the parent, which stay as they are.
+    """Do *work* in a process that was just forked, and end with the exit code that it returns. The
+    interpreter ends as usual, except that objects of the parent stay as they are.
     """
     code = 1
     try:

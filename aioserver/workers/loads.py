@@ -1,15 +1,15 @@
-"""The loads of the workers of one host, in shared memory: hints, by which they balance what they
-accept.
+"""The loads of the workers of one host, in shared memory: hints, by which they balance accepted
+connections.
 
 Each worker process has a slot; there are two for each worker, since a rolling restart starts the
 new process before the old one ends. Every cell is a number of 8 bytes with one writer at a time:
-the worker of its slot, or the parent, for a slot whose process it has reaped. Anybody may read. No
-cell is a limit: a wrong value costs balance, and the places of the workers are leases
+the worker of its slot, or the parent, for a slot whose process it has reaped. Every process may
+read. No cell is a limit: a wrong value costs balance, and the places of the workers are leases
 (wings/cluster/grants.py). The page is mapped by the parent and by all workers (a memfd, or an
 unlinked file); it has no lock.
 
 A store through a memoryview of format `q` is a memcpy of 8 bytes in CPython (`PACK_SINGLE` in
-Objects/memoryobject.c), which compilers turn into one store; aligned stores of 8 bytes are atomic
+Objects/memoryobject.c), which compilers turn into one store. Aligned stores of 8 bytes are atomic
 on every 64-bit machine that CPython supports.
 """
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SLOTS_PER_WORKER = 2
-# Seconds. A worker whose beat is later than that is blocked, or gone: it counts for no mean.
+# Seconds. A worker whose beat is later than that is blocked, or gone, and does not count for the
+# mean.
 LATE = 0.075
 
 _WORD: Final = 8
@@ -39,7 +40,7 @@ class _Column(IntEnum):
     CONNECTIONS = 0
     BEAT = 1
     ACCEPTING = 2
-    # Which instance of the cluster its worker is, and which one that has ended was its last.
+    # The cluster instance of its worker, and the last one that has ended in this slot.
     INSTANCE = 3
     GONE = 4
 
@@ -47,7 +48,7 @@ class _Column(IntEnum):
 # Cells in front of the columns: the layout, and the number of slots.
 _HEAD: Final = 2
 # The layout of the page, which a worker of another version than its parent's must not misread.
-# Count up the number where cells get another meaning.
+# Increment the number when cells get another meaning.
 _LAYOUT: Final = zlib.crc32(repr((2, list(_Column), SLOTS_PER_WORKER)).encode())
 
 
@@ -100,7 +101,7 @@ class Loads:
         return cls(fd)
 
     def close(self) -> None:
-        """Let go of the memory; *fd* stays open. Nothing may be called after it."""
+        """Release the memory; *fd* stays open. Nothing may be called after it."""
         self._cells.release()
         self._map.close()
 
@@ -124,24 +125,24 @@ class Loads:
         return [slot for slot, accepts in enumerate(states) if accepts and beats[slot] >= oldest]
 
     def gone(self) -> list[int]:
-        """Return of each slot the instance whose process has ended last there; 0: none."""
+        """Return, for each slot, the instance whose process has ended last there; 0: none."""
         return self._all(_Column.GONE)
 
     def beat(self, after: float, *, accepting: bool) -> None:
-        """Say that this worker's loop turns, whether it accepts, and that the next beat is *after*
-        so many seconds.
+        """Report that this worker's loop turns, whether it accepts, and that the next beat is in
+        *after* seconds.
         """
         self._put(_Column.ACCEPTING, self.slot, int(accepting))
         self._put(_Column.BEAT, self.slot, int((self._clock() + after) * _NANOSECONDS))
 
     def tell_connections(self, connections: int) -> None:
-        """Say how many connections there are here."""
+        """Report the number of connections here."""
         self._put(_Column.CONNECTIONS, self.slot, connections)
 
     def tell_instance(self, token: int) -> None:
-        """Say which instance of the cluster this worker is.
+        """Report the cluster instance of this worker.
 
-        *token* is not 0, and no other one ever has it.
+        *token* is not 0, and is never used by another instance.
         """
         self._put(_Column.INSTANCE, self.slot, token)
 

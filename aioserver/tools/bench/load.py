@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     from aioserver.tools.bench.clients import Question
 
-# Seconds that a refused client waits at most, even if the server asks for more: the run must go
+# The most seconds that a refused client waits, even if the server asks for more: the run must go
 # on.
 MAX_DELAY = 1.0
-# Seconds that a refused client waits if the server asks for no time: it must not spin.
+# Seconds that a refused client waits if the server names no time: it must not spin.
 DEFAULT_DELAY = 0.1
-# The share of a core from which on the run measures this process and not the server.
+# The share of a core above which the run measures this process and not the server.
 BUSY = 0.9
 
 

@@ -15,7 +15,7 @@ from aioserver.tools.remote import printable
 if TYPE_CHECKING:
     from aioserver.client import AnswerError
 
-# Statuses that say "not now". An answer that fails in any other way is incomplete.
+# Statuses that mean "not now". An answer that fails in any other way is incomplete.
 REFUSING_STATUSES = frozenset({429, 503})
 REFUSALS = {
     error.code for error in subclasses(AioserverError) if error.status in REFUSING_STATUSES
@@ -94,7 +94,7 @@ class Results:
 
     @property
     def finished(self) -> int:
-        """Requests that have ended, in whatever way."""
+        """Requests that have ended, with any outcome."""
         return self.ok + self.refused.total() + self.incomplete.total()
 
     def count(self, counter: Counter[str], code: str, message: str) -> None:
@@ -136,8 +136,8 @@ class Results:
 
 
 class Attempt:
-    """One request as its client sees it. The client reports all that comes; then either `complete`
-    or `fail` counts the request, unless it was cancelled.
+    """One request as its client sees it. The client reports each event; at the end either
+    `complete` or `fail` counts the request, unless it was cancelled.
     """
 
     def __init__(self, results: Results) -> None:
@@ -145,16 +145,17 @@ class Attempt:
         self._results = results
         self._begun = self._last_event = time.perf_counter()
         self._token_seen = False
-        # The queue in which the request waits, and since when; and those where it has waited.
+        # The queue in which the request waits, and since when; and the queues in which it has
+        # waited.
         self._waits: Waits | None = None
         self._since = 0.0
         self._waited: set[Waits] = set()
 
     def event(self, *, token: bool = False) -> None:
-        """Record an event of the answer. *token*: it has a part of what the model says."""
+        """Record an event of the answer. *token*: it has a part of the model's text."""
         now = time.perf_counter()
         self._results.events += 1
-        # The wait for the first token is measured by itself.
+        # The wait for the first token is a measure of its own.
         if self._token_seen:
             self._results.gap.add(now - self._last_event)
         elif token:
@@ -173,7 +174,7 @@ class Attempt:
             self._waited.add(waits)
 
     def stop_waiting(self) -> None:
-        """Record that the request waits no more."""
+        """Record that the wait has ended."""
         if self._waits is not None:
             self._waits.longest = max(self._waits.longest, time.perf_counter() - self._since)
             self._waits = None

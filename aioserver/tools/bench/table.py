@@ -13,15 +13,16 @@ from rich.text import Text
 if TYPE_CHECKING:
     from aioserver.tools.bench.load import Run
 
-# Seconds; drawn on the event loop, since a thread of its own would take time from the clients.
+# Seconds. It is drawn on the event loop, since a thread of its own would take time from the
+# clients.
 DRAW_INTERVAL = 0.25
 
 
 class ProgressConsole(Console):
-    """Stderr, which may be a pipe that nobody reads: that costs the bar, and not the report."""
+    """Stderr, which may be a pipe without a reader: that costs the bar, and not the report."""
 
     def on_broken_pipe(self) -> None:
-        """Write no more; rich itself would end the process."""
+        """Stop writing; rich itself would end the process."""
         self.quiet = True
 
 

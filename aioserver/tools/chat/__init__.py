@@ -3,14 +3,14 @@
 - `command` is the command line, and decides between a **dialog**, which asks until the person
   leaves, and a **single question** with a single answer, whose exit code a script can use.
 - `dialog` reads questions from a person, line by line, and knows the few `/commands`.
-- `asking` sends a question, and shows what comes on a **display**. A question is the words of the
-  command line, and stdin where that is no terminal; the **history** is the part of the
-  conversation that is sent with it, where the server does not keep it. **Interrupts** are signals
+- `asking` sends a question, and shows the answer on a **display**. A question is the words of the
+  command line, and stdin where that is no terminal. The **history** is the part of the
+  conversation that is sent with it, if the server does not keep it. **Interrupts** are signals
   that end an answer, or the program.
 - `display` writes text as it comes. `markdown` is the display that draws with rich, an optional
-  package: Markdown in **blocks** that later text cannot change, so that each is drawn once, and
-  below it a line with what is waited for. Of any text, what a terminal would obey instead of show
-  is taken out.
+  package. It draws Markdown in **blocks** that later text cannot change, each once, and below it a
+  line with the current wait. Control functions that a terminal would obey are removed from any
+  text.
 
 Stdout gets the answers and nothing else; everything else goes to stderr.
 """

@@ -1,7 +1,7 @@
-"""Asks one question over the client library, and shows what comes, until its end or a signal.
+"""Asks one question over the client library, and shows its answer, until its end or a signal.
 
-The question is the words of a command line, and stdin where that is no terminal; with it goes a
-part of the conversation.
+The question is the words of a command line, and stdin where that is no terminal; a part of the
+conversation is sent with it.
 
 Signals end an answer, or the program: SIGINT (Ctrl-C), SIGTERM, and SIGHUP of a terminal that was
 closed. While an answer comes, the first signal cancels its task, so that the answer ends at the
@@ -40,22 +40,23 @@ if TYPE_CHECKING:
 
     from aioserver.client import AnswerError, Event
 
-# Characters of earlier turns that are sent. A server takes 16 MiB, and models take less than this.
+# Characters of earlier turns that are sent. A server accepts 16 MiB, and models less than this.
 MAX_CHARACTERS = 1_000_000
-# Characters of what a model thinks.
+# Characters that are shown of a model's reasoning.
 MAX_THOUGHT = 60
 
 
 class History:
-    """Either the server keeps the conversation, and gets its id; or it is kept here, behind a
-    system prompt.
+    """The conversation, which is either kept by the server under an id, or kept here with a system
+    prompt in front.
 
-    Always: what is kept here is whole turns, the newest, and at most MAX_CHARACTERS.
+    Always: a history that is kept here consists of whole turns, the newest, and has at most
+    MAX_CHARACTERS.
     """
 
     def __init__(self, *, conversation_id: str | None = None, system: str | None = None) -> None:
-        """*conversation_id*: that of a conversation to go on with. With a *system* prompt there is
-        none at the server.
+        """*conversation_id* is that of a conversation to continue. With a *system* prompt the
+        conversation is not kept by the server.
         """
         self._system = system
         self._id = conversation_id or uuid.uuid4().hex
@@ -68,7 +69,7 @@ class History:
         return self._id if self._system is None else None
 
     def content(self, question: str) -> str | list[dict[str, str]]:
-        """Return what to send for *question*: a text, or the messages up to it."""
+        """Return the content to send for *question*: a text, or the messages up to it."""
         if self._system is None:
             return question
         system, asked = _message("system", self._system), _message("user", question)
@@ -92,7 +93,7 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-# Bytes that are read of stdin: half of what a server takes by default, since JSON may double them.
+# Bytes that are read of stdin: half of a server's default limit, since JSON may double them.
 MAX_BYTES = 8 << 20
 # A first word that is an address: a URL, `localhost`, or a host with a port.
 _ADDRESS = re.compile(
@@ -113,7 +114,7 @@ def split(words: Sequence[str]) -> tuple[str | None, str]:
 
 
 def decoded(argument: str) -> str:
-    """Return an *argument* without bytes that are not UTF-8, which no server takes."""
+    """Return *argument* without bytes that are not UTF-8, which no server accepts."""
     return argument.encode(errors="surrogateescape").decode(errors="replace")
 
 
@@ -160,7 +161,8 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
-            # `nohup` has SIGHUP ignored, and a shell SIGINT for what runs in the background.
+            # `nohup` makes its program ignore SIGHUP, and a shell makes background programs ignore
+            # SIGINT.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._take)
         return self
@@ -199,8 +201,8 @@ class Interrupts:
 
 
 def end_by(number: int) -> NoReturn:
-    """End this process by the signal *number*, as if nobody had taken it over: a shell then ends
-    its loop, too.
+    """End this process by the signal *number*, as if it had no handler: a shell then ends its
+    loop, too.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -238,8 +240,8 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         OSError: stdout cannot be written.
     """
     begun, thought = False, ""
-    # The socket lives as long as the answer: a person who thinks or leaves holds no place at the
-    # server.
+    # The socket lives only as long as the answer: a person who thinks or leaves holds no place at
+    # the server.
     async with (
         make_display() as display,
         Client(
@@ -263,12 +265,12 @@ async def ask(settings: Settings, history: History, question: str) -> None:
                         begun = True
                         display.text(event.text)
                     elif not begun:
-                        # Below a text nothing is of interest but more of it.
+                        # Once there is text, only more text is of interest.
                         if isinstance(event, Reasoning):
                             thought = (thought + event.text)[-MAX_THOUGHT:]
                         show(event, thought, display)
         except asyncio.CancelledError:
-            # The server is told now, which may take seconds.
+            # Now the server is told, which may take seconds.
             display.note("stopping")
             raise
         finally:
@@ -277,8 +279,8 @@ async def ask(settings: Settings, history: History, question: str) -> None:
 
 
 def make_display() -> Display:
-    """Return a display for stdout: one that draws, where a terminal can be drawn on and rich is
-    installed.
+    """Return a display for stdout: one that draws, if rich is installed and stdout is a terminal
+    that supports it.
     """
     out, terminal = sys.stdout, sys.stdout.isatty()
     screen = out if terminal else sys.stderr
@@ -295,8 +297,8 @@ def make_display() -> Display:
 
 
 def show(event: Event, thought: str, display: Display) -> None:
-    """Show what is waited for, by an *event* in front of the text; *thought* is the end of what
-    the model thinks.
+    """Show the current wait, from an *event* before the text; *thought* is the end of the model's
+    reasoning.
     """
     match event:
         case Queued(position=position, eta=eta):
@@ -315,7 +317,7 @@ def show(event: Event, thought: str, display: Display) -> None:
 
 
 def remark(complete: Complete | None) -> None:
-    """Say on stderr what is unusual about a whole answer."""
+    """Report on stderr anything unusual about a whole answer."""
     reason = complete.finish_reason if complete is not None else None
     if reason == "length":
         warn("the answer was cut: it is as long as max_tokens allows")
@@ -326,7 +328,7 @@ def remark(complete: Complete | None) -> None:
 
 
 def explain(error: AnswerError, settings: Settings) -> str:
-    """Return in one line what went wrong, and what to do."""
+    """Return in one line the fault and its remedy."""
     if error.code == "invalid_api_key":
         return f"{settings.url} does not know this key: see --key and AIOSERVER_KEY"
     if error.code == "missing_api_key":

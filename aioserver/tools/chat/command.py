@@ -73,13 +73,15 @@ def command(
 
 
 def chat(settings: Settings, history: History, text: str) -> int:
-    """Hold a dialog, or ask *text* and what stdin has. Returns the exit code: see `command`."""
+    """Hold a dialog, or ask *text* with the content of stdin. Returns the exit code: see
+    `command`.
+    """
     if sys.stdout is None:
         asking.warn("stdout is closed: there is no place for an answer")
         return 1
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Text that the terminal's encoding lacks costs that text, and no traceback.
+            # A character that the terminal's encoding lacks is replaced, and causes no traceback.
             stream.reconfigure(errors="replace")
     person = sys.stdin is not None and sys.stdin.isatty()
     dialog = person and sys.stdout.isatty() and not text
@@ -87,7 +89,7 @@ def chat(settings: Settings, history: History, text: str) -> int:
         try:
             if not dialog:
                 text = _whole_question(text, person=person)
-            # Before the first question, which would be lost.
+            # Checked before the first question, which would be lost.
             settings = interrupts.run(_look(settings))
             if dialog:
                 Dialog(settings, history, interrupts).run()
@@ -110,7 +112,7 @@ def chat(settings: Settings, history: History, text: str) -> int:
 
 
 def _whole_question(text: str, *, person: bool) -> str:
-    """Return *text* and what stdin has. A *person* who has typed a text is not asked for more.
+    """Return *text* and the content of stdin. If a *person* has typed a text, stdin is not read.
 
     Raises:
         BadQuestion: there is no question, or one that cannot be sent.

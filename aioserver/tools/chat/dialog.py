@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from aioserver.tools.chat.asking import History, Interrupts, Settings
 
-# Their place among the attributes of a terminal (termios).
+# The index of the local modes among the attributes of a terminal (termios).
 LOCAL_MODES = 3
 PROMPT, MORE = "> ", ". "
 QUOTES = '"""'
@@ -93,7 +93,7 @@ class Dialog:
         return line.strip()
 
     def _obey(self, command: str) -> bool:
-        """Carry out a command; returns whether the dialog goes on."""
+        """Carry out a command; return whether the dialog continues."""
         name, _, argument = command.partition(" ")
         match name:
             case "/quit" | "/exit":
@@ -140,6 +140,6 @@ def _no_echo() -> Iterator[None]:
     try:
         yield
     finally:
-        # It fails where the terminal is gone.
+        # It fails if the terminal is gone.
         with contextlib.suppress(termios.error):
             termios.tcsetattr(terminal, termios.TCSADRAIN, before)

@@ -1,9 +1,9 @@
-"""Where an answer goes: to a pipe as it is, to a terminal without what it would obey.
+"""The output of an answer: unchanged to a pipe, and without control functions to a terminal.
 
-ECMA-48 control functions are taken out of any text before a terminal gets it. A terminal obeys what
-follows an ESC or a C1 control character: it can be made to lie about what it shows, to set its
-title, and some terminals to type. Bidirectional overrides (UAX #9) show a text in another order
-than it has.
+ECMA-48 control functions are removed from any text before a terminal gets it. A terminal obeys any
+sequence that follows an ESC or a C1 control character: the sequence can falsify the screen, set
+the title, and make some terminals type. Bidirectional overrides (UAX #9) show a text in another
+order than it has.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ REPLACEMENT = "\ufffd"
 
 
 def safe(text: str) -> str:
-    """Return *text* without characters that a terminal obeys; each is a replacement character.
+    """Return *text* in which each character that a terminal obeys is a replacement character.
 
-    Lines end with LF: a carriage return, which lets a terminal write over its line, is taken out.
+    Lines end with LF: a carriage return, which lets a terminal write over its line, is removed.
     """
     return _UNSAFE.sub(REPLACEMENT, text.replace("\r", ""))
 
 
 class Display:
     """Writes one answer to *out* inside an `async with`, each piece at once. On a *terminal*
-    control characters are taken out.
+    control characters are replaced.
 
-    Its methods, and the end of the block, raise an OSError where *out* cannot be written.
+    Its methods, and the end of the block, raise an OSError if *out* cannot be written.
     """
 
     def __init__(self, out: TextIO, *, terminal: bool) -> None:
@@ -46,7 +46,7 @@ class Display:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        # What follows in a terminal or a file begins a line.
+        # The next output in a terminal or a file begins a line.
         if self._last != "\n":
             self._out.write("\n")
         self._out.flush()
@@ -61,7 +61,8 @@ class Display:
             self._last = piece[-1]
 
     def note(self, text: str, *, progress: bool = False) -> None:
-        """Say *text*, what is waited for until the answer begins, where a line can be replaced.
+        """Show *text*, which names the current wait, until the answer begins, if a line can be
+        replaced.
 
-        *progress*: the text shows by itself that something happens.
+        *progress*: the text itself shows that something happens.
         """

@@ -1,17 +1,18 @@
 """Draws an answer as Markdown with rich, an optional package, while it comes.
 
-Markdown that still comes (CommonMark 0.31) is cut into blocks which later text cannot change: all
-but the last one of its whole lines. These are printed once and scroll away as any output. The last
-block is drawn below them, and again when more of it comes, at most each DRAW_INTERVAL; of one that
-is taller than the terminal the end is shown until it is finished. So the work for an answer grows
-with its length and not with its square. A block that is larger than a bound is cut, too: a list in
-front of an item; a piece of a code block or a table has the first lines of that again. What is
-lost: a link whose address is defined in another block is shown as it is written, and emphasis ends
-where a paragraph is cut.
+Incomplete Markdown (CommonMark 0.31) is cut into blocks which later text cannot change: all but
+the last one of its whole lines. These are printed once and scroll away as any output. The last
+block is drawn below them, and redrawn when more of it comes, at most each DRAW_INTERVAL. If it is
+taller than the terminal, only its end is shown until it is finished. So the work for an answer
+grows with its length and not with its square.
 
-What rich has drawn is made safe for the terminal again: `&#13;`, and `%1b` in a link, become
+A block that exceeds a bound is cut, too: a list in front of an item; each further piece of a code
+block or a table repeats its first lines. As a result, a link whose address is defined in another
+block is shown as it is written, and emphasis ends where a paragraph is cut.
+
+The output of rich is made safe for the terminal once more: `&#13;`, and `%1b` in a link, become
 control characters only there. HTML is text (else `List<String>` would lose its half), and links
-are written out: what a person sees is where a link leads.
+are written out, so that a person sees where a link leads.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ if TYPE_CHECKING:
     from markdown_it.token import Token
     from rich.console import ConsoleOptions, RenderResult
 
-# The last block is drawn again some ten times a second.
+# The last block is redrawn some ten times a second, so it is bounded.
 MAX_CHARACTERS = 4096
 # Seconds.
 DRAW_INTERVAL = 0.08
-# Seconds after which a wait says how long it is; it may be that nothing else ever comes. And those
-# in the middle of an answer.
+# Seconds after which a wait shows its duration, since nothing else may ever come; and seconds of
+# silence in the middle of an answer after which the same is shown.
 LONG, SILENCE = 2.0, 5.0
 # HTML is text; rich itself leaves HTML out, and fails at a lone `</kbd>`.
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
 
 class Block(NamedTuple):
-    """A document of its own. *joined*: it goes on with what the block before it began, without a
-    blank line between.
+    """A document of its own. *joined*: it continues the block before it, without a blank line
+    between.
     """
 
     source: str
@@ -61,8 +62,9 @@ class Block(NamedTuple):
 class Blocks:
     """Text in, finished blocks out.
 
-    Always: the finished blocks and `last` are what was taken, and the first lines of a code block
-    or a table in front of each further piece of it; no block is larger than the bound and these.
+    Always: the finished blocks and `last` together are the text so far; each further piece of a
+    code block or a table repeats its first lines. No block is larger than the bound and these
+    lines.
     """
 
     def __init__(self) -> None:
@@ -108,12 +110,12 @@ class Blocks:
 
 
 def _opening(tokens: list[Token], source: str) -> str | None:
-    """Return what a piece needs in front that goes on with the block *source*, whose *tokens* have
-    a place in it; None if that block has ended.
+    """Return the lines that must precede a piece which continues the block *source*, whose
+    *tokens* have their lines in it; None if that block has ended.
     """
     if tokens and (last := tokens[-1]).type == "fence":
         assert last.map is not None
-        # One that is closed has two lines more than its code.
+        # A closed code block has two lines more than its code.
         if last.map[1] - last.map[0] < last.content.count("\n") + 2:
             return f"{last.markup}{last.info}\n"
         return "" if last.level else None
@@ -149,13 +151,13 @@ class AnswerConsole(Console):
     """A console whose cursor is always shown: a second signal leaves no time to restore it."""
 
     def show_cursor(self, show: bool = True) -> bool:  # noqa: ARG002 - rich's signature
-        """Show it still."""
+        """Keep the cursor shown."""
         return False
 
 
 class DrawnDisplay(Display):
-    """Draws one answer on *screen*, a terminal, and below it what is waited for; only that, where
-    the answer goes elsewhere, to *out*.
+    """Draws one answer on *screen*, a terminal, and below it the current wait. If the answer goes
+    elsewhere, to *out*, only the wait is drawn.
 
     It belongs to the event loop of its block.
     """
@@ -164,7 +166,7 @@ class DrawnDisplay(Display):
         super().__init__(out, terminal=False)
         self._plain = out is not screen
         self._console = console or AnswerConsole(file=screen, highlight=False)
-        # The display itself is what is drawn.
+        # The display itself is the renderable.
         self._live = Live(
             self,
             console=self._console,
@@ -177,10 +179,10 @@ class DrawnDisplay(Display):
         self._blocks = Blocks()
         self._taken = ""
         self._anything = False
-        # What is waited for, and since when, if that is told; the line that was drawn of it.
+        # The current wait, and since when, if that is shown; and its line as drawn.
         self._note, self._line = "", ""
         self._since = float("inf")
-        # When a text came the last time.
+        # The time of the last text.
         self._heard = float("inf")
         self._drawing: asyncio.Task[None] | None = None
 
@@ -215,7 +217,7 @@ class DrawnDisplay(Display):
             self._drawing.result()
 
     def note(self, text: str, *, progress: bool = False) -> None:
-        """Say *text* on a line below the answer, until more of that comes."""
+        """Show *text* on a line below the answer, until more of the answer comes."""
         self._note = printable(text)
         self._since = float("inf") if progress else time.monotonic()
         self._draw()
@@ -226,12 +228,14 @@ class DrawnDisplay(Display):
             self._draw()
 
     def _draw(self, *, end: bool = False) -> None:
-        """Replace what was shown by the finished blocks, and show the last one below them."""
+        """Print the finished blocks in place of what was shown, and show the last block below
+        them.
+        """
         line, taken, self._taken = self._wait(), self._taken, ""
         if not (end or taken or line != self._line):
             return
         self._line = line
-        # At the end the last line is a whole one.
+        # At the end the last line counts as whole.
         finished = self._blocks.take(f"{taken}\n" if end else taken)
         if end:
             finished.append(self._blocks.last)
@@ -246,7 +250,7 @@ class DrawnDisplay(Display):
             self._live.refresh()
 
     def _wait(self) -> str:
-        """Return what is waited for."""
+        """Return the line of the current wait."""
         now = time.monotonic()
         if (silence := now - self._heard) >= SILENCE and not self._note:
             return f"nothing has come for {silence:.0f} s; Ctrl-C stops the answer"
@@ -254,7 +258,7 @@ class DrawnDisplay(Display):
         return f"{self._note} ({now - self._since:.0f} s)" if long else self._note
 
     def __rich_console__(self, console: Console, _options: ConsoleOptions) -> RenderResult:
-        """Draw the end of the last block, and what is waited for.
+        """Draw the end of the last block, and the current wait.
 
         One line stays free: a full screen would scroll, and lines that scrolled away cannot be
         replaced.
@@ -272,7 +276,8 @@ class DrawnDisplay(Display):
         rendered = self._console.render_lines(AnswerMarkdown(block.source), options, pad=False)
         lines = [_safe_line(line) for line in rendered]
         if not block.source.lstrip().startswith(("```", "~~~")):
-            # rich puts blank lines around lists, quotes and tables; those of code are the code's.
+            # rich puts blank lines around lists, quotes and tables; blank lines of code belong to
+            # the code.
             while lines and not lines[-1]:
                 lines.pop()
             while lines and not lines[0]:
@@ -285,8 +290,8 @@ def _joined(lines: list[list[Segment]]) -> list[Segment]:
 
 
 def _safe_line(segments: list[Segment]) -> list[Segment]:
-    """Return a line without control functions that are not rich's own, and without the spaces at
-    its end that rich fills it with, and a person would copy.
+    """Return a line without control functions that are not rich's own, and without the trailing
+    spaces that rich adds, which a person would copy.
     """
     clean = [
         Segment(safe(segment.text).replace("\n", " ").replace("\t", " "), segment.style)

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from aioserver.tools.top.screen import Screen
 
-# Seconds. Each event draws the screen too, but a lost server sends none, and its time on the
-# screen goes on.
+# Seconds. Each event draws the screen too, but a lost server sends none, while the displayed time
+# must go on.
 DRAW_INTERVAL = 1.0
-# The key that ends it, and the bytes of keys that are read at once.
+# The key that ends the program, and the most bytes of keys that are read at once.
 QUIT, MAX_KEYS = b"q", 64
 
 
@@ -102,9 +102,9 @@ async def _live(state: State, interval: float, key: str | None, screen: ModuleTy
 
 
 class Keys:
-    """The keys that are pressed while it is a context: `q` calls *on_quit*.
+    """The pressed keys, inside a `with`: `q` calls *on_quit*.
 
-    Always: the terminal is as it was before when the context has ended.
+    Always: the terminal is as it was before when the block has ended.
     """
 
     def __init__(self, on_quit: Callable[[], None]) -> None:
@@ -114,7 +114,7 @@ class Keys:
     def __enter__(self) -> Self:
         if sys.stdin is not None and sys.stdin.isatty():
             self._before = termios.tcgetattr(sys.stdin)
-            # One key at a time and without its echo; Ctrl-C is a signal still.
+            # One key at a time and without echo; Ctrl-C is still a signal.
             tty.setcbreak(sys.stdin, termios.TCSANOW)
             asyncio.get_running_loop().add_reader(sys.stdin, self._pressed)
         return self

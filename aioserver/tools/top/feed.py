@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Incidents that are kept: as many as the server keeps.
 MAX_INCIDENTS = 100
-# Seconds between two attempts at most: a person waits.
+# The most seconds between two attempts: a person waits.
 MAX_DELAY = 4.0
 # Seconds beyond the interval after which a server that sends no byte counts as lost.
 SILENCE = 10.0
@@ -148,7 +148,7 @@ class Feed:
         except (aiohttp.ClientError, OSError) as error:
             raise LostError(remote.describe(error)) from None
         except (EventTooLong, orjson.JSONDecodeError):
-            raise LostError("the server sends something else than aioserver's events") from None
+            raise LostError("the server does not send aioserver's events") from None
         raise LostError("the server closed the connection")
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:

@@ -1,7 +1,6 @@
 """Draws the state of a server, with rich; 80 columns are enough.
 
-Whatever came from the server is drawn as text: markup has no effect, and there are no control
-characters in it.
+Text from the server is drawn as it is: markup has no effect, and control characters are removed.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ MARKS = {"ok": "+", "warning": "!", "error": "x"}
 BAR_WIDTH = 24
 NEARLY_FULL = 0.8
 UNKNOWN = "-"
-# Groups that have a row.
+# The most groups that have a row.
 MAX_GROUPS = 10
-# Callers that are shown: those that have spent most today.
+# The most callers that are shown: those that have spent most today.
 MAX_CALLERS = 10
-# The share of a budget from which on it is shown as a warning.
+# The used share of a budget above which it is shown as a warning.
 MUCH = 0.9
 UNKNOWN_VERDICT = {"level": "warning", "word": "Unknown", "text": "the server sends no verdict"}
 
@@ -70,7 +69,7 @@ def terminal() -> bool:
 
 
 def render(state: State) -> RenderableType:
-    """Lay out the state, the most important on top: what does not fit is cut off below."""
+    """Lay out the state, the most important on top: rows that do not fit are cut off below."""
     stats = state.stats
     parts: list[RenderableType] = [_title(state), _verdict(state), ""]
     if stats is not None:
@@ -159,7 +158,7 @@ def _bars(connections: dict[str, Any]) -> Table:
 def _providers(providers: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("provider", no_wrap=True, max_width=14, overflow="ellipsis")
-    # A column less, where nothing was continued, keeps it within 80.
+    # One column less, if no answer was continued, keeps the table within 80.
     seams = {
         name: total
         for name, provider in providers.items()
@@ -192,7 +191,7 @@ def _providers(providers: dict[str, Any]) -> Table:
 
 
 def _groups(groups: dict[str, Any]) -> list[RenderableType]:
-    """Return a table of *groups*, whose members have their places and what is wrong with them."""
+    """Return a table of *groups*, whose members have their places and their faults."""
     if not groups:
         return []
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
@@ -221,7 +220,7 @@ def _groups(groups: dict[str, Any]) -> list[RenderableType]:
 
 
 def _callers(keys: dict[str, Any]) -> list[RenderableType]:
-    """Return a table of callers: what each has spent today, and has left, runs and waits."""
+    """Return a table of callers: usage today, rest of the budget, running and waiting requests."""
     if not keys:
         return []
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
@@ -274,7 +273,7 @@ def _instances(instances: dict[str, Any]) -> list[Text]:
 
 
 def _unused(provider: dict[str, Any]) -> bool:
-    """Return whether *provider* is only configured: most often it has no key."""
+    """Return whether *provider* is only configured: usually it has no key."""
     return not (provider.get("usable", True) or provider.get("active") or provider.get("requests"))
 
 
@@ -316,7 +315,7 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
 
 
 def _silent(silent: dict[str, int]) -> str:
-    """Return the silence of a provider at the moment; "" if no answer is under way."""
+    """Return the current silence of a provider; "" if no answer is under way."""
     if not silent.get("under_way"):
         return ""
     number = silent.get("stalled", 0) + silent.get("unanswered", 0)

@@ -37,8 +37,8 @@ class MessagesApi(Api):
     def key_headers(self, host: str, key: str) -> dict[str, str]:
         """Return the headers that present *key*.
 
-        Anthropic takes it as `x-api-key` alone, and engines that speak Messages as one or the
-        other.
+        Anthropic accepts only `x-api-key`; engines that speak Messages accept this or
+        `Authorization`.
         """
         own = {"x-api-key": key}
         anthropic = host == HOST or host.endswith(f".{HOST}")
@@ -59,7 +59,7 @@ class MessagesApi(Api):
     def check_status(
         self, provider: str, status: int, headers: Mapping[str, str], body: bytes
     ) -> None:
-        """Raise the fault that the *status* of an answer of *provider* means.
+        """Raise the fault for the *status* of an answer of *provider*.
 
         Raises:
             ProviderFault: it is none of 200 to 299.
@@ -77,7 +77,7 @@ class MessagesApi(Api):
 
 
 class CountingApi(WordlessApi, MessagesApi):
-    """The path that counts the tokens of a request, and has no answer of a model."""
+    """The path that counts the tokens of a request, and generates no answer."""
 
     costs = False
 

@@ -1,7 +1,7 @@
 """An attempt to get a message (`/v1/messages`), also from a provider that has chat completions
-only, and what a count of tokens is where nobody counts them.
+only, and the estimate of tokens if the provider does not count them.
 
-To a provider that speaks the API, a request goes as it came, but for one thing: a thinking block
+To a provider that speaks the API, a request goes as it came, with one exception: a thinking block
 that a bridge has written has a signature of ours, which the API would refuse.
 """
 
@@ -58,15 +58,15 @@ class MessagesCapabilities(PathCapabilities):
 
     @property
     def messages(self) -> str | None:
-        """The word of `/stats` for how they are asked for."""
+        """The word in `/stats` for how they are requested."""
         if self.bridged:
             return "bridge"
         return "speaks" if self.present or not self.learns else "unknown"
 
 
 class CountingCapabilities(MessagesCapabilities):
-    """The knowledge of whether it counts their tokens, which an engine may not that answers
-    them.
+    """The knowledge of whether it counts their tokens; an engine may answer messages without
+    counting them.
     """
 
     messages = None
@@ -79,7 +79,7 @@ class MessageAttempt(BridgedAttempt):
     shown_path, shown_api = "/v1/messages", "messages"
 
     def _own_preparation(self) -> Awaitable[None] | None:
-        """Return the steps that take our thinking out of the request."""
+        """Return the steps that remove our thinking blocks from the request."""
         body = self.request.body(self.provider.settings, self.model)
         if self.hop is None and body.find(SIGNATURE.encode()) < 0:
             # It is sent at once, and need not be made again.
@@ -93,7 +93,7 @@ class MessageAttempt(BridgedAttempt):
         self.prepared = body if self.hop is None else await self.hop.body(body)
 
     def stream_sink(self, stream: Stream) -> StreamSink:
-        """Return what fills *stream* with the events of the answer."""
+        """Return the sink that fills *stream* with the events of the answer."""
         chat, transcript = self._chat, stream.transcript
         if chat is None:
             return super().stream_sink(stream)
@@ -101,7 +101,7 @@ class MessageAttempt(BridgedAttempt):
         writer = (
             transcript.writer if isinstance(transcript, BridgedTranscript) and self.hop else None
         )
-        # The same message goes on, if it is continued.
+        # The same message continues, if the answer is continued.
         if not isinstance(writer, MessageWriter):
             writer = MessageWriter(chat, uuid.uuid4().hex, stream.max_bytes)
             if self.request.keeps_body:
@@ -129,9 +129,9 @@ class MessageAttempt(BridgedAttempt):
 
 
 class CountAttempt(Attempt):
-    """One try to have the tokens of a request counted.
+    """One attempt to have the tokens of a request counted.
 
-    A provider that does not count them is asked nothing more: an estimate is the answer.
+    A provider that does not count them is not asked again: an estimate is the answer.
     """
 
     def conclude(self) -> Awaitable[None] | None:

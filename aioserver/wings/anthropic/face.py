@@ -1,15 +1,16 @@
 """Anthropic's Messages API, for providers that speak it: its SDKs and Claude Code work unchanged.
 
-To a provider that speaks the API the body goes on as it came, but for what the OpenAI face changes
-too (faces/openai.py), and so do the client's `anthropic-*` headers; the provider's events and its
-errors come back byte for byte. For one that has chat completions only the attempt translates
-(wings/anthropic/attempt.py), and a count of tokens is an estimate. What differs from the OpenAI
-face is the form of what this server itself says (wings/anthropic/wire.py): errors, in a body or as
-an event, and heartbeats, which are `ping` events, since Claude Code counts events and no comments.
-While a request waits, a comment in front of them says where, as on the OpenAI face.
+To a provider that speaks the API the body goes as it came, apart from the replacements of the
+OpenAI face (faces/openai.py), and so do the client's `anthropic-*` headers. The provider's events
+and its errors come back byte for byte. If a provider has chat completions only, the attempt
+translates (wings/anthropic/attempt.py), and a count of tokens is an estimate. The difference from
+the OpenAI face is the form of this server's own messages (wings/anthropic/wire.py): errors, in a
+body or as an event, and heartbeats. These are `ping` events, since Claude Code counts events and
+no comments. While a request waits, a comment in front of them has its position, as on the OpenAI
+face.
 
-A model that names no provider goes to the first that speaks the API, of the active one and the
-fallbacks (gateway/router.py).
+A model that names no provider goes to the first provider, among the active one and the fallbacks,
+that speaks the API (gateway/router.py).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 ANTHROPIC = Dialect(
     "anthropic", PING, "request-id", render_wait=lambda queued: queued.comment + PING
 )
-# The one query that belongs to the API, and goes on with the path: the beta version of it.
+# The one query parameter that belongs to the API and is passed on with the path: its beta version.
 BETA = "beta"
 
 
@@ -111,8 +112,8 @@ def prepare_for(
 
 
 async def count(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
-    """Answer with the tokens of a request: by its provider, or by an estimate if that does not
-    count them, for which nobody is asked.
+    """Answer with the tokens of a request, counted by its provider, or estimated without asking a
+    provider if that one does not count them.
 
     Raises:
         AioserverError: as `openai.serve`.
@@ -147,7 +148,7 @@ class MessagesForm(Form):
         return wire.error_body(error, request_id)
 
     def limits(self, quota: Quota) -> dict[str, str]:
-        """Return the headers that tell of the limits of a key with budgets: of the minute's, if
+        """Return the headers that report the limits of a key with budgets: those of the minute, if
         it has both.
         """
         budget = next(iter(quota.budgets().values()), None)

@@ -1,5 +1,5 @@
-"""The history in a request, without the thinking that a bridge has written: its signature is ours,
-and Anthropic's API refuses it.
+"""The history in a request, without the thinking blocks that a bridge has written: their signature
+is ours, and Anthropic's API refuses it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCK = msgspec.json.Decoder(_Block)
 async def without_thinking(body: bytes) -> bytes:
     """Return the request in *body* without the thinking blocks that have our signature, in steps.
 
-    A message that had nothing else is left out.
+    A message with no other block is left out.
 
     Raises:
         InvalidRequest: it has too many values, or a message too many blocks.
@@ -70,7 +70,7 @@ def _without(message: bytes) -> bytes:
 
 
 def _ours(raw: Raw) -> bool:
-    """Return whether a block is a thinking that we have written."""
+    """Return whether a block is a thinking block that we have written."""
     if bytes(raw).find(_SIGNATURE) < 0:
         return False
     try:

@@ -1,10 +1,10 @@
 """The sinks of a streamed answer of Anthropic's Messages API: one whose bytes come as they are,
-and one made of a chat completion; and what the API's errors mean.
+and one made of a chat completion; and the meaning of the API's errors.
 
-The bytes of an answer go into the log as they come. It ends with `message_stop`; where it breaks
-off behind a stop_reason, that is added. An event `error` that ends it passes itself, unless
-another attempt may follow, or it is about our key. `ping` is no answer: it is held until there is
-content.
+The bytes of an answer go into the log as they come. It ends with `message_stop`, which is added if
+the answer breaks off after a stop_reason. An event `error` that ends it passes unchanged, unless
+another attempt may follow, or it is about our key. `ping` is not content: it is held until there
+is content.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
 
 _USAGE, _STOP_REASON = b'"usage"', b'"stop_reason"'
-# Bytes of an error that a client gets as it is.
+# The most bytes of an error that a client gets as it is.
 MAX_PASSED_BYTES = 65_536
 
 
 class MessageSink(PassingSink):
     """Appends the events of a message to a log.
 
-    None takes the fast path, since each has two lines.
+    No event takes the fast path, since each has two lines.
     """
 
     end_mark = "a stop_reason and without message_stop"
@@ -73,12 +73,13 @@ class MessageSink(PassingSink):
     def _note(self, block: bytes) -> None:
         """Note the usage in *block*, and whether the message has stopped."""
         for event in eventstream.split(block):
-            # The reading of an event must not depend on those that came in the same read.
+            # The reading of an event must not depend on others that came in the same read.
             if event.find(_USAGE) >= 0 or event.find(_STOP_REASON) >= 0:
                 content = wire.content_of(event)
                 usage = wire.usage_in(content)
                 if content.get("type") == "message_start":
-                    # What was written before anything was: the prompt alone is true.
+                    # At this moment only the count of the prompt is true, since nothing was
+                    # written yet.
                     usage.pop("output_tokens", None)
                 self._usage = bounded({**self._usage, **usage})
                 self._finished = self._finished or wire.stops(content)
@@ -92,7 +93,7 @@ class BridgeSink(BridgingSink[Call]):
     def __init__(self, stream: Stream, writer: MessageWriter) -> None:
         super().__init__(stream, writer)
         self._writer = writer
-        # White space alone is kept, and what is kept commits nothing.
+        # White space alone is kept, and kept events do not commit to the answer.
         self._is_content = lambda _data: writer.committed
 
     @property
@@ -101,7 +102,7 @@ class BridgeSink(BridgingSink[Call]):
         return self._writer.kept_pieces
 
     def feed(self, data: bytes) -> bool:
-        """Append what becomes of *data*, as `StreamSink.feed`."""
+        """Append the events for *data*, as `StreamSink.feed`."""
         try:
             return super().feed(data)
         except ProviderRefused as fault:
@@ -128,7 +129,7 @@ def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
     """Return the events of *block* before its end, whether it ends well, and the event of an error
     that ends it.
 
-    The event of a good end is among those before it.
+    The event of a good end is among these events.
     """
     events = eventstream.split(block)
     for number, event in enumerate(events):
@@ -144,8 +145,8 @@ def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
 
 
 def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
-    """Raise the fault that a *status* of the provider *name* means, with the error that a client
-    gets as it is.
+    """Raise the fault for a *status* of the provider *name*, with the error that a client gets as
+    it is.
 
     Raises:
         ProviderFault: as `error_mapping.check_status`.

@@ -1,8 +1,8 @@
-"""What an answer of Anthropic's Messages API has said so far, and how another answer goes on with
-it (protocol/transcript.py).
+"""The transcript of an answer of Anthropic's Messages API, and how another answer continues it
+(protocol/transcript.py).
 
-The text that comes behind the seam goes to the block that is open, or to a new one if the answer
-broke off between two. Whatever else the other answer has comes behind that, with the next indexes.
+The text behind the seam goes to the open block, or to a new one if the answer broke off between
+two. All other blocks of the second answer come behind that, with the next indexes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPENING = frozenset({"message_start", "ping"})
 
 
 class MessagesTranscript(PassedTranscript):
-    """What a message has said whose events pass."""
+    """The transcript of a message whose events pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class MessagesTranscript(PassedTranscript):
         self._in_text = False
 
     def rest(self, earlier: Tokens) -> MessageRest:
-        """Return what writes the rest, as `Said.rest`."""
+        """Return the writer of the rest, as `Transcript.rest`."""
         return MessageRest(self._index, earlier, in_text=self._in_text)
 
     def _read(self, event: bytes) -> None:
@@ -73,7 +73,7 @@ class MessagesTranscript(PassedTranscript):
 class MessageRest(Rest):
     """Takes the events of a message apart, and writes them behind those of another one.
 
-    *index* is that of the other one's newest block; *in_text*: it is one of text, and open.
+    *index* is that of the other one's newest block; *in_text*: this is a block of text, and open.
     """
 
     def __init__(self, index: int, earlier: Tokens, *, in_text: bool) -> None:
@@ -81,14 +81,14 @@ class MessageRest(Rest):
         self._in_text = in_text
         self._earlier = earlier
         self._asked: dict[str, Any] = {}
-        # By their own index: the kinds of the blocks of this answer that are open, and of those
-        # that are shown and have no text the indexes behind the seam.
+        # By index in this answer: the kinds of its open blocks; and for shown blocks without text,
+        # their indexes behind the seam.
         self._kinds: dict[object, object] = {}
         self._indexes: dict[object, int] = {}
         self._halves = Halves()
 
     def take(self, data: bytes) -> tuple[str, dict[str, Any] | None]:
-        """Return the text of an event, and what remains of it, as `Rest.take`."""
+        """Return the text of an event, and its remainder, as `Rest.take`."""
         content = loaded(data)
         kind = content.get("type")
         if kind == "error" or isinstance(content.get("error"), dict):
@@ -109,7 +109,7 @@ class MessageRest(Rest):
         if not isinstance(kind, str):
             raise BadEvent("the provider sent an event without a type")
         if kind == "message_delta":
-            # The numbers that are left out are as they were.
+            # Counts that are left out have not changed.
             usage = self._asked | wire.usage_in(content)
             asked, answered = self._earlier
             counts = {"input_tokens": asked, "output_tokens": answered}
@@ -117,7 +117,7 @@ class MessageRest(Rest):
         return self._halves.join("", last=True), content
 
     def text(self, text: str) -> bytes:
-        """Return the event of a *text*, in the block that is open, or in a new one."""
+        """Return the event of a *text*, in the open block, or in a new one."""
         opening = b""
         if not self._in_text:
             self._in_text, self._index = True, self._index + 1
@@ -127,7 +127,7 @@ class MessageRest(Rest):
         return opening + _event({"type": _DELTA, "index": self._index, "delta": delta})
 
     def event(self, content: dict[str, Any]) -> bytes:
-        """Return what remains of an event, as `Rest.event`, in or behind the block of text."""
+        """Return the remainder of an event, as `Rest.event`, in or behind the block of text."""
         kind = content["type"]
         own = content["index"] if kind in _BLOCK else None
         if kind == _STOP and own not in self._indexes:
@@ -151,7 +151,7 @@ class MessageRest(Rest):
         delta, kind = content["delta"], self._kinds.get(content["index"])
         if kind == _TEXT and delta["type"] == _TEXT_DELTA:
             return self._halves.join(delta["text"], last=False), None
-        # A citation says something of a text that has begun elsewhere.
+        # A citation refers to a text that has begun elsewhere.
         return "", None if kind == _TEXT or kind in _THOUGHTS else content
 
     def _closing(self) -> bytes:

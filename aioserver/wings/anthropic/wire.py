@@ -1,15 +1,16 @@
-"""Anthropic's Messages API: its paths, its errors, and what its events mean.
+"""Anthropic's Messages API: its paths, its errors, and the meaning of its events.
 
     POST messages                an answer, as one object or as events
     POST messages/count_tokens   the tokens that such a request would have
 
 The events of a streamed answer: `message_start`, then for each block of its content a
 `content_block_start`, `content_block_delta`*, `content_block_stop`, then `message_delta` and
-`message_stop`, its end. `ping` may stand anywhere, and says nothing. An `error` is an end, too.
+`message_stop`, its end. `ping` may stand anywhere, and has no meaning. An `error` is an end, too.
 
 An error is `{"type": "error", "error": {"type": "…", "message": "…"}, "request_id": "…"}`, in an
-event as in the body of an HTTP answer. Ours has our code beside its type. Where others of our
-faces say 503, it is 529 here, `overloaded_error`: Anthropic's programs know it, and ask less.
+event as in the body of an HTTP answer. Ours has our code beside its type. Where our other faces
+answer 503, the status is 529 here, `overloaded_error`: Anthropic's programs know it, and slow
+down.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
 
 MESSAGES, COUNT_TOKENS = "messages", "messages/count_tokens"
-# The header that says which version of the API a client speaks; Anthropic demands it.
+# The header with the version of the API that a client speaks; Anthropic demands it.
 VERSION_HEADER = "anthropic-version"
 VERSION = "2023-06-01"
-# The beginning of the names of headers that belong to the API, and go on to the provider.
+# The prefix of headers that belong to the API, and are passed on to the provider.
 HEADERS = "anthropic-"
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
-# Error types by HTTP status; any other below 500 is an invalid_request_error, and above an
-# api_error.
+# Error types by HTTP status; any other status below 500 is an invalid_request_error, and any above
+# an api_error.
 TYPES = {
     401: "authentication_error",
     402: "billing_error",
@@ -81,7 +82,7 @@ def type_of(status: int) -> str:
 def error_body(error: AioserverError, request_id: str = "") -> bytes:
     """Return *error* as the JSON of a body or an event.
 
-    What a provider has said passes unchanged.
+    A provider's own error passes unchanged.
     """
     if error.provider_answer is not None:
         return error.provider_answer[1]
@@ -104,7 +105,7 @@ class MessageErrors(AnswerEvents):
 
 def ending(block: bytes) -> bool:
     """Return whether *block*, whole events or one, may have an event that ends the answer."""
-    # Not `in`: for bytes that costs more than twice as much.
+    # Not `in`, which for bytes costs more than twice as much.
     return block.find(_STOP) >= 0 or block.find(_ERROR) >= 0
 
 
@@ -121,8 +122,8 @@ def content_of(event: bytes) -> dict[str, Any]:
 
 
 def is_content(data: bytes) -> bool:
-    """Return whether an event with *data* is content, and not only a preamble to it: the message as
-    it begins, a `ping`, a text or a thinking without a word.
+    """Return whether an event with *data* is content. A preamble is not: the message as it begins,
+    a `ping`, a text or a thinking block without a word.
     """
     try:
         event = orjson.loads(data)
@@ -138,8 +139,8 @@ def is_content(data: bytes) -> bool:
 
 
 def stops(content: Mapping[str, Any]) -> bool:
-    """Return whether an event with this *content* says why the message stops: nothing is missing
-    but its end mark.
+    """Return whether an event with this *content* has the reason why the message stops: only its
+    end mark is missing then.
     """
     delta = content.get("delta")
     if content.get("type") != "message_delta" or not isinstance(delta, dict):
@@ -151,7 +152,7 @@ def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the usage in an event or a whole answer, without its unknown counts; empty if there
     is none.
 
-    `message_start` has it in its message. What `message_delta` has replaces that: its counts are
+    `message_start` has it in its message. The usage of `message_delta` replaces it: its counts are
     of the whole answer.
     """
     message = content.get("message")
@@ -162,8 +163,8 @@ def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_total(usage: dict[str, Any]) -> dict[str, Any]:
-    """Return *usage* with the `total_tokens` that count for a pace; those read from a cache do
-    not.
+    """Return *usage* with the `total_tokens` that count for a pace; tokens read from a cache do
+    not count.
     """
     counts = [usage[name] for name in _TOKENS if isinstance(usage.get(name), int)]
     return {**usage, "total_tokens": sum(counts)} if counts else usage
@@ -180,7 +181,7 @@ def user_of(metadata: bytes) -> str:
 
 
 def model_object(name: str) -> dict[str, Any]:
-    """Return the model *name* as this API describes one; when it was made is not known."""
+    """Return the model *name* as this API describes one; its date is not known."""
     return {
         "type": "model",
         "id": name,

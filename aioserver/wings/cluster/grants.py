@@ -1,26 +1,26 @@
-"""A grant: the places of one limit that an instance may use, and what it says of them in its
-calls.
+"""A grant: the places of one limit that an instance may use, and its part of the instance's calls.
 
 The numbers, from the inside out:
 
-- `inside`: the places that are taken now, as the *user* of the grant says (a gate, a quota).
-- `granted`: the places that may be taken. The user is told each change, and starts nothing beyond.
-- `recorded`: what the server knew at its last answer. What is recorded beyond what is granted is
-  given back with the next call.
+- `inside`: the places that are taken now, by the *user* of the grant (a resource, a quota).
+- `granted`: the places that may be taken. The user is notified of each change, and starts nothing
+  beyond.
+- `recorded`: the places that the server knew of at its last answer. The part of `recorded` beyond
+  `granted` is given back with the next call.
 
-A grant is lowered first and told afterwards, and raised only by an answer: so the server always
-knows of at least what is granted. Given back is only what is not needed: an instance keeps its
-places inside, one for each request that waits and may use it (batch leaves some), and a few to
-spare (a quarter of its part of the limit, or of places for connections all of its part) unless
-others starve. What is to spare comes only of what nobody wants, and nobody waits for it, or two
-idle instances would pass a place to and fro.
+A grant is lowered before the server is told, and raised only by an answer: so the server always
+knows of at least the granted places. Only unneeded places are given back. An instance keeps its
+places inside, and one for each waiting request that may use it (batch leaves some). It also keeps
+a few spares (a quarter of its part of the limit, or its whole part for connections) unless others
+starve. Spares are granted from unclaimed places only, and no instance waits for them: otherwise
+two idle instances would pass a place to and fro.
 
-While others starve, a place that ends is not taken by the next request here: it goes back with the
-own want, in the same call, and turns decide. But never two gives in doubt: while a call is under
-way, or after one that failed, a place that ends is used at once, or a paused server would drain
-all places within moments. The same goes for a while after each call, some times as long as the
-call took: a place that changes hands is idle for that long, and a far server would keep many of
-them idle.
+While others starve, the next request here does not take a place that ends: the place goes back,
+with this instance's own want, in the same call, and the server grants in turn. But no two places
+are given back unconfirmed: while a call is under way, or after one that failed, a place that ends
+is used at once. Otherwise a paused server would drain all places within moments. The same holds
+for some multiple of a call's duration after each call: a place that changes hands is idle for that
+long, and a distant server would keep many of them idle.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """How an instance stands with the server; the drawing is in wings/cluster/leases.py."""
+    """The state of an instance; leases.py has the diagram."""
 
     ALONE = "alone"
     JOINED = "joined"
@@ -47,18 +47,19 @@ class State(Enum):
 
 
 class Standing(msgspec.Struct):
-    """What all grants of an instance know of it. *share* is its fixed share of a limit.
+    """The part of an instance's state that all its grants share. *share* returns its fixed share
+    of a limit.
 
-    *busy*: a call is under way. *grace*: the server is in its grace period, and gives nothing.
-    *members* is how many instances there are.
+    *busy*: a call is under way. *grace*: the server is in its grace period, and grants nothing.
+    *members* is the number of instances.
     """
 
     share: Callable[[int, int], int]
     call_soon: Callable[[Grant], None]
-    # As `call_soon`, if it is still to be said when a call can be made.
+    # As `call_soon`, if there is still a change to be sent when a call can be made.
     ask: Callable[[Grant], None]
     clock: Callable[[], float]
-    # Until then a place that ends is used at once, though others starve.
+    # Until this time a place that ends is used at once, even though others starve.
     keeps_until: float = 0.0
     state: State = State.ALONE
     busy: bool = False
@@ -68,40 +69,40 @@ class Standing(msgspec.Struct):
 
 
 class User(Protocol):
-    """What takes the places of a grant: the supply of a resource."""
+    """The owner of a grant's places: the supply of a resource."""
 
     @property
     def inside(self) -> int:
-        """How many places are taken."""
+        """The number of places that are taken."""
 
     @property
     def wanting(self) -> int:
-        """How many requests wait and could start if there were places for them."""
+        """The number of waiting requests that could start if there were places for them."""
 
     @property
     def ready(self) -> int:
-        """How many of them could start with the free places that are granted already."""
+        """The number of these that could start with free granted places."""
 
     @property
     def weight(self) -> int:
-        """The weights of the callers that wait, together; at least 1."""
+        """The sum of the weights of the waiting callers; at least 1."""
 
     def resize(self, places: int) -> None:
-        """Take no more than *places* from now on, and start what waits if there are more than
-        before.
+        """Take no more than *places* from now on, and start waiting requests if there are more
+        than before.
         """
 
     def others_starve(self) -> None:
-        """Hear that others wait for places, and cannot get them."""
+        """Note that other instances wait for places, and cannot get them."""
 
 
 class Grant:
     """The places of the limit *name* that an instance may use.
 
-    *scope*: the instances that share it, if they are not all.
+    *scope* is the group of instances that share it; None: all do.
 
-    Always: `granted <= limit`; joined, what the server has recorded is at least what is granted,
-    and at least what is inside. Made by `Leases.hold`.
+    Always: `granted <= limit`; while joined, the server has recorded at least the granted places,
+    and at least the places inside. Made by `Leases.hold`.
     """
 
     def __init__(
@@ -120,17 +121,17 @@ class Grant:
         self.granted = 0
         self.recorded = 0
         self.starving = False
-        # Whether the limit is shared no more: all of it is given back.
+        # Whether the limit is not shared any more: all of its places are given back.
         self.dropped = False
         # Whether no more places are taken: each is given back as it ends.
         self.left = False
         self._least = least
         self._scope = scope
         self._standing = standing
-        # The want of which the server knows, as far as it was not answered.
+        # The want that the server knows of and has not met.
         self._wanted = 0
-        # Whether a message said, while a call was under way, that others starve.
-        self._told = False
+        # Whether a message reported, while a call was under way, that others starve.
+        self._starving_reported = False
 
     @property
     def share(self) -> int:
@@ -146,8 +147,8 @@ class Grant:
 
     @property
     def elsewhere(self) -> int:
-        """How many places may be free elsewhere, as far as is known: none while others starve, or
-        a want is not met.
+        """The number of places that may be free elsewhere, as far as is known. It is 0 while
+        others starve, or a want is not met.
         """
         standing = self._standing
         if not self.joined or self.starving:
@@ -159,10 +160,10 @@ class Grant:
         )
 
     def apply(self, limit: int) -> None:
-        """Use another limit for all instances, which they are told with the next call.
+        """Use another limit for all instances, which the next call reports.
 
-        After a lower one nothing starts before the server has answered, since others may have all
-        of its places.
+        After a lower limit nothing starts before the server has answered, since others may have
+        all of its places.
         """
         if limit != self.limit:
             lowered, self.limit = limit < self.limit, limit
@@ -174,32 +175,32 @@ class Grant:
             self._standing.call_soon(self)
 
     def leave(self) -> None:
-        """Take no more places; what is inside is given back as it ends."""
+        """Take no more places; places inside are given back as they end."""
         self.left = True
         self.resize(min(self.granted, self.user.inside))
         self._standing.call_soon(self)
 
     def wait_begins(self) -> None:
-        """Say that a request waits for a place, which another instance may have."""
+        """Note that a request waits for a place, which another instance may have."""
         if self.wants_call():
             self._standing.ask(self)
 
     def wait_ends(self) -> None:
-        """Say that a request waits no more, as it has started elsewhere or has given up: others
-        may have what the server would give for it.
+        """Note that a request has stopped waiting, since it has started elsewhere or has given up:
+        others may have the place that the server would grant for it.
         """
         if self.joined and not (self.dropped or self._leaving) and self._wanted > self._more():
             self._standing.call_soon(self)
 
     def _more(self) -> int:
-        """Return how many places are missing for those that wait."""
+        """Return the number of places that waiting requests lack."""
         inside = self.user.inside
         missing = self.user.wanting - max(0, self.granted - inside)
         return max(0, min(missing, self.limit - max(inside, self.granted)))
 
     def place_ends(self) -> None:
-        """Say that a place is about to be given back, before it is counted as free: others may get
-        it.
+        """Note that a place is about to be given back, before it is counted as free: others may
+        get it.
         """
         standing, inside = self._standing, self.user.inside
         if self._leaving:
@@ -215,16 +216,16 @@ class Grant:
         standing.call_soon(self)
 
     def others_starve(self) -> None:
-        """Say that others starve, as a message said."""
+        """Handle the message that others starve."""
         if self._standing.busy:
-            self._told = True
+            self._starving_reported = True
         elif self._standing.state is State.JOINED and not self._standing.grace:
             self.starving = True
             self.user.others_starve()
             self.wait_begins()
 
     def wants_call(self) -> bool:
-        """Return whether something is to be said that does not wait for the next beat."""
+        """Return whether there is a change that does not wait for the next beat."""
         if self.dropped:
             return False
         if self._standing.state is not State.JOINED or self._standing.grace:
@@ -237,10 +238,10 @@ class Grant:
         return self._more() > self._wanted and not self._leaving
 
     def op(self) -> Op:
-        """Say what this instance has and wants, and lower the grant to it.
+        """Return the report of places and want of this instance, and lower the grant to it.
 
-        It is said also where both are nothing: the server may know of a want that is over, and
-        have given a place for it.
+        It is also sent if both are zero: the server may know of an earlier want, and have granted
+        a place for it.
         """
         standing, inside, wanting = self._standing, self.user.inside, self.user.wanting
         if self.dropped:
@@ -254,40 +255,40 @@ class Grant:
         elif standing.state is State.UNHEARD:
             have = max(inside, self.granted)
         else:
-            # What starts between the call and its answer is counted as well.
+            # Starts between the call and its answer are counted as well.
             have = max(inside, self.granted, self.share)
         if standing.state is not State.ALONE or self._leaving:
             self.resize(min(self.granted, have))
         self._wanted = max(0, min(wanting - (have - inside), self.limit - have))
         spare = max(0, target - max(0, have - inside - wanting))
-        self._told = False
+        self._starving_reported = False
         give = max(0, self.recorded - have)
         return Op(self.name, have, give, self._wanted, self.user.weight, self.limit, spare)
 
     def answered(self, op: Op, result: Result, *, use: bool) -> None:
-        """Take in the server's *result*; without *use* nothing more is granted for it."""
+        """Apply the server's *result*; without *use* no further places are granted by it."""
         if self.dropped:
             return
         self.recorded = result.recorded
         self._wanted = max(0, op.want - max(0, result.recorded - op.have))
-        self.starving = use and (result.starving > 0 or self._told)
+        self.starving = use and (result.starving > 0 or self._starving_reported)
         raised = use and not self._leaving
         self.resize(result.allowed if raised else min(self.granted, result.allowed))
         if self.starving:
             self.user.others_starve()
 
     def failed(self) -> None:
-        """Take in that the call was not answered: what is granted stays, and nothing is given."""
-        self.starving = self._told = False
+        """Note that the call was not answered: the granted places stay, and none is given back."""
+        self.starving = self._starving_reported = False
 
-    def alone(self, places: int) -> None:
-        """Use *places*, of which the server is not told."""
+    def partitioned(self, places: int) -> None:
+        """Use *places*, of which the server does not know."""
         self.recorded = self._wanted = 0
-        self.starving = self._told = False
+        self.starving = self._starving_reported = False
         self.resize(0 if self._leaving else places)
 
     def resize(self, places: int) -> None:
-        """Let *places* be granted."""
+        """Set the number of granted *places*."""
         if places != self.granted:
             self.granted = max(0, places)
             self.user.resize(self.granted)
@@ -299,6 +300,7 @@ class Grant:
     def _to_spare(self) -> int:
         if self._scope is None:
             return max(1, self.limit // (4 * max(1, self._standing.members)))
-        # Nobody else has them: what no worker uses is shared out, and so found without a call.
+        # Only these workers use the limit: places that no worker uses are divided among them, and
+        # so found without a call.
         least = max(1, self.limit // (4 * self._scope.workers))
         return max(least, self.share - self.user.inside)

@@ -1,12 +1,12 @@
 """The limits of one key (limits/quota.py), shared with other instances.
 
 Its answers are a resource whose places are leased (wings/cluster/grants.py), and its starts and
-tokens are rates that instances share. An answer that finds a place, a slot and its tokens in hand
-begins at once. Otherwise it waits, where the key has no queue for PATIENCE seconds at most: until
-then the server has said whether another instance has a place to give, when the next slot begins,
-or whether there are tokens.
+tokens are rates that instances share. An answer that finds a place, a slot and tokens prefetched
+here begins at once. Otherwise it waits. If the key has no queue, it waits at most PATIENCE
+seconds: until then the server has said whether another instance gives a place, when the next slot
+begins, or whether there are tokens.
 
-The connections of a key are such a resource, too, where the workers of one host share them.
+The connections of a key are such a resource, too, if the workers of one host share them.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.grants import Grant
     from aioserver.wings.cluster.leases import Leases
 
-# Seconds for which an answer waits that would be refused at once otherwise. An instance that is told
-# of the want gives within two calls.
+# Seconds for which an answer waits that would otherwise be refused at once. An instance that knows
+# of the want gives a place within two calls.
 PATIENCE = 0.25
-# Of the burst so much is kept in hand by all instances together. A key of 300 a minute has 3 slots
-# of it, so that its clients find nearly all of it at any instance.
+# The share of the burst that all instances together prefetch. For a key of 300 a minute these are
+# 3 slots, so that its clients find nearly all of the burst at any instance.
 SHARE_KEPT = 0.01
-# The places of connections that nobody bounds.
+# The number of places of unbounded connections.
 UNBOUNDED = 1 << 30
 
 
 class LeasedPlaces(Supply):
-    """The places of *resource* that this instance was granted, of which several share the limit:
-    the supply of the resource, and the user of its lease.
+    """The places of *resource* that this instance was granted of a shared limit: the supply of the
+    resource, and the user of its lease.
 
-    Always: nothing starts on a lease that is over. As many tickets as others may have places for
-    wait for PATIENCE, where they would be refused at once.
+    Always: nothing starts on an expired lease. For each place that others may have, one ticket
+    waits for PATIENCE instead of being refused at once.
 
     *waiting* returns how many tickets could start soon if there were places for them.
     """
 
-    # Of all instances the same.
+    # All instances have the same weight.
     weight = 1
 
     def __init__(
@@ -75,16 +75,16 @@ class LeasedPlaces(Supply):
             self.lease.apply(limit)
 
     def end(self) -> None:
-        """Share it no more."""
+        """Stop sharing it."""
         if self.lease is not None:
             self._leases.drop(self.lease)
             self.lease, self._resource.grace = None, 0.0
             self._resource.attach(None)
 
-    # The supply of the resource.
+    # The interface for the resource.
 
     def check(self) -> None:
-        """Let go of what is granted if the lease is over."""
+        """Drop the grant if the lease has expired."""
         self._leases.check()
         resource = self._resource
         if self.lease is not None:
@@ -92,7 +92,7 @@ class LeasedPlaces(Supply):
             resource.grace = PATIENCE if free > 0 else 0.0
 
     def changed(self) -> None:
-        """Ask for places for those that wait, and for no more."""
+        """Ask for places for the waiting tickets, and for no more."""
         if self.lease is not None:
             self.lease.wait_begins()
             self.lease.wait_ends()
@@ -102,7 +102,7 @@ class LeasedPlaces(Supply):
         if self.lease is not None:
             self.lease.place_ends()
 
-    # The user of the lease.
+    # The interface for the lease.
 
     @property
     def inside(self) -> int:
@@ -111,12 +111,12 @@ class LeasedPlaces(Supply):
 
     @property
     def wanting(self) -> int:
-        """The places that are still wanted."""
+        """The number of places that are still wanted."""
         return self._waiting()
 
     @property
     def ready(self) -> int:
-        """How many of those that want one could use a place that is granted: each."""
+        """The number of waiting tickets that could use a granted place: all of them."""
         return self._waiting()
 
     def resize(self, places: int) -> None:
@@ -128,13 +128,13 @@ class LeasedPlaces(Supply):
             resource.places.resize(places)
 
     def others_starve(self) -> None:
-        """Do nothing: what is taken is kept to its end."""
+        """Do nothing: taken places are kept to their end."""
 
 
 class SharedKey:
-    """The limits of one key that all instances share under *name*; `quota` has them.
+    """The limits of one key that all instances share under *name*; `quota` enforces them.
 
-    The connections are those of the workers of one host, which is its *scope*; None: there are no
+    The connections are shared by the workers of one host, which is its *scope*; None: there are no
     others.
     """
 
@@ -198,7 +198,7 @@ class SharedKey:
             )
         self.apply()
 
-    # What the quota says.
+    # The interface for the quota.
 
     @property
     def remembers(self) -> bool:
@@ -220,17 +220,17 @@ class SharedKey:
             connections.resize(UNBOUNDED)
 
     def end(self) -> None:
-        """Share the limits no more: the key was revoked."""
+        """Stop sharing the limits: the key was revoked."""
         self._budget.drop()
         self._leases.drop_pace(self._rate)
         for places in (self.answers, self.connections):
             if places is not None:
                 places.end()
 
-    # What the rates ask.
+    # The interface for the rates.
 
     def _serve(self) -> None:
-        """Let those begin for which there are slots or tokens now."""
+        """Start the requests for which there are slots or tokens now."""
         if self._quota is not None:
             self._quota.serve()
 
@@ -246,7 +246,7 @@ class SharedKey:
         return 0 if head is None or self.quota.running >= self.quota.limit else head.cost
 
     def _first_patience(self) -> float:
-        """Return for how many seconds that one waits for them."""
+        """Return the seconds for which that request waits for them."""
         head = self._head()
         return (
             PATIENT if head is None or self.quota.queue_size else max(0.0, head.until - self._now)
@@ -257,8 +257,8 @@ class SharedKey:
         return self._clock()
 
     def _waiting(self) -> int:
-        """Return how many requests could start soon if there were places for them: a place that
-        waits for tokens is others' to use.
+        """Return how many requests could start soon if there were places for them. A request that
+        waits for tokens leaves its place to others.
         """
         count = 0 if self._quota is None else self._quota.resource.waiting
         if not count or not self._budget.limited:

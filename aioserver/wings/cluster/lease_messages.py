@@ -43,8 +43,8 @@ class Times(NamedTuple):
     # long.
     gone: float = 30.0
 
-    def told(self) -> tuple[int, int, int, int, int]:
-        """Return those that the server needs, in microseconds."""
+    def for_server(self) -> tuple[int, int, int, int, int]:
+        """Return the times that the server needs, in microseconds."""
         lease, pause, grace, suspect, gone = (
             round(seconds * SECOND)
             for seconds in (self.lease, self.pause, self.grace, self.suspect, self.gone)

@@ -1,8 +1,8 @@
-"""The capacity of a resource that other instances share: what is granted here
+"""The capacity of a resource that other instances share: the places granted here
 (wings/cluster/grants.py).
 
-It stands between two others, and is what each of them needs of the other: the supply of a resource,
-which knows nothing of leases, and the user of a grant, which knows nothing of queues.
+It connects two objects: for the resource, which knows nothing of leases, it is the supply; for the
+grant, which knows nothing of queues, it is the user.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 # Seconds: a request that the rate lets start within them wants a place.
 SOON = 0.1
-# Seconds that a request may wait for a place of another instance, where it would be refused at
-# once otherwise: it is given within two renewals, later only if an event loop is late.
+# Seconds that a request may wait for a place of another instance, where it would otherwise be
+# refused at once. The place is granted within two renewals, later only if an event loop is late.
 GRACE = 0.5
-# As long where no other instance is known to have one: a place that has just ended may be on its
-# way between two of them; and how many may wait so.
+# The same if no other instance is known to have a place: a place that has just ended may be on its
+# way between two of them. The second number bounds the requests that wait for this.
 MOMENT, MOMENTARY = 0.05, 100
 
 
 class LeasedCapacity(Supply):
-    """The places of *resource* that are granted here, of *limit* that all instances have together,
-    or those of *scope*, under *name*.
+    """The places of *resource* that are granted here, out of *limit* for all instances together,
+    or for those of *scope*, under *name*.
 
-    Always: nothing starts on a lease that is over. A queue that is full takes as many more
-    tickets as there are places that others may have free, until the server has said that they
-    have not. Where nobody may wait, a ticket may do so for *grace* seconds while others may have a
-    place, and for a *moment* while one may be on its way.
+    Always: nothing starts on an expired lease. A full queue takes one more ticket for each place
+    that others may have free, until the server has said that they have none. Without a queue, a
+    ticket may wait for *grace* seconds while others may have a place, and for a *moment* while one
+    may be on its way.
 
     *least* is the smallest fixed share. *on_starving* is called while tickets wait in other
-    instances, and all places in hand are taken.
+    instances, and all places granted here are taken.
     """
 
     def __init__(
@@ -59,39 +59,41 @@ class LeasedCapacity(Supply):
         self._leases, self._scheduler, self._resource = leases, scheduler, resource
         self._scope, self._grace, self._moment = scope, grace, moment
         self._on_starving = on_starving
-        # Nothing starts before it is granted.
+        # Nothing starts before places are granted.
         scheduler.resize(resource, 0)
         resource.attach(self)
         self._grant = leases.hold(name, limit, self, least=least, scope=scope)
 
     @property
     def limit(self) -> int:
-        """How many places all instances have together."""
+        """The number of places of all instances together."""
         return self._grant.limit
 
     @property
     def waiting_elsewhere(self) -> int:
-        """How many tickets at least wait in other instances for places that are taken here."""
+        """The least number of tickets that wait in other instances for places that are
+        taken here.
+        """
         return 1 if self._grant.starving and self._full else 0
 
     @property
     def waiting(self) -> int:
-        """How many tickets wait here."""
+        """The number of tickets that wait here."""
         return self._resource.waiting
 
     @property
     def _full(self) -> bool:
         return self._resource.inside >= self._resource.limit
 
-    # What the resource tells.
+    # The interface for the resource.
 
     def check(self) -> None:
-        """Let go of what is granted if the lease is over."""
+        """Drop the grant if the lease has expired."""
         self._leases.check()
 
     def asked(self) -> None:
-        """Say how many places others may have free, and for how long a ticket may wait for them
-        that may not wait here.
+        """Set how many places others may have free, and for how long a ticket may wait for them if
+        it may not wait here.
         """
         resource, grant = self._resource, self._grant
         resource.elsewhere, resource.grace = grant.elsewhere, 0.0
@@ -105,7 +107,7 @@ class LeasedCapacity(Supply):
             resource.grace = self._moment
 
     def changed(self) -> None:
-        """Ask for places for those that wait, and for none for those that wait no more."""
+        """Ask for places for the waiting tickets, and withdraw earlier requests."""
         if self._resource.waiting:
             self._grant.wait_begins()
         self._grant.wait_ends()
@@ -115,7 +117,7 @@ class LeasedCapacity(Supply):
         self._grant.place_ends()
 
     def apply(self, limit: int) -> None:
-        """Use another limit, which all instances have together."""
+        """Use another limit, which is that of all instances together."""
         self._grant.apply(limit)
 
     def leave(self) -> None:
@@ -126,16 +128,16 @@ class LeasedCapacity(Supply):
         """Return the fixed share of *size*."""
         return size if self._scope is None else self._scope.share(size)
 
-    # What the grant asks, and tells.
+    # The interface for the grant.
 
     @property
     def inside(self) -> int:
-        """How many places are taken."""
+        """The number of places that are taken."""
         return self._resource.inside
 
     @property
     def wanting(self) -> int:
-        """How many tickets wait and could start soon if there were places for them."""
+        """The number of waiting tickets that could start soon if there were places for them."""
         resource = self._resource
         count, rate = resource.queue.size, resource.rate
         if not count or rate is None:
@@ -149,7 +151,7 @@ class LeasedCapacity(Supply):
 
     @property
     def ready(self) -> int:
-        """How many of them may use places in hand: of each class, no more than its own."""
+        """The number of these that may use granted places: of each class, no more than its own."""
         resource = self._resource
         ready = sum(
             queue.size if limit is None else max(0, min(queue.size, limit.limit - limit.inside))
@@ -159,8 +161,8 @@ class LeasedCapacity(Supply):
 
     @property
     def weight(self) -> int:
-        """The weights of the callers that wait, together; at least 1, which is that of any number
-        of the lighter classes.
+        """The sum of the weights of the waiting callers; at least 1, which also stands for any
+        number of callers of the lighter classes.
         """
         return max(1, self._resource.queue.queues[0].weight)
 
@@ -169,6 +171,6 @@ class LeasedCapacity(Supply):
         self._scheduler.resize(self._resource, places)
 
     def others_starve(self) -> None:
-        """Tell those that hold places here of tickets that wait in other instances."""
+        """Tell the tickets that hold places here that others wait in other instances."""
         if self._on_starving is not None and self.waiting_elsewhere:
             self._on_starving()

@@ -1,31 +1,30 @@
-"""How an instance stands with the server, and what it says: the state machine, without I/O.
+"""The leases of an instance, and its calls to the server: the state machine, without I/O.
 
-This file is one concept: the states of an instance and what it says in each of them are one
-machine.
+This file is one concept: the states of an instance and its calls in each of them are one machine.
 
                       an answer (no grace)                 a call failed
             ALONE ─────────────────────────▶ JOINED ───────────────────────▶ UNHEARD
               ▲                                │  ▲         an answer           │  │
-              │        the lease is over       │  └─────────────────────────────┘  │
+              │       the lease expires        │  └─────────────────────────────┘  │
               └────────────────────────────────┴───────────────────────────────────┘
 
-Joined, an instance uses what it was granted (wings/cluster/grants.py) and asks nobody. Unheard, it
-goes on with that until its lease is over. Alone, it has its fixed share of each limit
-(limits/fixed_share.py). The lease is counted from the moment of *sending* the last call
-that was answered, and is shorter here than at the server by a margin. Nothing starts on a lease
-that is over: whoever starts something calls `check` before. A timer alone would come too late,
-since a process that was stopped reads its sockets first when it goes on.
+A joined instance uses its grants (wings/cluster/grants.py) without a call. A suspect one (UNHEARD)
+continues to use them until its lease expires. A partitioned one (ALONE) has its fixed share of
+each limit (limits/fixed_share.py). The lease is counted from the moment of *sending* the last call
+that was answered, and is shorter here than at the server by a margin. Nothing starts on an expired
+lease: `check` must be called before each start. A timer alone would be too late, since a suspended
+process reads its sockets first when it resumes.
 
-An instance that comes back says of each limit that it has what is inside, or its share if that is
-more, since it may start so much until it is answered. If others were given that meanwhile, the sum
-is above the limit; the answer allows so much less.
+On rejoining, an instance reports max(in use, fixed share) for each limit, because it may start
+that many before the reply. If these places were granted to others meanwhile, the sum is above the
+limit; the answer then allows so much less.
 
-When a lease ends the others' leases end within a beat and a bound: until then an instance has no
-more granted than before, though its share may be more.
+When a lease expires, the leases of all others expire within a beat and a bound. Until then an
+instance has no more granted than before, even if its share is larger.
 
-One call is under way at most, and what comes meanwhile goes with the next one. A call is due when
-a request begins to wait that could be served, a place ends while others starve, a message came, a
-limit has changed; else after a beat.
+At most one call is under way, and later changes go with the next one. A call is due when a request
+begins to wait that could be served, a place ends while others starve, a message came, or a limit
+has changed; else after a beat.
 """
 
 from __future__ import annotations
@@ -58,26 +57,26 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.rates import SharedRate
     from aioserver.wings.cluster.shared_budget import PrefetchedTokens
 
-# Of so many calls the quickest says how far away the server is: some are late.
+# The quickest of this many calls is the estimate of the round trip: some calls are late.
 ROUND_TRIPS = 8
-# For so many times the length of the last call, and so many seconds at most, a place that ends is
-# used at once, though others starve: an instance then has one place on the way for a fifth of the
-# time.
+# A place that ends is used at once, even though others starve, for this multiple of the length of
+# the last call, and for this many seconds at most. An instance then has a place in transit for a
+# fifth of the time.
 KEPT, MOST_KEPT = 4.0, 0.5
 
 
 class Leases:
     """The leases of one *instance*, whose name no other instance ever has.
 
-    Always: what is granted is recorded at the server, while the lease lasts; at most one call is
+    Always: granted places are recorded at the server, while the lease lasts; at most one call is
     under way.
 
     *fixed* is a rank from 0 and a number of instances, known by other means. *on_due* is called
-    when `due`, the time of the next call, comes earlier; *on_state* with the former state and the
-    reason when the state has changed; *on_members* when another number of instances is known;
-    *on_told* with the provider, the word and the seconds left of each thing that instances have
-    told (wings/cluster/provider_states.py); *on_freed* when all that have `ended` are no members
-    any more.
+    when `due`, the time of the next call, becomes earlier. *on_state* is called with the former
+    state and the reason when the state has changed, *on_members* when the number of known
+    instances has changed. *on_announced* is called with the provider, the word and the seconds
+    left of each announcement (wings/cluster/provider_states.py), and *on_freed* when all instances
+    that have `ended` are no members any more.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Leases:
         on_due: Callable[[], None] = lambda: None,
         on_state: Callable[[State, State, str], None] = lambda _old, _new, _why: None,
         on_members: Callable[[], None] = lambda: None,
-        on_told: Callable[[str, str, float], None] = lambda _name, _word, _seconds: None,
+        on_announced: Callable[[str, str, float], None] = lambda _name, _word, _seconds: None,
         on_freed: Callable[[], None] = lambda: None,
     ) -> None:
         self.instance = instance
@@ -103,24 +102,25 @@ class Leases:
         self._grants: dict[str, Grant] = {}
         self._paces: dict[str, SharedRate] = {}
         self._tokens: dict[str, PrefetchedTokens] = {}
-        # Grants of which something is to be said at once, and those that may have nothing to say
-        # by then.
+        # Grants with a change to be sent at once, and grants that may have none by the time of the
+        # call.
         self._dirty: set[Grant] = set()
         self._asking: set[Grant] = set()
         self.members: list[str] = []
         self.epoch = ""
-        # The world and the server's process that have answered last, and those that were told what
-        # is known of the paces.
-        self._met = self._told_paces = ("", "")
+        # The epoch and the server's process that have answered last, and those to which the paces
+        # were reported.
+        self._met = self._restated_to = ("", "")
         self._run = ""
-        # Whether the call under way tells that.
+        # Whether the call under way reports the paces.
         self._restates = False
         # The seconds of the last calls.
         self._round_trips: deque[float] = deque(maxlen=ROUND_TRIPS)
-        self._seq = self._heard = 0
+        self._seq = self._answer_number = 0
         self._bye = False
         self.lease_end = -inf
-        # Alone: when grants may be raised to the share, since all other leases are over by then.
+        # When ALONE: the time at which grants may be raised to the share, since all other leases
+        # have expired by then.
         self._raise_at = clock() + times.lease
         self._next_whole = -inf
         # Whether the call under way mentions all limits.
@@ -132,14 +132,14 @@ class Leases:
         self._token_ops: list[PrefetchedTokens] = []
         self._ended: set[str] = set()
         self._ended_said: list[str] = []
-        self.told = Announcements(self.call_soon, on_told)
+        self.announcements = Announcements(self.call_soon, on_announced)
         self.calls = self.failures = 0
-        # Whether the others were told that this instance is no more.
+        # Whether the server knows that this instance has left.
         self.left = False
 
     @property
     def state(self) -> State:
-        """How it stands with the server now."""
+        """The state of this instance."""
         self.check()
         return self.standing.state
 
@@ -153,7 +153,7 @@ class Leases:
         """Whether a call is under way."""
         return self.standing.busy
 
-    # What the process says.
+    # The interface for the process.
 
     def hold(
         self, name: str, limit: int, user: User, *, least: int = 0, scope: Scope | None = None
@@ -164,7 +164,7 @@ class Leases:
         """
         grant = Grant(name, limit, user, self.standing, least=least, scope=scope)
         self._grants[name] = grant
-        # Nobody else has a limit that first workers alone share.
+        # No other instance has a limit that the first workers alone share.
         known = self._clock() >= self._raise_at or (scope is not None and scope.first)
         if self.standing.state is State.ALONE and known:
             grant.resize(grant.share)
@@ -172,7 +172,7 @@ class Leases:
         return grant
 
     def drop(self, grant: Grant) -> None:
-        """Share a limit no more. What is inside goes on, and is not counted."""
+        """Stop sharing a limit. Places inside stay in use, and are not counted."""
         if self._grants.get(grant.name) is grant:
             del self._grants[grant.name]
             self._asking.discard(grant)
@@ -185,7 +185,7 @@ class Leases:
         user.stand(self.standing.state, self._fixed.instances)
 
     def drop_pace(self, user: SharedRate) -> None:
-        """Share a pace no more."""
+        """Stop sharing a pace."""
         if self._paces.get(user.name) is user:
             del self._paces[user.name]
 
@@ -195,26 +195,26 @@ class Leases:
         self._tell_standing(user)
 
     def drop_tokens(self, user: PrefetchedTokens) -> None:
-        """Share the tokens of *user* no more."""
+        """Stop sharing the tokens of *user*."""
         if self._tokens.get(user.name) is user:
             del self._tokens[user.name]
 
     def ended(self, instance: str) -> None:
-        """Say that another instance has ended for certain, so that nobody waits for its lease to
-        end.
+        """Note that another instance has certainly ended, so that its lease need not
+        expire first.
         """
         self._ended.add(instance)
         self.call_soon()
 
     @property
     def freeing(self) -> bool:
-        """Whether the server does not know yet of all that have `ended`."""
+        """Whether the server does not yet know of all instances that have `ended`."""
         return bool(self._ended)
 
     def use_fixed(self) -> None:
-        """Have the fixed shares in hand now: nobody else has more than that.
+        """Use the fixed shares now: no other instance has more than its own.
 
-        For instances without a server, and for those that all start together with a server of
+        For instances without a server, and for instances that all start together with a server of
         their own.
         """
         self._raise_at = -inf
@@ -223,7 +223,8 @@ class Leases:
     def leave(self) -> None:
         """Take no more places.
 
-        What is inside is given back as it ends, and with the last of it the instance is no member.
+        Places inside are given back as they end, and after the last of them the instance is no
+        member.
         """
         self.standing.leaving = True
         for grant in self._grants.values():
@@ -232,7 +233,7 @@ class Leases:
         self.call_soon()
 
     def woken(self, words: Iterable[str]) -> None:
-        """Take in a message (`decode_words`): places were given, or others starve."""
+        """Handle a message (`decode_words`): places were granted, or others starve."""
         for word in words:
             grant = self._grants.get(word.removeprefix("?"))
             if grant is None:
@@ -251,7 +252,7 @@ class Leases:
 
     @property
     def round_trip(self) -> float:
-        """The seconds of the quickest of the last calls."""
+        """The seconds of the quickest recent call."""
         return min(self._round_trips, default=0.0)
 
     def call_by(self, moment: float) -> None:
@@ -265,10 +266,10 @@ class Leases:
             self.due = -inf
             self._on_due()
 
-    # What carries the calls.
+    # The interface for the connection.
 
     def check(self) -> None:
-        """Let go of what is granted if the lease is over; called before each start."""
+        """Drop the grants if the lease has expired; called before each start."""
         if self.standing.state is not State.ALONE and self._clock() >= self.lease_end:
             self._lapse()
 
@@ -296,7 +297,7 @@ class Leases:
             each.user.inside for each in self._grants.values()
         )
         self._run = run
-        self._restates = self._met != self._told_paces or run != self._met[1]
+        self._restates = self._met != self._restated_to or run != self._met[1]
         asked = [
             (user, slots)
             for user in self._paces.values()
@@ -311,7 +312,7 @@ class Leases:
         ]
         self._token_ops = [user for user, _op in budgets]
         self._ended_said = sorted(self._ended)
-        tells = self.told.say()
+        tells = self.announcements.take()
         standing.busy = True
         self.due = inf
         self._seq += 1
@@ -322,9 +323,9 @@ class Leases:
                 epoch="" if standing.state is State.ALONE else self.epoch,
                 run=run,
                 seq=self._seq,
-                heard=self._heard,
-                version=self.told.version,
-                times=self.times.told(),
+                heard=self._answer_number,
+                version=self.announcements.version,
+                times=self.times.for_server(),
                 known=[name for name in self.members if name != self.instance],
                 ended=self._ended_said,
                 bye=self._bye,
@@ -336,12 +337,12 @@ class Leases:
         )
 
     def answered(self, data: bytes) -> None:
-        """Take in the answer to the last request."""
+        """Handle the answer to the last request."""
         self.check()
         now = self._clock()
         lease_end = self._sent + self.times.lease - self.times.margin
         if now >= lease_end:
-            # The process was stopped meanwhile: what the answer gives is others' by now.
+            # The process was suspended meanwhile: the granted places may be others' by now.
             self.failed("the answer came too late")
             return
         try:
@@ -352,10 +353,10 @@ class Leases:
         self._round_trips.append(now - self._sent)
         self._met = (answer.epoch, self._run)
         if self._restates:
-            self._told_paces = self._met
+            self._restated_to = self._met
         if answer.anew and not self._whole:
-            # The server has lost its state: it is told everything, before anybody else is given
-            # it.
+            # The server has lost its state: everything is reported before any other instance is
+            # granted it.
             self.failed("the server has lost its state")
             return
         standing = self.standing
@@ -365,7 +366,7 @@ class Leases:
         self.members = answer.members or self.members
         joined = standing.state is not State.ALONE or not standing.grace
         if not standing.grace and not self._bye:
-            self._heard = answer.number
+            self._answer_number = answer.number
             self._fixed.adopt(answer.rank, answer.count, known_to_all=answer.known_to_all)
             before, standing.members = standing.members, max(1, len(self.members))
             if standing.members != before:
@@ -385,7 +386,7 @@ class Leases:
         self._ended.difference_update(self._ended_said)
         if self._ended_said and not self._ended:
             self._on_freed()
-        self.told.answered(answer)
+        self.announcements.answered(answer)
         self._asking.update(grant for grant, _op in self._ops)
         self._asking = {grant for grant in self._asking if grant.wants_call()}
         self._ops = []
@@ -398,7 +399,7 @@ class Leases:
             self._set_due(now + min(self.times.beat, grace))
 
     def failed(self, why: str) -> None:
-        """Take in that the last request was not answered, or with an error.
+        """Note that the last request was not answered, or with an error.
 
         Another one is due soon.
         """
@@ -422,9 +423,9 @@ class Leases:
         self._set_due(now + self.times.bound / 10)
 
     def _more_to_say(self) -> bool:
-        if self._dirty or self._asking or self.told.pending or self._ended:
+        if self._dirty or self._asking or self.announcements.pending or self._ended:
             return True
-        if self._met != self._told_paces and (self._paces or self._tokens):
+        if self._met != self._restated_to and (self._paces or self._tokens):
             return True
         if self.standing.leaving and not any(each.user.inside for each in self._grants.values()):
             return True
@@ -434,7 +435,7 @@ class Leases:
         self.left = True
         self._change(State.ALONE, "it has left")
         for grant in self._grants.values():
-            grant.alone(0)
+            grant.partitioned(0)
         self._set_due(inf)
 
     def _set_due(self, due: float) -> None:
@@ -467,16 +468,16 @@ class Leases:
 
     def _lapse(self) -> None:
         standing = self.standing
-        # Others were answered last a beat and a bound later than this one, at most.
+        # The others were last answered at most a beat and a bound later than this one.
         self._raise_at = self.lease_end + self.times.beat + self.times.bound
-        # If no call has failed this process did not run, and the others go on with its places.
+        # If no call has failed, this process was suspended, and the others use its places.
         away = standing.state is State.UNHEARD
         self._change(State.ALONE, "its lease is over")
         standing.grace = True
         for grant in self._grants.values():
-            grant.alone(min(grant.granted, grant.share) if away else 0)
+            grant.partitioned(min(grant.granted, grant.share) if away else 0)
         self.call_soon()
 
     def _use_share(self) -> None:
         for grant in self._grants.values():
-            grant.alone(grant.share)
+            grant.partitioned(grant.share)

@@ -1,10 +1,10 @@
-"""The limits of a provider, shared with other instances: places, starts a minute, and what is
-known of its health.
+"""The limits of a provider, shared with other instances: places, starts a minute, and the state of
+its health.
 
 Places, starts and tokens are exact (wings/cluster/grants.py, wings/cluster/rates.py,
-wings/cluster/shared_tokens.py). Whether the
-provider is dead, and whether it wants to be left alone, is told to all: each applies it to its own
-breaker and pace, and together they try a dead provider as often as one would.
+wings/cluster/shared_tokens.py). Death and cooldown of a provider are announced to all instances.
+Each applies them to its own breaker and pace, and together they try a dead provider as often as a
+single instance would.
 """
 
 from __future__ import annotations
@@ -31,19 +31,17 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.wings.cluster.leases import Leases
 
-# The words that are told of a provider: it is dead; it is dead and cannot be reached; it has
-# answered again; it wants to be left alone.
+# The states of a provider that are announced: it is dead; it is dead and cannot be reached; it has
+# answered again; it is cooling down.
 DEAD, AWAY, ALIVE, COOLING = "dead", "away", "alive", "cooling"
-# Seconds for which instances that come later hear of a death, and for which its end is told. An
-# instance that was told of a death tries the provider by itself, and does not take it for alive
-# because nobody tells of it any more.
+# Seconds for which a death is announced to instances that join later, and for which its end is
+# announced. An instance that has received the announcement of a death tries the provider itself.
+# It does not take the provider for alive because the announcement has expired.
 DEATH, RETURN = 60.0, 10.0
 
 
 class SharedProvider:
-    """The capacity of the provider *name*, of which *health* knows how it is, as all instances
-    share it.
-    """
+    """The capacity of the provider *name*, shared by all instances; *health* is its state here."""
 
     def __init__(
         self,
@@ -61,7 +59,7 @@ class SharedProvider:
         self.instances_changed()
 
     def instances_changed(self) -> None:
-        """Take in how many instances there are now."""
+        """Note that the number of instances has changed."""
         self._health.breaker.instances = self._leases.instances
 
     def places(self, resource: Resource, limit: int) -> None:
@@ -107,40 +105,40 @@ class SharedProvider:
         return self._tokens
 
     def without_tokens(self) -> None:
-        """Share no tokens any more: they are not paced."""
+        """Stop sharing tokens: they are not paced."""
         if self._tokens is not None:
             self._leases.drop_pace(self._tokens.rate)
             self._tokens = None
 
 
-class Teller(ProviderObserver):
-    """Tells the other instances what this one finds out about the provider *name*."""
+class Announcer(ProviderObserver):
+    """Announces the findings of this instance about the provider *name* to the others."""
 
     def __init__(self, leases: Leases, name: str) -> None:
         self._leases = leases
         self._name = name
 
     def died(self, *, unreachable: bool) -> None:
-        """Tell that the provider is dead, and whether it cannot be reached."""
-        tell = self._leases.told.tell
-        tell(self._name, ALIVE, 0.0)
-        tell(self._name, AWAY if unreachable else DEAD, DEATH)
+        """Announce that the provider is dead, and whether it cannot be reached."""
+        announce = self._leases.announcements.announce
+        announce(self._name, ALIVE, 0.0)
+        announce(self._name, AWAY if unreachable else DEAD, DEATH)
 
     def revived(self) -> None:
-        """Tell that the provider has answered again."""
-        tell = self._leases.told.tell
-        tell(self._name, DEAD, 0.0)
-        tell(self._name, AWAY, 0.0)
-        tell(self._name, ALIVE, RETURN)
+        """Announce that the provider has answered again."""
+        announce = self._leases.announcements.announce
+        announce(self._name, DEAD, 0.0)
+        announce(self._name, AWAY, 0.0)
+        announce(self._name, ALIVE, RETURN)
 
     def cooling(self, seconds: float) -> None:
-        """Tell that the provider wants to be left alone for *seconds*."""
-        self._leases.told.tell(self._name, COOLING, seconds)
+        """Announce that the provider must not be asked for *seconds*."""
+        self._leases.announcements.announce(self._name, COOLING, seconds)
 
 
 class SharedLimits:
-    """Shares the capacity of providers, and makes the quotas of keys that share limits, by *leases*, and passes on what is
-    told.
+    """Shares the capacity of providers and the limits of keys by *leases*, and applies the
+    announcements of others.
 
     The workers of one host, which is their *scope*, share connections.
     """
@@ -149,12 +147,13 @@ class SharedLimits:
         self._leases = leases
         self._scope = scope
         self._shared: dict[str, SharedProvider] = {}
-        # How many connections the workers of its host have together, or else the instance.
+        # Returns how many connections the workers of its host have together; without a host, those
+        # of this instance.
         self._admitted: Callable[[], int] = lambda: 0
         self._providers: Callable[[], Mapping[str, Provider]] = dict
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]]) -> None:
-        """Let what others tell reach the *providers* that are configured: none before."""
+        """Let announcements reach the configured *providers*; before this call they reach none."""
         self._providers = providers
 
     def share_provider(
@@ -165,7 +164,7 @@ class SharedLimits:
         clock: Callable[[], float],
         on_starving: Callable[[], None],
     ) -> SharedCapacity:
-        """Return what shares the capacity of the provider *name*; *on_starving* is called while
+        """Return the shared capacity of the provider *name*; *on_starving* is called while
         requests wait in other instances for places that are taken here.
         """
         shared = self._shared[name] = SharedProvider(
@@ -174,10 +173,10 @@ class SharedLimits:
         return shared
 
     def observe(self, name: str) -> ProviderObserver:
-        """Return who tells the other instances what this one finds out about the provider
-        *name*.
+        """Return the observer that announces this instance's findings about the
+        provider *name*.
         """
-        return Teller(self._leases, name)
+        return Announcer(self._leases, name)
 
     def share_door(self, scheduler: Scheduler, door: Resource, limit: int) -> None:
         """Share the *limit* places in front of the handlers among the workers of one host; its
@@ -199,7 +198,7 @@ class SharedLimits:
         return host, self._admitted()
 
     def make_quota(self, key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
-        """Return the quota of *key*; what waits there is started by *scheduler*."""
+        """Return the quota of *key*; *scheduler* starts the requests that wait there."""
         return SharedKey(
             key.max_concurrent,
             key.requests_per_minute,
@@ -213,8 +212,10 @@ class SharedLimits:
             scheduler=scheduler,
         ).quota
 
-    def told(self, name: str, word: str, seconds: float) -> None:
-        """Take in that *word* holds of the provider *name* for *seconds*; 0.0: no more."""
+    def announced(self, name: str, word: str, seconds: float) -> None:
+        """Apply an announcement: *word* holds of the provider *name* for *seconds*; 0.0: no
+        longer.
+        """
         provider = self._providers().get(name)
         if provider is None or not seconds:
             return
@@ -226,6 +227,6 @@ class SharedLimits:
             provider.told_dead(unreachable=word == AWAY)
 
     def instances_changed(self) -> None:
-        """Take in how many instances there are now."""
+        """Note that the number of instances has changed."""
         for shared in self._shared.values():
             shared.instances_changed()

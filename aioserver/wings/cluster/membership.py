@@ -1,13 +1,13 @@
-"""This process as an instance of a cluster: all of this package that lives as long as a server,
-and its end.
+"""This process as an instance of a cluster: all objects of this package with the lifetime of a
+server, and its end.
 
     join     connections are made, and limits are shared from the first provider on
-    serve    the server exists: its streams can be read elsewhere, and what others find out reaches
+    serve    the server exists: its streams can be read elsewhere, and announcements reach
              its providers
-    leave    the server has ended: nothing is inside any more, of which the others hear
+    leave    the server has ended: no place is inside any more, and the others are notified
 
-This file is one concept: the connections to the cluster's server, and what depends on them, begin
-and end together.
+This file is one concept: the connections to the cluster's server, and the objects that depend on
+them, begin and end together.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.cluster")
 
-# Seconds in which the others are told that this instance is no more; a server that is away hears
-# nothing.
+# Seconds for notifying the others that this instance has left; an unreachable server is not
+# notified.
 LEAVE_TIMEOUT = 1.0
-# Seconds in which what killed instances had is freed, before this one serves.
+# Seconds to free the places of killed instances before this one serves.
 SETTLE_TIMEOUT = 1.0
-# Seconds for the instances' agreement on a secret; until the next one, which brings the secret back
-# to a server that has lost it, and after one that has failed.
+# Seconds for the instances' agreement on a secret; until the next one, which restores the secret
+# at a server that has lost it; and until the next one after a failure.
 AGREE_TIMEOUT, AGREE_EVERY, AGREE_AGAIN = 1.0, 60.0, 5.0
-# Seconds for which it is kept while no instance runs: longer than a browser session lasts.
+# Seconds for which the secret is kept while no instance runs: longer than a browser session lasts.
 SECRET_SECONDS = 30 * 86_400
-# Characters of a host's name in the name of an instance.
+# The most characters of a host's name in the name of an instance.
 MAX_HOST = 32
-# Keys that the server looks at in one step.
+# Keys that the server scans in one step.
 SCANNED = 1000
-# Characters with a meaning of their own in a pattern of keys.
+# Characters with a special meaning in a pattern of keys.
 _GLOB = re.compile(r"[*?\[\]\\^-]")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 
@@ -76,7 +76,7 @@ class ClosableConnection(Connection, Protocol):
     """A connection for commands: see `RedisCommands`."""
 
     async def close(self) -> None:
-        """End it."""
+        """Close it."""
 
 
 class ClosableBus(Bus, Protocol):
@@ -85,11 +85,11 @@ class ClosableBus(Bus, Protocol):
     lost: Counter
 
     async def close(self) -> None:
-        """Hear and say nothing any more."""
+        """Stop receiving and sending."""
 
 
 class Ways(msgspec.Struct, frozen=True):
-    """The classes of all that leads to the cluster's server; the arguments are those of the
+    """The classes of all connections to the cluster's server; the arguments are those of the
     defaults.
     """
 
@@ -99,17 +99,18 @@ class Ways(msgspec.Struct, frozen=True):
     bus: Callable[..., ClosableBus] = RedisBus
 
 
-# Those of a Redis or Valkey server.
+# The connections to a Redis or Valkey server.
 REDIS = Ways()
 
 
 class Membership:
     """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
 
-    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*:
-    those of the cluster. *scope*: this instance among the workers of its host, which share
-    connections; None if it has no parent. *ways* lead to the server. *patient*: without *fixed*
-    its start waits until the server gives something, and agrees with others on a secret.
+    *fixed*: the rank of this instance and the number of all, if a parent knows them. *times* are
+    those of the cluster. *scope* is this instance among the workers of its host, which share
+    connections; None if it has no parent. *ways* are the connections to the server. *patient*:
+    without *fixed* its start waits until the server grants something, and agrees with others on a
+    secret.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Membership:
         self.renewer = Renewer(self._make_leases, url, name, ways.renewals, ways.words)
         self.leases = self.renewer.leases
         self.limits = limits = SharedLimits(self.leases, scope)
-        # What `Sharing` asks of it.
+        # The interface `Sharing`.
         self.share_provider, self.observe = limits.share_provider, limits.observe
         self.make_quota, self.share_door = limits.make_quota, limits.share_door
         self._url, self._ways = url, ways
@@ -142,7 +143,7 @@ class Membership:
         self._joined = asyncio.Event()
         self._agreeing: asyncio.Task[None] | None = None
         # The tokens of instances that have ended, until the members are known; and whether all
-        # that they had is free.
+        # their places are free.
         self._gone: set[int] = set()
         self._freed = asyncio.Event()
         self._freed.set()
@@ -150,14 +151,14 @@ class Membership:
         self._totals: Totals | None = None
 
     def streams(self) -> RemoteStreams:
-        """Return what knows the streams of other instances."""
+        """Return the streams of other instances."""
         self._streams = RemoteStreams(
             self._make_bus, self.commands, self._look, lambda: self.leases.members
         )
         return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
-        """Let what others tell reach *providers*, and *monitor* show the state of all
+        """Let announcements reach *providers*, and let *monitor* show the state of all
         instances.
         """
         self.limits.serve(providers)
@@ -174,7 +175,7 @@ class Membership:
         monitor.share(self._totals)
 
     def _look(self, what: str) -> bytes:
-        """Return *what* another instance wants to know; nothing before this one serves."""
+        """Return the page *what* for another instance; empty before this one serves."""
         return b"" if self._totals is None else self._totals.tell(what)
 
     async def agree_on_sessions(self, sessions: Sessions) -> None:
@@ -186,7 +187,7 @@ class Membership:
         self._agreeing = asyncio.create_task(self._keep_agreeing(sessions, agreed=agreed))
 
     async def _agree(self, sessions: Sessions) -> bool:
-        """Return whether *sessions* has the secret of all instances now."""
+        """Try to agree, and return whether *sessions* now has the secret of all instances."""
         key = f"{self.renewer.prefix}session_secret"
         execute = self.commands.execute
         try:
@@ -211,7 +212,7 @@ class Membership:
             agreed = await self._agree(sessions)
 
     def standing(self) -> ClusterState:
-        """Return how this instance stands with the others."""
+        """Return the state of this instance in the cluster."""
         assert self._streams is not None, "`streams` was called before"
         streams = self._streams.stats()
         return {
@@ -230,23 +231,23 @@ class Membership:
         return int(self.instance.rpartition("-")[2], 16)
 
     def ended(self, token: int) -> None:
-        """Note that the instance with *token* has ended for certain: its places are free now, and
-        not after its lease.
+        """Note that the instance with *token* has certainly ended: its places are free now, and
+        not only when its lease expires.
         """
         self._gone.add(token)
         self._freed.clear()
         self._tell_ends()
 
     async def settled(self) -> None:
-        """Wait until what instances had that have ended is free, for SETTLE_TIMEOUT at most: the
-        server may be away.
+        """Wait until the places of ended instances are free, for at most SETTLE_TIMEOUT: the
+        server may be unreachable.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_TIMEOUT):
                 await self._freed.wait()
 
     def _tell_ends(self) -> None:
-        """Tell the server of the members that have ended, once it has said who is one."""
+        """Report the members that have ended to the server, once the members are known."""
         members = self.leases.members
         if not members:
             return
@@ -263,14 +264,13 @@ class Membership:
         self.limits.instances_changed()
 
     async def open(self, *, clear: bool = False) -> None:
-        """Connect, and share. A server that is not there is looked for in the background.
+        """Connect, and share. An unreachable server is retried in the background.
 
-        *clear*: delete the conversations that are there, if this is the first instance: others may
-        use them.
+        *clear*: delete the existing conversations, if this is the first instance; otherwise others
+        may use them.
 
         Raises:
-            ConfigurationError: the server refuses the password, or the user may not do what is
-                needed.
+            ConfigurationError: the server refuses the password, or the user lacks a permission.
         """
         try:
             await self.renewer.open()
@@ -279,8 +279,8 @@ class Membership:
         if clear and self.leases.members == [self.instance]:
             await self._clear_conversations()
         if self.leases.epoch and self._patient:
-            # A server that is new gives nothing yet, and without a fixed share nothing could start
-            # until then.
+            # A new server grants nothing yet, and without a fixed share nothing could start until
+            # then.
             times = self.leases.times
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(times.grace + times.beat + times.bound):
@@ -289,7 +289,7 @@ class Membership:
         logger.info("cluster: instance %s, %s (%s)", self.instance, state.value, self.address)
 
     async def close(self) -> None:
-        """Tell the others that nothing is inside any more, and end the connections."""
+        """Report that no place is inside any more, and close the connections."""
         if self._agreeing is not None:
             self._agreeing.cancel()
             await asyncio.wait([self._agreeing])
@@ -308,7 +308,7 @@ class Membership:
             on_state=self._state_changed,
             on_members=self._members_changed,
             on_freed=lambda: self._freed.set(),
-            on_told=lambda *told: self.limits.told(*told),
+            on_announced=lambda *news: self.limits.announced(*news),
         )
 
     def _make_bus(
@@ -350,7 +350,7 @@ class Membership:
         if new is State.JOINED:
             self._joined.set()
         if self.leases.standing.leaving:
-            # It has said good-bye.
+            # The instance has left.
             return
         if new is State.JOINED:
             text = "the instances share their limits exactly"
@@ -363,7 +363,7 @@ class Membership:
             )
         level = logging.INFO if new is State.JOINED else logging.WARNING
         logger.log(level, "cluster: %s: %s", new.value, text)
-        # The first contact is none to talk about.
+        # The first contact is not an incident.
         if self._incidents is not None:
             severity = "info" if new is State.JOINED else "warning"
             self._incidents.incident("cluster", text, severity=severity)
@@ -382,8 +382,8 @@ async def join(
 ) -> AsyncIterator[Membership]:
     """Join the cluster *name* for the length of the block.
 
-    *fixed*, *times*, *scope*: see `Membership`. *first*: no other instance can have places of a
-    former life of the cluster, so that the fixed share may be used at once. *clear*: see
+    *fixed*, *times*, *scope*: see `Membership`. *first*: no other instance can have places of an
+    earlier run of the cluster, so that the fixed share may be used at once. *clear*: see
     `Membership.open`.
 
     Raises:

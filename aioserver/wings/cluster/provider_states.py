@@ -1,8 +1,9 @@
-"""What instances tell each other of providers: that one is dead, answers again, or cools down, for
+"""The announcements of instances about providers: one is dead, answers again, or cools down, for
 so many seconds.
 
-It is told and not counted: each instance applies it to its own breaker and pace. The server keeps
-it for those that come later, and an answer brings all of it whenever it has changed.
+An announcement is not counted: each instance applies it to its own breaker and pace. The server
+keeps announcements for instances that join later, and an answer carries all of them whenever one
+has changed.
 """
 
 from __future__ import annotations
@@ -16,51 +17,51 @@ if TYPE_CHECKING:
 
 
 class Announcements:
-    """The words to be told with the next call, and those that were heard.
+    """The announcements to be sent with the next call, and those received.
 
-    *on_told* is called with the provider, the word and the seconds that it holds for; 0.0: no
+    *on_announced* is called with the provider, the word and the seconds that it holds for; 0.0: no
     more.
     """
 
     def __init__(
-        self, call_soon: Callable[[], None], on_told: Callable[[str, str, float], None]
+        self, call_soon: Callable[[], None], on_announced: Callable[[str, str, float], None]
     ) -> None:
         self._call_soon = call_soon
-        self._on_told = on_told
+        self._on_announced = on_announced
         self._tells: list[Tell] = []
-        # How many of them are in the call under way; if it fails they are told again.
+        # The number of them in the call under way; if it fails they are sent again.
         self._said = 0
-        self._heard: set[tuple[str, str]] = set()
+        self._known: set[tuple[str, str]] = set()
         self.version = 0
 
     @property
     def pending(self) -> bool:
-        """Whether something is to be said."""
+        """Whether an announcement is to be sent."""
         return bool(self._tells)
 
-    def tell(self, name: str, word: str, seconds: float) -> None:
-        """Tell all instances that *word* holds of the provider *name* for *seconds*.
+    def announce(self, name: str, word: str, seconds: float) -> None:
+        """Announce to all instances that *word* holds of the provider *name* for *seconds*.
 
-        0: no more.
+        0: it holds no longer.
         """
         self._tells.append(Tell(name, word, round(seconds * SECOND)))
         self._call_soon()
 
-    def say(self) -> list[Tell]:
-        """Return what goes with a call that is sent now."""
+    def take(self) -> list[Tell]:
+        """Return the announcements for a call that is sent now."""
         self._said = len(self._tells)
         return self._tells[:]
 
     def answered(self, answer: Answer) -> None:
-        """Take in the answer to that call."""
+        """Handle the answer to that call."""
         del self._tells[: self._said]
         if answer.version == self.version:
             return
         self.version = answer.version
-        told = {(name, word): length / SECOND for name, word, length in answer.told}
-        # A server that has lost its state does not say that anything has ended.
-        for name, word in () if answer.anew else self._heard - told.keys():
-            self._on_told(name, word, 0.0)
-        self._heard = set(told)
-        for (name, word), seconds in told.items():
-            self._on_told(name, word, seconds)
+        announced = {(name, word): length / SECOND for name, word, length in answer.told}
+        # A server that has lost its state ends no announcement.
+        for name, word in () if answer.anew else self._known - announced.keys():
+            self._on_announced(name, word, 0.0)
+        self._known = set(announced)
+        for (name, word), seconds in announced.items():
+            self._on_announced(name, word, seconds)

@@ -1,27 +1,27 @@
-"""Rates that instances share: slots in hand.
+"""Rates that instances share: prefetched slots.
 
 This file is one concept: how slots are asked for, granted and used is one algorithm.
 
-A slot is a moment at which a request may start. The server gives slots by GCRA (limits/gcra.py),
-and only those that begin within the *horizon*, so that an instance that vanishes takes little with
-it. A slot is used at its time, or later by at most the horizon; else it is let go, also if the
-answer that brings it comes too late. Where a server is always so far away that hardly any slot
-could be used, a slot may be late by two round trips. As a start may be late, the burst that the
-server allows is smaller by as much.
+A slot is a moment at which a request may start. The server grants slots by GCRA (limits/gcra.py),
+and only those that begin within the *horizon*, so that an instance that vanishes takes few with
+it. A slot is used at its time, or later by at most the horizon; otherwise it expires, also if the
+answer that brings it comes too late. If the server is so far away that most slots would expire, a
+slot may be late by two round trips. As a start may be late, the burst that the server allows is
+smaller by as much.
 
-An instance asks for as many slots as it used within the last horizon, so that of a busy one few
-requests wait for an answer, but for no more than its part of the horizon. Where the burst is
-large, an instance keeps some slots of it in hand for as long as it likes, so that a request after
-a rest asks nobody. They are a part of the burst as well: all that instances may keep is taken off
-what the server allows. So in any window of t seconds at most `t * rate + burst` requests start, by
-all instances together; where the burst is less than what the rate allows in the time by which a
-start may be late, that many instead.
+An instance asks for as many slots as it used within the last horizon, but for no more than its
+part of the horizon. So few requests of a busy instance wait for an answer. If the burst is large,
+an instance keeps some of its slots without expiry, so that a request after a rest needs no call.
+They are a part of the burst as well: the most that instances may keep is subtracted from the burst
+that the server allows. So in any window of t seconds all instances together start at most `t *
+rate + burst` requests. If the burst is less than the rate allows in the time by which a start may
+be late, it is that number instead.
 
-A server that has lost its state, or has an older one, is told by each instance when the next slot
-begins, as far as it knows, and allows no burst until all have had the time to say so. Only starts
-that nobody tells of are forgotten: those of an instance that is not heard meanwhile.
+Each instance tells a server that has lost its state, or has an older one, the time of the next
+slot, as far as it knows. The server allows no burst until all have had the time to do so. Only
+starts that no instance reports are forgotten: those of an instance that is partitioned meanwhile.
 
-An instance that the server does not answer has its part of the rate, without a burst at first.
+A partitioned instance has its part of the rate, without a burst at first.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 
 class PrefetchedSlots:
-    """Slots that pass, each with its end, and slots that last until they are taken.
+    """Slots with an expiry, each with its end, and slots without one.
 
-    All times are seconds of one clock. Always: each group is in the order of its beginnings. A
-    slot that has ended is dropped once it is the first of its group, so each operation costs the
-    same however many slots there are.
+    All times are seconds of one clock. Always: each group is in the order of its beginnings. An
+    expired slot is dropped once it is the first of its group, so each operation costs the same
+    however many slots there are.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class PrefetchedSlots:
         self._lasting: deque[float] = deque()
 
     def count(self, now: float) -> int:
-        """Return how many slots there are at *now*."""
+        """Return the number of slots at *now*."""
         passing = self._passing
         while passing and passing[0][1] < now:
             passing.popleft()
@@ -65,24 +65,24 @@ class PrefetchedSlots:
 
     @property
     def lasting(self) -> int:
-        """How many slots last."""
+        """The number of slots without expiry."""
         return len(self._lasting)
 
     def begins(self, before: int) -> float:
-        """Return when the slot begins that has so many *before* it. There must be one."""
+        """Return the beginning of the slot with *before* others in front of it. It must exist."""
         passing, lasting = self._passing, self._lasting
         if not lasting:
             return passing[before][0]
         if not passing:
             return lasting[before]
         if not before:
-            # As each request asks that waits for nobody.
+            # The fast path, for a request with no other in front of it.
             return min(passing[0][0], lasting[0])
         in_order = merge((begins for begins, _ends in passing), lasting)
         return next(islice(in_order, before, None))
 
     def begun(self, now: float) -> int:
-        """Return how many slots have begun at *now*."""
+        """Return the number of slots that have begun at *now*."""
         self.count(now)
         return sum(
             begins <= now
@@ -90,8 +90,8 @@ class PrefetchedSlots:
         )
 
     def take(self, now: float) -> None:
-        """Use one slot: one that has begun before one that has not, and one that passes before one
-        that lasts.
+        """Use one slot: one that has begun before one that has not, and one with an expiry before
+        one without.
         """
         passing, lasting = self._passing, self._lasting
         while passing and passing[0][1] < now:
@@ -104,7 +104,7 @@ class PrefetchedSlots:
             lasting.popleft()
 
     def add(self, begins: float, ends: float) -> None:
-        """Have one more slot, which passes at *ends*.
+        """Add a slot that expires at *ends*.
 
         It begins no earlier than the one before it.
         """
@@ -112,29 +112,29 @@ class PrefetchedSlots:
         self._passing.append((max(begins, passing[-1][0]) if passing else begins, ends))
 
     def add_lasting(self, begins: float) -> None:
-        """Have one more slot, which lasts. It begins no earlier than the one before it."""
+        """Add a slot without expiry. It begins no earlier than the one before it."""
         lasting = self._lasting
         lasting.append(max(begins, lasting[-1]) if lasting else begins)
 
     def drop_lasting(self, more_than: int) -> None:
-        """Have no *more_than* so many that last: those that begin last are dropped."""
+        """Keep at most *more_than* slots without expiry, and drop those that begin last."""
         while len(self._lasting) > more_than:
             self._lasting.pop()
 
     def clear(self) -> None:
-        """Have none."""
+        """Drop all slots."""
         self._passing.clear()
         self._lasting.clear()
 
 
-# More slots are asked for once those in hand are no more than this part of what a horizon uses.
+# More slots are asked for once the prefetched ones are no more than this part of a horizon's use.
 ASK_BELOW = 0.25
-# Slots that are kept in hand at most; of the burst, all instances together keep this share.
+# The most slots of the burst that an instance keeps; and the share of the burst that all instances
+# together keep.
 MOST_KEPT, SHARE_KEPT = 32, 0.5
-# Seconds after which a request looks again whether a slot has come; an answer lets it look at
-# once.
+# Seconds after which a waiting request checks again for a slot; an answer lets it check at once.
 LOOK_AGAIN = 0.05
-# Seconds that an instance waits which does not know how many others there are.
+# Seconds that a request waits at an instance which does not know the number of the others.
 UNKNOWN = 1.0
 
 
@@ -153,19 +153,19 @@ class LeaseCalls(Protocol):
 
     @property
     def round_trip(self) -> float:
-        """The seconds of the quickest of the last calls."""
+        """The seconds of the quickest recent call."""
 
 
 class SharedRate(Gcra):
-    """A rate that is shared under *name*; it stands where a `Gcra` of the whole rate would.
+    """A rate that is shared under *name*; it replaces a `Gcra` of the whole rate.
 
-    Always: a start is counted on a slot in hand while the server is heard, and else on a part of
-    the rate.
+    Always: while the instance is joined, a start is counted on a prefetched slot, and otherwise on
+    a part of the rate.
 
-    *waiting* tells how many requests wait for a start; *on_slots* is called when more may start
+    *waiting* returns how many requests wait for a start; *on_slots* is called when more may start
     than before. *rested*: a server that knows nothing of the rate allows the whole burst at once,
-    and not one start after another. Of the burst, all instances together keep *share_kept* in
-    hand: the others can start so much less at once.
+    and not one start after another. All instances together prefetch *share_kept* of the burst,
+    which is then not available to others at once.
 
     It asks for slots at *ask_at*; inf: for none.
     """
@@ -193,14 +193,14 @@ class SharedRate(Gcra):
         self._rested = rested
         self._share_kept = share_kept
         self._horizon = horizon
-        # Kept slots last; all others pass.
+        # Slots of the burst have no expiry; all others have one.
         self._slots = PrefetchedSlots()
-        # When the next slot begins, as far as is known.
+        # The beginning of the next slot, as far as is known.
         self._next_at = -inf
-        # Starts that are taken back, of which the server does not know yet.
+        # The number of revoked starts that the server does not know of yet.
         self._taken_back = 0
-        # What a start is worth now, in seconds: more than the interval while the provider wants
-        # it.
+        # The seconds that a start counts for now: more than the interval while the provider asks
+        # for it.
         self._step = interval
         # Whether the last answer brought slots.
         self._served = False
@@ -215,11 +215,11 @@ class SharedRate(Gcra):
         self._local = Gcra(interval, 0.0, clock)
         calls.pace(self)
 
-    # What the pace of a provider, and a quota, ask.
+    # The interface for the pace of a provider, and for a quota.
 
     def delay(self, ahead: float = 0.0) -> float:
-        """Return the seconds until a start is allowed after others that are worth *ahead*
-        seconds.
+        """Return the seconds until a start is allowed after others that count for
+        *ahead* seconds.
         """
         now = self._clock()
         wait = max(0.0, self._not_before - now)
@@ -232,12 +232,12 @@ class SharedRate(Gcra):
             self._ask(now)
         if others < count:
             return max(wait, self._slots.begins(others) - now, 0.0)
-        # Nobody knows how many others wait elsewhere.
+        # The number of requests that wait at other instances is not known.
         next_at = max(self._next_at - now, LOOK_AGAIN)
         return max(wait, next_at + (others - count) * self._step)
 
     def take(self, seconds: float) -> None:
-        """Count a start that is worth *seconds*, whether it is allowed or not.
+        """Count a start for *seconds*, whether it is allowed or not.
 
         A negative number takes one back.
         """
@@ -245,7 +245,7 @@ class SharedRate(Gcra):
         if self._state is not State.JOINED:
             self._local.take(seconds * max(1, self._instances))
         elif seconds < 0:
-            # Its slot is over by now, or others' to use.
+            # The slot of the start has expired by now, or is another request's.
             self._starts -= 1
             self._taken_back += 1
             self._ask_by(now)
@@ -255,8 +255,8 @@ class SharedRate(Gcra):
             self._slots.take(now)
 
     def try_take(self) -> float:
-        """Count a start if it is allowed, and return 0; otherwise return the seconds until it
-        is.
+        """Count a start if it is allowed, and return 0; otherwise return the seconds
+        until it is.
         """
         if (delay := self.delay()) > ROUNDING:
             return delay
@@ -265,7 +265,7 @@ class SharedRate(Gcra):
 
     @property
     def available(self) -> int:
-        """How many starts are allowed now, without a question to anybody."""
+        """The number of starts that are allowed now, without a call."""
         now = self._clock()
         if now < self._not_before:
             return 0
@@ -276,11 +276,11 @@ class SharedRate(Gcra):
     def apply(self, interval: float, tolerance: float, *, scale: float = 1.0) -> None:
         """Use another rate from now on.
 
-        What is counted locally ahead of now is multiplied by *scale*.
+        Starts that are counted locally ahead of now are multiplied by *scale*.
         """
         self._tolerance = tolerance
         self.interval = self._step = interval
-        # The slots that are kept in hand are a part of the burst, which may be less now.
+        # The kept slots are a part of the burst, which may be smaller now.
         self._slots.drop_lasting(self._kept())
         if self._instances:
             self._local.apply(interval * self._instances, tolerance / self._instances, scale=scale)
@@ -293,16 +293,16 @@ class SharedRate(Gcra):
         self._local.postpone(moment)
 
     def catch_up(self) -> None:
-        """Allow the next start soon, whatever has been counted."""
+        """Allow the next start soon, regardless of the starts counted so far."""
         self._not_before = -inf
         self._local.catch_up()
 
-    # What `Leases` asks.
+    # The interface for `Leases`.
 
     def op(self, *, restate: bool) -> PaceOp | None:
-        """Return what to ask for in a call that is sent now; None: nothing.
+        """Return the request for slots in a call that is sent now; None if none is needed.
 
-        *restate*: say what is known of the next slot.
+        *restate*: include the known time of the next slot.
         """
         now = self._clock()
         asks = self.ask_at <= now + ROUNDING and self._state is State.JOINED
@@ -321,7 +321,7 @@ class SharedRate(Gcra):
             wanted = max(self._waiting(), math.ceil(self._used(now)))
             count = max(min(wanted - there, chunk), kept - there, 1)
             if self._taken_back:
-                # Slots are asked for once these are given back.
+                # More slots are asked for once these are given back.
                 count, self._taken_back = -self._taken_back, 0
         slack = 0.0
         if not self._no_burst:
@@ -337,7 +337,7 @@ class SharedRate(Gcra):
         )
 
     def answered(self, slots: Slots | None, sent: float) -> None:
-        """Take in the slots that the server has given for what was asked for at *sent*.
+        """Add the slots that the server has granted for the request sent at *sent*.
 
         None: the call failed.
         """
@@ -358,14 +358,15 @@ class SharedRate(Gcra):
         self._next_at = now + slots.next / SECOND
         self._served = bool(slots.delays)
         if held.count(now) > max(self._too_few, self._waiting()):
-            # They were asked for while this call was under way.
+            # More slots were asked for while this call was under way.
             self.ask_at = inf
         self._on_slots()
 
     def stand(self, state: State, instances: int) -> None:
-        """Take in that this instance is in *state*, and one of so many if it is alone.
+        """Note the *state* of this instance, and the number of *instances* that it counts when
+        partitioned.
 
-        0: of an unknown number.
+        0: the number is unknown.
         """
         before, self._state = self._state, state
         if instances and instances != self._instances:
@@ -379,10 +380,10 @@ class SharedRate(Gcra):
         self._on_slots()
 
     def _ask(self, now: float) -> None:
-        """Ask for slots once the next ones are well within the horizon: for several of a fast pace
-        in one call.
+        """Ask for slots once the next ones are well within the horizon, so that one call gets
+        several of a fast pace.
 
-        An instance that was given some at last asks later than those that were not.
+        An instance that was granted some last time asks later than one that was not.
         """
         before = self._horizon / (4 if self._served else 2)
         self._ask_by(max(now, self._next_at - before, self._not_before))
@@ -399,7 +400,7 @@ class SharedRate(Gcra):
         return max(self._horizon, 2 * self._calls.round_trip)
 
     def _used(self, now: float) -> float:
-        """Return the starts of a horizon, as they are now."""
+        """Return the number of starts in a horizon, at the present rate."""
         elapsed = now - self._starts_since
         if elapsed >= self._horizon:
             self._starts_before = max(0, self._starts) * self._horizon / elapsed
@@ -407,7 +408,7 @@ class SharedRate(Gcra):
         return max(self._starts_before, self._starts)
 
     def _kept(self) -> int:
-        """Return how many slots of the burst are kept in hand."""
+        """Return the number of slots of the burst that are kept."""
         burst = (self._tolerance - self._horizon) / self.interval
         return max(
             0, min(MOST_KEPT, int(burst * self._share_kept / max(1, self._calls.instances)))

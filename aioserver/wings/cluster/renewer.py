@@ -1,4 +1,4 @@
-"""Carries the calls of `Leases` to the server, and the messages that wake them back."""
+"""Carries the calls of `Leases` to the server, and receives the messages that wake them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Listening(Protocol):
-    """A connection on which messages are heard: see `Subscription`."""
+    """A connection that receives messages: see `Subscription`."""
 
     async def open(self) -> None:
         """Connect: see `Connection`."""
 
     async def close(self) -> None:
-        """End it."""
+        """Close it."""
 
 
 class Renewing(Listening, Protocol):
@@ -84,8 +84,8 @@ class Renewer:
 
     *make_leases* makes them, with the function that is called when a renewal is due earlier.
     `open` it, and `close` it in the end; `leave` before that gives everything back. `connection`
-    takes other commands as well; *connect* makes it, and *listen* the one by which this instance
-    is woken. Keys and channels begin with `prefix`.
+    takes other commands as well. *connect* makes it, and *listen* makes the connection for
+    messages that wake this instance. Keys and channels begin with `prefix`.
 
     Raises:
         ValueError: *url* cannot be used.
@@ -111,19 +111,18 @@ class Renewer:
             url,
             {f"{self.prefix}wake:{leases.instance}": self._woken},
             bound=bound,
-            # Words that were said while nobody listened are lost.
+            # Messages that were published while the subscription was closed are lost.
             on_open=self._tell_all,
         )
 
     async def open(self) -> CallFailed | None:
-        """Connect, make the first call, and go on in the background.
+        """Connect, make the first call, and continue in the background, also if the server is
+        unreachable.
 
-        A server that is not there is looked for.
-
-        Returns why the first call failed, if it has.
+        Returns why the first call failed; None if it succeeded.
 
         Raises:
-            AccessDenied: the server refuses the password, or the user may not do what is needed.
+            AccessDenied: the server refuses the password, or the user lacks a permission.
         """
         for connection in (self.connection, self.subscription):
             try:
@@ -139,15 +138,15 @@ class Renewer:
         return failure
 
     async def leave(self, within: float) -> None:
-        """Take no more places, and tell the others once nothing is inside; wait *within* seconds
-        for that at most.
+        """Take no more places, and notify the others once none is inside; wait at most *within*
+        seconds for that.
         """
         self.leases.leave()
         if self._task is not None:
             await asyncio.wait([self._task], timeout=within)
 
     async def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])

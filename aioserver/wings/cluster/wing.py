@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 
 class Member(Sharing, Protocol):
-    """This process as an instance of a cluster: a `Membership` (membership.py), or a test's own
-    with less of it.
+    """This process as an instance of a cluster: a `Membership` (membership.py), or a smaller one
+    of a test.
     """
 
     commands: Commands
 
     def streams(self) -> RemoteStreams:
-        """Return what knows the streams of other instances."""
+        """Return the streams of other instances."""
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
-        """Let what others tell reach *providers*, and *monitor* show the state of all
+        """Let announcements reach *providers*, and let *monitor* show the state of all
         instances.
         """
 
 
 class ClusterWing(Wing):
-    """What several processes and machines share, through `cluster.redis_url` or a parent's private
-    server.
+    """The limits and streams that several processes and machines share, through
+    `cluster.redis_url` or a parent's private server.
 
-    *member* is this process as an instance of a cluster that it has joined already; None: it joins
-    by itself, if it is to.
+    *member* is this process as an instance of a cluster that it has already joined; None: it joins
+    by itself, if the settings say so.
     """
 
     name: ClassVar = "cluster"
@@ -54,7 +54,7 @@ class ClusterWing(Wing):
         self._others: RemoteStreams | None = None
 
     def faults(self, settings: Settings) -> Iterable[str]:
-        """Return what is missing for `cluster.redis_url`."""
+        """Yield what `cluster.redis_url` lacks."""
         if settings.cluster.redis_url is not None and find_spec("redis") is None:
             yield (
                 "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
@@ -79,14 +79,16 @@ class ClusterWing(Wing):
             self.instances = self._others = self._member.streams()
 
     async def serve(self, context: Context) -> Routes:
-        """Let the other instances read the streams of this one, and tell it what they find out."""
+        """Let the other instances read the streams of this one, and receive their
+        announcements.
+        """
         if self._member is not None and self._others is not None:
             self._others.serve(context.gateway, context.apis)
             self._member.serve(lambda: context.router.providers, context.monitor)
         return Routes()
 
     async def leave(self) -> None:
-        """Give the others what has ended here."""
+        """Hand over the logs that have ended here."""
         if self._others is not None:
             await self._others.close()
 
@@ -98,13 +100,13 @@ async def _join(core: Core, stack: AsyncExitStack) -> Member | None:
     url, fixed, first = cluster.redis_url, None, False
     if scope is not None:
         if url is None:
-            # Nobody else uses it, so the number of instances is known.
+            # No other process uses it, so the number of instances is known.
             url, fixed, first = core.private_server, (scope.rank, scope.workers), scope.first
-        # One that is started in place of another is no start of the server.
+        # A worker that replaces another one is no start of the server.
         clear = clear and scope.first
     if url is None:
         return None
-    # One instance needs none of it.
+    # A single instance needs none of it.
     from aioserver.wings.cluster.membership import join  # noqa: PLC0415
 
     return await stack.enter_async_context(

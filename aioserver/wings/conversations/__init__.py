@@ -1,4 +1,4 @@
-"""Conversations that the server keeps: without them a client sends what came before itself.
+"""Conversations that the server keeps: without them a client sends earlier turns itself.
 
 A *turn* is a question and its answer. The turns of a *conversation* are in *memory*, bounded, and
 in a *storage*, if the settings ask for one. The *history* is both: it has the turns in front of a
@@ -7,11 +7,11 @@ kept. The *face* lists, reads and deletes them for their caller.
 
 One storage is an SQLite *file*, which survives a restart. It has tables of a *version*, and is
 brought to the newest by *migrations*. Each process has two *connections* to it, each with a
-thread: one reads, and one writes. What is to be written, a turn or a deletion, waits in a *queue*,
-and all that waits is written in one transaction; an answer ends when its turn is *committed*. A
-*sweep* applies the bounds to conversations that nobody goes on with. What is wrong with the file
-is a *trouble*: it costs the history, never the chat. The module sqlite3 is only imported here, and
-only where the settings ask for it.
+thread: one reads, and one writes. Writes, of a turn or a deletion, wait in a *queue*, and all
+waiting ones share one transaction; an answer ends when its turn is *committed*. A *sweep* applies
+the bounds to conversations that are not continued. A fault of the file is a *trouble*: it costs
+the history, never the chat. The module sqlite3 is only imported here, and only if the settings ask
+for it.
 
-The other one is Redis, for all instances of a cluster: `redis`.
+The other storage is Redis, for all instances of a cluster: `redis`.
 """

@@ -6,7 +6,7 @@
     DELETE /conversations            all that the list has
 
 With keys these are the conversations of the key. Without keys all clients are one caller, and an
-id is enough to read its conversation: a client is therefore shown those of its own address only,
+id is enough to read its conversation: a client is therefore shown only those of its own address,
 as with streams. Reading and deleting need no place: they work in a full server.
 """
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from aioserver.wings.conversations.turn import Turn
 
 PATH = "/conversations"
-# Conversations of one page, at most and where the request does not say.
+# The most conversations of one page, and the default.
 MAX_PAGE, PAGE = 200, 50
-# Bytes of text of one answer; the newest turn is always there.
+# The most bytes of text of one answer; the newest turn is always included.
 MAX_SHOWN = 1 << 22
 
 
@@ -47,7 +47,7 @@ async def listing(history: History, request: web.Request) -> web.Response:
     """Answer a GET with a page of the list.
 
     Raises:
-        InvalidRequest: `limit` or `before` is none.
+        InvalidRequest: `limit` or `before` is not valid.
     """
     before = request.query.get("before")
     after = None if before is None else Position.parse(before)
@@ -66,7 +66,7 @@ async def listing(history: History, request: web.Request) -> web.Response:
 
 
 async def read(history: History, request: web.Request) -> web.Response:
-    """Answer a GET with what is kept of one conversation.
+    """Answer a GET with the kept turns of one conversation.
 
     Raises:
         ConversationNotFound: the caller has no such conversation.
@@ -91,11 +91,11 @@ async def read(history: History, request: web.Request) -> web.Response:
 
 
 async def delete(history: History, request: web.Request) -> web.Response:
-    """Answer a DELETE of one conversation. An answer that runs in it goes on, and is not kept.
+    """Answer a DELETE of one conversation. An answer that runs in it continues, and is not kept.
 
     Raises:
         ConversationNotFound: the caller has no such conversation.
-        HistoryUnavailable: it is not deleted for certain.
+        HistoryUnavailable: it is not certain that it is deleted.
         RateLimitExceeded: the key has used its requests of this minute.
     """
     await _count(request)
@@ -108,7 +108,7 @@ async def delete_all(history: History, request: web.Request) -> web.Response:
 
     Raises:
         RateLimitExceeded: the key has used its requests of this minute.
-        HistoryUnavailable: they are not deleted for certain.
+        HistoryUnavailable: it is not certain that they are deleted.
     """
     await _count(request)
     deleted = await history.delete_all(request[CALLER])
@@ -116,14 +116,14 @@ async def delete_all(history: History, request: web.Request) -> web.Response:
 
 
 async def _count(request: web.Request) -> None:
-    """Count a deletion, of whatever it is, in the rate of its key."""
+    """Count a deletion, of one or all, for the rate of its key."""
     if (quota := request[CALLER].quota) is not None:
         await quota.count()
 
 
 def _limit(request: web.Request) -> int:
     text = request.query.get("limit", str(PAGE))
-    # A longer number is none of these, and int() is slow with thousands of digits.
+    # A longer number is too large, and int() is slow with thousands of digits.
     if text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_PAGE:
         return int(text)
     raise InvalidRequest(f"limit must be a number from 1 to {MAX_PAGE}", param="limit")

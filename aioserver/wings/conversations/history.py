@@ -1,14 +1,14 @@
-"""The history of conversations: what this process knows, and a storage beyond it.
+"""The history of conversations: the memory of this process, and a storage beyond it.
 
-Each process has its `Conversations` in memory. Where there is a *storage*, that is the truth: a
+Each process has its `Conversations` in memory. A *storage*, if there is one, is authoritative: a
 turn goes to both, a question first loads its conversation from there, and lists and pages are read
-there. A storage may fail. Then the chat goes on with what this process remembers, lists are
-partial, and a deletion is refused: nobody is told that something is deleted which may come back.
+there. A storage may fail. Then chats continue with the memory of this process, lists are partial,
+and a deletion is refused: no client is told that something is deleted which may come back.
 
 A conversation may be deleted while an answer in it runs: that answer is then not kept either. So
-the questions that have no answer yet are known, and a deletion marks those that it concerns.
-Beyond this process a storage remembers it, but only where there is something to forget: otherwise
-a client could fill the storage of all with deletions of what never was.
+the questions without an answer are recorded, and a deletion marks those that it concerns. A
+storage remembers it for other processes, but only if there is something to delete. Otherwise a
+client could fill the shared storage with deletions of conversations that never existed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StorageStats(msgspec.Struct, frozen=True):
     """A snapshot of a storage: `memory`, `sql` or `redis`.
 
     *waiting* turns are not written yet, *written* and *lost* are counts since the start. *trouble*
-    is what is wrong now, and *since* when, in Unix time.
+    is the present fault, and *since* its beginning, in Unix time.
     """
 
     storage: str = "memory"
@@ -62,7 +62,7 @@ class StorageStats(msgspec.Struct, frozen=True):
 class Loaded(NamedTuple):
     """The *turns* of a conversation, the oldest first.
 
-    *certain* false: there are none, and what this process remembers stands.
+    *certain* false: there are none, and the memory of this process holds.
     """
 
     turns: Sequence[Turn]
@@ -70,11 +70,13 @@ class Loaded(NamedTuple):
 
 
 class Storage(Protocol):
-    """A storage of conversations. No method waits for long or raises; each says if it cannot."""
+    """A storage of conversations. No method waits for long or raises; each one's result says if it
+    has failed.
+    """
 
     @property
     def troubled(self) -> bool:
-        """Whether what is read may lack what was kept."""
+        """Whether a read may lack kept turns."""
 
     def apply(self, persistence: Persistence) -> None:
         """Use new bounds."""
@@ -83,7 +85,7 @@ class Storage(Protocol):
         """Return a snapshot."""
 
     async def load(self, caller: Caller, conversation_id: str) -> Loaded | None:
-        """Return the turns of a conversation; None if the storage does not say them now."""
+        """Return the turns of a conversation; None if the storage cannot say now."""
 
     async def begin(
         self, caller: Caller, conversation_id: str, *, known: bool
@@ -91,7 +93,7 @@ class Storage(Protocol):
         """Return what `load` does, for a question whose turn is to come: see `Histories.begin`."""
 
     def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
-        """Note that no turn comes of a question: see `Histories.leave`."""
+        """Note that no turn will come of a question: see `Histories.leave`."""
 
     def keep(
         self,
@@ -105,7 +107,8 @@ class Storage(Protocol):
 
         *asked* is the question's time by the clock of this machine.
 
-        Return what the end of the answer is to wait for, if anything: see `Histories.keep`.
+        Return the awaitable that the end of the answer must wait for, if any: see
+        `Histories.keep`.
         """
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
@@ -118,7 +121,8 @@ class Storage(Protocol):
         """
 
     async def delete_all(self, caller: Caller, *, asked: bool) -> int | None:
-        """Delete all that `listing` shows; return their number, None if that is not certain.
+        """Delete all conversations that `listing` shows; return their number, None if that is not
+        certain.
 
         *asked*: this process has questions of the caller that have no answer yet.
         """
@@ -136,14 +140,14 @@ class History:
         self._conversations = conversations
         self._storage = storage
         self._missing = missing
-        # The questions without an answer, by conversation and by who lists it.
+        # The questions without an answer, by conversation and by the list that has it.
         self._asked: ByOwner[tuple[Caller, str], Asked, None] = ByOwner()
         self._asked_by: ByOwner[tuple[Caller, str], Asked, None] = ByOwner()
         self._since = conversations.clock()
 
     @property
     def stored(self) -> bool:
-        """Whether there is a storage, with which a question begins."""
+        """Whether there is a storage, from which a question first loads."""
         return self._storage is not None
 
     def stats(self) -> StorageStats:
@@ -154,7 +158,7 @@ class History:
         return stats
 
     def apply(self, context: Context, persistence: Persistence) -> None:
-        """Use new bounds; a history beyond them is cut when it is used next."""
+        """Use new bounds; a history beyond them is cut at its next use."""
         self._conversations.apply(context, persistence)
         if self._storage is not None:
             self._storage.apply(persistence)
@@ -167,13 +171,15 @@ class History:
         return asked
 
     def done(self, asked: Asked) -> None:
-        """Note that no turn of a question will be kept any more."""
+        """Note that no further turn of a question will be kept."""
         caller = asked.caller
         self._asked.pop((caller, asked.conversation_id), asked)
         self._asked_by.pop((caller, caller.address), asked)
 
     async def begin(self, asked: Asked, *, known: bool) -> Begun | None:
-        """Let this process have the conversation as the storage has it, if that answers."""
+        """Load the conversation of a question from the storage into this process, if the storage
+        answers.
+        """
         if self._storage is None:
             return None
         caller, conversation_id = asked.caller, asked.conversation_id
@@ -182,7 +188,7 @@ class History:
         return begun
 
     def leave(self, asked: Asked, begun: Begun) -> None:
-        """Note that no turn comes of a question that has begun."""
+        """Note that no turn will come of a question that has begun."""
         if self._storage is not None:
             self._storage.leave(asked.caller, asked.conversation_id, begun)
 
@@ -215,7 +221,7 @@ class History:
         return page._replace(partial=self._storage.troubled)
 
     async def read(self, caller: Caller, conversation_id: str) -> Dialogue:
-        """Return what is kept of a conversation.
+        """Return the kept turns of a conversation.
 
         Raises:
             ConversationNotFound: there is none.
@@ -234,11 +240,11 @@ class History:
         return dialogue._replace(partial=partial)
 
     async def delete(self, caller: Caller, conversation_id: str) -> None:
-        """Delete a conversation, and what comes of an answer that runs in it.
+        """Delete a conversation, and the turns of answers that run in it.
 
         Raises:
             ConversationNotFound: there is none.
-            HistoryUnavailable: the storage may have it still.
+            HistoryUnavailable: the storage may still have it.
         """
         deleted = self._conversations.delete(caller, conversation_id)
         running = self._asked.of((caller, conversation_id))
@@ -256,11 +262,11 @@ class History:
         """Delete the conversations that `listing` shows; return their number.
 
         Raises:
-            HistoryUnavailable: the storage may have them still.
+            HistoryUnavailable: the storage may still have them.
         """
         deleted = self._conversations.delete_all(caller)
         running, number = self._asked_by.of((caller, caller.address)), len(deleted)
-        # Without keys, questions of another address may be in them.
+        # Without keys, other addresses may have asked in them.
         for asked in (
             *running,
             *(each for name in deleted for each in self._asked.of((caller, name))),

@@ -2,9 +2,9 @@
 
 A history consists of turns: a client's question and the model's answer. A turn is kept when its
 answer is complete, or with the text so far if it was cancelled; a failed answer leaves nothing.
-`chat.service.repository.persistence` bounds what is kept (turn.py), and `chat.service.context`
-bounds what is sent to the provider. All conversations together are bounded too: beyond that who
-keeps most of them loses those that it has used least recently.
+`chat.service.repository.persistence` bounds the kept turns (turn.py), and `chat.service.context`
+bounds the history that is sent to the provider. All conversations together are bounded too: beyond
+that the owner that keeps most loses those that it has used least recently.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ MAX_CONVERSATIONS = 10_000
 # Tokens of all conversations together, four bytes each, the overhead of their messages included:
 # 256 MiB.
 MAX_KEPT_TOKENS = 1 << 26
-# A message's Python objects, as tokens of 4 bytes: otherwise short messages would be unbounded,
-# nearly.
+# A message's Python objects, as tokens of 4 bytes: otherwise short messages would be nearly
+# unbounded.
 MESSAGE_OVERHEAD = 64
-# Turns of one conversation that several instances share.
+# The most turns of one conversation that several instances share.
 MAX_TURNS = 10_000
-# What an eviction leaves of a bound, so that not each turn has to look for what may go.
+# The part of a bound that remains after an eviction, so that not each turn has to evict.
 EVICTION_TARGET = 0.99
 
 
@@ -51,8 +51,8 @@ class _Conversation(msgspec.Struct):
     owner: str
     tokens: int = 0
     turns: list[Turn] = msgspec.field(default_factory=list)
-    # The list that has it, and its place there. None: it is empty, or came from a storage, and
-    # without a key it is not known from where it was asked.
+    # The list that has it, and its place there. None: it is empty, or it came from a storage, and
+    # the address of its client is not known because there is no key.
     listed: tuple[tuple[Caller, str], Position] | None = None
 
 
@@ -74,12 +74,12 @@ class Conversations:
     ) -> None:
         self.clock = clock
         self._kept: dict[tuple[Caller, str], _Conversation] = {}
-        # Of each owner, the least recently used one comes first.
+        # The conversations of each owner, the least recently used one first.
         self._used: ByOwner[str, tuple[Caller, str], None] = ByOwner()
         # The tokens of all histories, and their numbers, by owner.
         self._tokens: Shares[str] = Shares()
         self._numbers: Shares[str] = Shares()
-        # Of each caller, at each address: its conversations, the newest last.
+        # The conversations of each caller, at each address, the newest last.
         self._lists: dict[tuple[Caller, str], list[Position]] = {}
         self.apply(context, persistence)
 
@@ -87,12 +87,14 @@ class Conversations:
         return len(self._kept)
 
     def apply(self, context: Context, persistence: Persistence) -> None:
-        """Use new bounds; a history beyond them is cut when it is used next."""
+        """Use new bounds; a history beyond them is cut at its next use."""
         self._context, self._persistence = context, persistence
         self.bounds = Bounds.of(persistence)
 
     def history(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
-        """Return a snapshot of the messages to send: what fits of the history, then *text*."""
+        """Return a snapshot of the messages to send: as much of the history as fits,
+        then *text*.
+        """
         key = (caller, conversation_id)
         conversation = self._kept.get(key)
         if conversation is not None:
@@ -116,13 +118,13 @@ class Conversations:
         """
         key = (caller, conversation_id)
         conversation = self._used_by(caller, key)
-        # What was kept here last may be a turn that the storage did not take.
+        # The last local turn may be one that the storage did not take.
         conversation.turns = list(turns)
         self._bound(key, conversation, "" if caller.name else None)
 
     @property
     def shared_bounds(self) -> tuple[int, int]:
-        """About how many bytes, and how many turns, of one conversation are kept at most."""
+        """The approximate most bytes, and the most turns, that are kept of one conversation."""
         policy, size, turns = self._persistence.retention_policy, MAX_UNLIMITED_BYTES, MAX_TURNS
         if policy == "message_count":
             turns = min(turns, (self._persistence.max_messages_per_conversation + 1) // 2)
@@ -140,7 +142,8 @@ class Conversations:
     def listing(self, caller: Caller, limit: int, after: Position | None) -> Page:
         """Return the newest *limit* of the caller's conversations *after* a position.
 
-        Without keys all clients are one caller: they are those of the client's address then.
+        Without keys all clients are one caller: only the conversations of the client's address are
+        returned.
         """
         positions = self._lists.get((caller, caller.address), [])
         index = len(positions) if after is None else bisect_left(positions, after)
@@ -149,14 +152,14 @@ class Conversations:
             index -= 1
             turns = self._retained(self._kept[caller, positions[index].conversation_id])
             if not turns:
-                # Its days are over, and so are those of the ones before it.
+                # Its days are over, and so are those of all earlier ones.
                 break
             updated, name = positions[index]
             found.append(Summary.of(name, turns[0].question, updated, len(turns)))
         return Page.of(found, limit)
 
     def read(self, caller: Caller, conversation_id: str) -> Dialogue | None:
-        """Return what is kept of a conversation; None if there is nothing."""
+        """Return the kept turns of a conversation; None if there are none."""
         conversation = self._kept.get((caller, conversation_id))
         turns = [] if conversation is None else self._retained(conversation)
         return Dialogue(list(turns)) if turns else None
@@ -184,7 +187,9 @@ class Conversations:
         ]
 
     def _used_by(self, caller: Caller, key: tuple[Caller, str]) -> _Conversation:
-        """Return the conversation, a new one if there is none, as one that *caller* uses now."""
+        """Return the conversation, a new one if there is none, and mark it as used by *caller*
+        now.
+        """
         conversation = self._kept.get(key)
         if conversation is None:
             self._kept[key] = conversation = _Conversation(caller.flow)
@@ -225,8 +230,8 @@ class Conversations:
                 self._evict(shares, most * EVICTION_TARGET)
 
     def _evict(self, shares: Shares[str], most: float) -> None:
-        """Forget conversations until they have no more than *most* of what *shares* counts: of who
-        has most of it, those used least recently.
+        """Evict conversations until *shares* counts no more than *most*: of the owner with the
+        largest share, those used least recently.
         """
         for owner in shares.largest_first():
             self._forget(next(iter(self._used.of(owner))))

@@ -3,24 +3,24 @@
 See `wings.conversations.history.Storage`.
 
 A turn is written when its answer has ended, and all turns are read when the next question of the
-conversation is asked. The end of an answer waits for its turn, but not for long: a question leaves
-a *mark* where the turns are, with the reading of them, which goes when its turn is kept, or none
-comes. While there is a mark of another instance, a reader waits for a moment, and reads again. So
-a turn whose end a client has seen is not missed, however late it is written. This instance keeps
-them, too (`wings.conversations.memory`): while the server is away, a conversation goes on with
-what is known here. What is kept is bounded as the settings say, and forgotten a day after the last
-turn.
+conversation is asked. The end of an answer waits for its turn, but not for long. So a question
+leaves a *mark* with the turns when it reads them, which is removed when its turn is kept, or when
+none will come. While there is a mark of another instance, a reader waits for a moment, and reads
+again. So a turn whose end a client has seen is not missed, however late it is written. This
+instance keeps the turns, too (`wings.conversations.memory`): while the server is unreachable, a
+conversation continues with the local ones. Kept turns are bounded by the settings, and deleted a
+day after the last turn.
 
-A conversation is a list of turns, and an item (gateway/contracts/commands.py): where there is no room,
-whoever keeps most loses those that rested for longest. A deletion is remembered, for answers that
-run meanwhile, and for instances that know the conversation still; but only where there are turns,
-or marks of questions. Each caller has a list of its conversations by their last turn; without keys
-each address has one. Whether a question came before a deletion is told by the clock of the server:
-those of machines differ. A key in Redis is made of digests: neither the caller nor the id stands
-in it.
+A conversation is a list of turns, and an item (gateway/contracts/commands.py). If there is no
+room, the owner that keeps most loses the conversations that rested for longest. A deletion is
+remembered, for answers that run meanwhile, and for instances that still know the conversation; but
+only if there are turns, or marks of questions. Each caller has a list of its conversations by
+their last turn; without keys each address has one. The clock of the server decides whether a
+question came before a deletion, since clocks of machines differ. A key in Redis is made of
+digests: neither the caller nor the id stands in it.
 
-This file is one concept: what is in Redis of a conversation, and who waits for what of it, is one
-set of keys that scripts change as one.
+This file is one concept: the keys of a conversation in Redis, and the waits for them, since
+scripts change these keys as one.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ if TYPE_CHECKING:
 
 # Seconds for which a conversation is kept after its last turn.
 KEPT = 86_400.0
-# Seconds for which an answer of the server is awaited by what can wait.
+# Seconds to wait for an answer of the server where a wait is possible.
 CALL_TIMEOUT = 1.0
 # Conversations that are deleted in one step.
 STEP = 100
-# Conversations whose last turns end at the very same time, at most.
+# The most conversations whose last turns end at the very same time.
 TIES = 20
 # The server's time in seconds, with microseconds.
 NOW = """
 local clock = time[1] .. '.' .. string.format('%06d', time[2])
 """
-# KEYS: the conversation, its deletion, its marks. ARGV: how keys begin, the name of this instance,
-# a mark to be set ("" if none), seconds for which a mark lets readers wait, and for which it
-# lives, so that a deletion is remembered. The turns, whether the conversation was deleted, whether
-# there are marks of other instances, the time.
+# KEYS: the conversation, its deletion, its marks. ARGV: the prefix of keys, the name of this
+# instance, a mark to be set ("" if none), the seconds for which it makes readers wait, and its
+# lifetime in seconds. Returns the turns, whether the conversation was deleted, whether there are
+# marks of other instances, and the time.
 LOAD_TURNS = (
     ITEMS
     + NOW
@@ -87,11 +87,12 @@ end
 return {turns, redis.call('EXISTS', KEYS[2]), busy, clock}
 """
 )
-# KEYS: the conversation, its marks; if it is listed, also the list, and two deletions. ARGV: how
-# keys begin, the owner, the turn, bytes and turns that are kept, milliseconds to live, bytes of an
-# item, of all, the mark of the question; if it is listed, also the id, the time of the turn, and
-# that of its question: what was asked before a deletion is not kept. Where there is no room, it
-# goes as a whole: the instances then use what they know of it themselves.
+# KEYS: the conversation, its marks; if it is listed, also the list, and two deletions. ARGV: the
+# prefix of keys, the owner, the turn, the most bytes and turns to keep, milliseconds to live, the
+# most bytes of an item and of all, the mark of the question. If it is listed, also the id, the
+# time of the turn, and the time of its question: a turn whose question came before a deletion is
+# not kept. If there is no room, the whole conversation is deleted: the instances then use their
+# own memory.
 KEEP_TURN = (
     ITEMS
     + """
@@ -126,7 +127,7 @@ end
 return 1
 """
 )
-# KEYS: conversations. Each one's number of turns, and its first.
+# KEYS: conversations. Returns each one's number of turns, and its first turn.
 FIRST_TURNS = """
 local found = {}
 for number, key in ipairs(KEYS) do
@@ -134,11 +135,11 @@ for number, key in ipairs(KEYS) do
 end
 return found
 """
-# KEYS: the list, then for each a conversation, its deletion, and its marks. ARGV: how keys begin,
-# the owner, milliseconds for which a deletion is remembered, bytes of an item, of all, "1" if
-# there are questions without a mark, then ids. A question that is under way in a conversation is
-# one that there is, though it has no turn yet: none will be kept. Of what is not there nothing is
-# written.
+# KEYS: the list, then for each conversation its turns, its deletion, and its marks. ARGV: the
+# prefix of keys, the owner, milliseconds for which a deletion is remembered, the most bytes of an
+# item and of all, "1" if there are questions without a mark, then ids. A conversation counts as
+# existing if a question is under way in it, even if it has no turn yet: none will be kept. Nothing
+# is written for conversations that do not exist.
 DELETE_TURNS = (
     ITEMS
     + NOW
@@ -189,7 +190,7 @@ class Listed(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """The *turns* of a conversation, which was *deleted*, or is not there, if it has none.
+    """The *turns* of a conversation. Without turns it was *deleted*, or does not exist.
 
     *busy*: another instance is about to keep one. *now*: the server's time.
     """
@@ -201,7 +202,7 @@ class Turns(NamedTuple):
 
 
 class RedisTurns:
-    """The turns of conversations as bytes. Each method raises what its connection raises."""
+    """The turns of conversations as bytes. Each method raises the exceptions of its connection."""
 
     def __init__(self, commands: Commands) -> None:
         self._commands = commands
@@ -215,10 +216,10 @@ class RedisTurns:
         listed: Listed | None = None,
         mark: str = "",
     ) -> bool:
-        """Append *turn* to a conversation, and take the *mark* of its question away.
+        """Append *turn* to a conversation, and remove the *mark* of its question.
 
-        Return whether it is kept. *bounds*: bytes and turns that are kept, and for how many
-        seconds.
+        Return whether it is kept. *bounds*: the most bytes and turns, and the seconds to keep
+        them.
         """
         (size, count, seconds), prefix = bounds, self._prefix
         owner = "" if listed is None else listed.owner
@@ -240,8 +241,8 @@ class RedisTurns:
         return Turns(kept, not kept and bool(deleted), bool(busy), float(now))
 
     async def settled(self, name: str, mark: str = "") -> Turns | None:
-        """Return the turns of a conversation as `turns`, with those that other instances are about
-        to write; None without an answer of Redis.
+        """Return the turns of a conversation as `turns`, including those that other instances are
+        about to write; None without an answer of Redis.
         """
 
         async def look() -> Turns | None:
@@ -250,14 +251,14 @@ class RedisTurns:
         return await settled(look, lambda found: found is not None and found.busy)
 
     async def take_mark(self, name: str, mark: str) -> None:
-        """Take the mark of a question away of which no turn comes."""
+        """Remove the mark of a question of which no turn will come."""
         await self._commands.execute("ZREM", f"{self._prefix}busy:{name}", mark)
 
     async def conversations(
         self, owner: str, limit: int, after: Position | None
     ) -> list[Position]:
         """Return the newest *limit* conversations in the list of *owner*, after a position."""
-        # The position itself comes first, and what has ended at the very same time.
+        # The position itself comes first, with all others of the very same time.
         most = "+inf" if after is None else repr(after.updated)
         found = await self._commands.execute(
             *("ZREVRANGEBYSCORE", f"{self._prefix}own:{owner}", most, "-inf"),
@@ -270,7 +271,7 @@ class RedisTurns:
         return [each for each in positions if after is None or each < after][:limit]
 
     async def first_turns(self, names: Sequence[str]) -> list[tuple[int, bytes]]:
-        """Return of each conversation the number of its turns, and the first."""
+        """Return, for each conversation, the number of its turns, and the first."""
         if not names:
             return []
         found = await self._commands.evaluate(
@@ -281,8 +282,8 @@ class RedisTurns:
     async def delete_turns(
         self, owner: str, names: Mapping[str, str], seconds: float, *, asked: bool = False
     ) -> int:
-        """Delete conversations, by their ids, and remember it for *seconds*, if there are turns or
-        marks, or *asked* says so; return how many there were.
+        """Delete conversations, by their ids, and remember that for *seconds*, if there are turns
+        or marks, or *asked* is set; return how many there were.
         """
         prefix = self._prefix
         keys = [f"{prefix}own:{owner}"]
@@ -292,8 +293,8 @@ class RedisTurns:
         return int(await self._commands.evaluate(DELETE_TURNS, keys, *values, *names))
 
     async def note_deletion(self, owner: str, seconds: float, *, asked: bool = False) -> bool:
-        """Remember for *seconds* that all conversations of *owner* are deleted, if it has any;
-        *asked*: or may have questions under way.
+        """Remember for *seconds* that all conversations of *owner* are deleted, if it has any.
+        *asked*: it may also have questions under way.
         """
         keys = [f"{self._prefix}own:{owner}", f"{self._prefix}gone:{owner}"]
         values = self._deletion(owner, seconds, asked=asked)
@@ -311,7 +312,7 @@ _decoder = msgspec.msgpack.Decoder(tuple[str, str, float, int, int, int])
 class RedisHistories:
     """The turns of conversations in Redis; *clock* returns the time of day."""
 
-    # A read does not lack what was kept, or there is no answer.
+    # A read never lacks kept turns; otherwise there is no answer.
     troubled = False
 
     def __init__(
@@ -330,14 +331,14 @@ class RedisHistories:
         self._writes = Writes()
 
     def stats(self) -> StorageStats:
-        """Return a snapshot; how the instance stands with Redis is said elsewhere."""
+        """Return a snapshot; the state of the connection to Redis is shown elsewhere."""
         return StorageStats(storage="redis", waiting=len(self._writes))
 
     def apply(self, persistence: Persistence) -> None:
         """Do nothing: the bounds are those of the conversations here."""
 
     async def load(self, caller: Caller, conversation_id: str) -> Loaded | None:
-        """Return the turns that all have; what makes no sense is left out."""
+        """Return the shared turns; invalid ones are left out."""
         found = await self._turns.settled(name_of(caller.name, conversation_id))
         return None if found is None else self._loaded(found)
 
@@ -348,13 +349,13 @@ class RedisHistories:
         *,
         known: bool,
     ) -> tuple[Loaded | None, Begun]:
-        """Return the turns that all have, for a question, which leaves its mark."""
+        """Return the shared turns, for a question, which leaves its mark."""
         mark = f"{self._commands.me}:{next(self._questions)}"
         name = name_of(caller.name, conversation_id)
         if known:
             found = await self._turns.settled(name, mark)
         else:
-            # There is nothing to be read, and a question does without the mark.
+            # There is nothing to read, and the question needs no mark.
             found = await self._ask(self._turns.turns(name, mark))
         if found is None:
             # The mark may have been set nevertheless.
@@ -374,17 +375,17 @@ class RedisHistories:
         asked: float,
         begun: Begun | None = None,
     ) -> asyncio.Future[None]:
-        """Append a turn; return what ends once it is written, or as `Commands.written`."""
+        """Append a turn; return a future that is done once it is written, or as
+        `Commands.written`.
+        """
         begun = begun or Begun("", None)
-        # Where the server did not answer, only the clock of this machine says when.
+        # If the server has not answered, only the clock of this machine has the time.
         asked = asked if begun.asked is None else begun.asked
         keeping = self._keep(caller, conversation_id, turn, asked, begun.mark)
         return self._commands.written(self._writes.start(keeping))
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
-        """Return part of the caller's conversations; those that Redis has forgotten are left
-        out.
-        """
+        """Return part of the caller's conversations; those that Redis has deleted are left out."""
         owner = _owner(caller)
         found: list[Position] | None = await self._ask(
             self._turns.conversations(owner, limit + 1, after), CALL_TIMEOUT
@@ -416,8 +417,8 @@ class RedisHistories:
         Redis.
         """
         owner, number = _owner(caller), 0
-        # There are as many keys as the configuration has, whose questions other instances may
-        # have.
+        # There are as many keys as in the configuration, and other instances may have questions of
+        # them.
         noting = self._turns.note_deletion(owner, KEPT, asked=asked or bool(caller.name))
         noted = await self._ask(noting, CALL_TIMEOUT)
         if noted is None:
@@ -436,13 +437,13 @@ class RedisHistories:
             number += deleted
 
     async def close(self) -> None:
-        """Wait until what was kept is there, for a moment at most."""
+        """Wait for a moment at most until the kept turns are written."""
         await self._writes.close()
 
     def _loaded(self, found: Turns) -> Loaded:
         now = self._clock()
         turns = [turn for each in found.turns if (turn := _decoded(each, now)) is not None]
-        # Redis may have forgotten what this instance knows still.
+        # Redis may have deleted turns that this instance still knows.
         return Loaded(turns, certain=bool(turns) or found.deleted)
 
     async def _keep(
@@ -454,7 +455,7 @@ class RedisHistories:
         name = name_of(caller.name, conversation_id)
         kept = self._turns.keep_turn(name, data, (size, turns, KEPT), listed, mark)
         if await self._ask(kept, KNOWN_TIMEOUT) is None and mark:
-            # It is not known to come any more.
+            # Its coming is not known any more.
             await self._unmark(name, mark)
 
     async def _unmark(self, name: str, mark: str) -> None:

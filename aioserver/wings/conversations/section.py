@@ -1,5 +1,5 @@
-"""What operators see of the storage of conversations: the key `history` of `/stats`, two gauges,
-and its troubles.
+"""The state of the storage of conversations for operators: the key `history` of `/stats`, two
+gauges, and its troubles.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 class HistoryTrouble(TypedDict):
-    """A fault of the storage of conversations, since when it is there (Unix time), and what to
-    do.
-    """
+    """A fault of the storage of conversations, its beginning (Unix time), and its remedy."""
 
     kind: str
     since: float
@@ -33,8 +31,8 @@ def _oldest(troubles: Sequence[HistoryTrouble | None]) -> HistoryTrouble | None:
 
 
 class HistoryState(TypedDict):
-    """The storage of conversations: `memory`, `sql` or `redis`; turns that wait to be written,
-    were, and were lost.
+    """The storage of conversations: `memory`, `sql` or `redis`; and the numbers of waiting,
+    written and lost turns.
     """
 
     storage: Annotated[str, OWN]
@@ -85,11 +83,11 @@ class HistorySection(Section[HistoryState]):
         }
 
     def trouble(self, state: HistoryState) -> SectionTrouble | None:
-        """Return why conversations are not kept as the settings ask for."""
+        """Return a trouble if conversations are not kept as the settings demand."""
         trouble = state["trouble"]
         if trouble is None:
             return None
-        detail = "Chats go on without what is not in memory"
+        detail = "Chats continue with the turns in memory alone"
         return SectionTrouble(
             trouble["kind"], "Not kept", trouble["text"], detail, trouble["advice"]
         )

@@ -1,25 +1,25 @@
-"""Conversations in an SQLite file: a turn is committed before its client knows of its end.
+"""Conversations in an SQLite file: a turn is committed before its client is told of its end.
 
 This file is one concept: the queue, its transactions, their failures and the sweep are one order
 of writes to one file.
 
-    keep, delete  → a queue → one thread: all that waits in one transaction
+    keep, delete  → a queue → one thread: all waiting writes in one transaction
     load, listing → another thread, which waits for no writer
 
-What comes while a transaction is under way is in the next one (group commit: DeWitt et al.,
+Writes that come while a transaction is under way are in the next one (group commit: DeWitt et al.,
 "Implementation Techniques for Main Memory Database Systems", 1984). So an answer waits for one or
-two transactions, as long as each holds all that waits, and what a client has seen survives a
-process that is killed. Of several processes each has its own connections, and what one has
-committed the others read.
+two transactions, as long as each holds all waiting writes, and a turn that a client has seen
+survives a process that is killed. Of several processes each has its own connections, and reads
+what the others have committed.
 
-The file may fail at any time. That is a trouble: the task tries again, with growing pauses; turns
-wait in the queue, and beyond its bounds the oldest are lost; the chat goes on with what the
-process remembers, and waits for nothing. A trouble ends with the first write that succeeds.
-Nothing is written to a file that is damaged.
+The file may fail at any time. That is a trouble: the task tries again, with growing pauses. Turns
+wait in the queue, and beyond its bounds the oldest are lost. Chats continue with the memory of the
+process, and wait for nothing. A trouble ends with the first write that succeeds. Nothing is
+written to a damaged file.
 
-The sweep does what the bounds ask of conversations that nobody goes on with, step by step; between
-two steps turns are written. Each process sweeps; what one has deleted, the others do not find any
-more.
+The sweep applies the bounds to conversations that are not continued, step by step; between two
+steps turns are written. Each process sweeps, and does not find conversations that another one has
+deleted.
 """
 
 from __future__ import annotations
@@ -60,27 +60,27 @@ logger = logging.getLogger("aioserver.history")
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-# Seconds for which the end of an answer waits for its turn; then it goes out all the same, and the
+# Seconds for which the end of an answer waits for its turn; then the end is sent anyway, and the
 # turn stays in the queue.
 COMMIT_TIMEOUT = 1.0
 # Seconds for which a question waits for its conversation, and a client for a list or a deletion.
 LOAD_TIMEOUT, CALL_TIMEOUT = 2.0, 5.0
-# Seconds for which the first opening holds up the start of the server, and the queue its end.
+# Seconds for which the first opening may delay the start of the server, and the queue its end.
 OPEN_TIMEOUT, CLOSE_TIMEOUT = 3.0, 3.0
 # Seconds of the first pause after a failure, and of the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-# Seconds after which it is looked again whether the path still leads to the file that is open.
+# Seconds between checks that the path still leads to the open file.
 LOOK_PERIOD = 5.0
-# Bounds on what waits, in writes and in bytes of text.
+# Bounds on the waiting writes: their number, and their bytes of text.
 MAX_WAITING, MAX_WAITING_BYTES = 10_000, 1 << 26
 # Bounds on one transaction, in writes and in bytes of text.
 MAX_BATCH, MAX_BATCH_BYTES = 200, 1 << 22
 # Seconds between two sweeps, and the turns after which one comes sooner.
 SWEEP_PERIOD, SWEEP_TURNS = 60.0, 1_000
-# Bounds on what one step of a sweep deletes, or looks at.
+# The most conversations or turns that one step of a sweep deletes, or reads.
 SWEEP_STEP = 500
-# Bounds on all conversations of a file together; beyond, those that rested for longest are
-# deleted, of the key (or address) that has most.
+# Bounds on all conversations of a file together. Beyond them the key (or address) that has most
+# loses those that rested for longest.
 MAX_CONVERSATIONS, MAX_BYTES = 100_000, 1 << 30
 # Seconds for which a deletion is remembered: no answer runs for longer.
 DELETION_SECONDS = 86_400.0
@@ -103,16 +103,16 @@ DELETE_ALL = (
     sqlite_file.DELETE_ALL_EXPIRED,
     sqlite_file.DELETE_ALL,
 )
-# Deletions of one caller that are remembered: more than it has answers under way.
+# Remembered deletions of one caller: more than it has answers under way.
 MAX_DELETIONS = 1_000
 
 
 class Write:
     """A turn that is to be written, or a deletion: *statements* with their *values*.
 
-    *done*: nobody need wait any longer. It has the number of rows that the last statement has
-    changed. A deletion that is cancelled is not written; a turn stays in the queue, whoever waits
-    for it.
+    *done* ends the wait for it. Its result is the number of rows that the last statement has
+    changed. A cancelled deletion is not written; a turn stays in the queue, even if its waiter is
+    cancelled.
     """
 
     def __init__(
@@ -143,12 +143,14 @@ class Write:
         return 0 if self.turn is None else self.turn.size
 
     def settle(self, number: int) -> None:
-        """Tell who waits that it is written, and that *number* rows were changed."""
+        """Report to the waiter that it is written, and that *number* rows were changed."""
         if not self.done.done():
             self.done.set_result(number)
 
     def give_up(self) -> None:
-        """Tell who waits that it is not written: a deletion will not be, a turn perhaps later."""
+        """Report to the waiter that it is not written: a deletion will not be, a turn perhaps
+        later.
+        """
         if self.turn is None:
             self.done.cancel()
         else:
@@ -158,7 +160,7 @@ class Write:
 class Queue:
     """Writes in their order.
 
-    Always: at most MAX_WAITING with MAX_WAITING_BYTES of text, but for the newest.
+    Always: at most MAX_WAITING with MAX_WAITING_BYTES of text, apart from the newest.
     """
 
     def __init__(self) -> None:
@@ -169,7 +171,7 @@ class Queue:
         return len(self._writes)
 
     def add(self, write: Write) -> int:
-        """Append *write*; return how many turns had to go for it."""
+        """Append *write*; return how many turns were dropped for it."""
         self._writes.append(write)
         self._size += write.size
         lost = 0
@@ -208,13 +210,13 @@ class Queue:
         return next(found, None)
 
     def give_up(self) -> None:
-        """Let nobody wait: turns stay for later, and no deletion is certain."""
+        """End all waits: turns stay for later, and no deletion is certain."""
         for write in self._writes:
             write.give_up()
 
 
 class Connection:
-    """A connection to the file, and the thread that alone uses it."""
+    """A connection to the file, and the only thread that uses it."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
@@ -237,7 +239,7 @@ class Connection:
             self._connection = await work
 
     async def do(self, work: Callable[[sqlite3.Connection, *Args], T], *args: *Args) -> T:
-        """Return what *work* returns, which is done in the thread; cancelling does not stop it.
+        """Return the result of *work*, which runs in the thread; cancelling does not stop it.
 
         Raises:
             sqlite3.Error: by *work*.
@@ -246,7 +248,7 @@ class Connection:
         return await self._loop.run_in_executor(self._thread, work, self._connection, *args)
 
     async def close(self) -> None:
-        """Close it, once its thread has done what it does."""
+        """Close it, once its thread has finished its work."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(sqlite3.Error):
@@ -269,8 +271,7 @@ def rows(connection: sqlite3.Connection, statement: str, values: Values) -> list
 def transact(connection: sqlite3.Connection, works: Sequence[Work]) -> list[int]:
     """Do *works* in one transaction; return how many rows the last statement of each has changed.
 
-    Without any statement it writes all the same, so that a return means that the file can be
-    written.
+    Without any statement it still writes, so that a return proves that the file can be written.
 
     Raises:
         sqlite3.Error: nothing is written.
@@ -288,13 +289,13 @@ def transact(connection: sqlite3.Connection, works: Sequence[Work]) -> list[int]
 class SqliteStorage:
     """The conversations in the file *path*: see `history.Storage`; *clock* returns Unix time.
 
-    *counts*: of turns `written` and `lost`. *shared*: other processes have the file, too, whose
-    questions nobody knows here; a deletion is remembered for these. *late* is where a turn that is
-    not written in time leaves a mark, as if its question were under way; None if there is no such
-    place.
+    *counts*: of turns `written` and `lost`. *shared*: other processes have the file, too, and
+    their questions are unknown here; a deletion is remembered for these. A turn that is not
+    written in time leaves a mark in *late*, as if its question were under way; None if there is no
+    such place.
 
     Always: a turn that was kept is written once, or waits, or is counted as lost. A connection is
-    only opened to a file that was found good, and closed when it proves not to be.
+    only opened to a file that was found good, and closed when the file proves bad.
     """
 
     def __init__(
@@ -315,7 +316,7 @@ class SqliteStorage:
         self._reader, self._writer = Connection("reader"), Connection("writer")
         self._identity = (0, 0)
         self._looked_at = 0.0
-        # Whether the file was found good, and nothing speaks against it.
+        # Whether the file was found good, and has not failed since.
         self._checked = False
         self._queue = Queue()
         self._sweep = Sweep(Bounds.of(persistence), clock)
@@ -325,20 +326,20 @@ class SqliteStorage:
         self._pause = FIRST_PAUSE
         self._trouble: Trouble | None = None
         self._since = 0.0
-        # A failure of a read, for the task to deal with.
+        # A failure of a read, for the task to handle.
         self._failure: BaseException | None = None
         self._written, self._lost = counts["written"], counts["lost"]
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Open the file; what takes longer than OPEN_TIMEOUT goes on in the background."""
+        """Open the file; after OPEN_TIMEOUT it continues in the background."""
         self._task = self._loop.create_task(self._run())
         with suppress(TimeoutError):
             async with asyncio.timeout(OPEN_TIMEOUT):
                 await self._opened.wait()
 
     def apply(self, persistence: Persistence) -> None:
-        """Use new bounds, also for conversations that nobody goes on with."""
+        """Use new bounds, also for conversations that are not continued."""
         self._sweep.apply(Bounds.of(persistence))
         self._wake.set()
 
@@ -355,7 +356,7 @@ class SqliteStorage:
 
     @property
     def troubled(self) -> bool:
-        """Whether what is read may lack what was kept."""
+        """Whether a read may lack kept turns."""
         return self._trouble is not None
 
     async def begin(
@@ -370,7 +371,7 @@ class SqliteStorage:
     async def load(self, caller: Caller, conversation_id: str) -> Loaded | None:
         """Return the turns of a conversation.
 
-        None if the file does not say in time, or lacks one that this process has kept.
+        None if the file does not answer in time, or lacks one that this process has kept.
         """
         values, end = self._values(caller, conversation_id), self._loop.time() + LOAD_TIMEOUT
         while (newest := self._queue.newest((caller.name, conversation_id))) is not None:
@@ -393,8 +394,8 @@ class SqliteStorage:
     ) -> asyncio.Future[None] | None:
         """Append a turn; not if its conversation was deleted since *asked*.
 
-        Return what ends once it is committed, or after COMMIT_TIMEOUT, and then once other
-        processes know that it is late; None in a trouble.
+        Return a future that is done once it is committed, or after COMMIT_TIMEOUT, and then once
+        other processes know that it is late; None in a trouble.
         """
         values = self._values(caller, conversation_id, asked=asked, **asdict(turn))
         write = Write(KEEP, values, self._loop.create_future(), turn)
@@ -408,7 +409,7 @@ class SqliteStorage:
         return self._loop.create_task(noting)
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
-        """Return part of the caller's conversations; None if the file does not say in time."""
+        """Return part of the caller's conversations; None if the file does not answer in time."""
         updated, name = (1e300, "") if after is None else after
         values = self._values(caller, updated=updated, after=name, limit=limit + 1)
         newest = self._queue.newest()
@@ -425,11 +426,13 @@ class SqliteStorage:
         return None if number is None else number > 0
 
     async def delete_all(self, caller: Caller, *, asked: bool) -> int | None:
-        """Delete all that `listing` shows; return their number, None if that is not certain."""
+        """Delete all conversations that `listing` shows; return their number, None if that is not
+        certain.
+        """
         return await self._delete(caller, "", DELETE_ALL, asked=asked)
 
     async def close(self) -> None:
-        """Write what waits, for CLOSE_TIMEOUT at most, and close the file."""
+        """Write the waiting turns, for CLOSE_TIMEOUT at most, and close the file."""
         self._closing = True
         self._wake.set()
         if self._task is not None:
@@ -478,8 +481,8 @@ class SqliteStorage:
         write = Write(statements, values, self._loop.create_future())
         self._add(write)
         await asyncio.wait((write.done,), timeout=CALL_TIMEOUT)
-        # A client that is told that nothing is certain may go on with the conversation: it must
-        # not be deleted later.
+        # A client that is told that nothing is certain may continue the conversation: it must not
+        # be deleted later.
         write.done.cancel()
         return None if write.done.cancelled() else write.done.result()
 
@@ -526,7 +529,7 @@ class SqliteStorage:
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     async def _open(self) -> None:
-        """Open what is not open.
+        """Open the connections that are not open.
 
         Raises:
             Broken, OSError, sqlite3.Error: the file cannot be used.
@@ -540,14 +543,14 @@ class SqliteStorage:
         await self._writer.open(self._path, sqlite_file.WRITE_WAIT)
 
     async def _close(self, *, readable: bool = False) -> None:
-        """Close what is open; the connection that reads stays if the file is *readable*."""
+        """Close the open connections; the one that reads stays if the file is *readable*."""
         self._checked = self._checked and readable
         await self._writer.close()
         if not readable:
             await self._reader.close()
 
     async def _fail(self, fault: BaseException) -> None:
-        """Note the trouble, and close what is open; a file on a full disk can still be read."""
+        """Note the trouble, and close the connections; a file on a full disk can still be read."""
         by_read, self._failure = fault is self._failure, None
         found = trouble_of(fault, self._path) or trouble("io", self._path, fault)
         if self._trouble is None:
@@ -561,7 +564,7 @@ class SqliteStorage:
         self._trouble, self._pause = None, FIRST_PAUSE
 
     async def _look(self) -> None:
-        """Check, not too often, that the path still leads to the file that is open.
+        """Check, not too often, that the path still leads to the open file.
 
         Raises:
             Broken: it does not.
@@ -577,7 +580,7 @@ class SqliteStorage:
             raise Broken(trouble("gone", self._path))
 
     async def _work(self) -> None:
-        """Write what comes, and sweep now and then, until the end.
+        """Write the queue, and sweep now and then, until the end.
 
         Raises:
             Broken, OSError, sqlite3.Error: the file has failed.
@@ -628,13 +631,13 @@ class SqliteStorage:
 
 
 class Sweep:
-    """When to sweep, and how far the sweep is; *clock* returns Unix time."""
+    """The time and the progress of the sweep; *clock* returns Unix time."""
 
     def __init__(self, bounds: Bounds, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._turns = 0
-        # By chance, so that several processes do not sweep at once.
+        # At random, so that several processes do not sweep at once.
         self.due = self._loop.time() + random.uniform(0, SWEEP_PERIOD)  # noqa: S311
         self.bounds = bounds
         # The id of the last conversation that was cut to these bounds; None: all are.
@@ -661,7 +664,7 @@ class Sweep:
         }
 
     def count(self, turns: int) -> None:
-        """Note that so many *turns* were written."""
+        """Note that *turns* turns were written."""
         self._turns += turns
         if self._turns >= SWEEP_TURNS:
             self.due = self._loop.time()
@@ -690,7 +693,7 @@ class Sweep:
             self._trimmed = last if last < newest else None
 
     async def _delete(self, writer: Connection) -> bool:
-        """Delete what is too old or too much; return whether nothing is left."""
+        """Delete conversations that are too old or too many; return whether nothing is left."""
         ((number, size),) = await writer.do(rows, sqlite_file.TOTALS, {})
         values = {
             "limit": SWEEP_STEP,

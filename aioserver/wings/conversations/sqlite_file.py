@@ -1,16 +1,15 @@
 """The SQLite file of conversations: its tables, their versions, its statements and its faults.
 
 The file is in WAL mode, so that readers and the writer of several processes do not wait for each
-other, with `synchronous=NORMAL`: a turn that was committed survives a process that is killed at
-any moment. A machine that loses its power may lose the last turns before that, but not the file.
-Text that is deleted is overwritten (`secure_delete`).
+other, with `synchronous=NORMAL`: a committed turn survives a process that is killed at any moment.
+A machine that loses its power may lose the last turns before that, but not the file. Deleted text
+is overwritten (`secure_delete`).
 
 `PRAGMA user_version` is the version of the tables. A file of an older version is brought to the
 newest by the steps of `MIGRATIONS`, in one transaction. A file of a newer version, or of another
 program, stays as it is.
 
-This file is one concept: whatever says how SQLite is used is here, tables and statements side by
-side.
+This file is one concept: all use of SQLite is here, tables and statements side by side.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _MEND = (
     "Move the file and its -wal and -shm away, or put a backup in its place: see docs/history.md."
 )
 _DISK = "Look at the disk, its mount and the kernel's log."
-# By kind: what is wrong, and what to do.
+# For each kind: the fault, and the remedy.
 KINDS = {
     "full": ("the disk is full", _FREE),
     "locked": ("another program holds a lock on it", _UNLOCK),
@@ -70,7 +69,7 @@ KINDS = {
     "slow": ("it does not answer in time", _DISK),
     "io": ("it cannot be read or written", _DISK),
 }
-# The kinds in which nothing of the file can be read, or trusted.
+# The kinds of faults in which no part of the file can be read, or trusted.
 UNREADABLE = frozenset(("corrupt", "foreign", "newer", "gone", "unreachable", "slow"))
 _BY_CODE = {
     sqlite3.SQLITE_FULL: "full",
@@ -84,7 +83,7 @@ _BY_CODE = {
     sqlite3.SQLITE_NOTADB: "corrupt",
     sqlite3.SQLITE_IOERR: "io",
     sqlite3.SQLITE_NOMEM: "io",
-    # A table is not as it was made.
+    # A table differs from its definition.
     sqlite3.SQLITE_ERROR: "corrupt",
     sqlite3.SQLITE_SCHEMA: "corrupt",
 }
@@ -98,9 +97,9 @@ def trouble(kind: str, path: str, why: object = "") -> Trouble:
 
 
 def trouble_of(fault: BaseException, path: str) -> Trouble | None:
-    """Return the trouble that *fault* tells of.
+    """Return the trouble for *fault*.
 
-    None if it is about what was written, not about the file.
+    None if it is about the written data, not about the file.
     """
     if isinstance(fault, Broken):
         return fault.trouble
@@ -117,14 +116,14 @@ def trouble_of(fault: BaseException, path: str) -> Trouble | None:
 
 # "aios": marks the file as ours (https://sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = 0x61696F73
-# Seconds for which a write waits for the lock of another process, and a read.
+# Seconds for which a write and a read wait for the lock of another process.
 WRITE_WAIT, READ_WAIT = 2.0, 0.25
-# Seconds between two tries to switch a new file to WAL.
+# Seconds between two attempts to switch a new file to WAL.
 AGAIN = 0.01
-# Bytes of a file that is checked as a whole when it is opened; it takes about a second.
+# The most bytes of a file that is checked as a whole when it is opened; it takes about a second.
 MAX_CHECKED = 1 << 28
 
-# Texts come last, so that what only counts need not read them.
+# Texts come last, so that queries that only count need not read them.
 _VERSION_1 = """
 CREATE TABLE conversations (
     id INTEGER PRIMARY KEY,
@@ -156,8 +155,8 @@ CREATE TRIGGER turn_deleted AFTER DELETE ON turns BEGIN
     UPDATE conversations SET size = size - OLD.size WHERE id = OLD.conversation;
 END;
 """
-# Deletions, of a conversation or (name '') of all of a caller's at an address, for answers that
-# run meanwhile.
+# Deletions, of a conversation or (name '') of all conversations of a caller at an address, for
+# answers that run meanwhile.
 _VERSION_2 = """
 CREATE TABLE deletions (
     caller TEXT NOT NULL,
@@ -167,7 +166,7 @@ CREATE TABLE deletions (
     PRIMARY KEY (caller, address, name)
 ) WITHOUT ROWID;
 """
-# Each step leaves what the version before it reads and writes: processes of both are at the file
+# Each step leaves the tables usable for the version before it: processes of both use the file
 # while workers are replaced.
 MIGRATIONS = (_VERSION_1, _VERSION_2)
 VERSION = len(MIGRATIONS)
@@ -176,7 +175,7 @@ _WHAT = """
 SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema)
 FROM pragma_user_version, pragma_application_id
 """
-# For each connection.
+# Applied to each connection.
 PRAGMAS = ("PRAGMA foreign_keys = ON", "PRAGMA synchronous = NORMAL", "PRAGMA secure_delete = ON")
 
 
@@ -184,7 +183,7 @@ def prepare(path: str, *, check: bool = True, clear: bool = False) -> tuple[int,
     """Make the file *path*, or bring it to the newest version; return its device and inode.
 
     *check*: look for damage in all of it. *clear*: delete all conversations. It blocks, for
-    seconds if another process is at the file.
+    seconds if another process uses the file.
 
     Raises:
         Broken: the file cannot be used. It stays as it is.
@@ -218,10 +217,9 @@ def _make(path: str) -> None:
     """Make an empty file that only its owner can read, unless there is a file already."""
     for left in (f"{path}-wal", f"{path}-shm"):
         if not Path(path).exists() and Path(left).exists():
-            # It belongs to the file that was there, and SQLite would put what it has into the new
-            # one.
+            # It belongs to the earlier file, and SQLite would copy its content into the new one.
             raise Broken(trouble("gone", path, f"{left} is still there"))
-    # Not opened if it is there: closing it would drop the locks that this process has on it
+    # An existing file is not opened: closing it would drop the locks that this process has on it
     # (https://sqlite.org/howtocorrupt.html, 2.2).
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
@@ -249,7 +247,7 @@ def connect(path: str, wait: float) -> sqlite3.Connection:
 def _migrate(connection: sqlite3.Connection, path: str) -> None:
     """Bring the tables to the newest version."""
     if _version(connection, path) == 0:
-        # Only before there is a table.
+        # This works only before there is a table.
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     mode = _write_ahead(connection)
     if mode != "wal":
@@ -266,15 +264,14 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> str:
-    """Switch the file to WAL; return the mode in which it is then."""
+    """Switch the file to WAL; return its resulting mode."""
     end = time.monotonic() + WRITE_WAIT
     while True:
         try:
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             return str(mode)
         except sqlite3.OperationalError as fault:
-            # SQLite does not wait for a lock here, which another process may have that makes the
-            # file as well.
+            # SQLite does not wait here for a lock of another process that also makes the file.
             if fault.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
                 raise
         time.sleep(AGAIN)
@@ -313,7 +310,7 @@ def _statements(script: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commit what is done in the block, or nothing of it.
+    """Commit the statements of the block, or none of them.
 
     Raises:
         sqlite3.Error: nothing is written.
@@ -367,8 +364,8 @@ DELETE FROM conversations WHERE id IN (
 """
 FORGET_DELETIONS = "DELETE FROM deletions WHERE at < :before"
 TOTALS = "SELECT count(*), coalesce(sum(size), 0) FROM conversations"
-# Of whoever has most, a key or without keys an address, what rested for longest: as many
-# conversations, or bytes, as are too many.
+# The conversations that rested for longest of the largest owner, a key or without keys an address:
+# as many conversations, or bytes, as are too many.
 _MOST = """
 DELETE FROM conversations WHERE id IN (
     SELECT id FROM (
@@ -400,9 +397,8 @@ WHERE caller = :caller AND address = :address AND updated >= :oldest
     AND (updated, name) < (:updated, :after)
 ORDER BY updated DESC, name DESC LIMIT :limit
 """  # noqa: S608
-# A deletion is noted where there is something to forget: turns, or (`:asked`) a question whose
-# turn may come. Without a key, the conversations of an address may be asked from elsewhere as
-# well.
+# A deletion is noted if there is something to delete: turns, or (`:asked`) a question whose turn
+# may come. Without a key, other addresses may also ask in the conversations of an address.
 NOTE_DELETION = """
 INSERT OR REPLACE INTO deletions SELECT :caller, '', :name, :at
 WHERE :asked OR EXISTS (SELECT 1 FROM conversations WHERE caller = :caller AND name = :name)
@@ -419,7 +415,7 @@ FORGET_OLD_DELETIONS = """
 DELETE FROM deletions WHERE caller = :caller AND at < (
     SELECT at FROM deletions WHERE caller = :caller ORDER BY at DESC LIMIT 1 OFFSET :most)
 """
-# First those that are over already, and then those that count.
+# Expired ones come first, and then those that count.
 _EXPIRED = " AND updated < :oldest"
 DELETE = "DELETE FROM conversations WHERE caller = :caller AND name = :name"
 DELETE_EXPIRED = DELETE + _EXPIRED
@@ -428,7 +424,7 @@ DELETE_ALL_EXPIRED = DELETE_ALL + _EXPIRED
 
 
 def shrink(connection: sqlite3.Connection) -> None:
-    """Give some pages that are free back to the file system.
+    """Return some free pages to the file system.
 
     Raises:
         sqlite3.Error: the file cannot be written.

@@ -1,12 +1,12 @@
-"""A turn of a conversation, a question and its answer; which turns are kept.
+"""A turn of a conversation, a question and its answer; and which turns are kept.
 
-What a list and a page show of conversations.
+`Summary`, `Page` and `Dialogue` are the data of lists and pages.
 
 Tokens are those of the provider's `usage`, as far as the answer has one. The usage of a prompt
-counts the whole prompt: the history, the question, the tools. The question's part of it is taken
-to be its part of the bytes. Without a usage a token is estimated as four bytes of UTF-8.
+counts the whole prompt: the history, the question, the tools. The question's share of it is taken
+to be its share of the bytes. Without a usage a token is estimated as four bytes of UTF-8.
 
-Every storage keeps to the bounds of the policy:
+Every storage enforces the bounds of the policy:
 
 | policy | a conversation keeps |
 | --- | --- |
@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import Persistence
 
-# Bytes of a token where nothing is known of it, and where a provider's count cannot be true: a
-# token has a byte at least, and in a text of any length far fewer than sixteen.
+# Bytes of a token: the estimate without a count, and the bounds beyond which a provider's count
+# cannot be true. A token has at least one byte, and in a text of any length far fewer than
+# sixteen.
 TOKEN_BYTES, MIN_TOKEN_BYTES, MAX_TOKEN_BYTES = 4, 1, 16
-# Characters of a title, and of the question of which it is made.
+# The most characters of a title, and of the question of which it is made.
 MAX_TITLE, MAX_READ = 80, 400
 
 
@@ -62,7 +63,7 @@ class Turn(msgspec.Struct, frozen=True):
     ) -> Self:
         """Return the turn of *question* and *answer*.
 
-        *tokens*: those of both, where a provider has counted them.
+        *tokens* are those of both, if a provider has counted them.
         """
         sizes = len(question.encode()), len(answer.encode())
         question_tokens, answer_tokens = map(_tokens, sizes, tokens)
@@ -100,7 +101,7 @@ class Page(NamedTuple):
 
     @classmethod
     def of(cls, found: list[Summary], limit: int) -> Self:
-        """Return the page of *limit* conversations that begins what was *found*."""
+        """Return the page of *limit* conversations at the beginning of *found*."""
         more = len(found) > limit
         last = (
             Position(found[limit - 1].updated, found[limit - 1].conversation_id) if more else None
@@ -127,10 +128,10 @@ class Position(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the position that *text* stands for.
+        """Return the position in *text*.
 
         Raises:
-            InvalidRequest: it stands for none.
+            InvalidRequest: it is none.
         """
         number, colon, conversation_id = text.partition(":")
         try:
@@ -159,8 +160,8 @@ def counted_tokens(
 
     None: not known.
 
-    *share*: the question's part of the bytes of the prompt. Reasoning is no part of an answer that
-    is kept.
+    *share*: the question's share of the bytes of the prompt. Reasoning is no part of an answer
+    that is kept.
     """
     usage = usage or {}
     prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
@@ -185,15 +186,15 @@ def _tokens(size: int, counted: float | None) -> int:
 
 # Bytes of one conversation, if the retention policy sets no bound.
 MAX_UNLIMITED_BYTES = 1 << 20
-# Bytes of one conversation under the other policies: one turn may have as many, and a conversation
+# Bytes of one conversation under the other policies. One turn may have as many, and a conversation
 # is read whole.
 MAX_CONVERSATION_BYTES = 1 << 24
 SECONDS_PER_DAY = 86_400
 
 
 class Bounds(NamedTuple):
-    """The bounds of one conversation: the tokens, turns and bytes that its turns have together,
-    and their age in seconds.
+    """The bounds of one conversation: the tokens, turns and bytes of its turns together, and their
+    age in seconds.
     """
 
     tokens: float = math.inf

@@ -53,7 +53,7 @@ class ConversationsWing(Wing):
         conversations = Conversations(service.context, persistence)
         shared = None
         if core.commands is not None:
-            # One instance needs none of it.
+            # A single instance needs none of it.
             from aioserver.wings.conversations.redis import RedisHistories  # noqa: PLC0415
 
             shared = RedisHistories(core.commands, conversations)
@@ -82,9 +82,9 @@ class ConversationsWing(Wing):
 
 
 def prepare_file(repository: Repository) -> None:
-    """Make the file of conversations, or clear it, as the settings ask for it.
+    """Make the file of conversations, or clear it, as the settings demand.
 
-    It blocks. A fault is logged here, and met again by those who open the file.
+    It blocks. A fault is logged here, and occurs again when the file is opened.
     """
     if not repository.in_file:
         return
@@ -118,8 +118,8 @@ async def open_history(
 
     *alone*: no other process of a parent has the file.
 
-    A file, where one is wanted, is the storage instead: all processes of a machine have the same
-    one, and what they are late to write to it is noted in that of the cluster.
+    A configured file replaces that storage: all processes of a machine have the same file, and
+    turns that are written to it late are noted in the storage of the cluster.
     """
     if not repository.in_file:
         return History(conversations, shared)

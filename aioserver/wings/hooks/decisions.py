@@ -1,5 +1,5 @@
-"""The words to a hook, and what it may say: one JSON object for each decision, lines of JSON for
-an answer that is streamed.
+"""The messages to a hook, and its possible answers: one JSON object for each decision, lines of
+JSON for a streamed answer.
 
     {"event": "request", "id", "hook", "caller", "path", "model", "stream", "body"}
     {"event": "answer", "id", "hook", "caller", "path", "provider", "model", "body"}     a whole one
@@ -9,9 +9,9 @@ an answer that is streamed.
     200 {"refuse": {"message", "status", "retry_after"}}
     200 {"body": {…}}                                   of a request alone: this one instead
 
-Bodies and events stand in these objects as they came, as bytes: nothing of them is built. But each
-is looked through before, since what is no JSON could end the object around it, and say what it
-likes to a hook.
+Bodies and events stand in these objects as they came, as bytes: no objects are built of them. But
+each is validated before, since invalid JSON could end the object around it, and inject other
+members.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ if TYPE_CHECKING:
 
 # The HTTP statuses that a refusal may have.
 STATUSES = frozenset({403, 400, 429})
-# Characters of the message of a refusal that a client gets.
+# The most characters of a refusal's message that a client gets.
 MAX_MESSAGE = 1000
-# Seconds that a hook may ask a client to wait at most.
+# The most seconds that a hook may ask a client to wait.
 MAX_WAIT = 3600.0
 REFUSED = "a hook of this server has refused it"
 STREAM = Member("stream")
 
 
 class HookFault(Exception):
-    """A hook has made no decision; the text says why, without a word of what it was shown."""
+    """A hook has made no decision; the text says why, without a word of the content it
+    was shown.
+    """
 
 
 class _Refusal(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,8 +67,8 @@ _DECODER = msgspec.json.Decoder(_Verdict)
 
 
 def verdict(status: int, content: bytes) -> Refuse | bytes | None:
-    """Return what an HTTP answer with *status* and *content* says: nothing, a refusal, or another
-    body, which is an object.
+    """Return the meaning of an HTTP answer with *status* and *content*: nothing (None), a refusal,
+    or another body, which is an object.
 
     Raises:
         HookFault: it is no decision.
@@ -88,7 +90,9 @@ def verdict(status: int, content: bytes) -> Refuse | bytes | None:
 
 
 def verdict_on_answer(status: int, content: bytes) -> Refuse | None:
-    """Return what is said of an answer of a model, as `verdict`: another body is no decision."""
+    """Return the decision about an answer of a model, as `verdict`: another body is no
+    decision.
+    """
     said = verdict(status, content)
     if isinstance(said, bytes):
         raise HookFault("its answer is no decision")
@@ -96,10 +100,10 @@ def verdict_on_answer(status: int, content: bytes) -> Refuse | None:
 
 
 def refusal(said: _Refusal | Refuse) -> Refuse:
-    """Return what a hook has *said* as a refusal that a client may see.
+    """Return *said*, the decision of a hook, as a refusal that a client may see.
 
     Raises:
-        HookFault: it has another status than a refusal may have, or no message, or no time.
+        HookFault: its status is not allowed for a refusal, or its message or time is not valid.
     """
     message, status, retry_after = said.message, said.status, said.retry_after
     if status not in STATUSES or not isinstance(message, str):
@@ -112,7 +116,7 @@ def refusal(said: _Refusal | Refuse) -> Refuse:
 
 
 def opening(event: str, call: Call) -> bytes:
-    """Return the object that tells of *call*, but for its brace at the end."""
+    """Return the object that describes *call*, without its closing brace."""
     names = ["id", "hook", "caller", "path"]
     names += ["model", "stream"] if event == "request" else ["provider", "model"]
     told = {name: getattr(call, name) for name in names}
@@ -120,12 +124,12 @@ def opening(event: str, call: Call) -> bytes:
 
 
 def with_body(event: str, call: Call, body: bytes) -> bytes:
-    """Return what is posted about *call*, with *body*, which is JSON."""
+    """Return the message about *call*, with *body*, which is JSON."""
     return b'%b,"body":%b}' % (opening(event, call), body or b"null")
 
 
 async def member(body: bytes) -> bytes:
-    """Return *body* as a value of an object: as it is if it is JSON, otherwise as a text. In
+    """Return *body* as a value of an object: unchanged if it is JSON, otherwise as a text. In
     steps.
     """
     try:
@@ -150,21 +154,21 @@ def line(number: int, data: bytes) -> bytes:
 
 
 class ChangedBody(NamedTuple):
-    """The *body* that a hook has returned, where it was shown one that has the *shown* model."""
+    """The *body* that a hook has returned for one with the model *shown*."""
 
     body: ModelBody
     shown: str | None
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Its size in bytes."""
         return len(self.body.data)
 
     def maker(self, route: Route) -> BodyMaker:
-        """Return a function that makes it for a provider and a model, as the one before it has,
-        which has made the shown one for the first provider of *route*.
+        """Return a function that makes the body for a provider and a model. The hook was shown the
+        body for the first provider of *route*.
 
-        A model that the hook has chosen stands for the one that it was shown, and for no other.
+        A model that the hook has chosen replaces only the model that it was shown.
         """
         body, first = self.body, route.model or route.provider.settings.model
         if self.shown != first:
@@ -180,8 +184,8 @@ class ChangedBody(NamedTuple):
 
 
 async def changed_body(said: bytes, shown: bytes, max_bytes: int) -> ChangedBody:
-    """Return the body that a hook has *said* in place of the *shown* one, whose `stream` it has, in
-    steps.
+    """Return the body that a hook has *said* in place of the *shown* one, with the `stream` of
+    that, in steps.
 
     Raises:
         HookFault: it is none that could be sent, or has more than *max_bytes*.
@@ -195,7 +199,7 @@ async def changed_body(said: bytes, shown: bytes, max_bytes: int) -> ChangedBody
             data = _with_stream(body.data, streamed=before.streamed)
             body = await model_body.reading(data)
     except AioserverError as exc:
-        raise HookFault("its body is none of a request") from exc
+        raise HookFault("its body is not that of a request") from exc
     return ChangedBody(body, before.model)
 
 

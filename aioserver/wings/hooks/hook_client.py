@@ -1,4 +1,4 @@
-"""A hook that is asked, wherever it is: behind a URL (http_hook.py), or a class (python_hook.py)."""
+"""A hook that can be asked: behind a URL (http_hook.py), or a class (python_hook.py)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class HookClient(ABC):
-    """A hook of these *settings*. *owner* is whose request it is that is shown, or answered: owners
-    share what a hook has room for.
+    """A hook of these *settings*. *owner* is the owner of the request in question: owners share
+    the capacity of a hook.
     """
 
     def __init__(self, settings: settings.Hook) -> None:
@@ -34,17 +34,17 @@ class HookClient(ABC):
         return 0
 
     def retire(self) -> None:  # noqa: B027 - a class has nothing
-        """Keep nothing that is not in use: it is no longer configured. It goes on for the requests
-        that have come to it, and for their answers.
+        """Release everything that is not in use: the hook is no longer configured. It continues
+        for the requests that have come to it, and for their answers.
         """
 
     async def close(self) -> None:  # noqa: B027 - as above
-        """Give back what it has."""
+        """Release all resources."""
 
     @abstractmethod
     async def decide(self, call: Call, owner: Hashable) -> Refuse | bytes | None:
         """Return the decision about the request in *call*: a refusal, another body, or None if it
-        goes on. Cancelling is safe.
+        passes. Cancelling is safe.
 
         Raises:
             HookFault: there is none.

@@ -1,15 +1,16 @@
-"""The hooks of a server: who is asked about a request, in which order, and what becomes of it.
+"""The hooks of a server: which hooks are asked about a request, in which order, and with what
+effect.
 
-    ask        each hook that is shown requests decides, one after the other: the next one, and the
-               provider, see the body that the one before has returned
-    follow     the hooks that are shown answers get the events of a streamed one, each in a task of
-               its own (shown_log.py)
+    ask        each hook for requests decides, one after the other: each one sees the body that the
+               previous one has returned, and the provider that of the last
+    follow     the hooks for answers get the events of a streamed one, each in a task of
+               its own (tap.py)
     answered   the same hooks decide about a whole answer, before it is sent
 
-A hook is closed or open. Where there is no decision, or a hook cannot see a body since that streams
-through, a closed one refuses, and an open one lets it pass, and is counted. A hook that refuses an
-answer that runs ends it for all of its readers as `cancel` does: what they have read, they have
-read.
+A hook is closed or open. If there is no decision, or if a hook cannot see a body because it is
+streamed through, a closed one refuses. An open one lets it pass, which is counted. A hook that
+refuses a running answer ends it for all of its readers as `cancel` does; events that they have
+read are not taken back.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.hooks")
 
-# Seconds after which a client may come back that a hook has kept out.
+# Seconds after which a client that was refused by a fault of a hook may come back.
 RETRY_AFTER = 1.0
 
 
@@ -69,8 +70,8 @@ class HookStats(NamedTuple):
 class HookSet:
     """The hooks, by the settings that were applied last.
 
-    Always: a request, and its answer if that is streamed, are shown to the hooks that there were
-    when the request came.
+    Always: a request, and its answer if that is streamed, are shown to the hooks that existed when
+    the request came.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -122,8 +123,8 @@ class HookSet:
         return {hook.name: hook.open for hook in self._hooks}
 
     async def finish(self, seconds: float) -> None:
-        """Let the hooks decide about answers that have ended, for *seconds* at most, or what the
-        longest `timeout` is.
+        """Let the hooks decide about answers that have ended, for at most *seconds* or the longest
+        `timeout`.
         """
         longest = max((hook.settings.timeout for hook in self._hooks), default=0.0)
         if self._followers:
@@ -148,7 +149,8 @@ class HookSet:
         hooks, passed = self._hooks, request.provider_request
         unseen, has_body, has_answer = False, True, True
         if isinstance(passed, PassedRequest):
-            # What has no body asks of what the provider has: it may be an answer of a model.
+            # A request without a body may ask for stored content of the provider, such as an
+            # answer of a model.
             has_body, unseen = passed.method == "POST", passed.upload is not None
             has_answer = passed.method in {"POST", "GET"}
         for hook in hooks:
@@ -167,7 +169,7 @@ class HookSet:
                 shown = Tap(stream, self._backlog, frames=frames, start=start)
                 stream.shown = (*stream.shown, shown)
             elif stream is not None:
-                # It was asked for before there was a hook for answers.
+                # The answer was requested before there was a hook for answers.
                 self._failed(hook, ANSWER, request, HookFault("it is new"))
 
     async def answered(self, request: Request, answer: Answer) -> None:
@@ -247,7 +249,7 @@ class HookSet:
     def _followed(
         self, hook: HookClient, request: Request, shown: Tap, task: asyncio.Task[Refuse | None]
     ) -> None:
-        """Hear what *hook* has decided about an answer. A callback, since a task that is cancelled
+        """Apply the decision of *hook* about an answer. A callback, since a task that is cancelled
         before its first step never enters its `try`.
         """
         self._followers.discard(task)
@@ -256,7 +258,7 @@ class HookSet:
         if task.cancelled():
             if shown.behind:
                 self._lost(hook, request, shown.stream, HookFault("it fell behind"), "behind")
-            # Otherwise the server ends.
+            # Otherwise the server is ending.
         elif (fault := task.exception()) is not None:
             if not isinstance(fault, HookFault):
                 logger.error("bug in a hook's call", exc_info=fault)
@@ -271,7 +273,7 @@ class HookSet:
     def _lost(
         self, hook: HookClient, request: Request, stream: Stream, fault: HookFault, outcome: str
     ) -> None:
-        """Note that *hook* sees no more of an answer: if it is closed, the answer ends."""
+        """Note that *hook* sees no more of an answer: if the hook is closed, the answer ends."""
         self._log(hook, ANSWER, request, fault)
         self._count(hook, ANSWER, outcome, request if hook.settings.closed else None)
         if hook.settings.closed:
@@ -281,7 +283,7 @@ class HookSet:
         """Note that *hook* has made no decision.
 
         Raises:
-            HookUnavailable: it must make one.
+            HookUnavailable: the hook is closed.
         """
         self._log(hook, event, request, fault)
         self._count(hook, event, "failed", request if hook.settings.closed else None)
@@ -291,10 +293,10 @@ class HookSet:
             raise error
 
     def _unseen(self, hook: HookClient, event: str, request: Request, why: str) -> None:
-        """Note that *hook* cannot be shown what passes.
+        """Note that *hook* cannot be shown this content.
 
         Raises:
-            RequestRefused: it must see it.
+            RequestRefused: the hook is closed.
         """
         self._count(hook, event, "unseen", request if hook.settings.closed else None)
         if hook.settings.closed:
@@ -309,7 +311,7 @@ class HookSet:
             noted.provider_request.outcome.hooks += (hook.name,)
 
     def _begin(self, hook: HookClient) -> float:
-        """Count a call as open until `_took`; return the moment."""
+        """Count a call as open until `_took`; return the time."""
         hook.open += 1
         return self._loop.time()
 
@@ -325,7 +327,7 @@ class HookSet:
         logger.warning("a hook has not decided", extra={"fields": {**fields, **left_out}})
 
     def _call(self, hook: HookClient, request: Request) -> Call:
-        """Return what *hook* is told of *request* beside its body."""
+        """Return the description of *request* for *hook*, without its body."""
         provider_request, route = request.provider_request, request.route
         path = provider_request.path.partition("?")[0]
         return Call(
@@ -339,7 +341,7 @@ class HookSet:
 
 
 def faults(hooks: Sequence[settings.Hook]) -> list[str]:
-    """Return what is wrong with the classes that *hooks* name."""
+    """Return the faults of the classes that *hooks* name."""
     found = []
     for index, hook in enumerate(hooks):
         if hook.python is not None:
@@ -365,7 +367,7 @@ def _made(index: int, hook: settings.Hook, max_answer: int) -> HookClient:
 
 
 def _refused(kind: type[RequestRefused], said: Refuse) -> RequestRefused:
-    """Return the error of what a hook has *said*."""
+    """Return the error for *said*, the refusal of a hook."""
     error = kind(said.message, http_status=said.status, retry_after=said.retry_after)
     error.paid = kind is AnswerRefused
     return error

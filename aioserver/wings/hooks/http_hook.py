@@ -1,10 +1,10 @@
-"""A hook behind a URL: a POST for each decision, and one for each answer that is streamed, which goes
-on while the answer does.
+"""A hook behind a URL: a POST for each decision, and one for each streamed answer, which lasts as
+long as the answer.
 
-Its connections are pools of its own (providers/pool.py): one for decisions, and one for answers,
-so that however many of these run, a request never waits for one of them. Owners share the places of
-each pool (limits/shares.py): a caller whose requests keep the hook busy leaves some to the others.
-A wait for a place is a part of the hook's `timeout`.
+Its connections are in two pools of its own (providers/pool.py), one for decisions and one for
+answers. So a request never waits for an answer, however many of these run. Owners share the places
+of each pool (limits/shares.py): a caller whose requests keep the hook busy leaves some to the
+others. A wait for a place is a part of the hook's `timeout`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from aioserver.providers.http1 import Sink
     from aioserver.wings.hooks.tap import Tap
 
-# Connections for decisions, and for answers that are streamed: of these one caller alone has two
-# thirds.
+# Connections for decisions, and for streamed answers; a single caller may have two thirds of them.
 MAX_DECISIONS, MAX_ANSWERS = 192, 1536
-# Seconds that an idle connection is kept.
+# Seconds for which an idle connection is kept.
 KEPT = 30.0
-# Seconds of the exchange's own bounds, a day: the hook's are closer, or mind the answer.
+# Seconds of the exchange's own bounds, a day: those of the hook are closer, or depend on the
+# answer.
 LONG = 86_400.0
 JSON, LINES = "application/json", "application/x-ndjson"
 OWN_HEADERS = FRAMING_HEADERS | {"host", "content-type", "accept-encoding"}
@@ -59,8 +59,8 @@ class HttpHook(HookClient):
         self._url = URL(settings.url)
         self._timeout, self._max_answer = settings.timeout, max_answer
         self._decisions = Pool(settings.url, _limits(MAX_DECISIONS, MAX_DECISIONS, self._timeout))
-        # A connection on which an answer was streamed is not used again: should it prove dead, the
-        # events on it would be gone.
+        # A connection on which an answer was streamed is not reused: should it prove dead, the
+        # events on it would be lost.
         self._answers = Pool(settings.url, _limits(MAX_ANSWERS, 0, self._timeout))
         self._places: dict[Pool, Places[Hashable]] = {
             self._decisions: Places(MAX_DECISIONS),
@@ -74,7 +74,7 @@ class HttpHook(HookClient):
         return sum(pool.open - pool.idle for pool in pools)
 
     def retire(self) -> None:
-        """Keep no connection that is not in use."""
+        """Close idle connections, and keep none in future."""
         self._decisions.retire()
         self._answers.retire()
 
@@ -84,18 +84,20 @@ class HttpHook(HookClient):
         await self._answers.close()
 
     async def decide(self, call: Call, owner: Hashable) -> Refuse | bytes | None:
-        """Return the decision about the request in *call*, as `Asked.decide`."""
+        """Return the decision about the request in *call*, as `HookClient.decide`."""
         body = await decisions.member(call.body) if call.body else b""
         content = decisions.with_body(REQUEST, call, body)
         return decisions.verdict(*await self._ask(content, owner))
 
     async def decide_answer(self, call: Call, body: bytes, owner: Hashable) -> Refuse | None:
-        """Return the decision about *body*, a whole answer, as `Asked.decide_answer`."""
+        """Return the decision about *body*, a whole answer, as `HookClient.decide_answer`."""
         content = decisions.with_body(ANSWER, call, await decisions.member(body))
         return decisions.verdict_on_answer(*await self._ask(content, owner))
 
     async def follow(self, call: Call, shown: Tap, owner: Hashable) -> Refuse | None:
-        """Show the events in *shown*, as `Asked.follow`: the hook has its time from their end."""
+        """Show the events in *shown*, as `HookClient.follow`: the hook has its time from their
+        end.
+        """
         head = self._head(LINES, "Transfer-Encoding: chunked")
         try:
             return decisions.verdict_on_answer(
@@ -116,7 +118,7 @@ class HttpHook(HookClient):
         body: Lines | None = None,
         shown: Tap | None = None,
     ) -> tuple[int, bytes]:
-        """Post *request* on a place of *owner*, and *body* behind it, which lasts until *shown* has
+        """Post *request* on a place of *owner*, followed by *body*, which lasts until *shown* has
         ended; return the status and the body of the answer.
 
         Raises:
@@ -150,7 +152,7 @@ class HttpHook(HookClient):
                     try:
                         await running
                     except StaleConnection:
-                        # The hook had ended an idle connection: it has not seen the request.
+                        # The hook had closed an idle connection, so it has not seen the request.
                         pool.drop_idle()
                         continue
                     return answer.status, answer.body
@@ -188,8 +190,8 @@ class HttpHook(HookClient):
 
 
 class Lines:
-    """The body of a POST that shows an answer: a line that tells of it, one for each event, and one
-    for its end.
+    """The body of a POST that shows an answer: a line about the answer, one for each event, and
+    one for its end.
     """
 
     chunked = True

@@ -4,8 +4,8 @@
         async def request(self, call): …       None, other bytes, or Refuse
         def event(self, call, data): …          None or Refuse
 
-What it does at once, it does instead of everything else: what takes more than some milliseconds is
-warned of.
+A step of it blocks the event loop: a step that takes more than some milliseconds is logged as a
+warning.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.hooks")
 
-# Seconds for which a step of a hook may hold everybody up.
+# Seconds for which a step of a hook may block the event loop.
 MAX_STEP = 0.005
-# What a hook must have, by what it is shown.
+# The method that a hook must have, by the event that it is shown.
 METHODS = {REQUEST: "request", ANSWER: "event"}
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class PythonHook(HookClient):
         self._warned = False
 
     async def decide(self, call: Call, owner: Hashable) -> Refuse | bytes | None:  # noqa: ARG002 - it has no places
-        """Return what its `request` returns about *call*, as `Asked.decide`."""
+        """Return the result of its `request` about *call*, as `HookClient.decide`."""
         try:
             steps = self._hook.request(call)
             if not inspect.iscoroutine(steps):
@@ -98,16 +98,16 @@ class PythonHook(HookClient):
         raise HookFault("its `request` has returned neither None, nor bytes, nor a Refuse")
 
     async def decide_answer(self, call: Call, body: bytes, owner: Hashable) -> Refuse | None:  # noqa: ARG002 - it has no places
-        """Return what its `event` returns about *body*, as `Asked.decide_answer`."""
+        """Return the result of its `event` about *body*, as `HookClient.decide_answer`."""
         return self._event(call, body)
 
     async def follow(self, call: Call, shown: Tap, owner: Hashable) -> Refuse | None:  # noqa: ARG002 - it has no places
-        """Call its `event` with each event in *shown*, as `Asked.follow`."""
+        """Call its `event` with each event in *shown*, as `HookClient.follow`."""
         while events := await shown.events():
             for _, data in events:
                 if (refuse := self._event(call, data)) is not None:
                     return refuse
-            # Others run between two pieces of a flood.
+            # Other tasks run between two pieces of a flood.
             await asyncio.sleep(0)
         return None
 
@@ -126,7 +126,7 @@ class PythonHook(HookClient):
         raise HookFault("its `event` has returned neither None nor a Refuse")
 
     def _note(self, seconds: float) -> None:
-        """Warn, once, if a step has taken so many *seconds* that others notice."""
+        """Warn, once, if a step has taken so many *seconds* that it delays others."""
         if seconds > MAX_STEP and not self._warned:
             self._warned = True
             fields = {"hook": self.name, "ms": round(1000 * seconds, 1)}
@@ -134,7 +134,7 @@ class PythonHook(HookClient):
 
 
 class _Timed(Generic[T]):
-    """Awaits *steps*, and tells *note* how long each of them takes."""
+    """Awaits *steps*, and reports to *note* how long each of them takes."""
 
     def __init__(self, steps: Coroutine[Any, Any, T], note: Callable[[float], None]) -> None:
         self._steps, self._note = steps, note

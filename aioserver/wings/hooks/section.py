@@ -1,4 +1,4 @@
-"""What operators see of the hooks."""
+"""The state of the hooks for operators."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class HooksState(TypedDict):
 
 
 class HooksSection(Section[HooksState]):
-    """What operators see of *hooks*, whose calls *metrics* count."""
+    """The state of *hooks* for operators; *metrics* count their calls."""
 
     key = "hooks"
     shape = HooksState
@@ -37,7 +37,7 @@ class HooksSection(Section[HooksState]):
         self._hooks, self._metrics = hooks, metrics
 
     def state(self) -> HooksState:
-        """Return the state of the hooks that are configured now."""
+        """Return the state of the configured hooks."""
         calls = self._hooks.calls()
         outcomes: dict[str, Counter[str]] = {name: Counter() for name in calls}
         for (name, _event, outcome), counter in self._metrics.hook_calls.items():

@@ -1,13 +1,14 @@
-"""A log whose events are shown to hooks, beside their way to its readers.
+"""A log whose events are shown to hooks, in parallel to its readers.
 
     provider → TappedLog ─▶ readers, as of any log
-                   └─────▶ Shown, one for each hook ─▶ the task that shows them (hooks.py)
+                   └─────▶ Tap, one for each hook ─▶ the task that shows them (hook_set.py)
 
 A hook is no reader: it does not count for `resume_window`, pauses no provider, and holds no entry
-back. What it has not taken yet is in a `Shown`, bounded on its own: beyond that the hook is behind,
-and hears no more. Its task takes events at the hook's speed, after the readers were notified.
+back. Events that it has not taken yet are in a `Tap` with a bound of its own: beyond that the hook
+is behind, and gets no more. Its task takes events at the hook's speed, after the readers were
+notified.
 
-Such a log has no fast path, on which nobody but its reader would see an event.
+Such a log has no fast path, on which only its reader would see an event.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
     from aioserver.streams.contracts import WholeAnswer
     from aioserver.streams.entries import Entry
 
-# Bytes by which a hook may be behind, and those of all hooks and answers together; beyond the
-# latter, the one that is behind most hears no more.
+# Bytes by which a hook may be behind, and those of all hooks and answers together. Beyond the
+# latter, the tap that is behind most is cut off.
 MAX_BEHIND, MAX_BEHIND_TOGETHER = 1 << 20, 64 << 20
 # Bytes that a hook takes at once.
 TAKEN = 1 << 16
 
 
 class Backlog:
-    """What all hooks have not taken yet.
+    """The events that all hooks have not taken yet.
 
     Always: *bytes* is the sum of the sizes of *shown*, at most MAX_BEHIND_TOGETHER and one entry.
     """
@@ -56,9 +57,9 @@ class Backlog:
 class Tap:
     """The events of one answer that one hook has still to be shown.
 
-    Always: at most MAX_BEHIND bytes of entries wait in it behind the next one; nothing is added once
-    it is *over*. *start* is called once, with the first content: an answer that fails before is
-    shown to nobody.
+    Always: at most MAX_BEHIND bytes of entries wait in it behind the next one; nothing is added
+    once it is *over*. *start* is called once, with the first content: an answer that fails before
+    is shown to no hook.
     """
 
     def __init__(
@@ -70,13 +71,13 @@ class Tap:
         start: Callable[[Tap], None],
     ) -> None:
         self.stream = stream
-        # How the answer has ended; empty until then.
+        # The status with which the answer has ended; empty until then.
         self.end_status = b""
         self.over = self.behind = False
         self.size = 0
         # The task that shows it, once there is one.
         self.task: asyncio.Task[Refuse | None] | None = None
-        # The body of an answer that has come whole, and is in the log as pieces of its text.
+        # The body of an answer that was not streamed, and is in the log as pieces of its text.
         self.whole = b""
         # Called at the end of the answer.
         self._on_end: Callable[[], None] | None = None
@@ -112,28 +113,28 @@ class Tap:
         self._wake()
 
     def at_end(self, call: Callable[[], None] | None) -> None:
-        """Let *call* be called at the end of the answer, or now if it has ended; None: nothing is
-        called any more.
+        """Let *call* be called at the end of the answer, or now if it has ended; None cancels
+        that.
         """
         self._on_end = call
         if call is not None and self.end_status:
             call()
 
     def fall_behind(self) -> None:
-        """Drop all: the hook has not taken what it was shown."""
+        """Drop all events: the hook has not taken them in time."""
         if self.over:
             return
         self.behind = True
         self.close()
         if not self._started:
-            # There is nothing to show, but something to hear of it.
+            # There is nothing to show, but a fault to report.
             self._started = True
             self._start(self)
         if self.task is not None:
             self.task.cancel()
 
     def close(self) -> None:
-        """Take nothing any more; a second call does nothing."""
+        """Take no more events; a second call does nothing."""
         self.over = True
         self._backlog.shown.discard(self)
         self._backlog.bytes -= self.size
@@ -141,8 +142,8 @@ class Tap:
         self._entries.clear()
 
     async def events(self) -> list[tuple[int, bytes]]:
-        """Return the events that have come, some 64 KiB of them, each with its number; none at the
-        end. Cancelling is safe.
+        """Return the waiting events, some 64 KiB of them, each with its number; none at the end.
+        Cancelling is safe.
         """
         events: list[tuple[int, bytes]] = []
         while not events:
@@ -181,7 +182,7 @@ class Tap:
 class TappedLog(Stream):
     """A log whose events are also shown to hooks, those in *shown*.
 
-    Always: its readers see what they would see of another log, in the same order and at the same
+    Always: its readers see the same events as with another log, in the same order and at the same
     moment.
     """
 
@@ -192,7 +193,7 @@ class TappedLog(Stream):
         self.shown: tuple[Tap, ...] = ()
 
     def open_fast_path(self, shape: Shape | None = None) -> None:
-        """Return None: on a fast path nobody else sees an event."""
+        """Return None: on a fast path only the reader sees an event."""
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events."""
@@ -201,7 +202,7 @@ class TappedLog(Stream):
         self.append(CHUNK, data=data, count=count, more=more)
 
     def append_whole(self, answer: WholeAnswer, body: bytes, pieces: Sequence[slice] = ()) -> None:
-        """Append *answer*, which was not streamed, and let the hooks see its *body*."""
+        """Append *answer*, which was not streamed, and show its *body* to the hooks."""
         for shown in self.shown:
             shown.whole = body
         super().append_whole(answer, body, pieces)
@@ -213,7 +214,7 @@ class TappedLog(Stream):
             shown.take(entry)
 
     def end_with(self, entry: Entry, error: Any = None) -> None:
-        """Append *entry*, the last event, and let the hooks know the end."""
+        """Append *entry*, the last event, and report the end to the hooks."""
         try:
             super().end_with(entry, error)
         finally:

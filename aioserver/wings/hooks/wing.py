@@ -1,4 +1,4 @@
-"""How hooks are plugged in."""
+"""Hooks as a wing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class HooksWing(Wing):
     _shutdown_timeout = 0.0
 
     def faults(self, settings: Settings) -> Iterable[str]:
-        """Return which hooks cannot be asked."""
+        """Yield which hooks cannot be asked."""
         return hook_set.faults(settings.hooks)
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:

@@ -1,11 +1,11 @@
-"""The keys of an issuer as they are now: fetched at the start, from time to time, and when a token
-names a key that is not there.
+"""The current keys of an issuer: fetched at the start, from time to time, and when a token names
+an unknown key.
 
-A fetch that fails keeps what was there (fail static). A token that names an unknown key forces a
+A fetch that fails keeps the earlier keys (fail static). A token that names an unknown key forces a
 fetch, at most one each FORCED seconds however many such tokens come. Between these it is refused
-if the last fetch has brought keys; otherwise nobody knows whether the key is the issuer's newest,
-and the token is neither refused nor let in. So each of them gets one answer for as long as the
-keys can be had, and another one while they cannot.
+if the last fetch has brought keys. Otherwise it is unknown whether the key is the issuer's newest,
+and the token is neither refused nor let in. So such tokens get one answer as long as the keys can
+be fetched, and another one while they cannot.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ logger = logging.getLogger("aioserver.jwt")
 
 # Seconds between two fetches, with a tenth of jitter: so many servers do not ask at once.
 INTERVAL, JITTER = 600.0, 0.1
-# Seconds between two fetches that tokens force.
+# The least seconds between two fetches that tokens force.
 FORCED = 30.0
-# Seconds until a fetch that has failed is tried again: doubled up to the second number.
+# Seconds until a failed fetch is tried again: doubled up to the second number.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 # Seconds for one fetch.
 TIMEOUT = 5.0
@@ -57,12 +57,12 @@ class Unreachable(Exception):
 class Issuer:
     """The keys of one issuer.
 
-    Always: one fetch runs at a time; two that tokens have forced begin FORCED seconds apart; what
-    is there stays until a fetch brings another set; at most MAX_WAITING requests wait.
+    Always: one fetch runs at a time; two that tokens have forced begin FORCED seconds apart; the
+    present keys stay until a fetch brings another set; at most MAX_WAITING requests wait.
 
     *fetch* returns the set as bytes, or raises Unreachable, or as `from_url` and `from_file`.
-    *report* is told when the keys cannot be had, and when they can be again: a text and its
-    severity. *on_withdrawn* is called once keys are there no more that were there before.
+    *report* is called with a text and its severity when the keys cannot be fetched, and when they
+    can be again. *on_withdrawn* is called when former keys are missing in a new set.
     """
 
     def __init__(
@@ -78,18 +78,19 @@ class Issuer:
         self._clock = clock
         self._keys: KeySet | None = None
         self._thumbprints = frozenset[str]()
-        # When the fetch began that has brought them, and the newest that a token has forced.
+        # The start of the fetch that has brought them, and of the newest one that a token has
+        # forced.
         self._fetched_at = self._forced_at = -inf
         self._failures = 0
         self._waiting = 0
         self._fetching: asyncio.Task[None] | None = None
-        # When the next one begins by itself.
+        # The start of the next regular fetch.
         self._due = -inf
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     def stop(self) -> None:
-        """Fetch no more."""
+        """Stop fetching."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -97,14 +98,14 @@ class Issuer:
             self._fetching.cancel()
 
     async def close(self) -> None:
-        """Fetch no more, and wait until no fetch runs."""
+        """Stop fetching, and wait until no fetch runs."""
         task = self._fetching
         self.stop()
         if task is not None:
             await asyncio.wait([task])
 
     def look(self) -> None:
-        """Fetch now, in the event loop that runs, unless a fetch runs."""
+        """Fetch now, in the running event loop, unless a fetch runs."""
         if self._fetching is None and not self._closed:
             self._begin()
 
@@ -115,7 +116,7 @@ class Issuer:
     def find(self, kid: str | None) -> Mapping[str, Key] | None:
         """Return the keys of the id *kid*, by their algorithms; None if that id is unknown.
 
-        For None those that need not be named.
+        For *kid* None, return the keys that need not be named.
         """
         if self._keys is None:
             return None
@@ -129,7 +130,7 @@ class Issuer:
         """Check that waiting may bring an unknown key.
 
         Raises:
-            TokenRefused: it is none of the issuer's, as a fetch of the last FORCED seconds says.
+            TokenRefused: the key is not the issuer's, by a fetch within the last FORCED seconds.
             AuthUnavailable: no fetch runs, and none may be forced now; or too many wait.
         """
         if self._fetching is None and self._clock() < self._forced_at + FORCED:
@@ -138,12 +139,12 @@ class Issuer:
             raise self._unavailable()
 
     async def wait_for(self, find: Callable[[], T | None]) -> T:
-        """Return what *find* finds in the keys, once a fetch has brought it.
+        """Return the result of *find* in the keys, once a fetch has brought it.
 
         Raises:
-            TokenRefused: a fetch that has begun since does not have it, or one of the last FORCED
-                seconds.
-            AuthUnavailable: nobody knows now whether it is there.
+            TokenRefused: a fetch that has begun since does not have it, or one within the last
+                FORCED seconds.
+            AuthUnavailable: it is unknown now whether it exists.
         """
         since = self._clock()
         self.check_worth_waiting()
@@ -172,7 +173,7 @@ class Issuer:
         return refused("kid") if known else self._unavailable()
 
     def _unavailable(self) -> AuthUnavailable:
-        """Return the error of a token that nobody can decide now."""
+        """Return the error of a token that cannot be decided now."""
         now = self._clock()
         text = "the keys of the token's issuer cannot be had now"
         if self._keys is not None:
@@ -239,7 +240,7 @@ class Issuer:
 
 
 async def from_url(url: str) -> bytes:
-    """Return what is at *url*, and no more than a set may have.
+    """Return the content of *url*, and no more than a set may have.
 
     Raises:
         Unreachable, aiohttp.ClientError, OSError, ValueError: there is no such answer.
@@ -264,7 +265,7 @@ async def from_url(url: str) -> bytes:
 
 
 async def from_file(path: str) -> bytes:
-    """Return what is in the file *path*.
+    """Return the content of the file *path*.
 
     Raises:
         OSError, ValueError: it cannot be read.
@@ -282,6 +283,6 @@ def keys_in(path: str) -> KeySet:
 
 
 def _content(path: str) -> bytes:
-    """Return what is in the file *path*, and no more than a set may have."""
+    """Return the content of the file *path*, and no more than a set may have."""
     with Path(path).open("rb") as file:
         return file.read(MAX_BYTES + 1)

@@ -1,5 +1,5 @@
-"""The issuer of the tokens that are accepted now: a reload may name another one, whose keys then
-come from elsewhere.
+"""The issuer of the tokens that are accepted now. A reload may name another one, with
+other keys.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from aioserver.wings.jwt.issuer import Issuer
     from aioserver.wings.jwt.token_callers import TokenCallers
 
-# The packages of the extra `jwt`, and the oldest version: five advisories were fixed in that.
+# The packages of the extra `jwt`, and their oldest versions: PyJWT's fixed five advisories.
 NEEDED = {"PyJWT": (2, 13), "cryptography": (3, 4)}
 
 
 def faults(
     auth: Auth | None, needed: Mapping[str, tuple[int, int]] = MappingProxyType(NEEDED)
 ) -> Iterator[str]:
-    """Yield which of the packages that are *needed* are missing, if *auth* takes tokens."""
+    """Yield which of the *needed* packages are missing, if *auth* accepts tokens."""
     if auth is None or auth.jwt is None:
         return
-    # Without tokens nobody asks, and it has a reader of archives with it.
+    # Only needed with tokens; its import brings a reader of archives.
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
 
     for package, least in needed.items():
@@ -45,9 +45,9 @@ def faults(
 
 
 class Issuers:
-    """The issuer that counts now, for *callers*.
+    """The present issuer, for *callers*.
 
-    Always: one fetches at most. *watched* looks at the file of its keys, if they are in one.
+    Always: at most one issuer fetches. *watched* checks the file of its keys, if they are in one.
     """
 
     def __init__(self, callers: TokenCallers, watched: WatchedFiles) -> None:
@@ -71,7 +71,7 @@ class Issuers:
         old = self._jwt
         if old and (jwt.jwks_url, jwt.jwks_file) == (old.jwks_url, old.jwks_file):
             return partial(self._use, jwt, self._issuer)
-        # Without tokens the packages need not be there.
+        # Without tokens the packages may be missing.
         from aioserver.wings.jwt import issuer as keys  # noqa: PLC0415
 
         if jwt.jwks_file is None:
@@ -89,13 +89,13 @@ class Issuers:
         return partial(self._use, jwt, issuer)
 
     def serve(self, monitor: Monitor, end_withdrawn: Callable[[], None]) -> None:
-        """Let *monitor* show when keys cannot be had, and call *end_withdrawn* once some are the
-        issuer's no more.
+        """Let *monitor* show when keys cannot be fetched, and call *end_withdrawn* once the issuer
+        has withdrawn keys.
         """
         self._monitor, self._end_withdrawn = monitor, end_withdrawn
 
     async def close(self) -> None:
-        """Fetch no more."""
+        """Stop fetching."""
         if self._issuer is not None:
             await self._issuer.close()
 
@@ -124,7 +124,7 @@ class Issuers:
         return () if jwt is None or jwt.jwks_file is None else (jwt.jwks_file,)
 
     def _read(self) -> Callable[[], None] | None:
-        """Return what puts the keys of the file in effect; called in a thread."""
+        """Return the function that puts the keys of the file in effect; called in a thread."""
         issuer, files = self._issuer, self._files()
         if issuer is None or not files:
             return None

@@ -1,7 +1,7 @@
 """The public keys of an issuer (RFC 7517), each with the one algorithm that it verifies.
 
-The algorithm is that of the key and never what a token says (RFC 8725, 2.1 and 3.1). A symmetric
-key is dropped as it is read, so that nothing here can verify an HMAC. This file alone uses PyJWT.
+The algorithm is that of the key, and never the one that a token names (RFC 8725, 2.1 and 3.1). A
+symmetric key is dropped as it is read, so that no HMAC can be verified. Only this file uses PyJWT.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jwt.exceptions import PyJWTError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-# The bounds of a set: what issuers have is a tenth of it.
+# The bounds of a set: real sets have a tenth of it.
 MAX_BYTES, MAX_KEYS = 256 << 10, 64
 # Bits of an RSA key. More than the upper bound costs milliseconds for each token.
 MIN_RSA, MAX_RSA = 2048, 8192
@@ -33,7 +33,7 @@ ALGORITHMS: Final = (RS256, ES256, EDDSA)
 
 class Key(NamedTuple):
     """A public key: *verify* returns whether a signature of a message is its own, by the algorithm
-    *alg*. *thumbprint*: a digest of the key itself, whatever it is called.
+    *alg*. *thumbprint* is a digest of the key itself, independent of its id.
     """
 
     alg: str
@@ -45,14 +45,14 @@ class KeySet(NamedTuple):
     """The keys of an issuer: by their ids and algorithms, and those for tokens that name no key,
     which are the only ones of their algorithm.
 
-    An id of keys that cannot be used is there, without any.
+    An id whose keys cannot be used has an empty entry.
     """
 
     named: Mapping[str, Mapping[str, Key]]
     nameless: Mapping[str, Key]
 
     def thumbprints(self) -> frozenset[str]:
-        """Return those of all keys."""
+        """Return the thumbprints of all keys."""
         sets = (*self.named.values(), self.nameless)
         return frozenset(key.thumbprint for keys in sets for key in keys.values())
 
@@ -104,7 +104,7 @@ def read_keys(content: bytes) -> KeySet:
         try:
             jwk = _JWK.decode(raw)
         except (msgspec.DecodeError, RecursionError):
-            # It may be of a kind that nobody has thought of.
+            # It may be of a kind that did not exist when this was written.
             continue
         keys = named.setdefault(jwk.kid, {}) if jwk.kid is not None else {}
         if (key := _usable(jwk)) is not None:
@@ -117,7 +117,7 @@ def read_keys(content: bytes) -> KeySet:
 
 
 def _usable(jwk: _Jwk) -> Key | None:
-    """Return the key that *jwk* is; None if it verifies nothing here."""
+    """Return *jwk* as a key; None if it verifies nothing here."""
     if jwk.use not in {None, "sig"} or (jwk.key_ops is not None and "verify" not in jwk.key_ops):
         return None
     try:
@@ -136,7 +136,8 @@ def _usable(jwk: _Jwk) -> Key | None:
     )
     if not fits:
         return None
-    # Not of the text: an issuer may write the same key in another way (RFC 7638 has rules for that).
+    # Not a digest of the text: an issuer may write the same key in another way (RFC 7638 has rules
+    # for that).
     content = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
     def verify(message: bytes, signature: bytes) -> bool:

@@ -1,8 +1,8 @@
 """A token (JWT, RFC 7519, as a JWS in its compact form, RFC 7515): taken apart, and its claims
 checked.
 
-Pure: bytes in, claims out. What is checked here is not yet believed: a refusal harms nobody, and
-saves the look for a key, but only `Unverified.verified` says whose token it is.
+Pure: bytes in, claims out. Checked claims are not yet trusted: a refusal does no harm, and saves
+the look-up of a key, but only `Unverified.verified` proves whose token it is.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 # Bytes of a token, and characters of the name of a caller and of a key's id.
 MAX_TOKEN, MAX_NAME = 8 << 10, 255
-# Without padding, and with nothing else in it (RFC 7515, 2): Python's decoder passes over the rest.
+# Without padding, and without other characters (RFC 7515, 2), which Python's decoder skips.
 _PART = re.compile(rb"[A-Za-z0-9_-]+")
 
 
 class Claims(NamedTuple):
-    """What a token says that is believed: its caller, the role that counts, and its end (Unix
-    time); and the thumbprint of the key by which it is, once one has verified it.
+    """The verified claims of a token: its caller, the effective role, and its end (Unix time); and
+    the thumbprint of the key that has verified it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Claims(NamedTuple):
 
 
 class Unverified(NamedTuple):
-    """A token whose claims are in order, and whose signature nobody has looked at.
+    """A token whose claims are valid, and whose signature is not verified yet.
 
     *kid*: the id of the key with which it was signed; None if it names none.
     """
@@ -80,12 +80,12 @@ _HEAD = msgspec.json.Decoder(_Head)
 
 
 def refused(rule: str) -> TokenRefused:
-    """Return the error of a token that breaks *rule*; no value of the token is in it."""
+    """Return the error of a token that breaks *rule*; it contains no value of the token."""
     return TokenRefused(f"the token is refused: {rule}")
 
 
 def read(token: bytes, jwt: Jwt, now: float) -> Unverified:
-    """Return *token* taken apart, whose claims are as *jwt* asks for at *now*, in wall time.
+    """Return *token* taken apart, with claims that satisfy *jwt* at *now*, in wall time.
 
     Raises:
         TokenRefused: it is no token, or breaks a rule.
@@ -160,7 +160,7 @@ def _moment(claims: dict[str, object], name: str) -> float | None:
 
 
 def _claim(claims: dict[str, object], path: str) -> object:
-    """Return the claim of that name, or the one to which its dots lead; None if there is none."""
+    """Return the claim of that name, or the one at the path of its dots; None if there is none."""
     if path in claims:
         return claims[path]
     value: object = claims

@@ -1,9 +1,9 @@
 """The callers of tokens: verified once, remembered, bounded.
 
-A token is found by its SHA-256 among those that were verified; another one is read, checked and
-verified (token.py) with the keys of its issuer (issuer.py). What is refused is not remembered: who
-attacks changes a byte. All tokens of one name share one quota, whose limits are those of the role
-in the newest of them.
+A verified token is found by its SHA-256; another one is read, checked and verified (token.py) with
+the keys of its issuer (issuer.py). Refused tokens are not remembered: an attacker changes a byte
+each time. All tokens of one name share one quota, whose limits are those of the role in the newest
+of them.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
     from aioserver.wings.jwt.issuer import Issuer
 
-# Tokens that are remembered as verified, and callers.
+# The most tokens that are remembered as verified, and the most callers.
 MAX_TOKENS, MAX_CALLERS = 4096, 10_000
 # Seconds after which a caller may be forgotten: its body may be under way for as long, and a
-# minute's worth of starts is whole again.
+# minute's starts are available again.
 IDLE = 60.0
-# Callers that are looked at for one that may be forgotten.
+# The most callers that are examined to find one that may be forgotten.
 LOOKS = 64
 
 
 class _Person:
-    """The memory of one name."""
+    """The state of one name."""
 
     __slots__ = ("forgotten", "quota", "role", "used")
 
     def __init__(self, quota: Quota, role: str) -> None:
         self.quota, self.role = quota, role
-        # When a token of it came last, by the monotonic clock.
+        # The time of its last token, by the monotonic clock.
         self.used = 0.0
         self.forgotten = False
 
@@ -62,9 +62,9 @@ class _Verified(NamedTuple):
 
 
 class TokenCallers(Tokens):
-    """The callers of tokens, as the settings `auth.jwt` say.
+    """The callers of tokens, by the settings `auth.jwt`.
 
-    Always: at most MAX_TOKENS tokens and MAX_CALLERS callers are remembered; one that is forgotten
+    Always: at most MAX_TOKENS tokens and MAX_CALLERS callers are remembered; a forgotten caller
     has nothing running, open or waiting, and its limits are as those of a new one.
     """
 
@@ -74,14 +74,14 @@ class TokenCallers(Tokens):
         monotonic: Callable[[], float] = time.monotonic,
         max_callers: int = MAX_CALLERS,
     ) -> None:
-        # Wall time, in which tokens expire, and the other.
+        # Wall time, in which tokens expire, and monotonic time.
         self._clock, self._monotonic = clock, monotonic
         self._max_callers = max_callers
         self._make_quota: MakeQuota = quota_of
         self._jwt: Jwt | None = None
         self._issuer: Issuer | None = None
         self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
-        # By name; the one that has come last is the last.
+        # By name; the most recent one is the last.
         self._people: OrderedDict[str, _Person] = OrderedDict()
         self._begun_day, self._spent = "", dict[str, int]()
 
@@ -94,7 +94,7 @@ class TokenCallers(Tokens):
         self._issuer = issuer
 
     def apply(self, jwt: Jwt | None) -> frozenset[str]:
-        """Accept tokens as *jwt* says from now on; see `Tokens.apply`."""
+        """Accept tokens by *jwt* from now on; see `Tokens.apply`."""
         old, self._jwt = self._jwt, jwt
         if jwt == old:
             return frozenset()
@@ -130,7 +130,7 @@ class TokenCallers(Tokens):
                 return caller
             del self._verified[digest]
         if self._jwt is None:
-            raise refused("no tokens are taken here")
+            raise refused("tokens are not accepted here")
         unverified = read(token, self._jwt, self._clock())
         if self._issuer is None:
             raise AuthUnavailable("the keys of the token's issuer cannot be had now")
@@ -143,11 +143,11 @@ class TokenCallers(Tokens):
     async def _decide(
         self, issuer: Issuer, token: bytes, digest: bytes, kid: str | None
     ) -> Caller:
-        """Return the caller of *token*, once the keys of *kid* are there."""
+        """Return the caller of *token*, once the keys of *kid* are known."""
         keys = await issuer.wait_for(partial(issuer.find, kid))
-        # Meanwhile other settings may have come into effect.
+        # Other settings may have come into effect meanwhile.
         if self._jwt is None or issuer is not self._issuer:
-            raise refused("no tokens of this issuer are taken here")
+            raise refused("tokens of this issuer are not accepted here")
         unverified = read(token, self._jwt, self._clock())
         return self._remember(digest, unverified.verified(keys))
 
@@ -158,7 +158,7 @@ class TokenCallers(Tokens):
             TokenRefused: its role has expired.
             ServerAtCapacity: as `_person`.
         """
-        # The role holds until then, whatever the clock of the issuer says.
+        # The role is valid until then, whatever the clock of the issuer says.
         assert self._jwt is not None
         until = self._jwt.limits[claims.role].expires_at
         if self._clock() >= until:
@@ -179,7 +179,7 @@ class TokenCallers(Tokens):
         return caller_of(PREFIX + name, limits, person.quota, **token)
 
     def _person(self, name: str, role: str) -> _Person:
-        """Return what is remembered of *name*, whose newest token has *role*.
+        """Return the state of *name*, whose newest token has *role*.
 
         Raises:
             ServerAtCapacity: there are MAX_CALLERS, none of which may be forgotten.
@@ -190,7 +190,7 @@ class TokenCallers(Tokens):
         if person is None:
             if len(self._people) >= self._max_callers:
                 self._forget_one()
-            # Not the name itself: what instances share has none of a person.
+            # Not the name itself: instances share no personal data.
             shared = f"{PREFIX}{hashlib.sha256(name.encode()).hexdigest()[:32]}"
             person = _Person(self._make_quota(_as_key(shared, limits)), role)
             if (spent := self._spent.get(name)) and self._begun_day == day(self._clock()):
@@ -204,7 +204,7 @@ class TokenCallers(Tokens):
         return person
 
     def _forget_one(self) -> None:
-        """Forget the caller that came longest ago and has nothing to lose.
+        """Forget the least recent caller that is idle.
 
         Raises:
             ServerAtCapacity: there is none among the first LOOKS.
@@ -220,7 +220,7 @@ class TokenCallers(Tokens):
                 # In a cluster its places go to others.
                 person.quota.revoke()
                 return
-            # It is at work, though no token of it has come.
+            # It is active, though no token of it has come.
             person.used = now
             self._people.move_to_end(name)
         raise ServerAtCapacity(
@@ -238,7 +238,7 @@ class TokenCallers(Tokens):
             return None
         claims = Claims(name, role, self._clock() + min(seconds, left - SKEW), signer)
         if not issuer.holds(signer):
-            # Another process may have seen it already: the issuer's newest key.
+            # Another process may have seen the issuer's newest key already.
             try:
                 issuer.check_worth_waiting()
             except TokenRefused:
@@ -247,12 +247,12 @@ class TokenCallers(Tokens):
         return self._caller(claims, self._person(PREFIX + name, role))
 
     async def _decide_session(self, issuer: Issuer, claims: Claims) -> Caller:
-        """Return the caller of a session with *claims*, once its signer is there."""
+        """Return the caller of a session with *claims*, once its signer is known."""
         try:
             await issuer.wait_for(lambda: issuer.holds(claims.signer) or None)
         except TokenRefused:
             raise SessionEnded(ENDED) from None
-        # Meanwhile other settings may have come into effect.
+        # Other settings may have come into effect meanwhile.
         if issuer is not self._issuer or not self._jwt or claims.role not in self._jwt.limits:
             raise SessionEnded(ENDED)
         return self._caller(claims, self._person(PREFIX + claims.name, claims.role))
@@ -279,11 +279,11 @@ class TokenCallers(Tokens):
         )
 
     def quotas(self) -> Mapping[str, Quota]:
-        """Return the quotas of all callers that are remembered, by their names."""
+        """Return the quotas of all remembered callers, by their names."""
         return {name: person.quota for name, person in self._people.items()}
 
     def begin_day(self, day: str, spent: Mapping[str, int]) -> None:
-        """Let the budgets of *day* begin at what callers have *spent*."""
+        """Start the budgets of *day* with the tokens that callers have *spent*."""
         self._begun_day = day
         self._spent = {name: used for name, used in spent.items() if name.startswith(PREFIX)}
         for name, person in self._people.items():
@@ -291,14 +291,15 @@ class TokenCallers(Tokens):
 
     @property
     def counts_days(self) -> bool:
-        """Whether a role has a budget of a day."""
+        """Whether a role has a daily budget."""
         return self._jwt is not None and any(
             role.tokens_per_day for role in self._jwt.limits.values()
         )
 
     @property
     def binding(self) -> bytes:
-        """What sessions are bound to: whose tokens are taken, and which roles there are.
+        """The settings to which sessions are bound: whose tokens are accepted, and which roles
+        there are.
 
         The numbers of limits are left out, of which each worker may have a part.
         """
@@ -308,7 +309,9 @@ class TokenCallers(Tokens):
 
 
 def identity(jwt: Jwt) -> tuple[str | None, ...]:
-    """Return what says whose tokens are taken, and who they are."""
+    """Return the settings that decide whose tokens are accepted, and how they name
+    their callers.
+    """
     return (jwt.issuer, jwt.audience, jwt.jwks_url, jwt.jwks_file, jwt.caller, jwt.roles)
 
 

@@ -1,4 +1,4 @@
-"""How tokens are plugged in."""
+"""Tokens as a wing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _end_refused(context: Context) -> None:
-    """Close what callers have open whose token is taken no more."""
+    """Close the connections and answers of callers whose token is not accepted any more."""
     access = context.access
 
     def refused(caller: Caller) -> bool:
@@ -42,12 +42,12 @@ class JwtWing(Wing):
     _issuers: Issuers
 
     def faults(self, settings: Settings) -> Iterable[str]:
-        """Return what is missing for `auth.jwt`."""
+        """Yield what `auth.jwt` lacks."""
         return issuers.faults(settings.auth)
 
     @staticmethod
     def before_workers(settings: Settings) -> None:
-        """Import what tokens are read with, if any are taken."""
+        """Import the packages for tokens, if any are accepted."""
         if settings.auth is not None and settings.auth.jwt is not None:
             import_module("aioserver.wings.jwt.issuer")
 
@@ -63,14 +63,14 @@ class JwtWing(Wing):
         self._issuers.prepare(core.settings.auth)()
 
     async def serve(self, context: Context) -> Routes:
-        """Let the monitor show when keys cannot be had, and end what tokens of withdrawn keys have
-        open.
+        """Let the monitor show when keys cannot be fetched, and end the work of tokens with
+        withdrawn keys.
         """
         self._issuers.serve(context.monitor, partial(_end_refused, context))
         return Routes()
 
     def prepare(self, settings: Settings) -> Callable[[], None]:
-        """Return the function that takes the tokens of *settings*.
+        """Return the function that accepts the tokens of *settings*.
 
         Raises:
             ConfigurationError: a file of keys cannot be used.

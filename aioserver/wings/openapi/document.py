@@ -1,10 +1,11 @@
-"""`GET /openapi.json`: our own faces as OpenAPI 3.1 has them (https://spec.openapis.org/oas/v3.1.1).
+"""`GET /openapi.json`: our own faces in OpenAPI 3.1 (https://spec.openapis.org/oas/v3.1.1).
 
-It is made of what serves: the table of routes, with the configured paths; the policies of the guard,
-which become `security`; the structs of messages, and the errors. What passes through below `/v1` is
-one entry. OpenAPI has no word for a WebSocket: such an operation has `x-websocket: true`.
+It is made of the server's own parts: the table of routes, with the configured paths; the policies
+of the guard, which become `security`; the structs of messages, and the errors. The paths that pass
+through below `/v1` are one entry. OpenAPI has no term for a WebSocket: such an operation has
+`x-websocket: true`.
 
-It is made at the first request, when all routes are there, and stays as long as the server.
+It is made at the first request, when all routes exist, and stays as long as the server.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
 
 PATH = "/openapi.json"
-# Routes that are not in it, by the beginning of their paths, and why.
+# Routes that are left out, by the beginning of their paths, and why.
 LEFT_OUT = {
-    "/assets/": "a file of our pages",
-    "/client": "the client for pages, a module",
+    "/assets/": "a file of the pages",
+    "/client": "the pages' client library, a module",
     "/dashboard": "a page for people",
     "/healthz": "another name of /health",
     "/livez": "another name of /health",
     "/readyz": "another name of /ready",
-    "/v1/responses/{question}": "what no path is, and is told so",
+    "/v1/responses/{question}": "matches no other path; answered with a hint",
 }
 HEADERS = {"Cache-Control": "no-cache", "Vary": "Origin"}
 _PARAMETER = re.compile(r"\{(\w+)\}")
 SCHEMA = "#/components/schemas/{name}"
-# How a caller may show its key.
+# The ways in which a caller may present its key.
 SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer"},
     **{name: {"type": "apiKey", "in": "header", "name": name} for name in KEY_HEADERS},
@@ -78,8 +79,8 @@ POSITION: dict[str, Any] = {
 
 
 class Operation(NamedTuple):
-    """What a route is for: a sentence, the name of the schema of its body, if it has one, and the
-    type of what it answers.
+    """The purpose of a route: a sentence, the name of the schema of its body, if it has one, and
+    the type of its answer.
     """
 
     summary: str
@@ -103,7 +104,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/completions"): Operation("Ask for a completion", "Body", JSON_OR_EVENTS),
     ("POST", "/v1/embeddings"): Operation("Ask for embeddings", "Body"),
     ("POST", "/v1/responses"): Operation("Ask for a response", "Body", JSON_OR_EVENTS),
-    ("GET", "/v1/responses"): Operation("Responses over a WebSocket, as OpenAI has them"),
+    ("GET", "/v1/responses"): Operation("Responses over a WebSocket, as at OpenAI"),
     ("GET", "/v1/responses/{id}"): Operation(
         "Read a response that is kept, or its events", answers=JSON_OR_EVENTS
     ),
@@ -113,7 +114,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/messages"): Operation("Ask for a message (Anthropic)", "Body", JSON_OR_EVENTS),
     ("POST", "/v1/messages/count_tokens"): Operation("Count the tokens of a message", "Body"),
     ("GET", "/v1/models"): Operation("List the models"),
-    ("GET", "/v1/models/{id}"): Operation("Say who is asked for a model"),
+    ("GET", "/v1/models/{id}"): Operation("Say which provider is asked for a model"),
     ("GET", "/conversations"): Operation("List the conversations of the caller"),
     ("DELETE", "/conversations"): Operation("Delete all conversations of the caller"),
     ("GET", "/conversations/{id}"): Operation("Read a conversation"),
@@ -127,10 +128,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/session"): Operation("Whether the browser has a session"),
     ("POST", "/session"): Operation("Exchange a key for a cookie", "Login"),
     ("DELETE", "/session"): Operation("End the session of the browser"),
-    ("GET", "/"): Operation("The chat page for browsers; what there is, for programs"),
+    ("GET", "/"): Operation("The chat page for browsers; an overview for programs"),
     ("GET", PATH): Operation("This description"),
 }
-# What passes through, whatever it is.
+# All requests that pass through.
 PASSED = Operation(
     "Every other path of OpenAI's API, passed on to a provider as it is", answers="*/*"
 )
@@ -150,7 +151,7 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 def describe(context: Context, app: web.Application) -> dict[str, Any]:
-    """Return the description of the routes of *app* that are ours."""
+    """Return the description of our routes in *app*."""
     chat = context.settings.chat
     endpoints = {chat.websocket.endpoint: "WS", chat.sse.endpoint: "SSE"}
     paths: dict[str, dict[str, Any]] = {}
@@ -185,8 +186,8 @@ def describe(context: Context, app: web.Application) -> dict[str, Any]:
 
 
 def described(context: Context, app: web.Application) -> Iterator[tuple[AbstractRoute, Policy]]:
-    """Yield each route that stands in the description, with its policy: not HEAD, which comes with
-    a GET, and not what is LEFT_OUT.
+    """Yield each described route, with its policy. HEAD, which comes with a GET, is left out, and
+    so is LEFT_OUT.
     """
     for route in app.router.routes():
         policy = context.guard.policies.get(route)
@@ -228,7 +229,7 @@ def _operation(
 
 def _schemas() -> dict[str, Any]:
     _, components = msgspec.json.schema_components((Frame,), ref_template=SCHEMA)
-    # A body goes on as it came: these are the members that are read of it.
+    # A body is passed on as it came: these are the members of it that are read.
     struct = type_info(Fields)
     assert isinstance(struct, StructType)
     members = {field.encode_name: _type_of(field.type) for field in struct.fields}
@@ -267,7 +268,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _type_of(kind: Type) -> dict[str, Any]:
-    """Return the schema of a member of a body; of one that stays bytes it is any."""
+    """Return the schema of a member of a body; a member that stays bytes may have any type."""
     kinds = kind.types if isinstance(kind, UnionType) else (kind,)
     names = [TYPES[type(each)] for each in kinds if type(each) in TYPES]
     return {"type": names} if names else {}
@@ -283,7 +284,7 @@ def _errors() -> Iterator[type[AioserverError]]:
 
 
 def _response_of(error: type[AioserverError]) -> dict[str, Any]:
-    """Return *error* as a response: HTTP status, and what it means."""
+    """Return *error* as a response: its HTTP status and its meaning."""
     meaning = (inspect.getdoc(error) or "").partition("\n\n")[0].replace("\n", " ")
     return {
         "description": f"{error.status}: {meaning}",

@@ -1,4 +1,4 @@
-"""How the description of the API is plugged in."""
+"""The description of the API as a wing."""
 
 from __future__ import annotations
 

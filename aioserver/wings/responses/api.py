@@ -1,5 +1,5 @@
-"""OpenAI's Responses API as providers speak it: what its events are, and which of them go the fast
-way.
+"""OpenAI's Responses API as providers speak it: the meaning of its events, and which of them take
+the fast path.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """An attempt to get a response (`/v1/responses`), also from a provider that has chat completions
 only, or keeps no responses.
 
-A provider without responses is known by its setting `responses: false`, or by its answer
-(gateway/bridging.py). A 404 that is about a response is no such answer: then the path is there.
+A provider without responses is recognized by its setting `responses: false`, or by its answer
+(gateway/bridging.py). A 404 about a response is no such answer: then the path exists.
 
 OpenAI's API continues a response by `previous_response_id`, which its server has kept. Many
-engines have the path and keep nothing. Some say that they do not support the field, others that
+engines have the path and keep nothing. Some answer that they do not support the field, others that
 there is no such response: the request is then sent once more, with the conversation.
 
-This file is one concept: what is learned of a provider, and what an attempt there makes of it.
+This file is one concept: the learned capabilities of a provider, and how an attempt uses them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ logger = logging.getLogger("aioserver.providers")
 
 # The statuses with which engines refuse to continue a response.
 REFUSAL_STATUSES = frozenset({400, 404, 422, 501})
-# Bytes of a refusal that is read.
+# Bytes of a refusal that are read.
 MAX_READ = 1 << 16
 # Patterns, compiled at the first refusal.
 _SUBJECT = r"\bprevious[ _-]?response(?:_?id)?\b|\bresponse (?:with|id)\b|\bno response found"
@@ -71,14 +71,14 @@ _UNSUPPORTED = (
 )
 
 
-# The key of a verdict on its responses: that it does not keep them.
+# The key of the verdict that a provider does not keep its responses.
 _KEEPS = "keeps"
 
 
 class ResponsesCapabilities(PathCapabilities):
-    """The knowledge of how one provider does responses.
+    """The knowledge of how one provider handles responses.
 
-    Always: it `keeps` the responses that it has made, as far as we know.
+    Always: it `keeps` the responses that it has made, as far as is known.
     """
 
     def __init__(
@@ -90,24 +90,26 @@ class ResponsesCapabilities(PathCapabilities):
 
     @property
     def keeps(self) -> bool:
-        """Whether it keeps the responses that it has made, as far as we know."""
+        """Whether it keeps the responses that it has made, as far as is known."""
         return self._shown.get(_KEEPS) is None
 
     def absent(self, status: int, body: bytes) -> bool:
-        """Return whether an answer says that there is no such path, as `PathCapabilities.absent`."""
+        """Return whether an answer means that there is no such path, as
+        `PathCapabilities.absent`.
+        """
         return super().absent(status, body) and not refuses_continuation(status, body)
 
     def learn(self, status: int, body: bytes, *, previous_id: str | None, by_id: bool) -> bool:
         """Learn from an answer with *status* and *body* whether the provider keeps responses.
 
-        Its request named the response *previous_id*; None: it named none, and says nothing.
-        *by_id*: the provider has made that response, and we have it. Return whether the request is
-        to be sent once more, as the provider does not know that response.
+        Its request named the response *previous_id*; if it named none (None), nothing is learned.
+        *by_id*: the provider has made that response, and we have it. Return whether the request
+        must be sent once more, as the provider does not know that response.
         """
         if previous_id is None or not refuses_continuation(status, body):
             return False
-        # Refusals repeat the id, and a client could make one up that says more than the provider
-        # does.
+        # Refusals repeat the id, and a client could make up an id that pretends to be a part of
+        # the refusal.
         none = by_id or (not _unsupported(previous_id) and supports_none(status, body))
         if none and self._shown.keep(_KEEPS, value=False):
             logger.info(
@@ -121,10 +123,11 @@ class ResponsesCapabilities(PathCapabilities):
 class ResponseRequest(ProviderRequest):
     """A request for a response.
 
-    *draft*: what it continues, or keeps to be continued; None if there is nothing of either.
-    *patience*: seconds for which its client does without the id of the response, while it may come
-    from another provider yet; None: until there is content. *running*: how it runs in the
-    background; None if its client waits for it. *further*: see `ProviderRequest`.
+    *draft* is the response to come, and the one that it continues; None if it neither continues
+    nor keeps one. *patience*: seconds for which its client can wait for the id of the response,
+    while the answer may still come from another provider; None: until there is content. *running*:
+    how it runs in the background; None if its client waits for it. *further*: see
+    `ProviderRequest`.
     """
 
     def __init__(
@@ -140,24 +143,26 @@ class ResponseRequest(ProviderRequest):
         self.draft = draft
         self.patience = patience
         self.running = running
-        # Whether a hook was shown what the request continues in front of its input.
+        # Whether a hook was shown the conversation in front of the input.
         self._shown_whole = False
 
     async def whole_body(self, provider: settings.Provider, model: str | None) -> bytes:
-        """Return the body with what it continues in front of its input, if that is held here."""
+        """Return the body with the conversation that it continues in front of its input, if that
+        is held here.
+        """
         body, draft = self.body(provider, model), self.draft
         if draft is None or draft.previous is None or not draft.previous.whole:
             return body
         try:
             whole = await draft.expand(body, provider.name)
         except RequestTooLarge:
-            # It goes to nobody but by its id.
+            # The conversation is sent only by its id.
             return body
         self._shown_whole = True
         return whole
 
     def replace_body(self, body: BodyMaker, size: int) -> None:
-        """Send what *body* makes; see `ProviderRequest`."""
+        """Send the result of *body*; see `ProviderRequest`."""
         super().replace_body(body, size)
         if self._shown_whole and self.draft is not None:
             self.draft.continue_nothing()
@@ -185,8 +190,8 @@ class ResponseAttempt(BridgedAttempt):
 
     @property
     def background(self) -> bool:
-        """Whether it uses a place of the part for the background: not where the provider is known to run the
-        response by itself, and only says so.
+        """Whether it uses a place of the part for the background: not if the provider is known to
+        run the response by itself, and only reports its start.
         """
         running = self._running
         if running is None:
@@ -201,8 +206,8 @@ class ResponseAttempt(BridgedAttempt):
         return self.request.streamed and not passed
 
     def queued(self, resource: Resource, position: int, eta: float) -> None:
-        """Tell the readers the position in the queue, behind the first events of a response in the
-        background.
+        """Report the position in the queue to the readers, behind the first events of a response
+        in the background.
         """
         if self._running is not None and self.stream is not None:
             self._running.queued(self.stream)
@@ -215,7 +220,7 @@ class ResponseAttempt(BridgedAttempt):
         super().started()
 
     def _own_preparation(self) -> Awaitable[None] | None:
-        """Return the steps that put what the request continues in front of its input."""
+        """Return the steps that put the continued conversation in front of its input."""
         draft = self._draft
         return None if draft is None or not draft.slow else self._prepare(draft)
 
@@ -231,10 +236,10 @@ class ResponseAttempt(BridgedAttempt):
         return self.provider.capabilities(ResponsesCapabilities)
 
     def body_to_send(self) -> bytes:
-        """Return the body of the request, with what it continues.
+        """Return the body of the request, with the conversation that it continues.
 
         Raises:
-            RequestTooLarge, InvalidRequest: that cannot be written out.
+            RequestTooLarge, InvalidRequest: the conversation cannot be written out.
         """
         draft, provider = self._draft, self.provider
         if draft is None or self.prepared is not None:
@@ -252,7 +257,7 @@ class ResponseAttempt(BridgedAttempt):
         )
 
     def stream_sink(self, stream: Stream) -> StreamSink:
-        """Return what fills *stream* with the events of the answer."""
+        """Return the sink that fills *stream* with the events of the answer."""
         sink: StreamSink
         chat, transcript = self._chat, stream.transcript
         if chat is None:
@@ -264,12 +269,12 @@ class ResponseAttempt(BridgedAttempt):
                 if isinstance(transcript, BridgedTranscript) and self.hop
                 else None
             )
-            # The same response goes on, if it is continued.
+            # The same response continues, if the answer is continued.
             if not isinstance(writer, ResponseWriter):
                 writer = ResponseWriter(chat, self._frame(chat), stream.max_bytes)
             self._writer = writer
             sink = BridgeSink(stream, writer)
-        # One in the background that is made here has its id already.
+        # A background response that is made here has its id already.
         sink.patience = self._patience if chat is None or self._running is None else None
         return sink
 
@@ -291,7 +296,7 @@ class ResponseAttempt(BridgedAttempt):
         return steps
 
     async def _keep_whole(self, answer: Answer) -> None:
-        """Keep *answer* in the log, in steps: what a provider says that runs the response by
+        """Keep *answer* in the log, in steps: the answer of a provider that runs the response by
         itself.
         """
         stream, draft = self.stream, self._draft
@@ -313,7 +318,7 @@ class ResponseAttempt(BridgedAttempt):
             if reason := reason_of(fault.http_status, body):
                 fault.message = f"{fault.message}: {reason}"
         elif isinstance(fault, ContextTooLong):
-            # Codex knows it by this code.
+            # Codex recognizes it by this code.
             error = {
                 "message": fault.reason or fault.message,
                 "type": "invalid_request_error",
@@ -384,7 +389,7 @@ def refuses_continuation(status: int, body: bytes) -> bool:
 
 
 def supports_none(status: int, body: bytes) -> bool:
-    """Return whether such a refusal says that no response at all can be continued, not only this
+    """Return whether such a refusal means that no response at all can be continued, not only this
     one.
     """
     return status == 501 or _unsupported(body.decode("utf-8", "replace"))

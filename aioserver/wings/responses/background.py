@@ -1,15 +1,15 @@
-"""A response in the background (`background: true`): its client has the id at once, leaves, and
+"""A response in the background (`background: true`): its client gets the id at once, leaves, and
 comes back for the answer.
 
-Where a provider has responses, it runs them by itself: the request and its answer pass as they
-are. Anywhere else the response is made here:
+If a provider has responses, it runs them by itself: the request and its answer pass unchanged.
+Otherwise the response is made here:
 
     response.created, response.queued   as soon as its request waits for a place, or has one
     response.in_progress                with its first place
     …                                   as for any other (bridge/events.py)
 
-From its first event on it has its id, and is asked for as a chat completion, whoever is asked. Its
-chunks are streamed, whether its client reads them or not: so the provider is never silent for as
+From its first event on it has its id, and is asked for as a chat completion at any provider. Its
+chunks are streamed, whether or not its client reads them: so the provider is never silent for as
 long as the whole answer takes.
 """
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class Background:
-    """One response in the background; *frame* is that of its response object, None where it is not
-    known yet whether the provider runs it by itself.
+    """One response in the background. *frame* is that of its response object, None if it is not
+    yet known whether the provider runs it by itself.
 
     *streamed*: its client reads its events from the beginning.
 
-    Always: each of its opening events is shown once, whatever becomes of its attempts.
+    Always: each of its opening events is shown once, however many attempts there are.
     """
 
     def __init__(self, frame: Frame | None, *, streamed: bool) -> None:
@@ -47,7 +47,7 @@ class Background:
         return self.frame is not None
 
     def queued(self, stream: Stream) -> None:
-        """Show in *stream* that there is the response; a second call does nothing."""
+        """Show in *stream* that the response exists; a second call does nothing."""
         frame = self.frame
         if frame is None or frame.opened or stream.ended:
             return
@@ -86,7 +86,7 @@ class OpeningReader(ConditionReader):
         super().__init__(stream, _opened)
 
     def report_position(self, _queued: Queued) -> None:
-        """Show that there is the response, since it waits: at a provider, or for its own key."""
+        """Show that the response exists, since it waits at a provider, or for its own key."""
         self._running.queued(self._stream)
 
 

@@ -1,17 +1,17 @@
-"""The draft of a response: what a request to `/v1/responses` keeps for the time when its response
-has ended.
+"""The draft of a response: the parts of a request to `/v1/responses` that are kept until its
+response has ended.
 
     begin       finds the response that it continues, if it is held here or at another instance
     body_for    its body as one provider gets it: as it came, or with the conversation in front
     keep        the response itself, at its end
-    release     whatever happened
+    release     in any case
 
-A body goes as it came to a provider that knows the response which it continues, because it has
-made it and keeps it, and to one that may know it, because we do not. Any other gets the
-conversation.
+A body goes unchanged to a provider that has made and keeps the response being continued. It also
+goes unchanged if that response is not held here, since the provider may know it. Any other
+provider gets the conversation.
 
-A response is named in the store, so that it is found by its id, unless its request says
-`store: false`. A connection may hold one without a name.
+A response is named in the store, so that it is found by its id, unless its request says `store:
+false`. A connection may hold one without a name.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Draft:
 
     The `Keeper` of both.
 
-    *store* is the request's; None, if it says nothing, means true. *previous_id* is its
+    *store* is the request's; None, if it is absent, means true. *previous_id* is its
     `previous_response_id`, and *previous* that response, if it is held here. *named* says that the
-    response will be found by its id, and *on_kept* is called with it, named or not; a connection
-    that holds it retains it there. *max_bytes* bounds an expanded body.
+    response will be found by its id. *on_kept* is called with it, named or not; a connection that
+    holds it retains it there. *max_bytes* bounds an expanded body.
 
-    Always: what it refers to and has taken is counted until `release`, and not after.
+    Always: everything that it refers to and has taken is counted until `release`, and not after.
     """
 
     def __init__(
@@ -81,20 +81,20 @@ class Draft:
         """Find the response that the request continues. Cancelling is safe.
 
         Raises:
-            InstanceUnavailable, ServerAtCapacity: whether another instance has it is not known.
+            InstanceUnavailable, ServerAtCapacity: it is not known whether another instance has it.
         """
         if self.previous is None and self.previous_id is not None:
             self.previous = await self._responses.reach(self.caller, self.previous_id)
 
     @property
     def kept_at(self) -> str | None:
-        """The name of the provider that has made the response which it continues, and keeps it."""
+        """The name of the provider that has made the continued response, and keeps it."""
         previous = self.previous
         return previous.provider if previous is not None and previous.kept_there else None
 
     @property
     def unknown(self) -> bool:
-        """Whether it continues a response of which nothing is known here."""
+        """Whether it continues a response that is unknown here."""
         return self.previous is None and self.previous_id is not None
 
     @property
@@ -103,8 +103,8 @@ class Draft:
         return self.previous is not None
 
     async def body_for(self, body: bytes, provider: str, *, keeps: bool) -> bytes:
-        """Return *body* as *provider* gets it, which *keeps* responses, or does not as far as we
-        know, in steps.
+        """Return *body* as *provider* gets it, in steps. *keeps*: the provider keeps responses, as
+        far as is known.
 
         Raises:
             RequestTooLarge, InvalidRequest: as `expand`.
@@ -130,12 +130,12 @@ class Draft:
         return await self.expand(body, provider)
 
     async def expand(self, body: bytes, provider: str) -> bytes:
-        """Return *body* with what it continues in front of its input, for *provider*, in steps;
-        see `continued`.
+        """Return *body* with the conversation that it continues in front of its input, for
+        *provider*, in steps; see `continued`.
 
         Raises:
-            ResponseNotFound: the request continues a response that is not held here, or not with
-                all that came before it.
+            ResponseNotFound: the continued response is not held here, or without its whole
+                conversation.
             RequestTooLarge, InvalidRequest: as `continued`.
         """
         if self.previous is not None and self.previous.whole:
@@ -146,9 +146,7 @@ class Draft:
         return body
 
     def continue_nothing(self) -> None:
-        """Note that the body has all that came before its input: a hook has put another one in
-        place of the whole.
-        """
+        """Note that the body already has the whole conversation: a hook has replaced it."""
         previous, self.previous, self.previous_id = self.previous, None, None
         if previous is not None:
             previous.release()
@@ -156,7 +154,7 @@ class Draft:
     def take_input(self, body: bytes) -> None:
         """Keep the input in *body*, the request's; a second call does nothing.
 
-        Where there is no room for it, the response is not kept.
+        If there is no room for it, the response is not kept.
         """
         if self._held is not None:
             return
@@ -169,7 +167,7 @@ class Draft:
         self._input = items
 
     def identified(self, answer_id: str) -> None:
-        """Let other instances know the id of the response, which clients know from now on."""
+        """Announce the id of the response, which clients know from now on, to other instances."""
         if (
             self.named
             and self._input is not None
@@ -193,8 +191,8 @@ class Draft:
     def keep_response(self, response: bytes, provider: str) -> Awaitable[None] | None:
         """Keep *response*, the JSON of the response object that *provider* has ended with.
 
-        It is kept if its input was taken, it can be continued, and there is room. Return what its
-        end is to wait for: see `Keeper.keep`.
+        It is kept if its input was taken, it can be continued, and there is room. Return the
+        awaitable that its end must wait for: see `Keeper.keep`.
         """
         if self._input is None or len(response) > self.max_bytes:
             return None
@@ -206,7 +204,7 @@ class Draft:
             self._held.release()
         previous = self.previous
         if previous is not None and previous.history_bytes > self.max_bytes:
-            # No body could have it in front of its input. Its provider goes on with it, and
+            # It does not fit in front of the input of any body. Its provider continues it, and
             # nothing need be held for that.
             previous = None
         stored = self._responses.make(
@@ -225,7 +223,7 @@ class Draft:
             kept = None
             if self.named:
                 if self._announced == stored.id:
-                    # The store goes on from here.
+                    # The store takes over from here.
                     self._announced = None
                 kept = self._responses.add(stored)
             if self._on_kept is not None:
@@ -249,7 +247,7 @@ class Draft:
     def _note_provider(self, body: bytes, *, keeps: bool) -> None:
         """Note that a provider gets *body*, and whether it *keeps* responses.
 
-        The last one counts.
+        Only the last one counts.
         """
         self.kept_there = keeps and self.named
         if self.named or self._on_kept is not None:

@@ -1,12 +1,12 @@
-"""OpenAI's Responses API: where a response ends, what is remembered of its events, and its error
-in their form.
+"""OpenAI's Responses API: the end of a response, the memory of its events, and errors in their
+form.
 
 An error between the events of a response is a `response.failed` event with the response object
 that came last, its status `failed`, and the next `sequence_number`; our error object, with our
-code, stands beside it. Of the forms that were tried, this one alone is understood by openai for
+code, stands beside it. Of the forms that were tried, only this one is understood by openai for
 Python and Node, the AI SDK and Codex.
 
-Clients name an event by its `sequence_number`, and the log by a number of its own. Which is which
+Clients name an event by its `sequence_number`, and the log by a number of its own. Their relation
 is remembered as the events come, so that neither a resume nor a look at the response reads the
 log.
 """
@@ -31,24 +31,23 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.streams.stream import Stream
 
-# Of the codes that OpenAI has for the error in a response object, those that fit: clients check
-# them.
+# The OpenAI codes for the error in a response object that fit: clients check them.
 SERVER_ERROR, RATE_LIMITED = "server_error", "rate_limit_exceeded"
 # The types of the events that end a response, unless an error does.
 ENDS = ("response.completed", "response.incomplete", "response.failed")
 # Bytes of a run of sequence numbers, in Python's objects.
 RUN_OVERHEAD = 200
-# What stands for a response object, where there is none.
+# Replaces a missing response object.
 _NO_RESPONSE: dict[str, Any] = {"object": "response", "output": []}
-# The types of the events before the content, of those of them that have an item, and of those that
-# have a part of one.
+# The types of events that precede the content: all of them, those with an item, and those with a
+# part of one.
 OPENINGS = frozenset({"response.created", "response.queued", "response.in_progress"})
 ITEM_ADDED = "response.output_item.added"
 PART_ADDED = frozenset({"response.content_part.added", "response.reasoning_summary_part.added"})
 _RESPONSE = b'"response"'
 _END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 _SEQUENCE = b'"sequence_number"'
-# What stands behind a number in an object: a comma, or its brace.
+# The characters that may follow a number in an object.
 _VALUE_ENDS = b",}"
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number" ?: ?([0-9]{1,18})[,}]')
 
@@ -62,8 +61,8 @@ _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 
 
 class _Run:
-    """Consecutive events with consecutive sequence numbers: the number of the first event, its own
-    and the last one's.
+    """Consecutive events with consecutive sequence numbers: the log's number of the first event,
+    its sequence number, and that of the last one.
     """
 
     __slots__ = ("last_sequence", "number", "sequence")
@@ -78,7 +77,7 @@ class _Run:
 class ResponseEvents(AnswerEvents):
     """The memory of the events of one response that is streamed, for as long as its log.
 
-    Always: at most one of its events is kept, as bytes: the last that has a response object; the
+    Always: at most one of its events is kept, as bytes: the last that has a response object. The
     sequence numbers are kept as runs, of which there is one if the provider counts as it should.
     """
 
@@ -99,13 +98,13 @@ class ResponseEvents(AnswerEvents):
         return _response_in(self._last_response)
 
     def state(self) -> tuple[list[tuple[int, int, int]], bytes]:
-        """Return all that is remembered, for `restore`."""
+        """Return everything remembered, for `restore`."""
         return [
             (run.number, run.sequence, run.last_sequence) for run in self._runs
         ], self._last_response
 
     def restore(self, runs: Sequence[tuple[int, int, int]], newest: bytes) -> None:
-        """Remember what the `state` of another object was, instead."""
+        """Replace the memory by the `state` of another object."""
         self._runs = [_Run(*run) for run in runs]
         self._last_response = newest
 
@@ -113,8 +112,8 @@ class ResponseEvents(AnswerEvents):
         """Return the JSON of the response object that came last, with another *status* if one is
         passed.
 
-        None if there is no such object. Nothing below its top level is built, and it is no deeper
-        than it came.
+        None if there is no such object. Nothing below its top level is built, and it is as deep as
+        it came.
         """
         try:
             response = _EVENT.decode(self._last_response).response
@@ -147,10 +146,9 @@ class ResponseEvents(AnswerEvents):
                 self._last_response = data
 
     def follows(self, event: bytes, number: int) -> bool:
-        """Note *event*, whose *number* is the next, if no more of it is to be remembered than that
-        it comes next.
+        """Note *event*, whose *number* is the next, if only its place needs to be remembered.
 
-        Return False, with nothing done, if `note` must look at it. It has no response object.
+        Return False, with nothing done, if `note` must read it. It has no response object.
         """
         found = event.find(_SEQUENCE)
         if found < 0:
@@ -172,8 +170,8 @@ class ResponseEvents(AnswerEvents):
         return True
 
     def note_run(self, number: int, sequence: int, count: int = 1) -> None:
-        """Remember the numbers of *count* events, from *number* on in the log, and with *sequence*
-        numbers from this one on.
+        """Remember the numbers of *count* events: their log numbers start at *number*, their
+        sequence numbers at *sequence*.
         """
         last = sequence + count - 1
         if self._runs:
@@ -187,8 +185,8 @@ class ResponseEvents(AnswerEvents):
         self._runs.append(_Run(number, sequence, last))
 
     def event_before(self, sequence: int, last: int) -> int | None:
-        """Return the number of the event after which the first one above *sequence* comes; that of
-        no event where *sequence* is -1.
+        """Return the number of the event before the first one above *sequence*. If *sequence* is
+        -1, it is before the first event.
 
         It is *last*, the newest event's number, if *sequence* is the newest; None if *sequence*
         has not come yet.
@@ -203,11 +201,11 @@ class ResponseEvents(AnswerEvents):
     def render(self, error: AioserverError, seen: int | None = None) -> bytes:
         """Return *error* as a `response.failed` event.
 
-        It has the next sequence number. For a reader that fell behind, and has *seen* the event of
-        that number in the log, it has that event's, -1 if it has seen none: whoever comes back
-        after it is not led past what was missed.
+        It has the next sequence number. If a reader fell behind, having *seen* the event of that
+        number in the log, it has the sequence number of that event (-1 if it has seen none). So a
+        client that comes back after it misses no event.
 
-        It has no more of a response object than its frame, if that is nested deeper than orjson
+        It has only the frame of a response object, if that object is nested deeper than orjson
         writes.
         """
         sequence = self.last_sequence + 1 if seen is None else self._sequence_at(seen)
@@ -217,8 +215,8 @@ class ResponseEvents(AnswerEvents):
             return self._render(_NO_RESPONSE, error, sequence)
 
     def _sequence_at(self, number: int) -> int:
-        """Return the sequence number of the event *number* of the log, or of the one before that
-        has any; -1 if none has.
+        """Return the sequence number of the event *number* of the log, or of the nearest event
+        before that has one; -1 if none has.
         """
         sequence = -1
         for run in self._runs:
@@ -256,8 +254,8 @@ def remember(stream: Stream, block: bytes) -> None:
 
 
 def is_content(data: bytes) -> bool:
-    """Return whether an event with *data* is content, and not only a preamble to it: the response
-    as it begins, a message or reasoning without content, a part without text.
+    """Return whether an event with *data* is content. A preamble is not: the response as it
+    begins, a message or reasoning without content, a part without text.
     """
     try:
         event = orjson.loads(data)
@@ -271,12 +269,12 @@ def is_content(data: bytes) -> bool:
         return not opens or not only_names(item, {"id", "type", "status", "role", "phase"})
     if kind in PART_ADDED and isinstance(part, dict):
         return not only_names(part, {"type"})
-    # An end is none either: it ends an answer that may have none.
+    # An end is no content either: it may end an empty answer.
     return kind not in OPENINGS and kind not in ENDS
 
 
 def failed(data: bytes) -> object:
-    """Return the error of the response that an event with *data* says has failed; otherwise
+    """Return the error of the response, if an event with *data* reports its failure; otherwise
     None.
     """
     response = _response_in(data)
@@ -288,14 +286,14 @@ def failed(data: bytes) -> object:
 def up_to_end(block: bytes) -> tuple[bytes, bool]:
     """Return *block*, whole events, up to the one that ends a response, and whether there is one.
 
-    A comment that looks like it is none.
+    A comment that looks like one does not count.
     """
     match = _END.search(block)
     if match is None:
         return block, False
     line = block.rfind(b"\n", 0, match.start()) + 1
     if block.startswith(b"data:", line) and block.find(b"\n\n", line) == len(block) - 2:
-        # As a rule the end comes last.
+        # Usually the end comes last.
         return block, True
     events = split(block)
     for number, event in enumerate(events, 1):

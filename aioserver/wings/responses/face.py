@@ -6,14 +6,14 @@ served from the log.
     GET  /v1/responses/{id}          prepare_retrieval, retrieve
     POST /v1/responses/{id}/cancel   cancel
 
-The events of a response that was requested with `store: true` are kept for its `resume_window`, and
-those of one in the background for `store_window`. It is found by the id that the provider gave it;
-a response that was not streamed only once it will not change any more. `starting_after` counts as
-the provider does, by the `sequence_number` in its events; the log's own numbers have no part in
-it. A response that is stored can be read for longer (stored_face.py).
+The events of a response that was requested with `store: true` are kept for its `resume_window`,
+and those of one in the background for `store_window`. A response is found by the id that the
+provider gave it, and one that was not streamed only once it will not change any more.
+`starting_after` counts as the provider does, by the `sequence_number` in its events; the log's own
+numbers are not used there. A response that is stored can be read for longer (stored_face.py).
 
-This file is one concept: a response with a log, from the request that makes it to its end, however
-its client comes to it.
+This file is one concept: a response with a log, from the request that makes it to its end, for
+each way of reading it.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ if TYPE_CHECKING:
     from aioserver.wings.responses.stored import StoredResponses
 
 
-# Where a mirror begins of whose events none is read.
+# The start of a mirror whose events are not read.
 LATEST = Start(after=None)
-# Codex ends a response of which no event has come for 300 s; comments do not count for it. For all
-# others a comment it is: OpenAI's SDKs fail on an event before `response.created`.
+# Codex ends a response without an event for 300 s, and ignores comments. All others get comments:
+# OpenAI's SDKs fail on an event before `response.created`.
 CODEX = openai.OPENAI._replace(
     heartbeat=b'event: aioserver:heartbeat\ndata: {"type":"aioserver:heartbeat"}\n\n',
     render_wait=lambda queued: eventstream.write(
@@ -99,7 +99,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
                 partial(prepare_retrieval, context, stored),
                 partial(retrieve, context, stored),
             ),
-            # The body is not written by aiohttp, which would leave it out for HEAD.
+            # aiohttp does not write the body, and so would not leave it out for HEAD.
             allow_head=False,
         ),
         web.post(
@@ -122,12 +122,12 @@ async def prepare_new(
     """Prepare a POST of a new response.
 
     Raises:
-        InvalidRequest: it shall run in the background, and not be stored.
+        InvalidRequest: it asks for the background, and not to be stored.
     """
     limit = context.settings.chat.websocket.max_message_size
     body, data = await read_model_body(request, hold, limit)
     if body.background and body.stored is False:
-        raise InvalidRequest("a response in the background is stored", param="store")
+        raise InvalidRequest("a response in the background must be stored", param="store")
     key, caller = idempotency_key(request), request[CALLER]
     return make_request(
         context,
@@ -145,15 +145,15 @@ async def prepare_new(
 
 
 async def _background(context: Context, body: ModelBody, caller: Caller) -> Background:
-    """Return how the response to *body* runs in the background, in steps: if it is known to be
-    made here, with the frame of its response object.
+    """Return how the response to *body* runs in the background, in steps. It has the frame of its
+    response object if it is known to be made here.
     """
     route = context.router.route(body.model, caller=caller)
     provider, frame = route.provider, None
     # The simulator ends with its process, too, and leaves the background to us.
     if provider.capabilities(ResponsesCapabilities).bridged or provider.settings.simulated:
         asked = openai.body_for(body, provider.settings, route.model)
-        # Its attempts say what is wrong with it.
+        # Its attempts report the fault.
         with contextlib.suppress(InvalidRequest):
             chat = await chat_request(asked, previous=body.previous_response_id, incomplete=True)
             frame = frame_of(chat, background=True)
@@ -161,8 +161,8 @@ async def _background(context: Context, body: ModelBody, caller: Caller) -> Back
 
 
 async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
-    """Answer a POST of a new response; one in the background, as soon as it has its id: with its
-    events, or with the response object as it is then.
+    """Answer a POST of a new response. One in the background is answered as soon as it has its id,
+    with its events, or with the response object as it is then.
 
     Raises:
         AioserverError: it has ended before it has got an id.
@@ -230,7 +230,8 @@ def make_request(
         allowed=RESPONSES.allowed(body),
         running=running,
     )
-    # An absent `store` keeps the response at its end, but is no word about a client that leaves.
+    # An absent `store` keeps the response at its end, but does not let it outlive a client that
+    # leaves.
     stored = bool(body.stored or body.background)
     return Request(
         route,
@@ -247,9 +248,9 @@ def make_request(
 
 
 def _patience(context: Context, body: ModelBody, face: str) -> float | None:
-    """Return for how many seconds a client does without the id of its response.
+    """Return the seconds for which a client can wait for the id of its response.
 
-    None: until there is content, since it can do nothing with the id.
+    None: until there is content, since the client cannot use the id.
     """
     if body.background:
         return 0.0
@@ -263,9 +264,9 @@ async def prepare_retrieval(
 ) -> tuple[Stream, int | None] | Request | None:
     """Prepare a GET: find the response, and the event after which to stream it.
 
-    None instead of an event means that the response is not to be streamed, and None alone that it
-    has no log any more, but is stored. A request goes to the provider, where the response is not
-    kept here.
+    The event is None if the response is not to be streamed. The result is None alone if the
+    response has no log any more, but is stored, and a request to the provider if the response is
+    not kept here.
     """
     try:
         return await _in_its_log(context, request)
@@ -295,7 +296,7 @@ async def _in_its_log(context: Context, request: web.Request) -> tuple[Stream, i
     if number is None:
         start = Start()
     elif number == "-1" or (number.isascii() and number.isdigit() and len(number) < 19):
-        # That of a reader which has fallen behind before the first event.
+        # The position of a reader that has fallen behind before the first event.
         start = Start(sequence=int(number))
     else:
         await find(context, request)
@@ -312,7 +313,7 @@ async def retrieve(
     request: web.Request,
     found: tuple[Stream, int | None] | Request | None,
 ) -> web.StreamResponse:
-    """Answer a GET with what `prepare_retrieval` has found: the events after a position, or the
+    """Answer a GET with the result of `prepare_retrieval`: the events after a position, or the
     response as it is now.
     """
     if found is None:
@@ -328,7 +329,7 @@ async def retrieve(
     try:
         return await write(context, request, stream)
     except StreamNotFound:
-        # Its log has gone while the request waited for a place.
+        # The log was evicted while the request waited for a place.
         return await retrieve(context, stored, request, None)
 
 
@@ -342,8 +343,8 @@ async def cancel(
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is.
 
     This works in a full server, too: only a large response needs a place, by *writing*, until its
-    client has read it. One that is not kept here may be the provider's, for which the request is
-    *passing* on.
+    client has read it. If the response is not kept here, it may be the provider's: *passing*
+    passes the request on.
 
     Raises:
         StreamNotFound: there is no such response under way, or with a log.
@@ -355,10 +356,10 @@ async def cancel(
         try:
             _check_known(stored, request, missing)
         except InstanceUnavailable:
-            # It is paid for while it runs: whoever has it is told.
+            # It is paid for while it runs, so any instance that has it is told.
             await context.gateway.cancel_anywhere(request[CALLER], request.match_info["id"])
             raise
-        # One that is stored has ended: its provider need not know it.
+        # A stored response has ended: its provider need not know it.
         response = await stored.reach(request[CALLER], request.match_info["id"])
         if response is None:
             return await passing(request)
@@ -390,8 +391,7 @@ async def write(
 ) -> web.StreamResponse:
     """Answer with the response that *stream* keeps, as it is now, and write it.
 
-    A *status* replaces that of a response that was streamed, and so does that of one that was
-    cancelled.
+    A *status* replaces that of a response that was streamed, or cancelled.
 
     Raises:
         ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
@@ -402,7 +402,7 @@ async def write(
     if stream.end_status == CANCELLED:
         status = status or "cancelled"
     elif stream.ending is not None:
-        # A client that reads that it is complete goes on with it, perhaps at another instance.
+        # A client that reads that it is complete continues it, perhaps at another instance.
         status = "in_progress"
     body = newest(stream, status)
     return await stored_face.write(context, request, body)

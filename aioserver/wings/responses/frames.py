@@ -1,6 +1,6 @@
 """The frames of OpenAI's Responses API over WebSocket, one JSON object each.
 
-This file is one concept: what a client may send, and what it gets, are one protocol.
+This file is one concept: the frames of clients and those of the server are one protocol.
 
 From clients:
 
@@ -12,13 +12,13 @@ From clients:
     {"type": "response.steer", "previous_response_id": "resp_1", "input": "Shorter!"}
     {"type": "response.processed", …}
 
-To clients: the events of the response, which are the provider's bytes, and what is made here:
-errors, the place in a queue, and the events of a response that is prepared only
-(`generate: false`).
+To clients: the events of the response, which are the provider's bytes, and frames of our own:
+errors, positions in a queue, and the events of a response that is only prepared (`generate:
+false`).
 
-A `stream_id` names a *lane* of the connection. Of a `response.create` only its top level is
-decoded, and the body that goes on to the provider is what the client wrote, without the members
-that belong to the frame.
+A `stream_id` names a *lane* of the connection. Of a `response.create` only the top level is
+decoded, and the body for the provider is the client's text, without the members that belong to the
+frame.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from aioserver.protocol.steps import at_once, pause_after
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Bytes in which an id, or the name of a lane, is written.
+# The most bytes of an id, or of the name of a lane, as it is written.
 MAX_ID_BYTES = 1026
-# Bytes of a field that is repeated in an event that is made here; a longer one is left out.
+# The most bytes of a field that an event of our own repeats; a longer one is left out.
 MAX_ECHO_BYTES = 1 << 13
 _TYPES = "response.create, response.cancel, response.resume, response.steer, response.processed"
 _LANE = re.compile(r"[A-Za-z0-9_.-]{1,256}")
 # -1 stands before the first event.
 _SEQUENCE = re.compile(rb"[0-9]{1,18}|-1")
-# The members of a frame that are not those of a body.
+# The members of a frame that do not belong to the body.
 _OF_FRAME = tuple(map(Member, ("type", "stream_id", "generate")))
 _STREAM = Member("stream")
 
@@ -66,7 +66,7 @@ class _Frame(msgspec.Struct, gc=False):
     input: Raw = ABSENT
 
 
-# The fields of a request that its response shows, and what stands for one that is absent, or too
+# The fields of a request that its response repeats, each with its value if it is absent, or too
 # long.
 _DEFAULTS = {
     "instructions": b"null",
@@ -96,7 +96,7 @@ _SHOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
 
 
 class Create(msgspec.Struct, frozen=True):
-    """Answer *body*, after what came before on the *lane*; None is the lane without a name.
+    """Answer *body*, after earlier commands on the *lane*; None is the lane without a name.
 
     *generate* false: no provider is asked.
     """
@@ -107,14 +107,14 @@ class Create(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """Answer a `response.create` with *error*, after what came before on the *lane*."""
+    """Answer a `response.create` with *error*, after earlier commands on the *lane*."""
 
     lane: str | None
     error: AioserverError
 
 
 class Resume(msgspec.Struct, frozen=True):
-    """Go on with the events of a response after *after*, a sequence number, on the *lane*.
+    """Continue with the events of a response after *after*, a sequence number, on the *lane*.
 
     None: from the first.
     """
@@ -125,28 +125,30 @@ class Resume(msgspec.Struct, frozen=True):
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """Stop a response: that of an id or, if the id is None, the one under way on the *lane*."""
+    """Stop a response: the one with an id or, if the id is None, the one under way on
+    the *lane*.
+    """
 
     lane: str | None
     response_id: str | None
 
 
 class Steer(msgspec.Struct, frozen=True):
-    """Change a response while it comes, which no provider of ours can do; *input* is JSON."""
+    """Change a response while it comes, which our providers cannot do; *input* is JSON."""
 
     previous: str | None
     input: bytes
 
 
 class Processed(msgspec.Struct, frozen=True):
-    """Note that the client has done what a response asked for; nothing follows from it."""
+    """Note that the client has carried out the calls of a response; this has no effect."""
 
 
 Command = Create | Refused | Resume | Cancel | Steer | Processed
 
 
 class BadFrame(Exception):
-    """The frame is no valid command. *lane* is the one that it names, None if it names none."""
+    """The frame is no valid command. *lane* is its lane, None if it names none."""
 
     def __init__(self, error: AioserverError, lane: str | None = None) -> None:
         super().__init__(error.message)
@@ -202,7 +204,8 @@ async def _create(lane: str | None, frame: _Frame, body: bytes) -> Create:
         raise InvalidRequest("generate must be true or false", param="generate")
     if json_body.flag(frame.background) is True:
         raise InvalidRequest(
-            "background is not for a WebSocket: POST /v1/responses has it", param="background"
+            "background is not available over WebSocket: use POST /v1/responses",
+            param="background",
         )
     streamed = json_body.flag(frame.stream) is True
     body = await _without(_OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body)
@@ -216,7 +219,7 @@ async def _without(members: Sequence[Member], frame: _Frame, body: bytes) -> byt
     """Return *body* without those of its *members* that *frame* has, in steps.
 
     Raises:
-        InvalidRequest: it has one of them several times.
+        InvalidRequest: the body has one of them several times.
     """
     places: list[Place] = []
     removed: list[Member] = []
@@ -226,12 +229,12 @@ async def _without(members: Sequence[Member], frame: _Frame, body: bytes) -> byt
             places.append(member.find(body, bytes(raw)))
             removed.append(member)
             await pause_after(body)
-    # From the last one on, so that the places of the others stay the same.
+    # In reverse order, so that the positions of the others stay the same.
     for place in sorted(places, reverse=True):
         start, end = Member.extent(body, place)
         view = memoryview(body)
         body = b"".join((view[:start], view[end:]))
-    # Without their keys, however they are written, there is nothing to read.
+    # Without their keys, in any spelling, there is nothing to read.
     if b"\\u00" in body or any(member.key in body for member in removed):
         rest = json_body.decode(_FRAME, body, "a frame")
         await pause_after(body)
@@ -272,7 +275,7 @@ def _sequence(raw: Raw) -> int | None:
 
 
 def _short(raw: Raw, default: bytes) -> bytes:
-    """Return *raw*, or *default* if there is none, or more than is repeated."""
+    """Return *raw*, or *default* if there is none, or if it is too long to be repeated."""
     if raw is ABSENT or len(memoryview(raw)) > MAX_ECHO_BYTES:
         return default
     return bytes(raw)
@@ -289,8 +292,8 @@ def in_lane(event: bytes, lane: str) -> bytes:
 
 
 def queued(lane: str | None, at: str, position: int, eta: float | None) -> bytes:
-    """Return the frame that says where a response waits: *at* the connection, at its key or at its
-    provider; *eta* in seconds, None if nobody knows.
+    """Return the frame with the position of a response in a queue: *at* the connection, at its key
+    or at its provider; *eta* in seconds, None if it is not known.
     """
     return _news(
         lane,
@@ -304,7 +307,7 @@ def queued(lane: str | None, at: str, position: int, eta: float | None) -> bytes
 
 
 def heartbeat(lane: str | None) -> bytes:
-    """Return the frame that says that a response goes on, although its provider is silent."""
+    """Return the frame that reports a running response whose provider is silent."""
     return _news(lane, {"type": "aioserver:heartbeat"})
 
 
@@ -333,7 +336,7 @@ def error(fault: AioserverError, lane: str | None) -> bytes:
 
 
 def _error_object(fault: AioserverError) -> dict[str, Any]:
-    """Return OpenAI's error object: the provider's own, where it refused the request, or ours."""
+    """Return OpenAI's error object: the provider's own, if it refused the request, or ours."""
     own = fault.as_object()
     try:
         content = orjson.loads(fault.body())
@@ -342,7 +345,7 @@ def _error_object(fault: AioserverError) -> dict[str, Any]:
     found = content.get("error") if isinstance(content, dict) else None
     if not isinstance(found, dict):
         return own
-    # Clients in typed languages take an error for none if one of these is no string.
+    # Clients in typed languages do not recognize an error if one of these is no string.
     texts = {name: found.get(name) for name in ("type", "code", "message", "param")}
     shown = {
         name: text if text is None or isinstance(text, str) else orjson.dumps(text).decode()
@@ -358,8 +361,7 @@ def _error_object(fault: AioserverError) -> dict[str, Any]:
 def prepared(
     command: Create, response_id: str, model: str, created_at: int
 ) -> list[tuple[bytes, bytes]]:
-    """Return the events of a response for which nothing is generated, each with the response
-    object in it.
+    """Return the events of a response that generates nothing, each with the response object in it.
 
     *created_at*: seconds since 1970.
     """
@@ -390,7 +392,7 @@ def prepared(
 
 
 def not_steered(command: Steer) -> bytes:
-    """Return the frame that gives back the input of a *command* that cannot be obeyed."""
+    """Return the frame that gives back the input of a *command* that cannot be carried out."""
     fault = {
         "type": "invalid_request_error",
         "code": "steering_not_supported",

@@ -1,8 +1,8 @@
-"""The items of OpenAI's Responses API, as bytes: those of a request, of a response, and of what a
-request continues.
+"""The items of OpenAI's Responses API, as bytes: those of a request, of a response, and of a
+conversation that a request continues.
 
 Items are kept, and joined, as they came: as JSON values with commas between them, the inside of an
-array. Nothing below them is built, so a long conversation costs the bytes that it has.
+array. Nothing below them is built, so a long conversation costs only its bytes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
 # The statuses of a response that can be continued.
 CONTINUABLE = frozenset({"completed", "incomplete"})
-# Commas in a value of which each part becomes an object: some megabytes of text have so many, and
-# a few hundred KB of numbers.
+# The most commas in a value whose parts each become an object: some megabytes of text have so
+# many, and a few hundred KB of numbers.
 MAX_COMMAS = 200_000
 _MESSAGE = b'{"type":"message","role":"user","content":'
-# How the type of a message is written; it may be left out.
+# The spellings of a message's type, which may be left out.
 _MESSAGE_TYPES = frozenset({b"", b'"message"'})
 _QUESTION = b'[{"type":"input_text","text":%b}]'
 _ANSWER = b'[{"type":"output_text","text":%b,"annotations":[]}]'
 _ITEMS = msgspec.json.Decoder(list[Raw])
 _SPACE = b" \t\r\n"
-# A string that is missing.
+# Replaces a missing string.
 _EMPTY = Raw(b'""')
 
 
@@ -96,7 +96,8 @@ def response_parts(response: bytes) -> ResponseParts | None:
 
     None if it is none, has no id, or is too large.
 
-    Lost are white space on its top level, and lone surrogates, which no provider would take back.
+    White space on its top level is lost, and so are lone surrogates, which no provider would take
+    back.
     """
     if not separable(response):
         return None
@@ -114,9 +115,7 @@ def response_parts(response: bytes) -> ResponseParts | None:
 
 
 def separable(items: bytes) -> bool:
-    """Return whether *items* are not so many that it would cost too much to have them one by
-    one.
-    """
+    """Return whether *items* are few enough to be separated."""
     return len(items) <= MAX_COMMAS or items.count(b",") <= MAX_COMMAS
 
 
@@ -126,7 +125,7 @@ def separate(items: bytes) -> list[Raw]:
 
 
 def joined(pieces: Iterable[bytes]) -> bytes:
-    """Return joined items as one, those that are empty left out."""
+    """Return joined items as one; empty ones are left out."""
     return b",".join([piece for piece in pieces if piece])
 
 
@@ -134,9 +133,9 @@ def replayable(items: bytes, *, same_provider: bool) -> bytes:
     """Return those of the *items* of a response that a provider takes back without having kept
     them.
 
-    A reasoning item without its content is a mere reference to what its provider has kept;
-    encrypted content can be read by the provider alone that has written it, which the
-    *same_provider* is.
+    A reasoning item without its content is a mere reference to the provider's own storage.
+    Encrypted content can be read only by the provider that has written it, which is the
+    *same_provider*.
     """
     if b"reasoning" not in items or not separable(items):
         return items
@@ -157,7 +156,7 @@ async def continued(body: bytes, history: Iterable[bytes], max_bytes: int) -> by
     """Return *body* with *history*, joined items, in front of its input, and without
     `previous_response_id`, in steps.
 
-    No more of *history* is taken than fits.
+    No more of *history* is read than fits.
 
     Raises:
         RequestTooLarge: the result would have more than *max_bytes*.
@@ -211,12 +210,12 @@ async def paging(
     """Return *limit* of the items in *pieces*, those that follow the one with the id *after*, in
     steps.
 
-    The pieces are in the order of the list, each with a name, and of joined items. An item without
-    an id gets one that is made of that name, and stays the same; so does one whose id has come
+    The pieces are in the order of the list, each with a name and joined items. An item without an
+    id gets one that is made of that name, and stays the same; so does an item whose id has come
     before. None: no item has the id *after*.
     """
     listed: list[tuple[str, Raw]] = []
-    # A client that asks for what follows an id would never come to the end of a list that has it
+    # A client that asks for the items after an id would loop for ever on a list that has the id
     # twice.
     ids: set[str] = set()
     found, steps = after is None, Steps()
@@ -262,7 +261,7 @@ def _made_id(item: Raw, name: str, number: int) -> str:
 
 
 def _with_id(item: Raw, item_id: str) -> Raw:
-    """Return *item* with that id, and with what a client may leave out of a message."""
+    """Return *item* with that id, and with the fields that a client may leave out of a message."""
     try:
         fields = _OBJECT.decode(item)
     except (msgspec.DecodeError, RecursionError):
@@ -287,5 +286,5 @@ def _read(item: Raw) -> _Item | None:
 
 
 def _filled(raw: Raw) -> bool:
-    """Return whether *raw* is a value that says something."""
+    """Return whether *raw* is a value with content."""
     return raw is not ABSENT and bytes(memoryview(raw)[:4]) not in {b"null", b'""', b"[]"}

@@ -1,10 +1,10 @@
-"""The lanes of one connection of the Responses API: what comes on each, in which order it is
-answered, and what may be continued.
+"""The lanes of one connection of the Responses API: the commands on each, the order of answers,
+and the responses that may be continued.
 
-What comes on one lane is answered in its order, and different lanes are answered at once, at most
-MAX_RUNNING. The next turn is that of the lane which has waited longest. Whoever waits is told so, and
-whoever hears nothing of a response that runs as well (`LaneNews`). A lane keeps the latest of its
-responses, so that a request on any lane can continue it, although nobody else may keep it
+Commands on one lane are answered in order, and different lanes at once, at most MAX_RUNNING of
+them. The lane that has waited longest has the next turn. `LaneNews` reports to the client the
+position of waiting commands, and that silent responses are still running. A lane keeps the latest
+of its responses, so that a request on any lane can continue it, even if it is stored nowhere else
 (`store: false`), unless the room is needed (wings/responses/stored.py).
 """
 
@@ -30,26 +30,27 @@ if TYPE_CHECKING:
     from aioserver.wings.responses.frames import Create, Refused, Resume
     from aioserver.wings.responses.stored import HeldResponses, StoredResponse
 
-# Responses under way at once on one connection, and its lanes with a name, as OpenAI has them.
+# Responses under way at once on one connection, and its lanes with a name, as at OpenAI.
 MAX_RUNNING, MAX_NAMED_LANES = 16, 32
-# Commands that wait on one connection, on all of its lanes: two for each lane that may have a
+# Commands that may wait on one connection, on all of its lanes: two for each lane that may have a
 # name.
 MAX_WAITING = 64
-# Their bytes, unless it is one command: they wait for answers that may take an hour, and count for
-# max_body_bytes meanwhile.
+# The most bytes of several waiting commands: they wait for answers that may take an hour, and
+# count for max_body_bytes meanwhile.
 MAX_WAITING_BYTES = 1 << 25
 
 
-# Durations of responses of one connection that are remembered, for what those that wait are told.
+# The number of recent response durations from which waits are estimated.
 DURATIONS = 8
-# Seconds between two looks at what is told.
+# Seconds between two checks for news.
 NEWS_INTERVAL = 1.0
 
 
 class Turn:
-    """A command on its lane, and the count of its bytes; *number* counts those of its connection.
+    """A command on its lane, and the count of its bytes; *number* counts the commands of its
+    connection.
 
-    The client was *told* its position at a time, *told_at*.
+    *told* is the position that was last sent to the client, at the time *told_at*.
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class Turn:
 class Lane:
     """One lane of a connection; *name* is None for the one without a `stream_id`.
 
-    *stream* is the response that is read, or was read last, None until there is one of what is
-    under way now, *response_id* its id, once it is known, and *continues* the id of the one before
-    it. *asked* fills the last one that was asked for here, which a resumed one is not, and
-    *on_end* is called at its end. *under_way* counts what its end still has to wait for, such as
-    events that are not written, and was first more than 0 at *began*. *queued* is what the client
-    was told of its wait at its key or provider, None once it waits no more. It has been silent
-    since *silent_since*, with so many *events* behind it.
+    *stream* is the response that is read, or was read last; None until the one under way has
+    begun. *response_id* is its id, once it is known, and *continues* the id of its predecessor.
+    *asked* is the task that fills the last response requested here; a resumed one has none.
+    *on_end* is called at the end of that task. *under_way* counts what the end of the turn still
+    waits for, such as events that are not written, and was first more than 0 at *began*. *queued*
+    is the last report of the wait at its key or provider, None once it waits no more. The lane has
+    been silent since *silent_since*, after *events* events.
     """
 
     def __init__(self, name: str | None, on_end: Callable[[Lane], None]) -> None:
@@ -99,13 +100,13 @@ class Lane:
 class Lanes:
     """The lanes of one connection. `close` must be called at its end.
 
-    Always: at most MAX_RUNNING lanes have something under way, and at most MAX_WAITING commands
-    wait, of MAX_WAITING_BYTES; a lane has a place in `_due` if and only if a command waits on it,
-    and nothing is under way there.
+    Always: at most MAX_RUNNING lanes have something under way. At most MAX_WAITING commands wait,
+    with MAX_WAITING_BYTES. A lane is in `_due` if and only if a command waits on it, and nothing
+    is under way there.
 
     *held* has the latest response of each lane, until it is dropped to make room. *on_end* is
-    called with a lane when the response that was asked for on it has ended, and counts for no
-    limit of its caller any more. *clock* has the time of the loop.
+    called with a lane when the response requested on it has ended, and no longer counts for a
+    limit of its caller. *clock* returns the time of the loop.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Lanes:
     ) -> None:
         self._held = held
         self._clock = clock
-        # How long the latest responses have taken, and how many commands have come.
+        # The durations of the latest responses, and the number of commands so far.
         self._durations: deque[float] = deque(maxlen=DURATIONS)
         self._commands = 0
         self._on_end = on_end
@@ -140,7 +141,7 @@ class Lanes:
     ) -> None:
         """Let *command* wait for its turn, which may be at once.
 
-        The bytes that *hold* counts count until then.
+        The bytes of *hold* count until then.
 
         Raises:
             StreamLimitReached: there are too many lanes with a name.
@@ -183,7 +184,7 @@ class Lanes:
         lane.under_way += 1
 
     def done(self, lane: Lane) -> None:
-        """Note that something is over that was under way on *lane*."""
+        """Note the end of something that was under way on *lane*."""
         lane.under_way -= 1
         if not lane.under_way:
             self._running -= 1
@@ -191,12 +192,12 @@ class Lanes:
             self.free(lane)
 
     def waiting(self) -> list[tuple[Turn, int, float | None]]:
-        """Return the commands that wait, each with its position and the seconds that its wait is
-        expected to take, None while no response has ended.
+        """Return the waiting commands, each with its position and the expected seconds of its
+        wait, None while no response has ended.
 
         While less than MAX_RUNNING lanes have something under way, only the commands on its own
-        lane are before a command. It is the number of those that came before it otherwise, of
-        which each round takes MAX_RUNNING.
+        lane are ahead of a command. Otherwise all earlier commands are, and each round takes
+        MAX_RUNNING of them.
         """
         if self._running < MAX_RUNNING:
             placed = [
@@ -218,7 +219,7 @@ class Lanes:
         ]
 
     def free(self, lane: Lane) -> None:
-        """Note that the next turn on *lane* may come, unless something is under way there."""
+        """Allow the next turn on *lane*, unless something is under way there."""
         if lane.turns and not lane.under_way:
             self._due.setdefault(lane)
 
@@ -235,19 +236,19 @@ class Lanes:
         return None
 
     def forget(self, response_id: str | None) -> None:
-        """Keep a response no longer: a request has continued it in vain."""
+        """Drop a response: a request has failed to continue it."""
         for lane in self._lanes.values():
             response = self._held.get(lane)
             if response is not None and response.id == response_id:
                 self._held.drop(lane)
 
     def close(self) -> None:
-        """Forget what waits and what is kept."""
+        """Drop the waiting commands and the kept responses."""
         for lane in self._lanes.values():
             self._held.drop(lane)
             if lane.asked is not None:
                 lane.asked.remove_done_callback(lane.ended)
-            # Otherwise the socket and its lanes would hold each other.
+            # Otherwise the socket and its lanes would be a reference cycle.
             lane.on_end = _ignore
             for turn in lane.turns:
                 turn.hold.release()
@@ -268,14 +269,14 @@ class Lanes:
 
 
 class LaneNews:
-    """What the client of one connection is told of its *lanes* by *writer* while nothing else
+    """The news of *lanes* that *writer* sends to the client of one connection while nothing else
     comes on them: a member of the timer wheel.
 
-    A command that waits on the connection is told of when it comes, when its position has changed,
-    at most once each NEWS_INTERVAL, and each *interval* seconds; a response that waits at its
-    provider, or whose provider is silent, each *interval* seconds. A client that is not reading is
-    told nothing: it would be outdated when it is read, and stand behind the last event of its
-    response.
+    The position of a waiting command is sent when the command comes, when the position has
+    changed, at most once each NEWS_INTERVAL, and each *interval* seconds. A response that waits at
+    its provider, or whose provider is silent, is reported each *interval* seconds. Nothing is sent
+    to a client that is not reading: the news would be outdated when it is read, and stand behind
+    the last event of its response.
     """
 
     def __init__(self, lanes: Lanes, writer: Writer, context: Context) -> None:
@@ -285,23 +286,23 @@ class LaneNews:
 
     @property
     def interval(self) -> float:
-        """The seconds of silence after which the client is told again."""
+        """The seconds of silence after which a report is repeated."""
         return self._context.settings.chat.websocket.ping_interval
 
     def begin(self, now: float) -> None:
-        """Tell what has to be told *now*, and later for as long as anything waits or runs."""
+        """Send the news that is due *now*, and later for as long as anything waits or runs."""
         if not self._writer.blocked:
             self._tell_waiting(now)
         if not self.bucket:
             self._context.wheel.add(self, min(NEWS_INTERVAL, self.interval))
 
     def end(self) -> None:
-        """Tell nothing any more."""
+        """Send nothing any more."""
         self._context.wheel.remove(self)
 
     def visit(self, now: float) -> float | None:
-        """Tell what is due; return the seconds until the next visit, None if there is nothing to
-        tell of.
+        """Send the news that is due; return the seconds until the next visit, None if nothing
+        waits or runs.
         """
         if not self._lanes.busy:
             return None
@@ -311,7 +312,9 @@ class LaneNews:
         return min(NEWS_INTERVAL, self.interval)
 
     def _tell_running(self, now: float) -> None:
-        """Tell on each lane that its response is still awaited, if it has been silent for long."""
+        """Report on each lane that its response is still awaited, if it has been silent
+        for long.
+        """
         interval = self.interval
         for lane in self._lanes.under_way():
             stream = lane.stream
@@ -329,7 +332,9 @@ class LaneNews:
                     self._send(frames.queued(lane.name, *lane.queued))
 
     def _tell_waiting(self, now: float) -> None:
-        """Tell each command that waits where it stands, if it is news or long ago."""
+        """Report the position of each waiting command, if it has changed or was
+        reported long ago.
+        """
         interval = self.interval
         for turn, position, eta in self._lanes.waiting():
             if turn.told != position or now - turn.told_at >= interval * 0.99:
@@ -341,9 +346,9 @@ class LaneNews:
 
 
 def _ignore(_lane: Lane) -> None:
-    """Hear of the end of a lane whose socket is gone."""
+    """Ignore the end of a lane whose socket is gone."""
 
 
 def _too_much(text: str) -> ConcurrencyExceeded:
-    # nobody knows when one of them ends
+    # no event tells when one of them ends
     return ConcurrencyExceeded(text, retry_after=1.0)

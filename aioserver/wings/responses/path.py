@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.events import ResponseEvents
 
-# A response object, and the type of each event, begin with it.
+# The first bytes of a response object, and of the type of each event.
 _RESPONSE = b'"response'
-# The first bytes of an event that has a part of a text, and nothing else to look at.
+# The first bytes of an event that only adds to a text, and changes nothing that is remembered.
 _DELTA = re.compile(rb"event: (response\.[a-z_.]{1,64}\.delta)\ndata: \{")
 
 
 class ResponsePath(FastPath):
-    """Forwards events that have a part of a text, and the next sequence number: unchanged, or the
-    data as one frame.
+    """Forwards events that add to a text and have the next sequence number, either unchanged or
+    with their data as one frame.
 
-    An event whose type ends with `.delta` is one, if it has no response object. *frame* writes an
-    event's data for the client; None: the client gets the provider's bytes.
+    An event qualifies if its type ends with `.delta` and it has no response object. *frame* writes
+    an event's data for the client; None: the client gets the provider's bytes.
     """
 
     __slots__ = ("_events", "_frame", "_opening", "_type")
@@ -52,8 +52,8 @@ class ResponsePath(FastPath):
         super().__init__(cursor, destination)
         self._events = events
         self._frame = frame
-        # The first bytes of the events that come now, up to the brace of their data, and their
-        # type. At first no event begins so.
+        # The first bytes of the present kind of event, up to the brace of its data, and its type.
+        # At first no event matches.
         self._opening, self._type = b"\n", b""
 
     def forward(self, read: bytes) -> bool:
@@ -73,7 +73,7 @@ class ResponsePath(FastPath):
         if (
             not read.startswith(line)
             or not read.endswith(b"}\n\n\r\n")
-            # Two lines, and so one event.
+            # The data has two lines, so it is one event.
             or find(b"\n", begin) != end - 2
             or find(b"\r", begin) != end
             or find(ERROR_NAME, begin) >= 0
@@ -81,7 +81,7 @@ class ResponsePath(FastPath):
         ):
             return False
         if (found := find(_RESPONSE, begin)) >= 0:
-            # The event has a type, as it should, and nothing else to look at.
+            # The event has a type, as it should, and changes nothing that is remembered.
             kind = self._type
             if not read.startswith(kind, found) or find(_RESPONSE, found + len(kind)) >= 0:
                 return False
@@ -101,7 +101,7 @@ class ResponsePath(FastPath):
 def response_messages(lane: str | None) -> Format:
     """Return the format of the *lane* of a WebSocket of the Responses API.
 
-    None: that without a name.
+    None: the lane without a name.
     """
 
     def named(data: bytes) -> bytes:
@@ -112,7 +112,7 @@ def response_messages(lane: str | None) -> Format:
     def render(stream: Stream, entry: Entry, skip: int) -> bytes:
         if not entry.data or skip >= entry.count:
             return b""
-        # The end of a response without an event of its own: at most `processing` came before.
+        # The response ended without an event of its own: at most `processing` came before.
         if entry.first <= 2 and entry.status in {ERROR, CANCELLED}:
             error = stream.error or StreamNotFound("this answer was cancelled")
             return ws_frame(WS_TEXT, frames.error(error, lane))

@@ -1,30 +1,30 @@
-"""Stored responses for all instances, in Redis or Valkey, each with the name of the one that it
-continued.
+"""Stored responses for all instances, in Redis or Valkey, each with the name of the response that
+it continues.
 
-A response is written when it is stored, without those before it, and read with all of them when an
-instance that does not hold it gets a request that continues it. What an instance stores it holds
-itself, too: while the server is away, it goes on with these. A key in Redis is made of a digest:
-neither the caller nor the id stands in it.
+A response is written when it is stored, without its predecessors. An instance that does not hold
+it reads it with all of them when it gets a request that continues it. An instance also holds the
+responses that it has stored itself, and uses these while the server is unreachable. A key in Redis
+is made of a digest: neither the caller nor the id stands in it.
 
 A response is a hash with its `data`, its own input and output, and the name of the `previous` one;
-a conversation is read along these names. A response lives for its window, and those before it at
-least as long: they are given twice the window, so that a new turn seldom has to look further back
-than to the one before it. Each is an item of its owner (gateway/contracts/commands.py): where there is no
-room, whoever keeps most loses those that nothing has continued for longest.
+a conversation is read along these names. A response lives for its window, and its predecessors at
+least as long: they are given twice the window, so that a new turn rarely has to look further back
+than one response. Each is an item of its owner (gateway/contracts/commands.py). If there is no
+room, the owner that keeps most loses the items that were not continued for longest.
 
-One that is deleted is found no longer. It is kept for those that have continued it, if there are
-any.
+A deleted response is not found any more. It is kept for the responses that have continued it, if
+there are any.
 
-A response whose `previous` one is not there, since it was never written or had to go, is not kept
-either: nobody could read its conversation. Its instance is told so, and writes it with all that
-came before.
+If the `previous` response is missing, because it was never written or was evicted, the response is
+not kept either: its conversation could not be read. Its instance is told, and writes it together
+with its whole conversation.
 
-The end of an answer waits until it is written, but not for long. A response whose id is known is
-announced before: who looks for it elsewhere then waits for a moment, and looks again. One that is
-deleted before it is written is not kept.
+The end of an answer waits, for a short time, until its response is written. Once its id is known a
+response is announced: an instance that looks for it then waits for a moment, and looks again. A
+response that is deleted before it is written is not kept.
 
-This file is one concept: what is in Redis of a response, and who waits for what of it, is one set
-of keys that scripts change as one.
+This file is one concept: the keys of a response in Redis, and the waits for them, since scripts
+change these keys as one.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What a look-up is for.
+# The subject of a look-up.
 SUBJECT = "response"
-# Conversations that are read at once, each of tens of megabytes at most, and that wait, fairly
-# between callers; Redis has other things to do, and what comes of it is not counted. One beyond
-# that is refused.
+# Conversations that are read at once, each of tens of megabytes at most; and those that wait,
+# fairly between callers. Redis has other work, and the bytes read are not counted. One more is
+# refused.
 MAX_LOADS, MAX_LOADS_WAITING = 4, 1000
-# Bytes that are on their way to Redis, which may be slow: those of some large responses.
+# The most bytes on their way to Redis, which may be slow: those of some large responses.
 MAX_PENDING = 1 << 26
-# What a look-up finds: the response, or that it is about to be written.
+# The results of a look-up: the response is there, or is about to be written.
 PRESENT, NEXT = 1, 2
-# What becomes of a response: there is no room, it is kept, or the one that it continued is
-# missing.
+# The results of writing a response: there is no room, it is kept, or the response that it
+# continues is missing.
 NO_ROOM, WRITTEN, MISSING = range(3)
-# Turns of a conversation that is read.
+# The most turns of a conversation that are read.
 MAX_TURNS = 10_000
-# KEYS: the response, its announcement; the one before it, if there is any. ARGV: how keys begin,
-# the owner, the data, milliseconds to live, bytes of an item, of all at most, and how keys of
-# responses begin, then the name of the one before.
+# KEYS: the response, its announcement; the previous response, if there is one. ARGV: the prefix of
+# keys, the owner, the data, milliseconds to live, the most bytes of an item and of all, and the
+# prefix of keys of responses, then the name of the previous one.
 PUT = (
     ITEMS
     + """
@@ -110,13 +110,13 @@ return 1
 )
 # KEYS: the announcement of a response. ARGV: seconds to live.
 ANNOUNCE = FULL + "if not full(0) then redis.call('SET', KEYS[1], '', 'EX', ARGV[1]) end return 1"
-# KEYS: the response, its announcement. Whether it is there (1), or about to be (2).
+# KEYS: the response, its announcement. Returns whether it is there (1), or about to be (2).
 LOOK = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
 return 2 * redis.call('EXISTS', KEYS[2])
 """
-# KEYS: the response. ARGV: how keys begin, bytes and turns at most. First the seconds since it was
-# written, by the server's clock.
+# KEYS: the response. ARGV: the prefix of keys, the most bytes and turns. The first result is the
+# seconds since it was written, by the server's clock.
 CHAIN = """
 local at = redis.call('HGET', KEYS[1], 'at')
 local age = at and tostring(tonumber(redis.call('TIME')[1]) - tonumber(at)) or ''
@@ -132,7 +132,7 @@ while key do
 end
 return found
 """
-# KEYS: the response, its announcement. ARGV: how keys begin.
+# KEYS: the response, its announcement. ARGV: the prefix of keys.
 DELETE = (
     ITEMS
     + """
@@ -153,7 +153,7 @@ return 1
 
 
 class RedisChains:
-    """Stored responses as bytes. Each method raises what its connection raises."""
+    """Stored responses as bytes. Each method raises the exceptions of its connection."""
 
     def __init__(self, commands: Commands) -> None:
         self._commands = commands
@@ -164,8 +164,8 @@ class RedisChains:
     ) -> int:
         """Keep a response of *owner* for *seconds*, if there is room.
 
-        *previous* is "" or the name of the one that it continued. *most* are the bytes that all
-        items may have. Return NO_ROOM, WRITTEN or MISSING.
+        *previous* is the name of the response that it continues, or "". *most* is the bound of all
+        items in bytes. Return NO_ROOM, WRITTEN or MISSING.
         """
         prefix = f"{self._prefix}r:"
         values: list[bytes | str | int] = [self._prefix, owner, data, int(1000 * seconds)]
@@ -186,14 +186,14 @@ class RedisChains:
         await self._commands.execute("DEL", f"{self._prefix}next:{name}")
 
     async def has_response(self, name: str) -> int:
-        """Return PRESENT, also of one that was deleted, NEXT, or neither."""
+        """Return PRESENT (also for a deleted response), NEXT, or 0."""
         return int(await self._commands.evaluate(LOOK, self._keys(name)))
 
     async def response_chain(self, name: str, most: int) -> tuple[float | None, Sequence[bytes]]:
-        """Return a response and those before it, the newest first, and the seconds since it was
+        """Return a response and its predecessors, the newest first, and the seconds since it was
         written, if they are known.
 
-        Nothing if one is missing, or beyond *most* bytes.
+        The result is empty if one is missing, or if they have more than *most* bytes.
         """
         prefix = f"{self._prefix}r:"
         found = await self._commands.evaluate(CHAIN, [prefix + name], prefix, most, MAX_TURNS)
@@ -203,7 +203,7 @@ class RedisChains:
         return float(age) if age else None, chain
 
     async def delete_response(self, name: str) -> bool:
-        """Let a response be found no longer; return whether there was one."""
+        """Hide a response from further look-ups; return whether there was one."""
         return bool(await self._commands.evaluate(DELETE, self._keys(name), self._prefix))
 
     def _keys(self, name: str) -> list[str]:
@@ -211,7 +211,7 @@ class RedisChains:
 
 
 class Record(NamedTuple):
-    """A response without those before it, on its way between instances: see
+    """A response without its predecessors, on its way between instances: see
     `stored.StoredResponse` and `items.ResponseParts`.
     """
 
@@ -227,7 +227,7 @@ class Record(NamedTuple):
 
 
 _encoder = msgspec.msgpack.Encoder()
-# When it was stored, and the record.
+# The time at which it was stored, and the record.
 _decoder = msgspec.msgpack.Decoder(tuple[float, Record])
 
 
@@ -247,9 +247,9 @@ class SharedResponses:
         self._ask, self._know, self.written = commands.ask, commands.know, commands.written
         self._clock = clock
         self._writes = Writes()
-        # Those under way whose look-ups wait elsewhere.
+        # Responses under way for which look-ups elsewhere wait.
         self._announced: set[str] = set()
-        # The bytes that they send.
+        # The bytes on their way to Redis.
         self._pending = 0
         loop = asyncio.get_running_loop()
         self._scheduler = scheduler = scheduler or Scheduler(loop)
@@ -264,13 +264,13 @@ class SharedResponses:
         )
 
     def announce(self, caller: Caller, response_id: str) -> None:
-        """Let look-ups of a response wait for it, soon."""
+        """Let look-ups of a response wait for it, from soon on."""
         name = name_of(caller.name, response_id)
         self._announced.add(name)
         self._writes.start(self._ask(self._chains.announce(name), KNOWN_TIMEOUT))
 
     def withdraw(self, caller: Caller, response_id: str) -> None:
-        """Let look-ups of a response not wait for it, soon."""
+        """Let look-ups of a response wait no longer, from soon on."""
         self._withdraw(name_of(caller.name, response_id))
 
     def keep(
@@ -284,10 +284,10 @@ class SharedResponses:
     ) -> asyncio.Future[bool] | None:
         """Keep a response of *caller* for *seconds*, soon.
 
-        *previous_id* is that of the response which it continued. Where that one proves to be
-        missing, `whole()` is kept instead, the record that has all that came before. What is
-        returned has whether it is kept, once that is known; None if there is no room for it among
-        the bytes that are on their way, MAX_PENDING at most.
+        *previous_id* is the id of the response that it continues. If that is missing, `whole()` is
+        kept instead: the record with the whole conversation. Return a future whose result says
+        whether it is kept; None if there is no room for it among the bytes that are on their way,
+        MAX_PENDING at most.
         """
         name = name_of(caller.name, record.id)
         data = self._encoded(record)
@@ -296,7 +296,7 @@ class SharedResponses:
             return None
         previous = "" if previous_id is None else name_of(caller.name, previous_id)
         if name not in self._announced:
-            # It goes out first, and a large response takes a while.
+            # The announcement goes first, since a large response takes a while.
             self.announce(caller, record.id)
         owner = name_of(caller.name, caller.address)
         writing = self._writes.start(self._write((owner, name), data, previous, seconds, whole))
@@ -307,17 +307,17 @@ class SharedResponses:
     async def load(
         self, caller: Caller, response_id: str, window: float, most: int
     ) -> Sequence[Record]:
-        """Return a response that was stored within *window*, and those before it, the newest
-        first; nothing if there is none.
+        """Return a response that was stored within *window*, and its predecessors, the newest
+        first; empty if there is none.
 
-        *most* are the bytes that they may have together.
+        *most* is the bound of their bytes together.
 
         Raises:
-            InstanceUnavailable: whether there is one is not known.
-            ServerAtCapacity: too many are read already.
+            InstanceUnavailable: it is not known whether there is one.
+            ServerAtCapacity: too many are being read already.
         """
         name = name_of(caller.name, response_id)
-        # Most ids that are not known here are known nowhere, and reading is bounded.
+        # Most ids that are unknown here are unknown everywhere, and reading is bounded.
         if not await self._look(name):
             return ()
         place = await self._scheduler.wait(Ticket(caller), [Bid(self._loads)])
@@ -330,12 +330,12 @@ class SharedResponses:
         if len(known) < len(records) or not known:
             return ()
         if age is None:
-            # An earlier version has written it, by the clock of its machine.
+            # An earlier version has written it, with the time of its machine.
             age = self._clock() - known[0][0]
         return () if age >= window else [record for _stored_at, record in known]
 
     async def _look(self, name: str) -> bool:
-        """Return whether a response is there, or is within a moment."""
+        """Return whether a response is there, or will be within a moment."""
 
         async def look() -> int:
             return await self._know(self._chains.has_response(name), SUBJECT)
@@ -343,7 +343,7 @@ class SharedResponses:
         return await settled(look, lambda found: found == NEXT) == PRESENT
 
     async def delete(self, caller: Caller, response_id: str) -> bool:
-        """Let a response be found no longer; return whether there was one.
+        """Hide a response from further look-ups; return whether there was one.
 
         Raises:
             InstanceUnavailable: that is not known.
@@ -352,13 +352,12 @@ class SharedResponses:
         return await self._know(self._chains.delete_response(name), SUBJECT)
 
     async def close(self) -> None:
-        """Wait until what was kept is there, for a moment at most."""
+        """Wait for a moment at most until the kept responses are written."""
         await self._writes.close()
 
     def _encoded(self, record: Record) -> bytes | None:
-        """Return *record* as bytes that are counted as on their way.
-
-        None if there is no room for them.
+        """Return *record* as bytes, which count as on their way; None if there is no room for
+        them.
         """
         data = _encoder.encode((self._clock(), record))
         if self._pending + len(data) > MAX_PENDING:
@@ -382,9 +381,10 @@ class SharedResponses:
         seconds: float,
         whole: Callable[[], Record | None],
     ) -> bool:
-        """Write a response, and return whether it is kept; *names*: of its owner, and its own.
+        """Write a response, and return whether it is kept; *names* are those of its owner, and its
+        own.
 
-        *whole* is needed if the one before it is missing.
+        *whole* is needed if the previous response is missing.
         """
         result = await self._put(names, data, previous, seconds)
         if result == MISSING and (record := whole()) is not None:
@@ -408,7 +408,7 @@ class SharedResponses:
 
 
 def _too_many(_reason: Reason, retry_after: float, _bid: Bid) -> ServerAtCapacity:
-    return ServerAtCapacity("too many conversations are read", retry_after=retry_after)
+    return ServerAtCapacity("too many conversations are being read", retry_after=retry_after)
 
 
 def _decoded(data: bytes) -> tuple[float, Record] | None:

@@ -2,13 +2,13 @@
 made of a chat completion.
 
 The bytes of a response go into the log as they come. It ends with `response.completed`,
-`response.incomplete` or `response.failed`. An error that the provider reports otherwise becomes a
-`response.failed`, the one error that all clients of this API take for an end.
+`response.incomplete` or `response.failed`. An error that the provider reports in another way
+becomes a `response.failed`, the one error that all clients of this API take for an end.
 
 The chunks of a chat completion become the events of a response. The log has the bytes that a
-provider with responses of its own would have sent, so that everything behind it, the faces, the
-resume by `starting_after`, the memory of the last response object, works as for those. An answer
-ends as providers/sinks.py says of chat completions, and the response with it: well with
+provider with responses of its own would have sent. So all later steps work as for such a provider:
+the faces, the resume by `starting_after`, the memory of the last response object. An answer ends
+as providers/sinks.py says of chat completions, and the response with it: normally with
 `response.completed` or `response.incomplete`, or with the `response.failed` that a fault has on
 every face of this API.
 """
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.bridge.events import ResponseWriter
 
-# Events of a response in which its id is looked for.
+# Events of a response in which its id is searched for.
 MAX_ID_SAMPLES = 4
 # The type of the events that are error objects themselves.
 _ERROR = "error"
@@ -60,11 +60,11 @@ class ResponseSink(PassingSink):
 
     def __init__(self, stream: Stream, is_content: Callable[[bytes], bool] = is_content) -> None:
         super().__init__(stream, is_content)
-        # Events in which the provider's id of the response is still looked for.
+        # Events in which the provider's id of the response is still searched for.
         self._id_samples_left = MAX_ID_SAMPLES
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path; none before the id of the response."""
+        """Return the stream's fast path; None before the id of the response is known."""
         if self._id_samples_left or not self._splitter.idle:
             return None
         return self._stream.open_fast_path()
@@ -106,7 +106,7 @@ class ResponseSink(PassingSink):
         super()._show(block, events)
 
     def _add_response_id(self, block: bytes) -> None:
-        """Let the stream be found by the id that the provider has given to the response, too."""
+        """Let the stream be found by the provider's id of the response, too."""
         for event in eventstream.parse(block)[: self._id_samples_left]:
             self._id_samples_left -= 1
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):

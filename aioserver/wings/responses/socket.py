@@ -3,12 +3,12 @@
 A `response.create` frame (wings/responses/frames.py) is the body of a `POST /v1/responses`, and is
 answered by the events of that response, each one a frame with the bytes of the provider's event.
 It takes the same way as the POST: nothing about a provider, a place or a limit belongs to the
-connection. A *lane* is what a `stream_id` names (lanes.py).
+connection. A *lane* is the sequence of responses with one `stream_id` (lanes.py).
 
-A client that leaves ends its responses at once, but for those with `store: true`: they are found
-by their ids, over HTTP or by `response.resume` on another connection.
+When a client leaves, its responses end at once, except those with `store: true`: they are found by
+their ids, over HTTP or by `response.resume` on another connection.
 
-This file is one concept: what one connection does with its frames, and with the answers to them.
+This file is one concept: how one connection handles its frames, and the answers to them.
 """
 
 from __future__ import annotations
@@ -107,13 +107,13 @@ class ResponsesSocket(Socket):
 
     face = "responses_ws"
     protocols = ("realtime", "responses")
-    # A shorter one has ended long turns of agents, whose machines are busy meanwhile.
+    # A shorter timeout has ended long turns of agents, whose machines are busy meanwhile.
     min_ping_timeout = 30.0
 
     def __init__(self, stored: StoredResponses, session: str | None, *args: Any) -> None:
         super().__init__(*args)
         self._stored = stored
-        # The session of an agent that its handshake names.
+        # The agent's session that the handshake names.
         self._session = session
         self._lanes = Lanes(stored.held, self._done, self._loop.time)
         self._news = LaneNews(self._lanes, self._writer, self._context)
@@ -132,7 +132,7 @@ class ResponsesSocket(Socket):
         except BadFrame as fault:
             self._refuse(fault.lane, fault.error)
         else:
-            # While a large one is read, the socket may be closed.
+            # While a large frame is read, the socket may be closed.
             if len(data) <= LARGE_BYTES or self.open:
                 self._carry_out(command, hold)
 
@@ -145,7 +145,7 @@ class ResponsesSocket(Socket):
         self._send(frames.error(error, None))
 
     async def finish(self) -> None:
-        """Forget what waits, and leave nothing behind."""
+        """Drop the waiting commands, and leave nothing behind."""
         self._over = True
         for task in self._tasks:
             task.cancel()
@@ -159,8 +159,8 @@ class ResponsesSocket(Socket):
         match command:
             case Create() | Refused() | Resume():
                 self._last_request = self._loop.time()
-                # A command that waits is told of its deadline in its turn: on a lane the answers
-                # come in the order of their commands.
+                # The deadline of a waiting command is reported in its turn: answers on a lane come
+                # in the order of their commands.
                 hold.request_options = self._request_options
                 try:
                     self._lanes.add(command.lane, command, hold)
@@ -236,7 +236,7 @@ class ResponsesSocket(Socket):
         self._follow(lane, stream, 0)
 
     async def _prepare(self, lane: Lane, command: Create) -> None:
-        """Answer a request for which nothing is generated, with a response that can be continued.
+        """Answer a request that generates nothing with a response that can be continued.
 
         It is an answer for the limits of its caller's key, since it is kept like any other.
 
@@ -278,7 +278,7 @@ class ResponsesSocket(Socket):
         """Find a response, and write the rest of its events.
 
         Raises:
-            StreamNotFound, ResumeGap: it, or the rest, is not there.
+            StreamNotFound, ResumeGap: the response, or the rest, is not kept.
         """
         start = Start() if command.after is None else Start(sequence=command.after)
         with self._context.metrics.resuming():
@@ -288,7 +288,7 @@ class ResponsesSocket(Socket):
                 raise StreamNotFound(NOT_FOUND)
             after = 0 if start.sequence is None else responses.event_of(stream, start.sequence)
             lane.asked = lane.continues = None
-            # Meanwhile the socket may have been closed.
+            # The socket may have been closed meanwhile.
             if self.open:
                 self._follow(lane, stream, after)
 
@@ -316,8 +316,8 @@ class ResponsesSocket(Socket):
     # Turns.
 
     def _draft(self, lane: Lane, body: ModelBody) -> Draft:
-        """Return the draft of a response on *lane*, which this connection keeps whatever `store`
-        says.
+        """Return the draft of a response on *lane*, which this connection keeps regardless of
+        `store`.
         """
 
         def keep(response: StoredResponse) -> None:
@@ -336,8 +336,8 @@ class ResponsesSocket(Socket):
         )
 
     def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Do *work*, for whose end the next turn on *lane* waits, and tell the client what goes
-        wrong.
+        """Do *work*, for whose end the next turn on *lane* waits, and report its errors to the
+        client.
         """
 
         async def working() -> None:
@@ -365,7 +365,7 @@ class ResponsesSocket(Socket):
         Raises:
             ResumeGap: those events are no longer kept.
         """
-        # Not the socket, which would hold itself by its writer.
+        # Not the socket itself, which would be in a reference cycle with its writer.
         now = self._loop.time
 
         def render(queued: Queued) -> bytes:
@@ -392,7 +392,7 @@ class ResponsesSocket(Socket):
         self._done(lane)
 
     def _done(self, lane: Lane) -> None:
-        """Note that something is over for which the next turn on *lane* has waited."""
+        """Note the end of work for which the next turn on *lane* has waited."""
         self._lanes.done(lane)
         if not self._over:
             self._go_on()
@@ -414,7 +414,7 @@ class ResponsesSocket(Socket):
 
 
 def _id_of(stream: Stream) -> str | None:
-    """Return the id that the provider has given to the response, None if it has not come."""
+    """Return the provider's id of the response; None if it has not come yet."""
     events = stream.events
     response = events.response if isinstance(events, ResponseEvents) else None
     response_id = None if response is None else response.get("id")

@@ -1,23 +1,23 @@
-"""The store of responses: what a request to `/v1/responses` continues by `previous_response_id`.
+"""The store of responses, which a request to `/v1/responses` continues by `previous_response_id`.
 
-This file is one concept: a stored response, who refers to it, and how long it is kept. All three
+This file is one concept: a stored response, its references, and how long it is kept. All three
 count the same bytes.
 
-A `StoredResponse` has its own input and output, as bytes, and the response that it continued; so
-the responses of a conversation share what came before, and each byte is kept and counted once. It
-is kept as long as something refers to it: its name in the store, for `store_window`, a response
-that continued it, or a request or a connection that may. Deleting a response takes its name away;
-the conversations that went on from it go on, as they do at OpenAI.
+A `StoredResponse` has its own input and output, as bytes, and refers to the response that it
+continued. So the responses of a conversation share their common past, and each byte is kept and
+counted once. A response is kept as long as something refers to it: its name in the store, for
+`store_window`, a response that continued it, or a request or a connection that may. Deleting a
+response removes its name; conversations that have continued it are not affected, as at OpenAI.
 
-`HeldResponses` are those that connections hold: the latest one of each of their lanes, whatever
-`store` says. Only the connection that holds a response finds it. Such a response takes as much
-room as a stored one, and a client gets it for nothing (`generate: false`), so it is dropped like a
-stored one where the room is needed: first the one that has been held longest. A client that
-continues it afterwards is told so, and sends the conversation again.
+`HeldResponses` are those that connections hold: the latest one of each of their lanes, regardless
+of `store`. Only the connection that holds a response finds it. Such a response takes as much room
+as a stored one, and costs a client nothing (`generate: false`). So it is dropped like a stored one
+where the room is needed, the one that has been held longest first. A client that continues it
+afterwards gets an error, and sends the conversation again.
 
 All of it counts for `max_kept_bytes`, as kept for its owner. Beyond that the owner that keeps most
-loses its oldest first, logs and stored responses alike (streams/store.py). A request has a `Draft`
-of the response to come (draft.py).
+loses its oldest entries first, logs and stored responses alike (streams/store.py). A request has a
+`Draft` of the response to come (draft.py).
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ if TYPE_CHECKING:
 
 # Bytes of the Python objects of one response, its names included.
 RESPONSE_OVERHEAD = 1024
-# Bytes of a conversation that is taken over from another instance: longer than any body.
+# The most bytes of a conversation that is taken over from another instance: longer than any body.
 MAX_LOADED = 1 << 25
 
 
 class StoredResponse:
     """A response that can be continued.
 
-    Nothing of it changes but the number of those who refer to it.
+    Only the number of its references changes.
 
-    *provider* has made it. *kept_there* says that this provider keeps it too, so that it can
-    continue it by its id. *input* and `output` are joined items (wings/responses/items.py): its
-    own, without those of *previous*, the response that it continued. *whole* says that all that
-    came before is held: a provider may continue a response that it alone knows. `history_bytes`
-    are those of the items of the whole conversation.
+    *provider* has made it. *kept_there*: this provider keeps it too, so that it can continue it by
+    its id. *input* and `output` are joined items (wings/responses/items.py): its own, without
+    those of *previous*, the response that it continued. *whole*: the whole conversation is held,
+    since a provider may continue a response that it alone knows. `history_bytes` is the size of
+    the items of the whole conversation.
 
     Always: its bytes are counted while something refers to it, and not after.
     """
@@ -107,19 +107,19 @@ class StoredResponse:
         own = len(input_items) + len(parts.output)
         self.history_bytes: int = own + (0 if previous is None else previous.history_bytes)
         self.whole: bool = whole and (previous is None or previous.whole)
-        # Whether other instances can find it, as far as we know.
+        # Whether other instances can find it, as far as is known.
         self.shared = False
         # When it was stored, by the store's clock.
         self.stored_at = 0.0
         self._held = held
-        # The one that has made it.
+        # The first reference is that of its maker.
         self._references = 1
         if previous is not None:
             previous.retain()
 
     @property
     def size(self) -> int:
-        """The bytes that it takes, without those of the responses before."""
+        """The bytes that it takes, without those of its predecessors."""
         parts = (self._head, self.output, self._tail, self.input)
         return RESPONSE_OVERHEAD + sum(map(len, parts))
 
@@ -129,18 +129,18 @@ class StoredResponse:
         return self._references > 0
 
     def retain(self) -> None:
-        """Refer to it, until `release`."""
+        """Add a reference, until `release`."""
         self._references += 1
 
     def release(self) -> None:
-        """Refer to it no longer."""
+        """Remove a reference."""
         # Not recursive: a conversation may have many thousands of turns.
         response: StoredResponse | None = self
         while response is not None:
             response = response.leave()
 
     def leave(self) -> StoredResponse | None:
-        """Count one reference less; after the last one, return the response before, which has one
+        """Remove a reference; after the last one, return the predecessor, which has one
         less, too.
         """
         self._references -= 1
@@ -164,7 +164,7 @@ class StoredResponse:
         """Yield the items of the whole conversation, in order, in pieces of joined items, which
         may be empty.
 
-        With a *provider*, without those of its responses that it would not take back: see
+        With a *provider*, items of its responses that it would not take back are left out: see
         `replayable`.
         """
         for response in self.chain():
@@ -185,8 +185,8 @@ class StoredResponse:
         return pieces[:-1]
 
     def record(self, *, alone: bool = False) -> Record | None:
-        """Return it as a record, which has all that came before if it is to stand *alone*, or
-        other instances cannot find that.
+        """Return it as a record. The record has the whole conversation if it is to stand *alone*,
+        or if other instances cannot find the predecessor.
 
         None if that is more than they would take over.
         """
@@ -208,23 +208,23 @@ class StoredResponse:
 class HeldResponses:
     """The responses that connections hold: at most one for each holder, a lane.
 
-    Always: each response in it is referred to once for each of its holders.
+    Always: each response in it has one reference for each of its holders.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        # With the times since when they are held.
+        # Each with the time since when it is held.
         self._held: dict[Hashable, tuple[float, StoredResponse]] = {}
         # Their holders, by the owners of the responses: the oldest first.
         self._holders: ByOwner[Hashable, Hashable, None] = ByOwner()
 
     def get(self, holder: Hashable) -> StoredResponse | None:
-        """Return what *holder* holds; None if it holds nothing, or that was dropped."""
+        """Return the response of *holder*; None if it holds none, or if that was dropped."""
         held = self._held.get(holder)
         return None if held is None else held[1]
 
     def hold(self, holder: Hashable, response: StoredResponse) -> None:
-        """Let *holder* hold *response*, instead of what it has held."""
+        """Let *holder* hold *response*, instead of its former one."""
         response.retain()
         self.drop(holder)
         self._held[holder] = self._clock(), response
@@ -245,7 +245,7 @@ class HeldResponses:
         self.drop(next(iter(self._holders.of(owner))))
 
 
-# Seconds between two sweeps at least: one sweep removes all that are due.
+# The least seconds between two sweeps: one sweep removes all that are due.
 MIN_SWEEP_INTERVAL = 0.05
 
 
@@ -260,13 +260,13 @@ def not_found(response_id: str) -> ResponseNotFound:
 class StoredResponses:
     """The responses that a caller can find by their ids, for *window* seconds.
 
-    The oldest is the first to go.
+    The oldest is the first to be evicted.
 
-    Always: a response is found by its caller only, within the window; the store refers to each
-    once.
+    Always: a response is found by its caller only, within the window; the store has one reference
+    to each.
 
-    *clock* is that of the entries of logs, which are evicted together with responses. *storage* is
-    where those of other instances are, None if there are none.
+    *clock* is that of the entries of logs, which are evicted together with responses. *storage*
+    has the responses of other instances; None if there are none.
     """
 
     api: AnswerApi = RESPONSES
@@ -291,8 +291,8 @@ class StoredResponses:
         self._sweeper: asyncio.TimerHandle | None = None
         self.held = HeldResponses(clock)
         self.storage = storage
-        # Where there are other instances: what is here of their conversations, as long as
-        # something refers to it.
+        # Only with other instances: the local part of their conversations, as long as something
+        # refers to it.
         self._known: WeakValueDictionary[tuple[Caller, str], StoredResponse] = (
             WeakValueDictionary()
         )
@@ -336,8 +336,8 @@ class StoredResponses:
         Cancelling is safe.
 
         Raises:
-            InstanceUnavailable, ServerAtCapacity: whether another instance has one is not known
-                now.
+            InstanceUnavailable, ServerAtCapacity: it is not known now whether another instance has
+                one.
         """
         response = self.get(caller, response_id)
         if response is not None:
@@ -358,7 +358,7 @@ class StoredResponses:
         kept_there: bool,
         whole: bool = True,
     ) -> StoredResponse | None:
-        """Return a response that nobody can find yet, for its caller to `release`.
+        """Return a response that cannot be found yet, for its caller to `release`.
 
         None if there is no room.
 
@@ -389,8 +389,8 @@ class StoredResponses:
     def add(self, response: StoredResponse) -> Awaitable[None] | None:
         """Let *response* be found by its id from now on, instead of an older one of that id.
 
-        Return what its answer's end is to wait for, so that it is found at any instance: see
-        `Keeper.keep`.
+        Return the awaitable that its answer's end must wait for, so that it is found at any
+        instance: see `Keeper.keep`.
         """
         if self.window <= 0:
             return None
@@ -406,7 +406,8 @@ class StoredResponses:
         return None if self.storage is None else self._share(response, self.storage)
 
     def announce(self, caller: Caller, response_id: str) -> bool:
-        """Note that a response is under way which will be added; return whether others are told.
+        """Note that a response is under way which will be added; return whether other instances
+        are told.
 
         In that case `withdraw` is called if it is not added.
         """
@@ -421,16 +422,15 @@ class StoredResponses:
             self.storage.withdraw(caller, response_id)
 
     def drop(self, caller: Caller, response_id: str) -> bool:
-        """Let a response be found no longer; return whether there was one.
+        """Hide a response from further look-ups; return whether there was one.
 
-        Those that continued it go on.
+        Responses that have continued it are not affected.
         """
         self._expire()
         return self._drop((caller, response_id))
 
     async def delete(self, caller: Caller, response_id: str) -> bool:
-        """Let a response be found no longer where all instances find it; return whether there was
-        one.
+        """Hide a response from further look-ups at all instances; return whether there was one.
 
         Raises:
             InstanceUnavailable: that is not known.
@@ -465,7 +465,7 @@ class StoredResponses:
         if record is None:
             storage.withdraw(response.caller, response.id)
             return None
-        # What came before is needed once more if it proves to be missing there.
+        # The predecessors are needed again if they prove to be missing there.
         response.retain()
         writing = storage.keep(
             response.caller,
@@ -486,7 +486,7 @@ class StoredResponses:
 
         None if there is no room.
 
-        What is here already is not made again.
+        Responses that are already here are not made again.
         """
         response: StoredResponse | None = None
         for record in reversed(records):
@@ -551,7 +551,7 @@ class StoredResponses:
 
 
 def _note_written(response: StoredResponse, writing: asyncio.Future[bool]) -> None:
-    # One that continues it is written with it, if it could not be.
+    # If it could not be written, it is written with the next one that continues it.
     failed = writing.cancelled() or writing.exception() is not None
     response.shared = not failed and writing.result()
     response.release()

@@ -5,12 +5,12 @@ as at OpenAI.
     DELETE /v1/responses/{id}
     GET    /v1/responses/{id}/input_items
 
-What is deleted is not found by its id any more, and its log is gone; a response that runs is
-cancelled. Conversations that went on from it go on. Deleting needs no place: it works in a full
-server.
+A deleted response is not found by its id any more, and its log is gone; a running one is
+cancelled. Conversations that have continued it are not affected. Deleting needs no place: it works
+in a full server.
 
-What is not kept here may be kept by the provider: where its account is open to the caller
-(faces/passthrough.py), the request is passed on, and is 404 otherwise.
+A response that is not kept here may be kept by the provider. If the provider's account is open to
+the caller (faces/passthrough.py), the request is passed on; otherwise it gets a 404.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from aioserver.wings.responses.stored import StoredResponse, StoredResponses
 
 NOT_FOUND = "no such response: never seen, or kept no longer"
-# Items of one page, at most and where the request does not say.
+# The most items of one page, and the default.
 MAX_ITEMS, ITEMS = 100, 20
 
 
@@ -61,7 +61,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
                 partial(prepare_items, context, stored),
                 partial(write_items, context, stored),
             ),
-            # The body is not written by aiohttp, which would leave it out for HEAD.
+            # aiohttp does not write the body, and so would not leave it out for HEAD.
             allow_head=False,
         ),
     ]
@@ -71,7 +71,7 @@ def passing(
     context: Context,
     prepare: Callable[[Context, web.Request, BodyHold], Awaitable[Request]],
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """Return the handler that passes a request on which is prepared by *prepare*."""
+    """Return the handler that passes a request on, which *prepare* has prepared."""
     return counted(
         context.admission,
         passthrough.FACE,
@@ -97,7 +97,7 @@ async def prepare_question(context: Context, request: web.Request, hold: BodyHol
 
 
 async def find(stored: StoredResponses, request: web.Request) -> StoredResponse:
-    """Return the stored response that the path of *request* names, to be released.
+    """Return the stored response that the path of *request* names. The caller releases it.
 
     Raises:
         StreamNotFound: the caller has no such response.
@@ -132,7 +132,7 @@ async def prepare_passed(context: Context, request: web.Request, hold: BodyHold)
     try:
         return await passthrough.prepare(context, request, hold)
     except (NotFound, PermissionDenied, web.HTTPNotFound):
-        # Why that is does not matter to a client, which asks for what it takes for its own.
+        # The reason does not matter to a client that asks for a response of its own.
         raise StreamNotFound(NOT_FOUND) from None
 
 
@@ -142,9 +142,9 @@ async def delete(
     passing: Callable[[web.Request], Awaitable[web.StreamResponse]],
     request: web.Request,
 ) -> web.StreamResponse:
-    """Answer a DELETE: of what is kept here, or by *passing* the request on.
+    """Answer a DELETE: delete the response that is kept here, or pass the request on by *passing*.
 
-    It counts in the rate of its key, since all instances have to look.
+    It counts for the rate of its key, since all instances have to search.
 
     Raises:
         StreamNotFound: the caller has no such response.
@@ -165,8 +165,8 @@ async def delete(
 async def prepare_items(
     context: Context, stored: StoredResponses, request: web.Request, hold: BodyHold
 ) -> Request | None:
-    """Prepare a list of input items: None, or a request to the provider if the response is not
-    kept here.
+    """Prepare a list of input items. Return None, or a request to the provider if the response is
+    not kept here.
 
     Raises:
         StreamNotFound: the caller has no such response.
@@ -176,7 +176,7 @@ async def prepare_items(
     except StreamNotFound:
         return await prepare_passed(context, request, hold)
     response.release()
-    # Only its provider knows the items before those that are held here.
+    # Only its provider knows the earlier items.
     return None if response.whole else await prepare_passed(context, request, hold)
 
 
@@ -187,7 +187,7 @@ async def write_items(
 
     Raises:
         StreamNotFound: the response has gone.
-        InvalidRequest: `order`, `limit` or `after` is none.
+        InvalidRequest: `order`, `limit` or `after` is not valid.
     """
     if passed is not None:
         return await passthrough.serve(context, request, passed)
@@ -213,7 +213,7 @@ async def _page(request: web.Request, response: StoredResponse) -> Page:
     if order not in {"asc", "desc"}:
         raise InvalidRequest("order must be asc or desc", param="order")
     text = request.query.get("limit", str(ITEMS))
-    # A longer number is none of these, and int() is slow with thousands of digits.
+    # A longer number is too large, and int() is slow with thousands of digits.
     if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_ITEMS):
         raise InvalidRequest(f"limit must be a number from 1 to {MAX_ITEMS}", param="limit")
     pieces = response.shown()

@@ -6,16 +6,15 @@ tests. A request meets these words in this order:
 
 - The **simulator** (`server`) listens and routes.
 - Its **behaviour** (`exchange`) says how it answers: times, tokens, and which requests fail.
-- The **parsed request** (`model`) is what the body asks for. The same module writes the words of
+- The **parsed request** (`model`) is the content of the body. The same module writes the words of
   the answer: the same words for the same message.
 - A **call** (`tools`) is the answer to a request that has tools and asks for one. Its arguments
   are a **sample** (`samples`): a value that the tool's schema allows.
 - The **answer** (`shapes`) is these words as OpenAI's JSON: the events of a stream, or one piece.
-- A **fault** (`faults`, with the table of all names) is what a request gets instead of a plain
-  answer: a refusal, what goes wrong within the answer, or a good one that is written in a rare
-  form.
+  `anthropic` has them in Anthropic's form.
+- A **fault** (`faults`, with the table of all names) replaces a plain answer: a refusal, a fault
+  within the answer, or a good answer in a rare form.
 - The **exchange** (`exchange`) is one request on its connection: it writes the answer token by
   token, and has the steps that faults are made of, such as a stall or a TCP reset.
-
-- The **engine** has a prefix cache, as far as its time goes. Answers may have Anthropic's form, too.
+- The **engine** simulates the times of an inference engine with a prefix cache.
 """

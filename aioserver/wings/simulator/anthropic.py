@@ -1,6 +1,6 @@
-"""The answers of the simulated model as Anthropic's Messages API has them. No I/O.
+"""The answers of the simulated model in the form of Anthropic's Messages API. No I/O.
 
-They have the words of the other answers (shapes.py), and so do the errors. Streamed, the first
+They have the words of the other answers (shapes.py), and so do the errors. In a stream, the first
 block begins with a `ping`, as Anthropic sends it. With `thinking` enabled the answer begins with a
 block of it.
 """
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _THOUGHT = "I am only simulated, so I think of nothing."
 _SIGNATURE = "c2ltdWxhdGVk"
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
-# Types of errors by HTTP status. None of these constants is the server's: what a test shares with
-# the code that it tests proves nothing.
+# Types of errors by HTTP status. None of these constants is the server's: a value that a test
+# shares with the code that it tests proves nothing.
 _TYPES = {
     401: "authentication_error",
     402: "billing_error",
@@ -51,7 +51,7 @@ def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
     blocks = [*_thinking(request), _block(request, ident, "".join(words))]
     reason = "max_tokens" if cut else "tool_use" if request.call else "end_turn"
     usage = {
-        # What came from a cache is no part of the input, in this API.
+        # In this API, cached tokens are no part of the input.
         "input_tokens": request.prompt_tokens - request.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": request.cached_tokens,
@@ -124,7 +124,7 @@ def _arguments(text: str) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        # None yet, or `max_tokens` has cut them.
+        # There are none yet, or `max_tokens` has cut them.
         return {}
 
 
@@ -137,7 +137,7 @@ def _delta(index: int, kind: str, **fields: str) -> bytes:
 
 
 def _with_forms(plain: Answer) -> Answer:
-    """Return *plain* with what keeps a connection alive here, and with the errors of this API."""
+    """Return *plain* with this API's keep-alive events and errors."""
     return dataclasses.replace(plain, idle=PING, error_event=error_event)
 
 
@@ -154,7 +154,7 @@ def error(status: int, message: str) -> bytes:
 
 
 def translated(response: web.StreamResponse) -> web.StreamResponse:
-    """Return *response*, and if it is an error of OpenAI's API, the same error of this one."""
+    """Return *response*; if it is an error of OpenAI's API, return the same error of this API."""
     if isinstance(response, web.Response) and isinstance(response.body, bytes):
         body = response.body
         if body.startswith(b'{"error"') and response.content_type == "application/json":

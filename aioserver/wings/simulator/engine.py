@@ -1,9 +1,9 @@
-"""An inference engine with a prefix cache, as far as its time goes: some slots, one prompt read at
-a time, and blocks of prompts and answers that need not be read again.
+"""The times of an inference engine with a prefix cache: some slots, one prompt read at a time, and
+cached blocks of prompts and answers.
 
 vLLM and llama.cpp work like this. A token stands for 4 bytes of text. The cache holds blocks of
-tokens by the hash of all before them and of themselves, the least recently used ones first out, so
-that a prompt is known as far as it begins like an earlier one.
+tokens, each by the hash of itself and all before it, and evicts the least recently used one first.
+So the longest common beginning with an earlier prompt is known.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Engine:
         self._slots = asyncio.Semaphore(self.options.slots)
         self._reading = asyncio.Lock()
         self._blocks: OrderedDict[bytes, None] = OrderedDict()
-        # Since its start.
+        # Totals since its start.
         self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
 
     @asynccontextmanager
     async def read(self, prompt: bytes) -> AsyncIterator[int]:
-        """Wait for a slot, and read *prompt*; within, answers are written. Gives the tokens of the
-        prompt that came from the cache. Cancelling is safe.
+        """Wait for a slot, and read *prompt*; inside the block, the answer is written. Yields the
+        number of the prompt's tokens that came from the cache. Cancelling is safe.
         """
         size = self.options.block
         async with self._slots:

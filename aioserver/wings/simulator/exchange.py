@@ -1,6 +1,6 @@
 """One request and its answer on a connection of the simulator.
 
-The steps that faults are made of.
+It has the steps that faults are made of.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ _LINGER_0 = struct.pack("ii", 1, 0)
 class Behaviour:
     """How the simulator answers.
 
-    Attributes: ttft: seconds before the first token. interval: seconds between two tokens. tokens:
-    tokens of an answer; 0: as many as its text has. fail_rate: share of the requests that fail, 0
-    to 1. fail_status: HTTP status of the requests that fail. fault: a name of `faults`, such as
-    "stall-3": requests fail in this way instead. cut_after: tokens before a TCP reset; None: no
-    reset. stall_after: tokens before nothing more is sent; None: all are sent. headers: added to
-    every good answer, for example x-ratelimit-*. responses: whether there is a /v1/responses.
-    engine: an engine with a prefix cache, whose time replaces ttft and interval. models: the names
-    that it lists, though it answers any; () for its own.
+    - ttft: seconds before the first token.
+    - interval: seconds between two tokens.
+    - tokens: tokens of an answer; 0: as many as its text has.
+    - fail_rate: share of the requests that fail, 0 to 1.
+    - fail_status: HTTP status of the requests that fail.
+    - fault: a name of `faults`, such as "stall-3": requests fail in this way instead.
+    - cut_after: tokens before a TCP reset; None: no reset.
+    - stall_after: tokens before nothing more is sent; None: all are sent.
+    - headers: added to every good answer, for example x-ratelimit-*.
+    - responses: whether there is a /v1/responses.
+    - engine: an engine with a prefix cache, whose time replaces ttft and interval.
+    - models: the names that it lists, though it answers any; () for its own.
     """
 
     ttft: float = 0.2
@@ -68,9 +72,8 @@ class Exchange:
 
     Every method that writes raises ConnectionError when the client has left; the handler's task is
     cancelled then, too. *count_token* is called after each token. All exchanges of a simulator
-    share two of the arguments: *reset_next* has the connections to reset when their next request
-    comes, *flaps* the number of requests that each `flap` fault has had, by the number in its
-    name.
+    share two of the arguments. *reset_next* has the connections to reset at their next request.
+    *flaps* counts the requests that each `flap` fault has had, by the number in its name.
     """
 
     def __init__(
@@ -146,12 +149,12 @@ class Exchange:
             await asyncio.sleep(0)
             return
         now = asyncio.get_running_loop().time()
-        # A delay is not made up for by a burst.
+        # A burst does not make up for a delay.
         self._due = max(self._due + self.interval, now)
         await asyncio.sleep(self._due - now)
 
     async def closing(self, *, done: bool = True) -> None:
-        """Write what follows the last token, and the stream's end mark if *done*."""
+        """Write the events after the last token, and the stream's end mark if *done*."""
         for data in self.answer.closing:
             await self.write(data)
         if done and self.answer.end:
@@ -163,12 +166,12 @@ class Exchange:
         return await self.end()
 
     async def end(self) -> web.StreamResponse:
-        """End the body where it is; the connection is kept."""
+        """End the body at this point; the connection is kept."""
         await self.response.write_eof()
         return self.response
 
     async def complete(self) -> web.StreamResponse:
-        """Write the answer as it should be."""
+        """Write the whole answer without a fault."""
         if self.answer.streamed:
             await self.play()
             return await self.finish()

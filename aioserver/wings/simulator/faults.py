@@ -1,6 +1,6 @@
-"""The faults of the simulator: what each name means, and the steps of which they are made.
+"""The faults of the simulator: the meaning of each name, and the steps of which they are made.
 
-This file is one concept: `TABLE` says what `FAULTS` does.
+This file is one concept: `TABLE` documents `FAULTS`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def find(model: str) -> Play | None:
     """Return the fault that *model* names; None: it names none.
 
     Raises:
-        BadRequest: the name begins like a fault's, and there is no such fault.
+        BadRequest: the name has the prefix of faults, and there is no such fault.
     """
     if not model.startswith(PREFIX):
         return None
@@ -151,7 +151,7 @@ def find(model: str) -> Play | None:
     return lambda exchange: fault(exchange, number)
 
 
-# Before the answer.
+# Faults before the answer.
 
 
 def as_json(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -184,7 +184,7 @@ def _refused(status: int, message: str, code: str | int, **headers: str) -> Numb
 
 
 def _later(header: str, value: Callable[[int], object]) -> Numbered:
-    """Answer with a 429 that says in *header* when to come back."""
+    """Answer with a 429 whose *header* says when to come back."""
     return _instead(lambda n: refusal(429, {header: str(value(n))}))
 
 
@@ -206,14 +206,14 @@ async def _flap(exchange: Exchange, n: int) -> web.StreamResponse:
     return await exchange.complete()
 
 
-# Within the answer.
+# Faults within the answer.
 
 
 def _within(
     data: bytes | Callable[[Exchange, int], bytes] = b"",
     then: Play = Exchange.end,
 ) -> Numbered:
-    """Write n tokens and *data*, or what it returns, and go on as *then* does."""
+    """Write n tokens and *data*, or its result if it is a function, and continue with *then*."""
 
     async def play(exchange: Exchange, n: int) -> web.StreamResponse:
         await exchange.play(n)
@@ -228,7 +228,7 @@ def _behind(
     *,
     done: bool = True,
 ) -> Numbered:
-    """Write the answer, its end mark if *done*, and *data*, and go on as *then* does."""
+    """Write the answer, its end mark if *done*, and *data*, and continue with *then*."""
 
     async def play(exchange: Exchange, n: int) -> web.StreamResponse:
         await exchange.play()
@@ -271,7 +271,7 @@ def _failed(status: int, message: str) -> Callable[[Exchange, int], bytes]:
 def _openrouters(exchange: Exchange, code: int) -> bytes:
     """Encode an error as OpenRouter does: in a chunk, with a number for its code.
 
-    Messages have events for errors.
+    The Messages API has events for errors.
     """
     if exchange.answer.idle != COMMENT:
         return exchange.answer.error_event(code, "Provider disconnected unexpectedly")
@@ -382,7 +382,7 @@ def _with_headers(headers: Callable[[int], Mapping[str, str]]) -> Numbered:
 def _limits(reset_requests: str = "", **others: str) -> Numbered:
     """Send these x-ratelimit headers; their names have `_` for `-`.
 
-    Without *reset_requests* they are reset in as many ms as the fault's number says.
+    Without *reset_requests* the fault's number is the time until their reset in ms.
     """
 
     def headers(n: int) -> dict[str, str]:
@@ -422,7 +422,7 @@ def _without_usage(answer: Answer, more: Mapping[str, Any]) -> Answer:
 
     if not answer.streamed:
         return dataclasses.replace(answer, whole=changed(answer.whole))
-    # An event without choices has nothing but the usage.
+    # An event without choices has only the usage.
     closing = [data for data in answer.closing if b'"choices":[]' not in data]
     head, mark, last = closing[-1].partition(b"data: ")
     closing[-1] = head + mark + changed(last) + b"\n\n"

@@ -27,8 +27,8 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
 NESTED_TOO_DEEPLY = "Your request is nested too deeply."
 # The matches, joined, are the text again.
 _TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
-# Characters of the user's message that the answer quotes, and of a tool's result: programs put
-# lines of their own before it.
+# The most characters of the user's message, and of a tool's result, that the answer quotes:
+# programs put lines of their own before it.
 _MAX_QUOTE = 80
 _MAX_RESULT_QUOTE = 300
 _GREETINGS = (
@@ -52,7 +52,7 @@ _FACTS = (
     to whoever waits next.""",
     """You can watch connections, queues and latencies live on the page /dashboard.""",
 )
-# Markdown, which some answers end with: a client can be tried with it.
+# Markdown, with which some answers end, for tests of a client.
 SAMPLES = (
     """## What stands between you and a model
 
@@ -73,13 +73,13 @@ curl -N localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
 
 > An answer like this one is an *event stream*: see <https://html.spec.whatwg.org/multipage/server-sent-events.html>.""",
 )
-# The answer to a beginning that is none of the simulated model's own.
+# The continuation of a beginning that is not the simulated model's own.
 _FURTHER = " and so it goes on, for a simulated model knows no other way to say the rest."
-# The members that bound an answer, where these are not `max_tokens` alone.
+# The members that bound an answer, if these are not `max_tokens` alone.
 _BOUNDS = {CHAT: ("max_completion_tokens", "max_tokens"), RESPONSES: ("max_output_tokens",)}
-# What follows a beginning of it, for who wants to see whether the rest is said at all.
+# A count, which continues a beginning of it and so shows whether the rest is said at all.
 _COUNTING = "one two three four five six seven eight nine ten"
-# How the rest of an answer is asked for where the assistant's message cannot be the last one.
+# The request for the rest of an answer where the assistant's message cannot be the last one.
 _ANCHOR = re.compile(r"⟦([^⟦⟧]*)⟧\Z")
 _ADVICE = (
     "To talk to a real model, set llm.active in config.yaml to openai, groq, openrouter or local."
@@ -101,12 +101,12 @@ class BadRequest(Exception):
 class ParsedRequest:
     """The fields of a request's body.
 
-    *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *call*
-    is the call of a tool that is the answer, None for an answer in words; *words* is what that
-    answer says, None for a speech. *cached_tokens* are those of the prompt that an engine had in
-    its cache, *reasoning_tokens* those of the answer that are thought, at most. *said* is the
+    *text* is the last message of the user and *turn* its number, from 1 (0: there is none). *call*
+    is the call of a tool that is the answer, None for an answer in words; *words* is the text of
+    such an answer, None for a speech. *cached_tokens* counts the part of the prompt that an engine
+    had in its cache, *reasoning_tokens* the most tokens of reasoning in the answer. *said* is the
     beginning of the answer, if the request has it as the assistant's last message, and *anchor*
-    are the last words of it that are wanted again (`rest`).
+    its last words, which are to be repeated (`rest`).
     """
 
     endpoint: str
@@ -182,7 +182,7 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
     last_text = user_texts[-1] if user_texts else ""
     options = body.get("stream_options")
     if endpoint in MESSAGES_ENDPOINTS:
-        # Claude Code puts parts of its own in front of what the person has written.
+        # Claude Code puts parts of its own in front of the person's text.
         last_text = _last_part(messages)
         texts.append(tools.text_of(body.get("system")))
         if endpoint == MESSAGES and body.get("max_tokens") is None:
@@ -206,9 +206,7 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
 
 
 def _beginning(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Return the beginning of the answer that *messages* have, and the anchor; "" if they lack
-    them.
-    """
+    """Return the beginning of the answer in *messages*, and the anchor; "" without them."""
     last = messages[-1]
     if last["role"] == "assistant" and not last.get("tool_calls"):
         return tools.text_of(last.get("content")), ""
@@ -219,12 +217,12 @@ def _beginning(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def rest(text: str, request: ParsedRequest) -> str:
-    """Return what *request*, which has the beginning of an answer, gets of that *text*."""
+    """Return the rest of *text* for *request*, which has the beginning of an answer."""
     return request.anchor + whole(text, request.said)[len(request.said) :]
 
 
 def whole(text: str, said: str) -> str:
-    """Return *text*, or another answer that begins with what was *said*."""
+    """Return *text*, or another answer that begins with *said*."""
     if _COUNTING.startswith(said.strip()):
         text = _COUNTING
     return text if text.startswith(said) else said + _FURTHER
@@ -274,7 +272,7 @@ def _call(
 def _prescribed_words(
     body: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
 ) -> str | None:
-    """Return the JSON that *body* asks for, or what is to be said of a tool's result.
+    """Return the JSON that *body* asks for, or the answer to a tool's result.
 
     None: neither.
     """
@@ -332,9 +330,7 @@ def _size(text: str) -> str:
 
 
 def _samples(text: str, seed: int) -> tuple[str, ...]:
-    """Return the Markdown of the answer: all samples for who asks for it, else one now and
-    then.
-    """
+    """Return the Markdown of the answer: all samples if it is asked for, else one now and then."""
     if "markdown" in text[:_MAX_QUOTE].lower():
         return SAMPLES
     return (SAMPLES[seed // 7 % len(SAMPLES)],) if seed % 5 == 0 else ()

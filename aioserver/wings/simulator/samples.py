@@ -1,11 +1,10 @@
-"""A value that a JSON Schema (2020-12) allows, made of texts at hand: the same for the same schema
+"""A value that a JSON Schema (2020-12) allows, made of given texts: the same for the same schema
 and texts. No I/O.
 
-It heeds what schemas of tools and of structured output have: `type`, `enum`, `const`,
+It supports the usual keywords of tools and of structured output: `type`, `enum`, `const`,
 `properties`, `required`, `items`, `anyOf`, `oneOf`, `allOf`, local `$ref`, bounds of numbers,
-strings and arrays, and the usual formats. It does not heed `pattern`, `not`, `if` and
-`dependentSchemas`: a value with a `pattern` is its `examples` or `default`, where the schema has
-one.
+strings and arrays, and the usual formats. It does not support `pattern`, `not`, `if` and
+`dependentSchemas`: a value with a `pattern` is its `examples` or `default`, if the schema has one.
 """
 
 from __future__ import annotations
@@ -31,12 +30,13 @@ _FORMATS = {
 }
 # Levels of a value: a schema that refers to itself has no end of its own.
 _MAX_DEPTH = 12
-# Values in one value, characters of one text and items of one array: a schema comes from anyone.
+# The bound of values in one value, characters of one text and items of one array: a schema may
+# come from anyone.
 _MAX_VALUES = 500
 _MAX_TEXT = 1000
 _MAX_ITEMS = 20
 _VARIANTS = ("anyOf", "oneOf")
-# What the parts of an `allOf` add to each other; of all else the last one counts.
+# The keywords that parts of an `allOf` combine; for all others the last one counts.
 _JOINED = ("properties", "required")
 
 
@@ -83,12 +83,12 @@ class Sampler:
         return None if kind == "null" else self._string(schema)
 
     def _flat(self, definition: Any) -> dict[str, Any]:
-        """Return *definition* with what it refers to, all of `allOf`, and the first variant that
-        is not null.
+        """Return *definition* with its references resolved, all of `allOf`, and the first variant
+        that is not null.
         """
         schema = dict(definition) if isinstance(definition, dict) else {}
-        # A step takes one keyword away and may bring another. The bounds are there since they can
-        # be a circle.
+        # A step removes one keyword and may bring another. The bounds are there since they can
+        # form a circle.
         for _ in range(_MAX_DEPTH):
             if self._values_left <= 0:
                 break
@@ -179,7 +179,7 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 
 def _number(schema: Mapping[str, Any], *, whole: bool) -> float:
-    """Return 1, or 1.5 where that is allowed; else a number near to it that is."""
+    """Return 1, or 1.5 if that is allowed; else an allowed number near to it."""
     multiple: Any = schema.get("multipleOf")
     step: float = multiple if _number_like(multiple) and multiple > 0 else int(whole)
     low, above = (_bound(schema.get(name), -math.inf) for name in ("minimum", "exclusiveMinimum"))

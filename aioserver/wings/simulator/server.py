@@ -3,7 +3,7 @@
 It speaks HTTP/1.1 over real sockets. Below `/v1` it has POST `chat/completions`, `completions`,
 `responses`, `messages` (each streamed or not), `embeddings` and `messages/count_tokens`, and GET
 `models` and `models/{id}`. It answers for any model, but a model whose name begins with `fault-`
-fails in the way that the name says; `faults` opens with the table of these names.
+fails in the way that it names; `faults` opens with the table of these names.
 
     async with Simulator(Behaviour(ttft=0, interval=0)) as simulator:
         simulator.base_url                      # http://127.0.0.1:40123/v1
@@ -48,7 +48,7 @@ _ENDPOINTS = {
     )
 }
 _MODELS = "/v1/models"
-# No answer of theirs is written token by token.
+# Their answers are not written token by token.
 _WITHOUT_ENGINE = frozenset((model.EMBEDDINGS, COUNT_TOKENS))
 # Connections; the clients of a load test all connect at once.
 _BACKLOG = 2048
@@ -88,7 +88,7 @@ class _Server(web.Server):
 
 
 def unknown(request: web.BaseRequest) -> web.Response:
-    """Return the answer to a request to a path that is none."""
+    """Return the answer to a request for an unknown path."""
     message = f"Invalid URL ({request.method} {request.path})"
     return as_json(404, model.error(404, message))
 
@@ -96,9 +96,8 @@ def unknown(request: web.BaseRequest) -> web.Response:
 class Simulator:
     """One listening socket and the answers on it. After `start()`, `close()` must be called.
 
-    *behaviour* may be replaced at any time and applies to the requests that come afterwards. With
-    a *seed*, ids and failures are the same in every run. What has no underscore before its name,
-    a subclass may extend.
+    *behaviour* may be replaced at any time and applies to later requests. With a *seed*, ids and
+    failures are the same in every run. A subclass may extend all members without an underscore.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Simulator:
         self._random = random.Random(seed)  # noqa: S311 - no secret comes from it
         self._tasks: set[asyncio.Task[Any]] = set()
         self._connections: set[asyncio.Transport] = set()
-        # Whether there is no connection.
+        # Set while there is no connection.
         self._unconnected = asyncio.Event()
         self._unconnected.set()
         self._reset_next: set[asyncio.Transport] = set()
@@ -196,7 +195,7 @@ class Simulator:
         """Note that a token was written."""
 
     def adapt(self, request: ParsedRequest) -> ParsedRequest:
-        """Return what is to be answered in place of *request*.
+        """Return the request that is answered in place of *request*.
 
         Raises:
             BadRequest: it is refused.
@@ -286,7 +285,7 @@ class Simulator:
                 behaviour,
                 ttft=interval,
                 interval=interval,
-                # As many as it may have.
+                # The most that it may have.
                 tokens=parsed.max_tokens or behaviour.tokens,
             )
             response = await self.play(request, parsed, paced, play)
@@ -302,7 +301,7 @@ class Simulator:
         behaviour: Behaviour,
         play: Play | None,
     ) -> web.StreamResponse:
-        """Write the answer, or what *play* makes of it.
+        """Write the answer, or let *play* write another one.
 
         Raises:
             BadRequest: there is no answer to such a request.

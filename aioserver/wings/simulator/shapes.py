@@ -4,7 +4,7 @@ A `ParsedRequest` becomes an `Answer`: the bytes of every event of its stream, o
 piece. The shapes are those of OpenAI's API reference (Chat, Completions, Responses, Embeddings,
 Models); in the tests the official SDK parses all of them.
 
-This file is one concept: what an answer looks like, by the path that was asked.
+This file is one concept: the shape of an answer, by the requested path.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MODELS = ("simulated", "simulated-embedding")
 
 # Dimensions of an embedding, unless the request names a number.
 _DIMENSIONS = 8
-# A body without tokens is cut into so many pieces, for faults that count tokens.
+# The number of pieces of a body without tokens, for faults that count tokens.
 SLICES = 4
 
 
@@ -56,8 +56,8 @@ def _error_event(status: int, message: str) -> bytes:
 class Answer:
     """The pieces to write, in order: opening, `piece(0)` to `piece(count - 1)`, closing, end.
 
-    In a stream a piece is the event of one token; else it is one slice of the JSON in *whole*.
-    *idle* is what keeps a connection alive, and *error_event* makes the event of an error with a
+    In a stream a piece is the event of one token; otherwise it is one slice of the JSON in
+    *whole*. *idle* keeps a connection alive, and *error_event* makes the event of an error with a
     status and a message.
     """
 

@@ -1,17 +1,17 @@
-r"""Which tool the simulated model calls, and with what arguments. No I/O, no clock, no randomness.
+r"""The tool that the simulated model calls, and its arguments. No I/O, no clock, no randomness.
 
-A tool is called where the request demands it (`tool_choice`), and otherwise where the user's last
-message asks for it: it has the words "call a tool", or the name of a tool, or it asks to run a
-command in backticks and there is a tool for that. The arguments are valid by the tool's schema.
-They are, in this order: a JSON object in the message; what the message quotes; the message itself.
-A command for a shell is what the message has in backticks if it only reads, else `ls`.
+A tool is called if the request demands it (`tool_choice`), or if the user's last message asks for
+it. It asks by the words "call a tool", by the name of a tool, or by asking to run a command in
+backticks, if there is a tool for that. The arguments are valid by the tool's schema. They are, in
+this order: a JSON object in the message; the quotes of the message; the message itself. A command
+for a shell is the text in backticks if it only reads, else `ls`.
 
     Run `ls -1` with the shell.
     Call get_weather for "Rome".
     Call get_weather with {"city": "Rome", "days": 3}.
 
 After the result of a tool the model answers in words, so that an agent comes to an end. If a call
-is demanded still, it calls the tools that it has not called yet since that message, each once.
+is still demanded, it calls the tools that it has not called yet since that message, each once.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 MESSAGES, COUNT_TOKENS = "messages", "messages/count_tokens"
 # The endpoints of Anthropic's API.
 MESSAGES_ENDPOINTS = frozenset({MESSAGES, COUNT_TOKENS})
-# Characters of the user's message that are searched, and that become an argument.
+# The most characters of the user's message that are searched, and that become an argument.
 _MAX_SEARCHED = 20_000
 _MAX_ARGUMENT = 80
 _QUOTED = re.compile(r'`([^`\n]+)`|"([^"`\n]+)"|“([^”`\n]+)”')
 _RUN = re.compile(r"\b(?:run|execute)\b", re.IGNORECASE)
-# Programs put what they add to a person's message into a tag, as <system-reminder>.
+# Programs put additions to a person's message into a tag, such as <system-reminder>.
 _ADDED = re.compile(r"\s*<([a-z][\w-]*)\b.*</\1>\s*", re.DOTALL)
 # The properties in which tools for a shell have the command.
 _COMMANDS = frozenset({"command", "cmd"})
 # Commands that print something and change nothing.
 _HARMLESS = frozenset({"cat", "echo", "id", "ls", "pwd", "uname", "whoami"})
-# Characters by which a shell runs something else, or writes a file.
+# Characters that make a shell run another command, or write a file.
 _SHELL_SYNTAX = re.compile(r"[;&|<>$()`\\\r\n]")
 _COMMAND = "ls"
-# Tools that are looked at: each is searched for in the message.
+# The most tools that are considered: each is searched for in the message.
 _MAX_TOOLS = 1000
 
 
@@ -75,7 +75,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The tools that were called since the user's last message, and the result that came last.
+    """The tools that were called since the user's last message, and the last result.
 
     None: none came.
     """
@@ -95,9 +95,10 @@ def text_of(content: Any) -> str:
 
 
 def question(messages: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
-    """Return the index of the user's last message, and its text without what programs have added.
+    """Return the index of the user's last message, and its text without the additions of programs.
 
-    A message that brings the results of tools is not one of the user. Without any the index is -1.
+    A message with the results of tools does not count as one of the user. Without any the index is
+    -1.
     """
     for index in range(len(messages) - 1, -1, -1):
         message = messages[index]
@@ -125,7 +126,7 @@ def _own(text: str) -> str:
 
 
 def results(messages: Sequence[Mapping[str, Any]]) -> Results:
-    """Read what has happened since the user's last message.
+    """Read the messages since the user's last one.
 
     *messages* are those of any endpoint.
     """
@@ -151,7 +152,7 @@ def call(
     """Return the call that answers the request *body*; None: it is answered in words.
 
     Raises:
-        UnknownTool: `tool_choice` names a tool that is not there.
+        UnknownTool: `tool_choice` names an unknown tool.
     """
     tools = [*itertools.islice(_tools(endpoint, body.get("tools")), _MAX_TOOLS)]
     text = question(messages)[1][:_MAX_SEARCHED]
@@ -171,7 +172,7 @@ def call(
 def _tools(endpoint: str, declared: Any) -> Iterator[Tool]:
     """Yield the tools that the client itself runs.
 
-    The provider's own, as `web_search`, are passed over.
+    The provider's own, such as `web_search`, are skipped.
     """
     for item in objects(declared):
         kind = str(item.get("type", "function"))
@@ -190,7 +191,7 @@ def _tools(endpoint: str, declared: Any) -> Iterator[Tool]:
 
 
 def _choice(choice: Any) -> tuple[str, list[str] | None]:
-    """Return what `tool_choice` asks for, as "none", "auto" or "required", and the tools that it
+    """Return the mode of `tool_choice`, as "none", "auto" or "required", and the tools that it
     allows; None: all.
 
     Chat, Responses and Messages write it differently, and this reads all of them.
@@ -309,8 +310,8 @@ def _kind(item: Mapping[str, Any]) -> str:
 
 
 def _function(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return where *item* has the name of its tool: Chat has it below its type, the others
-    flat.
+    """Return the object in which *item* has the name of its tool: Chat nests it below the type,
+    the others do not.
     """
     inner = item.get("function") or item.get("custom")
     return inner if isinstance(inner, dict) else item

@@ -1,4 +1,4 @@
-"""The simulator as a wing: it is where `simulated: true` leads."""
+"""The simulator as a wing, for providers with `simulated: true`."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ class SimulatorWing(Wing):
     name: ClassVar = "simulator"
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:  # noqa: ARG002
-        """Be there for a provider that is simulated."""
+        """Provide the simulator on demand."""
         self.simulated = OnDemand(stack)

@@ -1,4 +1,4 @@
-"""Traces of requests (OpenTelemetry): without them a request has a log line and metrics alone.
+"""Traces of requests (OpenTelemetry): without them a request has only a log line and metrics.
 
 The *tracer* begins a *trace* with the record of a request. While the request runs, the trace has
 notes of its *waits* and its *attempts*; a client that reads the answer of another request is a

@@ -1,10 +1,10 @@
 """The export of spans by OTLP over HTTP: batches that a task of its own sends to a collector.
 
-The spans of a batch are written a few at a time, each in a turn of the event loop of its own. A
-thread would not do it beside the loop: it would take the interpreter's lock from the loop, for
-five milliseconds at once. What the collector cannot take now is kept, up to a bound, and tried
-again with growing pauses; beyond the bound spans are dropped and counted. A request never waits
-for any of it.
+The spans of a batch are written a few at a time, each few in a separate iteration of the event
+loop. A thread would not run beside the loop: it would take the interpreter's lock from the loop,
+for five milliseconds at once. Spans that the collector cannot accept now are kept, up to a bound,
+and sent again with growing pauses; beyond the bound spans are dropped and counted. A request never
+waits for any of it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.tracing")
 
-# Spans that may wait, some 15 MB: what 1000 requests a second make in four seconds.
+# The most waiting spans, some 15 MB: the spans of four seconds at 1000 requests a second.
 MAX_SPANS = 8192
-# Spans of one export, beside those of one request more: about 250 kB.
+# Spans of one export, exceeded by those of at most one request: about 250 kB.
 BATCH_SPANS = 512
-# Requests whose spans are written in one turn of the event loop, in some 0.1 ms.
+# Requests whose spans are written in one iteration of the event loop, in some 0.1 ms.
 TURN = 16
-# Seconds that spans wait for others.
+# Seconds for which spans wait for others.
 INTERVAL = 1.0
 # Seconds for one export.
 TIMEOUT = 10.0
-# Seconds of the pause after a first failure, and the most that a pause grows to.
+# Seconds of the pause after a first failure, and the longest pause.
 PAUSE, MAX_PAUSE = 1.0, 30.0
-# Seconds that a stop of the server may spend on what is left.
+# Seconds that a stop of the server may spend on the remaining spans.
 FLUSH_TIMEOUT = 2.0
 # Bytes that are read of a collector's answer.
 MAX_ANSWER = 1 << 16
@@ -67,7 +67,7 @@ class Ended(Protocol):
 
 
 class Unavailable(Exception):
-    """The collector cannot take spans now.
+    """The collector cannot accept spans now.
 
     *pause*: the seconds that it asks for, 0.0 if it asks for none.
     """
@@ -108,7 +108,7 @@ class SpanExporter:
         self._tls: ssl.SSLContext | bool = True if context is None else context
         self._interval, self._pause = interval, pause
         self._queue: deque[Ended] = deque()
-        # The spans that the collector could not take, and their number.
+        # The spans that the collector could not accept, and their number.
         self._batch, self._batch_spans = b"", 0
         # All spans that are neither exported nor dropped.
         self._waiting = 0
@@ -139,7 +139,7 @@ class SpanExporter:
         self._dropped.value += number
 
     async def close(self) -> None:
-        """Send what waits, within FLUSH_TIMEOUT, and drop the rest."""
+        """Send the waiting spans, within FLUSH_TIMEOUT, and drop the rest."""
         if self._task is None:
             return
         for event in (self._closing, self._some, self._enough):
@@ -155,8 +155,8 @@ class SpanExporter:
             self._batch, self._batch_spans, self._waiting = b"", 0, 0
 
     async def _run(self) -> None:
-        """Send batch after batch, until `close`; then what is left, as long as the collector takes
-        it.
+        """Send batch after batch, until `close`; then the remaining spans, as long as the
+        collector accepts them.
         """
         async with aiohttp.ClientSession(
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -190,7 +190,7 @@ class SpanExporter:
                     failures = 0
 
     async def _write_batch(self) -> None:
-        """Write the spans of the next export, in several turns of the event loop."""
+        """Write the spans of the next export, in several iterations of the event loop."""
         parts, number = [], 0
         zero = time.time_ns() - int(time.monotonic() * 1e9)
         while self._queue and number < BATCH_SPANS:

@@ -1,13 +1,13 @@
-"""Spans as bytes: what the OpenTelemetry Protocol (OTLP 1.x,
-https://opentelemetry.io/docs/specs/otlp/) sends over HTTP.
+"""Spans as bytes, as the OpenTelemetry Protocol (OTLP 1.x,
+https://opentelemetry.io/docs/specs/otlp/) sends them over HTTP.
 
     ExportTraceServiceRequest {
         ResourceSpans { Resource, ScopeSpans { InstrumentationScope, Span* } }
     }
 
-They are written in the binary form of Protocol Buffers, which every collector takes; its JSON form
-some do not. Field numbers of a stable version of the protocol never change. Written by hand
-because the official encoder takes eight times as long, and would hold the event loop up by the
+They are written in the binary form of Protocol Buffers, which every collector accepts; some do not
+accept the JSON form. Field numbers of a stable version of the protocol never change. Written by
+hand because the official encoder takes eight times as long, and would block the event loop by the
 interpreter's lock even from a thread of its own.
 """
 
@@ -25,8 +25,8 @@ Value = str | bool | int | float | tuple[str, ...]
 # Values of `Span.kind` and of `Status.code`.
 INTERNAL, SERVER, CLIENT = 1, 2, 3
 ERROR: Final = 2
-# `Span.flags` of a sampled trace, whose parent is a span of another process, or is none or one of
-# this process.
+# `Span.flags` of a sampled trace: the parent is a span of another process; or it is a span of this
+# process, or there is none.
 _REMOTE, _HERE = 0x301, 0x101
 
 _DOUBLE = struct.Struct("<d")
@@ -55,7 +55,7 @@ def field(number: int, data: bytes) -> bytes:
 
 
 def _text(value: str) -> bytes:
-    # No lone surrogate may come so far, but an error here would be one of a request.
+    # No lone surrogate should come so far, but an error here would be an error of a request.
     return value.encode("utf-8", "replace")
 
 
@@ -144,7 +144,7 @@ def span(
 def request(resource: Iterable[bytes], scope: tuple[str, str], spans: bytes) -> bytes:
     """Return an export of *spans*, joined; *resource*: key-value pairs.
 
-    *scope*: name and version of what has made them.
+    *scope*: name and version of the instrumentation.
     """
     attributes = b"".join([field(1, pair) for pair in resource])
     name, version = scope
@@ -153,8 +153,8 @@ def request(resource: Iterable[bytes], scope: tuple[str, str], spans: bytes) -> 
 
 
 def rejected(response: bytes) -> int:
-    """Return how many spans a collector has rejected, as it says in its
-    `ExportTraceServiceResponse`; 0 if none.
+    """Return how many spans a collector has rejected, by its `ExportTraceServiceResponse`; 0 if
+    none.
     """
     # partial_success { rejected_spans, error_message }: the number comes first, and is left out
     # where it is 0.

@@ -3,13 +3,13 @@
 
     SERVER      the request, from its wait for a place, or its admission, to the end of its answer
       INTERNAL  queue: a wait for a place of the server, or of a provider
-      CLIENT    an attempt at a provider, from its place there to the end of what came
+      CLIENT    an attempt at a provider, from its place there to its last byte
     SERVER      resume: a client that comes back for the answer of another request, to whose span
                 this one links
 
 Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and for generative
-AI (in development), as far as there are any; others begin with `aioserver.`. Nothing of a
-question, of an answer, or of a key is in a span, nor the text of an error.
+AI (in development), as far as there are any; others begin with `aioserver.`. No content of a
+question, an answer, or a key is in a span, nor the text of an error.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ OWN_FACES, PASSED_ON = ("websocket", "sse"), "other"
 # An HTTP status that exists in logs and metrics only: the client has left, or the answer was
 # cancelled.
 NO_STATUS = 499
-# The parts that spans have in common are kept as bytes, some hundred each; clients may make up any
-# number of models.
+# The parts that spans have in common are kept as bytes, some hundred each. The number is bounded,
+# since clients may invent models.
 MAX_KEPT = 512
 # Facts that an answer states about itself. A quote inside a JSON string is escaped, so none of it
 # is a text of the model.
@@ -53,7 +53,7 @@ MAX_REASONS = 8
 
 
 class EndedRequest(NamedTuple):
-    """A request that has ended, and the notes of it."""
+    """A request that has ended, and its notes."""
 
     trace: Trace
     end: RequestEnd
@@ -73,7 +73,7 @@ class EndedRequest(NamedTuple):
         for wait in trace.waits:
             began = min(began, wait.began)
         if end.streamed and end.first_event_at and end.status != NO_STATUS:
-            # The head of a stream is sent by its first event, whatever comes later.
+            # The head of a stream is sent with its first event, whatever follows.
             shown = 200
         else:
             shown = end.status
@@ -105,7 +105,7 @@ class EndedVisit(NamedTuple):
     *now*.
 
     *link*: the ids of the trace and of the span of the request that asked for the answer, if
-    known. *status*: how the answer ended, empty if it goes on; *code*: its error.
+    known. *status*: how the answer ended, empty if it runs on; *code*: its error.
     """
 
     context: Context
@@ -174,8 +174,8 @@ def _request(
 
 
 def _route_name(target: str, path: str) -> str:
-    """Return the method and the path of a request; of one that is passed on only its beginning:
-    the rest may be an id.
+    """Return the method and the path of a request; for one that is passed on, only the beginning
+    of the path: the rest may be an id.
     """
     if not target:
         return f"POST /v1/{path}"

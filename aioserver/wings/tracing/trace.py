@@ -3,8 +3,8 @@
 The id of an attempt's span is made before it is sent, since the provider gets it as the parent of
 its own spans (W3C Trace Context). Nothing else of a span exists before the request has ended.
 
-Of a question only two numbers are read. Of an answer some bytes of its beginning and its end are
-kept until the spans are written: they have its id, its model and why it ended.
+Of a question only two numbers are read. Some bytes of an answer's beginning and end are kept until
+the spans are written: they have its id, its model and the reason of its end.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Bytes of a body in which the parameters are looked for: a larger one would take long.
+# The most bytes of a body in which the parameters are searched: a larger one would take long.
 MAX_READ = 1 << 16
 # Bytes at the beginning and at the end of an answer that are noted.
 HEAD_BYTES, TAIL_BYTES = 512, 1024
-# Waits, and attempts, of one request that become spans, the newest ones: while its provider is
-# away, a request may make an attempt every two seconds.
+# The most waits, and attempts, of one request that become spans, the newest ones: while its
+# provider is unreachable, a request may make an attempt every two seconds.
 MAX_CHILDREN = 32
 # The flag of a trace that is sampled.
 SAMPLED = 1
@@ -70,9 +70,9 @@ class AttemptTrace:
     """The facts of which the span of one attempt is made; times are monotonic.
 
     *address* is the host and the port of the provider. *error* is the code of the fault.
-    *first_chunk*: seconds from sending to the first content of a stream. *tokens*: input and output,
-    None where they are not known. *head* and *tail*: the first and the last bytes of the answer,
-    which have its id, its model and why it ended.
+    *first_chunk*: seconds from sending to the first content of a stream. *tokens*: input and
+    output, None if they are not known. *head* and *tail*: the first and the last bytes of the
+    answer, which have its id, its model and the reason of its end.
     """
 
     def __init__(self) -> None:
@@ -87,13 +87,13 @@ class AttemptTrace:
         self.tokens: tuple[int | None, int | None] = (None, None)
 
     def note_body(self, body: bytes) -> None:
-        """Note what *body* asks for, which is about to be sent."""
+        """Note the parameters in *body*, which is about to be sent."""
         if len(body) > MAX_READ or (body.find(b'"max_') <= 0 and body.find(b'"temperature"') <= 0):
             return
         try:
             parameters = _PARAMETERS.decode(body)
         except (msgspec.MsgspecError, RecursionError):
-            # The provider will say what it thinks of them.
+            # The provider will report the fault.
             return
         self.max_tokens = _plausible(
             parameters.max_tokens
@@ -115,7 +115,7 @@ class AttemptTrace:
 
 
 class NotingSink(Generic[Fast_co]):
-    """Another sink; of what it is fed the first and the last bytes are noted."""
+    """Another sink; the first and the last bytes that it is fed are noted."""
 
     def __init__(self, sink: WatchedSink[Fast_co], noted: AttemptTrace) -> None:
         self._sink = sink
@@ -123,7 +123,7 @@ class NotingSink(Generic[Fast_co]):
 
     @property
     def progress(self) -> int:
-        """That of the other sink."""
+        """The progress of the other sink."""
         return self._sink.progress
 
     def feed(self, data: bytes) -> bool:
@@ -143,7 +143,7 @@ class NotingSink(Generic[Fast_co]):
         return self._sink.broken(fault)
 
     def fast(self) -> Fast_co | None:
-        """Return that of the other sink: a text that goes by it pays nothing for the trace."""
+        """Return the fast path of the other sink, on which the trace costs nothing."""
         return self._sink.fast()
 
 
@@ -151,8 +151,8 @@ class Trace:
     """The trace of one request, while it runs.
 
     *context* is that of its SERVER span. *attempt* is under way, or about to be. *wait* is the
-    newest one, of which the end is not known yet. *followed*: a client reads the answer, or has
-    read it; any other one comes back for it. *finish* is called at the end.
+    newest one, whose end is not known yet. *followed*: a client reads the answer, or has read it;
+    any other client is a visit. *finish* is called at the end.
     """
 
     def __init__(
@@ -192,9 +192,9 @@ class Trace:
 
     @bookkeeping(first)
     def sending(self, client_headers: ClientHeaders, body: bytes = b"") -> ClientHeaders:
-        """Note what *body* asks for, which is about to be sent; return its headers.
+        """Note the parameters in *body*, which is about to be sent; return its headers.
 
-        They have the span of the attempt under way as the parent of what the provider does.
+        They have the span of the attempt under way as the parent of the provider's spans.
         """
         attempt, trace_id = self._attempt(), self.trace_id
         attempt.note_body(body)
@@ -235,13 +235,15 @@ class Trace:
         kept.append(new)
 
     def forget(self) -> None:
-        """Forget all but the context, to which the spans of later readers link."""
+        """Drop everything but the context, to which the spans of later readers link."""
         self.waits, self.attempts = [], []
         self.attempt = self.wait = None
 
 
 def new_context(client_headers: ClientHeaders) -> Context | None:
-    """Return the place of a new span, below the client's; None if that samples no trace."""
+    """Return the place of a new span, below the client's; None if the client's trace is not
+    sampled.
+    """
     parent, state = client_headers.trace()
     if not parent:
         return Context(new_id(16), new_id(8))
@@ -260,12 +262,12 @@ def new_id(size: int) -> bytes:
 
 
 def _plausible(number: int | None) -> int | None:
-    """Return a *number* that can be exported."""
+    """Return *number* if it can be exported, else None."""
     return number if number is not None and 0 <= number < 1 << 62 else None
 
 
 def _code(error: BaseException | None) -> str:
-    """Return `error.type`; empty for a good end, and for an answer that nobody wants any more."""
+    """Return `error.type`; empty for a good end, and for a cancelled answer."""
     if error is None or isinstance(error, asyncio.CancelledError):
         return ""
     return error.code if isinstance(error, AioserverError) else "internal_error"

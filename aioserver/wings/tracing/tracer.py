@@ -3,12 +3,12 @@
     begin ──▶ trace.py: notes of waits and attempts ──▶ ended
           ──▶ export.py: a batch ──▶ spans.py: as bytes ──▶ sent
 
-The spans of many requests are written one after the other, which takes a third of the time that it
-would take at the end of each: between two ends a thousand other things are in the processor's
-caches.
+The spans of many requests are written one after the other. This takes a third of the time that it
+would take at the end of each, because between two ends a thousand other things are in the
+processor's caches.
 
-A client that says that its trace is not sampled gets no spans here, and its headers go on as they
-came. Where `tracing` has no endpoint there is no tracer, and a request has no trace.
+A client whose trace is not sampled gets no spans here, and its headers are passed on unchanged. If
+`tracing` has no endpoint there is no tracer, and a request has no trace.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Tracer:
     ) -> Trace | None:
         """Begin the trace of a request that goes to *path* at its provider.
 
-        None if its client samples no trace. The request was admitted at the monotonic time
+        None if its client's trace is not sampled. The request was admitted at the monotonic time
         *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
         """
         context = new_context(client_headers)
@@ -68,7 +68,7 @@ class Tracer:
         """Note that a client reads the answer of *request_id*, with *trace*, after event *after*.
 
         Return the visit, which the caller ends; None for the client whose request began the
-        answer, and for one that samples no trace.
+        answer, and for one whose trace is not sampled.
         """
         if trace is not None and not trace.followed:
             trace.followed = True
@@ -80,7 +80,7 @@ class Tracer:
         return Visit(self._exporter, context, link, request_id, after, self.bugs)
 
     def _finish(self, trace: Trace, end: RequestEnd) -> None:
-        """Have the spans of *trace* made, whose request has ended."""
+        """Give the spans of *trace*, whose request has ended, to the exporter."""
         if trace.left_out:
             self._exporter.drop(trace.left_out)
         self._exporter.take(EndedRequest(trace, end))
@@ -110,9 +110,9 @@ class Visit:
 
     @bookkeeping(nothing)
     def end(self, status: bytes, code: str = "") -> None:
-        """Make the span: the client has left, or has read it all.
+        """Make the span: the client has left, or has read everything.
 
-        *status* is that with which the answer has ended, empty if it goes on; *code*: that of its
+        *status* is that with which the answer has ended, empty if it runs on; *code*: that of its
         error.
         """
         self._exporter.take(

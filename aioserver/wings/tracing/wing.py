@@ -1,7 +1,7 @@
-"""Tracing as a wing: a tracer, as the settings and OpenTelemetry's variables ask for it.
+"""Tracing as a wing: a tracer by the settings and OpenTelemetry's variables.
 
-`tracing.otlp_endpoint` says where spans go. What may hold a secret, or is of the machine, comes
-from the environment, by the names that OpenTelemetry gives to it
+`tracing.otlp_endpoint` is the destination of spans. Secrets, and settings of the machine, come
+from the environment, by the names that OpenTelemetry defines
 (https://opentelemetry.io/docs/specs/otel/protocol/exporter/).
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.metrics import Metrics
     from aioserver.wings.tracing.tracer import Tracer
 
-# Variables for the same; the one that is for traces alone comes first.
+# Variables for the same; the one for traces alone comes first.
 HEADERS = ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
 CERTIFICATE = ("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "OTEL_EXPORTER_OTLP_CERTIFICATE")
 RESOURCE = "OTEL_RESOURCE_ATTRIBUTES"
@@ -38,7 +38,7 @@ _VALUE = re.compile(r"[\t\x20-\x7e]*")
 
 
 class TracingWing(Wing):
-    """The traces of requests, where `tracing` says where spans go."""
+    """The traces of requests, if `tracing` names a destination of spans."""
 
     name: ClassVar = "tracing"
 
@@ -93,7 +93,7 @@ def open_tracer(
 def traces_url(endpoint: str) -> str:
     """Return the URL for traces of a collector whose base URL is *endpoint*.
 
-    One that has the path already stays.
+    A URL that already has the path is not changed.
     """
     base = endpoint.rstrip("/")
     return base if base.endswith(PATH) else base + PATH
@@ -121,7 +121,7 @@ def _pairs(name: str, text: str) -> dict[str, str]:
         key, sign, value = part.partition("=")
         if not sign or not key.strip():
             raise ConfigurationError(
-                [f"{name}: part {number} is not key=value (pairs stand apart by commas)"]
+                [f"{name}: part {number} is not key=value (pairs are separated by commas)"]
             )
         pairs[unquote(key.strip())] = unquote(value.strip())
     return pairs

@@ -37,7 +37,7 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 def request(seq: int = 1) -> bytes:
-    return encode(Request("one", "", "", seq, 0, 0, TIMES.told()))
+    return encode(Request("one", "", "", seq, 0, 0, TIMES.for_server()))
 
 
 async def test_replies_come_in_the_order_of_calls(redis: RedisServer) -> None:

@@ -289,17 +289,17 @@ def test_what_one_instance_tells_all_others_hear_and_newcomers_too() -> None:
         heard.append((name, word, round(seconds)))
 
     for each in instances[1:]:
-        each.leases.told._on_told = hear
-    instances[0].leases.told.tell("openai", "cooling", 30.0)
+        each.leases.announcements._on_announced = hear
+    instances[0].leases.announcements.announce("openai", "cooling", 30.0)
     simulation.advance(0.1)
     assert heard == [("openai", "cooling", 30)] * 2
 
     newcomer = simulation.add(IDLE)
-    newcomer.leases.told._on_told = hear
+    newcomer.leases.announcements._on_announced = hear
     simulation.advance(0.1)
     assert heard[2:] == [("openai", "cooling", 30)]
 
-    instances[1].leases.told.tell("openai", "cooling", 0.0)
+    instances[1].leases.announcements.announce("openai", "cooling", 0.0)
     simulation.advance(0.1)
     assert heard[3:].count(("openai", "cooling", 0)) >= 2
 
@@ -307,8 +307,8 @@ def test_what_one_instance_tells_all_others_hear_and_newcomers_too() -> None:
 def test_server_that_has_lost_its_state_ends_nothing_that_was_told() -> None:
     simulation, (first, other, _) = cluster()
     heard: list[float] = []
-    other.leases.told._on_told = lambda _name, _word, seconds: heard.append(seconds)
-    first.leases.told.tell("openai", "cooling", 30.0)
+    other.leases.announcements._on_announced = lambda _name, _word, seconds: heard.append(seconds)
+    first.leases.announcements.announce("openai", "cooling", 30.0)
     simulation.advance(0.1)
 
     simulation.empty()

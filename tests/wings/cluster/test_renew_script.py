@@ -115,7 +115,7 @@ class Caller:
             self.seq - chance.choice((0, 0, 0, 0, 0, 1)),
             self.heard,
             self.version,
-            TIMES.told(),
+            TIMES.for_server(),
             self.members,
             chance.choice(([], [], [], [], ["d"])),
             chance.random() < 0.05,
@@ -175,7 +175,7 @@ def test_server_that_has_just_begun_gives_nothing_before_all_have_said_what_they
     def ask(seq: int, epoch: str, now: int) -> Answer:
         op = Op("p:one", have=0, give=0, want=3, weight=1, limit=20, spare=0)
         request = Request(
-            "a", epoch, "run1", seq, 0, 0, TIMES.told(), [], [], False, [op], [], [], []
+            "a", epoch, "run1", seq, 0, 0, TIMES.for_server(), [], [], False, [op], [], [], []
         )
         return decode_answer(script.renew(encode(request), now)[0])
 

@@ -52,7 +52,7 @@ class One:
             f"i{number}",
             fixed=(number, count),
             on_members=lambda: self.limits.instances_changed(),
-            on_told=lambda *told: self.limits.told(*told),
+            on_announced=lambda *news: self.limits.announced(*news),
         )
         self.limits: SharedLimits = SharedLimits(self.leases)
         loop = asyncio.get_running_loop()
@@ -384,7 +384,7 @@ class Pair:
             f"i{number}",
             fixed=(number, 2),
             on_members=lambda: self.limits.instances_changed(),
-            on_told=lambda *told: self.limits.told(*told),
+            on_announced=lambda *news: self.limits.announced(*news),
         )
         self.limits: SharedLimits = SharedLimits(self.leases)
         loop = asyncio.get_running_loop()

@@ -1,6 +1,6 @@
 """The bridge: Anthropic's Messages over a provider that has chat completions only.
 
-Bytes in, bytes out; what it has in common with other bridges is in protocol/bridging/.
+Bytes in, bytes out; the code that it shares with other bridges is in protocol/bridging/.
 
 In the order in which a request meets them:
 
@@ -12,6 +12,6 @@ In the order in which a request meets them:
     arguments  where the arguments of a call end
     whole      a whole answer becomes a whole message
 
-What is not read stays the bytes that it was. A request is refused, by the name of what it wants,
-if chat completions have no form of it and the answer would need it.
+Unread values stay bytes. A request is refused if it has a field without a form in chat completions
+which its answer would need; the error names the field.
 """

@@ -1,6 +1,4 @@
-"""Where the arguments of a call end: at the end of one JSON object (RFC 8259), in whatever pieces
-it comes.
-"""
+"""The end of a call's arguments: that of one JSON object (RFC 8259), in any number of pieces."""
 
 from __future__ import annotations
 
@@ -15,8 +13,8 @@ _SPACE = " \t\r\n"
 class Scanner:
     """Looks for the end of an object whose text comes in pieces.
 
-    It sees brackets, strings and escapes, and nothing else: what is between them is for the client
-    to read. Its work is linear in the text.
+    It reads only brackets, strings and escapes, and leaves everything between them to the client.
+    Its work is linear in the text.
     """
 
     __slots__ = ("_depth", "_escaped", "_string", "begun")
@@ -25,12 +23,12 @@ class Scanner:
         # Whether anything but white space has come.
         self.begun = False
         self._depth = 0
-        # Whether the text has ended within a string, and there behind a backslash.
+        # Whether the text so far ends within a string, and there behind a backslash.
         self._string = self._escaped = False
 
     def end(self, text: str) -> int:
-        """Return the index in *text*, the next piece, behind the end of the object; -1 if that is
-        not there.
+        """Return the index in *text*, the next piece, behind the end of the object; -1 if the end
+        is not in it.
 
         Raises:
             BadEvent: it is no object.

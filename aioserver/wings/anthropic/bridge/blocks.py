@@ -1,4 +1,4 @@
-"""The messages of a request, block by block, as what a chat has of them.
+"""The messages of a request, block by block, as messages of a chat.
 
     user text, image, document    text, `image_url`, `file`
     system, in their midst        a text of the system, in its place
@@ -8,7 +8,7 @@
     other thinking                left out: it is another model's
     server_tool_use and results   left out, as the tools are that they belong to
 
-Where each of them goes is the matter of `Turns` (protocol/bridging/turns.py).
+`Turns` decides where each of them goes (protocol/bridging/turns.py).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from aioserver.wings.anthropic.bridge import ids
 if TYPE_CHECKING:
     from aioserver.wings.anthropic.bridge.tools import Tools
 
-# The signature of the thinking that we have written.
+# The signature of the thinking blocks that we have written.
 SIGNATURE = "aioserver.unsigned"
-# The first bytes of a system block that changes with each request: an engine's prefix cache would
-# be lost.
+# The first bytes of a system block that changes with each request, and would defeat an engine's
+# prefix cache.
 _BILLING = b'"x-anthropic-billing-header:'
 
 
@@ -82,14 +82,15 @@ class BlockReader:
         self._tools, self._turns = tools, turns
 
     async def instruct(self, raw: Raw, param: str) -> None:
-        """Add *raw*, a text of the system or blocks of it, without what is for Anthropic.
+        """Add *raw*, a text of the system or blocks of it, without parts that are meant for
+        Anthropic.
 
         Raises:
             InvalidRequest: it is neither; *param* names it.
         """
         for piece in await self._pieces(raw, param):
             if not piece.text:
-                raise InvalidRequest("a system has text only", param=param)
+                raise InvalidRequest("a system message may have only text", param=param)
             if not piece.content.startswith(_BILLING):
                 self._turns.instruct(piece.content)
             await self._turns.step(0)
@@ -98,7 +99,7 @@ class BlockReader:
         """Add a message, in steps.
 
         Raises:
-            InvalidRequest: it is none, or there is no form of it in a chat; *param* names it.
+            InvalidRequest: it is none, or has no form in a chat; *param* names it.
         """
         message = await reading(_MESSAGE, raw, param)
         param = f"{param}.content"

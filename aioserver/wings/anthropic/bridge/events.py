@@ -8,15 +8,15 @@
         content_block_stop
     message_delta, message_stop          at the end, when the usage is known
 
-One block is open at most, so one call is written at a time: until its arguments are whole, pieces
-of another one, and text, are kept, and written behind it. White space in front of a block is kept
+At most one block is open, so one call is written at a time: until its arguments are whole, text
+and pieces of another call are kept, and written behind it. White space in front of a block is kept
 until other text follows, so that no block is empty: it is dropped in front of a call, and at the
-end. Reasoning is shown if the client has asked for it, and has a signature that only says where it
-is from.
+end. Reasoning is shown if the client has asked for it, with a signature that only states its
+origin.
 
 A chunk is read as for the faces that show frames (`protocol.openai.Reading`).
 
-This file is one concept: which block is open decides what becomes of each piece that comes.
+This file is one concept: the open block decides how each piece is written.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from aioserver.wings.anthropic.bridge.request import ChatRequest
 
 TEXT, THINKING, CALL = b"text", b"thinking", b"tool_use"
-# Calls of one answer, which is more than a model makes at once.
+# The most calls of one answer: more than a model makes at once.
 MAX_CALLS = 1000
-# Bytes of a text that is kept, beside it.
+# The overhead in bytes of a kept text.
 KEPT_BYTES = 64
-# Bytes that stand for one token where the provider reports no usage.
+# Bytes that count as one token if the provider reports no usage.
 BYTES_PER_TOKEN = 4
 # The finish reasons of an answer that was cut.
 CUTS = frozenset({"length", "content_filter"})
@@ -72,9 +72,9 @@ _FIELDS = {
 
 
 class Call:
-    """A call of a tool: the client's *name* and *id* of it, and what the provider calls it.
+    """A call of a tool: the client's *name* and *id* of it, and the provider's id.
 
-    `kept` is what has come of its arguments while another block was open.
+    `kept` is the part of its arguments that came while another block was open.
     """
 
     __slots__ = ("closed", "id", "kept", "name", "provider_id", "scanner")
@@ -91,10 +91,10 @@ class Call:
 class MessageWriter(ChunkReader[Call]):
     """Reads the chunks of one answer, and writes the events of a message.
 
-    *request* is what was sent to the provider, and *name* the hex digits of the message's id. What
-    is kept has at most *max_bytes*.
+    *request* is the request that was sent to the provider, and *name* the hex digits of the
+    message's id. Kept text has at most *max_bytes*.
 
-    Always: one block is open at most; the next one's index is the number of those before it.
+    Always: at most one block is open; the next one's index is the number of earlier blocks.
     """
 
     def __init__(self, request: ChatRequest, name: str, max_bytes: int) -> None:
@@ -103,8 +103,7 @@ class MessageWriter(ChunkReader[Call]):
         self._tools, self._thinking = request.tools, request.thinking
         self._asked_tokens = request.asked_tokens
         self._answered_bytes = 0
-        # How many blocks were begun, the kind of the one that is open, and what its deltas begin
-        # with.
+        # The number of blocks so far, the kind of the open one, and the beginning of its deltas.
         self._blocks = 0
         self._block: bytes | None = None
         self._delta_head = b""
@@ -115,24 +114,24 @@ class MessageWriter(ChunkReader[Call]):
         # White space in front of a block of one kind.
         self._held_kind = TEXT
         self._held: list[str] = []
-        # Whether there was a call, a refusal, or reasoning that nobody sees.
+        # Whether there was a call, a refusal, or reasoning that is not shown.
         self._called = self._refused = self._hidden = False
         self._stop_sequence: str | None = None
         self._used_ids: dict[str, int] = {}
 
     @property
     def plain(self) -> bool:
-        """Whether a text can come as `add_text`: nothing but a text is under way."""
+        """Whether `add_text` may be used: only a text is under way."""
         return self._block is TEXT and not self.half
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything of an answer."""
+        """Whether any part of an answer has come."""
         return bool(self._blocks or self._hidden or self._held)
 
     @property
     def committed(self) -> bool:
-        """Whether what was read, and was not shown, is content of an answer."""
+        """Whether something was read, but not shown, that is content of an answer."""
         return self._hidden or self.finish_reason is not None
 
     @property
@@ -149,11 +148,13 @@ class MessageWriter(ChunkReader[Call]):
 
     @property
     def kept_pieces(self) -> int:
-        """How many pieces of texts and calls have come before an earlier call was whole."""
+        """The number of texts and pieces of calls that have come before an earlier call
+        was whole.
+        """
         return sum(1 + len(each.kept) if isinstance(each, Call) else 1 for each in self._kept)
 
     def keep_text(self) -> None:
-        """Keep the text that is shown, since the answer may be continued."""
+        """Keep the shown text, since the answer may be continued."""
         self.max_text_bytes = MAX_TRANSCRIPT + 1
 
     def name_model(self, name: str) -> None:
@@ -221,7 +222,7 @@ class MessageWriter(ChunkReader[Call]):
     def _usage(self, answered: int | None = None) -> bytes:
         """Return the usage so far, with *answered* tokens of the answer if they are passed.
 
-        No count of tokens is 0: that would say that there is no usage.
+        No count of tokens is 0: that would mean that there is no usage.
         """
         tokens = tokens_of(self.usage)
         cached = tokens.cached or 0
@@ -245,7 +246,7 @@ class MessageWriter(ChunkReader[Call]):
         if choice.get("finish_reason") == "stop" and isinstance(
             text := choice.get("stop_reason"), str
         ):
-            # vLLM's word for the stop sequence that was found.
+            # vLLM's field for the stop sequence that was found.
             self._stop_sequence = text
 
     def _speak(self, piece: DeltaText, choice: Mapping[str, Any], events: list[bytes]) -> None:  # noqa: ARG002
@@ -324,7 +325,7 @@ class MessageWriter(ChunkReader[Call]):
             self._add_arguments(call, text[end:], events)
 
     def _write_kept(self, events: list[bytes]) -> None:
-        """Write what is kept, in its order, up to a call whose arguments are not whole."""
+        """Write the kept pieces, in order, up to a call whose arguments are not whole."""
         while self._kept and self._call_under_way is None:
             kept = self._kept.popleft()
             if isinstance(kept, Call):

@@ -1,11 +1,11 @@
-"""The ids of calls of tools: the engine sees its own, and the client those that its API allows.
+"""The ids of tool calls: the engine sees its own, and the client gets ids that its API allows.
 
     kept                               it matches `^[a-zA-Z0-9_-]{1,64}$`
     toolu_b64_ and the base64url       any other
     toolu_, 12 digits, the index       the engine has sent none
 
-An id that comes a second time in one answer gets `_2` first, which both its call and its result
-have from then on.
+An id that comes a second time in one answer first gets the suffix `_2`, which both its call and
+its result have from then on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def shown(provider_id: str) -> str:
 
 
 def own(shown_id: str) -> str:
-    """Return what the engine calls the call that a client knows by *shown_id*."""
+    """Return the engine's id of the call that a client knows by *shown_id*."""
     encoded = shown_id.removeprefix(_ENCODED)
     if encoded == shown_id:
         return shown_id

@@ -14,16 +14,16 @@ from aioserver.wings.anthropic.wire import type_of
 if TYPE_CHECKING:
     from aioserver.provider_errors import ProviderFault
 
-# Bytes of a provider's message that a client gets.
+# The most bytes of a provider's message that a client gets.
 MAX_MESSAGE = 2048
-# The words on which Claude Code makes its conversation shorter.
+# The words on which Claude Code compacts its conversation.
 TOO_LONG = "prompt is too long"
 
 
 def translate(fault: ProviderFault, body: bytes) -> None:
-    """Let *fault*, which a provider has raised with *body*, be shown in the API's own form."""
+    """Give *fault*, which a provider has raised with *body*, the form of this API."""
     if not isinstance(fault, ProviderRefused | ProviderRateLimited):
-        # What an engine says of its own faults is in no form that a client knows.
+        # An engine's own error is in no form that the client knows.
         fault.provider_answer = None
         return
     said = refusal(body)

@@ -7,9 +7,9 @@
     output_config.format         response_format
     output_config.effort         reasoning_effort
 
-All else says nothing to an engine, and is left out: `thinking`, `metadata`, `service_tier`,
-`context_management`, betas, `cache_control`. What stands for a content that only Anthropic has is
-refused by name: a thread that is continued, a file by its id.
+All other fields mean nothing to an engine, and are left out: `thinking`, `metadata`,
+`service_tier`, `context_management`, betas, `cache_control`. A reference to content that only
+Anthropic has is refused by name: a thread that is continued, a file by its id.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _THINKING = msgspec.json.Decoder(_Thinking)
 class ThreadContinued(InvalidRequest):
     """The request continues a thread, whose beginning only Anthropic has kept.
 
-    `answer` is what Claude Code knows it by: it sends all of the conversation then.
+    `answer` is the error that Claude Code recognizes: it then sends the whole conversation.
     """
 
     answer = orjson.dumps(
@@ -100,8 +100,8 @@ class ThreadContinued(InvalidRequest):
 
 
 class ChatRequest(BridgedChat, kw_only=True):
-    """A request for chat completions, and what its answer needs to become a message. *thinking*
-    says that the client wants to see the reasoning.
+    """A request for chat completions, with the data that turn its answer into a message.
+    *thinking*: the client wants to see the reasoning.
     """
 
     tools: Tools
@@ -111,10 +111,10 @@ class ChatRequest(BridgedChat, kw_only=True):
 async def chat_request(
     body: bytes, *, reasoning_field: str = "", accepted: AcceptedParameters = ALL_WORDS
 ) -> ChatRequest:
-    """Return the request for chat completions that *body* means, in steps.
+    """Return the request for chat completions that corresponds to *body*, in steps.
 
-    *body* is JSON with a model. *reasoning_field* is as for `Turns`, and *accepted* are those that
-    the provider takes.
+    *body* is JSON with a model. *reasoning_field* is as for `Turns`, and *accepted* are the
+    parameters that the provider accepts.
 
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.

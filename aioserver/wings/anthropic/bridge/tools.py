@@ -16,7 +16,7 @@ from aioserver.protocol.bridging.hosted import Hosted
 from aioserver.protocol.bridging.reading import read
 from aioserver.protocol.json_body import ABSENT, flag, null
 
-# Tools of one request.
+# The most tools of one request.
 MAX_TOOLS = 10_000
 MODES = {"auto": b'"auto"', "any": b'"required"', "none": b'"none"'}
 
@@ -42,8 +42,8 @@ _CHOICE = msgspec.json.Decoder(_Choice)
 class Tools:
     """The tools of one request.
 
-    `functions` has them as JSON, by the names that the client knows; `hosted` are those that
-    nobody here could run. *serial* is whether only one may be called at a time.
+    `functions` has them as JSON, by the names that the client knows; `hosted` are the tools that
+    only a provider could run. *serial*: only one may be called at a time.
     """
 
     def __init__(self) -> None:
@@ -62,8 +62,8 @@ class Tools:
         return own
 
     def find(self, own_name: str) -> str:
-        """Return the name of the tool whose function has this name; one that was not declared is
-        itself.
+        """Return the name of the tool whose function has this name; a function that was not
+        declared stands for itself.
         """
         return self._names.get(own_name, own_name)
 

@@ -1,5 +1,5 @@
-"""A whole chat completion as a whole message (protocol/bridging/whole.py): its blocks are those
-that a streamed answer would have.
+"""A whole chat completion as a whole message (protocol/bridging/whole.py), with the same blocks as
+a streamed answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WholeWriter(MessageWriter):
 
     def __init__(self, request: ChatRequest, name: str, max_bytes: int) -> None:
         super().__init__(request, name, max_bytes)
-        # The blocks that have ended, and the text of the one that is open, escaped.
+        # The blocks that have ended, and the text of the open one, escaped.
         self._content: list[bytes] = []
         self._grown = bytearray()
 
@@ -68,8 +68,8 @@ class WholeWriter(MessageWriter):
         self._content.append(block)
 
     def _input(self, text: bytes) -> bytes:
-        """Return the object that *text* is, the arguments of a call, escaped; an empty one if it
-        was cut.
+        """Return *text*, the escaped arguments of a call, as an object; an empty one if it was
+        cut.
         """
         arguments: bytes = orjson.loads(b'"%b"' % text).encode()
         try:
@@ -82,7 +82,7 @@ class WholeWriter(MessageWriter):
 
 
 async def whole_message(body: bytes, writer: WholeWriter) -> bytes:
-    """Return the message that *body* means, as *writer* reads it, in steps.
+    """Return the message for *body*, as *writer* reads it, in steps.
 
     Raises:
         BadEvent: *body* is no chat completion.

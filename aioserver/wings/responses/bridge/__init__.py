@@ -1,6 +1,6 @@
 """The bridge: OpenAI's Responses API over a provider that has chat completions only.
 
-Bytes in, bytes out; what it has in common with other bridges is in protocol/bridging/.
+Bytes in, bytes out; the code that it shares with other bridges is in protocol/bridging/.
 
 In the order in which a request meets them:
 
@@ -12,7 +12,6 @@ In the order in which a request meets them:
     output     the output items, while they grow: messages, reasoning, calls of tools; and the
                response object around them
 
-What is not read stays the bytes that it was: an instruction of megabytes is neither parsed nor
-written anew. A request is refused, by the name of what it wants, if chat completions have no form
-of it.
+Unread values stay bytes: an instruction of megabytes is neither parsed nor written anew. A request
+is refused if it has a field without a form in chat completions; the error names the field.
 """

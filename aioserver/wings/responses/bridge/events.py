@@ -60,8 +60,8 @@ OPENING_EVENTS = 2
 class ResponseWriter(ChunkReader[Call]):
     """Reads the chunks of one answer, or a whole answer, and writes the response.
 
-    *frame* is that of the response, *request* what was sent to the provider. All that is kept has
-    at most *max_bytes*: the last event has it all.
+    *frame* is that of the response, *request* the request that was sent to the provider. All kept
+    texts have at most *max_bytes*: the last event repeats them all.
 
     Always: `sequence` is the number of events that were written, the opening ones included; an
     item is written to only while it is in `_open`.
@@ -73,21 +73,22 @@ class ResponseWriter(ChunkReader[Call]):
         self._tools = request.tools
         self._asked_tokens = request.asked_tokens
         self._name = frame.id.removeprefix("resp_")
-        # That of the next event; the first two are those of `begin`, unless it has begun before.
+        # The number of the next event; the first two are those of `begin`, unless it has begun
+        # before.
         self.sequence = frame.opened or OPENING_EVENTS
         self._items: list[Message | Call] = []
-        # The items that are not done, in their order.
+        # The items that are not done, in order.
         self._open: list[Message | Call] = []
-        # The message and the reasoning that is written to, and the part of either.
+        # The message and the reasoning that are being written, and the current part of either.
         self._message: Message | None = None
         self._reasoning: Reasoning | None = None
         self._part: Part | None = None
-        # That part, if nothing but a text of it can come.
+        # That part, if only text of it can come.
         self._plain_part: Part | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether a text can come as `add_text`: nothing but a text is under way or wanted."""
+        """Whether `add_text` may be used: only a text is under way or wanted."""
         return self._plain_part is not None and not self.half
 
     @property
@@ -97,7 +98,7 @@ class ResponseWriter(ChunkReader[Call]):
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything of an answer."""
+        """Whether any part of an answer has come."""
         return bool(self._items)
 
     @property
@@ -119,7 +120,9 @@ class ResponseWriter(ChunkReader[Call]):
         return text
 
     def begin(self) -> list[bytes]:
-        """Return the events before those of any chunk: none, if there are such in the log."""
+        """Return the events that precede those of any chunk: none, if they are already
+        in the log.
+        """
         if self._frame.opened:
             return []
         response = b'"response":%b' % self._frame.render(IN_PROGRESS)
@@ -167,12 +170,12 @@ class ResponseWriter(ChunkReader[Call]):
 
     def _complete(self, events: list[bytes]) -> None:
         if not self._items:
-            # Clients look into the first item.
+            # Clients read the first item, so there must be one.
             self._say(TEXT, b"", events)
         self._check_named()
 
     def _fill(self, call: Call, events: list[bytes]) -> None:
-        """Make a *call* without arguments one with an empty object: clients parse it."""
+        """Give a *call* without arguments an empty object, since clients parse it."""
         if not call.text and not call.custom:
             self._argue(call, "{}", events)
 

@@ -1,4 +1,4 @@
-"""The input items of a request, as what a chat has of them.
+"""The input items of a request, as messages of a chat.
 
     message                  what a user, the assistant or the system says; `developer` is `system`
     function_call            a tool call of the assistant
@@ -9,7 +9,7 @@
     refusal                  what the assistant says: no template shows a refusal to its model
 
 An item of a tool that ran at a provider is left out, as the tool is. Any other is a reference that
-only the provider can read: it is refused by name. Where each of them goes is the matter of `Turns`
+only the provider can read: it is refused by name. `Turns` decides where each of them goes
 (protocol/bridging/turns.py).
 """
 
@@ -35,7 +35,7 @@ from aioserver.wings.responses.bridge.tools import CUSTOM, FUNCTION, Tools
 
 _SYSTEM = frozenset({"system", "developer"})
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
-# How the types of items end that belong to tools which run at a provider.
+# The suffixes of the types of items that belong to tools which run at a provider.
 _OF_HOSTED = ("_call", "_call_output")
 
 
@@ -77,7 +77,7 @@ class ItemReader:
         """Add an input item, in steps.
 
         Raises:
-            InvalidRequest: it is none, or there is no form of it in a chat; *param* names it.
+            InvalidRequest: it is none, or has no form in a chat; *param* names it.
         """
         item = await reading(_ITEM, raw, param)
         match item.type:
@@ -117,7 +117,7 @@ class ItemReader:
                 await self._turns.step(0)
             return
         if not all(piece.text for piece in pieces):
-            raise InvalidRequest(f"a message of the {role} has text only", param=param)
+            raise InvalidRequest(f"a message of the {role} may have only text", param=param)
         texts = [piece.content for piece in pieces]
         if role == "assistant":
             for number, text in enumerate(texts):

@@ -1,7 +1,7 @@
 """The output items of a response, while they grow, and the response object around them.
 
-The texts of items are kept escaped, as they stand in JSON, so that an event is bytes put together,
-and no text is written twice. An item is one of
+The texts of items are kept escaped, as they stand in JSON, so that an event is a concatenation of
+bytes, and no text is written twice. An item is one of
 
     Message    parts of text and of a refusal
     Reasoning  one part
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aioserver.wings.responses.bridge.tools import Tool
 
 TEXT, REFUSAL, REASONING = b"output_text", b"refusal", b"reasoning_text"
-# An event with a text: what it begins with, the text, its number.
+# An event with a text: its beginning, the text, its number.
 DELTA = b'%b%b","sequence_number":%d}\n\n'
 QUEUED, IN_PROGRESS = b"queued", b"in_progress"
 COMPLETED, INCOMPLETE = b"completed", b"incomplete"
@@ -36,9 +36,9 @@ COMPLETED, INCOMPLETE = b"completed", b"incomplete"
 class Part:
     """A text that grows, part of an item. *kind* is TEXT, REFUSAL or REASONING.
 
-    *place* are the members of an event that say where it stands, and `head` is what each event
-    with a text of it begins with. `logprobs` and `plain_logprobs` are JSON, joined: with the bytes
-    of each token, as an item has them, and without, as events do.
+    *place* is the members of an event that locate the part, and `head` is the beginning of each
+    event with a text of it. `logprobs` and `plain_logprobs` are JSON, joined: with the bytes of
+    each token, as in items, and without, as in events.
     """
 
     __slots__ = ("head", "kind", "logprobs", "place", "plain_logprobs", "text")
@@ -131,7 +131,8 @@ class Reasoning(Message):
 class Call:
     """A call of *tool*.
 
-    `text` are the arguments of its function, escaped; *provider_id* is what the provider calls it.
+    `text` is the arguments of its function, escaped; *provider_id* is the provider's id of the
+    call.
 
     The input of a custom tool is within those arguments, and so is known only when they are
     complete.
@@ -151,8 +152,8 @@ class Call:
 
     @property
     def input(self) -> bytes:
-        """The input of a custom tool, escaped: the one argument of its function, or all that the
-        model wrote.
+        """The input of a custom tool, escaped: the one argument of its function, or else
+        everything that the model wrote.
         """
         try:
             arguments = orjson.loads(b'"%b"' % bytes(self.text))
@@ -191,21 +192,22 @@ class Call:
         )
 
 
-# Bytes of a request that its response repeats: each of its events with a response object has them.
+# The most bytes of a request that its response repeats: each event with a response object has
+# them.
 MAX_REPEATED_BYTES = 262_144
-# Bytes that stand for one token where the provider reports no usage.
+# Bytes that count as one token if the provider reports no usage.
 BYTES_PER_TOKEN = 4
-# By a finish_reason: why an answer is not complete.
+# For each finish_reason: why an answer is not complete.
 REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 class Frame(msgspec.Struct):
     """The response object, as far as it is known before its answer comes.
 
-    *repeated* are the members that repeat the request, JSON without the braces. *model* is the
-    model that was asked for, and *created_at* the time of the response, in whole seconds since
-    1970. Of a response in the *background*, so many of its events are *opened* that come before
-    any chunk of its answer.
+    *repeated* is the members that repeat the request, JSON without the braces. *model* is the
+    requested model, and *created_at* the time of the response, in whole seconds since 1970.
+    *opened* is the number of events of a response in the *background* that precede the first chunk
+    of its answer.
     """
 
     id: str
@@ -217,7 +219,7 @@ class Frame(msgspec.Struct):
 
     @property
     def size(self) -> int:
-        """The bytes that it takes, about."""
+        """Its approximate size in bytes."""
         return len(self.repeated) + len(self.model) + len(self.id)
 
     def render(

@@ -11,10 +11,10 @@
     safety_identifier            user, unless there is one
     temperature, top_p, user, service_tier, parallel_tool_calls    the same
 
-`metadata`, `store` and `previous_response_id` are our own affair, and not the provider's. Hints
-for caches and what else only bounds what the provider does by itself are left out, since some
-providers refuse every word that they do not know. Whatever would change the meaning of the answer
-is refused by name: see `_REFUSED`.
+`metadata`, `store` and `previous_response_id` are handled here, not by the provider. Hints for
+caches, and bounds of what the provider does by itself, are left out, since some providers refuse
+unknown fields. A field that would change the meaning of the answer is refused by name: see
+`_REFUSED`.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
 
 class ChatRequest(BridgedChat, kw_only=True):
-    """A request for chat completions, and what its answer needs to become a response. *repeated*
-    is for the `Frame` of the response. *logprobs* says that the answer shall have them.
+    """A request for chat completions, with the data that turn its answer into a response.
+    *repeated* is for the `Frame` of the response. *logprobs*: the answer shall have them.
     """
 
     tools: Tools
@@ -118,12 +118,12 @@ async def chat_request(
     streamed: bool = False,
     incomplete: bool = False,
 ) -> ChatRequest:
-    """Return the request for chat completions that *body* means, in steps.
+    """Return the request for chat completions that corresponds to *body*, in steps.
 
-    *body* is JSON with a model. *previous* is the id of the response that it continues, if its
-    items are in the body already; *incomplete*: they need not be. *reasoning_field* is as for
-    `Turns`, and *accepted* are those that the provider takes. *streamed*: whatever *body* says, the
-    answer is streamed.
+    *body* is JSON with a model. *previous* is the id of the response that it continues, if the
+    items of that response are in the body already; *incomplete*: they may be missing.
+    *reasoning_field* is as for `Turns`, and *accepted* are the parameters that the provider
+    accepts. *streamed*: the answer is streamed, even if *body* says otherwise.
 
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.

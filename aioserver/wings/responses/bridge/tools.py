@@ -7,7 +7,7 @@
     any other                       hosted: left out or refused (protocol/bridging/hosted.py)
 
 A call comes back under the name and kind that the client knows: `Tools.declared` has them by the
-function's name. The choice of a tool, and a list of those allowed, follow the tools that are left.
+function's name. The choice of a tool, and a list of those allowed, refer to the remaining tools.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Tools:
 
     `declared` has them by the names of their functions, `functions` has those functions as JSON by
     the same names, and `shown` is JSON of the tools in effect, as the client has declared them.
-    `hosted` are those that nobody here could run.
+    `hosted` are the tools that only a provider could run.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class Tools:
     def find(self, name: str) -> Tool:
         """Return the tool whose function has this *name*.
 
-        A function that was not declared is itself.
+        A function that was not declared stands for itself.
         """
         return self.declared.get(name) or Tool(FUNCTION, name)
 
@@ -142,7 +142,7 @@ class Tools:
         """Return the `tool_choice` of chat completions for that of a request; empty if there is
         none.
 
-        Tools that the choice does not allow are taken out of `functions`. All tools have been
+        Tools that the choice does not allow are removed from `functions`. All tools must have been
         added.
 
         Raises:

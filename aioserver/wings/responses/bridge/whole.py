@@ -24,7 +24,7 @@ class WholeWriter(ResponseWriter):
         return self.response(now)
 
     def add_logprobs(self, tokens: object) -> None:
-        """Add the logprobs of *tokens* to the text that was added last, where they are wanted.
+        """Add the logprobs of *tokens* to the text that was added last, if they are wanted.
 
         Raises:
             BadEvent: the answer is too long.
@@ -37,7 +37,7 @@ class WholeWriter(ResponseWriter):
 
 
 async def whole_response(body: bytes, writer: WholeWriter, now: int) -> bytes:
-    """Return the response that *body* means, as *writer* reads it, in steps.
+    """Return the response for *body*, as *writer* reads it, in steps.
 
     *now* is the time of its end.
 
