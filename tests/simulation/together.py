@@ -264,7 +264,11 @@ class Together:
         else:
             self._slowness.clear()
         for name, (inside, limit, _excess) in totals.items():
-            if not calm or inside >= limit or not any(_waits(each, name) for each in members):
+            if (
+                not calm
+                or inside >= limit
+                or not any(_waits(each, name, inside) for each in members)
+            ):
                 self._idle_since.pop(name, None)
             elif Clock.now - self._idle_since.setdefault(name, Clock.now) > IDLE:
                 self._broken(
@@ -422,10 +426,12 @@ class Together:
             self.entered(resource, resource.supply._leases)
 
 
-def _waits(member: Member, name: str) -> bool:
-    """Return whether a request waits for a place of the limit *name* alone."""
+def _waits(member: Member, name: str, inside: int) -> bool:
+    """Return whether a request waits for a place of the limit *name* alone, of which *inside* are
+    taken. A reload reaches one instance after the other: each obeys the limit that it knows.
+    """
     grant: Grant | None = member.leases._grants.get(name)
-    if grant is None or not isinstance(grant.user, LeasedCapacity):
+    if grant is None or not isinstance(grant.user, LeasedCapacity) or inside >= grant.limit:
         return False
     resource = grant.user._resource
     # Batch leaves what it must of the places that its instance has in hand.
