@@ -154,7 +154,9 @@ async def test_while_redis_is_away_an_instance_goes_on_with_its_own(
 
     assert last_input(pair[0]) == ["one", first.output_text, "two"]
     # What is not known is not absent.
-    with pytest.raises(openai.InternalServerError, match="it is not known at the moment") as unknown:
+    with pytest.raises(
+        openai.InternalServerError, match="it is not known at the moment"
+    ) as unknown:
         await ask(sdks[1], "two", first.id)
     assert unknown.value.status_code == 503
     assert "retry-after" in unknown.value.response.headers
