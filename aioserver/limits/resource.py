@@ -229,6 +229,17 @@ class Ticket(msgspec.Struct, eq=False):
             self.work = 1 if self.estimate is None else self.estimate()
         return self.work
 
+    def waited_at(self, resource: Resource) -> float:
+        """Return the seconds that it has waited at *resource*, and then at the resource that
+        *resource* is within.
+        """
+        seconds, waited = 0.0, self.waited
+        place: Resource | None = resource
+        while waited and place is not None:
+            seconds += waited.get(place, 0.0)
+            place = place.within
+        return seconds
+
     def free_slot(self) -> None:
         """Give its slot back: its request does not return."""
         if (resource := self.slot) is not None:
@@ -276,12 +287,12 @@ class Bid(msgspec.Struct, eq=False):
         """Whether it was queued before, and now waits only for *not_before*."""
         return self.front and not self.parked
 
-    def began(self, resource: Resource) -> float:
-        """Return the start of its wait, as if its earlier waits at *resource* had come just
+    def began(self) -> float:
+        """Return the start of its wait, as if its ticket's earlier waits there had come just
         before.
         """
-        waited = self.ticket.waited
-        return self.since - (0.0 if waited is None else waited.get(resource, 0.0))
+        asked = self.resource if self.inner is None else self.inner.resource
+        return self.since - self.ticket.waited_at(asked)
 
 
 class Grant(msgspec.Struct, eq=False):
@@ -620,9 +631,8 @@ class Resource:
             raise self.closed()
         if ticket.deadline <= now:
             raise self.refusal(Reason.DEADLINE, bid, self.retry_after())
-        seconds = patience
-        if ticket.waited is not None:
-            seconds -= ticket.waited.get(self, 0.0)
+        # A ticket of a part has waited outside of the part as well, each time that it went on.
+        seconds = patience - ticket.waited_at(self)
         if not room or seconds <= 0:
             if self.grace <= 0:
                 raise self._no_wait(bid, seconds, patience)
@@ -731,7 +741,7 @@ class Resource:
     def stats(self) -> QueueStats:
         """Return a snapshot."""
         heads = [bid for queue in self.queue.queues for bid in queue.heads()]
-        oldest = min((bid.began(self) for bid in (*heads, *self.away)), default=None)
+        oldest = min((bid.began() for bid in (*heads, *self.away)), default=None)
         batch = self._indices.get(BATCH)
         return QueueStats(
             inside=self.places.inside,

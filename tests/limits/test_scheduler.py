@@ -685,6 +685,30 @@ def test_background_has_half_of_the_places_and_both_are_released_together(world:
     assert (inner.inside, outer.inside) == (0, 0)
 
 
+def test_patience_of_the_background_counts_what_was_waited_outside_of_its_part(
+    world: World,
+) -> None:
+    outer = world.resource(2)
+    inner = background(world, outer)
+    others = [world.start(world.ticket("b"), outer) for _ in range(2)]
+    ticket = world.wait(world.ticket(), inner)
+    assert (inner.inside, outer.waiting) == (1, 1), "it has its part, and waits for a place"
+    world.timers.pass_time(400.0)
+    others.pop().release()
+    granted(ticket).release()
+    world.start(world.ticket("b"), outer)
+
+    # It was started, has failed, and comes back.
+    began = world.timers.now - 400.0
+    world.wait(ticket, Bid(inner, front=True))
+    assert ticket.bids[0].began() == began
+    world.timers.pass_time(199.0)
+    assert ticket.outcome is None
+    world.timers.pass_time(1.0)
+
+    assert error(ticket).reason is Reason.LATE
+
+
 def test_background_that_has_its_part_waits_at_the_front_and_leaves_nothing(world: World) -> None:
     outer = world.resource(2)
     inner = background(world, outer)
