@@ -5,7 +5,7 @@ All logs together keep `max_kept_bytes`, in everything that they keep. Beyond th
     1. finished logs without a reader, and stored responses, are dropped: of the owner that
        keeps most of both, the oldest first
     2. readers that are far behind are dropped, with the events that only they still need
-    3. running logs lose the oldest events that every reader has passed
+    3. logs that run, or are still read, lose the oldest events that every reader has passed
     4. answers without a reader are ended, the oldest first
     5. new answers are refused
 
@@ -103,9 +103,9 @@ class StreamStore:
     Always: the bytes counted are the sum over these logs, over private ones while they run, and
     over bodies that no log has. A log is found by its caller only, and a private one never. The
     sum exceeds `max_kept_bytes` only by what running answers and their readers needed at the last
-    search for room, and by SEARCH_STEP. That search left only finished logs with readers, the
-    entries that readers in time have still to read, the newest event of each running log, and what
-    is kept beside its events.
+    search for room, and by SEARCH_STEP. That search left only the entries that readers in time
+    have still to read, the newest event of each log that runs or is read, and what is kept beside
+    its events.
     """
 
     def __init__(
@@ -331,7 +331,7 @@ class StreamStore:
             try:
                 self._drop_said()
                 self._drop_late_readers()
-                self._cut_running()
+                self._cut_passed()
                 if (excess := self._bytes - self._max_kept_bytes) >= 0:
                     self._observer.crowded(excess + 1)
             finally:
@@ -361,10 +361,11 @@ class StreamStore:
                 if stream.readers and stream.shed():
                     self._drop_unread()
 
-    def _cut_running(self) -> None:
-        """Discard the oldest events of running logs that every reader has passed."""
+    def _cut_passed(self) -> None:
+        """Discard the oldest events that every reader has passed, of logs that run or are read."""
         target = self._max_kept_bytes * EVICTION_TARGET
-        for stream in _of_who_keeps_most(sorted(self._running, key=_size)):
+        read = [stream for stream in self._finished if stream.readers]
+        for stream in _of_who_keeps_most(sorted([*read, *self._running], key=_size)):
             if self._bytes < target:
                 return
             stream.cut(int(self._bytes - target) + 1)
