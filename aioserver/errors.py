@@ -59,6 +59,7 @@ The tree, with HTTP status, code and close code:
         AuthUnavailable             503  auth_unavailable
         DeadlineExceeded            504  deadline_exceeded
             AnswerTooLate           504  deadline_exceeded
+        VersionNotSupported         505  http_version_not_supported
         LoopDetected                508  loop_detected
         ProviderFault               faults of a provider, in provider_errors.py
 """
@@ -577,6 +578,12 @@ class AnswerTooLate(DeadlineExceeded):
 
     outcome = "cancelled"
     bound = "whole"
+
+
+class VersionNotSupported(AioserverError):
+    """The request line names a version of HTTP other than 1.0 and 1.1 (RFC 9110, 15.6.6)."""
+
+    code, status, force_close = "http_version_not_supported", 505, True
 
 
 class LoopDetected(AioserverError):
