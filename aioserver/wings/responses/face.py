@@ -5,6 +5,7 @@ served from the log.
                                      or in the background (background.py): serve
     GET  /v1/responses/{id}          prepare_retrieval, retrieve
     POST /v1/responses/{id}/cancel   cancel
+    POST /v1/responses/compact       compaction.py
 
 The events of a response that was requested with `store: true` are kept for its `resume_window`,
 and those of one in the background for `store_window`. A response is found by the id that the
@@ -35,7 +36,7 @@ from aioserver.gateway.request import Request
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import CANCELLED, COMPLETE
-from aioserver.wings.responses import frames, stored_face
+from aioserver.wings.responses import compaction, frames, stored_face
 from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.attempt import (
     ResponseAttempt,
@@ -111,6 +112,16 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
                 writing,
                 stored_face.passing(context, stored_face.prepare_passed),
             ),
+        ),
+        web.post(
+            "/v1/responses/compact",
+            counted(
+                context.admission,
+                passthrough.FACE,
+                partial(compaction.prepare, context, stored, make_request),
+                partial(compaction.serve, context),
+            ),
+            expect_handler=passthrough.expect_later,
         ),
         *stored_face.routes(context, stored),
     ]
@@ -363,8 +374,9 @@ async def cancel(
         response = await stored.reach(request[CALLER], request.match_info["id"])
         if response is None:
             return await passing(request)
+        body = response.response()
         response.release()
-        raise StreamNotFound(stored_face.NOT_FOUND) from None
+        return await stored_face.write(context, request, body)
     await context.gateway.cancel_anywhere(request[CALLER], stream.request_id)
     answer = stream.whole
     size = len(newest(stream)) if answer is None else answer.size

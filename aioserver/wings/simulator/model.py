@@ -250,6 +250,25 @@ def _messages(endpoint: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**item, "role": item.get("role", "tool")} for item in messages]
 
 
+def calls_of(items: object, called: frozenset[str]) -> frozenset[str]:
+    """Return the ids of the calls in the input *items* of a response, and those *called* before.
+
+    Raises:
+        BadRequest: an output has the id of none of these.
+    """
+    found = set(called)
+    for item in items if isinstance(items, list) else ():
+        kind, call_id = item.get("type"), item.get("call_id")
+        if kind in {"function_call", "custom_tool_call"}:
+            found.add(str(call_id))
+        elif kind in {"function_call_output", "custom_tool_call_output"} and call_id not in found:
+            raise BadRequest(
+                f"No tool call found for function call output with call_id {call_id}.",
+                param="input",
+            )
+    return frozenset(found)
+
+
 def _last_part(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the last part that is text of the user's last message."""
     users = [message.get("content") for message in messages if message["role"] == "user"]

@@ -296,6 +296,39 @@ def model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 1764000000, "owned_by": "aioserver"}
 
 
+# The fields of a request that its response repeats, with their values in a response to a request
+# without them.
+_REPEATED: dict[str, Any] = {
+    "frequency_penalty": 0.0,
+    "instructions": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "presence_penalty": 0.0,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "top_logprobs": 0,
+    "top_p": 1.0,
+}
+
+
+def repeated(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a response that repeat those of the request *body*."""
+    values = {}
+    for name, default in _REPEATED.items():
+        value = body.get(name)
+        if value is None:
+            value = default
+        elif isinstance(value, dict) and isinstance(default, dict):
+            value = {**default, **value}
+        values[name] = value
+    return values
+
+
 def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool) -> Answer:
     text = "".join(words)
     call = request.call
@@ -341,25 +374,24 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
             "id": f"resp_{ident}",
             "object": "response",
             "created_at": created,
+            "completed_at": created if status == "completed" else None,
             "status": status,
             "background": False,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut and ended else None,
-            "instructions": request.body.get("instructions"),
             "max_output_tokens": request.max_tokens,
-            "metadata": request.body.get("metadata") or {},
             "model": request.model,
             "output": [item(text, status)] if ended else [],
             "parallel_tool_calls": True,
             "previous_response_id": request.body.get("previous_response_id"),
             "store": bool(request.body.get("store", True)),
-            "temperature": request.body.get("temperature", 1.0),
-            "text": {"format": {"type": "text"}},
-            "tool_choice": request.body.get("tool_choice", "auto"),
-            "tools": request.body.get("tools") or [],
-            "top_p": request.body.get("top_p", 1.0),
+            "tools": [
+                {"strict": True, **tool} if tool.get("type") == "function" else tool
+                for tool in request.body.get("tools") or ()
+            ],
             "truncation": "disabled",
             "usage": usage if ended else None,
+            **repeated(request.body),
         }
 
     if not request.stream:

@@ -136,7 +136,11 @@ class Tools:
             self.hosted.add(tool.type, f"{param}.type")
             return
         if not namespace:
-            self.shown.append(bytes(raw))
+            shown = bytes(raw)
+            if tool.type == FUNCTION and tool.strict is ABSENT:
+                # The response says it, even if the request does not.
+                shown = shown[:-1] + b',"strict":false}'
+            self.shown.append(shown)
 
     async def choose(self, raw: Raw) -> bytes:
         """Return the `tool_choice` of chat completions for that of a request; empty if there is
