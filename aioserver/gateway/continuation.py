@@ -8,7 +8,7 @@
     how often            MAX_HOPS attempts for one answer, a *hop* each
 
 If all of these hold, the same provider is asked first, then the others of the request's order. A
-provider that has gone silent is asked last. Each is asked in its own *form*, the setting
+provider that has gone silent, or has broken off the rest as well, is asked last. Each is asked in its own *form*, the setting
 `continuation`, which says what follows the messages of the request (`continued`):
 
     prefill         the assistant's message so far
@@ -82,7 +82,6 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.outcome import Outcome
 
     # The providers that may be asked for an answer, in their order, with the model of each.
     Order = Sequence[tuple[Provider, str | None]]
@@ -397,12 +396,15 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
         ProviderFault: no provider could; it is the fault that has broken the answer off.
     """
     outcome, hops = request.provider_request.outcome, 0
+    former = ""
     while True:
         broken = outcome.provider, outcome.model, outcome.headers
         # It must not lead back to the frames of the attempt, which lead to the body.
         forget_frames(fault)
         text = await _text(request, stream, fault)
-        candidates = [] if text is None else _candidates(order, fault, outcome)
+        last = isinstance(fault, ReadTimeout) or broken[0] == former
+        candidates = [] if text is None else _candidates(order, broken[0], last=last)
+        former = broken[0]
         further: ProviderFault | None = None
         while candidates and further is None and hops < MAX_HOPS:
             provider, model = candidates.pop(0)
@@ -490,10 +492,10 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
     return text if transcript.checked or await continuable(body) else None
 
 
-def _candidates(
-    order: Order, fault: ProviderFault, outcome: Outcome
-) -> list[tuple[Provider, str | None]]:
-    """Return the providers that are asked for the rest, in order."""
+def _candidates(order: Order, broken: str, *, last: bool) -> list[tuple[Provider, str | None]]:
+    """Return the providers that are asked for the rest, in order. The one that has *broken* off the
+    answer is the first of them, or the *last*.
+    """
     able = [
         (provider, model)
         for provider, model in order
@@ -504,10 +506,9 @@ def _candidates(
         and (model or provider.settings.model)
         not in provider.capabilities(ContinuationCapabilities).refused
     ]
-    same = [each for each in able if each[0].name == outcome.provider]
-    others = [each for each in able if each[0].name != outcome.provider]
-    # A provider that has hung hangs again.
-    return others + same if isinstance(fault, ReadTimeout) else same + others
+    same = [each for each in able if each[0].name == broken]
+    others = [each for each in able if each[0].name != broken]
+    return others + same if last else same + others
 
 
 def _affordable(provider: Provider, broken: str) -> bool:
