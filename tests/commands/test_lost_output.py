@@ -47,7 +47,6 @@ SPOILS = [
 ]
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize(("how", "descriptors"), SPOILS)
 async def test_a_server_serves_on_whatever_becomes_of_its_output(
     tmp_path: Path, how: str, descriptors: str

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
-pytestmark = pytest.mark.one_loop
 
 PACKAGE = Path(__file__).parents[2] / "aioserver"
 # What watches beside all requests, and may do so in the middle of one.

@@ -104,7 +104,6 @@ async def refuses(peer: Peer) -> None:
     await peer.send(head % len(body) + body)
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("play", [breaks_off, refuses])
 @pytest.mark.parametrize(
     ("path", "native"),

@@ -58,7 +58,6 @@ async def counted(server: RunningServer) -> tuple[Any, Any]:
     )
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize(
     ("model", "stream"),
     [
@@ -103,7 +102,6 @@ WITHIN = {
 }
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("model", WITHIN)
 async def test_a_fault_within_the_answer_is_one_error_event(
     model: str, make_server: MakeServer
@@ -136,7 +134,6 @@ GOOD = (
 )
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("model", [f"fault-{name}" for name in GOOD])
 async def test_unusual_but_good_answers_read_the_same(model: str, server: RunningServer) -> None:
     text = (await over_anthropic(server, "plain")).text

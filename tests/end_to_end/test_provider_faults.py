@@ -135,7 +135,6 @@ BEFORE_STREAMED = {
 RETRYABLE_NOT = {AUTH}
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("model", BEFORE_STREAMED)
 async def test_a_fault_before_the_first_event_has_its_status_and_code(
     model: str, make_server: MakeServer
@@ -168,7 +167,6 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
     assert server.simulator.stats().requests in ((1, 2, 3) if left_alone else (3,))
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("model", BEFORE)
 async def test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code(
     model: str, make_server: MakeServer
@@ -330,7 +328,6 @@ GOOD = {  # whether the connection is kept; None: that depends on how the bytes 
 SHORT = {"fault-slices", "fault-early-done-4"}
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("model", GOOD)
 async def test_unusual_but_good_answers_read_the_same_on_every_face(
     model: str, server: RunningServer
@@ -462,7 +459,6 @@ async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(
     assert set(await server.counted("tokens", "source")) == {("estimate",)}
 
 
-@pytest.mark.one_loop
 async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_server: MakeServer) -> None:
     most = 1 << 20
     server = await make_server(**{"chat.streams.max_stream_bytes": most})

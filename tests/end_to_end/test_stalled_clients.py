@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # The kernel has clocks of its own for what nobody reads.
-pytestmark = pytest.mark.real_time
+pytestmark = [pytest.mark.both_loops, pytest.mark.real_time]
 
 SEND_TIMEOUT = {"chat.streams.send_timeout": 0.5}
 SIZE, COUNT = 30_000, 200  # 6 MB: more than the kernel keeps for a reader with a small buffer

@@ -243,6 +243,7 @@ async def test_a_forgotten_done_is_put_to_a_finished_answer(server: RunningServe
     assert body.count(b"[DONE]") == 1
 
 
+@pytest.mark.virtual_time
 async def test_the_answer_ends_with_the_providers_done(server: RunningServer) -> None:
     for model in ("fault-after-done", "fault-open-done"):
         async with (
@@ -252,6 +253,7 @@ async def test_the_answer_ends_with_the_providers_done(server: RunningServer) ->
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.virtual_time
 async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_server: MakeServer) -> None:
     server = await make_server(Behaviour(ttft=0, interval=60, tokens=5))
     async with asyncio.timeout(patience(5)), post(server, STREAMED) as response:
@@ -517,6 +519,7 @@ async def test_a_fault_behind_a_head_that_went_out_alone_is_an_event(
     assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "read_timeout"
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("behaviour", [SILENT, Behaviour(ttft=0, interval=0.05, tokens=1000)])
 async def test_a_client_that_leaves_cancels_its_answer_at_once(

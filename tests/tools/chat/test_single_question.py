@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tests.support.telling_provider import TellingProvider
 
 # The client is a process of its own, whatever the loop of the test.
-pytestmark = pytest.mark.one_loop
 
 
 async def started(*words: str, **environ: str) -> asyncio.subprocess.Process:

@@ -638,7 +638,7 @@ async def test_an_error_of_the_provider_passes_as_it_is_and_ends_the_answer(
 @pytest.mark.virtual_time
 async def test_pings_come_while_the_provider_is_silent(make_server: MakeServer) -> None:
     server = await make_server(
-        Behaviour(ttft=1.0, interval=0, tokens=3), **{"chat.websocket.ping_interval": 0.2}
+        Behaviour(ttft=0.9, interval=0, tokens=3), **{"chat.websocket.ping_interval": 0.2}
     )
     async with post(server, STREAMED) as response:
         assert not server.simulator.stats().tokens_sent, "the head goes out alone"
