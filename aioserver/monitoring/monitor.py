@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import orjson
 
@@ -25,7 +25,7 @@ from aioserver.monitoring.verdict import Verdicts, unknown
 from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from aioserver.monitoring.snapshot import Sources
     from aioserver.monitoring.state import (
@@ -43,15 +43,10 @@ logger = logging.getLogger("aioserver.monitoring")
 # Incidents that an instance reports to another instance at most.
 NEWEST = 20
 MAX_WATCHERS = 256
+# A watcher is the function that writes bytes to one client of `/events`, without waiting.
+Watcher: TypeAlias = "Callable[[bytes], None]"
 # The log levels of an incident's severities.
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-
-
-class Watcher(Protocol):
-    """A client of `/events`."""
-
-    def send(self, data: bytes) -> None:
-        """Write *data* without waiting."""
 
 
 class Others(Protocol):
@@ -184,7 +179,7 @@ class Monitor:
         history = await self.others.history()
         state = await self.state_of_all()
         self._admit(watcher, every)
-        watcher.send(
+        watcher(
             eventstream.write(orjson.dumps(history), event="history")
             + eventstream.write(state, event="stats")
         )
@@ -200,7 +195,7 @@ class Monitor:
         """
         self._admit(watcher, every)
         stats = eventstream.write(self._snapshot_json, event="stats")
-        watcher.send(self._write_history() + stats)
+        watcher(self._write_history() + stats)
 
     def _admit(self, watcher: Watcher, every: int) -> None:
         if self.full:
@@ -262,7 +257,7 @@ class Monitor:
         stats = eventstream.write(state, event="stats")
         for watcher, every in tuple(self._watchers.items()):
             if self._ticks % every == 0:
-                watcher.send(stats)
+                watcher(stats)
 
     async def _send_state_of_all(self, others: Others) -> None:
         snapshot, incidents = await others.news()
@@ -279,7 +274,7 @@ class Monitor:
     def _send_incident(self, new_incident: Incident) -> None:
         data = eventstream.write(orjson.dumps(new_incident), event="incident")
         for watcher in tuple(self._watchers):
-            watcher.send(data)
+            watcher(data)
 
     def history(self) -> History:
         """Return the last ten minutes as series, without providers that are gone."""
