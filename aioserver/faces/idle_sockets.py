@@ -1,10 +1,10 @@
-"""Which idle WebSocket gives way, where one key holds most places and others wait for one.
+"""The choice of the idle WebSocket that gives way if one key holds most places and others wait.
 
-An idle socket holds a place, and a key may open as many as there are places, whatever else its
-limits are. While a client of another key waits for a place, the socket of that key which has been
-idle longest closes. At most one closes for each client that waits. None closes that has an answer
-under way or has asked within the last IDLE_SECONDS, and none once the key has no more than half of
-the places.
+An idle socket holds a place, and a key may open as many sockets as there are places, whatever else
+its limits are. While a client of another key waits for a place, the socket of the largest key that
+has been idle longest closes. At most one socket closes for each client that waits. A socket stays
+open if it has an answer under way, or has asked within the last IDLE_SECONDS. No more sockets close
+once the key has at most half of the places.
 
 A chat, a resume or a cancel that is carried out counts as asking, and so does the handshake. Pings
 do not count, so they keep no place.
@@ -47,8 +47,8 @@ class IdleSockets:
     """The places of each key, its waiting clients, and its sockets in the order of their last
     question.
 
-    Always: a socket is told to give way at most once. Clients without a key are one caller, and
-    not counted. Each change takes the same time, however many sockets there are.
+    Always: `give_way` is called at most once for a socket. Clients without a key are one caller,
+    and are not counted. Each change takes the same time, however many sockets there are.
 
     *limit* returns how many places there are, *waiting* how many clients wait for one, and
     *elsewhere* whether another process may have one for them: then no socket has to give way.

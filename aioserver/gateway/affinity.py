@@ -69,8 +69,8 @@ class Placement(NamedTuple):
 
 
 class Affinity:
-    """Which prompts were sent to which member, by digests of their beginnings; the least recently
-    used are dropped.
+    """The members to which prompts were sent, by digests of the beginnings of the prompts. The least
+    recently used digests are dropped.
 
     Always: there are at most MAX_DIGESTS digests. *alone* False: other instances send prompts to
     the same engines, so the home follows from the rendezvous alone.

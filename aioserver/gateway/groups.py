@@ -40,7 +40,7 @@ PRIME = (1 << 61) - 1
 
 
 class Waiting(Protocol):
-    """A request that waits for members (gateway/candidates.py); it *began* to wait then."""
+    """A request that waits for members (gateway/candidates.py); *began* is the start of its wait."""
 
     began: float
 
@@ -249,7 +249,7 @@ class Group:
 
     def trial(self, members: Sequence[Member], *, by_time: bool = True) -> Member | None:
         """Return the one of *members*, ordered by `order`, that a request tries first as a trial,
-        since it is sick; its breaker must be told how that ends. None: there is no trial.
+        since it is sick. The caller must report the outcome to its breaker. None: there is no trial.
 
         *by_time* is as for `Breaker.start_spared`.
         """

@@ -56,9 +56,9 @@ class Reason(Enum):
 
 
 class Class(NamedTuple):
-    """A kind of ticket at a resource. *weight* is its part of the work while others wait, *places*
-    what it may use of a capacity (None: all), *room* its part of the queue. *patience* is how many
-    times `queue_timeout` it waits at most (inf: until its deadline).
+    """A kind of ticket at a resource. *weight* is its part of the work while others wait. *places*
+    returns how many places of a capacity it may use (None: all). *room* is its part of the queue.
+    It waits for at most *patience* times `queue_timeout` (inf: until its deadline).
     """
 
     name: str
@@ -84,8 +84,8 @@ BOTH_CLASSES = (Class(INTERACTIVE, 19), Class(BATCH, 1, all_but_a_tenth, 0.5, 10
 
 
 class Rate(Protocol):
-    """How fast starts may follow each other, or how much they may spend: a provider's pace with
-    the trials of its breaker, or a key's starts and tokens.
+    """A limit on how fast starts follow each other, or on what they spend: the pace of a provider
+    with the trials of its breaker, or the starts and tokens of a key.
     """
 
     def delay(self, cost: int, ahead: int = 0) -> float:
@@ -108,7 +108,7 @@ class Supply:
     """
 
     def check(self) -> None:
-        """Lower the capacity if the grant of places has expired; called before each start."""
+        """Lower the capacity if the grant of places has expired. It is called before each start."""
 
     def asked(self) -> None:
         """Set `Resource.elsewhere` and `Resource.grace`: a ticket cannot start at once, and is
@@ -326,8 +326,8 @@ class Grant(msgspec.Struct, eq=False):
             resource.leave(self, work)
 
     def cancel(self, *, serve: bool = True) -> None:
-        """End it unused: it costs nothing. Unless told to *serve* the next ticket, the caller
-        must.
+        """End it unused: it costs nothing. Without *serve*, the caller must serve the next
+        ticket.
         """
         if (resource := self._resource) is not None:
             self._resource = None

@@ -22,7 +22,7 @@ falls behind the kept events is *dropped*, and told so.
 If several processes serve together, a client may read a stream of another process, its *owner*: it
 then reads a *mirror* of the log, which the owner fills.
 
-*Contracts* describe a log's view of its readers, its source and its store. In an *ending* each
-step is done, even if another raises. The *outbox* has the writes of one turn of the event loop,
-which go out together.
+*Contracts* are the protocols by which a log knows its readers, its source and its store. An
+*ending* does every step, even if another step raises. The *outbox* collects the writes of one turn
+of the event loop, which go out together.
 """

@@ -1,7 +1,7 @@
-"""The readers of a log: the cursor of a client, and those that wait for a condition.
+"""The readers of a log: the cursor of a client, and readers that wait for a condition.
 
-A log keeps no list of what each of its readers must still get. A reader is an index into the log,
-and the entries that it has not seen are rendered when its writer has room for them.
+A log has no queue for each of its readers. A reader is an index into the log, and the entries that
+it has not seen are rendered when its writer has room for them.
 """
 
 from __future__ import annotations

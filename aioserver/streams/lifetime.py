@@ -44,7 +44,7 @@ BACKGROUND_RETRY = 15.0
 class Lifetime(StoreObserver):
     """Owns the store, and ends and forgets its streams in time.
 
-    It must be told of each reader that comes or leaves.
+    Every reader that comes or leaves must be reported to it.
 
     Always: a stream in `_detached` runs, has no reader, and has a timer. Its request was sent,
     unless a client began it without reading it. A stream in `_background` runs, and is never in

@@ -6,9 +6,10 @@ for each, with two *slots*, in which a worker and its successor are told apart. 
 replaced *hands over*: others accept connections already, and it refuses nothing before its own
 have ended.
 
-The *image* is what the parent has imported: a worker that is forked goes on with it.
+The *image* is the state of the modules that the parent has imported, with which a forked worker
+starts.
 
-What the workers share, places for connections first of all, are leases of a *private server*. The
-*balance* decides which worker accepts the next connection, by the *loads* of all, which are in
-shared memory.
+The workers share limits, such as the places for connections, through leases of a *private server*.
+The *balance* decides which worker accepts the next connection, by the *loads* of all workers, which
+are in shared memory.
 """

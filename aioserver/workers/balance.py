@@ -59,12 +59,12 @@ class SharedSocket(ListeningSocket):
 
 
 class Balance:
-    """Whether this worker accepts connections.
+    """Decides whether this worker accepts connections.
 
-    Always: `connections` are those of this worker, and *loads* say so; from `start` to `close` one
-    timer runs, for the next beat. *on_gone* is called with each instance of the cluster whose
-    process has ended (`Loads.gone`). Instances that had ended before are included: if all workers
-    end at once, no other process has noticed.
+    Always: `connections` is the number of connections of this worker, which *loads* has, too; from
+    `start` to `close` one timer runs, for the next beat. *on_gone* is called with each instance of
+    the cluster whose process has ended (`Loads.gone`). Instances that had ended before are
+    included: if all workers end at once, no other process has noticed.
     """
 
     def __init__(

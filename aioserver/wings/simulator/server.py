@@ -139,7 +139,7 @@ class Simulator:
         await self.close()
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
-        """Listen, for port 0 on any free one; returns `base_url`.
+        """Listen, for port 0 on any free port, and return `base_url`.
 
         Raises:
             OSError: *host* is not an address of this machine, or *port* is taken.
@@ -290,7 +290,7 @@ class Simulator:
                 behaviour,
                 ttft=interval,
                 interval=interval,
-                # The most that it may have.
+                # The engine writes as many tokens as the request allows.
                 tokens=parsed.max_tokens or behaviour.tokens,
             )
             response = await self.play(request, parsed, paced, play)

@@ -13,8 +13,8 @@
     presence_penalty, frequency_penalty                            the same
 
 `metadata`, `store` and `previous_response_id` are handled here, not by the provider. Hints for
-caches, and bounds of what the provider does by itself, are left out, since some providers refuse
-unknown fields. A field that would change the meaning of the answer is refused by name: see
+caches, and limits of actions that a provider takes by itself, are left out, since some providers
+refuse unknown fields. A field that would change the meaning of the answer is refused by name: see
 `_REFUSED`.
 """
 
@@ -105,7 +105,7 @@ _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
 class ChatRequest(BridgedChat, kw_only=True):
     """A request for chat completions, with the data that turn its answer into a response.
-    *repeated* is for the `Frame` of the response. *logprobs*: the answer shall have them.
+    *repeated* is for the `Frame` of the response. *logprobs* says that the answer must have them.
     """
 
     tools: Tools
@@ -125,9 +125,9 @@ async def chat_request(
     """Return the request for chat completions that corresponds to *body*, in steps.
 
     *body* is JSON with a model. *previous* is the id of the response that it continues, if the
-    items of that response are in the body already; *incomplete*: they may be missing.
+    items of that response are in the body already. With *incomplete*, they may be missing.
     *reasoning_field* is as for `Turns`, and *accepted* are the parameters that the provider
-    accepts. *streamed*: the answer is streamed, even if *body* says otherwise.
+    accepts. With *streamed*, the answer is streamed, even if *body* says otherwise.
 
     Raises:
         InvalidRequest: *body* is no request, or one that has no form in chat completions.
