@@ -139,7 +139,7 @@ async def test_recipe_runs_as_it_stands(make_server: MakeServer, home: Path, sec
 
 @pytest.mark.parametrize(
     "section",
-    [each for each in ("openai: Python", "OpenAI Agents SDK", "Codex") if each in INSTALLED],
+    [each for each in ("openai: Python", "Codex") if each in INSTALLED],
 )
 async def test_responses_are_translated_for_a_provider_that_has_none(
     make_server: MakeServer, home: Path, section: str
@@ -170,8 +170,9 @@ async def test_messages_are_translated_for_a_provider_that_has_none(
     assert paths == {"/v1/chat/completions"}
 
 
-# The agents are no part of it: Codex and opencode do not read `x-should-retry`.
-@pytest.mark.parametrize("section", [*PYTHON, *NODE])
+# One for each library that asks: others stand on openai-python, and Codex and opencode do not read
+# `x-should-retry`.
+@pytest.mark.parametrize("section", ["openai: Python", *NODE])
 async def test_what_we_have_given_up_is_not_asked_again_and_again(
     make_server: MakeServer, home: Path, section: str
 ) -> None:

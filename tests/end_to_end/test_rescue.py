@@ -91,11 +91,20 @@ FAULTS: dict[str, Row] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "face"),
-    # A response has no point behind which nothing is missing but the end mark.
-    [each for each in product(FAULTS, FACES) if each != ("no [DONE]", "responses")],
+# Every fault on the face that all others stand on, streamed and whole; and on each face one of those
+# that are told apart there: a retry, a fallback, an error and a verdict before the first word, and
+# an answer that breaks off. The board has all faults on all faces, with `continuation`.
+SHOWN = (
+    "500 once",
+    "503 always",
+    "an error before the first word",
+    "a verdict before the first word",
+    "cut after 40 of 60 words",
 )
+CELLS = {*product(FAULTS, ("v1 streamed", "v1 whole")), *product(SHOWN, FACES)}
+
+
+@pytest.mark.parametrize(("name", "face"), sorted(CELLS))
 async def test_each_fault_on_each_face(name: str, face: str, make_server: MakeServer) -> None:
     row, (streamed, ask) = FAULTS[name], FACES[face]
     asked, code = (row.asked, row.code) if streamed or row.whole is None else row.whole

@@ -41,8 +41,6 @@ from tests.support.waiting import patience, ticks, until
 if TYPE_CHECKING:
     from aioserver.providers.pool import Pool
 
-pytestmark = pytest.mark.both_loops
-
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
