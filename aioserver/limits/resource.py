@@ -370,7 +370,6 @@ class Resource:
         classes: Sequence[Class] = ONE_CLASS,
         rate: Rate | None = None,
         within: Resource | None = None,
-        part: Callable[[int], int] | None = None,
         supply: Supply | None = None,
         bare: bool = False,
         idle: bool = False,
@@ -378,7 +377,7 @@ class Resource:
         self.name, self.queue_size, self.queue_timeout = name, queue_size, queue_timeout
         self.refuse, self.serve, self.clock, self.keeps = refuse, serve, clock, keeps
         self.look, self.reopens = look, reopens
-        self.classes, self.rate, self.within, self.part = classes, rate, within, part
+        self.classes, self.rate, self.within = classes, rate, within
         self.supply, self.bare, self.idle = supply, bare, idle
         # Places that may be free in other processes, by which the queue may be longer; and the
         # seconds for which a ticket may wait that would otherwise be refused at once.
@@ -403,13 +402,9 @@ class Resource:
         self._early: dict[Grant, None] = {}
         # The slots that are taken, of all and of each class.
         self.slots, self.class_slots = 0, [0 for _ in classes]
-        # The resources within this one.
-        self.inner: list[Resource] = []
         # Whether a start needs nothing but a place.
         self._plain = False
         self._note_plain()
-        if within is not None:
-            within.inner.append(self)
 
     def attach(self, supply: Supply | None) -> None:
         """Take the capacity from *supply* from now on; None: from our own settings."""
