@@ -28,12 +28,12 @@ from aioserver.client.faults import (
     Retries,
     protocol_error,
 )
-from aioserver.client.socket import fault_of
+from aioserver.client.transport import fault_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from aioserver.client.socket import Question, Reading, Transport
+    from aioserver.client.transport import Question, Reading, Transport
     from aioserver.protocol.frames import Frame
 
 

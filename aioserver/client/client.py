@@ -14,11 +14,12 @@ from aioserver.client.credentials import Credentials
 from aioserver.client.event_source import NOT_CONNECTED, EventSourceTransport
 from aioserver.client.faults import AnswerError, describe
 from aioserver.client.history import PAGE, History, Summary, Turn
-from aioserver.client.socket import MAX_ID_CHARACTERS, SocketTransport, make_question
+from aioserver.client.socket import SocketTransport
+from aioserver.client.transport import MAX_ID_CHARACTERS, make_question
 
 if TYPE_CHECKING:
     from aioserver.client.credentials import Key
-    from aioserver.client.socket import Transport
+    from aioserver.client.transport import Transport
 
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0

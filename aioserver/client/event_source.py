@@ -35,7 +35,7 @@ from aioserver.client.faults import (
     refusal,
     unreachable_fault,
 )
-from aioserver.client.socket import MAX_FRAME_BYTES, Reading, Transport, fault_of
+from aioserver.client.transport import MAX_FRAME_BYTES, Reading, Transport, fault_of
 from aioserver.protocol import eventstream
 from aioserver.protocol import frames as protocol_frames
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from aioserver.client.credentials import Credentials
-    from aioserver.client.socket import Question
+    from aioserver.client.transport import Question
     from aioserver.protocol.frames import Frame
 
 # Seconds without a byte after which the connection is dead: four of the server's `ping_interval`.
