@@ -111,7 +111,7 @@ Event = Queued | Waiting | Processing | Text | Reasoning | ToolCalls | Complete
 
 
 def event_of(frame: Frame) -> Event | None:
-    """Return *frame* as an event; None if it is none, or unknown here.
+    """Return *frame* as an event; None if the frame is not an event, or is unknown here.
 
     Raises:
         Broken: a field has the wrong type.

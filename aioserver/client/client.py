@@ -168,7 +168,7 @@ class Client:
         Without keys these are the conversations of this machine's address.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         return await self._history().listing(most)
 
@@ -176,7 +176,7 @@ class Client:
         """Return the turns of a conversation that the server keeps, the oldest first.
 
         Raises:
-            AnswerError: they cannot be had; `conversation_not_found`: there is no such
+            AnswerError: they cannot be read; `conversation_not_found`: there is no such
                 conversation.
         """
         return await self._history().turns(conversation_id)
@@ -242,7 +242,7 @@ class Conversation:
         ended.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         try:
             return await self._client.turns(self.id)

@@ -311,7 +311,7 @@ class EventSourceTransport(Transport):
         self._readings.discard(reading)
 
     def cancel(self, request_id: str) -> asyncio.Future[None] | None:
-        """Cancel an answer. Returns a future that is done when the server was told."""
+        """Cancel an answer. Returns a future that is done when the server has the request."""
         return None if self.closed else self.start(self._cancel(request_id))
 
     def make_room(self) -> None:

@@ -89,7 +89,7 @@ class Client:
         """Return the *most* conversations of this key that were used last, the newest first.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         return self._thread.run(self._client.conversations(most))
 
@@ -97,7 +97,7 @@ class Client:
         """Return the turns of a conversation that the server keeps, the oldest first.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         return self._thread.run(self._client.turns(conversation_id))
 
@@ -127,7 +127,7 @@ class Conversation:
         ended.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         return self._client.run(self._conversation.turns())
 

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 # Seconds by which a timer may be early.
 ROUNDING = 0.002
-# The bounds in seconds of the delay that a client is told when its request could not start, if the
-# delay is an estimate.
+# The bounds in seconds of an estimated `Retry-After`, for a request that could not start.
 RETRY_AFTER = (1.0, 60.0)
 
 

@@ -409,7 +409,7 @@ class Quota:
             return ConcurrencyExceeded(
                 f"{max(resource.inside, self.limit)} answers of this key run or wait,"
                 f" at most max_concurrent={self.limit}",
-                retry_after=1.0,  # nobody knows when one of them ends
+                retry_after=1.0,  # the end of these answers is unknown
             )
         if late := reason is Reason.LATE:
             seconds = self._starts.delay()
@@ -490,7 +490,7 @@ class Quota:
         return ConcurrencyExceeded(
             f"{max(self.connections, most)} connections of this key are open or wait,"
             f" at most max_connections={most}",
-            retry_after=1.0,  # nobody knows when one of them ends
+            retry_after=1.0,  # the end of these answers is unknown
         )
 
     # Revoking.

@@ -261,7 +261,7 @@ class PassedAttempt(Attempt):
 
     @property
     def asked_model(self) -> str:
-        """The model that is asked for; empty where nobody has read which one that is."""
+        """The model that the request names; empty if the request was not read."""
         return self.model or ""
 
     @property

@@ -1,9 +1,9 @@
 """Silence: how long a provider has sent nothing, in the answers that are under way now.
 
 An answer that has ended is measured in its record (telemetry/request_log.py). A stalled answer has
-no end yet, so the exchanges under way are measured once a second, and an event costs nothing. Of
-many exchanges only those are checked that may have been silent for long: one that was heard just
-before a check cannot be for some seconds.
+no end yet, so the exchanges under way are measured once a second, and an event costs nothing. If
+there are many exchanges, an exchange that sent something just before a check is skipped for some
+seconds.
 
 Only streamed answers count: an answer in one piece sends nothing until it is complete.
 """

@@ -270,7 +270,7 @@ async def ask(settings: Settings, history: History, question: str) -> None:
                             thought = (thought + event.text)[-MAX_THOUGHT:]
                         show(event, thought, display)
         except asyncio.CancelledError:
-            # Now the server is told, which may take seconds.
+            # Now the server is asked to cancel the answer, which may take seconds.
             display.note("stopping")
             raise
         finally:

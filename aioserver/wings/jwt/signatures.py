@@ -88,7 +88,7 @@ def read_keys(content: bytes) -> KeySet:
     """Return the keys in *content*, a JWK set.
 
     Raises:
-        UselessKeys: it is none, too large, or has no key that can be used.
+        UselessKeys: it is not a key set, is too large, or has no key that can be used.
     """
     if len(content) > MAX_BYTES:
         raise UselessKeys(f"more than {MAX_BYTES} bytes")

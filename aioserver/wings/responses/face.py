@@ -356,7 +356,7 @@ async def cancel(
         try:
             _check_known(stored, request, missing)
         except InstanceUnavailable:
-            # It is paid for while it runs, so any instance that has it is told.
+            # An answer costs money while it runs, so any instance that has it is asked to cancel it.
             await context.gateway.cancel_anywhere(request[CALLER], request.match_info["id"])
             raise
         # A stored response has ended: its provider need not know it.
