@@ -155,7 +155,7 @@ class Client:
         return Answer(self._opened(), question, limit, last_event_id, retry=self._retry)
 
     def conversation(self, conversation_id: str | None = None) -> Conversation:
-        """Return a conversation: a new one, or the one that has this id.
+        """Return the conversation with this id, which need not exist yet; by default a new one.
 
         Without a key all clients are one caller, so an id should be hard to guess: the default is
         a UUID.

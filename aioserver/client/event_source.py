@@ -111,7 +111,7 @@ class EventSourceReading(Reading):
         super()._give_back()
 
     def _parse(self, data: bytes) -> list[Frame]:
-        """Return the frames that *data* completes, up to one that interrupts the reading."""
+        """Return the frames that *data* completes, up to a frame that interrupts the reading."""
         frames: list[Frame] = []
         try:
             for event in eventstream.parse(self._splitter.feed(data)):

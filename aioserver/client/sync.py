@@ -82,7 +82,7 @@ class Client:
         return Answer(self, self._thread, self._thread.run(make()))
 
     def conversation(self, conversation_id: str | None = None) -> Conversation:
-        """Return a conversation: a new one, or the one that has this id."""
+        """Return the conversation with this id, which need not exist yet; by default a new one."""
         return Conversation(self, self._client.conversation(conversation_id))
 
     def conversations(self, most: int = PAGE) -> list[Summary]:

@@ -279,8 +279,8 @@ async def ask(settings: Settings, history: History, question: str) -> None:
 
 
 def make_display() -> Display:
-    """Return a display for stdout: one that draws, if rich is installed and stdout is a terminal
-    that supports it.
+    """Return a display for stdout, which draws if rich is installed and stdout is a terminal that
+    supports it.
     """
     out, terminal = sys.stdout, sys.stdout.isatty()
     screen = out if terminal else sys.stderr

@@ -137,8 +137,8 @@ class Tell(NamedTuple):
 class Request(msgspec.Struct, array_like=True, frozen=True):
     """The request of an instance.
 
-    *epoch* is that in which its lease has not expired; empty without a lease. *run* names the
-    server's process, and *seq* counts the calls of the instance. *heard* and *version* are those of
+    *epoch* is the epoch in which its lease has not expired; empty without a lease. *run* names the
+    server's process, and *seq* counts the calls of the instance. *heard* and *version* come from
     the last answer. *known* are the other members that it knows; *ended* are instances that have
     ended for certain; *bye* says that this instance ends.
     """

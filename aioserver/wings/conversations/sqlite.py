@@ -371,7 +371,7 @@ class SqliteStorage:
     async def load(self, caller: Caller, conversation_id: str) -> Loaded | None:
         """Return the turns of a conversation.
 
-        None if the file does not answer in time, or lacks one that this process has kept.
+        None if the file does not answer in time, or lacks a turn that this process has kept.
         """
         values, end = self._values(caller, conversation_id), self._loop.time() + LOAD_TIMEOUT
         while (newest := self._queue.newest((caller.name, conversation_id))) is not None:

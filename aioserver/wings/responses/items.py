@@ -210,7 +210,7 @@ async def paging(
     """Return *limit* of the items in *pieces*, which follow the item with the id *after*, in steps.
 
     The pieces are in the order of the list, each with a name and joined items. An item without an
-    id gets one that is made of that name, and stays the same; so does an item whose id has come
+    id gets an id that is made of that name, and stays the same; so does an item whose id has come
     before. None: no item has the id *after*.
     """
     listed: list[tuple[str, Raw]] = []
