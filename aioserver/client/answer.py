@@ -28,12 +28,12 @@ from aioserver.client.faults import (
     Retries,
     protocol_error,
 )
-from aioserver.client.socket import fault_of
+from aioserver.client.transport import fault_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from aioserver.client.socket import Question, Reading, Transport
+    from aioserver.client.transport import Question, Reading, Transport
     from aioserver.protocol.frames import Frame
 
 
@@ -111,7 +111,7 @@ Event = Queued | Waiting | Processing | Text | Reasoning | ToolCalls | Complete
 
 
 def event_of(frame: Frame) -> Event | None:
-    """Return *frame* as an event; None if it is none, or unknown here.
+    """Return *frame* as an event; None if the frame is not an event, or is unknown here.
 
     Raises:
         Broken: a field has the wrong type.

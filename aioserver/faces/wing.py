@@ -66,7 +66,6 @@ class Routes(msgspec.Struct, frozen=True, kw_only=True):
 
     websockets: Sequence[web.RouteDef] = msgspec.field(default=())
     key: Sequence[web.RouteDef] = msgspec.field(default=())
-
     open: Sequence[web.RouteDef] = msgspec.field(default=())
 
 

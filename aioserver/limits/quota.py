@@ -281,8 +281,8 @@ class Quota:
         """Return the grant of an answer that begins: release it once the answer has ended, or
         cancel it if it has never begun. None: *ticket* waits; call `granted` next, or `leave`.
 
-        Its *tokens* are an estimate. If it has to wait, *on_wait* is called, which may raise. If
-        other instances may hold what it needs, *on_wait* is called only after a short wait.
+        *tokens* is an estimate. If the answer has to wait, *on_wait* is called, which may raise. If
+        other instances may hold a free place, *on_wait* is called only after a short wait.
 
         Raises:
             InvalidApiKey: the key was revoked after its request came in.
@@ -409,7 +409,7 @@ class Quota:
             return ConcurrencyExceeded(
                 f"{max(resource.inside, self.limit)} answers of this key run or wait,"
                 f" at most max_concurrent={self.limit}",
-                retry_after=1.0,  # nobody knows when one of them ends
+                retry_after=1.0,  # the end of these answers is unknown
             )
         if late := reason is Reason.LATE:
             seconds = self._starts.delay()
@@ -490,13 +490,13 @@ class Quota:
         return ConcurrencyExceeded(
             f"{max(self.connections, most)} connections of this key are open or wait,"
             f" at most max_connections={most}",
-            retry_after=1.0,  # nobody knows when one of them ends
+            retry_after=1.0,  # the end of these answers is unknown
         )
 
     # Revoking.
 
     def held(self, *, watcher: object | None = None) -> Held:
-        """Bind this task to the key: a revocation cancels what it does inside the `with`.
+        """Bind this task to the key: a revocation cancels the task inside the `with`.
 
         If the task needs an admin key, it works for a *watcher*, and is also cancelled when the
         key is demoted, or `end_watchers` says so. The end of the `with` raises `InvalidApiKey`

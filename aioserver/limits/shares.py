@@ -212,7 +212,7 @@ class Places(Shares[O]):
         """Give a place of *owner* back; the next waiter gets it."""
         self.add(owner, -1)
         while self._waiting:
-            # Among equals, the one that began to wait first.
+            # Among equal owners, the owner that began to wait first.
             owner = min(self._waiting, key=self.of)
             if not self.allows(owner):
                 return

@@ -134,7 +134,7 @@ class Detector:
         self._gathered: dict[Subject, Gathered] = {}
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
-        # The kinds of the faults that were reported and have not ended, by what they are about.
+        # The kinds of the faults that were reported and have not ended, by their subjects.
         self._reported: dict[tuple[str, str], str] = {}
 
     def detect(

@@ -1,8 +1,8 @@
 """A member on the top level of a body, and its place in the bytes.
 
 A body goes on as it came. If one value on its top level must be replaced, its place in the bytes
-is searched for. If a key occurs there several times, the place is that of the last, the one that
-decoders read: a request must not be served by another value than the one that was checked.
+is searched for. If a key occurs there several times, the place is that of the last value, which
+decoders read: a request must not be served by another value than the checked value.
 """
 
 from __future__ import annotations

@@ -286,14 +286,12 @@ class Breaker:
         self.dead = True
         self.deaths += 1
         self._row, self._interval = 0, TRIAL_INTERVAL
-        # Instances that hear of it together do not all try at the same time.
+        # Instances that learn of the fault together do not all try at the same time.
         first = TRIAL_INTERVAL * random.uniform(1, self.instances)  # noqa: S311 - jitter
         self._next_trial = self._next_spared_trial = self._clock() + first
 
     def _lifeless(self) -> bool:
-        """Return whether nothing has succeeded for so long, and so often, that the provider is
-        dead.
-        """
+        """Return whether the provider is dead: it has failed for long enough, and often enough."""
         seconds, failures = self._clock() - self._failing_since, self._failures
         if not (
             (failures >= MANY and seconds >= PATIENCE)

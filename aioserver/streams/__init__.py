@@ -17,7 +17,7 @@ The *lifetime* of a stream depends on its readers. A stream that runs without a 
 comes back in time can *resume*: it reads on after the last event that it has seen. A stream that
 has ended is kept for its window, too. With a window of 0 no client can come back, and nothing is
 kept; the provider is then *paused* while its client reads too slowly. Otherwise a reader that
-falls behind the kept events is *dropped*, and told so.
+falls behind the kept events is *dropped*, with an error as its last event.
 
 If several processes serve together, a client may read a stream of another process, its *owner*: it
 then reads a *mirror* of the log, which the owner fills.

@@ -201,8 +201,8 @@ class Lifetime(StoreObserver):
             self.reader_removed(stream)
 
     def unsent(self, stream: Stream) -> bool:
-        """Note that the request of *stream* waits as one that was not sent; return whether that
-        ends it.
+        """Note that the request of *stream* waits, and no provider has it; return whether that ends
+        the stream.
         """
         left = self._detached.get(stream, False)
         if left:

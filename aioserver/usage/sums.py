@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_ROWS, MAX_UNKNOWN = 10_000, 100
 # Children of the metric by caller; beyond, the caller of a child is OTHER.
 MAX_CHILDREN = 10_000
-# Days whose rows are kept: today, yesterday, and one that a clock has shown for a moment.
+# Days whose rows are kept: today, yesterday, and a wrong day that a clock has shown for a moment.
 MAX_DAYS = 3
 # Characters of a model's name.
 MAX_NAME = 200

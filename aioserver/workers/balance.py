@@ -5,8 +5,8 @@ The kernel wakes all workers for a new connection, and the fastest gets it. With
 idle WebSockets may all go to one worker. With a new connection, a worker therefore stops accepting
 if it has more than STOP times the mean of all workers and a few beyond. At a beat it resumes if it
 has less than GO_ON times the mean. The mean is over the workers whose loops turn, so a blocked one
-holds back no other. The worker with the fewest connections has no more than the mean, so there is
-always one that accepts.
+holds back no other. The worker with the fewest connections has no more than the mean, so at least
+one worker always accepts.
 
 To stop, a process closes its copies of the socket; the socket itself, which the siblings share,
 continues to listen. To resume, it makes new copies. No accepted connection is lost: see

@@ -3,7 +3,7 @@
 Each process has its `Conversations` in memory. A *storage*, if there is one, is authoritative: a
 turn goes to both, a question first loads its conversation from there, and lists and pages are read
 there. A storage may fail. Then chats continue with the memory of this process, lists are partial,
-and a deletion is refused: no client is told that something is deleted which may come back.
+and a deletion is refused: a deleted conversation must not come back.
 
 A conversation may be deleted while an answer in it runs: that answer is then not kept either. So
 the questions without an answer are recorded, and a deletion marks those that it concerns. A

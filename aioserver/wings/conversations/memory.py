@@ -118,7 +118,7 @@ class Conversations:
         """
         key = (caller, conversation_id)
         conversation = self._used_by(caller, key)
-        # The last local turn may be one that the storage did not take.
+        # The storage may lack the last local turn.
         conversation.turns = list(turns)
         self._bound(key, conversation, "" if caller.name else None)
 

@@ -37,7 +37,7 @@ MAX_TOKENS, MAX_CALLERS = 4096, 10_000
 # Seconds after which a caller may be forgotten: its body may be under way for as long, and a
 # minute's starts are available again.
 IDLE = 60.0
-# The most callers that are examined to find one that may be forgotten.
+# The most callers that are examined to find a caller that may be forgotten.
 LOOKS = 64
 
 

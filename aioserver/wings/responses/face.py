@@ -9,7 +9,7 @@ served from the log.
 
 The events of a response that was requested with `store: true` are kept for its `resume_window`,
 and those of one in the background for `store_window`. A response is found by the id that the
-provider gave it, and one that was not streamed only once it will not change any more.
+provider gave it; a response that was not streamed is found only once it will not change any more.
 `starting_after` counts as the provider does, by the `sequence_number` in its events; the log's own
 numbers are not used there. A response that is stored can be read for longer (stored_face.py).
 
@@ -367,7 +367,7 @@ async def cancel(
         try:
             _check_known(stored, request, missing)
         except InstanceUnavailable:
-            # It is paid for while it runs, so any instance that has it is told.
+            # An answer costs money while it runs, so any instance that has it is asked to cancel it.
             await context.gateway.cancel_anywhere(request[CALLER], request.match_info["id"])
             raise
         # A stored response has ended: its provider need not know it.

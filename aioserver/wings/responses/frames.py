@@ -167,7 +167,7 @@ def parse(frame: bytes) -> Command:
     """Parse the command of one text frame.
 
     Raises:
-        BadFrame: it is none; its `error` is an `InvalidJson` or `InvalidRequest`.
+        BadFrame: *frame* is not a command; the `error` is an `InvalidJson` or `InvalidRequest`.
     """
     return at_once(parsing(frame))
 

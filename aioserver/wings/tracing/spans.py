@@ -175,8 +175,8 @@ def _request(
 
 
 def _route_name(target: str, path: str) -> str:
-    """Return the method and the path of a request; for one that is passed on, only the beginning
-    of the path: the rest may be an id.
+    """Return the method and the path of a request. If the request is passed on, the path is only
+    its beginning: the rest may be an id.
     """
     if not target:
         return f"POST /v1/{path}"

@@ -84,7 +84,7 @@ class ItemReader:
         """Add an input item, in steps.
 
         Raises:
-            InvalidRequest: it is none, or has no form in a chat; *param* names it.
+            InvalidRequest: *raw* is not an item, or has no form in a chat; *param* names it.
         """
         item = await reading(_ITEM, raw, param)
         match item.type:
