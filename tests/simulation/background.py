@@ -105,12 +105,13 @@ async def _ask_sse(client: Client) -> str | None:
     arguments = client.body({"request_id": client.name, **client.own_payload()})
     arguments["headers"]["Prefer"] = "respond-async"
     url = f"{client.base}/sse/chat"
+    # The answer to its first try ends after this, and perhaps long before another try is answered.
+    client.seen_at = client.seen_at or Clock.now
     async with client.session.post(url, **arguments) as response:
         if response.status != 202:
             await client.refused(response)
             return None
         await response.read()
-    client.seen_at = Clock.now
     return f"{url}/{client.name}"
 
 
