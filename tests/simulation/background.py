@@ -118,14 +118,18 @@ async def _ask_sse(client: Client) -> str | None:
 async def _look(client: Client, url: str) -> dict[str, Any] | None:
     """Return how far the answer is; None if it is not kept any more."""
     headers = {**client.headers, "Accept": "application/json"}
+    # The response may take long to arrive.
+    now = Clock.now
     async with client.session.get(url, headers=headers) as response:
-        return await _state(client, response)
+        return await _state(client, response, now)
 
 
-async def _state(client: Client, response: aiohttp.ClientResponse) -> dict[str, Any] | None:
+async def _state(
+    client: Client, response: aiohttp.ClientResponse, now: float
+) -> dict[str, Any] | None:
     answer: dict[str, Any] = orjson.loads(await response.read())
     if response.status == 200:
-        client.seen_at = Clock.now
+        client.seen_at = now
         return answer
     code = answer["error"]["code"]
     client.note_refusal(response.status, answer["error"], response.headers)
