@@ -32,7 +32,8 @@ SKEW = 30.0
 class Caller(msgspec.Struct, frozen=True, eq=False):
     """The owner of streams and conversations. Two objects of one name are the same caller.
 
-    *models*: the names of models that it may ask for, which may end with `*`; None: all.
+    *models*: the names of models that it may ask for, which may end with `*`; None: all. *hold*:
+    what is held of its answers, empty for what the server says.
     *subflow*: where the caller's requests wait within `flow`; *priority*: the weight of the flow,
     1 to 10; *batch*: whether its requests use what others leave; *admin*: whether the caller may
     see the operating pages; *quota*: the limits of the caller's key, None without keys. *role*: that
@@ -52,6 +53,7 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
     exp: float = inf
     signer: str = ""
     models: tuple[str, ...] | None = None
+    hold: str = ""
 
     # The address of a client without a key; "" for a key, which is the same caller everywhere.
     address: str = ""

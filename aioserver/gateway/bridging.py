@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.bridging.chat import BridgedChat
     from aioserver.protocol.bridging.chunks import ChunkReader
     from aioserver.protocol.transcript import Transcript
+    from aioserver.providers.api import Api
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import Answer
 
@@ -420,6 +421,11 @@ class BridgedAttempt(LearningAttempt):
                 self.shown_path,
             )
         super().first_event()
+
+    @property
+    def answering_api(self) -> Api:
+        """The API of the events that the provider sends."""
+        return self.request.api if self._chat is None else CHAT
 
     def transcript(self) -> Transcript | None:
         """Return what keeps the answer of a chat completion."""

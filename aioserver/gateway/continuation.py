@@ -28,6 +28,7 @@ one rule that each answer meets as a whole.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -65,6 +66,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.api import Capabilities
 from aioserver.providers.error_mapping import FILTERS, error_in, event_fault
+from aioserver.providers.holding import Holding
 from aioserver.providers.verdicts import Verdicts
 from aioserver.streams import entries
 from aioserver.telemetry.counters import Counter
@@ -110,13 +112,14 @@ REFUSALS = frozenset({400, 404, 422, 501})
 
 
 class _Asked(msgspec.Struct, gc=False):
-    """What a request asks for, as far as it can forbid a continuation."""
+    """What a request asks for, as far as it can forbid a continuation, or ask for JSON."""
 
     messages: Raw = ABSENT
     n: Raw = ABSENT
     logprobs: Raw = ABSENT
     top_logprobs: Raw = ABSENT
     response_format: Raw = ABSENT
+    text: Raw = ABSENT
     output_config: Raw = ABSENT
     output_format: Raw = ABSENT
     structured_outputs: Raw = ABSENT
@@ -134,11 +137,11 @@ class _Asked(msgspec.Struct, gc=False):
 
 # An engine's grammar begins at its own first token, so that the text before it and the rest would
 # not fit together; and who says how a message is continued does so itself.
-_FORBIDDEN = (
+_GRAMMARS = (
     *("output_format", "structured_outputs", "grammar", "json_schema", "regex", "ebnf"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-    *("continue_final_message", "add_generation_prompt"),
 )
+_FORBIDDEN = (*_GRAMMARS, "continue_final_message", "add_generation_prompt")
 _ASKED = msgspec.json.Decoder(_Asked)
 
 
@@ -182,15 +185,11 @@ async def continuable(body: bytes) -> bool:
         n, logprobs, number = (
             _value(raw) for raw in (asked.n, asked.logprobs, asked.top_logprobs)
         )
-        formats = _value(asked.response_format), _value(asked.output_config)
+        free = _asks_for_text(asked)
     except orjson.JSONDecodeError:
         # It is nested more deeply than is read here.
         return False
-    if not (n is None or n == 1) or logprobs or number:
-        return False
-    if not _free(formats[0]) or (
-        isinstance(formats[1], dict) and not _free(formats[1].get("format"))
-    ):
+    if not (n is None or n == 1) or logprobs or number or not free:
         return False
     messages = bytes(asked.messages)
     if not messages.startswith(b"["):
@@ -203,6 +202,32 @@ async def continuable(body: bytes) -> bool:
     if not last or not bytes(last[0]).startswith(b"{"):
         return False
     return json_body.text(_MESSAGE.decode(last[0]).role) != "assistant"
+
+
+async def structured(body: bytes) -> bool:
+    """Return whether the request in *body* asks for structured output: JSON, or the words of a
+    grammar.
+    """
+    try:
+        asked = json_body.decode(_ASKED, body, "the body")
+        await pause_after(body)
+        if any(not null(getattr(asked, name)) for name in _GRAMMARS):
+            return True
+        return not _asks_for_text(asked)
+    except (InvalidRequest, orjson.JSONDecodeError):
+        # Its provider says what is wrong with it.
+        return False
+
+
+def _asks_for_text(asked: _Asked) -> bool:
+    """Return whether *asked* wants free text, as far as its formats say.
+
+    Raises:
+        orjson.JSONDecodeError: one of them is nested more deeply than is read here.
+    """
+    holders = _value(asked.output_config), _value(asked.text)
+    formats = [holder.get("format") for holder in holders if isinstance(holder, dict)]
+    return all(map(_free, (_value(asked.response_format), *formats)))
 
 
 def _value(raw: Raw) -> Any:
@@ -301,7 +326,7 @@ class Hop:
         """Return the request in *body* as one for the rest."""
         return await continued(body, self._form, self._text, self._events)
 
-    def sink(self, attempt: Attempt, sink: StreamSink) -> SeamSink:
+    def sink(self, attempt: Attempt, sink: StreamSink | Holding) -> SeamSink:
         """Return the sink of *attempt*, which passes the rest on to *sink*."""
         return SeamSink(self, attempt, sink, self._stream.max_bytes)
 
@@ -332,10 +357,16 @@ class SeamSink:
     Always: nothing is shown before the seam is found.
     """
 
-    def __init__(self, hop: Hop, attempt: Attempt, sink: StreamSink, max_bytes: int) -> None:
+    def __init__(
+        self, hop: Hop, attempt: Attempt, sink: StreamSink | Holding, max_bytes: int
+    ) -> None:
         self._hop = hop
         self._attempt = attempt
         self._sink = sink
+        # Otherwise all of the rest is shown that is fed.
+        self._shows = not isinstance(sink, Holding)
+        if isinstance(sink, Holding):
+            sink.on_show = partial(hop.show, attempt)
         self._splitter = eventstream.Splitter(max_bytes)
         # The number of events that have come.
         self.progress = 0
@@ -361,7 +392,7 @@ class SeamSink:
         finally:
             # What came before a fault passes, as if it had come in a read of its own.
             if parts:
-                if not self._hop.shown:
+                if self._shows and not self._hop.shown:
                     self._hop.show(self._attempt)
                 more = self._sink.feed(b"".join(parts))
         return more

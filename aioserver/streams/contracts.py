@@ -147,6 +147,9 @@ class Attempt(Protocol):
     def waiting(self) -> int:
         """How many requests wait there for a place that others hold."""
 
+    def received_content(self) -> None:
+        """Note that the first content has come, which may still be held."""
+
     def first_event(self) -> None:
         """Note that the answer has begun."""
 

@@ -103,7 +103,8 @@ class Outcome(msgspec.Struct, eq=False):
 
     *bridge*: the request is translated from this API, and *left_out* are the hosted tools that the
     provider does not get then. *learnt* is what refusals have taught, each with one repeat. *hooks*
-    are the names of those that have refused or changed it.
+    are the names of those that have refused or changed it. *hold* says what is held of a streamed
+    answer; empty where nothing can be.
     """
 
     provider: str = ""
@@ -121,6 +122,7 @@ class Outcome(msgspec.Struct, eq=False):
     left_out: tuple[str, ...] = ()
     learnt: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
+    hold: str = ""
 
     @property
     def spent(self) -> tuple[int, int]:

@@ -108,7 +108,11 @@ class RequestRecord(msgspec.Struct, eq=False):
     log: RequestLog | None = None
 
     def answered(self, now: float) -> None:
-        """Note that the first content of the answer has come *now*; it counts at once."""
+        """Note that the first content of the answer has come *now*; it counts at once, and of
+        several attempts that of the first.
+        """
+        if self.first_event_at:
+            return
         self.first_event_at = now
         # SilenceMeter before the answer do not count: in a head, between comments, in a failed
         # attempt.
