@@ -39,6 +39,7 @@ from aioserver.protocol.bridging.accepted_parameters import (
 from aioserver.protocol.bridging.refusals import STATUSES, Refusal, refusal
 from aioserver.protocol.bridging.transcript import BridgedTranscript
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
+from aioserver.protocol.request_options import CALLS
 from aioserver.provider_errors import ProviderFault, RequestNotBridged
 from aioserver.providers.api import CHAT, Capabilities
 from aioserver.providers.attempt import Attempt
@@ -431,7 +432,9 @@ class BridgedAttempt(LearningAttempt):
         """Return what keeps the answer of a chat completion."""
         if self._chat is None:
             return super().transcript()
-        return BridgedTranscript(self._writer) if self._free and self._writer is not None else None
+        if self._writer is None or not (self._free or self.request.hold == CALLS):
+            return None
+        return BridgedTranscript(self._writer, free=self._free)
 
     def goes_on(self, transcript: Transcript) -> bool:
         """Return whether the rest can be asked for here: in the API in which it has begun."""

@@ -1,7 +1,7 @@
 """Continuation: another attempt says the rest of an answer that broke off after text.
 
     the fault            a break, no verdict: `breaks`
-    what was shown       text alone, with reasoning in front at most: `Said.text`
+    what was shown       text alone, with reasoning in front at most: `Transcript.text`
     what was asked for   one choice of free text, and no message of the assistant at the end, which
                          is a beginning of the client's own: `continuable`
     who reads            somebody, or somebody may come back
@@ -15,6 +15,10 @@ the same one last if it has been silent. Each is asked in its own *form*, the se
     prefix          the same, with `"prefix": true` in it
     final_message   the same, and two members that vLLM and its like want
     instruct        the same, and the user's wish for the last words and the rest
+
+Where calls are held (providers/holding.py) and nothing but reasoning was shown, there is nothing to
+go on with: the request is sent again as it was, to any of the order, whatever its `continuation`,
+and the new reasoning is dropped. What is held is no part of what was said.
 
 What comes is the rest, if its seam says so (protocol/seam.py). It goes into the same log by way of
 the same sink, rewritten as the first answer would have gone on (protocol/transcript.py). A hop that was
@@ -42,6 +46,7 @@ from aioserver.protocol.eventstream import EventTooLong
 from aioserver.protocol.json_body import ABSENT, null
 from aioserver.protocol.member import Member
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes
+from aioserver.protocol.request_options import CALLS
 from aioserver.protocol.seam import (
     CLOSING,
     OPENING,
@@ -83,6 +88,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.transcript import Transcript
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
+    from aioserver.providers.request import ProviderRequest
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.outcome import Outcome
@@ -309,7 +315,8 @@ class Hop:
         broken: Provider,
     ) -> None:
         self.seam = seam
-        self.earlier = Tokens(*stream.outcome.spent)
+        # Behind reasoning alone the whole turn is that of one attempt.
+        self.earlier = Tokens(*stream.outcome.spent) if text else Tokens()
         self.rest = transcript.rest(self.earlier)
         # Whether any of the rest is shown, and how many events of text have come.
         self.shown = False
@@ -324,6 +331,8 @@ class Hop:
 
     async def body(self, body: bytes) -> bytes:
         """Return the request in *body* as one for the rest."""
+        if not self._text:
+            return body
         return await continued(body, self._form, self._text, self._events)
 
     def sink(self, attempt: Attempt, sink: StreamSink | Holding) -> SeamSink:
@@ -435,7 +444,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
         # It must not lead back to the frames of the attempt, which lead to the body.
         forget_frames(fault)
         text = await _text(request, stream, fault)
-        candidates = [] if text is None else _candidates(order, fault, outcome)
+        candidates = [] if text is None else _candidates(order, fault, outcome, anew=not text)
         further: ProviderFault | None = None
         while candidates and further is None and hops < MAX_HOPS:
             provider, model = candidates.pop(0)
@@ -445,7 +454,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
             )
             assert text is not None
             assert transcript is not None
-            seam = seam_of(provider.settings.continuation, text, capabilities)
+            seam = seam_of(provider.settings.continuation if text else "", text, capabilities)
             if seam is None:
                 continue
             attempt = request.make_attempt(
@@ -473,7 +482,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
                     further = failed
                 elif outcome.sent_at:
                     provider.meter.continuations[FAILED].value += 1
-                    if _refuses_form(failed):
+                    if text and _refuses_form(failed):
                         capabilities.refused.keep(attempt.asked_model, None)
                 forget_frames(failed)
             finally:
@@ -501,7 +510,9 @@ def _refuses_form(fault: AioserverError) -> bool:
 
 
 async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str | None:
-    """Return what the answer has said so far; None if the rest may not be said."""
+    """Return what the answer has said so far, empty if that was nothing but reasoning; None if the
+    rest may not be said.
+    """
     provider_request, transcript = request.provider_request, stream.transcript
     if (
         transcript is None
@@ -514,33 +525,51 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
     # The texts that the fast path has passed on come first.
     stream.close_fast_path()
     text = transcript.text()
+    if text is None and _sayable_anew(provider_request, transcript):
+        text = ""
     if text is None or not provider_request.keeps_body:
         return None
     # It may have to wait for a place.
     provider_request.need_body()
+    if not text:
+        return text
     route = request.route
     body = provider_request.body(route.provider.settings, route.model)
     return text if transcript.checked or await continuable(body) else None
 
 
+def _sayable_anew(request: ProviderRequest, transcript: Transcript) -> bool:
+    """Return whether the answer to *request* can be asked for again behind what was shown of it,
+    which is nothing but reasoning.
+    """
+    return request.hold == CALLS and request.choices == 1 and transcript.silent
+
+
 def _candidates(
-    order: Order, fault: ProviderFault, outcome: Outcome
+    order: Order, fault: ProviderFault, outcome: Outcome, *, anew: bool
 ) -> list[tuple[Provider, str | None]]:
-    """Return who is asked for the rest, in this order."""
+    """Return who is asked for the rest, in this order; *anew*: for all of it, which each can say."""
     able = [
         (provider, model)
         for provider, model in order
-        if provider.settings.continuation != NO_CONTINUATION
-        and provider.settings.usable
+        if provider.settings.usable
         and not provider.health.breaker.dead
         and not provider.health.flagged
-        and (model or provider.settings.model)
-        not in provider.capabilities(ContinuationCapabilities).refused
+        and (anew or _continues(provider, model))
     ]
     same = [each for each in able if each[0].name == outcome.provider]
     others = [each for each in able if each[0].name != outcome.provider]
     # A provider that has hung hangs again.
     return others + same if isinstance(fault, ReadTimeout) else same + others
+
+
+def _continues(provider: Provider, model: str | None) -> bool:
+    """Return whether *provider* goes on with an answer of *model*, as far as we know."""
+    return (
+        provider.settings.continuation != NO_CONTINUATION
+        and (model or provider.settings.model)
+        not in provider.capabilities(ContinuationCapabilities).refused
+    )
 
 
 def _affordable(provider: Provider, broken: str) -> bool:

@@ -148,11 +148,12 @@ class CuttingProvider:
     """A provider of *turn* that cuts the first attempts of each entry: `pN` behind N events.
 
     *cuts* is how many attempts of an entry are cut, and *asked* counts the requests of each.
-    *first* is the number of the first attempt. *ending* does what ends an attempt that is cut.
+    Those behind them are of *later*, if it is set. *first* is the number of the first attempt. *ending* does what ends an attempt that is cut.
     """
 
     turn: Turn
     cuts: int = 1
+    later: Turn | None = None
     first: int = 1
     ending: Callable[[Peer], Any] | None = None
     asked: Counter[str] = field(default_factory=Counter)
@@ -168,7 +169,8 @@ class CuttingProvider:
             self.asked[entry] += 1
             self.bodies.append(body)
             number = self.asked[entry]
-            events = self.turn.events(path, number + self.first - 1)
+            turn = self.turn if number <= self.cuts else self.later or self.turn
+            events = turn.events(path, number + self.first - 1)
             if number <= self.cuts and entry.startswith("p"):
                 shown = events[: int(entry[1:])]
                 # One read each, so that each is met alone.

@@ -104,6 +104,11 @@ class ChunkReader(Reading, ABC, Generic[C]):
     def transcript(self) -> str | None:
         """The text that has been shown, if nothing else was and it has no end yet."""
 
+    @property
+    @abstractmethod
+    def silent(self) -> bool:
+        """Whether nothing but reasoning was shown."""
+
     @abstractmethod
     def add_text(self, text: bytes) -> bytes:
         """Return the event of a *text*, escaped, where `plain` is true.
