@@ -28,7 +28,7 @@ from aioserver.config.validators import (
     seconds_or_0,
     size,
 )
-from aioserver.protocol.request_options import AGENTS, HOLDS, PREAMBLE
+from aioserver.protocol.request_options import AGENTS, HOLDS
 
 LOCAL_ORIGINS = ("http://localhost:8000", "http://127.0.0.1:8000")
 
@@ -305,7 +305,7 @@ class Streams(SettingsClass):
         "what of a streamed answer is held: what comes before its content; from the first piece "
         "of a tool call on, all until the model has finished; the whole turn; or, with agents, "
         "the turn of a subagent, the calls of another agent, and else the preamble",
-        PREAMBLE,
+        AGENTS,
     )
     max_stream_bytes: int = setting(
         size,

@@ -21,6 +21,7 @@ This file is one concept: what is kept of a turn decides what may be shown of it
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.errors import AioserverError, ServerAtCapacity
@@ -30,6 +31,7 @@ from aioserver.protocol.parts import Part
 from aioserver.protocol.request_options import TURN
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.error_mapping import event_fault
+from aioserver.telemetry.outcome import LET_GO, LOST, RESCUED, WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +76,8 @@ class Holding:
         self._holds, self._only_reasoning, self._passes = self._whole, False, False
         self._received = False
         self._finishes = 0
+        # Since when events are held.
+        self._since = 0.0
         # With what the sink has answered what was let go.
         self._fault: AioserverError | None = None
         self._ended = False
@@ -130,7 +134,7 @@ class Holding:
         if self._passes:
             return
         self._passes = True
-        if block := self._release():
+        if block := self._release(LET_GO):
             self._stream.mark_answered()
             try:
                 self._ended = not self._feed(block)
@@ -141,8 +145,7 @@ class Holding:
     def forget(self) -> None:
         """Drop what is held: nothing more comes; a second call does nothing."""
         if self._held:
-            self._held.clear()
-            self._count_nothing()
+            self._drop()
         if not self._stream.answered:
             self.sink.forget()
             if self._received:
@@ -180,7 +183,7 @@ class Holding:
                 continue
             if part is Part.ERROR:
                 # The sink gets it alone, and ends the answer by it.
-                self.forget_held()
+                self._drop()
                 self._passes = True
                 return b"".join((*shown, *pieces[number:]))
             if not self._holds:
@@ -197,14 +200,16 @@ class Holding:
                     self._holds = False
                     shown += (self._release(), piece)
                     continue
-            if self._released_by(part) or len(self._held) + len(piece) > self._max_held:
+            too_large = len(self._held) + len(piece) > self._max_held
+            if self._released_by(part) or too_large:
                 self._passes = True
-                return b"".join((*shown, self._release(), *pieces[number:]))
+                result = LET_GO if too_large or part is Part.HOSTED else WHOLE
+                return b"".join((*shown, self._release(result), *pieces[number:]))
             self._held += piece
             self.unseen += 1
         if self._held and not self._count():
             self._passes = True
-            return b"".join((*shown, self._release()))
+            return b"".join((*shown, self._release(LET_GO)))
         return b"".join(shown)
 
     def _part_of(self, piece: bytes) -> Part | None:
@@ -235,21 +240,33 @@ class Holding:
         if not self._received:
             self._received = True
             self._stream.mark_received()
-            if self._holds and not self._stream.answered:
+        if self._holds and not self._since:
+            self._since = monotonic()
+            # So far.
+            self._stream.outcome.turn = LOST
+            if not self._stream.answered:
                 self._request.spare_body(self.let_go)
 
-    def _release(self) -> bytes:
-        """Return what is held, as a part of the answer from now on."""
-        held = bytes(self._held)
+    def _release(self, result: str = "") -> bytes:
+        """Return what is held, as a part of the answer from now on. *result* is what has become of
+        the turn by that; empty if more of it may be held.
+        """
+        held, outcome = bytes(self._held), self._stream.outcome
         self.unseen = 0
-        self.forget_held()
+        self._held.clear()
+        self._count_nothing()
+        if self._since:
+            outcome.turn = RESCUED if result == WHOLE and outcome.cuts else result
+            outcome.held_for = max(outcome.held_for, monotonic() - self._since)
+            self._since = 0.0
         return held
 
-    def forget_held(self) -> None:
-        """Drop what is held, and count it no more."""
-        if self._held:
-            self._held = bytearray()
-            self._count_nothing()
+    def _drop(self) -> None:
+        """Drop what is held: the turn has broken off."""
+        self._stream.outcome.cuts += bool(self._since)
+        self._since = 0.0
+        self._held.clear()
+        self._count_nothing()
 
     def _count(self) -> bool:
         """Count what is held, in steps; return False where there is no room for it."""

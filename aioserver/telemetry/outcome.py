@@ -16,6 +16,9 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Where a request of a group has started: at the member whose cache has its conversation, at
 # another one, as a new conversation; none where that is not known.
 HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
+# What became of a turn of which something was held: it was whole, or another attempt was whole; it
+# was lost with its answer; or it was shown before its time.
+WHOLE, RESCUED, LOST, LET_GO = TURNS = ("whole", "rescued", "lost", "let_go")
 # The counter of the tokens of an attempt: its provider; nobody, so that they are estimated; the
 # provider the prompt alone. NOBODY: they are not known.
 PROVIDER, ESTIMATE, MIXED, NOBODY = "provider", "estimate", "mixed", "none"
@@ -104,7 +107,9 @@ class Outcome(msgspec.Struct, eq=False):
     *bridge*: the request is translated from this API, and *left_out* are the hosted tools that the
     provider does not get then. *learnt* is what refusals have taught, each with one repeat. *hooks*
     are the names of those that have refused or changed it. *hold* says what is held of a streamed
-    answer; empty where nothing can be.
+    answer, empty where nothing can be; *turn* what has become of what was held, so far, empty where
+    that is nothing; *cuts* how often it was dropped, and *held_for* the seconds for which an event
+    was held at most.
     """
 
     provider: str = ""
@@ -123,6 +128,9 @@ class Outcome(msgspec.Struct, eq=False):
     learnt: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
     hold: str = ""
+    turn: str = ""
+    cuts: int = 0
+    held_for: float = 0.0
 
     @property
     def spent(self) -> tuple[int, int]:

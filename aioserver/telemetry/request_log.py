@@ -216,6 +216,8 @@ class RequestLog:
             else:
                 # It was refused in line.
                 asked.start = None
+        if asked.turn and not cancelled:
+            metrics.held_turns[asked.hold, asked.turn].value += 1
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
@@ -329,6 +331,9 @@ class RequestLog:
             fields |= _bill(record.outcome)
         if record.outcome.seams:
             fields["seams"] = len(record.outcome.seams)
+        if record.outcome.turn:
+            fields["hold"] = record.outcome.hold
+            fields["held_ms"] = round(record.outcome.held_for * 1000, 1)
         if record.outcome.bridge:
             fields |= _bridged(record.outcome)
         if record.outcome.hooks:

@@ -5,6 +5,7 @@ all calls of one attempt, or none and an honest error.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,13 @@ from tests.support.held_turns import (
     ask,
     cutting,
 )
-from tests.support.scripted_provider import LAST_CHUNK, Peer, chunk
+from tests.support.scripted_provider import LAST_CHUNK, Peer, ScriptedProvider, chunk
+from tests.support.server import provider_entry
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from tests.support.server import MakeServer
 
 FACES = {
@@ -237,6 +242,45 @@ async def test_a_verdict_ends_a_held_turn_and_drops_what_was_held(
         assert b"call_1_" not in seen.raw
 
 
+async def _garbage(peer: Peer) -> None:
+    peer.write(chunk(b"data: {nonsense\n\n"))
+
+
+async def _overloaded(peer: Peer) -> None:
+    error = {"type": "overloaded_error", "message": "No.", "code": 503}
+    peer.write(chunk(b'event: error\ndata: {"type":"error","error":%b}\n\n' % _json(error)))
+
+
+async def _reset(peer: Peer) -> None:
+    peer.abort()
+
+
+async def _silence(peer: Peer) -> None:
+    await peer.left()
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize("ending", [_garbage, _overloaded, _reset, _silence])
+@pytest.mark.parametrize("face", FACES)
+async def test_turn_that_breaks_off_in_any_way_is_asked_for_again_and_counted(
+    make_server: MakeServer, face: str, ending: Callable[[Peer], Awaitable[None]]
+) -> None:
+    path, bridged = FACES[face]
+    provider = CuttingProvider(CALLS, ending=ending)
+    async with cutting(make_server, provider, 7, bridged=bridged, read_timeout=0.5) as server:
+        seen = await ask(server, path, "p6")
+
+        assert provider.asked == {"p6": 2}
+        assert seen.end == "complete"
+        assert list(seen.calls.values()) == [ARGUMENTS] * 2
+        turns = await server.counted("held_turns", "hold", "result")
+        assert turns["calls", "rescued"] == 1
+        assert sum(turns.values()) == 1
+
+
 @pytest.mark.parametrize("face", ["chat completions", "Messages", "Responses"])
 async def test_what_is_too_much_to_be_held_comes_as_it_comes(
     make_server: MakeServer, face: str
@@ -356,3 +400,116 @@ async def test_turn_on_our_own_faces_is_asked_for_again(
             assert named == [f"call_{attempts}_0", f"call_{attempts}_1"]
             thoughts = "".join(each["data"] for each in chunks if each["type"] == "reasoning")
             assert thoughts == ("I " if (word, cut) == ("calls", 2) else "I think ")
+
+
+@pytest.mark.parametrize(
+    ("face", "heartbeat"),
+    [
+        ("chat completions", b": keep-alive\n\n"),
+        ("Messages", b'event: ping\ndata: {"type":"ping"}\n\n'),
+        ("Responses", b": keep-alive\n\n"),
+    ],
+)
+@pytest.mark.parametrize("text", [(), TEXT])
+async def test_heartbeats_go_out_while_calls_are_held(
+    make_server: MakeServer, face: str, heartbeat: bytes, text: tuple[str, ...]
+) -> None:
+    path, _ = FACES[face]
+    turn = Turn(text=text)
+    count, whole = _count(turn, path, bridged=False)
+    events = turn.events(path, 1)
+
+    async def wait(peer: Peer) -> None:
+        await asyncio.sleep(1.0)
+        peer.write(chunk(b"".join(events[whole - 1 :])) + LAST_CHUNK)
+
+    provider = CuttingProvider(turn, ending=wait)
+    changes = {"chat.websocket.ping_interval": 0.2}
+    async with cutting(make_server, provider, count, changes) as server:
+        seen = await ask(server, path, f"p{whole - 1}")
+
+        assert seen.end == "complete"
+        assert provider.asked == {f"p{whole - 1}": 1}
+        # Between the text and the calls.
+        before = seen.raw[seen.raw.index(b"look") :] if text else seen.raw
+        before = before[: before.index(b"call_1_0")]
+        assert before.count(heartbeat) >= 3
+
+
+async def test_a_keys_own_word_counts_before_that_of_the_server(make_server: MakeServer) -> None:
+    provider = CuttingProvider(CALLS, cuts=0)
+    keys = {
+        "auth.keys": [
+            {"name": "a", "sha256": hashlib.sha256(b"sk-a").hexdigest(), "hold": "turn"},
+            {"name": "b", "sha256": hashlib.sha256(b"sk-b").hexdigest()},
+        ],
+        "chat.streams.hold": "calls",
+    }
+    async with cutting(make_server, provider, 1, keys) as server:
+        for key, hold, word in (("a", "", "turn"), ("a", "calls", "calls"), ("b", "", "calls")):
+            headers = {"Authorization": f"Bearer sk-{key}"}
+            seen = await ask(server, CHAT, "p0", hold, headers)
+
+            assert seen.headers["x-aioserver-hold"] == word
+
+
+async def test_what_is_held_counts_for_the_bytes_that_are_kept(make_server: MakeServer) -> None:
+    turn, goes_on = Turn(calls=30), asyncio.Event()
+    events = turn.events(CHAT, 1)
+
+    async def wait(peer: Peer) -> None:
+        await goes_on.wait()
+        peer.write(chunk(b"".join(events[100:])) + LAST_CHUNK)
+
+    provider = CuttingProvider(turn, ending=wait)
+    async with cutting(make_server, provider, 101) as server:
+        asked = asyncio.ensure_future(ask(server, CHAT, "p100"))
+        store = server.context.gateway.lifetime.store
+        held = sum(map(len, events[1:100]))
+        await until(lambda: store.stats().bytes > held - 4096)
+        goes_on.set()
+        assert len((await asked).calls) == 30
+        await until(lambda: not store.stats().bytes)
+
+
+async def test_a_tool_of_the_provider_is_never_run_twice(make_server: MakeServer) -> None:
+    def event(kind: str, **members: Any) -> bytes:
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), _json({"type": kind, **members}))
+
+    use = {"type": "server_tool_use", "id": "srv_1", "name": "web_search", "input": {}}
+    hosted = event("content_block_start", index=1, content_block=use)
+
+    async def search(peer: Peer) -> None:
+        peer.write(chunk(hosted))
+
+    for word in ("calls", "turn"):
+        provider = CuttingProvider(CALLS, ending=search)
+        async with cutting(make_server, provider, 8) as server:
+            seen = await ask(server, MESSAGES, "p7", word)
+
+            assert provider.asked == {"p7": 1}
+            assert hosted in seen.raw
+            assert seen.end == "provider_disconnected"
+
+
+async def test_whole_answer_that_is_cut_is_asked_for_again(make_server: MakeServer) -> None:
+    asked = 0
+    message = {"role": "assistant", "content": "Whole"}
+    body = _json({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+    async def play(peer: Peer) -> None:
+        nonlocal asked
+        await peer.request()
+        asked += 1
+        await peer.send(head % len(body), body[: 20 if asked in (1, 3) else None])
+
+    async with ScriptedProvider(play) as scripted:
+        entry = provider_entry(scripted.url, max_retries=2, backoff_factor=0.0)
+        server = await make_server(**{"llm.providers.p": entry})
+        url, question = f"{server.v1}/chat/completions", {"model": "p/m", "messages": []}
+        for word, status, times in (("calls", 200, 2), ("preamble", 502, 3)):
+            headers = {"x-aioserver-hold": word}
+            async with server.session.post(url, json=question, headers=headers) as response:
+                assert response.status == status
+            assert asked == times
