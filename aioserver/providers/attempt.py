@@ -410,6 +410,11 @@ class Attempt:
         begun = isinstance(self.sink, BodySink) and self.status == 200
         return begun and self.request.hold != PREAMBLE
 
+    def let_go(self) -> None:
+        """Show what is held of the answer, before its time."""
+        if self.holding is not None:
+            self.holding.let_go()
+
     def stream_sink(self, stream: Stream) -> StreamSink:
         """Return what fills *stream* with events, which the provider has sent as they are."""
         request = self.request

@@ -76,6 +76,9 @@ class Holding:
         self._holds, self._only_reasoning, self._passes = self._whole, False, False
         self._received = False
         self._finishes = 0
+        # Whether room is looked for now, for what is held; and whether who needs the room of the
+        # body may have it.
+        self._counting = self._spares = False
         # Since when events are held.
         self._since = 0.0
         # With what the sink has answered what was let go.
@@ -131,16 +134,18 @@ class Holding:
 
     def let_go(self) -> None:
         """Show what is held, before its time: no other attempt follows."""
-        if self._passes:
+        if not self._held or self._counting:
             return
         self._passes = True
-        if block := self._release(LET_GO):
-            self._stream.mark_answered()
-            try:
-                self._ended = not self._feed(block)
-            except AioserverError as fault:
-                # It belongs to this answer, and not to who needs the room.
-                self._fault = fault
+        block = self._release(LET_GO)
+        self._stream.mark_answered()
+        try:
+            self._ended = not self._feed(block)
+        except AioserverError as fault:
+            # It belongs to this answer, and not to who needs the room.
+            self._fault = fault
+        # Nobody can go on behind a call.
+        self._stream.drop_said()
 
     def forget(self) -> None:
         """Drop what is held: nothing more comes; a second call does nothing."""
@@ -148,9 +153,10 @@ class Holding:
             self._drop()
         if not self._stream.answered:
             self.sink.forget()
-            if self._received:
-                # Another attempt sends it again.
-                self._request.need_body()
+        if self._spares:
+            # Another attempt sends it again.
+            self._spares = False
+            self._request.need_body()
 
     def _feed(self, block: bytes) -> bool:
         if self._fault is not None:
@@ -245,6 +251,7 @@ class Holding:
             # So far.
             self._stream.outcome.turn = LOST
             if not self._stream.answered:
+                self._spares = True
                 self._request.spare_body(self.let_go)
 
     def _release(self, result: str = "") -> bytes:
@@ -255,6 +262,10 @@ class Holding:
         self.unseen = 0
         self._held.clear()
         self._count_nothing()
+        if self._spares:
+            # What is shown next says what becomes of the body.
+            self._spares = False
+            self._request.need_body()
         if self._since:
             outcome.turn = RESCUED if result == WHOLE and outcome.cuts else result
             outcome.held_for = max(outcome.held_for, monotonic() - self._since)
@@ -275,10 +286,13 @@ class Holding:
             self._counted = self._stream.hold()
         if self._counted is None or size - self._counted.size < COUNT_STEP:
             return True
+        self._counting = True
         try:
             self._counted.grow(size - self._counted.size)
         except ServerAtCapacity:
             return False
+        finally:
+            self._counting = False
         return True
 
     def _count_nothing(self) -> None:

@@ -31,7 +31,8 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.support.server import MakeServer
+    from tests.support.held_turns import SeenTurn
+    from tests.support.server import MakeServer, RunningServer
 
 FACES = {
     "chat completions": (CHAT, False),
@@ -513,3 +514,72 @@ async def test_whole_answer_that_is_cut_is_asked_for_again(make_server: MakeServ
             async with server.session.post(url, json=question, headers=headers) as response:
                 assert response.status == status
             assert asked == times
+
+
+async def _held(
+    server: RunningServer, entry: str, events: asyncio.Event, **members: Any
+) -> tuple[asyncio.Task[SeenTurn], float]:
+    """Begin to ask *entry* for a turn, of which calls are held from then on; return the answer to
+    come, and the bytes that are kept then.
+    """
+    asked = asyncio.create_task(ask(server, CHAT, entry, **members))
+    await events.wait()
+    return asked, server.context.gateway.lifetime.store.stats().bytes
+
+
+async def test_held_calls_are_shown_where_another_request_needs_the_room_of_the_question(
+    make_server: MakeServer,
+) -> None:
+    goes_on, held = asyncio.Event(), asyncio.Event()
+
+    async def wait(_peer: Peer) -> None:
+        held.set()
+        await goes_on.wait()
+
+    provider = CuttingProvider(CALLS, ending=wait)
+    changes = {"chat.websocket.concurrency.max_body_bytes": 20_000}
+    async with cutting(make_server, provider, 7, changes, read_timeout=1000.0) as server:
+        provider.asked["p0"] = 1
+        asked, _ = await _held(server, "p6", held, user="x" * 15_000)
+        other = await ask(server, CHAT, "other", user="y" * 15_000, model="p0/m")
+        goes_on.set()
+        seen = await asked
+
+        assert other.end == "complete"
+        # It could not be asked for again.
+        assert provider.asked["p6"] == 1
+        assert seen.end == "provider_disconnected"
+        assert seen.calls["call_1_0"] == ARGUMENTS
+        turns = await server.counted("held_turns", "hold", "result")
+        assert turns["calls", "let_go"] == 1
+
+
+async def test_what_is_held_is_shown_before_others_are_refused_for_want_of_room(
+    make_server: MakeServer,
+) -> None:
+    goes_on, held = asyncio.Event(), asyncio.Event()
+    # The head is out, so that what is let go is written at once.
+    turn = Turn(text=TEXT, calls=60)
+
+    async def wait(peer: Peer) -> None:
+        held.set()
+        await goes_on.wait()
+
+    provider = CuttingProvider(turn, ending=wait)
+    changes = {"chat.streams.max_kept_bytes": 45_000, "chat.streams.max_stream_bytes": 90_000}
+    async with cutting(make_server, provider, 230, changes, read_timeout=1000.0) as server:
+        asked, kept = await _held(server, "p229", held)
+        assert kept > 30_000
+        provider.asked["p0"] = 1
+        store = server.context.gateway.lifetime.store
+        # As somebody else's answers would.
+        with store.hold() as bytes_of_others:
+            bytes_of_others.grow(20_000)
+            assert store.stats().bytes < kept
+            other = await ask(server, CHAT, "p0", "preamble")
+        goes_on.set()
+        seen = await asked
+
+        assert other.end == "complete"
+        assert seen.end == "provider_disconnected"
+        assert len(seen.calls) > 50
