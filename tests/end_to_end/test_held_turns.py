@@ -392,6 +392,8 @@ async def test_turn_on_our_own_faces_is_asked_for_again(
             assert provider.asked[f"p{cut}"] == attempts
             assert [frame["event_id"] for frame in frames] == list(range(1, len(frames) + 1))
             assert frames[-1]["status"] == "complete"
+            told = frames[-1]["chunk"]["metadata"].get("attempts")
+            assert told == (2 if attempts == 2 else None)
             chunks = [frame["chunk"] for frame in frames[1:-1]]
             pieces = [
                 piece for each in chunks if each["type"] == "tool_calls" for piece in each["data"]
