@@ -65,7 +65,7 @@ class ProviderFault(AioserverError):
     # The outcome of the attempt, a metric label; empty if no attempt was made.
     attempt_outcome: ClassVar[str] = ""
     # The same provider may be asked again.
-    retry: ClassVar[bool] = False
+    retry: bool = False
     # That is so only once, and at once: a second fault like it is none of chance.
     once: ClassVar[bool] = False
     # The next provider may be asked.

@@ -28,6 +28,7 @@ from aioserver.config.validators import (
     seconds_or_0,
     size,
 )
+from aioserver.protocol.request_options import AGENTS, HOLDS
 
 LOCAL_ORIGINS = ("http://localhost:8000", "http://127.0.0.1:8000")
 
@@ -298,6 +299,13 @@ class Streams(SettingsClass):
         "seconds that an answer runs on without a reader, and that a finished one is kept; "
         "0: no answer can be resumed",
         30.0,
+    )
+    hold: str = setting(
+        one_of(*HOLDS, AGENTS),
+        "what of a streamed answer is held: what comes before its content; from the first piece "
+        "of a tool call on, all until the model has finished; the whole turn; or, with agents, "
+        "the turn of a subagent, the calls of another agent, and else the preamble",
+        AGENTS,
     )
     max_stream_bytes: int = setting(
         size,

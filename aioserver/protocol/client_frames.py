@@ -61,6 +61,7 @@ class _Payload(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     start_within: Raw = ABSENT
     deadline: Raw = ABSENT
     class_: Raw = msgspec.field(default=ABSENT, name="class")
+    hold: Raw = ABSENT
 
 
 class _Question(_Payload, gc=False, forbid_unknown_fields=True):
@@ -360,12 +361,13 @@ async def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
 
 
 def _request_options(fields: _Payload) -> RequestOptions:
-    if fields.start_within is fields.deadline is fields.class_ is ABSENT:
+    if fields.start_within is fields.deadline is fields.class_ is fields.hold is ABSENT:
         return NO_REQUEST_OPTIONS
     return RequestOptions(
         _seconds(fields.start_within, "start_within"),
         _seconds(fields.deadline, "deadline"),
         request_options.batch(_name(fields.class_, "class"), "class"),
+        request_options.hold(_name(fields.hold, "hold"), "hold"),
     )
 
 

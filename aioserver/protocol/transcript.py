@@ -90,6 +90,11 @@ class Transcript(ABC):
     def rest(self, earlier: Tokens) -> Rest:
         """Return the object that writes the rest; *earlier* are the tokens of all attempts so far."""
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but reasoning was shown, which no other attempt has to go on with."""
+        return False
+
     def add(self, block: bytes) -> bool:  # noqa: ARG002 - of some it is kept elsewhere
         """Keep *block*, whole events that are shown now; return whether `size` has grown so much
         that it must be counted again.
@@ -188,6 +193,12 @@ class ChatTranscript(PassedTranscript):
         self._shape: Shape | None = None
         self._samples_left = MAX_SHAPE_SAMPLES
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but reasoning was shown."""
+        self._fold()
+        return not (self._lost or self._text)
+
     def rest(self, earlier: Tokens) -> ChatRest:
         """Return the object that writes the rest, as `Transcript.rest`."""
         return ChatRest(earlier, self._head)
@@ -247,6 +258,12 @@ class ReadTranscript(Transcript):
         if not reading.only_text or reading.finish_reason is not None:
             return None
         return reading.text if 0 < reading.size <= MAX_TRANSCRIPT else None
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but reasoning was shown."""
+        reading = self._reading
+        return reading.only_text and not reading.size and reading.finish_reason is None
 
     def rest(self, earlier: Tokens) -> ChatRest:
         """Return the object that writes the rest, as `Transcript.rest`."""

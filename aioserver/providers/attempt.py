@@ -22,6 +22,7 @@ from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
 from aioserver.limits.estimate import UNKNOWN_WORK, text_bytes
 from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.request_options import PREAMBLE
 from aioserver.protocol.transcript import ReadTranscript
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.error_mapping import (
@@ -31,6 +32,7 @@ from aioserver.providers.error_mapping import (
     matches_type,
     visible_headers,
 )
+from aioserver.providers.holding import Holding
 from aioserver.providers.reading_sinks import ChatSink, complete_chat
 from aioserver.providers.request import Answer
 from aioserver.providers.sinks import BodySink, StreamSink
@@ -111,7 +113,7 @@ class Hop(Protocol):
     async def body(self, body: bytes) -> bytes:
         """Return the request in *body*, changed into one for the rest."""
 
-    def sink(self, attempt: Attempt, sink: StreamSink) -> Sink:
+    def sink(self, attempt: Attempt, sink: StreamSink | Holding) -> Sink:
         """Return the sink of *attempt*, which passes the rest on to *sink*."""
 
 
@@ -165,6 +167,8 @@ class Attempt:
         self.pool: object = None
         self.status = 0
         self.sink: Sink | None = None
+        # What holds events in front of the sink, if any are to be held.
+        self.holding: Holding | None = None
         self.answer: Answer | None = None
         self.fault: ProviderFault | None = None
         self.headers: Mapping[str, str] = NO_HEADERS
@@ -247,10 +251,17 @@ class Attempt:
         if self.stream is not None:
             self.stream.attempt = self.stream.queued = None
 
+    def received_content(self) -> None:
+        """Note the first content of the answer, which may still be held: the provider has
+        answered.
+        """
+        if not self.answered:
+            self.answered = True
+            self.provider.answered(self)
+
     def first_event(self) -> None:
-        """Note the first content of the answer: no other provider is asked."""
-        self.answered = True
-        self.provider.answered(self)
+        """Note the first content of the answer that is shown: no other provider is asked."""
+        self.received_content()
         if self.stream is None:
             # The answer is whole, and its request is over at once.
             return
@@ -324,7 +335,9 @@ class Attempt:
         """Note that nothing more comes by the exchange."""
         if self.stream is not None:
             self.stream.source = None
-            if not self.answered and isinstance(self.sink, StreamSink):
+            if self.holding is not None:
+                self.holding.forget()
+            elif not self.answered and isinstance(self.sink, StreamSink):
                 self.sink.forget()
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
@@ -365,11 +378,42 @@ class Attempt:
 
     def event_sink(self, stream: Stream) -> Sink:
         """Return the sink for the events of the answer, which fills *stream*."""
-        sink = self.stream_sink(stream)
+        sink: StreamSink | Holding
+        sink = own = self.stream_sink(stream)
+        request = self.request
+        if request.hold != PREAMBLE and self.holds:
+            # An id that a client may need comes with the release.
+            own.patience = None
+            sink = self.holding = Holding(own, stream, request, self.answering_api)
         if self.hop is not None:
             return self.hop.sink(self, sink)
         stream.transcript = self.transcript() if self.request.keeps_body else None
         return sink
+
+    @property
+    def holds(self) -> bool:
+        """Whether events of the answer are held, where its request wants that."""
+        return True
+
+    @property
+    def answering_api(self) -> Api:
+        """The API of the events that the provider sends."""
+        return self.request.api
+
+    @property
+    def cut_unseen(self) -> bool:
+        """Whether a good answer has begun, of which nothing is shown before it is whole, since its
+        request wants turns to be made good.
+        """
+        if self.holding is not None:
+            return True
+        begun = isinstance(self.sink, BodySink) and self.status == 200
+        return begun and self.request.hold != PREAMBLE
+
+    def let_go(self) -> None:
+        """Show what is held of the answer, before its time."""
+        if self.holding is not None:
+            self.holding.let_go()
 
     def stream_sink(self, stream: Stream) -> StreamSink:
         """Return the sink that fills *stream* with the provider's events as they were sent."""

@@ -347,6 +347,8 @@ def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
     metadata |= {"provider": outcome.provider, "model": outcome.model}
     if outcome.seams:
         metadata["seams"] = [seam.described() for seam in outcome.seams]
+    if outcome.turn and outcome.attempts > 1:
+        metadata["attempts"] = outcome.attempts
     stream.finish({"metadata": metadata}, data)
 
 

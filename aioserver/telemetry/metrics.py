@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from aioserver import errors, provider_errors
 from aioserver.config.models import PREFIX
 from aioserver.protocol.bridging.accepted_parameters import LIMIT, MAX_TOKENS, OPTIONAL
+from aioserver.protocol.request_options import CALLS, TURN
 from aioserver.telemetry import logs
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.bugs import Bugs
@@ -34,7 +35,7 @@ from aioserver.telemetry.counters import (
     Share,
     sum_of,
 )
-from aioserver.telemetry.outcome import HOMES, NONE
+from aioserver.telemetry.outcome import HOMES, NONE, TURNS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -95,7 +96,12 @@ CONTINUED, FAILED = "continued", "failed"
 # The APIs that are translated to chat completions, and what is learned from refusals of these.
 BRIDGED_APIS = ("messages", "responses")
 LEARNABLE = (*OPTIONAL, MAX_TOKENS, LIMIT)
-RETRY_CODES, FAILOVER_CODES = _fault_codes("retry"), _fault_codes("failover")
+# By a break of a turn of which nothing was shown there is a retry, too.
+_BREAKS = {provider_errors.ReadTimeout.code, provider_errors.ProviderBadResponse.code}
+RETRY_CODES = sorted({*_fault_codes("retry"), *_BREAKS})
+FAILOVER_CODES = _fault_codes("failover")
+# What became of a turn of which something was held (telemetry/outcome.py), by what is held.
+HELD_TURNS = [(hold, result) for hold in (CALLS, TURN) for result in TURNS]
 
 
 class ProviderMeter:
@@ -233,6 +239,9 @@ class Metrics:
         self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
         self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
         self.deadlines = {kind: Counter() for kind in DEADLINE_KINDS}
+        self.held_turns: dict[tuple[str, ...], Counter] = {
+            labels: Counter() for labels in HELD_TURNS
+        }
         # By caller and setting, made at the first count; callers are configured.
         self.budget_refusals: dict[tuple[str, ...], Counter] = {}
         self.key_wait = Histogram()
@@ -422,6 +431,12 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         lambda m: m.deadlines,
         "Requests ended by a deadline of their own: to start, or for the whole answer",
         ("kind",),
+    ),
+    Row(
+        "held_turns",
+        lambda m: m.held_turns,
+        "Turns of which something was held until the model had finished",
+        ("hold", "result"),
     ),
     Row(
         "budget_refusals",

@@ -16,6 +16,9 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Where a request of a group has started: at the member whose cache has its conversation, at
 # another one, as a new conversation; none if that is not known.
 HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
+# The result of a turn of which events were held: it was whole; another attempt was whole; it was lost
+# with its answer; or it was shown before its finish.
+WHOLE, RESCUED, LOST, LET_GO = TURNS = ("whole", "rescued", "lost", "let_go")
 # The source of an attempt's token counts: its provider; an estimate; or, for MIXED, the provider
 # for the prompt alone. NOBODY: they are not known.
 PROVIDER, ESTIMATE, MIXED, NOBODY = "provider", "estimate", "mixed", "none"
@@ -103,7 +106,10 @@ class Outcome(msgspec.Struct, eq=False):
 
     *bridge*: the API from which the request is translated; *left_out* are the hosted tools that
     the provider does not get then. *learnt* is what refusals have taught, each with one repeat.
-    *hooks* are the names of those that have refused or changed it.
+    *hooks* are the names of those that have refused or changed it. *hold* says what is held of a
+    streamed answer, empty where nothing can be; *turn* is the result of what was held so far, empty
+    if nothing was. *cuts* counts how often held events were dropped, and *held_for* is the longest
+    time in seconds that an event was held.
     """
 
     provider: str = ""
@@ -121,6 +127,10 @@ class Outcome(msgspec.Struct, eq=False):
     left_out: tuple[str, ...] = ()
     learnt: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
+    hold: str = ""
+    turn: str = ""
+    cuts: int = 0
+    held_for: float = 0.0
 
     @property
     def spent(self) -> tuple[int, int]:

@@ -109,7 +109,11 @@ class RequestRecord(msgspec.Struct, eq=False):
     log: RequestLog | None = None
 
     def answered(self, now: float) -> None:
-        """Note that the first content of the answer has come *now*; it counts at once."""
+        """Note that the first content of the answer has come *now*; it counts at once, and of
+        several attempts that of the first.
+        """
+        if self.first_event_at:
+            return
         self.first_event_at = now
         # SilenceMeter before the answer do not count: in a head, between comments, in a failed
         # attempt.
@@ -211,6 +215,8 @@ class RequestLog:
             else:
                 # The request was refused while it waited.
                 asked.start = None
+        if asked.turn and not cancelled:
+            metrics.held_turns[asked.hold, asked.turn].value += 1
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
@@ -324,6 +330,9 @@ class RequestLog:
             fields |= _bill(record.outcome)
         if record.outcome.seams:
             fields["seams"] = len(record.outcome.seams)
+        if record.outcome.turn:
+            fields["hold"] = record.outcome.hold
+            fields["held_ms"] = round(record.outcome.held_for * 1000, 1)
         if record.outcome.bridge:
             fields |= _bridged(record.outcome)
         if record.outcome.hooks:

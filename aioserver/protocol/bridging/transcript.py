@@ -21,8 +21,10 @@ class BridgedTranscript(Transcript, Generic[C]):
     # The sink counts the writer.
     size = 0
 
-    def __init__(self, writer: ChunkReader[C]) -> None:
+    def __init__(self, writer: ChunkReader[C], *, free: bool = True) -> None:
         self.writer = writer
+        # Whether its text is one that can be continued.
+        self._free = free
 
     @property
     def events(self) -> int:
@@ -31,8 +33,13 @@ class BridgedTranscript(Transcript, Generic[C]):
 
     def text(self) -> str | None:
         """Return the text, as `Transcript.text`."""
-        text = self.writer.transcript
+        text = self.writer.transcript if self._free else None
         return text if text and len(text.encode()) <= MAX_TRANSCRIPT else None
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but reasoning was shown."""
+        return self.writer.silent
 
     def rest(self, earlier: Tokens) -> ChatRest:
         """Return the object that writes the rest as chunks, which the same writer reads."""

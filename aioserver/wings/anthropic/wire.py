@@ -22,6 +22,8 @@ import orjson
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import only_names
+from aioserver.protocol.parts import Part
+from aioserver.protocol.parts import content_of as object_in
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
@@ -55,6 +57,15 @@ OVERLOADED = 529
 STOPPED = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 _STOP, _ERROR = b'"message_stop"', b'"error"'
 _TOKENS = ("input_tokens", "cache_creation_input_tokens", "output_tokens")
+# What blocks and their deltas are, but for texts; tools of the provider end as `_tool_use`.
+_KINDS: dict[object, Part] = {
+    "thinking": Part.REASONING,
+    "redacted_thinking": Part.REASONING,
+    "tool_use": Part.CALL,
+    "thinking_delta": Part.REASONING,
+    "signature_delta": Part.REASONING,
+    "input_json_delta": Part.CALL,
+}
 _SPEAKING = re.compile(r"/v1/messages(?:/.*)?", re.DOTALL)
 
 
@@ -146,6 +157,39 @@ def stops(content: Mapping[str, Any]) -> bool:
     if content.get("type") != "message_delta" or not isinstance(delta, dict):
         return False
     return isinstance(delta.get("stop_reason"), str)
+
+
+def part(data: bytes) -> Part:
+    """Return what an event with *data* brings of a turn.
+
+    A piece of the input of a tool is one of a call: where the tool runs at the provider, its block
+    has begun before.
+    """
+    event = object_in(data)
+    if event is None:
+        return Part.ERROR
+    match event.get("type"):
+        case "message_start" | "ping" | "content_block_stop":
+            return Part.PREAMBLE
+        case "content_block_start":
+            block = event.get("content_block")
+            kind = block.get("type") if isinstance(block, dict) else None
+            if isinstance(block, dict) and kind == "text":
+                return Part.TEXT if block.get("text") else Part.PREAMBLE
+            if isinstance(kind, str) and kind.endswith(("_tool_use", "_tool_result")):
+                return Part.HOSTED
+            return _KINDS.get(kind, Part.TEXT)
+        case "content_block_delta":
+            delta = event.get("delta")
+            kind = delta.get("type") if isinstance(delta, dict) else None
+            return _KINDS.get(kind, Part.TEXT)
+        case "message_delta":
+            return Part.FINISH if stops(event) else Part.PREAMBLE
+        case "message_stop":
+            return Part.END
+        case "error":
+            return Part.ERROR
+    return Part.ERROR if isinstance(event.get("error"), dict) else Part.TEXT
 
 
 def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -278,6 +278,13 @@ class ResponseAttempt(BridgedAttempt):
         sink.patience = self._patience if chat is None or self._running is None else None
         return sink
 
+    @property
+    def holds(self) -> bool:
+        """Whether events are held: not of a response that its provider runs by itself in the
+        background, whose id is what its client waits for.
+        """
+        return self._patience != 0.0 or self._chat is not None
+
     def conclude(self) -> Awaitable[None] | None:
         """Check the answer, and return the steps that translate it if it was not streamed.
 

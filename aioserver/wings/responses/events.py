@@ -23,6 +23,7 @@ from msgspec import Raw
 
 from aioserver.protocol.eventstream import parse, split, write
 from aioserver.protocol.openai import only_names
+from aioserver.protocol.parts import Part, content_of
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
@@ -44,6 +45,15 @@ _NO_RESPONSE: dict[str, Any] = {"object": "response", "output": []}
 OPENINGS = frozenset({"response.created", "response.queued", "response.in_progress"})
 ITEM_ADDED = "response.output_item.added"
 PART_ADDED = frozenset({"response.content_part.added", "response.reasoning_summary_part.added"})
+# The types of the items that are calls of tools which the client runs, and the names of the events
+# that have a piece of one.
+_CLIENT_CALLS = frozenset(
+    {
+        *("function_call", "custom_tool_call", "local_shell_call", "shell_call"),
+        *("apply_patch_call", "computer_call", "tool_search_call"),
+    }
+)
+_CALL_DELTAS = frozenset({"function_call_arguments", "custom_tool_call_input"})
 _RESPONSE = b'"response"'
 _END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 _SEQUENCE = b'"sequence_number"'
@@ -271,6 +281,43 @@ def is_content(data: bytes) -> bool:
         return not only_names(part, {"type"})
     # An end is no content either: it may end an empty answer.
     return kind not in OPENINGS and kind not in ENDS
+
+
+def part(data: bytes) -> Part:
+    """Return what an event with *data* brings of a turn."""
+    event = content_of(data)
+    if event is None:
+        return Part.ERROR
+    kind, item = event.get("type"), event.get("item")
+    if kind == ITEM_ADDED and isinstance(item, dict):
+        return _of_item(item.get("type"))
+    if not isinstance(kind, str) or kind in ("error", "response.failed"):
+        return Part.ERROR
+    if kind in ENDS:
+        return Part.FINISH
+    if kind in OPENINGS or kind in PART_ADDED or kind.endswith(".done"):
+        # What is done has come before.
+        return Part.PREAMBLE
+    name = kind.removeprefix("response.").partition(".")[0]
+    if name.startswith("reasoning"):
+        return Part.REASONING
+    if name in _CALL_DELTAS:
+        return Part.CALL
+    return Part.HOSTED if _of_item(name) is Part.HOSTED else Part.TEXT
+
+
+def _of_item(kind: object) -> Part:
+    """Return what an item of this *kind* is."""
+    if kind in _CLIENT_CALLS:
+        return Part.CALL
+    if kind == "reasoning":
+        return Part.REASONING
+    if kind == "message":
+        return Part.PREAMBLE
+    hosted = isinstance(kind, str) and (
+        kind.endswith(("_call", "_call_output")) or kind.startswith("mcp_")
+    )
+    return Part.HOSTED if hosted else Part.TEXT
 
 
 def failed(data: bytes) -> object:

@@ -142,6 +142,13 @@ class MessageWriter(ChunkReader[Call]):
         return self.text
 
     @property
+    def silent(self) -> bool:
+        """Whether nothing but reasoning was shown."""
+        return self.only_text and not (
+            self._called or self._refused or self.texts or self.finish_reason is not None
+        )
+
+    @property
     def size(self) -> int:
         """The bytes that are kept."""
         return self._size + len(self._text)

@@ -119,6 +119,15 @@ class ResponseWriter(ChunkReader[Call]):
         text: str = orjson.loads(b'"%b"' % bytes(part.text))
         return text
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but reasoning was shown."""
+        return (
+            all(isinstance(item, Reasoning) for item in self._items)
+            and not self._nameless
+            and self.finish_reason is None
+        )
+
     def begin(self) -> list[bytes]:
         """Return the events that precede those of any chunk: none, if they are already
         in the log.
