@@ -47,11 +47,14 @@ THREADS_TIMEOUT = 1.0
 YOUNG, OLD = 2_000, 100
 
 
-def serve(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
+def serve(
+    config: Path | None, *, host: str | None, port: int | None, loop: str, replaceable: bool
+) -> int:
     """Serve until SIGTERM or SIGINT.
 
-    *host* and *port* replace the configured ones. Returns the exit code: 0, 2 for a configuration
-    or an interpreter that cannot serve, 1 for anything else.
+    *host* and *port* replace the configured ones. *replaceable*: a single process has a parent,
+    too, which can replace it. Returns the exit code: 0, 2 for a configuration or an interpreter
+    that cannot serve, 1 for anything else.
     """
     output.open_closed()
     # By default SIGHUP kills; it is ignored until there is a server that can reload.
@@ -78,8 +81,10 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
         settings = configuration.settings
         if worker is not None:
             settings = worker.settings(settings)
-        elif settings.chat.websocket.concurrency.uvicorn.workers > 1:
-            again = partial(serve, config, host=host, port=port, loop=loop)
+        elif replaceable or settings.chat.websocket.concurrency.uvicorn.workers > 1:
+            again = partial(
+                serve, config, host=host, port=port, loop=loop, replaceable=replaceable
+            )
             return _serve_with_workers(configuration, environ, inherited, again)
         few_files = preflight.raise_file_limit(settings)
         preflight.make_room_for_files(settings)
@@ -131,7 +136,7 @@ def _serve_with_workers(
     inherited: Sequence[socket.socket],
     again: Callable[[], int],
 ) -> int:
-    """Serve with several processes: see `aioserver.workers.parent`. Return the exit code.
+    """Serve with workers below a parent: see `aioserver.workers.parent`. Return the exit code.
 
     *again* serves as one of them.
 
@@ -341,6 +346,11 @@ async def _serve(
     reloading = asyncio.create_task(reload.run())
     try:
         await stop.asked.wait()
+        if not stop.now.is_set():
+            logger.info(
+                "replaced: this process accepts no more connections, and keeps its answers"
+            )
+            await runner.retire(stop.now)
         logger.info("stopping")
         if stop.orphaned:
             # Nobody is left who could be told.
@@ -348,14 +358,16 @@ async def _serve(
         else:
             notifier.stopping()
         reloading.cancel()
-        await runner.end(hand_over=stop.hand_over, at_once=stop.orphaned)
+        await runner.end(at_once=stop.orphaned)
     finally:
         reloading.cancel()
     return 0
 
 
 def _ignore() -> None:
-    logger.warning("SIGUSR2 is ignored: it replaces workers, and is for the parent of several")
+    logger.warning(
+        "SIGUSR2 is ignored: it is for the parent of workers; `serve --replaceable` makes one"
+    )
 
 
 def _status(server: Server) -> str:

@@ -7,8 +7,10 @@ connections, and the sockets on which they are accepted, are ours.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
@@ -51,8 +53,8 @@ LINGERING = 1.0
 LAST_REQUESTS = 0.3
 # Seconds for what aiohttp itself may leave behind, after `end`.
 SHUTDOWN = 1.0
-# Seconds between two looks at the queues, and the handshakes, of a process that hands over.
-LOOK = 0.05
+# Seconds between two looks at the queues, the handshakes and the answers of a retired process.
+LOOK = 0.1
 
 
 class AccessLogger(AbstractAccessLogger):
@@ -141,15 +143,49 @@ class Runner:
         connections.apply(_options(chat.websocket))
         connections.send_timeout = chat.streams.send_timeout
 
-    async def end(self, *, hand_over: bool = False, at_once: bool = False) -> None:
+    async def retire(self, stop: asyncio.Event) -> None:
+        """Accept no more connections, since other processes do, and otherwise serve until nothing
+        runs or waits here, `replace_timeout` is over, or *stop* is set; `end` follows.
+
+        Idle connections end, each other one with its answers. Nothing is refused: what comes on
+        open connections is served, and what waits gets its turn, for half of `shutdown_timeout`
+        at least.
+        """
+        context, owner, connections = self._owner.context, self._owner, self.server
+        context.monitor.incident(
+            "shutdown", "this process is replaced by another one", severity="info"
+        )
+        await self._stop_accepting()
+        # A connection that is accepted in this iteration of the event loop is known after it.
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        if (tls := owner.tls) is not None:
+            # Each is a connection then, whose client has still to bring its request.
+            grace = context.settings.chat.websocket.shutdown_timeout
+            await until_empty(lambda: not tls.handshakes, grace / 2, stop)
+        owner.retire()
+        connections.drain(silent=True)
+        await _pause(stop, LAST_CALL + LAST_REQUESTS)
+        # Its siblings are ready, which a load balancer asks on connections that it has kept.
+        context.lifecycle.ready = False
+
+        def over() -> bool:
+            if not (context.gateway.running or owner.waiting or connections.active):
+                return True
+            # As a reload may have changed them.
+            settings, passed = context.settings.chat.websocket, loop.time() - began
+            return passed >= settings.replace_timeout and not (
+                owner.waiting and passed < settings.shutdown_timeout / 2
+            )
+
+        await until_empty(over, math.inf, stop)
+
+    async def end(self, *, at_once: bool = False) -> None:
         """Stop serving in good order; call it before `cleanup`.
 
-        *hand_over*: other processes go on to accept connections from the same sockets. Before this
-        one refuses anything, its connections end, each with an answer; what comes on them
-        meanwhile is served, and what waits gets its turn, for half of `shutdown_timeout`.
-
-        *at_once*: the port is given up without `drain_delay`, since another server may be waiting
-        for it.
+        *at_once*: the port is given up without `drain_delay`, since it was given up before, or
+        another server may be waiting for it.
 
         First the server is not ready, but still takes work (`drain_delay`). Then it accepts no
         more connections and refuses new work: requests that wait are refused, idle connections
@@ -164,25 +200,15 @@ class Runner:
         context, connections = self._owner.context, self.server
         settings = context.settings.chat.websocket
         grace = settings.shutdown_timeout
-        if hand_over:
-            text = "this process is replaced by another one"
-        else:
+        if not context.lifecycle.retired.is_set():
             context.lifecycle.ready = False
-            text = "the server is stopping"
-        context.monitor.incident("shutdown", text, severity="info")
-        if settings.drain_delay and not (hand_over or at_once):
-            await asyncio.sleep(settings.drain_delay)
-        await self._stop_accepting()
-        # A connection that is accepted in this iteration of the event loop is known after it.
-        await asyncio.sleep(0)
-        tls = self._owner.tls
-        if hand_over and tls is not None:
-            # Each is a connection then, whose client has still to bring its request.
-            grace -= await until_empty(lambda: not tls.handshakes, grace / 2)
-        connections.drain(silent=hand_over)
-        if hand_over:
-            await asyncio.sleep(LAST_CALL + LAST_REQUESTS)
-            grace -= await until_empty(lambda: not self._owner.waiting, grace / 2)
+            context.monitor.incident("shutdown", "the server is stopping", severity="info")
+            if settings.drain_delay and not at_once:
+                await asyncio.sleep(settings.drain_delay)
+            await self._stop_accepting()
+            # A connection that is accepted in this iteration of the event loop is known after it.
+            await asyncio.sleep(0)
+            connections.drain()
         self._owner.drain()
         began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
@@ -190,8 +216,8 @@ class Runner:
         await context.gateway.finish_background(grace)
         await context.gateway.close()
         await connections.disconnect(FAREWELL)
-        if tls is not None:
-            tls.close()
+        if self._owner.tls is not None:
+            self._owner.tls.close()
 
     async def cleanup(self) -> None:
         """Release everything; call `end` before."""
@@ -249,9 +275,9 @@ async def _refuse(_request: web.Request) -> web.StreamResponse:
     raise web.HTTPExpectationFailed
 
 
-async def until_empty(empty: Callable[[], bool], most: float) -> float:
-    """Wait until a queue is *empty* at two looks, LOOK seconds apart, or *most* seconds are over.
-    Return how long that took.
+async def until_empty(empty: Callable[[], bool], most: float, stop: asyncio.Event) -> float:
+    """Wait until a queue is *empty* at two looks, LOOK seconds apart, *most* seconds are over, or
+    *stop* is set. Return how long that took.
 
     What got its turn just before the first look is in no queue, and may go on to the next one.
     """
@@ -259,13 +285,20 @@ async def until_empty(empty: Callable[[], bool], most: float) -> float:
     began = loop.time()
     before = False
     # No queue says when it is empty, and this happens once in the life of a process.
-    while loop.time() - began < most:
+    while loop.time() - began < most and not stop.is_set():
         now = empty()
         if now and before:
             break
         before = now
-        await asyncio.sleep(LOOK)
+        await _pause(stop, LOOK)
     return loop.time() - began
+
+
+async def _pause(stop: asyncio.Event, seconds: float) -> None:
+    """Wait for *seconds*, or until *stop* is set."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await stop.wait()
 
 
 def _options(settings: WebSocket) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from aioserver.telemetry import logs
 from aioserver.workers.fork_server import Image, close_others, end_with, pass_on
 from aioserver.workers.loads import Loads
 from aioserver.workers.private_server import SharedServer
-from aioserver.workers.supervisor import Supervisor
+from aioserver.workers.supervisor import Supervisor, Timeouts
 from aioserver.workers.worker import Worker, as_file
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Parent:
             self._workers,
             time.monotonic,
             period=self._period,
-            end_timeout=_end_timeout(self._at_start),
+            timeouts=_timeouts(self._at_start),
         )
         # The contents of the configuration file that workers start with, by number.
         self._contents = {0: as_file("configuration", configuration.content)}
@@ -315,15 +315,14 @@ class Parent:
                 if key not in HELD:
                     logger.warning("%s has changed, and stays as it was until SIGUSR2", key)
         logs.apply(settings.logging)
-        self._supervisor.end_timeout = _end_timeout(settings)
         self._number += 1
         self._contents[self._number] = as_file("configuration", configuration.content)
         if replaced:
             self._began = settings
-            self._supervisor.replace(self._number)
+            self._supervisor.replace(self._number, _timeouts(settings))
         else:
             logger.info("reloading %d workers, %s", self._workers, _limits(settings))
-            self._supervisor.reload(self._number)
+            self._supervisor.reload(self._number, _timeouts(settings))
         for old in self._contents.keys() - self._supervisor.configurations:
             os.close(self._contents.pop(old))
 
@@ -388,6 +387,7 @@ def _limits(settings: Settings) -> str:
     )
 
 
-def _end_timeout(settings: Settings) -> float:
+def _timeouts(settings: Settings) -> Timeouts:
     websocket = settings.chat.websocket
-    return websocket.drain_delay + websocket.shutdown_timeout + END
+    end = websocket.drain_delay + websocket.shutdown_timeout + END
+    return Timeouts(end, websocket.replace_timeout)

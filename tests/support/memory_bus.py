@@ -465,6 +465,9 @@ class StreamsOnly:
 
     token = 0
 
+    def retire(self) -> None:
+        """Have nothing to give back."""
+
     def share_provider(
         self,
         _scheduler: Scheduler,

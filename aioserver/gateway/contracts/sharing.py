@@ -55,6 +55,9 @@ class Sharing(Protocol):
     def ended(self, token: int) -> None:
         """Note that the process of another instance has ended for certain."""
 
+    def retire(self) -> None:
+        """Keep no places to spare from now on, since others serve in place of this instance."""
+
     async def settled(self) -> None:
         """Wait until what such instances had is free, for a second at most."""
 

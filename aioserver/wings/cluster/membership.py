@@ -130,6 +130,7 @@ class Membership:
         self.leases = self.renewer.leases
         self.limits = limits = SharedLimits(self.leases, scope)
         # What `Sharing` asks of it.
+        self.retire = self.leases.retire
         self.share_provider, self.observe = limits.share_provider, limits.observe
         self.make_quota, self.share_door = limits.make_quota, limits.share_door
         self._url, self._ways = url, ways
