@@ -366,7 +366,7 @@ async def _serve(
 
 def _ignore() -> None:
     logger.warning(
-        "SIGUSR2 is ignored: it is for the parent of workers; `serve --replaceable` makes one"
+        "SIGUSR2 is ignored: it is for the parent of workers, which serve --replaceable makes"
     )
 
 

@@ -68,7 +68,7 @@ def check_workers() -> None:
     """
     if not hasattr(os, "memfd_create"):
         raise Unfit(
-            "several workers, and --replaceable, need Linux: "
+            "several workers need Linux, and so does --replaceable: "
             "set chat.websocket.concurrency.uvicorn.workers to 1",
             2,
         )

@@ -20,7 +20,7 @@ from tests.support.keys import bearer, keys_of
 from tests.support.logs import without_lateness
 from tests.support.process import serving
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
-from tests.support.server import UVICORN
+from tests.support.server import SIM_HTTP_CLIENT, UVICORN
 from tests.support.waiting import until
 from tests.support.worker_processes import workers
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.one_loop, pytest.mark.timeout(180)]
 
 REPLACED = "all workers are replaced"
-TWO = {f"{UVICORN}.workers": 2, "chat.websocket.shutdown_timeout": 0.5}
+# The provider says nothing until its answers are released.
+ONE = {"chat.websocket.shutdown_timeout": 0.5, f"{SIM_HTTP_CLIENT}.read_timeout": 600}
+TWO = {f"{UVICORN}.workers": 2, **ONE}
 FIRST, SECOND = (
     b"data: %b\n\n" % json.dumps({"id": "c", "choices": [{"index": 0, "delta": delta}]}).encode()
     for delta in ({"role": "assistant", "content": "first "}, {"content": "second"})
@@ -198,9 +200,8 @@ async def test_a_stop_ends_former_processes_with_all_others(
 async def test_a_single_worker_is_replaced_and_has_three_generations_at_most(
     tmp_path: Path, provider: HeldProvider
 ) -> None:
-    changes = {"chat.websocket.shutdown_timeout": 0.5}
     async with (
-        serving(tmp_path / "c.yaml", provider.url, "--replaceable", changes=changes) as process,
+        serving(tmp_path / "c.yaml", provider.url, "--replaceable", changes=ONE) as process,
         Answers(process, provider) as answers,
     ):
         await process.ready()
