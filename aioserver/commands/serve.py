@@ -373,4 +373,7 @@ def _ignore() -> None:
 def _status(server: Server) -> str:
     """Return the line that `systemctl status` shows."""
     gate = server.context.admission.gate
-    return f"{gate.inside} of {gate.limit} connections, {gate.waiting} waiting"
+    text = f"{gate.inside} of {gate.limit} connections, {gate.waiting} waiting"
+    for former in server.context.monitor.snapshot["former"]:
+        text += f"; {former['answers']} answers, longest {former['longest']:.0f} s"
+    return text

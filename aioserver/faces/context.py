@@ -60,6 +60,8 @@ class Lifecycle:
         self.ready = False
         self.stopping = asyncio.Event()
         self.retired = asyncio.Event()
+        # When another process took the place of this one, in Unix time.
+        self.former_since: float | None = None
 
 
 class OpenSocket(Protocol):

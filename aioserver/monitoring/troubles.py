@@ -10,6 +10,7 @@ troubles of a provider, the worst is shown. The *advice* says what an operator c
 from __future__ import annotations
 
 import math
+import time
 from array import array
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -343,6 +344,16 @@ def span(seconds: float) -> str:
 def count(number: int, noun: str) -> str:
     """Return a number of things: 1 answer, 1,200 answers."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def still_run(answers: int, longest: float, processes: int, until: float) -> str:
+    """Return what runs in *processes* that were replaced: *answers*, the *longest* for so many
+    seconds, *until* when, in Unix time.
+    """
+    runs = f"{count(answers, 'answer')} still run{'s' * (answers == 1)}"
+    where = f"{processes} former process{'es' * (processes != 1)}"
+    at = time.strftime("%H:%M", time.localtime(until))
+    return f"{runs} in {where}, longest {span(longest)}, until {at} at the latest"
 
 
 def met_a_bug(number: int, when: str = "in the last minute") -> str:

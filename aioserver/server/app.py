@@ -349,6 +349,7 @@ def _open_context(
         router=router,
         lag=answering.lag,
         ready=lambda: lifecycle.ready and router.usable,
+        former_since=lambda: lifecycle.former_since,
         listening=listening,
         keys=lambda: key_states(access.keys, usage.sums),
         sections=[

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
@@ -152,6 +153,7 @@ class Runner:
         at least.
         """
         context, owner, connections = self._owner.context, self._owner, self.server
+        context.lifecycle.former_since = time.time()
         context.monitor.incident(
             "shutdown", "this process is replaced by another one", severity="info"
         )

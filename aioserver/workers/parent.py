@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.sessions import new_secret
 from aioserver.config.faults import ConfigurationError
+from aioserver.monitoring.troubles import still_run
 from aioserver.server import listener, reload, systemd
 from aioserver.telemetry import logs
 from aioserver.workers.fork_server import Image, close_others, end_with, pass_on
@@ -75,6 +76,7 @@ HELD = (
 )
 # What a worker says of its state.
 LOAD = re.compile(r"(\d+) of (\d+) connections, (\d+) waiting")
+FORMER = re.compile(r"; (\d+) answers, longest (\d+) s")
 
 
 class Parent:
@@ -338,7 +340,14 @@ class Parent:
         text = f"{len(statuses)} of {self._workers} workers"
         if supervisor.replacing:
             text += ", being replaced"
-        return f"{text}: {inside} of {limit} connections, {waiting} waiting"
+        text += f": {inside} of {limit} connections, {waiting} waiting"
+        if former := supervisor.former():
+            said = [match for status, _ in former if (match := FORMER.search(status))]
+            answers = sum(int(match[1]) for match in said)
+            longest = max((int(match[2]) for match in said), default=0)
+            until = time.time() + max(left for _, left in former)
+            text += "; " + still_run(answers, longest, len(former), until)
+        return text
 
     def _enter_child(self) -> None:
         """Prepare a process of ours that is no worker, before it becomes another program: it ends

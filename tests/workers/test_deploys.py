@@ -10,6 +10,7 @@ import asyncio
 import json
 import signal
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
@@ -21,7 +22,8 @@ from tests.support.logs import without_lateness
 from tests.support.process import serving
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import SIM_HTTP_CLIENT, UVICORN
-from tests.support.waiting import until
+from tests.support.systemd import Systemd
+from tests.support.waiting import until, until_result
 from tests.support.worker_processes import workers
 
 if TYPE_CHECKING:
@@ -105,6 +107,16 @@ async def replace(process: ServerProcess, times: int = 1) -> None:
     await until(lambda: process.log.count(REPLACED) == times, 60.0, lambda: process.log)
 
 
+async def former_of(process: ServerProcess) -> list[dict[str, Any]]:
+    """What `/stats` has of the processes that were replaced."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{process.base}/stats") as response,
+    ):
+        former: list[dict[str, Any]] = (await response.json())["former"]
+        return former
+
+
 @pytest.mark.parametrize("count", [4, pytest.param(30, marks=pytest.mark.stress)])
 async def test_two_deploys_cut_no_answer_and_ask_for_none_twice(
     tmp_path: Path, provider: HeldProvider, count: int
@@ -132,6 +144,14 @@ async def test_two_deploys_cut_no_answer_and_ask_for_none_twice(
         await elsewhere.send_json(resume("r1"))
         await until_status(elsewhere, "chunk")
         assert {*first} & {*workers(process)}, "those with answers have not ended"
+        former = await until_result(
+            partial(former_of, process),
+            lambda former: sum(each["answers"] for each in former) == provider.asked,
+        )
+        assert {round(each["until"] - each["since"]) for each in former} == {600}
+        async with session.get(f"{process.base}/metrics") as response:
+            metrics = await response.text()
+        assert f"aioserver_former_answers {provider.asked}.0" in metrics
 
         provider.released.set()
         for body in await answers.rest(0):
@@ -178,23 +198,34 @@ async def test_a_key_that_is_revoked_has_no_answer_in_a_former_process(
         assert await process.ended() == 0
 
 
-async def test_a_stop_ends_former_processes_with_all_others(
+async def test_systemd_hears_of_former_processes_which_a_stop_ends_with_all_others(
     tmp_path: Path, provider: HeldProvider
 ) -> None:
-    async with (
-        serving(tmp_path / "c.yaml", provider.url, changes=TWO) as process,
-        Answers(process, provider) as answers,
-    ):
-        await process.ready()
-        await answers.begin(2)
-        await replace(process)
-        await answers.begin(1)
+    with Systemd(str(tmp_path / "notify")) as systemd:
+        # Soon enough for each worker to say how it is.
+        environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "6000000"}
+        async with (
+            serving(tmp_path / "c.yaml", provider.url, changes=TWO, environ=environ) as process,
+            Answers(process, provider) as answers,
+        ):
+            await process.ready()
+            await answers.begin(2)
+            process.signal(signal.SIGUSR2)
+            await process.living(systemd.message_with("RELOADING"))
+            await process.living(systemd.message_with("READY"))
+            await answers.begin(1)
+            said = "2 answers still run in "
+            async with asyncio.timeout(60):
+                while said not in (status := (await systemd.message())["STATUS"]):
+                    pass
+            assert status.startswith("2 of 2 workers: "), status
+            assert ", until " in status
 
-        process.signal()
+            process.signal()
 
-        for body in await answers.rest(0):
-            assert b"server_shutdown" in body
-        assert await process.ended() == 0
+            for body in await answers.rest(0):
+                assert b"server_shutdown" in body
+            assert await process.ended() == 0
 
 
 async def test_a_single_worker_is_replaced_and_has_three_generations_at_most(
