@@ -173,7 +173,7 @@ class Runner:
         context.lifecycle.ready = False
 
         def over() -> bool:
-            if not (context.gateway.running or owner.waiting or connections.active):
+            if self._done():
                 return True
             # As a reload may have changed them.
             settings, passed = context.settings.chat.websocket, loop.time() - began
@@ -190,11 +190,12 @@ class Runner:
         another server may be waiting for it.
 
         First the server is not ready, but still takes work (`drain_delay`). Then it accepts no
-        more connections and refuses new work: requests that wait are refused, idle connections
-        close, and answers without a reader end. The other answers have `shutdown_timeout` to
-        finish, and each connection ends with its last response. Those in the background have it,
-        too, where other instances go on to keep them. Answers that are left after that end with
-        `server_shutdown`, within FAREWELL seconds.
+        more connections. Where other instances of a cluster serve, it goes on like one that
+        retires, for `shutdown_timeout`. Otherwise it refuses new work: requests that wait are
+        refused, idle connections close, and answers without a reader end. The other answers have
+        `shutdown_timeout` to finish, and each connection ends with its last response. Those in
+        the background have it, too, where other instances go on to keep them. Answers that are
+        left after that end with `server_shutdown`, within FAREWELL seconds.
 
         WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops
         all incoming data, and each close handshake would last for its whole timeout.
@@ -211,6 +212,11 @@ class Runner:
             # A connection that is accepted in this iteration of the event loop is known after it.
             await asyncio.sleep(0)
             connections.drain()
+            sharing = self._owner.sharing
+            if not at_once and sharing is not None and await sharing.others_serve():
+                # Those who come back are answered there, so that nobody has to be refused here.
+                self._owner.retire()
+                grace -= await until_empty(self._done, grace, asyncio.Event())
         self._owner.drain()
         began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
@@ -220,6 +226,11 @@ class Runner:
         await connections.disconnect(FAREWELL)
         if self._owner.tls is not None:
             self._owner.tls.close()
+
+    def _done(self) -> bool:
+        """Return whether nothing runs or waits here."""
+        owner = self._owner
+        return not (owner.context.gateway.running or owner.waiting or self.server.active)
 
     async def cleanup(self) -> None:
         """Release everything; call `end` before."""

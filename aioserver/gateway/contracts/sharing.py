@@ -58,6 +58,11 @@ class Sharing(Protocol):
     def retire(self) -> None:
         """Keep no places to spare from now on, since others serve in place of this instance."""
 
+    async def others_serve(self) -> bool:
+        """Return whether an instance of another parent, or without one, has said within a second
+        that it takes new work.
+        """
+
     async def settled(self) -> None:
         """Wait until what such instances had is free, for a second at most."""
 

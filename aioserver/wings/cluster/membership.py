@@ -174,6 +174,13 @@ class Membership:
         )
         monitor.share(self._totals)
 
+    async def others_serve(self) -> bool:
+        """Return whether an instance elsewhere takes new work; see `Sharing`."""
+        # All instances at a server of a parent's own are that parent's.
+        if self._totals is None or self._numbers is not None:
+            return False
+        return await self._totals.others_serve()
+
     def _look(self, what: str) -> bytes:
         """Return *what* another instance wants to know; nothing before this one serves."""
         return b"" if self._totals is None else self._totals.tell(what)
