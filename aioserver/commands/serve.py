@@ -347,10 +347,15 @@ async def _serve(
     try:
         await stop.asked.wait()
         if not stop.now.is_set():
+            outcomes = server.context.metrics.outcomes.values()
+            before = sum(counter.value for counter in outcomes)
             logger.info(
                 "replaced: this process accepts no more connections, and keeps its answers"
             )
             await runner.retire(stop.now)
+            ended = sum(counter.value for counter in outcomes) - before
+            running = server.context.gateway.running
+            logger.info("replaced: %d answers have ended since, %d still run", ended, running)
         logger.info("stopping")
         if stop.orphaned:
             # Nobody is left who could be told.

@@ -168,6 +168,7 @@ async def test_two_deploys_cut_no_answer_and_ask_for_none_twice(
         assert not {*first} & {*workers(process)}
         process.signal()
         assert await process.ended() == 0
+    assert "answers have ended since, 0 still run" in process.log
     log = without_lateness(process.log)
     for sign in ("Traceback", " ERROR ", "bug in", "was ended by", "server_shutdown"):
         assert sign not in log, process.log
