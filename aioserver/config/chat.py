@@ -161,6 +161,11 @@ class WebSocket(SettingsClass):
         "seconds that running streams have to finish on a stop; beyond: `server_shutdown`",
         30.0,
     )
+    replace_timeout: float = setting(
+        seconds_or_0,
+        "seconds that a worker which is replaced keeps its answers; beyond: as on a stop",
+        600.0,
+    )
     drain_delay: float = setting(
         seconds_or_0,
         "seconds that the server still listens on a stop, after /ready has turned to 503",

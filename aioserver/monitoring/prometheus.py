@@ -121,6 +121,16 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
     Gauge("tasks", lambda s: s["process"]["tasks"], "Tasks of the event loop, some seconds ago"),
     Gauge("watchers", lambda s: s["watchers"], "Clients of /events"),
     Gauge(
+        "former_workers",
+        lambda s: len(s["former"]),
+        "Processes that were replaced, and still have answers",
+    ),
+    Gauge(
+        "former_answers",
+        lambda s: sum(each["answers"] for each in s["former"]),
+        "Answers that run in processes that were replaced",
+    ),
+    Gauge(
         "instances",
         _instances,
         "Instances of the cluster, by whether they have answered; 1 where there is none",

@@ -27,6 +27,7 @@ from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
 from aioserver.monitoring.section import Section
 from aioserver.monitoring.state import (
+    FormerState,
     KeyState,
 )
 from aioserver.streams.lifetime import Lifetime
@@ -81,7 +82,8 @@ class Sources(msgspec.Struct, frozen=True):
 
     *chat* returns the section in effect. *gate* admits connections, *running* counts the answers under way, *ready* says whether the
     server takes new work, and *listening* has the sockets that accept connections, as soon as
-    there are any. *keys* returns the state of the keys. *sections* are the wings' parts, and
+    there are any. *keys* returns the state of the keys. *former_since* says when
+    others took the place of this process, in Unix time. *sections* are the wings' parts, and
     *endpoints* the paths of their faces.
     """
 
@@ -97,6 +99,7 @@ class Sources(msgspec.Struct, frozen=True):
     ready: Callable[[], bool]
     listening: Sequence[socket.socket]
     keys: Callable[[], dict[str, KeyState]] = dict
+    former_since: Callable[[], float | None] = lambda: None
     sections: Sequence[Section[Any]] = ()
     endpoints: Mapping[str, str] = msgspec.field(default_factory=dict)
 
@@ -166,6 +169,7 @@ class Snapshots:
             "loop": {"lag": round(interval.lag, 5), "lag_max": round(interval.lag_max, 5)},
             "process": {**process_usage(), "tasks": interval.tasks, "cpu": interval.cpu},
             "watchers": watchers,
+            "former": _former_state(sources, now),
             "endpoints": {
                 "websocket": chat.websocket.endpoint,
                 "sse": chat.sse.endpoint,
@@ -175,6 +179,25 @@ class Snapshots:
         }
         parts = {section.key: section.state() for section in sources.sections}
         return cast("Snapshot", {**snapshot, **parts})
+
+
+def _former_state(sources: Sources, now: float) -> list[FormerState]:
+    """Return the state of this process if others have taken its place."""
+    if (since := sources.former_since()) is None:
+        return []
+    records = [stream.record for stream in sources.streams.running()]
+    # A mirror's answer is in the record of its owner.
+    running = [now - record.admitted_at for record in records if record.admitted_at]
+    return [
+        {
+            "worker": sources.usage.worker,
+            "version": __version__,
+            "since": round(since, 3),
+            "until": round(since + sources.chat().websocket.replace_timeout, 3),
+            "answers": sources.running(),
+            "longest": round(max(running, default=0.0), 1),
+        }
+    ]
 
 
 def _group_state(

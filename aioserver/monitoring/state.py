@@ -36,6 +36,11 @@ def _earliest(values: Sequence[float | None]) -> float | None:
     return min((value for value in values if value is not None), default=None)
 
 
+def _together(values: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the entries of all."""
+    return [entry for entries in values for entry in entries]
+
+
 def _by_name(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """Add up by name; a name that one instance has alone is kept."""
     total: Counter[str] = Counter()
@@ -58,6 +63,7 @@ SUM: Rule = _sum
 MAX: Rule = max
 ANY: Rule = any
 COUNTS: Rule = _by_name
+ENTRIES: Rule = _together
 KNOWN: Rule = _sum_of_known
 EARLIEST: Rule = _earliest
 OWN: Rule = _first
@@ -384,6 +390,21 @@ class InstanceState(TypedDict):
     cluster: str
 
 
+class FormerState(TypedDict):
+    """A process that was replaced, and still has *answers*, the *longest* for so many seconds.
+
+    *worker* is its slot; *since* and *until*, when the last of them ends at the latest, are Unix
+    times in seconds.
+    """
+
+    worker: int | None
+    version: str
+    since: float
+    until: float
+    answers: int
+    longest: float
+
+
 class Snapshot(TypedDict):
     """The whole state: the JSON object of `/stats`.
 
@@ -417,6 +438,7 @@ class Snapshot(TypedDict):
     loop: LoopState
     process: ProcessState
     watchers: Annotated[int, SUM]
+    former: Annotated[list[FormerState], ENTRIES]
     endpoints: Annotated[dict[str, str], OWN]
     cluster: NotRequired[ClusterState]
     instances: NotRequired[Annotated[dict[str, InstanceState | None], MADE]]

@@ -32,12 +32,13 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.sessions import new_secret
 from aioserver.config.faults import ConfigurationError
+from aioserver.monitoring.alerts import still_run
 from aioserver.server import listener, reload, systemd
 from aioserver.telemetry import logs
 from aioserver.workers.fork_server import Image, close_others, end_with, pass_on
 from aioserver.workers.loads import Loads
 from aioserver.workers.private_server import SharedServer
-from aioserver.workers.supervisor import Supervisor
+from aioserver.workers.supervisor import Supervisor, Timeouts
 from aioserver.workers.worker import Worker, as_file
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ HELD = (
 )
 # A worker's report of its state.
 LOAD = re.compile(r"(\d+) of (\d+) connections, (\d+) waiting")
+FORMER = re.compile(r"; (\d+) answers, longest (\d+) s")
 
 
 class Parent:
@@ -122,7 +124,7 @@ class Parent:
             self._workers,
             time.monotonic,
             period=self._period,
-            end_timeout=_end_timeout(self._at_start),
+            timeouts=_timeouts(self._at_start),
         )
         # The contents of the configuration file that workers start with, by number.
         self._contents = {0: as_file("configuration", configuration.content)}
@@ -316,15 +318,14 @@ class Parent:
                 if key not in HELD:
                     logger.warning("%s has changed, and stays as it was until SIGUSR2", key)
         logs.apply(settings.logging)
-        self._supervisor.end_timeout = _end_timeout(settings)
         self._number += 1
         self._contents[self._number] = as_file("configuration", configuration.content)
         if replaced:
             self._began = settings
-            self._supervisor.replace(self._number)
+            self._supervisor.replace(self._number, _timeouts(settings))
         else:
             logger.info("reloading %d workers, %s", self._workers, _limits(settings))
-            self._supervisor.reload(self._number)
+            self._supervisor.reload(self._number, _timeouts(settings))
         for old in self._contents.keys() - self._supervisor.configurations:
             os.close(self._contents.pop(old))
 
@@ -340,7 +341,14 @@ class Parent:
         text = f"{len(statuses)} of {self._workers} workers"
         if supervisor.replacing:
             text += ", being replaced"
-        return f"{text}: {inside} of {limit} connections, {waiting} waiting"
+        text += f": {inside} of {limit} connections, {waiting} waiting"
+        if former := supervisor.former():
+            said = [match for status, _ in former if (match := FORMER.search(status))]
+            answers = sum(int(match[1]) for match in said)
+            longest = max((int(match[2]) for match in said), default=0)
+            until = time.time() + max(left for _, left in former)
+            text += "; " + still_run(answers, longest, len(former), until)
+        return text
 
     def _enter_child(self) -> None:
         """Prepare a child process that is no worker, before it executes another program: it ends
@@ -389,6 +397,7 @@ def _limits(settings: Settings) -> str:
     )
 
 
-def _end_timeout(settings: Settings) -> float:
+def _timeouts(settings: Settings) -> Timeouts:
     websocket = settings.chat.websocket
-    return websocket.drain_delay + websocket.shutdown_timeout + END
+    end = websocket.drain_delay + websocket.shutdown_timeout + END
+    return Timeouts(end, websocket.replace_timeout)
