@@ -14,16 +14,16 @@ The function `_after` decides what follows a fault: the first row that fits coun
     its provider is away, and `when_down: wait`          there, parked              nothing
     a new connection broke before a byte (`once`)        there alone, at once       a retry
     all are dead, and one of them is away with `wait`    there alone, anew          nothing
-    a turn of which nothing was shown broke off          there once, at once        a retry
+    a held turn broke off before any of it was shown     there once, at once        a retry
     candidates are left in this pass                     those, at once             a failover
     a fault of this pass may be tried again              those, after the backoff   a retry
     a fallback is left                                   its candidates             a failover
     nothing is left                                      raised: the final fault
 
-Once content of the answer was shown nothing is asked any more: the client would read two answers.
-What is held in front of the client (providers/holding.py), and a whole answer where turns are held,
-has shown nothing: then another break than a silence is tried again at the same provider, too, at
-once and behind all others. provider_errors.py says which fault allows what. A fallback that is sick comes last but for trials.
+Once the client has seen content of the answer, no further attempt is made: it would read two
+answers. Held events (providers/holding.py), and a whole answer, are not seen before their end. So
+where turns are held, a break is tried again at the same provider, too. provider_errors.py says
+which fault allows what. A fallback that is sick comes last but for trials.
 
 This file is one concept: the loop and the decision after each of its turns have one state.
 """
@@ -40,6 +40,7 @@ from aioserver.gateway.candidates import Candidates
 from aioserver.gateway.continuation import breaks
 from aioserver.gateway.groups import sick
 from aioserver.limits.deadline import Wait
+from aioserver.protocol.request_options import PREAMBLE
 from aioserver.provider_errors import (
     CircuitOpen,
     ContextTooLong,
@@ -330,9 +331,10 @@ class Attempts:
             tried = self._parked_for
         self._parked_for = None
         once = fault.once
-        if attempt is not None and attempt.cut_unseen and breaks(fault):
-            # It is nobody's verdict, and nobody has seen what was lost. A provider that has hung
-            # hangs again, and one that limits us says when it does no more.
+        if attempt is not None and attempt.status == 200 and breaks(fault) and self._holds_turns:
+            # The client has seen nothing of this turn. A provider that has hung hangs again, and
+            # one that limits us says when to come back.
+            outcome.cuts += ((outcome.provider, fault.code),)
             once = not isinstance(fault, ReadTimeout | ProviderRateLimited)
             fault.retry = not self._fallback
         if once and candidates.chosen is not None and self._once_more(tried):
@@ -353,6 +355,10 @@ class Attempts:
             if begun(self._stream) or not final.failover:
                 raise
             return self._fail_over(final)
+
+    @property
+    def _holds_turns(self) -> bool:
+        return self._request.provider_request.hold != PREAMBLE
 
     def _parks(self, fault: ProviderFault, attempt: Attempt | None) -> float | None:
         """Return the seconds for which the request is parked, since its provider is away; None if

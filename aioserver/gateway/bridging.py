@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.protocol.bridging.chat import BridgedChat
     from aioserver.protocol.bridging.chunks import ChunkReader
+    from aioserver.protocol.parts import Parts
     from aioserver.protocol.transcript import Transcript
-    from aioserver.providers.api import Api
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import Answer
 
@@ -423,9 +423,9 @@ class BridgedAttempt(LearningAttempt):
         super().first_event()
 
     @property
-    def answering_api(self) -> Api:
-        """The API of the events that the provider sends."""
-        return self.request.api if self._chat is None else CHAT
+    def parts(self) -> Parts | None:
+        """The parts of a turn in the provider's events, as `Attempt.parts`."""
+        return super().parts if self._chat is None else CHAT.parts
 
     def transcript(self) -> Transcript | None:
         """Return the transcript of a chat completion."""
@@ -433,7 +433,7 @@ class BridgedAttempt(LearningAttempt):
             return super().transcript()
         if self._writer is None or not (self._free or self.request.hold == CALLS):
             return None
-        return BridgedTranscript(self._writer, free=self._free)
+        return BridgedTranscript(self._writer, checked=self._free)
 
     def goes_on(self, transcript: Transcript) -> bool:
         """Return whether the rest can be requested here, in the API in which the answer has begun."""

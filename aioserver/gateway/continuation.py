@@ -70,7 +70,6 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.api import Capabilities
 from aioserver.providers.error_mapping import FILTERS, error_in, event_fault
-from aioserver.providers.holding import Holding
 from aioserver.providers.verdicts import Verdicts
 from aioserver.streams import entries
 from aioserver.telemetry.counters import Counter
@@ -87,7 +86,6 @@ if TYPE_CHECKING:
     from aioserver.protocol.transcript import Transcript
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
-    from aioserver.providers.request import ProviderRequest
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.outcome import Outcome
@@ -333,7 +331,7 @@ class Hop:
             return body
         return await continued(body, self._form, self._text, self._events)
 
-    def sink(self, attempt: Attempt, sink: StreamSink | Holding) -> SeamSink:
+    def sink(self, attempt: Attempt, sink: StreamSink) -> SeamSink:
         """Return the sink of *attempt*, which passes the rest on to *sink*."""
         return SeamSink(self, attempt, sink, self._stream.max_bytes)
 
@@ -364,16 +362,14 @@ class SeamSink:
     Always: nothing is shown before the seam is found.
     """
 
-    def __init__(
-        self, hop: Hop, attempt: Attempt, sink: StreamSink | Holding, max_bytes: int
-    ) -> None:
+    def __init__(self, hop: Hop, attempt: Attempt, sink: StreamSink, max_bytes: int) -> None:
         self._hop = hop
         self._attempt = attempt
         self._sink = sink
-        # Otherwise all of the rest is shown that is fed.
-        self._shows = not isinstance(sink, Holding)
-        if isinstance(sink, Holding):
-            sink.on_show = partial(hop.show, attempt)
+        # The first of the rest that is fed is shown, unless it is held.
+        self._holding = attempt.holding
+        if self._holding is not None:
+            self._holding.on_show = partial(hop.show, attempt)
         self._splitter = eventstream.Splitter(max_bytes)
         # The number of events that have come.
         self.progress = 0
@@ -399,7 +395,7 @@ class SeamSink:
         finally:
             # What came before a fault passes, as if it had come in a read of its own.
             if parts:
-                if self._shows and not self._hop.shown:
+                if self._holding is None and not self._hop.shown:
                     self._hop.show(self._attempt)
                 more = self._sink.feed(b"".join(parts))
         return more
@@ -523,24 +519,15 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
     # The texts that the fast path has passed on come first.
     stream.close_fast_path()
     text = transcript.text()
-    if text is None and _sayable_anew(provider_request, transcript):
-        text = ""
     if text is None or not provider_request.keeps_body:
         return None
     # It may have to wait for a place.
     provider_request.need_body()
     if not text:
-        return text
+        return text if provider_request.hold == CALLS and provider_request.choices == 1 else None
     route = request.route
     body = provider_request.body(route.provider.settings, route.model)
     return text if transcript.checked or await continuable(body) else None
-
-
-def _sayable_anew(request: ProviderRequest, transcript: Transcript) -> bool:
-    """Return whether the answer to *request* can be asked for again behind what was shown of it,
-    which is nothing but reasoning.
-    """
-    return request.hold == CALLS and request.choices == 1 and transcript.silent
 
 
 def _candidates(

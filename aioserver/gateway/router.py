@@ -439,12 +439,12 @@ class Router:
         """
         provider_request = request.provider_request
         if self._continuing and provider_request.streamed:
-            provider_request.keeps_body = any(
+            provider_request.continues = provider_request.keeps_body = any(
                 provider.settings.continuation != NO_CONTINUATION
                 for provider, _model in self._order(request)
             )
         if provider_request.hold == CALLS and provider_request.streamed:
-            # Behind reasoning that was shown the request is sent again as it was.
+            # Behind reasoning the request is sent again as it was.
             provider_request.keeps_body = True
             route = request.route
             body = provider_request.body(route.provider.settings, route.model)

@@ -36,6 +36,7 @@ from aioserver.monitoring.interval import (
     DENIED,
     KEY_REFUSED,
     REJECTIONS,
+    RESCUED,
     SEAMS,
     SLOW_CLIENTS,
     TICK,
@@ -64,6 +65,7 @@ GATHERED = {
     ATTEMPTS: "provider_faults",
     BUGS: "bug",
     SEAMS: "seams",
+    RESCUED: "rescued",
 }
 # What is an error by its share is one only if there are as many as this.
 MANY_REJECTED, MANY_FAILED = 10, 5

@@ -111,6 +111,11 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
         "Responses that can be continued by their ids",
     ),
     Gauge(
+        "held_bytes",
+        lambda s: s["streams"]["held"]["bytes"],
+        "Bytes of answers that wait for the end of their turn",
+    ),
+    Gauge(
         "kept_stream_bytes",
         lambda s: s["streams"]["bytes"],
         "Bytes of all streams and stored responses together",

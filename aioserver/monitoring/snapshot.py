@@ -254,6 +254,7 @@ def _streams_state(sources: Sources) -> StreamsState:
         "background": sources.lifetime.background,
         "finished": streams.finished,
         "responses": streams.responses,
+        "held": {"answers": streams.held_answers, "bytes": streams.held_bytes},
         "bytes": streams.bytes,
         "max_bytes": streams.max_bytes,
     }
@@ -308,6 +309,7 @@ def _provider_state(
             "total": int(meter.continuations[CONTINUED].value),
             "last_minute": interval.continued.get(name, 0),
         },
+        "rescued": _sum(meter.rescued),
         "requests": sum(attempts.values()),
         "cancelled": attempts[CANCELLED],
         "faults": {name: number for name, number in attempts.items() if name not in NO_FAULTS},

@@ -108,6 +108,13 @@ class BugsState(TypedDict):
     last_minute: Annotated[int, SUM]
 
 
+class HeldState(TypedDict):
+    """Answers that wait for the end of their turn, and their bytes."""
+
+    answers: Annotated[int, SUM]
+    bytes: Annotated[int, SUM]
+
+
 class StreamsState(TypedDict):
     """The streams that are kept."""
 
@@ -116,6 +123,7 @@ class StreamsState(TypedDict):
     background: Annotated[int, SUM]
     finished: Annotated[int, SUM]
     responses: Annotated[int, SUM]
+    held: HeldState
     bytes: Annotated[int, SUM]
     max_bytes: Annotated[int, SUM]
 
@@ -243,6 +251,7 @@ class ProviderState(TypedDict):
     background: BackgroundState
     failovers: Annotated[int, SUM]
     continued: ContinuedState
+    rescued: Annotated[int, SUM]
     requests: Annotated[int, SUM]
     cancelled: Annotated[int, SUM]
     faults: Annotated[dict[str, int], COUNTS]

@@ -1,83 +1,95 @@
-"""The parts of a turn: what one event of a streamed answer brings.
+"""The parts of a turn: what one event of a streamed answer contains.
 
 A *turn* is one answer of a model to an agent: its reasoning, its text, its calls of tools, and a
-finish. What is held of it (providers/holding.py) depends on the part that an event brings; which
-part that is, the API says (`Api.part`). An event that brings several is the one that comes last
-below. Whatever is not known is text, so that it is shown as it comes.
+finish. The part of an event decides whether it is held (providers/holding.py). An API reduces an
+event to *words*, such as the members of a delta or the type of a block. An event with several
+parts counts as the last one in the order of `Part`; an unknown word is text, so that it is shown
+as it comes.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+import re
+from enum import IntEnum, auto
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import orjson
-
-from aioserver.protocol.openai import BadEvent, load_with_surrogates, only_names
+from aioserver.protocol.openai import BadEvent
+from aioserver.protocol.transcript import loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
 
 class Part(IntEnum):
-    """What an event brings."""
+    """What an event contains."""
 
-    # A role, an id, the beginning or the end of a block: nothing that is waited for.
-    PREAMBLE = 0
-    REASONING = 1
-    TEXT = 2
-    # A piece of a call of a tool that the client runs.
-    CALL = 3
-    # A tool that runs at the provider, or its result.
-    HOSTED = 4
+    # A role, an id, the beginning or the end of a block, a comment.
+    PREAMBLE = auto()
+    REASONING = auto()
+    TEXT = auto()
+    # A call of a tool that the client runs; a tool that runs at the provider, or its result.
+    CALL = auto()
+    HOSTED = auto()
     # Nothing of the turn is missing but the end mark; the end mark itself.
-    FINISH = 5
-    END = 6
-    # The turn has failed, or the event is none.
-    ERROR = 7
+    FINISH = auto()
+    END = auto()
+    # The turn has failed, or the event is not JSON.
+    ERROR = auto()
 
 
-_REASONING = ("reasoning_content", "reasoning", "reasoning_details")
-_CALLS = ("tool_calls", "function_call")
-# What a delta may have beside text.
-_KNOWN = frozenset({"role", *_REASONING, *_CALLS})
+class Parts(NamedTuple):
+    """How an API writes the parts of a turn.
 
+    An event that is held with `calls` has one of *marks*. An event that *plain* matches as a whole,
+    with its data as the group, only goes on with what the events before it have begun. *words* yields the words of an event's
+    content, and *pattern* has a group for each part, by which it matches a word as a whole.
+    *signs_reasoning*: reasoning is signed or encrypted, so that it must stay with what follows it.
+    """
 
-def content_of(data: bytes) -> dict[str, Any] | None:
-    """Return the object that an event with *data* has; None if it has none."""
-    try:
-        content = orjson.loads(data)
-    except orjson.JSONDecodeError:
+    marks: tuple[bytes, ...]
+    plain: re.Pattern[bytes]
+    words: Callable[[dict[str, Any]], Iterable[str]]
+    pattern: re.Pattern[str]
+    signs_reasoning: bool = False
+
+    def part(self, data: bytes) -> Part:
+        """Return what an event with this *data* contains; without data it is a comment."""
+        if not data:
+            return Part.PREAMBLE
+        if data.strip() == b"[DONE]":
+            return Part.END
         try:
-            content = load_with_surrogates(data)
+            content = loaded(data)
         except BadEvent:
-            return None
-    return content if isinstance(content, dict) else None
+            return Part.ERROR
+        if content.get("error"):
+            return Part.ERROR
+        try:
+            matches = [self.pattern.fullmatch(word) for word in self.words(content)]
+        except (AttributeError, TypeError):
+            return Part.TEXT
+        found = (Part[str(match.lastgroup)] if match else Part.TEXT for match in matches)
+        return max(found, default=Part.PREAMBLE)
 
 
-def chat_part(data: bytes) -> Part:
-    """Return what an event of a chat completion brings."""
-    if data.strip() == b"[DONE]":
-        return Part.END
-    content = content_of(data)
-    if content is None or content.get("error"):
-        return Part.ERROR
-    choices = content.get("choices")
-    if not choices:
-        return Part.PREAMBLE
-    if not isinstance(choices, list):
-        return Part.TEXT
-    return max(_of_choice(each) if isinstance(each, dict) else Part.TEXT for each in choices)
+def _chat_words(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the members with a value in the deltas of a chat completion's chunk."""
+    for choice in content.get("choices") or ():
+        if choice.get("finish_reason"):
+            yield "finish_reason"
+        for name, value in (choice.get("delta") or {}).items():
+            if value:
+                yield name
 
 
-def _of_choice(choice: Mapping[str, Any]) -> Part:
-    if isinstance(reason := choice.get("finish_reason"), str) and reason:
-        return Part.FINISH
-    delta = choice.get("delta")
-    if not isinstance(delta, dict):
-        return Part.TEXT
-    if any(delta.get(name) for name in _CALLS):
-        return Part.CALL
-    if not only_names(delta, _KNOWN):
-        return Part.TEXT
-    return Part.REASONING if any(delta.get(name) for name in _REASONING) else Part.PREAMBLE
+# `"tool_calls"` and `"function_call"` both have this.
+CALL_MARK = b"_call"
+CHAT_PARTS = Parts(
+    (CALL_MARK,),
+    re.compile(rb'data: (\{(?!.*"(?:error"|finish_reason": ?"))[^\r\n]*\})\n\n'),
+    _chat_words,
+    re.compile(
+        "(?P<PREAMBLE>role)|(?P<REASONING>reasoning(?:_content|_details)?)"
+        "|(?P<CALL>tool_calls|function_call)|(?P<FINISH>finish_reason)"
+    ),
+)

@@ -73,7 +73,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
     @property
     def bounding(self) -> bool:
         """Whether they say when the request must have begun or ended, or its class."""
-        return self.batch or min(self.start_within, self.deadline) < inf
+        return self.batch or self.start_within < inf or self.deadline < inf
 
     def joined(self, other: RequestOptions) -> RequestOptions:
         """Return the combination of both."""

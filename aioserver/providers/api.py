@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from aioserver.protocol.model_body import MAX_CHOICES
 from aioserver.protocol.openai import bounded, is_content, usage_of
-from aioserver.protocol.parts import Part, chat_part
+from aioserver.protocol.parts import CHAT_PARTS, Parts
 from aioserver.protocol.transcript import ChatTranscript
 from aioserver.providers import error_mapping
 from aioserver.providers.sinks import EventSink
@@ -83,10 +83,8 @@ class Api(ForwardedApi):
     paces_cached: ClassVar[bool] = True
     # The transcript of an answer that can be continued; None: no answer of this API can be.
     continues: ClassVar[type[PassedTranscript] | None] = None
-    # What an event has that may bring a call of a tool, or whatever else is held with `calls`; and
-    # whether reasoning is signed or encrypted, so that it stands with what follows it alone.
-    held_marks: ClassVar[tuple[bytes, ...]] = (b'"tool_calls"', b'"function_call"')
-    signs_reasoning: ClassVar[bool] = False
+    # How its events are told apart, of which some are held.
+    parts: ClassVar[Parts] = CHAT_PARTS
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -121,10 +119,6 @@ class Api(ForwardedApi):
         program waits for. Other events are a preamble.
         """
         return is_content(event)
-
-    def part(self, event: bytes) -> Part:
-        """Return what an *event* of a streamed answer, its data, brings of a turn."""
-        return chat_part(event)
 
     def events(self) -> AnswerEvents:
         """Return the memory for the events of an answer to come, and the form of its errors."""

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from aioserver.limits.estimate import Estimate
     from aioserver.limits.resource import Resource
     from aioserver.limits.scheduler import Scheduler
+    from aioserver.protocol.parts import Parts
     from aioserver.protocol.transcript import Tokens, Transcript
     from aioserver.providers.api import Api, Capabilities
     from aioserver.providers.backpressure import Backpressure
@@ -113,7 +114,7 @@ class Hop(Protocol):
     async def body(self, body: bytes) -> bytes:
         """Return the request in *body*, changed into one for the rest."""
 
-    def sink(self, attempt: Attempt, sink: StreamSink | Holding) -> Sink:
+    def sink(self, attempt: Attempt, sink: StreamSink) -> Sink:
         """Return the sink of *attempt*, which passes the rest on to *sink*."""
 
 
@@ -167,7 +168,7 @@ class Attempt:
         self.pool: object = None
         self.status = 0
         self.sink: Sink | None = None
-        # What holds events in front of the sink, if any are to be held.
+        # The splitter of the sink that holds events, if any are to be held.
         self.holding: Holding | None = None
         self.answer: Answer | None = None
         self.fault: ProviderFault | None = None
@@ -252,9 +253,7 @@ class Attempt:
             self.stream.attempt = self.stream.queued = None
 
     def received_content(self) -> None:
-        """Note the first content of the answer, which may still be held: the provider has
-        answered.
-        """
+        """Note content of the answer, which may be held: the provider has answered."""
         if not self.answered:
             self.answered = True
             self.provider.answered(self)
@@ -336,8 +335,8 @@ class Attempt:
         if self.stream is not None:
             self.stream.source = None
             if self.holding is not None:
-                self.holding.forget()
-            elif not self.answered and isinstance(self.sink, StreamSink):
+                self.holding.drop()
+            if not self.stream.answered and isinstance(self.sink, StreamSink):
                 self.sink.forget()
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
@@ -378,40 +377,22 @@ class Attempt:
 
     def event_sink(self, stream: Stream) -> Sink:
         """Return the sink for the events of the answer, which fills *stream*."""
-        sink: StreamSink | Holding
-        sink = own = self.stream_sink(stream)
-        request = self.request
-        if request.hold != PREAMBLE and self.holds:
-            # An id that a client may need comes with the release.
-            own.patience = None
-            sink = self.holding = Holding(own, stream, request, self.answering_api)
+        sink, parts = self.stream_sink(stream), self.parts
+        if self.request.hold != PREAMBLE and parts is not None:
+            self.holding = Holding(self.request, stream, sink, parts, self.received_content)
+            sink.hold(self.holding)
         if self.hop is not None:
             return self.hop.sink(self, sink)
         stream.transcript = self.transcript() if self.request.keeps_body else None
         return sink
 
     @property
-    def holds(self) -> bool:
-        """Whether events of the answer are held, where its request wants that."""
-        return True
-
-    @property
-    def answering_api(self) -> Api:
-        """The API of the events that the provider sends."""
-        return self.request.api
-
-    @property
-    def cut_unseen(self) -> bool:
-        """Whether a good answer has begun, of which nothing is shown before it is whole, since its
-        request wants turns to be made good.
-        """
-        if self.holding is not None:
-            return True
-        begun = isinstance(self.sink, BodySink) and self.status == 200
-        return begun and self.request.hold != PREAMBLE
+    def parts(self) -> Parts | None:
+        """The parts of a turn in the provider's events, None if these cannot be held."""
+        return self.request.api.parts
 
     def let_go(self) -> None:
-        """Show what is held of the answer, before its time."""
+        """Show what is held of the answer before its finish."""
         if self.holding is not None:
             self.holding.let_go()
 
@@ -429,7 +410,8 @@ class Attempt:
         request = self.request
         if request.reading is not None:
             return ReadTranscript(request.reading)
-        return None if request.api.continues is None else request.api.continues()
+        kind = request.api.continues
+        return None if kind is None else kind(keeps_text=request.continues)
 
     @property
     def max_answer_bytes(self) -> int:

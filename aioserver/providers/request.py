@@ -118,7 +118,8 @@ class ProviderRequest:
     for a body that does not ask for the usage (protocol/stream_options.py); None: add nothing. A
     *batch* request uses what others leave, and an answer in the *background* runs to its end
     without a reader. *bound* has its deadlines, None if there are none. `hold` is what is held of a
-    streamed answer; *structured*: the client asks for JSON.
+    streamed answer; *structured*: the client asks for JSON; *continues*: a provider may generate
+    the rest of the answer.
     """
 
     # Whether its tokens can be estimated before it starts.
@@ -146,15 +147,11 @@ class ProviderRequest:
         self.usage_options = usage_options
         self.estimate: Estimate | None = None
         self.bound: Deadline | None = None
-        self.keeps_body = self.background = self.structured = False
-        request_options = NO_REQUEST_OPTIONS if hold is None else hold.request_options
-        # What is held of a streamed answer, once the gateway has said it; the word of the request,
-        # or of its key, empty without one; and what AGENTS stands for.
+        self.keeps_body = self.background = self.structured = self.continues = False
+        # What is held of a streamed answer, once the gateway has said it.
         self.hold = PREAMBLE
-        self._hold_word = request_options.hold or caller.hold
-        self._agent = request_options.agent
         batch = caller.batch
-        if hold is not None and request_options.bounding:
+        if hold is not None and (request_options := hold.request_options).bounding:
             self.bound = Deadline(hold.arrived, request_options)
             batch = batch or request_options.batch
         self.api = api
@@ -198,8 +195,9 @@ class ProviderRequest:
 
     def hold_by(self, word: str) -> None:
         """Hold of the answer what the request says, or its key, or else *word*."""
-        word = self._hold_word or word
-        self.hold = self.outcome.hold = self._agent if word == AGENTS else word
+        options = NO_REQUEST_OPTIONS if self._hold is None else self._hold.request_options
+        word = options.hold or self.caller.hold or word
+        self.hold = self.outcome.hold = options.agent if word == AGENTS else word
 
     def outlive_handler(self) -> None:
         """Note that the request goes on after the client's handler has ended: `release` is called
@@ -232,16 +230,9 @@ class ProviderRequest:
             self._hold.spare(self.let_body_go)
 
     def spare_body(self, let_go: Callable[[], None]) -> None:
-        """Have the body let go where another one needs the room, and *let_go* called then: what
-        is held in front of its readers cannot be asked for again.
-        """
-
-        def both() -> None:
-            self.let_body_go()
-            let_go()
-
+        """Have *let_go* called when another body needs the room of this one."""
         if self._hold is not None:
-            self._hold.spare(both)
+            self._hold.spare(let_go)
 
     def need_body(self) -> None:
         """Protect the kept body from making room for others: it is to be sent again."""

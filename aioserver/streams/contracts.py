@@ -148,10 +148,7 @@ class Attempt(Protocol):
         """The number of requests that wait there for a place that others hold."""
 
     def let_go(self) -> None:
-        """Show what is held of the answer, before its time."""
-
-    def received_content(self) -> None:
-        """Note that the first content has come, which may still be held."""
+        """Show what is held of the answer before its finish."""
 
     def first_event(self) -> None:
         """Note that the answer has begun."""

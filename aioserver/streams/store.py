@@ -66,13 +66,15 @@ class EvictableStore(Protocol):
 
 
 class StoreStats(msgspec.Struct, frozen=True):
-    """A snapshot of the store: the numbers of logs and of stored responses, their bytes, and the
-    bound of these.
+    """A snapshot of the store: the numbers of logs and of stored responses, those of which events
+    are held and their bytes, and all bytes and their bound.
     """
 
     running: int
     finished: int
     responses: int
+    held_answers: int
+    held_bytes: int
     bytes: int
     max_bytes: int
 
@@ -308,10 +310,13 @@ class StreamStore:
 
     def stats(self) -> StoreStats:
         """Return a snapshot."""
+        held = [size for size in map(_held_size, self._running) if size]
         return StoreStats(
             running=len(self._running),
             finished=len(self._finished),
             responses=sum(map(len, self.evictable_stores)),
+            held_answers=len(held),
+            held_bytes=sum(held),
             bytes=self._bytes,
             max_bytes=self._max_kept_bytes,
         )
@@ -355,10 +360,9 @@ class StreamStore:
                 stream.drop_said()
 
     def _let_go(self) -> None:
-        """Have shown what is held of running turns until their finish, the largest first."""
-        held = [stream for stream in self._running if stream.held is not None]
-        for stream in sorted(held, key=_held_size, reverse=True):
-            if self._bytes < self._max_kept_bytes:
+        """Have the held events of running turns shown before their finish, the largest first."""
+        for stream in sorted(self._running, key=_held_size, reverse=True):
+            if self._bytes < self._max_kept_bytes or not _held_size(stream):
                 return
             if stream.attempt is not None:
                 stream.attempt.let_go()

@@ -344,12 +344,6 @@ class Stream:
         """The error with which a mirror ended although its owner's log goes on."""
         return None if self.remote is None else self.remote.broken
 
-    def mark_received(self) -> None:
-        """Note that content has come from a provider, which is held and may still be dropped."""
-        self.record.answered(monotonic())
-        if self.attempt is not None:
-            self.attempt.received_content()
-
     def mark_answered(self) -> None:
         """Note that content which has come from a provider is shown next: no other attempt
         follows.

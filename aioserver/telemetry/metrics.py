@@ -96,11 +96,14 @@ CONTINUED, FAILED = "continued", "failed"
 # The APIs that are translated to chat completions, and what is learned from refusals of these.
 BRIDGED_APIS = ("messages", "responses")
 LEARNABLE = (*OPTIONAL, MAX_TOKENS, LIMIT)
-# By a break of a turn of which nothing was shown there is a retry, too.
+# A held turn that breaks off is retried after these, too.
 _BREAKS = {provider_errors.ReadTimeout.code, provider_errors.ProviderBadResponse.code}
 RETRY_CODES = sorted({*_fault_codes("retry"), *_BREAKS})
 FAILOVER_CODES = _fault_codes("failover")
-# What became of a turn of which something was held (telemetry/outcome.py), by what is held.
+# Why workers have died that nobody had told to end: by their own exit, by a signal, or killed by
+# their parent since they had hung.
+EXITED, SIGNALLED, HUNG = DEATHS = ("exit", "signal", "hung")
+# The results of turns of which events were held (telemetry/outcome.py), by what is held.
 HELD_TURNS = [(hold, result) for hold in (CALLS, TURN) for result in TURNS]
 
 
@@ -121,6 +124,7 @@ class ProviderMeter:
         "left_out",
         "recent_first_tokens",
         "recent_silences",
+        "rescued",
         "retries",
         "retries_refused",
         "seams",
@@ -142,6 +146,8 @@ class ProviderMeter:
         self.learnt = {what: Counter() for what in LEARNABLE}
         # Answers that broke off here and were continued, by the fault's code.
         self.seams: dict[str, Counter] = {}
+        # Held turns that broke off here and were whole in another attempt, by the fault's code.
+        self.rescued: dict[str, Counter] = {}
         self.retries = {code: Counter() for code in RETRY_CODES}
         self.retries_refused = Counter()
         self.failovers = {code: Counter() for code in FAILOVER_CODES}
@@ -239,6 +245,7 @@ class Metrics:
         self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
         self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
         self.deadlines = {kind: Counter() for kind in DEADLINE_KINDS}
+        self.worker_deaths = {cause: Counter() for cause in DEATHS}
         self.held_turns: dict[tuple[str, ...], Counter] = {
             labels: Counter() for labels in HELD_TURNS
         }
@@ -437,6 +444,12 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         lambda m: m.held_turns,
         "Turns of which something was held until the model had finished",
         ("hold", "result"),
+    ),
+    Row(
+        "worker_deaths",
+        lambda m: m.worker_deaths,
+        "Workers that have died without being told to end",
+        ("cause",),
     ),
     Row(
         "budget_refusals",

@@ -107,9 +107,9 @@ class Outcome(msgspec.Struct, eq=False):
     *bridge*: the API from which the request is translated; *left_out* are the hosted tools that
     the provider does not get then. *learnt* is what refusals have taught, each with one repeat.
     *hooks* are the names of those that have refused or changed it. *hold* says what is held of a
-    streamed answer, empty where nothing can be; *turn* is the result of what was held so far, empty
-    if nothing was. *cuts* counts how often held events were dropped, and *held_for* is the longest
-    time in seconds that an event was held.
+    streamed answer, empty where nothing can be; *held_for* is the longest time in seconds that an
+    event was held, None if none was. *cuts* are the provider and the code of each break of which the
+    client has seen nothing; *let_go* says that held events were shown before the finish.
     """
 
     provider: str = ""
@@ -128,9 +128,17 @@ class Outcome(msgspec.Struct, eq=False):
     learnt: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
     hold: str = ""
-    turn: str = ""
-    cuts: int = 0
-    held_for: float = 0.0
+    cuts: tuple[tuple[str, str], ...] = ()
+    let_go: bool = False
+    held_for: float | None = None
+
+    def turn(self, *, lost: bool) -> str:
+        """Return the result of a turn of which events were held, and which was *lost* at its end."""
+        if self.let_go:
+            return LET_GO
+        if lost:
+            return LOST
+        return RESCUED if self.cuts or self.seams else WHOLE
 
     @property
     def spent(self) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from tests.support.held_turns import SeenTurn
     from tests.support.server import MakeServer, RunningServer
@@ -585,3 +586,69 @@ async def test_what_is_held_is_shown_before_others_are_refused_for_want_of_room(
         assert other.end == "complete"
         assert seen.end == "provider_disconnected"
         assert len(seen.calls) > 50
+
+
+async def test_tokens_of_a_turn_that_is_dropped_are_estimated_by_what_has_come(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    provider = CuttingProvider(Turn(calls=10))
+    changes = {"usage.path": str(tmp_path)}
+    async with cutting(make_server, provider, 39, changes) as server:
+        seen = await ask(server, CHAT, "p38")
+        assert seen.end == "complete"
+
+        def lines() -> list[str]:
+            texts = [file.read_text() for file in tmp_path.glob("*.jsonl")]
+            return [line for text in texts for line in text.splitlines()]
+
+        await until(lambda: len(lines()) == 2)
+        cut, whole = map(json.loads, lines())
+        # 38 events came, the first of which has no content.
+        assert (cut["outcome"], cut["source"], cut["out"]) == ("cut", "estimate", 37)
+        assert (whole["outcome"], whole["source"], whole["out"]) == ("ok", "provider", 9)
+
+
+async def test_text_after_a_turn_of_calls_that_was_cut_has_made_it_good(
+    make_server: MakeServer,
+) -> None:
+    provider = CuttingProvider(CALLS, later=Turn(text=TEXT, calls=0))
+    async with cutting(make_server, provider, 7) as server:
+        seen = await ask(server, CHAT, "p6")
+
+        assert (seen.text, seen.end, seen.calls) == ("Let me look. ", "complete", {})
+        turns = await server.counted("held_turns", "hold", "result")
+        assert turns["calls", "rescued"] == 1
+        stats = server.context.monitor.snapshot
+        await until(lambda: server.context.monitor.snapshot is not stats)
+        shown = server.context.monitor.snapshot
+        assert shown["providers"]["p6"]["rescued"] == 1
+        assert shown["streams"]["held"] == {"answers": 0, "bytes": 0}
+
+
+async def test_calls_behind_a_tool_of_the_provider_are_held(make_server: MakeServer) -> None:
+    def event(kind: str, **members: Any) -> bytes:
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), _json({"type": kind, **members}))
+
+    def block(index: int, start: dict[str, Any], *deltas: dict[str, Any]) -> list[bytes]:
+        return [
+            event("content_block_start", index=index, content_block=start),
+            *(event("content_block_delta", index=index, delta=delta) for delta in deltas),
+            event("content_block_stop", index=index),
+        ]
+
+    use = {"type": "server_tool_use", "id": "srv_1", "name": "web_search", "input": {}}
+    result = {"type": "web_search_tool_result", "tool_use_id": "srv_1", "content": []}
+    call = {"type": "tool_use", "id": "call_1", "name": "read", "input": {}}
+    piece = {"type": "input_json_delta", "partial_json": '{"query": '}
+    shown = [*block(0, use, piece), *block(1, result)]
+
+    async def search(peer: Peer) -> None:
+        peer.write(b"".join(map(chunk, [*shown, *block(2, call, piece)])))
+
+    provider = CuttingProvider(Turn(), ending=search)
+    async with cutting(make_server, provider, 2) as server:
+        seen = await ask(server, MESSAGES, "p1")
+
+        assert provider.asked == {"p1": 1}
+        assert seen.raw.endswith(b"".join(shown) + seen.raw[seen.raw.rindex(b"event: error") :])
+        assert b"call_1" not in seen.raw

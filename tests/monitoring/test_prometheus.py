@@ -38,6 +38,7 @@ def snapshot(**process: int | None) -> Any:
             "detached": 12,
             "background": 22,
             "responses": 20,
+            "held": {"answers": 1, "bytes": 23},
             "bytes": 13,
             "max_bytes": 14,
         },

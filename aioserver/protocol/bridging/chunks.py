@@ -103,11 +103,6 @@ class ChunkReader(Reading, ABC, Generic[C]):
     def transcript(self) -> str | None:
         """The text that was shown, if nothing else was shown and it has not ended yet."""
 
-    @property
-    @abstractmethod
-    def silent(self) -> bool:
-        """Whether nothing but reasoning was shown."""
-
     @abstractmethod
     def add_text(self, text: bytes) -> bytes:
         """Return the event of a *text*, escaped, where `plain` is true.

@@ -1,6 +1,8 @@
 """Draws the state of a server, with rich; 80 columns are enough.
 
 Text from the server is drawn as it is: markup has no effect, and control characters are removed.
+
+This file is one concept: the layout of one screen.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
-    from aioserver.protocol.parts import Part
     from aioserver.streams.stream import Stream
 
 HOST = "anthropic.com"
@@ -30,8 +29,7 @@ class MessagesApi(Api):
     headers: ClassVar = {wire.VERSION_HEADER: wire.VERSION}
     paces_cached = False
     bounds = ("max_tokens",)
-    held_marks = (b'_use"', b"thinking")
-    signs_reasoning = True
+    parts = wire.PARTS
 
     def speaks(self, provider: settings.Provider) -> bool:
         """Return whether a provider with these settings has this API."""
@@ -54,10 +52,6 @@ class MessagesApi(Api):
     def content(self, event: bytes) -> bool:
         """Return whether an event of a streamed message is content, and not only a preamble."""
         return wire.is_content(event)
-
-    def part(self, event: bytes) -> Part:
-        """Return what an event of a streamed message brings of a turn."""
-        return wire.part(event)
 
     def events(self) -> wire.MessageErrors:
         """Return the form of the errors between the events of a message."""

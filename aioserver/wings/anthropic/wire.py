@@ -22,12 +22,11 @@ import orjson
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import only_names
-from aioserver.protocol.parts import Part
-from aioserver.protocol.parts import content_of as object_in
+from aioserver.protocol.parts import Parts
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from aioserver.errors import AioserverError
 
@@ -57,15 +56,6 @@ OVERLOADED = 529
 STOPPED = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 _STOP, _ERROR = b'"message_stop"', b'"error"'
 _TOKENS = ("input_tokens", "cache_creation_input_tokens", "output_tokens")
-# What blocks and their deltas are, but for texts; tools of the provider end as `_tool_use`.
-_KINDS: dict[object, Part] = {
-    "thinking": Part.REASONING,
-    "redacted_thinking": Part.REASONING,
-    "tool_use": Part.CALL,
-    "thinking_delta": Part.REASONING,
-    "signature_delta": Part.REASONING,
-    "input_json_delta": Part.CALL,
-}
 _SPEAKING = re.compile(r"/v1/messages(?:/.*)?", re.DOTALL)
 
 
@@ -159,37 +149,25 @@ def stops(content: Mapping[str, Any]) -> bool:
     return isinstance(delta.get("stop_reason"), str)
 
 
-def part(data: bytes) -> Part:
-    """Return what an event with *data* brings of a turn.
+def _words(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the type of the block, or of the delta, in an event with this *content*, or its own."""
+    inner = content.get("content_block") or content.get("delta") or {}
+    yield "stop_reason" if stops(content) else inner.get("type") or content["type"]
 
-    A piece of the input of a tool is one of a call: where the tool runs at the provider, its block
-    has begun before.
-    """
-    event = object_in(data)
-    if event is None:
-        return Part.ERROR
-    match event.get("type"):
-        case "message_start" | "ping" | "content_block_stop":
-            return Part.PREAMBLE
-        case "content_block_start":
-            block = event.get("content_block")
-            kind = block.get("type") if isinstance(block, dict) else None
-            if isinstance(block, dict) and kind == "text":
-                return Part.TEXT if block.get("text") else Part.PREAMBLE
-            if isinstance(kind, str) and kind.endswith(("_tool_use", "_tool_result")):
-                return Part.HOSTED
-            return _KINDS.get(kind, Part.TEXT)
-        case "content_block_delta":
-            delta = event.get("delta")
-            kind = delta.get("type") if isinstance(delta, dict) else None
-            return _KINDS.get(kind, Part.TEXT)
-        case "message_delta":
-            return Part.FINISH if stops(event) else Part.PREAMBLE
-        case "message_stop":
-            return Part.END
-        case "error":
-            return Part.ERROR
-    return Part.ERROR if isinstance(event.get("error"), dict) else Part.TEXT
+
+# The input of a tool follows its block.
+PARTS = Parts(
+    (b'_use"', b"thinking"),
+    re.compile(rb"event: content_block_delta\ndata: (\{[^\r\n]*\})\n\n"),
+    _words,
+    re.compile(
+        "(?P<PREAMBLE>message_start|message_delta|ping|content_block_stop|text|input_json_delta)"
+        "|(?P<REASONING>(?:redacted_)?thinking(?:_delta)?|signature_delta)"
+        r"|(?P<CALL>tool_use)|(?P<HOSTED>\w+_tool_(?:use|result))"
+        "|(?P<FINISH>stop_reason)|(?P<END>message_stop)|(?P<ERROR>error)"
+    ),
+    signs_reasoning=True,
+)
 
 
 def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.providers.api import Api
-from aioserver.wings.responses.events import ResponseEvents, is_content, part
+from aioserver.wings.responses.events import PARTS, ResponseEvents, is_content
 from aioserver.wings.responses.path import ResponsePath
 from aioserver.wings.responses.sinks import ResponseSink
 
 if TYPE_CHECKING:
-    from aioserver.protocol.parts import Part
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.fast_path import Destination, FastPath
     from aioserver.streams.stream import Stream
@@ -22,8 +21,7 @@ class ResponsesApi(Api):
     """The path of requests for responses."""
 
     bounds = ("max_output_tokens",)
-    held_marks = (b'_call"', b"reasoning")
-    signs_reasoning = True
+    parts = PARTS
 
     def sink(self, stream: Stream) -> ResponseSink:
         """Return the sink that fills *stream* with the events of a response."""
@@ -32,10 +30,6 @@ class ResponsesApi(Api):
     def content(self, event: bytes) -> bool:
         """Return whether an event of a streamed response is content, and not only a preamble."""
         return is_content(event)
-
-    def part(self, event: bytes) -> Part:
-        """Return what an event of a streamed response brings of a turn."""
-        return part(event)
 
     def events(self) -> ResponseEvents:
         """Return the memory of the events of a response to come."""

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.limits.resource import Resource
+    from aioserver.protocol.parts import Parts
     from aioserver.provider_errors import ProviderFault
     from aioserver.providers.request import Answer, BodyMaker
     from aioserver.providers.sinks import StreamSink
@@ -279,11 +280,11 @@ class ResponseAttempt(BridgedAttempt):
         return sink
 
     @property
-    def holds(self) -> bool:
-        """Whether events are held: not of a response that its provider runs by itself in the
-        background, whose id is what its client waits for.
+    def parts(self) -> Parts | None:
+        """The parts of a turn in the provider's events, as `Attempt.parts`: None for a response
+        that its provider runs in the background, since its client waits for its id.
         """
-        return self._patience != 0.0 or self._chat is not None
+        return None if self._patience == 0.0 and self._chat is None else super().parts
 
     def conclude(self) -> Awaitable[None] | None:
         """Check the answer, and return the steps that translate it if it was not streamed.

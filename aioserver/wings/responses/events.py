@@ -23,11 +23,11 @@ from msgspec import Raw
 
 from aioserver.protocol.eventstream import parse, split, write
 from aioserver.protocol.openai import only_names
-from aioserver.protocol.parts import Part, content_of
+from aioserver.protocol.parts import Parts
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from aioserver.errors import AioserverError
     from aioserver.streams.stream import Stream
@@ -45,15 +45,6 @@ _NO_RESPONSE: dict[str, Any] = {"object": "response", "output": []}
 OPENINGS = frozenset({"response.created", "response.queued", "response.in_progress"})
 ITEM_ADDED = "response.output_item.added"
 PART_ADDED = frozenset({"response.content_part.added", "response.reasoning_summary_part.added"})
-# The types of the items that are calls of tools which the client runs, and the names of the events
-# that have a piece of one.
-_CLIENT_CALLS = frozenset(
-    {
-        *("function_call", "custom_tool_call", "local_shell_call", "shell_call"),
-        *("apply_patch_call", "computer_call", "tool_search_call"),
-    }
-)
-_CALL_DELTAS = frozenset({"function_call_arguments", "custom_tool_call_input"})
 _RESPONSE = b'"response"'
 _END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 _SEQUENCE = b'"sequence_number"'
@@ -283,41 +274,29 @@ def is_content(data: bytes) -> bool:
     return kind not in OPENINGS and kind not in ENDS
 
 
-def part(data: bytes) -> Part:
-    """Return what an event with *data* brings of a turn."""
-    event = content_of(data)
-    if event is None:
-        return Part.ERROR
-    kind, item = event.get("type"), event.get("item")
-    if kind == ITEM_ADDED and isinstance(item, dict):
-        return _of_item(item.get("type"))
-    if not isinstance(kind, str) or kind in ("error", "response.failed"):
-        return Part.ERROR
-    if kind in ENDS:
-        return Part.FINISH
-    if kind in OPENINGS or kind in PART_ADDED or kind.endswith(".done"):
-        # What is done has come before.
-        return Part.PREAMBLE
-    name = kind.removeprefix("response.").partition(".")[0]
-    if name.startswith("reasoning"):
-        return Part.REASONING
-    if name in _CALL_DELTAS:
-        return Part.CALL
-    return Part.HOSTED if _of_item(name) is Part.HOSTED else Part.TEXT
+def _words(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the type of the item that an event with this *content* adds, or its own."""
+    kind: str = content["type"]
+    added = kind == ITEM_ADDED
+    yield f"added {content['item']['type']}" if added else kind.removeprefix("response.")
 
 
-def _of_item(kind: object) -> Part:
-    """Return what an item of this *kind* is."""
-    if kind in _CLIENT_CALLS:
-        return Part.CALL
-    if kind == "reasoning":
-        return Part.REASONING
-    if kind == "message":
-        return Part.PREAMBLE
-    hosted = isinstance(kind, str) and (
-        kind.endswith(("_call", "_call_output")) or kind.startswith("mcp_")
-    )
-    return Part.HOSTED if hosted else Part.TEXT
+# The input of a tool follows its item, and everything that is done has come before.
+PARTS = Parts(
+    (b'_call"', b"reasoning"),
+    re.compile(rb"event: response\.[a-z_]+\.delta\ndata: (\{[^\r\n]*\})\n\n"),
+    _words,
+    re.compile(
+        r"(?P<PREAMBLE>created|queued|in_progress|added message|.*part\.added|.*\.done"
+        r"|(?:function_call_arguments|custom_tool_call_input)\.delta)"
+        "|(?P<REASONING>(?:added )?reasoning.*)"
+        "|(?P<CALL>added (?:function|custom_tool|local_shell|shell|apply_patch|computer|tool_search)"
+        "_call)"
+        r"|(?P<HOSTED>(?:added )?(?:\w+_call|mcp)[._a-z]*)"
+        "|(?P<FINISH>completed|incomplete)|(?P<ERROR>error|failed)"
+    ),
+    signs_reasoning=True,
+)
 
 
 def failed(data: bytes) -> object:
