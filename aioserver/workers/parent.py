@@ -12,6 +12,8 @@ later ones. A worker tells its parent what a service tells systemd, over a socke
 the parent reports the state of all to systemd.
 
 Linux only, as the files in memory are.
+
+This file is one concept: the parent's loop and everything that it shares with its workers.
 """
 
 from __future__ import annotations
@@ -181,7 +183,7 @@ class Parent:
 
     # The interface that the supervisor needs.
 
-    def start(self, slot: int, configuration: int) -> int:
+    def start(self, slot: int, configuration: int, deaths: tuple[str, ...] = ()) -> int:
         """Start the worker *slot*; see `Processes`."""
         ear, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ear.setblocking(False)
@@ -196,7 +198,7 @@ class Parent:
                 ear.close()
                 raise
             if pid == 0:
-                end_with(partial(self._become, slot, configuration, theirs, forked=forked))
+                end_with(partial(self._become, slot, configuration, theirs, deaths, forked=forked))
         self._ears[pid] = ear
         self._slots[pid] = slot
         return pid
@@ -205,8 +207,12 @@ class Parent:
         """Send a signal to a process that has not been reaped."""
         os.kill(pid, number)
 
-    def _worker(self, slot: int, descriptors: Mapping[str, int]) -> Worker:
-        """Return the description that the worker *slot* gets of itself."""
+    def _worker(
+        self, slot: int, descriptors: Mapping[str, int], deaths: tuple[str, ...]
+    ) -> Worker:
+        """Return the description that the worker *slot* gets of itself, and of the *deaths* of
+        others.
+        """
         return Worker(
             slot,
             self._workers,
@@ -215,6 +221,7 @@ class Parent:
             self._shared_server.url,
             first=not self._announced,
             host=self._host,
+            deaths=deaths,
         )
 
     # Steps of `run`.
@@ -364,7 +371,15 @@ class Parent:
             self._image = None
         return self._image is not None
 
-    def _become(self, slot: int, configuration: int, ear: socket.socket, *, forked: bool) -> int:
+    def _become(
+        self,
+        slot: int,
+        configuration: int,
+        ear: socket.socket,
+        deaths: tuple[str, ...],
+        *,
+        forked: bool,
+    ) -> int:
         """Become the worker *slot*, in the process that was just forked. Return the exit code.
 
         *forked*: whether it runs what this process has imported, and not another program.
@@ -380,7 +395,8 @@ class Parent:
         }
         numbers = pass_on([*(sock.fileno() for sock in self._sockets), *named.values()])
         count = len(self._sockets)
-        worker = self._worker(slot, dict(zip(named, numbers[count:], strict=True)))
+        descriptors = dict(zip(named, numbers[count:], strict=True))
+        worker = self._worker(slot, descriptors, deaths)
         os.environ.update(worker.variables(), LISTEN_FDS=str(count), LISTEN_PID=str(os.getpid()))
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         if not forked:

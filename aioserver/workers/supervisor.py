@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from aioserver.telemetry.metrics import EXITED, HUNG, SIGNALLED
 from aioserver.workers.loads import SLOTS_PER_WORKER
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ LONGEST_PAUSE = 30.0
 class Processes(Protocol):
     """Starts processes, and sends them signals."""
 
-    def start(self, slot: int, configuration: int) -> int:
-        """Start a worker in *slot* with the configuration of that number. Return its process id.
+    def start(self, slot: int, configuration: int, deaths: tuple[str, ...] = ()) -> int:
+        """Start a worker in *slot* with the configuration of that number, which counts these
+        *deaths* of others. Return its process id.
 
         Raises:
             OSError: the system starts no process.
@@ -97,6 +99,8 @@ class Process:
     reading: bool = False
     # When it was replaced.
     replaced: float = 0.0
+    # The deaths of others that it counts once it serves.
+    deaths: tuple[str, ...] = ()
     # When it gets SIGKILL.
     kill_at: float | None = None
     aborted: bool = False
@@ -218,6 +222,8 @@ class Supervisor:
         slots = SLOTS_PER_WORKER * workers
         self._seats = [Seat(rank, range(rank, slots, workers)) for rank in range(workers)]
         self._by_pid: dict[int, tuple[Seat, Process]] = {}
+        # Why workers have died that nobody had told to end; the next one that starts counts them.
+        self._deaths: tuple[str, ...] = ()
         # Whether all workers have served at the same time.
         self.started = False
         self._any_served = False
@@ -320,6 +326,10 @@ class Supervisor:
         seat, process = self._by_pid.pop(pid)
         seat.processes.discard(process)
         how = how_ended(code)
+        self._deaths += process.deaths
+        if process.phase in {Phase.SERVING, Phase.FORMER} and not self.stopping:
+            cause = HUNG if process.aborted else SIGNALLED if code < 0 else EXITED
+            self._deaths += (cause,)
         if not process.asked:
             logger.warning("worker %d %s (process %d)", process.slot, how, pid)
         elif code not in {0, -signal.SIGTERM} and not self.stopping:
@@ -480,19 +490,20 @@ class Supervisor:
         assert slot is not None, "the caller has looked"
         now = self._clock()
         try:
-            pid = self._processes.start(slot, self._configuration)
+            pid = self._processes.start(slot, self._configuration, self._deaths)
         except OSError as exc:
             logger.error("no process can be started for worker %d: %s", slot, exc.strerror)  # noqa: TRY400
             return None
         process = Process(
             pid, slot, now, self._generation, self._configuration, self._configuration, now
         )
+        process.deaths, self._deaths = self._deaths, ()
         seat.processes.add(process)
         self._by_pid[pid] = seat, process
         return process
 
     def _serves(self, seat: Seat, process: Process) -> None:
-        process.phase = Phase.SERVING
+        process.phase, process.deaths = Phase.SERVING, ()
         self._any_served = True
         if process.configuration < self._wanted:
             self._tell(process)

@@ -63,6 +63,8 @@ FIRST = "AIOSERVER_FIRST"
 PERIOD = "AIOSERVER_PERIOD"
 # The name under which the workers of one parent share what other hosts do not.
 HOST = "AIOSERVER_HOST"
+# Why workers have died since the last one was started.
+DEATHS = "AIOSERVER_DEATHS"
 # Seconds after which a worker without a server checks again how many connections its predecessors
 # have.
 LOOK = 0.1
@@ -78,7 +80,7 @@ class Worker:
     *period*: the seconds within which its parent expects a message. *server_url*: the parent's
     private server, through which the workers share limits and streams; None if it has none.
     *first*: whether it was started with the parent, so that no worker was there before. *host*:
-    the common name of this parent's workers.
+    the common name of this parent's workers. *deaths*: why others have died, which it counts.
     """
 
     slot: int
@@ -88,6 +90,7 @@ class Worker:
     server_url: str | None = None
     first: bool = False
     host: str = ""
+    deaths: tuple[str, ...] = ()
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Self | None:
@@ -132,8 +135,10 @@ class Worker:
                 "SIGUSR2 is not enough",
                 1,
             )
+        deaths = tuple(filter(None, environ.pop(DEATHS, "").split(",")))
         return cls(
-            int(slot), int(workers), int(period) / 1e6, descriptors, server_url, first, host
+            *(int(slot), int(workers), int(period) / 1e6, descriptors, server_url, first, host),
+            deaths,
         )
 
     def variables(self) -> dict[str, str]:
@@ -146,6 +151,7 @@ class Worker:
             **({} if self.server_url is None else {SERVER: self.server_url}),
             **({FIRST: "1"} if self.first else {}),
             HOST: self.host,
+            DEATHS: ",".join(self.deaths),
         }
 
     @property

@@ -43,13 +43,16 @@ class Machine:
         self.running: dict[int, int] = {}
         self.sent: list[tuple[int, signal.Signals]] = []
         self.started: list[tuple[int, int]] = []
+        # The deaths that each process was started with.
+        self.deaths: list[tuple[str, ...]] = []
         self.full = False
 
-    def start(self, slot: int, configuration: int) -> int:
+    def start(self, slot: int, configuration: int, deaths: tuple[str, ...] = ()) -> int:
         if self.full:
             raise OSError(11, "Resource temporarily unavailable")
         assert slot not in self.running.values()
         self.started.append((slot, configuration))
+        self.deaths.append(deaths)
         pid = 100 + len(self.started)
         self.running[pid] = slot
         return pid
@@ -357,6 +360,36 @@ def test_a_former_worker_that_dies_is_not_started_again(world: World) -> None:
     world.wait(SHORT_LIFE)
 
     assert world.slots == [1, 2, 3]
+
+
+def test_the_next_worker_counts_each_death_that_nobody_has_asked_for_once(world: World) -> None:
+    world.wait(SHORT_LIFE)
+    world.die(0, -SIGKILL)
+    assert world.machine.deaths[-1] == ("signal",)
+    # It does not get to count it.
+    world.die(0, 1)
+    world.wait(SHORT_LIFE)
+    assert world.machine.deaths[-1] == ("signal",)
+    world.serve()
+
+    world.replace(2, 3)
+    assert world.machine.deaths[-2:] == [(), ()]
+    world.die(1, 3)
+    world.wait(PERIOD, beating=False)
+    world.die(2, -SIGABRT)
+
+    assert world.machine.deaths.pop() == ("exit", "hung")
+
+
+def test_a_worker_that_was_told_to_end_has_not_died(world: World) -> None:
+    world.replace(2, 3)
+    world.say(0, {"STOPPING": "1"})
+    world.die(0, 0)
+    world.wait(SHORT_LIFE)
+    world.say(2, {"STOPPING": "1"})
+    world.die(2, -SIGTERM)
+
+    assert not any(world.machine.deaths)
 
 
 def test_a_reload_reaches_former_workers_which_have_the_timeouts_that_they_have_read(
