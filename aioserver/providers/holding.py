@@ -65,7 +65,7 @@ class Holding(Splitter):
         self.held: bytearray = bytearray()
         self._request, self._stream, self._sink, self._parts = request, stream, sink, parts
         self._on_content = on_content
-        self._max_held = stream.max_bytes // 2
+        self.max_held = stream.max_bytes // 2
         # The count of what is held, and how much of it is counted.
         self._counted: Held | None = None
         self._counted_size = 0
@@ -162,7 +162,7 @@ class Holding(Splitter):
             # The finish of one choice is not that of another.
             self._finishes += part is Part.FINISH
             over = part is Part.END or self._finishes >= self._request.choices
-            full = len(self.held) + len(piece) > self._max_held
+            full = len(self.held) + len(piece) > self.max_held
             if over or full or part is Part.HOSTED:
                 released = self._release(let_go=not over)
                 return b"".join((*shown, released, *pieces[number:]))
@@ -178,7 +178,7 @@ class Holding(Splitter):
         """
         plain = self._parts.plain.fullmatch(block)
         size = len(self.held) + len(block)
-        if plain is None or size > self._max_held or size - self._counted_size >= COUNT_STEP:
+        if plain is None or size > self.max_held or size - self._counted_size >= COUNT_STEP:
             return False
         try:
             orjson.loads(plain[1])

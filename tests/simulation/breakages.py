@@ -174,9 +174,15 @@ CLOSED = {"changes": {"hooks": [sick_hook.CLOSED]}}
 CALLED: Needs = {"faces": ("stream",), "sessions": 1.0, "calls": 1.0, "habits": {}, "faults": {}}
 CALLED |= {"spare": False, "provider_fault_share": 0.3, "provider_faults": ("cut-<n>",)}
 CALLED |= {"changes": ROOMY | places(20) | KEPT | {f"{HTTP}.max_retries": 2}}
+HELD = GOOD | {"faces": ("stream",), "sessions": 1.0, "habits": {}}
+HELD |= {"changes": ROOMY | places(20) | KEPT | {"chat.streams.max_stream_bytes": 4096}}
 
 
 # How servers are broken by more than a line.
+def _hold_all(holding):
+    holding.max_held = 1 << 30
+
+
 def _let_go(_drop):
     return lambda self: self.let_go()
 
@@ -358,6 +364,7 @@ breaks("a place", LEAVE, _leaking(100, within=False))
 breaks("a permit", LEAVE, _leaking(5, within=True), BACKGROUND)
 breaks("a pooled connection", "providers.connections:Connections.give_back", left_out(20))
 breaks("a reservation", "limits.budget:Reservation.settle", left_out(5))
+breaks("how much of a turn is held", f"{HOLDING}.__init__", then(_hold_all), HELD)
 breaks("the limit of a key", "limits.quota:Quota.__init__", then(_widen), KEY)
 breaks("the bound of what is kept", "streams.store:StreamStore._drop_unread", left_out(), seed=21)
 breaks("that half is for others", "providers.capacity:half", _same, BACKGROUND)

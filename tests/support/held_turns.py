@@ -145,7 +145,8 @@ def _data(content: dict[str, Any], name: str = "") -> bytes:
 
 @dataclass
 class CuttingProvider:
-    """A provider of *turn* that cuts the first attempts of each entry: `pN` behind N events.
+    """A provider of *turn* that cuts the first attempts of each entry: `pN` behind N events, and
+    none of another entry.
 
     *cuts* is how many attempts of an entry are cut, and *asked* counts the requests of each.
     Those behind them are of *later*, if it is set. *first* is the number of the first attempt. *ending* does what ends an attempt that is cut.
@@ -168,10 +169,12 @@ class CuttingProvider:
             entry, path = match[1].decode(), match[2].decode()
             self.asked[entry] += 1
             self.bodies.append(body)
-            number = self.asked[entry]
-            turn = self.turn if number <= self.cuts else self.later or self.turn
+            first = entry.startswith("p")
+            number = self.asked[entry] if first else self.asked.total()
+            cut = first and number <= self.cuts
+            turn = self.turn if cut else self.later or self.turn
             events = turn.events(path, number + self.first - 1)
-            if number <= self.cuts and entry.startswith("p"):
+            if cut:
                 shown = events[: int(entry[1:])]
                 # One read each, so that each is met alone.
                 await peer.send(EVENT_STREAM, *map(chunk, shown))
@@ -192,22 +195,31 @@ async def cutting(
     *,
     bridged: bool = False,
     continuation: str = "none",
+    spare: bool = False,
     **limits: Any,
 ) -> AsyncIterator[RunningServer]:
-    """A server with *count* entries of *provider*."""
+    """A server with *count* entries of *provider*; *spare*: and one more, which is asked where they
+    fail, in groups `tN`.
+    """
     async with ScriptedProvider(provider.play) as scripted:
         base = scripted.url.removesuffix("/v1")
+        names = [f"p{number}" for number in range(count)]
         entries: dict[str, Any] = {
-            f"llm.providers.p{number}": {
+            f"llm.providers.{name}": {
                 **provider_entry(
-                    f"{base}/p{number}/v1", **{"max_retries": 2, "backoff_factor": 0.0, **limits}
+                    f"{base}/{name}/v1", **{"max_retries": 2, "backoff_factor": 0.0, **limits}
                 ),
                 "messages": "bridge" if bridged else True,
                 "responses": not bridged,
                 "continuation": continuation,
             }
-            for number in range(count)
+            for name in (*names, *(["spare"] if spare else []))
         }
+        if spare:
+            entries["llm.models"] = {
+                f"t{number}": {"members": [f"{name}/m", "spare/m"], "choose": "ordered"}
+                for number, name in enumerate(names)
+            }
         server = await make_server(**entries, **(changes or {}))
         yield server
         await server.nothing_held()
@@ -251,7 +263,12 @@ async def ask(
     **members: Any,
 ) -> SeenTurn:
     """Ask *entry* for a turn on the face of *path*, and read it to its end."""
-    body = {"model": f"{entry}/m", "stream": True, **BODIES[path], **members}
+    body = {
+        "model": entry if entry.startswith("t") else f"{entry}/m",
+        "stream": True,
+        **BODIES[path],
+        **members,
+    }
     sent = {"x-aioserver-hold": hold} if hold else {}
     async with server.session.post(
         f"{server.v1}/{path}", json=body, headers=sent | (headers or {})
