@@ -145,17 +145,19 @@ def _data(content: dict[str, Any], name: str = "") -> bytes:
 
 @dataclass
 class CuttingProvider:
-    """A provider of *turn* that cuts the first attempts of each entry: `pN` behind N events, and
-    none of another entry.
+    """A provider of *turn* that cuts the first attempts of each entry `pN` behind N events; or, if
+    *behind* is set, the first attempts at any entry behind so many.
 
-    *cuts* is how many attempts of an entry are cut, and *asked* counts the requests of each.
-    Those behind them are of *later*, if it is set. *first* is the number of the first attempt. *ending* does what ends an attempt that is cut.
+    *cuts* is how many attempts are cut, and *asked* counts the requests of each entry. Those behind
+    them are of *later*, if it is set. *first* is the number of the first attempt. *ending* does what
+    ends an attempt that is cut.
     """
 
     turn: Turn
     cuts: int = 1
     later: Turn | None = None
     first: int = 1
+    behind: int | None = None
     ending: Callable[[Peer], Any] | None = None
     asked: Counter[str] = field(default_factory=Counter)
     bodies: list[bytes] = field(default_factory=list)
@@ -169,13 +171,13 @@ class CuttingProvider:
             entry, path = match[1].decode(), match[2].decode()
             self.asked[entry] += 1
             self.bodies.append(body)
-            first = entry.startswith("p")
-            number = self.asked[entry] if first else self.asked.total()
-            cut = first and number <= self.cuts
+            anywhere = self.behind is not None
+            number = self.asked.total() if anywhere else self.asked[entry]
+            cut = number <= self.cuts and (anywhere or entry.startswith("p"))
             turn = self.turn if cut else self.later or self.turn
             events = turn.events(path, number + self.first - 1)
             if cut:
-                shown = events[: int(entry[1:])]
+                shown = events[: int(entry[1:]) if self.behind is None else self.behind]
                 # One read each, so that each is met alone.
                 await peer.send(EVENT_STREAM, *map(chunk, shown))
                 if self.ending is not None:
