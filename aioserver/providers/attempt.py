@@ -378,7 +378,9 @@ class Attempt:
     def event_sink(self, stream: Stream) -> Sink:
         """Return the sink for the events of the answer, which fills *stream*."""
         sink, parts = self.stream_sink(stream), self.parts
-        if self.request.hold != PREAMBLE and parts is not None:
+        if parts is None:
+            self.request.outcome.hold = PREAMBLE
+        elif self.request.hold != PREAMBLE:
             self.holding = Holding(self.request, stream, sink, parts, self.received_content)
             sink.hold(self.holding)
         if self.hop is not None:

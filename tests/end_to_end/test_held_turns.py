@@ -652,3 +652,39 @@ async def test_calls_behind_a_tool_of_the_provider_are_held(make_server: MakeSer
         assert provider.asked == {"p1": 1}
         assert seen.raw.endswith(b"".join(shown) + seen.raw[seen.raw.rindex(b"event: error") :])
         assert b"call_1" not in seen.raw
+
+
+@pytest.mark.parametrize("bridged", [True, False])
+async def test_a_response_in_the_background_is_held_where_it_is_translated(
+    make_server: MakeServer, *, bridged: bool
+) -> None:
+    provider = CuttingProvider(CALLS)
+    async with cutting(make_server, provider, 9, bridged=bridged) as server:
+        seen = await ask(server, RESPONSES, "p8", background=True, store=True)
+
+        # Its client waits for the id of its provider.
+        assert provider.asked == {"p8": 1 + bridged}
+        assert seen.end == ("complete" if bridged else "provider_disconnected")
+        assert seen.headers.get("x-aioserver-hold") == ("calls" if bridged else None)
+        assert (list(seen.calls.values()) == [ARGUMENTS] * 2) is bridged
+
+
+async def test_the_handshake_of_a_websocket_and_its_questions_say_what_is_held(
+    make_server: MakeServer,
+) -> None:
+    provider = CuttingProvider(CALLS)
+    async with cutting(make_server, provider, 8) as server:
+        headers = {"x-aioserver-hold": "calls"}
+        async with server.session.ws_connect(server.ws, headers=headers) as ws:
+            for entry, payload, end in (
+                ("p6", {}, "complete"),
+                ("p7", {"hold": "preamble"}, "error"),
+            ):
+                question = {"text": "Go", "model": f"{entry}/m", **payload}
+                await ws.send_json({"action": "chat", "request_id": entry, "payload": question})
+                status = ""
+                while status not in ("complete", "error"):
+                    status = (await ws.receive_json())["status"]
+
+                assert status == end
+        assert provider.asked == {"p6": 2, "p7": 1}
