@@ -86,7 +86,7 @@ def _chat_words(content: dict[str, Any]) -> Iterator[str]:
 CALL_MARK = b"_call"
 CHAT_PARTS = Parts(
     (CALL_MARK,),
-    re.compile(rb'data: (\{(?!.*"(?:error"|finish_reason": ?"))[^\r\n]*\})\n\n'),
+    re.compile(rb'data: (\{(?!.*"(?:error"|finish_reason"\s*:\s*"))[^\r\n]*\})\n\n'),
     _chat_words,
     re.compile(
         "(?P<PREAMBLE>role)|(?P<REASONING>reasoning(?:_content|_details)?)"
