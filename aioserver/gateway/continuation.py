@@ -521,10 +521,12 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
     text = transcript.text()
     if text is None or not provider_request.keeps_body:
         return None
+    if not text and (provider_request.hold != CALLS or provider_request.choices > 1):
+        return None
     # It may have to wait for a place.
     provider_request.need_body()
     if not text:
-        return text if provider_request.hold == CALLS and provider_request.choices == 1 else None
+        return text
     route = request.route
     body = provider_request.body(route.provider.settings, route.model)
     return text if transcript.checked or await continuable(body) else None
@@ -534,7 +536,7 @@ def _candidates(
     order: Order, fault: ProviderFault, outcome: Outcome, *, anew: bool
 ) -> list[tuple[Provider, str | None]]:
     """Return the providers that are asked for the rest, in order; *anew*: for the whole turn, which
-    each of them can give.
+    each of them can give, the same one only if it may be asked again at all.
     """
     able = [
         (provider, model)
@@ -545,6 +547,8 @@ def _candidates(
         and (anew or _continues(provider, model))
     ]
     same = [each for each in able if each[0].name == outcome.provider]
+    if anew:
+        same = [each for each in same if each[0].settings.http_client.max_retries]
     others = [each for each in able if each[0].name != outcome.provider]
     # A provider that has hung hangs again.
     return others + same if isinstance(fault, ReadTimeout) else same + others

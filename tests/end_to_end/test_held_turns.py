@@ -215,13 +215,16 @@ async def test_turn_that_is_cut_is_asked_of_the_next_provider_when_the_first_cut
         assert seen.headers["x-aioserver-attempts"] == "3"
 
 
-async def test_turn_is_asked_for_once_without_retries(make_server: MakeServer) -> None:
-    provider = CuttingProvider(CALLS)
+@pytest.mark.parametrize("reasoning", [(), REASONING])
+async def test_turn_is_asked_for_once_without_retries(
+    make_server: MakeServer, reasoning: tuple[str, ...]
+) -> None:
+    provider = CuttingProvider(Turn(reasoning))
     async with cutting(make_server, provider, 4, max_retries=0) as server:
         seen = await ask(server, CHAT, "p3")
 
         assert provider.asked == {"p3": 1}
-        assert (seen.status, seen.end) == (502, "provider_disconnected")
+        assert (seen.status, seen.end) == (200 if reasoning else 502, "provider_disconnected")
 
 
 @pytest.mark.parametrize("face", FACES)
