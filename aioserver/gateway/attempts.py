@@ -331,7 +331,8 @@ class Attempts:
             tried = self._parked_for
         self._parked_for = None
         once = fault.once
-        if attempt is not None and attempt.status == 200 and breaks(fault) and self._holds_turns:
+        held = attempt is not None and attempt.status == 200 and attempt.request.hold != PREAMBLE
+        if held and breaks(fault):
             # The client has seen nothing of this turn. A provider that has hung hangs again, and
             # one that limits us says when to come back.
             outcome.cuts += ((outcome.provider, fault.code),)
@@ -355,10 +356,6 @@ class Attempts:
             if begun(self._stream) or not final.failover:
                 raise
             return self._fail_over(final)
-
-    @property
-    def _holds_turns(self) -> bool:
-        return self._request.provider_request.hold != PREAMBLE
 
     def _parks(self, fault: ProviderFault, attempt: Attempt | None) -> float | None:
         """Return the seconds for which the request is parked, since its provider is away; None if

@@ -336,7 +336,9 @@ class Hop:
         return SeamSink(self, attempt, sink, self._stream.max_bytes)
 
     def show(self, attempt: Attempt) -> None:
-        """Note that the first of the rest is about to be shown."""
+        """Note that some of the rest is about to be shown."""
+        if self.shown:
+            return
         stream, told = self._stream, self._told
         self.shown = True
         stream.outcome.seams = (*stream.outcome.seams, told)
@@ -366,7 +368,7 @@ class SeamSink:
         self._hop = hop
         self._attempt = attempt
         self._sink = sink
-        # The first of the rest that is fed is shown, unless it is held.
+        # What is fed is shown, unless it is held.
         self._holding = attempt.holding
         if self._holding is not None:
             self._holding.on_show = partial(hop.show, attempt)
@@ -395,7 +397,7 @@ class SeamSink:
         finally:
             # What came before a fault passes, as if it had come in a read of its own.
             if parts:
-                if self._holding is None and not self._hop.shown:
+                if self._holding is None:
                     self._hop.show(self._attempt)
                 more = self._sink.feed(b"".join(parts))
         return more

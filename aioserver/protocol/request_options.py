@@ -109,8 +109,8 @@ def request_options_of(headers: Mapping[str, str]) -> RequestOptions:
     return RequestOptions(
         seconds(start, START_WITHIN),
         seconds(deadline, DEADLINE),
-        batch(name, CLASS),
-        hold(headers.get(HOLD), HOLD),
+        one_of(CLASSES, name, CLASS) == BATCH,
+        one_of(HOLDS, headers.get(HOLD), HOLD),
         agent,
     )
 
@@ -135,27 +135,14 @@ def seconds(value: str | None, param: str) -> float:
     return number
 
 
-def batch(value: str | None, param: str) -> bool:
-    """Return whether the class *value* is batch; None: no class was named.
+def one_of(names: tuple[str, ...], value: str | None, param: str) -> str:
+    """Return *value*, one of *names*; empty if it is None.
 
     Raises:
-        InvalidRequest: there is no such class.
-    """
-    if value is None:
-        return False
-    if value not in CLASSES:
-        raise InvalidRequest(f"{param} must be one of {', '.join(CLASSES)}", param=param)
-    return value == BATCH
-
-
-def hold(value: str | None, param: str) -> str:
-    """Return the word *value* for what is held; empty if there is none.
-
-    Raises:
-        InvalidRequest: there is no such word.
+        InvalidRequest: there is no such name.
     """
     if value is None:
         return ""
-    if value not in HOLDS:
-        raise InvalidRequest(f"{param} must be one of {', '.join(HOLDS)}", param=param)
+    if value not in names:
+        raise InvalidRequest(f"{param} must be one of {', '.join(names)}", param=param)
     return value

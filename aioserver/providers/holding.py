@@ -49,7 +49,7 @@ class Holding(Splitter):
 
     Always: what `feed` has returned is a beginning of what has come, cut between two events,
     unless an error has dropped what was held. *on_content* is called when content has come, held or
-    not, and *on_show* before the first event is shown.
+    not, and *on_show* before any event is shown.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Holding(Splitter):
         if block and not self._passes and (self._holds or self._looks(block)):
             block = self._take(block)
         if block and self.on_show is not None:
-            self._show()
+            self.on_show()
         return block
 
     def let_go(self) -> None:
@@ -106,7 +106,8 @@ class Holding(Splitter):
             return
         self._request.let_body_go()
         block = self._release(let_go=True)
-        self._show()
+        if self.on_show is not None:
+            self.on_show()
         try:
             self._sink.take(block)
         except AioserverError as fault:
@@ -209,11 +210,6 @@ class Holding(Splitter):
                 # What is shown next decides about it, or another attempt sends it.
                 self._request.need_body()
         return held
-
-    def _show(self) -> None:
-        if (on_show := self.on_show) is not None:
-            self.on_show = None
-            on_show()
 
     def _count(self) -> bool:
         """Count what is held; return False if there is no room for it."""
