@@ -66,7 +66,7 @@ class ProviderFault(AioserverError):
     attempt_outcome: ClassVar[str] = ""
     # The same provider may be asked again.
     retry: bool = False
-    # That is so only once, and at once: a second fault like it is none of chance.
+    # The provider is asked again only once, and at once: a second fault like it is not chance.
     once: ClassVar[bool] = False
     # The next provider may be asked.
     failover: ClassVar[bool] = False

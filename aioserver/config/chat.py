@@ -322,7 +322,7 @@ class Streams(SettingsClass):
         size,
         "bytes kept of all answers and stored responses together, all that belongs to them "
         "counted; beyond: of the key that keeps most the oldest that have ended are dropped, "
-        "then readers that are behind, then events of running answers that every reader has "
+        "then readers that are behind, then events that every reader of an answer has "
         "passed, then answers that nobody reads, then new requests get 503",
         2**28,
     )

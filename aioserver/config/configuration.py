@@ -108,7 +108,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             settings = exc.partial
             document.faults += [
                 document.fault(error.path, _message(error, document))
-                for error in inheritance.told_once(exc.errors)
+                for error in inheritance.without_inherited(exc.errors)
             ]
         credentials = Credentials(document, environ, again=again)
         providers = settings.llm.providers

@@ -179,7 +179,7 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
     try:
         # This line begins the block of the first event, which `watch` sends.
         writer.send(RETRY)
-        await monitor.watch_all(writer, every)
+        await monitor.watch_all(writer.send, every)
         with quota.held(watcher=request[CALLER]):
             await _until_the_end(context, request[CALLER])
         if not context.lifecycle.stopping.is_set():
@@ -190,7 +190,7 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
         writer.send(eventstream.write(orjson.dumps(error.as_chunk()), event="error"))
         await writer.flush()
     finally:
-        run_all((partial(monitor.leave, writer), writer.close))
+        run_all((partial(monitor.leave, writer.send), writer.close))
     return response
 
 

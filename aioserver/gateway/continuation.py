@@ -8,7 +8,7 @@
     how often            MAX_HOPS attempts for one answer, a *hop* each
 
 If all of these hold, the same provider is asked first, then the others of the request's order. A
-provider that has gone silent is asked last. Each is asked in its own *form*, the setting
+provider that has gone silent, or has broken off the rest as well, is asked last. Each is asked in its own *form*, the setting
 `continuation`, which says what follows the messages of the request (`continued`):
 
     prefill         the assistant's message so far
@@ -88,7 +88,6 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.outcome import Outcome
 
     # The providers that may be asked for an answer, in their order, with the model of each.
     Order = Sequence[tuple[Provider, str | None]]
@@ -435,12 +434,17 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
         ProviderFault: no provider could; it is the fault that has broken the answer off.
     """
     outcome, hops = request.provider_request.outcome, 0
+    former = ""
     while True:
         broken = outcome.provider, outcome.model, outcome.headers
         # It must not lead back to the frames of the attempt, which lead to the body.
         forget_frames(fault)
         text = await _text(request, stream, fault)
-        candidates = [] if text is None else _candidates(order, fault, outcome, anew=not text)
+        last = isinstance(fault, ReadTimeout) or broken[0] == former
+        candidates = []
+        if text is not None:
+            candidates = _candidates(order, broken[0], last=last, anew=not text)
+        former = broken[0]
         further: ProviderFault | None = None
         while candidates and further is None and hops < MAX_HOPS:
             provider, model = candidates.pop(0)
@@ -535,10 +539,11 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
 
 
 def _candidates(
-    order: Order, fault: ProviderFault, outcome: Outcome, *, anew: bool
+    order: Order, broken: str, *, last: bool, anew: bool
 ) -> list[tuple[Provider, str | None]]:
-    """Return the providers that are asked for the rest, in order; *anew*: for the whole turn, which
-    each of them can give, the same one only if it may be asked again at all.
+    """Return the providers that are asked for the rest, in order. The one that has *broken* off the
+    answer is the first of them, or the *last*. *anew*: they are asked for the whole turn, which each
+    of them can give, and the same one only if it may be asked again at all.
     """
     able = [
         (provider, model)
@@ -548,12 +553,11 @@ def _candidates(
         and not provider.health.flagged
         and (anew or _continues(provider, model))
     ]
-    same = [each for each in able if each[0].name == outcome.provider]
+    same = [each for each in able if each[0].name == broken]
     if anew:
         same = [each for each in same if each[0].settings.http_client.max_retries]
-    others = [each for each in able if each[0].name != outcome.provider]
-    # A provider that has hung hangs again.
-    return others + same if isinstance(fault, ReadTimeout) else same + others
+    others = [each for each in able if each[0].name != broken]
+    return others + same if last else same + others
 
 
 def _continues(provider: Provider, model: str | None) -> bool:

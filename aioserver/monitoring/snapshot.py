@@ -1,9 +1,8 @@
-"""The state of the server at one moment: what `/stats`, `/events` and the gauges of `/metrics`
-show.
+"""The snapshot: the state of the server at one moment, for `/stats`, `/events` and `/metrics`.
 
-Everything is read from counters and from `stats()`; clients are never walked, and of requests only
-those that a provider answers now: a silence that goes on is counted nowhere yet. What cannot be
-read at a moment, such as a rate, is that of the last interval.
+Everything is read from counters and from `stats()`. No loop goes over all clients. One goes over
+the requests that providers answer now, since no counter has a silence that still lasts. Values that
+cannot be read at one moment, such as rates, are those of the last interval.
 
 The meaning of each field is in docs/monitoring.md.
 """
@@ -65,7 +64,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.metrics import GroupMeter
 
-# How a provider is asked for messages, before anything was learned, by its setting.
+# The word of `learned.messages` for each value of the setting, before anything was learned.
 MESSAGES_WORDS: Mapping[bool | str, str] = {
     False: "no",
     True: "speaks",
@@ -73,18 +72,18 @@ MESSAGES_WORDS: Mapping[bool | str, str] = {
     AUTO: "unknown",
 }
 
-# Outcomes of an attempt that are no fault of the provider: a client that cancels is none.
+# Outcomes of an attempt that are not a fault of the provider.
 NO_FAULTS = frozenset((OK, CANCELLED))
 
 
 class Sources(msgspec.Struct, frozen=True):
     """The objects from which the state is read; they live as long as the server.
 
-    *chat* returns the section in effect. *gate* admits connections, *running* counts the answers under way, *ready* says whether the
-    server takes new work, and *listening* has the sockets that accept connections, as soon as
-    there are any. *keys* returns the state of the keys. *former_since* says when
-    others took the place of this process, in Unix time. *sections* are the wings' parts, and
-    *endpoints* the paths of their faces.
+    *chat* returns the section of the configuration in effect. *gate* admits connections, *running*
+    counts the answers under way, and *ready* says whether the server takes new work. *listening* has
+    the sockets that accept connections, as soon as there are any. *keys* returns the state of the
+    keys. *former_since* says when another process took the place of this one, in Unix time.
+    *sections* are the sections of the wings, and *endpoints* the paths of their faces.
     """
 
     chat: Callable[[], Chat]
@@ -121,7 +120,7 @@ class Snapshots:
     ) -> Snapshot:
         """Return the state of this moment.
 
-        *interval*, *troubles* and *verdict* are those known.
+        *interval*, *troubles* and *verdict* are those of the last tick.
         """
         sources, metrics, now = self._sources, self._sources.metrics, time.monotonic()
         router, chat = sources.router, sources.chat()
@@ -328,7 +327,7 @@ def _provider_state(
 
 
 def _learned(provider: Provider, memories: Sequence[Capabilities]) -> LearnedState:
-    """Return what is known of the APIs of *provider*, by its settings and by what it has said."""
+    """Return what the server knows of the APIs of *provider*, from its settings and answers."""
     settings = provider.settings
     words = [word for capabilities in memories if (word := capabilities.messages) is not None]
     return {

@@ -283,7 +283,7 @@ async def _open_answering(
         core.metrics,
         None if sharing is None else sharing.share_provider,
         (lambda _name: ALONE) if sharing is None else sharing.observe,
-        plugged.simulated,
+        plugged.simulator,
         lifetime,
         usage,
         hop,
@@ -486,10 +486,7 @@ def _add_routes(app: web.Application, context: Context, wings: Sequence[Routes])
             # It takes all paths below `/v1` that no other face has.
             *passthrough.routes(context),
         ],
-        Policy.ADMIN: [
-            *status.routes(context),
-            *(route for routes in wings for route in routes.admin),
-        ],
+        Policy.ADMIN: status.routes(context),
         Policy.OPEN: [
             *(route for routes in wings for route in routes.open),
             *status.probes(context),

@@ -1,7 +1,10 @@
 """Runs the application on our connections, under the HTTP limits of the configuration.
 
 aiohttp's runner starts and ends the application, and finds the handler of a request. The
-connections, and the sockets on which they are accepted, are ours.
+connections, and the sockets on which they are accepted, are ours. For a path without parameters
+the handler is always the same: `Dispatcher` finds it once.
+
+Private names of aiohttp used here, where it has them: `_match_info`.
 """
 
 from __future__ import annotations
@@ -88,6 +91,38 @@ FIXED: dict[str, Any] = {
 }
 
 
+class Dispatcher:
+    """The handler of all requests of *app*: the handler of its route behind the *middleware* if
+    the path has no parameters, and otherwise *router*, which is aiohttp's.
+
+    Always: a request gets the handler and the match that aiohttp's router would give it.
+    """
+
+    def __init__(self, app: web.Application, router: Handler, middleware: Middleware) -> None:
+        self._router, self._middleware = router, middleware
+        self._found: dict[tuple[str, str], tuple[web.UrlMappingMatchInfo, Handler]] = {}
+        if not hasattr(web.Request, "_match_info"):
+            return
+        for route in app.router.routes():
+            if isinstance(route.resource, web.PlainResource):
+                match = web.UrlMappingMatchInfo({}, route)
+                match.add_app(app)
+                match.freeze()
+                # The first of two routes with one path counts, as for the router.
+                key = route.method, route.resource.canonical
+                self._found.setdefault(key, (match, route.handler))
+
+    def __call__(self, request: web.Request) -> Awaitable[web.StreamResponse]:
+        """Return the awaitable response to *request*."""
+        if hdrs.EXPECT in request.headers:
+            return _expecting(self._router, self._middleware, request)
+        found = self._found.get((request.method, request.raw_path))
+        if found is None:
+            return self._router(request)
+        request._match_info, handler = found  # noqa: SLF001 - see the head of this file
+        return self._middleware(request, handler)
+
+
 class Runner:
     """Listens, and runs the application of *server* on our connections; *setup* comes first.
 
@@ -108,7 +143,7 @@ class Runner:
         context = self._owner.context
         make = ConnectionServer if self._balance is None else self._balance.server
         self._server = make(
-            functools.partial(_handle, plain.request_handler, self._owner.middleware),
+            Dispatcher(self._owner.app, plain.request_handler, self._owner.middleware),
             request_factory=functools.partial(Request, loop=asyncio.get_running_loop()),
             options=FIXED | _options(context.settings.chat.websocket),
             metrics=context.metrics,
@@ -261,21 +296,12 @@ class Runner:
         return self._server
 
 
-def _handle(
-    handler: Handler, middleware: Middleware, request: web.Request
-) -> Awaitable[web.StreamResponse]:
-    """Return the awaitable response to *request* from *handler*, which is aiohttp's.
-
-    An `Expect` that aiohttp refuses in front of the *middleware* goes through it as well.
-    """
-    if hdrs.EXPECT in request.headers:
-        return _expecting(handler, middleware, request)
-    return handler(request)
-
-
 async def _expecting(
     handler: Handler, middleware: Middleware, request: web.Request
 ) -> web.StreamResponse:
+    """Return the response of *handler*, which is aiohttp's. If aiohttp refuses the `Expect` in
+    front of the *middleware*, the refusal goes through the middleware as well.
+    """
     try:
         return await handler(request)
     except (web.HTTPExpectationFailed, UnicodeEncodeError):

@@ -14,7 +14,7 @@ holds. Each condition is checked by the object that knows it (`Exchange` → the
     the provider's parser is between two chunks, and the answer goes on
     no event is half read, and one has been appended already
     the log has one reader, and that reader has written all there is
-    that reader's writer follows nothing else, and the client reads what it is sent
+    that reader's writer follows no other stream, and the client reads fast enough
 
 A read that takes the slow path begins by closing the fast path. Every other change of these
 conditions closes it, too. The log closes it when a reader comes or goes and when it ends; the

@@ -6,7 +6,7 @@ All logs together keep `max_kept_bytes`, in everything that they keep. Beyond th
        keeps most of both, the oldest first
     2. the held events of a turn are shown before its finish, the largest first
     3. readers that are far behind are dropped, with the events that only they still need
-    4. running logs lose the oldest events that every reader has passed
+    4. logs that run, or are still read, lose the oldest events that every reader has passed
     5. answers without a reader are ended, the oldest first
     6. new answers are refused
 
@@ -106,9 +106,9 @@ class StreamStore:
     Always: the bytes counted are the sum over these logs, over private ones while they run, and
     over bodies that no log has. A log is found by its caller only, and a private one never. The
     sum exceeds `max_kept_bytes` only by what running answers and their readers needed at the last
-    search for room, and by SEARCH_STEP. That search left only finished logs with readers, the
-    entries that readers in time have still to read, the newest event of each running log, and what
-    is kept beside its events.
+    search for room, and by SEARCH_STEP. That search left only the entries that readers in time
+    have still to read, the newest event of each log that runs or is read, and what is kept beside
+    its events.
     """
 
     def __init__(
@@ -338,7 +338,7 @@ class StreamStore:
                 self._drop_said()
                 self._let_go()
                 self._drop_late_readers()
-                self._cut_running()
+                self._cut_passed()
                 if (excess := self._bytes - self._max_kept_bytes) >= 0:
                     self._observer.crowded(excess + 1)
             finally:
@@ -376,10 +376,11 @@ class StreamStore:
                 if stream.readers and stream.shed():
                     self._drop_unread()
 
-    def _cut_running(self) -> None:
-        """Discard the oldest events of running logs that every reader has passed."""
+    def _cut_passed(self) -> None:
+        """Discard the oldest events that every reader has passed, of logs that run or are read."""
         target = self._max_kept_bytes * EVICTION_TARGET
-        for stream in _of_who_keeps_most(sorted(self._running, key=_size)):
+        read = [stream for stream in self._finished if stream.readers]
+        for stream in _of_who_keeps_most(sorted([*read, *self._running], key=_size)):
             if self._bytes < target:
                 return
             stream.cut(int(self._bytes - target) + 1)

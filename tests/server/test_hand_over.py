@@ -9,6 +9,8 @@ import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+import pytest
+
 from aioserver.server.runner import until_empty
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import CLOSE, TEXT, Raw, closing
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.server import MakeServer, RunningServer
+
+pytestmark = pytest.mark.both_loops
 
 GRACE = "chat.websocket.shutdown_timeout"
 KEEPS = "chat.websocket.replace_timeout"
@@ -113,6 +117,7 @@ async def test_queue_that_does_not_empty_is_waited_for_no_longer_than_it_may() -
     assert 0.2 <= took <= loop.time() - began
 
 
+@pytest.mark.virtual_time
 async def test_what_waits_longer_than_half_of_the_grace_is_refused(
     make_server: MakeServer,
 ) -> None:
@@ -163,6 +168,7 @@ async def test_sockets_close_when_no_answer_runs_on_them(make_server: MakeServer
         await end
 
 
+@pytest.mark.virtual_time
 async def test_a_process_without_its_parent_gives_up_the_port_at_once(tmp_path: Path) -> None:
     async with runner_of(tmp_path, **{"chat.websocket.drain_delay": 600.0}) as (runner, _):
         (listening,) = await runner.listen()

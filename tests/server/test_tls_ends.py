@@ -6,6 +6,8 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+import pytest
+
 from aioserver.server.listener import ListeningSocket
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.server import MakeServer, RunningServer
+
+pytestmark = pytest.mark.both_loops
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -585,53 +585,53 @@ def test_strangers_that_a_process_1_reaps_and_hears_of_change_nothing(world: Wor
     assert world.sent == []
 
 
-@pytest.mark.parametrize("seed", range(200))
 def test_whatever_happens_a_seat_has_a_worker_or_will_get_one(
-    seed: int, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Random steps; then quiet, in which all seats must serve, one process each, all as wanted."""
-    caplog.set_level(logging.CRITICAL)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    world = World(rng.choice([1, 2, 3]), QUICK)
-    supervisor, number = world.supervisor, 0
-    world.serve()
-    for _ in range(60):
-        assert len(world.slots) <= 4 * len(supervisor)
-        slot = rng.choice(world.slots) if world.slots else None
-        match rng.randrange(9):
-            case 0 | 1 if slot is not None:
-                world.die(slot, rng.choice([0, 1, 2, -9]))
-            case 2 if slot is not None:
-                world.say(slot, {"STOPPING": "1"})
-            case 3:
-                number += 1
-                supervisor.reload(number, QUICK)
-            case 4 if slot is not None:
-                number += 1
-                supervisor.replace(number, QUICK)
-            case 5 | 6:
-                world.wait(rng.choice([0.1, 1.0, 7.0, 25.0]), beating=rng.random() < 0.9)
-            case _ if slot is not None:
-                world.say(slot, rng.choice([READY, BEAT, {"RELOADING": "1"}]))
-        for seat, what in world.sent:
-            if (
-                seat in world.slots
-                and what in {SIGKILL, SIGABRT, HAND_OVER}
-                and (what is SIGKILL or rng.random() < 0.8)
-            ):
-                world.die(seat, 0 if what is HAND_OVER else -what)
-    for _ in range(200):
-        world.wait(1.0)
-        for slot in world.slots:
-            if slot in world.slots:
-                world.say(slot, {"RELOADING": "1"})
-                world.say(slot, READY)
-        for seat, what in world.sent:
-            if seat in world.slots and what in {SIGKILL, SIGABRT, HAND_OVER}:
-                world.die(seat, 0)
+    for seed in range(200):
+        caplog.set_level(logging.CRITICAL)
+        print(f"seed {seed}")
+        rng = random.Random(seed)
+        world = World(rng.choice([1, 2, 3]), QUICK)
+        supervisor, number = world.supervisor, 0
+        world.serve()
+        for _ in range(60):
+            assert len(world.slots) <= 4 * len(supervisor)
+            slot = rng.choice(world.slots) if world.slots else None
+            match rng.randrange(9):
+                case 0 | 1 if slot is not None:
+                    world.die(slot, rng.choice([0, 1, 2, -9]))
+                case 2 if slot is not None:
+                    world.say(slot, {"STOPPING": "1"})
+                case 3:
+                    number += 1
+                    supervisor.reload(number, QUICK)
+                case 4 if slot is not None:
+                    number += 1
+                    supervisor.replace(number, QUICK)
+                case 5 | 6:
+                    world.wait(rng.choice([0.1, 1.0, 7.0, 25.0]), beating=rng.random() < 0.9)
+                case _ if slot is not None:
+                    world.say(slot, rng.choice([READY, BEAT, {"RELOADING": "1"}]))
+            for seat, what in world.sent:
+                if (
+                    seat in world.slots
+                    and what in {SIGKILL, SIGABRT, HAND_OVER}
+                    and (what is SIGKILL or rng.random() < 0.8)
+                ):
+                    world.die(seat, 0 if what is HAND_OVER else -what)
+        for _ in range(200):
+            world.wait(1.0)
+            for slot in world.slots:
+                if slot in world.slots:
+                    world.say(slot, {"RELOADING": "1"})
+                    world.say(slot, READY)
+            for seat, what in world.sent:
+                if seat in world.slots and what in {SIGKILL, SIGABRT, HAND_OVER}:
+                    world.die(seat, 0)
 
-    assert supervisor.code is None
-    assert len(supervisor.statuses()) == len(supervisor) == len(world.slots)
-    assert not supervisor.replacing
-    assert not supervisor.reloading
+        assert supervisor.code is None
+        assert len(supervisor.statuses()) == len(supervisor) == len(world.slots)
+        assert not supervisor.replacing
+        assert not supervisor.reloading

@@ -63,7 +63,7 @@ class MessagesApi(Api):
         """Raise the fault for the *status* of an answer of *provider*.
 
         Raises:
-            ProviderFault: it is none of 200 to 299.
+            ProviderFault: the status is not in 200 to 299.
         """
         sink.check_status(provider, status, headers, body)
 

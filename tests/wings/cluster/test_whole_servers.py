@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.membership import Membership
     from tests.support.server import RunningServer
 
-pytestmark = pytest.mark.one_loop
+pytestmark = pytest.mark.real_time
 LIMIT, CLIENTS = 6, 12
 # A tenth of the real times, but for the bound of a call: the machine may be busy.
 TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
