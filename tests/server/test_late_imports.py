@@ -41,7 +41,7 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.one_loop
+@pytest.mark.real_time
 @pytest.mark.timeout(90)
 async def test_a_server_imports_nothing_once_it_is_ready(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(HOOK)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tests.support.scripted_provider import Peer
 
 # Several processes start, which on a busy machine takes long.
-pytestmark = [pytest.mark.one_loop, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.real_time, pytest.mark.timeout(180)]
 
 REPLACED = "all workers are replaced"
 # The provider says nothing until its answers are released.
