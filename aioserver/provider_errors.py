@@ -65,7 +65,7 @@ class ProviderFault(AioserverError):
     # The outcome of the attempt, a metric label; empty if no attempt was made.
     attempt_outcome: ClassVar[str] = ""
     # The same provider may be asked again.
-    retry: ClassVar[bool] = False
+    retry: bool = False
     # The provider is asked again only once, and at once: a second fault like it is not chance.
     once: ClassVar[bool] = False
     # The next provider may be asked.

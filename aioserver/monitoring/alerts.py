@@ -11,6 +11,7 @@ says whether displays show the alert as an `error` or as a `warning`.
 from __future__ import annotations
 
 import math
+import time
 from array import array
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -219,6 +220,16 @@ def span(seconds: float) -> str:
 def count(number: int, noun: str) -> str:
     """Return a number of things: 1 answer, 1,200 answers."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def still_run(answers: int, longest: float, processes: int, until: float) -> str:
+    """Return what runs in *processes* former processes: *answers*, the *longest* for so many
+    seconds, *until* a Unix time at the latest.
+    """
+    runs = f"{count(answers, 'answer')} still run{'s' * (answers == 1)}"
+    where = f"{processes} former process{'es' * (processes != 1)}"
+    at = time.strftime("%H:%M", time.localtime(until))
+    return f"{runs} in {where}, longest {span(longest)}, until {at} at the latest"
 
 
 def met_a_bug(number: int, when: str = "in the last minute") -> str:

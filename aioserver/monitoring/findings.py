@@ -428,6 +428,11 @@ HAPPENED = _table(
         past="{name} broke off {answers} in {span}, continued by another attempt: {detail}",
         severity=WARNING,
     ),
+    Finding(
+        "rescued",
+        past="{name} broke off {answers} in {span}, made good by another attempt: {detail}",
+        severity=WARNING,
+    ),
 )
 
 FINDINGS = {**FAULTS, **REJECTED, **OF_PROVIDERS, **OF_SERVER, **HAPPENED}

@@ -39,6 +39,7 @@ from aioserver.monitoring.interval import (
     DENIED,
     KEY_REFUSED,
     REJECTIONS,
+    RESCUED,
     SEAMS,
     SLOW_CLIENTS,
     TICK,
@@ -68,6 +69,7 @@ GATHERED = {
     ATTEMPTS: "provider_faults",
     BUGS: "bug",
     SEAMS: "seams",
+    RESCUED: "rescued",
 }
 # A finding whose severity is BY_SHARE is an error only if there are at least so many.
 MANY_REJECTED, MANY_FAILED = 10, 5

@@ -46,7 +46,7 @@ ATTEMPTS = "attempts"
 ANSWERED = "answered"
 FAILED = "failed"
 BUGS = "bugs"
-SEAMS = "seams"
+SEAMS, RESCUED = "seams", "rescued"
 
 
 class Total(NamedTuple):
@@ -160,4 +160,6 @@ def totals(metrics: Metrics) -> dict[Total, float]:
             numbers[Total(ATTEMPTS, outcome, provider)] = counter.value
         for code, counter in meter.seams.items():
             numbers[Total(SEAMS, code, provider)] = counter.value
+        for code, counter in meter.rescued.items():
+            numbers[Total(RESCUED, code, provider)] = counter.value
     return numbers

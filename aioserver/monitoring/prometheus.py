@@ -111,6 +111,11 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
         "Responses that can be continued by their ids",
     ),
     Gauge(
+        "held_bytes",
+        lambda s: s["streams"]["held"]["bytes"],
+        "Bytes of answers that wait for the end of their turn",
+    ),
+    Gauge(
         "kept_stream_bytes",
         lambda s: s["streams"]["bytes"],
         "Bytes of all streams and stored responses together",
@@ -120,6 +125,16 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
     Gauge("max_fds", lambda s: s["process"]["max_fds"], "Limit of open file descriptors"),
     Gauge("tasks", lambda s: s["process"]["tasks"], "Tasks of the event loop, some seconds ago"),
     Gauge("watchers", lambda s: s["watchers"], "Clients of /events"),
+    Gauge(
+        "former_workers",
+        lambda s: len(s["former"]),
+        "Processes that were replaced, and still have answers",
+    ),
+    Gauge(
+        "former_answers",
+        lambda s: sum(each["answers"] for each in s["former"]),
+        "Answers that run in processes that were replaced",
+    ),
     Gauge(
         "instances",
         _instances,

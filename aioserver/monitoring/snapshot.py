@@ -26,6 +26,7 @@ from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
 from aioserver.monitoring.section import Section
 from aioserver.monitoring.state import (
+    FormerState,
     KeyState,
 )
 from aioserver.streams.lifetime import Lifetime
@@ -81,7 +82,8 @@ class Sources(msgspec.Struct, frozen=True):
     *chat* returns the section of the configuration in effect. *gate* admits connections, *running*
     counts the answers under way, and *ready* says whether the server takes new work. *listening* has
     the sockets that accept connections, as soon as there are any. *keys* returns the state of the
-    keys. *sections* are the sections of the wings, and *endpoints* the paths of their faces.
+    keys. *former_since* says when another process took the place of this one, in Unix time.
+    *sections* are the sections of the wings, and *endpoints* the paths of their faces.
     """
 
     chat: Callable[[], Chat]
@@ -96,6 +98,7 @@ class Sources(msgspec.Struct, frozen=True):
     ready: Callable[[], bool]
     listening: Sequence[socket.socket]
     keys: Callable[[], dict[str, KeyState]] = dict
+    former_since: Callable[[], float | None] = lambda: None
     sections: Sequence[Section[Any]] = ()
     endpoints: Mapping[str, str] = msgspec.field(default_factory=dict)
 
@@ -165,6 +168,7 @@ class Snapshots:
             "loop": {"lag": round(interval.lag, 5), "lag_max": round(interval.lag_max, 5)},
             "process": {**process_usage(), "tasks": interval.tasks, "cpu": interval.cpu},
             "watchers": watchers,
+            "former": _former_state(sources, now),
             "endpoints": {
                 "websocket": chat.websocket.endpoint,
                 "sse": chat.sse.endpoint,
@@ -174,6 +178,25 @@ class Snapshots:
         }
         parts = {section.key: section.state() for section in sources.sections}
         return cast("Snapshot", {**snapshot, **parts})
+
+
+def _former_state(sources: Sources, now: float) -> list[FormerState]:
+    """Return the state of this process if others have taken its place."""
+    if (since := sources.former_since()) is None:
+        return []
+    records = [stream.record for stream in sources.streams.running()]
+    # A mirror's answer is in the record of its owner.
+    running = [now - record.admitted_at for record in records if record.admitted_at]
+    return [
+        {
+            "worker": sources.usage.worker,
+            "version": __version__,
+            "since": round(since, 3),
+            "until": round(since + sources.chat().websocket.replace_timeout, 3),
+            "answers": sources.running(),
+            "longest": round(max(running, default=0.0), 1),
+        }
+    ]
 
 
 def _group_state(
@@ -230,6 +253,7 @@ def _streams_state(sources: Sources) -> StreamsState:
         "background": sources.lifetime.background,
         "finished": streams.finished,
         "responses": streams.responses,
+        "held": {"answers": streams.held_answers, "bytes": streams.held_bytes},
         "bytes": streams.bytes,
         "max_bytes": streams.max_bytes,
     }
@@ -284,6 +308,7 @@ def _provider_state(
             "total": int(meter.continuations[CONTINUED].value),
             "last_minute": interval.continued.get(name, 0),
         },
+        "rescued": _sum(meter.rescued),
         "requests": sum(attempts.values()),
         "cancelled": attempts[CANCELLED],
         "faults": {name: number for name, number in attempts.items() if name not in NO_FAULTS},

@@ -35,6 +35,11 @@ def _earliest(values: Sequence[float | None]) -> float | None:
     return min((value for value in values if value is not None), default=None)
 
 
+def _together(values: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the entries of all."""
+    return [entry for entries in values for entry in entries]
+
+
 def _by_name(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """Add up by name; a name that only one instance has is kept."""
     total: Counter[str] = Counter()
@@ -57,6 +62,7 @@ SUM: Rule = _sum
 MAX: Rule = max
 ANY: Rule = any
 COUNTS: Rule = _by_name
+ENTRIES: Rule = _together
 KNOWN: Rule = _sum_of_known
 EARLIEST: Rule = _earliest
 OWN: Rule = _first
@@ -101,6 +107,13 @@ class BugsState(TypedDict):
     last_minute: Annotated[int, SUM]
 
 
+class HeldState(TypedDict):
+    """Answers that wait for the end of their turn, and their bytes."""
+
+    answers: Annotated[int, SUM]
+    bytes: Annotated[int, SUM]
+
+
 class StreamsState(TypedDict):
     """The streams that are kept."""
 
@@ -109,6 +122,7 @@ class StreamsState(TypedDict):
     background: Annotated[int, SUM]
     finished: Annotated[int, SUM]
     responses: Annotated[int, SUM]
+    held: HeldState
     bytes: Annotated[int, SUM]
     max_bytes: Annotated[int, SUM]
 
@@ -236,6 +250,7 @@ class ProviderState(TypedDict):
     background: BackgroundState
     failovers: Annotated[int, SUM]
     continued: ContinuedState
+    rescued: Annotated[int, SUM]
     requests: Annotated[int, SUM]
     cancelled: Annotated[int, SUM]
     faults: Annotated[dict[str, int], COUNTS]
@@ -383,6 +398,21 @@ class InstanceState(TypedDict):
     cluster: str
 
 
+class FormerState(TypedDict):
+    """A process that was replaced, and still has *answers*, the *longest* for so many seconds.
+
+    *worker* is its slot; *since* and *until*, when the last of them ends at the latest, are Unix
+    times in seconds.
+    """
+
+    worker: int | None
+    version: str
+    since: float
+    until: float
+    answers: int
+    longest: float
+
+
 class Snapshot(TypedDict):
     """The whole state: the JSON object of `/stats`.
 
@@ -416,6 +446,7 @@ class Snapshot(TypedDict):
     loop: LoopState
     process: ProcessState
     watchers: Annotated[int, SUM]
+    former: Annotated[list[FormerState], ENTRIES]
     endpoints: Annotated[dict[str, str], OWN]
     cluster: NotRequired[ClusterState]
     instances: NotRequired[Annotated[dict[str, InstanceState | None], MADE]]

@@ -115,6 +115,14 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         keys = sum(quota.resource.waiting for quota in self.context.access.quotas().values())
         return self.context.admission.gate.waiting + keys + queues + undecided
 
+    def retire(self) -> None:
+        """End idle sockets and watchers, now and from now on, each where nothing runs on it."""
+        self.context.lifecycle.retired.set()
+        if self.sharing is not None:
+            self.sharing.retire()
+        for open_socket in tuple(self.context.sockets):
+            open_socket.drain()
+
     def drain(self) -> None:
         """Refuse new work: waiting requests, idle sockets and answers without a reader end."""
         context = self.context
@@ -124,8 +132,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         context.gateway.drain()
         for quota in context.access.quotas().values():
             quota.refuse(shutdown_error)
-        for open_socket in tuple(context.sockets):
-            open_socket.drain()
+        self.retire()
 
 
 @asynccontextmanager
@@ -342,6 +349,7 @@ def _open_context(
         router=router,
         lag=answering.lag,
         ready=lambda: lifecycle.ready and router.usable,
+        former_since=lambda: lifecycle.former_since,
         listening=listening,
         keys=lambda: key_states(access.keys, usage.sums),
         sections=[

@@ -29,6 +29,7 @@ class MessagesApi(Api):
     headers: ClassVar = {wire.VERSION_HEADER: wire.VERSION}
     paces_cached = False
     bounds = ("max_tokens",)
+    parts = wire.PARTS
 
     def speaks(self, provider: settings.Provider) -> bool:
         """Return whether a provider with these settings has this API."""

@@ -70,6 +70,7 @@ QUESTION: dict[str, Any] = {
     "start_within": NUMBER,
     "deadline": NUMBER,
     "class": {"type": "string", "enum": ["interactive", "batch"]},
+    "hold": {"type": "string", "enum": ["preamble", "calls", "turn"]},
 }
 POSITION: dict[str, Any] = {
     "type": "object",
