@@ -10,8 +10,10 @@ cd "$here"
 export PIP_NO_COMPILE=no
 ensure_installed installed-tests '[test]'
 all=yes
+# More processes than cores, since a test waits for half of its time; but each imports and collects all tests.
+processes=6
 for argument; do
-  if [ -e "${argument%%::*}" ]; then all=no; fi
+  if [ -e "${argument%%::*}" ]; then all=no processes=4; fi
 done
 # Programs of others, which tests/clients runs, in a folder of their own. What cannot be installed skips its tests.
 # The large ones are installed by hand: docs/testing.md.
@@ -79,8 +81,7 @@ unset PYTHONDONTWRITEBYTECODE
 [ -d tests/__pycache__ ] || .venv/bin/python -m pytest --collect-only -qq >/dev/null 2>&1 || true
 [ -z "$clients" ] || wait "$clients" || true
 unset PIP_NO_COMPILE
-# More processes than cores, since a test waits for half of its time; but each imports and collects all tests.
 status=0
-.venv/bin/python -m pytest -n "${TEST_PROCESSES:-6}" --dist worksteal "$@" || status=$?
+.venv/bin/python -m pytest -n "${TEST_PROCESSES:-$processes}" --dist worksteal "$@" || status=$?
 wait "$types" || status=1
 exit "$status"
