@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,11 +20,11 @@ from msgspec import Raw
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest
 from aioserver.faces import http, openai, passthrough, whole
+from aioserver.gateway.bridging import ABSENT_STATUSES, path_absent
 from aioserver.protocol.bridging.reading import members
 from aioserver.protocol.json_body import ABSENT
 from aioserver.protocol.model_body import ModelBody
-from aioserver.provider_errors import ProviderBadResponse
-from aioserver.providers.passthrough import PassedRequest
+from aioserver.provider_errors import ProviderBadResponse, ProviderRefused
 from aioserver.wings.responses.attempt import ResponsesCapabilities
 from aioserver.wings.responses.bridge.summary import question, summary_item
 from aioserver.wings.responses.draft import draft_of
@@ -55,58 +57,90 @@ class _Response(msgspec.Struct, gc=False):
 _RESPONSE = msgspec.json.Decoder(_Response)
 
 
+@dataclass
+class Compaction:
+    """A request to compact a conversation, which is *passed* on to its provider, unless the model
+    is asked at once. *ask* makes the request to the model; None: the provider has the path.
+    """
+
+    passed: Request
+    at_once: bool
+    ask: Callable[[], Request] | None
+
+
 async def prepare(
     context: Context,
     stored: StoredResponses,
     make_request: Callable[..., Request],
     request: web.Request,
     hold: BodyHold,
-) -> Request:
-    """Prepare a request to compact a conversation: by the provider, or by a question that
-    *make_request* makes a request of.
+) -> Compaction:
+    """Prepare a request to compact a conversation; *make_request* makes that to the model.
 
     Raises:
-        InvalidRequest: it has no model.
+        InvalidRequest: the model shall be asked, and the request names none.
     """
     passed = await passthrough.prepare(context, request, hold)
     provider, asked = passed.route.provider, passed.provider_request
-    # Only the path of a provider that is known to have responses is worth a try.
-    known = provider.capabilities(ResponsesCapabilities).present
-    own = not known or provider.settings.simulated
-    if asked.model is None or not own:
-        if own:
+    learned = provider.capabilities(ResponsesCapabilities)
+    at_once = learned.bridged or provider.settings.simulated
+    if asked.model is None:
+        if at_once:
             raise InvalidRequest("a conversation is compacted by a model", param="model")
-        return passed
-    body = ModelBody(question(asked.body(provider.settings, asked.model)))
-    limit = context.settings.chat.websocket.max_message_size
-    return make_request(
-        context,
-        body,
-        face=openai.OPENAI.face,
-        caller=asked.caller,
-        name=http.request_id(request),
-        hold=hold,
-        client_headers=asked.client_headers,
-        draft=draft_of(stored, request[CALLER], body, limit),
-    )
+        return Compaction(passed, at_once, None)
+    conversation = partial(asked.body, provider.settings, asked.model)
+
+    def ask() -> Request:
+        body = ModelBody(question(conversation()))
+        limit = context.settings.chat.websocket.max_message_size
+        return make_request(
+            context,
+            body,
+            face=openai.OPENAI.face,
+            caller=asked.caller,
+            name=http.request_id(request),
+            hold=hold,
+            client_headers=asked.client_headers,
+            draft=draft_of(stored, request[CALLER], body, limit),
+        )
+
+    return Compaction(passed, at_once, ask if at_once or not learned.present else None)
 
 
-async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
+async def serve(
+    context: Context, request: web.Request, prepared: Compaction
+) -> web.StreamResponse:
     """Answer with the compacted conversation.
 
     Raises:
         ProviderBadResponse: the model has written no summary.
     """
-    if isinstance(prepared.provider_request, PassedRequest):
-        return await passthrough.serve(context, request, prepared)
+    passed, ask = prepared.passed, prepared.ask
     with context.gateway.hold() as held:
-        prepared.provider_request.answer_bytes = held
-        answer = await context.gateway.call(prepared)
+        if not prepared.at_once:
+            # Its body may still be needed when the provider has it.
+            held.grow(passed.provider_request.size if ask is not None else 0)
+            try:
+                return await passthrough.serve(context, request, passed)
+            except ProviderRefused as refused:
+                if ask is None or not _absent(refused):
+                    raise
+            held.reset()
+        assert ask is not None, "the model is asked at once only if the request names it"
+        asked = ask()
+        asked.provider_request.answer_bytes = held
+        answer = await context.gateway.call(asked)
         answer.body = compacted(answer.body)
         response = openai.response_of(request, answer, openai.OPENAI)
         timeout, drop = context.admission.send_timeout, context.admission.dropped
         await whole.write(request, response, timeout, drop, openai.OPENAI.face)
         return response
+
+
+def _absent(refused: ProviderRefused) -> bool:
+    """Return whether *refused* says that the provider has no such path."""
+    status = refused.http_status
+    return status in ABSENT_STATUSES and path_absent(status, refused.provider_body)
 
 
 def compacted(response: bytes) -> bytes:

@@ -5,6 +5,7 @@ place.
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -102,10 +103,27 @@ async def test_a_provider_with_responses_compacts_by_itself(make_server: MakeSer
     ) as response:
         assert response.status == 200
 
-    status, _ = await compact(server, {"model": "m", "input": SAID})
+    status, answer = await compact(server, {"model": "m", "input": SAID})
 
     # The simulated provider has no such path.
-    assert status == 404
+    assert (status, answer["error"]["message"]) == (
+        404,
+        "Invalid URL (POST /v1/responses/compact)",
+    )
+
+
+async def test_the_model_is_asked_where_the_path_is_found_to_be_missing(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(replace(QUICK, responses=False))
+
+    for _ in range(2):
+        status, answer = await compact(server, {"model": "m", "input": SAID})
+
+        assert (status, answer["object"]) == (200, "response.compaction")
+    paths = [request.path.removeprefix("/v1/") for request in server.simulator.requests]
+    assert paths == ["chat/completions", "chat/completions"]
+    await server.nothing_held()
 
 
 @pytest.mark.parametrize("body", [{"input": SAID}, {"model": 7, "input": SAID}, [], {"model": ""}])
