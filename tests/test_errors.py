@@ -68,6 +68,7 @@ TABLE = {
         *("connect_timeout", "read_timeout", "write_timeout", "first_token_timeout"),
         "deadline_exceeded",
     },
+    505: {"http_version_not_supported"},
     508: {"loop_detected"},
 }
 TYPES = {

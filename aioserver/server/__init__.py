@@ -7,9 +7,10 @@ features that stand on the core: they are opened before all else, and closed las
 
 A *runner* runs the application. It *listens*: the kernel queues connections up to the *backlog*,
 and the runner accepts them, on sockets that it has opened or that systemd has passed on. A
-*connection* is aiohttp's, with our limits and errors. The *dispatcher* finds the handler of a
-request, and the *middleware* is in front of it: limits of the head, the guard, CORS, and errors
-that become responses.
+*connection* is aiohttp's, with our limits and errors. It serves a request *directly* if it is
+idle, without waking aiohttp's loop. The *dispatcher* finds the handler of a request, and the
+*middleware* is in front of it: limits of the head, the guard, CORS, and errors that become
+responses.
 
 A *listener* may speak *TLS*: its *certificate* identifies it to clients, and is read again when it
 is renewed. *Paths* that do not exist get an answer with the path that was probably meant.

@@ -25,6 +25,7 @@ from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, Uri
 from aioserver.faces.form import OPENAI
 from aioserver.faces.http import SERVER, error_response, request_id
 from aioserver.limits.write_watchdog import reset, watch_rest
+from aioserver.server.direct import DirectRequestHandler
 from aioserver.streams.outbox import Outbox
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ if not all(hasattr(web.RequestHandler, name) for name in UPGRADED):
     UPGRADED = {}
 
 
-class Connection(web.RequestHandler):
+class Connection(DirectRequestHandler):
     """One client's connection. *metrics* counts the requests that the parser refuses.
 
     *requests* is the number of requests so far, for `max_keepalive_requests`. *last*: whether the
@@ -274,6 +275,16 @@ class ConnectionServer(web.Server):
         self._awaited.discard(handler)
         if not self._awaited:
             self._none_awaited.set()
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a connection that has brought a request."""
+        return any(
+            connection.transport is not None
+            and isinstance(connection, Connection)
+            and connection.requests
+            for connection in self.connections
+        )
 
     def apply(self, options: Mapping[str, Any]) -> None:
         """Make connections with *options* of `RequestHandler` from now on."""

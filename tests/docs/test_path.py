@@ -77,9 +77,9 @@ GROUP = {
 @pytest.mark.parametrize(
     ("most", "changes"),
     [
-        pytest.param(38, {}, id="a plain question"),
-        pytest.param(41, keys_of("ann"), id="with a key"),
-        pytest.param(41, GROUP, id="in a group"),
+        pytest.param(39, {}, id="a plain question"),
+        pytest.param(42, keys_of("ann"), id="with a key"),
+        pytest.param(42, GROUP, id="in a group"),
     ],
 )
 async def test_few_files_lead_from_a_client_to_a_provider(

@@ -546,7 +546,7 @@ def test_the_first_of_those_that_join_later_is_known_without_its_timer(
 
 def test_a_ticket_that_is_parked_within_a_provider_comes_back_with_it(world: World) -> None:
     outer = world.resource(4)
-    part = world.resource(2, within=outer, part=half)
+    part = world.resource(2, within=outer)
     ticket = world.ticket()
     world.wait(ticket, Bid(part, not_before=world.timers.now + 2.0, front=True, parked=True))
     world.scheduler.recover(outer)
@@ -664,7 +664,7 @@ def test_batch_has_half_of_the_queue_and_waits_ten_times_as_long(world: World) -
 
 def background(world: World, outer: Resource, size: int = 50) -> Resource:
     return world.resource(
-        half(outer.places.limit), within=outer, part=half, queue_size=size, queue_timeout=600.0
+        half(outer.places.limit), within=outer, queue_size=size, queue_timeout=600.0
     )
 
 
@@ -679,10 +679,34 @@ def test_background_has_half_of_the_places_and_both_are_released_together(world:
     granted(waiting).release()
     assert (inner.inside, outer.inside, outer.slots) == (1, 3, 0)
     world.scheduler.resize(outer, 2)
-    assert inner.places.limit == 1
+    world.scheduler.resize(inner, half(2))
     for each in (*others, *grants):
         each.release()
     assert (inner.inside, outer.inside) == (0, 0)
+
+
+def test_patience_of_the_background_counts_what_was_waited_outside_of_its_part(
+    world: World,
+) -> None:
+    outer = world.resource(2)
+    inner = background(world, outer)
+    others = [world.start(world.ticket("b"), outer) for _ in range(2)]
+    ticket = world.wait(world.ticket(), inner)
+    assert (inner.inside, outer.waiting) == (1, 1), "it has its part, and waits for a place"
+    world.timers.pass_time(400.0)
+    others.pop().release()
+    granted(ticket).release()
+    world.start(world.ticket("b"), outer)
+
+    # It was started, has failed, and comes back.
+    began = world.timers.now - 400.0
+    world.wait(ticket, Bid(inner, front=True))
+    assert ticket.bids[0].began() == began
+    world.timers.pass_time(199.0)
+    assert ticket.outcome is None
+    world.timers.pass_time(1.0)
+
+    assert error(ticket).reason is Reason.LATE
 
 
 def test_background_that_has_its_part_waits_at_the_front_and_leaves_nothing(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,13 +15,13 @@ from aioserver.telemetry import kernel
 from tests.support.server import UVICORN, runner_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from aioserver.server.runner import Runner
 
 pytestmark = pytest.mark.both_loops
 
 
+# The limit of the kernel.
+SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 WEBSOCKET = "chat.websocket"
 
 
@@ -60,7 +61,7 @@ async def test_many_that_come_at_once_are_let_in_within_few_turns_of_the_loop(
 async def test_a_backlog_that_the_kernel_cuts_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    somaxconn = int(listener.SOMAXCONN.read_text())
+    somaxconn = int(SOMAXCONN.read_text())  # noqa: ASYNC240 - before anything runs
     async with runner_of(tmp_path, **{f"{UVICORN}.backlog": somaxconn + 5}) as (runner, websocket):
         (listening,) = await listener.listen(runner.server, websocket)
 

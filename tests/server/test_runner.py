@@ -7,22 +7,25 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import ClientSession, ServerDisconnectedError, http_parser, web
+from aiohttp.test_utils import make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
 from aioserver.config.validators import TAKEN
+from aioserver.faces.http import Request
 from aioserver.server.app import open_server
 from aioserver.server.connection import UPGRADED, Connection
-from aioserver.server.runner import LINGERING, MAX_HEADERS, Runner
+from aioserver.server.runner import LINGERING, MAX_HEADERS, Dispatcher, Runner
 from tests.support.raw import Raw
 from tests.support.server import NOWHERE, UVICORN, MakeServer, configured, runner_of
 from tests.support.transport import FakeTransport
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from tests.support.server import RunningServer
@@ -141,6 +144,70 @@ async def test_what_is_left_on_a_connection_that_is_closed_is_watched(
     await until(lambda: transport.aborted)
 
     connection.connection_lost(None)
+
+
+# Handlers that are found without aiohttp's router.
+
+
+async def test_a_path_without_parameters_has_the_handler_and_the_match_of_the_router(
+    server: RunningServer,
+) -> None:
+    plain = {
+        (route.method, route.resource.canonical)
+        for route in server.app.router.routes()
+        if isinstance(route.resource, web.PlainResource)
+    }
+    assert {("POST", "/v1/chat/completions"), ("GET", "/ws/chat"), ("GET", "/health")} <= plain
+
+    for method, path in plain:
+        match, handler = await found(server.app, method, path)
+        request = make_mocked_request(method, path, app=server.app)
+        resolved = await server.app.router.resolve(request)
+
+        assert resolved.route is match.route
+        assert resolved.handler is handler
+        assert dict(resolved) == dict(match) == {}
+        assert match.apps == (server.app,)
+        assert match.current_app is server.app
+
+
+async def test_of_two_routes_with_one_path_the_first_is_found() -> None:
+    app = web.Application()
+    first = app.router.add_get("/twice", page("first"))
+    app.router.add_get("/between", page("between"))
+    app.router.add_get("/twice", page("second"))
+    app.freeze()
+
+    match, handler = await found(app, "GET", "/twice")
+
+    assert match.route is first
+    assert handler is first.handler
+
+
+async def found(
+    app: web.Application, method: str, path: str
+) -> tuple[web.UrlMappingMatchInfo, Any]:
+    """The match and the handler that a request gets without aiohttp's router."""
+    matches: list[tuple[web.UrlMappingMatchInfo, Any]] = []
+
+    async def middleware(request: web.Request, handler: Any) -> web.StreamResponse:
+        matches.append((request.match_info, handler))
+        return web.Response()
+
+    async def router(_request: web.Request) -> web.StreamResponse:
+        raise AssertionError(f"{method} {path} is left to the router")
+
+    request: Any = make_mocked_request(method, path, app=app)
+    request.__class__ = Request
+    await Dispatcher(app, router, middleware)(request)
+    return matches[0]
+
+
+def page(text: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def respond(_request: web.Request) -> web.StreamResponse:
+        return web.Response(text=text)
+
+    return respond
 
 
 @pytest.mark.parametrize(

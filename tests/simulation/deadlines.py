@@ -95,7 +95,7 @@ class Deadlines:
             for bid in queue.heads():
                 # One in the background has waited for a place of its part before.
                 longer = max(most, background) if bid.inner is not None else most
-                if (waited := Clock.now - bid.began(resource)) > longer + LATE:
+                if (waited := Clock.now - bid.began()) > longer + LATE:
                     self._broken(f"a wait of {waited:.2f} s for {what}, at most {longer} s")
                 elif Clock.now > bid.ticket.deadline + LATE:
                     self._broken(f"a wait for {what} after the deadline of its request")
@@ -110,7 +110,7 @@ class Deadlines:
             self._look_at_waits(part, times, provider.name, longest)
             for bid in part.away:
                 most = times[bid.index] if bid.resource is part else longest
-                parked = Clock.now - bid.began(bid.resource)
+                parked = Clock.now - bid.began()
                 if parked > most + LATE:
                     self._broken(f"parked for {parked:.2f} s at {provider.name}")
         what = f"a connection to {provider.name}"

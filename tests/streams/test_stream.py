@@ -698,6 +698,24 @@ def test_past_the_bound_running_logs_lose_what_every_reader_has_passed() -> None
     assert Slow(stream, 55).next_index == 55
 
 
+def test_past_the_bound_a_log_that_ended_loses_what_all_its_readers_have_passed() -> None:
+    streams = streams_of(max_kept_bytes=1_000_000)
+    ended = streams.open("ended", DEMO, window=30)
+    reader = Slow(ended)
+    for _ in range(12):
+        ended.append(CHUNK, [chunk("x" * 50_000)])
+        reader.read()
+    ended.end(COMPLETE, {})
+
+    with streams.hold() as body:
+        body.grow(900_000)
+        assert streams.stats().bytes < 1_000_000
+
+    assert not reader.dropped
+    reader.read()
+    assert [number for number, _ in reader.seen] == [*range(1, 14)]
+
+
 def test_a_whole_answer_that_is_kept_while_it_runs_loses_nothing() -> None:
     streams = streams_of(max_kept_bytes=100_000)
     stream = streams.open("r", DEMO, window=30)
@@ -947,9 +965,9 @@ class Known:
 
     @property
     def spare(self) -> int:
-        """The bytes of a running log that nobody needs: its newest entry is not among them."""
+        """The bytes of a log that nobody needs: its newest entry is not among them."""
         stream = self.stream
-        if stream.ended:
+        if stream.ended and not self.readers:
             return 0
         passed = min([reader.next_index - stream.offset for reader in self.readers], default=MUCH)
         return sum(entry.size for entry in stream.entries[:-1][: max(0, passed)])

@@ -1,11 +1,11 @@
-"""Peers: the other instances, as far as streams go. What is said to them, and what they say.
+"""The messages about streams between this instance and its peers, the other instances.
 
-Here are the links, by which others read logs of this instance, and the mirrors, by which clients
-of this instance read logs of others. Mirrors ping the owners of their logs. A ping says what was
-received, and its answer what was sent, so that nothing that is lost stays so: neither a block, nor
-credit, nor the end. Who has nothing to do with any other instance says nothing.
+Other instances read logs of this one through links, and clients of this instance read logs of
+others through mirrors. Mirrors ping the owners of their logs. A ping has the number of bytes that
+were received, and its answer the number that were sent. In this way both sides notice a lost block,
+lost credit or a lost end, and repeat it. An instance without links and mirrors sends no pings.
 
-This file is one concept: what instances say to each other of streams, and who hears it.
+This file is long, but it is one concept: all messages between instances about streams.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.cluster")
 
-# Seconds between two pings. A single one that is lost does no harm.
+# Seconds between two pings. One lost ping does no harm.
 PING = 0.5
-# Seconds without a sign of an owner, after which it is gone, and of a mirror, after which its link
-# ends.
+# Seconds without a message from an owner, after which it counts as gone; and seconds without a
+# message from a mirror, after which its link ends.
 MAX_SILENCE, MAX_IDLE = 2.0, 6.0
 # Seconds for which mirrors wait for our own connection to Redis.
 MAX_AWAY = 10.0
-# Seconds after which an instance that heard nothing is tried again: its subscription may have been
-# broken.
+# Seconds after which a message that no process received is followed by another one: the
+# subscription of the instance may have been broken.
 DEAF_AGAIN = 0.5
-# Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each.
-# Redis' default for a subscriber is 32 MiB, and 8 MiB for a minute.
+# Bytes that may be on their way to all mirrors of this instance together; each has at least
+# MIN_CREDIT. By default Redis drops a subscriber with more than 32 MiB, or 8 MiB for a minute.
 ALL_CREDIT, MIN_CREDIT = 1 << 23, 1 << 14
-# Seconds after which a question without an answer is asked once more, since a message may be lost,
-# and for which the answer is awaited in all.
+# Seconds after which an unanswered question is repeated, since a message may be lost, and seconds
+# after which it fails.
 ASK_AGAIN, ANSWER_TIMEOUT = 0.4, 1.0
-# Links of one instance, and streams in one list.
+# Links of one instance at most, and streams in one list at most.
 MAX_LINKS, MAX_LISTED = 10_000, 1_000
 
 
 class Answers(NamedTuple):
-    """What instances have answered, by their names; *missing*: those of which it is not known.
+    """The answers of instances, by their names; *missing* are the instances without an answer.
 
-    An instance that hears nothing any more is in neither.
+    An instance that no longer receives messages is in neither.
     """
 
     answers: dict[str, bytes]
@@ -80,31 +80,32 @@ class Answers(NamedTuple):
 
 
 class Question:
-    """A question to an instance, and its answer to come; None: it hears nothing any more."""
+    """A question to an instance. Its *answer* is None if the instance receives no messages."""
 
     def __init__(self, target: str, message: Message, patience: int) -> None:
         self.target = target
         self.message = message
         self.answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        # How often it may reach no one, until the instance is taken for gone: its subscription may
-        # have been broken.
+        # The messages that no process may receive before the instance counts as gone: its
+        # subscription may have been broken for a moment.
         self.patience = patience
 
     def suspect(self) -> None:
-        """Note that it has reached no one."""
+        """Note that no process has received the question."""
         self.patience -= 1
         if self.patience <= 0 and not self.answer.done():
             self.answer.set_result(None)
 
 
 class Peers:
-    """Links, mirrors, and questions.
+    """The links, mirrors and open questions of this instance.
 
-    Always: each link is a reader of its stream; each mirror that is not done is pinged for.
+    Always: each link is a reader of its stream; the owner of each mirror that is not done is
+    pinged.
 
-    *make_bus* is called with what hears messages, and of instances that nobody is. *on_look* is
-    called with what another instance wants to know for its operating pages. `serve` comes before
-    anything else.
+    *make_bus* gets two callbacks: for a message, and for a message that no process has received.
+    *on_look* returns the part of this instance for the operating pages of another one. `serve` must
+    be called first.
     """
 
     gateway: Gateway
@@ -116,33 +117,33 @@ class Peers:
         self._mirrors: dict[int, Mirror] = {}
         self._numbers = 0
         self._asked: dict[int, Question] = {}
-        # Since when what was sent to an instance has reached no one.
+        # The time since which no process has received the messages to an instance, by its name.
         self._deaf_since: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = self._connected_at = 0.0
         self._on_look = on_look
-        # Messages that made no sense.
+        # Messages that could not be understood.
         self.refused = Counter()
         self.bus: Bus = make_bus(on_message=self._receive, on_deaf=self._deaf)
 
     def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
-        """Let others read the streams that *gateway* finds; *apis*: what their paths mean."""
+        """Let others read the streams that *gateway* finds; *apis* are the APIs by path."""
         self.gateway, self.apis = gateway, apis
 
     @property
     def links(self) -> int:
-        """How many logs of this instance are read at others."""
+        """The number of logs of this instance that other instances read."""
         return len(self._links)
 
     @property
     def mirrors(self) -> int:
-        """How many logs of other instances are read here."""
+        """The number of logs of other instances that this instance reads."""
         return len(self._mirrors)
 
     def attach(
         self, stream: Stream, owner: str, start: Start, on_accept: Callable[[], None]
     ) -> Mirror:
-        """Let *stream* be filled with the log of *owner*: see `Mirror`."""
+        """Return a mirror that fills *stream* with the log of *owner*."""
         mirror = Mirror(
             stream,
             owner,
@@ -161,7 +162,7 @@ class Peers:
     async def ask(
         self, targets: Iterable[str], caller: Caller, request_id: str | None
     ) -> tuple[list[Any], bool]:
-        """Return the answers to a question (see `Ask`), and whether none is missing."""
+        """Return the answers to an `Ask`, and whether every instance has answered."""
         answers = []
         asked, missing = await self._question(
             targets, lambda number: Ask(number, caller.name, caller.subflow, request_id)
@@ -174,14 +175,14 @@ class Peers:
         return answers, not missing
 
     async def forget(self, targets: Iterable[str], caller: Caller, response_id: str) -> Answers:
-        """Return what the instances say: see `Forget`."""
+        """Return the answers to a `Forget`."""
         return await self._question(
             targets, lambda number: Forget(number, caller.name, response_id)
         )
 
     async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
-        """Return what those instances say of *what* that answer in time: see `Look`."""
-        # People who look at a page would rather not wait for an instance that has just gone.
+        """Return the answers to a `Look` at *what*, of the instances that answer in time."""
+        # A page that a person looks at should not wait for an instance that has just gone.
         answers, _missing = await self._question(
             targets, lambda number: Look(number, what), patience=1
         )
@@ -220,7 +221,7 @@ class Peers:
                 question.answer.cancel()
 
     def close(self) -> None:
-        """Send and fill nothing any more."""
+        """Close all links and mirrors."""
         if self._timer is not None:
             self._timer.cancel()
         for link in tuple(self._links.values()):
@@ -229,8 +230,8 @@ class Peers:
             mirror.close()
 
     def _credit(self) -> int:
-        """Return the bytes that may be on their way to one mirror: Redis drops a subscriber to
-        which many wait.
+        """Return the bytes that may be on their way to one mirror. They are bounded, as Redis drops
+        a subscriber for which too many bytes wait.
         """
         return max(MIN_CREDIT, min(CREDIT, ALL_CREDIT // max(1, len(self._mirrors))))
 
@@ -241,7 +242,7 @@ class Peers:
         return self._numbers
 
     def _receive(self, sender: str, message: Message) -> None:
-        """Take in one message: called by the bus, which a message must never end."""
+        """Take in one message. The bus calls this, and no message may break the bus."""
         try:
             self._take(sender, message)
         except Exception:
@@ -373,18 +374,18 @@ class Peers:
         self.bus.send(sender, Answer(ask.number, orjson.dumps(answer)))
 
     def _deaf(self, target: str) -> None:
-        """Note that what was sent to *target* has reached no one: called by the bus."""
+        """Note that no process has received a message to *target*. The bus calls this."""
         for question in self._asked.values():
             if question.target == target:
                 question.suspect()
         now = self._loop.time()
         since = self._deaf_since.get(target, now)
         if now - since > MAX_SILENCE:
-            # The last time was long ago.
+            # The last such message was long ago.
             since = now
         self._deaf_since[target] = since
         mirrors = [mirror for mirror in self._mirrors.values() if mirror.owner == target]
-        # A link that ends without need may end the answer, which nobody else reads.
+        # A link that is closed without need may end an answer without another reader.
         links = [link for link in self._links.values() if link.peer == target]
         if now - since >= DEAF_AGAIN * 0.9:
             del self._deaf_since[target]
@@ -411,7 +412,7 @@ class Peers:
         owners: dict[str, list[tuple[int, int, int]]] = {}
         for number, mirror in tuple(self._mirrors.items()):
             if late or (away and mirror.accepted.done()):
-                # It is us who have not listened.
+                # This instance has not received messages, so the owner is not to blame.
                 mirror.heard_at = max(mirror.heard_at, now - PING)
             elif now - mirror.heard_at >= MAX_SILENCE:
                 mirror.lose()
