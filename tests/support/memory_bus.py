@@ -440,6 +440,9 @@ class OwnCapacity:
 
     tokens = starts
 
+    def without_tokens(self) -> None:
+        """Share none, as before."""
+
 
 class StreamsOnly:
     """A cluster whose instances share nothing but streams; *make* makes what knows those of the
