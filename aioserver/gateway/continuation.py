@@ -31,7 +31,6 @@ This file is one concept: which answers may be continued, in which form, and by 
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -367,10 +366,8 @@ class SeamSink:
         self._hop = hop
         self._attempt = attempt
         self._sink = sink
-        # What is fed is shown, unless it is held.
+        # What is fed is shown, unless it is held: then the holding says when it is shown.
         self._holding = attempt.holding
-        if self._holding is not None:
-            self._holding.on_show = partial(hop.show, attempt)
         self._splitter = eventstream.Splitter(max_bytes)
         # The number of events that have come.
         self.progress = 0

@@ -40,10 +40,11 @@ class Part(IntEnum):
 class Parts(NamedTuple):
     """How an API writes the parts of a turn.
 
-    An event that is held with `calls` has one of *marks*. An event that *plain* matches as a whole,
-    with its data as the group, only goes on with what the events before it have begun. *words* yields the words of an event's
-    content, and *pattern* has a group for each part, by which it matches a word as a whole.
-    *signs_reasoning*: reasoning is signed or encrypted, so that it must stay with what follows it.
+    An event that is held with `calls` has one of *marks*. An event that *plain* matches as a
+    whole, with its data as the group, only goes on with what the events before it have begun.
+    *words* yields the words of an event's content, and *pattern* has a group for each part, by
+    which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
+    that it must stay with what follows it.
     """
 
     marks: tuple[bytes, ...]

@@ -16,6 +16,7 @@ This file is one concept: the steps of an attempt, each of which another kind ma
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aioserver.errors import LoopDetected
@@ -113,6 +114,9 @@ class Hop(Protocol):
 
     async def body(self, body: bytes) -> bytes:
         """Return the request in *body*, changed into one for the rest."""
+
+    def show(self, attempt: Attempt) -> None:
+        """Note that some of the rest is about to be shown."""
 
     def sink(self, attempt: Attempt, sink: StreamSink) -> Sink:
         """Return the sink of *attempt*, which passes the rest on to *sink*."""
@@ -381,7 +385,10 @@ class Attempt:
         if parts is None:
             self.request.outcome.hold = PREAMBLE
         elif self.request.hold != PREAMBLE:
-            self.holding = Holding(self.request, stream, sink, parts, self.received_content)
+            on_show = None if self.hop is None else partial(self.hop.show, self)
+            self.holding = Holding(
+                self.request, stream, sink, parts, self.received_content, on_show
+            )
             sink.hold(self.holding)
         if self.hop is not None:
             return self.hop.sink(self, sink)

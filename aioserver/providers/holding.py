@@ -59,12 +59,12 @@ class Holding(Splitter):
         sink: StreamSink,
         parts: Parts,
         on_content: Callable[[], None],
+        on_show: Callable[[], None] | None,
     ) -> None:
         super().__init__(stream.max_bytes)
-        self.on_show: Callable[[], None] | None = None
         self.held: bytearray = bytearray()
         self._request, self._stream, self._sink, self._parts = request, stream, sink, parts
-        self._on_content = on_content
+        self._on_content, self._on_show = on_content, on_show
         self.max_held = stream.max_bytes // 2
         # The count of what is held, and how much of it is counted.
         self._counted: Held | None = None
@@ -96,8 +96,8 @@ class Holding(Splitter):
         block = super().feed(chunk)
         if block and not self._passes and (self._holds or self._looks(block)):
             block = self._take(block)
-        if block and self.on_show is not None:
-            self.on_show()
+        if block and self._on_show is not None:
+            self._on_show()
         return block
 
     def let_go(self) -> None:
@@ -106,8 +106,8 @@ class Holding(Splitter):
             return
         self._request.let_body_go()
         block = self._release(let_go=True)
-        if self.on_show is not None:
-            self.on_show()
+        if self._on_show is not None:
+            self._on_show()
         try:
             self._sink.take(block)
         except AioserverError as fault:
