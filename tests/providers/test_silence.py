@@ -59,11 +59,12 @@ def test_each_answer_that_stalls_is_found_at_once(seed: int) -> None:
     dice = random.Random(seed)
     now = 100.0
     found = silences()
-    in_use = {Connection(now, stalls=number % 7 == 0) for number in range(2 * FEW)}
+    lineup = [Connection(now, stalls=number % 7 == 0) for number in range(2 * FEW)]
 
     for _ in range(60):
         now += dice.choice([0.0, 0.2, 0.9, 1.0, 1.1, 1.7])
-        for connection in [*in_use]:
+        # In an order that the seed decides, and not the addresses of objects.
+        for connection in [*lineup]:
             fate = dice.random()
             if fate < 0.9:
                 if not connection.stalls and connection.heard is not None:
@@ -72,15 +73,17 @@ def test_each_answer_that_stalls_is_found_at_once(seed: int) -> None:
                     connection.forwarded = dice.choice([0.0, connection.heard])
             elif fate < 0.93:
                 connection.heard = None if connection.heard else now
+                connection.forwarded = 0.0
             elif fate < 0.96:
                 # Another exchange on the same connection.
                 connection.heard, connection.record = now, Record(dice.random() < 0.8)
                 connection.forwarded = 0.0
                 connection.record.first_event_at = dice.choice([0.0, now])
             elif fate < 0.98:
-                in_use.discard(connection)
-                in_use.add(Connection(now))
+                lineup.remove(connection)
+                lineup.append(Connection(now))
 
+        in_use = set(lineup)
         measured, all_of_them = found.measure(in_use, now, FIRST_TOKENS), whole(in_use, now)
 
         assert measured.stalled == all_of_them.stalled
