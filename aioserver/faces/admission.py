@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Concurrency
     from aioserver.faces.form import Forms
-    from aioserver.limits.resource import Reason
+    from aioserver.limits.resource import PositionCallback, Reason
     from aioserver.limits.scheduler import Scheduler
     from aioserver.telemetry.metrics import Metrics
 
@@ -280,12 +280,11 @@ class Admission:
                     on_position = deadline.telling("the door", None)
                     guard = Guard(deadline, self.metrics.count_deadline)
                 ticket = Ticket()
+                report: PositionCallback | None = None
                 if (tell := on_position) is not None:
-                    ticket.on_position = lambda _door, position, eta: tell(position, eta)
+                    report = lambda _door, position, eta: tell(position, eta)  # noqa: E731
                 with guard:
-                    place = await self.scheduler.wait(ticket, [Bid(self.gate)])
-                # The callback is of no use any more, and the ticket may last for hours.
-                ticket.on_position = None
+                    place = await self.scheduler.wait(ticket, [Bid(self.gate)], report)
             finally:
                 meter.waiting.value -= 1
                 self.idle_sockets.waited(name)

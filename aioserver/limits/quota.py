@@ -298,10 +298,9 @@ class Quota:
         moment = resource.grace
         if not (resource.queue_size or moment):
             raise resource.no_wait(ticket, tokens)
-        if not moment:
-            # Its position is that of the moment in which it begins to wait.
-            ticket.on_position = _not_heard_yet
-        grant = self.scheduler.enter(ticket, [Bid(resource, tokens)])
+        # Its position is that of the moment in which it begins to wait.
+        report = None if moment else _not_heard_yet
+        grant = self.scheduler.enter(ticket, [Bid(resource, tokens)], report)
         if grant is None and on_wait is not None:
             try:
                 if moment:
@@ -335,10 +334,7 @@ class Quota:
         if on_position is not None and self.queue_size:
             tell = on_position
             self.scheduler.listen(ticket, lambda _key, position, eta: tell(position, eta))
-        try:
-            return await self.scheduler.granted(ticket)
-        finally:
-            ticket.on_position = None
+        return await self.scheduler.granted(ticket)
 
     def leave(self, ticket: Ticket) -> None:
         """Let *ticket* wait no longer: its answer does not begin."""

@@ -38,6 +38,9 @@ from aioserver.limits.fair_queue import BATCH, INTERACTIVE, Charge, ClassQueue
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    # It is called with the resource, the position there, and the estimated seconds until the start.
+    PositionCallback = Callable[["Resource", int, float], None]
+
 # The bounds in seconds of every estimate of when to come back.
 RETRY_AFTER = (1.0, 60.0)
 # The weight of the newest interval between two freed places in their moving average, and its bound.
@@ -194,8 +197,7 @@ class Ticket(msgspec.Struct, eq=False):
     *kind* names its class. *work* is the estimate that is charged to its caller; 0: *estimate*
     returns it, and is called once a ticket waits. *arrived* is a time of the clock: a ticket that
     comes back stands where it would have stood. A ticket that *goes_on* continues an answer, and
-    may enter while a resource closes. *on_position* is called with the resource, the position
-    there, and the estimated seconds until the start.
+    may enter while a resource closes.
     """
 
     caller: Hashable = None
@@ -207,7 +209,6 @@ class Ticket(msgspec.Struct, eq=False):
     deadline: float = inf
     goes_on: bool = False
     estimate: Callable[[], int] | None = None
-    on_position: Callable[[Resource, int, float], None] | None = None
     # The grants that it holds.
     grants: dict[Grant, None] = msgspec.field(default_factory=dict)
     # The resource in whose queue its slot is, and the seconds that it has waited at each resource.
@@ -221,6 +222,8 @@ class Ticket(msgspec.Struct, eq=False):
     # The bid by which it has started last, and whether that bid had to wait.
     won: Bid | None = None
     queued: bool = False
+    # What hears of its position while it waits, and the report that it heard last.
+    on_position: PositionCallback | None = None
     reported: tuple[Resource, int, float] | None = None
 
     def cost(self) -> int:

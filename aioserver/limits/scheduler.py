@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
-    from aioserver.limits.resource import Bid
+    from aioserver.limits.resource import Bid, PositionCallback
 
 # Seconds between two reports of positions.
 REPORT_INTERVAL = 1.0
@@ -68,9 +68,11 @@ class Scheduler:
 
     # The calls of a request.
 
-    def enter(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant | None:
+    def enter(
+        self, ticket: Ticket, bids: Sequence[Bid], on_position: PositionCallback | None = None
+    ) -> Grant | None:
         """Return the first free grant, in the order of *bids*; otherwise let *ticket* wait, and
-        return None: call `granted` next.
+        return None: call `granted` next. While it waits, its position is reported as by `listen`.
 
         Raises:
             BaseException: every bid was refused; the error is the refusal that may pass soonest.
@@ -83,14 +85,16 @@ class Scheduler:
                 except BaseException:
                     grant.cancel()
                     raise
-                ticket.won, ticket.queued, ticket.on_position = bid, False, None
+                ticket.won, ticket.queued = bid, False
                 return grant
         ticket.queued = True
-        return self._wait(ticket, bids)
+        return self._wait(ticket, bids, on_position)
 
-    async def wait(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant:
+    async def wait(
+        self, ticket: Ticket, bids: Sequence[Bid], on_position: PositionCallback | None = None
+    ) -> Grant:
         """Return a grant of one of *bids*, as `enter` and `granted`. Cancelling is safe."""
-        grant = self.enter(ticket, bids)
+        grant = self.enter(ticket, bids, on_position)
         return await self.granted(ticket) if grant is None else grant
 
     async def granted(self, ticket: Ticket) -> Grant:
@@ -111,7 +115,7 @@ class Scheduler:
             ticket.woken = None
         return _outcome(ticket)
 
-    def listen(self, ticket: Ticket, on_position: Callable[[Resource, int, float], None]) -> None:
+    def listen(self, ticket: Ticket, on_position: PositionCallback) -> None:
         """Report the position of *ticket*, if it waits, to *on_position*: each second, and at once
         if its report has changed since it began to wait.
         """
@@ -228,7 +232,9 @@ class Scheduler:
 
     # Waiting.
 
-    def _wait(self, ticket: Ticket, bids: Sequence[Bid]) -> Grant | None:
+    def _wait(
+        self, ticket: Ticket, bids: Sequence[Bid], on_position: PositionCallback | None
+    ) -> Grant | None:
         assert ticket not in self.waiting, "it waits once at a time"
         now = self._loop.time()
         # A bid that only rests takes no slot; a new bid that joins later has its room like the
@@ -253,7 +259,6 @@ class Scheduler:
                 joined.append(bid)
         if not joined:
             ticket.free_slot()
-            ticket.on_position = None
             refusal = min(errors)[2]
             errors.clear()
             try:
@@ -262,7 +267,7 @@ class Scheduler:
                 # Its traceback leads to this frame.
                 del refusal
         errors.clear()
-        ticket.bids = joined
+        ticket.bids, ticket.on_position = joined, on_position
         self.waiting[ticket] = None
         try:
             if ticket.slot is None and (own := [bid for bid in joined if bid in need]):

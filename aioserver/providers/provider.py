@@ -717,13 +717,14 @@ def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
         ticket.estimate = attempt.work
     if attempt.hop is not None:
         ticket.goes_on = True
+    report = None
     if (bound := request.bound) is not None:
         ticket.deadline = bound.next
-        ticket.on_position = attempt.queued
+        report = attempt.queued
     elif attempt.stream is not None and not request.whole:
         # A stream shows its client the position.
-        ticket.on_position = attempt.queued
-    return attempt.provider.scheduler.enter(ticket, bids)
+        report = attempt.queued
+    return attempt.provider.scheduler.enter(ticket, bids, report)
 
 
 async def granted(attempt: Attempt, providers: Sequence[Provider]) -> Grant:

@@ -32,6 +32,8 @@ from aioserver.limits.scheduler import Scheduler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.limits.resource import PositionCallback
+
 SCENARIOS = int(os.environ.get("SCENARIOS", "400"))
 BOTH = BOTH_CLASSES
 
@@ -168,8 +170,13 @@ class World:
         assert grant is not None
         return grant
 
-    def wait(self, ticket: Ticket, *bids: Bid | Resource) -> Ticket:
-        assert self.scheduler.enter(ticket, bids_of(bids)) is None
+    def wait(
+        self,
+        ticket: Ticket,
+        *bids: Bid | Resource,
+        on_position: PositionCallback | None = None,
+    ) -> Ticket:
+        assert self.scheduler.enter(ticket, bids_of(bids), on_position) is None
         return ticket
 
     def refused(self, ticket: Ticket, *bids: Bid | Resource) -> Refused:
@@ -738,9 +745,9 @@ def test_positions_and_etas_are_told_at_once_and_each_second(world: World) -> No
     first = world.start(world.ticket(), one)
     world.start(world.ticket(), two)
     ahead = [world.wait(world.ticket(), one) for _ in range(2)]
-    ticket = world.wait(world.ticket(on_position=hear), one, two)
+    ticket = world.wait(world.ticket(), one, two, on_position=hear)
     assert told == [("r1", 1, 1 / (1 / 3.0 + 1 / 1.0))]
-    alone = world.wait(world.ticket(on_position=hear), one)
+    alone = world.wait(world.ticket(), one, on_position=hear)
     assert told[-1][:2] == ("r0", 4)
     world.timers.pass_time(0.5)
     first.release()
@@ -921,6 +928,7 @@ class Scenario:
             if dice.random() < 0.5
         }
         self.tickets: dict[Ticket, str] = {}
+        self.listening: set[Ticket] = set()
         self.ended: Counter[str] = Counter()
         self.told: list[tuple[Ticket, int, float]] = []
 
@@ -958,10 +966,9 @@ class Scenario:
             work=dice.randint(1, 50),
             kind=dice.choice(("", "", "batch")),
             deadline=self.timers.now + dice.choice((inf, inf, 3.0)),
-            on_position=self.hear if dice.random() < 0.3 else None,
         )
-        if ticket.on_position is not None:
-            ticket.on_position = lambda _resource, position, eta: self.hear(ticket, position, eta)
+        if dice.random() < 0.3:
+            self.listening.add(ticket)
         self.tickets[ticket] = "key"
         self.ask(ticket, [Bid(self.key, dice.randint(1, 40))])
 
@@ -974,7 +981,13 @@ class Scenario:
 
     def ask(self, ticket: Ticket, bids: list[Bid]) -> None:
         try:
-            self.scheduler.enter(ticket, bids)
+            self.scheduler.enter(
+                ticket,
+                bids,
+                (lambda _resource, position, eta: self.hear(ticket, position, eta))
+                if ticket in self.listening
+                else None,
+            )
         except Refused:
             self.close(ticket, "refused")
 

@@ -28,6 +28,8 @@ from tests.support.waiting import ticks
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.limits.resource import PositionCallback
+
 pytestmark = pytest.mark.virtual_time
 
 
@@ -67,6 +69,7 @@ class Place:
         parked: float = 0.0,
         movable: bool = False,
         background: bool = False,
+        on_position: PositionCallback | None = None,
         **options: Any,
     ) -> tuple[Ticket, Bid]:
         """A ticket that waits, and its bid."""
@@ -77,7 +80,7 @@ class Place:
         bid = Bid(part, movable=movable)
         if parked:
             bid.parked, bid.not_before = True, self.scheduler.time() + parked
-        assert self.scheduler.enter(ticket, [bid]) is None
+        assert self.scheduler.enter(ticket, [bid], on_position) is None
         return ticket, bid
 
     def leave(self, *tickets: Ticket) -> None:

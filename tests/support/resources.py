@@ -12,7 +12,7 @@ from aioserver.limits.scheduler import Scheduler
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from aioserver.limits.resource import Grant
+    from aioserver.limits.resource import Grant, PositionCallback
 
 FULL, LATE, SLOW = "the line is full", "waited too long", "the rate is too slow"
 WORDS = {Reason.FULL: FULL, Reason.SLOW: SLOW}
@@ -63,11 +63,12 @@ class Line:
     ) -> Grant:
         """A grant, or a refusal; the ticket has *waited* here so many seconds before."""
         ticket = Ticket(caller, **options)
-        if on_position is not None:
-            ticket.on_position = lambda _line, position, eta: on_position(position, eta)
+        report: PositionCallback | None = None
+        if (tell := on_position) is not None:
+            report = lambda _line, position, eta: tell(position, eta)  # noqa: E731
         if waited:
             ticket.waited = {self.resource: waited}
-        return await self.scheduler.wait(ticket, [Bid(self.resource, cost, front=front)])
+        return await self.scheduler.wait(ticket, [Bid(self.resource, cost, front=front)], report)
 
     def serve(self) -> None:
         """Start what may start."""
