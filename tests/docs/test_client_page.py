@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PAGE = (Path(__file__).parents[2] / "docs/client.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-SHOWN = ("model", "model", "Barbara", "length, 20 tokens", "its id:", "model_not_found", "model")
+SHOWN = ("model", "model", "Barbara", "length, 20 tokens", "its id:", "model_not_found")
 MODULES = sorted(name for name in FILES if name.split(".")[0] == "client")
 
 
