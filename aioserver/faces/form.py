@@ -51,11 +51,20 @@ class Form:
             headers |= _limit_headers(name, budget.limit, budget.remaining, budget.reset)
         return headers
 
-    def model(self, name: str, owner: str, *, simulated: bool) -> dict[str, Any]:
-        """Return the model *name* of *owner*, which leads to a provider that may be *simulated*."""
-        entry = {"id": name, "object": "model", "created": 0, "owned_by": owner}
-        # The field is not OpenAI's: the chat page uses it to say that no real model answers.
-        return {**entry, "simulated": True} if simulated else entry
+    def model(
+        self, name: str, owner: str, context: int | None, *, simulated: bool
+    ) -> dict[str, Any]:
+        """Return the model *name* of *owner*, which leads to a provider that may be *simulated*, and
+        takes *context* tokens of prompt; None: their number is not known.
+        """
+        entry: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": owner}
+        # These fields are not OpenAI's. The first is OpenRouter's, which agents read; by the second
+        # the chat page says that no real model answers.
+        if context is not None:
+            entry["context_length"] = context
+        if simulated:
+            entry["simulated"] = True
+        return entry
 
     def models(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the list of models with these *entries*."""

@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiohttp import web
 
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.faces.form import Form
+    from aioserver.gateway.request import Route
     from aioserver.gateway.router import Router
     from aioserver.protocol.model_body import ModelBody
     from aioserver.providers.request import Answer
@@ -59,6 +61,9 @@ if TYPE_CHECKING:
 
 # The owner that is shown for the names of `llm.models`.
 OURS = "aioserver"
+# The context that clients hear of a simulated model, which takes a prompt of any length. Without
+# one, agents take a model that they do not know for one of a million tokens.
+SIMULATED_CONTEXT = 200_000
 EMBEDDINGS = WordlessApi("embeddings")
 APIS: tuple[Api, ...] = (CHAT, CompletionsApi("completions"), EMBEDDINGS)
 STREAM_HEADERS = {
@@ -317,11 +322,19 @@ async def models(context: Context, request: web.Request) -> web.Response:
     entries, caller = [], request[CALLER]
     for name, owner in _names(router, form.api, caller):
         try:
-            provider = router.route(name, caller=caller, api=form.api).provider.settings
+            route = router.route(name, caller=caller, api=form.api)
         except (ModelNotFound, NoProvider):
             continue
-        entries.append(form.model(name, owner or provider.name, simulated=provider.simulated))
+        entries.append(_model(form, route, name, owner))
     return web.json_response(form.models(entries))
+
+
+def _model(form: Form, route: Route, name: str, owner: str | None) -> dict[str, Any]:
+    """Return the entry of the model *name*, which *route* leads to."""
+    settings, context = route.provider.settings, route.group.max_context
+    if context is None and settings.simulated:
+        context = SIMULATED_CONTEXT
+    return form.model(name, owner or settings.name, context, simulated=settings.simulated)
 
 
 async def model(context: Context, request: web.Request) -> web.Response:
@@ -337,7 +350,7 @@ async def model(context: Context, request: web.Request) -> web.Response:
     route = context.router.route(name, caller=request[CALLER], api=form.api)
     provider = route.provider.settings
     ours = name in context.router.groups
-    entry = form.model(name, OURS if ours else provider.name, simulated=provider.simulated)
+    entry = _model(form, route, name, OURS if ours else None)
     known = route.model in (None, provider.model, *provider.models)
     if not known and not route.group.name:
         entry["listed"] = False

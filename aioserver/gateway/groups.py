@@ -197,6 +197,16 @@ class Group:
         """Return the fault of a request that no member can answer any more."""
         return NoProvider(f"no provider of {self.name} is usable")
 
+    @property
+    def max_context(self) -> int | None:
+        """The tokens of the longest prompt that a member takes; None: they are not known of all."""
+        most = 0
+        for member in self.members:
+            if member.max_context is None:
+                return None
+            most = max(most, member.max_context)
+        return most or None
+
     def usable(self, api: Api, *, one_model: bool = False) -> list[Member]:
         """Return the members that can serve a request of *api*, in order.
 

@@ -172,6 +172,28 @@ async def test_models_are_listed_by_all_the_names_that_lead_somewhere(
             assert (await response.json())["owned_by"] == "sim"
 
 
+@pytest.mark.parametrize("header", [{}, {"anthropic-version": "2023-06-01"}])
+async def test_a_client_hears_how_long_a_prompt_may_be_where_it_is_known(
+    make_server: MakeServer, header: dict[str, str]
+) -> None:
+    small, large = (
+        {"provider": f"e{number}", "max_context": 8_000 * 4**number} for number in (0, 1)
+    )
+    groups = {"known": [small, large], "half": [{**small}, "e1"]}
+    demo = provider_entry("") | {"simulated": True, "base_url": ""}
+    changes = {"llm.models": groups, "llm.providers.demo": demo}
+    field = "max_input_tokens" if header else "context_length"
+    async with engines(make_server, QUICK, QUICK, changes=changes) as (server, _):
+        async with server.session.get(f"{server.v1}/models", headers=header) as response:
+            listed = {entry["id"]: entry.get(field) for entry in (await response.json())["data"]}
+        url = f"{server.v1}/models/known"
+        async with server.session.get(url, headers=header) as response:
+            assert (await response.json())[field] == 32_000
+
+    assert (listed["known"], listed["half"], listed["e0"]) == (32_000, None, None)
+    assert listed["demo"] == 200_000
+
+
 async def test_what_is_passed_on_goes_to_one_member_and_account_paths_to_none(
     make_server: MakeServer,
 ) -> None:

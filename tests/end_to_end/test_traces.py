@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from aioserver.auth.callers import Caller
 from tests.support.chat import CHAT, STREAMED, chat, resume, to_end, until_status, whole
 from tests.support.collector import collecting
 from tests.support.keys import bearer, key_of, keys_of
+from tests.support.passing import answer
 from tests.support.raw import Raw
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import (
@@ -152,6 +154,42 @@ async def test_the_attempt_says_what_was_asked_and_how_it_was_answered(tmp_path:
     assert second["gen_ai.response.id"].startswith("chatcmpl-")
     # A value of another type is the provider's to refuse.
     assert "gen_ai.request.temperature" not in third
+
+
+async def test_the_parts_of_a_prompt_that_a_cache_had_are_those_of_the_attempt(
+    tmp_path: Path,
+) -> None:
+    usage = {
+        "prompt_tokens": 100,
+        "completion_tokens": 20,
+        "total_tokens": 120,
+        "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30},
+        "completion_tokens_details": {"reasoning_tokens": 7},
+    }
+    message = {"role": "assistant", "content": "yes"}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    body = json.dumps({"id": "c", "model": "m", "choices": choices, "usage": usage})
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(answer(body.encode()))
+
+    async with ScriptedProvider(play) as provider:
+        entry = {"llm.providers.sim": provider_entry(provider.url)}
+        async with tracing(tmp_path, **entry) as (server, collector):
+            response = await server.session.post(f"{server.v1}/chat/completions", json=CHAT)
+            assert response.status == 200, await response.text()
+            await response.read()
+
+    shown = only(collector.spans, "CLIENT").attributes
+    counted = {key: value for key, value in shown.items() if key.startswith("gen_ai.usage.")}
+    assert counted == {
+        "gen_ai.usage.input_tokens": 100,
+        "gen_ai.usage.cache_read.input_tokens": 60,
+        "gen_ai.usage.cache_creation.input_tokens": 30,
+        "gen_ai.usage.output_tokens": 20,
+        "gen_ai.usage.reasoning.output_tokens": 7,
+    }
 
 
 async def test_a_request_that_is_passed_on_is_named_without_the_id_of_an_object(

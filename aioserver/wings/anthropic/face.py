@@ -159,9 +159,16 @@ class MessagesForm(Form):
             "anthropic-ratelimit-tokens-reset": back.strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
 
-    def model(self, name: str, owner: str, *, simulated: bool) -> dict[str, Any]:  # noqa: ARG002
-        """Return the model *name*."""
-        return wire.model_object(name)
+    def model(
+        self,
+        name: str,
+        owner: str,  # noqa: ARG002
+        context: int | None,
+        *,
+        simulated: bool,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Return the model *name*, which takes *context* tokens of prompt."""
+        return wire.model_object(name, context)
 
     def models(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the list of models with these *entries*."""

@@ -202,14 +202,19 @@ def user_of(metadata: bytes) -> str:
     return user if isinstance(user, str) else ""
 
 
-def model_object(name: str) -> dict[str, Any]:
-    """Return the model *name* as this API describes one; its date is not known."""
+def model_object(name: str, context: int | None) -> dict[str, Any]:
+    """Return the model *name* as this API describes one. It takes *context* tokens of prompt (None:
+    not known); its date, its longest answer and its abilities are not known.
+    """
     return {
         "type": "model",
         "id": name,
         "display_name": name,
         "created_at": "1970-01-01T00:00:00Z",
         "lifecycle": "active",
+        "max_input_tokens": context,
+        "max_tokens": None,
+        "capabilities": None,
     }
 
 

@@ -222,11 +222,19 @@ def _of_attempt(end: RequestEnd, trace: Trace, attempt: AttemptTrace, zero: int)
             attributes.append(attribute("gen_ai.response.id", response_id))
     if attempt.first_chunk:
         attributes.append(attribute("gen_ai.response.time_to_first_chunk", attempt.first_chunk))
-    tokens_in, tokens_out = attempt.tokens
-    if tokens_in is not None:
-        attributes.append(attribute("gen_ai.usage.input_tokens", tokens_in))
-    if tokens_out is not None:
-        attributes.append(attribute("gen_ai.usage.output_tokens", tokens_out))
+    tokens = attempt.tokens
+    if tokens.prompt is not None:
+        attributes.append(attribute("gen_ai.usage.input_tokens", tokens.prompt))
+    if tokens.cached is not None:
+        attributes.append(attribute("gen_ai.usage.cache_read.input_tokens", tokens.cached))
+    if tokens.cache_write:
+        attributes.append(
+            attribute("gen_ai.usage.cache_creation.input_tokens", tokens.cache_write)
+        )
+    if tokens.answer is not None:
+        attributes.append(attribute("gen_ai.usage.output_tokens", tokens.answer))
+    if tokens.reasoning:
+        attributes.append(attribute("gen_ai.usage.reasoning.output_tokens", tokens.reasoning))
     described = _attempt(
         end.target,
         trace.path,

@@ -19,7 +19,7 @@ import msgspec
 from yarl import URL
 
 from aioserver.errors import AioserverError
-from aioserver.protocol.tokens import tokens_of
+from aioserver.protocol.tokens import NO_TOKENS, tokens_of
 from aioserver.telemetry.bookkeeping import bookkeeping, first, nothing
 from aioserver.telemetry.tracer import Fast_co
 from aioserver.wings.tracing.otlp import Context
@@ -85,7 +85,7 @@ class AttemptTrace:
         self.head = self.tail = b""
         self.max_tokens: int | None = None
         self.temperature: float | None = None
-        self.tokens: tuple[int | None, int | None] = (None, None)
+        self.tokens = NO_TOKENS
 
     def note_body(self, body: bytes) -> None:
         """Note the parameters in *body*, which is about to be sent."""
@@ -109,8 +109,7 @@ class AttemptTrace:
         self.model, self.address = end.model, address(end.base_url)
         self.began, self.ended = end.began, end.ended
         self.first_chunk, self.status = end.first_chunk, end.status
-        tokens = tokens_of(end.usage)
-        self.tokens = tokens.prompt, tokens.answer
+        self.tokens = tokens_of(end.usage)
         if end.body:
             self.head, self.tail = end.body[:HEAD_BYTES], end.body[-TAIL_BYTES:]
 
