@@ -73,11 +73,40 @@ class Parts(NamedTuple):
         return max(found, default=Part.PREAMBLE)
 
 
+class Choices:
+    """The choices of a chat completion that have *begun*, and those *open*: without a finish yet.
+
+    Always: a choice is open again when content of it follows its finish.
+    """
+
+    def __init__(self) -> None:
+        self.begun: set[object] = set()
+        self.open: set[object] = set()
+
+    def note(self, data: bytes) -> None:
+        """Note the choices in an event with this *data*."""
+        try:
+            content = loaded(data)
+        except BadEvent:
+            return
+        for choice in content.get("choices") or ():
+            index = choice.get("index")
+            words = set(_chat_words({"choices": [choice]}))
+            if "finish_reason" in words:
+                self.open.discard(index)
+            elif words - {"role"} or index not in self.begun:
+                self.open.add(index)
+            self.begun.add(index)
+
+
 def _chat_words(content: dict[str, Any]) -> Iterator[str]:
-    """Yield the members with a value in the deltas of a chat completion's chunk."""
+    """Yield the members with a value in the deltas of a chat completion's chunk, and in the choices
+    of a completion's.
+    """
     for choice in content.get("choices") or ():
-        if choice.get("finish_reason"):
-            yield "finish_reason"
+        for name in ("finish_reason", "text"):
+            if choice.get(name):
+                yield name
         for name, value in (choice.get("delta") or {}).items():
             if value:
                 yield name

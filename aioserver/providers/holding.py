@@ -28,7 +28,7 @@ import orjson
 from aioserver.errors import AioserverError, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import Splitter
-from aioserver.protocol.parts import Part
+from aioserver.protocol.parts import Choices, Part
 from aioserver.protocol.request_options import TURN
 
 if TYPE_CHECKING:
@@ -72,7 +72,10 @@ class Holding(Splitter):
         # Whether events are held now; whether only until text, as signed reasoning is; and whether
         # everything passes, since the turn has a finish, or was let go.
         self._holds, self._until_text, self._passes = request.hold == TURN, False, False
-        self._finishes = 0
+        # The choices, if there are several: the finish of one is not that of another.
+        self._choices = Choices() if request.choices > 1 else None
+        # Whether every event is read: a text may have to be held, or any choice may begin or end.
+        self._reads_all = request.structured or self._choices is not None
         # Since when content is held.
         self._since = 0.0
         # The fault of the sink at what was let go.
@@ -82,7 +85,7 @@ class Holding(Splitter):
     @property
     def idle(self) -> bool:
         """Whether the next event may pass by, on a fast path."""
-        return super().idle and (self._passes or not (self._holds or self._request.structured))
+        return super().idle and (self._passes or not (self._holds or self._reads_all))
 
     def feed(self, chunk: bytes) -> bytes:
         """Return the events that may be shown now, as `Splitter.feed`.
@@ -99,6 +102,16 @@ class Holding(Splitter):
         if block and self._on_show is not None:
             self._on_show()
         return block
+
+    def finish(self) -> bytes:
+        """Return what is held if each choice that has begun has its finish: the provider may have
+        made fewer than were asked for.
+        """
+        if not self.held or self._choices is None or self._choices.open:
+            return b""
+        if self._on_show is not None:
+            self._on_show()
+        return self._release(let_go=False)
 
     def let_go(self) -> None:
         """Show what is held before the finish: no other attempt follows."""
@@ -122,22 +135,32 @@ class Holding(Splitter):
         self._clear()
         self.unseen = unseen
 
+    @property
+    def _all_finished(self) -> bool:
+        """Whether the finish that has come is that of the last choice."""
+        choices, wanted = self._choices, self._request.choices
+        return choices is None or (len(choices.begun) >= wanted and not choices.open)
+
     def _looks(self, block: bytes) -> bool:
         """Return whether *block* may have an event that is held."""
         # Not `any`: it costs more than the searches.
         for mark in self._parts.marks:
             if block.find(mark) >= 0:
                 return True
-        return self._request.structured
+        return self._reads_all
 
     def _take(self, block: bytes) -> bytes:
         """Return what may be shown, now that *block* has come."""
-        if self._since and not self._until_text and self._goes_on(block):
+        choices = self._choices
+        if self._since and not self._until_text and choices is None and self._goes_on(block):
             return b""
         pieces = eventstream.pieces(block)
         shown: list[bytes] = []
         for number, piece in enumerate(pieces):
-            part = self._parts.part(b"".join(each.data for each in eventstream.parse(piece)))
+            data = b"".join(each.data for each in eventstream.parse(piece))
+            part = self._parts.part(data)
+            if choices is not None:
+                choices.note(data)
             if part is Part.ERROR:
                 # The sink gets it alone, and ends the answer by it.
                 self.drop()
@@ -160,9 +183,7 @@ class Holding(Splitter):
                 self._since = monotonic()
                 if not self._stream.answered:
                     self._request.spare_body(self.let_go)
-            # The finish of one choice is not that of another.
-            self._finishes += part is Part.FINISH
-            over = part is Part.END or self._finishes >= self._request.choices
+            over = part is Part.END or (part is Part.FINISH and self._all_finished)
             full = len(self.held) + len(piece) > self.max_held
             if over or full or part is Part.HOSTED:
                 released = self._release(let_go=not over)

@@ -151,6 +151,8 @@ class StreamSink(ABC):
         """
         if not self._splitter.begun:
             raise ProviderBadResponse("the provider's stream is empty")
+        if finished := self._splitter.finish():
+            self.take(finished)
         if not self._complete_without_mark or self._splitter.held:
             raise ProviderDisconnected(f"the provider's stream ended without {self.end_mark}")
         self._over = True
@@ -161,7 +163,7 @@ class StreamSink(ABC):
         """Return whether the answer is complete although it breaks off now with *fault*, since
         only its end mark was missing. The log is completed then.
         """
-        if not isinstance(fault, BREAKS) or not self._complete_without_mark or self._stream.ended:
+        if not isinstance(fault, BREAKS) or self._stream.ended:
             return False
         try:
             self.end()

@@ -24,7 +24,14 @@ from tests.support.held_turns import (
     ask,
     cutting,
 )
-from tests.support.scripted_provider import LAST_CHUNK, Peer, ScriptedProvider, chunk
+from tests.support.scripted_provider import (
+    DONE,
+    EVENT_STREAM,
+    LAST_CHUNK,
+    Peer,
+    ScriptedProvider,
+    chunk,
+)
 from tests.support.server import provider_entry
 from tests.support.waiting import until
 
@@ -301,6 +308,89 @@ async def test_what_is_too_much_to_be_held_comes_as_it_comes(
         assert provider.asked == {f"p{whole - 1}": 1}
         assert seen.end == "provider_disconnected"
         assert seen.calls["call_1_0"] == ARGUMENTS
+
+
+def _choice(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": finish}
+
+
+def _chunks(*events: list[dict[str, Any]]) -> list[bytes]:
+    return [b"data: %b\n\n" % _json({"id": "c", "choices": choices}) for choices in events]
+
+
+def _piece(index: int, arguments: str, **head: str) -> dict[str, Any]:
+    function = {"arguments": arguments, **({"name": "read"} if head else {})}
+    return _choice(index, {"tool_calls": [{"index": 0, **head, "function": function}]})
+
+
+_BEGUN = [[_choice(0, {"role": "assistant"}), _choice(1, {"role": "assistant"})]]
+_CALLED = [*_BEGUN, [_piece(0, "{", id="a")], [_piece(1, "{", id="b")], [_piece(0, "}")]]
+_ALONE = [[_choice(0, {"role": "assistant"})], [_piece(0, "{}", id="a")]]
+_USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
+
+
+@pytest.mark.parametrize("hold", ["calls", "turn"])
+@pytest.mark.parametrize("ending", ["end", "usage", "cut"])
+@pytest.mark.parametrize(
+    ("events", "whole"),
+    [
+        ([*_CALLED, [_choice(0, {}, "tool_calls"), _choice(1, {}, "tool_calls")]], True),
+        ([*_CALLED, [_choice(1, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], True),
+        (
+            [
+                *_BEGUN,
+                [_choice(0, {"content": "No."})],
+                [_choice(0, {}, "stop")],
+                [_piece(1, "{}", id="b")],
+                [_choice(1, {}, "tool_calls")],
+            ],
+            True,
+        ),
+        # An engine that makes one, whatever is asked for.
+        ([*_ALONE, [_choice(0, {}, "tool_calls")]], True),
+        ([*_ALONE, [_choice(0, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], True),
+        ([*_CALLED, [_choice(0, {}, "tool_calls")]], False),
+        ([*_CALLED, [_choice(0, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], False),
+        ([*_CALLED, [_choice(0, {}, "tool_calls")], [_piece(1, "}")]], False),
+    ],
+)
+async def test_turn_of_several_choices_is_whole_when_each_that_has_begun_has_its_finish(
+    make_server: MakeServer,
+    events: list[list[dict[str, Any]]],
+    ending: str,
+    hold: str,
+    whole: bool,
+) -> None:
+    asked = 0
+    first = _chunks(*events)
+    again = [*_chunks(*_CALLED, [_choice(0, {}, "stop"), _choice(1, {}, "stop")]), DONE]
+
+    async def play(peer: Peer) -> None:
+        nonlocal asked
+        await peer.request()
+        asked += 1
+        shown = first if asked == 1 else again
+        await peer.send(EVENT_STREAM, *map(chunk, shown))
+        if asked == 1 and ending == "cut":
+            peer.abort()
+            return
+        if ending == "usage":
+            peer.write(chunk(_USAGE))
+        peer.write(LAST_CHUNK)
+
+    async with ScriptedProvider(play) as scripted:
+        entry = provider_entry(scripted.url, max_retries=2, backoff_factor=0.0)
+        server = await make_server(**{"llm.providers.p": entry})
+        body = {"model": "p/m", "stream": True, "messages": [], "n": 2}
+        headers = {"x-aioserver-hold": hold}
+        url = f"{server.v1}/chat/completions"
+        async with server.session.post(url, json=body, headers=headers) as response:
+            raw = await response.read()
+
+        if whole:
+            assert (asked, raw) == (1, b"".join([*first, DONE]))
+        else:
+            assert (asked, raw) == (2, b"".join(again))
 
 
 async def test_json_that_was_asked_for_is_asked_for_again(make_server: MakeServer) -> None:
