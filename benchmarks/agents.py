@@ -181,7 +181,7 @@ async def run(given: argparse.Namespace) -> int:
     print("| agent | engine | tasks | done | turns | cut | attempts a turn | refused | seconds |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, habit in product(given.only.split(","), HABITS):
-        engine = ChatEngine(habit, given.cut, given.seed)
+        engine = ChatEngine(habit, given.cut, f"{given.seed} {name} {habit}")
         results: list[Result] = []
         async with served(engine, given.messages, second=given.second) as url:
             while len(results) < given.tasks and time.monotonic() < deadline:

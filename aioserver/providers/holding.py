@@ -132,6 +132,8 @@ class Holding(Splitter):
         """Drop what is held, since the turn has broken off; a second call does nothing."""
         # They were paid for.
         unseen = self.unseen
+        if self.held:
+            self._stream.outcome.dropped = len(self.held)
         self._clear()
         self.unseen = unseen
 

@@ -533,6 +533,33 @@ async def test_heartbeats_go_out_while_calls_are_held(
         assert before.count(heartbeat) >= 3
 
 
+@pytest.mark.parametrize("face", FACES)
+async def test_a_client_with_heartbeats_is_told_that_a_turn_is_asked_for_again(
+    make_server: MakeServer, face: str
+) -> None:
+    path, bridged = FACES[face]
+    events = CALLS.events(CHAT if bridged else path, 1)[:7]
+    first = next(number for number, event in enumerate(events) if b"call_1_0" in event)
+
+    async def wait(_peer: Peer) -> None:
+        await asyncio.sleep(0.5)
+
+    provider = CuttingProvider(CALLS, ending=wait)
+    changes = {"chat.websocket.ping_interval": 0.2}
+    async with cutting(make_server, provider, 8, changes, bridged=bridged) as server:
+        seen = await ask(server, path, "p7")
+
+        assert provider.asked == {"p7": 2}
+        assert seen.end == "complete"
+        held = sum(map(len, events[first:]))
+        told = f": again from=p7 to=p7 code=provider_disconnected held={held}\n\n"
+        assert seen.raw.count(told.encode()) == seen.raw.count(b": again") == 1
+        assert b"call_1_" not in seen.raw
+        # Before the head is out it has no one to tell.
+        provider.ending = None
+        assert b": again" not in (await ask(server, path, "p6")).raw
+
+
 async def test_a_keys_own_word_counts_before_that_of_the_server(make_server: MakeServer) -> None:
     provider = CuttingProvider(CALLS, cuts=0)
     keys = {

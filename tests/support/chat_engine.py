@@ -69,7 +69,7 @@ class ChatEngine:
     *seed* says; *cuts* counts these.
     """
 
-    def __init__(self, habit: str, share: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, habit: str, share: float = 0.0, seed: str = "") -> None:
         self.habit = HABITS[habit]
         self.cuts = 0
         self._share, self._dice = share, random.Random(seed)
