@@ -15,13 +15,15 @@ when one begins, the held events are *let go*, and the rest of the turn passes a
 happens when they exceed half of `max_stream_bytes`, or when there is no room for them.
 
 A `Holding` takes the place of its sink's splitter. So the sink never sees an event that is dropped,
-and none of its state has to be rolled back.
+and none of its state has to be rolled back. It is the path of the exchange, too, while events go on
+with what is held, as most of them do: see streams/fast_path.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import orjson
 
@@ -30,6 +32,7 @@ from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import Splitter
 from aioserver.protocol.parts import Choices, Part
 from aioserver.protocol.request_options import TURN
+from aioserver.streams.fast_path import FIRST_LINES, MAX_CHUNK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +84,9 @@ class Holding(Splitter):
         # The fault of the sink at what was let go.
         self._fault: AioserverError | None = None
         self._counting = False
+        # As a path: see `Path`. The longest silence noted so far, in seconds.
+        self._clock = asyncio.get_running_loop().time
+        self.forwarded_at = self.read_at = self._silence = 0.0
 
     @property
     def idle(self) -> bool:
@@ -112,6 +118,31 @@ class Holding(Splitter):
         if self._on_show is not None:
             self._on_show()
         return self._release(let_go=False)
+
+    def path(self) -> Self | None:
+        """Return this object as the path of the next read, if that may only be held."""
+        return self if self._going_on and super().idle else None
+
+    def forward(self, read: bytes) -> bool:
+        """Hold *read*; return False, with nothing done, if it must take the slow path."""
+        size = len(read)
+        if size > MAX_CHUNK_BYTES or not self._going_on:
+            return False
+        line = FIRST_LINES[size]
+        if not (
+            read.startswith(line)
+            and read.endswith(b"\r\n")
+            and self._goes_on(read[len(line) : -2])
+        ):
+            return False
+        self.forwarded_at = now = self._clock()
+        if now - self.read_at > self._silence:
+            self._silence = self._stream.record.silent(self.read_at, now)
+        self.read_at = now
+        return True
+
+    def close(self) -> None:
+        """Do nothing: each read that was forwarded is held."""
 
     def let_go(self) -> None:
         """Show what is held before the finish: no other attempt follows."""
@@ -154,7 +185,7 @@ class Holding(Splitter):
     def _take(self, block: bytes) -> bytes:
         """Return what may be shown, now that *block* has come."""
         choices = self._choices
-        if self._since and not self._until_text and choices is None and self._goes_on(block):
+        if self._going_on and self._goes_on(block):
             return b""
         pieces = eventstream.pieces(block)
         shown: list[bytes] = []
@@ -195,6 +226,11 @@ class Holding(Splitter):
         if len(self.held) - self._counted_size >= COUNT_STEP and not self._count():
             shown.append(self._release(let_go=True))
         return b"".join(shown)
+
+    @property
+    def _going_on(self) -> bool:
+        """Whether content is held, and any more is."""
+        return self._since > 0 and not self._until_text and self._choices is None
 
     def _goes_on(self, block: bytes) -> bool:
         """Hold *block* if it is one event that goes on with what is held, as most are, and return
