@@ -40,15 +40,15 @@ class Part(IntEnum):
 class Parts(NamedTuple):
     """How an API writes the parts of a turn.
 
-    An event that is held with `calls` has one of *marks*. An event that *plain* matches as a
-    whole, with its data as the group, only goes on with what the events before it have begun.
+    An event that is held with `calls` has one of *marks*. An event that begins with *opening*, up to
+    the brace of its data, and has no finish, only goes on with what the events before it have begun.
     *words* yields the words of an event's content, and *pattern* has a group for each part, by
     which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
     that it must stay with what follows it.
     """
 
     marks: tuple[bytes, ...]
-    plain: re.Pattern[bytes]
+    opening: re.Pattern[bytes]
     words: Callable[[dict[str, Any]], Iterable[str]]
     pattern: re.Pattern[str]
     signs_reasoning: bool = False
@@ -116,7 +116,7 @@ def _chat_words(content: dict[str, Any]) -> Iterator[str]:
 CALL_MARK = b"_call"
 CHAT_PARTS = Parts(
     (CALL_MARK,),
-    re.compile(rb'data: (\{(?!.*"(?:error"|finish_reason"\s*:\s*"))[^\r\n]*\})\n\n'),
+    re.compile(rb"data: \{"),
     _chat_words,
     re.compile(
         "(?P<PREAMBLE>role)|(?P<REASONING>reasoning(?:_content|_details)?)"
