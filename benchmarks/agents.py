@@ -3,25 +3,32 @@ with two calls at once, on each of three engines (tests/support/chat_engine.py).
 
     npm install --prefix DIR @anthropic-ai/claude-code @openai/codex opencode-ai
     python benchmarks/agents.py DIR/node_modules/.bin [--only claude,codex,opencode] [--show]
-    python benchmarks/agents.py DIR/node_modules/.bin --cut 0.2 --tasks 5    # calls that break off
+    python benchmarks/agents.py DIR/node_modules/.bin --cut 0.02 --tasks 33    # calls that break off
+    python benchmarks/agents.py DIR/node_modules/.bin --cut 0.2 --tasks 33 --second
 
 The agents get nothing but a base URL and a key. A turn is well formed if the engine has refused
-nothing of it, and the task is done if the results of all four calls have come back to the engine.
-The agents have a folder of their own as home, and their commands are four `echo`.
+nothing of it, and the task is done if the results of all four calls have come back to the engine,
+and each command has run once. The tasks of an agent on an engine have one server, so that they
+share its budget of retries. *attempts a turn* is what the engine was asked, by the three turns that
+a task needs. The agents have a folder of their own as home.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
 from itertools import product
+from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -29,11 +36,16 @@ import yaml
 from aiohttp import web
 from engines import started
 
-from tests.support.chat_engine import DONE, HABITS, ChatEngine
+from tests.support.chat_engine import DONE, HABITS, RAN, ROUNDS, ChatEngine, words
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 PROMPT = "Run the commands that are needed, and say what has come of it."
 SECONDS = 150.0
 KEY = "an-agents-key-000000000000"
+# The turns that a task needs.
+TURNS = ROUNDS + 1
 
 
 def claude(program: str, _home: Path, url: str) -> tuple[list[str], dict[str, str]]:
@@ -81,8 +93,26 @@ def opencode(program: str, home: Path, url: str) -> tuple[list[str], dict[str, s
 AGENTS = {"claude": claude, "codex": codex, "opencode": opencode}
 
 
-async def ask(name: str, programs: Path, url: str) -> tuple[int, str, float]:
-    """Run the agent *name*; return its exit code, what it has shown, and its seconds."""
+class Result(NamedTuple):
+    """How one task has ended: the exit code, what the agent has shown, its seconds, and the
+    commands that it has run.
+    """
+
+    code: int
+    shown: str
+    seconds: float
+    ran: list[str]
+
+    @property
+    def done(self) -> bool:
+        """Whether all results have come, and each command has run once."""
+        commands = [word for number in range(ROUNDS) for word in words(number)]
+        all_came = DONE.split(":")[0] in self.shown and self.code == 0
+        return all_came and sorted(self.ran) == commands
+
+
+async def ask(name: str, programs: Path, url: str) -> Result:
+    """Have the agent *name* do the task."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         (home / "work").mkdir()
@@ -104,28 +134,33 @@ async def ask(name: str, programs: Path, url: str) -> tuple[int, str, float]:
             os.killpg(process.pid, signal.SIGKILL)
             shown, _ = await process.communicate()
             shown += b"\n(no end)"
-        return process.returncode or 0, shown.decode(errors="replace"), time.monotonic() - began
+        seconds, ran = time.monotonic() - began, home / "work" / RAN
+        lines = ran.read_text().split() if ran.exists() else []
+        return Result(process.returncode or 0, shown.decode(errors="replace"), seconds, lines)
 
 
-async def trial(
-    name: str, habit: str, programs: Path, messages: str, cut: float, seed: int
-) -> tuple[ChatEngine, int, str, float]:
-    """Have the agent *name* do the task on an engine of this *habit*, which breaks off this share
-    of its calls.
+@contextlib.asynccontextmanager
+async def served(engine: ChatEngine, messages: str, *, second: bool) -> AsyncIterator[str]:
+    """Run *engine*, and a server that has it as its provider, for the block; give the server's
+    address. *second*: as its fallback, too.
     """
-    engine = ChatEngine(habit, cut, seed)
     runner = web.AppRunner(engine.app)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
-    provider = {
-        "base_url": f"http://127.0.0.1:{port}/v1",
-        "model": "m",
-        "messages": yaml.safe_load(messages),
-    }
-    settings = {"llm": {"active": "engine", "providers": {"engine": provider}}}
     try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        provider = {
+            "base_url": f"http://127.0.0.1:{runner.addresses[0][1]}/v1",
+            "model": "m",
+            "messages": yaml.safe_load(messages),
+        }
+        names = ["engine", "second"] if second else ["engine"]
+        settings = {
+            "llm": {
+                "active": "engine",
+                "fallbacks": names[1:],
+                "providers": dict.fromkeys(names, provider),
+            }
+        }
         with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb") as log:
             config = Path(folder) / "config.yaml"
             # JSON is YAML.
@@ -135,33 +170,38 @@ async def trial(
                 _,
                 url,
             ):
-                code, shown, seconds = await ask(name, programs, url.rstrip("/"))
+                yield url.rstrip("/")
     finally:
         await runner.cleanup()
-    return engine, code, shown, seconds
 
 
 async def run(given: argparse.Namespace) -> int:
-    """Run all trials, and print them as a table; return how many have failed."""
-    failed = 0
-    print("| agent | engine | turns | cut | refused | done | exit | seconds |")
-    print("| --- | --- | ---: | ---: | ---: | --- | ---: | ---: |")
-    for name in given.only.split(","):
-        for habit, seed in product(HABITS, range(given.tasks)):
-            engine, code, shown, seconds = await trial(
-                name, habit, given.programs, given.messages, given.cut, seed
-            )
-            done = DONE.split(":")[0] in shown and code == 0
-            failed += not done or bool(engine.faults)
-            print(
-                f"| {name} | {habit} | {engine.turns} | {engine.cuts} | {len(engine.faults)} | "
-                f"{'yes' if done else 'no'} | {code} | {seconds:.1f} |",
-                flush=True,
-            )
-            for fault in sorted(set(engine.faults)):
-                print(f"    refused: {fault}")
-            if given.show or not done:
-                print("\n".join(f"    {line}" for line in shown.splitlines()[-40:]), flush=True)
+    """Run all tasks, and print them as a table; return how many have failed."""
+    failed, deadline = 0, time.monotonic() + given.minutes * 60
+    print("| agent | engine | tasks | done | turns | cut | attempts a turn | refused | seconds |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, habit in product(given.only.split(","), HABITS):
+        engine = ChatEngine(habit, given.cut, f"{given.seed} {name} {habit}")
+        results: list[Result] = []
+        async with served(engine, given.messages, second=given.second) as url:
+            while len(results) < given.tasks and time.monotonic() < deadline:
+                result = await ask(name, given.programs, url)
+                results.append(result)
+                if given.show or not result.done:
+                    lines = [*result.shown.splitlines()[-40:], f"ran: {' '.join(result.ran)}"]
+                    print("\n".join(f"    {line}" for line in lines), file=sys.stderr, flush=True)
+        if not results:
+            continue
+        done = sum(result.done for result in results)
+        failed += len(results) - done
+        print(
+            f"| {name} | {habit} | {len(results)} | {done} | {engine.turns} | {engine.cuts} | "
+            f"{engine.turns / (TURNS * len(results)):.3f} | {len(engine.faults)} | "
+            f"{statistics.median(result.seconds for result in results):.1f} |",
+            flush=True,
+        )
+        for fault in sorted(set(engine.faults)):
+            print(f"    refused: {fault}", file=sys.stderr)
     return failed
 
 
@@ -175,7 +215,10 @@ def main() -> None:
     parser.add_argument("--messages", default="auto", help="that setting of the provider")
     parser.add_argument("--show", action="store_true", help="print what each agent has shown")
     parser.add_argument("--cut", type=float, default=0.0, help="share of the calls that break off")
+    parser.add_argument("--seed", type=int, default=0, help="what decides where they break off")
+    parser.add_argument("--second", action="store_true", help="a second provider, as a fallback")
     parser.add_argument("--tasks", type=int, default=1, help="tasks of each agent on each engine")
+    parser.add_argument("--minutes", type=float, default=inf, help="no task begins after these")
     sys.exit(bool(asyncio.run(run(parser.parse_args()))))
 
 

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from aioserver.errors import AioserverError, ResponseNotFound
 from aioserver.gateway.candidates import Candidates
-from aioserver.gateway.continuation import breaks
+from aioserver.gateway.continuation import breaks, say_again
 from aioserver.gateway.groups import sick
 from aioserver.limits.deadline import Wait
 from aioserver.protocol.request_options import PREAMBLE
@@ -161,6 +161,8 @@ class Attempts:
         # The first for whom the request was too long; and the fault for which it was parked.
         self._too_long: Try | None = None
         self._parked_for: Try | None = None
+        # The provider and the code of a break of a held turn, until the next attempt begins.
+        self._cut: tuple[str, str] | None = None
         # The providers that were asked once more at once.
         self._broken: frozenset[Provider] = frozenset()
 
@@ -224,6 +226,9 @@ class Attempts:
             # It is that of the attempt now.
             attempt.trial, self._trial = True, None
         self._was_trial = attempt.trial
+        if self._cut is not None and self._stream is not None:
+            say_again(attempt, self._stream, *self._cut)
+        self._cut = None
         return attempt, grant
 
     def _go_on(self) -> None:
@@ -335,7 +340,8 @@ class Attempts:
         if held and breaks(fault):
             # The client has seen nothing of this turn. A provider that has hung hangs again, and
             # one that limits us says when to come back.
-            outcome.cuts += ((outcome.provider, fault.code),)
+            self._cut = outcome.provider, fault.code
+            outcome.cuts += (self._cut,)
             once = not isinstance(fault, ReadTimeout | ProviderRateLimited)
             fault.retry = not self._fallback
         if once and candidates.chosen is not None and self._once_more(tried):

@@ -71,9 +71,10 @@ from aioserver.providers.api import Capabilities
 from aioserver.providers.error_mapping import FILTERS, error_in, event_fault
 from aioserver.providers.verdicts import Verdicts
 from aioserver.streams import entries
+from aioserver.streams.cursor import ConditionReader
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.metrics import CONTINUED, FAILED
-from aioserver.telemetry.outcome import Continued
+from aioserver.telemetry.outcome import Continued, comment
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.transcript import Transcript
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
+    from aioserver.providers.request import ProviderRequest
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
 
@@ -342,11 +344,7 @@ class Hop:
         stream.outcome.seams = (*stream.outcome.seams, told)
         self._provider.meter.continuations[CONTINUED].value += 1
         self._seams.value += 1
-        if attempt.request.reading is None:
-            stream.forward(told.comment, 0)
-        else:
-            # It is no event; who reads event streams sees it nevertheless.
-            stream.append(entries.CHUNK, data=told.comment, count=0)
+        remark(attempt.request, stream, told.comment)
         attempt.first_event()
 
     def learn(self) -> None:
@@ -468,6 +466,8 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
             hop = Hop(stream, transcript, text, seam, provider, fault, speaker)
             attempt.hop = hop
             outcome.begin_attempt(provider.name, attempt.asked_model)
+            if not text:
+                say_again(attempt, stream, broken[0], fault.code)
             try:
                 await provider.run(attempt)
             except AioserverError as failed:
@@ -492,6 +492,29 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
             outcome.provider, outcome.model, outcome.headers = broken
             raise fault
         fault = further
+
+
+def remark(request: ProviderRequest, stream: Stream, data: bytes) -> None:
+    """Show *data*, a comment, to those who read *stream* as an event stream; it is no event."""
+    if request.reading is None:
+        stream.forward(data, 0)
+    else:
+        stream.append(entries.CHUNK, data=data, count=0)
+
+
+def say_again(attempt: Attempt, stream: Stream, broken: str, code: str) -> None:
+    """Tell readers whose answers have begun, if only with heartbeats, that *attempt* asks for a
+    held turn again, which the provider *broken* has broken off for the reason of this *code*.
+    """
+    if all(isinstance(reader, ConditionReader) for reader in stream.readers):
+        return
+    told = {
+        "from": broken,
+        "to": attempt.provider.name,
+        "code": code,
+        "held": stream.outcome.dropped,
+    }
+    remark(attempt.request, stream, comment("again", told))
 
 
 def _refuses_form(fault: AioserverError) -> bool:

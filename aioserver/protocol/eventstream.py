@@ -106,6 +106,10 @@ class Splitter:
             self._whole = _NONE if self._rest or self._cr else _ANY
         return block
 
+    def finish(self) -> bytes:
+        """Return the whole events that are kept back and may be shown now that no more come."""
+        return b""
+
     def _cut(self, chunk: bytes) -> bytes:
         """Return the result of `feed`, by the blank lines in *chunk*."""
         # The rest ends with one line end at most, so no blank line begins before its last two

@@ -40,15 +40,15 @@ class Part(IntEnum):
 class Parts(NamedTuple):
     """How an API writes the parts of a turn.
 
-    An event that is held with `calls` has one of *marks*. An event that *plain* matches as a
-    whole, with its data as the group, only goes on with what the events before it have begun.
+    An event that is held with `calls` has one of *marks*. An event that begins with *opening*, up to
+    the brace of its data, and has no finish, only goes on with what the events before it have begun.
     *words* yields the words of an event's content, and *pattern* has a group for each part, by
     which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
     that it must stay with what follows it.
     """
 
     marks: tuple[bytes, ...]
-    plain: re.Pattern[bytes]
+    opening: re.Pattern[bytes]
     words: Callable[[dict[str, Any]], Iterable[str]]
     pattern: re.Pattern[str]
     signs_reasoning: bool = False
@@ -73,11 +73,40 @@ class Parts(NamedTuple):
         return max(found, default=Part.PREAMBLE)
 
 
+class Choices:
+    """The choices of a chat completion that have *begun*, and those *open*: without a finish yet.
+
+    Always: a choice is open again when content of it follows its finish.
+    """
+
+    def __init__(self) -> None:
+        self.begun: set[object] = set()
+        self.open: set[object] = set()
+
+    def note(self, data: bytes) -> None:
+        """Note the choices in an event with this *data*."""
+        try:
+            content = loaded(data)
+        except BadEvent:
+            return
+        for choice in content.get("choices") or ():
+            index = choice.get("index")
+            words = set(_chat_words({"choices": [choice]}))
+            if "finish_reason" in words:
+                self.open.discard(index)
+            elif words - {"role"} or index not in self.begun:
+                self.open.add(index)
+            self.begun.add(index)
+
+
 def _chat_words(content: dict[str, Any]) -> Iterator[str]:
-    """Yield the members with a value in the deltas of a chat completion's chunk."""
+    """Yield the members with a value in the deltas of a chat completion's chunk, and in the choices
+    of a completion's.
+    """
     for choice in content.get("choices") or ():
-        if choice.get("finish_reason"):
-            yield "finish_reason"
+        for name in ("finish_reason", "text"):
+            if choice.get(name):
+                yield name
         for name, value in (choice.get("delta") or {}).items():
             if value:
                 yield name
@@ -87,7 +116,7 @@ def _chat_words(content: dict[str, Any]) -> Iterator[str]:
 CALL_MARK = b"_call"
 CHAT_PARTS = Parts(
     (CALL_MARK,),
-    re.compile(rb'data: (\{(?!.*"(?:error"|finish_reason"\s*:\s*"))[^\r\n]*\})\n\n'),
+    re.compile(rb"data: \{"),
     _chat_words,
     re.compile(
         "(?P<PREAMBLE>role)|(?P<REASONING>reasoning(?:_content|_details)?)"

@@ -15,21 +15,30 @@ when one begins, the held events are *let go*, and the rest of the turn passes a
 happens when they exceed half of `max_stream_bytes`, or when there is no room for them.
 
 A `Holding` takes the place of its sink's splitter. So the sink never sees an event that is dropped,
-and none of its state has to be rolled back.
+and none of its state has to be rolled back. It is the path of the exchange, too, while events go on
+with what is held, as most of them do: see streams/fast_path.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import orjson
 
 from aioserver.errors import AioserverError, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import Splitter
-from aioserver.protocol.parts import Part
+from aioserver.protocol.parts import Choices, Part
 from aioserver.protocol.request_options import TURN
+from aioserver.streams.fast_path import (
+    ERROR_NAME,
+    FINISH,
+    FINISH_SPACED,
+    FIRST_LINES,
+    MAX_CHUNK_BYTES,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,17 +81,23 @@ class Holding(Splitter):
         # Whether events are held now; whether only until text, as signed reasoning is; and whether
         # everything passes, since the turn has a finish, or was let go.
         self._holds, self._until_text, self._passes = request.hold == TURN, False, False
-        self._finishes = 0
+        # The choices, if there are several: the finish of one is not that of another.
+        self._choices = Choices() if request.choices > 1 else None
+        # Whether every event is read: a text may have to be held, or any choice may begin or end.
+        self._reads_all = request.structured or self._choices is not None
         # Since when content is held.
         self._since = 0.0
         # The fault of the sink at what was let go.
         self._fault: AioserverError | None = None
         self._counting = False
+        # As a path: see `Path`. The longest silence noted so far, in seconds.
+        self._clock = asyncio.get_running_loop().time
+        self.forwarded_at = self.read_at = self._silence = 0.0
 
     @property
     def idle(self) -> bool:
         """Whether the next event may pass by, on a fast path."""
-        return super().idle and (self._passes or not (self._holds or self._request.structured))
+        return super().idle and (self._passes or not (self._holds or self._reads_all))
 
     def feed(self, chunk: bytes) -> bytes:
         """Return the events that may be shown now, as `Splitter.feed`.
@@ -99,6 +114,41 @@ class Holding(Splitter):
         if block and self._on_show is not None:
             self._on_show()
         return block
+
+    def finish(self) -> bytes:
+        """Return what is held if each choice that has begun has its finish: the provider may have
+        made fewer than were asked for.
+        """
+        if not self.held or self._choices is None or self._choices.open:
+            return b""
+        if self._on_show is not None:
+            self._on_show()
+        return self._release(let_go=False)
+
+    def path(self) -> Self | None:
+        """Return this object as the path of the next read, if that may only be held."""
+        return self if self._going_on and super().idle else None
+
+    def forward(self, read: bytes) -> bool:
+        """Hold *read*; return False, with nothing done, if it must take the slow path."""
+        size = len(read)
+        if size > MAX_CHUNK_BYTES or not self._going_on:
+            return False
+        line = FIRST_LINES[size]
+        if not (
+            read.startswith(line)
+            and read.endswith(b"\r\n")
+            and self._goes_on(read[len(line) : -2])
+        ):
+            return False
+        self.forwarded_at = now = self._clock()
+        if now - self.read_at > self._silence:
+            self._silence = self._stream.record.silent(self.read_at, now)
+        self.read_at = now
+        return True
+
+    def close(self) -> None:
+        """Do nothing: each read that was forwarded is held."""
 
     def let_go(self) -> None:
         """Show what is held before the finish: no other attempt follows."""
@@ -119,8 +169,16 @@ class Holding(Splitter):
         """Drop what is held, since the turn has broken off; a second call does nothing."""
         # They were paid for.
         unseen = self.unseen
+        if self.held:
+            self._stream.outcome.dropped = len(self.held)
         self._clear()
         self.unseen = unseen
+
+    @property
+    def _all_finished(self) -> bool:
+        """Whether the finish that has come is that of the last choice."""
+        choices, wanted = self._choices, self._request.choices
+        return choices is None or (len(choices.begun) >= wanted and not choices.open)
 
     def _looks(self, block: bytes) -> bool:
         """Return whether *block* may have an event that is held."""
@@ -128,16 +186,20 @@ class Holding(Splitter):
         for mark in self._parts.marks:
             if block.find(mark) >= 0:
                 return True
-        return self._request.structured
+        return self._reads_all
 
     def _take(self, block: bytes) -> bytes:
         """Return what may be shown, now that *block* has come."""
-        if self._since and not self._until_text and self._goes_on(block):
+        choices = self._choices
+        if self._going_on and self._goes_on(block):
             return b""
         pieces = eventstream.pieces(block)
         shown: list[bytes] = []
         for number, piece in enumerate(pieces):
-            part = self._parts.part(b"".join(each.data for each in eventstream.parse(piece)))
+            data = b"".join(each.data for each in eventstream.parse(piece))
+            part = self._parts.part(data)
+            if choices is not None:
+                choices.note(data)
             if part is Part.ERROR:
                 # The sink gets it alone, and ends the answer by it.
                 self.drop()
@@ -160,9 +222,7 @@ class Holding(Splitter):
                 self._since = monotonic()
                 if not self._stream.answered:
                     self._request.spare_body(self.let_go)
-            # The finish of one choice is not that of another.
-            self._finishes += part is Part.FINISH
-            over = part is Part.END or self._finishes >= self._request.choices
+            over = part is Part.END or (part is Part.FINISH and self._all_finished)
             full = len(self.held) + len(piece) > self.max_held
             if over or full or part is Part.HOSTED:
                 released = self._release(let_go=not over)
@@ -173,16 +233,32 @@ class Holding(Splitter):
             shown.append(self._release(let_go=True))
         return b"".join(shown)
 
+    @property
+    def _going_on(self) -> bool:
+        """Whether content is held, and any more is."""
+        return self._since > 0 and not self._until_text and self._choices is None
+
     def _goes_on(self, block: bytes) -> bool:
         """Hold *block* if it is one event that goes on with what is held, as most are, and return
         whether it is. It costs a third of `_take`.
         """
-        plain = self._parts.plain.fullmatch(block)
+        opening = self._parts.opening.match(block)
         size = len(self.held) + len(block)
-        if plain is None or size > self.max_held or size - self._counted_size >= COUNT_STEP:
+        if opening is None or size > self.max_held or size - self._counted_size >= COUNT_STEP:
+            return False
+        # Not a regular expression: over all bytes it takes ten times as long.
+        find, begin, end = block.find, opening.end() - 1, len(block) - 2
+        if (
+            not block.endswith(b"}\n\n")
+            or find(b"\n", begin) != end
+            or find(b"\r", begin) >= 0
+            or find(ERROR_NAME, begin) >= 0
+            or find(FINISH, begin) >= 0
+            or find(FINISH_SPACED, begin) >= 0
+        ):
             return False
         try:
-            orjson.loads(plain[1])
+            orjson.loads(block[begin:end])
         except orjson.JSONDecodeError:
             return False
         self.held += block

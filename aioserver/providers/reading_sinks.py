@@ -105,12 +105,11 @@ class ChatSink(ReadingSink):
     """Reads the provider's events and appends their `chunk` objects to a log."""
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path, once the shape of the provider's events is known.
-
-        There is none while half a character waits for its other half.
+        """Return the path; the stream's only once the shape of the provider's events is known, and
+        while no half a character waits for its other half.
         """
         if self._shape is None or not self._splitter.idle or self._reading.half:
-            return None
+            return super().fast()
         return self._stream.open_fast_path(self._shape)
 
     def _may_be_text(self, part: bytes) -> bool:

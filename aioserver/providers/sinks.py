@@ -101,6 +101,8 @@ class StreamSink(ABC):
         self.patience: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._splitter = Splitter(stream.max_bytes)
+        # Returns the path of what holds events, if anything does.
+        self._holding_path: Callable[[], Path | None] | None = None
 
     @property
     def progress(self) -> int:
@@ -112,11 +114,11 @@ class StreamSink(ABC):
         """How many pieces of the answer have come that are not shown."""
         return self._splitter.unseen
 
-    def hold(self, splitter: Splitter) -> None:
-        """Get events from *splitter*, which keeps some of them back. An id that a client may need
-        comes with these.
+    def hold(self, splitter: Splitter, path: Callable[[], Path | None]) -> None:
+        """Get events from *splitter*, which keeps some of them back: those that take what *path*
+        returns. An id that a client may need comes with these.
         """
-        self._splitter, self.patience = splitter, None
+        self._splitter, self._holding_path, self.patience = splitter, path, None
 
     def feed(self, data: bytes) -> bool:
         """Append the events that are whole now; return False at the end of the answer.
@@ -151,6 +153,8 @@ class StreamSink(ABC):
         """
         if not self._splitter.begun:
             raise ProviderBadResponse("the provider's stream is empty")
+        if finished := self._splitter.finish():
+            self.take(finished)
         if not self._complete_without_mark or self._splitter.held:
             raise ProviderDisconnected(f"the provider's stream ended without {self.end_mark}")
         self._over = True
@@ -161,7 +165,7 @@ class StreamSink(ABC):
         """Return whether the answer is complete although it breaks off now with *fault*, since
         only its end mark was missing. The log is completed then.
         """
-        if not isinstance(fault, BREAKS) or not self._complete_without_mark or self._stream.ended:
+        if not isinstance(fault, BREAKS) or self._stream.ended:
             return False
         try:
             self.end()
@@ -170,11 +174,10 @@ class StreamSink(ABC):
         return True
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path, by which the next event may go.
-
-        None if this sink has to see it.
+        """Return the path by which the next event may go: that of the stream, or of what holds
+        it. None if this sink has to see it.
         """
-        return None
+        return None if self._holding_path is None else self._holding_path()
 
     def let_go(self) -> None:
         """Show the preamble that is held, if there is one: no other attempt follows."""
@@ -452,9 +455,9 @@ class EventSink(PassingSink):
         self._hides_usage = hides_usage
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path; none after a finish_reason, since usage may follow."""
+        """Return the path; not the stream's after a finish_reason, since usage may follow."""
         if self._finished or not self._splitter.idle:
-            return None
+            return super().fast()
         return self._stream.open_fast_path()
 
     @property

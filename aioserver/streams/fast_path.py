@@ -23,10 +23,10 @@ writer closes it when it is blocked or closed, and when it follows another strea
 *What it forwards.* One read that is one whole chunk with one whole event, if the event is
 ordinary:
 
-    CallsPath  where tool calls are held: what FastPath forwards, except calls
     FastPath   for the OpenAI face: an event `{…}` without an error or a finish_reason. The chunk's
                framing is what our client gets, too: the bytes pass unchanged. The log is private
-               and empty, and stays empty: the effect is that of an event discarded at once
+               and empty, and stays empty: the effect is that of an event discarded at once. Where
+               tool calls are held, no event that may have a piece of one
     TextPath   for the faces that show frames: an event of the answer's `Shape`, which has a text
                and nothing else. It is appended to the log like any other
 
@@ -99,6 +99,7 @@ class FastPath:
     """
 
     __slots__ = (
+        "_calls_wait",
         "_chunked",
         "_clock",
         "_kept",
@@ -130,6 +131,7 @@ class FastPath:
         if isinstance(transcript, PassedTranscript) and transcript.keeps:
             self._kept = transcript
         self._meter = cursor.stream.meter
+        self._calls_wait = cursor.stream.outcome.hold == CALLS
         (
             self._transport,
             self._outbox,
@@ -158,7 +160,8 @@ class FastPath:
             or find(ERROR_NAME) >= 0
             or find(FINISH) >= 0
             or find(FINISH_SPACED) >= 0
-            or not utf8(read)
+            or (self._calls_wait and find(CALL_MARK) >= 0)
+            or not (read.isascii() or utf8(read))
         ):
             return False
         self._outbox.put(self, read)
@@ -190,16 +193,6 @@ class FastPath:
     def abort(self) -> None:
         """Reset the client's connection: called by the outbox, if `write` has failed."""
         reset(self._transport)
-
-
-class CallsPath(FastPath):
-    """Forwards what FastPath does, except reads that may have a piece of a tool call."""
-
-    __slots__ = ()
-
-    def forward(self, read: bytes) -> bool:
-        """Forward *read*, as `FastPath.forward` does."""
-        return read.find(CALL_MARK) < 0 and FastPath.forward(self, read)
 
 
 class TextPath(FastPath):
@@ -288,10 +281,7 @@ class ForwardedApi(AnswerApi):
 
         None if there is none.
         """
-        if not destination.chunked:
-            return None
-        path = CallsPath if cursor.stream.outcome.hold == CALLS else FastPath
-        return path(cursor, destination)
+        return FastPath(cursor, destination) if destination.chunked else None
 
 
 def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> FastPath | None:

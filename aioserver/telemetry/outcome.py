@@ -68,6 +68,11 @@ class AttemptCost(msgspec.Struct, frozen=True, gc=False):
         return self.source in (ESTIMATE, MIXED)
 
 
+def comment(word: str, told: Mapping[str, object]) -> bytes:
+    """Return a comment in an event stream, which says *word* and what is *told*."""
+    return f": {word} {' '.join(f'{name}={value}' for name, value in told.items())}\n\n".encode()
+
+
 class Continued(NamedTuple):
     """A seam of an answer: after *at* characters of text its provider broke off, for the reason of
     this *code*, and another attempt continued.
@@ -85,8 +90,7 @@ class Continued(NamedTuple):
     @property
     def comment(self) -> bytes:
         """Its form as a comment in an event stream."""
-        told = " ".join(f"{name}={value}" for name, value in self.described().items())
-        return b": seam %b\n\n" % told.encode()
+        return comment("seam", self.described())
 
 
 class Outcome(msgspec.Struct, eq=False):
@@ -109,7 +113,8 @@ class Outcome(msgspec.Struct, eq=False):
     *hooks* are the names of those that have refused or changed it. *hold* says what is held of a
     streamed answer, empty where nothing can be; *held_for* is the longest time in seconds that an
     event was held, None if none was. *cuts* are the provider and the code of each break of which the
-    client has seen nothing; *let_go* says that held events were shown before the finish.
+    client has seen nothing, and *dropped* are the bytes that were held at the last break; *let_go*
+    says that held events were shown before the finish.
     """
 
     provider: str = ""
@@ -129,6 +134,7 @@ class Outcome(msgspec.Struct, eq=False):
     hooks: tuple[str, ...] = ()
     hold: str = ""
     cuts: tuple[tuple[str, str], ...] = ()
+    dropped: int = 0
     let_go: bool = False
     held_for: float | None = None
 

@@ -1,19 +1,24 @@
 """The chunks of engines that exist (tests/support/engine_streams.py), over both bridges and passed on
-as they are, wherever reads end.
+as they are, wherever reads end, and whatever of them is held.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 import pytest
 
+from aioserver.protocol.request_options import CALLS, PREAMBLE, TURN
 from aioserver.protocol.steps import at_once
 from aioserver.protocol.tokens import tokens_of
 from aioserver.provider_errors import ProviderFault
+from aioserver.providers import attempt
+from aioserver.providers.api import CHAT
+from aioserver.providers.request import ProviderRequest
 from aioserver.providers.sinks import EventSink
 from aioserver.streams.stream import Stream
 from aioserver.wings.anthropic.bridge import request as messages
@@ -31,6 +36,7 @@ from tests.support.reference_chat import shown_ids
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from aioserver.providers.http1 import Sink
     from aioserver.providers.sinks import StreamSink
 
 NAME = "0123456789abcdef0123456789abcdef"
@@ -71,8 +77,42 @@ def passing_sink(stream: Stream) -> StreamSink:
     return EventSink(stream, hides_usage=True)
 
 
+class Told:
+    """The provider of an attempt that is played: it learns that the answer has begun."""
+
+    def answered(self, _attempt: attempt.Attempt) -> None:
+        """Learn it."""
+
+
+class PlayedAttempt(attempt.Attempt):
+    """An attempt whose answer is read by a sink that *make* makes, and of which *word* is held."""
+
+    def __init__(self, make: Callable[[Stream], StreamSink], stream: Stream, word: str) -> None:
+        request = ProviderRequest(CHAT, lambda _provider, _model: b"{}", streamed=True)
+        request.hold = word
+        super().__init__(cast("Any", Told()), request, stream)
+        self._make = make
+
+    def stream_sink(self, stream: Stream) -> StreamSink:
+        return self._make(stream)
+
+
+def holding(make: Callable[[Stream], StreamSink], word: str) -> Callable[[Stream], Sink]:
+    return lambda stream: PlayedAttempt(make, stream, word).event_sink(stream)
+
+
+def shown(stream: Stream) -> list[tuple[int, bytes]]:
+    """The entries of a log."""
+    return [(entry.count, TIME.sub(b"", entry.data)) for entry in stream.entries]
+
+
+# What a bridge takes from the clock.
+TIME = re.compile(rb'"completed_at":[0-9]+')
+SINKS = [message_sink, response_sink, passing_sink]
+
+
 def played(
-    make: Callable[[Stream], StreamSink], data: bytes, cuts: Iterable[int] = ()
+    make: Callable[[Stream], Sink], data: bytes, cuts: Iterable[int] = ()
 ) -> tuple[Stream, bytes, ProviderFault | None]:
     """The log of an answer of *data*, read in pieces, its bytes, and the fault of its end."""
     stream = Stream("r", "anybody", window=30.0, max_bytes=1 << 22)
@@ -180,6 +220,48 @@ def test_an_answer_of_an_engine_passes_without_a_usage_that_nobody_has_asked_for
         # The end mark is written here.
         assert body == shown.replace(b"[DONE]\r\n\r\n", b"[DONE]\n\n")
         check_usage(engine, stream)
+
+
+def check_preamble(engine: EngineStream) -> None:
+    for make in SINKS:
+        for cuts in all_cuts(engine):
+            stream, _, fault = played(make, engine.data, cuts)
+            other, _, other_fault = played(holding(make, PREAMBLE), engine.data, cuts)
+
+            assert shown(other) == shown(stream)
+            assert repr(other_fault) == repr(fault)
+
+
+@pytest.mark.parametrize("engine", STREAMS, ids=named)
+async def test_with_preamble_the_log_is_that_of_an_answer_of_which_nothing_can_be_held(
+    engine: EngineStream,
+) -> None:
+    check_preamble(engine)
+
+
+async def test_a_server_that_holds_calls_with_preamble_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt, "PREAMBLE", "")
+
+    for engine in (each for each in GOOD if len(each.calls) == 2):
+        with pytest.raises(AssertionError):
+            check_preamble(engine)
+
+
+@pytest.mark.parametrize("word", [CALLS, TURN])
+@pytest.mark.parametrize("engine", GOOD, ids=named)
+async def test_what_was_held_has_the_same_events_as_what_was_not(
+    engine: EngineStream, word: str
+) -> None:
+    for make in SINKS:
+        for cuts in all_cuts(engine):
+            stream, body, fault = played(make, engine.data, cuts)
+            held, held_body, held_fault = played(holding(make, word), engine.data, cuts)
+
+            assert fault is held_fault is None
+            assert TIME.sub(b"", held_body) == TIME.sub(b"", body)
+            assert held.last == stream.last
 
 
 @pytest.mark.parametrize("engine", GOOD, ids=named)

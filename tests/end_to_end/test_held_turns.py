@@ -24,7 +24,14 @@ from tests.support.held_turns import (
     ask,
     cutting,
 )
-from tests.support.scripted_provider import LAST_CHUNK, Peer, ScriptedProvider, chunk
+from tests.support.scripted_provider import (
+    DONE,
+    EVENT_STREAM,
+    LAST_CHUNK,
+    Peer,
+    ScriptedProvider,
+    chunk,
+)
 from tests.support.server import provider_entry
 from tests.support.waiting import until
 
@@ -303,6 +310,89 @@ async def test_what_is_too_much_to_be_held_comes_as_it_comes(
         assert seen.calls["call_1_0"] == ARGUMENTS
 
 
+def _choice(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": finish}
+
+
+def _chunks(*events: list[dict[str, Any]]) -> list[bytes]:
+    return [b"data: %b\n\n" % _json({"id": "c", "choices": choices}) for choices in events]
+
+
+def _piece(index: int, arguments: str, **head: str) -> dict[str, Any]:
+    function = {"arguments": arguments, **({"name": "read"} if head else {})}
+    return _choice(index, {"tool_calls": [{"index": 0, **head, "function": function}]})
+
+
+_BEGUN = [[_choice(0, {"role": "assistant"}), _choice(1, {"role": "assistant"})]]
+_CALLED = [*_BEGUN, [_piece(0, "{", id="a")], [_piece(1, "{", id="b")], [_piece(0, "}")]]
+_ALONE = [[_choice(0, {"role": "assistant"})], [_piece(0, "{}", id="a")]]
+_USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
+
+
+@pytest.mark.parametrize("hold", ["calls", "turn"])
+@pytest.mark.parametrize("ending", ["end", "usage", "cut"])
+@pytest.mark.parametrize(
+    ("events", "whole"),
+    [
+        ([*_CALLED, [_choice(0, {}, "tool_calls"), _choice(1, {}, "tool_calls")]], True),
+        ([*_CALLED, [_choice(1, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], True),
+        (
+            [
+                *_BEGUN,
+                [_choice(0, {"content": "No."})],
+                [_choice(0, {}, "stop")],
+                [_piece(1, "{}", id="b")],
+                [_choice(1, {}, "tool_calls")],
+            ],
+            True,
+        ),
+        # An engine that makes one, whatever is asked for.
+        ([*_ALONE, [_choice(0, {}, "tool_calls")]], True),
+        ([*_ALONE, [_choice(0, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], True),
+        ([*_CALLED, [_choice(0, {}, "tool_calls")]], False),
+        ([*_CALLED, [_choice(0, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], False),
+        ([*_CALLED, [_choice(0, {}, "tool_calls")], [_piece(1, "}")]], False),
+    ],
+)
+async def test_turn_of_several_choices_is_whole_when_each_that_has_begun_has_its_finish(
+    make_server: MakeServer,
+    events: list[list[dict[str, Any]]],
+    ending: str,
+    hold: str,
+    whole: bool,
+) -> None:
+    asked = 0
+    first = _chunks(*events)
+    again = [*_chunks(*_CALLED, [_choice(0, {}, "stop"), _choice(1, {}, "stop")]), DONE]
+
+    async def play(peer: Peer) -> None:
+        nonlocal asked
+        await peer.request()
+        asked += 1
+        shown = first if asked == 1 else again
+        await peer.send(EVENT_STREAM, *map(chunk, shown))
+        if asked == 1 and ending == "cut":
+            peer.abort()
+            return
+        if ending == "usage":
+            peer.write(chunk(_USAGE))
+        peer.write(LAST_CHUNK)
+
+    async with ScriptedProvider(play) as scripted:
+        entry = provider_entry(scripted.url, max_retries=2, backoff_factor=0.0)
+        server = await make_server(**{"llm.providers.p": entry})
+        body = {"model": "p/m", "stream": True, "messages": [], "n": 2}
+        headers = {"x-aioserver-hold": hold}
+        url = f"{server.v1}/chat/completions"
+        async with server.session.post(url, json=body, headers=headers) as response:
+            raw = await response.read()
+
+        if whole:
+            assert (asked, raw) == (1, b"".join([*first, DONE]))
+        else:
+            assert (asked, raw) == (2, b"".join(again))
+
+
 async def test_json_that_was_asked_for_is_asked_for_again(make_server: MakeServer) -> None:
     turn = Turn(text=('{"a"', ": 1", "}"), calls=0)
     provider = CuttingProvider(turn)
@@ -441,6 +531,33 @@ async def test_heartbeats_go_out_while_calls_are_held(
         before = seen.raw[seen.raw.index(b"look") :] if text else seen.raw
         before = before[: before.index(b"call_1_0")]
         assert before.count(heartbeat) >= 3
+
+
+@pytest.mark.parametrize("face", FACES)
+async def test_a_client_with_heartbeats_is_told_that_a_turn_is_asked_for_again(
+    make_server: MakeServer, face: str
+) -> None:
+    path, bridged = FACES[face]
+    events = CALLS.events(CHAT if bridged else path, 1)[:7]
+    first = next(number for number, event in enumerate(events) if b"call_1_0" in event)
+
+    async def wait(_peer: Peer) -> None:
+        await asyncio.sleep(0.5)
+
+    provider = CuttingProvider(CALLS, ending=wait)
+    changes = {"chat.websocket.ping_interval": 0.2}
+    async with cutting(make_server, provider, 8, changes, bridged=bridged) as server:
+        seen = await ask(server, path, "p7")
+
+        assert provider.asked == {"p7": 2}
+        assert seen.end == "complete"
+        held = sum(map(len, events[first:]))
+        told = f": again from=p7 to=p7 code=provider_disconnected held={held}\n\n"
+        assert seen.raw.count(told.encode()) == seen.raw.count(b": again") == 1
+        assert b"call_1_" not in seen.raw
+        # Before the head is out it has no one to tell.
+        provider.ending = None
+        assert b": again" not in (await ask(server, path, "p6")).raw
 
 
 async def test_a_keys_own_word_counts_before_that_of_the_server(make_server: MakeServer) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 ROUNDS = 2
+# The file of the agent's folder to which each command appends what it prints.
+RAN = "ran"
 DONE, LOST = "DONE: all four results have come.", "LOST:"
 # The names of the tool that runs a command, in Claude Code, Codex and opencode.
 SHELLS = ("Bash", "bash", "exec_command", "shell_command", "shell", "local_shell")
@@ -67,7 +69,7 @@ class ChatEngine:
     *seed* says; *cuts* counts these.
     """
 
-    def __init__(self, habit: str, share: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, habit: str, share: float = 0.0, seed: str = "") -> None:
         self.habit = HABITS[habit]
         self.cuts = 0
         self._share, self._dice = share, random.Random(seed)
@@ -217,7 +219,8 @@ def arguments_for(shell: dict[str, Any], word: str) -> str:
     for name in ("command", "cmd"):
         if name in properties:
             listed = properties[name].get("type") == "array"
-            arguments[name] = ["echo", word] if listed else f"echo {word}"
+            command = f"echo {word} | tee -a {RAN}"
+            arguments[name] = ["sh", "-c", command] if listed else command
     if "description" in properties:
         arguments["description"] = f"Print {word}"
     return json.dumps(arguments)

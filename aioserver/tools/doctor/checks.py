@@ -55,6 +55,22 @@ async def configuration(facts: Facts) -> AsyncIterator[Result]:
     configuration.check_usable()
 
 
+async def turns(facts: Facts) -> AsyncIterator[Result]:
+    """Say what of their streamed answers is held for whom."""
+    here = facts.here
+    yield ok(f"chat.streams.hold: {here.chat.streams.hold}")
+    if here.auth is None:
+        return
+    words = {
+        f"key {key.name}": key.hold for key in (*(here.auth.keys or ()), *here.auth.file_keys)
+    }
+    if here.auth.jwt is not None:
+        words |= {f"role {role}": each.hold for role, each in here.auth.jwt.limits.items()}
+    for whom, word in words.items():
+        if word is not None:
+            yield ok(f"{whom}: {word}")
+
+
 async def needed(facts: Facts) -> AsyncIterator[Result]:
     """Connect to the services that the server needs in addition to its providers.
 
@@ -146,6 +162,7 @@ CHECKS = (
         machine.certificate,
         "put the intermediates into cert_file, or give clients the authority (SSL_CERT_FILE)",
     ),
+    Check("held turns", "here", turns),
     Check("needed", "here", needed),
     Check("providers", "server", providers.providers),
     Check(

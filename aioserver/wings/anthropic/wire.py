@@ -158,7 +158,7 @@ def _words(content: dict[str, Any]) -> Iterator[str]:
 # The input of a tool follows its block.
 PARTS = Parts(
     (b'_use"', b"thinking"),
-    re.compile(rb"event: content_block_delta\ndata: (\{[^\r\n]*\})\n\n"),
+    re.compile(rb"event: content_block_delta\ndata: \{"),
     _words,
     re.compile(
         "(?P<PREAMBLE>message_start|message_delta|ping|content_block_stop|text|input_json_delta)"

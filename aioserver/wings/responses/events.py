@@ -284,7 +284,7 @@ def _words(content: dict[str, Any]) -> Iterator[str]:
 # The input of a tool follows its item, and everything that is done has come before.
 PARTS = Parts(
     (b'_call"', b"reasoning"),
-    re.compile(rb"event: response\.[a-z_]+\.delta\ndata: (\{[^\r\n]*\})\n\n"),
+    re.compile(rb"event: response\.[a-z_]+\.delta\ndata: \{"),
     _words,
     re.compile(
         r"(?P<PREAMBLE>created|queued|in_progress|added message|.*part\.added|.*\.done"

@@ -64,9 +64,9 @@ class ResponseSink(PassingSink):
         self._id_samples_left = MAX_ID_SAMPLES
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path; None before the id of the response is known."""
+        """Return the path; not the stream's before the id of the response is known."""
         if self._id_samples_left or not self._splitter.idle:
-            return None
+            return super().fast()
         return self._stream.open_fast_path()
 
     def _up_to_end(self, block: bytes, plain: int = 0) -> tuple[bytes, bool, bytes]:  # noqa: ARG002 - see PassingSink

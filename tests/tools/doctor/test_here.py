@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import hashlib
 import json
 import ssl
 import sys
@@ -287,6 +288,21 @@ async def test_tls_where_there_is_none_and_names_that_cannot_be_are_reported() -
 def written(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+async def test_the_doctor_says_what_is_held_for_whom(tmp_path: Path) -> None:
+    keys = [
+        {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), **hold}
+        for name, hold in (("batch", {"hold": "turn"}), ("web", {}))
+    ]
+    changes: dict[str, Any] = {"auth.keys": keys, "chat.streams.hold": "calls"}
+
+    found = await examined(tmp_path, NOWHERE, changes)
+
+    assert found.of("ok", "held turns") == [
+        "held turns: chat.streams.hold: calls",
+        "held turns: key batch: turn",
+    ]
 
 
 async def test_this_machine_is_measured_against_the_settings(tmp_path: Path) -> None:
