@@ -347,11 +347,11 @@ class ClusterState(TypedDict):
     """How an instance, or the worst of several, stands with the cluster's server, and what went to
     and fro.
 
-    *state*: `joined`, `unheard` or `alone` (wings/cluster/leases.py). *calls* and *failed_calls*
-    are those about limits. *links* are logs of this instance that are read elsewhere, *mirrors*
-    those of others that are read here. *unclaimed* requests with an id were answered though the
-    server did not say in time whether another instance has it. *lost* messages found too many
-    others waiting.
+    *state*: `joined`, `unheard` or `alone` (wings/cluster/limits/leases.py). *calls* and
+    *failed_calls* are those about limits. *links* are logs of this instance that are read
+    elsewhere, *mirrors* those of others that are read here. *unclaimed* requests with an id were
+    answered though the server did not say in time whether another instance has it. *lost* messages
+    found too many others waiting.
     """
 
     state: Annotated[str, _worst(STANDINGS)]

@@ -3,8 +3,8 @@ streams.
 
 The parent starts it before its workers, if the configuration names no other server, and restarts
 it when it ends. A restarted server is empty; workers detect and tolerate this
-(wings/cluster/leases.py). Without a server program, or without the package that talks to it, there
-is none, and the workers have fixed shares.
+(wings/cluster/limits/leases.py). Without a server program, or without the package that talks to
+it, there is none, and the workers have fixed shares.
 
 No other user can reach it: it listens on a UNIX socket, in a folder that only our user may enter.
 It keeps nothing on disk, since its data are worthless once the workers are gone. A parent that is

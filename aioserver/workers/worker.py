@@ -23,7 +23,7 @@ twice as many slots as workers.
 
 The shares of all workers together never exceed the limit, unless the limit is lower than the
 number of workers: a share is at least 1. While a worker is replaced, its successor has the same
-share. Limits that workers share through a server (wings/cluster/limits.py) are not divided.
+share. Limits that workers share through a server (wings/cluster/limits/limits.py) are not divided.
 Without a server, `FixedCapacity` divides `max_connections` and its queue, so that messages still
 show the configured number.
 """

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aioserver.limits.fixed_share import Scope
-from aioserver.wings.cluster.grants import State
+from aioserver.wings.cluster.limits.grants import State
 from aioserver.wings.cluster.membership import Membership, Ways
 from tests.simulation.shared_server import (
     NAME,
@@ -24,7 +24,7 @@ from tests.simulation.shared_server import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aioserver.wings.cluster.remote_streams import RemoteStreams
+    from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
     from tests.simulation.shared_server import SharedServer
 
 

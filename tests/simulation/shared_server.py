@@ -17,9 +17,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioserver.telemetry.counters import Counter
+from aioserver.wings.cluster.answers.peer_messages import decode
 from aioserver.wings.cluster.connection import CallFailed
-from aioserver.wings.cluster.lease_messages import SECOND
-from aioserver.wings.cluster.peer_messages import decode
+from aioserver.wings.cluster.limits.lease_messages import SECOND
 from tests.simulation.clock import Clock
 from tests.support.memory_bus import MemoryBus, MemoryStore, World
 from tests.support.renew_script import Script, Stale
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Coroutine, Sequence
 
-    from aioserver.wings.cluster.leases import Leases
-    from aioserver.wings.cluster.peer_messages import Message
+    from aioserver.wings.cluster.answers.peer_messages import Message
+    from aioserver.wings.cluster.limits.leases import Leases
     from tests.simulation.loop import SimulatedLoop
     from tests.simulation.plan import Shared
 

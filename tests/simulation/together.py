@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 from aioserver.gateway.contracts.commands import name_of
 from aioserver.limits.budget import MINUTE, Reservation
 from aioserver.limits.resource import Resource
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.keys import LeasedPlaces
-from aioserver.wings.cluster.lease_messages import SECOND, TIMES
-from aioserver.wings.cluster.leased import LeasedCapacity
-from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_budget import SharedReservation
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.keys import LeasedPlaces
+from aioserver.wings.cluster.limits.lease_messages import SECOND, TIMES
+from aioserver.wings.cluster.limits.leased import LeasedCapacity
+from aioserver.wings.cluster.limits.rates import SharedRate
+from aioserver.wings.cluster.limits.shared_budget import SharedReservation
 from tests.simulation.clock import Clock
 from tests.simulation.noting import noted, together
 from tests.simulation.slowness import HELD_UP_ELSEWHERE, Slowness
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import ExitStack
 
-    from aioserver.wings.cluster.grants import Grant
-    from aioserver.wings.cluster.leases import Leases
+    from aioserver.wings.cluster.limits.grants import Grant
+    from aioserver.wings.cluster.limits.leases import Leases
     from tests.simulation.client import Client
     from tests.simulation.instance import Instance
     from tests.simulation.loop import SimulatedLoop

@@ -16,12 +16,20 @@ from aioserver.auth.keys import quota_of
 from aioserver.gateway.contracts.commands import MARKED, Commands
 from aioserver.limits.gcra import Gcra
 from aioserver.providers.health import ALONE
-from aioserver.wings.cluster import claims
-from aioserver.wings.cluster.bus import Outbox
-from aioserver.wings.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Renewal, Verdict
+from aioserver.wings.cluster.answers import claims
+from aioserver.wings.cluster.answers.bus import Outbox
+from aioserver.wings.cluster.answers.claims import (
+    CONFLICT,
+    KEPT,
+    NONE,
+    OURS,
+    THEIRS,
+    Renewal,
+    Verdict,
+)
+from aioserver.wings.cluster.answers.peer_messages import decode
+from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import CallFailed
-from aioserver.wings.cluster.peer_messages import decode
-from aioserver.wings.cluster.remote_streams import RemoteStreams
 from aioserver.wings.conversations import redis as turns
 from aioserver.wings.conversations.redis import Listed
 from aioserver.wings.conversations.turn import Position
@@ -38,8 +46,8 @@ if TYPE_CHECKING:
     from aioserver.limits.resource import Resource
     from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.health import Health
-    from aioserver.wings.cluster.bus import MakeBus
-    from aioserver.wings.cluster.peer_messages import Message
+    from aioserver.wings.cluster.answers.bus import MakeBus
+    from aioserver.wings.cluster.answers.peer_messages import Message
     from tests.support.simulator import Behaviour
 
     # What makes the bus of an instance, and its commands.

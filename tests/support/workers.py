@@ -16,8 +16,8 @@ import aiohttp
 from aioserver.gateway.contracts.commands import Commands
 from aioserver.limits.fixed_share import Scope
 from aioserver.server.listener import ListeningSocket, Site
-from aioserver.wings.cluster.limits import SharedLimits
-from aioserver.wings.cluster.remote_streams import RemoteStreams
+from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
+from aioserver.wings.cluster.limits.limits import SharedLimits
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
 from tests.support.memory_bus import MemoryBus, MemoryStore, StreamsOnly, World
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.limits.resource import Resource
-    from aioserver.wings.cluster.leases import Leases
+    from aioserver.wings.cluster.limits.leases import Leases
 
 
 class Workers:

@@ -28,15 +28,15 @@ import msgspec
 from aioserver.auth.sessions import SECRET_BYTES
 from aioserver.config.faults import ConfigurationError
 from aioserver.gateway.contracts.commands import Commands, Connection
-from aioserver.wings.cluster.bus import Bus, RedisBus, RedisCommands
+from aioserver.wings.cluster.answers.bus import Bus, RedisBus, RedisCommands
+from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import TIMES
-from aioserver.wings.cluster.leases import Leases
-from aioserver.wings.cluster.limits import SharedLimits
-from aioserver.wings.cluster.remote_streams import RemoteStreams
-from aioserver.wings.cluster.renewer import MakeListening, MakeRenewing, Renewer
-from aioserver.wings.cluster.subscription import Subscription
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.lease_messages import TIMES
+from aioserver.wings.cluster.limits.leases import Leases
+from aioserver.wings.cluster.limits.limits import SharedLimits
+from aioserver.wings.cluster.limits.renewer import MakeListening, MakeRenewing, Renewer
+from aioserver.wings.cluster.limits.subscription import Subscription
 from aioserver.wings.cluster.totals import Totals
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from aioserver.monitoring.state import ClusterState
     from aioserver.providers.provider import Provider
     from aioserver.telemetry.counters import Counter
-    from aioserver.wings.cluster.lease_messages import Times
-    from aioserver.wings.cluster.peer_messages import Message
+    from aioserver.wings.cluster.answers.peer_messages import Message
+    from aioserver.wings.cluster.limits.lease_messages import Times
 
 logger = logging.getLogger("aioserver.cluster")
 

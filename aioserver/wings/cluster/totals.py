@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.state import ClusterState, History, Incident, Snapshot
     from aioserver.telemetry.metrics import Family
     from aioserver.usage.sums import Day
-    from aioserver.wings.cluster.peers import Peers
+    from aioserver.wings.cluster.answers.peers import Peers
 
 # What an instance is asked for.
 STATE, HISTORY, METRICS, USAGE = "state", "history", "metrics", "usage"

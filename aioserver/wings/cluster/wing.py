@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.contracts.commands import Commands
     from aioserver.monitoring.monitor import Monitor
     from aioserver.providers.provider import Provider
-    from aioserver.wings.cluster.remote_streams import RemoteStreams
+    from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 
 
 class Member(Sharing, Protocol):

@@ -9,8 +9,8 @@ import pytest
 
 from aioserver.auth.sessions import BOUND_BYTES, Sessions
 from aioserver.config.faults import ConfigurationError
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import Times
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.membership import instance_name, join
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import until

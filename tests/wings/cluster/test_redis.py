@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.gateway.contracts.commands import ITEM_OVERHEAD, Commands
-from aioserver.wings.cluster.bus import RedisBus, RedisCommands, channel_of
-from aioserver.wings.cluster.claims import (
+from aioserver.wings.cluster.answers.bus import RedisBus, RedisCommands, channel_of
+from aioserver.wings.cluster.answers.claims import (
     CONFLICT,
     KEPT,
     NONE,
@@ -21,7 +21,7 @@ from aioserver.wings.cluster.claims import (
     Renewal,
     Verdict,
 )
-from aioserver.wings.cluster.peer_messages import MAX_READ, Credit, Detach
+from aioserver.wings.cluster.answers.peer_messages import MAX_READ, Credit, Detach
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.responses.redis import MISSING, NEXT, NO_ROOM, PRESENT, WRITTEN, RedisChains
 from tests.support.chat import chat, resume, to_end, until_status
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from aioserver.wings.cluster.peer_messages import Message
+    from aioserver.wings.cluster.answers.peer_messages import Message
 
 
 # Another process takes part, whose time does not jump.

@@ -12,11 +12,11 @@ import pytest
 import trustme
 
 from aioserver.gateway.contracts.commands import Commands
-from aioserver.wings.cluster.bus import RedisBus, RedisCommands
-from aioserver.wings.cluster.claims import OURS, Claims, Renewal
+from aioserver.wings.cluster.answers.bus import RedisBus, RedisCommands
+from aioserver.wings.cluster.answers.claims import OURS, Claims, Renewal
 from aioserver.wings.cluster.connection import CallFailed, Connection
-from aioserver.wings.cluster.leases import Leases
-from aioserver.wings.cluster.renewer import Renewer
+from aioserver.wings.cluster.limits.leases import Leases
+from aioserver.wings.cluster.limits.renewer import Renewer
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.conversations.turn import Position
 from aioserver.workers.private_server import find_program

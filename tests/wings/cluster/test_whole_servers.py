@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.wings.cluster.claims import Claims
+from aioserver.wings.cluster.answers.claims import Claims
 from aioserver.wings.cluster.connection import CallFailed
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import TIMES as REAL_TIMES
-from aioserver.wings.cluster.lease_messages import Times
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.lease_messages import TIMES as REAL_TIMES
+from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.membership import join
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.responses.redis import RedisChains

@@ -15,7 +15,7 @@ from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, Commands, answer
 from aioserver.gateway.contracts.instances import Start
 from aioserver.streams.entries import CHUNK, COMPLETE
 from aioserver.streams.stream import Stream
-from aioserver.wings.cluster import handover
+from aioserver.wings.cluster.answers import handover
 from aioserver.wings.conversations.memory import Conversations
 from aioserver.wings.conversations.redis import RedisHistories
 from aioserver.wings.conversations.turn import Page, Turn

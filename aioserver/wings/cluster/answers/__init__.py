@@ -1,0 +1,11 @@
+"""Answers that any instance of a cluster serves, whichever of them makes them.
+
+A stream's log stays in the instance that makes it, its *owner*, which the *claim* names. Instances
+send each other *messages* over the server's pub/sub: the *bus*. A client that reads the stream at
+another instance has a *mirror* there. The owner's side of it is a *link*, a reader like any other,
+which sends the log as *blocks* of bytes for as long as it has *credit*. Logs that have ended are
+*handed over* to the server when their owner stops.
+
+An instance's *peers* are the other ones. The *log codec* writes logs as bytes, and *remote
+streams* are those of all instances.
+"""

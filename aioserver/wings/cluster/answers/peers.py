@@ -1,0 +1,439 @@
+"""Peers: the other instances, as far as streams go. What is said to them, and what they say.
+
+Here are the links, by which others read logs of this instance, and the mirrors, by which clients
+of this instance read logs of others. Mirrors ping the owners of their logs. A ping says what was
+received, and its answer what was sent, so that nothing that is lost stays so: neither a block, nor
+credit, nor the end. Who has nothing to do with any other instance says nothing.
+
+This file is one concept: what instances say to each other of streams, and who hears it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+
+from aioserver.auth.callers import Caller
+from aioserver.errors import AioserverError, ResumeGap, StreamNotFound
+from aioserver.telemetry.counters import Counter
+from aioserver.wings.cluster.answers import log_codec
+from aioserver.wings.cluster.answers.links import CREDIT, Link
+from aioserver.wings.cluster.answers.mirrors import Mirror
+from aioserver.wings.cluster.answers.peer_messages import (
+    Answer,
+    Ask,
+    Attach,
+    Block,
+    Credit,
+    Detach,
+    Forget,
+    Look,
+    Ping,
+    Pong,
+    Position,
+    Refused,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from aioserver.gateway.contracts.instances import Start
+    from aioserver.gateway.gateway import Gateway
+    from aioserver.providers.api import Api
+    from aioserver.streams.stream import Stream
+    from aioserver.wings.cluster.answers.bus import Bus, MakeBus
+    from aioserver.wings.cluster.answers.peer_messages import Message
+
+logger = logging.getLogger("aioserver.cluster")
+
+# Seconds between two pings. A single one that is lost does no harm.
+PING = 0.5
+# Seconds without a sign of an owner, after which it is gone, and of a mirror, after which its link
+# ends.
+MAX_SILENCE, MAX_IDLE = 2.0, 6.0
+# Seconds for which mirrors wait for our own connection to Redis.
+MAX_AWAY = 10.0
+# Seconds after which an instance that heard nothing is tried again: its subscription may have been
+# broken.
+DEAF_AGAIN = 0.5
+# Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each.
+# Redis' default for a subscriber is 32 MiB, and 8 MiB for a minute.
+ALL_CREDIT, MIN_CREDIT = 1 << 23, 1 << 14
+# Seconds after which a question without an answer is asked once more, since a message may be lost,
+# and for which the answer is awaited in all.
+ASK_AGAIN, ANSWER_TIMEOUT = 0.4, 1.0
+# Links of one instance, and streams in one list.
+MAX_LINKS, MAX_LISTED = 10_000, 1_000
+
+
+class Answers(NamedTuple):
+    """What instances have answered, by their names; *missing*: those of which it is not known.
+
+    An instance that hears nothing any more is in neither.
+    """
+
+    answers: dict[str, bytes]
+    missing: list[str]
+
+
+class Question:
+    """A question to an instance, and its answer to come; None: it hears nothing any more."""
+
+    def __init__(self, target: str, message: Message, patience: int) -> None:
+        self.target = target
+        self.message = message
+        self.answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        # How often it may reach no one, until the instance is taken for gone: its subscription may
+        # have been broken.
+        self.patience = patience
+
+    def suspect(self) -> None:
+        """Note that it has reached no one."""
+        self.patience -= 1
+        if self.patience <= 0 and not self.answer.done():
+            self.answer.set_result(None)
+
+
+class Peers:
+    """Links, mirrors, and questions.
+
+    Always: each link is a reader of its stream; each mirror that is not done is pinged for.
+
+    *make_bus* is called with what hears messages, and of instances that nobody is. *on_look* is
+    called with what another instance wants to know for its operating pages. `serve` comes before
+    anything else.
+    """
+
+    gateway: Gateway
+    apis: Mapping[str, Api]
+
+    def __init__(self, make_bus: MakeBus, on_look: Callable[[str], bytes]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._links: dict[tuple[str, int], Link] = {}
+        self._mirrors: dict[int, Mirror] = {}
+        self._numbers = 0
+        self._asked: dict[int, Question] = {}
+        # Since when what was sent to an instance has reached no one.
+        self._deaf_since: dict[str, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = self._connected_at = 0.0
+        self._on_look = on_look
+        # Messages that made no sense.
+        self.refused = Counter()
+        self.bus: Bus = make_bus(on_message=self._receive, on_deaf=self._deaf)
+
+    def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
+        """Let others read the streams that *gateway* finds; *apis*: what their paths mean."""
+        self.gateway, self.apis = gateway, apis
+
+    @property
+    def links(self) -> int:
+        """How many logs of this instance are read at others."""
+        return len(self._links)
+
+    @property
+    def mirrors(self) -> int:
+        """How many logs of other instances are read here."""
+        return len(self._mirrors)
+
+    def attach(
+        self, stream: Stream, owner: str, start: Start, on_accept: Callable[[], None]
+    ) -> Mirror:
+        """Let *stream* be filled with the log of *owner*: see `Mirror`."""
+        mirror = Mirror(
+            stream,
+            owner,
+            start,
+            lambda message: self.bus.send(owner, message),
+            self._number,
+            self._credit,
+            on_accept,
+            self.apis,
+        )
+        mirror.done.add_done_callback(lambda _done: self._mirrors.pop(mirror.number, None))
+        mirror.attach()
+        self._watch()
+        return mirror
+
+    async def ask(
+        self, targets: Iterable[str], caller: Caller, request_id: str | None
+    ) -> tuple[list[Any], bool]:
+        """Return the answers to a question (see `Ask`), and whether none is missing."""
+        answers = []
+        asked, missing = await self._question(
+            targets, lambda number: Ask(number, caller.name, caller.subflow, request_id)
+        )
+        for answer in asked.values():
+            try:
+                answers.append(orjson.loads(answer))
+            except orjson.JSONDecodeError:
+                self.refused.value += 1
+        return answers, not missing
+
+    async def forget(self, targets: Iterable[str], caller: Caller, response_id: str) -> Answers:
+        """Return what the instances say: see `Forget`."""
+        return await self._question(
+            targets, lambda number: Forget(number, caller.name, response_id)
+        )
+
+    async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
+        """Return what those instances say of *what* that answer in time: see `Look`."""
+        # People who look at a page would rather not wait for an instance that has just gone.
+        answers, _missing = await self._question(
+            targets, lambda number: Look(number, what), patience=1
+        )
+        return answers
+
+    async def _question(
+        self, targets: Iterable[str], make: Callable[[int], Message], patience: int = 2
+    ) -> Answers:
+        asked: dict[int, Question] = {}
+        for target in targets:
+            self._numbers += 1
+            question = Question(target, make(self._numbers), patience)
+            self._asked[self._numbers] = asked[self._numbers] = question
+            self.bus.send(target, question.message)
+        try:
+            waiting = {question.answer for question in asked.values()}
+            for seconds in (ASK_AGAIN, ANSWER_TIMEOUT - ASK_AGAIN):
+                if waiting:
+                    _done, waiting = await asyncio.wait(waiting, timeout=seconds)
+                if seconds == ASK_AGAIN:
+                    for question in asked.values():
+                        if question.answer in waiting:
+                            self.bus.send(question.target, question.message)
+            answers = {
+                question.target: answer
+                for question in asked.values()
+                if question.answer.done() and (answer := question.answer.result()) is not None
+            }
+            missing = [
+                question.target for question in asked.values() if question.answer in waiting
+            ]
+            return Answers(answers, missing)
+        finally:
+            for number, question in asked.items():
+                del self._asked[number]
+                question.answer.cancel()
+
+    def close(self) -> None:
+        """Send and fill nothing any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for link in tuple(self._links.values()):
+            self._close_link(link)
+        for mirror in tuple(self._mirrors.values()):
+            mirror.close()
+
+    def _credit(self) -> int:
+        """Return the bytes that may be on their way to one mirror: Redis drops a subscriber to
+        which many wait.
+        """
+        return max(MIN_CREDIT, min(CREDIT, ALL_CREDIT // max(1, len(self._mirrors))))
+
+    def _number(self, mirror: Mirror) -> int:
+        self._mirrors.pop(mirror.number, None)
+        self._numbers += 1
+        self._mirrors[self._numbers] = mirror
+        return self._numbers
+
+    def _receive(self, sender: str, message: Message) -> None:
+        """Take in one message: called by the bus, which a message must never end."""
+        try:
+            self._take(sender, message)
+        except Exception:
+            self.refused.value += 1
+            logger.exception("bug in a message of another instance")
+
+    def _take(self, sender: str, message: Message) -> None:
+        self._deaf_since.pop(sender, None)
+        match message:
+            case Block() | Refused() | Position():
+                self._receive_log(sender, message)
+            case Attach():
+                self._open_link(sender, message)
+            case Credit():
+                if (link := self._links.get((sender, message.link))) is not None:
+                    link.extend(message.limit)
+            case Detach():
+                if (link := self._links.get((sender, message.link))) is not None:
+                    self._close_link(link)
+            case Ping():
+                self._answer_ping(sender, message)
+            case Pong():
+                self._check_links(sender, message)
+            case Ask():
+                self._answer(sender, message)
+            case Forget():
+                gone = self.gateway.forget(Caller(message.caller), message.response_id)
+                self.bus.send(sender, Answer(message.number, orjson.dumps(gone)))
+            case Look():
+                self.bus.send(sender, Answer(message.number, self._on_look(message.what)))
+            case Answer():
+                asked = self._asked.get(message.number)
+                if asked is not None and not asked.answer.done():
+                    asked.answer.set_result(message.data)
+
+    def _receive_log(self, sender: str, message: Block | Refused | Position) -> None:
+        mirror = self._mirrors.get(message.link)
+        if mirror is None or mirror.owner != sender:
+            return
+        mirror.heard_at = self._loop.time()
+        match message:
+            case Block():
+                mirror.receive(message)
+            case Refused():
+                mirror.refuse(message.fault)
+            case Position():
+                mirror.stream.report_position(message.position, message.eta, message.at)
+
+    def _open_link(self, sender: str, attach: Attach) -> None:
+        key = (sender, attach.link)
+        if key in self._links or len(self._links) >= MAX_LINKS:
+            return
+        try:
+            stream = self.gateway.find(Caller(attach.caller), attach.request_id, attach.digest)
+            after = attach.after
+            if attach.cancel:
+                self.gateway.lifetime.end(stream, abandoned=False)
+                after = stream.last - 1 if stream.ended else stream.last
+            elif attach.sequence is not None:
+                after = _event_before(stream, attach.sequence)
+            elif after is None:
+                after = stream.last
+            link = Link(
+                stream,
+                attach.link,
+                after,
+                min(attach.credit, CREDIT),
+                lambda message: self.bus.send(sender, message),
+                self._close_link,
+            )
+        except AioserverError as error:
+            self.bus.send(sender, Refused(attach.link, log_codec.pack_fault(error)))
+            return
+        link.heard_at = self._loop.time()
+        link.peer = sender
+        self._links[key] = link
+        stream.add_reader(link)
+        self.gateway.lifetime.reader_added(stream)
+        link.notify()
+        stream.note_passed()
+        self._watch()
+
+    def _close_link(self, link: Link) -> None:
+        if link.closed:
+            return
+        link.closed = True
+        del self._links[link.peer, link.number]
+        stream = link.stream
+        stream.remove_reader(link)
+        self.gateway.lifetime.reader_removed(stream)
+
+    def _answer_ping(self, sender: str, ping: Ping) -> None:
+        links, gone = [], []
+        for number, _received, limit in ping.links:
+            link = self._links.get((sender, number))
+            if link is None:
+                gone.append(number)
+            else:
+                link.heard_at = self._loop.time()
+                link.extend(limit)
+                links.append((number, link.sent))
+        self.bus.send(sender, Pong(links, gone))
+
+    def _check_links(self, sender: str, pong: Pong) -> None:
+        now = self._loop.time()
+        for number, sent in pong.links:
+            mirror = self._mirrors.get(number)
+            if mirror is not None and mirror.owner == sender:
+                mirror.heard_at = now
+                mirror.check(sent)
+        for number in pong.gone:
+            mirror = self._mirrors.get(number)
+            if mirror is not None and mirror.owner == sender:
+                mirror.heard_at = now
+                mirror.attach()
+
+    def _answer(self, sender: str, ask: Ask) -> None:
+        caller = Caller(ask.caller, ask.subflow)
+        answer: Any
+        if ask.request_id is None:
+            streams = tuple(self.gateway.streams_of(caller))[-MAX_LISTED:]
+            answer = [stream.describe() for stream in streams]
+        else:
+            try:
+                self.gateway.cancel(caller, ask.request_id)
+                answer = True
+            except StreamNotFound:
+                answer = False
+        self.bus.send(sender, Answer(ask.number, orjson.dumps(answer)))
+
+    def _deaf(self, target: str) -> None:
+        """Note that what was sent to *target* has reached no one: called by the bus."""
+        for question in self._asked.values():
+            if question.target == target:
+                question.suspect()
+        now = self._loop.time()
+        since = self._deaf_since.get(target, now)
+        if now - since > MAX_SILENCE:
+            # The last time was long ago.
+            since = now
+        self._deaf_since[target] = since
+        mirrors = [mirror for mirror in self._mirrors.values() if mirror.owner == target]
+        # A link that ends without need may end the answer, which nobody else reads.
+        links = [link for link in self._links.values() if link.peer == target]
+        if now - since >= DEAF_AGAIN * 0.9:
+            del self._deaf_since[target]
+            for mirror in mirrors:
+                mirror.lose()
+            for link in links:
+                self._close_link(link)
+        elif since == now and (mirrors or links):
+            self._loop.call_later(DEAF_AGAIN, self.bus.send, target, Ping([]))
+
+    def _watch(self) -> None:
+        if self._timer is None:
+            if self.bus.connected:
+                self._connected_at = self._loop.time()
+            self._due = self._loop.time() + PING
+            self._timer = self._loop.call_later(PING, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now, late = self._loop.time(), self._loop.time() - self._due > PING
+        if self.bus.connected:
+            self._connected_at = now
+        away = not self.bus.connected and now - self._connected_at < MAX_AWAY
+        owners: dict[str, list[tuple[int, int, int]]] = {}
+        for number, mirror in tuple(self._mirrors.items()):
+            if late or (away and mirror.accepted.done()):
+                # It is us who have not listened.
+                mirror.heard_at = max(mirror.heard_at, now - PING)
+            elif now - mirror.heard_at >= MAX_SILENCE:
+                mirror.lose()
+                continue
+            place = (number, mirror.received, mirror.limit)
+            owners.setdefault(mirror.owner, []).append(place)
+        for owner, places in owners.items():
+            self.bus.send(owner, Ping(places))
+        for link in tuple(self._links.values()):
+            if late or away:
+                link.heard_at = max(link.heard_at, now - PING)
+            elif now - link.heard_at >= MAX_IDLE:
+                self._close_link(link)
+        if self._links or self._mirrors:
+            self._watch()
+
+
+def _event_before(stream: Stream, sequence: int) -> int:
+    """Return the number of the last event of a response whose sequence number is at most
+    *sequence*.
+    """
+    number = stream.events.event_before(sequence, stream.last)
+    if number is None:
+        raise ResumeGap(f"event {sequence} does not exist yet")
+    return number

@@ -1,0 +1,544 @@
+"""The streams of all instances, as the gateway of one of them sees them: see
+`gateway.contracts.instances.Instances`.
+
+    claim     claims.py: this instance answers, or another does (a mirror), or one that has stopped
+              did (its log)
+    follow    a mirror of a stream that another instance has
+    cancel    its owner is asked
+    listing   all are asked
+
+Redis may be away. Then this instance answers by itself what it is asked, and knows no streams but
+its own.
+
+This file is one concept: how a request id leads to its one log, wherever it is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aioserver.auth.callers import Caller
+from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown, StreamNotFound
+from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, TIMEOUT, name_of, unknown
+from aioserver.gateway.contracts.instances import NOT_FOUND, Start
+from aioserver.streams.entries import ERROR
+from aioserver.streams.stream import Remote
+from aioserver.telemetry.counters import Counter
+from aioserver.wings.cluster.answers import handover
+from aioserver.wings.cluster.answers.claims import (
+    CONFLICT,
+    KEPT,
+    LEASE,
+    NONE,
+    OURS,
+    RENEWAL,
+    THEIRS,
+    Claims,
+    Renewal,
+)
+from aioserver.wings.cluster.answers.handover import polled
+from aioserver.wings.cluster.answers.peers import Peers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from aioserver.gateway.contracts.commands import Commands
+    from aioserver.gateway.gateway import Gateway
+    from aioserver.gateway.request import Request
+    from aioserver.providers.api import Api
+    from aioserver.streams.store import StreamStore
+    from aioserver.streams.stream import Stream
+    from aioserver.wings.cluster.answers.bus import MakeBus
+    from aioserver.wings.cluster.answers.claims import Verdict
+
+# Claims in one call that renews them, and seconds for which it and other calls that nobody waits
+# for last.
+MAX_RENEWED, CALL_TIMEOUT = 1_000, 1.0
+# Owners that are asked for one id, one after the other, each having lost it.
+MAX_OWNERS = 3
+# Seconds for which a mirror waits for its first reader, who may have to wait for a place of its
+# own.
+MAX_UNREAD = 60.0
+
+
+class InstancesStats(msgspec.Struct, frozen=True):
+    """A snapshot: claims that are ours and run, logs read elsewhere, logs of others read here.
+
+    *unclaimed* counts requests that were answered without a claim, since Redis did not answer in
+    time.
+    """
+
+    claims: int
+    links: int
+    mirrors: int
+    unclaimed: int
+
+
+class RemoteStreams:
+    """Finds streams at other instances, and lets them find those of this one.
+
+    Always: each stream of this instance that has a name, and runs, is in `_claimed`, and its claim
+    is renewed.
+
+    `serve` comes before anything is claimed. *members* are the names of the instances, as far as
+    this one has heard: for when the server does not say them.
+    """
+
+    _gateway: Gateway
+    _streams: StreamStore
+
+    def __init__(
+        self,
+        make_bus: MakeBus,
+        commands: Commands,
+        on_look: Callable[[str], bytes],
+        members: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        self._commands = commands
+        self._ask, self._know = commands.ask, commands.know
+        self._members = members
+        self._loop = asyncio.get_running_loop()
+        self._claimed: dict[Stream, list[Renewal]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._renewer: asyncio.TimerHandle | None = None
+        self._unclaimed = Counter()
+        self.peers = Peers(make_bus, on_look)
+        self._me = self.peers.bus.name
+        self._store = Claims(commands, self._me)
+
+    def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
+        """Let other instances read the streams of *gateway*: once.
+
+        *apis*: what the paths of their answers mean.
+        """
+        self._gateway = gateway
+        self._streams = gateway.lifetime.store
+        self.peers.serve(gateway, apis)
+
+    def stats(self) -> InstancesStats:
+        """Return a snapshot."""
+        return InstancesStats(
+            claims=len(self._claimed),
+            links=self.peers.links,
+            mirrors=self.peers.mirrors,
+            unclaimed=int(self._unclaimed.value),
+        )
+
+    def claiming(
+        self,
+        stream: Stream,
+        request: Request,
+        producer: Coroutine[Any, Any, None],
+        release: Callable[[], None],
+    ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+        """Return the producer that claims the id of *stream* and then runs *producer*, and its
+        release.
+
+        *release* is that of *producer*.
+        """
+        stream.remote = Remote(self._loop.create_future())
+
+        def release_all() -> None:
+            # It may never have begun.
+            producer.close()
+            release()
+
+        return self._claim(stream, request, producer), release_all
+
+    def mirror(self, caller: Caller, request_id: str, start: Start) -> Stream:
+        """Return a mirror of the caller's stream *request_id*, which ends soon if there is none.
+
+        Raises:
+            ServerAtCapacity: there is no room for it.
+        """
+        stream = self._streams.open_mirror(request_id, caller, after=start.after or 0)
+        try:
+            _remote(stream).claimed = self._loop.create_future()
+            self._gateway.lifetime.expect(stream, MAX_UNREAD)
+            self._gateway.producers.start(stream, self._follow(stream, start), _nothing)
+        except BaseException:
+            self._streams.drop(stream)
+            raise
+        return stream
+
+    async def reach(self, caller: Caller, request_id: str, start: Start) -> Stream:
+        """Return a mirror, as `mirror`, once it is known that there is such a stream.
+
+        Raises:
+            StreamNotFound, RequestConflict, ResumeGap, ServerShutdown: as `Instances.reach`.
+        """
+        stream = self.mirror(caller, request_id, start)
+        await self.claimed(stream)
+        return stream
+
+    async def claimed(self, stream: Stream) -> None:
+        """Wait until it is known that *stream* is answered, here or elsewhere.
+
+        Raises:
+            AioserverError: it is not.
+        """
+        if stream.remote is None or (claimed := stream.remote.claimed) is None:
+            return
+        try:
+            await asyncio.wait((claimed,))
+        except asyncio.CancelledError:
+            if stream.mirrored:
+                self._gateway.lifetime.let_go(stream)
+            elif not stream.readers:
+                self._gateway.lifetime.reader_removed(stream)
+            raise
+        if (error := claimed.result()) is not None:
+            raise error
+
+    async def cancel(self, caller: Caller, request_id: str) -> None:
+        """Cancel a stream of another instance.
+
+        Raises:
+            StreamNotFound: there is none.
+            InstanceUnavailable: whether there is one is not known.
+        """
+        telling: list[asyncio.Task[tuple[list[Any], bool]]] = []
+
+        def tell() -> None:
+            telling.append(self._loop.create_task(self._tell(caller, request_id)))
+
+        try:
+            verdict = await self._find(name_of(caller.name, request_id), tell)
+            if verdict is not None and verdict.state == KEPT:
+                # It has ended: nothing is left to do.
+                return
+            if verdict is not None and verdict.state == THEIRS and verdict.owner != self._me:
+                answers, complete = await self.peers.ask([verdict.owner], caller, request_id)
+            elif telling:
+                answers, complete = await telling[0]
+                complete = complete and verdict is not None
+            else:
+                answers, complete = [], verdict is not None
+        finally:
+            for task in telling:
+                task.cancel()
+        if True not in answers:
+            raise StreamNotFound(NOT_FOUND) if complete else unknown("stream")
+
+    async def listing(self, caller: Caller) -> tuple[list[dict[str, Any]], bool]:
+        """Return what all others say of the caller's streams, and whether one has not answered in
+        time.
+        """
+        others, certain = await self._others()
+        answers, complete = await self.peers.ask(others, caller, None)
+        entries = [
+            entry
+            for answer in answers
+            if isinstance(answer, list)
+            for entry in answer
+            if isinstance(entry, dict)
+        ]
+        return entries, not (certain and complete)
+
+    async def forget(self, caller: Caller, name: str) -> bool:
+        """Let no other instance know an answer any more that is kept beside its log; return
+        whether one did.
+
+        Raises:
+            InstanceUnavailable: that is not known of all.
+        """
+        others, certain = await self._others()
+        answers, missing = await self.peers.forget(others, caller, name)
+        if missing or not certain:
+            raise unknown("response")
+        return b"true" in answers.values()
+
+    async def _find(self, name: str, late: Callable[[], object]) -> Verdict | None:
+        """Return whose *name* is; None if the server does not say so.
+
+        *late* is called if the answer takes longer than TIMEOUT.
+        """
+        finding = self._loop.create_task(self._ask(self._store.find(name), KNOWN_TIMEOUT))
+        try:
+            found, _ = await asyncio.wait((finding,), timeout=TIMEOUT)
+            if not found:
+                late()
+            return await finding
+        finally:
+            finding.cancel()
+
+    async def _tell(self, caller: Caller, request_id: str) -> tuple[list[Any], bool]:
+        """Let each instance cancel a stream, if it has it: whose it is takes long to find out, and
+        an answer that runs is paid for.
+        """
+        others = [member for member in self._members() if member != self._me]
+        return await self.peers.ask(others, caller, request_id)
+
+    async def _others(self) -> tuple[Sequence[str], bool]:
+        """Return the names of the other instances, and whether they are all for certain."""
+        members = await self._ask(self._store.members(), KNOWN_TIMEOUT)
+        known = self._members() if members is None else members
+        return [member for member in known if member != self._me], members is not None
+
+    def ended(self, stream: Stream) -> None:
+        """Note that the producer of *stream* has ended."""
+        remote = stream.remote
+        if remote is not None and remote.claimed is not None:
+            refused = remote.undecided
+            remote.decide(stream.error or StreamNotFound("this answer was cancelled"))
+            if refused:
+                # There is no such log: the answer is an error, and nobody reads it.
+                self._gateway.lifetime.let_go(stream)
+            if not remote.mirrored:
+                self._note_end(stream)
+
+    async def hand_over(self, finished: list[Stream]) -> None:
+        """Give the logs that have ended, and are kept, to all: when this instance stops.
+
+        *finished*: the newest first.
+        """
+        for stream, seconds, log in handover.chosen(finished):
+            names = [stream.request_id, stream.alias]
+            if isinstance(stream.error, ServerShutdown):
+                # A new answer may have the other name.
+                names = [stream.alias]
+            for name in names:
+                if name is not None and not stream.private:
+                    await self._ask(
+                        self._store.put_log(name_of(_caller(stream).name, name), log, seconds),
+                        CALL_TIMEOUT,
+                    )
+                    if self._commands.away:
+                        return
+
+    async def close(self) -> None:
+        """Hand over what has ended, and be no instance any more. The gateway was closed before."""
+        finished = [stream for stream in self._streams.finished() if not stream.private]
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
+        await self.hand_over(finished[::-1])
+        if self._renewer is not None:
+            self._renewer.cancel()
+        for task in tuple(self._tasks):
+            task.cancel()
+        self.peers.close()
+
+    async def _claim(
+        self,
+        stream: Stream,
+        request: Request,
+        producer: Coroutine[Any, Any, None],
+    ) -> None:
+        try:
+            filled = await self._claimed_elsewhere(
+                stream, partial(self._become_mirror, stream, request)
+            )
+        except RequestConflict:
+            # The id stays free for a request with the payload that it is known with.
+            self._streams.hide(stream)
+            _remote(stream).mirrored = False
+            raise
+        _remote(stream).decide()
+        if filled is not None:
+            await filled
+            return
+        await producer
+
+    async def _claimed_elsewhere(
+        self, stream: Stream, accept: Callable[[], None]
+    ) -> asyncio.Future[None] | None:
+        """Claim the request id of *stream* for this instance.
+
+        None: the answer is to be made here. Otherwise another instance has it, *accept* was
+        called, and its events come to *stream*: the future is done when there are no more.
+        Cancelling is safe.
+
+        Raises:
+            RequestConflict: the id is another instance's, with another payload.
+        """
+        name, digest = _name(stream), stream.digest
+        renewal = Renewal(name, digest, _seconds(stream))
+        self._claimed[stream] = [renewal]
+        self._watch()
+        verdict: Verdict | None = await self._ask(self._store.take(name, digest, renewal.seconds))
+        if verdict is None:
+            self._unclaimed.value += 1
+            return None
+        for _ in range(MAX_OWNERS):
+            filled = await self._filled(stream, verdict, accept)
+            if filled is not None:
+                return filled
+            if verdict.state == OURS:
+                return None
+            # The owner does not have it any more.
+            found = await self._ask(self._store.take(name, digest, renewal.seconds, verdict.owner))
+            if found is None:
+                return None
+            verdict = found
+        return None
+
+    async def _filled(
+        self, stream: Stream, verdict: Verdict, accept: Callable[[], None]
+    ) -> asyncio.Future[None] | None:
+        """Return the future end of *stream* as a mirror; None if nobody has its log."""
+        start = Start(digest=stream.digest)
+        if verdict.state == CONFLICT:
+            del self._claimed[stream]
+            raise RequestConflict("this request id is already known, with another payload")
+
+        def accepted() -> None:
+            self._claimed.pop(stream, None)
+            accept()
+
+        if verdict.state == KEPT:
+            log = await self._know(self._store.get_log(_name(stream)), "answer")
+            if log is None:
+                return None
+            try:
+                await handover.fill(stream, log, start, accepted, self.peers.apis)
+            except StreamNotFound:
+                return None
+            done: asyncio.Future[None] = self._loop.create_future()
+            done.set_result(None)
+            return done
+        if verdict.state == THEIRS:
+            mirror = self.peers.attach(stream, verdict.owner, start, accepted)
+            try:
+                await mirror.accepted
+            except (StreamNotFound, ServerShutdown):
+                if stream.mirrored:
+                    # The owner had it, and was lost before all of it was here.
+                    raise
+                return None
+            except BaseException:
+                mirror.close()
+                raise
+            return mirror.done
+        return None
+
+    def _become_mirror(self, stream: Stream, request: Request) -> None:
+        """Note that another instance has the answer: *stream* is its mirror, and no answer of
+        ours.
+        """
+        self._streams.hide(stream)
+        self._gateway.lifetime.leave_background(stream)
+        request.forget_grant()
+        request.provider_request.forget_body()
+        self._gateway.lifetime.expect(stream, MAX_UNREAD)
+
+    async def _follow(self, stream: Stream, start: Start) -> None:
+        """Fill the mirror *stream*, whose claim is settled once it is known that there is such a
+        log.
+
+        Raises:
+            StreamNotFound: no instance has such a log.
+            RequestConflict, ResumeGap, ServerShutdown, InstanceUnavailable: as `Instances.reach`.
+        """
+        name = _name(stream)
+
+        def tell() -> None:
+            if start.cancel:
+                self._start(self._tell(_caller(stream), stream.request_id))
+
+        # Nobody else can answer, so this is worth waiting for.
+        verdict = await self._find(name, tell)
+        if verdict is None:
+            raise unknown("stream")
+        if verdict.state == KEPT:
+            if start.digest is not None and start.digest != verdict.digest:
+                raise RequestConflict("this request id is known, with another payload")
+            log = await self._know(self._store.get_log(name), "stream")
+            if log is not None:
+                await handover.fill(stream, log, start, lambda: None, self.peers.apis)
+                _remote(stream).decide()
+                return
+        if verdict.owner == self._me:
+            # Only one that was claimed a moment ago is looked for here.
+            self.peers.gateway.find(_caller(stream), stream.request_id, start.digest)
+            raise ResumeGap(f"event {start.after} does not exist yet")
+        if verdict.state in {NONE, KEPT}:
+            raise StreamNotFound(NOT_FOUND)
+        mirror = self.peers.attach(stream, verdict.owner, start, lambda: None)
+        try:
+            await mirror.accepted
+            _remote(stream).decide()
+            await mirror.done
+        finally:
+            mirror.close()
+
+    def _note_end(self, stream: Stream) -> None:
+        """Note that *stream*, whose id was claimed, has ended."""
+        claims = self._claimed.pop(stream, None)
+        if claims is None:
+            return
+        # Nobody has answered it, or the end of the server cut it: who asks again gets a new
+        # answer. That may have been a moment ago, and the claim is its own by now.
+        free = isinstance(stream.error, ServerShutdown) or (
+            stream.end_status == ERROR and not stream.sent
+        )
+        if self._streams.find(_caller(stream), stream.request_id) not in {None, stream}:
+            return
+        kept = name_of(_caller(stream).name, stream.alias or "") if polled(stream) else None
+        for claim in claims:
+            gone = free and claim.name != kept
+            claim.seconds, claim.done = 0.0 if gone else stream.window, True
+        self._start(self._store.renew(claims))
+
+    def aliased(self, stream: Stream, alias: str) -> None:
+        """Claim *alias*, by which *stream* is found, too."""
+        name = name_of(_caller(stream).name, alias)
+        claim = Renewal(name, stream.digest, _seconds(stream))
+        self._claimed.setdefault(stream, []).append(claim)
+        if stream.remote is None:
+            # It has no other name: its end is noted as that of a claimed one.
+            stream.remote = Remote(self._loop.create_future())
+            _remote(stream).decide()
+        self._watch()
+        self._start(self._store.renew([claim]))
+
+    def _watch(self) -> None:
+        if self._renewer is None:
+            self._renewer = self._loop.call_later(RENEWAL, self._renew)
+
+    def _renew(self) -> None:
+        self._renewer = None
+        claims = [claim for claims in self._claimed.values() for claim in claims]
+        for start in range(0, len(claims), MAX_RENEWED):
+            self._start(self._store.renew(claims[start : start + MAX_RENEWED]))
+        if claims:
+            self._watch()
+
+    def _start(self, call: Coroutine[Any, Any, object]) -> None:
+        task = self._loop.create_task(self._quietly(call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _quietly(self, call: Coroutine[Any, Any, object]) -> None:
+        await self._ask(call, CALL_TIMEOUT)
+
+
+def _caller(stream: Stream) -> Caller:
+    caller = stream.caller
+    assert isinstance(caller, Caller)
+    return caller
+
+
+def _name(stream: Stream) -> str:
+    return name_of(_caller(stream).name, stream.request_id)
+
+
+def _seconds(stream: Stream) -> float:
+    """Return for how many seconds a claim of *stream*, which runs, outlives a renewal: its end may
+    be told to nobody, and its log is kept for its window. That of an answer in the background is
+    long, and once its owner is gone for good, those that poll shall hear so.
+    """
+    return LEASE + (min(stream.window, LEASE) if stream.background else stream.window)
+
+
+def _nothing() -> None:
+    """Release nothing: a mirror has no request."""
+
+
+def _remote(stream: Stream) -> Remote:
+    """Return what *stream*, which is claimed or a mirror, has to do with other instances."""
+    assert stream.remote is not None
+    return stream.remote
