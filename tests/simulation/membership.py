@@ -4,14 +4,17 @@ server.
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from aioserver.limits.fixed_share import Scope
+from aioserver.wings.cluster.answers.peer_network import Gone
 from aioserver.wings.cluster.limits.grants import State
 from aioserver.wings.cluster.membership import Membership, Ways
+from tests.simulation.dials import Dial
 from tests.simulation.shared_server import (
     NAME,
     URL,
@@ -20,12 +23,61 @@ from tests.simulation.shared_server import (
     SimulatedStore,
     SimulatedSubscription,
 )
+from tests.simulation.transport import FakeSocket
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    import asyncio
+    from collections.abc import AsyncIterator, Callable
 
     from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
+    from tests.simulation.network import Listener
     from tests.simulation.shared_server import SharedServer
+
+    P = TypeVar("P", bound=asyncio.Protocol)
+
+
+class SimulatedNetwork:
+    """The ways of instance *number*, called *name*, to the other ones, which lose nothing."""
+
+    def __init__(self, server: SharedServer, number: int, name: str) -> None:
+        self._server, self._number, self._name = server, number, name
+        self._dice = random.Random(f"network {name}")
+        self._listener: Listener | None = None
+
+    async def listen(self, make: Callable[[], asyncio.Protocol]) -> None:
+        """Accept connections."""
+        self._listener = self._server.loop.network.listen(make, self._number)
+        self._server.ports[self._name] = self._listener.port
+
+    async def dial(self, name: str, make: Callable[[], P]) -> P:
+        """Return the protocol of a new connection to the instance *name*.
+
+        Raises:
+            Gone: nobody listens there.
+        """
+        if (port := self._server.ports.get(name)) is None:
+            raise Gone(name)
+        dial = Dial(random.Random(self._dice.random()), owner=self._number)
+        address = FakeSocket(("127.0.0.1", port), dial)
+        made: list[P] = []
+
+        def note() -> P:
+            made.append(make())
+            return made[0]
+
+        try:
+            await self._server.loop.network.connect(note, address)
+        except ConnectionRefusedError as exc:
+            raise Gone(name) from exc
+        return made[0]
+
+    def forget(self, token: str) -> None:
+        """Do nothing: there is no file."""
+
+    def close(self) -> None:
+        """Accept nothing any more."""
+        if self._listener is not None:
+            self._listener.close()
 
 
 class Member(Membership):
@@ -53,7 +105,10 @@ class Member(Membership):
         # connections. None waits until the server gives something: what begins before is a part of
         # the simulation.
         scope = None if fixed is None else Scope("host", *fixed)
-        super().__init__(URL, NAME, name, fixed, scope=scope, ways=ways, patient=False)
+        self.network = SimulatedNetwork(server, number, name)
+        super().__init__(
+            URL, NAME, name, self.network, fixed, scope=scope, ways=ways, patient=False
+        )
         server.join(number, self.leases)
 
     def streams(self) -> RemoteStreams:

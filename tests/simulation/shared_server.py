@@ -79,6 +79,8 @@ class SharedServer:
         self.cut_off: set[int] = set()
         self.leases: dict[str, tuple[int, Leases, Context]] = {}
         self.buses: dict[str, SimulatedBus] = {}
+        # Where each instance listens for the others.
+        self.ports: dict[str, int] = {}
         self.troubled: set[str] = set()
         self.disturbed: list[float] = []
         self._inbox: list[Callable[[], None]] = []
@@ -203,6 +205,7 @@ class SharedServer:
         for kept in (world.claims, world.logs, world.conversations, world.responses):
             kept.clear()
         world.forgotten.clear()
+        world.secrets.clear()
         self.disturbed.append(Clock.now)
 
     def _start(self) -> None:
@@ -382,7 +385,17 @@ def _asking(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
 # What is asked of a store; and that of which the answer is to be relied on, whatever was lost.
 CLAIMING = ("take", "renew", "put_log", "get_log")
 for _name in (
-    *(*CLAIMING, "find", "members", "keep_turn", "turns", "take_mark", "put_response"),
+    *(
+        *CLAIMING,
+        "find",
+        "propose",
+        "agreed",
+        "members",
+        "keep_turn",
+        "turns",
+        "take_mark",
+        "put_response",
+    ),
     *("mark_response", "unmark_response", "has_response", "response_chain", "delete_response"),
 ):
     setattr(SimulatedStore, _name, _asking(_name))

@@ -1,16 +1,20 @@
 """Several instances in one process: a bus and a store of claims in memory, with the faults of a
-network.
+network, and peer listeners on sockets of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import os
 import random
+import socket
+import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioserver.auth.keys import quota_of
 from aioserver.gateway.contracts.commands import MARKED, Commands
@@ -28,6 +32,7 @@ from aioserver.wings.cluster.answers.claims import (
     Verdict,
 )
 from aioserver.wings.cluster.answers.peer_messages import decode
+from aioserver.wings.cluster.answers.peer_network import Address, PeerNetwork
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import CallFailed
 from aioserver.wings.conversations import redis as turns
@@ -50,9 +55,13 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.answers.peer_messages import Message
     from tests.support.simulator import Behaviour
 
+    P = TypeVar("P", bound=asyncio.Protocol)
     # What makes the bus of an instance, and its commands.
     Over = tuple[MakeBus, Commands]
     MakeQuota = Callable[[ClientKey], Quota]
+
+# What all instances of a test know.
+SECRET = b"s" * 32
 
 
 @dataclass
@@ -80,6 +89,10 @@ class World:
     slow: float = 0.0
     members: list[str] = field(default_factory=list)
     ears: dict[str, MemoryBus] = field(default_factory=dict)
+    # The ways of each instance to the others, and those of which no connection ever comes about.
+    networks: dict[str, NamedNetwork] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
+    secrets: dict[str, bytes] = field(default_factory=dict)
     claims: dict[str, Claim] = field(default_factory=dict)
     logs: dict[str, tuple[bytes, float]] = field(default_factory=dict)
     conversations: dict[str, list[bytes]] = field(default_factory=dict)
@@ -104,6 +117,31 @@ class World:
     def kill(self, name: str) -> None:
         """Let the instance *name* hear and say nothing any more."""
         self.ears.pop(name).dead = True
+        if name in self.networks:
+            self.networks[name].close()
+
+
+class NamedNetwork(PeerNetwork):
+    """The ways of one instance, whose name says enough: each has a UNIX socket, and those of one
+    *place* reach each other.
+    """
+
+    def __init__(self, world: World, name: str, place: object) -> None:
+        self._world = world
+        self._place = hashlib.sha256(f"{os.getpid()} {place}".encode()).hexdigest()[:16]
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(self.where(name).host)
+        super().__init__(sock, name)
+        world.networks[name] = self
+
+    def where(self, name: str) -> Address:
+        # The path of a socket is short, and that of a test's folder is not.
+        return Address(f"{tempfile.gettempdir()}/aio-{self._place}-{name}.sock", 0)
+
+    async def dial(self, name: str, make: Callable[[], P]) -> P:
+        if name in self._world.silent:
+            await asyncio.get_running_loop().create_future()
+        return await super().dial(name, make)
 
 
 class MemoryBus:
@@ -172,6 +210,12 @@ class MemoryStore:
                 return await self._evaluate(script, names, rest[count:])
             case ("ZRANGE", "m", *_):
                 return [name.encode() for name in await self.members()]
+            case ("SET", key, value, "NX", "EX", _):
+                return await self.propose(key, value)
+            case ("GET", key) if key.endswith("_secret"):
+                return await self.agreed(key)
+            case ("EXPIRE", *_):
+                return 1
             case ("GET", key) if key.startswith("log:"):
                 return await self.get_log(_name(key))
             case ("ZREVRANGEBYSCORE", key, most, _, _, _, _, limit):
@@ -238,6 +282,14 @@ class MemoryStore:
             case chains.DELETE:
                 return await self.delete_response(names[0])
         raise AssertionError(script)
+
+    async def propose(self, key: str, secret: bytes) -> None:
+        await self._asked()
+        self._world.secrets.setdefault(key, secret)
+
+    async def agreed(self, key: str) -> bytes | None:
+        await self._asked()
+        return self._world.secrets.get(key)
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
         now = await self._asked()
@@ -422,6 +474,7 @@ class Instance:
     server: RunningServer
     cluster: RemoteStreams
     leave: Callable[[], Any]
+    world: World
     look: Callable[[str], bytes] = lambda _what: b""
 
     @property
@@ -521,7 +574,12 @@ async def instance_of(
     def others() -> RemoteStreams:
         made.append(
             RemoteStreams(
-                make_bus, commands, lambda what: instance.look(what), lambda: world.members
+                make_bus,
+                commands,
+                NamedNetwork(world, name, path),
+                lambda: SECRET,
+                lambda what: instance.look(what),
+                lambda: world.members,
             )
         )
         return made[0]
@@ -540,11 +598,12 @@ async def instance_of(
         """Stop the server in good order."""
         await own.aclose()
         world.ears.pop(name, None)
+        world.networks[name].close()
         with contextlib.suppress(ValueError):
             world.members.remove(name)
 
     stack.push_async_callback(leave)
-    instance = Instance(name, server, made[0], leave)
+    instance = Instance(name, server, made[0], leave, world)
     return instance
 
 

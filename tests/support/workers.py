@@ -20,7 +20,14 @@ from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.limits.limits import SharedLimits
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
-from tests.support.memory_bus import MemoryBus, MemoryStore, StreamsOnly, World
+from tests.support.memory_bus import (
+    SECRET,
+    MemoryBus,
+    MemoryStore,
+    NamedNetwork,
+    StreamsOnly,
+    World,
+)
 from tests.support.reference_server import ReferenceServer
 from tests.support.server import CONCURRENCY, QUICK, UVICORN, RunningServer, running
 from tests.support.waiting import until
@@ -85,7 +92,10 @@ class Workers:
         limits = SharedLimits(leases, Scope("host", rank, self.count, first))
         commands, balance = Commands(MemoryStore(self._world, name), ""), Balance(loads)
         make_bus = partial(MemoryBus, self._world, name)
-        make = partial(RemoteStreams, make_bus, commands, lambda _what: b"")
+        network = NamedNetwork(self._world, name, self.path)
+        make = partial(
+            RemoteStreams, make_bus, commands, network, lambda: SECRET, lambda _what: b""
+        )
         server = await block.enter_async_context(
             running(
                 self.path / f"{slot}.yaml",

@@ -21,14 +21,17 @@ import secrets
 import socket
 from collections.abc import Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from aioserver.auth.sessions import SECRET_BYTES
 from aioserver.config.faults import ConfigurationError
+from aioserver.config.settings import Cluster
 from aioserver.gateway.contracts.commands import Commands, Connection
+from aioserver.wings.cluster.answers import peer_network
 from aioserver.wings.cluster.answers.bus import Bus, RedisBus, RedisCommands
+from aioserver.wings.cluster.answers.peer_network import Gone, Network, PeerNetwork, Unreachable
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
 from aioserver.wings.cluster.limits.grants import State
@@ -40,7 +43,8 @@ from aioserver.wings.cluster.limits.subscription import Subscription
 from aioserver.wings.cluster.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Coroutine, Mapping
+    from pathlib import Path
 
     from aioserver.auth.sessions import Sessions
     from aioserver.limits.fixed_share import Scope
@@ -58,11 +62,13 @@ logger = logging.getLogger("aioserver.cluster")
 LEAVE_TIMEOUT = 1.0
 # Seconds to free the places of killed instances before this one serves.
 SETTLE_TIMEOUT = 1.0
-# Seconds for the instances' agreement on a secret; until the next one, which restores the secret
-# at a server that has lost it; and until the next one after a failure.
+# Seconds for the instances' agreement on their secrets; until the next one, which restores the
+# secrets at a server that has lost them; and until the next one after a failure.
 AGREE_TIMEOUT, AGREE_EVERY, AGREE_AGAIN = 1.0, 60.0, 5.0
-# Seconds for which the secret is kept while no instance runs: longer than a browser session lasts.
+# Seconds for which a secret is kept while no instance runs: longer than a browser session lasts.
 SECRET_SECONDS = 30 * 86_400
+# The pauses in seconds before a new member is dialled: it may not serve yet.
+MEETING_PAUSES = (0.5, 1.0, 2.0, 4.0)
 # The most characters of a host's name in the name of an instance.
 MAX_HOST = 32
 # Keys that the server scans in one step.
@@ -106,11 +112,11 @@ REDIS = Ways()
 class Membership:
     """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
 
-    *fixed*: the rank of this instance and the number of all, if a parent knows them. *times* are
-    those of the cluster. *scope* is this instance among the workers of its host, which share
-    connections; None if it has no parent. *ways* are the connections to the server. *patient*:
-    without *fixed* its start waits until the server grants something, and agrees with others on a
-    secret.
+    The others reach it by *network*. *fixed*: the rank of this instance and the number of all, if
+    a parent knows them. *times* are those of the cluster. *scope* is this instance among the
+    workers of its host, which share connections; None if it has no parent. *ways* are the
+    connections to the server. *patient*: without *fixed* its start waits until the server grants
+    something.
     """
 
     def __init__(
@@ -118,6 +124,7 @@ class Membership:
         url: str,
         name: str,
         instance: str,
+        network: Network,
         fixed: tuple[int, int] | None,
         times: Times = TIMES,
         scope: Scope | None = None,
@@ -141,7 +148,19 @@ class Membership:
         self._incidents: Monitor | None = None
         self._patient = patient and fixed is None
         self._joined = asyncio.Event()
-        self._agreeing: asyncio.Task[None] | None = None
+        self._network = network
+        # Empty until all instances agree on it.
+        self._peer_secret = b""
+        proposed = secrets.token_bytes(SECRET_BYTES)
+        # The secrets on which they agree, by their keys: what is proposed, and what uses a secret.
+        self._secrets: dict[str, tuple[Callable[[], bytes], Callable[[bytes], object]]] = {
+            "peer_secret": (lambda: self._peer_secret or proposed, self._use_peer_secret)
+        }
+        # Whether the last try has succeeded.
+        self._agreed = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        # The members that were dialled, or are about to be.
+        self._met = {instance}
         # The tokens of instances that have ended, until the members are known; and whether all
         # their places are free.
         self._gone: set[int] = set()
@@ -153,7 +172,12 @@ class Membership:
     def streams(self) -> RemoteStreams:
         """Return the streams of other instances."""
         self._streams = RemoteStreams(
-            self._make_bus, self.commands, self._look, lambda: self.leases.members
+            self._make_bus,
+            self.commands,
+            self._network,
+            lambda: self._peer_secret,
+            self._look,
+            lambda: self.leases.members,
         )
         return self._streams
 
@@ -166,13 +190,14 @@ class Membership:
         assert self._streams is not None, "`streams` was called before"
         self._totals = Totals(
             self.instance,
-            self._streams.peers,
+            self._streams.fan_out,
             lambda: self.leases.members,
             monitor,
             self.standing,
             lambda: self.limits.connections,
         )
         monitor.share(self._totals)
+        self._meet_members()
 
     def _look(self, what: str) -> bytes:
         """Return the page *what* for another instance; empty before this one serves."""
@@ -180,36 +205,40 @@ class Membership:
 
     async def agree_on_sessions(self, sessions: Sessions) -> None:
         """Let *sessions* use the secret on which the instances agree; see `Sharing`."""
-        if not self._patient:
-            # The workers of one parent have its secret.
-            return
-        agreed = await self._agree(sessions)
-        self._agreeing = asyncio.create_task(self._keep_agreeing(sessions, agreed=agreed))
+        if self._patient:
+            # Otherwise the workers have the secret of their parent.
+            self._secrets["session_secret"] = (lambda: sessions.secret, sessions.use)
+            self._agreed = await self._agree()
 
-    async def _agree(self, sessions: Sessions) -> bool:
-        """Try to agree, and return whether *sessions* now has the secret of all instances."""
-        key = f"{self.renewer.prefix}session_secret"
-        execute = self.commands.execute
+    async def _agree(self) -> bool:
+        """Try to agree on all secrets, and return whether each is now that of all instances."""
+        execute, done = self.commands.execute, True
         try:
             async with asyncio.timeout(AGREE_TIMEOUT):
-                await execute("SET", key, sessions.secret, "NX", "EX", SECRET_SECONDS)
-                agreed = await execute("GET", key)
-                await execute("EXPIRE", key, SECRET_SECONDS)
+                for name, (own, use) in self._secrets.items():
+                    key = f"{self.renewer.prefix}{name}"
+                    await execute("SET", key, own(), "NX", "EX", SECRET_SECONDS)
+                    agreed = await execute("GET", key)
+                    await execute("EXPIRE", key, SECRET_SECONDS)
+                    if isinstance(agreed, bytes) and len(agreed) >= SECRET_BYTES:
+                        use(agreed)
+                    else:
+                        done = False
         except (CallFailed, TimeoutError):
             return False
-        if not isinstance(agreed, bytes) or len(agreed) < SECRET_BYTES:
-            return False
-        sessions.use(agreed)
-        return True
+        return done
 
-    async def _keep_agreeing(self, sessions: Sessions, *, agreed: bool) -> None:
+    async def _keep_agreeing(self) -> None:
         """Agree from time to time, and as soon as the server is back."""
         while True:
             self._joined.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(AGREE_EVERY if agreed else AGREE_AGAIN):
+                async with asyncio.timeout(AGREE_EVERY if self._agreed else AGREE_AGAIN):
                     await self._joined.wait()
-            agreed = await self._agree(sessions)
+            self._agreed = await self._agree()
+
+    def _use_peer_secret(self, secret: bytes) -> None:
+        self._peer_secret = secret
 
     def standing(self) -> ClusterState:
         """Return the state of this instance in the cluster."""
@@ -228,13 +257,14 @@ class Membership:
     @property
     def token(self) -> int:
         """The number at the end of this instance's name."""
-        return int(self.instance.rpartition("-")[2], 16)
+        return int(_token_of(self.instance), 16)
 
     def ended(self, token: int) -> None:
         """Note that the instance with *token* has certainly ended: its places are free now, and
         not only when its lease expires.
         """
         self._gone.add(token)
+        self._network.forget(f"{token:08x}")
         self._freed.clear()
         self._tell_ends()
 
@@ -252,7 +282,7 @@ class Membership:
         if not members:
             return
         gone, self._gone = {f"{token:08x}" for token in self._gone}, set()
-        ended = [name for name in members if name.rpartition("-")[2] in gone]
+        ended = [name for name in members if _token_of(name) in gone]
         for name in ended:
             self.leases.ended(name)
         if not ended and not self.leases.freeing:
@@ -262,6 +292,41 @@ class Membership:
         if self._gone:
             self._tell_ends()
         self.limits.instances_changed()
+        self._meet_members()
+
+    def _meet_members(self) -> None:
+        """Dial each new member, once this instance serves."""
+        if self._incidents is not None:
+            members = set(self.leases.members)
+            for name in members - self._met:
+                self._begin(self._meet(name))
+            self._met = members | {self.instance}
+
+    async def _meet(self, name: str) -> None:
+        """Say so if the member *name* cannot be reached."""
+        assert self._streams is not None, "`streams` was called before"
+        why = ""
+        for pause in MEETING_PAUSES:
+            await asyncio.sleep(pause)
+            if name not in self.leases.members:
+                return
+            try:
+                await self._streams.fan_out.meet(name)
+            except Gone:
+                why = "the connection is refused"
+            except Unreachable as exc:
+                why = str(exc)
+            else:
+                return
+        text = f"the instance {name} cannot be reached: {why} (cluster.listen, cluster.advertise)"
+        logger.warning("cluster: %s", text)
+        if self._incidents is not None:
+            self._incidents.incident("cluster", text, severity="warning")
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def open(self, *, clear: bool = False) -> None:
         """Connect, and share. An unreachable server is retried in the background.
@@ -285,14 +350,18 @@ class Membership:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(times.grace + times.beat + times.bound):
                     await self._joined.wait()
+        self._agreed = await self._agree()
+        self._begin(self._keep_agreeing())
         state = self.leases.state
         logger.info("cluster: instance %s, %s (%s)", self.instance, state.value, self.address)
 
     async def close(self) -> None:
         """Report that no place is inside any more, and close the connections."""
-        if self._agreeing is not None:
-            self._agreeing.cancel()
-            await asyncio.wait([self._agreeing])
+        self._network.close()
+        if self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
         await self.renewer.leave(LEAVE_TIMEOUT)
         await self.renewer.close()
         if self.bus is not None:
@@ -374,6 +443,8 @@ async def join(
     url: str,
     name: str,
     *,
+    cluster: Cluster | None = None,
+    folder: Path | None = None,
     fixed: tuple[int, int] | None = None,
     first: bool = False,
     clear: bool = False,
@@ -382,16 +453,28 @@ async def join(
 ) -> AsyncIterator[Membership]:
     """Join the cluster *name* for the length of the block.
 
+    The others reach this instance where *cluster* says, or by a UNIX socket in *folder*.
+
     *fixed*, *times*, *scope*: see `Membership`. *first*: no other instance can have places of an
     earlier run of the cluster, so that the fixed share may be used at once. *clear*: see
     `Membership.open`.
 
     Raises:
-        ConfigurationError: *url* cannot be used, or its server refuses us.
+        ConfigurationError: *url* cannot be used, its server refuses us, or others cannot be let
+            in as *cluster* says.
     """
+    token = secrets.token_hex(4)
+    network: PeerNetwork
+    if folder is not None:
+        network = peer_network.bind_unix(folder, token)
+    else:
+        network = await peer_network.bind_tcp(cluster or Cluster(), url)
+        logger.info("cluster: others reach this instance at %s", network.end)
     try:
-        membership = Membership(url, name, instance_name(), fixed, times, scope)
+        instance = instance_name(token, network.end)
+        membership = Membership(url, name, instance, network, fixed, times, scope)
     except ValueError as error:
+        network.close()
         raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
     if first:
         membership.leases.use_fixed()
@@ -402,9 +485,14 @@ async def join(
         await membership.close()
 
 
-def instance_name() -> str:
-    """Return a name that no other instance ever has: the host, the process, and something
-    random.
+def instance_name(token: str, end: str) -> str:
+    """Return a name that no other instance ever has: the host, the process, and a random *token*.
+    Its *end* says where the instance listens.
     """
     host = _NOT_IN_NAMES.sub("-", socket.gethostname())[:MAX_HOST]
-    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{host}-{os.getpid()}-{token}@{end}"
+
+
+def _token_of(name: str) -> str:
+    """Return the token in the name of an instance."""
+    return name.partition("@")[0].rpartition("-")[2]

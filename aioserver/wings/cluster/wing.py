@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from aioserver.errors import InvalidApiKey
 from aioserver.faces.wing import Routes, Wing
 from aioserver.gateway.contracts.sharing import Sharing
 
@@ -83,7 +86,9 @@ class ClusterWing(Wing):
         announcements.
         """
         if self._member is not None and self._others is not None:
-            self._others.serve(context.gateway, context.apis)
+            stranger = InvalidApiKey("no secret of an instance")
+            refused = partial(context.metrics.count_error, stranger)
+            await self._others.serve(context.gateway, context.apis, refused)
             self._member.serve(lambda: context.router.providers, context.monitor)
         return Routes()
 
@@ -97,11 +102,12 @@ async def _join(core: Core, stack: AsyncExitStack) -> Member | None:
     """Return this process as an instance, until *stack* closes it; None if it is the only one."""
     cluster, scope = core.settings.cluster, core.scope
     clear = core.settings.chat.service.repository.persistence.clear_on_startup
-    url, fixed, first = cluster.redis_url, None, False
+    url, folder, fixed, first = cluster.redis_url, None, None, False
     if scope is not None:
         if url is None:
             # No other process uses it, so the number of instances is known.
             url, fixed, first = core.private_server, (scope.rank, scope.workers), scope.first
+            folder = None if url is None else Path(url.removeprefix("unix://")).parent
         # A worker that replaces another one is no start of the server.
         clear = clear and scope.first
     if url is None:
@@ -110,5 +116,14 @@ async def _join(core: Core, stack: AsyncExitStack) -> Member | None:
     from aioserver.wings.cluster.membership import join  # noqa: PLC0415
 
     return await stack.enter_async_context(
-        join(url, cluster.name, fixed=fixed, first=first, clear=clear, scope=scope)
+        join(
+            url,
+            cluster.name,
+            cluster=cluster,
+            folder=folder,
+            fixed=fixed,
+            first=first,
+            clear=clear,
+            scope=scope,
+        )
     )

@@ -56,7 +56,7 @@ async def pages_of_both(
             monitor = instance.server.context.monitor
             totals = Totals(
                 instance.name,
-                instance.cluster.peers,
+                instance.cluster.fan_out,
                 lambda: [a.name, b.name],
                 monitor,
                 standing,
@@ -144,7 +144,7 @@ async def test_connections_of_hosts_are_added_and_those_of_workers_are_what_is_c
         monitor.tick()
         totals = Totals(
             instance.name,
-            instance.cluster.peers,
+            instance.cluster.fan_out,
             lambda: [a.name, b.name],
             monitor,
             standing,
@@ -209,8 +209,7 @@ async def test_counters_do_not_fall_while_an_instance_does_not_answer(
     await answer(b, 3)
     assert await metric(a, line) == 3
 
-    b.cluster.peers.close()
-    b.cluster.peers.bus.dead = True  # type: ignore[attr-defined]
+    b.world.silent.add(b.name)
     await answer(a, 2)
 
     assert await metric(a, line) == 5
@@ -312,7 +311,7 @@ async def test_an_instance_that_does_not_answer_is_named_and_delays_little(
     monitor.share(
         Totals(
             a.name,
-            a.cluster.peers,
+            a.cluster.fan_out,
             lambda: [a.name, b.name, "gone"],
             monitor,
             standing,

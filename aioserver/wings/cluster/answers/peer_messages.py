@@ -12,8 +12,6 @@ each is checked against its shape, and bounded in size.
     Ping(links)*                →
                                  ←       Pong(links, gone)
     Detach(link)                 →
-    Ask(number, …), Forget(number, …), Look(number, …)  →
-                                 ←       Answer(number, data)
 """
 
 from __future__ import annotations
@@ -112,53 +110,7 @@ class Position(msgspec.Struct, array_like=True, tag=8):
     at: Literal["key", "provider"] = "provider"
 
 
-class Ask(msgspec.Struct, array_like=True, tag=9):
-    """A question with an answer: cancel a stream, or (without a request id) list the caller's
-    streams.
-    """
-
-    number: int
-    caller: str
-    subflow: str
-    request_id: str | None
-
-
-class Forget(msgspec.Struct, array_like=True, tag=12):
-    """A question with an answer: forget a caller's response, and its log; was there one?"""
-
-    number: int
-    caller: str
-    response_id: str
-
-
-class Look(msgspec.Struct, array_like=True, tag=11):
-    """A question of the operating pages (totals.py): how are you?"""
-
-    number: int
-    what: str
-
-
-class Answer(msgspec.Struct, array_like=True, tag=10):
-    """The answer to a question: JSON for an `Ask` or a `Forget`, msgpack for a `Look`."""
-
-    number: int
-    data: bytes
-
-
-Message = (
-    Attach
-    | Refused
-    | Block
-    | Credit
-    | Detach
-    | Ping
-    | Pong
-    | Position
-    | Ask
-    | Forget
-    | Look
-    | Answer
-)
+Message = Attach | Refused | Block | Credit | Detach | Ping | Pong | Position
 
 
 class Publication(msgspec.Struct, array_like=True):
@@ -180,7 +132,7 @@ def encode(sender: str, messages: list[Message]) -> list[bytes]:
     """Return *messages* as publications of about MAX_SENT bytes at most."""
     publications, batch, size = [], list[Message](), 0
     for message in messages:
-        grown = len(message.data) if isinstance(message, Block | Answer) else 1024
+        grown = len(message.data) if isinstance(message, Block) else 1024
         if batch and size + grown > MAX_SENT:
             publications.append(_encoder.encode(Publication(sender, batch)))
             batch, size = [], 0

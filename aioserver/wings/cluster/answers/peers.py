@@ -12,25 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import orjson
+from typing import TYPE_CHECKING
 
 from aioserver.auth.callers import Caller
-from aioserver.errors import AioserverError, ResumeGap, StreamNotFound
+from aioserver.errors import AioserverError, ResumeGap
 from aioserver.telemetry.counters import Counter
 from aioserver.wings.cluster.answers import log_codec
 from aioserver.wings.cluster.answers.links import CREDIT, Link
 from aioserver.wings.cluster.answers.mirrors import Mirror
 from aioserver.wings.cluster.answers.peer_messages import (
-    Answer,
-    Ask,
     Attach,
     Block,
     Credit,
     Detach,
-    Forget,
-    Look,
     Ping,
     Pong,
     Position,
@@ -38,7 +32,7 @@ from aioserver.wings.cluster.answers.peer_messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.gateway.contracts.instances import Start
     from aioserver.gateway.gateway import Gateway
@@ -62,65 +56,31 @@ DEAF_AGAIN = 0.5
 # Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each.
 # Redis' default for a subscriber is 32 MiB, and 8 MiB for a minute.
 ALL_CREDIT, MIN_CREDIT = 1 << 23, 1 << 14
-# Seconds after which a question without an answer is asked once more, since a message may be lost,
-# and for which the answer is awaited in all.
-ASK_AGAIN, ANSWER_TIMEOUT = 0.4, 1.0
-# Links of one instance, and streams in one list.
-MAX_LINKS, MAX_LISTED = 10_000, 1_000
-
-
-class Answers(NamedTuple):
-    """What instances have answered, by their names; *missing*: those of which it is not known.
-
-    An instance that hears nothing any more is in neither.
-    """
-
-    answers: dict[str, bytes]
-    missing: list[str]
-
-
-class Question:
-    """A question to an instance, and its answer to come; None: it hears nothing any more."""
-
-    def __init__(self, target: str, message: Message, patience: int) -> None:
-        self.target = target
-        self.message = message
-        self.answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        # How often it may reach no one, until the instance is taken for gone: its subscription may
-        # have been broken.
-        self.patience = patience
-
-    def suspect(self) -> None:
-        """Note that it has reached no one."""
-        self.patience -= 1
-        if self.patience <= 0 and not self.answer.done():
-            self.answer.set_result(None)
+# Links of one instance.
+MAX_LINKS = 10_000
 
 
 class Peers:
-    """Links, mirrors, and questions.
+    """Links and mirrors.
 
     Always: each link is a reader of its stream; each mirror that is not done is pinged for.
 
-    *make_bus* is called with what hears messages, and of instances that nobody is. *on_look* is
-    called with what another instance wants to know for its operating pages. `serve` comes before
-    anything else.
+    *make_bus* is called with what hears messages, and of instances that nobody is. `serve` comes
+    before anything else.
     """
 
     gateway: Gateway
     apis: Mapping[str, Api]
 
-    def __init__(self, make_bus: MakeBus, on_look: Callable[[str], bytes]) -> None:
+    def __init__(self, make_bus: MakeBus) -> None:
         self._loop = asyncio.get_running_loop()
         self._links: dict[tuple[str, int], Link] = {}
         self._mirrors: dict[int, Mirror] = {}
         self._numbers = 0
-        self._asked: dict[int, Question] = {}
         # Since when what was sent to an instance has reached no one.
         self._deaf_since: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = self._connected_at = 0.0
-        self._on_look = on_look
         # Messages that made no sense.
         self.refused = Counter()
         self.bus: Bus = make_bus(on_message=self._receive, on_deaf=self._deaf)
@@ -157,67 +117,6 @@ class Peers:
         mirror.attach()
         self._watch()
         return mirror
-
-    async def ask(
-        self, targets: Iterable[str], caller: Caller, request_id: str | None
-    ) -> tuple[list[Any], bool]:
-        """Return the answers to a question (see `Ask`), and whether none is missing."""
-        answers = []
-        asked, missing = await self._question(
-            targets, lambda number: Ask(number, caller.name, caller.subflow, request_id)
-        )
-        for answer in asked.values():
-            try:
-                answers.append(orjson.loads(answer))
-            except orjson.JSONDecodeError:
-                self.refused.value += 1
-        return answers, not missing
-
-    async def forget(self, targets: Iterable[str], caller: Caller, response_id: str) -> Answers:
-        """Return what the instances say: see `Forget`."""
-        return await self._question(
-            targets, lambda number: Forget(number, caller.name, response_id)
-        )
-
-    async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
-        """Return what those instances say of *what* that answer in time: see `Look`."""
-        # People who look at a page would rather not wait for an instance that has just gone.
-        answers, _missing = await self._question(
-            targets, lambda number: Look(number, what), patience=1
-        )
-        return answers
-
-    async def _question(
-        self, targets: Iterable[str], make: Callable[[int], Message], patience: int = 2
-    ) -> Answers:
-        asked: dict[int, Question] = {}
-        for target in targets:
-            self._numbers += 1
-            question = Question(target, make(self._numbers), patience)
-            self._asked[self._numbers] = asked[self._numbers] = question
-            self.bus.send(target, question.message)
-        try:
-            waiting = {question.answer for question in asked.values()}
-            for seconds in (ASK_AGAIN, ANSWER_TIMEOUT - ASK_AGAIN):
-                if waiting:
-                    _done, waiting = await asyncio.wait(waiting, timeout=seconds)
-                if seconds == ASK_AGAIN:
-                    for question in asked.values():
-                        if question.answer in waiting:
-                            self.bus.send(question.target, question.message)
-            answers = {
-                question.target: answer
-                for question in asked.values()
-                if question.answer.done() and (answer := question.answer.result()) is not None
-            }
-            missing = [
-                question.target for question in asked.values() if question.answer in waiting
-            ]
-            return Answers(answers, missing)
-        finally:
-            for number, question in asked.items():
-                del self._asked[number]
-                question.answer.cancel()
 
     def close(self) -> None:
         """Send and fill nothing any more."""
@@ -265,17 +164,6 @@ class Peers:
                 self._answer_ping(sender, message)
             case Pong():
                 self._check_links(sender, message)
-            case Ask():
-                self._answer(sender, message)
-            case Forget():
-                gone = self.gateway.forget(Caller(message.caller), message.response_id)
-                self.bus.send(sender, Answer(message.number, orjson.dumps(gone)))
-            case Look():
-                self.bus.send(sender, Answer(message.number, self._on_look(message.what)))
-            case Answer():
-                asked = self._asked.get(message.number)
-                if asked is not None and not asked.answer.done():
-                    asked.answer.set_result(message.data)
 
     def _receive_log(self, sender: str, message: Block | Refused | Position) -> None:
         mirror = self._mirrors.get(message.link)
@@ -358,25 +246,8 @@ class Peers:
                 mirror.heard_at = now
                 mirror.attach()
 
-    def _answer(self, sender: str, ask: Ask) -> None:
-        caller = Caller(ask.caller, ask.subflow)
-        answer: Any
-        if ask.request_id is None:
-            streams = tuple(self.gateway.streams_of(caller))[-MAX_LISTED:]
-            answer = [stream.describe() for stream in streams]
-        else:
-            try:
-                self.gateway.cancel(caller, ask.request_id)
-                answer = True
-            except StreamNotFound:
-                answer = False
-        self.bus.send(sender, Answer(ask.number, orjson.dumps(answer)))
-
     def _deaf(self, target: str) -> None:
         """Note that what was sent to *target* has reached no one: called by the bus."""
-        for question in self._asked.values():
-            if question.target == target:
-                question.suspect()
         now = self._loop.time()
         since = self._deaf_since.get(target, now)
         if now - since > MAX_SILENCE:

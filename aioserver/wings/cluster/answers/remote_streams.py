@@ -40,7 +40,10 @@ from aioserver.wings.cluster.answers.claims import (
     Claims,
     Renewal,
 )
+from aioserver.wings.cluster.answers.fan_out import FanOut
+from aioserver.wings.cluster.answers.greeting import Cancel, Forget, Listing
 from aioserver.wings.cluster.answers.handover import polled
+from aioserver.wings.cluster.answers.peer_listener import PeerListener
 from aioserver.wings.cluster.answers.peers import Peers
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.answers.bus import MakeBus
     from aioserver.wings.cluster.answers.claims import Verdict
+    from aioserver.wings.cluster.answers.greeting import Question
+    from aioserver.wings.cluster.answers.peer_network import Network
 
 # Claims in one call that renews them, and seconds for which it and other calls that nobody waits
 # for last.
@@ -84,8 +89,9 @@ class RemoteStreams:
     Always: each stream of this instance that has a name, and runs, is in `_claimed`, and its claim
     is renewed.
 
-    `serve` comes before anything is claimed. *members* are the names of the instances, as far as
-    this one has heard: for when the server does not say them.
+    `serve` comes before anything is claimed. Instances ask each other by *network*, with the
+    *secret* of all; *on_look* returns a page for another one. *members* are the names of the
+    instances, as far as this one has heard: for when the server does not say them.
     """
 
     _gateway: Gateway
@@ -95,6 +101,8 @@ class RemoteStreams:
         self,
         make_bus: MakeBus,
         commands: Commands,
+        network: Network,
+        secret: Callable[[], bytes],
         on_look: Callable[[str], bytes],
         members: Callable[[], Sequence[str]] = tuple,
     ) -> None:
@@ -106,18 +114,26 @@ class RemoteStreams:
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewer: asyncio.TimerHandle | None = None
         self._unclaimed = Counter()
-        self.peers = Peers(make_bus, on_look)
+        self._network, self._secret, self._on_look = network, secret, on_look
+        self.fan_out = FanOut(network, secret)
+        self._listener: PeerListener | None = None
+        self.peers = Peers(make_bus)
         self._me = self.peers.bus.name
         self._store = Claims(commands, self._me)
 
-    def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
+    async def serve(
+        self, gateway: Gateway, apis: Mapping[str, Api], refused: Callable[[], object]
+    ) -> None:
         """Let other instances read the streams of *gateway*: once.
 
-        *apis*: what the paths of their answers mean.
+        *apis*: what the paths of their answers mean. *refused* is called for each connection of
+        somebody who is no instance.
         """
         self._gateway = gateway
         self._streams = gateway.lifetime.store
         self.peers.serve(gateway, apis)
+        self._listener = PeerListener(gateway, self._network, self._secret, self._on_look, refused)
+        await self._listener.open()
 
     def stats(self) -> InstancesStats:
         """Return a snapshot."""
@@ -212,7 +228,8 @@ class RemoteStreams:
                 # It has ended: nothing is left to do.
                 return
             if verdict is not None and verdict.state == THEIRS and verdict.owner != self._me:
-                answers, complete = await self.peers.ask([verdict.owner], caller, request_id)
+                asked = Cancel(caller.name, request_id)
+                answers, complete = await self._answers([verdict.owner], asked)
             elif telling:
                 answers, complete = await telling[0]
                 complete = complete and verdict is not None
@@ -229,15 +246,8 @@ class RemoteStreams:
         time.
         """
         others, certain = await self._others()
-        answers, complete = await self.peers.ask(others, caller, None)
-        entries = [
-            entry
-            for answer in answers
-            if isinstance(answer, list)
-            for entry in answer
-            if isinstance(entry, dict)
-        ]
-        return entries, not (certain and complete)
+        answers, complete = await self._answers(others, Listing(caller.name, caller.subflow))
+        return [entry for answer in answers for entry in answer], not (certain and complete)
 
     async def forget(self, caller: Caller, name: str) -> bool:
         """Let no other instance know an answer any more that is kept beside its log; return
@@ -247,10 +257,10 @@ class RemoteStreams:
             InstanceUnavailable: that is not known of all.
         """
         others, certain = await self._others()
-        answers, missing = await self.peers.forget(others, caller, name)
-        if missing or not certain:
+        answers, complete = await self._answers(others, Forget(caller.name, name))
+        if not (complete and certain):
             raise unknown("response")
-        return b"true" in answers.values()
+        return True in answers
 
     async def _find(self, name: str, late: Callable[[], object]) -> Verdict | None:
         """Return whose *name* is; None if the server does not say so.
@@ -271,7 +281,12 @@ class RemoteStreams:
         an answer that runs is paid for.
         """
         others = [member for member in self._members() if member != self._me]
-        return await self.peers.ask(others, caller, request_id)
+        return await self._answers(others, Cancel(caller.name, request_id))
+
+    async def _answers(self, targets: Sequence[str], question: Question) -> tuple[list[Any], bool]:
+        """Return the answers of *targets* to *question*, and whether none is missing."""
+        asked = await self.fan_out.ask(targets, question)
+        return asked.values(), not asked.missing
 
     async def _others(self) -> tuple[Sequence[str], bool]:
         """Return the names of the other instances, and whether they are all for certain."""
@@ -321,6 +336,8 @@ class RemoteStreams:
         for task in tuple(self._tasks):
             task.cancel()
         self.peers.close()
+        if self._listener is not None:
+            self._listener.close()
 
     async def _claim(
         self,

@@ -59,7 +59,7 @@ class Node:
         self.ended: list[Stream] = []
         self.lifetime = Lifetime(bounds)
         self.store = self.lifetime.store
-        self.peers = Peers(partial(MemoryBus, world, name), lambda _what: b"")
+        self.peers = Peers(partial(MemoryBus, world, name))
         self.bus = world.ears[name]
         self.peers.serve(self, {})  # type: ignore[arg-type]
 

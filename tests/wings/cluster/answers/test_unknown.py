@@ -108,7 +108,8 @@ async def conversations(server: RunningServer, name: str) -> object:
 CHATTING, RESPONDING, STORED, CONVERSATION = "chat", "responding", "stored", "conversation"
 # What is looked up, how, and what comes of it at a slow server, and at one that does not answer.
 LOOKS: list[tuple[str, Look, object, object]] = [
-    (CHATTING, http("DELETE", "/sse/chat/{}"), 204, UNKNOWN),
+    # Every instance that is known to this one is asked, past the server that is silent.
+    (CHATTING, http("DELETE", "/sse/chat/{}"), 204, 204),
     (CHATTING, http("GET", "/sse/chat/{}"), 200, UNKNOWN),
     (CHATTING, http("HEAD", "/sse/chat/{}"), 200, UNKNOWN),
     (CHATTING, cancelled, "cancelled", UNKNOWN),

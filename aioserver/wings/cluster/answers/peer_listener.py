@@ -1,0 +1,170 @@
+"""The peer listener: where other instances ask this one.
+
+Nobody gets a byte without the secret of all instances. It lets a question through that names its
+caller: the instance that asks has checked who that is. No question leads to a provider.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from hmac import compare_digest
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aioserver.auth.callers import Caller
+from aioserver.errors import StreamNotFound
+from aioserver.wings.cluster.answers.greeting import (
+    GREETING_TIMEOUT,
+    MAX_ANSWER,
+    MAX_GREETING,
+    Cancel,
+    Forget,
+    Listing,
+    Look,
+    decode,
+    framed,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.gateway.gateway import Gateway
+    from aioserver.wings.cluster.answers.greeting import Greeting, Question
+    from aioserver.wings.cluster.answers.peer_network import Network
+
+logger = logging.getLogger("aioserver.cluster")
+
+# Connections that have not greeted yet; one more ends the oldest.
+MAX_UNKNOWN = 64
+# Streams in one list.
+MAX_LISTED = 1_000
+
+
+class PeerListener:
+    """Answers the questions of other instances, which come by *network*.
+
+    Always: a connection that has not greeted is at most GREETING_TIMEOUT old, and there are at
+    most MAX_UNKNOWN of them.
+
+    *secret* returns what all instances know; nobody knows an empty one. *look* returns a page for
+    another instance, and *refused* is called for each connection without the secret.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        network: Network,
+        secret: Callable[[], bytes],
+        look: Callable[[str], bytes],
+        refused: Callable[[], object],
+    ) -> None:
+        self._gateway, self._network, self._look = gateway, network, look
+        self._secret, self._refused = secret, refused
+        # Those that have not greeted, the oldest first, each with the timer that ends it.
+        self._unknown: dict[PeerConnection, asyncio.TimerHandle] = {}
+        self._open: set[PeerConnection] = set()
+
+    async def open(self) -> None:
+        """Listen."""
+        await self._network.listen(lambda: PeerConnection(self))
+
+    def close(self) -> None:
+        """Listen no more, and end what is open."""
+        self._network.close()
+        for connection in tuple(self._open):
+            connection.abort()
+
+    def connected(self, connection: PeerConnection) -> None:
+        """Note a *connection* that has yet to greet."""
+        self._open.add(connection)
+        if len(self._unknown) >= MAX_UNKNOWN:
+            self.refuse(next(iter(self._unknown)))
+        loop = asyncio.get_running_loop()
+        self._unknown[connection] = loop.call_later(GREETING_TIMEOUT, self.refuse, connection)
+
+    def lost(self, connection: PeerConnection) -> None:
+        """Forget *connection*."""
+        self._open.discard(connection)
+        if (timer := self._unknown.pop(connection, None)) is not None:
+            timer.cancel()
+
+    def refuse(self, connection: PeerConnection) -> None:
+        """End *connection*, which does not know the secret."""
+        self.lost(connection)
+        connection.abort()
+        self._refused()
+
+    def greeted(self, connection: PeerConnection, greeting: Greeting | None) -> bytes | None:
+        """Return the answer to *greeting*, which *connection* has brought; None: it was refused."""
+        secret = self._secret()
+        if greeting is None or not secret or not compare_digest(greeting.secret, secret):
+            self.refuse(connection)
+            return None
+        self._unknown.pop(connection).cancel()
+        try:
+            answer = self._answer(greeting.question)
+        except Exception:
+            logger.exception("bug in a question of another instance")
+            answer = b""
+        return answer if len(answer) <= MAX_ANSWER else b""
+
+    def _answer(self, question: Question) -> bytes:
+        answer: Any
+        match question:
+            case Look():
+                return self._look(question.what)
+            case Listing():
+                caller = Caller(question.caller, question.subflow)
+                streams = tuple(self._gateway.streams_of(caller))[-MAX_LISTED:]
+                answer = [stream.describe() for stream in streams]
+            case Cancel():
+                try:
+                    self._gateway.cancel(Caller(question.caller), question.request_id)
+                    answer = True
+                except StreamNotFound:
+                    answer = False
+            case Forget():
+                answer = self._gateway.forget(Caller(question.caller), question.response_id)
+        return msgspec.msgpack.encode(answer)
+
+
+class PeerConnection(asyncio.Protocol):
+    """A connection of another instance to *listener*, which ends with its answer."""
+
+    def __init__(self, listener: PeerListener) -> None:
+        self._listener = listener
+        self._line = b""
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Wait for the greeting."""
+        # uvloop's transports are no instances of it.
+        self._transport = transport  # type: ignore[assignment]
+        self._listener.connected(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take in the greeting, and answer it."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        line, end, _rest = (self._line + data).partition(b"\n")
+        self._line = line
+        if len(line) > MAX_GREETING:
+            self._listener.refuse(self)
+        elif end:
+            answer = self._listener.greeted(self, decode(line))
+            if answer is not None:
+                transport.write(framed(answer))
+                transport.close()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """Note the end."""
+        self._listener.lost(self)
+        self._transport = None
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
