@@ -33,11 +33,12 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 from multidict import istr
 
-from aioserver.auth.callers import ADDRESS, CALLER, Caller, anonymous
+from aioserver.auth.callers import ADDRESS, CALLER, PEER, Caller, anonymous
 from aioserver.errors import (
     Denied,
     InvalidApiKey,
     InvalidRequest,
+    MethodNotAllowed,
     MissingApiKey,
     OriginNotAllowed,
     PermissionDenied,
@@ -103,7 +104,11 @@ class Guard:
         """
         access, headers = self._access, request.headers
         keyed, address = access.keyed, None
-        if access.proxies.trusted:
+        if PEER in request:
+            if request.method not in SAFE_METHODS:
+                raise MethodNotAllowed("instances pass nothing on that changes something")
+            request[ADDRESS] = address = request[PEER].address
+        elif access.proxies.trusted:
             request[ADDRESS] = address = access.proxies.address(request.remote, headers)
         if not keyed and access.hosts is not None:
             access.hosts.check(headers.get(hdrs.HOST))

@@ -50,7 +50,7 @@ def wanted(request: web.Request) -> bool:
 async def prepare(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
     """Find the stream."""
     name = client_frames.identifier(request.match_info["request_id"])
-    stream = await context.gateway.reach(request[CALLER], name, NEWEST)
+    stream = await context.gateway.route(request, name, NEWEST)
     context.gateway.lifetime.let_go(stream)
     return stream
 

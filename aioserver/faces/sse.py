@@ -50,6 +50,7 @@ def routes(context: Context) -> list[web.RouteDef]:
         partial(prepare_resume, context),
         partial(resume, context),
         partial(busy, context),
+        broken,
     )
     telling = counted(
         admission, "sse", partial(polling.prepare, context), partial(polling.tell, context)
@@ -194,7 +195,7 @@ async def prepare_resume(
     name = client_frames.identifier(request.match_info["request_id"])
     after = _last_seen(request)
     with context.metrics.resuming():
-        stream = await context.gateway.reach(request[CALLER], name, Start(after))
+        stream = await context.gateway.route(request, name, Start(after))
         # A gap is reported before a place is taken.
         stream.locate(after)
     return stream, after
@@ -238,6 +239,14 @@ async def busy(
     frame = frames.loose_frame(request.match_info["request_id"], "busy", error.as_chunk())
     await response.write(RETRY + eventstream.write(frame, event="busy"))
     return response
+
+
+def broken(request: web.Request, error: AioserverError, _last: bytes) -> bytes:
+    """Return *error*, with which another instance breaks off an answer, as an event without an id:
+    a client that comes back continues after the last event that it has.
+    """
+    frame = frames.loose_frame(request.match_info["request_id"], "error", error.as_chunk())
+    return eventstream.write(frame, event="error")
 
 
 async def listing(context: Context, request: web.Request) -> web.Response:

@@ -17,6 +17,7 @@ import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aioserver.auth.callers import CALLER, PEER
 from aioserver.errors import (
     InvalidApiKey,
     RequestConflict,
@@ -24,7 +25,7 @@ from aioserver.errors import (
     TokensExceeded,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
-from aioserver.gateway.contracts.instances import FROM_START, NOT_FOUND
+from aioserver.gateway.contracts.instances import FROM_START, LOST, NOT_FOUND
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
         Coroutine,
         Iterator,
     )
+
+    from aiohttp import web
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
@@ -242,6 +245,26 @@ class Gateway:
             if self.instances is None:
                 raise
         return await self.instances.reach(caller, request_id, start)
+
+    async def route(self, request: web.Request, request_id: str, start: Start) -> Stream:
+        """Return the stream of *request_id* of the caller of *request*, which is to be answered
+        with it: as `reach`, but without a mirror.
+
+        Raises:
+            Elsewhere: another instance has it.
+            AioserverError: as `reach`.
+        """
+        caller = request[CALLER]
+        if PEER in request:
+            # Whoever has passed it on knows that it is here.
+            return self.find(caller, request_id, start.digest)
+        try:
+            after = start.after if start.sequence is None else None
+            return self.find(caller, request_id, start.digest, after)
+        except StreamNotFound:
+            if self.instances is None:
+                raise
+        return await self.instances.route(caller, request_id, start, request.get(LOST))
 
     async def cancel_anywhere(self, caller: Caller, request_id: str) -> None:
         """Cancel a stream for all its readers, as `cancel`, at whichever instance it is.

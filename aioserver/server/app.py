@@ -434,6 +434,8 @@ def make_app(configuration: Configuration) -> web.Application:
       the sizes of the request line and the headers, where they are lower than the configured ones;
       requests that aiohttp cannot parse get its own error bodies;
     - host, port, the access log and the log's format, which are the program's business;
+    - requests that other instances of a cluster would pass on: a `GET` there for an answer of the
+      embedded server is 503 `instance_unavailable`;
     - signals: the configuration is not read again, and at the end there is neither `drain_delay`
       nor `shutdown_timeout`: answers that still run end with `server_shutdown`.
     """

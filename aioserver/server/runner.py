@@ -20,7 +20,7 @@ from aiohttp.abc import AbstractAccessLogger
 from aioserver.auth.callers import ADDRESS
 from aioserver.faces.http import Request, request_id
 from aioserver.server import listener
-from aioserver.server.connection import LAST_CALL, ConnectionServer
+from aioserver.server.connection import LAST_CALL, Connection, ConnectionServer
 
 if TYPE_CHECKING:
     import socket
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Middleware
 
+    from aioserver.auth.callers import Peer
     from aioserver.config.settings import Chat, WebSocket
     from aioserver.server.app import Server
     from aioserver.server.listener import Balance, Listening, Site
@@ -131,6 +132,8 @@ class Runner:
         self._balance = balance
         self._application = web.AppRunner(server.app)
         self._server: ConnectionServer | None = None
+        # Its connections are those of other instances, which the wings accept and end.
+        self._peers: ConnectionServer | None = None
 
     async def setup(self) -> None:
         """Start the application, and make the server of its connections."""
@@ -138,15 +141,27 @@ class Runner:
         plain = self._application.server
         assert plain is not None
         context = self._owner.context
+        options = FIXED | _options(context.settings.chat.websocket)
+        arguments: dict[str, Any] = {
+            "request_factory": functools.partial(Request, loop=asyncio.get_running_loop()),
+            "metrics": context.metrics,
+            "forms": context.admission.forms,
+            "send_timeout": context.settings.chat.streams.send_timeout,
+        }
+        handler = Dispatcher(self._owner.app, plain.request_handler, self._owner.middleware)
         make = ConnectionServer if self._balance is None else self._balance.server
-        self._server = make(
-            Dispatcher(self._owner.app, plain.request_handler, self._owner.middleware),
-            request_factory=functools.partial(Request, loop=asyncio.get_running_loop()),
-            options=FIXED | _options(context.settings.chat.websocket),
-            metrics=context.metrics,
-            forms=context.admission.forms,
-            send_timeout=context.settings.chat.streams.send_timeout,
-        )
+        self._server = make(handler, options=options, **arguments)
+        # The instance that passes a request on has it in its own access log.
+        options = options | {"access_log": None}
+        self._peers = peers = ConnectionServer(handler, options=options, **arguments)
+
+        def accept(peer: Peer) -> Connection:
+            connection = peers()
+            connection.peer = peer
+            return connection
+
+        for wing in self._owner.wings:
+            await wing.listen(accept)
 
     async def listen(self, inherited: Sequence[socket.socket] = ()) -> list[Listening]:
         """Listen where the configuration says, or on the *inherited* sockets: see
@@ -221,6 +236,11 @@ class Runner:
         self._owner.drain()
         began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
+        if self._peers is not None:
+            # What clients of other instances read here.
+            await self._peers.wait_closed(
+                grace - (asyncio.get_running_loop().time() - began), silent=True
+            )
         grace -= asyncio.get_running_loop().time() - began
         await context.gateway.finish_background(grace)
         await context.gateway.close()

@@ -118,7 +118,7 @@ class World:
         """Let the instance *name* hear and say nothing any more."""
         self.ears.pop(name).dead = True
         if name in self.networks:
-            self.networks[name].close()
+            self.networks[name].kill()
 
 
 class NamedNetwork(PeerNetwork):
@@ -132,11 +132,27 @@ class NamedNetwork(PeerNetwork):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.bind(self.where(name).host)
         super().__init__(sock, name)
+        # What others have connected to, each with `abort`.
+        self.accepted: list[Any] = []
         world.networks[name] = self
 
     def where(self, name: str) -> Address:
         # The path of a socket is short, and that of a test's folder is not.
         return Address(f"{tempfile.gettempdir()}/aio-{self._place}-{name}.sock", 0)
+
+    async def listen(self, make: Callable[[], asyncio.Protocol]) -> None:
+        def accept() -> asyncio.Protocol:
+            accepted = make()
+            self.accepted.append(accepted)
+            return accepted
+
+        await super().listen(accept)
+
+    def kill(self) -> None:
+        """Break off what is open, and refuse what comes."""
+        self.close()
+        for accepted in self.accepted:
+            accepted.abort()
 
     async def dial(self, name: str, make: Callable[[], P]) -> P:
         if name in self._world.silent:

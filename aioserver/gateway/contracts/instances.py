@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from aiohttp import web
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from aioserver.auth.callers import Caller
+    from aioserver.errors import AioserverError
     from aioserver.gateway.request import Request
     from aioserver.streams.stream import Stream
+
+    RenderError = Callable[[AioserverError, bytes], bytes]
 
 NOT_FOUND = "no such stream: it never existed, or is no longer kept"
 
@@ -37,6 +42,41 @@ class Start(NamedTuple):
 
 # The start for a client that has seen nothing.
 FROM_START = Start()
+
+
+class Elsewhere(Exception):
+    """A request is for the *owner* of its answer, another instance.
+
+    *forward* passes the request on to it, and what it answers to the client, and returns the
+    response, which is written then. It is called with the function that renders an error behind
+    the bytes that the client has got last; b"": they do not end with a whole event.
+
+        Lost: the owner does not have the answer any more. Nothing was written.
+        InstanceUnavailable: nothing is known of it. Nothing was written.
+        ServerShutdown: it has ended before it has answered. Nothing was written.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        forward: Callable[[web.Request, RenderError], Awaitable[web.StreamResponse]],
+    ) -> None:
+        super().__init__(owner)
+        self.owner, self.forward = owner, forward
+
+
+class Lost(Exception):
+    """The *owner* of an answer does not have it any more; *error* is what a client hears if nobody
+    has it.
+    """
+
+    def __init__(self, owner: str, error: AioserverError) -> None:
+        super().__init__(owner)
+        self.owner, self.error = owner, error
+
+
+# Set once an owner that the request was passed on to has lost the answer.
+LOST = web.RequestKey("lost", Lost)
 
 
 class Instances(Protocol):
@@ -70,6 +110,18 @@ class Instances(Protocol):
             RequestConflict, ResumeGap: as `Gateway.find`, and `Stream.locate`.
             ServerShutdown: its owner is gone.
             InstanceUnavailable: it is not known whether there is one.
+        """
+
+    async def route(
+        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
+    ) -> Stream:
+        """Return the caller's stream *request_id*, if nobody else has it.
+
+        *lost*: an owner that was asked for it, and does not have it.
+
+        Raises:
+            Elsewhere: another instance has it.
+            StreamNotFound, ResumeGap, ServerShutdown, InstanceUnavailable: as `reach`.
         """
 
     async def claimed(self, stream: Stream) -> None:

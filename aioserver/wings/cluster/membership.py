@@ -293,6 +293,15 @@ class Membership:
             self._tell_ends()
         self.limits.instances_changed()
         self._meet_members()
+        standing = self.leases.standing
+        if (
+            self._incidents is not None
+            and self._streams is not None
+            and standing.state is State.JOINED
+            # A server that has lost its state does not know all of them yet.
+            and not standing.grace
+        ):
+            self._streams.keep(self.leases.members)
 
     def _meet_members(self) -> None:
         """Dial each new member, once this instance serves."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from aioserver.errors import InvalidApiKey
 from aioserver.faces.wing import Routes, Wing
 from aioserver.gateway.contracts.sharing import Sharing
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable, Mapping
     from contextlib import AsyncExitStack
 
+    from aioserver.auth.callers import Peer
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
@@ -86,11 +86,14 @@ class ClusterWing(Wing):
         announcements.
         """
         if self._member is not None and self._others is not None:
-            stranger = InvalidApiKey("no secret of an instance")
-            refused = partial(context.metrics.count_error, stranger)
-            await self._others.serve(context.gateway, context.apis, refused)
+            await self._others.serve(context.gateway, context.apis, context.admission)
             self._member.serve(lambda: context.router.providers, context.monitor)
         return Routes()
+
+    async def listen(self, accept: Callable[[Peer], asyncio.Protocol]) -> None:
+        """Let the other instances pass requests on."""
+        if self._others is not None:
+            self._others.listen(accept)
 
     async def leave(self) -> None:
         """Hand over the logs that have ended here."""

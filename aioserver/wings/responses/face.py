@@ -46,6 +46,7 @@ from aioserver.wings.responses.attempt import (
 from aioserver.wings.responses.background import Background, OpeningReader
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.draft import draft_of
+from aioserver.wings.responses.events import ResponseEvents
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -98,6 +99,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
                 "openai",
                 partial(prepare_retrieval, context, stored),
                 partial(retrieve, context, stored),
+                broken=broken,
             ),
             # aiohttp does not write the body, and so would not leave it out for HEAD.
             allow_head=False,
@@ -291,7 +293,7 @@ def _check_known(stored: StoredResponses, request: web.Request, missing: Aioserv
 
 async def _in_its_log(context: Context, request: web.Request) -> tuple[Stream, int | None]:
     if request.query.get("stream", "false") != "true":
-        return await find(context, request), None
+        return await route(context, request), None
     number = request.query.get("starting_after")
     if number is None:
         start = Start()
@@ -299,9 +301,9 @@ async def _in_its_log(context: Context, request: web.Request) -> tuple[Stream, i
         # The position of a reader that has fallen behind before the first event.
         start = Start(sequence=int(number))
     else:
-        await find(context, request)
+        await route(context, request)
         raise InvalidRequest("starting_after must be a sequence_number", param="starting_after")
-    stream = await find(context, request, start)
+    stream = await route(context, request, start)
     if stream.whole is not None:
         raise InvalidRequest("this response was not streamed", param="stream")
     return stream, 0 if start.sequence is None else event_of(stream, start.sequence)
@@ -416,10 +418,34 @@ async def find(context: Context, request: web.Request, start: Start = LATEST) ->
         StreamNotFound: there is no such stream, or it is an answer of another kind, such as one of
             another face.
     """
-    stream = await context.gateway.reach(request[CALLER], request.match_info["id"], start)
+    name = request.match_info["id"]
+    return _response(await context.gateway.reach(request[CALLER], name, start))
+
+
+async def route(context: Context, request: web.Request, start: Start = LATEST) -> Stream:
+    """Return the response, as `find`, with which *request* is to be answered.
+
+    Raises:
+        Elsewhere: another instance has it.
+        StreamNotFound: as `find`.
+    """
+    return _response(await context.gateway.route(request, request.match_info["id"], start))
+
+
+def _response(stream: Stream) -> Stream:
     if stream.api is not RESPONSES:
         raise StreamNotFound(stored_face.NOT_FOUND)
     return stream
+
+
+def broken(_request: web.Request, error: AioserverError, last: bytes) -> bytes:
+    """Return *error*, with which another instance breaks off a response, as the event behind the
+    *last* ones; b"" if those have no sequence number.
+    """
+    events = ResponseEvents()
+    # The sizes of chunks between them are no lines of an event.
+    events.note(last, 1)
+    return events.render(error) if events.last_sequence >= 0 else b""
 
 
 def event_of(stream: Stream, sequence: int) -> int:

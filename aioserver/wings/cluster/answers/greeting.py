@@ -1,9 +1,11 @@
-"""The first line of a connection between instances: a secret that only they know, and a question.
+"""The first line of a connection between instances: a secret that only they know, and what it is
+for.
 
-    aioserver-peer/1 {"secret":"…","question":{"kind":"look","what":"state"}}
+    aioserver-peer/1 {"secret":"…","word":{"kind":"look","what":"state"}}
 
-The answer is MAX_ANSWER bytes at most, with their number in front, and the connection ends behind
-it. A connection that ends without all of its answer was broken.
+The answer to a question is MAX_ANSWER bytes at most, with their number in front, and the
+connection ends behind it. A connection that ends without all of its answer was broken. Behind
+`Forward` comes a client's request, and its response (tunnels.py).
 """
 
 from __future__ import annotations
@@ -46,14 +48,23 @@ class Forget(msgspec.Struct, frozen=True, tag_field="kind", tag="forget"):
     response_id: str
 
 
+class Forward(msgspec.Struct, frozen=True, tag_field="kind", tag="forward"):
+    """A request of a client follows, of whom only this is believed: the *address*, and whether the
+    client is connected *secure*ly.
+    """
+
+    address: str
+    secure: bool
+
+
 Question = Look | Listing | Cancel | Forget
 
 
 class Greeting(msgspec.Struct, frozen=True):
-    """The line: the *secret* of all instances, and what is asked."""
+    """The line: the *secret* of all instances, and a *word*: what is asked, or what follows."""
 
     secret: bytes
-    question: Question
+    word: Question | Forward
 
 
 _encoder = msgspec.json.Encoder()

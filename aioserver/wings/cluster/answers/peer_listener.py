@@ -1,7 +1,8 @@
-"""The peer listener: where other instances ask this one.
+"""The peer listener: where other instances ask this one, and pass requests on.
 
 Nobody gets a byte without the secret of all instances. It lets a question through that names its
-caller: the instance that asks has checked who that is. No question leads to a provider.
+caller: the instance that asks has checked who that is. No question leads to a provider. A request
+that is passed on comes with its client's own credentials, and is checked as any other one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioserver.auth.callers import Caller
+from aioserver.auth.callers import Caller, Peer
 from aioserver.errors import StreamNotFound
 from aioserver.wings.cluster.answers.greeting import (
     GREETING_TIMEOUT,
@@ -21,6 +22,7 @@ from aioserver.wings.cluster.answers.greeting import (
     MAX_GREETING,
     Cancel,
     Forget,
+    Forward,
     Listing,
     Look,
     decode,
@@ -49,7 +51,8 @@ class PeerListener:
     most MAX_UNKNOWN of them.
 
     *secret* returns what all instances know; nobody knows an empty one. *look* returns a page for
-    another instance, and *refused* is called for each connection without the secret.
+    another instance, and *refused* is called for each connection without the secret. *most*
+    returns how many connections may be open to pass a request on.
     """
 
     def __init__(
@@ -59,12 +62,21 @@ class PeerListener:
         secret: Callable[[], bytes],
         look: Callable[[str], bytes],
         refused: Callable[[], object],
+        most: Callable[[], int],
     ) -> None:
+        self._most = most
         self._gateway, self._network, self._look = gateway, network, look
         self._secret, self._refused = secret, refused
+        # Returns the protocol that serves a request.
+        self.accept: Callable[[Peer], asyncio.Protocol] | None = None
         # Those that have not greeted, the oldest first, each with the timer that ends it.
         self._unknown: dict[PeerConnection, asyncio.TimerHandle] = {}
         self._open: set[PeerConnection] = set()
+
+    @property
+    def serving(self) -> int:
+        """How many requests of other instances are served."""
+        return sum(connection.serving for connection in self._open)
 
     async def open(self) -> None:
         """Listen."""
@@ -96,15 +108,24 @@ class PeerListener:
         connection.abort()
         self._refused()
 
-    def greeted(self, connection: PeerConnection, greeting: Greeting | None) -> bytes | None:
-        """Return the answer to *greeting*, which *connection* has brought; None: it was refused."""
+    def greeted(
+        self, connection: PeerConnection, greeting: Greeting | None
+    ) -> bytes | asyncio.Protocol | None:
+        """Return the answer to *greeting*, which *connection* has brought, or the protocol of what
+        follows; None: it was refused.
+        """
         secret = self._secret()
         if greeting is None or not secret or not compare_digest(greeting.secret, secret):
             self.refuse(connection)
             return None
         self._unknown.pop(connection).cancel()
+        if isinstance(word := greeting.word, Forward):
+            if self.accept is None or len(self._open) > self._most():
+                connection.abort()
+                return None
+            return self.accept(Peer(word.address, word.secure))
         try:
-            answer = self._answer(greeting.question)
+            answer = self._answer(word)
         except Exception:
             logger.exception("bug in a question of another instance")
             answer = b""
@@ -131,12 +152,21 @@ class PeerListener:
 
 
 class PeerConnection(asyncio.Protocol):
-    """A connection of another instance to *listener*, which ends with its answer."""
+    """A connection of another instance to *listener*, which ends with its answer, or what follows
+    the greeting.
+    """
 
     def __init__(self, listener: PeerListener) -> None:
         self._listener = listener
+        # What follows the greeting is its business.
+        self._serving: asyncio.Protocol | None = None
         self._line = b""
         self._transport: asyncio.Transport | None = None
+
+    @property
+    def serving(self) -> bool:
+        """Whether a request is served."""
+        return self._serving is not None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the greeting."""
@@ -146,23 +176,47 @@ class PeerConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take in the greeting, and answer it."""
+        if self._serving is not None:
+            self._serving.data_received(data)
+            return
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        line, end, _rest = (self._line + data).partition(b"\n")
+        line, end, rest = (self._line + data).partition(b"\n")
         self._line = line
         if len(line) > MAX_GREETING:
             self._listener.refuse(self)
         elif end:
             answer = self._listener.greeted(self, decode(line))
-            if answer is not None:
+            if isinstance(answer, bytes):
                 transport.write(framed(answer))
                 transport.close()
+            elif answer is not None:
+                self._serving = answer
+                answer.connection_made(transport)
+                if rest:
+                    answer.data_received(rest)
 
-    def connection_lost(self, _exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         """Note the end."""
         self._listener.lost(self)
         self._transport = None
+        if self._serving is not None:
+            self._serving.connection_lost(exc)
+
+    def eof_received(self) -> bool | None:
+        """Let the connection close, unless what follows the greeting wants more."""
+        return None if self._serving is None else self._serving.eof_received()
+
+    def pause_writing(self) -> None:
+        """Note that the other instance does not read."""
+        if self._serving is not None:
+            self._serving.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Note that the other instance reads again."""
+        if self._serving is not None:
+            self._serving.resume_writing()
 
     def abort(self) -> None:
         """End the connection at once."""

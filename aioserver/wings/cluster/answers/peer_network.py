@@ -134,7 +134,9 @@ class PeerNetwork:
                 if not address.port:
                     return (await loop.create_unix_connection(make, address.host))[1]
                 context = None if self._tls is None else self._tls.client
-                return (await loop.create_connection(make, *address, ssl=context))[1]
+                made = await loop.create_connection(make, *address, ssl=context)
+                keep_alive(made[0])
+                return made[1]
         except (ConnectionRefusedError, FileNotFoundError) as exc:
             raise Gone(name) from exc
         except TimeoutError:
@@ -173,6 +175,18 @@ class PeerNetwork:
             self._server.close()
         if self._path is not None:
             Path(self._path).unlink(missing_ok=True)
+
+
+def keep_alive(transport: asyncio.BaseTransport) -> None:
+    """Let the kernel notice within three seconds that the other machine of a TCP connection is
+    gone, also while nothing is sent.
+    """
+    sock = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 2)):
+        # macOS has another name for the first one.
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def socket_of(folder: Path, token: str) -> Path:

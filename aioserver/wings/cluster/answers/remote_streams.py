@@ -22,9 +22,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aioserver.auth.callers import Caller
-from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown, StreamNotFound
+from aioserver.errors import (
+    InvalidApiKey,
+    RequestConflict,
+    ResumeGap,
+    ServerShutdown,
+    StreamNotFound,
+)
 from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, TIMEOUT, name_of, unknown
-from aioserver.gateway.contracts.instances import NOT_FOUND, Start
+from aioserver.gateway.contracts.instances import NOT_FOUND, Elsewhere, Start
 from aioserver.streams.entries import ERROR
 from aioserver.streams.stream import Remote
 from aioserver.telemetry.counters import Counter
@@ -45,11 +51,15 @@ from aioserver.wings.cluster.answers.greeting import Cancel, Forget, Listing
 from aioserver.wings.cluster.answers.handover import polled
 from aioserver.wings.cluster.answers.peer_listener import PeerListener
 from aioserver.wings.cluster.answers.peers import Peers
+from aioserver.wings.cluster.answers.tunnels import Tunnels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 
+    from aioserver.auth.callers import Peer
+    from aioserver.faces.admission import Admission
     from aioserver.gateway.contracts.commands import Commands
+    from aioserver.gateway.contracts.instances import Lost
     from aioserver.gateway.gateway import Gateway
     from aioserver.gateway.request import Request
     from aioserver.providers.api import Api
@@ -96,6 +106,8 @@ class RemoteStreams:
 
     _gateway: Gateway
     _streams: StreamStore
+    _tunnels: Tunnels
+    _listener: PeerListener
 
     def __init__(
         self,
@@ -116,31 +128,42 @@ class RemoteStreams:
         self._unclaimed = Counter()
         self._network, self._secret, self._on_look = network, secret, on_look
         self.fan_out = FanOut(network, secret)
-        self._listener: PeerListener | None = None
+        self._serves = False
         self.peers = Peers(make_bus)
         self._me = self.peers.bus.name
         self._store = Claims(commands, self._me)
 
-    async def serve(
-        self, gateway: Gateway, apis: Mapping[str, Api], refused: Callable[[], object]
-    ) -> None:
+    async def serve(self, gateway: Gateway, apis: Mapping[str, Api], admission: Admission) -> None:
         """Let other instances read the streams of *gateway*: once.
 
-        *apis*: what the paths of their answers mean. *refused* is called for each connection of
-        somebody who is no instance.
+        *apis*: what the paths of their answers mean. *admission* has the bounds.
         """
         self._gateway = gateway
         self._streams = gateway.lifetime.store
         self.peers.serve(gateway, apis)
-        self._listener = PeerListener(gateway, self._network, self._secret, self._on_look, refused)
+        stranger = InvalidApiKey("no secret of an instance")
+        self._listener = PeerListener(
+            gateway,
+            self._network,
+            self._secret,
+            self._on_look,
+            partial(admission.metrics.count_error, stranger),
+            lambda: admission.max_tunnels,
+        )
+        self._tunnels = Tunnels(self._network, self._secret, admission)
         await self._listener.open()
+        self._serves = True
+
+    def listen(self, accept: Callable[[Peer], asyncio.Protocol]) -> None:
+        """Let other instances pass requests on, each to a protocol that *accept* returns."""
+        self._listener.accept = accept
 
     def stats(self) -> InstancesStats:
         """Return a snapshot."""
         return InstancesStats(
             claims=len(self._claimed),
-            links=self.peers.links,
-            mirrors=self.peers.mirrors,
+            links=self.peers.links + self._listener.serving,
+            mirrors=self.peers.mirrors + len(self._tunnels),
             unclaimed=int(self._unclaimed.value),
         )
 
@@ -190,6 +213,28 @@ class RemoteStreams:
         stream = self.mirror(caller, request_id, start)
         await self.claimed(stream)
         return stream
+
+    def keep(self, members: Collection[str]) -> None:
+        """Read no answer any more of an owner that is none of *members*, those of now."""
+        self._tunnels.keep(members)
+
+    async def route(
+        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
+    ) -> Stream:
+        """Return the caller's stream *request_id*, if no other instance has it.
+
+        Raises:
+            Elsewhere: another one has it.
+            StreamNotFound, ResumeGap, ServerShutdown, InstanceUnavailable: as `Instances.route`.
+        """
+        verdict = await self._find(name_of(caller.name, request_id), lambda: None)
+        if verdict is None:
+            raise unknown("stream")
+        if verdict.state != THEIRS or verdict.owner == self._me:
+            return await self.reach(caller, request_id, start)
+        if lost is not None and lost.owner == verdict.owner:
+            raise lost.error
+        raise Elsewhere(verdict.owner, partial(self._tunnels.forward, verdict.owner))
 
     async def claimed(self, stream: Stream) -> None:
         """Wait until it is known that *stream* is answered, here or elsewhere.
@@ -336,7 +381,7 @@ class RemoteStreams:
         for task in tuple(self._tasks):
             task.cancel()
         self.peers.close()
-        if self._listener is not None:
+        if self._serves:
             self._listener.close()
 
     async def _claim(
