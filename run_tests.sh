@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the test extras into .venv if need be, lints, type-checks, runs the suite on both loops.
-# Options go to pytest.
+# Installs the test extras into .venv if need be, lints, type-checks, runs the suite.
+# Options and paths go to pytest. With paths, what only other tests may need is not looked for.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
@@ -9,6 +9,12 @@ cd "$here"
 # pip takes the variable for the value of its option `compile`.
 export PIP_NO_COMPILE=no
 ensure_installed installed-tests '[test]'
+all=yes
+# More processes than cores, since a test waits for half of its time; but each imports and collects all tests.
+processes=6
+for argument; do
+  if [ -e "${argument%%::*}" ]; then all=no processes=4; fi
+done
 # Programs of others, which tests/clients runs, in a folder of their own. What cannot be installed skips its tests.
 # The large ones are installed by hand: docs/testing.md.
 install_clients() {
@@ -33,8 +39,11 @@ install_clients() {
 }
 # What goes on beside ends with this script.
 trap 'jobs=$(jobs -p); [ -z "$jobs" ] || kill $jobs 2>/dev/null || true' EXIT
-install_clients &
-clients=$!
+clients=
+if [ "$all" = yes ]; then
+  install_clients &
+  clients=$!
+fi
 # Most of the installation waits for the network, and a test waits for half of its time.
 .venv/bin/mypy &
 types=$!
@@ -54,7 +63,7 @@ if [ ! -d /run/systemd/system ]; then  # else the installation would start them
     PATH=$PATH:/usr/sbin command -v "$name" >/dev/null || missing+=("$name")
   done
 fi
-if [ "$(id -u)" = 0 ] && [ "${#missing[@]}" != 0 ] && command -v apt-get >/dev/null; then
+if [ "$all" = yes ] && [ "$(id -u)" = 0 ] && [ "${#missing[@]}" != 0 ] && command -v apt-get >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
   apt-get -qq update >/dev/null || true
   known=()  # one that a distribution does not have must not keep the others away
@@ -70,10 +79,9 @@ fi
 # Every process of the tests imports all of them, with the bytecode that pytest makes: it is made once, before.
 unset PYTHONDONTWRITEBYTECODE
 [ -d tests/__pycache__ ] || .venv/bin/python -m pytest --collect-only -qq >/dev/null 2>&1 || true
-wait "$clients" || true
+[ -z "$clients" ] || wait "$clients" || true
 unset PIP_NO_COMPILE
-# More processes than cores, since a test waits for most of its time.
 status=0
-.venv/bin/python -m pytest -n "${TEST_PROCESSES:-8}" --dist worksteal "$@" || status=$?
+.venv/bin/python -m pytest -n "${TEST_PROCESSES:-$processes}" --dist worksteal "$@" || status=$?
 wait "$types" || status=1
 exit "$status"

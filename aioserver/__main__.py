@@ -117,7 +117,7 @@ class OutputError(OSError):
 
 
 class Output(io.FileIO):
-    """The descriptor of stdout, whose errors can be told from those of other files."""
+    """The descriptor of stdout. Its errors can be distinguished from those of other files."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         """Write *data*, and return how much of it was written.
@@ -167,7 +167,7 @@ def main() -> None:
                 # Small results reach the descriptor only now.
                 stdout.flush()
     except OutputError as error:
-        # A reader that has gone, such as `head`, wants to hear no more.
+        # A reader that has ended, such as `head`, needs no message.
         if error.errno != errno.EPIPE:
             with contextlib.suppress(OSError):
                 click.echo(f"aioserver: stdout cannot be written: {error.strerror}", err=True)

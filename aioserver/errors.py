@@ -59,6 +59,7 @@ The tree, with HTTP status, code and close code:
         AuthUnavailable             503  auth_unavailable
         DeadlineExceeded            504  deadline_exceeded
             AnswerTooLate           504  deadline_exceeded
+        VersionNotSupported         505  http_version_not_supported
         LoopDetected                508  loop_detected
         ProviderFault               faults of a provider, in provider_errors.py
 """
@@ -85,17 +86,17 @@ TYPES = {
     504: "provider_error",
     508: "provider_error",
 }
-# Seconds that a client is told to wait at most: SDKs take no more than a minute or two for true,
-# and whatever a client waits for may be over long before.
+# The largest `Retry-After` in seconds: SDKs ignore a value above a minute or two, and the reason to
+# wait may end long before.
 MAX_RETRY_AFTER = 120.0
-# The statuses of what will have room or a start again, and the seconds for which SDKs wait for it.
+# Statuses after which a request soon succeeds, and the seconds for which SDKs wait for that.
 BUSY, SOON = frozenset({429, 503, 529}), 60.0
 
 
 class AioserverError(Exception):
     """An error that a client may see.
 
-    *retry_after*: the seconds after which to try again, None if they are unknown; a client is told
+    *retry_after*: the seconds after which to try again, None if they are unknown; an answer names
     `max_retry_after` at most. *param*: the faulty field of the request.
     """
 
@@ -160,9 +161,7 @@ class AioserverError(Exception):
 
     @property
     def invites(self) -> bool:
-        """Whether it says when to come back, and soon: agents wait for that, and end their run
-        where they may not come back.
-        """
+        """Whether the answer names a short delay: agents wait for that, and end their run otherwise."""
         seconds = 1.0 if self.retry_after is None and self.status == 503 else self.retry_after
         status = self.http_status if self.provider_answer is None else self.provider_answer[0]
         return status in BUSY and seconds is not None and seconds <= SOON
@@ -227,7 +226,7 @@ class ResponseNotFound(InvalidRequest):
 class Denied(AioserverError):
     """Access is denied. *reason* is a label of the metric `auth_failures_total`, and logged.
 
-    So is *setting*, the one that would let the request in, if there is one.
+    *setting*, which is logged too, is the setting that would admit the request, if there is one.
     """
 
     reason: ClassVar[str] = ""
@@ -297,9 +296,9 @@ class HostNotAllowed(Denied):
 
 
 class RequestRefused(AioserverError):
-    """A hook of the operator's has refused the request, or cannot see it and refuses that.
+    """A hook of the operator has refused the request, or refuses all requests that it cannot see.
 
-    *http_status* is the one that the hook has named: 403, 400 or 429.
+    *http_status* is the status that the hook has named: 403, 400 or 429.
     """
 
     code, status = "request_refused", 403
@@ -383,7 +382,7 @@ class RequestTimeout(AioserverError):
 class SlowClient(AioserverError):
     """The client fell behind the events that are kept.
 
-    It is told within the stream, and may resume.
+    The stream ends with this error, and the client may resume it.
     """
 
     outcome = "slow_client"
@@ -579,8 +578,14 @@ class AnswerTooLate(DeadlineExceeded):
     bound = "whole"
 
 
+class VersionNotSupported(AioserverError):
+    """The request line names a version of HTTP other than 1.0 and 1.1 (RFC 9110, 15.6.6)."""
+
+    code, status, force_close = "http_version_not_supported", 505, True
+
+
 class LoopDetected(AioserverError):
-    """The request comes from this server, by way of a provider: nobody is asked once more."""
+    """The request comes from this server, by way of a provider: no provider is asked again."""
 
     outcome = "rejected"
     code, status = "loop_detected", 508

@@ -65,8 +65,8 @@ class ProviderFault(AioserverError):
     # The outcome of the attempt, a metric label; empty if no attempt was made.
     attempt_outcome: ClassVar[str] = ""
     # The same provider may be asked again.
-    retry: ClassVar[bool] = False
-    # That is so only once, and at once: a second fault like it is none of chance.
+    retry: bool = False
+    # The provider is asked again only once, and at once: a second fault like it is not chance.
     once: ClassVar[bool] = False
     # The next provider may be asked.
     failover: ClassVar[bool] = False

@@ -3,6 +3,7 @@ with two calls at once, on each of three engines (tests/support/chat_engine.py).
 
     npm install --prefix DIR @anthropic-ai/claude-code @openai/codex opencode-ai
     python benchmarks/agents.py DIR/node_modules/.bin [--only claude,codex,opencode] [--show]
+    python benchmarks/agents.py DIR/node_modules/.bin --cut 0.2 --tasks 5    # calls that break off
 
 The agents get nothing but a base URL and a key. A turn is well formed if the engine has refused
 nothing of it, and the task is done if the results of all four calls have come back to the engine.
@@ -19,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -106,10 +108,12 @@ async def ask(name: str, programs: Path, url: str) -> tuple[int, str, float]:
 
 
 async def trial(
-    name: str, habit: str, programs: Path, messages: str
+    name: str, habit: str, programs: Path, messages: str, cut: float, seed: int
 ) -> tuple[ChatEngine, int, str, float]:
-    """Have the agent *name* do the task on an engine of this *habit*."""
-    engine = ChatEngine(habit)
+    """Have the agent *name* do the task on an engine of this *habit*, which breaks off this share
+    of its calls.
+    """
+    engine = ChatEngine(habit, cut, seed)
     runner = web.AppRunner(engine.app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -137,24 +141,26 @@ async def trial(
     return engine, code, shown, seconds
 
 
-async def run(programs: Path, agents: list[str], messages: str, *, show: bool) -> int:
+async def run(given: argparse.Namespace) -> int:
     """Run all trials, and print them as a table; return how many have failed."""
     failed = 0
-    print("| agent | engine | turns | refused | done | exit | seconds |")
-    print("| --- | --- | ---: | ---: | --- | ---: | ---: |")
-    for name in agents:
-        for habit in HABITS:
-            engine, code, shown, seconds = await trial(name, habit, programs, messages)
+    print("| agent | engine | turns | cut | refused | done | exit | seconds |")
+    print("| --- | --- | ---: | ---: | ---: | --- | ---: | ---: |")
+    for name in given.only.split(","):
+        for habit, seed in product(HABITS, range(given.tasks)):
+            engine, code, shown, seconds = await trial(
+                name, habit, given.programs, given.messages, given.cut, seed
+            )
             done = DONE.split(":")[0] in shown and code == 0
             failed += not done or bool(engine.faults)
             print(
-                f"| {name} | {habit} | {engine.turns} | {len(engine.faults)} | "
+                f"| {name} | {habit} | {engine.turns} | {engine.cuts} | {len(engine.faults)} | "
                 f"{'yes' if done else 'no'} | {code} | {seconds:.1f} |",
                 flush=True,
             )
             for fault in sorted(set(engine.faults)):
                 print(f"    refused: {fault}")
-            if show or not done:
+            if given.show or not done:
                 print("\n".join(f"    {line}" for line in shown.splitlines()[-40:]), flush=True)
     return failed
 
@@ -168,9 +174,9 @@ def main() -> None:
     )
     parser.add_argument("--messages", default="auto", help="that setting of the provider")
     parser.add_argument("--show", action="store_true", help="print what each agent has shown")
-    given = parser.parse_args()
-    agents = given.only.split(",")
-    sys.exit(bool(asyncio.run(run(given.programs, agents, given.messages, show=given.show))))
+    parser.add_argument("--cut", type=float, default=0.0, help="share of the calls that break off")
+    parser.add_argument("--tasks", type=int, default=1, help="tasks of each agent on each engine")
+    sys.exit(bool(asyncio.run(run(parser.parse_args()))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: both event loops, servers, and the check that nothing is left behind."""
+"""Fixtures of all tests: event loops, servers, and the check that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import gc
 import inspect
 import logging
 import signal
-import zlib
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,12 @@ hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("untimed")
-# Folders whose tests are of other programs, to which the loop of the test makes no difference.
-PROGRAMS = {"browser", "commands", "deploy", "docs"}
+# Folders whose tests run on uvloop, as production does: whole servers, their sockets and processes.
+# All others hold rules, and time need not pass for them.
+ON_UVLOOP = {
+    "browser", "clients", "commands", "core", "deploy", "docs", "end_to_end", "faces", "server",
+    "soak", "tools", "workers",
+}  # fmt: skip
 
 
 def _debugging() -> asyncio.AbstractEventLoop:
@@ -58,21 +61,32 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--both-loops",
+        action="store_true",
+        help="run each async test on both event loops, but those that wait for long times",
+    )
+
+
 def pytest_asyncio_loop_factories(
     config: pytest.Config,
     item: pytest.Item,
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Every async test runs on both loops, asyncio's in debug mode, but those of other programs.
+    """Every async test runs on one loop: uvloop, or asyncio's in debug mode, on which time jumps.
 
-    Time jumps on asyncio's where nothing but the test's process takes part.
+    Tests of what the loops do differently have the mark `both_loops`.
     """
-    folders = set(item.path.relative_to(config.rootpath).parts)
-    if item.get_closest_marker("virtual_time"):
+    marks = {mark.name for mark in item.iter_markers()}
+    if "virtual_time" in marks:
         return {"asyncio": _jumping}
-    if item.get_closest_marker("one_loop") or PROGRAMS & folders:
-        return {"uvloop": uvloop.new_event_loop}
-    real = item.get_closest_marker("real_time")
-    return {"asyncio": _debugging if real else _jumping, "uvloop": uvloop.new_event_loop}
+    asyncio_loop = _debugging if "real_time" in marks else _jumping
+    both = {"asyncio": asyncio_loop, "uvloop": uvloop.new_event_loop}
+    if "both_loops" in marks or config.getoption("both_loops"):
+        return both
+    folders = set(item.path.relative_to(config.rootpath).parts)
+    name = "uvloop" if "real_time" in marks or ON_UVLOOP & folders else "asyncio"
+    return {name: both[name]}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -96,7 +110,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     The traceback then shows the `await` that came to no end. An exception that pytest-timeout
     raised in a signal handler would be lost: both loops log what a callback raises, and go on.
     """
-    _spare(items)
     usual = float(config.getoption("timeout") or config.getini("timeout"))
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
@@ -104,22 +117,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             marked = "timeout" in item.keywords
             marker = item.get_closest_marker("timeout") if marked else None
             item.obj = _bounded(item.obj, (marker.args[0] if marker else usual) * 0.9)
-
-
-def _spare(items: list[pytest.Item]) -> None:
-    """Mark what asyncio's loop is spared of a test's forms: all have run on production's, and a
-    quarter of them, the first among them, shows where the loops differ.
-
-    What says how long something may take has all its forms: that holds in time that jumps alone.
-    """
-    begun = set[tuple[object, ...]]()
-    for item in items:
-        if isinstance(item, pytest.Function) and "[asyncio-" in item.name:
-            test = (item.path, item.cls, item.originalname)
-            spared = test in begun and zlib.crc32(item.name.encode()) % 4
-            if spared and not {"patience", "within"} & vars(item.module).keys():
-                item.add_marker(pytest.mark.other_form)
-            begun.add(test)
 
 
 def _bounded(

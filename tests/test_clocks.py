@@ -53,6 +53,10 @@ SHOWN = {  # module: why it may know what time people have
     "tools.usage": "a time as `7d` ago",
     "wings.anthropic.face": "a reset that is a date, as Anthropic has it",
     "wings.simulator.shapes": "`created` in OpenAI's objects",
+    "monitoring.alerts": "the time until which former processes may run",
+    "server.runner": "since when another process has taken the place of this one",
+    "workers.parent": "the time until which former processes may run",
+    "wings.responses.compaction": "`created_at` in OpenAI's objects",
 }
 
 

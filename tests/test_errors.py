@@ -68,6 +68,7 @@ TABLE = {
         *("connect_timeout", "read_timeout", "write_timeout", "first_token_timeout"),
         "deadline_exceeded",
     },
+    505: {"http_version_not_supported"},
     508: {"loop_detected"},
 }
 TYPES = {
@@ -102,53 +103,53 @@ def test_there_are_errors_of_every_kind() -> None:
     assert len(ALL) > 25
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_each_class_has_the_status_of_the_contract(cls: type[AioserverError]) -> None:
-    assert cls.code in TABLE[cls.status]
-    assert cls("what happened").http_status == cls.status
+def test_each_class_has_the_status_of_the_contract() -> None:
+    for cls in ALL:
+        assert cls.code in TABLE[cls.status]
+        assert cls("what happened").http_status == cls.status
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_each_body_is_openais_error_object(cls: type[AioserverError]) -> None:
-    error = cls("what happened", param="field")
+def test_each_body_is_openais_error_object() -> None:
+    for cls in ALL:
+        error = cls("what happened", param="field")
 
-    assert json.loads(error.body()) == {
-        "error": {
-            "message": "what happened",
-            "type": cls.kind or TYPES.get(cls.status, "invalid_request_error"),
-            "param": "field",
-            "code": cls.code,
+        assert json.loads(error.body()) == {
+            "error": {
+                "message": "what happened",
+                "type": cls.kind or TYPES.get(cls.status, "invalid_request_error"),
+                "param": "field",
+                "code": cls.code,
+            }
         }
-    }
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_each_chunk_says_what_a_client_may_do(cls: type[AioserverError]) -> None:
-    assert cls("what happened").as_chunk() == {
-        "error": "what happened",
-        "code": cls.code,
-        "retryable": cls.retryable,
-    }
-    assert cls("what happened", retry_after=2.00049).as_chunk()["retry_after"] == 2.0
+def test_each_chunk_says_what_a_client_may_do() -> None:
+    for cls in ALL:
+        assert cls("what happened").as_chunk() == {
+            "error": "what happened",
+            "code": cls.code,
+            "retryable": cls.retryable,
+        }
+        assert cls("what happened", retry_after=2.00049).as_chunk()["retry_after"] == 2.0
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_each_503_says_when_to_come_back(cls: type[AioserverError]) -> None:
-    assert ("Retry-After" in cls("what happened").headers()) == (cls.status == 503)
+def test_each_503_says_when_to_come_back() -> None:
+    for cls in ALL:
+        assert ("Retry-After" in cls("what happened").headers()) == (cls.status == 503)
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_each_close_fits_a_close_frame(cls: type[AioserverError]) -> None:
-    assert cls.close is None or cls.close == 1000 or 1001 <= cls.close <= 1014
-    assert len(cls.close_reason) <= 123
-    assert cls.close is not None or not cls.close_reason
+def test_each_close_fits_a_close_frame() -> None:
+    for cls in ALL:
+        assert cls.close is None or cls.close == 1000 or 1001 <= cls.close <= 1014
+        assert len(cls.close_reason) <= 123
+        assert cls.close is not None or not cls.close_reason
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_each_fault_that_can_be_repeated_says_so(cls: type[AioserverError]) -> None:
-    if issubclass(cls, ProviderFault) and cls.retry:
-        assert cls.failover
-        assert cls.retryable
+def test_each_fault_that_can_be_repeated_says_so() -> None:
+    for cls in ALL:
+        if issubclass(cls, ProviderFault) and cls.retry:
+            assert cls.failover
+            assert cls.retryable
 
 
 def test_the_close_codes_are_those_of_the_contract() -> None:
@@ -198,18 +199,18 @@ def test_nobody_is_told_to_wait_for_more_than_two_minutes(seconds: float) -> Non
     assert error.as_chunk()["retry_after"] == 120.0
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_a_401_names_the_scheme_and_nothing_else_does(cls: type[AioserverError]) -> None:
-    expected = "Bearer" if cls.status == 401 else None
-    if issubclass(cls, TokenRefused):
-        expected = 'Bearer error="invalid_token"'
+def test_a_401_names_the_scheme_and_nothing_else_does() -> None:
+    for cls in ALL:
+        expected = "Bearer" if cls.status == 401 else None
+        if issubclass(cls, TokenRefused):
+            expected = 'Bearer error="invalid_token"'
 
-    assert cls("what happened").headers().get("WWW-Authenticate") == expected
+        assert cls("what happened").headers().get("WWW-Authenticate") == expected
 
 
-@pytest.mark.parametrize("cls", [cls for cls in ALL if issubclass(cls, errors.Denied)])
-def test_each_denial_has_its_reason(cls: type[errors.Denied]) -> None:
-    assert cls.reason or cls is errors.Denied
+def test_each_denial_has_its_reason() -> None:
+    for cls in [cls for cls in ALL if issubclass(cls, errors.Denied)]:
+        assert cls.reason or cls is errors.Denied
 
 
 def test_sdks_are_told_not_to_repeat_what_was_sent_to_a_provider() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.server.wings import WINGS
+from tests.support.command import serving
 from tests.support.package import PACKAGE, TESTS, TREES
 from tests.support.without_wing import copy_package_without
 
@@ -25,16 +26,21 @@ NAMES = sorted(wing.name for wing in WINGS)
 NEEDED = ("__init__.py", "core", "support")
 # Seconds for a copy to be tested.
 PATIENCE = 120.0
+# Imports the modules that it is given, and serves.
 IMPORT = """
 import importlib, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
+from aioserver.__main__ import cli
+cli(["serve", "--port", "0"])
+"""
+CONFIGURATION = """
+llm: {active: local, providers: {local: {base_url: "http://127.0.0.1:9/v1", model: m}}}
 """
 
 
-def copy_without(wing: str, into: Path) -> None:
-    """Copy the package without *wing*, and the tests of the core."""
-    copy_package_without(wing, into)
+def copy_tests(into: Path) -> None:
+    """Copy the tests of the core."""
     for name in NEEDED:
         source = TESTS / name
         if source.is_dir():
@@ -78,11 +84,11 @@ def test_nothing_but_the_table_names_a_wing_in_the_server() -> None:
     assert not namers
 
 
-# Each copy has two servers to start.
 @pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("wing", NAMES)
-def test_the_core_works_without_a_wing(wing: str, tmp_path: Path) -> None:
-    copy_without(wing, tmp_path)
+def test_the_others_are_imported_and_served_without_a_wing(wing: str, tmp_path: Path) -> None:
+    copy_package_without([wing], tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIGURATION)
     package = tmp_path / "aioserver"
     left = [
         ".".join(path.relative_to(tmp_path).with_suffix("").parts)
@@ -90,15 +96,15 @@ def test_the_core_works_without_a_wing(wing: str, tmp_path: Path) -> None:
         if path.stem not in {"__init__", "__main__"}
     ]
 
-    run(tmp_path, "-c", IMPORT, *left)
-    run(
-        tmp_path,
-        "-m",
-        "pytest",
-        "-m",
-        "core",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        "tests/core",
-    )
+    command = (sys.executable, "-P", "-c", IMPORT, *left)
+    with serving(command, tmp_path, {"PYTHONPATH": str(tmp_path)}) as address:
+        assert address.startswith("http://")
+
+
+@pytest.mark.timeout(2 * PATIENCE)
+def test_the_core_works_without_wings(tmp_path: Path) -> None:
+    copy_package_without(NAMES, tmp_path)
+    copy_tests(tmp_path)
+    command = ("-m", "pytest", "-m", "core", "--noconftest", "-p", "no:cacheprovider")
+
+    run(tmp_path, *command, "tests/core")

@@ -34,9 +34,9 @@ DOTS = 2
 class Access:
     """The section `auth` of the configuration in use.
 
-    Always: if clients need a key, they need one even when no key is left: to remove the last one
-    opens nothing. If they need none, a request is answered only under a name of this machine or an
-    allowed one, unless `auth.open` is set.
+    Always: clients that need a key need one even after the last key was removed. If clients need no
+    key, requests are answered only under a name of this machine or an allowed name, unless
+    `auth.open` is set.
 
     The object stays when the configuration is read again; its attributes are replaced. The quota
     *keyless* limits nothing: its revocation ends the work of clients without a key, once they need

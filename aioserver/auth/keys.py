@@ -81,6 +81,7 @@ def caller_of(name: str, limits: Limits, quota: Quota, **token: Any) -> Caller:
         admin=limits.admin,
         quota=quota,
         models=limits.models,
+        hold=limits.hold or "",
         **token,
     )
 

@@ -1,12 +1,13 @@
 """Browser sessions: a browser gets one for a key or a token, and holds it in a cookie.
 
-A session is `name.expiry.mac`, with an HMAC (RFC 2104) of the name, the expiry and a *binding*:
-the hash of its key, or the settings of tokens. So it ends with that, is valid in every process
-that has the same secret, and is not stored anywhere.
+A session is `name.expiry.mac`, with an HMAC (RFC 2104) of the name, the expiry and a *binding*: the
+hash of its key, or the settings of tokens. So a session ends when its key or these settings change.
+It is valid in every process with the same secret, and is not stored anywhere.
 
-The secret is random and has no other use. A secret that is derived from another one can be guessed
-if that can, and providers' keys are often words of a manual. It comes from the process that starts
-the workers, and instances of a cluster agree on one through their server.
+The secret is random and has no other use. It is not derived from the key of a provider, since such
+keys are sometimes words of a manual, and an attacker who guesses the key would then know the
+secret. The process that starts the workers makes it, and the instances of a cluster agree on one
+through Redis.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 SESSION_SECONDS = 12 * 3600
 # The bytes of a secret: as many as the digest's (RFC 2104, 3).
 SECRET_BYTES = 32
-# The bytes of a binding: with one length for all, two different texts cannot be equal.
+# The bytes of a binding. All have the same length, so that a binding and a text that follows it
+# cannot be taken for another such pair.
 BOUND_BYTES = 32
 # The most digits of an expiry: a longer number is not a date, and int() is slow with thousands of
 # digits.
@@ -67,8 +69,8 @@ class Sessions:
         return f"{text}.{self._mac(text, bound)}", expiry - now
 
     def seconds(self, session: str, bound: bytes) -> float:
-        """Return the seconds for which *session* is still valid, if it is *bound* so; 0.0 if it is
-        not.
+        """Return the seconds for which *session* is still valid; 0.0 if it is not valid, or not
+        *bound* to these bytes.
         """
         text, _, mac = session.rpartition(".")
         expiry = text.rpartition(".")[2]

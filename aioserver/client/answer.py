@@ -1,7 +1,7 @@
-"""The answer to one question: asked, read to its end, asked again where that is allowed; and its
-events, as a program sees them.
+"""The answer to one question, and its events, as a program sees them. An answer sends the question,
+reads the events to their end, and asks again if that is allowed.
 
-This file is one concept: an answer is its events, and when each of them comes.
+This file is one concept: the events of an answer, and the moments at which they come.
 
     Queued* Processing (Text | Reasoning | ToolCalls)* Complete
 
@@ -28,12 +28,12 @@ from aioserver.client.faults import (
     Retries,
     protocol_error,
 )
-from aioserver.client.socket import fault_of
+from aioserver.client.transport import fault_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from aioserver.client.socket import Question, Reading, Transport
+    from aioserver.client.transport import Question, Reading, Transport
     from aioserver.protocol.frames import Frame
 
 
@@ -111,7 +111,7 @@ Event = Queued | Waiting | Processing | Text | Reasoning | ToolCalls | Complete
 
 
 def event_of(frame: Frame) -> Event | None:
-    """Return *frame* as an event; None if it is none, or unknown here.
+    """Return *frame* as an event; None if the frame is not an event, or is unknown here.
 
     Raises:
         Broken: a field has the wrong type.
@@ -221,7 +221,7 @@ class Answer:
         self._started = self._ended = False
         # Frames that were received and not yet returned.
         self._rest: list[Frame] = []
-        # Whether a part of the answer has come; event 1 is none.
+        # Whether a part of the answer has come. Event 1 has no part of it.
         self._shown = last_event_id is not None and last_event_id > 1
         # The fault of the last repetition, and the loop's time before which nothing is sent.
         self._fault: Fault | None = None
@@ -306,8 +306,8 @@ class Answer:
         """Stop reading, and let the server cancel an answer that has not ended; of no effect after
         the end.
 
-        Returns a future that is done when the server has been told, None if there is nothing to
-        tell.
+        Return a future that is done when the command was sent to the server; None if no command is
+        needed.
         """
         self._ended = True
         return self._reading.leave()
@@ -315,15 +315,15 @@ class Answer:
     async def cancel(self) -> None:
         """Cancel the answer at the server; its reading ends here as after its last event.
 
-        It returns when the server was told, or cannot be told; cancelling an answer that has ended
+        It returns when the command was sent, or cannot be sent. Cancelling an answer that has ended
         does nothing.
         """
-        told = self.leave()
+        sent = self.leave()
         if self._timer is not None and not self._timer.expired():
             # This wakes up the task that reads.
             self._timer.reschedule(asyncio.get_running_loop().time())
-        if told is not None:
-            await asyncio.wait([told], timeout=CANCEL_TIMEOUT)
+        if sent is not None:
+            await asyncio.wait([sent], timeout=CANCEL_TIMEOUT)
 
     async def __aenter__(self) -> Self:
         return self
@@ -447,7 +447,7 @@ class Answer:
         return [Waiting(fault.code, fault.message, delay)] if delay > LEAST_WAIT else []
 
     async def _pause(self, until: float) -> None:
-        """Sleep until the loop's time *until*, or until there is room where there was none."""
+        """Sleep until the loop's time *until*, or until a full server has room again."""
         delay = until - asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(None) as timer:
@@ -472,8 +472,8 @@ class Answer:
             room.give_back()
 
     def _raise_cause(self, interrupted: Interrupted) -> None:
-        """Raise the exception of the caller's key function, as long as nothing is lost by it: the
-        rest of a running answer can still be read once the function returns a key again.
+        """Raise the exception of the caller's key function, unless the question was sent already.
+        The rest of a running answer can still be read once the function returns a key again.
         """
         if interrupted.__cause__ is not None and not self._reading.sent:
             raise interrupted.__cause__

@@ -14,11 +14,12 @@ from aioserver.client.credentials import Credentials
 from aioserver.client.event_source import NOT_CONNECTED, EventSourceTransport
 from aioserver.client.faults import AnswerError, describe
 from aioserver.client.history import PAGE, History, Summary, Turn
-from aioserver.client.socket import MAX_ID_CHARACTERS, SocketTransport, make_question
+from aioserver.client.socket import SocketTransport
+from aioserver.client.transport import MAX_ID_CHARACTERS, make_question
 
 if TYPE_CHECKING:
     from aioserver.client.credentials import Key
-    from aioserver.client.socket import Transport
+    from aioserver.client.transport import Transport
 
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0
@@ -154,7 +155,7 @@ class Client:
         return Answer(self._opened(), question, limit, last_event_id, retry=self._retry)
 
     def conversation(self, conversation_id: str | None = None) -> Conversation:
-        """Return a conversation: a new one, or the one that has this id.
+        """Return the conversation with this id, which need not exist yet; by default a new one.
 
         Without a key all clients are one caller, so an id should be hard to guess: the default is
         a UUID.
@@ -167,7 +168,7 @@ class Client:
         Without keys these are the conversations of this machine's address.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         return await self._history().listing(most)
 
@@ -175,7 +176,7 @@ class Client:
         """Return the turns of a conversation that the server keeps, the oldest first.
 
         Raises:
-            AnswerError: they cannot be had; `conversation_not_found`: there is no such
+            AnswerError: they cannot be read; `conversation_not_found`: there is no such
                 conversation.
         """
         return await self._history().turns(conversation_id)
@@ -241,7 +242,7 @@ class Conversation:
         ended.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         try:
             return await self._client.turns(self.id)

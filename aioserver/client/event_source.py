@@ -35,7 +35,7 @@ from aioserver.client.faults import (
     refusal,
     unreachable_fault,
 )
-from aioserver.client.socket import MAX_FRAME_BYTES, Reading, Transport, fault_of
+from aioserver.client.transport import MAX_FRAME_BYTES, Reading, Transport, fault_of
 from aioserver.protocol import eventstream
 from aioserver.protocol import frames as protocol_frames
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from aioserver.client.credentials import Credentials
-    from aioserver.client.socket import Question
+    from aioserver.client.transport import Question
     from aioserver.protocol.frames import Frame
 
 # Seconds without a byte after which the connection is dead: four of the server's `ping_interval`.
@@ -111,7 +111,7 @@ class EventSourceReading(Reading):
         super()._give_back()
 
     def _parse(self, data: bytes) -> list[Frame]:
-        """Return the frames that *data* completes, up to one that interrupts the reading."""
+        """Return the frames that *data* completes, up to a frame that interrupts the reading."""
         frames: list[Frame] = []
         try:
             for event in eventstream.parse(self._splitter.feed(data)):
@@ -311,7 +311,7 @@ class EventSourceTransport(Transport):
         self._readings.discard(reading)
 
     def cancel(self, request_id: str) -> asyncio.Future[None] | None:
-        """Cancel an answer. Returns a future that is done when the server was told."""
+        """Cancel an answer. Returns a future that is done when the server has the request."""
         return None if self.closed else self.start(self._cancel(request_id))
 
     def make_room(self) -> None:

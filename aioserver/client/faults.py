@@ -1,5 +1,5 @@
-"""The faults of an answer: the one error that it may raise, the meaning of a refusal, and which
-fault is retried, and when.
+"""The faults of an answer: the one error that it may raise, the meaning of a refusal, and the rules
+by which a question is asked again.
 
 No I/O, no clock: seconds are returned, and the caller waits. All waits have full jitter: a random
 part of a span that doubles with each failure (Marc Brooker, "Exponential Backoff And Jitter",
@@ -31,8 +31,9 @@ class AnswerError(Exception):
     - `protocol_error`: the bytes are not an aioserver's.
     - `cancelled`: another client or program has cancelled the answer.
 
-    *message* is for people. *retryable*: the same question may succeed later, and is not paid for
-    twice; after *retry_after* seconds, if they are known. *text* is the text of the answer so far.
+    *message* is for people. If *retryable*, the same question may succeed after *retry_after*
+    seconds (None: unknown), and would not be paid for twice. *text* is the text of the answer so
+    far.
     """
 
     def __init__(
@@ -194,17 +195,17 @@ def _seconds(text: str | None, per_second: int) -> float | None:
     return int(text) / per_second
 
 
-# The longest span of a random wait, in seconds; and the longest after "not now".
+# The longest span of a random wait, in seconds; and the longest span after a code of FULL.
 MAX_SPAN, MAX_BUSY_SPAN = 30.0, 8.0
-# Clients come back to a stopping server after 1 to 10 s: its successor has to start, and all
-# clients come at once.
+# Clients come back to a stopping server after 1 to 10 s: its successor has to start, and all clients
+# must not come at once.
 RESTART_LEAST, RESTART_SPAN = 1.0, 9.0
 # Attempts to reach a server that has never been reached: a wrong address is reported soon.
 FIRST_TRIES = 3
-# How often a question is asked again after a provider's fault that was not paid for.
+# How often a question is asked again after a fault of a provider that has cost nothing.
 MAX_UNPAID = 2
 
-# Codes that mean "not now".
+# Codes of refusals that may soon pass.
 FULL = frozenset(
     {
         "server_at_capacity",
@@ -220,7 +221,7 @@ FULL = frozenset(
 )
 # The subset of codes that mean that all places are taken.
 NO_ROOM = FULL - {"circuit_open", "no_provider", "provider_rate_limited", "rate_limit_exceeded"}
-# Codes of faults before a provider has had the question.
+# Codes of faults that come before a provider has received the question.
 UNPAID = frozenset({"request_timeout", "connect_error", "connect_timeout"})
 SHUTDOWN = "server_shutdown"
 # Close codes (RFC 6455, 7.4.1) after which a client must not repeat the same.
@@ -287,7 +288,7 @@ class Retries:
 
 
 class Reconnection:
-    """When a transport connects again.
+    """Decides when a transport connects again.
 
     Always: the first attempt after an event is immediate, unless the server has said otherwise.
     """

@@ -82,14 +82,14 @@ class Client:
         return Answer(self, self._thread, self._thread.run(make()))
 
     def conversation(self, conversation_id: str | None = None) -> Conversation:
-        """Return a conversation: a new one, or the one that has this id."""
+        """Return the conversation with this id, which need not exist yet; by default a new one."""
         return Conversation(self, self._client.conversation(conversation_id))
 
     def conversations(self, most: int = PAGE) -> list[Summary]:
         """Return the *most* conversations of this key that were used last, the newest first.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         return self._thread.run(self._client.conversations(most))
 
@@ -97,7 +97,7 @@ class Client:
         """Return the turns of a conversation that the server keeps, the oldest first.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         return self._thread.run(self._client.turns(conversation_id))
 
@@ -127,7 +127,7 @@ class Conversation:
         ended.
 
         Raises:
-            AnswerError: they cannot be had.
+            AnswerError: they cannot be read.
         """
         return self._client.run(self._conversation.turns())
 

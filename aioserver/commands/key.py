@@ -94,8 +94,8 @@ def command(
     NAME is the client's name in logs and limits. The key is printed this once; below it is the
     line for auth.keys in config.yaml, which holds only the key's SHA-256 hash.
 
-    FILE is the one that auth.keys_file names: with --add it gets that line, with --revoke it loses
-    it. Running servers see either within seconds.
+    FILE is the file that auth.keys_file names. --add adds that line to it, and --revoke removes
+    it. Running servers see the change within seconds.
     """
     if sum(file is not None for file in (add, revoke, shown)) > 1:
         raise click.UsageError("--add, --revoke and --list are one at a time")

@@ -47,11 +47,14 @@ THREADS_TIMEOUT = 1.0
 YOUNG, OLD = 2_000, 100
 
 
-def serve(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
+def serve(
+    config: Path | None, *, host: str | None, port: int | None, loop: str, replaceable: bool
+) -> int:
     """Serve until SIGTERM or SIGINT.
 
-    *host* and *port* replace the configured ones. Returns the exit code: 0, 2 for a configuration
-    or an interpreter that cannot serve, 1 for anything else.
+    *host* and *port* replace the configured ones. *replaceable*: a single process has a parent,
+    too, which can replace it. Returns the exit code: 0, 2 for a configuration or an interpreter
+    that cannot serve, 1 for anything else.
     """
     output.open_closed()
     # By default SIGHUP kills; it is ignored until there is a server that can reload.
@@ -78,8 +81,10 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
         settings = configuration.settings
         if worker is not None:
             settings = worker.settings(settings)
-        elif settings.chat.websocket.concurrency.uvicorn.workers > 1:
-            again = partial(serve, config, host=host, port=port, loop=loop)
+        elif replaceable or settings.chat.websocket.concurrency.uvicorn.workers > 1:
+            again = partial(
+                serve, config, host=host, port=port, loop=loop, replaceable=replaceable
+            )
             return _serve_with_workers(configuration, environ, inherited, again)
         few_files = preflight.raise_file_limit(settings)
         preflight.make_room_for_files(settings)
@@ -129,7 +134,7 @@ def _serve_with_workers(
     inherited: Sequence[socket.socket],
     again: Callable[[], int],
 ) -> int:
-    """Serve with several processes: see `aioserver.workers.parent`. Return the exit code.
+    """Serve with workers below a parent: see `aioserver.workers.parent`. Return the exit code.
 
     *again* serves as one of them.
 
@@ -268,6 +273,7 @@ async def _run(
         ) as server:
             if worker is not None and loads is not None:
                 balance = await _balance(worker, loads, server.sharing)
+                _count_deaths(worker, server)
             runner = Runner(server, balance)
             if worker is None:
                 notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
@@ -299,6 +305,15 @@ async def _run(
     if code == 0:
         logger.info("stopped")
     return code
+
+
+def _count_deaths(worker: Worker, server: Server) -> None:
+    """Count the workers that have died before *worker* was started."""
+    for cause in worker.deaths:
+        if (counter := server.context.metrics.worker_deaths.get(cause)) is not None:
+            counter.value += 1
+            text = f"a worker has died ({cause}), and its running answers are lost"
+            server.context.monitor.incident("worker_died", text, severity="error")
 
 
 async def _balance(worker: Worker, loads: Loads, sharing: Sharing | None) -> Balance:
@@ -343,6 +358,16 @@ async def _serve(
     reloading = asyncio.create_task(reload.run())
     try:
         await stop.asked.wait()
+        if not stop.now.is_set():
+            outcomes = server.context.metrics.outcomes.values()
+            before = sum(counter.value for counter in outcomes)
+            logger.info(
+                "replaced: this process accepts no more connections, and keeps its answers"
+            )
+            await runner.retire(stop.now)
+            ended = sum(counter.value for counter in outcomes) - before
+            running = server.context.gateway.running
+            logger.info("replaced: %d answers have ended since, %d still run", ended, running)
         logger.info("stopping")
         if stop.orphaned:
             # No receiver is left.
@@ -350,17 +375,22 @@ async def _serve(
         else:
             notifier.stopping()
         reloading.cancel()
-        await runner.end(hand_over=stop.hand_over, at_once=stop.orphaned)
+        await runner.end(at_once=stop.orphaned)
     finally:
         reloading.cancel()
     return 0
 
 
 def _ignore() -> None:
-    logger.warning("SIGUSR2 is ignored: it replaces workers, and is for the parent of several")
+    logger.warning(
+        "SIGUSR2 is ignored: it is for the parent of workers, which serve --replaceable makes"
+    )
 
 
 def _status(server: Server) -> str:
     """Return the line that `systemctl status` shows."""
     gate = server.context.admission.gate
-    return f"{gate.inside} of {gate.limit} connections, {gate.waiting} waiting"
+    text = f"{gate.inside} of {gate.limit} connections, {gate.waiting} waiting"
+    for former in server.context.monitor.snapshot["former"]:
+        text += f"; {former['answers']} answers, longest {former['longest']:.0f} s"
+    return text

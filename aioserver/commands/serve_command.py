@@ -32,13 +32,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="Event loop; auto: uvloop if it is installed.",
 )
+@click.option(
+    "--replaceable",
+    is_flag=True,
+    help="Let SIGUSR2 replace a single worker, too: it gets a parent process (Linux).",
+)
 @options.version
-def command(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
+def command(
+    config: Path | None, *, host: str | None, port: int | None, loop: str, replaceable: bool
+) -> int:
     """Serve chat clients; the default.
 
     SIGTERM and Ctrl-C stop the server: answers that are running have the seconds of
     chat.websocket.shutdown_timeout to finish; a second signal ends the process at once. SIGHUP
-    reloads the configuration. SIGUSR2 replaces the processes, if there are several workers.
+    reloads the configuration. SIGUSR2 replaces the processes, if there are several workers or
+    --replaceable is given: running answers stay where they are until they end.
     """
     # Nearly every object of the imports and the settings lives as long as the process: the
     # collector's passes over them were a tenth of the start. `serve` enables it once it listens.
@@ -46,6 +54,6 @@ def command(config: Path | None, *, host: str | None, port: int | None, loop: st
     try:
         from aioserver.commands.serve import serve  # noqa: PLC0415 - start-up time
 
-        return serve(config, host=host, port=port, loop=loop)
+        return serve(config, host=host, port=port, loop=loop, replaceable=replaceable)
     finally:
         gc.enable()

@@ -28,6 +28,7 @@ from aioserver.config.validators import (
     seconds_or_0,
     size,
 )
+from aioserver.protocol.request_options import AGENTS, HOLDS
 
 LOCAL_ORIGINS = ("http://localhost:8000", "http://127.0.0.1:8000")
 
@@ -159,6 +160,11 @@ class WebSocket(SettingsClass):
         seconds,
         "seconds that running streams have to finish on a stop; beyond: `server_shutdown`",
         30.0,
+    )
+    replace_timeout: float = setting(
+        seconds_or_0,
+        "seconds that a worker which is replaced keeps its answers; beyond: as on a stop",
+        600.0,
     )
     drain_delay: float = setting(
         seconds_or_0,
@@ -298,6 +304,13 @@ class Streams(SettingsClass):
         "seconds that an answer runs on without a reader, and that a finished one is kept; "
         "0: no answer can be resumed",
         30.0,
+    )
+    hold: str = setting(
+        one_of(*HOLDS, AGENTS),
+        "what of a streamed answer is held: what comes before its content; from the first piece "
+        "of a tool call on, all until the model has finished; the whole turn; or, with agents, "
+        "the turn of a subagent, the calls of another agent, and else the preamble",
+        AGENTS,
     )
     max_stream_bytes: int = setting(
         size,

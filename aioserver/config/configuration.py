@@ -35,6 +35,7 @@ from aioserver.config.settings import SETTINGS, Auth, ClientKey, Limits, Provide
 from aioserver.config.shipped import SHIPPED, fill
 from aioserver.files.reading import UnreadableFile, read_file
 from aioserver.protocol.addresses import loopback
+from aioserver.protocol.request_options import PREAMBLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 
 # A variable as a shell and LiteLLM write it.
+# Seconds of silence that what stands between a client and this server may take for a dead connection,
+# less some.
+SILENCE = 50.0
 _REFERENCE = re.compile(r"\$([A-Z_][A-Z0-9_]{1,63})|os\.environ/([A-Z_][A-Z0-9_]{1,63})")
 
 
@@ -104,7 +108,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             settings = exc.partial
             document.faults += [
                 document.fault(error.path, _message(error, document))
-                for error in inheritance.told_once(exc.errors)
+                for error in inheritance.without_inherited(exc.errors)
             ]
         credentials = Credentials(document, environ, again=again)
         providers = settings.llm.providers
@@ -334,6 +338,13 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
             "(set queue_timeout: 5.0, or 0 if that is wanted)"
         )
         yield document.fault((*concurrency, "connection_queue_size"), message)
+    if settings.chat.streams.hold != PREAMBLE and settings.chat.websocket.ping_interval > SILENCE:
+        path = ("chat", "websocket", "ping_interval")
+        message = (
+            f"above {SILENCE:g} s, while tool calls are held: proxies between here and an agent "
+            "often end a connection on which nothing comes for 60 s"
+        )
+        yield document.fault(path, message)
     if "*" in settings.chat.websocket.allow_origins and not auth.guarded:
         path = ("chat", "websocket", "allow_origins")
         yield document.fault(path, 'with "*" and without keys every page on the web may chat')

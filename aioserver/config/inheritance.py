@@ -27,8 +27,8 @@ TOGETHER = (("base_url", "simulated"), KEYS)
 
 
 class Inheritance:
-    """Which provider of *document* inherits from which; the values are merged when this object is
-    made.
+    """The inheritance between the providers of *document*. Their values are merged when this object
+    is made.
 
     A provider whose `like` leads nowhere becomes faulty, with its fault in the document.
     """
@@ -100,7 +100,7 @@ class Inheritance:
         self._document.faults.append(self._document.fault(path, message))
         return FAULTY
 
-    def told_once(self, errors: Iterable[vol.Invalid]) -> Iterator[vol.Invalid]:
+    def without_inherited(self, errors: Iterable[vol.Invalid]) -> Iterator[vol.Invalid]:
         """Yield the *errors* that a provider has not inherited from another one."""
         errors = list(errors)
         known = {(_at(error), str(error.error_message)) for error in errors}

@@ -244,9 +244,7 @@ def fields(cls: type[Any] | object) -> list[dataclasses.Field[Any]]:
 
 
 def key_of(field: dataclasses.Field[Any]) -> str:
-    """Return the key of *field* in the file: its name, without the `_` of one that would be a
-    keyword of Python.
-    """
+    """Return the key of *field* in the file: its name, without the `_` after a Python keyword."""
     return field.name.removesuffix("_")
 
 
@@ -394,7 +392,7 @@ def changed(owner: T, **values: Any) -> T:
     """Return a copy of *owner*, a section, with *values* instead of its own.
 
     Its rules are not checked again, as `dataclasses.replace` would: a section that breaks one of
-    them has been reported, and is still searched for other faults. `FAULTY` stays what it is.
+    them has been reported, and is still searched for other faults. `FAULTY` is returned as it is.
     """
     if owner is FAULTY:
         return owner

@@ -71,6 +71,7 @@ from aioserver.config.validators import (
     weight,
 )
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
+from aioserver.protocol.request_options import AGENTS, HOLDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -164,6 +165,11 @@ class Limits(SettingsClass):
         optional(list_of(asked)),
         "names of models that the caller may ask for, each as its requests write it; one that ends "
         "with * stands for all that begin so; any other: 404; null: all",
+        None,
+    )
+    hold: str | None = setting(
+        optional(one_of(*HOLDS, AGENTS)),
+        "what of a streamed answer is held for the caller, as in chat.streams; null: as there",
         None,
     )
     expires: str | None = setting(

@@ -418,7 +418,7 @@ TAKEN = frozenset(
         *("/health", "/healthz", "/livez", "/ready", "/readyz"),
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"),
         *("/v1/messages", "/v1/messages/count_tokens"),
-        "/v1/responses",
+        *("/v1/responses", "/v1/responses/compact", "/v1/responses/input_tokens"),
         "/conversations",
     )
 )

@@ -290,7 +290,7 @@ class Admission:
         try:
             try:
                 guard: AbstractContextManager[object] = NOTHING
-                if hold is not None and hold.request_options is not NO_REQUEST_OPTIONS:
+                if hold is not None and hold.request_options.bounding:
                     deadline = Deadline(hold.arrived, hold.request_options)
                     on_position = deadline.telling("the door", None)
                     guard = Guard(deadline, self.metrics.count_deadline)

@@ -52,12 +52,16 @@ class Lifecycle:
 
     *ready* is false until the server has started, and again from the moment when it begins to
     stop. *stopping* is set `drain_delay` seconds later, and open connections end then: until that
-    moment a load balancer can send its clients elsewhere.
+    moment a load balancer can send its clients elsewhere. *retired* is set with it, or before,
+    where others serve in its place: from then on each connection ends when nothing runs on it.
     """
 
     def __init__(self) -> None:
         self.ready = False
         self.stopping = asyncio.Event()
+        self.retired = asyncio.Event()
+        # When another process took the place of this one, in Unix time.
+        self.former_since: float | None = None
 
 
 class OpenSocket(Protocol):

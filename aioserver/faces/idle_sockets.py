@@ -1,16 +1,16 @@
-"""Which idle WebSocket gives way, where one key holds most places and others wait for one.
+"""The choice of the idle WebSocket that closes if one key holds most places and other keys wait.
 
-An idle socket holds a place, and a key may open as many as there are places, whatever else its
-limits are. While a client of another key waits for a place, the socket of that key which has been
-idle longest closes. At most one closes for each client that waits. None closes that has an answer
-under way or has asked within the last IDLE_SECONDS, and none once the key has no more than half of
-the places.
+An idle socket holds a place, and the limits of a key do not bound its sockets. While a client of
+another key waits for a place, the key with the most places loses the socket that has been idle
+longest. At most one socket closes for each client that waits. A socket stays open if it has an
+answer under way, or has asked within the last IDLE_SECONDS. No more sockets close once the key has
+at most half of the places.
 
 A chat, a resume or a cancel that is carried out counts as asking, and so does the handshake. Pings
-do not count, so they keep no place.
+do not count, so a client cannot keep its place by them.
 
-The place of a socket is free as soon as it gives way, however long its client takes to close. So a
-client that may not wait (`queue_timeout: 0`) gets one, too.
+The place of a socket is free as soon as the socket begins to close, however long its client takes.
+So a client that may not wait (`queue_timeout: 0`) gets a place, too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
 
-# Seconds without a question after which a socket is idle: a person may need that long to type one.
+# Seconds without a question after which a socket is idle: a person may type a question as long.
 IDLE_SECONDS = 30.0
 # Seconds until it is known whether another process has a place for the waiting clients.
 KNOWN = 0.05
@@ -40,18 +40,18 @@ class IdleSocket(Protocol):
         """Whether answers run on this socket."""
 
     def give_way(self) -> None:
-        """Give the place back, and close, since others wait for one; `remove` follows."""
+        """Give the place back, and close, since other clients wait for a place; `remove` follows."""
 
 
 class IdleSockets:
     """The places of each key, its waiting clients, and its sockets in the order of their last
     question.
 
-    Always: a socket is told to give way at most once. Clients without a key are one caller, and
-    not counted. Each change takes the same time, however many sockets there are.
+    Always: `give_way` is called at most once for a socket. Clients without a key are one caller,
+    and are not counted. Each change takes the same time, however many sockets there are.
 
-    *limit* returns how many places there are, *waiting* how many clients wait for one, and
-    *elsewhere* whether another process may have one for them: then no socket has to give way.
+    *limit* returns the number of places, and *waiting* the number of clients that wait for a place.
+    *elsewhere* returns whether another process may have a free place: then no socket has to close.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class IdleSockets:
     def opened(self, name: str) -> None:
         """Count a place that a client of the key *name* has got."""
         if name:
-            # This comes first since it may fail: a place is either counted or it is not.
+            # The call comes first since it may fail: the place is then not counted.
             if self._waiters:
                 self._look_in(0.0)
             places = self._places

@@ -32,6 +32,7 @@ from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.client_headers import HOP, MAX_HOPS, collect, hops
 from aioserver.protocol.model_body import ModelBody
+from aioserver.protocol.request_options import SESSIONS
 from aioserver.providers.backpressure import LEAST_RATE
 
 if TYPE_CHECKING:
@@ -58,8 +59,6 @@ PIECE_BYTES = 1 << 16
 FIRST_BYTES = 1 << 18
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 IDEMPOTENCY_KEY = istr("Idempotency-Key")
-# Headers in which agents send the id of their session: Claude Code, Codex, opencode.
-SESSIONS = (istr("x-claude-code-session-id"), istr("session-id"), istr("x-session-id"))
 CODINGS = (hdrs.CONTENT_ENCODING, hdrs.TRANSFER_ENCODING)
 
 

@@ -36,6 +36,7 @@ from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.request import Request
 from aioserver.gateway.stream_usage import UsageAttempt
 from aioserver.protocol.eventstream import HEARTBEAT
+from aioserver.protocol.request_options import HOLD, PREAMBLE
 from aioserver.provider_errors import NoProvider
 from aioserver.providers.api import CHAT, Api, CompletionsApi, WordlessApi
 from aioserver.providers.attempt import Attempt
@@ -293,6 +294,8 @@ def _streamed_response(
     if outcome.provider:
         headers["x-aioserver-provider"] = outcome.provider
         headers["x-aioserver-attempts"] = str(outcome.attempts)
+    if outcome.hold not in ("", PREAMBLE):
+        headers[HOLD] = outcome.hold
     if fits(request):
         all_kept = stream.ended and stream.private and not stream.offset
         if all_kept and stream.bytes <= HIGH_WATER:

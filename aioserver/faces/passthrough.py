@@ -83,9 +83,7 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 async def expect_later(_request: web.Request) -> None:
-    """Do not send `100 Continue` yet: the body is asked for once the request has been found to
-    pass.
-    """
+    """Do not send `100 Continue` yet: the body is asked for once the request may pass."""
 
 
 async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Request:

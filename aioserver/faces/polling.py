@@ -48,19 +48,19 @@ def wanted(request: web.Request) -> bool:
 
 
 async def prepare(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
-    """Find the stream."""
+    """Find the stream of the answer."""
     name = client_frames.identifier(request.match_info["request_id"])
     stream = await context.gateway.route(request, name, NEWEST)
     context.gateway.lifetime.let_go(stream)
     return stream
 
 
-async def tell(context: Context, request: web.Request, stream: Stream) -> web.StreamResponse:
+async def answer(context: Context, request: web.Request, stream: Stream) -> web.StreamResponse:
     """Answer with the state of *stream*, and write it, for as long as its client needs to read it.
 
     Raises:
-        ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
-        StreamNotFound, InstanceUnavailable, ServerShutdown: it has gone meanwhile.
+        ServerAtCapacity: the kept bytes of all streams would exceed `max_kept_bytes`.
+        StreamNotFound, InstanceUnavailable, ServerShutdown: the stream has gone meanwhile.
     """
     if stream.broken is not None:
         raise stream.broken

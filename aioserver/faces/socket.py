@@ -71,6 +71,8 @@ MAX_WAITING_MESSAGES = 16
 MAX_WAITING_BYTES = 1 << 20
 # Seconds for a client to read the remaining bytes, and again to answer a close frame.
 CLOSE_TIMEOUT = 2.0
+# Seconds for the first question of a socket that gets its place when others serve already.
+LAST_QUESTION = 1.0
 # Seconds for the running answers of a socket whose token has expired.
 LAST_ANSWERS = 60.0
 # The close code of a connection that ends without a close frame (RFC 6455, 7.1.5).
@@ -241,6 +243,9 @@ class Socket(ABC):
                 # A socket that is closing gets no answers, and nothing is paid for them.
                 if self._closing is None:
                     at_once(self.receive(data, hold))
+        if context.lifecycle.retired.is_set():
+            # It has waited for its place, and may have a question.
+            self._loop.call_later(LAST_QUESTION, self.drain)
 
     def refused(self, error: AioserverError) -> None:
         """Report to the client that it gets no place, and close."""
@@ -354,7 +359,7 @@ class Socket(ABC):
 
         A socket that waits for its place is closed by the refusal of admission instead.
         """
-        if self._inside and not self.busy:
+        if self.open and not self.busy:
             self.close(ServerShutdown.close or 1012, ServerShutdown.close_reason)
 
     def revoke(self) -> None:
@@ -371,10 +376,12 @@ class Socket(ABC):
             raise self.caller.expired()
 
     def answers_ended(self) -> None:
-        """Close now that no answer runs, if the server stops or the caller's token has expired."""
+        """Close now that no answer runs, if others serve in place of this process, the server
+        stops, or the caller's token has expired.
+        """
         if self.busy:
             return
-        if self._context.lifecycle.stopping.is_set():
+        if self._context.lifecycle.retired.is_set():
             self.drain()
         elif self._expired:
             self._end_expired()

@@ -44,7 +44,7 @@ def routes(context: Context) -> list[web.RouteDef]:
     admission = context.admission
     endpoint = context.settings.chat.sse.endpoint
     stream = f"{endpoint}/{http.REQUEST_ID}"
-    following = counted(
+    follow = counted(
         admission,
         "sse",
         partial(prepare_resume, context),
@@ -52,8 +52,8 @@ def routes(context: Context) -> list[web.RouteDef]:
         partial(busy, context),
         broken,
     )
-    telling = counted(
-        admission, "sse", partial(polling.prepare, context), partial(polling.tell, context)
+    answer_state = counted(
+        admission, "sse", partial(polling.prepare, context), partial(polling.answer, context)
     )
     return [
         web.post(
@@ -61,18 +61,18 @@ def routes(context: Context) -> list[web.RouteDef]:
             counted(admission, "sse", partial(prepare, context), partial(start, context)),
         ),
         web.get(endpoint, partial(listing, context)),
-        web.get(stream, partial(get, following, telling)),
+        web.get(stream, partial(get, follow, answer_state)),
         web.delete(stream, partial(cancel, context)),
     ]
 
 
 async def get(
-    following: Callable[[web.Request], Awaitable[web.StreamResponse]],
-    telling: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    follow: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    answer_state: Callable[[web.Request], Awaitable[web.StreamResponse]],
     request: web.Request,
 ) -> web.StreamResponse:
-    """Answer a GET: by *telling* how far the answer is, or by *following* it."""
-    return await (telling if polling.wanted(request) else following)(request)
+    """Answer a GET with the state of an answer (*answer_state*), or with its events (*follow*)."""
+    return await (answer_state if polling.wanted(request) else follow)(request)
 
 
 class Events(EventSourceResponse):

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.faces.context import Context
 
+# Lets a watcher come back without a pause.
+AT_ONCE = b"retry: 0\n\n"
+
 
 def probes(context: Context) -> list[web.RouteDef]:
     """Return the routes for load balancers and process managers, which need no key."""
@@ -176,20 +179,23 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
     try:
         # This line begins the block of the first event, which `watch` sends.
         writer.send(RETRY)
-        await monitor.watch_all(writer, every)
+        await monitor.watch_all(writer.send, every)
         with quota.held(watcher=request[CALLER]):
             await _until_the_end(context, request[CALLER])
+        if not context.lifecycle.stopping.is_set():
+            # Another process takes its watcher.
+            writer.send(AT_ONCE)
         await writer.flush()
     except Denied as error:
         writer.send(eventstream.write(orjson.dumps(error.as_chunk()), event="error"))
         await writer.flush()
     finally:
-        run_all((partial(monitor.leave, writer), writer.close))
+        run_all((partial(monitor.leave, writer.send), writer.close))
     return response
 
 
 async def _until_the_end(context: Context, caller: Caller) -> None:
-    """Wait until the server stops.
+    """Wait until the server stops, or others serve in its place.
 
     Raises:
         InvalidApiKey: the key or token of *caller* has expired.
@@ -197,7 +203,7 @@ async def _until_the_end(context: Context, caller: Caller) -> None:
     left = None if caller.expires == inf else caller.expires + SKEW - monotonic()
     try:
         async with asyncio.timeout(left):
-            await context.lifecycle.stopping.wait()
+            await context.lifecycle.retired.wait()
     except TimeoutError:
         raise caller.expired() from None
 

@@ -83,7 +83,7 @@ class SocketPlace:
                 return
             try:
                 self._socket.entered(self._place)
-            except Exception as exc:  # noqa: BLE001 - logged below, and the client is told
+            except Exception as exc:  # noqa: BLE001 - logged below, and sent to the client
                 error = exc
         if error is not None and not self._over:
             if not isinstance(error, AioserverError):

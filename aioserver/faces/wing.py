@@ -23,7 +23,7 @@ from aioserver.streams.store import StreamStore
 from aioserver.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
     from contextlib import AsyncExitStack
 
     from aioserver.auth.callers import Peer
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from aioserver.gateway.contracts.sharing import Sharing
     from aioserver.monitoring.section import Section
     from aioserver.providers.api import Api
-    from aioserver.providers.registry import Simulated
     from aioserver.telemetry.tracer import Tracer
 
 
@@ -62,14 +61,12 @@ class Core(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Routes(msgspec.Struct, frozen=True, kw_only=True):
-    """Routes of handlers by who may use them: any caller, admins alone, everybody.
-
-    *websockets* are handshakes, open to any caller.
+    """The routes of a wing, by who may use them: *key* routes need a key, if keys are configured.
+    *open* routes need none. *websockets* are handshakes, which need a key, too.
     """
 
     websockets: Sequence[web.RouteDef] = msgspec.field(default=())
     key: Sequence[web.RouteDef] = msgspec.field(default=())
-    admin: Sequence[web.RouteDef] = msgspec.field(default=())
     open: Sequence[web.RouteDef] = msgspec.field(default=())
 
 
@@ -93,8 +90,8 @@ class Wing:
     commands: Commands | None = None
     # The logs of other instances.
     instances: Instances | None = None
-    # The providers to which `simulated: true` leads.
-    simulated: Simulated | None = None
+    # The function that starts the simulated provider at its first call, and returns its base URL.
+    simulator: Callable[[], Awaitable[str]] | None = None
     # The callers of tokens.
     callers: Tokens | None = None
     # The traces of requests.

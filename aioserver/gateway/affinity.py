@@ -2,8 +2,8 @@
 prompt.
 
 An engine that has read the beginning before reads only the rest, which saves seconds in a long
-conversation. So a request goes to its home if that has a place, and otherwise waits there for a
-moment: no longer than a few times what reading the prompt anew would cost elsewhere. That is delay
+conversation. So a request goes to its home if the home has a place, and otherwise waits there for a
+moment: at most a few times the seconds in which another member would read the prompt. That is delay
 scheduling (Zaharia et al., "Delay Scheduling", EuroSys 2010). A member is not a home while it has
 more than twice its share of the work under way, and two more ("Consistent Hashing with Bounded
 Loads", Mirrokni, Thorup, Zadimoghaddam, SODA 2018). So a popular beginning does not fill one
@@ -12,7 +12,7 @@ engine while others are idle.
 A new conversation's home is the winner of the rendezvous of its identity and the members' names
 (Thaler, Ravishankar, "Using name-based mappings to increase hit rates", 1998). So conversations
 are spread evenly, and all instances of a cluster agree. Several instances use the rendezvous
-alone, since what each of them has seen is soon outdated.
+alone, since the record of each instance is soon outdated.
 
 These digests are a guess about the caches of engines. A wrong guess costs time, never an answer.
 """
@@ -45,9 +45,9 @@ SMOOTHING, MEASURED_BYTES = 0.1, 4096
 
 
 class Placement(NamedTuple):
-    """The place of one request. *home* is a member, None if there is none. *known* has the bytes
-    of the prompt that each member knows, and *delays* the seconds after which it joins the queue
-    of each. *remembered* says whether what the members know is recorded.
+    """The place of one request. *home* is a member, None if the request has no home. *known* has
+    the bytes of the prompt that each member knows, and *delays* the seconds after which the request
+    joins the queue of each. *remembered* says whether sent prompts are recorded here.
     """
 
     prefix: Prefix
@@ -62,15 +62,15 @@ class Placement(NamedTuple):
         return any(self.delays.values())
 
     def label(self, started_at: Member) -> str:
-        """Return a word for the member where it has started: its home or not."""
+        """Return a word for the member at which the request has started: its home or not."""
         if not self.prefix.has_history:
             return NEW
         return HOME if started_at is self.home else OTHER
 
 
 class Affinity:
-    """Which prompts were sent to which member, by digests of their beginnings; the least recently
-    used are dropped.
+    """The members to which prompts were sent, by digests of the beginnings of the prompts. The least
+    recently used digests are dropped.
 
     Always: there are at most MAX_DIGESTS digests. *alone* False: other instances send prompts to
     the same engines, so the home follows from the rendezvous alone.
@@ -107,7 +107,8 @@ class Affinity:
         # The member may have joined while the request waited, and have no mark of its own yet.
         member.mark_holds()
         mark, members = 1 << member.mark, self._members
-        # The shortest becomes the newest: a member that knows a beginning knows every shorter one.
+        # The shortest digest becomes the newest: a member that knows a beginning knows all shorter
+        # beginnings.
         for digest in reversed(prefix.digests):
             members[digest] = members.pop(digest, 0) | mark
         while len(members) > MAX_DIGESTS:
@@ -117,7 +118,7 @@ class Affinity:
         """Return how many bytes of the prompt were sent to each member before."""
         known = dict.fromkeys(members, 0)
         wanted = {1 << member.mark: member for member in members if member.mark_holds()}
-        # A member that does not know the shortest beginning knows none.
+        # A member that does not know the shortest beginning knows no beginning.
         shortest = self._members.get(prefix.digests[0], 0) if prefix.digests else 0
         left = sum(wanted) & shortest
         for index in range(len(prefix.digests) - 1, -1, -1):

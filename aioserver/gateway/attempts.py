@@ -14,13 +14,16 @@ The function `_after` decides what follows a fault: the first row that fits coun
     its provider is away, and `when_down: wait`          there, parked              nothing
     a new connection broke before a byte (`once`)        there alone, at once       a retry
     all are dead, and one of them is away with `wait`    there alone, anew          nothing
+    a held turn broke off before any of it was shown     there once, at once        a retry
     candidates are left in this pass                     those, at once             a failover
     a fault of this pass may be tried again              those, after the backoff   a retry
     a fallback is left                                   its candidates             a failover
     nothing is left                                      raised: the final fault
 
-Once there is content of the answer nothing is asked any more: the client would read two answers.
-provider_errors.py says which fault allows what. A fallback that is sick comes last but for trials.
+Once the client has seen content of the answer, no further attempt is made: it would read two
+answers. Held events (providers/holding.py), and a whole answer, are not seen before their end. So
+where turns are held, a break is tried again at the same provider, too. provider_errors.py says
+which fault allows what. A fallback that is sick comes last but for trials.
 
 This file is one concept: the loop and the decision after each of its turns have one state.
 """
@@ -34,13 +37,16 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from aioserver.errors import AioserverError, ResponseNotFound
 from aioserver.gateway.candidates import Candidates
+from aioserver.gateway.continuation import breaks
 from aioserver.gateway.groups import sick
 from aioserver.limits.deadline import Wait
+from aioserver.protocol.request_options import PREAMBLE
 from aioserver.provider_errors import (
     CircuitOpen,
     ContextTooLong,
     ProviderFault,
     ProviderRateLimited,
+    ReadTimeout,
     RequestNotBridged,
 )
 from aioserver.providers.breaker import TRIAL_INTERVAL
@@ -324,7 +330,15 @@ class Attempts:
             # It fails in another way now, and has died of it.
             tried = self._parked_for
         self._parked_for = None
-        if fault.once and candidates.chosen is not None and self._once_more(tried):
+        once = fault.once
+        held = attempt is not None and attempt.status == 200 and attempt.request.hold != PREAMBLE
+        if held and breaks(fault):
+            # The client has seen nothing of this turn. A provider that has hung hangs again, and
+            # one that limits us says when to come back.
+            outcome.cuts += ((outcome.provider, fault.code),)
+            once = not isinstance(fault, ReadTimeout | ProviderRateLimited)
+            fault.retry = not self._fallback
+        if once and candidates.chosen is not None and self._once_more(tried):
             candidates.repeat()
             return Next(Step.ONCE)
         self._tries += (tried,)

@@ -39,6 +39,7 @@ from aioserver.protocol.bridging.accepted_parameters import (
 from aioserver.protocol.bridging.refusals import STATUSES, Refusal, refusal
 from aioserver.protocol.bridging.transcript import BridgedTranscript
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
+from aioserver.protocol.request_options import CALLS
 from aioserver.provider_errors import ProviderFault, RequestNotBridged
 from aioserver.providers.api import CHAT, Capabilities
 from aioserver.providers.attempt import Attempt
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.protocol.bridging.chat import BridgedChat
     from aioserver.protocol.bridging.chunks import ChunkReader
+    from aioserver.protocol.parts import Parts
     from aioserver.protocol.transcript import Transcript
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import Answer
@@ -420,11 +422,18 @@ class BridgedAttempt(LearningAttempt):
             )
         super().first_event()
 
+    @property
+    def parts(self) -> Parts | None:
+        """The parts of a turn in the provider's events, as `Attempt.parts`."""
+        return super().parts if self._chat is None else CHAT.parts
+
     def transcript(self) -> Transcript | None:
         """Return the transcript of a chat completion."""
         if self._chat is None:
             return super().transcript()
-        return BridgedTranscript(self._writer) if self._free and self._writer is not None else None
+        if self._writer is None or not (self._free or self.request.hold == CALLS):
+            return None
+        return BridgedTranscript(self._writer, checked=self._free)
 
     def goes_on(self, transcript: Transcript) -> bool:
         """Return whether the rest can be requested here, in the API in which the answer has begun."""

@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 
 class Candidates:
-    """The members of *group* that may still answer *request*; *left* are those of this pass.
+    """The members of *group* that may still answer *request*; *left* are the members of this pass.
 
     If one member stores the response being continued, only that member is tried, unless it is dead
     or cannot be reached. Members that take no more than *too_small* tokens are skipped. A change
     of the group's members applies at once, also to a request that waits.
 
-    A group without a name is one provider, which is asked for *model*. *prefix* is that of the
+    The only member of a group without a name is asked for *model*. *prefix* is the beginning of the
     prompt, by which *affinity* finds its home; None: the group has no affinity.
 
     Raises:
@@ -71,7 +71,7 @@ class Candidates:
         self.placeable = False
         # The member where the request has started; None before.
         self.chosen: Member | None = None
-        # The one member that is tried next, before the others; None: whichever can start first.
+        # The member that is tried next, before the others; None: any member that can start first.
         self._only: Member | None = None
         # The members that get the whole conversation if the member that stores the response dies,
         # and the provider of that member.
@@ -79,23 +79,23 @@ class Candidates:
         self._kept_at: str | None = None
         # The members that may be tried again, with the codes of their faults.
         self._again: tuple[tuple[Member, str], ...] = ()
-        # Members that were tried and will not be tried again; and those for which the request was
-        # too long.
+        # The members that were tried and will not be tried again; and the members for which the
+        # request was too long.
         self._asked: frozenset[Member] = frozenset()
         self._short: tuple[Member, ...] = ()
         # The version of the group that was last read, and whether the group has changed during a
         # wait.
         self._seen, self._regrouped = 0, False
-        # While it waits: the start of the wait, whether others can be asked instead, the waiting
-        # attempts, and their bids.
+        # While the request waits: the start of the wait, whether other members or groups can be
+        # asked instead, the waiting attempts, and their bids.
         self.began = 0.0
         self._fallback = False
         self._attempts: dict[Member, Attempt] = {}
         self._bids: dict[Bid, Member] = {}
         # The members of this pass.
         self.left: Sequence[Member] = group.members
-        # Whether the request stays at one member, however the group changes; and whether there is
-        # only one.
+        # Whether the request stays at one member, however the group changes; and whether the group
+        # has only one member.
         self._settled = self.alone = not group.name and len(self.left) == 1
         if self._settled:
             most = self.left[0].max_context
@@ -112,7 +112,7 @@ class Candidates:
         )
 
     async def find_prefix(self) -> None:
-        """Read the beginning of the prompt, by which the request has a home."""
+        """Read the beginning of the prompt, which determines the home of the request."""
         self.placeable = False
         member = self.left[0]
         body = self._request.provider_request.body(member.settings, member.asked_model)
@@ -163,8 +163,8 @@ class Candidates:
         its grant. Cancelling is safe.
 
         *again*: the request was sent before. *fallback*: another group can be asked instead.
-        *parked*: the request comes back, in so many seconds, to a provider that is away. *once*:
-        no other provider is tried if this fails.
+        *parked*: the seconds until the request comes back to a provider that is away; None: it is
+        not away. *once*: no other provider is tried if this attempt fails.
 
         Raises:
             ProviderFault: no member can start it in time, or none is available. If there is only
@@ -285,7 +285,7 @@ class Candidates:
         delays: Mapping[Member, float] = {}
         first = attempts[ready[0]]
         if self.placement is not None and next(iter(attempts)) is ready[0]:
-            # There is no wait for a home that is not tried now.
+            # The request waits for its home only if the home is tried now.
             delays = self.placement.delays
         now = first.provider.scheduler.time()
         longest = MAX_SHARE * self._request.provider_request.left
@@ -311,7 +311,7 @@ class Candidates:
         """Return the members at which the request may wait now.
 
         Raises:
-            ProviderFault: there is none; the fault is the refusal that may pass soonest.
+            ProviderFault: there is no such member; the fault is the refusal that may end soonest.
         """
         refusals: list[ProviderFault] = []
         ready: list[Member] = []
@@ -337,7 +337,7 @@ class Candidates:
         return ready
 
     def regroup(self) -> None:
-        """Wait for new members of the group as well, and no longer for those that have left it."""
+        """Wait for new members of the group as well, and no longer for removed members."""
         self._look()
         self._regrouped = True
         former = list(self._bids.items())
@@ -365,7 +365,7 @@ class Candidates:
             grant.cancel()
 
     def repeat(self) -> None:
-        """Let the member that has failed be tried once more, before the others."""
+        """Try the member that has failed once more, before the others."""
         self._only = self.chosen
 
     def settle(self, member: Member) -> None:
@@ -385,8 +385,8 @@ class Candidates:
             member.reading = measured(member.reading, seconds, unknown)
 
     def failed(self, fault: ProviderFault) -> bool:
-        """Record that the request has failed with *fault* where it has started, or could start
-        nowhere; return whether another member is tried in this pass.
+        """Record that the request has failed with *fault* at its member, or could start at no
+        member; return whether another member is tried in this pass.
         """
         member = self.chosen
         if member is not None:
@@ -399,7 +399,7 @@ class Candidates:
             or (member is not None and member.provider.health.breaker.dead)
         ):
             # The member that stores the response will not answer: it is dead, or cannot be
-            # reached, which is known long before.
+            # reached. The latter is known long before the former.
             self.left, self._heirs, self._again = self._heirs, (), ()
         elif member is None:
             self.left = ()
@@ -417,7 +417,7 @@ class Candidates:
         self._asked |= {member}
         self.left = [other for other in self.left if other is not member]
         if isinstance(fault, ContextTooLong):
-            # The estimate was wrong: members that take no more are skipped.
+            # The estimate was wrong: members with no larger context are skipped.
             self.too_small = max(self.too_small, member.max_context or 0)
             self._short += (member,)
             self.left = [other for other in self.left if other.takes_more_than(member)]

@@ -8,7 +8,7 @@
     how often            MAX_HOPS attempts for one answer, a *hop* each
 
 If all of these hold, the same provider is asked first, then the others of the request's order. A
-provider that has gone silent is asked last. Each is asked in its own *form*, the setting
+provider that has gone silent, or has broken off the rest as well, is asked last. Each is asked in its own *form*, the setting
 `continuation`, which says what follows the messages of the request (`continued`):
 
     prefill         the assistant's message so far
@@ -20,6 +20,10 @@ The provider's text is the rest if its seam says so (protocol/seam.py). It goes 
 through the same sink, rewritten as the first answer would have gone on (protocol/transcript.py).
 If a hop fails before any of its output was sent, the next provider is tried. When no provider is
 left, the answer ends with the fault that broke it.
+
+Where calls are held (providers/holding.py) and the client has seen nothing but reasoning, there is
+no text to continue: the request is sent again as it was, whatever the `continuation` of its
+provider is, and the new reasoning is dropped. Held events are no part of the text so far.
 
 This file is one concept: which answers may be continued, in which form, and by which provider.
 """
@@ -40,6 +44,7 @@ from aioserver.protocol.eventstream import EventTooLong
 from aioserver.protocol.json_body import ABSENT, null
 from aioserver.protocol.member import Member
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes
+from aioserver.protocol.request_options import CALLS
 from aioserver.protocol.seam import (
     CLOSING,
     OPENING,
@@ -82,7 +87,6 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.outcome import Outcome
 
     # The providers that may be asked for an answer, in their order, with the model of each.
     Order = Sequence[tuple[Provider, str | None]]
@@ -109,13 +113,14 @@ REFUSALS = frozenset({400, 404, 422, 501})
 
 
 class _Asked(msgspec.Struct, gc=False):
-    """What a request asks for, as far as it can forbid a continuation."""
+    """What a request asks for, as far as it can forbid a continuation, or ask for JSON."""
 
     messages: Raw = ABSENT
     n: Raw = ABSENT
     logprobs: Raw = ABSENT
     top_logprobs: Raw = ABSENT
     response_format: Raw = ABSENT
+    text: Raw = ABSENT
     output_config: Raw = ABSENT
     output_format: Raw = ABSENT
     structured_outputs: Raw = ABSENT
@@ -133,11 +138,11 @@ class _Asked(msgspec.Struct, gc=False):
 
 # An engine's grammar begins at its own first token, so the earlier text and the rest would not fit
 # together. A client that says itself how a message is continued keeps control of it.
-_FORBIDDEN = (
+_GRAMMARS = (
     *("output_format", "structured_outputs", "grammar", "json_schema", "regex", "ebnf"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-    *("continue_final_message", "add_generation_prompt"),
 )
+_FORBIDDEN = (*_GRAMMARS, "continue_final_message", "add_generation_prompt")
 _ASKED = msgspec.json.Decoder(_Asked)
 
 
@@ -181,15 +186,11 @@ async def continuable(body: bytes) -> bool:
         n, logprobs, number = (
             _value(raw) for raw in (asked.n, asked.logprobs, asked.top_logprobs)
         )
-        formats = _value(asked.response_format), _value(asked.output_config)
+        free = _asks_for_text(asked)
     except orjson.JSONDecodeError:
         # The body is nested too deeply to be read here.
         return False
-    if not (n is None or n == 1) or logprobs or number:
-        return False
-    if not _free(formats[0]) or (
-        isinstance(formats[1], dict) and not _free(formats[1].get("format"))
-    ):
+    if not (n is None or n == 1) or logprobs or number or not free:
         return False
     messages = bytes(asked.messages)
     if not messages.startswith(b"["):
@@ -202,6 +203,32 @@ async def continuable(body: bytes) -> bool:
     if not last or not bytes(last[0]).startswith(b"{"):
         return False
     return json_body.text(_MESSAGE.decode(last[0]).role) != "assistant"
+
+
+async def structured(body: bytes) -> bool:
+    """Return whether the request in *body* asks for structured output: JSON, or the words of a
+    grammar.
+    """
+    try:
+        asked = json_body.decode(_ASKED, body, "the body")
+        await pause_after(body)
+        if any(not null(getattr(asked, name)) for name in _GRAMMARS):
+            return True
+        return not _asks_for_text(asked)
+    except (InvalidRequest, orjson.JSONDecodeError):
+        # Its provider says what is wrong with it.
+        return False
+
+
+def _asks_for_text(asked: _Asked) -> bool:
+    """Return whether *asked* wants free text, as far as its formats say.
+
+    Raises:
+        orjson.JSONDecodeError: one of them is nested more deeply than is read here.
+    """
+    holders = _value(asked.output_config), _value(asked.text)
+    formats = [holder.get("format") for holder in holders if isinstance(holder, dict)]
+    return all(map(_free, (_value(asked.response_format), *formats)))
 
 
 def _value(raw: Raw) -> Any:
@@ -282,7 +309,8 @@ class Hop:
         broken: Provider,
     ) -> None:
         self.seam = seam
-        self.earlier = Tokens(*stream.outcome.spent)
+        # Behind reasoning alone the whole turn is that of one attempt.
+        self.earlier = Tokens(*stream.outcome.spent) if text else Tokens()
         self.rest = transcript.rest(self.earlier)
         # Whether any of the rest is shown, and how many events of text have come.
         self.shown = False
@@ -297,6 +325,8 @@ class Hop:
 
     async def body(self, body: bytes) -> bytes:
         """Return the request in *body* as one for the rest."""
+        if not self._text:
+            return body
         return await continued(body, self._form, self._text, self._events)
 
     def sink(self, attempt: Attempt, sink: StreamSink) -> SeamSink:
@@ -304,7 +334,9 @@ class Hop:
         return SeamSink(self, attempt, sink, self._stream.max_bytes)
 
     def show(self, attempt: Attempt) -> None:
-        """Note that the first of the rest is about to be shown."""
+        """Note that some of the rest is about to be shown."""
+        if self.shown:
+            return
         stream, told = self._stream, self._told
         self.shown = True
         stream.outcome.seams = (*stream.outcome.seams, told)
@@ -334,6 +366,8 @@ class SeamSink:
         self._hop = hop
         self._attempt = attempt
         self._sink = sink
+        # What is fed is shown, unless it is held: then the holding says when it is shown.
+        self._holding = attempt.holding
         self._splitter = eventstream.Splitter(max_bytes)
         # The number of events that have come.
         self.progress = 0
@@ -359,7 +393,7 @@ class SeamSink:
         finally:
             # What came before a fault passes, as if it had come in a read of its own.
             if parts:
-                if not self._hop.shown:
+                if self._holding is None:
                     self._hop.show(self._attempt)
                 more = self._sink.feed(b"".join(parts))
         return more
@@ -397,12 +431,17 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
         ProviderFault: no provider could; it is the fault that has broken the answer off.
     """
     outcome, hops = request.provider_request.outcome, 0
+    former = ""
     while True:
         broken = outcome.provider, outcome.model, outcome.headers
         # It must not lead back to the frames of the attempt, which lead to the body.
         forget_frames(fault)
         text = await _text(request, stream, fault)
-        candidates = [] if text is None else _candidates(order, fault, outcome)
+        last = isinstance(fault, ReadTimeout) or broken[0] == former
+        candidates = []
+        if text is not None:
+            candidates = _candidates(order, broken[0], last=last, anew=not text)
+        former = broken[0]
         further: ProviderFault | None = None
         while candidates and further is None and hops < MAX_HOPS:
             provider, model = candidates.pop(0)
@@ -412,7 +451,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
             )
             assert text is not None
             assert transcript is not None
-            seam = seam_of(provider.settings.continuation, text, capabilities)
+            seam = seam_of(provider.settings.continuation if text else "", text, capabilities)
             if seam is None:
                 continue
             attempt = request.make_attempt(
@@ -440,7 +479,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
                     further = failed
                 elif outcome.sent_at:
                     provider.meter.continuations[FAILED].value += 1
-                    if _refuses_form(failed):
+                    if text and _refuses_form(failed):
                         capabilities.refused.keep(attempt.asked_model, None)
                 forget_frames(failed)
             finally:
@@ -468,7 +507,9 @@ def _refuses_form(fault: AioserverError) -> bool:
 
 
 async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str | None:
-    """Return the text of the answer so far; None if it may not be continued."""
+    """Return the text of the answer so far, empty if it was nothing but reasoning; None if it may
+    not be continued.
+    """
     provider_request, transcript = request.provider_request, stream.transcript
     if (
         transcript is None
@@ -483,31 +524,46 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
     text = transcript.text()
     if text is None or not provider_request.keeps_body:
         return None
+    if not text and (provider_request.hold != CALLS or provider_request.choices > 1):
+        return None
     # It may have to wait for a place.
     provider_request.need_body()
+    if not text:
+        return text
     route = request.route
     body = provider_request.body(route.provider.settings, route.model)
     return text if transcript.checked or await continuable(body) else None
 
 
 def _candidates(
-    order: Order, fault: ProviderFault, outcome: Outcome
+    order: Order, broken: str, *, last: bool, anew: bool
 ) -> list[tuple[Provider, str | None]]:
-    """Return the providers that are asked for the rest, in order."""
+    """Return the providers that are asked for the rest, in order. The one that has *broken* off the
+    answer is the first of them, or the *last*. *anew*: they are asked for the whole turn, which each
+    of them can give, and the same one only if it may be asked again at all.
+    """
     able = [
         (provider, model)
         for provider, model in order
-        if provider.settings.continuation != NO_CONTINUATION
-        and provider.settings.usable
+        if provider.settings.usable
         and not provider.health.breaker.dead
         and not provider.health.flagged
+        and (anew or _continues(provider, model))
+    ]
+    same = [each for each in able if each[0].name == broken]
+    if anew:
+        same = [each for each in same if each[0].settings.http_client.max_retries]
+    others = [each for each in able if each[0].name != broken]
+    return others + same if last else same + others
+
+
+def _continues(provider: Provider, model: str | None) -> bool:
+    """Return whether *provider* goes on with an answer of *model*, as far as we know."""
+    return (
+        provider.settings.continuation != NO_CONTINUATION
         and (model or provider.settings.model)
         not in provider.capabilities(ContinuationCapabilities).refused
-    ]
-    same = [each for each in able if each[0].name == outcome.provider]
-    others = [each for each in able if each[0].name != outcome.provider]
-    # A provider that has hung hangs again.
-    return others + same if isinstance(fault, ReadTimeout) else same + others
+    )
 
 
 def _affordable(provider: Provider, broken: str) -> bool:

@@ -178,6 +178,7 @@ class Gateway:
         """
         if self._stopping:
             raise shutdown_error()
+        request.provider_request.hold_by(self._bounds.hold)
         quota, ask = request.caller.quota, ask or self._router.call
         if quota is None:
             return await self._calls.answer(request, ask)
@@ -417,6 +418,7 @@ class Gateway:
                 kind=Stream if self._hooks is None else self._hooks.log,
             )
             stream.api = api = asked.api
+            asked.hold_by(self._bounds.hold)
             if asked.streamed:
                 stream.events = api.events()
             stream.record = request.begin_record(self._request_log)

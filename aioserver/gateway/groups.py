@@ -40,16 +40,16 @@ PRIME = (1 << 61) - 1
 
 
 class Waiting(Protocol):
-    """A request that waits for members (gateway/candidates.py); it *began* to wait then."""
+    """A request that waits for members (gateway/candidates.py); *began* is the start of its wait."""
 
     began: float
 
     def regroup(self) -> None:
-        """Wait for new members of the group as well, and no longer for those that have left it."""
+        """Wait for new members of the group as well, and no longer for removed members."""
 
 
 class Member(msgspec.Struct, eq=False):
-    """One provider of a group, and the model that it is asked for; None: its own.
+    """One provider of a group, and the model that it is asked for; None: the provider's model.
 
     *starts* counts the requests that the group has started there; *started_at* is the monotonic
     time of the newest. *credit* is for the smooth weighted round robin of nginx: it grows by the
@@ -109,11 +109,11 @@ class Member(msgspec.Struct, eq=False):
 
 
 class Group:
-    """The *members* that can answer for *name*; a group that was not configured, but is implied,
-    has no name. In an ordered group another group may stand in the place of a member; it stands
-    for all of its members, in the order that it chooses.
+    """The *members* that can answer for *name*; a group that is not configured has no name. An
+    ordered group may contain another group instead of a member: that group's members then come at
+    this place, in the order that it chooses.
 
-    *fallbacks* are asked if no member that could answer is left.
+    *fallbacks* are asked if no member can answer any more.
 
     Always: `waiting` is the number of requests that wait for a place at any member.
     """
@@ -145,7 +145,7 @@ class Group:
         """Apply another list of members and another choice.
 
         Members that stay keep their counts. Waiting requests join new members, and leave removed
-        ones.
+        members.
         """
         own = (old for old in self._parts if isinstance(old, Member))
         known = {(old.provider, old.asked_model): old for old in own}
@@ -177,8 +177,8 @@ class Group:
 
     @property
     def waiting(self) -> int:
-        """The number of requests that wait for a place at any member; for a group of one, all that
-        wait there.
+        """The number of requests that wait for a place at any member; for a group of one member,
+        all requests that wait there.
         """
         if len(self.members) == 1:
             return self.members[0].provider.stats().queue.waiting
@@ -248,9 +248,9 @@ class Group:
         return sorted(members, key=sick)
 
     def trial(self, members: Sequence[Member], *, by_time: bool = True) -> Member | None:
-        """Return the one of *members*, ordered by `order`, that a request tries first as a trial,
-        since it is sick; its breaker must be told how that ends. None: there is no trial.
+        """Return the sick member that a request tries first, as a trial; None: there is no trial.
 
+        *members* are ordered by `order`. The caller must report the outcome to the member's breaker.
         *by_time* is as for `Breaker.start_spared`.
         """
         if not members or not sick(members[-1]) or not any(map(well, members)):
@@ -261,8 +261,8 @@ class Group:
         return None
 
     def first_if_well(self, members: Sequence[Member]) -> tuple[list[Member], bool]:
-        """Return the sick ones of *members* that would be tried first if they were well, and
-        whether a well member ends the search.
+        """Return the sick members that would be tried first if they were well, and whether a well
+        member ends the search.
         """
         if self.choose != ORDERED:
             return [member for member in members if sick(member)], any(map(well, members))

@@ -38,10 +38,11 @@ from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.gateway.affinity import Affinity
 from aioserver.gateway.attempts import Attempts
 from aioserver.gateway.candidates import Candidates
-from aioserver.gateway.continuation import say_rest
+from aioserver.gateway.continuation import say_rest, structured
 from aioserver.gateway.groups import Group, Member
 from aioserver.gateway.request import Route
 from aioserver.protocol.model_body import check_sole
+from aioserver.protocol.request_options import CALLS
 from aioserver.provider_errors import NoProvider, ProviderFault
 from aioserver.providers.api import CHAT, Api
 from aioserver.providers.passthrough import PassedRequest
@@ -438,10 +439,16 @@ class Router:
         """
         provider_request = request.provider_request
         if self._continuing and provider_request.streamed:
-            provider_request.keeps_body = any(
+            provider_request.continues = provider_request.keeps_body = any(
                 provider.settings.continuation != NO_CONTINUATION
                 for provider, _model in self._order(request)
             )
+        if provider_request.hold == CALLS and provider_request.streamed:
+            # Behind reasoning the request is sent again as it was.
+            provider_request.keeps_body = True
+            route = request.route
+            body = provider_request.body(route.provider.settings, route.model)
+            provider_request.structured = await structured(body)
         try:
             await self._ask(request, stream)
         except ProviderFault as fault:

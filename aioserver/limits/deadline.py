@@ -14,6 +14,7 @@ from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from aioserver.errors import AioserverError, AnswerTooLate, DeadlineExceeded
+from aioserver.limits.resource import RETRY_AFTER
 from aioserver.provider_errors import ProviderFault
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 # Seconds by which a timer may be early.
 ROUNDING = 0.002
-# The bounds in seconds of the delay that a client is told when its request could not start, if the
-# delay is an estimate.
-RETRY_AFTER = (1.0, 60.0)
 
 
 class Wait(NamedTuple):

@@ -127,7 +127,7 @@ C = TypeVar("C", bound=_Counter)
 
 
 class _Level(Generic[C]):
-    """Counters by name; the smallest one that waits is next.
+    """Counters by name; the smallest counter that waits is next.
 
     Always: `_heap` has a valid entry for each counter that waits; its other entries are stale, and
     skipped. `virtual` never falls. At most MAX_STALE counters more than those that wait or run are
@@ -178,7 +178,7 @@ class _Level(Generic[C]):
             self.push(counter)
 
     def first(self) -> C:
-        """Return the next counter; there is one that waits."""
+        """Return the next counter; at least one counter waits."""
         while True:
             tag, serial, counter = self._heap[0]
             if counter.waiting and (counter.tag, counter.serial) == (tag, serial):

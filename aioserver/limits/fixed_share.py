@@ -22,7 +22,7 @@ class FixedShare:
     before it has learned which instances are alive: two strangers must not both believe that they
     are alone.
 
-    Instances may have heard of different members. The rules for ranks in
+    Instances may know different members. The rules for ranks in
     tests/support/renew_script.py keep the sum of the shares within the limit nevertheless.
     """
 

@@ -62,7 +62,7 @@ START = object()
 
 
 class KeyRate:
-    """How fast the answers of a key may begin: *starts* of a minute, and tokens of a *budget*.
+    """The rate at which the answers of a key may begin: *starts* per minute, and a *budget*.
 
     Always: a start is counted in both, or in none. *queued* says whether requests wait for each
     other.
@@ -99,8 +99,8 @@ class KeyRate:
         return reservation
 
     def settle(self, taken: object, spent: int | None) -> None:
-        """Let an answer have *spent* so many tokens; None: it has never begun, and counts for
-        nothing.
+        """Correct the count of an answer that has *spent* so many tokens; None: it has never begun,
+        and is not counted.
         """
         if isinstance(taken, Reservation):
             taken.settle(spent or 0)
@@ -185,7 +185,7 @@ class Quota:
 
     @property
     def scheduler(self) -> Scheduler:
-        """What starts the requests that wait."""
+        """The scheduler that starts the waiting requests."""
         if self._scheduler is None:
             self._scheduler = Scheduler(asyncio.get_running_loop())
         return self._scheduler
@@ -201,7 +201,7 @@ class Quota:
 
     @property
     def running(self) -> int:
-        """How many answers run."""
+        """The number of running answers."""
         return self.resource.places.inside
 
     @property
@@ -216,10 +216,10 @@ class Quota:
         max_connections: int = 0,
         queue_size: int = 0,
     ) -> None:
-        """Use other limits from now on; those of tokens are `budget.apply`'s.
+        """Use other limits from now on; `budget.apply` sets the limits of tokens.
 
-        Answers that run or have begun, and connections, count as before; those that wait go on
-        waiting.
+        Answers and connections that were counted stay counted, and waiting requests stay in the
+        queue.
         """
         self._use_queue(queue_size)
         self.limit, self.max_connections = max_concurrent, max_connections
@@ -244,16 +244,16 @@ class Quota:
 
     @property
     def starts(self) -> tuple[int, int, float]:
-        """The starts of a minute, those of them that are left now, and the seconds until all are,
-        if none is used.
+        """The starts per minute, the starts that are left now, and the seconds until all of them are
+        left, if none is used.
         """
         limit, left = self._per_minute, min(self._per_minute, self._starts.available)
         return limit, left, (limit - left) * self._starts.interval
 
     @property
     def rested(self) -> bool:
-        """Whether nothing runs, waits or is open, and a new quota in its place would allow no
-        more.
+        """Whether nothing runs, waits or is open, and a new quota in place of this one would allow
+        no more.
         """
         if self.running or self.connections or self.resource.waiting or self._held:
             return False
@@ -266,7 +266,7 @@ class Quota:
         self.budget.take_over(old.budget)
 
     def serve(self) -> None:
-        """Let those begin that wait and may begin now: to be called when a limit has changed."""
+        """Start the waiting requests that may start now. Call this when a limit has changed."""
         if self.resource.waiting:
             self.scheduler.serve(self.resource)
 
@@ -281,8 +281,8 @@ class Quota:
         """Return the grant of an answer that begins: release it once the answer has ended, or
         cancel it if it has never begun. None: *ticket* waits; call `granted` next, or `leave`.
 
-        Its *tokens* are an estimate. If it has to wait, *on_wait* is called, which may raise. If
-        other instances may hold what it needs, *on_wait* is called only after a short wait.
+        *tokens* is an estimate. If the answer has to wait, *on_wait* is called, which may raise. If
+        other instances may hold a free place, *on_wait* is called only after a short wait.
 
         Raises:
             InvalidApiKey: the key was revoked after its request came in.
@@ -409,7 +409,7 @@ class Quota:
             return ConcurrencyExceeded(
                 f"{max(resource.inside, self.limit)} answers of this key run or wait,"
                 f" at most max_concurrent={self.limit}",
-                retry_after=1.0,  # nobody knows when one of them ends
+                retry_after=1.0,  # the end of these answers is unknown
             )
         if late := reason is Reason.LATE:
             seconds = self._starts.delay()
@@ -490,13 +490,13 @@ class Quota:
         return ConcurrencyExceeded(
             f"{max(self.connections, most)} connections of this key are open or wait,"
             f" at most max_connections={most}",
-            retry_after=1.0,  # nobody knows when one of them ends
+            retry_after=1.0,  # the end of these answers is unknown
         )
 
     # Revoking.
 
     def held(self, *, watcher: object | None = None) -> Held:
-        """Bind this task to the key: a revocation cancels what it does inside the `with`.
+        """Bind this task to the key: a revocation cancels the task inside the `with`.
 
         If the task needs an admin key, it works for a *watcher*, and is also cancelled when the
         key is demoted, or `end_watchers` says so. The end of the `with` raises `InvalidApiKey`
@@ -581,7 +581,7 @@ def minute(requests: int) -> tuple[float, float]:
 
 
 def _not_heard_yet(_key: Resource, _position: int, _eta: float) -> None:
-    """Tell nobody: the task that waits has not run yet."""
+    """Do nothing: the task that waits has not run yet."""
 
 
 def _revoked() -> InvalidApiKey:

@@ -1,4 +1,4 @@
-"""A resource: something of which only so many can be used at once, and the tickets that wait for it.
+"""A resource: a number of slots that can be used at once, and the tickets that wait for them.
 
 Connection slots, a key and a provider are resources. They differ in their arguments and not in
 their class. The arguments are the capacity, the classes of tickets with the places of each, an
@@ -56,9 +56,9 @@ class Reason(Enum):
 
 
 class Class(NamedTuple):
-    """A kind of ticket at a resource. *weight* is its part of the work while others wait, *places*
-    what it may use of a capacity (None: all), *room* its part of the queue. *patience* is how many
-    times `queue_timeout` it waits at most (inf: until its deadline).
+    """A kind of ticket at a resource. *weight* is its share of the work while others wait. *places*
+    returns how many places of a capacity it may use (None: all). *room* is its part of the queue.
+    It waits for at most *patience* times `queue_timeout` (inf: until its deadline).
     """
 
     name: str
@@ -84,8 +84,8 @@ BOTH_CLASSES = (Class(INTERACTIVE, 19), Class(BATCH, 1, all_but_a_tenth, 0.5, 10
 
 
 class Rate(Protocol):
-    """How fast starts may follow each other, or how much they may spend: a provider's pace with
-    the trials of its breaker, or a key's starts and tokens.
+    """A limit on the rate of starts, or on their cost: the pace of a provider with the trials of
+    its breaker, or the starts and tokens of a key.
     """
 
     def delay(self, cost: int, ahead: int = 0) -> float:
@@ -108,7 +108,7 @@ class Supply:
     """
 
     def check(self) -> None:
-        """Lower the capacity if the grant of places has expired; called before each start."""
+        """Lower the capacity if the grant of places has expired. It is called before each start."""
 
     def asked(self) -> None:
         """Set `Resource.elsewhere` and `Resource.grace`: a ticket cannot start at once, and is
@@ -303,7 +303,7 @@ class Grant(msgspec.Struct, eq=False):
     _resource: Resource | None
     ticket: Ticket
     index: int = 0
-    # What the rate has counted, and what its caller was charged with.
+    # The cost that the rate has counted, and the charge of the caller.
     taken: object = True
     charge: Charge[Bid] | None = None
     # The grant of a resource within this one.
@@ -326,8 +326,8 @@ class Grant(msgspec.Struct, eq=False):
             resource.leave(self, work)
 
     def cancel(self, *, serve: bool = True) -> None:
-        """End it unused: it costs nothing. Unless told to *serve* the next ticket, the caller
-        must.
+        """End it unused: it costs nothing. Without *serve*, the caller must serve the next
+        ticket.
         """
         if (resource := self._resource) is not None:
             self._resource = None
@@ -347,8 +347,8 @@ class Resource:
     and the bid. *serve* is called when a place has become free. *keeps* says whether tickets that
     start now keep their slots, since they are trials and may have to come back. *look* returns an
     error for a bid that joins later, if it can no longer be served. *reopens* estimates the
-    seconds until a rate opens, if the rate itself does not know. A resource is a *part* of what it
-    is *within*. A queue of size 0 admits no ticket. All tickets of a *bare* resource have one
+    seconds until a rate opens, if the rate itself does not know. *within* is the outer resource, if
+    there is one. A queue of size 0 admits no ticket. All tickets of a *bare* resource have one
     caller that is never charged, and the holder of a place gives it back: `Scheduler.close` does
     not know of it. If places can be held by *idle* connections, the time between two freed places
     counts only while a ticket waits.
@@ -370,7 +370,6 @@ class Resource:
         classes: Sequence[Class] = ONE_CLASS,
         rate: Rate | None = None,
         within: Resource | None = None,
-        part: Callable[[int], int] | None = None,
         supply: Supply | None = None,
         bare: bool = False,
         idle: bool = False,
@@ -378,7 +377,7 @@ class Resource:
         self.name, self.queue_size, self.queue_timeout = name, queue_size, queue_timeout
         self.refuse, self.serve, self.clock, self.keeps = refuse, serve, clock, keeps
         self.look, self.reopens = look, reopens
-        self.classes, self.rate, self.within, self.part = classes, rate, within, part
+        self.classes, self.rate, self.within = classes, rate, within
         self.supply, self.bare, self.idle = supply, bare, idle
         # Places that may be free in other processes, by which the queue may be longer; and the
         # seconds for which a ticket may wait that would otherwise be refused at once.
@@ -403,13 +402,9 @@ class Resource:
         self._early: dict[Grant, None] = {}
         # The slots that are taken, of all and of each class.
         self.slots, self.class_slots = 0, [0 for _ in classes]
-        # The resources within this one.
-        self.inner: list[Resource] = []
         # Whether a start needs nothing but a place.
         self._plain = False
         self._note_plain()
-        if within is not None:
-            within.inner.append(self)
 
     def attach(self, supply: Supply | None) -> None:
         """Take the capacity from *supply* from now on; None: from our own settings."""
@@ -631,7 +626,7 @@ class Resource:
             raise self.closed()
         if ticket.deadline <= now:
             raise self.refusal(Reason.DEADLINE, bid, self.retry_after())
-        # A ticket of a part has waited outside of the part as well, each time that it went on.
+        # A ticket of an inner resource has waited at the outer one as well, each time it went on.
         seconds = patience - ticket.waited_at(self)
         if not room or seconds <= 0:
             if self.grace <= 0:

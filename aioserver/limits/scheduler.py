@@ -190,9 +190,6 @@ class Scheduler:
             for limit, each in zip(resource.limits, resource.classes, strict=True):
                 if limit is not None and each.places is not None:
                     limit.resize(each.places(capacity))
-            for inner in resource.inner:
-                if inner.part is not None:
-                    self.resize(inner, inner.part(capacity))
         self.serve(resource)
 
     def refuse(

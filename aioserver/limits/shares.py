@@ -27,9 +27,9 @@ V = TypeVar("V")
 # The multiple of the free room that an owner may keep if nothing can be evicted: two thirds of all
 # for an owner that is alone.
 EASE = 2
-# One of so many entries is evicted at once when there is no room, since beginning an eviction
-# takes time.
-MADE = 16
+# If there is no room, at least the limit divided by this is evicted at once, since the first step
+# of an eviction takes time.
+EVICTED_PART = 16
 
 
 class Shares(Generic[O]):
@@ -78,7 +78,7 @@ class Shares(Generic[O]):
 
 
 class ByOwner(Generic[O, K, V]):
-    """Entries by key, each of an owner, whose entries are in the order in which they were put.
+    """Entries by owner and key. The entries of an owner are in the order in which they were put.
 
     Each change takes constant time.
     """
@@ -163,7 +163,7 @@ class Bounded(ByOwner[O, K, V]):
             key = next(iter(self.of(owner)))
             self.pop(owner, key)
             taken.append((owner, key))
-            if len(self) < self._limit and len(taken) * MADE >= self._limit:
+            if len(self) < self._limit and len(taken) * EVICTED_PART >= self._limit:
                 break
         return taken
 
@@ -212,7 +212,7 @@ class Places(Shares[O]):
         """Give a place of *owner* back; the next waiter gets it."""
         self.add(owner, -1)
         while self._waiting:
-            # Among equals, the one that began to wait first.
+            # Among equal owners, the owner that began to wait first.
             owner = min(self._waiting, key=self.of)
             if not self.allows(owner):
                 return

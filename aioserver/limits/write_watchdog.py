@@ -13,10 +13,10 @@ buffers (`SIOCOUTQ`).
 *Slow, not gone.* Bytes that a peer has acknowledged lie in its kernel until its program reads
 them. Once that buffer is full, the window is shut, and opens only when a whole buffer has been
 read. Over loopback it has 128 KiB, which a program that reads 4 KiB a second empties in half a
-minute. Until then the peer looks exactly like one that reads nothing. So a peer is gone once it
+minute. Until then the peer looks exactly like a peer that reads nothing. So a peer is gone once it
 has taken nothing for the timeout, and for as long as a slow program could be busy with the bytes
-that it may not have read. A slow program is one that reads a least number of bytes within each
-timeout. The bytes are at most all those acknowledged, and count up to MOST_UNREAD.
+that it may not have read. A slow program reads a least number of bytes within each timeout. The
+bytes are at most all those acknowledged, and count up to MOST_UNREAD.
 
 A peer that does not even acknowledge retransmissions is gone after the timeout alone.
 """
@@ -196,8 +196,8 @@ def reset(transport: asyncio.Transport) -> None:
 def watch_rest(transport: asyncio.Transport, timeout: float) -> None:
     """Abort *transport*, which gets no more writes, if its peer does not read the rest.
 
-    Its close() would wait for that peer for ever. The kernel gives up what is left in its own
-    buffer after some minutes.
+    Its close() would wait for that peer for ever. The kernel drops the rest of its own buffer
+    after some minutes.
     """
     if transport.get_write_buffer_size():
         WriteWatchdog(asyncio.get_running_loop(), transport, timeout, transport.abort)

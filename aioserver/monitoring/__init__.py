@@ -5,17 +5,17 @@ providers, the *totals* so far, and what was measured during the *interval* sinc
 such as rates and the lag of the event loop. The *sources* are the objects from which all this is
 read.
 
-`/stats` shows the newest snapshot. The *history* keeps a point of each for ten minutes. A
-*watcher* is a client of `/events`: it is sent the history, then each snapshot as it is made.
+`/stats` shows the newest snapshot. The *history* keeps the main numbers of each snapshot for ten
+minutes. A *watcher* is a client of `/events`: it gets the history, then each new snapshot.
 
-A *section* is a wing's part of all this. Where there are several instances, each *reports* its
-snapshot, and the *fold* makes one of them, by the *rule* that each field declares.
+A *section* is a wing's part of the snapshot. In a cluster each instance *reports* its snapshot,
+and the *fold* combines these snapshots into one, by the *rule* that each field declares.
 
-The state tells the *usage* of providers by *keys*, and each *group* of models with its members.
+The snapshot also has the *usage* of each *key*, and each *group* of models with its members.
 
-A *finding* is a row of the table of what can be wrong, with the words that every display shows. An
-*alert* says which of them is true of a provider now, and is its `trouble` in `/stats`; the
-*verdict* is the worst that is true of the server.
+A *finding* is one thing that can be wrong, with the words in which every display shows it. An
+*alert* is the worst finding about one provider now, its `trouble` in `/stats`. The *verdict* is
+the worst finding about the whole server.
 
 An *incident* is something that an operator should know, such as the death of a provider. The
 *detector* finds incidents in the difference of two ticks. Repeated incidents are gathered: after

@@ -1,16 +1,17 @@
 """Alerts: what is wrong with a provider and since when, in words that every display shows.
 
-`/stats`, the dashboard, `top` and the log show the same texts, which are made here of the table of
-findings. An alert, the `trouble` of a provider in `/stats`, has a *text* that stands alone, "groq
-has said nothing for 6 s in 25 answers", and a *detail*: when it began, when the provider is tried
-next, and which fallback is asked instead. Of several alerts of a provider, the worst is shown. The
-*advice* says what an operator can do, and the *severity* how the log, the dashboard and `top` show
-the alert: as an `error`, or as a `warning`.
+`/stats`, the dashboard, `top` and the log show the same texts, which are made here from the table
+of findings. An alert is the `trouble` of a provider in `/stats`. Its *text* is a whole sentence,
+"groq has said nothing for 6 s in 25 answers". Its *detail* says when the trouble began, when the
+provider is tried next, and which fallback is asked instead. If several findings are true of a
+provider, the alert is the worst of them. The *advice* says what an operator can do. The *severity*
+says whether displays show the alert as an `error` or as a `warning`.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from array import array
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.state import Alert, ProviderState, SilenceState, Snapshot
 
-# One of these may become another, without an end of the alert between them.
+# Kinds of alert that may turn into each other: the alert then keeps the time at which it began.
 FAILURES = frozenset((DEAD, SICK, FAILING))
-# Ticks after its last fault in which a provider fails, though an attempt has succeeded since.
+# Ticks for which a fault counts, although an attempt has succeeded since.
 PRESENT = 10
 # A provider fails if at least FEW attempts of the last WINDOW ticks have failed, and this share of
 # them.
@@ -50,8 +51,8 @@ INSTEAD = "For now, name another provider in llm.fallbacks or llm.active, and re
 class Alerts:
     """The alert of each provider, snapshot by snapshot.
 
-    Always: an alert that lasts keeps the time at which it began. It is over when the provider is
-    found to be well, and the faults before that are none any more.
+    Always: an alert that lasts keeps the time at which it began. When a provider is well again, its
+    alert ends and its earlier faults are forgotten.
     """
 
     def __init__(self) -> None:
@@ -59,10 +60,10 @@ class Alerts:
         self.now: dict[str, Alert] = {}
         # The providers that were dead, sick or flagged at the last snapshot.
         self._ill: set[str] = set()
-        # How each provider that is flagged had failed, if not by refusing our key.
+        # The fault for which each flagged provider was flagged; empty if it has refused our key.
         self._flagged: dict[str, str] = {}
-        # By provider and outcome: the attempts of each of the last WINDOW ticks. They are arrays,
-        # as those of the history are: see history.py.
+        # By provider and outcome: the attempts of each of the last WINDOW ticks. They are kept in
+        # arrays for the reason that history.py gives.
         self._attempts: dict[str, dict[str, array[int]]] = {}
 
     def observe(self, snapshot: Snapshot, interval: Interval) -> None:
@@ -89,8 +90,10 @@ class Alerts:
         groups: Sequence[str],
         before: Alert | None,
     ) -> Alert | None:
-        """Return the worst alert of the provider *name*, without which *groups* go on; *before*: at
-        the last snapshot.
+        """Return the alert of the provider *name*, or None.
+
+        *groups* are the groups whose other members still answer. *before* is the alert of this
+        provider at the last snapshot.
         """
         faults, attempts = self._lately(name)
         failed = sum(faults.values())
@@ -156,8 +159,8 @@ class Alerts:
                 outcomes[total.detail][-1] += int(number)
 
     def _fails(self, name: str) -> bool:
-        """Return whether the last fault of the provider *name* is what is known of it now: it is
-        one of the last PRESENT ticks, or no attempt has succeeded since.
+        """Return whether the last fault of the provider *name* still counts: it came in the last
+        PRESENT ticks, or no attempt has succeeded since.
         """
         attempts, succeeded = self._attempts[name], False
         for age in range(1, WINDOW + 1):
@@ -180,27 +183,25 @@ class Alerts:
 
 
 def _next_try(provider: ProviderState) -> Iterator[str]:
-    """Yield when a provider that is left alone is tried again, if it is one."""
+    """Yield the phrase that says when a dead provider is tried again; nothing for any other."""
     seconds = provider["next_try"]
     if seconds is not None:
         yield f"it is tried again in {span(math.ceil(seconds))}" if seconds else "it is tried now"
 
 
 def most(failed: int, total: int) -> str:
-    """Return the severity of *failed* of *total*: "error" for more than half, otherwise
-    "warning".
-    """
+    """Return "error" if *failed* is more than half of *total*, otherwise "warning"."""
     return "error" if 2 * failed > total else "warning"
 
 
 def stalled(silent: SilenceState) -> bool:
-    """Return whether the provider has stalled: in half of the answers under way, or more."""
+    """Return whether a provider is silent in at least half of its answers under way."""
     number = silent["stalled"] + silent["unanswered"]
     return number > 0 and 2 * number >= silent["under_way"]
 
 
 def silence(silent: SilenceState) -> str:
-    """Return for how long a provider has been silent, and in which answers."""
+    """Return how long a provider has been silent, and in how many answers, as a phrase."""
     answers, requests = silent["stalled"], silent["unanswered"]
     places = [f"in {count(answers, 'answer')}"] if answers else []
     if requests:
@@ -221,12 +222,22 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def still_run(answers: int, longest: float, processes: int, until: float) -> str:
+    """Return what runs in *processes* former processes: *answers*, the *longest* for so many
+    seconds, *until* a Unix time at the latest.
+    """
+    runs = f"{count(answers, 'answer')} still run{'s' * (answers == 1)}"
+    where = f"{processes} former process{'es' * (processes != 1)}"
+    at = time.strftime("%H:%M", time.localtime(until))
+    return f"{runs} in {where}, longest {span(longest)}, until {at} at the latest"
+
+
 def met_a_bug(number: int, when: str = "in the last minute") -> str:
-    """Return how many requests met a bug, and when."""
+    """Return a sentence that says how many requests met a bug, and when."""
     return f"{count(number, 'request')} met a bug of the server {when}"
 
 
 def of_rejections(code: str) -> tuple[str, str]:
-    """Return why requests were rejected with *code*, with the code, and what to do."""
+    """Return the reason for which requests were rejected with *code*, and the remedy."""
     row = REJECTED.get(code)
     return (code, "") if row is None else (f"{row.text} ({code})", row.remedy)

@@ -1,11 +1,11 @@
-"""The table of what can be wrong with a running server, in the words that every display has.
+"""The table of findings: everything that can be wrong with a running server, and how it is shown.
 
-A **finding** is a row. The verdict, the alert of a provider, an incident and doctor take its text,
-its remedy and its severity from here, and so do the alerting rules of Prometheus
-(deploy/alerts.yaml), which `python docs/tables.py` writes. The remedies name settings as they stand
-in `config.yaml`, and no number: the numbers stand in the texts beside them.
+A **finding** is a row of this table. The verdict, the alerts of providers, incidents and `doctor`
+take their texts, remedies and severities from it. So do the alerting rules of Prometheus
+(deploy/alerts.yaml), which `python docs/tables.py` writes. A remedy names settings as they stand in
+`config.yaml`, and has no numbers, since the text beside it has them.
 
-This file is one concept, that table.
+This file is long, but it is one concept: the table.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from aioserver.providers.breaker import DEAD, SICK
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Severities; by its share: an error where it is more than what went well, else a warning.
+# Severities. BY_SHARE: an error if the failures are more than the successes, else a warning.
 ERROR, WARNING, BY_SHARE = "error", "warning", "by share"
-# Names of findings about a provider, beside those that are states of it.
+# Names of findings about a provider, in addition to the states of its breaker.
 FLAGGED, SILENT, FAILING = "key_refused", "silent", "failing"
-# Faults for which a provider is flagged that has refused no key.
+# Faults for which a provider is flagged although it has not refused our key.
 TLS, LOOP = NO_KEY = ("tls", "loop")
 
 
 class Rule(NamedTuple):
-    """A rule of Prometheus: the finding is true once *expr* is, for a time of *lasting*. The value of
-    its *label* is the name in the text. *remedy*: where the row has none.
+    """An alerting rule of Prometheus. It fires when *expr* has been true for *lasting*. The value of
+    *label* stands for `{name}` in the text. *remedy* is used if the finding has none.
     """
 
     alert: str
@@ -38,8 +38,10 @@ class Rule(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A row: *text* says that it is true now, and *past* that it was, or that it is over. What an
-    operator can do is its *remedy*. *word*: in the verdict. *rule*: in Prometheus.
+    """A row of the table.
+
+    *text* is used while the finding is true, and *past* afterwards. *remedy* says what an operator
+    can do, *word* is the headline of the verdict, and *rule* is the alerting rule of Prometheus.
     """
 
     name: str
@@ -55,8 +57,8 @@ def _table(*rows: Finding) -> dict[str, Finding]:
     return {row.name: row for row in rows}
 
 
-# By outcome of an attempt: faults of a provider. A 4xx is none: it is the fault of the request, or
-# of our key. Nor is a stale connection, which is replaced at once.
+# Faults of a provider, by the outcome of an attempt. A 4xx is not one of them: the request or our
+# key is at fault. A stale connection is not one either: it is replaced at once.
 FAULTS = _table(
     Finding(
         "connect_error",
@@ -116,8 +118,8 @@ _MORE_PLACES = (
 )
 _OWN_LIMITS = "The log names the caller; its limits stand in auth.keys."
 
-# By error code: why requests were rejected. A warning at most: what is about one caller's limits, a
-# stop, or no answer at all.
+# Reasons of rejected requests, by error code. Rejections that concern the limits of one caller, a
+# stop of the server, or something other than an answer are never more than a warning.
 REJECTED = _table(
     Finding(
         "auth_unavailable",
@@ -186,8 +188,8 @@ REJECTED = _table(
     Finding("server_shutdown", "the server stopped", severity=WARNING),
 )
 
-# What is wrong with one provider now, the worst first. The text of one that fails, and its remedy,
-# are those of the fault. *past* says the end of those that are incidents.
+# Findings about one provider, the worst first. A provider that fails takes its text and its remedy
+# from the fault. A finding with *past* is an incident, and *past* is the text of its end.
 OF_PROVIDERS = _table(
     Finding(
         FLAGGED,
@@ -223,8 +225,7 @@ OF_PROVIDERS = _table(
     Finding(FAILING, word="Failing"),
 )
 
-# What is wrong with the server, as the verdict says it now, as an incident says that it was (*past*),
-# and as Prometheus finds it.
+# Findings about the server: in the verdict (*text*), as an incident (*past*), and in Prometheus.
 OF_SERVER = _table(
     Finding(
         "away",
@@ -403,7 +404,7 @@ OF_SERVER = _table(
     ),
 )
 
-# What has happened: only the past of these is told.
+# Findings that are incidents only: each has a *past* and no *text*.
 HAPPENED = _table(
     Finding(
         "auth",
@@ -425,6 +426,11 @@ HAPPENED = _table(
     Finding(
         "seams",
         past="{name} broke off {answers} in {span}, continued by another attempt: {detail}",
+        severity=WARNING,
+    ),
+    Finding(
+        "rescued",
+        past="{name} broke off {answers} in {span}, made good by another attempt: {detail}",
         severity=WARNING,
     ),
 )

@@ -1,11 +1,14 @@
-"""The state of several instances as one: what `/stats` and `/events` show where there is a
-cluster.
+"""The snapshots of several instances combined into one, for `/stats` and `/events` of a cluster.
 
-Each instance makes a `Report` of itself, and the one that is asked folds them into one snapshot,
-by the rules that the fields of the snapshot declare (state.py). Made here are: percentiles, of all
-values, in buckets; the shares of a group, of sums; the trouble of a provider, which is the worst
-of any instance, and says whose it is; the limits of a provider and of connections, which are
-shared; and the verdict, which is made of the sums.
+Each instance makes a `Report` of itself. The instance that a client asks folds all reports into
+one snapshot, by the rules that the fields of the snapshot declare (state.py). Some fields need more
+than the fields of the reports, and are computed here:
+
+- Percentiles are computed from the values of all instances, which reports carry in buckets.
+- The shares of a group are computed from sums.
+- The trouble of a provider is the worst of any instance, and its text names that instance.
+- The limits of a provider and of connections are shared, so they are passed in.
+- The verdict is made from the combined snapshot.
 """
 
 from __future__ import annotations
@@ -52,14 +55,14 @@ if TYPE_CHECKING:
     )
     from aioserver.telemetry.metrics import Metrics
 
-# Series of a history that are no numbers of things: of several instances the largest counts.
+# Series of a history that cannot be added up: the largest value of any instance counts.
 LARGEST = frozenset(("first_token_p50", "first_token_p95", "lag_max"))
-# Incidents that a history has.
+# Incidents that a history has at most.
 MAX_INCIDENTS = 100
-# Kinds of incidents about what instances have in common, which each of them reports for itself, and
-# seconds within which they do.
+# Kinds of incidents that every instance reports for itself, since all of them are affected, and the
+# seconds within which they all do.
 COMMON, WITHIN = frozenset(("cluster", "reload", "keys_file", "jwt")), 10.0
-# How a value that percentiles are made of is named in a report.
+# The names in a report of the values from which percentiles are computed.
 FIRST_TOKEN, DELAY, PROVIDER_FIRST_TOKEN, PROVIDER_SILENCE = (
     "first_token",
     "delay",
@@ -72,11 +75,10 @@ NO_SHARES: Mapping[tuple[str, str], Share] = MappingProxyType({})
 
 
 class Report(NamedTuple):
-    """What an instance says of itself: its *snapshot*, and what the verdict and the percentiles
-    are made of.
+    """The report of one instance: its *snapshot*, and the values for the verdict and percentiles.
 
-    *recent* has values by their name and detail: `(PROVIDER_SILENCE, "groq")`; so have *shares*
-    those of groups: `(CACHED_SHARE, "qwen")`.
+    *recent* has values by their name and detail, such as `(PROVIDER_SILENCE, "groq")`. *shares* has
+    the shares of groups in the same way, such as `(CACHED_SHARE, "qwen")`.
     """
 
     snapshot: Snapshot
@@ -107,11 +109,11 @@ def recent_shares(metrics: Metrics, now: float) -> dict[tuple[str, str], Share]:
 
 
 def rules_of(shape: type) -> dict[str, Rule]:
-    """Return the rule of each field of *shape*: the one that it declares, or the fold of the
-    states within.
+    """Return the rule of each field of *shape*. A field that is itself a state has no rule of its
+    own: its fields are folded by theirs.
 
     Raises:
-        TypeError: a field has none.
+        TypeError: a field has no rule.
     """
     rules = {}
     for name, field in get_type_hints(shape, include_extras=True).items():
@@ -136,10 +138,9 @@ def _rule(field: Any) -> Rule | None:
 
 
 def fold(rules: Mapping[str, Rule], states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return *states* as one, by *rules*; the first is that of the instance that is asked.
+    """Combine *states* into one by *rules*. The first state is that of the instance that is asked.
 
-    An instance of another version may lack a field of the first one, and is left out where it
-    does.
+    An instance of another version may lack a field. It is then left out of that field.
     """
     return {
         name: rule([state[name] for state in states if name in state])
@@ -151,13 +152,13 @@ def fold(rules: Mapping[str, Rule], states: Sequence[Mapping[str, Any]]) -> dict
 def _fold_by_key(
     rules: Mapping[str, Rule], states: Sequence[Mapping[str, Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    """Fold by the keys of the first; an instance whose reload is not over may lack one."""
+    """Fold by the keys of the first state. An instance that still reloads may lack a key."""
     return {key: fold(rules, [each[key] for each in states if key in each]) for key in states[0]}
 
 
 class Fold:
-    """Adds up the reports of instances. The plan by which it does is made once, of the core's
-    shapes and the *sections*'.
+    """Adds up the reports of instances, by rules that are collected once, from the shapes of the
+    core and of the *sections*.
     """
 
     def __init__(self, sections: Sequence[Section[Any]] = ()) -> None:
@@ -174,11 +175,12 @@ class Fold:
         connections: int,
         unheard: Iterable[str] = (),
     ) -> Snapshot:
-        """Return the snapshot of all instances in *reports* together, that of *own* among them.
+        """Return the snapshot of all instances in *reports* together, the instance *own* included.
 
-        *places* has what all have together at each provider, and *connections* is how many they
-        admit together. The sum of what each has is less while a place is on its way between two of
-        them. *unheard* are the instances that have not answered; they are named in it.
+        *places* has the places of all instances at each provider, and *connections* is the number
+        of connections that they admit together. Sums over the reports would be too small while a
+        place moves from one instance to another. *unheard* are the instances that have not
+        answered; the snapshot names them, too.
         """
         first = reports[own].snapshot
         others = [report.snapshot for name, report in reports.items() if name != own]
@@ -212,7 +214,7 @@ class Fold:
 
 
 class _Recent:
-    """The values of all reports of which percentiles are made."""
+    """The values of all reports from which percentiles are computed."""
 
     def __init__(self, reports: Iterable[Report]) -> None:
         self._reports = list(reports)
@@ -226,7 +228,7 @@ class _Recent:
 
 
 def _instance(snapshot: Snapshot) -> InstanceState:
-    """Return what the page shows of one instance by itself."""
+    """Return the state of one instance, as it stands under `instances`."""
     connections, process = snapshot["connections"], snapshot["process"]
     return {
         "ready": snapshot["ready"],
@@ -260,7 +262,7 @@ def _lately(all_lately: Sequence[Lately]) -> Lately:
 
 
 def _worst_trouble(provider: str, own: str, reports: Mapping[str, Report]) -> Alert | None:
-    """Return the worst trouble of *provider* at any instance; of equal ones that of *own*."""
+    """Return the worst trouble of *provider* at any instance; if several are equal, *own*'s."""
     kinds = list(OF_PROVIDERS)
     troubles = {
         instance: trouble
@@ -278,9 +280,9 @@ def _worst_trouble(provider: str, own: str, reports: Mapping[str, Report]) -> Al
 def add_histories(histories: Sequence[History]) -> History:
     """Return the history of all *histories* together, at the times of the first.
 
-    The instances tick at different moments: a point is added to the one of the first that is less
-    than a tick away. What is no number of things is the largest: percentiles of the past are not
-    known in buckets.
+    The instances tick at different moments: a point is added to the point of the first history that
+    is less than a tick away. Of the series LARGEST the largest value is kept, since the buckets of
+    earlier percentiles are not kept.
     """
     first = histories[0]
     times = first["time"]
@@ -311,11 +313,13 @@ def add_histories(histories: Sequence[History]) -> History:
 
 
 def once(incidents: Iterable[Incident]) -> list[Incident]:
-    """Return *incidents* of several instances without those that an earlier one says already: of
-    COMMON kinds, each in the same words and WITHIN seconds of it, by another instance.
+    """Return *incidents* of several instances without repetitions.
+
+    An incident of a COMMON kind repeats an earlier one if another instance has reported that one
+    in the same words, less than WITHIN seconds before.
     """
     kept: list[Incident] = []
-    # Those kept of COMMON kinds, with the instances that say the same.
+    # The kept incidents of COMMON kinds, each with the instances that have reported it.
     said: list[tuple[Incident, set[str | None]]] = []
     for incident in incidents:
         instance = incident.get("instance")

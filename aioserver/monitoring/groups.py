@@ -1,7 +1,7 @@
-"""Groups as they are seen: the state of a member in one word, and whether a group can start
-anything.
+"""Groups in the snapshot: the state of each member in one word, and whether a group can start
+requests.
 
-A group whose members are of one provider says nothing that the provider does not say itself.
+A group whose members are all of one provider has no state of its own: the provider's state says it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from aioserver.monitoring.state import GroupState, ProviderState, Snapshot
 
-# The states of a member beside those of a provider: it has no key, it refuses its key, and it has
-# said 429.
+# The states of a member in addition to those of a breaker: its provider has no key, refuses its
+# key, or has answered 429.
 OFF, KEY_REFUSED, COOLING = "off", "key_refused", "cooling"
-# The members that start nothing now, with what to say of them.
+# The states in which a member starts nothing, each with the phrase that describes it.
 OUT = {
     OFF: "is off",
     KEY_REFUSED: "refuses our key",
     DEAD: "is dead",
     COOLING: "cools down",
 }
-# Names in a text; the others are counted.
+# Names that a text lists; it has only the number of the others.
 MAX_NAMES = 3
 
 
@@ -52,9 +52,10 @@ def closed(group: GroupState) -> bool:
 
 
 def covering(snapshot: Snapshot) -> dict[str, list[str]]:
-    """Return, by each provider of whose groups another member is well, the names of these groups.
+    """Return the names of the groups that still work without a provider, by provider.
 
-    A provider to which requests come alone that name no model is not among them.
+    These are groups in which another member is well. The active provider is left out if it is
+    asked by itself, as requests without a model then depend on it alone.
     """
     names: defaultdict[str, list[str]] = defaultdict(list)
     for name, group in snapshot["groups"].items():
@@ -72,7 +73,7 @@ def covering(snapshot: Snapshot) -> dict[str, list[str]]:
 
 
 def listing(names: Iterable[str]) -> str:
-    """Return *names* as one phrase, in which the first of many stand."""
+    """Return *names* as one phrase, which shortens a long list: "a, b, c and 5 more"."""
     first = list(names)
     if len(first) > MAX_NAMES + 1:
         first = [*first[:MAX_NAMES], f"{len(first) - MAX_NAMES} more"]

@@ -1,7 +1,8 @@
-"""The history of the state: what it was at the last ticks, as numbers.
+"""The main numbers of the snapshots of the last ten minutes.
 
-They are in arrays. Objects that each tick makes under a load, and that live for ten minutes, would
-keep the memory around them, a megabyte at a time, from going back to the system.
+The numbers are kept in arrays. Under load, an object that a tick makes stands in memory among the
+objects of many requests. If it lived for ten minutes, the allocator could not give the arena around
+it, a megabyte, back to the system.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 # Ticks that the history keeps: ten minutes.
 HISTORY = 600
-# What the history keeps of a snapshot, and of each provider in it.
+# The numbers that the history keeps of a snapshot, and of each provider in it.
 SERIES: dict[str, Callable[[Snapshot], float | None]] = {
     "active": lambda snapshot: snapshot["connections"]["active"],
     "waiting": lambda snapshot: snapshot["connections"]["waiting"],
@@ -42,7 +43,7 @@ def _percentile(percentiles: Percentiles | None, name: str) -> float | None:
 
 
 class Series:
-    """The values of one number at the last HISTORY ticks; None where there was none."""
+    """The values of one number at the last HISTORY ticks; None for a tick without a value."""
 
     __slots__ = ("_values",)
 
@@ -60,7 +61,7 @@ class Series:
 
 
 def _number(value: float) -> float | None:
-    """Return *value* as it is shown."""
+    """Return *value* as JSON has it: NaN as None, and a whole number as an int."""
     if math.isnan(value):
         return None
     return int(value) if value.is_integer() else value
@@ -78,7 +79,7 @@ class Past:
         self._seen: dict[str, int] = {}
 
     def add(self, snapshot: Snapshot) -> None:
-        """Keep what the history has of *snapshot*."""
+        """Add the numbers of *snapshot*."""
         self._ticks += 1
         del self._times[0]
         self._times.append(snapshot["time"])

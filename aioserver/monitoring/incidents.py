@@ -1,11 +1,14 @@
-"""Incidents: what has happened that an operator should know, found in the difference of two ticks.
+"""Incidents: events that an operator should know of, found in the difference between two ticks.
 
-Everything that is counted is gathered, and told in the past, since it may be over: the first
-incident is reported at once, and after it a quiet time begins, in which numbers are added up for
-the next incident of the same kind, detail and provider. What stands, such as the alert of a
-provider or the trouble of a section, is an incident when it begins and when it ends; one that comes
-back in its quiet time is reported after that, if it still lasts. The words are those of the table
-of findings, so that the log and the verdict say the same.
+There are two sorts of incidents. Some are counted, such as rejected requests. The first of them is
+reported at once, and starts a quiet time; the next incident of the same subject then has the sum of
+that time. Its text is in the past tense, since the fault may be over.
+
+Others have a beginning and an end, such as the alert of a provider or the trouble of a section.
+Both are reported. A fault that comes back in its quiet time is reported after that time, if it
+still lasts.
+
+The words come from the table of findings, so that the log and the verdict say the same.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from aioserver.monitoring.interval import (
     DENIED,
     KEY_REFUSED,
     REJECTIONS,
+    RESCUED,
     SEAMS,
     SLOW_CLIENTS,
     TICK,
@@ -50,13 +54,14 @@ if TYPE_CHECKING:
     from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import GroupState, Incident, ProviderState
 
-# Seconds after an incident in which more of the same is gathered.
+# Seconds of the quiet time after an incident.
 QUIET = 10.0
-# Seconds by which the event loop may be late.
+# Seconds by which the event loop may be late without an incident.
 LAG_LIMIT = 0.1
-# Requests denied in so many ticks that are an incident: more than a person mistypes.
+# Denied requests that are an incident, and the ticks in which they come: a person who mistypes a
+# key makes fewer.
 DENIED_BURST, DENIED_TICKS = 10, 10
-# Totals that are gathered, and the finding that they become.
+# Kinds of totals that are gathered, each with the finding under which it is reported.
 GATHERED = {
     REJECTIONS: "rejections",
     SLOW_CLIENTS: "slow_client",
@@ -64,21 +69,22 @@ GATHERED = {
     ATTEMPTS: "provider_faults",
     BUGS: "bug",
     SEAMS: "seams",
+    RESCUED: "rescued",
 }
-# What is an error by its share is one only if there are as many as this.
+# A finding whose severity is BY_SHARE is an error only if there are at least so many.
 MANY_REJECTED, MANY_FAILED = 10, 5
 AT_LEAST = {"rejections": MANY_REJECTED, "provider_faults": MANY_FAILED}
-# The findings that the details of these are.
+# The tables that have a row for each detail of these findings.
 DETAILS = {"rejections": REJECTED, "provider_faults": FAULTS}
 NO_GROUPS: Mapping[str, GroupState] = MappingProxyType({})
-# Milliseconds by which a late loop is an error: clients see that everything stands still.
+# Milliseconds from which on a late event loop is an error: clients see that everything stops.
 SEVERE_LAG = 1000
 
 
 def incident(
     kind: str, text: str, severity: str, provider: str | None = None, remedy: str = ""
 ) -> Incident:
-    """Return an incident that happens now; *severity*: `info`, `warning` or `error`."""
+    """Return an incident that happens now. *severity* is `info`, `warning` or `error`."""
     return {
         "time": round(time.time(), 3),
         "kind": kind,
@@ -98,7 +104,7 @@ class Subject(NamedTuple):
 
 
 class Gathered(msgspec.Struct):
-    """The count of one subject since the tick *since*; *well* is what went well meanwhile."""
+    """The count of one subject since the tick *since*; *well* counts the successes meanwhile."""
 
     since: float
     number: int = 0
@@ -106,9 +112,11 @@ class Gathered(msgspec.Struct):
 
 
 class Standing(NamedTuple):
-    """What may stand at a tick, by the name of what it is about: its *kind*, None if it does not
-    stand. Between two beginnings of one *subject* there is a quiet time. *ends* makes the incident
-    of the end of the kind that was reported.
+    """A fault with a beginning and an end, as it is at one tick.
+
+    *about* identifies it from tick to tick. *kind* is None if the fault is not there now, else
+    *begins* is the incident of its beginning. After it there is a quiet time for *subject*. *ends*
+    makes the incident of the end, from the kind that was reported.
     """
 
     about: tuple[str, str]
@@ -128,7 +136,7 @@ class Detector:
         self._gathered: dict[Subject, Gathered] = {}
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
-        # The kinds of what was reported and is not over.
+        # The kinds of the faults that were reported and have not ended, by their subjects.
         self._reported: dict[tuple[str, str], str] = {}
 
     def detect(
@@ -139,15 +147,19 @@ class Detector:
         sections: Iterable[tuple[Section[Any], Any]] = (),
         groups: Mapping[str, GroupState] = NO_GROUPS,
     ) -> list[Incident]:
-        """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*;
-        *sections* with their states.
+        """Return the incidents of the tick that ends *interval*.
+
+        *now* is a monotonic time. *sections* come with their states.
         """
         self._gather(now, interval)
         standing = (*_alerts(providers), *_members(groups), *_troubles(sections))
         return [*self._changes(now, standing), *self._due(now)]
 
     def _changes(self, now: float, standing: Iterable[Standing]) -> Iterator[Incident]:
-        """Yield what has begun and what has ended. What is not there any more has not ended."""
+        """Yield the incidents of faults that have begun or ended.
+
+        A fault does not end because the provider or the section that it is about is gone.
+        """
         before, self._reported = self._reported, {}
         for about, ends, kind, subject, begins in standing:
             reported = before.get(about)
@@ -207,7 +219,7 @@ class Detector:
 
 
 def _alerts(providers: Mapping[str, ProviderState]) -> Iterator[Standing]:
-    """Yield the alert of each provider; a kind whose end is not told is no incident."""
+    """Yield the alert of each provider. A kind without a text for its end is not an incident."""
     for name, provider in providers.items():
         about, ends, alert = ("provider", name), partial(_ended, name), provider["trouble"]
         if alert is None or not OF_PROVIDERS[alert["kind"]].past:
@@ -239,7 +251,7 @@ def _recovered(section: Section[Any], state: Any, _kind: str) -> Incident:
 
 
 def _members(groups: Mapping[str, GroupState]) -> Iterator[Standing]:
-    """Yield each member of groups, and whether it is out of them."""
+    """Yield for each member of groups whether it is unable to start requests."""
     states: dict[str, str] = {}
     names: defaultdict[str, list[str]] = defaultdict(list)
     for name, group in groups.items():
@@ -289,9 +301,7 @@ def _words(subject: Subject) -> tuple[str, str]:
 
 
 def _severity(subject: Subject, gathered: Gathered) -> str:
-    """Return "error" for what most clients notice, such as that they are rejected; else
-    "warning".
-    """
+    """Return "error" if most clients notice the incident, such as rejections; else "warning"."""
     kind, number = subject.kind, gathered.number
     if kind == "loop_lag":
         return ERROR if number >= SEVERE_LAG else WARNING

@@ -1,8 +1,8 @@
-"""The interval between two ticks: how much each total has grown, the event loop's lag, the CPU
+"""The interval between two ticks: the growth of each total, the lag of the event loop, the CPU
 time.
 
-Rates and incidents are made from an interval. Totals are read from the metrics and never reset:
-what has grown is the difference of two readings.
+Rates and incidents are made from an interval. Totals are read from the metrics and never reset: the
+growth is the difference of two readings.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TICK = 1.0
 MINUTE = 60
 # Ticks between two counts of the event loop's tasks, whose cost grows with their number.
 TASK_TICKS = 10
-# What most ticks keep of answers that were continued.
+# The continued answers of a tick without any: see `_continued`.
 NONE: Mapping[str, float] = MappingProxyType({})
-# Seconds; rates of a shorter interval are those of this one.
+# Seconds that rates divide by at least, so that a very short interval gives no absurd rate.
 MIN_SECONDS = 1e-3
 
 # Kinds of totals. The details are an error code for REJECTIONS, an outcome for ATTEMPTS, a place
@@ -46,11 +46,11 @@ ATTEMPTS = "attempts"
 ANSWERED = "answered"
 FAILED = "failed"
 BUGS = "bugs"
-SEAMS = "seams"
+SEAMS, RESCUED = "seams", "rescued"
 
 
 class Total(NamedTuple):
-    """The name of a number that only grows; *provider* is None if it is no provider's."""
+    """The name of a number that only grows; *provider* is None if it belongs to no provider."""
 
     kind: str
     detail: str = ""
@@ -60,10 +60,10 @@ class Total(NamedTuple):
 class Interval(msgspec.Struct):
     """The measurements of one interval.
 
-    *growth* has only the totals that have grown; *rates* are per second, by kind and provider;
-    *lag* (a mean) and *lag_max* are in seconds; *cpu* is the share of one core; *tasks* may be
-    TASK_TICKS old; *bugs* are the requests that met a bug in the last MINUTE ticks, and *continued*
-    by provider the answers whose rest it has said in them.
+    *growth* has only the totals that have grown. *rates* are per second, by kind and provider.
+    *lag* (a mean) and *lag_max* are in seconds. *cpu* is the share of one core. *tasks* may be
+    TASK_TICKS old. *bugs* are the requests that met a bug in the last MINUTE ticks. *continued* are
+    the answers that each provider has continued in these ticks.
     """
 
     growth: dict[Total, float]
@@ -76,9 +76,7 @@ class Interval(msgspec.Struct):
     continued: dict[str, int] = msgspec.field(default_factory=dict)
 
     def rate(self, kind: str, provider: str | None = None) -> float:
-        """Return the growth per second of the totals of *kind*: of all, or of those of
-        *provider*.
-        """
+        """Return the growth per second of the totals of *kind*, of all providers or of one."""
         return round(self.rates.get((kind, provider), 0.0), 1)
 
 
@@ -93,9 +91,9 @@ class IntervalMeter:
         self._cpu = time.process_time()
         self._number = 0
         self._tasks = 0
-        # The requests that had met a bug at the end of each of the last intervals.
+        # The number of requests that had met a bug, at the end of each of the last intervals.
         self._bugs = deque((metrics.bugs.value,), maxlen=MINUTE + 1)
-        # The same of the answers that were continued, by provider.
+        # The number of continued answers by provider, at the end of each of the last intervals.
         self._continued: deque[Mapping[str, float]] = deque(maxlen=MINUTE + 1)
         self._continued.append(_continued(metrics))
 
@@ -130,10 +128,10 @@ class IntervalMeter:
 
 
 def _continued(metrics: Metrics) -> Mapping[str, float]:
-    """Return the answers that were continued so far, by the provider that has said the rest.
+    """Return the number of continued answers so far, by the provider that has continued them.
 
-    It makes no object where there are none: what each tick keeps for a minute stands between the
-    objects of a load, whose memory could not be given back before.
+    Without any it returns the same object each time. An object that lives for a minute would
+    otherwise stand between those of many requests, and keep their memory from the system.
     """
     meters = metrics.providers.items()
     return {
@@ -142,7 +140,7 @@ def _continued(metrics: Metrics) -> Mapping[str, float]:
 
 
 def totals(metrics: Metrics) -> dict[Total, float]:
-    """Read every total; providers that have left the configuration keep theirs."""
+    """Read every total, also those of providers that have left the configuration."""
     numbers = {
         Total(REJECTIONS, code): counter.value for code, counter in metrics.rejections.items()
     }
@@ -162,4 +160,6 @@ def totals(metrics: Metrics) -> dict[Total, float]:
             numbers[Total(ATTEMPTS, outcome, provider)] = counter.value
         for code, counter in meter.seams.items():
             numbers[Total(SEAMS, code, provider)] = counter.value
+        for code, counter in meter.rescued.items():
+            numbers[Total(RESCUED, code, provider)] = counter.value
     return numbers

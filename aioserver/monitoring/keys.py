@@ -1,4 +1,4 @@
-"""The state of the keys: what each has running and waiting, and has spent of its budgets."""
+"""The state of the keys: their running and waiting requests, and what they have spent."""
 
 from __future__ import annotations
 

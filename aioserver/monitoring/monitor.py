@@ -1,8 +1,7 @@
-"""The tick, once a second: a snapshot, ten minutes of history, incidents, and the clients that
-watch.
+"""The monitor: once a second it builds a snapshot, finds incidents, and sends both to watchers.
 
-Everything is built once a tick, however many clients look at it: `/stats` gets the bytes of the
-newest snapshot, and so does each watcher of `/events`.
+Everything is built once a tick, however many clients look at it: `/stats` answers with the bytes of
+the newest snapshot, and each watcher of `/events` gets the same bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import orjson
 
@@ -26,7 +25,7 @@ from aioserver.monitoring.verdict import Verdicts, unknown
 from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from aioserver.monitoring.snapshot import Sources
     from aioserver.monitoring.state import (
@@ -41,41 +40,36 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.monitoring")
 
-# The newest incidents that an instance tells another one.
+# Incidents that an instance reports to another instance at most.
 NEWEST = 20
 MAX_WATCHERS = 256
+# A watcher is the function that writes bytes to one client of `/events`, without waiting.
+Watcher: TypeAlias = "Callable[[bytes], None]"
 # The log levels of an incident's severities.
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-
-
-class Watcher(Protocol):
-    """A client of `/events`."""
-
-    def send(self, data: bytes) -> None:
-        """Write *data* without waiting."""
 
 
 class Others(Protocol):
     """All instances of a cluster, this one among them: see wings/cluster/totals.py."""
 
     def standing(self) -> ClusterState:
-        """Return how this instance stands with the others."""
+        """Return the state of this instance in the cluster."""
 
     async def state(self) -> Snapshot:
-        """Return the state of all together."""
+        """Return the snapshot of all instances together."""
 
     async def news(self) -> tuple[Snapshot, list[Incident]]:
-        """Return the state of all together, and the others' incidents since the last call."""
+        """Return the snapshot of all instances, and the others' incidents since the last call."""
 
     async def history(self) -> History:
-        """Return the history of all together."""
+        """Return the history of all instances together."""
 
     async def families(self) -> list[Family]:
         """Return all metrics that are counted, over all instances."""
 
     async def days(self, caller: str | None) -> tuple[list[Day], list[str]]:
-        """Return what *caller*, or all of them, have spent at all instances, and the instances
-        that have not answered.
+        """Return the spending of *caller*, or of all callers, at all instances, and the names of
+        the instances that have not answered.
         """
 
 
@@ -103,9 +97,9 @@ class Monitor:
         self._detector = Detector()
         self._past = Past()
         self._incidents: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
-        # The `history` event; empty when there is something new that it lacks.
+        # The `history` event; empty if it has to be made again.
         self._history_event = b""
-        # Each watcher, with the number of ticks from one snapshot that it is sent to the next.
+        # Each watcher, with the number of ticks between two snapshots that are sent to it.
         self._watchers: dict[Watcher, int] = {}
         self._ticks = 0
         self._timer = self._loop.call_later(TICK, self._next_tick)
@@ -129,7 +123,7 @@ class Monitor:
         self.snapshot["cluster"] = others.standing()
 
     def report(self) -> Report:
-        """Return what this instance says of itself to others: the state at the last tick."""
+        """Return the report of this instance for the others: its state at the last tick."""
         metrics, now = self._metrics, time.monotonic()
         recent, shares = recent_values(metrics, now), recent_shares(metrics, now)
         return Report(self.snapshot, recent, self._verdicts.lately(), shares)
@@ -143,19 +137,19 @@ class Monitor:
 
     @property
     def usage(self) -> CallerSums:
-        """What callers have spent here."""
+        """The spending of callers at this instance."""
         return self._usage.sums
 
     async def days_of_all(self, caller: str | None = None) -> tuple[list[Day], list[str]]:
-        """Return what *caller*, or all of them, have spent, at all instances if there are more,
-        and the instances that have not answered.
+        """Return the spending of *caller*, or of all callers, at all instances of a cluster, and the
+        names of the instances that have not answered.
         """
         if self.others is not None:
             return await self.others.days(caller)
         return self.usage.days(caller), []
 
     async def keys_of_all(self) -> dict[str, KeyState]:
-        """Return the state of the keys, at all instances together if there are more."""
+        """Return the state of the keys, at all instances of a cluster together."""
         return (self.fresh() if self.others is None else await self.others.state())["keys"]
 
     def families(self) -> Iterator[Family]:
@@ -164,7 +158,7 @@ class Monitor:
         yield from self._usage.families()
 
     def newest_incidents(self) -> tuple[int, list[Incident]]:
-        """Return how many incidents there were, and the newest of them."""
+        """Return the number of incidents so far, and the newest of them."""
         return self._incident_count, list(self._incidents)[-NEWEST:]
 
     async def state_of_all(self) -> bytes:
@@ -185,7 +179,7 @@ class Monitor:
         history = await self.others.history()
         state = await self.state_of_all()
         self._admit(watcher, every)
-        watcher.send(
+        watcher(
             eventstream.write(orjson.dumps(history), event="history")
             + eventstream.write(state, event="stats")
         )
@@ -201,7 +195,7 @@ class Monitor:
         """
         self._admit(watcher, every)
         stats = eventstream.write(self._snapshot_json, event="stats")
-        watcher.send(self._write_history() + stats)
+        watcher(self._write_history() + stats)
 
     def _admit(self, watcher: Watcher, every: int) -> None:
         if self.full:
@@ -263,7 +257,7 @@ class Monitor:
         stats = eventstream.write(state, event="stats")
         for watcher, every in tuple(self._watchers.items()):
             if self._ticks % every == 0:
-                watcher.send(stats)
+                watcher(stats)
 
     async def _send_state_of_all(self, others: Others) -> None:
         snapshot, incidents = await others.news()
@@ -280,10 +274,10 @@ class Monitor:
     def _send_incident(self, new_incident: Incident) -> None:
         data = eventstream.write(orjson.dumps(new_incident), event="incident")
         for watcher in tuple(self._watchers):
-            watcher.send(data)
+            watcher(data)
 
     def history(self) -> History:
-        """Return the last ten minutes as series; only of providers that are configured now."""
+        """Return the last ten minutes as series, without providers that are gone."""
         return {
             "interval": TICK,
             "time": self._past.times,
@@ -308,6 +302,6 @@ def _log(new_incident: Incident) -> None:
         fields = {"kind": new_incident["kind"], "provider": new_incident["provider"]}
         if new_incident["advice"]:
             fields["advice"] = new_incident["advice"]
-        # The detector has thinned incidents out already, each subject by itself.
+        # The quiet time of the detector has limited incidents already, so the log does not.
         extra = {"fields": fields, "thinned": True}
         logger.log(level, "%s", new_incident["text"], extra=extra)

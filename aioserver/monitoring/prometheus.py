@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "aioserver_"
-# What the numbers of `provider_trouble` mean; 0 is none.
+# The kinds of alerts for the numbers of `provider_trouble` from 1 on; 0 means no alert.
 TROUBLES = tuple(reversed(OF_PROVIDERS))
 
 
@@ -62,7 +62,7 @@ def _standings(snapshot: Snapshot) -> dict[str, float]:
     }
 
 
-# Of the server.
+# The gauges of the server.
 _GAUGES: tuple[Gauge[Snapshot], ...] = (
     Gauge("ready", lambda s: s["ready"], "Whether the server takes new work"),
     Gauge(
@@ -111,6 +111,11 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
         "Responses that can be continued by their ids",
     ),
     Gauge(
+        "held_bytes",
+        lambda s: s["streams"]["held"]["bytes"],
+        "Bytes of answers that wait for the end of their turn",
+    ),
+    Gauge(
         "kept_stream_bytes",
         lambda s: s["streams"]["bytes"],
         "Bytes of all streams and stored responses together",
@@ -120,6 +125,16 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
     Gauge("max_fds", lambda s: s["process"]["max_fds"], "Limit of open file descriptors"),
     Gauge("tasks", lambda s: s["process"]["tasks"], "Tasks of the event loop, some seconds ago"),
     Gauge("watchers", lambda s: s["watchers"], "Clients of /events"),
+    Gauge(
+        "former_workers",
+        lambda s: len(s["former"]),
+        "Processes that were replaced, and still have answers",
+    ),
+    Gauge(
+        "former_answers",
+        lambda s: sum(each["answers"] for each in s["former"]),
+        "Answers that run in processes that were replaced",
+    ),
     Gauge(
         "instances",
         _instances,
@@ -138,7 +153,7 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
         "Answers of other instances that are read at another one",
     ),
 )
-# Of each provider: the name, the number, and the help.
+# The gauges of each provider: the name, the function that reads the number, and the help.
 _PROVIDER_GAUGES: tuple[tuple[str, Callable[[ProviderState], float], str], ...] = (
     ("provider_in_flight", lambda p: p["in_flight"], "Requests in flight"),
     ("provider_limit", lambda p: p["limit"], "concurrent_requests"),
@@ -259,9 +274,9 @@ def registry(
     listening: Sequence[socket.socket],
     sections: Sequence[Section[Any]] = (),
 ) -> CollectorRegistry:
-    """Return a registry of the server's and the process's metrics.
+    """Return a registry of the metrics of the server and of the process.
 
-    *snapshot* makes a fresh one.
+    *snapshot* returns a fresh snapshot.
     """
     collectors = CollectorRegistry(auto_describe=False)
     collectors.register(ServerCollector(families, snapshot, listening, sections))
@@ -298,12 +313,12 @@ def _counted(family: Family) -> Metric:
             counters.add_metric(labels, child.value)
         else:
             histograms.add_metric(labels, _buckets(child), child.sum)
-    # One without a child yet, too, has its type.
+    # The suffix gives the type of a family that has no child yet.
     return histograms if family.name.endswith("_seconds") else counters
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """Return the buckets as Prometheus wants them: each counts the buckets below it, too."""
+    """Return the buckets as Prometheus wants them, cumulative."""
     total, buckets = 0, []
     for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
         total += count

@@ -1,9 +1,9 @@
-"""A section: a wing's part of what operators see.
+"""A section: the part of a wing in what operators see.
 
-A section has a key of `/stats`, gauges of `/metrics`, and at most one trouble at a time, which is
-an incident when it begins and when it ends, and a finding of the verdict while it lasts. Where
-there are several instances, their states are added up by the rules that the fields of its *shape*
-declare, as those of the core (state.py).
+A section has a key of `/stats`, gauges of `/metrics`, and at most one trouble at a time. The
+beginning and the end of a trouble are incidents, and the verdict may show it while it lasts. In a
+cluster, the states of all instances are added up by the rules that the fields of *shape* declare,
+as in the core (state.py).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ State = TypeVar("State")
 
 
 class Gauge(NamedTuple, Generic[State]):
-    """A gauge of `/metrics`: a number of a state, or one for each value of *label*; two labels have
-    a comma between them, and a pair of values.
+    """A gauge of `/metrics`. *read* returns its number, or a number for each value of *label*.
 
-    A gauge whose number is None is left out: the system does not report the number.
+    A gauge with two labels has both names in *label*, with a comma between them, and pairs of
+    values. A gauge whose number is None is left out, as the system does not report it.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Gauge(NamedTuple, Generic[State]):
 
 
 class SectionTrouble(NamedTuple):
-    """A fault of a section now; a new *kind* is a new incident. *word*: of the verdict."""
+    """The trouble of a section now. A new *kind* is a new incident. *word* heads the verdict."""
 
     kind: str
     word: str

@@ -1,9 +1,8 @@
-"""The state of the server at one moment: what `/stats`, `/events` and the gauges of `/metrics`
-show.
+"""The snapshot: the state of the server at one moment, for `/stats`, `/events` and `/metrics`.
 
-Everything is read from counters and from `stats()`; clients are never walked, and of requests only
-those that a provider answers now: a silence that goes on is counted nowhere yet. What cannot be
-read at a moment, such as a rate, is that of the last interval.
+Everything is read from counters and from `stats()`. No loop goes over all clients. One goes over
+the requests that providers answer now, since no counter has a silence that still lasts. Values that
+cannot be read at one moment, such as rates, are those of the last interval.
 
 The meaning of each field is in docs/monitoring.md.
 """
@@ -27,6 +26,7 @@ from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
 from aioserver.monitoring.section import Section
 from aioserver.monitoring.state import (
+    FormerState,
     KeyState,
 )
 from aioserver.streams.lifetime import Lifetime
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.metrics import GroupMeter
 
-# How a provider is asked for messages, before anything was learned, by its setting.
+# The word of `learned.messages` for each value of the setting, before anything was learned.
 MESSAGES_WORDS: Mapping[bool | str, str] = {
     False: "no",
     True: "speaks",
@@ -72,17 +72,18 @@ MESSAGES_WORDS: Mapping[bool | str, str] = {
     AUTO: "unknown",
 }
 
-# Outcomes of an attempt that are no fault of the provider: a client that cancels is none.
+# Outcomes of an attempt that are not a fault of the provider.
 NO_FAULTS = frozenset((OK, CANCELLED))
 
 
 class Sources(msgspec.Struct, frozen=True):
     """The objects from which the state is read; they live as long as the server.
 
-    *chat* returns the section in effect. *gate* admits connections, *running* counts the answers under way, *ready* says whether the
-    server takes new work, and *listening* has the sockets that accept connections, as soon as
-    there are any. *keys* returns the state of the keys. *sections* are the wings' parts, and
-    *endpoints* the paths of their faces.
+    *chat* returns the section of the configuration in effect. *gate* admits connections, *running*
+    counts the answers under way, and *ready* says whether the server takes new work. *listening* has
+    the sockets that accept connections, as soon as there are any. *keys* returns the state of the
+    keys. *former_since* says when another process took the place of this one, in Unix time.
+    *sections* are the sections of the wings, and *endpoints* the paths of their faces.
     """
 
     chat: Callable[[], Chat]
@@ -97,6 +98,7 @@ class Sources(msgspec.Struct, frozen=True):
     ready: Callable[[], bool]
     listening: Sequence[socket.socket]
     keys: Callable[[], dict[str, KeyState]] = dict
+    former_since: Callable[[], float | None] = lambda: None
     sections: Sequence[Section[Any]] = ()
     endpoints: Mapping[str, str] = msgspec.field(default_factory=dict)
 
@@ -118,7 +120,7 @@ class Snapshots:
     ) -> Snapshot:
         """Return the state of this moment.
 
-        *interval*, *troubles* and *verdict* are those known.
+        *interval*, *troubles* and *verdict* are those of the last tick.
         """
         sources, metrics, now = self._sources, self._sources.metrics, time.monotonic()
         router, chat = sources.router, sources.chat()
@@ -166,6 +168,7 @@ class Snapshots:
             "loop": {"lag": round(interval.lag, 5), "lag_max": round(interval.lag_max, 5)},
             "process": {**process_usage(), "tasks": interval.tasks, "cpu": interval.cpu},
             "watchers": watchers,
+            "former": _former_state(sources, now),
             "endpoints": {
                 "websocket": chat.websocket.endpoint,
                 "sse": chat.sse.endpoint,
@@ -175,6 +178,25 @@ class Snapshots:
         }
         parts = {section.key: section.state() for section in sources.sections}
         return cast("Snapshot", {**snapshot, **parts})
+
+
+def _former_state(sources: Sources, now: float) -> list[FormerState]:
+    """Return the state of this process if others have taken its place."""
+    if (since := sources.former_since()) is None:
+        return []
+    records = [stream.record for stream in sources.streams.running()]
+    # A mirror's answer is in the record of its owner.
+    running = [now - record.admitted_at for record in records if record.admitted_at]
+    return [
+        {
+            "worker": sources.usage.worker,
+            "version": __version__,
+            "since": round(since, 3),
+            "until": round(since + sources.chat().websocket.replace_timeout, 3),
+            "answers": sources.running(),
+            "longest": round(max(running, default=0.0), 1),
+        }
+    ]
 
 
 def _group_state(
@@ -231,6 +253,7 @@ def _streams_state(sources: Sources) -> StreamsState:
         "background": sources.lifetime.background,
         "finished": streams.finished,
         "responses": streams.responses,
+        "held": {"answers": streams.held_answers, "bytes": streams.held_bytes},
         "bytes": streams.bytes,
         "max_bytes": streams.max_bytes,
     }
@@ -285,6 +308,7 @@ def _provider_state(
             "total": int(meter.continuations[CONTINUED].value),
             "last_minute": interval.continued.get(name, 0),
         },
+        "rescued": _sum(meter.rescued),
         "requests": sum(attempts.values()),
         "cancelled": attempts[CANCELLED],
         "faults": {name: number for name, number in attempts.items() if name not in NO_FAULTS},
@@ -303,7 +327,7 @@ def _provider_state(
 
 
 def _learned(provider: Provider, memories: Sequence[Capabilities]) -> LearnedState:
-    """Return what is known of the APIs of *provider*, by its settings and by what it has said."""
+    """Return what the server knows of the APIs of *provider*, from its settings and answers."""
     settings = provider.settings
     words = [word for capabilities in memories if (word := capabilities.messages) is not None]
     return {

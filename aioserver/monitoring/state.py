@@ -1,12 +1,11 @@
-"""The shapes of a snapshot: the JSON object of `/stats`, and what it consists of; and how each
-field adds up.
+"""The shape of a snapshot: the JSON object of `/stats`, its parts, and how each field adds up.
 
-Where there are several instances, `fold` (fold.py) makes one state of theirs. Each field declares
-the rule by which it does: numbers of things are added; of waits, silences and ages the longest
-counts; what is the same in all is that of the instance that is asked.
+In a cluster, `fold` (fold.py) combines the snapshots of all instances into one. Each field declares
+the rule for it: counts are added; of waits, silences and ages the longest counts; a value that is
+the same everywhere is taken from the instance that is asked.
 
-The meaning of each field is in docs/monitoring.md. This file is one concept, that object: a shape
-without its rule could not be added up.
+The meaning of each field is in docs/monitoring.md. This file is long, but it is one concept: a
+field without its rule could not be added up.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NotRequired, TypedDict
 
-# Makes one value of those of several instances, of which the first is that of the instance that is
-# asked.
+# A rule makes one value from the values of several instances. The first of them is the value of the
+# instance that is asked.
 Rule = Callable[[Sequence[Any]], Any]
 
 
@@ -36,8 +35,13 @@ def _earliest(values: Sequence[float | None]) -> float | None:
     return min((value for value in values if value is not None), default=None)
 
 
+def _together(values: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the entries of all."""
+    return [entry for entries in values for entry in entries]
+
+
 def _by_name(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Add up by name; a name that one instance has alone is kept."""
+    """Add up by name; a name that only one instance has is kept."""
     total: Counter[str] = Counter()
     for counts in values:
         total.update(counts)
@@ -50,7 +54,7 @@ def _first(values: Sequence[Any]) -> Any:
 
 
 def _worst(order: Sequence[str]) -> Rule:
-    """Return the rule by which the value counts that is the first in *order*."""
+    """Return the rule that chooses the value that stands first in *order*."""
     return lambda values: min(values, key=order.index)
 
 
@@ -58,13 +62,14 @@ SUM: Rule = _sum
 MAX: Rule = max
 ANY: Rule = any
 COUNTS: Rule = _by_name
+ENTRIES: Rule = _together
 KNOWN: Rule = _sum_of_known
 EARLIEST: Rule = _earliest
 OWN: Rule = _first
-# `Fold` makes these of more than the states: percentiles of all values, the worst trouble, the
-# verdict.
+# `Fold` computes these fields itself, as it needs more than the values of the field: percentiles,
+# the worst trouble, the verdict.
 MADE = OWN
-# The states of a provider, and how an instance stands with the cluster's server: the worst first.
+# The states of a provider, and the states of an instance in its cluster: the worst first.
 STATES = ("dead", "sick", "well")
 STANDINGS = ("alone", "unheard", "joined")
 
@@ -102,6 +107,13 @@ class BugsState(TypedDict):
     last_minute: Annotated[int, SUM]
 
 
+class HeldState(TypedDict):
+    """Answers that wait for the end of their turn, and their bytes."""
+
+    answers: Annotated[int, SUM]
+    bytes: Annotated[int, SUM]
+
+
 class StreamsState(TypedDict):
     """The streams that are kept."""
 
@@ -110,6 +122,7 @@ class StreamsState(TypedDict):
     background: Annotated[int, SUM]
     finished: Annotated[int, SUM]
     responses: Annotated[int, SUM]
+    held: HeldState
     bytes: Annotated[int, SUM]
     max_bytes: Annotated[int, SUM]
 
@@ -143,7 +156,7 @@ class PaceState(TypedDict):
 class RetryBudgetState(TypedDict):
     """The budget of retries: *used* of *limit* in the last ten seconds.
 
-    *refused* since the start.
+    *refused* counts the retries that were refused since the start.
     """
 
     used: Annotated[int, SUM]
@@ -152,7 +165,7 @@ class RetryBudgetState(TypedDict):
 
 
 class ContinuedState(TypedDict):
-    """The answers whose rest this provider has said, since the start and in the last minute."""
+    """The answers that this provider has continued, since the start and in the last minute."""
 
     total: Annotated[int, SUM]
     last_minute: Annotated[int, SUM]
@@ -192,8 +205,8 @@ class Verdict(TypedDict):
 
 
 class TrialState(TypedDict):
-    """The trials of a sick provider at this instance: seconds between two that fail, how many have
-    succeeded in a row, and how many are needed.
+    """The trials of a sick provider at this instance: the seconds between failed trials, how many
+    trials have succeeded in a row, and how many successes end the sickness.
     """
 
     interval: float
@@ -237,6 +250,7 @@ class ProviderState(TypedDict):
     background: BackgroundState
     failovers: Annotated[int, SUM]
     continued: ContinuedState
+    rescued: Annotated[int, SUM]
     requests: Annotated[int, SUM]
     cancelled: Annotated[int, SUM]
     faults: Annotated[dict[str, int], COUNTS]
@@ -249,7 +263,7 @@ class ProviderState(TypedDict):
 
 
 class MemberState(TypedDict):
-    """One member of a group; all but *starts* is its provider's.
+    """One member of a group. All numbers but *starts* are those of its provider.
 
     *state* is a word of groups.py.
     """
@@ -263,7 +277,7 @@ class MemberState(TypedDict):
 
 
 def _members(values: Sequence[Sequence[MemberState]]) -> list[MemberState]:
-    """Add the starts up, by member; what is the provider's, `Fold` puts there."""
+    """Add up the starts of each member. `Fold` sets the fields that come from its provider."""
     starts: Counter[tuple[str, str]] = Counter()
     for members in values:
         starts.update({(each["provider"], each["model"]): each["starts"] for each in members})
@@ -285,7 +299,7 @@ class GroupState(TypedDict):
 
 
 class KeyBudgetState(TypedDict):
-    """A budget of a key, in tokens; *reset*: seconds until all of it is there."""
+    """A budget of a key, in tokens; *reset* are the seconds until all of it is available again."""
 
     limit: int
     used: int
@@ -295,8 +309,9 @@ class KeyBudgetState(TypedDict):
 
 
 def _budgets(values: Sequence[Mapping[str, KeyBudgetState]]) -> dict[str, KeyBudgetState]:
-    """Show what the one has that knows of the most: each shows what all have used, and reserved
-    itself.
+    """Return the budgets of the instance that knows of the largest spending.
+
+    Each instance knows what all instances have used, but only its own reservations.
     """
     total: dict[str, KeyBudgetState] = {}
     for name, first in values[0].items():
@@ -314,8 +329,8 @@ def _budgets(values: Sequence[Mapping[str, KeyBudgetState]]) -> dict[str, KeyBud
 
 
 class KeyState(TypedDict):
-    """One key: its answers that run, of *limit*, and wait for the key, of *queue_size*; what it
-    has spent today, since the start; and its budgets, by their settings.
+    """One key: its *running* answers and their *limit*, its *waiting* requests and their
+    *queue_size*, the tokens of today since the start, and its budgets by their settings.
     """
 
     running: Annotated[int, SUM]
@@ -344,14 +359,13 @@ class ProcessState(TypedDict):
 
 
 class ClusterState(TypedDict):
-    """How an instance, or the worst of several, stands with the cluster's server, and what went to
-    and fro.
+    """The state of an instance in its cluster, or the worst state of several, and their traffic.
 
-    *state*: `joined`, `unheard` or `alone` (wings/cluster/limits/leases.py). *calls* and
-    *failed_calls* are those about limits. *links* are logs of this instance that are read
-    elsewhere, *mirrors* those of others that are read here. *unclaimed* requests with an id were
-    answered though the server did not say in time whether another instance has it. *lost* messages
-    found too many others waiting.
+    *state* is `joined`, `unheard` or `alone` (wings/cluster/limits/leases.py). *calls* and *failed_calls*
+    count the calls about limits. *links* are logs of this instance that other instances read, and
+    *mirrors* are logs of other instances that this one reads. *unclaimed* counts requests with an
+    id that were answered although Redis did not say in time whether another instance has that id.
+    *lost* counts messages that were dropped because too many others were waiting.
     """
 
     state: Annotated[str, _worst(STANDINGS)]
@@ -364,7 +378,7 @@ class ClusterState(TypedDict):
 
 
 class InstanceState(TypedDict):
-    """One instance of a cluster; *places* are those that it has in hand, by provider."""
+    """One instance of a cluster; *places* are the places that it holds now, by provider."""
 
     ready: bool
     uptime: float
@@ -382,6 +396,21 @@ class InstanceState(TypedDict):
     cpu: float
     rss_bytes: int | None
     cluster: str
+
+
+class FormerState(TypedDict):
+    """A process that was replaced, and still has *answers*, the *longest* for so many seconds.
+
+    *worker* is its slot; *since* and *until*, when the last of them ends at the latest, are Unix
+    times in seconds.
+    """
+
+    worker: int | None
+    version: str
+    since: float
+    until: float
+    answers: int
+    longest: float
 
 
 class Snapshot(TypedDict):
@@ -417,6 +446,7 @@ class Snapshot(TypedDict):
     loop: LoopState
     process: ProcessState
     watchers: Annotated[int, SUM]
+    former: Annotated[list[FormerState], ENTRIES]
     endpoints: Annotated[dict[str, str], OWN]
     cluster: NotRequired[ClusterState]
     instances: NotRequired[Annotated[dict[str, InstanceState | None], MADE]]

@@ -1,4 +1,4 @@
-"""What operators see of the ledger: the key `usage` of `/stats`, a gauge, and its troubles."""
+"""The section of the ledger: the key `usage` of `/stats`, a gauge, and its troubles."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _first(values: Sequence[str | None]) -> str | None:
 
 
 class UsageState(TypedDict):
-    """The ledger: whether there is one, its lines that were written, were lost and wait, and why
-    they cannot be written now.
+    """The ledger: whether there is one, how many lines were written, were lost and wait, and the
+    reason if it cannot be written now.
     """
 
     ledger: Annotated[bool, ANY]

@@ -1,11 +1,10 @@
-"""The verdict: the state of the whole server in one word, one sentence, what more is known, and
-what to do.
+"""The verdict on the whole server: one word, one sentence, details, and advice.
 
 It is made once a tick and is part of the snapshot, so that the dashboard, `top` and `/stats` say
-the same. Of several findings the worst is the verdict. Every number in its texts is one of the
-snapshot, or has been counted in the last RECENT ticks.
+the same. If several findings are true, the verdict is the worst of them. Each number in its texts
+comes from the snapshot, or was counted in the last RECENT ticks.
 
-This file is one concept: all findings stand in one order, the worst first.
+This file is long, but it is one concept: all findings stand in one order, the worst first.
 """
 
 from __future__ import annotations
@@ -37,14 +36,13 @@ if TYPE_CHECKING:
 RECENT = 10
 # Seconds of lag of the event loop that clients notice.
 NOTICEABLE_LAG = 0.25
-# Shares: of the allowed open files, from which on they run out; of the places, from which on they
-# do.
+# The shares of the allowed open files, and of the places, from which on few are left.
 FEW_FILES, FEW_PLACES = 0.9, 0.9
 
 
 class Lately(NamedTuple):
-    """What happened in the last RECENT ticks: rejections by code, answers begun and failed; the
-    largest lag in seconds.
+    """The events of the last RECENT ticks: rejections by code, answers that began and that failed,
+    and the largest lag in seconds.
     """
 
     rejected: Mapping[str, int]
@@ -54,13 +52,13 @@ class Lately(NamedTuple):
 
 
 class Verdicts:
-    """Judges snapshot by snapshot; the snapshots must have their troubles, and the states of all
-    *sections*.
+    """Makes the verdict on one snapshot after another. Each snapshot must have its alerts, and the
+    states of all *sections*.
     """
 
     def __init__(self, sections: Sequence[Section[Any]] = ()) -> None:
         self._sections = sections
-        # What happened in each tick: rejections by code, answers begun, answers failed.
+        # The events of each tick: rejections by code, answers that began, answers that failed.
         self._ticks: deque[Counter[str]] = deque(maxlen=RECENT)
         self._lags: deque[float] = deque(maxlen=RECENT)
 
@@ -77,22 +75,22 @@ class Verdicts:
         return judge(snapshot, self.lately(), self._sections)
 
     def lately(self) -> Lately:
-        """Return what happened in the last ticks."""
+        """Return the events of the last ticks."""
         counts: Counter[str] = sum(self._ticks, Counter())
         answered, failed = counts.pop(ANSWERED, 0), counts.pop(FAILED, 0)
         return Lately(counts, answered, failed, max(self._lags, default=0.0))
 
 
 def judge(snapshot: Snapshot, lately: Lately, sections: Sequence[Section[Any]] = ()) -> Verdict:
-    """Return the verdict on *snapshot*, before which *lately* happened.
+    """Return the verdict on *snapshot*, which has the states of *sections*.
 
-    *sections* are its parts.
+    *lately* has the events before it.
     """
     return _Judge(snapshot, lately, sections).verdict()
 
 
 class _Judge:
-    """Finds the worst that is true of one snapshot, before which *lately* happened."""
+    """Finds the worst finding that is true of one snapshot and of the events before it."""
 
     def __init__(
         self, snapshot: Snapshot, lately: Lately, sections: Sequence[Section[Any]]
@@ -144,7 +142,10 @@ class _Judge:
             yield _verdict("bug", "trouble", text, detail=detail, about="bug")
 
     def _closed_groups(self, *, active: bool) -> Iterator[Verdict]:
-        """Yield that no member of a group can start anything: of the active one, or of others."""
+        """Yield a finding for each group without a member that can start requests.
+
+        *active* chooses the active group, or all others.
+        """
         for name, group in self._snapshot["groups"].items():
             if (name == self._snapshot["active_group"]) != active or not several(group):
                 continue
@@ -163,7 +164,7 @@ class _Judge:
             )
 
     def _reasons(self, group: GroupState) -> Iterable[str]:
-        """Return what the members of *group*, which is closed, are about."""
+        """Return for each provider of *group* why it cannot start requests."""
         reasons = {}
         for member in group["members"]:
             name, state = member["provider"], member["state"]
@@ -204,7 +205,7 @@ class _Judge:
         return active and name not in self._covered
 
     def _effects(self, name: str, provider: ProviderState) -> Iterator[str]:
-        """Yield what clients feel of the trouble of the provider *name*."""
+        """Yield the effects on clients of the trouble of the provider *name*."""
         if provider["waiting"]:
             yield _queue(provider["waiting"], "request", name, provider["oldest_wait"])
         if self._failed:
@@ -212,7 +213,7 @@ class _Judge:
         yield from self._rejections()
 
     def _rejections(self) -> list[str]:
-        """Return what was rejected and why, as one phrase; none where nothing was."""
+        """Return a phrase that says how many requests were rejected and why; [] without any."""
         number = self._rejected.total()
         if not number:
             return []
@@ -222,8 +223,8 @@ class _Judge:
         return [f"{were} in {RECENT} s{part} {of_rejections(code)[0]}"]
 
     def _rejected_most(self) -> bool:
-        """Return whether more was rejected than was answered, as the severity of an incident
-        says.
+        """Return whether more requests were rejected than answered, by the rule by which such an
+        incident is an error.
         """
         number = sum(
             each
@@ -321,7 +322,7 @@ class _Judge:
                 yield f"all {provider['limit']:,} places of {name} are taken", name
 
     def _advice(self, code: str) -> str:
-        """Return what to do about rejections with *code*, or about connections that wait."""
+        """Return the advice for rejections with *code*, or for connections that wait."""
         name, provider = self._busiest_provider()
         if code == ServerAtCapacity.code and provider["waiting"]:
             return FINDINGS["full"].remedy.format(name=name)
@@ -332,7 +333,7 @@ class _Judge:
         return max(providers, key=lambda item: item[1]["waiting"])
 
     def _busiest(self) -> Iterator[str]:
-        """Yield how full the provider is for which most requests wait; nothing if none wait."""
+        """Yield how full the provider with the longest queue is; nothing if no request waits."""
         name, provider = self._busiest_provider()
         if provider["waiting"]:
             queue = _queue(provider["waiting"], "request", name, provider["oldest_wait"])
@@ -385,7 +386,7 @@ def _verdict(
     advice: str | None = None,
     about: str = "",
 ) -> Verdict:
-    """Return the verdict that the finding *name* is true; what is not said is that of its row."""
+    """Return the verdict of the finding *name*. Its row gives the values that are not passed."""
     row = FINDINGS[name]
     return {
         "level": level or row.severity,

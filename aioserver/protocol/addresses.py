@@ -13,7 +13,7 @@ import re
 # Stands for the peer of a UNIX socket, which has no IP address.
 UNIX = "unix"
 
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{0,5})?")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/?#\\<>\"\s]+)(?::[0-9]{0,5})?")
 
 
 def network(text: str) -> str:

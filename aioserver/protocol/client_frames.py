@@ -28,7 +28,13 @@ from aioserver.protocol import json_body, request_options
 from aioserver.protocol.client_headers import NO_HEADERS, ClientHeaders
 from aioserver.protocol.json_body import ABSENT, UnknownField
 from aioserver.protocol.model_body import MAX_CHOICES
-from aioserver.protocol.request_options import NO_REQUEST_OPTIONS, RequestOptions
+from aioserver.protocol.request_options import (
+    BATCH,
+    CLASSES,
+    HOLDS,
+    NO_REQUEST_OPTIONS,
+    RequestOptions,
+)
 from aioserver.protocol.sound import sound
 from aioserver.protocol.steps import LARGE_BYTES, at_once, pause, pause_after
 
@@ -61,6 +67,7 @@ class _Payload(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     start_within: Raw = ABSENT
     deadline: Raw = ABSENT
     class_: Raw = msgspec.field(default=ABSENT, name="class")
+    hold: Raw = ABSENT
 
 
 class _Question(_Payload, gc=False, forbid_unknown_fields=True):
@@ -360,12 +367,13 @@ async def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
 
 
 def _request_options(fields: _Payload) -> RequestOptions:
-    if fields.start_within is fields.deadline is fields.class_ is ABSENT:
+    if fields.start_within is fields.deadline is fields.class_ is fields.hold is ABSENT:
         return NO_REQUEST_OPTIONS
     return RequestOptions(
         _seconds(fields.start_within, "start_within"),
         _seconds(fields.deadline, "deadline"),
-        request_options.batch(_name(fields.class_, "class"), "class"),
+        request_options.one_of(CLASSES, _name(fields.class_, "class"), "class") == BATCH,
+        request_options.one_of(HOLDS, _name(fields.hold, "hold"), "hold"),
     )
 
 

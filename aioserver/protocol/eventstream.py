@@ -58,6 +58,11 @@ class Splitter:
 
     __slots__ = ("_cr", "_max", "_rest", "_started", "_whole")
 
+    # Whole events that a subclass keeps back, and how many of them have content; those that it has
+    # dropped count as well.
+    held: bytes | bytearray = b""
+    unseen = 0
+
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         # A bytearray is extended in place: an event of megabytes comes in hundreds of reads.
         self._rest = bytearray()

@@ -1,4 +1,4 @@
-"""A JSON body (RFC 8259), read without building what is below its top level.
+"""A JSON body (RFC 8259), read without making objects for the values below its top level.
 
 msgspec reads a body in one call, which validates all of it, and returns the wanted values as their
 bytes (`Raw`). The rest is skipped, so a body of millions of small values costs no object for any

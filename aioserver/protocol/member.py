@@ -1,14 +1,14 @@
 """A member on the top level of a body, and its place in the bytes.
 
 A body goes on as it came. If one value on its top level must be replaced, its place in the bytes
-is searched for. If a key occurs there several times, the place is that of the last, the one that
-decoders read: a request must not be served by another value than the one that was checked.
+is searched for. If a key occurs there several times, the place is that of the last value, which
+decoders read: a request must not be served by another value than the checked value.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from msgspec import Raw
@@ -34,10 +34,6 @@ _FEW = 1000
 _EDGE = 4096
 
 
-class _OneValue(Protocol):
-    value: Raw
-
-
 class Place(NamedTuple):
     """The place of a member in a body: its key, its value, and the value's end."""
 
@@ -61,7 +57,7 @@ class Member:
         self._escapes = {b"\\u00%x" % (letter >> 4) for letter in name.encode()}
         fields: Sequence[tuple[str, type, object]] = (("value", Raw, ABSENT),)
         shape = msgspec.defstruct("Shape", fields, gc=False, rename={"value": name})
-        self._decoder = cast("msgspec.json.Decoder[_OneValue]", msgspec.json.Decoder(shape))
+        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(shape)
 
     def value(self, data: bytes) -> bytes:
         """Return the value in *data*, a JSON object, as it is written; empty if there is none."""

@@ -206,7 +206,7 @@ def check_sole(data: bytes) -> None:
     """Check that *data*, a JSON object, names at most one model, however it is read.
 
     Raises:
-        InvalidRequest: it has several keys `model`, or one that could be read as it.
+        InvalidRequest: it has several keys `model`, or another key that could be read as `model`.
     """
     found = json_body.decode(_OTHERS, data, "the body")
     others = (name for name in _OTHER_NAMES if getattr(found, name) is not ABSENT)

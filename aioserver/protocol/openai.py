@@ -99,7 +99,7 @@ class Reading:
         self._text = bytearray()
 
     def begin_anew(self) -> None:
-        """Forget everything: another attempt follows one that has failed."""
+        """Forget everything: an attempt has failed, and another attempt follows."""
         self.finish_reason = self.usage = None
         self.half.clear()
         self._text.clear()

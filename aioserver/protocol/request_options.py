@@ -1,12 +1,17 @@
-"""The options of a request: its deadlines, and its class.
+"""The options of a request: its deadlines, its class, and what is held of its answer.
 
     x-aioserver-start-within: 2       seconds until the first attempt is sent
     x-aioserver-deadline: 30.5        seconds until the answer has ended
     x-aioserver-class: batch          the request uses what others leave
+    x-aioserver-hold: calls           `preamble`, `calls` or `turn` (providers/holding.py)
 
-Our own faces have fields of a payload for the same: `start_within`, `deadline`, `class`. Seconds
-count from the arrival of the request. An option can only shorten a wait, and only lower a class,
-so options from several places combine: the smaller number holds, and batch holds.
+Our own faces have fields of a payload for the same: `start_within`, `deadline`, `class`, `hold`.
+Seconds count from the arrival of the request. An option can only shorten a wait, and only lower a
+class, so options from several places combine: the smaller number holds, and batch holds. Of two
+words for `hold`, that of the payload counts.
+
+Agents name their session, or the agent above them, in headers of their own. With the setting
+`agents` these headers decide what is held.
 """
 
 from __future__ import annotations
@@ -31,15 +36,44 @@ INTERACTIVE, BATCH = CLASSES = ("interactive", "batch")
 MAX_SECONDS = 86_400.0
 # The most characters of a number of seconds.
 MAX_CHARACTERS = 32
+HOLD: str = istr("x-aioserver-hold")
+# Ids of sessions, which agents send: Claude Code, Codex, opencode; and what says of a request that
+# an agent above has begun it.
+SESSIONS: tuple[str, ...] = (
+    istr("x-claude-code-session-id"),
+    istr("session-id"),
+    istr("x-session-id"),
+)
+SUBAGENTS: tuple[str, ...] = (
+    istr("x-claude-code-parent-agent-id"),
+    istr("x-openai-subagent"),
+    istr("x-codex-parent-thread-id"),
+    istr("x-parent-session-id"),
+)
 _NAMES = (START_WITHIN, DEADLINE, CLASS)
+_ALL_NAMES = (*_NAMES, HOLD, *SESSIONS, *SUBAGENTS)
+# What of a streamed answer is held: what comes before its content; from the first piece of a call
+# on, all until the finish; the whole turn. AGENTS stands for one of them, by who asks.
+PREAMBLE, CALLS, TURN = HOLDS = ("preamble", "calls", "turn")
+AGENTS = "agents"
 
 
 class RequestOptions(msgspec.Struct, frozen=True):
-    """*start_within* and *deadline* are seconds from the arrival, inf without such a bound."""
+    """*start_within* and *deadline* are seconds from the arrival, inf without such a bound. *hold*
+    is the request's own word for what is held, empty without one; and *agent* is what AGENTS
+    stands for, by its headers.
+    """
 
     start_within: float = inf
     deadline: float = inf
     batch: bool = False
+    hold: str = ""
+    agent: str = PREAMBLE
+
+    @property
+    def bounding(self) -> bool:
+        """Whether they say when the request must have begun or ended, or its class."""
+        return self.batch or self.start_within < inf or self.deadline < inf
 
     def joined(self, other: RequestOptions) -> RequestOptions:
         """Return the combination of both."""
@@ -49,6 +83,8 @@ class RequestOptions(msgspec.Struct, frozen=True):
             min(self.start_within, other.start_within),
             min(self.deadline, other.deadline),
             self.batch or other.batch,
+            other.hold or self.hold,
+            self.agent if other.agent == PREAMBLE else other.agent,
         )
 
 
@@ -61,11 +97,21 @@ def request_options_of(headers: Mapping[str, str]) -> RequestOptions:
     Raises:
         InvalidRequest: an option is not valid; its name is the `param`.
     """
-    if headers.keys().isdisjoint(_NAMES):
+    names = headers.keys()
+    if names.isdisjoint(_ALL_NAMES):
         return NO_REQUEST_OPTIONS
     start, deadline, name = map(headers.get, _NAMES)
+    agent = PREAMBLE
+    if any(map(headers.get, SUBAGENTS)):
+        agent = TURN
+    elif any(map(headers.get, SESSIONS)):
+        agent = CALLS
     return RequestOptions(
-        seconds(start, START_WITHIN), seconds(deadline, DEADLINE), batch(name, CLASS)
+        seconds(start, START_WITHIN),
+        seconds(deadline, DEADLINE),
+        one_of(CLASSES, name, CLASS) == BATCH,
+        one_of(HOLDS, headers.get(HOLD), HOLD),
+        agent,
     )
 
 
@@ -89,14 +135,14 @@ def seconds(value: str | None, param: str) -> float:
     return number
 
 
-def batch(value: str | None, param: str) -> bool:
-    """Return whether the class *value* is batch; None: no class was named.
+def one_of(names: tuple[str, ...], value: str | None, param: str) -> str:
+    """Return *value*, one of *names*; empty if it is None.
 
     Raises:
-        InvalidRequest: there is no such class.
+        InvalidRequest: there is no such name.
     """
     if value is None:
-        return False
-    if value not in CLASSES:
-        raise InvalidRequest(f"{param} must be one of {', '.join(CLASSES)}", param=param)
-    return value == BATCH
+        return ""
+    if value not in names:
+        raise InvalidRequest(f"{param} must be one of {', '.join(names)}", param=param)
+    return value

@@ -15,8 +15,8 @@ engine, since texts repeat themselves ("ha ha", tables, zeros, code).
 An engine has begun anew if its text begins with the first 32 characters of the transcript. That
 proves something only if these occur nowhere else, not even across the seam: in the transcript
 followed by themselves they occur at the two ends alone. Otherwise a text that repeats itself would
-be taken for one that begins anew. The one text that is misjudged repeats its own whole beginning
-exactly at the cut.
+be mistaken for a new beginning. Only a text that repeats its own whole beginning exactly at the cut
+is misjudged.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ This file is one concept: the kept part of an answer decides how another one con
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -66,7 +66,7 @@ class Transcript(ABC):
     """The transcript of an answer so far, as its readers have seen it."""
 
     # Whether its request is known to allow a continuation.
-    checked: ClassVar[bool] = False
+    checked: bool = False
 
     @property
     @abstractmethod
@@ -80,10 +80,11 @@ class Transcript(ABC):
 
     @abstractmethod
     def text(self) -> str | None:
-        """Return the text, if it can be continued; None otherwise.
+        """Return the text, if the answer can go on behind it; None otherwise.
 
         It cannot if anything but text, perhaps after reasoning, was shown, if the answer has a
-        finish, if there is no text yet, or if it has more than MAX_TRANSCRIPT bytes.
+        finish, or if the text has more than MAX_TRANSCRIPT bytes. The text is empty if nothing but
+        reasoning was shown, which another attempt does not go on with.
         """
 
     @abstractmethod
@@ -104,10 +105,11 @@ class PassedTranscript(Transcript):
     """The transcript of an answer whose bytes pass.
 
     Always: `blocks` has the events that were not read yet, at most FOLD_BYTES of them and one
-    block.
+    block. Without *keeps_text* all is forgotten once there is a text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_text: bool = True) -> None:
+        self._max_text = MAX_TRANSCRIPT if keeps_text else 0
         # The whole events; the fast path adds to them.
         self.blocks = bytearray()
         # UTF-8.
@@ -127,6 +129,13 @@ class PassedTranscript(Transcript):
         """The number of events with text."""
         return self._events
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it needs the events to come."""
+        if not self._max_text:
+            self._fold()
+        return not self._lost
+
     def add(self, block: bytes) -> bool:
         """Keep *block*, events that pass now, as `Transcript.add`."""
         self.blocks += block
@@ -142,9 +151,7 @@ class PassedTranscript(Transcript):
     def text(self) -> str | None:
         """Return the text, as `Transcript.text`."""
         self._fold()
-        if self._lost or not self._text:
-            return None
-        return self._text.decode()
+        return None if self._lost else self._text.decode()
 
     def drop(self) -> None:
         """Forget everything, as `Transcript.drop`."""
@@ -162,7 +169,7 @@ class PassedTranscript(Transcript):
         try:
             for event in eventstream.split(block):
                 self._read(event)
-            over = len(self._text) > MAX_TRANSCRIPT
+            over = len(self._text) > self._max_text
         except (BadEvent, ValueError, AttributeError, TypeError):
             # For example half of a character that the provider has cut in two.
             over = True
@@ -182,11 +189,11 @@ class PassedTranscript(Transcript):
 class ChatTranscript(PassedTranscript):
     """The transcript of a chat completion whose bytes pass."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, keeps_text: bool = True) -> None:
+        super().__init__(keeps_text=keeps_text)
         self._head: dict[str, Any] = {}
         self._shape: Shape | None = None
-        self._samples_left = MAX_SHAPE_SAMPLES
+        self._samples_left = MAX_SHAPE_SAMPLES if keeps_text else 0
 
     def rest(self, earlier: Tokens) -> ChatRest:
         """Return the object that writes the rest, as `Transcript.rest`."""
@@ -246,7 +253,7 @@ class ReadTranscript(Transcript):
         reading = self._reading
         if not reading.only_text or reading.finish_reason is not None:
             return None
-        return reading.text if 0 < reading.size <= MAX_TRANSCRIPT else None
+        return reading.text if reading.size <= MAX_TRANSCRIPT else None
 
     def rest(self, earlier: Tokens) -> ChatRest:
         """Return the object that writes the rest, as `Transcript.rest`."""

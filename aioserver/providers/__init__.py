@@ -12,9 +12,9 @@ dead provider, so it gets only *trials*. A provider is *away* if it cannot be re
 it is not ready: requests may wait in its queue until it is back. A request whose attempt has just
 failed is *parked* before it queues again, and keeps its slot meanwhile. Its *health* has this
 breaker and two more facts: whether the provider has refused our key (it is *flagged*), and whether
-it was removed from the configuration. The provider tells breaker, pace and queue how its attempts
-fare. The *budget* bounds the retries, so that a failing provider does not get a multiple of the
-requests.
+it was removed from the configuration. The provider reports the outcome of each attempt to breaker,
+pace and queue. The *budget* bounds the retries, so that a failing provider does not get a multiple
+of the requests.
 
 The attempt that has started takes a connection from the *pool*, the open sockets to one provider.
 The request and its answer on this connection are an *exchange*. It pushes the body into a *sink*,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from aioserver.protocol.model_body import MAX_CHOICES
 from aioserver.protocol.openai import bounded, is_content, usage_of
+from aioserver.protocol.parts import CHAT_PARTS, Parts
 from aioserver.protocol.transcript import ChatTranscript
 from aioserver.providers import error_mapping
 from aioserver.providers.sinks import EventSink
@@ -82,6 +83,8 @@ class Api(ForwardedApi):
     paces_cached: ClassVar[bool] = True
     # The transcript of an answer that can be continued; None: no answer of this API can be.
     continues: ClassVar[type[PassedTranscript] | None] = None
+    # How its events are told apart, of which some are held.
+    parts: ClassVar[Parts] = CHAT_PARTS
 
     def __init__(self, path: str) -> None:
         self.path = path

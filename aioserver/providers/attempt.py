@@ -16,12 +16,14 @@ This file is one concept: the steps of an attempt, each of which another kind ma
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
 from aioserver.limits.estimate import UNKNOWN_WORK, text_bytes
 from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.request_options import PREAMBLE
 from aioserver.protocol.transcript import ReadTranscript
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.error_mapping import (
@@ -31,6 +33,7 @@ from aioserver.providers.error_mapping import (
     matches_type,
     visible_headers,
 )
+from aioserver.providers.holding import Holding
 from aioserver.providers.reading_sinks import ChatSink, complete_chat
 from aioserver.providers.request import Answer
 from aioserver.providers.sinks import BodySink, StreamSink
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from aioserver.limits.estimate import Estimate
     from aioserver.limits.resource import Resource
     from aioserver.limits.scheduler import Scheduler
+    from aioserver.protocol.parts import Parts
     from aioserver.protocol.transcript import Tokens, Transcript
     from aioserver.providers.api import Api, Capabilities
     from aioserver.providers.backpressure import Backpressure
@@ -111,6 +115,9 @@ class Hop(Protocol):
     async def body(self, body: bytes) -> bytes:
         """Return the request in *body*, changed into one for the rest."""
 
+    def show(self, attempt: Attempt) -> None:
+        """Note that some of the rest is about to be shown."""
+
     def sink(self, attempt: Attempt, sink: StreamSink) -> Sink:
         """Return the sink of *attempt*, which passes the rest on to *sink*."""
 
@@ -165,6 +172,8 @@ class Attempt:
         self.pool: object = None
         self.status = 0
         self.sink: Sink | None = None
+        # The splitter of the sink that holds events, if any are to be held.
+        self.holding: Holding | None = None
         self.answer: Answer | None = None
         self.fault: ProviderFault | None = None
         self.headers: Mapping[str, str] = NO_HEADERS
@@ -247,10 +256,15 @@ class Attempt:
         if self.stream is not None:
             self.stream.attempt = self.stream.queued = None
 
+    def received_content(self) -> None:
+        """Note content of the answer, which may be held: the provider has answered."""
+        if not self.answered:
+            self.answered = True
+            self.provider.answered(self)
+
     def first_event(self) -> None:
-        """Note the first content of the answer: no other provider is asked."""
-        self.answered = True
-        self.provider.answered(self)
+        """Note the first content of the answer that is shown: no other provider is asked."""
+        self.received_content()
         if self.stream is None:
             # The answer is whole, and its request is over at once.
             return
@@ -324,7 +338,9 @@ class Attempt:
         """Note that nothing more comes by the exchange."""
         if self.stream is not None:
             self.stream.source = None
-            if not self.answered and isinstance(self.sink, StreamSink):
+            if self.holding is not None:
+                self.holding.drop()
+            if not self.stream.answered and isinstance(self.sink, StreamSink):
                 self.sink.forget()
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
@@ -365,11 +381,29 @@ class Attempt:
 
     def event_sink(self, stream: Stream) -> Sink:
         """Return the sink for the events of the answer, which fills *stream*."""
-        sink = self.stream_sink(stream)
+        sink, parts = self.stream_sink(stream), self.parts
+        if parts is None:
+            self.request.outcome.hold = PREAMBLE
+        elif self.request.hold != PREAMBLE:
+            on_show = None if self.hop is None else partial(self.hop.show, self)
+            self.holding = Holding(
+                self.request, stream, sink, parts, self.received_content, on_show
+            )
+            sink.hold(self.holding)
         if self.hop is not None:
             return self.hop.sink(self, sink)
         stream.transcript = self.transcript() if self.request.keeps_body else None
         return sink
+
+    @property
+    def parts(self) -> Parts | None:
+        """The parts of a turn in the provider's events, None if these cannot be held."""
+        return self.request.api.parts
+
+    def let_go(self) -> None:
+        """Show what is held of the answer before its finish."""
+        if self.holding is not None:
+            self.holding.let_go()
 
     def stream_sink(self, stream: Stream) -> StreamSink:
         """Return the sink that fills *stream* with the provider's events as they were sent."""
@@ -385,7 +419,8 @@ class Attempt:
         request = self.request
         if request.reading is not None:
             return ReadTranscript(request.reading)
-        return None if request.api.continues is None else request.api.continues()
+        kind = request.api.continues
+        return None if kind is None else kind(keeps_text=request.continues)
 
     @property
     def max_answer_bytes(self) -> int:

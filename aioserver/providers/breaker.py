@@ -1,5 +1,5 @@
-"""A circuit breaker that costs no more than the fault: a provider that answers anything is still
-asked.
+"""A circuit breaker that costs no more than the fault: a provider that still answers some requests
+gets all of them.
 
 After Michael T. Nygard, "Release It!", 2007, but with two levels of ill health, sick and dead:
 
@@ -99,8 +99,8 @@ class Breaker:
         self.dead = self.sick = False
         # The number of times that it has died.
         self.deaths = 0
-        # Whether the newest failure was that of a provider which could not be reached, or was not
-        # ready. For a dead provider: any failure since it died, or the one by which it died.
+        # Whether the provider could not be reached, or was not ready, at the newest failure. For a
+        # dead provider: at any failure since its death, or at the failure by which it died.
         self.unreachable = False
         # The number of instances that use the provider, each with its own breaker: they share the
         # trials.
@@ -129,8 +129,8 @@ class Breaker:
         self._well_at = -inf
         # The trials under way, of a sick provider or of a dead one.
         self._trials = 0
-        # The times from which on the next trial may start: in general, and if there is another
-        # provider.
+        # The times from which on the next trial may start: for a request that only this provider can
+        # answer, and for any other request.
         self._next_trial = self._next_spared_trial = 0.0
         self._interval = TRIAL_INTERVAL
 
@@ -218,8 +218,8 @@ class Breaker:
     def failed(
         self, began: float, *, trial: bool, answered: bool = False, unreachable: bool = False
     ) -> bool:
-        """Note the failure of an attempt that *began* then; return whether the provider is dead by
-        it.
+        """Note the failure of an attempt that *began* at that time; return whether the provider has
+        died by it.
 
         *answered*: the attempt has succeeded before, and its answer broke off. *unreachable*:
         there was no connection, or the provider said that it is not ready.
@@ -286,14 +286,12 @@ class Breaker:
         self.dead = True
         self.deaths += 1
         self._row, self._interval = 0, TRIAL_INTERVAL
-        # Instances that hear of it together do not all try at the same time.
+        # Instances that learn of the fault together do not all try at the same time.
         first = TRIAL_INTERVAL * random.uniform(1, self.instances)  # noqa: S311 - jitter
         self._next_trial = self._next_spared_trial = self._clock() + first
 
     def _lifeless(self) -> bool:
-        """Return whether nothing has succeeded for so long, and so often, that the provider is
-        dead.
-        """
+        """Return whether the provider is dead: it has failed for long enough, and often enough."""
         seconds, failures = self._clock() - self._failing_since, self._failures
         if not (
             (failures >= MANY and seconds >= PATIENCE)

@@ -212,9 +212,11 @@ def _events(attempt: Attempt) -> int:
         return 0
     # The last event of the log is not the provider's.
     events = stream.last - attempt.before - stream.ended
+    # Events that are held, or were dropped, were paid for.
     if isinstance(attempt.sink, StreamSink):
-        # Events that are still held were paid for.
         events += attempt.sink.kept_pieces
+    elif attempt.holding is not None:
+        events += attempt.holding.unseen
     # Events of a continuation that were not shown were paid for as well.
     return events if hop is None else max(events, hop.heard)
 

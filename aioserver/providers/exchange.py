@@ -59,9 +59,9 @@ LAST_CHUNK_TIMEOUT = 0.25
 class Exchange:
     """One request and its answer. `run` may be called once.
 
-    Always: after `run`, however it ended, the connection is released or closed and the protocol
-    holds no exchange. After a good answer whose last chunk is still to come, this holds
-    LAST_CHUNK_TIMEOUT later at most.
+    Always: after `run`, however it ended, the connection is released or closed, and the protocol
+    holds no exchange. If the last chunk of a good answer is still to come, this may take
+    LAST_CHUNK_TIMEOUT longer.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class Exchange:
     def check_deadline(self) -> float | None:
         """Fail if the read deadline has passed.
 
-        Returns the seconds until the deadline; None if there is none at the moment.
+        Return the seconds until the deadline; None if there is no deadline at the moment.
         """
         if not self._written or self._ended or self._paused:
             return None

@@ -62,7 +62,7 @@ class Health:
 
     Always: a provider that was removed is not asked, whatever its breaker says.
 
-    *observer* is told what is learned here, and not what other instances tell `breaker`.
+    *observer* is called with what this instance learns, not with what others report to `breaker`.
     """
 
     def __init__(

@@ -18,6 +18,8 @@ from yarl import URL
 from aioserver import __version__
 from aioserver.protocol.client_headers import HOP, NO_HEADERS, TRACE_HEADERS
 from aioserver.provider_errors import ProviderBadResponse
+from aioserver.streams.contracts import Path
+from aioserver.telemetry.tracer import WatchedSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.providers.api import Api
-    from aioserver.streams.contracts import Path
 
 CODINGS = "transfer-encoding"
 # Headers that frame a body, and the one against loops; a configured header of one of these names
@@ -174,35 +175,12 @@ class RequestWriter:
         return "\r\n".join(lines).encode("latin-1")
 
 
-class Sink(Protocol):
+class Sink(WatchedSink[Path], Protocol):
     """The destination of an answer's body.
 
     Called from `data_received`. An `AioserverError` that it raises ends the exchange with this
-    error.
+    error. The next chunk may bypass it by its fast path.
     """
-
-    @property
-    def progress(self) -> int:
-        """A number that grows with each event of the provider; comments, which only keep a
-        connection alive, do not count.
-        """
-
-    def feed(self, data: bytes) -> bool:
-        """Take a part of the body, never empty; return False if the answer needs no more."""
-
-    def end(self) -> None:
-        """Note that the body is complete."""
-
-    def broken(self, fault: Exception) -> bool:
-        """Return whether the answer is complete, and thus ends well, although it breaks off now
-        with *fault*: only its end mark was missing.
-        """
-
-    def fast(self) -> Path | None:
-        """Return the fast path, by which the next chunk may bypass this sink.
-
-        None if there is none.
-        """
 
 
 class ResponseParser:

@@ -145,9 +145,9 @@ class Pace:
         )
 
     def learn(self, headers: Mapping[str, str]) -> bool:
-        """Lower the pace to what is left of the provider's limits by its *headers*.
+        """Lower the pace to the remaining requests and tokens that the provider's *headers* report.
 
-        Return whether nothing is left, so that no request starts before the reset.
+        Return whether nothing remains, so that no request starts before the reset.
         """
         exhausted = False
         for requests, left, seconds in limits_left(headers):

@@ -261,7 +261,7 @@ class PassedAttempt(Attempt):
 
     @property
     def asked_model(self) -> str:
-        """The model that is asked for; empty where nobody has read which one that is."""
+        """The model that the request names; empty if the request was not read."""
         return self.model or ""
 
     @property
@@ -294,7 +294,7 @@ class PassedAttempt(Attempt):
         self.status, self.headers = status, headers
         self.request.outcome.headers = visible = visible_headers(headers)
         if visible:
-            # They include the headers that report what is left of its limits.
+            # They include the headers that report the remaining requests and tokens.
             self.provider.head_received(self)
         check_uncompressed(headers)
         if 200 <= status < 300:

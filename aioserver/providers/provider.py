@@ -1,28 +1,27 @@
-"""One provider behind its guards: its health, its queue and its pool, which learn from its
-answers.
+"""One provider and its guards: its health, its queue and its pool, which learn from its answers.
 
-This file is one concept: an attempt's way through the guards, and what they learn from its end.
+This file is one concept: an attempt passes the guards, and its end changes them.
 
     healthy? → bid → granted: `processing` → connection → POST → sinks fill the log
 
-The place and the connection are given back the moment the provider is done, however slow the
-client is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or has an
+The place and the connection are given back as soon as the provider's answer has ended, however slow
+the client is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or has an
 `Answer`.
 
 A model server that restarts is away for minutes: it cannot be reached, or says that it is not
 ready. With `when_down: wait` a request that no other provider can answer waits in the queue until
 it is back, for `queue_timeout` at most in all its waits together. The waiting requests are the
-trials that find out when it is back.
+trials that show when it is back.
 
 Its guards, the breaker, the pace and the queue, learn from its attempts:
 
-    the head of an answer       its headers say what is left of the provider's limits
+    the head of an answer       its headers report the remaining requests and tokens
     the first content           the provider is not dead
     a refusal for its rate      nothing starts for as long as the provider asks
     the end                     the result goes to the breaker, the real tokens to the pace
 
-An attempt that was sent by former settings, perhaps with another key or to another address,
-teaches nothing of this.
+The guards ignore an attempt that was sent by former settings, perhaps with another key or to
+another address.
 """
 
 from __future__ import annotations
@@ -229,8 +228,8 @@ class Provider:
             self._check(fallback=attempt.fallback)
 
     def bid(self, attempt: Attempt, parked: float | None = None) -> Bid:
-        """Return a bid of *attempt* for a place here; *parked*: it comes back in so many seconds,
-        since the provider is away.
+        """Return a bid of *attempt* for a place here. *parked*: the seconds until the bid joins the
+        queue, since the provider is away.
         """
         record, cost = attempt.request.record, 0
         if not record.queued_at:
@@ -250,7 +249,7 @@ class Provider:
     def waits(self) -> None:
         """Note that a request begins to wait for a place here."""
         if self.capacity.full:
-            # Not if a place is free and only the pace delays the start.
+            # If a place is free, only the pace delays the start.
             self._make_room()
         self.backpressure.end()
 
@@ -262,12 +261,12 @@ class Provider:
     async def run(self, attempt: Attempt, grant: Grant | None = None) -> None:
         """Run *attempt*: send the request, and receive the answer.
 
-        *grant* is its place; None: it waits for one here. Cancelling is safe: the connection is
-        closed at once, and the place is free.
+        *grant* is its place; None: the attempt waits for a place here. Cancelling is safe: the
+        connection is closed at once, and the place is free.
 
         Raises:
-            ProviderFault: no good answer came; a part of one may be in the log.
-            DeadlineExceeded: it would be sent too late.
+            ProviderFault: no good answer came; a part of an answer may be in the log.
+            DeadlineExceeded: the request would be sent too late.
         """
         error: BaseException | None = None
         try:
@@ -332,7 +331,7 @@ class Provider:
 
     def _end(self, attempt: Attempt, grant: Grant | None, error: BaseException | None) -> None:
         """Give the place back, record the attempt's cost, and learn from its end, in this order:
-        the next request may start at once, and tell its client.
+        the next request may start at once, and write to its client.
         """
         cost: AttemptCost | None = None
         request = attempt.request
@@ -418,17 +417,17 @@ class Provider:
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:
-        """Refuse the waiting attempts and all later ones, each with its own *error*.
+        """Refuse the waiting attempts and all later attempts, each with its own *error*.
 
-        Attempts that have started go on, and with an *error* so do attempts that continue an
-        answer. The default error is `NoProvider`, for all.
+        Attempts that have started go on. If there is an *error*, attempts that continue an answer
+        go on as well. By default all are refused with `NoProvider`.
         """
         closing = error or (lambda: NoProvider(f"{self.name} is closing"))
         self.capacity.close(closing, finishes=error is not None)
 
     @property
     def waiting(self) -> int:
-        """The number of requests that wait for a place that other requests hold; those in other
+        """The number of requests that wait for a place that other requests hold; requests in other
         instances are included, as far as they are known.
         """
         capacity = self.capacity
@@ -436,14 +435,14 @@ class Provider:
 
     @property
     def background(self) -> tuple[int, int]:
-        """The number of background answers that have a place or are the next to get one, and of
-        those that wait for others to end.
+        """The number of background answers that have a place or are the next to get one, and the
+        number of background answers that wait for others to end.
         """
         return self.capacity.background
 
     @property
     def places(self) -> tuple[int, int]:
-        """The number of places that are taken, and of all places."""
+        """The number of taken places, and the number of all places."""
         return self.capacity.inside, self.capacity.limit
 
     @property
@@ -464,7 +463,7 @@ class Provider:
         return self.capacity.inside > 0
 
     def remove(self) -> None:
-        """Refuse the waiting attempts and all later ones, since the configuration dropped the
+        """Refuse the waiting attempts and all later attempts, since the configuration dropped the
         provider.
 
         Attempts that have started go on. The function that `prepare` returns brings the provider
@@ -540,7 +539,7 @@ class Provider:
             else:
                 if not attempt.repeats():
                     return
-                # It was refused, and costs nothing.
+                # The request was refused, and costs nothing.
                 outcome.sent_at = 0.0
             finally:
                 attempt.received()
@@ -604,8 +603,8 @@ class Provider:
     async def unsend(self, stream: Stream | None, outcome: Outcome) -> None:
         """Note that the request of *stream* waits, and that no attempt is under way any more.
 
-        A client that leaves ends the wait from now on, and one that has left ends it here: an
-        answer without a reader must not wait in front of others. Cancelling is safe.
+        From now on the wait ends when the client leaves, and it ends here if the client has left
+        already: an answer without a reader must not wait in front of others. Cancelling is safe.
         """
         if stream is None or not stream.sent:
             return
@@ -621,8 +620,8 @@ class Provider:
         return capacity.waiting + capacity.inside - self._running
 
     def _rate_limited(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
-        """Start nothing for the time that the provider asks for: it has refused *attempt* for its
-        rate.
+        """Start no attempt for the seconds that the provider asks for: it has refused *attempt* for
+        its rate.
         """
         if not self._outdated(attempt):
             self._pace.cool_down(fault.retry_after or 0.0)
@@ -710,7 +709,7 @@ def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
     waits; call `granted` next.
 
     Raises:
-        ProviderFault: it may not wait at any of them.
+        ProviderFault: the request may not wait at any provider.
     """
     request = attempt.request
     ticket = request.ticket
@@ -722,7 +721,7 @@ def enter(attempt: Attempt, bids: Sequence[Bid]) -> Grant | None:
         ticket.deadline = bound.next
         ticket.on_position = attempt.queued
     elif attempt.stream is not None and not request.whole:
-        # A stream wants its position.
+        # A stream shows its client the position.
         ticket.on_position = attempt.queued
     return attempt.provider.scheduler.enter(ticket, bids)
 
@@ -731,7 +730,7 @@ async def granted(attempt: Attempt, providers: Sequence[Provider]) -> Grant:
     """Return the grant that the request of *attempt* waits for at *providers*. Cancelling is safe.
 
     Raises:
-        ProviderFault: it was refused.
+        ProviderFault: the request was refused.
     """
     request, clock = attempt.request, providers[0].clock
     began = clock()

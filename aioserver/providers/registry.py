@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.files.certificates import CertificateFault, read_pair
@@ -19,7 +19,7 @@ from aioserver.providers.provider import Provider
 from aioserver.usage.accounting import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from aioserver.config import settings
     from aioserver.files.watched_files import WatchedFiles
@@ -32,13 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.providers")
 
 
-class Simulated(Protocol):
-    """The simulated provider, which a wing adds."""
-
-    async def address(self) -> str:
-        """Return its base URL; it runs from the first call to the end of the server."""
-
-
 class ProviderRegistry:
     """Owns every provider.
 
@@ -46,8 +39,9 @@ class ProviderRegistry:
     other provider has a task, which closes it when its last attempt has ended. `close` closes all
     of them.
 
-    *observe* returns the observer of a named provider. *simulated* is the provider of `simulated:
-    true`; None if there is no simulator. *lifetime* has the answers without a reader, which give
+    *observe* returns the observer of a named provider. *simulator* starts the provider of
+    `simulated: true` at its first call, and returns its base URL; None if this server has no
+    simulator. *lifetime* has the answers without a reader, which give
     way to waiting requests; None if there are none. *usage* receives the costs of attempts. *hop*
     is the id by which requests that come back are recognized.
     """
@@ -57,7 +51,7 @@ class ProviderRegistry:
         metrics: Metrics,
         share: ShareProvider | None = None,
         observe: Callable[[str], ProviderObserver] = lambda _name: ALONE,
-        simulated: Simulated | None = None,
+        simulator: Callable[[], Awaitable[str]] | None = None,
         lifetime: Lifetime | None = None,
         usage: Usage | None = None,
         hop: str = "",
@@ -70,7 +64,7 @@ class ProviderRegistry:
         self._usage = Usage() if usage is None else usage
         self._share = share
         self._observe = observe
-        self._simulated = simulated
+        self._simulator = simulator
         # The estimates of tokens for all providers, present and future.
         self.estimates = Estimates()
         self._lifetime = lifetime
@@ -88,9 +82,9 @@ class ProviderRegistry:
             ConfigurationError: there is no simulator.
         """
         if any(entry.simulated for entry in llm.providers.values()):
-            if self._simulated is None:
+            if self._simulator is None:
                 raise ConfigurationError(["simulated: true: this server has no simulator"])
-            self._simulator_url = await self._simulated.address()
+            self._simulator_url = await self._simulator()
 
     def apply(self, llm: settings.Llm, *, max_response_bytes: int) -> None:
         """Use the providers of *llm* from now on; `prepare` must have been called for it.

@@ -16,7 +16,7 @@ from aioserver.limits.deadline import Deadline
 from aioserver.limits.fair_queue import BATCH
 from aioserver.limits.resource import Ticket
 from aioserver.protocol.client_headers import NO_HEADERS
-from aioserver.protocol.request_options import NO_REQUEST_OPTIONS
+from aioserver.protocol.request_options import AGENTS, NO_REQUEST_OPTIONS, PREAMBLE
 from aioserver.telemetry.outcome import Outcome
 from aioserver.telemetry.request_log import RequestRecord
 
@@ -117,7 +117,9 @@ class ProviderRequest:
     `work`, the cost for its caller's share of a provider. *usage_options* are the `stream_options`
     for a body that does not ask for the usage (protocol/stream_options.py); None: add nothing. A
     *batch* request uses what others leave, and an answer in the *background* runs to its end
-    without a reader. *bound* has its deadlines, None if there are none.
+    without a reader. *bound* has its deadlines, None if there are none. `hold` is what is held of a
+    streamed answer; *structured*: the client asks for JSON; *continues*: a provider may generate
+    the rest of the answer.
     """
 
     # Whether its tokens can be estimated before it starts.
@@ -145,12 +147,11 @@ class ProviderRequest:
         self.usage_options = usage_options
         self.estimate: Estimate | None = None
         self.bound: Deadline | None = None
-        self.keeps_body = self.background = False
+        self.keeps_body = self.background = self.structured = self.continues = False
+        # What is held of a streamed answer, once the gateway has said it.
+        self.hold = PREAMBLE
         batch = caller.batch
-        if (
-            hold is not None
-            and (request_options := hold.request_options) is not NO_REQUEST_OPTIONS
-        ):
+        if hold is not None and (request_options := hold.request_options).bounding:
             self.bound = Deadline(hold.arrived, request_options)
             batch = batch or request_options.batch
         self.api = api
@@ -192,6 +193,12 @@ class ProviderRequest:
         """The place of its client, if that can be lent."""
         return None if self._hold is None else self._hold.loan
 
+    def hold_by(self, word: str) -> None:
+        """Hold of the answer what the request says, or its key, or else *word*."""
+        options = NO_REQUEST_OPTIONS if self._hold is None else self._hold.request_options
+        word = options.hold or self.caller.hold or word
+        self.hold = self.outcome.hold = options.agent if word == AGENTS else word
+
     def outlive_handler(self) -> None:
         """Note that the request goes on after the client's handler has ended: `release` is called
         then.
@@ -221,6 +228,11 @@ class ProviderRequest:
             self.let_body_go()
         elif self._hold is not None:
             self._hold.spare(self.let_body_go)
+
+    def spare_body(self, let_go: Callable[[], None]) -> None:
+        """Have *let_go* called when another body needs the room of this one."""
+        if self._hold is not None:
+            self._hold.spare(let_go)
 
     def need_body(self) -> None:
         """Protect the kept body from making room for others: it is to be sent again."""

@@ -1,9 +1,9 @@
 """Silence: how long a provider has sent nothing, in the answers that are under way now.
 
 An answer that has ended is measured in its record (telemetry/request_log.py). A stalled answer has
-no end yet, so the exchanges under way are measured once a second, and an event costs nothing. Of
-many exchanges only those are checked that may have been silent for long: one that was heard just
-before a check cannot be for some seconds.
+no end yet, so the exchanges under way are measured once a second, and an event costs nothing. If
+there are many exchanges, an exchange that sent something just before a check is skipped for some
+seconds.
 
 Only streamed answers count: an answer in one piece sends nothing until it is complete.
 """
@@ -30,8 +30,8 @@ USUAL = 2.0
 
 # Up to so many exchanges are all checked.
 FEW = 100
-# Of more than FEW, an exchange that was heard in the last HEARD seconds before a check is skipped
-# for REST seconds: it is checked again before it has been silent for IN_ANSWER.
+# If there are more than FEW, an exchange that received something in the last HEARD seconds before a
+# check is skipped for REST seconds: it is checked again before it has been silent for IN_ANSWER.
 HEARD, REST = 1.0, 3.5
 # The carrier of an exchange.
 C = TypeVar("C")
@@ -98,7 +98,7 @@ class SilenceMeter(Generic[C]):
         under_way = sum(len(look.answers) for look in self._looks)
         answers, others = set(), set()
         for carrier in due:
-            # Most of many streams are heard all the time, and this touches the fewest objects.
+            # Most of many streams receive events all the time, and this touches the fewest objects.
             if many and now - (heard_at := self._heard_at(carrier)) < HEARD:
                 under_way += 1
                 answers.add(carrier)

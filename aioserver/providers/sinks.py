@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import orjson
 
 from aioserver.protocol import eventstream
-from aioserver.protocol.eventstream import EventTooLong
+from aioserver.protocol.eventstream import EventTooLong, Splitter
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, is_content, usage_of
 from aioserver.provider_errors import (
     ProviderAuthError,
@@ -100,17 +100,23 @@ class StreamSink(ABC):
         # content.
         self.patience: float | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._splitter = eventstream.Splitter(stream.max_bytes)
+        self._splitter = Splitter(stream.max_bytes)
 
     @property
     def progress(self) -> int:
-        """The number of the newest event in the log."""
-        return self._stream.last
+        """A number that grows with what the provider sends."""
+        return self._stream.last + self._splitter.unseen
 
     @property
     def kept_pieces(self) -> int:
-        """How many pieces of the answer have come that are still to be shown."""
-        return 0
+        """How many pieces of the answer have come that are not shown."""
+        return self._splitter.unseen
+
+    def hold(self, splitter: Splitter) -> None:
+        """Get events from *splitter*, which keeps some of them back. An id that a client may need
+        comes with these.
+        """
+        self._splitter, self.patience = splitter, None
 
     def feed(self, data: bytes) -> bool:
         """Append the events that are whole now; return False at the end of the answer.
@@ -125,6 +131,17 @@ class StreamSink(ABC):
         except (EventTooLong, BadEvent, ErrorEvent) as exc:
             raise event_fault(exc) from exc
 
+    def take(self, block: bytes) -> None:
+        """Append the events of *block*, which its splitter has kept back and which have no end.
+
+        Raises:
+            ProviderFault: as `feed`.
+        """
+        try:
+            self._take(block)
+        except (BadEvent, ErrorEvent) as exc:
+            raise event_fault(exc) from exc
+
     def end(self) -> None:
         """Complete the log, since the body ended without an end mark.
 
@@ -134,7 +151,7 @@ class StreamSink(ABC):
         """
         if not self._splitter.begun:
             raise ProviderBadResponse("the provider's stream is empty")
-        if not self._complete_without_mark:
+        if not self._complete_without_mark or self._splitter.held:
             raise ProviderDisconnected(f"the provider's stream ended without {self.end_mark}")
         self._over = True
         self._add_mark()
@@ -347,6 +364,8 @@ def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
     metadata |= {"provider": outcome.provider, "model": outcome.model}
     if outcome.seams:
         metadata["seams"] = [seam.described() for seam in outcome.seams]
+    if outcome.held_for is not None and outcome.attempts > 1:
+        metadata["attempts"] = outcome.attempts
     stream.finish({"metadata": metadata}, data)
 
 

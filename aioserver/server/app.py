@@ -115,6 +115,14 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         keys = sum(quota.resource.waiting for quota in self.context.access.quotas().values())
         return self.context.admission.gate.waiting + keys + queues + undecided
 
+    def retire(self) -> None:
+        """End idle sockets and watchers, now and from now on, each where nothing runs on it."""
+        self.context.lifecycle.retired.set()
+        if self.sharing is not None:
+            self.sharing.retire()
+        for open_socket in tuple(self.context.sockets):
+            open_socket.drain()
+
     def drain(self) -> None:
         """Refuse new work: waiting requests, idle sockets and answers without a reader end."""
         context = self.context
@@ -124,8 +132,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         context.gateway.drain()
         for quota in context.access.quotas().values():
             quota.refuse(shutdown_error)
-        for open_socket in tuple(context.sockets):
-            open_socket.drain()
+        self.retire()
 
 
 @asynccontextmanager
@@ -276,7 +283,7 @@ async def _open_answering(
         core.metrics,
         None if sharing is None else sharing.share_provider,
         (lambda _name: ALONE) if sharing is None else sharing.observe,
-        plugged.simulated,
+        plugged.simulator,
         lifetime,
         usage,
         hop,
@@ -342,6 +349,7 @@ def _open_context(
         router=router,
         lag=answering.lag,
         ready=lambda: lifecycle.ready and router.usable,
+        former_since=lambda: lifecycle.former_since,
         listening=listening,
         keys=lambda: key_states(access.keys, usage.sums),
         sections=[
@@ -480,10 +488,7 @@ def _add_routes(app: web.Application, context: Context, wings: Sequence[Routes])
             # It takes all paths below `/v1` that no other face has.
             *passthrough.routes(context),
         ],
-        Policy.ADMIN: [
-            *status.routes(context),
-            *(route for routes in wings for route in routes.admin),
-        ],
+        Policy.ADMIN: status.routes(context),
         Policy.OPEN: [
             *(route for routes in wings for route in routes.open),
             *status.probes(context),

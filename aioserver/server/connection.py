@@ -281,6 +281,16 @@ class ConnectionServer(web.Server):
         if not self._awaited:
             self._none_awaited.set()
 
+    @property
+    def active(self) -> bool:
+        """Whether there is a connection that has brought a request."""
+        return any(
+            connection.transport is not None
+            and isinstance(connection, Connection)
+            and connection.requests
+            for connection in self.connections
+        )
+
     def apply(self, options: Mapping[str, Any]) -> None:
         """Make connections with *options* of `RequestHandler` from now on."""
         self.options.update(options)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -30,7 +29,6 @@ LOOK_UP: dict[str, Any] = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIV
 # Iterations of the loop within which asyncio makes a connection of an accepted socket; it needs
 # one.
 MAX_TURNS = 10
-SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
 
 class ListeningSocket(socket.socket):

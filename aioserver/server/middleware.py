@@ -1,19 +1,20 @@
 """The middleware in front of every handler, and the border at which an error becomes a response.
 
-It counts the requests of a connection, checks the limits of the request line and of the header
-block, which aiohttp does not have, asks the guard, and answers CORS preflights (Fetch, 3.2). A
-signal of aiohttp's adds the headers that every response has.
+It counts the requests of a connection, and checks what aiohttp does not: the version of HTTP, the
+`Host`, the limits of the request line and of the header block. It asks the guard, and answers CORS
+preflights (Fetch, 3.2) and `OPTIONS *`. A signal of aiohttp's adds the headers that every response
+has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 
 from aioserver.auth.callers import ADDRESS, PEER
 from aioserver.auth.tokens import Undecided
@@ -29,6 +30,7 @@ from aioserver.errors import (
     RequestTooLarge,
     UpgradeRequired,
     UriTooLong,
+    VersionNotSupported,
 )
 from aioserver.faces import whole
 from aioserver.faces.http import (
@@ -41,6 +43,7 @@ from aioserver.faces.http import (
 )
 from aioserver.faces.passthrough import API
 from aioserver.faces.ready import HIGH_WATER
+from aioserver.protocol.addresses import host_name
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.error_mapping import VISIBLE_HEADERS
 from aioserver.server import paths
@@ -67,8 +70,11 @@ refusals_logger = logging.getLogger("aioserver.refusals")
 # The headers that a page of another origin may read, beside those of the provider.
 EXPOSED = (
     *("x-request-id", "x-aioserver-provider", "x-aioserver-attempts", "location"),
+    "x-aioserver-hold",
     *("retry-after", "retry-after-ms", "x-should-retry", "request-id"),
 )
+METHODS = "GET, POST, DELETE, OPTIONS"
+VERSIONS = (HttpVersion11, HttpVersion10)
 # Characters of a request line beside its method and its target.
 LINE_REST = len(" HTTP/1.1 ")
 # Log lines about refused requests, for each reason: guessing keys must not flood the log.
@@ -136,8 +142,11 @@ class Border:
             request.limits = partial(self._forms.of(request).limits, caller.quota)
         if hdrs.UPGRADE in request.headers:
             self._check_upgrade(request)
-        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-            return self._preflight(request)
+        if request.method == hdrs.METH_OPTIONS:
+            if "Access-Control-Request-Method" in request.headers:
+                return self._preflight(request)
+            if request.raw_path == "*":
+                return web.Response(status=204, headers={"Allow": METHODS})
         return await handler(request)
 
     def _response_of(self, request: web.Request, error: Exception) -> web.StreamResponse:
@@ -173,6 +182,12 @@ class Border:
                 request[PEER] = connection.peer
             if connection.requests >= limits.max_keepalive_requests:
                 connection.last = True
+        if request.version not in VERSIONS:
+            if request.version < HttpVersion10:
+                raise InvalidRequest("the request line has no version of HTTP")
+            raise VersionNotSupported("this server speaks HTTP/1.1 and HTTP/1.0")
+        if not _well_formed(request.headers.get(hdrs.HOST, "")):
+            raise InvalidRequest("the Host header is no name with or without a port")
         line = len(request.method) + len(request.raw_path) + LINE_REST
         if line > (limit := limits.h11_max_request_line_size):
             raise UriTooLong(f"a request line of {line} bytes, at most {limit}")
@@ -250,6 +265,14 @@ class Border:
             headers["Access-Control-Expose-Headers"] = ", ".join(names)
 
 
+@lru_cache(maxsize=256)
+def _well_formed(host: str) -> bool:
+    """Return whether *host* may be the value of a `Host` header. It is empty if the target of a
+    request has no host (RFC 9112, 3.2).
+    """
+    return not host or host_name(host) is not None
+
+
 def _large(response: web.Response) -> bool:
     """Return whether aiohttp would have to wait for the client before the kernel has all of
     *response*.
@@ -260,7 +283,7 @@ def _large(response: web.Response) -> bool:
 
 def _preflight(request: web.Request) -> web.Response:
     headers = {
-        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Allow-Methods": METHODS,
         "Access-Control-Max-Age": "600",
     }
     requested = request.headers.get("Access-Control-Request-Headers", "")
@@ -274,6 +297,8 @@ def _translated(
 ) -> tuple[AioserverError, Collection[str]]:
     """Return our error for aiohttp's *exc*, and the methods that the path has, for 405."""
     methods: Collection[str] = ()
+    if request.method == hdrs.METH_CONNECT:
+        return MethodNotAllowed("this server is no proxy"), METHODS.split(", ")
     if exc.status in {404, 405}:
         if request.rel_url.raw_path.startswith(API):
             methods = paths.methods(request)

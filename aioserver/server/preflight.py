@@ -68,7 +68,9 @@ def check_workers() -> None:
     """
     if not hasattr(os, "memfd_create"):
         raise Unfit(
-            "several workers need Linux: set chat.websocket.concurrency.uvicorn.workers to 1", 2
+            "several workers need Linux, and so does --replaceable: "
+            "set chat.websocket.concurrency.uvicorn.workers to 1",
+            2,
         )
 
 

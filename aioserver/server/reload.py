@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.reload")
 
 TLS = "chat.websocket.tls"
-# Settings of sockets, routes, processes and files that are made once.
+# Settings that only a restart changes, as their sockets, routes, processes and files are made once.
 ONLY_BY_RESTART = (
     "chat.websocket.host",
     "chat.websocket.port",

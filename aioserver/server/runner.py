@@ -10,8 +10,11 @@ Private names of aiohttp used here, where it has them: `_match_info`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
+import math
+import time
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
@@ -54,8 +57,8 @@ LINGERING = 1.0
 LAST_REQUESTS = 0.3
 # Seconds for anything that aiohttp itself may leave behind, after `end`.
 SHUTDOWN = 1.0
-# Seconds between two checks of the queues, and the handshakes, of a process that hands over.
-LOOK = 0.05
+# Seconds between two checks of the queues, the handshakes and the answers of a former process.
+LOOK = 0.1
 
 
 class AccessLogger(AbstractAccessLogger):
@@ -190,23 +193,58 @@ class Runner:
         connections.apply(_options(chat.websocket))
         connections.send_timeout = chat.streams.send_timeout
 
-    async def end(self, *, hand_over: bool = False, at_once: bool = False) -> None:
+    async def retire(self, stop: asyncio.Event) -> None:
+        """Accept no more connections, since other processes do, and otherwise serve until nothing
+        runs or waits here, `replace_timeout` is over, or *stop* is set; `end` follows.
+
+        Idle connections end, each other one with its answers. Nothing is refused: what comes on
+        open connections is served, and what waits gets its turn, for half of `shutdown_timeout`
+        at least.
+        """
+        context, owner, connections = self._owner.context, self._owner, self.server
+        context.lifecycle.former_since = time.time()
+        context.monitor.incident(
+            "shutdown", "this process is replaced by another one", severity="info"
+        )
+        await self._stop_accepting()
+        # A connection that is accepted in this iteration of the event loop is known after it.
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        if (tls := owner.tls) is not None:
+            # Each is a connection then, whose client has still to bring its request.
+            grace = context.settings.chat.websocket.shutdown_timeout
+            await until_empty(lambda: not tls.handshakes, grace / 2, stop)
+        owner.retire()
+        connections.drain(silent=True)
+        await _pause(stop, LAST_CALL + LAST_REQUESTS)
+        # Its siblings are ready, which a load balancer asks on connections that it has kept.
+        context.lifecycle.ready = False
+
+        def over() -> bool:
+            if self._done():
+                return True
+            # As a reload may have changed them.
+            settings, passed = context.settings.chat.websocket, loop.time() - began
+            return passed >= settings.replace_timeout and not (
+                owner.waiting and passed < settings.shutdown_timeout / 2
+            )
+
+        await until_empty(over, math.inf, stop)
+
+    async def end(self, *, at_once: bool = False) -> None:
         """Stop serving in good order; call it before `cleanup`.
 
-        *hand_over*: other processes continue to accept connections from the same sockets. Before
-        this one refuses anything, its connections end, each with an answer. For half of
-        `shutdown_timeout`, requests that arrive on them are served, and waiting requests get their
-        turn.
-
-        *at_once*: the port is given up without `drain_delay`, since another server may be waiting
-        for it.
+        *at_once*: the port is given up without `drain_delay`, since it was given up before, or
+        another server may be waiting for it.
 
         First the server is not ready, but still takes work (`drain_delay`). Then it accepts no
-        more connections and refuses new work: waiting requests are refused, idle connections
-        close, and answers without a reader end. The other answers have `shutdown_timeout` to
-        finish, and each connection ends with its last response. Background answers have that time,
-        too, if other instances can continue to keep them. Answers that are left after that end
-        with `server_shutdown`, within FAREWELL seconds.
+        more connections. Where other instances of a cluster serve, it continues like a former
+        process, for `shutdown_timeout`. Otherwise it refuses new work: waiting requests are
+        refused, idle connections close, and answers without a reader end. The other answers have
+        `shutdown_timeout` to finish, and each connection ends with its last response. Background
+        answers have that time, too, if other instances can continue to keep them. Answers that
+        are left after that end with `server_shutdown`, within FAREWELL seconds.
 
         WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops
         all incoming data, and each close handshake would last for its whole timeout.
@@ -214,25 +252,20 @@ class Runner:
         context, connections = self._owner.context, self.server
         settings = context.settings.chat.websocket
         grace = settings.shutdown_timeout
-        if hand_over:
-            text = "this process is replaced by another one"
-        else:
+        if not context.lifecycle.retired.is_set():
             context.lifecycle.ready = False
-            text = "the server is stopping"
-        context.monitor.incident("shutdown", text, severity="info")
-        if settings.drain_delay and not (hand_over or at_once):
-            await asyncio.sleep(settings.drain_delay)
-        await self._stop_accepting()
-        # A connection that is accepted in this iteration of the event loop is known after it.
-        await asyncio.sleep(0)
-        tls = self._owner.tls
-        if hand_over and tls is not None:
-            # Each handshake is a connection then, whose client has yet to send its request.
-            grace -= await until_empty(lambda: not tls.handshakes, grace / 2)
-        connections.drain(silent=hand_over)
-        if hand_over:
-            await asyncio.sleep(LAST_CALL + LAST_REQUESTS)
-            grace -= await until_empty(lambda: not self._owner.waiting, grace / 2)
+            context.monitor.incident("shutdown", "the server is stopping", severity="info")
+            if settings.drain_delay and not at_once:
+                await asyncio.sleep(settings.drain_delay)
+            await self._stop_accepting()
+            # A connection that is accepted in this iteration of the event loop is known after it.
+            await asyncio.sleep(0)
+            connections.drain()
+            sharing = self._owner.sharing
+            if not at_once and sharing is not None and await sharing.others_serve():
+                # Those who come back are answered there, so that nobody has to be refused here.
+                self._owner.retire()
+                grace -= await until_empty(self._done, grace, asyncio.Event())
         self._owner.drain()
         began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
@@ -245,8 +278,13 @@ class Runner:
         await context.gateway.finish_background(grace)
         await context.gateway.close()
         await connections.disconnect(FAREWELL)
-        if tls is not None:
-            tls.close()
+        if self._owner.tls is not None:
+            self._owner.tls.close()
+
+    def _done(self) -> bool:
+        """Return whether nothing runs or waits here."""
+        owner = self._owner
+        return not (owner.context.gateway.running or owner.waiting or self.server.active)
 
     async def cleanup(self) -> None:
         """Release everything; call `end` before."""
@@ -295,9 +333,9 @@ async def _refuse(_request: web.Request) -> web.StreamResponse:
     raise web.HTTPExpectationFailed
 
 
-async def until_empty(empty: Callable[[], bool], most: float) -> float:
-    """Wait until a queue is *empty* at two checks, LOOK seconds apart, or *most* seconds are over.
-    Return how long that took.
+async def until_empty(empty: Callable[[], bool], most: float, stop: asyncio.Event) -> float:
+    """Wait until a queue is *empty* at two checks, LOOK seconds apart, *most* seconds are over, or
+    *stop* is set. Return how long that took.
 
     A request that got its turn just before the first check is in no queue, and may join the next
     one.
@@ -306,13 +344,20 @@ async def until_empty(empty: Callable[[], bool], most: float) -> float:
     began = loop.time()
     before = False
     # No queue signals that it is empty, and this happens once in the life of a process.
-    while loop.time() - began < most:
+    while loop.time() - began < most and not stop.is_set():
         now = empty()
         if now and before:
             break
         before = now
-        await asyncio.sleep(LOOK)
+        await _pause(stop, LOOK)
     return loop.time() - began
+
+
+async def _pause(stop: asyncio.Event, seconds: float) -> None:
+    """Wait for *seconds*, or until *stop* is set."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await stop.wait()
 
 
 def _options(settings: WebSocket) -> dict[str, Any]:

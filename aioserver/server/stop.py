@@ -1,5 +1,9 @@
 """The request that this process ends: by a signal, by its parent, or because the parent is
 gone.
+
+    serves → retired → ends
+
+A process whose siblings go on retires first: it accepts nothing more, and keeps its answers.
 """
 
 from __future__ import annotations
@@ -14,13 +18,12 @@ logger = logging.getLogger("aioserver.serve")
 class Stop:
     """Whether this process was asked to end, and how.
 
-    *hand_over*: whether other processes go on to serve the same sockets. *orphaned*: whether the
-    parent is gone.
+    *asked* is set by each request, *now* by one that lets running answers have no more than
+    `shutdown_timeout`. *orphaned*: whether the parent is gone.
     """
 
     def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.hand_over = False
+        self.asked, self.now = asyncio.Event(), asyncio.Event()
         self.orphaned = False
         self._signalled = False
 
@@ -29,11 +32,12 @@ class Stop:
         if self._signalled:
             os._exit(1)
         self._signalled = True
-        self.asked.set()
+        self._end()
 
     def by_parent(self) -> None:
-        """End, since others take over."""
-        self.hand_over = not self.asked.is_set()
+        """Retire, since others take over; a second call ends the retirement."""
+        if self.asked.is_set():
+            self.now.set()
         self.asked.set()
 
     def by_lifeline(self, lifeline: int) -> None:
@@ -41,4 +45,8 @@ class Stop:
         asyncio.get_running_loop().remove_reader(lifeline)
         logger.warning("the parent process is gone")
         self.orphaned = True
+        self._end()
+
+    def _end(self) -> None:
         self.asked.set()
+        self.now.set()

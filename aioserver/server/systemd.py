@@ -123,7 +123,7 @@ class Notifier:
         # ValueError: the address is not possible.
         except (OSError, ValueError) as exc:
             if not self._failing:
-                logger.warning("systemd cannot be told %s: %s", lines[0], exc)
+                logger.warning("the message %s cannot be sent to systemd: %s", lines[0], exc)
             self._failing = True
         else:
             self._failing = False

@@ -10,8 +10,8 @@ watchdog detects a client that reads nothing. Here everything is encrypted as so
 written, and no byte waits in this layer: buffers, their bounds and pauses are those of the
 transport below.
 
-Handshakes are bounded in time and in number. An honest one lasts some round trips, so if there are
-too many, the oldest ends: otherwise a thousand silent sockets would lock everybody out.
+Handshakes are bounded in time and in number. An honest handshake lasts some round trips. If there
+are too many, the oldest is ended: otherwise a thousand silent sockets would lock out every client.
 
 To close, this layer sends `close_notify` and waits for nothing: a body that ends by its framing
 needs no more (RFC 8446, 6.1).
@@ -290,7 +290,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
             self._lower_write(self._take())
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
-        """Write all of them at once: small pieces in one record."""
+        """Write all pieces at once, so that small pieces share one record."""
         self.write(b"".join(list_of_data))
 
     def close(self) -> None:

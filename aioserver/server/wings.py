@@ -5,7 +5,7 @@ Paths of a deleted wing are unknown, as any other path is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -17,7 +17,6 @@ from aioserver.gateway.contracts.histories import Histories, NoHistories
 from aioserver.gateway.contracts.hooks import Hooks
 from aioserver.gateway.contracts.instances import Instances
 from aioserver.gateway.contracts.sharing import Sharing
-from aioserver.providers.registry import Simulated
 from aioserver.telemetry.tracer import Tracer
 from aioserver.wings.anthropic.wing import AnthropicWing
 from aioserver.wings.cluster.wing import ClusterWing
@@ -88,7 +87,7 @@ class Plugged(msgspec.Struct, frozen=True, kw_only=True):
     histories: Histories
     sharing: Sharing | None
     instances: Instances | None
-    simulated: Simulated | None
+    simulator: Callable[[], Awaitable[str]] | None
     callers: Tokens | None
     tracer: Tracer | None
     hooks: Hooks | None
@@ -109,7 +108,7 @@ async def open_wings(wings: Sequence[Wing], core: Core, stack: AsyncExitStack) -
         histories=_first(wing.histories for wing in wings) or NoHistories(),
         sharing=_first(wing.sharing for wing in wings),
         instances=_first(wing.instances for wing in wings),
-        simulated=_first(wing.simulated for wing in wings),
+        simulator=_first(wing.simulator for wing in wings),
         callers=_first(wing.callers for wing in wings),
         tracer=_first(wing.tracer for wing in wings),
         hooks=_first(wing.hooks for wing in wings),

@@ -17,12 +17,12 @@ The *lifetime* of a stream depends on its readers. A stream that runs without a 
 comes back in time can *resume*: it reads on after the last event that it has seen. A stream that
 has ended is kept for its window, too. With a window of 0 no client can come back, and nothing is
 kept; the provider is then *paused* while its client reads too slowly. Otherwise a reader that
-falls behind the kept events is *dropped*, and told so.
+falls behind the kept events is *dropped*, with an error as its last event.
 
 If several processes serve together, a client may read a stream of another process, its *owner*: it
 then reads a *mirror* of the log, which the owner fills.
 
-*Contracts* describe a log's view of its readers, its source and its store. In an *ending* each
-step is done, even if another raises. The *outbox* has the writes of one turn of the event loop,
-which go out together.
+*Contracts* are the protocols by which a log knows its readers, its source and its store. An
+*ending* does every step, even if another step raises. The *outbox* collects the writes of one turn
+of the event loop, which go out together.
 """

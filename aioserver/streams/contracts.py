@@ -147,6 +147,9 @@ class Attempt(Protocol):
     def waiting(self) -> int:
         """The number of requests that wait there for a place that others hold."""
 
+    def let_go(self) -> None:
+        """Show what is held of the answer before its finish."""
+
     def first_event(self) -> None:
         """Note that the answer has begun."""
 

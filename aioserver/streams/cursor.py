@@ -1,7 +1,7 @@
-"""The readers of a log: the cursor of a client, and those that wait for a condition.
+"""The readers of a log: the cursor of a client, and readers that wait for a condition.
 
-A log keeps no list of what each of its readers must still get. A reader is an index into the log,
-and the entries that it has not seen are rendered when its writer has room for them.
+A log has no queue for each of its readers. A reader is an index into the log, and its new entries
+are rendered when its writer has room for them.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ class Cursor:
         return self._writer.open_fast_path(self, shape)
 
     def notify(self) -> None:
-        """Let the writer write what the log has now."""
+        """Let the writer write the new entries of the log."""
         self._writer.notify(self)
 
     def drop(self, seen: int) -> None:
-        """Leave the log, and tell the client that it fell behind; a second call does nothing.
+        """Leave the log, and send the client an error; a second call does nothing.
 
         *seen* is the number of the last event before the entry that comes next.
         """
@@ -159,11 +159,11 @@ class Cursor:
         return self.next_index < self.stream.offset + len(self.stream.entries)
 
     def render(self, parts: list[bytes], room: int) -> int:
-        """Append up to about *room* rendered bytes to *parts*; return how much room is left. If
-        none is left, there may be more to render.
+        """Append up to about *room* rendered bytes to *parts*; return the remaining room. If it is
+        used up, there may be more to render.
 
-        The record of the request then says how long the first of these events has waited for this
-        server: since it was read, since this reader came, or since the client reads again.
+        The record of the request then has the seconds that the first of these events has waited for
+        this server: since it was read, since this reader came, or since the client reads again.
 
         Raises:
             ResumeGap: the log has discarded events that this reader has not seen.
@@ -224,7 +224,7 @@ class ConditionReader:
             self.reached.set_result(None)
 
     def drop(self, _seen: int) -> None:
-        """Do nothing: this reader reads no events, so it misses none."""
+        """Do nothing: this reader reads no events, so it misses no event."""
 
     def report_position(self, _queued: Queued) -> None:
         """Do nothing: this reader shows no position."""

@@ -14,7 +14,7 @@ holds. Each condition is checked by the object that knows it (`Exchange` → the
     the provider's parser is between two chunks, and the answer goes on
     no event is half read, and one has been appended already
     the log has one reader, and that reader has written all there is
-    that reader's writer follows nothing else, and the client reads what it is sent
+    that reader's writer follows no other stream, and the client reads fast enough
 
 A read that takes the slow path begins by closing the fast path. Every other change of these
 conditions closes it, too. The log closes it when a reader comes or goes and when it ends; the
@@ -23,6 +23,7 @@ writer closes it when it is blocked or closed, and when it follows another strea
 *What it forwards.* One read that is one whole chunk with one whole event, if the event is
 ordinary:
 
+    CallsPath  where tool calls are held: what FastPath forwards, except calls
     FastPath   for the OpenAI face: an event `{…}` without an error or a finish_reason. The chunk's
                framing is what our client gets, too: the bytes pass unchanged. The log is private
                and empty, and stays empty: the effect is that of an event discarded at once
@@ -44,6 +45,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.eventstream import utf8
 from aioserver.protocol.openai import PLAIN
+from aioserver.protocol.parts import CALL_MARK
+from aioserver.protocol.request_options import CALLS
 from aioserver.protocol.transcript import PassedTranscript
 from aioserver.streams.contracts import AnswerApi
 from aioserver.streams.entries import TextEntry
@@ -123,7 +126,9 @@ class FastPath:
         self._stream = cursor.stream
         transcript = cursor.stream.transcript
         # The transcript of what was forwarded, if it is needed: see protocol/transcript.py.
-        self._kept = transcript if isinstance(transcript, PassedTranscript) else None
+        self._kept: PassedTranscript | None = None
+        if isinstance(transcript, PassedTranscript) and transcript.keeps:
+            self._kept = transcript
         self._meter = cursor.stream.meter
         (
             self._transport,
@@ -185,6 +190,16 @@ class FastPath:
     def abort(self) -> None:
         """Reset the client's connection: called by the outbox, if `write` has failed."""
         reset(self._transport)
+
+
+class CallsPath(FastPath):
+    """Forwards what FastPath does, except reads that may have a piece of a tool call."""
+
+    __slots__ = ()
+
+    def forward(self, read: bytes) -> bool:
+        """Forward *read*, as `FastPath.forward` does."""
+        return read.find(CALL_MARK) < 0 and FastPath.forward(self, read)
 
 
 class TextPath(FastPath):
@@ -273,7 +288,10 @@ class ForwardedApi(AnswerApi):
 
         None if there is none.
         """
-        return FastPath(cursor, destination) if destination.chunked else None
+        if not destination.chunked:
+            return None
+        path = CallsPath if cursor.stream.outcome.hold == CALLS else FastPath
+        return path(cursor, destination)
 
 
 def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> FastPath | None:

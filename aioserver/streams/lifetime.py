@@ -44,7 +44,7 @@ BACKGROUND_RETRY = 15.0
 class Lifetime(StoreObserver):
     """Owns the store, and ends and forgets its streams in time.
 
-    It must be told of each reader that comes or leaves.
+    Every reader that comes or leaves must be reported to it.
 
     Always: a stream in `_detached` runs, has no reader, and has a timer. Its request was sent,
     unless a client began it without reading it. A stream in `_background` runs, and is never in
@@ -201,8 +201,8 @@ class Lifetime(StoreObserver):
             self.reader_removed(stream)
 
     def unsent(self, stream: Stream) -> bool:
-        """Note that the request of *stream* waits as one that was not sent; return whether that
-        ends it.
+        """Note that the request of *stream* waits, and no provider has it; return whether that ends
+        the stream.
         """
         left = self._detached.get(stream, False)
         if left:

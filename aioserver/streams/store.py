@@ -4,13 +4,14 @@ All logs together keep `max_kept_bytes`, in everything that they keep. Beyond th
 
     1. finished logs without a reader, and stored responses, are dropped: of the owner that
        keeps most of both, the oldest first
-    2. readers that are far behind are dropped, with the events that only they still need
-    3. logs that run, or are still read, lose the oldest events that every reader has passed
-    4. answers without a reader are ended, the oldest first
-    5. new answers are refused
+    2. the held events of a turn are shown before its finish, the largest first
+    3. readers that are far behind are dropped, with the events that only they still need
+    4. logs that run, or are still read, lose the oldest events that every reader has passed
+    5. answers without a reader are ended, the oldest first
+    6. new answers are refused
 
-In each step the owner that keeps most makes room first, in 2 and 3 with its largest log. An owner
-is a key or, without keys, an address: see `owner_of`.
+In each other step the owner that keeps most makes room first, in 3 and 4 with its largest log. An
+owner is a key or, without keys, an address: see `owner_of`.
 
 This file is one concept: all kept bytes are counted here, and evicted here in one order.
 """
@@ -65,13 +66,15 @@ class EvictableStore(Protocol):
 
 
 class StoreStats(msgspec.Struct, frozen=True):
-    """A snapshot of the store: the numbers of logs and of stored responses, their bytes, and the
-    bound of these.
+    """A snapshot of the store: the numbers of logs and of stored responses, those of which events
+    are held and their bytes, and all bytes and their bound.
     """
 
     running: int
     finished: int
     responses: int
+    held_answers: int
+    held_bytes: int
     bytes: int
     max_bytes: int
 
@@ -307,10 +310,13 @@ class StreamStore:
 
     def stats(self) -> StoreStats:
         """Return a snapshot."""
+        held = [size for size in map(_held_size, self._running) if size]
         return StoreStats(
             running=len(self._running),
             finished=len(self._finished),
             responses=sum(map(len, self.evictable_stores)),
+            held_answers=len(held),
+            held_bytes=sum(held),
             bytes=self._bytes,
             max_bytes=self._max_kept_bytes,
         )
@@ -330,6 +336,7 @@ class StreamStore:
             self._dropping = True
             try:
                 self._drop_said()
+                self._let_go()
                 self._drop_late_readers()
                 self._cut_passed()
                 if (excess := self._bytes - self._max_kept_bytes) >= 0:
@@ -351,6 +358,14 @@ class StreamStore:
                 return
             if stream.transcript is not None and stream.transcript.size:
                 stream.drop_said()
+
+    def _let_go(self) -> None:
+        """Have the held events of running turns shown before their finish, the largest first."""
+        for stream in sorted(self._running, key=_held_size, reverse=True):
+            if self._bytes < self._max_kept_bytes or not _held_size(stream):
+                return
+            if stream.attempt is not None:
+                stream.attempt.let_go()
 
     def _drop_late_readers(self) -> None:
         """Drop readers that are far behind: of finished logs first."""
@@ -409,6 +424,10 @@ class StreamStore:
 
 def _size(stream: Stream) -> int:
     return stream.bytes
+
+
+def _held_size(stream: Stream) -> int:
+    return 0 if stream.held is None else stream.held.size
 
 
 def _of_who_keeps_most(streams: Iterable[Stream]) -> Iterator[Stream]:

@@ -256,7 +256,7 @@ class Stream:
         self.producer: asyncio.Task[None] | None = None
         # The exchange that fills the log, while it is under way.
         self.source: Source | None = None
-        # The monotonic time of the provider's first content; no other attempt is made after it.
+        # The monotonic time of the first content that was shown; no other attempt is made after it.
         self.answered_at = 0.0
         # The provider's meter, which counts the events.
         self.meter = NO_METER
@@ -314,7 +314,7 @@ class Stream:
 
     @property
     def answered(self) -> bool:
-        """Whether a provider has sent content: no other is asked."""
+        """Whether content of a provider was shown: no other is asked."""
         return self.answered_at > 0
 
     @property
@@ -345,7 +345,9 @@ class Stream:
         return None if self.remote is None else self.remote.broken
 
     def mark_answered(self) -> None:
-        """Note that content has come from a provider, before it is appended."""
+        """Note that content which has come from a provider is shown next: no other attempt
+        follows.
+        """
         if not self.answered_at:
             self.answered_at = now = monotonic()
             self.record.answered(now)

@@ -59,7 +59,7 @@ def _ignore(_reason: str) -> None:
 
 
 class Writer:
-    """Writes what its cursors have not seen, in as few writes as possible.
+    """Writes the new events of its cursors, in as few writes as possible.
 
     Always: nothing is written while blocked; a cursor in `_ready` has something to write; once
     closed it follows nothing, so that no later append can reach the connection's next response.
@@ -334,8 +334,8 @@ class Writer:
     def close(self) -> None:
         """Unfollow every stream and write nothing from now on; a second call does nothing.
 
-        The transport still sends what it has. If the client does not read it, a watchdog aborts
-        the connection.
+        The transport still sends its buffer. If the client does not read it, a watchdog aborts the
+        connection.
         """
         if self.closed:
             return

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from aioserver import errors, provider_errors
 from aioserver.config.models import PREFIX
 from aioserver.protocol.bridging.accepted_parameters import LIMIT, MAX_TOKENS, OPTIONAL
+from aioserver.protocol.request_options import CALLS, TURN
 from aioserver.telemetry import logs
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.bugs import Bugs
@@ -34,7 +35,7 @@ from aioserver.telemetry.counters import (
     Share,
     sum_of,
 )
-from aioserver.telemetry.outcome import HOMES, NONE
+from aioserver.telemetry.outcome import HOMES, NONE, TURNS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -95,7 +96,15 @@ CONTINUED, FAILED = "continued", "failed"
 # The APIs that are translated to chat completions, and what is learned from refusals of these.
 BRIDGED_APIS = ("messages", "responses")
 LEARNABLE = (*OPTIONAL, MAX_TOKENS, LIMIT)
-RETRY_CODES, FAILOVER_CODES = _fault_codes("retry"), _fault_codes("failover")
+# A held turn that breaks off is retried after these, too.
+_BREAKS = {provider_errors.ReadTimeout.code, provider_errors.ProviderBadResponse.code}
+RETRY_CODES = sorted({*_fault_codes("retry"), *_BREAKS})
+FAILOVER_CODES = _fault_codes("failover")
+# Why workers have died that nobody had told to end: by their own exit, by a signal, or killed by
+# their parent since they had hung.
+EXITED, SIGNALLED, HUNG = DEATHS = ("exit", "signal", "hung")
+# The results of turns of which events were held (telemetry/outcome.py), by what is held.
+HELD_TURNS = [(hold, result) for hold in (CALLS, TURN) for result in TURNS]
 
 
 class ProviderMeter:
@@ -115,6 +124,7 @@ class ProviderMeter:
         "left_out",
         "recent_first_tokens",
         "recent_silences",
+        "rescued",
         "retries",
         "retries_refused",
         "seams",
@@ -136,6 +146,8 @@ class ProviderMeter:
         self.learnt = {what: Counter() for what in LEARNABLE}
         # Answers that broke off here and were continued, by the fault's code.
         self.seams: dict[str, Counter] = {}
+        # Held turns that broke off here and were whole in another attempt, by the fault's code.
+        self.rescued: dict[str, Counter] = {}
         self.retries = {code: Counter() for code in RETRY_CODES}
         self.retries_refused = Counter()
         self.failovers = {code: Counter() for code in FAILOVER_CODES}
@@ -233,6 +245,10 @@ class Metrics:
         self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
         self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
         self.deadlines = {kind: Counter() for kind in DEADLINE_KINDS}
+        self.worker_deaths = {cause: Counter() for cause in DEATHS}
+        self.held_turns: dict[tuple[str, ...], Counter] = {
+            labels: Counter() for labels in HELD_TURNS
+        }
         # By caller and setting, made at the first count; callers are configured.
         self.budget_refusals: dict[tuple[str, ...], Counter] = {}
         self.key_wait = Histogram()
@@ -424,6 +440,18 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         lambda m: m.deadlines,
         "Requests ended by a deadline of their own: to start, or for the whole answer",
         ("kind",),
+    ),
+    Row(
+        "held_turns",
+        lambda m: m.held_turns,
+        "Turns of which something was held until the model had finished",
+        ("hold", "result"),
+    ),
+    Row(
+        "worker_deaths",
+        lambda m: m.worker_deaths,
+        "Workers that have died without being told to end",
+        ("cause",),
     ),
     Row(
         "budget_refusals",

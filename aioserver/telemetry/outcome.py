@@ -16,6 +16,9 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # Where a request of a group has started: at the member whose cache has its conversation, at
 # another one, as a new conversation; none if that is not known.
 HOME, OTHER, NEW, NONE = HOMES = ("home", "other", "new", "none")
+# The result of a turn of which events were held: it was whole; another attempt was whole; it was lost
+# with its answer; or it was shown before its finish.
+WHOLE, RESCUED, LOST, LET_GO = TURNS = ("whole", "rescued", "lost", "let_go")
 # The source of an attempt's token counts: its provider; an estimate; or, for MIXED, the provider
 # for the prompt alone. NOBODY: they are not known.
 PROVIDER, ESTIMATE, MIXED, NOBODY = "provider", "estimate", "mixed", "none"
@@ -103,7 +106,10 @@ class Outcome(msgspec.Struct, eq=False):
 
     *bridge*: the API from which the request is translated; *left_out* are the hosted tools that
     the provider does not get then. *learnt* is what refusals have taught, each with one repeat.
-    *hooks* are the names of those that have refused or changed it.
+    *hooks* are the names of those that have refused or changed it. *hold* says what is held of a
+    streamed answer, empty where nothing can be; *held_for* is the longest time in seconds that an
+    event was held, None if none was. *cuts* are the provider and the code of each break of which the
+    client has seen nothing; *let_go* says that held events were shown before the finish.
     """
 
     provider: str = ""
@@ -121,6 +127,18 @@ class Outcome(msgspec.Struct, eq=False):
     left_out: tuple[str, ...] = ()
     learnt: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
+    hold: str = ""
+    cuts: tuple[tuple[str, str], ...] = ()
+    let_go: bool = False
+    held_for: float | None = None
+
+    def turn(self, *, lost: bool) -> str:
+        """Return the result of a turn of which events were held, and which was *lost* at its end."""
+        if self.let_go:
+            return LET_GO
+        if lost:
+            return LOST
+        return RESCUED if self.cuts or self.seams else WHOLE
 
     @property
     def spent(self) -> tuple[int, int]:

@@ -23,9 +23,10 @@ from aioserver.auth.callers import NO_CALLER, Caller
 from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry import logs
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
+from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
-from aioserver.telemetry.outcome import COUNTED, MIXED, NOBODY, PROVIDER, Outcome
+from aioserver.telemetry.outcome import COUNTED, MIXED, NOBODY, PROVIDER, RESCUED, Outcome
 from aioserver.telemetry.tracer import RequestEnd, RequestTrace
 
 if TYPE_CHECKING:
@@ -109,7 +110,11 @@ class RequestRecord(msgspec.Struct, eq=False):
     log: RequestLog | None = None
 
     def answered(self, now: float) -> None:
-        """Note that the first content of the answer has come *now*; it counts at once."""
+        """Note that the first content of the answer has come *now*; it counts at once, and of
+        several attempts that of the first.
+        """
+        if self.first_event_at:
+            return
         self.first_event_at = now
         # SilenceMeter before the answer do not count: in a head, between comments, in a failed
         # attempt.
@@ -211,6 +216,11 @@ class RequestLog:
             else:
                 # The request was refused while it waited.
                 asked.start = None
+        if asked.held_for is not None and not cancelled:
+            turn = asked.turn(lost=error is not None)
+            metrics.held_turns[asked.hold, turn].value += 1
+            for name, cut in asked.cuts if turn == RESCUED else ():
+                metrics.providers[name].rescued.setdefault(cut, Counter()).value += 1
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
         if outcome == "rejected":
@@ -324,6 +334,8 @@ class RequestLog:
             fields |= _bill(record.outcome)
         if record.outcome.seams:
             fields["seams"] = len(record.outcome.seams)
+        if (held_for := record.outcome.held_for) is not None:
+            fields |= {"hold": record.outcome.hold, "held_ms": round(held_for * 1000, 1)}
         if record.outcome.bridge:
             fields |= _bridged(record.outcome)
         if record.outcome.hooks:

@@ -20,23 +20,27 @@ Fast_co = TypeVar("Fast_co", covariant=True)
 
 
 class WatchedSink(Protocol[Fast_co]):
-    """The sink of an answer (providers/http1.py), with its own kind of fast path."""
+    """The sink of an answer's body (providers/http1.py), with its own kind of fast path."""
 
     @property
     def progress(self) -> int:
-        """The number of events in its log so far, or of bytes that it has kept."""
+        """A number that grows with each event of the provider; comments, which only keep a
+        connection alive, do not count.
+        """
 
     def feed(self, data: bytes) -> bool:
-        """Take *data* of the body; return whether more may come."""
+        """Take a part of the body, never empty; return False if the answer needs no more."""
 
     def end(self) -> None:
         """Note that the body is complete."""
 
     def broken(self, fault: Exception) -> bool:
-        """Return whether the answer is complete although it breaks off now with *fault*."""
+        """Return whether the answer is complete, and thus ends well, although it breaks off now
+        with *fault*: only its end mark was missing.
+        """
 
     def fast(self) -> Fast_co | None:
-        """Return the fast path for the next bytes, if there is one."""
+        """Return the fast path for the next bytes; None if there is none."""
 
 
 class AttemptEnd(NamedTuple):

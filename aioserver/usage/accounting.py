@@ -88,7 +88,7 @@ class Usage:
         # The lines of all ledgers that were written and lost, as of the last sweep.
         self.counts = {outcome: Counter() for outcome in ("written", "lost")}
         self._process = secrets.token_hex(PROCESS_BYTES)
-        self._worker = worker
+        self.worker = worker
         self._numbers = 0
         # The attempts that were sent, in two lists by the time of their next sweep.
         self._new: dict[RequestRecord, _Sent] = {}
@@ -115,7 +115,7 @@ class Usage:
         ledger: Ledger | None = None
         if path is not None:
             try:
-                ledger = Ledger(Path(path), self._process, self._worker)
+                ledger = Ledger(Path(path), self._process, self.worker)
             except OSError as error:
                 raise ConfigurationError(
                     [f"usage.path: {path} cannot be written: {error.strerror or error}"]

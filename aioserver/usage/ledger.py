@@ -47,7 +47,7 @@ CHUNK = 500
 # Seconds for the waiting lines when the server ends, and when a reload has named another
 # directory.
 CLOSE_TIMEOUT, LEAVE_TIMEOUT = 1.0, 30.0
-# The lines show who has asked for what: no other user may read them.
+# No other user may read the lines, since they show the requests of each caller.
 FILE_MODE, DIRECTORY_MODE = 0o600, 0o700
 SECONDS_OF_A_DAY = 86_400
 
@@ -102,7 +102,8 @@ class Ledger:
         self._wall = wall
         # Only the thread writes it.
         self.written = 0
-        self._unwritten = self._told = 0
+        # Lines that could not be written, and the lost lines that the file has recorded.
+        self._unwritten = self._recorded = 0
         # The error of the last write; None if it has succeeded.
         self.trouble: OSError | None = None
         # Lines for which there was no room: only `put` counts them.
@@ -196,7 +197,7 @@ class Ledger:
 
     def _prepare(self) -> None:
         """Make the bytes of the next lines, and of a line that reports how many are lost."""
-        if lost := self.lost - self._told:
+        if lost := self.lost - self._recorded:
             now = self._wall()
             data = b'{"ts":"%b","lost":%d}\n' % (self._moment(now).encode(), lost)
             self._pieces.append(_Piece(_day_of(now), data, lost))
@@ -231,7 +232,7 @@ class Ledger:
                 break
             written -= len(each)
             piece = pieces.popleft()
-            self._told += piece.lost
+            self._recorded += piece.lost
             self.written += not piece.lost
         else:
             return

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_ROWS, MAX_UNKNOWN = 10_000, 100
 # Children of the metric by caller; beyond, the caller of a child is OTHER.
 MAX_CHILDREN = 10_000
-# Days whose rows are kept: today, yesterday, and one that a clock has shown for a moment.
+# Days whose rows are kept: today, yesterday, and a wrong day that a clock has shown for a moment.
 MAX_DAYS = 3
 # Characters of a model's name.
 MAX_NAME = 200
@@ -49,13 +49,13 @@ class Day(TypedDict):
 class _Row:
     """The spending of one caller at one provider for one model on one day.
 
-    The prompt and answer tokens that are estimated are counted as well. *told* is how much of its
-    `counts` the children of the metrics have, whose caller is *label*.
+    The prompt and answer tokens that are estimated are counted as well. *reported* is the part of
+    `counts` that the children of the metrics already include; their caller is *label*.
     """
 
     __slots__ = (
         *("requests", "repeats", "asked", "cached", "cache_write", "answered", "reasoning"),
-        *("audio", "estimated_asked", "estimated_answered", "told", "label"),
+        *("audio", "estimated_asked", "estimated_answered", "reported", "label"),
     )
 
     def __init__(self, label: str) -> None:
@@ -65,7 +65,7 @@ class _Row:
         self.asked = self.cached = self.cache_write = 0
         self.answered = self.reasoning = self.audio = 0
         self.estimated_asked = self.estimated_answered = 0
-        self.told = (0,) * (len(KINDS) + 2)
+        self.reported = (0,) * (len(KINDS) + 2)
 
     @property
     def kinds(self) -> tuple[int, ...]:
@@ -164,19 +164,19 @@ class CallerSums:
     @property
     def tokens(self) -> dict[tuple[str, ...], Counter]:
         """The children of the metric by caller, provider, model and kind."""
-        self._tell()
+        self._update_metrics()
         return self._tokens
 
     @property
     def estimated(self) -> dict[str, Counter]:
         """The children of the metric of estimated tokens, by caller."""
-        self._tell()
+        self._update_metrics()
         return self._estimated
 
     @property
     def of_providers(self) -> dict[tuple[str, ...], Counter]:
         """The children of the metric by provider, model, type and source."""
-        self._tell()
+        self._update_metrics()
         return self._of_providers
 
     def apply(
@@ -230,7 +230,7 @@ class CallerSums:
         now = self._wall()
         if self._began <= now < self._midnight:
             return
-        self._tell()
+        self._update_metrics()
         self._day = day = int(now // SECONDS_OF_A_DAY)
         self._rows, self._totals = self._days[day] = self._days.pop(day, ({}, {}))
         # The children of the metric stay.
@@ -261,16 +261,16 @@ class CallerSums:
             total.rows.append(row)
         return row
 
-    def _tell(self) -> None:
+    def _update_metrics(self) -> None:
         """Update the children of the metrics to the counts of today's rows."""
         for (_, provider, model), row in self._rows.items():
             counts = row.counts
-            if counts == row.told:
+            if counts == row.reported:
                 continue
             *more, asked, answered = [
-                count - told for count, told in zip(counts, row.told, strict=True)
+                count - before for count, before in zip(counts, row.reported, strict=True)
             ]
-            row.told = counts
+            row.reported = counts
             for kind, count in zip(KINDS, more, strict=True):
                 if count:
                     self._child(row.label, provider, model, kind).value += count
@@ -298,7 +298,7 @@ class CallerSums:
 
 
 def together(several: Iterable[Sequence[Day]]) -> list[Day]:
-    """Return the two newest days of several instances, with their rows added up."""
+    """Return the two newest days of *several* instances, with their rows added up."""
     days: dict[str, dict[tuple[str, str, str], dict[str, str | int]]] = {}
     for each in several:
         for day in each:

@@ -1,14 +1,15 @@
 """Workers: several processes that serve one port, and their parent.
 
-Each *worker* is such a process as the folder `server` makes. Their *parent* holds the port, and
+Each *worker* is a process with a server of the folder `server`. Their *parent* holds the port, and
 has no event loop, since it forks. Its *supervisor* decides which of them run: there is a *seat*
-for each, with two *slots*, in which a worker and its successor are told apart. A worker that is
-replaced *hands over*: others accept connections already, and it refuses nothing before its own
+for each, with two *slots*, which distinguish a worker and its successor. A worker that is replaced
+*hands over*: others accept connections already, and it refuses nothing before its own connections
 have ended.
 
-The *image* is what the parent has imported: a worker that is forked goes on with it.
+The *image* is the state of the modules that the parent has imported, with which a forked worker
+starts.
 
-What the workers share, places for connections first of all, are leases of a *private server*. The
-*balance* decides which worker accepts the next connection, by the *loads* of all, which are in
-shared memory.
+The workers share limits, such as the places for connections, through leases of a *private server*.
+The *balance* decides which worker accepts the next connection, by the *loads* of all workers, which
+are in shared memory.
 """

@@ -5,8 +5,8 @@ The kernel wakes all workers for a new connection, and the fastest gets it. With
 idle WebSockets may all go to one worker. With a new connection, a worker therefore stops accepting
 if it has more than STOP times the mean of all workers and a few beyond. At a beat it resumes if it
 has less than GO_ON times the mean. The mean is over the workers whose loops turn, so a blocked one
-holds back no other. The worker with the fewest connections has no more than the mean, so there is
-always one that accepts.
+holds back no other. The worker with the fewest connections has no more than the mean, so at least
+one worker always accepts.
 
 To stop, a process closes its copies of the socket; the socket itself, which the siblings share,
 continues to listen. To resume, it makes new copies. No accepted connection is lost: see
@@ -59,12 +59,12 @@ class SharedSocket(ListeningSocket):
 
 
 class Balance:
-    """Whether this worker accepts connections.
+    """Decides whether this worker accepts connections.
 
-    Always: `connections` are those of this worker, and *loads* say so; from `start` to `close` one
-    timer runs, for the next beat. *on_gone* is called with each instance of the cluster whose
-    process has ended (`Loads.gone`). Instances that had ended before are included: if all workers
-    end at once, no other process has noticed.
+    Always: `connections` is the number of connections of this worker, which *loads* has, too; from
+    `start` to `close` one timer runs, for the next beat. *on_gone* is called with each instance of
+    the cluster whose process has ended (`Loads.gone`). Instances that had ended before are
+    included: if all workers end at once, no other process has noticed.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""How a parent makes a worker without executing another program: a forked process shares the pages
-of everything that its parent has imported, which is half of a worker's memory.
+"""Workers that are forked: they share the memory of everything that their parent has imported,
+which is half of the memory of a worker.
 
-Such a worker must be equal to a program that is executed now. So a worker is executed instead if
-that would run other code, or if the parent has threads, which a fork would lack. Descriptors are
-closed as exec closes them, and none of the parent's objects is finalized.
+A forked worker must be equal to a program that is executed now. If the code on the disk has
+changed, or the parent has threads, which a fork would lack, the program is executed instead.
+Descriptors are closed as exec closes them, and none of the parent's objects is finalized.
 
 Private names of the standard library used here, guarded by `tests/workers/test_fork_server.py`:
 `threading._shutdown`, `atexit._run_exitfuncs`. The interpreter ends with them, and so do the
@@ -91,8 +91,8 @@ def pass_on(descriptors: Sequence[int]) -> range:
 
 def close_others() -> None:
     """Close the descriptors that exec would close, in a process that was just forked."""
-    # Objects of the parent own these numbers: none may ever be finalized, and close another's
-    # descriptor.
+    # Objects of the parent own these numbers. None may ever be finalized, as that would close a
+    # descriptor with the same number here.
     gc.disable()
     gc.freeze()
     for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:

@@ -1,12 +1,13 @@
 """The loads of the workers of one host, in shared memory: hints, by which they balance accepted
 connections.
 
-Each worker process has a slot; there are two for each worker, since a rolling restart starts the
-new process before the old one ends. Every cell is a number of 8 bytes with one writer at a time:
-the worker of its slot, or the parent, for a slot whose process it has reaped. Every process may
-read. No cell is a limit: a wrong value costs balance, and the places of the workers are leases
-(wings/cluster/limits/grants.py). The page is mapped by the parent and by all workers (a memfd, or
-an unlinked file); it has no lock.
+Each worker process has a slot; there are four for each worker, since a rolling restart starts the
+new process before the old one ends, and former processes keep their answers. Every cell is a
+number of 8 bytes with one writer at a time: the worker of its slot, or the parent, for a slot
+whose process it has reaped. Every process may read. No cell is a limit: a wrong value costs
+balance, and the places of the workers are leases
+(wings/cluster/limits/grants.py). The page is mapped by the parent and by all workers (a memfd, or an
+unlinked file); it has no lock.
 
 A store through a memoryview of format `q` is a memcpy of 8 bytes in CPython (`PACK_SINGLE` in
 Objects/memoryobject.c), which compilers turn into one store. Aligned stores of 8 bytes are atomic
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SLOTS_PER_WORKER = 2
+SLOTS_PER_WORKER = 4
 # Seconds. A worker whose beat is later than that is blocked, or gone, and does not count for the
 # mean.
 LATE = 0.075
@@ -123,6 +124,11 @@ class Loads:
         beats = self._all(_Column.BEAT)
         states = self._all(_Column.ACCEPTING)
         return [slot for slot, accepts in enumerate(states) if accepts and beats[slot] >= oldest]
+
+    def in_use(self) -> set[int]:
+        """Return the slots whose workers have connections, or may get some."""
+        columns = self._all(_Column.CONNECTIONS), self._all(_Column.ACCEPTING)
+        return {slot for slot, cells in enumerate(zip(*columns, strict=True)) if any(cells)}
 
     def gone(self) -> list[int]:
         """Return, for each slot, the instance whose process has ended last there; 0: none."""

@@ -12,6 +12,8 @@ later ones. A worker tells its parent what a service tells systemd, over a socke
 the parent reports the state of all to systemd.
 
 Linux only, as the files in memory are.
+
+This file is one concept: the parent's loop and everything that it shares with its workers.
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.sessions import new_secret
 from aioserver.config.faults import ConfigurationError
+from aioserver.monitoring.alerts import still_run
 from aioserver.server import listener, reload, systemd
 from aioserver.telemetry import logs
 from aioserver.workers.fork_server import Image, close_others, end_with, pass_on
 from aioserver.workers.loads import Loads
 from aioserver.workers.private_server import SharedServer
-from aioserver.workers.supervisor import Supervisor
+from aioserver.workers.supervisor import Supervisor, Timeouts
 from aioserver.workers.worker import Worker, as_file
 
 if TYPE_CHECKING:
@@ -76,6 +79,7 @@ HELD = (
 )
 # A worker's report of its state.
 LOAD = re.compile(r"(\d+) of (\d+) connections, (\d+) waiting")
+FORMER = re.compile(r"; (\d+) answers, longest (\d+) s")
 
 
 class Parent:
@@ -122,7 +126,7 @@ class Parent:
             self._workers,
             time.monotonic,
             period=self._period,
-            end_timeout=_end_timeout(self._at_start),
+            timeouts=_timeouts(self._at_start),
         )
         # The contents of the configuration file that workers start with, by number.
         self._contents = {0: as_file("configuration", configuration.content)}
@@ -179,7 +183,7 @@ class Parent:
 
     # The interface that the supervisor needs.
 
-    def start(self, slot: int, configuration: int) -> int:
+    def start(self, slot: int, configuration: int, deaths: tuple[str, ...] = ()) -> int:
         """Start the worker *slot*; see `Processes`."""
         ear, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ear.setblocking(False)
@@ -194,7 +198,7 @@ class Parent:
                 ear.close()
                 raise
             if pid == 0:
-                end_with(partial(self._become, slot, configuration, theirs, forked=forked))
+                end_with(partial(self._become, slot, configuration, theirs, deaths, forked=forked))
         self._ears[pid] = ear
         self._slots[pid] = slot
         return pid
@@ -203,8 +207,12 @@ class Parent:
         """Send a signal to a process that has not been reaped."""
         os.kill(pid, number)
 
-    def _worker(self, slot: int, descriptors: Mapping[str, int]) -> Worker:
-        """Return the description that the worker *slot* gets of itself."""
+    def _worker(
+        self, slot: int, descriptors: Mapping[str, int], deaths: tuple[str, ...]
+    ) -> Worker:
+        """Return the description that the worker *slot* gets of itself, and of the *deaths* of
+        others.
+        """
         return Worker(
             slot,
             self._workers,
@@ -213,6 +221,7 @@ class Parent:
             self._shared_server.url,
             first=not self._announced,
             host=self._host,
+            deaths=deaths,
         )
 
     # Steps of `run`.
@@ -316,15 +325,14 @@ class Parent:
                 if key not in HELD:
                     logger.warning("%s has changed, and stays as it was until SIGUSR2", key)
         logs.apply(settings.logging)
-        self._supervisor.end_timeout = _end_timeout(settings)
         self._number += 1
         self._contents[self._number] = as_file("configuration", configuration.content)
         if replaced:
             self._began = settings
-            self._supervisor.replace(self._number)
+            self._supervisor.replace(self._number, _timeouts(settings))
         else:
             logger.info("reloading %d workers, %s", self._workers, _limits(settings))
-            self._supervisor.reload(self._number)
+            self._supervisor.reload(self._number, _timeouts(settings))
         for old in self._contents.keys() - self._supervisor.configurations:
             os.close(self._contents.pop(old))
 
@@ -340,7 +348,14 @@ class Parent:
         text = f"{len(statuses)} of {self._workers} workers"
         if supervisor.replacing:
             text += ", being replaced"
-        return f"{text}: {inside} of {limit} connections, {waiting} waiting"
+        text += f": {inside} of {limit} connections, {waiting} waiting"
+        if former := supervisor.former():
+            said = [match for status, _ in former if (match := FORMER.search(status))]
+            answers = sum(int(match[1]) for match in said)
+            longest = max((int(match[2]) for match in said), default=0)
+            until = time.time() + max(left for _, left in former)
+            text += "; " + still_run(answers, longest, len(former), until)
+        return text
 
     def _enter_child(self) -> None:
         """Prepare a child process that is no worker, before it executes another program: it ends
@@ -356,7 +371,15 @@ class Parent:
             self._image = None
         return self._image is not None
 
-    def _become(self, slot: int, configuration: int, ear: socket.socket, *, forked: bool) -> int:
+    def _become(
+        self,
+        slot: int,
+        configuration: int,
+        ear: socket.socket,
+        deaths: tuple[str, ...],
+        *,
+        forked: bool,
+    ) -> int:
         """Become the worker *slot*, in the process that was just forked. Return the exit code.
 
         *forked*: whether it runs what this process has imported, and not another program.
@@ -372,7 +395,8 @@ class Parent:
         }
         numbers = pass_on([*(sock.fileno() for sock in self._sockets), *named.values()])
         count = len(self._sockets)
-        worker = self._worker(slot, dict(zip(named, numbers[count:], strict=True)))
+        descriptors = dict(zip(named, numbers[count:], strict=True))
+        worker = self._worker(slot, descriptors, deaths)
         os.environ.update(worker.variables(), LISTEN_FDS=str(count), LISTEN_PID=str(os.getpid()))
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         if not forked:
@@ -389,6 +413,7 @@ def _limits(settings: Settings) -> str:
     )
 
 
-def _end_timeout(settings: Settings) -> float:
+def _timeouts(settings: Settings) -> Timeouts:
     websocket = settings.chat.websocket
-    return websocket.drain_delay + websocket.shutdown_timeout + END
+    end = websocket.drain_delay + websocket.shutdown_timeout + END
+    return Timeouts(end, websocket.replace_timeout)

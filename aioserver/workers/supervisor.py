@@ -3,10 +3,15 @@
 This file is one concept: the seats of the workers, the state of each process, and each decision
 that follows from it.
 
-A *seat* is a place for one worker that serves; there are as many as `workers`. Each seat has two
-*slots*, so that a worker that ends and its successor are told apart. A process passes through
+A *seat* is a place for one worker that serves; there are as many as `workers`. Each seat has four
+*slots*, so that a worker, its successor and those that were replaced are told apart. A process
+passes through
 
-    STARTING → SERVING → ENDING → gone
+    STARTING → SERVING → FORMER → ENDING → gone
+
+A *former* process has a successor and still has answers, which it keeps for `replace_timeout`. A
+seat has at most two that were replaced; a replacement by which it would have more tells the oldest
+to end, and waits until it is gone.
 
 A seat whose worker ends unasked gets another one: at once if the former lived for long, else after
 a pause that doubles. A replacement starts the successor first, and asks the worker to end once the
@@ -24,7 +29,10 @@ import signal
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from aioserver.telemetry.metrics import EXITED, HUNG, SIGNALLED
+from aioserver.workers.loads import SLOTS_PER_WORKER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +41,8 @@ if TYPE_CHECKING:
 START_TIMEOUT = 60.0
 # A worker that lived for less counts as short-lived.
 SHORT_LIFE = 10.0
+# Replaced processes of a seat that still run: with its worker they are three generations.
+MOST_REPLACED = 2
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 
@@ -40,8 +50,9 @@ LONGEST_PAUSE = 30.0
 class Processes(Protocol):
     """Starts processes, and sends them signals."""
 
-    def start(self, slot: int, configuration: int) -> int:
-        """Start a worker in *slot* with the configuration of that number. Return its process id.
+    def start(self, slot: int, configuration: int, deaths: tuple[str, ...] = ()) -> int:
+        """Start a worker in *slot* with the configuration of that number, which counts these
+        *deaths* of others. Return its process id.
 
         Raises:
             OSError: the system starts no process.
@@ -51,11 +62,21 @@ class Processes(Protocol):
         """Send a signal to a process that has not been reaped."""
 
 
+class Timeouts(NamedTuple):
+    """The seconds that a configuration gives a worker: to *end*, and before that to keep its
+    answers if it is replaced.
+    """
+
+    end: float
+    replaced: float
+
+
 class Phase(Enum):
     """How far a process is."""
 
     STARTING = auto()
     SERVING = auto()
+    FORMER = auto()
     ENDING = auto()
 
 
@@ -76,6 +97,10 @@ class Process:
     heard: float
     phase: Phase = Phase.STARTING
     reading: bool = False
+    # When it was replaced.
+    replaced: float = 0.0
+    # The deaths of others that it counts once it serves.
+    deaths: tuple[str, ...] = ()
     # When it gets SIGKILL.
     kill_at: float | None = None
     aborted: bool = False
@@ -96,6 +121,10 @@ class Process:
             return self.started + START_TIMEOUT
         return self.heard + period
 
+    def retire(self, now: float) -> None:
+        """Take note that it is replaced, and keeps its answers."""
+        self.asked, self.phase, self.replaced = True, Phase.FORMER, now
+
     def end_by(self, moment: float) -> None:
         """Note that it is to end, and when it gets SIGKILL at the latest."""
         self.asked, self.phase = True, Phase.ENDING
@@ -106,11 +135,11 @@ class Process:
 class Seat:
     """The place of one worker that serves.
 
-    Always: at most two processes: those of its two slots.
+    Always: at most one process in each of its slots.
     """
 
     rank: int
-    slots: tuple[int, int]
+    slots: range
     current: Process | None = None
     # Takes the place of the current one once it serves.
     successor: Process | None = None
@@ -126,6 +155,11 @@ class Seat:
         """Return a slot without a process."""
         taken = {process.slot for process in self.processes}
         return next((slot for slot in self.slots if slot not in taken), None)
+
+    def replaced(self) -> list[Process]:
+        """Return the processes that have a successor, the oldest first."""
+        active = {self.current, self.successor}
+        return sorted(self.processes - active, key=lambda each: (each.generation, each.started))
 
     def pause(self, lived: float) -> float:
         """Return the seconds until a worker that *lived* so long gets a follower."""
@@ -160,15 +194,15 @@ OVERSLEPT = 1.0
 # Seconds after its deadline during which a worker does not yet count as one that even SIGKILL does
 # not end.
 UNKILLABLE = 2 * LAST_WORDS
-# The signal for a worker to end while its siblings go on.
+# The signal for a worker to retire while its siblings go on; a second one lets it end.
 HAND_OVER = signal.SIGUSR1
 
 
 class Supervisor:
     """Decides about *workers* processes. Every event is reported to it; then `turn` is called.
 
-    *period*: the seconds within which a worker must send a message. *end_timeout*: the seconds
-    that a worker may take to end.
+    *period*: the seconds within which a worker must send a message. *timeouts*: those of the
+    configuration that workers start with.
     """
 
     def __init__(
@@ -178,14 +212,18 @@ class Supervisor:
         clock: Callable[[], float],
         *,
         period: float,
-        end_timeout: float,
+        timeouts: Timeouts,
     ) -> None:
         self._processes = processes
         self._clock = clock
         self._period = period
-        self.end_timeout = end_timeout
-        self._seats = [Seat(rank, (rank, rank + workers)) for rank in range(workers)]
+        # By the number of the configuration.
+        self._timeouts = {0: timeouts}
+        slots = SLOTS_PER_WORKER * workers
+        self._seats = [Seat(rank, range(rank, slots, workers)) for rank in range(workers)]
         self._by_pid: dict[int, tuple[Seat, Process]] = {}
+        # Why workers have died that nobody had told to end; the next one that starts counts them.
+        self._deaths: tuple[str, ...] = ()
         # Whether all workers have served at the same time.
         self.started = False
         self._any_served = False
@@ -234,6 +272,17 @@ class Supervisor:
         """Return the status texts of the workers that serve."""
         return [process.status for process in self._serving()]
 
+    def former(self) -> list[tuple[str, float]]:
+        """Return of each former process what it has said of its state, and in how many seconds
+        its answers end at the latest.
+        """
+        now = self._clock()
+        return [
+            (each.status, each.replaced + self._timeouts_of(each).replaced - now)
+            for each in self._each()
+            if each.phase is Phase.FORMER
+        ]
+
     def __len__(self) -> int:
         return len(self._seats)
 
@@ -277,6 +326,10 @@ class Supervisor:
         seat, process = self._by_pid.pop(pid)
         seat.processes.discard(process)
         how = how_ended(code)
+        self._deaths += process.deaths
+        if process.phase in {Phase.SERVING, Phase.FORMER} and not self.stopping:
+            cause = HUNG if process.aborted else SIGNALLED if code < 0 else EXITED
+            self._deaths += (cause,)
         if not process.asked:
             logger.warning("worker %d %s (process %d)", process.slot, how, pid)
         elif code not in {0, -signal.SIGTERM} and not self.stopping:
@@ -292,14 +345,15 @@ class Supervisor:
                 self._give_up(f"worker {process.slot} {how} before it served")
             self._follow(seat, process, code)
 
-    def reload(self, configuration: int) -> None:
+    def reload(self, configuration: int, timeouts: Timeouts) -> None:
         """Let every worker read its configuration again; processes start with that from now on."""
         self._configuration = self._wanted = configuration
+        self._know(timeouts)
         self._reload_until = self._clock() + RELOAD_TIMEOUT
-        for process in self._serving():
+        for process in self._listening():
             self._tell(process)
 
-    def replace(self, configuration: int) -> None:
+    def replace(self, configuration: int, timeouts: Timeouts) -> None:
         """Replace every worker by a process that starts with *configuration*."""
         if self.stopping:
             return
@@ -307,6 +361,7 @@ class Supervisor:
         if not self._queue:
             self._former = self._configuration
         self._configuration = configuration
+        self._know(timeouts)
         if self._queue:
             self._again = True
             return
@@ -323,11 +378,11 @@ class Supervisor:
         self.stopping = True
         self._queue.clear()
         self._reload_until = None
-        deadline = self._clock() + self.end_timeout
+        now = self._clock()
         for seat in self._seats:
             seat.due = None
         for process in self._each():
-            process.end_by(deadline)
+            process.end_by(now + self._timeouts_of(process).end)
             self._processes.send(process.pid, number)
 
     def turn(self) -> None:
@@ -361,7 +416,7 @@ class Supervisor:
         ]
         if self._reload_until is not None:
             times.append(self._reload_until)
-        deadlines = [process.deadline(self._period) for process in self._each()]
+        deadlines = [self._deadline(process) for process in self._each()]
         return min((*times, *filter(None, deadlines)), default=None)
 
     # Steps.
@@ -376,17 +431,43 @@ class Supervisor:
             if seat.current is not None and seat.current.phase is Phase.SERVING
         ]
 
+    def _listening(self) -> list[Process]:
+        """Return the processes that apply a reload."""
+        former = [process for process in self._each() if process.phase is Phase.FORMER]
+        return [*self._serving(), *former]
+
     def _unread(self) -> Iterator[Process]:
         return (
-            process for process in self._serving() if process.configuration < process.asked_for
+            process for process in self._listening() if process.configuration < process.asked_for
         )
+
+    def _know(self, timeouts: Timeouts) -> None:
+        """Take note of the *timeouts* of the newest configuration, and forget those of others that
+        no process has.
+        """
+        numbers = [(each.configuration, each.asked_for) for each in self._each()]
+        used = self.configurations.union(*numbers)
+        kept = {number: each for number, each in self._timeouts.items() if number in used}
+        self._timeouts = {**kept, self._configuration: timeouts}
+
+    def _timeouts_of(self, process: Process) -> Timeouts:
+        return self._timeouts[process.configuration]
+
+    def _deadline(self, process: Process) -> float | None:
+        """Return when something must have happened, as `Process.deadline`: a former process must
+        have ended by then, too.
+        """
+        deadline = process.deadline(self._period)
+        if process.phase is not Phase.FORMER or process.aborted or deadline is None:
+            return deadline
+        return min(deadline, process.replaced + sum(self._timeouts_of(process)))
 
     def _watch(self, process: Process, now: float) -> None:
         """End *process* by force if it has missed its deadline."""
-        deadline = process.deadline(self._period)
+        deadline = self._deadline(process)
         if deadline is None or now < deadline:
             return
-        if process.kill_at is None:
+        if process.kill_at is None and now >= (process.deadline(self._period) or now):
             if process.phase is Phase.STARTING:
                 logger.error("worker %d does not get ready: killed", process.slot)
             else:
@@ -409,19 +490,20 @@ class Supervisor:
         assert slot is not None, "the caller has looked"
         now = self._clock()
         try:
-            pid = self._processes.start(slot, self._configuration)
+            pid = self._processes.start(slot, self._configuration, self._deaths)
         except OSError as exc:
             logger.error("no process can be started for worker %d: %s", slot, exc.strerror)  # noqa: TRY400
             return None
         process = Process(
             pid, slot, now, self._generation, self._configuration, self._configuration, now
         )
+        process.deaths, self._deaths = self._deaths, ()
         seat.processes.add(process)
         self._by_pid[pid] = seat, process
         return process
 
     def _serves(self, seat: Seat, process: Process) -> None:
-        process.phase = Phase.SERVING
+        process.phase, process.deaths = Phase.SERVING, ()
         self._any_served = True
         if process.configuration < self._wanted:
             self._tell(process)
@@ -440,7 +522,7 @@ class Supervisor:
         self._processes.send(process.pid, signal.SIGHUP)
 
     def _hand_over(self, process: Process) -> None:
-        process.end_by(self._clock() + self.end_timeout)
+        process.retire(self._clock())
         self._processes.send(process.pid, HAND_OVER)
 
     def _ends(self, seat: Seat, process: Process) -> None:
@@ -449,7 +531,7 @@ class Supervisor:
         """
         if process.phase is Phase.ENDING:
             return
-        process.end_by(self._clock() + self.end_timeout)
+        process.end_by(self._clock() + self._timeouts_of(process).end)
         if process is seat.current and not self.stopping:
             logger.info("worker %d was told to end by a signal of its own", process.slot)
             seat.current = seat.successor
@@ -489,7 +571,23 @@ class Supervisor:
             process.asked = True
             self._processes.send(process.pid, signal.SIGKILL)
 
+    def _make_room(self) -> None:
+        """Let the oldest former process end of each seat that is to be replaced and has as many
+        as it may have.
+        """
+        for seat in self._queue:
+            if seat.current is None or seat.current.generation == self._generation:
+                continue
+            replaced = seat.replaced()
+            former = [each for each in replaced if each.phase is Phase.FORMER]
+            if len(former) >= max(MOST_REPLACED, len(replaced)):
+                oldest = former[0]
+                logger.warning("worker %d has to end: two replacements followed it", oldest.slot)
+                oldest.end_by(self._clock() + self._timeouts_of(oldest).end)
+                self._processes.send(oldest.pid, HAND_OVER)
+
     def _replace_next(self) -> None:
+        self._make_room()
         while self._queue:
             seat = self._queue[0]
             current = seat.current
@@ -506,8 +604,8 @@ class Supervisor:
                 self._replaced()
 
     def _replace_one(self, seat: Seat) -> None:
-        # Where no slot is free, a former worker is still ending.
-        if seat.successor is None and seat.free_slot() is not None:
+        # The worker becomes one more of those that are replaced.
+        if seat.successor is None and len(seat.replaced()) < MOST_REPLACED:
             seat.successor = self._start(seat)
             if seat.successor is None:
                 self._give_up("no process can be started")

@@ -18,14 +18,14 @@ variables:
 | session_secret | what signs browser sessions, the same in each worker |
 | loads | shared memory, by which the workers balance what they accept (loads.py) |
 
-A worker that is replaced, and its successor, have different slots of the same rank: there are
-twice as many slots as workers.
+A worker that is replaced, and its successors, have different slots of the same rank: there are
+four times as many slots as workers (loads.py).
 
 The shares of all workers together never exceed the limit, unless the limit is lower than the
-number of workers: a share is at least 1. While a worker is replaced, its successor has the same
-share. Limits that workers share through a server (wings/cluster/limits/limits.py) are not divided.
-Without a server, `FixedCapacity` divides `max_connections` and its queue, so that messages still
-show the configured number.
+number of workers: a share is at least 1. While a worker that was replaced keeps its answers, its
+successor has the same share. Limits that workers share through a server
+(wings/cluster/limits/limits.py) are not divided. Without a server, `FixedCapacity` divides
+`max_connections` and its queue, so that messages still show the configured number.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from aioserver.limits.resource import Supply
 from aioserver.server.preflight import Unfit
 from aioserver.server.systemd import Notifier
 from aioserver.workers.balance import Balance
-from aioserver.workers.loads import Loads, OtherLayout
+from aioserver.workers.loads import SLOTS_PER_WORKER, Loads, OtherLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
@@ -63,8 +63,10 @@ FIRST = "AIOSERVER_FIRST"
 PERIOD = "AIOSERVER_PERIOD"
 # The name under which the workers of one parent share what other hosts do not.
 HOST = "AIOSERVER_HOST"
-# Seconds after which a worker without a server checks again how many connections its predecessor
-# has.
+# Why workers have died since the last one was started.
+DEATHS = "AIOSERVER_DEATHS"
+# Seconds after which a worker without a server checks again how many connections its predecessors
+# have.
 LOOK = 0.1
 NAMES = frozenset({"ear", "lifeline", "configuration", "loads"})
 # The descriptor that parents of version 0.1.0 lack, whose secret can be guessed.
@@ -73,12 +75,12 @@ SESSIONS = "session_secret"
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The identity of this process among *workers* processes. *slot*: from 0 to `2 * workers - 1`.
+    """The identity of this process among *workers* processes. *slot*: from 0 to `slots - 1`.
 
     *period*: the seconds within which its parent expects a message. *server_url*: the parent's
     private server, through which the workers share limits and streams; None if it has none.
     *first*: whether it was started with the parent, so that no worker was there before. *host*:
-    the common name of this parent's workers.
+    the common name of this parent's workers. *deaths*: why others have died, which it counts.
     """
 
     slot: int
@@ -88,6 +90,7 @@ class Worker:
     server_url: str | None = None
     first: bool = False
     host: str = ""
+    deaths: tuple[str, ...] = ()
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Self | None:
@@ -132,8 +135,10 @@ class Worker:
                 "SIGUSR2 is not enough",
                 1,
             )
+        deaths = tuple(filter(None, environ.pop(DEATHS, "").split(",")))
         return cls(
-            int(slot), int(workers), int(period) / 1e6, descriptors, server_url, first, host
+            *(int(slot), int(workers), int(period) / 1e6, descriptors, server_url, first, host),
+            deaths,
         )
 
     def variables(self) -> dict[str, str]:
@@ -146,12 +151,13 @@ class Worker:
             **({} if self.server_url is None else {SERVER: self.server_url}),
             **({FIRST: "1"} if self.first else {}),
             HOST: self.host,
+            DEATHS: ",".join(self.deaths),
         }
 
     @property
     def slots(self) -> int:
         """The number of slots."""
-        return 2 * self.workers
+        return SLOTS_PER_WORKER * self.workers
 
     @property
     def rank(self) -> int:
@@ -181,10 +187,17 @@ class Worker:
         """Return the function that divides the places in front of the handlers, if there is no
         server for that.
         """
-        other = (self.slot + self.workers) % self.slots
+        # Those of its rank that were there before it: one that is gone does not come back, and
+        # its slot may be a successor's.
+        before = set(range(self.rank, self.slots, self.workers)) - {self.slot}
+
+        def predecessors() -> list[int]:
+            before.intersection_update(loads.in_use())
+            connections = loads.connections()
+            return [connections[slot] for slot in before]
 
         def share(scheduler: Scheduler, door: Resource, limit: int) -> None:
-            FixedCapacity(self.scope, lambda: loads.connections()[other], scheduler, door, limit)
+            FixedCapacity(self.scope, predecessors, scheduler, door, limit)
 
         return share
 
@@ -222,15 +235,15 @@ def read(descriptor: int) -> bytes:
 
 class FixedCapacity(Supply):
     """The places of *door* that the worker of *scope* has without a server: its share of all
-    *limit* places, minus those that its predecessor still uses.
+    *limit* places, minus those that its predecessors still use.
 
-    *before* returns the number of the predecessor's connections.
+    *before* returns the number of connections of each predecessor that may have some.
     """
 
     def __init__(
         self,
         scope: Scope,
-        before: Callable[[], int],
+        before: Callable[[], list[int]],
         scheduler: Scheduler,
         door: Resource,
         limit: int,
@@ -250,7 +263,7 @@ class FixedCapacity(Supply):
         return self._scope.share(size)
 
     def _resize(self) -> None:
-        places = self._scope.share(self._limit) - self._before()
+        places = self._scope.share(self._limit) - sum(self._before())
         self._scheduler.resize(self._door, max(0, places))
 
     def _look(self) -> None:

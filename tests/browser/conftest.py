@@ -1,8 +1,7 @@
 """Pages in a headless Chromium: one for all tests of a process, on the event loop of production.
 
-What a page does is not changed by the loop of its server, whose faces are tested on both loops
-elsewhere. All tests and fixtures of this folder run on one loop, since a connection to a browser
-belongs to its loop. Private name of pytest-asyncio: the fixture `_function_scoped_runner`.
+What a page does is not changed by the loop of its server. All tests and fixtures of this folder
+run on one loop, since a connection to a browser belongs to its loop. Private name of pytest-asyncio: the fixture `_function_scoped_runner`.
 """
 
 from __future__ import annotations

@@ -96,7 +96,6 @@ async def in_node(server: RunningServer, folder: Path, program: str) -> str:
     return out.decode()
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("transport", ["", "sse"])
 async def test_it_works_in_node(server: RunningServer, tmp_path: Path, transport: str) -> None:
     printed = await in_node(
@@ -112,7 +111,6 @@ async def test_it_works_in_node(server: RunningServer, tmp_path: Path, transport
     assert printed == await model_answer(server, "Hello") + "\n"
 
 
-@pytest.mark.one_loop
 async def test_a_program_over_server_sent_events_ends_by_itself(
     server: RunningServer, tmp_path: Path
 ) -> None:
@@ -128,7 +126,6 @@ async def test_a_program_over_server_sent_events_ends_by_itself(
     assert printed == await model_answer(server, "Hello") + "\n"
 
 
-@pytest.mark.one_loop
 async def test_what_the_function_for_the_key_throws_is_said(
     server: RunningServer, tmp_path: Path
 ) -> None:

@@ -153,6 +153,15 @@ async def test_each_instance_has_a_row_with_its_share(stand: Stand, page: Page) 
         "2 together, of which 1 does not answer"
     )
 
+    former = [
+        {"answers": 2, "longest": 241.0, "until": 1e9},
+        {"answers": 1, "longest": 5.0, "until": 2},
+    ]
+    stand.say(instances={"host-1-a": share}, former=former)
+    await expect(page.locator("#instances-summary")).to_contain_text(
+        "3 answers still run in 2 former processes, longest 4\u00a0min, until"
+    )
+
     stand.say(instances={"host-2-b": share})
     await expect(rows).to_have_count(1)
     await expect(rows.nth(0)).to_contain_text("host-2-b")

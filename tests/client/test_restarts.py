@@ -68,7 +68,7 @@ async def whole_answer(url: str) -> str:
         return await client.chat("Hello").text()
 
 
-@pytest.mark.one_loop
+@pytest.mark.real_time
 async def test_replacement_of_all_processes_goes_unnoticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +93,7 @@ async def test_replacement_of_all_processes_goes_unnoticed(
         assert not {*former} & {*workers(process)}
 
 
-@pytest.mark.one_loop
+@pytest.mark.real_time
 async def test_server_that_is_killed_and_started_again(tmp_path: Path) -> None:
     """The part of a running answer is kept, and a question waits for the next server."""
     async with Simulator(ENDLESS) as simulator:
@@ -128,7 +128,7 @@ async def test_server_that_is_killed_and_started_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.stress
-@pytest.mark.one_loop
+@pytest.mark.real_time
 @pytest.mark.timeout(200)
 async def test_minute_of_reloads_replacements_and_drains(tmp_path: Path) -> None:
     room = {

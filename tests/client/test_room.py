@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from aioserver.client.room import Room
+from aioserver.client.transport import Room
 from tests.support.waiting import ticks
 
 LONG = 1000.0

@@ -1,7 +1,7 @@
 """The recipes of docs/recipes.md run as they stand, against the simulated model.
 
-The model is silent at first, so that each program meets heartbeats. A program that is not
-installed skips its tests: docs/testing.md says how to install it.
+The model is silent at first, so that each program meets heartbeats. The large programs have tests
+where they are installed: docs/testing.md says how.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from aioserver.config import Configuration
-from tests.support.programs import CLIENTS, Ended, program_path, run
+from tests.support.programs import CLIENTS, Ended, is_installed, program_path, run
 from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
 
-pytestmark = [pytest.mark.clients, pytest.mark.one_loop]
+pytestmark = [pytest.mark.clients]
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/recipes.md").read_text()
@@ -102,8 +102,6 @@ async def play_node(section: str, server: RunningServer, home: Path) -> Ended:
 
 async def play_program(section: str, server: RunningServer, home: Path) -> Ended:
     (_, configuration), (_, line) = blocks(section)
-    name = re.sub(r"\b[A-Z_]+=\S+ ", "", line).split()[0]
-    program_path(name, "AIOSERVER_CLIENTS names the folder where it is; see docs/testing.md")
     file = home / PROGRAMS[section][0]
     file.parent.mkdir(exist_ok=True)
     file.write_text(configuration.replace(ADDRESS, server.base))
@@ -118,10 +116,17 @@ async def play(section: str, server: RunningServer, home: Path) -> Ended:
     return await (play_node if section in NODE else play_program)(section, server, home)
 
 
+def program_of(section: str) -> str:
+    """The name of the program that the line of *section* starts."""
+    _, (_, line) = blocks(section)
+    return re.sub(r"\b[A-Z_]+=\S+ ", "", line).split()[0]
+
+
 EXPECTED = {**PYTHON, **NODE, **{name: shown for name, (_, shown) in PROGRAMS.items()}}
+INSTALLED = [*PYTHON, *NODE, *(name for name in PROGRAMS if is_installed(program_of(name)))]
 
 
-@pytest.mark.parametrize("section", EXPECTED)
+@pytest.mark.parametrize("section", INSTALLED)
 async def test_recipe_runs_as_it_stands(make_server: MakeServer, home: Path, section: str) -> None:
     server = await make_server(THINKING, **{"chat.websocket.ping_interval": PING_INTERVAL})
 
@@ -132,7 +137,10 @@ async def test_recipe_runs_as_it_stands(make_server: MakeServer, home: Path, sec
     assert server.simulator.stats().requests == server.simulator.stats().completed > 0
 
 
-@pytest.mark.parametrize("section", ["openai: Python", "OpenAI Agents SDK", "Codex"])
+@pytest.mark.parametrize(
+    "section",
+    [each for each in ("openai: Python", "Codex") if each in INSTALLED],
+)
 async def test_responses_are_translated_for_a_provider_that_has_none(
     make_server: MakeServer, home: Path, section: str
 ) -> None:
@@ -146,7 +154,9 @@ async def test_responses_are_translated_for_a_provider_that_has_none(
     assert paths == {"/v1/chat/completions"}
 
 
-@pytest.mark.parametrize("section", ["Anthropic's SDK", "Claude Code"])
+@pytest.mark.parametrize(
+    "section", [each for each in ("Anthropic's SDK", "Claude Code") if each in INSTALLED]
+)
 async def test_messages_are_translated_for_a_provider_that_has_none(
     make_server: MakeServer, home: Path, section: str
 ) -> None:
@@ -160,8 +170,9 @@ async def test_messages_are_translated_for_a_provider_that_has_none(
     assert paths == {"/v1/chat/completions"}
 
 
-# The agents are no part of it: Codex and opencode do not read `x-should-retry`.
-@pytest.mark.parametrize("section", [*PYTHON, *NODE])
+# One for each library that asks: others stand on openai-python, and Codex and opencode do not read
+# `x-should-retry`.
+@pytest.mark.parametrize("section", ["openai: Python", *NODE])
 async def test_what_we_have_given_up_is_not_asked_again_and_again(
     make_server: MakeServer, home: Path, section: str
 ) -> None:

@@ -86,6 +86,7 @@ def test_keys_that_the_original_lacks_have_the_contracts_defaults() -> None:
     assert made.chat.sse.endpoint == "/sse/chat"
     assert plain(made.chat.streams) == {
         "resume_window": 30.0,
+        "hold": "agents",
         "max_stream_bytes": 4194304,
         "max_kept_bytes": 268435456,
         "max_detached": 100,

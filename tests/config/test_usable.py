@@ -292,3 +292,12 @@ def test_what_is_not_one_address_says_what_to_do(written: str, words: str, file:
     assert "host: " in fault
     assert words in fault
     assert "docs/install.md" in fault
+
+
+def test_heartbeats_that_are_too_rare_while_calls_are_held_are_warned_of(file: Path) -> None:
+    slow = {"AIOSERVER__CHAT__WEBSOCKET__PING_INTERVAL": "60"}
+
+    (warning,) = load(small(), file, **slow).warnings
+
+    assert "chat.websocket.ping_interval: above 50 s, while tool calls are held" in warning
+    assert not load(small(), file, **slow, AIOSERVER__CHAT__STREAMS__HOLD="preamble").warnings

@@ -34,7 +34,7 @@ from tests.support.scripted_provider import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-pytestmark = [pytest.mark.core, pytest.mark.real_time, pytest.mark.one_loop]
+pytestmark = [pytest.mark.core, pytest.mark.real_time]
 
 # Seconds for the server to start, and to end.
 PATIENCE = 30.0

@@ -1,13 +1,13 @@
 """The image itself, where a container engine is installed: built, started without a right to
 write, examined, stopped.
 
-It takes minutes, and the network: it runs in CI alone (`CI=true`). Elsewhere `test_image.py` reads
-the recipe, and `test_package.py` does what it does in a plain folder.
+It takes minutes, and the network: conftest.py leaves it out but in CI (`CI=true`), and where there
+is no engine. `test_image.py` reads the recipe, and `test_package.py` does what it does in a plain
+folder.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -18,24 +18,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.tools import DEPLOY
+from tests.support.tools import DEPLOY, ENGINES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-ENGINES = ("docker", "podman")
 # Seconds to download and install, and for any other command.
 BUILD_TIMEOUT, TIMEOUT = 900, 60
 
 
 def engine() -> str:
-    """The path of an engine. Without one, or outside CI, the test skips."""
-    if os.environ.get("CI") != "true":
-        pytest.skip("the image is built in CI alone")
+    """The path of an engine."""
     program = next(filter(None, map(shutil.which, ENGINES)), None)
-    if program is None:
-        pytest.skip("no container engine is installed")
+    assert program is not None, "no container engine is installed"
     return program
 
 

@@ -10,8 +10,6 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
-import pytest
-
 from tests.support.process import Process
 from tests.support.proxy import AUTHORITY, running
 from tests.support.server import HTTP_CLIENT
@@ -31,7 +29,6 @@ GATHERS = {
 }
 
 
-@pytest.mark.one_loop
 async def test_doctor_passes_the_sample_of_nginx_and_finds_what_gathers_events(
     tmp_path: Path, make_server: MakeServer
 ) -> None:

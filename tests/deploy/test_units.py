@@ -112,7 +112,11 @@ def test_the_services_differ_in_nothing_but_their_number() -> None:
 
     assert template.pop("Sockets") == "aioserver.socket"
     assert template.pop("User") == "aioserver", "one directory needs one user"
-    assert template == SERVICE
+    # While one of them ends, the others serve.
+    found = re.search(r"__SHUTDOWN_TIMEOUT=(\d+)", (DEPLOY / "aioserver@.service").read_text())
+    assert found is not None
+    assert int(template["TimeoutStopSec"]) > int(found[1]) + 5
+    assert template | {"TimeoutStopSec": SERVICE["TimeoutStopSec"]} == SERVICE
 
 
 async def test_the_command_of_the_service_serves_the_socket_of_the_socket_unit(

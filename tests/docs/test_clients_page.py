@@ -37,6 +37,7 @@ SAMPLES: dict[str, Any] = {
     "start_within": 2.5,
     "deadline": 2.5,
     "class": "batch",
+    "hold": "calls",
 }
 OBJECTS = ("options", "metadata")
 

@@ -1,14 +1,12 @@
-"""The examples run as they stand, on every Python that is supported and installed here."""
+"""The examples run as they stand."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 import urllib.error
 import urllib.request
 from contextlib import asynccontextmanager
@@ -31,16 +29,7 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-VERSIONS = ("3.11", "3.12", "3.13", "3.14")
-OURS = f"{sys.version_info.major}.{sys.version_info.minor}"
-# Another version finds the packages of this one. Their compiled parts do not fit it; aiohttp and
-# its dependencies then fall back to the same code in Python, and examples that need others are
-# skipped.
-PACKAGES = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join((str(EXAMPLES.parent), sysconfig.get_path("purelib"))),
-    "PYTHONUNBUFFERED": "1",
-}
+ENVIRON = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "PYTHONUNBUFFERED": "1"}
 # Of each example: its arguments, its stdin, and what its output must match.
 RUNS = {
     "chatbot.py": ("{http}", "Hello\nAnd then?\n", r"(?s)\A\w.+\n\n\w.+\n\n\Z"),
@@ -61,23 +50,6 @@ RUNS = {
 SERVERS = {"embedded.py", "flask_view.py"}
 
 
-def interpreter(version: str, example: str) -> str:
-    """An interpreter of *version* which can import what *example* needs."""
-    path = sys.executable if version == OURS else shutil.which(f"python{version}")
-    if path is None:
-        pytest.skip(f"no Python {version} is installed")
-    needed = re.findall(
-        r"(?m)^from (aioserver\S+) import|^import (aiohttp)$", (EXAMPLES / example).read_text()
-    )
-    modules = ", ".join(name for names in needed for name in names if name)
-    probe = subprocess.run(
-        [path, "-c", f"import {modules}"], env=PACKAGES, capture_output=True, check=False
-    )
-    if probe.returncode:
-        pytest.skip(f"the Python {version} here cannot import {modules}")
-    return path
-
-
 def test_every_example_is_run() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*RUNS, *SERVERS}
 
@@ -96,19 +68,13 @@ def test_the_chatbot_has_twenty_lines() -> None:
     assert len(lines) <= 20
 
 
-@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("example", RUNS)
-def test_example_runs_as_it_stands(quick_server: str, version: str, example: str) -> None:
+def test_example_runs_as_it_stands(quick_server: str, example: str) -> None:
     arguments, stdin, *expected = RUNS[example]
     addresses = {"http": quick_server, "ws": quick_server.replace("http", "ws", 1)}
 
     done = subprocess.run(
-        [
-            interpreter(version, example),
-            EXAMPLES / example,
-            *arguments.format(**addresses).split(),
-        ],
-        env=PACKAGES,
+        [sys.executable, EXAMPLES / example, *arguments.format(**addresses).split()],
         input=stdin,
         capture_output=True,
         text=True,
@@ -154,7 +120,6 @@ def test_embedded_server_has_its_routes_and_the_program_s(tmp_path: Path) -> Non
     assert missing[0] == 404
 
 
-@pytest.mark.one_loop
 async def test_flask_view_streams_and_says_why_it_cannot(make_server: MakeServer) -> None:
     pytest.importorskip("flask")
     server = await make_server()
@@ -169,7 +134,6 @@ async def test_flask_view_streams_and_says_why_it_cannot(make_server: MakeServer
     assert refused[2] == "5"
 
 
-@pytest.mark.one_loop
 async def test_browser_that_leaves_the_flask_view_ends_the_answer(make_server: MakeServer) -> None:
     pytest.importorskip("flask")
     server = await make_server(ENDLESS)
@@ -186,7 +150,7 @@ async def test_browser_that_leaves_the_flask_view_ends_the_answer(make_server: M
 async def flask(server: str) -> AsyncIterator[str]:
     """The Flask example in front of *server*; yields its address."""
     program = (EXAMPLES / "flask_view.py", "--url", server, "--port", "0")
-    async with await Process.start(*program, environ=PACKAGES) as process:
+    async with await Process.start(*program, environ=ENVIRON) as process:
         await process.logs("Press CTRL+C to quit")
         match = re.search(r"Running on (http://\S+)", process.log)
         assert match is not None

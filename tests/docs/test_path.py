@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
-pytestmark = pytest.mark.one_loop
 
 PACKAGE = Path(__file__).parents[2] / "aioserver"
 # What watches beside all requests, and may do so in the middle of one.
@@ -97,6 +96,7 @@ async def test_few_files_lead_from_a_client_to_a_provider(
     assert len(files) <= most, files
 
 
+@pytest.mark.real_time
 async def test_few_files_lead_from_a_client_to_a_provider_in_a_cluster(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         redis = stack.enter_context(RedisServer(tmp_path))

@@ -30,7 +30,6 @@ def load() -> Any:
     return module
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("transport", ["websocket", "sse", "responses"])
 async def test_an_answer_survives_its_connections(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, transport: str

@@ -104,11 +104,12 @@ async def refuses(peer: Peer) -> None:
     await peer.send(head % len(body) + body)
 
 
-@pytest.mark.one_loop
-@pytest.mark.parametrize("play", [breaks_off, refuses])
 @pytest.mark.parametrize(
-    ("path", "native"),
-    [*((path, True) for path in APIS), ("responses", False), ("messages", False)],
+    ("path", "play", "native"),
+    [
+        *((path, play, True) for path in APIS for play in (breaks_off, refuses)),
+        *((path, breaks_off, False) for path in ("responses", "messages")),
+    ],
 )
 async def test_a_value_of_any_type_is_for_the_provider_to_judge(
     make_server: MakeServer, path: str, play: Any, *, native: bool

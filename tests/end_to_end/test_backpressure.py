@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from tests.support.server import RunningServer
 
+pytestmark = pytest.mark.both_loops
+
 SIZE, COUNT = 30_000, 200  # 6 MB
 MAX_STREAM_BYTES = 1 << 20
 # What may be unread in a log whose provider is paused: the bound, and the reads that crossed it.

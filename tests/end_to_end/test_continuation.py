@@ -127,20 +127,35 @@ async def test_each_form_asks_for_the_rest_in_its_way(make_server: MakeServer, f
         assert len(added) == (2 if form == "instruct" else 1)
 
 
-@pytest.mark.parametrize("habit", ["turn", "refuses"])
-async def test_same_provider_is_asked_first(make_server: MakeServer, habit: str) -> None:
+async def test_same_provider_is_asked_first(make_server: MakeServer) -> None:
     changes: dict[str, Any] = {"llm.providers.sim.http_client.max_retries": 0}
     async with two(make_server, own="prefill", **changes) as (server, other):
         server.simulator.behaviour = replace(QUICK, cut_after=9)
-        other.behaviour = replace(QUICK, prefill=habit)
+        other.behaviour = replace(QUICK, prefill="refuses")
         seen = await over_websocket(server, "plain")
 
-        # It says nine tokens more, and breaks off again; then the same provider once more.
-        assert server.simulator.stats().requests == 3
+        # It says nine tokens more, and breaks off again.
+        assert server.simulator.stats().requests == 2
         assert seen.end == "error"
         assert seen.code == "provider_disconnected"
         assert seen.error["retryable"] is True
-        assert other.stats().requests == 0
+        assert other.stats().requests == 1
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("fault", ["cut-9", "bad-json-9"])
+async def test_provider_that_breaks_off_the_rest_as_well_is_asked_last(
+    make_server: MakeServer, face: str, fault: str
+) -> None:
+    async with two(make_server, own="prefill") as (server, other):
+        whole = (await FACES[face](server, "plain")).text
+        seen = await FACES[face](server, f"fault-{fault}")
+
+        assert seen.end == "complete"
+        assert seen.text == whole
+        # The first question was answered.
+        assert server.simulator.stats().requests == 1 + 2
+        assert other.stats().requests == 1
 
 
 async def test_provider_that_was_silent_is_asked_last(make_server: MakeServer) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.chat import CHAT, chat, read_frames, text_of, to_end
+from tests.support.chat import CHAT, chat, read_frames, to_end
 from tests.support.failing import left_alone
 from tests.support.server import QUICK, MakeServer, provider_entry
 from tests.support.simulator import Behaviour, Simulator
@@ -36,28 +36,6 @@ async def two(
         )
         yield server, other
         await server.nothing_held()
-
-
-async def test_a_websocket_client_gets_the_answer_of_the_other(make_server: MakeServer) -> None:
-    async with two(make_server) as (server, other), server.connect() as ws:
-        await ws.send_json(chat("r1"))
-        frames = await to_end(ws)
-
-        assert [frame["event_id"] for frame in frames] == list(range(1, len(frames) + 1))
-        assert frames[0]["chunk"]["metadata"]["provider"] == "sim"  # it was tried first
-        assert frames[-1]["status"] == "complete"
-        assert frames[-1]["chunk"]["metadata"]["provider"] == "other"
-        assert frames[-1]["chunk"]["metadata"]["model"] == "other-model"
-        assert text_of(frames)
-        assert other.stats().requests == 1
-
-
-async def test_an_sse_client_gets_the_answer_of_the_other(make_server: MakeServer) -> None:
-    async with two(make_server) as (server, _):
-        body = {"request_id": "r1", "text": "Hello"}
-        async with server.session.post(server.sse, json=body) as response:
-            frames = await read_frames(response)
-        assert frames[-1]["chunk"]["metadata"]["provider"] == "other"
 
 
 @pytest.mark.parametrize("streamed", [True, False])

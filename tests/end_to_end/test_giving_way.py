@@ -53,6 +53,7 @@ async def answer(server: RunningServer) -> int:
         return response.status
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("ask", Ask)
 async def test_a_reader_that_leaves_while_somebody_waits_frees_the_place(
     make_server: MakeServer, ask: Callable[[Raw, str], Awaitable[None]]
@@ -71,6 +72,7 @@ async def test_a_reader_that_leaves_while_somebody_waits_frees_the_place(
     assert server.simulator.stats().aborted == 1
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("ask", Ask)
 async def test_an_answer_that_nobody_reads_gives_way_to_a_request_that_comes(
     make_server: MakeServer, ask: Callable[[Raw, str], Awaitable[None]]
@@ -87,6 +89,7 @@ async def test_an_answer_that_nobody_reads_gives_way_to_a_request_that_comes(
     await server.nothing_held()
 
 
+@pytest.mark.virtual_time
 async def test_a_stream_that_waits_for_its_retry_is_not_chosen(make_server: MakeServer) -> None:
     server = await make_server(
         Behaviour(fail_rate=1.0),
@@ -143,6 +146,7 @@ async def test_a_retry_that_nobody_reads_gives_way_when_it_takes_a_place_that_ot
     await server.nothing_held()
 
 
+@pytest.mark.virtual_time
 async def test_no_more_answers_give_way_than_requests_wait(make_server: MakeServer) -> None:
     server = await make_server(SILENT, **CHANGES | {f"{SIM_HTTP_CLIENT}.concurrent_requests": 2})
 

@@ -134,6 +134,7 @@ async def test_every_face_goes_on_at_another_member(make_server: MakeServer, fac
         assert [simulator.stats().requests > 0 for simulator in simulators] == [True, True]
 
 
+@pytest.mark.virtual_time
 async def test_a_position_is_told_while_a_request_stands_in_both_lines(
     make_server: MakeServer,
 ) -> None:

@@ -125,7 +125,6 @@ async def goes_on_with(server: RunningServer, ws: Any, **payload: Any) -> str:
     return json.dumps(messages[:-1])
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize(("end", "own"), CASES)
 @pytest.mark.parametrize("storage", STORAGES)
 async def test_only_what_a_client_has_cancelled_stays_of_half_an_answer(
@@ -156,7 +155,6 @@ async def test_only_what_a_client_has_cancelled_stays_of_half_an_answer(
         await server.nothing_held()
 
 
-@pytest.mark.one_loop
 @pytest.mark.real_time
 @pytest.mark.parametrize("end", ["cancelled", "deleted", "refused by a hook", "its deadline"])
 async def test_another_instance_knows_no_more_of_half_an_answer(tmp_path: Path, end: str) -> None:
@@ -176,7 +174,6 @@ async def test_another_instance_knows_no_more_of_half_an_answer(tmp_path: Path, 
             assert ("assistant" in before) == (end in KEPT)
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("bridged", [False, True], ids=["native", "bridged"])
 @pytest.mark.parametrize("end", ["cancelled", "refused by a hook", "a hook fails", "its deadline"])
 @pytest.mark.parametrize("lane", [False, True], ids=["http", "lane"])

@@ -294,7 +294,6 @@ async def test_an_answer_that_is_cancelled_while_it_waits_for_its_turn_is_kept_o
     assert turns_in(tmp_path / "h.db") == 2
 
 
-@pytest.mark.one_loop
 async def test_a_server_that_is_killed_has_all_turns_that_were_written(
     simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
@@ -331,7 +330,6 @@ async def test_a_server_that_is_killed_has_all_turns_that_were_written(
         assert connection.execute(broken).fetchone() == (0,)
 
 
-@pytest.mark.one_loop
 async def test_each_question_finds_the_turn_before_whichever_worker_it_comes_to(
     simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
@@ -373,7 +371,6 @@ async def test_each_question_finds_the_turn_before_whichever_worker_it_comes_to(
         assert inputs == list(range(1, 60, 2))
 
 
-@pytest.mark.one_loop
 async def test_one_file_serves_all_workers(
     simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:

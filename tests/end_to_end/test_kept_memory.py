@@ -73,7 +73,6 @@ async def response(server: RunningServer, number: int) -> None:
         assert b"response.completed" in await answer.read(), number
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("headers", [(), HEADERS], ids=["plain", "headers"])
 @pytest.mark.parametrize("ask", [frames, passed_on, whole, response])
 async def test_many_small_answers_cost_little_more_than_is_counted(

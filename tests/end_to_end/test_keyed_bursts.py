@@ -154,7 +154,6 @@ async def test_no_place_is_lost_while_reloads_change_the_limits_under_a_crowd_wi
     assert not errors(caplog.records)
 
 
-@pytest.mark.one_loop
 async def test_a_crowd_with_keys_is_served_by_two_workers_whose_house_is_full(
     tmp_path: Path,
 ) -> None:

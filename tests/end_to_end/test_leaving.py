@@ -104,6 +104,10 @@ async def whole(raw: Raw, messages: object) -> None:
     await raw.post("/v1/chat/completions", {"messages": messages})
 
 
+async def anthropic(raw: Raw, messages: object) -> None:
+    await raw.post("/v1/messages", {"messages": messages, "max_tokens": 9, "stream": True})
+
+
 async def sse(raw: Raw, messages: object) -> None:
     await raw.ask_sse("r1", messages=messages)
 
@@ -131,6 +135,7 @@ async def cancels(raw: Raw) -> None:
 WAYS: dict[str, tuple[Any, Any]] = {
     "openai streamed": (streamed, goes),
     "openai whole": (whole, goes),
+    "messages": (anthropic, goes),
     "sse": (sse, goes),
     "websocket close": (websocket, closes),
     "websocket cancel": (websocket, cancels),

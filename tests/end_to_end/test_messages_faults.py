@@ -4,7 +4,6 @@ is held afterwards.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -58,7 +57,6 @@ async def counted(server: RunningServer) -> tuple[Any, Any]:
     )
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize(
     ("model", "stream"),
     [
@@ -103,7 +101,6 @@ WITHIN = {
 }
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("model", WITHIN)
 async def test_a_fault_within_the_answer_is_one_error_event(
     model: str, make_server: MakeServer
@@ -136,7 +133,6 @@ GOOD = (
 )
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("model", [f"fault-{name}" for name in GOOD])
 async def test_unusual_but_good_answers_read_the_same(model: str, server: RunningServer) -> None:
     text = (await over_anthropic(server, "plain")).text
@@ -145,19 +141,3 @@ async def test_unusual_but_good_answers_read_the_same(model: str, server: Runnin
 
     assert (seen.end, seen.text) == ("complete", text)
     await server.nothing_held()
-
-
-@pytest.mark.parametrize("model", ["fault-silent", "fault-head-only", "fault-stall-3"])
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-async def test_leaving_closes_the_providers_connection_at_once(
-    model: str, stream: bool, server: RunningServer
-) -> None:
-    task = asyncio.ensure_future(over_anthropic(server, model, stream=stream))
-    await server.simulator.until(lambda stats: stats.active == 1)
-
-    task.cancel()
-    await asyncio.wait([task])
-
-    await server.simulator.until(lambda stats: stats.aborted == 1)
-    await server.nothing_held()
-    assert server.provider.stats().pool.open == 0

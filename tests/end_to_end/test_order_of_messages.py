@@ -95,7 +95,9 @@ def as_responses(conversation: Iterable[Transcript]) -> list[bytes]:
         }
         items.append(forms[said.kind])
     body = orjson.dumps({"model": "m", "input": items})
-    return _written(at_once(responses.chat_request(body, reasoning_field="reasoning")).body)
+    # Results whose calls may be in front of these items are taken, too.
+    asked = responses.chat_request(body, reasoning_field="reasoning", incomplete=True)
+    return _written(at_once(asked).body)
 
 
 SHOWN = {"user", "result"}

@@ -149,6 +149,7 @@ def far(entry_changes: dict[str, Any], **limits: Any) -> dict[str, Any]:
     return {"llm.active": "far", "llm.providers.far": entry}
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("where", OUT_OF_REACH)
 async def test_a_provider_out_of_reach_is_an_error_on_every_face(
     where: str, make_server: MakeServer, tmp_path: Path
@@ -177,6 +178,7 @@ async def test_a_provider_out_of_reach_is_an_error_on_every_face(
         assert server.provider_of("far").stats().flagged == (outcome == "tls")
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("where", OUT_OF_REACH)
 async def test_another_provider_answers_in_place_of_one_out_of_reach(
     where: str, make_server: MakeServer, tmp_path: Path
@@ -199,6 +201,7 @@ async def test_another_provider_answers_in_place_of_one_out_of_reach(
         await server.nothing_held()
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("where", "tries"),
     [
@@ -250,6 +253,7 @@ async def test_a_name_that_is_found_late_holds_up_nobody(
     await server.nothing_held()
 
 
+@pytest.mark.virtual_time
 async def test_a_name_that_is_not_found_in_time_is_a_connect_timeout(
     make_server: MakeServer, names: Names
 ) -> None:

@@ -91,12 +91,20 @@ FAULTS: dict[str, Row] = {
 }
 
 
-@pytest.mark.one_loop
-@pytest.mark.parametrize(
-    ("name", "face"),
-    # A response has no point behind which nothing is missing but the end mark.
-    [each for each in product(FAULTS, FACES) if each != ("no [DONE]", "responses")],
+# Every fault on the face that all others stand on, streamed and whole; and on each face one of those
+# that are told apart there: a retry, a fallback, an error and a verdict before the first word, and
+# an answer that breaks off. The board has all faults on all faces, with `continuation`.
+SHOWN = (
+    "500 once",
+    "503 always",
+    "an error before the first word",
+    "a verdict before the first word",
+    "cut after 40 of 60 words",
 )
+CELLS = {*product(FAULTS, ("v1 streamed", "v1 whole")), *product(SHOWN, FACES)}
+
+
+@pytest.mark.parametrize(("name", "face"), sorted(CELLS))
 async def test_each_fault_on_each_face(name: str, face: str, make_server: MakeServer) -> None:
     row, (streamed, ask) = FAULTS[name], FACES[face]
     asked, code = (row.asked, row.code) if streamed or row.whole is None else row.whole
@@ -120,7 +128,6 @@ async def test_each_fault_on_each_face(name: str, face: str, make_server: MakeSe
         assert seen.code == code or "No." in json.dumps(seen.error)
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("face", FACES)
 async def test_a_kept_connection_that_is_reset_is_seen_by_nobody(
     face: str, make_server: MakeServer
@@ -134,7 +141,6 @@ async def test_a_kept_connection_that_is_reset_is_seen_by_nobody(
     assert (first.asked, second.asked) == (3, 0)
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("face", [face for face in FACES if not face.startswith("responses")])
 async def test_an_outage_costs_nobody_an_answer_and_who_has_worked_is_paid(
     face: str, make_server: MakeServer
@@ -154,7 +160,6 @@ async def test_an_outage_costs_nobody_an_answer_and_who_has_worked_is_paid(
     assert tokens["first", "output"] == 60
 
 
-@pytest.mark.one_loop
 async def test_a_slow_first_word_is_waited_for_and_comes_with_its_preamble(
     make_server: MakeServer,
 ) -> None:
@@ -184,7 +189,6 @@ async def test_a_slow_first_word_is_waited_for_and_comes_with_its_preamble(
     assert (first.asked, second.asked) == (1, 0)
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("background", [True, False])
 async def test_the_id_of_a_response_comes_when_its_client_needs_it(
     background: bool, make_server: MakeServer

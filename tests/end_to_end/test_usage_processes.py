@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Processes take seconds to start.
-pytestmark = [pytest.mark.real_time, pytest.mark.timeout(150), pytest.mark.one_loop]
+pytestmark = [pytest.mark.real_time, pytest.mark.timeout(150)]
 
 
 async def test_the_ledger_is_what_the_provider_has_counted_whenever_it_is_killed(

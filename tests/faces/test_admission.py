@@ -61,6 +61,7 @@ def waiting(server: RunningServer) -> int:
 # WebSockets.
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("wait", [0, 0.2])
 async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
     make_server: MakeServer, wait: float
@@ -88,6 +89,7 @@ async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
     assert wait <= took + 0.01
 
 
+@pytest.mark.virtual_time
 async def test_a_full_queue_refuses_at_once(make_server: MakeServer) -> None:
     server = await make_server(**limits(timeout=30.0))
     async with full(server), contextlib.AsyncExitStack() as stack:
@@ -236,6 +238,7 @@ async def test_when_too_many_refused_sockets_are_closing_the_answer_is_a_plain_5
 # HTTP.
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("path", "body"),
     [("/sse/chat", {"request_id": "r1", "text": "x"}), ("/v1/chat/completions", CHAT)],
@@ -362,6 +365,7 @@ async def test_a_faulty_request_is_400_though_the_server_is_full(
 # Bodies.
 
 
+@pytest.mark.virtual_time
 async def test_a_slow_body_holds_no_place_and_gets_408(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

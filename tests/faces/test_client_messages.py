@@ -385,7 +385,6 @@ async def test_the_reader_gets_the_same_bytes_at_every_cut(server: RunningServer
     assert server.held()["body_bytes"] == 0
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("piece", [1, 100, 5000])
 async def test_an_unfinished_message_costs_little_more_than_its_bytes(
     server: RunningServer, piece: int

@@ -43,6 +43,7 @@ async def all_answers(raw: Raw) -> list[Answer]:
 # Keep-alive.
 
 
+@pytest.mark.virtual_time
 async def test_a_connection_is_closed_when_idle_after_an_answer(make_server: MakeServer) -> None:
     server = await make_server(**{f"{UVICORN}.keepalive_timeout": 0.5})
     loop = asyncio.get_running_loop()
@@ -127,6 +128,7 @@ async def test_a_refused_upgrade_names_both_of_its_connection_options(
     assert answer.headers["connection"] == "upgrade, close"
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("data", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\nX: "])
 async def test_a_connection_without_a_whole_head_is_closed(
     make_server: MakeServer, data: bytes
@@ -142,6 +144,7 @@ async def test_a_connection_without_a_whole_head_is_closed(
     assert within(4.0, begun)
 
 
+@pytest.mark.virtual_time
 async def test_a_dripping_head_does_not_prolong_its_connection(make_server: MakeServer) -> None:
     server = await make_server(**{f"{UVICORN}.keepalive_timeout": 0.5})
     loop = asyncio.get_running_loop()
@@ -271,6 +274,7 @@ async def test_the_limit_of_a_body_is_inclusive(make_server: MakeServer) -> None
                 assert answer.headers["connection"] == "close"
 
 
+@pytest.mark.virtual_time
 async def test_an_error_does_not_wait_for_a_body_that_is_not_read(server: RunningServer) -> None:
     loop = asyncio.get_running_loop()
     for path, length in (("/nowhere", 1000), ("/v1/chat/completions", 100_000_000)):

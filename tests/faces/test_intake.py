@@ -269,7 +269,6 @@ async def test_others_are_served_between_the_steps_of_a_large_body() -> None:
     assert turns > 15
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("face", ["openai", "renamed", "sse", "websocket"])
 async def test_admitted_bodies_cost_less_than_ten_times_their_bytes(
     make_server: MakeServer, face: str
@@ -329,7 +328,6 @@ class Connected(BaseProtocol):
     connected = True
 
 
-@pytest.mark.one_loop
 async def test_a_body_costs_its_bytes_in_however_many_parts_it_comes(
     server: RunningServer,
 ) -> None:

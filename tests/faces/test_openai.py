@@ -243,6 +243,7 @@ async def test_a_forgotten_done_is_put_to_a_finished_answer(server: RunningServe
     assert body.count(b"[DONE]") == 1
 
 
+@pytest.mark.virtual_time
 async def test_the_answer_ends_with_the_providers_done(server: RunningServer) -> None:
     for model in ("fault-after-done", "fault-open-done"):
         async with (
@@ -252,6 +253,7 @@ async def test_the_answer_ends_with_the_providers_done(server: RunningServer) ->
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.virtual_time
 async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_server: MakeServer) -> None:
     server = await make_server(Behaviour(ttft=0, interval=60, tokens=5))
     async with asyncio.timeout(patience(5)), post(server, STREAMED) as response:
@@ -416,68 +418,6 @@ async def test_a_faulty_idempotency_key_is_an_invalid_request(
         assert (await error_of(response))["code"] == "invalid_request"
 
 
-BEFORE_THE_HEAD: list[tuple[str, int, str | None]] = [
-    ("fault-status-400", 400, None),
-    ("fault-status-422", 422, None),
-    ("fault-status-401", 502, "provider_auth_error"),
-    ("fault-quota", 502, "provider_auth_error"),
-    ("fault-retry-after-2", 429, "provider_rate_limited"),
-    ("fault-status-500", 502, "provider_error"),
-    ("fault-status-503", 502, "provider_error"),
-    ("fault-html", 502, "provider_bad_response"),
-    ("fault-empty", 502, None),
-    ("fault-redirect", 502, "provider_bad_response"),
-    ("fault-drop", 502, "provider_disconnected"),
-    ("fault-not-http", 502, "provider_bad_response"),
-]
-
-
-@pytest.mark.parametrize("streamed", [True, False])
-async def test_a_fault_before_the_head_has_its_http_status(
-    server: RunningServer, streamed: bool
-) -> None:
-    for model, status, code in BEFORE_THE_HEAD:
-        await server.forgive()
-        async with post(server, {**CHAT, "model": model, "stream": streamed}) as response:
-            assert response.status == status, model
-            error = await error_of(response)
-            assert code in {None, error["code"]}, model
-            if status == 502:
-                assert response.headers["x-should-retry"] == "false"
-                assert error["type"] == "provider_error"
-            if status == 429:
-                assert response.headers["Retry-After"] == "2"
-
-
-async def test_a_fault_behind_the_head_is_one_error_event_and_no_done(
-    server: RunningServer,
-) -> None:
-    for fault, code in (
-        ("end-3", "provider_disconnected"),
-        ("cut-3", "provider_disconnected"),
-        ("cut-mid-3", "provider_disconnected"),
-        ("long-line", "provider_bad_response"),
-    ):
-        async with post(server, {**STREAMED, "model": f"fault-{fault}"}) as response:
-            assert response.status == 200
-            body = await response.read()
-        *events, last = [part for part in body.split(b"\n\n") if part]
-        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == code
-        assert all(b'"choices"' in event for event in events)
-        assert len(events) >= 3
-        assert b"[DONE]" not in body
-
-
-async def test_silence_in_an_answer_ends_with_read_timeout(make_server: MakeServer) -> None:
-    server = await make_server(**{"llm.providers.sim.http_client.read_timeout": 0.3})
-    async with post(server, {**STREAMED, "model": "fault-stall-3"}) as response:
-        body = await response.read()
-    assert b'"code":"read_timeout"' in body
-    async with post(server, {**STREAMED, "model": "fault-silent"}) as response:
-        assert response.status == 504
-        assert (await error_of(response))["code"] == "read_timeout"
-
-
 # Silence and leaving.
 
 
@@ -495,28 +435,7 @@ async def test_comments_come_while_the_provider_is_silent(make_server: MakeServe
     assert body.endswith(b"data: [DONE]\n\n")
 
 
-async def test_a_fault_behind_a_head_that_went_out_alone_is_an_event(
-    make_server: MakeServer,
-) -> None:
-    server = await make_server(
-        Behaviour(ttft=0.5, fail_rate=1.0),
-        **{
-            "chat.websocket.ping_interval": 0.1,
-            "llm.providers.sim.http_client.read_timeout": 0.4,
-        },
-    )
-    async with post(server, {**STREAMED, "model": "fault-silent"}) as response:
-        status, body = response.status, await response.read()
-    server.simulator.behaviour = QUICK
-    async with post(server, {**STREAMED, "model": "fault-silent"}) as response:
-        assert response.status == 200
-        body = await response.read()
-
-    assert status in {200, 502}
-    last = body.replace(BEAT, b"")
-    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "read_timeout"
-
-
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("behaviour", [SILENT, Behaviour(ttft=0, interval=0.05, tokens=1000)])
 async def test_a_client_that_leaves_cancels_its_answer_at_once(
@@ -557,23 +476,6 @@ async def test_an_answer_that_is_cancelled_ends_with_an_error_for_its_readers(
         last = text.strip().rpartition(b"data: ")[2]
         assert json.loads(last)["error"]["code"] == "stream_not_found"
         assert b"[DONE]" not in text
-
-
-async def test_a_client_that_leaves_while_waiting_for_the_provider_asks_nothing(
-    make_server: MakeServer,
-) -> None:
-    server = await make_server(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
-    async with Raw(server) as first, Raw(server) as second, Raw(server) as third:
-        await first.post("/v1/chat/completions", CHAT)
-        await server.simulator.until(lambda stats: stats.active == 1)
-        await second.post("/v1/chat/completions", CHAT)
-        await third.post("/v1/chat/completions", STREAMED)
-        await until(lambda: server.held()["sim waiting"] == 2)
-        second.reset()
-        third.close()
-        await until(lambda: server.held()["sim waiting"] == 0)
-    await server.nothing_held()
-    assert server.simulator.stats().requests == 1
 
 
 async def test_the_providers_full_queue_is_503_with_retry_after(make_server: MakeServer) -> None:

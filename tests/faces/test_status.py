@@ -398,7 +398,7 @@ async def test_watchers_are_sent_home_when_the_server_ends(server: RunningServer
     async with watching(server) as notes:
         await until(lambda: bool(notes))
         server.context.monitor.incident("shutdown", "the server is stopping", severity="info")
-        server.context.lifecycle.stopping.set()
+        server.owners.retire()
         await until(lambda: not server.watchers)
         await until(lambda: notes[-1][0] == "incident")
 

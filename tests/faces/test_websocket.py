@@ -629,6 +629,7 @@ async def test_two_readers_of_one_stream_get_all_of_it(make_server: MakeServer) 
 # Cancel.
 
 
+@pytest.mark.virtual_time
 async def test_cancel_closes_the_providers_socket_at_once(make_server: MakeServer) -> None:
     server = await make_server(SLOW)
     loop = asyncio.get_running_loop()
@@ -777,6 +778,7 @@ async def test_a_client_that_left_in_mid_answer_misses_nothing(
     assert server.simulator.stats().aborted == 0
 
 
+@pytest.mark.virtual_time
 async def test_a_stream_that_nobody_reads_is_cancelled_at_the_end_of_its_window(
     make_server: MakeServer,
 ) -> None:
@@ -968,6 +970,7 @@ async def test_a_live_client_is_pinged_and_kept(make_server: MakeServer) -> None
         assert (await ws.receive_json())["status"] == "pong"
 
 
+@pytest.mark.virtual_time
 async def test_a_client_that_does_not_pong_is_closed_with_1011(make_server: MakeServer) -> None:
     server = await make_server(SILENT, **BRISK)
     loop = asyncio.get_running_loop()

@@ -27,9 +27,19 @@ if TYPE_CHECKING:
 MOST = 2.0
 
 
-@pytest.mark.parametrize("retries", RETRIES)
-@pytest.mark.parametrize("clients", CLIENTS)
-@pytest.mark.parametrize(("rate", "least"), [(0.5, 0.9), (0.95, 0.7)])
+# Where most attempts fail, a run takes seconds: `stress` has all.
+@pytest.mark.parametrize(
+    ("rate", "least", "clients", "retries"),
+    [
+        *((0.5, 0.9, clients, retries) for clients in CLIENTS for retries in RETRIES),
+        (0.95, 0.7, 1, 0),
+        (0.95, 0.7, 300, 3),
+        pytest.param(0.95, 0.7, 1, 3, marks=pytest.mark.stress),
+        pytest.param(0.95, 0.7, 10, 0, marks=pytest.mark.stress),
+        pytest.param(0.95, 0.7, 10, 3, marks=pytest.mark.stress),
+        pytest.param(0.95, 0.7, 300, 0, marks=pytest.mark.stress),
+    ],
+)
 def test_a_sick_provider_answers_as_much_as_without_any_breaker(
     rate: float, least: float, clients: int, retries: int
 ) -> None:

@@ -22,6 +22,8 @@ from tests.support.waiting import ticks, until
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
+pytestmark = pytest.mark.both_loops
+
 
 async def waiting(line: Line, caller: Hashable = None) -> asyncio.Task[Grant]:
     """A task that waits at *line*."""

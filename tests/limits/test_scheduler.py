@@ -546,7 +546,7 @@ def test_the_first_of_those_that_join_later_is_known_without_its_timer(
 
 def test_a_ticket_that_is_parked_within_a_provider_comes_back_with_it(world: World) -> None:
     outer = world.resource(4)
-    part = world.resource(2, within=outer, part=half)
+    part = world.resource(2, within=outer)
     ticket = world.ticket()
     world.wait(ticket, Bid(part, not_before=world.timers.now + 2.0, front=True, parked=True))
     world.scheduler.recover(outer)
@@ -664,7 +664,7 @@ def test_batch_has_half_of_the_queue_and_waits_ten_times_as_long(world: World) -
 
 def background(world: World, outer: Resource, size: int = 50) -> Resource:
     return world.resource(
-        half(outer.places.limit), within=outer, part=half, queue_size=size, queue_timeout=600.0
+        half(outer.places.limit), within=outer, queue_size=size, queue_timeout=600.0
     )
 
 
@@ -679,7 +679,7 @@ def test_background_has_half_of_the_places_and_both_are_released_together(world:
     granted(waiting).release()
     assert (inner.inside, outer.inside, outer.slots) == (1, 3, 0)
     world.scheduler.resize(outer, 2)
-    assert inner.places.limit == 1
+    world.scheduler.resize(inner, half(2))
     for each in (*others, *grants):
         each.release()
     assert (inner.inside, outer.inside) == (0, 0)

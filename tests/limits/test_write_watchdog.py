@@ -229,7 +229,7 @@ def test_silence_counts_from_the_first_write_that_is_not_answered(peer: str) -> 
     assert least <= silence(bytes(info)) <= least + 0.1
 
 
-@pytest.mark.one_loop
+@pytest.mark.real_time
 @pytest.mark.skipif(sys.platform != "linux", reason="the filters are those of Linux")
 async def test_a_peer_that_drops_what_comes_has_vanished_until_it_answers_again() -> None:
     # The kernel retransmits in its own time: 0.2 s, then the double.

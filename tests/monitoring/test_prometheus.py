@@ -38,6 +38,7 @@ def snapshot(**process: int | None) -> Any:
             "detached": 12,
             "background": 22,
             "responses": 20,
+            "held": {"answers": 1, "bytes": 23},
             "bytes": 13,
             "max_bytes": 14,
         },
@@ -55,6 +56,7 @@ def snapshot(**process: int | None) -> Any:
         },
         "process": {"open_fds": 15, "max_fds": 16, "tasks": 17, **process},
         "watchers": 18,
+        "former": [{"answers": 26}, {"answers": 1}],
     }
 
 
@@ -85,6 +87,7 @@ def test_gauge_shows_the_number_of_the_snapshot() -> None:
     assert values["budget_used_ratio"] == {
         (("caller", "web"), ("period", "tokens_per_minute")): 0.75
     }
+    assert (values["former_workers"], values["former_answers"]) == (2, 27)
     assert values["group_waiting"] == {(("group", "smart"),): 21}
     assert values["connections"] == {(("face", "sse"),): 7, (("face", "openai"),): 8}
     assert values["pool_idle"] == {(("provider", "groq"),): 5, (("provider", "other"),): 5}

@@ -86,7 +86,7 @@ def test_answer_cut_anywhere_goes_on_without_a_character_lost_or_doubled() -> No
         transcript, splitter = ChatTranscript(), Splitter()
         first = splitter.feed(sent[: chance.randint(1, sent.index(b'"stop"'))])
         transcript.add(first)
-        if (before := transcript.text()) is None:
+        if not (before := transcript.text()):
             assert text_of(first) == ""
             continue
         assert text.startswith(before)
@@ -160,7 +160,7 @@ def test_text_may_follow_reasoning() -> None:
     transcript.add(chunk(role="assistant", content=None, tool_calls=[], refusal=None))
     transcript.add(chunk(reasoning_content="let me see"))
 
-    assert transcript.text() is None
+    assert transcript.text() == ""
 
     transcript.add(chunk(content="some text", reasoning_content=None))
     assert transcript.text() == "some text"

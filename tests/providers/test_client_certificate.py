@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
+pytestmark = pytest.mark.both_loops
+
 BODY = (
     b'{"id":"x","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,'
     b'"message":{"role":"assistant","content":"yes"},"finish_reason":"stop"}],'

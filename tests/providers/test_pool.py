@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
     from tests.support.clock import FakeClock
 
+pytestmark = pytest.mark.both_loops
+
 
 async def serving(peer: Peer) -> None:
     """Answer every request at once."""

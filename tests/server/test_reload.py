@@ -476,6 +476,7 @@ async def test_places_of_a_provider_grow_and_shrink_in_place(make_server: MakeSe
     server.context.gateway.drain()
 
 
+@pytest.mark.virtual_time
 async def test_a_faster_pace_is_felt_at_once(make_server: MakeServer) -> None:
     server = await make_server(
         **{f"{SIM_HTTP_CLIENT}.requests_per_minute": 1, f"{SIM_HTTP_CLIENT}.queue_timeout": 90}

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from tests.support.server import RunningServer
 
+pytestmark = pytest.mark.both_loops
+
 
 async def test_every_option_reaches_the_connections(tmp_path: Path) -> None:
     changes = {

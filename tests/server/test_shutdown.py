@@ -144,6 +144,7 @@ async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace:
         await simulator.until(lambda stats: stats.active == 0)
 
 
+@pytest.mark.both_loops
 async def test_answers_finish_within_the_grace_or_end_with_server_shutdown(
     tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -157,7 +158,6 @@ async def test_a_thousand_are_told(tmp_path: Path, simulator: Simulator) -> None
     await stop_with_many(tmp_path, simulator, each=125, grace=30.0)
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_an_idle_server_ends_at_once(
     tmp_path: Path, simulator: Simulator, number: signal.Signals
@@ -267,7 +267,6 @@ async def test_waiters_get_server_shutdown_and_no_client_comes_in(
         assert clean(process)
 
 
-@pytest.mark.one_loop
 async def test_waiters_for_a_provider_get_server_shutdown_at_once(
     tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -297,7 +296,6 @@ async def test_waiters_for_a_provider_get_server_shutdown_at_once(
         assert clean(process)
 
 
-@pytest.mark.one_loop
 async def test_an_answer_can_be_resumed_while_the_server_stops(
     tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -367,10 +365,9 @@ socket.getaddrinfo = getaddrinfo
 """
 
 
-@pytest.mark.one_loop
+# uvloop does not ask Python for names.
+@pytest.mark.virtual_time
 async def test_a_name_that_is_still_looked_up_does_not_delay_the_end(tmp_path: Path) -> None:
-    if "uvloop" in type(asyncio.get_running_loop()).__module__:
-        pytest.skip("uvloop does not ask Python for names")
     (tmp_path / "sitecustomize.py").write_text(SLOW_NAMES)
     async with (
         serving(
@@ -412,7 +409,6 @@ async def test_a_second_signal_ends_it_at_once(tmp_path: Path, simulator: Simula
         assert "Traceback" not in process.log
 
 
-@pytest.mark.one_loop
 async def test_new_work_is_taken_until_the_delay_is_over(
     tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -453,7 +449,6 @@ async def test_a_signal_while_it_starts_ends_it(tmp_path: Path, simulator: Simul
     assert codes <= {0, -signal.SIGTERM}
 
 
-@pytest.mark.one_loop
 async def test_a_reload_under_way_does_not_delay_the_end(
     tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -467,7 +462,6 @@ async def test_a_reload_under_way_does_not_delay_the_end(
         assert clean(process)
 
 
-@pytest.mark.one_loop
 async def test_sighup_applies_the_file_and_its_options(
     tmp_path: Path, simulator: Simulator
 ) -> None:

@@ -452,7 +452,6 @@ async def fetched(port: socket.socket, path: str = "/health") -> tuple[int, Any]
         return response.status, await response.json()
 
 
-@pytest.mark.one_loop
 async def test_a_service_serves_the_passed_socket_says_so_and_ends_well(
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
@@ -478,7 +477,6 @@ async def test_a_service_serves_the_passed_socket_says_so_and_ends_well(
     assert f"listening on http://127.0.0.1:{port.getsockname()[1]} backlog=128" in process.log
 
 
-@pytest.mark.one_loop
 async def test_a_reload_that_is_asked_for_during_the_start_comes_behind_it(
     tmp_path: Path, watching: Systemd
 ) -> None:
@@ -500,7 +498,6 @@ async def test_a_reload_that_is_asked_for_during_the_start_comes_behind_it(
         assert await process.ended() == 0
 
 
-@pytest.mark.one_loop
 async def test_connections_that_come_while_nobody_serves_are_answered_by_the_next(
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
@@ -526,7 +523,6 @@ def waiting_in(port: socket.socket) -> int:
     return queue.waiting
 
 
-@pytest.mark.one_loop
 async def test_a_service_feeds_its_watchdog_and_says_how_full_it_is(
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
@@ -584,7 +580,6 @@ async def _has_been_late(session: aiohttp.ClientSession, metrics: str) -> bool:
     return float(samples["aioserver_loop_lag_seconds_count"]) > float(samples[most])
 
 
-@pytest.mark.one_loop
 async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_does(
     tmp_path: Path,
 ) -> None:
@@ -596,7 +591,6 @@ async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_doe
     assert "0.0.0.0 is open to others" in process.log
 
 
-@pytest.mark.one_loop
 async def test_a_socket_that_cannot_be_served_is_one_clear_line(tmp_path: Path) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         async with serving(tmp_path / "config.yaml", NOWHERE, sockets=[datagrams]) as process:

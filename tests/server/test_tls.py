@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer
 
+pytestmark = pytest.mark.both_loops
+
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 CLOSE = GET + b"Connection: close\r\n\r\n"
 GET += b"\r\n"

@@ -6,6 +6,8 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+import pytest
+
 from aioserver.server.listener import ListeningSocket
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.server import MakeServer, RunningServer
+
+pytestmark = pytest.mark.both_loops
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -41,7 +45,7 @@ async def test_hand_over_loses_no_handshake(make_server: MakeServer, tmp_path: P
         clients = [await begun(stack, server) for _ in range(5)]
         await until(lambda: unfinished(server) == 5)
 
-        end = asyncio.create_task(server.runner.end(hand_over=True))
+        end = asyncio.create_task(server.runner.retire(asyncio.Event()))
         await until(lambda: not server.runner.sites)
         for client in clients:
             await client.handshake()
@@ -59,7 +63,7 @@ async def test_hand_over_does_not_wait_for_ever(make_server: MakeServer, tmp_pat
     server = await make_server(**{TLS: pair(tmp_path)}, **grace)
     async with Raw(server) as silent:
         await until(lambda: unfinished(server) == 1)
-        await server.runner.end(hand_over=True)
+        await server.runner.retire(asyncio.Event())
         assert await silent.to_the_end() == b""
 
 

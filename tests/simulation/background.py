@@ -105,26 +105,31 @@ async def _ask_sse(client: Client) -> str | None:
     arguments = client.body({"request_id": client.name, **client.own_payload()})
     arguments["headers"]["Prefer"] = "respond-async"
     url = f"{client.base}/sse/chat"
+    # The answer to its first try ends after this, and perhaps long before another try is answered.
+    client.seen_at = client.seen_at or Clock.now
     async with client.session.post(url, **arguments) as response:
         if response.status != 202:
             await client.refused(response)
             return None
         await response.read()
-    client.seen_at = Clock.now
     return f"{url}/{client.name}"
 
 
 async def _look(client: Client, url: str) -> dict[str, Any] | None:
     """Return how far the answer is; None if it is not kept any more."""
     headers = {**client.headers, "Accept": "application/json"}
+    # The response may take long to arrive.
+    now = Clock.now
     async with client.session.get(url, headers=headers) as response:
-        return await _state(client, response)
+        return await _state(client, response, now)
 
 
-async def _state(client: Client, response: aiohttp.ClientResponse) -> dict[str, Any] | None:
+async def _state(
+    client: Client, response: aiohttp.ClientResponse, now: float
+) -> dict[str, Any] | None:
     answer: dict[str, Any] = orjson.loads(await response.read())
     if response.status == 200:
-        client.seen_at = Clock.now
+        client.seen_at = now
         return answer
     code = answer["error"]["code"]
     client.note_refusal(response.status, answer["error"], response.headers)

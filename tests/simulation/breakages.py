@@ -170,7 +170,23 @@ READS = {"ask twice": 1.0, "read slowly": 0.5}
 CLOSED = {"changes": {"hooks": [sick_hook.CLOSED]}}
 
 
+# Agents whose turns are calls, of a provider that breaks off.
+CALLED: Needs = {"faces": ("stream",), "sessions": 1.0, "calls": 1.0, "habits": {}, "faults": {}}
+CALLED |= {"spare": False, "provider_fault_share": 0.3, "provider_faults": ("cut-<n>",)}
+CALLED |= {"changes": ROOMY | places(20) | KEPT | {f"{HTTP}.max_retries": 2}}
+HELD = GOOD | {"faces": ("stream",), "sessions": 1.0, "habits": {}}
+HELD |= {"changes": ROOMY | places(20) | KEPT | {"chat.streams.max_stream_bytes": 4096}}
+
+
 # How servers are broken by more than a line.
+def _hold_all(holding):
+    holding.max_held = 1 << 30
+
+
+def _let_go(_drop):
+    return lambda self: self.let_go()
+
+
 def _ends_well(stream, _error):
     stream.end(b"complete", {}, data=b"data: [DONE]\n\n")
 
@@ -323,11 +339,14 @@ class _Stack(deque[Any]):
 # What a client reads (truth.py, conversation.py, message_events.py, agents.py).
 ADD, LIFE = "streams.stream:Stream.add_entry", "streams.lifetime:Lifetime"
 STORED, LANE = "wings.responses.stored:", "wings.responses.lanes:Lane.__init__"
-SAID = "protocol.said:ChatTranscript.text protocol.said:ReadTranscript.text"
+SAID = "protocol.transcript:ChatTranscript.text protocol.transcript:ReadTranscript.text"
+HOLDING = "providers.holding:Holding"
 breaks("an event", ADD, _lossy)
 breaks("whose answer it is", ADD, _swapped, {"faces": ("websocket", "sse")})
 breaks("that an answer has failed", "streams.stream:Stream.fail", constant(_ends_well))
 breaks("what was said last", SAID, _cut, CONTINUED)
+breaks("that calls wait for the finish", f"{HOLDING}._looks", left_out(), CALLED)
+breaks("that a turn which fails is dropped", f"{HOLDING}.drop", _let_go, CALLED)
 breaks("a turn of a conversation", "wings.conversations.history:History.keep", left_out(5), TALKS)
 breaks("a stored response", f"{STORED}StoredResponses.add", left_out(5), CHAINS)
 breaks("what came first in a conversation", f"{STORED}StoredResponse.chain", _newest, CHAINS)
@@ -345,6 +364,7 @@ breaks("a place", LEAVE, _leaking(100, within=False))
 breaks("a permit", LEAVE, _leaking(5, within=True), BACKGROUND)
 breaks("a pooled connection", "providers.connections:Connections.give_back", left_out(20))
 breaks("a reservation", "limits.budget:Reservation.settle", left_out(5))
+breaks("how much of a turn is held", f"{HOLDING}.__init__", then(_hold_all), HELD)
 breaks("the limit of a key", "limits.quota:Quota.__init__", then(_widen), KEY)
 breaks("the bound of what is kept", "streams.store:StreamStore._drop_unread", left_out(), seed=21)
 breaks("that half is for others", "providers.capacity:half", _same, BACKGROUND)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
+from aioserver.protocol.request_options import CALLS, PREAMBLE, TURN
 from tests.simulation import (
     agents,
     background,
@@ -177,6 +178,11 @@ class Client:
             self.face, self.key, self.address = like.face, like.key, like.address
             self.show = like.show
             self.group, self.request_options = like.group, like.request_options
+        # What of its answer is held, since it is an agent, or one below another.
+        session = random.Random(f"session {plan.seed} {number}")
+        self.hold = session.choice((CALLS, TURN)) if session.random() < plan.sessions else PREAMBLE
+        # When the first piece of a call of a tool was read.
+        self.called_at = 0.0
         # Whether its answer is the call of a tool.
         called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
         self.calls = called and self.face == "stream"
@@ -252,7 +258,19 @@ class Client:
     def headers(self) -> dict[str, str]:
         """The headers of each request."""
         key = {"Authorization": f"Bearer {self.show()}"} if self.show else {}
-        return {**key, **self.request_options}
+        agent = {} if self.hold == PREAMBLE else {"x-session-id": f"session {self.number}"}
+        if self.hold == TURN:
+            agent["x-parent-session-id"] = "session"
+        return {**key, **agent, **self.request_options}
+
+    def read_lost(self) -> None:
+        """Note that it has read a part of a turn that has failed, and that is held.
+
+        Raises:
+            Violation: it must not have read that.
+        """
+        if self.hold != PREAMBLE and not self.plan.lets_go:
+            raise Violation(f"a part of a turn that has failed, with hold: {self.hold}")
 
     def dial(self) -> Dial:
         """Draw the next connection of this client."""

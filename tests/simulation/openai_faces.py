@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from aioserver.protocol.request_options import TURN
+from tests.simulation.clock import Clock
 from tests.simulation.events import events
 from tests.simulation.grouping import talk_of
 from tests.simulation.patience import Left
@@ -77,6 +79,8 @@ async def stream(client: Client) -> None:
             event = orjson.loads(data)
             if "error" in event:
                 reading.end = f"error: {event['error'].get('code')}"
+                if call.calls or (reading.text and client.hold == TURN):
+                    client.read_lost()
                 continue
             idents.add(event["id"])
             if not event["choices"]:
@@ -87,6 +91,7 @@ async def stream(client: Client) -> None:
                     raise Violation(f"{roles} roles, or more behind the finish")
                 if client.calls:
                     call.take(choice)
+                    client.called_at = client.called_at or (call.calls and Clock.now)
                 else:
                     reading.add(choice["delta"].get("content") or "")
                 finish = choice.get("finish_reason") or finish

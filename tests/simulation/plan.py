@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation import configuration
+from tests.simulation.configuration import GATE, ROOM, STREAMS
 from tests.simulation.dials import LINK_FAULTS, SLOWEST, Dial, draw_dial
 from tests.simulation.grouping import Grouping, draw_grouping
 
@@ -147,6 +148,8 @@ class Plan:
     # The shares of clients whose question is refused by a verdict, and whose answer is a tool call.
     verdicts: float = 0.0
     calls: float = 0.0
+    # The share of clients that name an agent's session, so that their calls, or turns, are held.
+    sessions: float = 0.0
     # The share of clients that upload something, most of them slowly (uploads.py).
     uploads: float = 0.0
     # The share of clients that ask for an answer in the background (background.py).
@@ -182,12 +185,20 @@ class Plan:
     @property
     def hops(self) -> int:
         """How many attempts may continue an answer."""
-        return HOPS if self.continued else 0
+        # Behind reasoning a held turn is asked for again without a continuation.
+        return HOPS if self.continued or self.sessions else 0
 
     @property
     def mended(self) -> bool:
         """Whether an answer may be whole though its provider has failed."""
         return self.fails_over or self.continued
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether what is held may be shown before the finish, for want of room."""
+        room = {f"{STREAMS}.max_kept_bytes": ROOM, f"{GATE}.max_body_bytes": ROOM}
+        room[f"{STREAMS}.max_stream_bytes"] = 65_536
+        return any(self.changes[name] < least for name, least in room.items())
 
     @property
     def patience(self) -> float:
@@ -249,6 +260,7 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
         large=random.Random(f"large {seed}").choice((0.0, 0.0, 0.1, 0.5)),
         verdicts=random.Random(f"verdicts {seed}").choice((0.0, 0.0, 0.05, 0.2)),
         calls=random.Random(f"calls {seed}").choice((0.0, 0.0, 0.1, 0.3)),
+        sessions=random.Random(f"sessions {seed}").choice((0.0, 0.2, 1.0)),
         uploads=random.Random(f"uploads {seed}").choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.2)),
         background=random.Random(f"background {seed}").choice((0.0, 0.0, 0.1, 0.4)),
         hurried=random.Random(f"hurry {seed}").choice((0.0, 0.0, 0.1, 0.5)),

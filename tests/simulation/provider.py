@@ -66,6 +66,8 @@ class Call:
     # Whether the model is asked to go on with what it has said.
     continues: bool = False
     begun_at: float = 0.0
+    # When its last token so far was written.
+    spoke_at: float = 0.0
     # When it came; and the messages of a chat completion, what was written of it, and the word for
     # which it was refused, empty if it was not.
     at: float = 0.0
@@ -286,6 +288,7 @@ class NotingSimulator(Simulator):
         super().count_token()
         call = CALL.get()
         call.tokens.append(call.transport.written)
+        call.spoke_at = Clock.now
         if not call.begun_at:
             call.begun_at = Clock.now
             call.begun = call.transport.written

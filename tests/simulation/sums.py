@@ -10,6 +10,7 @@ from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING
 
+from aioserver.protocol.request_options import CALLS, TURN
 from aioserver.providers.verdicts import VERDICT_FOR
 from tests.simulation import messages
 from tests.simulation.configuration import HTTP, ROOM, STREAMS
@@ -129,12 +130,23 @@ class Sums:
                     f"client {client.number} ({client.face}) asks {asked[number].provider} behind "
                     f"the verdict of {call.provider}"
                 )
+        held = client.hold == TURN or (client.hold == CALLS and client.calls)
+        if held:
+            self._check_held(client)
+            return
         for first, second in pairwise(self._calls.of(client.question.name)):
             if first.committed and not second.continues:
                 self._broken(
                     f"client {client.number} ({client.face}) gets an answer of {second.provider} "
                     f"behind that of {first.provider}"
                 )
+
+    def _check_held(self, client: Client) -> None:
+        """Check that *client* has read no call of a tool before its model has finished."""
+        at = 0.0 if self._plan.lets_go else client.called_at
+        calls = self._calls.of(client.question.name)
+        if at and not any(call.whole and call.spoke_at <= at for call in calls):
+            self._broken(f"client {client.number} has read a call before its model has finished")
 
     def check_messages(self, client: Client) -> None:
         """Check what was asked for *client* of requests for messages, and what it has read."""

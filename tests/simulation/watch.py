@@ -103,7 +103,15 @@ class Watch:
             self._closer_at = Clock.now + CLOSER
             self._look_at_keys()
             self._look_at_slots()
+            self._look_at_turns()
             self._look_closer()
+
+    def _look_at_turns(self) -> None:
+        """What is held of a turn has at most half of the bytes of a log."""
+        for stream in self._streams.running():
+            held = getattr(getattr(stream.attempt, "holding", None), "held", b"")
+            if len(held) > stream.max_bytes // 2:
+                self._broken(f"{len(held)} bytes of a turn are held, of {stream.max_bytes}")
 
     def _look_at_loans(self) -> None:
         """Those that wait at their keys take half of the door's queue at most, and no place."""

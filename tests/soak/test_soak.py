@@ -23,7 +23,7 @@ MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
 @pytest.mark.soak
 @pytest.mark.timeout(60 * MINUTES + 600)
 def test_a_server_is_at_the_end_as_it_was_at_the_start(tmp_path: Path) -> None:
-    # Not an async test, which would run on both loops: the server chooses its own.
+    # The test is not asynchronous, since the server chooses its own loop.
     run = asyncio.run(soak(MINUTES, tmp_path / "soak.jsonl"))
 
     assert not [*claims.broken(run)]

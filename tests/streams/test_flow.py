@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from tests.support.transport import FakeClient
 
+pytestmark = pytest.mark.both_loops
+
 SIZE = 10_000
 TEXT = "x" * SIZE
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+
+import pytest
 
 from aioserver.streams.outbox import Outbox
 from tests.support.waiting import patience, ticks
 
-if TYPE_CHECKING:
-    import pytest
+pytestmark = pytest.mark.both_loops
 
 
 class Socket:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
+pytestmark = pytest.mark.both_loops
+
 
 # What is ready is written.
 

@@ -13,6 +13,7 @@ that is asked anything does a task of three turns.
 from __future__ import annotations
 
 import json
+import random
 import uuid
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,11 +63,14 @@ class BadConversationError(Exception):
 
 class ChatEngine:
     """An engine of this *habit*. *turns* counts the answers to those who had a shell, and *faults*
-    has what it has refused to them.
+    has what it has refused to them. It breaks off this *share* of its streamed calls, anywhere, as
+    *seed* says; *cuts* counts these.
     """
 
-    def __init__(self, habit: str) -> None:
+    def __init__(self, habit: str, share: float = 0.0, seed: int = 0) -> None:
         self.habit = HABITS[habit]
+        self.cuts = 0
+        self._share, self._dice = share, random.Random(seed)
         self.faults: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.turns = 0
@@ -106,7 +110,16 @@ class ChatEngine:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         asked = (body.get("stream_options") or {}).get("include_usage")
-        for delta in self._deltas(message):
+        deltas = list(self._deltas(message))
+        cut = len(deltas)
+        if "tool_calls" in message and self._dice.random() < self._share:
+            self.cuts += 1
+            cut = self._dice.randrange(len(deltas))
+        for number, delta in enumerate(deltas):
+            if number == cut:
+                assert request.transport is not None
+                request.transport.close()
+                return response
             await response.write(
                 self._event([{"index": 0, "delta": delta, "finish_reason": None}])
             )

@@ -149,6 +149,7 @@ def snapshot() -> dict[str, Any]:
             "max_detached": 100,
             "finished": 0,
             "responses": 0,
+            "held": {"answers": 0, "bytes": 0},
             "bytes": 0,
             "max_bytes": 268435456,
         },

@@ -542,6 +542,13 @@ class StreamsOnly:
 
     token = 0
 
+    async def others_serve(self) -> bool:
+        """Know of no others."""
+        return False
+
+    def retire(self) -> None:
+        """Have nothing to give back."""
+
     def share_provider(
         self,
         _scheduler: Scheduler,

@@ -51,6 +51,11 @@ def _path() -> str:
     return os.pathsep.join([*map(str, folders()), os.environ.get("PATH", "")])
 
 
+def is_installed(name: str) -> bool:
+    """Whether the program *name* is found."""
+    return shutil.which(name, path=_path()) is not None
+
+
 def program_path(name: str, hint: str) -> str:
     """Find the program *name*, or skip the test and give *hint*."""
     path = shutil.which(name, path=_path())

@@ -15,9 +15,12 @@ from aioserver.protocol import eventstream
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Members that the SDK does not know: one that OpenAI's response objects have too, and the one of a
+# Members that the SDK does not know: those that OpenAI's response objects have too, and the one of a
 # fault that is ours.
-UNKNOWN = {"Response": {"store"}, "ResponseFailedEvent": {"error"}}
+UNKNOWN = {
+    "Response": {"store", "presence_penalty", "frequency_penalty"},
+    "ResponseFailedEvent": {"error"},
+}
 ENDS = {"response.completed", "response.incomplete"}
 # For the kind of a text: the event of its pieces, the event of its end, and the member that has
 # all of it there.

@@ -110,16 +110,6 @@ class MakeServer(Protocol):
     async def __call__(self, behaviour: Behaviour = QUICK, /, **changes: Any) -> RunningServer: ...
 
 
-class _Watcher:
-    """A client of `/events` that keeps what it is sent."""
-
-    def __init__(self) -> None:
-        self.sent = bytearray()
-
-    def send(self, data: bytes) -> None:
-        self.sent += data
-
-
 class RunningServer:
     """A server that runs in the test's own event loop, with `simulator` as its provider `sim`.
 
@@ -251,10 +241,10 @@ class RunningServer:
 
     def history(self) -> dict[str, Any]:
         """The series and the incidents that a new client of `/events` is sent first."""
-        watcher = _Watcher()
-        self.context.monitor.watch(watcher, 1)
-        self.context.monitor.leave(watcher)
-        history: dict[str, Any] = orjson.loads(eventstream.parse(bytes(watcher.sent))[0].data)
+        sent: list[bytes] = []
+        self.context.monitor.watch(sent.append, 1)
+        self.context.monitor.leave(sent.append)
+        history: dict[str, Any] = orjson.loads(eventstream.parse(b"".join(sent))[0].data)
         return history
 
     def incidents(self) -> list[dict[str, Any]]:

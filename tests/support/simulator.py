@@ -113,6 +113,9 @@ class Simulator(server.Simulator):
         # Exists while `until()` waits.
         self._changed: asyncio.Event | None = None
 
+    def note_response(self, parsed: ParsedRequest, ident: str) -> None:
+        """Do nothing: it continues every response, as one that it has made for another server."""
+
     def stats(self) -> SimulatorStats:
         """Return the counters as they are now."""
         return SimulatorStats(**self._stats)

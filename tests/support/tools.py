@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+# The programs that build and run an image.
+ENGINES = ("docker", "podman")
 
 
 def installed(program: str) -> str:

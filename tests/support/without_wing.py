@@ -10,6 +10,7 @@ from aioserver.server.wings import WINGS
 from tests.support.package import PACKAGE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 CLASSES = {wing.name: wing.__name__ for wing in WINGS}
@@ -26,14 +27,15 @@ def without(table: str, wing: str) -> str:
     return re.sub(rf"\b{CLASSES[wing]}\b,? ?", "", "\n".join(lines)) + "\n"
 
 
-def copy_package_without(wing: str, into: Path) -> None:
-    """Copy the package without *wing*.
+def copy_package_without(wings: Iterable[str], into: Path) -> None:
+    """Copy the package without *wings*.
 
     The bytecode that is there comes with it: to compile all of it takes seconds.
     """
     shutil.copytree(PACKAGE, into / "aioserver")
-    shutil.rmtree(into / "aioserver" / "wings" / wing)
-    for path in COMMANDS.get(wing, ()):
-        (into / "aioserver" / path).unlink()
     table = into / "aioserver" / TABLE
-    table.write_text(without(table.read_text(), wing))
+    for wing in wings:
+        shutil.rmtree(into / "aioserver" / "wings" / wing)
+        for path in COMMANDS.get(wing, ()):
+            (into / "aioserver" / path).unlink()
+        table.write_text(without(table.read_text(), wing))

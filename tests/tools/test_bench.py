@@ -204,6 +204,21 @@ async def test_waiting_that_no_frame_tells_is_read_from_the_server(
     assert report["limit"]["text"].endswith(" at once (sim: concurrent_requests=1 reached)")
 
 
+@pytest.mark.parametrize(
+    ("in_flight", "limit"), [(2, "requests_per_minute=3500"), (25, "concurrent_requests=25")]
+)
+def test_requests_that_wait_while_places_are_free_wait_for_the_pace(
+    in_flight: int, limit: str
+) -> None:
+    peaks = Peaks()
+    state = {"in_flight": in_flight, "limit": 25, "waiting": 40, "pace": {"per_minute": 3500}}
+    peaks.update({"providers": {"openai": state}})
+
+    assert find_limit(Results(begun=90), peaks)["text"] == (
+        f"requests waited at the provider: 40 at once (openai: {limit} reached)"
+    )
+
+
 def test_several_codes_are_told_the_most_frequent_first() -> None:
     results = Results(begun=9)
     for code in ("provider_queue_full", "provider_queue_full", "server_at_capacity"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
-pytestmark = [pytest.mark.real_time, pytest.mark.one_loop]
+pytestmark = [pytest.mark.real_time]
 
 CLIENT = """
 import asyncio, sys

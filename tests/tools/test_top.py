@@ -462,6 +462,19 @@ def test_each_instance_has_a_line_with_its_share() -> None:
     assert "host-2-b: does not answer" in text
 
 
+def test_answers_in_former_processes_have_a_line() -> None:
+    state = State("http://localhost:8000")
+    former = [
+        {"worker": worker, "answers": answers, "longest": longest, "until": 1e9}
+        for worker, answers, longest in ((0, 2, 241.0), (1, 1, 5.0))
+    ]
+    state.take(b"stats", changed(former=former))
+
+    at = time.strftime("%H:%M", time.localtime(1e9))
+    line = f"3 answers still run in 2 former processes, longest 4 min, until {at} at the latest"
+    assert line in drawn(state, 100)
+
+
 def test_each_group_has_a_row_with_its_members() -> None:
     members = (("gpu1", "well"), ("gpu2", "key_refused"), ("gpu3[bold]", "sick"))
     groups = {

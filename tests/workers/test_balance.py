@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import pytest
+
 from aioserver.workers.balance import REST
 from aioserver.workers.loads import Loads
 from tests.support.waiting import until
@@ -13,10 +15,10 @@ from tests.support.workers import workers_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
-
     from aioserver.workers.balance import Balance
     from tests.support.workers import Workers
+
+pytestmark = pytest.mark.both_loops
 
 
 def balance_of(workers: Workers, slot: int) -> Balance:

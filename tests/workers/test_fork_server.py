@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tests.support.process import ServerProcess
 
 # Real processes, which take a second or two to start.
-pytestmark = pytest.mark.one_loop
 
 TWO = {f"{UVICORN}.workers": 2}
 EXECUTED = "workers share no more memory until a restart"

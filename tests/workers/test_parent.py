@@ -47,12 +47,6 @@ async def simulator() -> AsyncIterator[Simulator]:
         yield made
 
 
-def only_on(name: str) -> None:
-    """Skip the test on the other kind of loop: what it tells does not depend on the loop."""
-    if loop_name() != name:
-        pytest.skip(f"told on {name} only")
-
-
 async def limits_heard(process: ServerProcess) -> list[int]:
     """How many connections each worker serves at once that answers."""
     async with (
@@ -123,7 +117,6 @@ class Load:
         await asyncio.gather(*self._tasks)
 
 
-@pytest.mark.one_loop
 async def test_a_replacement_loses_and_refuses_nothing(
     tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -157,11 +150,9 @@ async def test_a_replacement_loses_and_refuses_nothing(
         assert sign not in log, process.log
 
 
-@pytest.mark.one_loop
 async def test_a_killed_worker_is_followed_and_a_reload_reaches_all(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    only_on("uvloop")
     changes = {**TWO, **keys_of("root"), LIMIT: 9, "logging.level": "INFO"}
     with Systemd(str(tmp_path / "notify")) as systemd:
         environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "60000000"}
@@ -219,7 +210,6 @@ async def test_a_killed_worker_is_followed_and_a_reload_reaches_all(
             assert await process.ended() == 0
 
 
-@pytest.mark.one_loop
 async def test_the_next_request_is_served_where_all_workers_of_a_full_server_were_killed(
     tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -262,10 +252,10 @@ async def _opened(
     return None
 
 
+@pytest.mark.both_loops
 async def test_every_limit_of_http_reaches_each_worker(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    only_on("asyncio")
     changes = {
         **TWO,
         "chat.websocket.max_message_size": 2000,
@@ -316,9 +306,7 @@ async def test_every_limit_of_http_reaches_each_worker(
         assert process.log.count("the parent process is gone") == 2
 
 
-@pytest.mark.one_loop
 async def test_a_second_signal_ends_all_at_once(tmp_path: Path, simulator: Simulator) -> None:
-    only_on("uvloop")
     changes = {**TWO, "chat.websocket.shutdown_timeout": 600.0}
     simulator.behaviour = QUICK.__class__(ttft=0, interval=0.05, tokens=4000)
     async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process:
@@ -336,9 +324,7 @@ async def test_a_second_signal_ends_all_at_once(tmp_path: Path, simulator: Simul
         assert all(map(gone, children))
 
 
-@pytest.mark.one_loop
 async def test_what_keeps_it_from_starting_is_reported_once(tmp_path: Path) -> None:
-    only_on("asyncio")
     file = tmp_path / "c.yaml"
     options = ("--config", str(file), "--loop", loop_name())
     write(NOWHERE, {**TWO, LIMIT: 0}, file)
@@ -396,7 +382,6 @@ async def test_nothing_is_lost_while_workers_are_replaced_and_reloaded_all_the_t
     assert "Traceback" not in process.log
 
 
-@pytest.mark.one_loop
 async def test_workers_renew_the_certificate_and_are_replaced_in_the_middle_of_handshakes(
     tmp_path: Path, simulator: Simulator
 ) -> None:

@@ -21,11 +21,15 @@ from aioserver.workers.supervisor import (
     START_TIMEOUT,
     UNKILLABLE,
     Supervisor,
+    Timeouts,
 )
 from tests.support.clock import FakeClock
 
 PERIOD = 20.0
 END = 35.0
+REPLACED = 600.0
+TIMEOUTS = Timeouts(END, REPLACED)
+QUICK = Timeouts(END, 60.0)
 READY = {"READY": "1", "STATUS": "1 of 5 connections, 0 waiting"}
 BEAT = {"WATCHDOG": "1"}
 
@@ -39,13 +43,16 @@ class Machine:
         self.running: dict[int, int] = {}
         self.sent: list[tuple[int, signal.Signals]] = []
         self.started: list[tuple[int, int]] = []
+        # The deaths that each process was started with.
+        self.deaths: list[tuple[str, ...]] = []
         self.full = False
 
-    def start(self, slot: int, configuration: int) -> int:
+    def start(self, slot: int, configuration: int, deaths: tuple[str, ...] = ()) -> int:
         if self.full:
             raise OSError(11, "Resource temporarily unavailable")
         assert slot not in self.running.values()
         self.started.append((slot, configuration))
+        self.deaths.append(deaths)
         pid = 100 + len(self.started)
         self.running[pid] = slot
         return pid
@@ -58,11 +65,11 @@ class Machine:
 class World:
     """A supervisor of *workers*, with its machine and its clock."""
 
-    def __init__(self, workers: int = 2) -> None:
+    def __init__(self, workers: int = 2, timeouts: Timeouts = TIMEOUTS) -> None:
         self.machine = Machine()
         self.clock = FakeClock()
         self.supervisor = Supervisor(
-            self.machine, workers, self.clock, period=PERIOD, end_timeout=END
+            self.machine, workers, self.clock, period=PERIOD, timeouts=timeouts
         )
         self.supervisor.start()
 
@@ -82,6 +89,14 @@ class World:
     def say(self, slot: int, message: dict[str, str]) -> None:
         self.supervisor.heard(self.pid(slot), message)
         self.supervisor.turn()
+
+    def replace(self, *successors: int) -> None:
+        """Replace all workers, by those in the slots of *successors*."""
+        self.supervisor.replace(1, TIMEOUTS)
+        self.supervisor.turn()
+        self.serve(*successors)
+        assert {number for _, number in self.sent} == {HAND_OVER}
+        assert not self.supervisor.replacing
 
     def die(self, slot: int, code: int = -SIGKILL) -> None:
         pid = self.pid(slot)
@@ -247,7 +262,7 @@ def test_a_parent_that_was_stopped_itself_kills_nobody(world: World) -> None:
 
 
 def test_a_reload_is_told_to_all_and_over_when_all_have_answered(world: World) -> None:
-    world.supervisor.reload(1)
+    world.supervisor.reload(1, TIMEOUTS)
     world.supervisor.turn()
     assert world.sent == [(0, SIGHUP), (1, SIGHUP)]
 
@@ -261,7 +276,7 @@ def test_a_reload_is_told_to_all_and_over_when_all_have_answered(world: World) -
 
 def test_a_worker_that_starts_during_a_reload_is_told_when_it_can_hear(world: World) -> None:
     world.die(0)
-    world.supervisor.reload(1)
+    world.supervisor.reload(1, TIMEOUTS)
     assert world.sent == [(1, SIGHUP)]
 
     world.serve(0)
@@ -278,7 +293,7 @@ def test_a_worker_that_starts_during_a_reload_is_told_when_it_can_hear(world: Wo
 def test_a_worker_that_never_answers_does_not_hold_up_a_reload(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world.supervisor.reload(1)
+    world.supervisor.reload(1, TIMEOUTS)
     world.say(1, {"RELOADING": "1"})
     world.say(1, READY)
 
@@ -289,7 +304,7 @@ def test_a_worker_that_never_answers_does_not_hold_up_a_reload(
 
 
 def test_a_replacement_goes_from_seat_to_seat_and_starts_before_it_ends(world: World) -> None:
-    world.supervisor.replace(1)
+    world.supervisor.replace(1, TIMEOUTS)
     world.supervisor.turn()
     assert world.slots == [0, 1, 2]
     assert world.sent == []
@@ -308,21 +323,112 @@ def test_a_replacement_goes_from_seat_to_seat_and_starts_before_it_ends(world: W
 
 
 def test_a_replaced_worker_that_does_not_end_in_time_is_killed(world: World) -> None:
-    world.supervisor.replace(1)
+    world.supervisor.replace(1, TIMEOUTS)
     world.supervisor.turn()
     world.serve(2, 3)
     assert world.sent == [(0, HAND_OVER), (1, HAND_OVER)]
 
+    world.wait(REPLACED)
+    assert world.sent == [], "its answers have replace_timeout"
     world.wait(END)
 
     assert world.sent == [(0, SIGKILL), (1, SIGKILL)]
+
+
+def test_a_former_worker_that_begins_to_end_is_killed_if_it_takes_too_long(world: World) -> None:
+    world.replace(2, 3)
+
+    world.say(0, {"STOPPING": "1"})
+    assert world.slots == [0, 1, 2, 3], "its successor serves already"
+    world.wait(END)
+
+    assert world.sent == [(0, SIGKILL)]
+
+
+def test_a_former_worker_that_says_nothing_for_its_period_is_aborted(world: World) -> None:
+    world.replace(2, 3)
+
+    world.wait(PERIOD, beating=False)
+
+    assert (0, SIGABRT) in world.sent
+
+
+def test_a_former_worker_that_dies_is_not_started_again(world: World) -> None:
+    world.replace(2, 3)
+
+    world.die(0)
+    world.wait(SHORT_LIFE)
+
+    assert world.slots == [1, 2, 3]
+
+
+def test_the_next_worker_counts_each_death_that_nobody_has_asked_for_once(world: World) -> None:
+    world.wait(SHORT_LIFE)
+    world.die(0, -SIGKILL)
+    assert world.machine.deaths[-1] == ("signal",)
+    # It does not get to count it.
+    world.die(0, 1)
+    world.wait(SHORT_LIFE)
+    assert world.machine.deaths[-1] == ("signal",)
+    world.serve()
+
+    world.replace(2, 3)
+    assert world.machine.deaths[-2:] == [(), ()]
+    world.die(1, 3)
+    world.wait(PERIOD, beating=False)
+    world.die(2, -SIGABRT)
+
+    assert world.machine.deaths.pop() == ("exit", "hung")
+
+
+def test_a_worker_that_was_told_to_end_has_not_died(world: World) -> None:
+    world.replace(2, 3)
+    world.say(0, {"STOPPING": "1"})
+    world.die(0, 0)
+    world.wait(SHORT_LIFE)
+    world.say(2, {"STOPPING": "1"})
+    world.die(2, -SIGTERM)
+
+    assert not any(world.machine.deaths)
+
+
+def test_a_reload_reaches_former_workers_which_have_the_timeouts_that_they_have_read(
+    world: World,
+) -> None:
+    world.replace(2, 3)
+
+    world.supervisor.reload(2, Timeouts(END, 100.0))
+    assert sorted(world.sent) == [(slot, SIGHUP) for slot in range(4)]
+    for slot in (1, 2, 3):
+        world.say(slot, {"RELOADING": "1"})
+        world.say(slot, READY)
+    assert world.supervisor.reloading
+    world.wait(RELOAD_TIMEOUT / 2)
+    world.say(1, {"STATUS": "3 answers"})
+
+    (_, first), (said, second) = world.supervisor.former()
+    assert said == "3 answers"
+    assert round(first - second) == REPLACED - 100
+    world.say(0, {"RELOADING": "1"})
+    world.say(0, READY)
+    assert not world.supervisor.reloading
+
+
+def test_a_stop_ends_former_workers_with_all_others(world: World) -> None:
+    world.replace(2, 3)
+
+    world.supervisor.stop()
+    assert world.sent == [(slot, SIGTERM) for slot in range(4)]
+    world.wait(END)
+
+    assert world.sent == [(slot, SIGKILL) for slot in range(4)]
 
 
 @pytest.mark.parametrize("code", [2, -SIGABRT])
 def test_a_successor_that_fails_is_given_up_and_its_worker_stays(
     world: World, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    world.supervisor.replace(1)
+    world.supervisor.replace(1, TIMEOUTS)
     world.supervisor.turn()
 
     world.die(2, code)
@@ -336,7 +442,7 @@ def test_a_successor_that_fails_is_given_up_and_its_worker_stays(
 
 
 def test_a_successor_that_hangs_is_killed_and_its_worker_stays(world: World) -> None:
-    world.supervisor.replace(1)
+    world.supervisor.replace(1, TIMEOUTS)
     world.supervisor.turn()
 
     world.wait(START_TIMEOUT)
@@ -348,7 +454,7 @@ def test_a_successor_that_hangs_is_killed_and_its_worker_stays(world: World) -> 
 
 
 def test_a_worker_that_dies_while_its_successor_starts_is_followed_by_that(world: World) -> None:
-    world.supervisor.replace(1)
+    world.supervisor.replace(1, TIMEOUTS)
     world.supervisor.turn()
     world.die(0)
     assert world.slots == [1, 2]
@@ -364,7 +470,7 @@ def test_a_worker_that_dies_while_its_successor_starts_is_followed_by_that(world
 def test_a_seat_that_has_lost_both_its_worker_and_the_successor_gets_another_one(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world.supervisor.replace(1)
+    world.supervisor.replace(1, TIMEOUTS)
     world.supervisor.turn()
     world.die(0)
 
@@ -376,30 +482,40 @@ def test_a_seat_that_has_lost_both_its_worker_and_the_successor_gets_another_one
     assert world.slots == [0, 1]
 
 
-def test_a_second_replacement_waits_for_the_slots_of_the_first(world: World) -> None:
-    world.supervisor.replace(1)
-    world.supervisor.turn()
-    world.serve(2, 3)
+def test_a_second_replacement_does_not_wait_for_the_first(world: World) -> None:
+    world.replace(2, 3)
 
-    world.supervisor.replace(2)
+    world.replace(4, 5)
+
+    assert world.slots == [0, 1, 2, 3, 4, 5]
+    assert len(world.supervisor.former()) == 4
+
+
+def test_a_third_replacement_ends_the_first_workers_and_waits_for_their_ends(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.replace(2, 3)
+    world.replace(4, 5)
+
+    world.supervisor.replace(3, TIMEOUTS)
     world.supervisor.turn()
-    assert world.slots == [0, 1, 2, 3]
-    world.die(0, 0)
+    assert world.sent == [(0, HAND_OVER), (1, HAND_OVER)]
+    assert "worker 0 has to end" in caplog.text
+    assert world.slots == [0, 1, 2, 3, 4, 5], "three generations at most"
     world.die(1, 0)
+    world.die(0, 0)
     world.serve(0)
     world.serve(1)
-    world.die(2, 0)
-    world.die(3, 0)
 
-    assert world.machine.started[-2:] == [(0, 2), (1, 2)]
-    assert world.slots == [0, 1]
+    assert world.sent == [(4, HAND_OVER), (5, HAND_OVER)]
+    assert world.slots == [0, 1, 2, 3, 4, 5]
     assert not world.supervisor.replacing
 
 
 def test_a_replacement_that_is_asked_for_during_one_follows_it(world: World) -> None:
-    world.supervisor.replace(1)
+    world.supervisor.replace(1, TIMEOUTS)
     world.supervisor.turn()
-    world.supervisor.replace(2)
+    world.supervisor.replace(2, TIMEOUTS)
     while world.supervisor.replacing:
         world.serve()
         for slot, number in world.sent:
@@ -421,7 +537,7 @@ def test_a_worker_that_somebody_ends_by_a_signal_is_followed_at_once(world: Worl
 
 
 def test_a_stop_reaches_everybody_and_ends_with_0(world: World) -> None:
-    world.supervisor.replace(1)
+    world.supervisor.replace(1, TIMEOUTS)
     world.supervisor.turn()
     world.supervisor.stop()
     assert world.sent == [(0, SIGTERM), (1, SIGTERM), (2, SIGTERM)]
@@ -469,53 +585,53 @@ def test_strangers_that_a_process_1_reaps_and_hears_of_change_nothing(world: Wor
     assert world.sent == []
 
 
-@pytest.mark.parametrize("seed", range(200))
 def test_whatever_happens_a_seat_has_a_worker_or_will_get_one(
-    seed: int, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Random steps; then quiet, in which all seats must serve, one process each, all as wanted."""
-    caplog.set_level(logging.CRITICAL)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    world = World(rng.choice([1, 2, 3]))
-    supervisor, number = world.supervisor, 0
-    world.serve()
-    for _ in range(60):
-        assert len(world.slots) <= 2 * len(supervisor)
-        slot = rng.choice(world.slots) if world.slots else None
-        match rng.randrange(9):
-            case 0 | 1 if slot is not None:
-                world.die(slot, rng.choice([0, 1, 2, -9]))
-            case 2 if slot is not None:
-                world.say(slot, {"STOPPING": "1"})
-            case 3:
-                number += 1
-                supervisor.reload(number)
-            case 4 if slot is not None:
-                number += 1
-                supervisor.replace(number)
-            case 5 | 6:
-                world.wait(rng.choice([0.1, 1.0, 7.0, 25.0]), beating=rng.random() < 0.9)
-            case _ if slot is not None:
-                world.say(slot, rng.choice([READY, BEAT, {"RELOADING": "1"}]))
-        for seat, what in world.sent:
-            if (
-                seat in world.slots
-                and what in {SIGKILL, SIGABRT, HAND_OVER}
-                and (what is SIGKILL or rng.random() < 0.8)
-            ):
-                world.die(seat, 0 if what is HAND_OVER else -what)
-    for _ in range(200):
-        world.wait(1.0)
-        for slot in world.slots:
-            if slot in world.slots:
-                world.say(slot, {"RELOADING": "1"})
-                world.say(slot, READY)
-        for seat, what in world.sent:
-            if seat in world.slots and what in {SIGKILL, SIGABRT, HAND_OVER}:
-                world.die(seat, 0)
+    for seed in range(200):
+        caplog.set_level(logging.CRITICAL)
+        print(f"seed {seed}")
+        rng = random.Random(seed)
+        world = World(rng.choice([1, 2, 3]), QUICK)
+        supervisor, number = world.supervisor, 0
+        world.serve()
+        for _ in range(60):
+            assert len(world.slots) <= 4 * len(supervisor)
+            slot = rng.choice(world.slots) if world.slots else None
+            match rng.randrange(9):
+                case 0 | 1 if slot is not None:
+                    world.die(slot, rng.choice([0, 1, 2, -9]))
+                case 2 if slot is not None:
+                    world.say(slot, {"STOPPING": "1"})
+                case 3:
+                    number += 1
+                    supervisor.reload(number, QUICK)
+                case 4 if slot is not None:
+                    number += 1
+                    supervisor.replace(number, QUICK)
+                case 5 | 6:
+                    world.wait(rng.choice([0.1, 1.0, 7.0, 25.0]), beating=rng.random() < 0.9)
+                case _ if slot is not None:
+                    world.say(slot, rng.choice([READY, BEAT, {"RELOADING": "1"}]))
+            for seat, what in world.sent:
+                if (
+                    seat in world.slots
+                    and what in {SIGKILL, SIGABRT, HAND_OVER}
+                    and (what is SIGKILL or rng.random() < 0.8)
+                ):
+                    world.die(seat, 0 if what is HAND_OVER else -what)
+        for _ in range(200):
+            world.wait(1.0)
+            for slot in world.slots:
+                if slot in world.slots:
+                    world.say(slot, {"RELOADING": "1"})
+                    world.say(slot, READY)
+            for seat, what in world.sent:
+                if seat in world.slots and what in {SIGKILL, SIGABRT, HAND_OVER}:
+                    world.die(seat, 0)
 
-    assert supervisor.code is None
-    assert len(supervisor.statuses()) == len(supervisor) == len(world.slots)
-    assert not supervisor.replacing
-    assert not supervisor.reloading
+        assert supervisor.code is None
+        assert len(supervisor.statuses()) == len(supervisor) == len(world.slots)
+        assert not supervisor.replacing
+        assert not supervisor.reloading

@@ -175,7 +175,7 @@ def test_a_worker_is_what_its_parent_has_written() -> None:
         worker = Worker.take(environ)
 
         assert worker is not None
-        assert (worker.slot, worker.workers, worker.slots, worker.rank) == (5, 3, 6, 2)
+        assert (worker.slot, worker.workers, worker.slots, worker.rank) == (5, 3, 12, 2)
         assert worker.period == 20.0
         assert worker.scope == ("host", 2, 3, False)
         assert worker.descriptors == descriptors, "also what a newer parent gives"

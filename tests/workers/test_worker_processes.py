@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 # Several processes start, which on a busy machine takes long.
-pytestmark = [pytest.mark.real_time, pytest.mark.one_loop, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.real_time, pytest.mark.timeout(150)]
 # Seconds for places to move, after a fault: a few, but for a busy machine.
 SOON = 30.0
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.cluster")
 
-# Seconds for which the server's answer is awaited if a request can do without it, and if a missing
-# answer would be mistaken for one.
+# Seconds to wait for the server: for an answer that a request can do without, and for an answer
+# whose absence must not be taken for "no such thing".
 TIMEOUT, KNOWN_TIMEOUT = 0.05, 1.0
-# Seconds for which the end of an answer waits until it is stored: as long as a look-up at another
-# instance waits for it; and while the server answers nothing. Without a connection there is no
-# wait.
+# Seconds for which the end of an answer waits until it is stored, as long as a look-up at another
+# instance waits for it; and the same while the server answers nothing. Without a connection there
+# is no wait.
 WRITE_TIMEOUT, HURRIED = 0.5, 0.02
 # The growing pauses, in seconds, of a look-up that waits for another instance's write; and the
 # seconds after which the mark of such a write expires if its instance is killed.
@@ -133,7 +133,7 @@ class Commands:
 
     Each key begins with *prefix*. *me* is a name that no other instance has.
 
-    Always: the log says once that the server is away, until it has answered again.
+    Always: while the server does not answer, the log says so once.
     """
 
     def __init__(self, connection: Connection, prefix: str) -> None:
@@ -203,7 +203,7 @@ class Commands:
                 self._hangs = True
             if not self.away:
                 self.away = True
-                logger.warning("no answer to claims of request ids: %r", exc)
+                logger.warning("no answer of the cluster's server: %r", exc)
             return ()
         self.away = self._hangs = False
         return (result,)

@@ -28,10 +28,10 @@ NOT_FOUND = "no such stream: it never existed, or is no longer kept"
 
 class Start(NamedTuple):
     """The start of a mirror: after event *after*, or after the event with the sequence number
-    *sequence*.
+    *sequence*; if both are None, after the newest event.
 
-    Both None: after the newest event. *digest*: only if the log belongs to the same request.
-    *cancel*: cancel the answer.
+    With a *digest*, the log must belong to the same request. With *cancel*, the owner cancels the
+    answer.
     """
 
     after: int | None = 0
@@ -89,10 +89,8 @@ class Instances(Protocol):
         producer: Coroutine[Any, Any, None],
         release: Callable[[], None],
     ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-        """Return the producer that claims the id of *stream* and then runs *producer*, and its
-        release.
-
-        *release* is that of *producer*.
+        """Return a producer that claims the id of *stream* and then runs *producer*, and the
+        function that releases both. *release* releases *producer*.
         """
 
     def mirror(self, caller: Caller, request_id: str, start: Start) -> Stream:

@@ -53,6 +53,14 @@ class Sharing(Protocol):
     def ended(self, token: int) -> None:
         """Note that the process of another instance has certainly ended."""
 
+    def retire(self) -> None:
+        """Keep no places to spare from now on, since others serve in place of this instance."""
+
+    async def others_serve(self) -> bool:
+        """Return whether an instance of another parent, or without one, has said within a second
+        that it takes new work.
+        """
+
     async def settled(self) -> None:
         """Wait, for a second at most, until the limits held by such instances are free."""
 

@@ -9,6 +9,6 @@ messages into the order that strict engines require. The *names* of tools become
 that every engine accepts. A *chunk* of the answer is taken apart into texts and pieces of calls,
 whatever names and orders an engine uses for them, and a *whole* answer, in steps, into the same.
 
-A *hosted* tool is one that only a provider could run. The *accepted parameters* are those body
-members that not every engine knows, and a *refusal* names one that an engine does not know.
+Only a provider could run a *hosted* tool. The *accepted parameters* are the body members that not
+every engine knows. A *refusal* names a member that an engine does not know.
 """

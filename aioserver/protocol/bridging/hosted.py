@@ -2,8 +2,8 @@
 them.
 
 A hosted tool is left out if another tool remains and the client has not chosen a hosted one: the
-model never hears of it. Otherwise it is refused by name: without the search, a model would make
-its results up.
+model does not know of it. Otherwise the request is refused, and the error names the tool: without a
+search, for instance, a model would invent its results.
 """
 
 from __future__ import annotations

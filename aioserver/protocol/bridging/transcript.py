@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 class BridgedTranscript(Transcript, Generic[C]):
     """The transcript of a chat completion that *writer* has translated."""
 
-    checked = True
     # The sink counts the writer.
     size = 0
 
-    def __init__(self, writer: ChunkReader[C]) -> None:
-        self.writer = writer
+    def __init__(self, writer: ChunkReader[C], *, checked: bool = True) -> None:
+        self.writer, self.checked = writer, checked
 
     @property
     def events(self) -> int:
@@ -32,7 +31,9 @@ class BridgedTranscript(Transcript, Generic[C]):
     def text(self) -> str | None:
         """Return the text, as `Transcript.text`."""
         text = self.writer.transcript
-        return text if text and len(text.encode()) <= MAX_TRANSCRIPT else None
+        if text is None or (self.writer.texts and not text):
+            return None
+        return text if len(text.encode()) <= MAX_TRANSCRIPT else None
 
     def rest(self, earlier: Tokens) -> ChatRest:
         """Return the object that writes the rest as chunks, which the same writer reads."""

@@ -102,10 +102,7 @@ def find_limit(results: Results, peaks: Peaks) -> dict[str, str | None]:
             "provider_waiting",
             "requests waited at the provider",
             results.provider_waits,
-            {
-                f"{name}: concurrent_requests={gate.get('limit')}": _waiting(gate)
-                for name, gate in providers.items()
-            },
+            {_limit_of(name, state): _waiting(state) for name, state in providers.items()},
         ),
     )
     met = []
@@ -121,6 +118,16 @@ def find_limit(results: Results, peaks: Peaks) -> dict[str, str | None]:
     if met:
         return {"code": met[0][0], "text": "; ".join(text for _code, text in met)}
     return {"code": None, "text": "no limit was met"}
+
+
+def _limit_of(name: str, state: dict[str, Any]) -> str:
+    """Return the limit of the provider *name* for which requests waited: its pace, if places were
+    free in *state*.
+    """
+    places, pace = state.get("limit"), state.get("pace", {}).get("per_minute")
+    if pace is not None and places is not None and state.get("in_flight", places) < places:
+        return f"{name}: requests_per_minute={pace}"
+    return f"{name}: concurrent_requests={places}"
 
 
 def _in_brackets(text: str | None) -> str:

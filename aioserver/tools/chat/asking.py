@@ -270,7 +270,7 @@ async def ask(settings: Settings, history: History, question: str) -> None:
                             thought = (thought + event.text)[-MAX_THOUGHT:]
                         show(event, thought, display)
         except asyncio.CancelledError:
-            # Now the server is told, which may take seconds.
+            # Now the server is asked to cancel the answer, which may take seconds.
             display.note("stopping")
             raise
         finally:
@@ -279,8 +279,8 @@ async def ask(settings: Settings, history: History, question: str) -> None:
 
 
 def make_display() -> Display:
-    """Return a display for stdout: one that draws, if rich is installed and stdout is a terminal
-    that supports it.
+    """Return a display for stdout, which draws if rich is installed and stdout is a terminal that
+    supports it.
     """
     out, terminal = sys.stdout, sys.stdout.isatty()
     screen = out if terminal else sys.stderr

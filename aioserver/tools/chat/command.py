@@ -115,7 +115,7 @@ def _whole_question(text: str, *, person: bool) -> str:
     """Return *text* and the content of stdin. If a *person* has typed a text, stdin is not read.
 
     Raises:
-        BadQuestion: there is no question, or one that cannot be sent.
+        BadQuestion: there is no question, or it cannot be sent.
     """
     if sys.stdin is not None and not (person and text):
         if person:

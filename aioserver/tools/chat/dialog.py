@@ -131,7 +131,7 @@ class Dialog:
 
 @contextlib.contextmanager
 def _no_echo() -> Iterator[None]:
-    """Keep the terminal from showing keys for the next question, and so moving the cursor."""
+    """Switch echo off: keys that are pressed during an answer would move the cursor."""
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     quiet = [*before]

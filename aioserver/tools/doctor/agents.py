@@ -1,8 +1,8 @@
-"""Questions as agents ask them, for one call of a tool: whether agents can work with a provider.
+"""The check whether agents can work with a provider, by questions as agents ask them.
 
-They are asked of a server in this process, which translates them for a provider that has chat
-completions only. A model that answers with a text where it should call, or an engine that leaves
-calls in the text, is found out, and so is which words it refuses.
+Each question wants one call of a tool. It goes to a server in this process, which translates it for
+a provider that has chat completions only. The check finds models that answer with text instead of a
+call, engines that leave calls in the text, and the parameters that an engine refuses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PARAMETERS = {
 }
 # Tokens that an answer may have: some models think first.
 MAX_TOKENS = 512
-# The question below `/v1`, for a streamed answer, with every word that an engine may not know.
+# The body for each path below `/v1`. It has every parameter that an engine may not know.
 QUESTIONS: dict[str, dict[str, Any]] = {
     "responses": {
         "max_output_tokens": MAX_TOKENS,
@@ -61,7 +61,7 @@ HINT = (
 
 
 async def agents(server: Server, provider: Provider) -> AsyncIterator[Result]:
-    """Ask each question, and say what was learned of *provider* meanwhile."""
+    """Ask each question, and yield what the server has learned about *provider* meanwhile."""
     model, bridged = f"{provider.name}/{provider.settings.model}", provider.meter.bridged
     usage = server.context.usage.sums
     guessed = sum(counter.value for counter in usage.estimated.values())
@@ -103,8 +103,8 @@ async def agents(server: Server, provider: Provider) -> AsyncIterator[Result]:
 
 
 def _calls(data: bytes) -> list[str] | None:
-    """Return the arguments of each call in the events of an answer of either form; None if it is
-    not whole.
+    """Return the arguments of each call in the events of an answer, of either API; None if the
+    answer is not complete.
     """
     calls: list[str] = []
     for event in eventstream.parse(data):
@@ -121,7 +121,7 @@ def _calls(data: bytes) -> list[str] | None:
 
 
 def _learned(capabilities: ChatCapabilities) -> list[str]:
-    """Return what the bridges have learned, as the server will at the first requests of agents."""
+    """Return what the bridges have learned. A server learns the same from an agent's requests."""
     learned = [
         f"it refuses {word}, which is left out" for word in sorted(capabilities.refused_words)
     ]

@@ -1,10 +1,9 @@
-"""The arrivals of streamed events: each as it comes, or many at once because something on the way
-gathers them; and the life of a silent connection.
+"""Checks of streams: whether a proxy buffers their events, and how long a silent one stays open.
 
-There are two measures, and neither compares the clocks of two machines. An answer of the simulated
-provider takes more than a second, and its events are evenly spread: a proxy that gathers them lets
-them come in few **bursts**. The snapshots of `/events` have the time at which they were made: the
-**delay** of each, less that of the quickest, is what the way has added.
+Two measurements find a proxy that buffers, and neither compares the clocks of two machines. An
+answer of the simulated provider takes more than a second, and its events are evenly spread. Behind
+a proxy that buffers, they arrive in few **bursts**. The snapshots of `/events` have the time at
+which they were made. The **delay** of each, minus the smallest delay, is what the proxy has added.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT = 60.0
 # Seconds between two events of one burst at most.
 TOGETHER = 0.005
-# Events from which on an answer says something, and the bursts in which it comes if it is
-# gathered.
+# Events without which an answer proves nothing, and the bursts in which a buffered answer comes at
+# most.
 MIN_EVENTS, MAX_BURSTS = 12, 3
-# An answer of the simulated provider takes a second and a bit; and one that is long enough, of a
-# model that costs money.
+# Tokens of a simulated answer, which then takes more than a second. The question for a model that
+# costs money has a long enough answer, too.
 SIMULATED_TOKENS = 40
 COSTLY = Question(prompt="Count from 1 to 40, with a space between.", max_tokens=120)
 # Snapshots that are compared, and the seconds between two of them.
 SNAPSHOTS, INTERVAL = 3, 1.0
-# Seconds that the way may add to a snapshot. A gathered one is late by an interval at least.
+# Seconds that the network may add to a snapshot. A buffered snapshot is an interval late at least.
 MAX_DELAY = 0.8
-# Seconds for all of them.
+# Seconds for all snapshots together.
 EVENTS_TIMEOUT = SNAPSHOTS * INTERVAL + 5.0
-# Seconds to open a silent connection, or to close it; and those in which the server pings twice, by
-# the default of chat.websocket.ping_interval.
+# Seconds to open or to close a silent connection; and the seconds in which the server pings twice
+# with the default of chat.websocket.ping_interval.
 SILENCE_TIMEOUT, TWO_PINGS = 10.0, 41.0
 
 
@@ -64,7 +63,7 @@ class TimedAttempt(Attempt):
 
 
 def noting(encodings: set[str]) -> aiohttp.TraceConfig:
-    """Return what makes a session note the `Content-Encoding` of each streamed answer."""
+    """Return a trace that adds the `Content-Encoding` of each streamed answer to *encodings*."""
 
     async def note(
         _session: object, _context: object, params: aiohttp.TraceRequestEndParams
@@ -79,20 +78,23 @@ def noting(encodings: set[str]) -> aiohttp.TraceConfig:
 
 
 def bursts(times: Sequence[float]) -> int:
-    """Return in how many bursts events came at *times*, in seconds, which are in order."""
+    """Return the number of bursts in which events arrived; *times* are seconds, in order."""
     gaps = (later - earlier for earlier, later in itertools.pairwise(times))
     return sum(gap > TOGETHER for gap in gaps) + bool(times)
 
 
 def gathered(times: Sequence[float]) -> bool:
-    """Return whether the events of an even answer, come at *times*, were gathered."""
+    """Return whether something has buffered an answer whose events arrived at *times*.
+
+    The events of the answer must have been sent evenly.
+    """
     return len(times) >= MIN_EVENTS and bursts(times) <= MAX_BURSTS
 
 
 def answer(face: str) -> Callable[[Facts], AsyncIterator[Result]]:
     """Return the check that the events of an answer on *face* arrive one by one.
 
-    Without a model whose answers cost nothing only SSE is asked.
+    If every model costs money, only SSE is checked.
     """
 
     async def look(facts: Facts) -> AsyncIterator[Result]:
@@ -127,7 +129,7 @@ def answer(face: str) -> Callable[[Facts], AsyncIterator[Result]]:
 
 
 async def snapshots(facts: Facts) -> AsyncIterator[Result]:
-    """Find out how much later than the quickest each snapshot of `/events` is."""
+    """Compare the delays of several snapshots of `/events`."""
     delays: list[float] = []
     try:
         async with (
@@ -156,7 +158,7 @@ async def snapshots(facts: Facts) -> AsyncIterator[Result]:
     except (aiohttp.ClientError, OSError, EventTooLong, orjson.JSONDecodeError) as error:
         yield skip(f"not followed: {remote.describe(error)}")
         return
-    # The first of them is the newest that there was, and up to an interval old.
+    # The first snapshot was made before the request, and may be an interval old.
     late = max(delays[1:], default=0.0) - min(delays[1:], default=0.0)
     if late > MAX_DELAY:
         yield fail(f"something on the way gathers events: one was {late:.1f} s late")
@@ -167,7 +169,7 @@ async def snapshots(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def compression(facts: Facts) -> AsyncIterator[Result]:
-    """Say that streams were compressed."""
+    """Report the encodings of compressed streams."""
     yield warn(f"the proxy compresses streams ({', '.join(sorted(facts.encodings))})")
 
 

@@ -1,4 +1,4 @@
-"""The table of checks, and how it is gone through."""
+"""The table of checks, and the function that runs them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GATHERED = (
 
 
 async def configuration(facts: Facts) -> AsyncIterator[Result]:
-    """Read the configuration. One that is valid, but cannot be served, is examined all the same."""
+    """Read the configuration. If it is valid but not usable, the other checks still run."""
     configuration = Configuration.load(facts.config)
     yield ok(f"{configuration.source} is valid")
     for warning in configuration.warnings:
@@ -56,9 +56,10 @@ async def configuration(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def needed(facts: Facts) -> AsyncIterator[Result]:
-    """Go the way to what the server needs beside its providers: without Redis or Valkey its shares
-    are fixed, a closed hook that is away lets nothing pass, and without the keys of their issuer
-    no token can be checked.
+    """Connect to the services that the server needs in addition to its providers.
+
+    Without Redis or Valkey, the shares of an instance are fixed. Without a hook that is closed, no
+    request passes. Without the keys of their issuer, no token can be checked.
     """
     here = facts.here
     ways = [
@@ -70,14 +71,14 @@ async def needed(facts: Facts) -> AsyncIterator[Result]:
         ways.append(("tokens", here.auth.jwt.jwks_url, NEAR_TIMEOUT, fail))
     for subject, address, seconds, problem in ways:
         url = URL(address or "")
-        # What is in a file, a module, or at a UNIX socket, is read at the start.
+        # A file, a module or a UNIX socket has no host. The server opens it when it starts.
         if url.host is not None:
             async for result in Peer.at(url, seconds, REDIS_PORT).steps(problem):
                 yield replace(result, subject=subject)
 
 
 def _alone(settings: Settings) -> Settings:
-    """Return *settings* as those of a server with their providers, and nothing else of them."""
+    """Return *settings* with their providers, and with the defaults of everything else."""
     chat = settings.chat
     websocket = replace(chat.websocket, host="127.0.0.1", port=0, tls=None)
     chat = replace(
@@ -88,9 +89,10 @@ def _alone(settings: Settings) -> Settings:
 
 
 class Check(NamedTuple):
-    """A row of the table: *look* yields what it finds out about *subject*, if the facts that it
-    *needs* are known. *remedy* says what to do about its warnings and failures that do not say so
-    themselves. Neighbours that are *together* are looked at at the same time.
+    """A row of the table: *look* yields the results about *subject*, if the fact *needs* is known.
+
+    *remedy* is the hint of its warnings and failures that have no hint themselves. Neighbouring
+    rows with *together* run at the same time.
     """
 
     subject: str
@@ -100,7 +102,7 @@ class Check(NamedTuple):
     together: bool = False
 
 
-# In the order in which they are told.
+# In the order of the report.
 CHECKS = (
     Check(
         "machine",
@@ -203,7 +205,7 @@ CHECKS = (
 
 
 async def examine(report: Report, facts: Facts) -> int:
-    """Go through the table, and tell *report* what is found. Return the exit code."""
+    """Run the checks, and add their results to *report*. Return the exit code."""
     async with facts.stack:
         for together, checks in itertools.groupby(CHECKS, lambda check: check.together):
             if together:

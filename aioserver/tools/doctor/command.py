@@ -19,7 +19,7 @@ from aioserver.tools.doctor.results import Report
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Seconds: a proxy's longest timeout, and some more.
+# Seconds: somewhat more than the usual longest timeout of a proxy, an hour.
 MAX_IDLE = 3700.0
 
 
@@ -73,9 +73,9 @@ def command(
         raise click.UsageError("either --config or a URL")
     from aioserver.tools.doctor.checks import examine  # noqa: PLC0415 - start-up time
 
-    # The log of the server in this process is not what was asked for.
+    # The log of the server in this process is not part of the report.
     logging.getLogger("aioserver").addHandler(logging.NullHandler())
-    # A person waits, and the next step may take long.
+    # Each line is flushed, since a person waits, and the next check may take long.
     report = Report((lambda _result: None) if as_json else partial(print, flush=True))
     facts = Facts(url=url, key=key, config=config, only=provider, ask=not no_ask, idle=idle)
     code = asyncio.run(examine(report, facts))

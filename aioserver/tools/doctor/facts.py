@@ -1,4 +1,4 @@
-"""What the checks of a doctor know."""
+"""The facts: the arguments of `doctor`, and the values that its checks have found."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class Found:
-    """What checks have found out. What is not known yet is no attribute."""
+    """The values that checks have found. A value that is not known yet is not an attribute."""
 
-    # The settings; also as `here`, unless only one provider is looked at.
+    # The settings; also as `here`, unless only one provider is checked.
     settings: Settings
     here: Settings
-    # A server with these providers in this process, of which nobody knows.
+    # A server in this process with these providers, which has no clients.
     server: Server
     # A session for requests to the URL.
     session: aiohttp.ClientSession
-    # Whether an aioserver is there, whether it serves us, and whether it opens a WebSocket.
+    # Whether an aioserver answers, whether it accepts our key, and whether it opens a WebSocket.
     healthy: bool
     accepted: bool
     upgraded: bool
@@ -35,12 +35,13 @@ class Found:
 
 @dataclass(kw_only=True)
 class Facts(Found):
-    """What was asked of the doctor, and what its checks have found out.
+    """The arguments of the command, and the values that its checks have found.
 
-    The question is about the server at *url*, for a client with *key*; or about one with the
-    configuration in the file *config* (None: that which `serve` would choose); or of that about
-    the provider *only*. *ask*: whether a question may cost money. *idle*: seconds of silence.
-    *root* has the files in which the system shows its limits. *stack* closes what checks open.
+    With *url*, the checks concern the server there, for a client with *key*. Otherwise they concern
+    a server with the configuration in the file *config* (None: the file that `serve` would choose),
+    or only its provider *only*. *ask* allows questions that cost money. *idle* are the seconds of
+    silence. *root* has the files in which the system shows its limits. *stack* closes the objects
+    that checks open.
     """
 
     url: str = ""
@@ -51,7 +52,7 @@ class Facts(Found):
     idle: float = 0.0
     root: Path = Path("/")
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-    # Whether the configuration is one that `serve` would take.
+    # Whether `serve` would accept the configuration.
     usable: bool = True
     # The paths of the faces at the URL, a model there whose answers cost nothing, and the
     # `Content-Encoding`s of the streams that have come.

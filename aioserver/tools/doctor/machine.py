@@ -1,4 +1,4 @@
-"""This machine, as the place where a server with these settings would run."""
+"""Checks of this machine: whether a server with these settings could run on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from aioserver.tools.doctor.facts import Facts
 
-# Seconds to look up the configured host, and in which a server of this machine says that it lives.
+# Seconds to look up the configured host, and for `/health` of a server that runs here already.
 LOOK_UP_TIMEOUT, HEALTH_TIMEOUT = 10.0, 2.0
 MIB = 1 << 20
 # MiB of a process before its first client, measured.
@@ -39,7 +39,7 @@ MEMORY, OWN_CGROUP, CGROUPS = "proc/meminfo", "proc/self/cgroup", "sys/fs/cgroup
 
 
 async def interpreter(_facts: Facts) -> AsyncIterator[Result]:
-    """Look at Python, and what is installed in it."""
+    """Check the version of Python and the installed packages."""
     try:
         preflight.check_interpreter()
     except preflight.Unfit as unfit:
@@ -52,7 +52,7 @@ async def interpreter(_facts: Facts) -> AsyncIterator[Result]:
 
 
 async def files(facts: Facts) -> AsyncIterator[Result]:
-    """Look at how many files a process may open, and whether there may be several processes."""
+    """Check the limit of open files, and whether several processes can share the port."""
     try:
         if facts.here.chat.websocket.concurrency.uvicorn.workers > 1:
             preflight.check_workers()
@@ -68,8 +68,9 @@ async def files(facts: Facts) -> AsyncIterator[Result]:
 def limit(
     text: str, remedy: str, measured: Callable[[Facts], tuple[int, int]]
 ) -> Callable[[Facts], AsyncIterator[Result]]:
-    """Return the check that there is as much as is wanted, which both are *measured*; *text* says
-    so, and begins with what it is about.
+    """Return a check that compares the two numbers that *measured* returns, available and wanted.
+
+    *text* has both, and begins with the name of the limit.
     """
 
     async def look(facts: Facts) -> AsyncIterator[Result]:
@@ -78,21 +79,21 @@ def limit(
         except (OSError, ValueError):
             yield skip(f"{text.partition(':')[0]}: this system does not show it")
         else:
-            told = text.format(have=have, want=want)
-            yield ok(told) if have >= want else warn(told, remedy.format(want=want))
+            line = text.format(have=have, want=want)
+            yield ok(line) if have >= want else warn(line, remedy.format(want=want))
 
     return look
 
 
 def backlog(facts: Facts) -> tuple[int, int]:
-    """Return how many connections the kernel lets wait for the server, and the backlog."""
+    """Return the kernel's limit of connections that wait to be accepted, and the backlog."""
     wanted = facts.here.chat.websocket.concurrency.uvicorn.backlog
     return int((facts.root / BACKLOG).read_text()), wanted
 
 
 def ports(facts: Facts) -> tuple[int, int]:
-    """Return how many local ports there are, and how many may be in use for one address, each of
-    which needs its own: that of a provider, or of a proxy on this machine.
+    """Return the number of local ports, and the most connections to one address, which need a port
+    each: connections to a provider, or of a proxy on this machine to the server.
     """
     concurrency = facts.here.chat.websocket.concurrency
     clients = concurrency.max_connections + concurrency.connection_queue_size
@@ -106,7 +107,7 @@ def ports(facts: Facts) -> tuple[int, int]:
 
 
 def memory(facts: Facts) -> tuple[int, int]:
-    """Return the MiB that are free, and those that answers, bodies and processes may take."""
+    """Return the free MiB, and the MiB that answers, bodies and processes may take together."""
     concurrency = facts.here.chat.websocket.concurrency
     kept = (facts.here.chat.streams.max_kept_bytes + concurrency.max_body_bytes) // MIB
     wanted = (kept + PROCESS_MIB) * concurrency.uvicorn.workers
@@ -114,8 +115,8 @@ def memory(facts: Facts) -> tuple[int, int]:
 
 
 def available_memory(root: Path) -> int:
-    """Return the bytes that this process could take: those of the machine, or of its cgroup (v2),
-    if they are less.
+    """Return the bytes that this process could take: the free memory of the machine, or of its
+    cgroup (v2) if that has less.
 
     Raises:
         OSError, ValueError: the system does not show them.
@@ -126,9 +127,9 @@ def available_memory(root: Path) -> int:
     with contextlib.suppress(OSError):
         group = (root / OWN_CGROUP).read_text().strip().rpartition(":")[2].lstrip("/")
         folder = root / CGROUPS / group
-        # The limit of a group holds for those in it.
+        # The limit of a group holds for all groups in it.
         for level in (folder, *folder.parents):
-            # Where there is none, it is the word `max`, or not there.
+            # A group without a limit has the word `max`, or no such file.
             with contextlib.suppress(OSError, ValueError):
                 bound = int((level / "memory.max").read_text())
                 used = int((level / "memory.current").read_text())
@@ -137,7 +138,7 @@ def available_memory(root: Path) -> int:
 
 
 async def address(facts: Facts) -> AsyncIterator[Result]:
-    """Find out whether the server could listen where it is to, or does so already."""
+    """Check whether the configured address is free, or has a server that runs already."""
     websocket = facts.here.chat.websocket
     host, port = websocket.host, websocket.port
     try:
@@ -155,7 +156,7 @@ async def address(facts: Facts) -> AsyncIterator[Result]:
         host = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared
         url = listener.url_of(host, port, websocket.scheme)
         async with aiohttp.ClientSession() as session:
-            # Its certificate may have other names than this address, and is examined by itself.
+            # Its certificate may lack this address, and another check examines it.
             answer = await get(session, f"{url}/health", HEALTH_TIMEOUT, ssl=False)
         version = f"aioserver {printable(answer.content.get('version') or '')}".rstrip()
         serves = f"{version} already serves {url}: `aioserver doctor {url}` examines it"
@@ -165,9 +166,7 @@ async def address(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def certificate(facts: Facts) -> AsyncIterator[Result]:
-    """Look at the certificate that the listener would show, whose files can be used: its dates,
-    its names, and the chain that it is shown with.
-    """
+    """Check the certificate of the listener, whose files can be read: dates, names, and chain."""
     tls = facts.here.chat.websocket.tls
     assert tls is not None
     chain = x509.certificates(await asyncio.to_thread(Path(tls.cert_file).read_bytes))

@@ -1,4 +1,4 @@
-"""The way to a host, step by step: its name, a connection, TLS."""
+"""The steps of a connection to a host: the look-up of its name, TCP, TLS."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
     Problem = Callable[[str, str], Result]
 
-# Days before the end of a certificate, from which on somebody has to act.
+# Days that a certificate is still valid, below which the doctor warns.
 SOON = 14.0
 SECONDS_A_DAY = 86400.0
 
 
 @dataclass
 class Peer:
-    """A host to reach, each step within *limit* seconds. *context*: None without TLS. *trust*: how
-    an authority is trusted that the system does not know.
+    """A host to connect to, with *limit* seconds for each step.
+
+    *context* is None without TLS. *trust* is the hint for a certificate of an unknown authority.
     """
 
     host: str
@@ -37,19 +38,20 @@ class Peer:
     context: ssl.SSLContext | None
     limit: float
     trust: str = "trust its authority (ca_file)"
-    # Whether there is a way, and the protocol that TLS has agreed on (ALPN, RFC 7301).
+    # Whether all steps have succeeded, and the protocol that TLS has agreed on (ALPN, RFC 7301).
     reached: bool = False
     protocol: str = ""
 
     @classmethod
     def at(cls, url: URL, limit: float, default_port: int = 0) -> Peer:
-        """Return the peer at *url*, with TLS as its scheme says."""
+        """Return the peer at *url*, with TLS if its scheme asks for it."""
         context = ssl.create_default_context() if url.scheme in {"https", "rediss"} else None
         return cls(url.host or "", url.port or default_port, context, limit)
 
     async def steps(self, problem: Problem = fail) -> AsyncIterator[Result]:
-        """Look the name up, connect, and make a TLS handshake; *problem* makes the result of what
-        is wrong.
+        """Look the name up, connect, and make a TLS handshake.
+
+        *problem* makes the result of a step that fails.
         """
         loop, began = asyncio.get_running_loop(), time.perf_counter()
         try:
@@ -62,7 +64,7 @@ class Peer:
             )
             return
         addresses = [*dict.fromkeys(str(info[4][0]) for info in infos)]
-        # An address needs no look-up.
+        # If the host is an address, nothing was looked up.
         if addresses != [self.host]:
             took = time.perf_counter() - began
             yield ok(f"DNS: {self.host} is {', '.join(addresses)}", seconds=took)
@@ -91,7 +93,7 @@ class Peer:
     async def _secure(
         self, writer: asyncio.StreamWriter, context: ssl.SSLContext, problem: Problem
     ) -> Result:
-        """Make a TLS handshake, and look at the certificate."""
+        """Make a TLS handshake, and check the certificate."""
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self.limit):
@@ -114,7 +116,7 @@ class Peer:
 
 
 def _reason(error: BaseException) -> str:
-    """Return in a few words why a step failed; asyncio's own texts are long."""
+    """Return the reason of a failed step in a few words; the texts of asyncio are long."""
     if isinstance(error, ssl.SSLError):
         return str(error.reason or "the connection was closed")
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:

@@ -1,9 +1,8 @@
-"""The way to each provider: its name, a connection, TLS, the key, and the first token of an
-answer.
+"""Checks of each provider: its name, a connection, TLS, the key, and the first token of an answer.
 
-The first token comes by the very code that serves clients: the same pool, timeouts, headers and
-meaning of a fault. Nothing that a provider says is shown but its status, names of models that are
-ours, and lengths: its words may hold our key.
+The question is asked by the code that serves clients, with the same pool, timeouts, headers and
+classes of faults. The report quotes no text of a provider, since it may contain our key: it has
+only statuses, lengths, and names of models that stand in our configuration.
 """
 
 from __future__ import annotations
@@ -49,16 +48,16 @@ if TYPE_CHECKING:
     from aioserver.tools.doctor.facts import Facts
 
 QUESTION = b'[{"role":"user","content":"Say OK."}]'
-# A question whose answer is known, the beginning of that, and the word that follows it.
+# A question whose answer is known, the beginning of this answer, and the word that follows.
 COUNTING = b'[{"role":"user","content":"Count from one to ten in words."}]'
 SAID, FOLLOWING = "one two three four", "five"
-# Tokens that such an answer may cost at most. The first is cancelled at its first.
+# Tokens that such an answer may cost at most. The answer to QUESTION is cancelled at its first.
 MAX_TOKENS = 16
-# Bytes of an answer, and of a list of models: OpenRouter's has 500 KiB.
+# Bytes of an answer or of a list of models at most: the list of OpenRouter has 500 KiB.
 MAX_BYTES = 1 << 22
-# Where most providers have the API, and what they say elsewhere.
+# The path below which most providers have the API, and their status for any other path.
 USUAL_PATH, NOT_FOUND = "v1", 404
-# What each fault means: the first row that fits counts.
+# The text and the hint for each class of fault: the first row that fits counts.
 FAULTS: tuple[tuple[type[ProviderFault], str, str], ...] = (
     (
         ProviderAuthError,
@@ -88,7 +87,7 @@ FAULTS: tuple[tuple[type[ProviderFault], str, str], ...] = (
 
 
 class Asked(NamedTuple):
-    """What came of a request: its fault, its HTTP status, and the seconds that it took."""
+    """The outcome of a request: its fault, its HTTP status, and the seconds that it took."""
 
     fault: ProviderFault | None
     status: int
@@ -96,8 +95,9 @@ class Asked(NamedTuple):
 
 
 async def providers(facts: Facts) -> AsyncIterator[Result]:
-    """Look at the providers, one after the other, the active one and the fallbacks first: only
-    these can fail.
+    """Check the providers one after the other, the active one and the fallbacks first.
+
+    Faults of all others are only warnings.
     """
     llm, known = facts.settings.llm, facts.server.provider_registry.providers
     needed = [
@@ -127,7 +127,7 @@ async def _provider(facts: Facts, provider: Provider, *, needed: bool) -> AsyncI
             yield ok(f"reached through the proxy {proxy.host}:{proxy.port}")
         peer = Peer.at(proxy or url, settings.http_client.connect_timeout)
         if peer.context is not None and not proxy:
-            # A proxy is trusted as aiohttp does it, by the certificates of the system.
+            # The settings are not for a proxy, which aiohttp trusts by the system's certificates.
             pair = settings.client_cert_file, settings.client_key_file
             peer.context, _ = client_context(settings.ca_file, *pair)
         async for result in peer.steps(problem):
@@ -163,9 +163,9 @@ async def _provider(facts: Facts, provider: Provider, *, needed: bool) -> AsyncI
 async def _ask(
     provider: Provider, attempt: Attempt, enough: asyncio.Future[Any] | None = None
 ) -> Asked:
-    """Run *attempt* to its end, or until *enough* is done, and then cancel it.
+    """Run *attempt* to its end, or cancel it when *enough* is done.
 
-    Each wait in it has its deadline in the settings of the provider.
+    The settings of the provider have a deadline for each wait in it.
     """
     fault, began = None, time.perf_counter()
     answering = asyncio.ensure_future(provider.run(attempt))
@@ -183,21 +183,22 @@ async def _ask(
 
 
 def _short(settings: settings.Provider, question: bytes, *, streamed: bool) -> bytes:
-    """Return the body that asks *question*, for an answer of few tokens."""
-    # A provider whose models refuse the parameter gets none, as in a chat.
+    """Return the body of *question*, for an answer of few tokens."""
+    # Without the setting the body has no such parameter either: some models refuse it.
     limit = settings.max_tokens and min(settings.max_tokens, MAX_TOKENS)
     short = dataclasses.replace(settings, max_tokens=limit)
     return chat_body(short, None, question, b"{}", frozenset(), streamed=streamed)
 
 
 async def _chat(provider: Provider, data: bytes, *, streamed: bool) -> tuple[Asked, str]:
-    """Ask for the chat completion of *data*, and cancel one that is *streamed* as soon as it begins;
-    return what came of it, and its text.
+    """Ask for the chat completion of *data*, and return the outcome and the text of the answer.
+
+    A *streamed* answer is cancelled as soon as it begins.
     """
     reading = Reading()
     request = ProviderRequest(CHAT, lambda *_: data, streamed=streamed, reading=reading)
     stream = Stream("doctor", "doctor", window=0.0, max_bytes=MAX_BYTES)
-    # The first event says that the request has its place here, the second comes from the provider.
+    # The first event is our own and says that the request started; the provider sends the second.
     reader = ConditionReader(stream, lambda log: log.last > 1 or log.ended)
     attempt = Attempt(provider, request, stream)
     try:
@@ -210,7 +211,7 @@ async def _chat(provider: Provider, data: bytes, *, streamed: bool) -> tuple[Ask
 
 
 def _meaning(settings: settings.Provider, fault: ProviderFault, status: int) -> tuple[str, str]:
-    """Return what *fault* means, whose answer had *status*, and what to do."""
+    """Return the text and the hint for *fault*, whose answer had *status*."""
     text, hint = next(row[1:] for row in FAULTS if isinstance(fault, row[0]))
     key = settings.api_key_env or settings.api_key_file or "its key in the configuration"
     return (
@@ -220,9 +221,7 @@ def _meaning(settings: settings.Provider, fault: ProviderFault, status: int) -> 
 
 
 async def _wrong_base(provider: Provider, asked: Asked) -> tuple[str, str] | None:
-    """Return that a fault is that of a `base_url` without the path below which the API is, and what
-    to do; None if it is not.
-    """
+    """Return the text and the hint if `base_url` lacks the path of the API; None otherwise."""
     if asked.status != NOT_FOUND:
         return None
     models, _ = await _models(provider, f"{USUAL_PATH}/models")
@@ -236,9 +235,9 @@ async def _wrong_base(provider: Provider, asked: Asked) -> tuple[str, str] | Non
 
 
 async def _continuation(provider: Provider) -> Result:
-    """Have the rest of an answer said, in the form that the provider is asked for it.
+    """Check that the provider continues an answer that broke off, in the configured form.
 
-    A text that was shown to a client comes twice where the form is none of the provider's.
+    With a form that the provider does not know, a client would see the same text twice.
     """
     form = provider.settings.continuation
     question = _short(provider.settings, COUNTING, streamed=False)
@@ -256,7 +255,7 @@ async def _continuation(provider: Provider) -> Result:
 
 
 def _rest_found(form: str, text: str) -> str:
-    """Return what is wrong with *text* as the rest of SAID; "" if nothing is."""
+    """Return what is wrong with *text* as the continuation of SAID; "" if nothing is wrong."""
     text = " ".join(text.lower().split())
     if not text:
         return "says nothing where an answer broke off"
@@ -275,9 +274,10 @@ def _rest_found(form: str, text: str) -> str:
 async def _models(
     provider: Provider, path: str = "models"
 ) -> tuple[dict[str, int | None] | None, Asked]:
-    """Ask for the list of models at *path* below the base URL of *provider*, which costs nothing;
-    most providers want their key for it. Return each with its `max_model_len`, if it has one; None
-    without a list that can be read.
+    """Ask for the list of models at *path* below the base URL of *provider*.
+
+    The list costs nothing, and most providers check the key for it. Return the `max_model_len` (or
+    None) of each model, and the outcome. Instead of a list that cannot be read, return None.
     """
     request = PassedRequest("GET", path, lambda *_: b"", {})
     body = bytearray()
@@ -306,8 +306,9 @@ async def _models(
 
 
 async def groups(facts: Facts) -> AsyncIterator[Result]:
-    """Find out whether each member of a group lists the model that it is asked for, and takes
-    prompts of the same length as the others; each provider is asked once.
+    """Check whether each member of a group lists its model, and takes prompts of the same length.
+
+    Each provider is asked only once.
     """
     known = facts.server.provider_registry.providers
     lists: dict[str, dict[str, int | None] | None] = {}

@@ -1,4 +1,4 @@
-"""The results of checks, the report of them, and how they look."""
+"""The results of checks, the report, and their texts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 Level = Literal["ok", "warn", "fail", "skip"]
 LEVELS: tuple[Level, ...] = get_args(Level)
-# Columns of a level, and of what is below it.
+# The width of the first column, which has the level.
 INDENT = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a check has found out about *subject*; empty: that of its row. *seconds* is the time
-    that it took, where that means something.
+    """A result of a check. If *subject* is empty, it is the subject of the check's row.
 
-    `warn` costs speed or some clients, `fail` costs answers, and `skip` was not looked at. *hint*
-    says what to do.
+    The level `warn` means that some clients fail or are slow, `fail` that answers fail, and `skip`
+    that nothing was checked. *hint* says what to do. *seconds* is the time that a step took, if it
+    says something.
     """
 
     level: Level
@@ -45,16 +45,16 @@ ok, warn, fail, skip = (partial(Result, level) for level in LEVELS)
 
 @dataclass
 class Report:
-    """The results so far; *tell* is called with each as it is made.
+    """The results so far; *tell* is called with each new result.
 
-    Always: no text in it has a control character, whoever has said it.
+    Always: no text in it has a control character, not even a text of a server.
     """
 
     tell: Callable[[Result], None]
     results: list[Result] = field(default_factory=list)
 
     def add(self, result: Result, subject: str, remedy: str = "") -> None:
-        """Add *result* of a check of *subject* with this *remedy*, where it has none itself."""
+        """Add *result*, with *subject* and *remedy* in place of its own if these are empty."""
         hint = result.hint or (remedy if result.level in {"warn", "fail"} else "")
         shown = Result(
             result.level,
@@ -68,7 +68,7 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether anything costs answers."""
+        """Whether a result has the level `fail`."""
         return any(result.level == "fail" for result in self.results)
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""The way to a running server: what a proxy in front lets pass, and what it keeps to itself."""
+"""Checks of a running server: whether it answers, and what a proxy in front of it lets pass."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ if TYPE_CHECKING:
 
     from aioserver.tools.doctor.facts import Facts
 
-# Seconds for one answer of the server, or of the proxy, and the bytes that are read of it.
+# Seconds for one answer of the server or of the proxy, and bytes of it that are read at most.
 TIMEOUT, MAX_BYTES = 10.0, 1 << 20
-# Seconds of difference between two clocks that make the times in two logs misleading. `Date` has
-# whole seconds.
+# Seconds of difference between two clocks from which on logs cannot be compared. `Date` has whole
+# seconds.
 CLOCK_SKEW = 5.0
-# Bytes of a header that programs send: a token of a single sign-on, cookies of a large site.
+# Bytes of a large header that clients send: a token of a single sign-on, cookies of a large site.
 HEADER_BYTES = 7000
-# The default of chat.websocket.max_message_size, and the seconds after which a head that says so
-# was not refused at once.
+# The default of chat.websocket.max_message_size, and the seconds within which a proxy refuses a
+# body of this length by its head.
 BODY_BYTES, REFUSAL_TIMEOUT = 16 << 20, 1.0
 BODY = f"a body of {BODY_BYTES >> 20} MiB"
-# How the authority of a server is trusted that is our own.
+# The hint for a server whose certificate has an authority of its own.
 TRUST = "trust its authority: SSL_CERT_FILE=authority.pem aioserver doctor …"
 PING = '{"action": "ping", "request_id": "doctor"}'
 
 
 class Answered(NamedTuple):
-    """The answer to a small request: its status, its headers, and its JSON object, if it has one.
-    Without an answer the status is 0, and *text* says why.
+    """The answer to a small request: its status, its headers, and its JSON object, or {}.
+
+    If there was no answer, the status is 0, and *text* says why.
     """
 
     status: int
@@ -55,13 +56,13 @@ class Answered(NamedTuple):
 
     @property
     def code(self) -> str:
-        """The code of our error; empty if the answer is none of ours."""
+        """The error code of an aioserver; empty if the answer has none."""
         error = self.content.get("error")
         return remote.printable(error.get("code") or "") if isinstance(error, dict) else ""
 
     @property
     def healthy(self) -> bool:
-        """Whether it is an aioserver's that lives."""
+        """Whether it is the answer of a healthy aioserver."""
         return self.status == 200 and self.content.get("status") == "healthy"
 
 
@@ -88,7 +89,7 @@ async def get(
 
 
 async def reach(facts: Facts) -> AsyncIterator[Result]:
-    """Connect to the server, and open a session for the requests of other checks."""
+    """Connect to the server, and open the session that the other checks use."""
     peer = Peer.at(URL(facts.url), TIMEOUT)
     peer.trust = TRUST
     if peer.context is not None:
@@ -110,7 +111,7 @@ async def reach(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def health(facts: Facts) -> AsyncIterator[Result]:
-    """Find out whether an aioserver answers; otherwise nothing else makes sense."""
+    """Check whether an aioserver answers. Without one the other checks make no sense."""
     answer = await get(facts.session, f"{facts.url}/health")
     if not answer.status:
         yield fail(answer.text)
@@ -149,7 +150,7 @@ def _clock(date: str) -> Result:
 
 
 async def ready(facts: Facts) -> AsyncIterator[Result]:
-    """Find out whether it takes work."""
+    """Check whether the server is ready."""
     answer = await get(facts.session, f"{facts.url}/ready")
     if answer.status == 200:
         yield ok("ready: it takes work", seconds=answer.took)
@@ -159,7 +160,7 @@ async def ready(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def headers(facts: Facts) -> AsyncIterator[Result]:
-    """Find out whether a large header passes."""
+    """Check whether a large header passes."""
     large = {"X-Doctor": "x" * HEADER_BYTES}
     answer = await get(facts.session, f"{facts.url}/health", headers=large)
     text = f"a header of {HEADER_BYTES} bytes"
@@ -170,7 +171,7 @@ async def headers(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def key(facts: Facts) -> AsyncIterator[Result]:
-    """Find out whether the server serves us; also its paths, and a model that costs nothing."""
+    """Check whether the server accepts our key; find its paths, and a model that is free."""
     answer = await get(facts.session, f"{facts.url}/v1/models")
     if answer.status == 401:
         text = "the key is not known to it" if facts.key else "it wants a key, and there is none"
@@ -193,9 +194,7 @@ async def key(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def state(facts: Facts) -> AsyncIterator[Result]:
-    """Tell whether requests meet bugs of the server, and what else it finds wrong with itself, if
-    the key may see its state.
-    """
+    """Report the bugs that requests have met, and the verdict of the server, from `/stats`."""
     answer = await get(facts.session, f"{facts.url}/stats")
     remedy = FINDINGS["bug"].remedy
     match answer.content:
@@ -215,7 +214,7 @@ async def state(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def body(facts: Facts) -> AsyncIterator[Result]:
-    """Announce a large body, send one byte, and see whether anybody refuses its size."""
+    """Announce a large body, send one byte, and check whether its size is refused."""
 
     async def begun() -> AsyncIterator[bytes]:
         # aiohttp sends a head together with the first byte.
@@ -245,7 +244,7 @@ async def body(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def websocket(facts: Facts) -> AsyncIterator[Result]:
-    """Open a WebSocket as a page of this address does, and wait for a pong."""
+    """Open a WebSocket as a page of this origin does, and wait for a pong."""
     path, origin = facts.paths["websocket"], str(URL(facts.url).origin())
     began = time.perf_counter()
     try:

@@ -1,6 +1,8 @@
 """Draws the state of a server, with rich; 80 columns are enough.
 
 Text from the server is drawn as it is: markup has no effect, and control characters are removed.
+
+This file is one concept: the layout of one screen.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aioserver.files.certificates import ends_soon
-from aioserver.monitoring.alerts import count
+from aioserver.monitoring.alerts import count, still_run
 from aioserver.tools.remote import printable
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def render(state: State) -> RenderableType:
             *_groups(stats.get("groups") or {}),
             *_callers(stats.get("keys") or {}),
             *_instances(stats.get("instances") or {}),
+            *_former(stats.get("former") or []),
             "",
             _facts(stats),
             "",
@@ -270,6 +273,17 @@ def _instances(instances: dict[str, Any]) -> list[Text]:
         )
         lines.append(text)
     return [Text(""), *lines] if lines else []
+
+
+def _former(former: list[dict[str, Any]]) -> list[Text]:
+    """Return a line about the processes that were replaced, and still have answers."""
+    if not former:
+        return []
+    answers, longest, until = (
+        [each.get(key, 0) for each in former] for key in ("answers", "longest", "until")
+    )
+    text = still_run(sum(answers), max(longest), len(former), max(until))
+    return [Text(""), Text(text, style=STYLES["info"])]
 
 
 def _unused(provider: dict[str, Any]) -> bool:

@@ -29,6 +29,7 @@ class MessagesApi(Api):
     headers: ClassVar = {wire.VERSION_HEADER: wire.VERSION}
     paces_cached = False
     bounds = ("max_tokens",)
+    parts = wire.PARTS
 
     def speaks(self, provider: settings.Provider) -> bool:
         """Return whether a provider with these settings has this API."""
@@ -62,7 +63,7 @@ class MessagesApi(Api):
         """Raise the fault for the *status* of an answer of *provider*.
 
         Raises:
-            ProviderFault: it is none of 200 to 299.
+            ProviderFault: the status is not in 200 to 299.
         """
         sink.check_status(provider, status, headers, body)
 

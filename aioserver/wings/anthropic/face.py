@@ -1,9 +1,9 @@
 """Anthropic's Messages API, for providers that speak it: its SDKs and Claude Code work unchanged.
 
-To a provider that speaks the API the body goes as it came, apart from the replacements of the
-OpenAI face (faces/openai.py), and so do the client's `anthropic-*` headers. The provider's events
-and its errors come back byte for byte. If a provider has chat completions only, the attempt
-translates (wings/anthropic/attempt.py), and a count of tokens is an estimate. The difference from
+A provider that speaks the API gets the body as it came, apart from the replacements of the OpenAI
+face (faces/openai.py), and the client's `anthropic-*` headers. The provider's events and errors
+come back byte for byte. If a provider has chat completions only, the attempt translates
+(wings/anthropic/attempt.py), and a count of tokens is an estimate. The difference from
 the OpenAI face is the form of this server's own messages (wings/anthropic/wire.py): errors, in a
 body or as an event, and heartbeats. These are `ping` events, since Claude Code counts events and
 no comments. While a request waits, a comment in front of them has its position, as on the OpenAI
@@ -148,9 +148,7 @@ class MessagesForm(Form):
         return wire.error_body(error, request_id)
 
     def limits(self, quota: Quota) -> dict[str, str]:
-        """Return the headers that report the limits of a key with budgets: those of the minute, if
-        it has both.
-        """
+        """Return the headers that report the budget of a key: that of the minute, if it has both."""
         budget = next(iter(quota.budgets().values()), None)
         if budget is None:
             return {}

@@ -99,7 +99,7 @@ class BridgeSink(BridgingSink[Call]):
     @property
     def kept_pieces(self) -> int:
         """The pieces of calls that wait for the end of another one."""
-        return self._writer.kept_pieces
+        return super().kept_pieces + self._writer.kept_pieces
 
     def feed(self, data: bytes) -> bool:
         """Append the events for *data*, as `StreamSink.feed`."""

@@ -35,11 +35,15 @@ _OPENING = frozenset({"message_start", "ping"})
 class MessagesTranscript(PassedTranscript):
     """The transcript of a message whose events pass."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, keeps_text: bool = True) -> None:
+        super().__init__(keeps_text=keeps_text)
         # The index of the newest block, and whether it is open.
         self._index = -1
         self._in_text = False
+
+    def text(self) -> str | None:
+        """Return the text, as `Transcript.text`; None if it is empty: reasoning is signed."""
+        return super().text() or None
 
     def rest(self, earlier: Tokens) -> MessageRest:
         """Return the writer of the rest, as `Transcript.rest`."""

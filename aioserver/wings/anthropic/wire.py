@@ -22,10 +22,11 @@ import orjson
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import only_names
+from aioserver.protocol.parts import Parts
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from aioserver.errors import AioserverError
 
@@ -146,6 +147,27 @@ def stops(content: Mapping[str, Any]) -> bool:
     if content.get("type") != "message_delta" or not isinstance(delta, dict):
         return False
     return isinstance(delta.get("stop_reason"), str)
+
+
+def _words(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the type of the block, or of the delta, in an event with this *content*, or its own."""
+    inner = content.get("content_block") or content.get("delta") or {}
+    yield "stop_reason" if stops(content) else inner.get("type") or content["type"]
+
+
+# The input of a tool follows its block.
+PARTS = Parts(
+    (b'_use"', b"thinking"),
+    re.compile(rb"event: content_block_delta\ndata: (\{[^\r\n]*\})\n\n"),
+    _words,
+    re.compile(
+        "(?P<PREAMBLE>message_start|message_delta|ping|content_block_stop|text|input_json_delta)"
+        "|(?P<REASONING>(?:redacted_)?thinking(?:_delta)?|signature_delta)"
+        r"|(?P<CALL>tool_use)|(?P<HOSTED>\w+_tool_(?:use|result))"
+        "|(?P<FINISH>stop_reason)|(?P<END>message_stop)|(?P<ERROR>error)"
+    ),
+    signs_reasoning=True,
+)
 
 
 def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """A connection to the Redis or Valkey server (RESP2, by redis-py), on which calls are answered in
 their order.
 
-A pool that repeats its calls is not wanted here: a call whose fate is not known may be answered
-later, when it is no longer true. So there is one connection, owned by one task. A call that is not
-answered in time kills it, and with it all other calls under way; what arrives at the server
-afterwards is refused by its number (tests/support/renew_script.py). The next connection is made at
-once at first, then after a pause that doubles, with jitter, so that the instances of a server that
-comes back do not all come at once.
+A pool that repeats calls would be wrong here: a call without an answer may still be carried out
+later, when its content is outdated. So there is one connection, owned by one task. A call that is
+not answered in time closes the connection, and all other calls under way fail with it. If such a
+call arrives at the server afterwards, the script refuses it by its number
+(tests/support/renew_script.py). The next connection is made at once at first, then after a pause
+that doubles, with jitter, so that not all instances connect at the same time.
 
 Calls under way at the same time are written one behind the other, without a wait between them.
 """
@@ -41,35 +41,34 @@ if TYPE_CHECKING:
 
 # Seconds that a call may take.
 BOUND = 1.0
-# How many times as long the making of a connection may take, with TLS and authentication; and the
-# pauses between two attempts, the first and the longest. A longest pause, a connection and a call
-# together have to be within the time for which a server that comes back gives nothing
-# (`Times.grace`).
+# The bound of making a connection, with TLS and authentication, as a multiple of BOUND; and the
+# first and the longest pause between two attempts. The longest pause, a connection and a call
+# together must be shorter than the grace period of a server that comes back (`Times.grace`).
 CONNECT, PAUSES = 2.0, (0.05, 0.5)
-# The first Redis whose scripts say before they run that they write; each Valkey says that it is a
-# later one.
+# The first major version of Redis whose scripts can declare that they write. Every Valkey reports a
+# later version.
 OLDEST = 7
-# What makes the server's own address wrong, or the server useless for now: another connection may
-# find a better one.
+# The errors after which another connection may find a better server: this one cannot serve writes
+# now.
 USELESS = ("READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOAUTH")
 
 
 class CallFailed(Exception):
-    """A call was not answered, or with an error; whether it was carried out is not known."""
+    """A call has failed, or has no answer; it may have been carried out."""
 
 
 class AccessDenied(CallFailed):
-    """The server refuses the password, is too old, or the user may not do what is needed: trying
-    again does not help.
+    """The server refuses the password, is too old, or the user lacks a permission. Another attempt
+    does not help.
     """
 
 
 class Connection:
     """The connection to *url*; `open` it, and `close` it in the end.
 
-    Always: replies come in the order of calls, and none to a call that was given up. Each call is
-    over within its *bound* in seconds. An error or a log line has the `address` of the server,
-    never a password.
+    Always: replies come in the order of the calls, and a cancelled call gets no reply. Each call
+    ends within *bound* seconds. An error or a log line has the `address` of the server, never a
+    password.
 
     *on_open* is called whenever a connection is made, *on_loss* whenever one is lost.
 
@@ -93,13 +92,13 @@ class Connection:
         # The calls under way, in their order.
         self._calls: deque[asyncio.Future[Reply]] = deque()
         self._opened: asyncio.Event = asyncio.Event()
-        # Whether the present session had a connection, of whose loss has to be told.
+        # Whether the present session had a connection, so that its loss must be reported.
         self._was_open = False
         self._task: asyncio.Task[None] | None = None
         self._session: asyncio.Task[None] | None = None
         self._pause = PAUSES[0] * self._bound
         self._failure = CallFailed(f"{self.address}: not connected yet")
-        # The server's process, as far as it is told: another one may have an older state.
+        # The id of the server's process, if it is known. Another process may have an older state.
         self.run = ""
 
     @property
@@ -108,11 +107,11 @@ class Connection:
         return self._opened.is_set()
 
     async def open(self) -> None:
-        """Connect, and from now on again whenever the connection is lost.
+        """Connect, and connect again whenever the connection is lost.
 
         Raises:
-            AccessDenied: the server refuses the password; nothing goes on.
-            CallFailed: the server is not there, which the background goes on to look for.
+            AccessDenied: the server refuses the password. No further attempt is made.
+            CallFailed: the server cannot be reached. Attempts go on in the background.
         """
         try:
             connection = await self._connect()
@@ -294,7 +293,7 @@ class Connection:
         try:
             text = (await connection.read_response()).decode()
         except ResponseError:
-            # A user who may not ask it goes without.
+            # This user may not call INFO.
             text = ""
         facts = dict(line.partition(":")[::2] for line in text.splitlines())
         self.run = facts.get("run_id", "")
@@ -309,7 +308,7 @@ class Connection:
         if isinstance(error, CallFailed):
             return error
         if isinstance(error.__cause__, RedisError):
-            # What a UNIX socket's `connect` raises is wrapped once more.
+            # The error of a UNIX socket's `connect` is wrapped once more.
             error = error.__cause__
         denied = isinstance(error, AuthenticationError | NoPermissionError)
         denied = denied or "ACL failure" in str(error)
@@ -319,8 +318,8 @@ class Connection:
 
 
 class ScriptConnection(Connection):
-    """A connection that calls the script of renewals (limits/renew.lua), and loads it where the
-    server does not have it.
+    """A connection that calls the script of renewals (limits/renew.lua), and loads it if the server
+    does not have it.
     """
 
     _script = (files("aioserver") / "wings/cluster/limits/renew.lua").read_text()

@@ -138,6 +138,7 @@ class Membership:
         self.leases = self.renewer.leases
         self.limits = limits = SharedLimits(self.leases, scope)
         # The interface `Sharing`.
+        self.retire = self.leases.retire
         self.share_provider, self.observe = limits.share_provider, limits.observe
         self.make_quota, self.share_door = limits.make_quota, limits.share_door
         self._url, self._ways = url, ways
@@ -198,6 +199,13 @@ class Membership:
         )
         monitor.share(self._totals)
         self._meet_members()
+
+    async def others_serve(self) -> bool:
+        """Return whether an instance elsewhere takes new work; see `Sharing`."""
+        # All instances at a server of a parent's own are that parent's.
+        if self._totals is None or self._numbers is not None:
+            return False
+        return await self._totals.others_serve()
 
     def _look(self, what: str) -> bytes:
         """Return the page *what* for another instance; empty before this one serves."""

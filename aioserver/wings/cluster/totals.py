@@ -81,6 +81,18 @@ class Totals:
         self._shown = {name: number for name, (_report, number, _newest) in answers.items()}
         return snapshot, once([*shown, *incidents])[told:]
 
+    async def others_serve(self) -> bool:
+        """Return whether an instance of another host says that it takes new work."""
+        host, _connections = self._connections()
+        for answer in (await self._fan_out.look(self._others(), STATE)).values():
+            try:
+                (report, _number, _newest), (theirs, _) = _unpack_state(answer)
+                if theirs != host and report.snapshot["ready"]:
+                    return True
+            except NOT_UNDERSTOOD:
+                continue
+        return False
+
     async def _ask(self) -> tuple[Snapshot, dict[str, tuple[Report, int, list[Incident]]]]:
         hosts = dict([self._connections()])
         own, places = self._monitor.report(), self._monitor.places()

@@ -65,7 +65,7 @@ class ClusterWing(Wing):
 
     @staticmethod
     def before_workers(settings: Settings) -> None:  # noqa: ARG004
-        """Import what an instance of a cluster needs, if its packages are installed."""
+        """Import the modules of a cluster before the fork, if their packages are installed."""
         with suppress(ModuleNotFoundError):
             import_module("aioserver.wings.cluster.membership")
 
@@ -102,7 +102,7 @@ class ClusterWing(Wing):
 
 
 async def _join(core: Core, stack: AsyncExitStack) -> Member | None:
-    """Return this process as an instance, until *stack* closes it; None if it is the only one."""
+    """Join the cluster until *stack* closes; return None if this process is the only instance."""
     cluster, scope = core.settings.cluster, core.scope
     clear = core.settings.chat.service.repository.persistence.clear_on_startup
     url, folder, fixed, first = cluster.redis_url, None, None, False
@@ -111,11 +111,11 @@ async def _join(core: Core, stack: AsyncExitStack) -> Member | None:
             # No other process uses it, so the number of instances is known.
             url, fixed, first = core.private_server, (scope.rank, scope.workers), scope.first
             folder = None if url is None else Path(url.removeprefix("unix://")).parent
-        # A worker that replaces another one is no start of the server.
+        # A worker that replaces another one does not start the server.
         clear = clear and scope.first
     if url is None:
         return None
-    # A single instance needs none of it.
+    # A single instance does not need these modules, so they are imported only here.
     from aioserver.wings.cluster.membership import join  # noqa: PLC0415
 
     return await stack.enter_async_context(

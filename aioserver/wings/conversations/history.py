@@ -3,7 +3,7 @@
 Each process has its `Conversations` in memory. A *storage*, if there is one, is authoritative: a
 turn goes to both, a question first loads its conversation from there, and lists and pages are read
 there. A storage may fail. Then chats continue with the memory of this process, lists are partial,
-and a deletion is refused: no client is told that something is deleted which may come back.
+and a deletion is refused: a deleted conversation must not come back.
 
 A conversation may be deleted while an answer in it runs: that answer is then not kept either. So
 the questions without an answer are recorded, and a deletion marks those that it concerns. A
@@ -62,7 +62,7 @@ class StorageStats(msgspec.Struct, frozen=True):
 class Loaded(NamedTuple):
     """The *turns* of a conversation, the oldest first.
 
-    *certain* false: there are none, and the memory of this process holds.
+    Without *certain*, the storage has no turns, and those in the memory of this process are used.
     """
 
     turns: Sequence[Turn]
@@ -70,8 +70,8 @@ class Loaded(NamedTuple):
 
 
 class Storage(Protocol):
-    """A storage of conversations. No method waits for long or raises; each one's result says if it
-    has failed.
+    """A storage of conversations. No method waits for long or raises: each reports a failure by its
+    result.
     """
 
     @property
@@ -90,7 +90,7 @@ class Storage(Protocol):
     async def begin(
         self, caller: Caller, conversation_id: str, *, known: bool
     ) -> tuple[Loaded | None, Begun | None]:
-        """Return what `load` does, for a question whose turn is to come: see `Histories.begin`."""
+        """Load as `load` does, for a question whose turn is to come: see `Histories.begin`."""
 
     def leave(self, caller: Caller, conversation_id: str, begun: Begun) -> None:
         """Note that no turn will come of a question: see `Histories.leave`."""
@@ -129,7 +129,9 @@ class Storage(Protocol):
 
 
 class History:
-    """The conversations of all callers; *missing*: why the storage is not the configured one."""
+    """The conversations of all callers. *missing* is the fault for which the configured storage is
+    not used.
+    """
 
     def __init__(
         self,

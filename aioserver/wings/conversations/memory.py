@@ -113,12 +113,12 @@ class Conversations:
         return [*messages, {"role": "user", "content": text}]
 
     def replace(self, caller: Caller, conversation_id: str, turns: Sequence[Turn]) -> None:
-        """Let the history consist of *turns*, the oldest first; without any there is no such
+        """Let the history consist of *turns*, the oldest first. Without turns there is no
         conversation.
         """
         key = (caller, conversation_id)
         conversation = self._used_by(caller, key)
-        # The last local turn may be one that the storage did not take.
+        # The storage may lack the last local turn.
         conversation.turns = list(turns)
         self._bound(key, conversation, "" if caller.name else None)
 
@@ -152,7 +152,7 @@ class Conversations:
             index -= 1
             turns = self._retained(self._kept[caller, positions[index].conversation_id])
             if not turns:
-                # Its days are over, and so are those of all earlier ones.
+                # This conversation has expired, and so have all earlier ones.
                 break
             updated, name = positions[index]
             found.append(Summary.of(name, turns[0].question, updated, len(turns)))

@@ -1,4 +1,4 @@
-"""Conversations in an SQLite file: a turn is committed before its client is told of its end.
+"""Conversations in an SQLite file: a turn is committed before its client sees the end of it.
 
 This file is one concept: the queue, its transactions, their failures and the sweep are one order
 of writes to one file.
@@ -371,7 +371,7 @@ class SqliteStorage:
     async def load(self, caller: Caller, conversation_id: str) -> Loaded | None:
         """Return the turns of a conversation.
 
-        None if the file does not answer in time, or lacks one that this process has kept.
+        None if the file does not answer in time, or lacks a turn that this process has kept.
         """
         values, end = self._values(caller, conversation_id), self._loop.time() + LOAD_TIMEOUT
         while (newest := self._queue.newest((caller.name, conversation_id))) is not None:
@@ -481,8 +481,7 @@ class SqliteStorage:
         write = Write(statements, values, self._loop.create_future())
         self._add(write)
         await asyncio.wait((write.done,), timeout=CALL_TIMEOUT)
-        # A client that is told that nothing is certain may continue the conversation: it must not
-        # be deleted later.
+        # After an error a client may continue the conversation: it must not be deleted later.
         write.done.cancel()
         return None if write.done.cancelled() else write.done.result()
 

@@ -2,9 +2,9 @@
 
 `Summary`, `Page` and `Dialogue` are the data of lists and pages.
 
-Tokens are those of the provider's `usage`, as far as the answer has one. The usage of a prompt
-counts the whole prompt: the history, the question, the tools. The question's share of it is taken
-to be its share of the bytes. Without a usage a token is estimated as four bytes of UTF-8.
+Tokens are counted by the provider's `usage`, if the answer has one. The usage of a prompt counts
+the whole prompt: the history, the question, the tools. The question's share of these tokens is
+taken to be its share of the bytes. Without a usage a token is estimated as four bytes of UTF-8.
 
 Every storage enforces the bounds of the policy:
 
@@ -117,7 +117,7 @@ class Dialogue(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A position in a list of conversations, the newest first: after the one with these values."""
+    """A position in a list of conversations: after the conversation with these values."""
 
     updated: float
     conversation_id: str
@@ -131,7 +131,7 @@ class Position(NamedTuple):
         """Return the position in *text*.
 
         Raises:
-            InvalidRequest: it is none.
+            InvalidRequest: *text* is not a position.
         """
         number, colon, conversation_id = text.partition(":")
         try:
@@ -158,10 +158,8 @@ def counted_tokens(
 ) -> tuple[float | None, float | None]:
     """Return the tokens of a question and of its answer, by the provider's *usage*.
 
-    None: not known.
-
-    *share*: the question's share of the bytes of the prompt. Reasoning is no part of an answer
-    that is kept.
+    A count is None if it is not known. *share* is the question's share of the bytes of the prompt.
+    Reasoning is not kept with an answer, so its tokens are not counted.
     """
     usage = usage or {}
     prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")

@@ -45,7 +45,7 @@ class ConversationsWing(Wing):
         prepare_file(settings.chat.service.repository)
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
-        """Open the storage that the settings ask for, and the one that all instances share."""
+        """Open the storage that the settings name, and the storage that all instances share."""
         service = core.settings.chat.service
         persistence = service.repository.persistence
         if core.scope is None and persistence.clear_on_startup:

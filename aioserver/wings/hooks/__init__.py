@@ -1,4 +1,4 @@
-"""Hooks: without them no program of the operator's is asked about requests, or shown answers.
+"""Hooks: without them no program of the operator can check requests and answers.
 
 A *hook* is such a program, behind a URL or in Python. It *decides* about each request before a
 provider is asked: the request passes, is *refused*, or continues with another body. A hook is also

@@ -5,12 +5,12 @@ JSON for a streamed answer.
     {"event": "answer", "id", "hook", "caller", "path", "provider", "model", "body"}     a whole one
     {"event": "answer", …} ⏎ {"n": 3, "data": …} ⏎ … {"end": "complete"} ⏎               a streamed one
 
-    204, or 200 {}                                      it goes on
-    200 {"refuse": {"message", "status", "retry_after"}}
-    200 {"body": {…}}                                   of a request alone: this one instead
+    204, or 200 {}                                        the request or the answer goes on
+    200 {"refuse": {"message", "status", "retry_after"}}  it is refused
+    200 {"body": {…}}                                     a request goes on with this body
 
-Bodies and events stand in these objects as they came, as bytes: no objects are built of them. But
-each is validated before, since invalid JSON could end the object around it, and inject other
+Bodies and events stand in these objects as they came, as bytes, so that no objects are made of
+them. Each is validated before: invalid JSON could end the object around it, and inject other
 members.
 """
 
@@ -47,9 +47,7 @@ STREAM = Member("stream")
 
 
 class HookFault(Exception):
-    """A hook has made no decision; the text says why, without a word of the content it
-    was shown.
-    """
+    """A hook has made no decision. The text says why, and quotes nothing of the content."""
 
 
 class _Refusal(msgspec.Struct, forbid_unknown_fields=True):
@@ -71,7 +69,7 @@ def verdict(status: int, content: bytes) -> Refuse | bytes | None:
     or another body, which is an object.
 
     Raises:
-        HookFault: it is no decision.
+        HookFault: the answer is not a decision.
     """
     if status == 204:
         return None
@@ -90,8 +88,8 @@ def verdict(status: int, content: bytes) -> Refuse | bytes | None:
 
 
 def verdict_on_answer(status: int, content: bytes) -> Refuse | None:
-    """Return the decision about an answer of a model, as `verdict`: another body is no
-    decision.
+    """Return the decision about an answer of a model, as `verdict`. A hook cannot replace an answer
+    by another body.
     """
     said = verdict(status, content)
     if isinstance(said, bytes):
@@ -119,8 +117,8 @@ def opening(event: str, call: Call) -> bytes:
     """Return the object that describes *call*, without its closing brace."""
     names = ["id", "hook", "caller", "path"]
     names += ["model", "stream"] if event == "request" else ["provider", "model"]
-    told = {name: getattr(call, name) for name in names}
-    return orjson.dumps({"event": event, **told})[:-1]
+    members = {name: getattr(call, name) for name in names}
+    return orjson.dumps({"event": event, **members})[:-1]
 
 
 def with_body(event: str, call: Call, body: bytes) -> bytes:
@@ -184,11 +182,11 @@ class ChangedBody(NamedTuple):
 
 
 async def changed_body(said: bytes, shown: bytes, max_bytes: int) -> ChangedBody:
-    """Return the body that a hook has *said* in place of the *shown* one, with the `stream` of
-    that, in steps.
+    """Return the body *said*, by which a hook replaces the body *shown*, in steps. Its `stream` is
+    that of *shown*.
 
     Raises:
-        HookFault: it is none that could be sent, or has more than *max_bytes*.
+        HookFault: it is not the body of a request, or has more than *max_bytes*.
     """
     if len(said) > max_bytes:
         raise HookFault("its body is too large")
@@ -204,7 +202,7 @@ async def changed_body(said: bytes, shown: bytes, max_bytes: int) -> ChangedBody
 
 
 def _with_stream(body: bytes, *, streamed: bool) -> bytes:
-    """Return *body* with that value of `stream`."""
+    """Return *body* with `stream` set to *streamed*."""
     word, value = b"true" if streamed else b"false", STREAM.value(body)
     if not value:
         return STREAM.insert(body, (word,))

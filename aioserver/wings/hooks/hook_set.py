@@ -1,16 +1,16 @@
 """The hooks of a server: which hooks are asked about a request, in which order, and with what
 effect.
 
-    ask        each hook for requests decides, one after the other: each one sees the body that the
-               previous one has returned, and the provider that of the last
+    ask        each hook for requests decides, one after the other: each hook gets the body that the
+               previous hook has returned, and the provider gets the body of the last hook
     follow     the hooks for answers get the events of a streamed one, each in a task of
                its own (tap.py)
     answered   the same hooks decide about a whole answer, before it is sent
 
-A hook is closed or open. If there is no decision, or if a hook cannot see a body because it is
-streamed through, a closed one refuses. An open one lets it pass, which is counted. A hook that
-refuses a running answer ends it for all of its readers as `cancel` does; events that they have
-read are not taken back.
+A hook is closed or open. If it makes no decision, or cannot see a body that is streamed through, a
+closed hook refuses the request. An open hook lets the request pass, and this is counted. A hook
+that refuses a running answer ends it for all of its readers, as `cancel` does; they keep the events
+that they have read.
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ def _made(index: int, hook: settings.Hook, max_answer: int) -> HookClient:
     """Return the hook of these settings.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: the class of the hook cannot be found or made.
     """
     if hook.python is None:
         return HttpHook(hook, max_answer)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MAX_DECISIONS, MAX_ANSWERS = 192, 1536
 # Seconds for which an idle connection is kept.
 KEPT = 30.0
-# Seconds of the exchange's own bounds, a day: those of the hook are closer, or depend on the
+# Seconds of the exchange's own bounds, a day: the bounds of the hook are tighter, or depend on the
 # answer.
 LONG = 86_400.0
 JSON, LINES = "application/json", "application/x-ndjson"
@@ -122,7 +122,7 @@ class HttpHook(HookClient):
         ended; return the status and the body of the answer.
 
         Raises:
-            HookFault: there is none in time.
+            HookFault: there is no answer in time.
         """
         loop, places, placed = asyncio.get_running_loop(), self._places[pool], False
         try:

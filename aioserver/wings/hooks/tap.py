@@ -47,7 +47,7 @@ class Backlog:
         self.shown: set[Tap] = set()
 
     def grow(self, shown: Tap, size: int) -> None:
-        """Count *size* bytes more of *shown*; the one that is behind most may lose what it has."""
+        """Count *size* bytes more of *shown*; the tap with the most bytes may lose its entries."""
         shown.size += size
         self.bytes += size
         while self.bytes > MAX_BEHIND_TOGETHER:
@@ -95,7 +95,7 @@ class Tap:
         if self.over:
             return
         self._entries.append(entry)
-        # The one that it takes next may be as large as it likes.
+        # The entry that is taken next may have any size.
         if self.size - self._entries[0].size > MAX_BEHIND:
             self.fall_behind()
         elif not self._started and self.stream.answered:

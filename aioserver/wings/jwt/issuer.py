@@ -1,11 +1,10 @@
 """The current keys of an issuer: fetched at the start, from time to time, and when a token names
 an unknown key.
 
-A fetch that fails keeps the earlier keys (fail static). A token that names an unknown key forces a
-fetch, at most one each FORCED seconds however many such tokens come. Between these it is refused
-if the last fetch has brought keys. Otherwise it is unknown whether the key is the issuer's newest,
-and the token is neither refused nor let in. So such tokens get one answer as long as the keys can
-be fetched, and another one while they cannot.
+After a failed fetch the earlier keys stay valid (fail static). A token that names an unknown key
+forces a fetch, but at most one fetch is forced in FORCED seconds, however many such tokens come.
+Within these seconds such a token is refused if the last fetch has succeeded. Otherwise its key may
+be a new key of the issuer, and the token is neither refused nor accepted: its client gets 503.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger("aioserver.jwt")
 
-# Seconds between two fetches, with a tenth of jitter: so many servers do not ask at once.
+# Seconds between two fetches, with a tenth of jitter, so that not all servers fetch at once.
 INTERVAL, JITTER = 600.0, 0.1
 # The least seconds between two fetches that tokens force.
 FORCED = 30.0
@@ -78,7 +77,7 @@ class Issuer:
         self._clock = clock
         self._keys: KeySet | None = None
         self._thumbprints = frozenset[str]()
-        # The start of the fetch that has brought them, and of the newest one that a token has
+        # The start of the fetch that has brought the keys, and of the newest fetch that a token has
         # forced.
         self._fetched_at = self._forced_at = -inf
         self._failures = 0
@@ -142,8 +141,8 @@ class Issuer:
         """Return the result of *find* in the keys, once a fetch has brought it.
 
         Raises:
-            TokenRefused: a fetch that has begun since does not have it, or one within the last
-                FORCED seconds.
+            TokenRefused: it was not in the result of a fetch that has begun since, or within the
+                last FORCED seconds.
             AuthUnavailable: it is unknown now whether it exists.
         """
         since = self._clock()
@@ -175,7 +174,7 @@ class Issuer:
     def _unavailable(self) -> AuthUnavailable:
         """Return the error of a token that cannot be decided now."""
         now = self._clock()
-        text = "the keys of the token's issuer cannot be had now"
+        text = "the keys of the token's issuer cannot be fetched now"
         if self._keys is not None:
             text = "the token names a key that is not known yet"
         wait = min(self._due, self._forced_at + FORCED) - now
@@ -212,8 +211,8 @@ class Issuer:
         former, self._thumbprints = self._thumbprints, keys.thumbprints()
         self._keys, self._fetched_at = keys, at
         if self._failures:
-            logger.info("the keys of the issuer are here again")
-            self._report("the keys of the issuer are here again", "info")
+            logger.info("the keys of the issuer were fetched again")
+            self._report("the keys of the issuer were fetched again", "info")
         self._failures = 0
         if former - self._thumbprints:
             self._on_withdrawn()
@@ -222,9 +221,9 @@ class Issuer:
         self._failures += 1
         if self._failures > 1:
             return
-        keep = "no token can be checked" if self._keys is None else "those that are here count"
-        logger.warning("the keys of the issuer cannot be had: %s; %s", why, keep)
-        self._report(f"the keys of the issuer cannot be had: {why}; {keep}", "warning")
+        effect = "no token can be checked" if self._keys is None else "the known keys stay valid"
+        logger.warning("the keys of the issuer cannot be fetched: %s; %s", why, effect)
+        self._report(f"the keys of the issuer cannot be fetched: {why}; {effect}", "warning")
 
     def _ended(self, _task: asyncio.Task[None]) -> None:
         self._fetching = None
@@ -277,7 +276,7 @@ def keys_in(path: str) -> KeySet:
     """Return the keys in the file *path*. It blocks.
 
     Raises:
-        OSError, ValueError: there are none.
+        OSError, ValueError: the file cannot be read, or has no keys.
     """
     return read_keys(_content(path))
 

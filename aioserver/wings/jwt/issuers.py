@@ -89,8 +89,8 @@ class Issuers:
         return partial(self._use, jwt, issuer)
 
     def serve(self, monitor: Monitor, end_withdrawn: Callable[[], None]) -> None:
-        """Let *monitor* show when keys cannot be fetched, and call *end_withdrawn* once the issuer
-        has withdrawn keys.
+        """Report failed fetches to *monitor*, and call *end_withdrawn* whenever the issuer has
+        withdrawn keys.
         """
         self._monitor, self._end_withdrawn = monitor, end_withdrawn
 

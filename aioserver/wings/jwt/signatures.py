@@ -1,7 +1,7 @@
 """The public keys of an issuer (RFC 7517), each with the one algorithm that it verifies.
 
-The algorithm is that of the key, and never the one that a token names (RFC 8725, 2.1 and 3.1). A
-symmetric key is dropped as it is read, so that no HMAC can be verified. Only this file uses PyJWT.
+The key determines the algorithm, and the token never does (RFC 8725, 2.1 and 3.1). A symmetric key
+is dropped as it is read, so that no HMAC can be verified. Only this file uses PyJWT.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def read_keys(content: bytes) -> KeySet:
     """Return the keys in *content*, a JWK set.
 
     Raises:
-        UselessKeys: it is none, too large, or has no key that can be used.
+        UselessKeys: it is not a key set, is too large, or has no key that can be used.
     """
     if len(content) > MAX_BYTES:
         raise UselessKeys(f"more than {MAX_BYTES} bytes")

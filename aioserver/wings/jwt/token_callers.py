@@ -1,9 +1,9 @@
 """The callers of tokens: verified once, remembered, bounded.
 
-A verified token is found by its SHA-256; another one is read, checked and verified (token.py) with
-the keys of its issuer (issuer.py). Refused tokens are not remembered: an attacker changes a byte
-each time. All tokens of one name share one quota, whose limits are those of the role in the newest
-of them.
+A verified token is found by its SHA-256. Any other token is read, checked and verified (token.py)
+with the keys of its issuer (issuer.py). Refused tokens are not remembered: an attacker would change
+a byte each time. All tokens of one name share one quota, with the limits of the role in the newest
+token.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_TOKENS, MAX_CALLERS = 4096, 10_000
 # Seconds after which a caller may be forgotten: its body may be under way for as long, and a
 # minute's starts are available again.
 IDLE = 60.0
-# The most callers that are examined to find one that may be forgotten.
+# The most callers that are examined to find a caller that may be forgotten.
 LOOKS = 64
 
 
@@ -133,7 +133,7 @@ class TokenCallers(Tokens):
             raise refused("tokens are not accepted here")
         unverified = read(token, self._jwt, self._clock())
         if self._issuer is None:
-            raise AuthUnavailable("the keys of the token's issuer cannot be had now")
+            raise AuthUnavailable("the keys of the token's issuer cannot be fetched now")
         keys = self._issuer.find(unverified.kid)
         if keys is None:
             self._issuer.check_worth_waiting()
@@ -158,7 +158,7 @@ class TokenCallers(Tokens):
             TokenRefused: its role has expired.
             ServerAtCapacity: as `_person`.
         """
-        # The role is valid until then, whatever the clock of the issuer says.
+        # A token ends with its role, even if the issuer has set a later expiry.
         assert self._jwt is not None
         until = self._jwt.limits[claims.role].expires_at
         if self._clock() >= until:
@@ -182,7 +182,7 @@ class TokenCallers(Tokens):
         """Return the state of *name*, whose newest token has *role*.
 
         Raises:
-            ServerAtCapacity: there are MAX_CALLERS, none of which may be forgotten.
+            ServerAtCapacity: there are MAX_CALLERS callers, and none of them may be forgotten.
         """
         assert self._jwt is not None
         limits = self._jwt.limits[role]
@@ -207,7 +207,7 @@ class TokenCallers(Tokens):
         """Forget the least recent caller that is idle.
 
         Raises:
-            ServerAtCapacity: there is none among the first LOOKS.
+            ServerAtCapacity: none of the first LOOKS callers is idle.
         """
         now = self._monotonic()
         for _ in range(min(LOOKS, len(self._people))):
@@ -220,7 +220,7 @@ class TokenCallers(Tokens):
                 # In a cluster its places go to others.
                 person.quota.revoke()
                 return
-            # It is active, though no token of it has come.
+            # The caller is active, although it has sent no token since.
             person.used = now
             self._people.move_to_end(name)
         raise ServerAtCapacity(

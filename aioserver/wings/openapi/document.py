@@ -45,7 +45,6 @@ LEFT_OUT = {
     "/healthz": "another name of /health",
     "/livez": "another name of /health",
     "/readyz": "another name of /ready",
-    "/v1/responses/{question}": "matches no other path; answered with a hint",
 }
 HEADERS = {"Cache-Control": "no-cache", "Vary": "Origin"}
 _PARAMETER = re.compile(r"\{(\w+)\}")
@@ -71,6 +70,7 @@ QUESTION: dict[str, Any] = {
     "start_within": NUMBER,
     "deadline": NUMBER,
     "class": {"type": "string", "enum": ["interactive", "batch"]},
+    "hold": {"type": "string", "enum": ["preamble", "calls", "turn"]},
 }
 POSITION: dict[str, Any] = {
     "type": "object",
@@ -110,6 +110,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("DELETE", "/v1/responses/{id}"): Operation("Delete a stored response"),
     ("POST", "/v1/responses/{id}/cancel"): Operation("Cancel a response"),
+    ("POST", "/v1/responses/compact"): Operation("Compact a conversation", "Body"),
+    ("POST", "/v1/responses/input_tokens"): Operation(
+        "Count the tokens of a conversation, at a provider with responses", "Body"
+    ),
     ("GET", "/v1/responses/{id}/input_items"): Operation("List the input of a stored response"),
     ("POST", "/v1/messages"): Operation("Ask for a message (Anthropic)", "Body", JSON_OR_EVENTS),
     ("POST", "/v1/messages/count_tokens"): Operation("Count the tokens of a message", "Body"),

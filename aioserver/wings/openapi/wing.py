@@ -1,4 +1,4 @@
-"""The description of the API as a wing."""
+"""The wing that adds the route of the description."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.providers.api import Api
-from aioserver.wings.responses.events import ResponseEvents, is_content
+from aioserver.wings.responses.events import PARTS, ResponseEvents, is_content
 from aioserver.wings.responses.path import ResponsePath
 from aioserver.wings.responses.sinks import ResponseSink
 
@@ -21,6 +21,7 @@ class ResponsesApi(Api):
     """The path of requests for responses."""
 
     bounds = ("max_output_tokens",)
+    parts = PARTS
 
     def sink(self, stream: Stream) -> ResponseSink:
         """Return the sink that fills *stream* with the events of a response."""

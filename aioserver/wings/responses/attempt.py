@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.limits.resource import Resource
+    from aioserver.protocol.parts import Parts
     from aioserver.provider_errors import ProviderFault
     from aioserver.providers.request import Answer, BodyMaker
     from aioserver.providers.sinks import StreamSink
@@ -277,6 +278,13 @@ class ResponseAttempt(BridgedAttempt):
         # A background response that is made here has its id already.
         sink.patience = self._patience if chat is None or self._running is None else None
         return sink
+
+    @property
+    def parts(self) -> Parts | None:
+        """The parts of a turn in the provider's events, as `Attempt.parts`: None for a response
+        that its provider runs in the background, since its client waits for its id.
+        """
+        return None if self._patience == 0.0 and self._chat is None else super().parts
 
     def conclude(self) -> Awaitable[None] | None:
         """Check the answer, and return the steps that translate it if it was not streamed.

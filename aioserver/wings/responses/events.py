@@ -23,10 +23,11 @@ from msgspec import Raw
 
 from aioserver.protocol.eventstream import parse, split, write
 from aioserver.protocol.openai import only_names
+from aioserver.protocol.parts import Parts
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from aioserver.errors import AioserverError
     from aioserver.streams.stream import Stream
@@ -271,6 +272,31 @@ def is_content(data: bytes) -> bool:
         return not only_names(part, {"type"})
     # An end is no content either: it may end an empty answer.
     return kind not in OPENINGS and kind not in ENDS
+
+
+def _words(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the type of the item that an event with this *content* adds, or its own."""
+    kind: str = content["type"]
+    added = kind == ITEM_ADDED
+    yield f"added {content['item']['type']}" if added else kind.removeprefix("response.")
+
+
+# The input of a tool follows its item, and everything that is done has come before.
+PARTS = Parts(
+    (b'_call"', b"reasoning"),
+    re.compile(rb"event: response\.[a-z_]+\.delta\ndata: (\{[^\r\n]*\})\n\n"),
+    _words,
+    re.compile(
+        r"(?P<PREAMBLE>created|queued|in_progress|added message|.*part\.added|.*\.done"
+        r"|(?:function_call_arguments|custom_tool_call_input)\.delta)"
+        "|(?P<REASONING>(?:added )?reasoning.*)"
+        "|(?P<CALL>added (?:function|custom_tool|local_shell|shell|apply_patch|computer|tool_search)"
+        "_call)"
+        r"|(?P<HOSTED>(?:added )?(?:\w+_call|mcp)[._a-z]*)"
+        "|(?P<FINISH>completed|incomplete)|(?P<ERROR>error|failed)"
+    ),
+    signs_reasoning=True,
+)
 
 
 def failed(data: bytes) -> object:

@@ -5,10 +5,11 @@ served from the log.
                                      or in the background (background.py): serve
     GET  /v1/responses/{id}          prepare_retrieval, retrieve
     POST /v1/responses/{id}/cancel   cancel
+    POST /v1/responses/compact       compaction.py
 
 The events of a response that was requested with `store: true` are kept for its `resume_window`,
 and those of one in the background for `store_window`. A response is found by the id that the
-provider gave it, and one that was not streamed only once it will not change any more.
+provider gave it; a response that was not streamed is found only once it will not change any more.
 `starting_after` counts as the provider does, by the `sequence_number` in its events; the log's own
 numbers are not used there. A response that is stored can be read for longer (stored_face.py).
 
@@ -35,7 +36,7 @@ from aioserver.gateway.request import Request
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import CANCELLED, COMPLETE
-from aioserver.wings.responses import frames, stored_face
+from aioserver.wings.responses import compaction, frames, stored_face
 from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.attempt import (
     ResponseAttempt,
@@ -113,6 +114,16 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
                 writing,
                 stored_face.passing(context, stored_face.prepare_passed),
             ),
+        ),
+        web.post(
+            "/v1/responses/compact",
+            counted(
+                context.admission,
+                passthrough.FACE,
+                partial(compaction.prepare, context, stored, make_request),
+                partial(compaction.serve, context),
+            ),
+            expect_handler=passthrough.expect_later,
         ),
         *stored_face.routes(context, stored),
     ]
@@ -358,15 +369,16 @@ async def cancel(
         try:
             _check_known(stored, request, missing)
         except InstanceUnavailable:
-            # It is paid for while it runs, so any instance that has it is told.
+            # An answer costs money while it runs, so any instance that has it is asked to cancel it.
             await context.gateway.cancel_anywhere(request[CALLER], request.match_info["id"])
             raise
         # A stored response has ended: its provider need not know it.
         response = await stored.reach(request[CALLER], request.match_info["id"])
         if response is None:
             return await passing(request)
+        body = response.response()
         response.release()
-        raise StreamNotFound(stored_face.NOT_FOUND) from None
+        return await stored_face.write(context, request, body)
     await context.gateway.cancel_anywhere(request[CALLER], stream.request_id)
     answer = stream.whole
     size = len(newest(stream)) if answer is None else answer.size

@@ -69,16 +69,23 @@ class _Frame(msgspec.Struct, gc=False):
 # The fields of a request that its response repeats, each with its value if it is absent, or too
 # long.
 _DEFAULTS = {
+    "frequency_penalty": b"0.0",
     "instructions": b"null",
     "max_output_tokens": b"null",
+    "max_tool_calls": b"null",
     "metadata": b"{}",
     "parallel_tool_calls": b"true",
+    "presence_penalty": b"0.0",
+    "prompt_cache_key": b"null",
     "reasoning": b"null",
+    "safety_identifier": b"null",
+    "service_tier": b'"default"',
     "store": b"true",
     "temperature": b"1.0",
     "text": b'{"format":{"type":"text"}}',
     "tool_choice": b'"auto"',
     "tools": b"[]",
+    "top_logprobs": b"0",
     "top_p": b"1.0",
     "truncation": b'"disabled"',
 }
@@ -160,7 +167,7 @@ def parse(frame: bytes) -> Command:
     """Parse the command of one text frame.
 
     Raises:
-        BadFrame: it is none; its `error` is an `InvalidJson` or `InvalidRequest`.
+        BadFrame: *frame* is not a command; the `error` is an `InvalidJson` or `InvalidRequest`.
     """
     return at_once(parsing(frame))
 

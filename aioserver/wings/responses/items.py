@@ -94,7 +94,7 @@ def items_of(value: bytes) -> bytes:
 def response_parts(response: bytes) -> ResponseParts | None:
     """Return *response*, the JSON of a response object, in parts.
 
-    None if it is none, has no id, or is too large.
+    None if *response* is not a response object, has no id, or is too large.
 
     White space on its top level is lost, and so are lone surrogates, which no provider would take
     back.
@@ -207,11 +207,10 @@ async def continued(body: bytes, history: Iterable[bytes], max_bytes: int) -> by
 async def paging(
     pieces: Iterable[tuple[str, bytes]], *, newest_first: bool, limit: int, after: str | None
 ) -> Page | None:
-    """Return *limit* of the items in *pieces*, those that follow the one with the id *after*, in
-    steps.
+    """Return *limit* of the items in *pieces*, which follow the item with the id *after*, in steps.
 
     The pieces are in the order of the list, each with a name and joined items. An item without an
-    id gets one that is made of that name, and stays the same; so does an item whose id has come
+    id gets an id that is made of that name, and stays the same; so does an item whose id has come
     before. None: no item has the id *after*.
     """
     listed: list[tuple[str, Raw]] = []

@@ -50,7 +50,7 @@ class Turn:
     """A command on its lane, and the count of its bytes; *number* counts the commands of its
     connection.
 
-    *told* is the position that was last sent to the client, at the time *told_at*.
+    *reported* is the position that was last sent to the client, at the time *reported_at*.
     """
 
     def __init__(
@@ -64,19 +64,20 @@ class Turn:
         self.command = command
         self.hold = hold
         self.number = number
-        self.told, self.told_at = 0, 0.0
+        self.reported, self.reported_at = 0, 0.0
 
 
 class Lane:
     """One lane of a connection; *name* is None for the one without a `stream_id`.
 
-    *stream* is the response that is read, or was read last; None until the one under way has
-    begun. *response_id* is its id, once it is known, and *continues* the id of its predecessor.
-    *asked* is the task that fills the last response requested here; a resumed one has none.
+    *stream* is the log of the response that is read, or was read last; None until the response
+    under way has begun. *response_id* is its id, once it is known, and *continues* the id of its
+    predecessor. *asked* is the task that fills the last response requested here; a resumed response
+    has no such task.
     *on_end* is called at the end of that task. *under_way* counts what the end of the turn still
     waits for, such as events that are not written, and was first more than 0 at *began*. *queued*
-    is the last report of the wait at its key or provider, None once it waits no more. The lane has
-    been silent since *silent_since*, after *events* events.
+    is the last report of the wait at its key or provider; None once the wait has ended. The lane
+    has been silent since *silent_since*, after *events* events.
     """
 
     def __init__(self, name: str | None, on_end: Callable[[Lane], None]) -> None:
@@ -324,7 +325,7 @@ class LaneNews:
             elif now - lane.silent_since >= interval * 0.99:
                 lane.silent_since = now
                 if stream is not None and stream.ended:
-                    # The rest of it is written soon; its last event may have been.
+                    # The rest of the response is written soon, or has been written already.
                     pass
                 elif lane.queued is None:
                     self._send(frames.heartbeat(lane.name))
@@ -337,8 +338,8 @@ class LaneNews:
         """
         interval = self.interval
         for turn, position, eta in self._lanes.waiting():
-            if turn.told != position or now - turn.told_at >= interval * 0.99:
-                turn.told, turn.told_at = position, now
+            if turn.reported != position or now - turn.reported_at >= interval * 0.99:
+                turn.reported, turn.reported_at = position, now
                 self._send(frames.queued(turn.lane.name, "connection", position, eta))
 
     def _send(self, event: bytes) -> None:
@@ -350,5 +351,5 @@ def _ignore(_lane: Lane) -> None:
 
 
 def _too_much(text: str) -> ConcurrencyExceeded:
-    # no event tells when one of them ends
+    # It is not known when a running response will end.
     return ConcurrencyExceeded(text, retry_after=1.0)

@@ -16,8 +16,8 @@ A deleted response is not found any more. It is kept for the responses that have
 there are any.
 
 If the `previous` response is missing, because it was never written or was evicted, the response is
-not kept either: its conversation could not be read. Its instance is told, and writes it together
-with its whole conversation.
+not kept either: its conversation could not be read. Its instance then writes it together with its
+whole conversation.
 
 The end of an answer waits, for a short time, until its response is written. Once its id is known a
 response is announced: an instance that looks for it then waits for a moment, and looks again. A

@@ -9,15 +9,15 @@ counted once. A response is kept as long as something refers to it: its name in 
 `store_window`, a response that continued it, or a request or a connection that may. Deleting a
 response removes its name; conversations that have continued it are not affected, as at OpenAI.
 
-`HeldResponses` are those that connections hold: the latest one of each of their lanes, regardless
-of `store`. Only the connection that holds a response finds it. Such a response takes as much room
-as a stored one, and costs a client nothing (`generate: false`). So it is dropped like a stored one
-where the room is needed, the one that has been held longest first. A client that continues it
-afterwards gets an error, and sends the conversation again.
+`HeldResponses` are held by connections: each lane of a connection holds its latest response,
+regardless of `store`. Only the connection that holds a response finds it. Such a response takes as
+much room as a stored response, and may cost a client nothing (`generate: false`). So it is dropped
+like a stored response if the room is needed; the response that has been held longest is the first.
+A client that continues it afterwards gets an error, and sends the conversation again.
 
-All of it counts for `max_kept_bytes`, as kept for its owner. Beyond that the owner that keeps most
-loses its oldest entries first, logs and stored responses alike (streams/store.py). A request has a
-`Draft` of the response to come (draft.py).
+All these bytes count for `max_kept_bytes`, as kept for the owner of the response. Beyond that limit
+the owner that keeps most loses its oldest entries first, logs and stored responses alike
+(streams/store.py). A request has a `Draft` of the response to come (draft.py).
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class StoredResponse:
 
     Only the number of its references changes.
 
-    *provider* has made it. *kept_there*: this provider keeps it too, so that it can continue it by
-    its id. *input* and `output` are joined items (wings/responses/items.py): its own, without
-    those of *previous*, the response that it continued. *whole*: the whole conversation is held,
-    since a provider may continue a response that it alone knows. `history_bytes` is the size of
-    the items of the whole conversation.
+    *provider* has made it. If *kept_there*, this provider keeps the response, too, and can continue
+    it by its id. *input* and `output` are the joined items of this response
+    (wings/responses/items.py), without the items of *previous*, the response that it continued.
+    *whole* says that the whole conversation is held here; a provider may continue a response that
+    only the provider knows. `history_bytes` is the size of the items of the whole conversation.
 
     Always: its bytes are counted while something refers to it, and not after.
     """
@@ -107,7 +107,7 @@ class StoredResponse:
         own = len(input_items) + len(parts.output)
         self.history_bytes: int = own + (0 if previous is None else previous.history_bytes)
         self.whole: bool = whole and (previous is None or previous.whole)
-        # Whether other instances can find it, as far as is known.
+        # Whether other instances can find it, as far as this instance knows.
         self.shared = False
         # When it was stored, by the store's clock.
         self.stored_at = 0.0
@@ -140,8 +140,8 @@ class StoredResponse:
             response = response.leave()
 
     def leave(self) -> StoredResponse | None:
-        """Remove a reference; after the last one, return the predecessor, which has one
-        less, too.
+        """Remove a reference. After the last reference return the predecessor, which loses a
+        reference, too.
         """
         self._references -= 1
         if self._references:
@@ -185,10 +185,10 @@ class StoredResponse:
         return pieces[:-1]
 
     def record(self, *, alone: bool = False) -> Record | None:
-        """Return it as a record. The record has the whole conversation if it is to stand *alone*,
-        or if other instances cannot find the predecessor.
+        """Return the response as a record. The record has the whole conversation if it must stand
+        *alone*, or if other instances cannot find the predecessor.
 
-        None if that is more than they would take over.
+        Return None if other instances would not take over so many bytes.
         """
         items = self.input
         if self.previous is not None and (alone or not self.previous.shared):
@@ -213,9 +213,9 @@ class HeldResponses:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        # Each with the time since when it is held.
+        # By holder: the response, and the time at which it began to be held.
         self._held: dict[Hashable, tuple[float, StoredResponse]] = {}
-        # Their holders, by the owners of the responses: the oldest first.
+        # The holders, by the owners of the responses: the oldest first.
         self._holders: ByOwner[Hashable, Hashable, None] = ByOwner()
 
     def get(self, holder: Hashable) -> StoredResponse | None:
@@ -237,11 +237,13 @@ class HeldResponses:
             held[1].release()
 
     def oldest(self, owner: Hashable) -> float:
-        """Return since when the oldest of *owner* is held; infinity if there is none."""
+        """Return the time since which the oldest response of *owner* is held; infinity without
+        any.
+        """
         return next((self._held[holder][0] for holder in self._holders.of(owner)), inf)
 
     def drop_oldest(self, owner: Hashable) -> None:
-        """Drop the oldest of *owner*, to make room."""
+        """Drop the response of *owner* that has been held longest, to make room."""
         self.drop(next(iter(self._holders.of(owner))))
 
 
@@ -291,8 +293,8 @@ class StoredResponses:
         self._sweeper: asyncio.TimerHandle | None = None
         self.held = HeldResponses(clock)
         self.storage = storage
-        # Only with other instances: the local part of their conversations, as long as something
-        # refers to it.
+        # In a cluster only: the responses here, as long as something refers to them, so that a
+        # response from another instance can refer to them, too.
         self._known: WeakValueDictionary[tuple[Caller, str], StoredResponse] = (
             WeakValueDictionary()
         )
@@ -406,10 +408,10 @@ class StoredResponses:
         return None if self.storage is None else self._share(response, self.storage)
 
     def announce(self, caller: Caller, response_id: str) -> bool:
-        """Note that a response is under way which will be added; return whether other instances
-        are told.
+        """Note that a response that is under way will be added; return whether this was announced
+        to other instances.
 
-        In that case `withdraw` is called if it is not added.
+        If so, the caller must call `withdraw` if the response is not added.
         """
         if self.storage is None or self.window <= 0:
             return False
@@ -433,13 +435,13 @@ class StoredResponses:
         """Hide a response from further look-ups at all instances; return whether there was one.
 
         Raises:
-            InstanceUnavailable: that is not known.
+            InstanceUnavailable: it is not known whether another instance has it.
         """
         return self.storage is not None and await self.storage.delete(caller, response_id)
 
     def oldest(self, owner: Hashable) -> float:
-        """Return since when the oldest response of *owner* is stored, or held by a connection;
-        infinity if there is none.
+        """Return the time since which the oldest response of *owner* is stored, or held by a
+        connection; infinity without any.
         """
         return min(self._oldest_of(owner), self.held.oldest(owner))
 
@@ -551,7 +553,7 @@ class StoredResponses:
 
 
 def _note_written(response: StoredResponse, writing: asyncio.Future[bool]) -> None:
-    # If it could not be written, it is written with the next one that continues it.
+    # A response that could not be written is written with the next response that continues it.
     failed = writing.cancelled() or writing.exception() is not None
     response.shared = not failed and writing.result()
     response.release()

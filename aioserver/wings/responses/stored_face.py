@@ -45,7 +45,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
     """Return the routes of this part of OpenAI's API."""
     return [
         web.post(
-            "/v1/responses/{question:compact|input_tokens}",
+            "/v1/responses/input_tokens",
             passing(context, prepare_question),
             expect_handler=passthrough.expect_later,
         ),

@@ -1,4 +1,4 @@
-"""A simulated provider: without it no answer can be had without an LLM.
+"""A simulated provider: without it every answer needs an LLM.
 
 It has real sockets, invented answers, and faults on request. It is the provider of a first start
 without a key (`llm.active: demo`), the `aioserver provider` command, and the provider in the
@@ -10,8 +10,8 @@ tests. A request meets these words in this order:
   the answer: the same words for the same message.
 - A **call** (`tools`) is the answer to a request that has tools and asks for one. Its arguments
   are a **sample** (`samples`): a value that the tool's schema allows.
-- The **answer** (`shapes`) is these words as OpenAI's JSON: the events of a stream, or one piece.
-  `anthropic` has them in Anthropic's form.
+- The **answer** (`shapes`) is these words as OpenAI's JSON: the events of a stream, or one object.
+  `anthropic` writes the answers in Anthropic's form.
 - A **fault** (`faults`, with the table of all names) replaces a plain answer: a refusal, a fault
   within the answer, or a good answer in a rare form.
 - The **exchange** (`exchange`) is one request on its connection: it writes the answer token by

@@ -27,8 +27,7 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
 NESTED_TOO_DEEPLY = "Your request is nested too deeply."
 # The matches, joined, are the text again.
 _TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
-# The most characters of the user's message, and of a tool's result, that the answer quotes:
-# programs put lines of their own before it.
+# The most characters of the user's message, and of a tool's result, that the answer quotes.
 _MAX_QUOTE = 80
 _MAX_RESULT_QUOTE = 300
 _GREETINGS = (
@@ -77,7 +76,7 @@ curl -N localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
 _FURTHER = " and so it goes on, for a simulated model knows no other way to say the rest."
 # The members that bound an answer, if these are not `max_tokens` alone.
 _BOUNDS = {CHAT: ("max_completion_tokens", "max_tokens"), RESPONSES: ("max_output_tokens",)}
-# A count, which continues a beginning of it and so shows whether the rest is said at all.
+# The answer to a beginning of these words, so that tests can check the rest of an answer.
 _COUNTING = "one two three four five six seven eight nine ten"
 # The request for the rest of an answer where the assistant's message cannot be the last one.
 _ANCHOR = re.compile(r"⟦([^⟦⟧]*)⟧\Z")
@@ -101,12 +100,12 @@ class BadRequest(Exception):
 class ParsedRequest:
     """The fields of a request's body.
 
-    *text* is the last message of the user and *turn* its number, from 1 (0: there is none). *call*
-    is the call of a tool that is the answer, None for an answer in words; *words* is the text of
-    such an answer, None for a speech. *cached_tokens* counts the part of the prompt that an engine
-    had in its cache, *reasoning_tokens* the most tokens of reasoning in the answer. *said* is the
-    beginning of the answer, if the request has it as the assistant's last message, and *anchor*
-    its last words, which are to be repeated (`rest`).
+    *text* is the last message of the user and *turn* its number, from 1 (0: there is no message).
+    *call* is the call of a tool, if that is the answer; None for an answer in words. *words* is the
+    text of such an answer; None if `speech` makes it. *cached_tokens* counts the part of the prompt
+    that an engine had in its cache, and *reasoning_tokens* the most tokens of reasoning in the
+    answer. *said* is the beginning of the answer, if the request has it as the assistant's last
+    message. *anchor* has the last words of *said*, if the answer must repeat them (`rest`).
     """
 
     endpoint: str
@@ -248,6 +247,25 @@ def _messages(endpoint: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
             path = f"{name}[{index}].role"
             raise BadRequest(f"Missing required parameter: '{path}'.", param=path)
     return [{**item, "role": item.get("role", "tool")} for item in messages]
+
+
+def calls_of(items: object, called: frozenset[str]) -> frozenset[str]:
+    """Return the ids of the calls in the input *items* of a response, and those *called* before.
+
+    Raises:
+        BadRequest: an output has the id of none of these.
+    """
+    found = set(called)
+    for item in items if isinstance(items, list) else ():
+        kind, call_id = item.get("type"), item.get("call_id")
+        if kind in {"function_call", "custom_tool_call"}:
+            found.add(str(call_id))
+        elif kind in {"function_call_output", "custom_tool_call_output"} and call_id not in found:
+            raise BadRequest(
+                f"No tool call found for function call output with call_id {call_id}.",
+                param="input",
+            )
+    return frozenset(found)
 
 
 def _last_part(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -51,6 +51,8 @@ _MODELS = "/v1/models"
 # Their answers are not written token by token.
 _WITHOUT_ENGINE = frozenset((model.EMBEDDINGS, COUNT_TOKENS))
 # Connections; the clients of a load test all connect at once.
+# Responses that can be continued.
+_MAX_STORED = 4096
 _BACKLOG = 2048
 # Seconds for handlers to end after they were cancelled.
 _CLOSE_TIMEOUT = 1.0
@@ -116,6 +118,9 @@ class Simulator:
         self._reset_next: set[asyncio.Transport] = set()
         self._flaps: dict[int, int] = {}
         self._engine: Engine | None = None
+        # The responses that can be continued, the oldest first: the ids of the calls in each of
+        # them and in what it continues.
+        self._stored: dict[str, frozenset[str]] = {}
         self._runner: web.ServerRunner | None = None
         self._host = ""
         # The port on which the simulator listens.
@@ -134,7 +139,7 @@ class Simulator:
         await self.close()
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
-        """Listen, for port 0 on any free one; returns `base_url`.
+        """Listen, for port 0 on any free port, and return `base_url`.
 
         Raises:
             OSError: *host* is not an address of this machine, or *port* is taken.
@@ -285,7 +290,7 @@ class Simulator:
                 behaviour,
                 ttft=interval,
                 interval=interval,
-                # The most that it may have.
+                # The engine writes as many tokens as the request allows.
                 tokens=parsed.max_tokens or behaviour.tokens,
             )
             response = await self.play(request, parsed, paced, play)
@@ -293,6 +298,27 @@ class Simulator:
         said = {"role": "assistant", "content": "".join(words)}
         engine.wrote(prompt + orjson.dumps(said))
         return response
+
+    def note_response(self, parsed: ParsedRequest, ident: str) -> None:
+        """Note that the response to *parsed* can be continued.
+
+        Raises:
+            BadRequest: the response that it continues, or a call whose output it has, is unknown.
+        """
+        previous, called = parsed.body.get("previous_response_id"), frozenset[str]()
+        if previous is not None:
+            if (known := self._stored.get(str(previous))) is None:
+                raise BadRequest(
+                    f"Previous response with id '{previous}' not found.",
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                )
+            called = known
+        called = model.calls_of(parsed.body.get("input"), called)
+        if parsed.body.get("store", True):
+            self._stored[f"resp_{ident}"] = called | {f"call_{ident}"}
+            if len(self._stored) > _MAX_STORED:
+                del self._stored[next(iter(self._stored))]
 
     async def play(
         self,
@@ -307,6 +333,8 @@ class Simulator:
             BadRequest: there is no answer to such a request.
         """
         ident = f"{self._random.getrandbits(96):024x}"
+        if parsed.endpoint == model.RESPONSES:
+            self.note_response(parsed, ident)
         messages = parsed.endpoint in MESSAGES_ENDPOINTS
         shape = anthropic.answer if messages else shapes.answer
         answer = shape(parsed, ident, behaviour.tokens)

@@ -296,32 +296,47 @@ def model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 1764000000, "owned_by": "aioserver"}
 
 
+# The fields of a request that its response repeats, with their values in a response to a request
+# without them.
+_REPEATED: dict[str, Any] = {
+    "frequency_penalty": 0.0,
+    "instructions": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "presence_penalty": 0.0,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "top_logprobs": 0,
+    "top_p": 1.0,
+}
+
+
+def repeated(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a response that repeat those of the request *body*."""
+    values = {}
+    for name, default in _REPEATED.items():
+        value = body.get(name)
+        if value is None:
+            value = default
+        elif isinstance(value, dict) and isinstance(default, dict):
+            value = {**default, **value}
+        values[name] = value
+    return values
+
+
 def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool) -> Answer:
     text = "".join(words)
     call = request.call
-    item_id = f"{'ctc' if call and call.free else 'fc' if call else 'msg'}_{ident}"
     status = "incomplete" if cut else "completed"
     created = int(time.time())
 
     def item(text: str, status: str) -> dict[str, Any]:
-        if call:
-            identity = {
-                "id": item_id,
-                "call_id": f"call_{ident}",
-                "name": call.name,
-                "status": status,
-            }
-            if call.free:
-                return {**identity, "type": "custom_tool_call", "input": text}
-            return {**identity, "type": "function_call", "arguments": text}
-        content = [_part(text)] if status != "in_progress" else []
-        return {
-            "id": item_id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": content,
-        }
+        return _output_item(call, ident, text, status)
 
     def whole(status: str) -> dict[str, Any]:
         ended = status != "in_progress"
@@ -341,41 +356,35 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
             "id": f"resp_{ident}",
             "object": "response",
             "created_at": created,
+            "completed_at": created if status == "completed" else None,
             "status": status,
             "background": False,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut and ended else None,
-            "instructions": request.body.get("instructions"),
             "max_output_tokens": request.max_tokens,
-            "metadata": request.body.get("metadata") or {},
             "model": request.model,
             "output": [item(text, status)] if ended else [],
             "parallel_tool_calls": True,
             "previous_response_id": request.body.get("previous_response_id"),
             "store": bool(request.body.get("store", True)),
-            "temperature": request.body.get("temperature", 1.0),
-            "text": {"format": {"type": "text"}},
-            "tool_choice": request.body.get("tool_choice", "auto"),
-            "tools": request.body.get("tools") or [],
-            "top_p": request.body.get("top_p", 1.0),
+            "tools": [
+                {"strict": True, **tool} if tool.get("type") == "function" else tool
+                for tool in request.body.get("tools") or ()
+            ],
             "truncation": "disabled",
             "usage": usage if ended else None,
+            **repeated(request.body),
         }
 
     if not request.stream:
         return in_one_piece(whole(status), len(words))
 
-    def response_event(kind: str, number: int | str, **fields: Any) -> bytes:
-        name = f"response.{kind}"
-        return event({"type": name, "sequence_number": number, **fields}, name)
-
-    position = {"item_id": item_id, "output_index": 0}
-    running = whole("in_progress")
-    added = item("", "in_progress")
+    running, added = whole("in_progress"), item("", "in_progress")
+    position = {"item_id": added["id"], "output_index": 0}
     opening = [
-        response_event("created", 0, response=running),
-        response_event("in_progress", 1, response=running),
-        response_event("output_item.added", 2, output_index=0, item=added),
+        _response_event("created", 0, response=running),
+        _response_event("in_progress", 1, response=running),
+        _response_event("output_item.added", 2, output_index=0, item=added),
     ]
     extra: dict[str, Any] = {}
     if call and call.free:
@@ -386,20 +395,47 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
         kind, done = "output_text", {"text": text}
         position["content_index"] = 0
         extra = {"logprobs": []}
-        opening.append(response_event("content_part.added", 3, **position, part=_part("")))
-    template = response_event(f"{kind}.delta", "\1", **position, delta="\0", **extra)
+        opening.append(_response_event("content_part.added", 3, **position, part=_part("")))
+    template = _response_event(f"{kind}.delta", "\1", **position, delta="\0", **extra)
     number = len(opening) + len(words)
-    closing = [response_event(f"{kind}.done", number, **position, **done, **extra)]
+    closing = [_response_event(f"{kind}.done", number, **position, **done, **extra)]
     if not call:
         closing.append(
-            response_event("content_part.done", number + 1, **position, part=_part(text))
+            _response_event("content_part.done", number + 1, **position, part=_part(text))
         )
     number += len(closing)
     closing += [
-        response_event("output_item.done", number, output_index=0, item=item(text, status)),
-        response_event(status, number + 1, response=whole(status)),
+        _response_event("output_item.done", number, output_index=0, item=item(text, status)),
+        _response_event(status, number + 1, response=whole(status)),
     ]
     return streamed(opening, words, template, closing, b"")
+
+
+def _response_event(kind: str, number: int | str, **fields: Any) -> bytes:
+    name = f"response.{kind}"
+    return event({"type": name, "sequence_number": number, **fields}, name)
+
+
+def _output_item(call: Call | None, ident: str, text: str, status: str) -> dict[str, Any]:
+    """Return the one item of a response: a *call* with *text* as its arguments, or a message."""
+    if call is None:
+        content = [_part(text)] if status != "in_progress" else []
+        return {
+            "id": f"msg_{ident}",
+            "type": "message",
+            "status": status,
+            "role": "assistant",
+            "content": content,
+        }
+    identity = {
+        "id": f"{'ctc' if call.free else 'fc'}_{ident}",
+        "call_id": f"call_{ident}",
+        "name": call.name,
+        "status": status,
+    }
+    if call.free:
+        return {**identity, "type": "custom_tool_call", "input": text}
+    return {**identity, "type": "function_call", "arguments": text}
 
 
 def _part(text: str) -> dict[str, Any]:

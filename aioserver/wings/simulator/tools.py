@@ -1,12 +1,14 @@
 r"""The tool that the simulated model calls, and its arguments. No I/O, no clock, no randomness.
 
 A tool is called if the request demands it (`tool_choice`), or if the user's last message asks for
-it. It asks by the words "call a tool", by the name of a tool, or by asking to run a command in
-backticks, if there is a tool for that. The arguments are valid by the tool's schema. They are, in
-this order: a JSON object in the message; the quotes of the message; the message itself. A command
-for a shell is the text in backticks if it only reads, else `ls`.
+it. It asks by the words "call a tool", by the name of a tool, by asking what that is which a tool
+`get_…` gets, or by asking to run a command in backticks, if there is a tool for that. The arguments are valid by
+the tool's schema. They are, in this order: a JSON object in the message; the quotes of the
+message; the message itself. A command for a shell is the text in backticks if it only reads, else
+`ls`.
 
     Run `ls -1` with the shell.
+    What is the weather in Rome?
     Call get_weather for "Rome".
     Call get_weather with {"city": "Rome", "days": 3}.
 
@@ -37,6 +39,7 @@ MESSAGES_ENDPOINTS = frozenset({MESSAGES, COUNT_TOKENS})
 _MAX_SEARCHED = 20_000
 _MAX_ARGUMENT = 80
 _QUOTED = re.compile(r'`([^`\n]+)`|"([^"`\n]+)"|“([^”`\n]+)”')
+_WHAT = re.compile(r"\s*what\b", re.IGNORECASE)
 _RUN = re.compile(r"\b(?:run|execute)\b", re.IGNORECASE)
 # Programs put additions to a person's message into a tag, such as <system-reminder>.
 _ADDED = re.compile(r"\s*<([a-z][\w-]*)\b.*</\1>\s*", re.DOTALL)
@@ -220,6 +223,11 @@ def _asked_for(tools: Sequence[Tool], text: str) -> Tool | None:
     for tool in tools:
         if re.search(rf"(?<![\w-]){re.escape(tool.name)}(?![\w-])", text):
             return tool
+    if _WHAT.match(text):
+        asked = set(re.findall(r"[\w-]+", text.lower()))
+        for tool in tools:
+            if tool.name.startswith("get_") and asked.issuperset(tool.name.split("_")[1:]):
+                return tool
     shells = [tool for tool in tools if _COMMANDS & _properties(tool.schema).keys()]
     if shells and _RUN.search(text) and any(map(_harmless, _quoted(text))):
         return shells[0]

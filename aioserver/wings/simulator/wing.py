@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.faces.wing import Wing
@@ -12,29 +13,24 @@ if TYPE_CHECKING:
     from aioserver.faces.wing import Core
 
 
-class OnDemand:
-    """A simulator that starts when its address is asked for, and runs until *stack* closes it."""
-
-    def __init__(self, stack: AsyncExitStack) -> None:
-        self._stack = stack
-        self._address = ""
-
-    async def address(self) -> str:
-        """Return the base URL of the simulator, which is started if it does not run yet."""
-        if not self._address:
-            # Few servers need it, and it takes time to import.
-            from aioserver.wings.simulator.server import Simulator  # noqa: PLC0415
-
-            simulator = await self._stack.enter_async_context(Simulator())
-            self._address = simulator.base_url
-        return self._address
-
-
 class SimulatorWing(Wing):
     """The provider of a first start, without a key and without a network."""
 
     name: ClassVar = "simulator"
 
+    def __init__(self) -> None:
+        self._base_url = ""
+
     async def open(self, core: Core, stack: AsyncExitStack) -> None:  # noqa: ARG002
-        """Provide the simulator on demand."""
-        self.simulated = OnDemand(stack)
+        """Provide the simulator, which starts when its base URL is asked for."""
+        self.simulator = partial(self._start, stack)
+
+    async def _start(self, stack: AsyncExitStack) -> str:
+        """Start the simulator until *stack* closes it, if it does not run; return its base URL."""
+        if not self._base_url:
+            # Few servers need the simulator, and it takes time to import.
+            from aioserver.wings.simulator.server import Simulator  # noqa: PLC0415
+
+            simulator = await stack.enter_async_context(Simulator())
+            self._base_url = simulator.base_url
+        return self._base_url

@@ -1,10 +1,9 @@
 """The export of spans by OTLP over HTTP: batches that a task of its own sends to a collector.
 
-The spans of a batch are written a few at a time, each few in a separate iteration of the event
-loop. A thread would not run beside the loop: it would take the interpreter's lock from the loop,
-for five milliseconds at once. Spans that the collector cannot accept now are kept, up to a bound,
-and sent again with growing pauses; beyond the bound spans are dropped and counted. A request never
-waits for any of it.
+The spans of a batch are written in several iterations of the event loop, a few in each. A thread
+would be worse: it would take the interpreter's lock from the loop for five milliseconds at once.
+Spans that the collector cannot accept now are kept, up to a bound, and sent again with growing
+pauses; beyond the bound spans are dropped and counted. No request waits for the export.
 """
 
 from __future__ import annotations
@@ -254,4 +253,4 @@ async def _within(seconds: float, event: asyncio.Event) -> None:
 
 def _log_bug(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (bug := task.exception()) is not None:
-        logger.error("bug in the export of spans: there is none any more", exc_info=bug)
+        logger.error("bug in the export of spans, which has ended", exc_info=bug)

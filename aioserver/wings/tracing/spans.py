@@ -8,8 +8,8 @@
                 this one links
 
 Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and for generative
-AI (in development), as far as there are any; others begin with `aioserver.`. No content of a
-question, an answer, or a key is in a span, nor the text of an error.
+AI (in development), where these conventions have names; all other names begin with `aioserver.`. A
+span has no content of a question or an answer, no key, and no text of an error.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ OPERATIONS = {
     "messages": "chat",
     "responses": "chat",
 }
-# The faces that have a protocol of ours, and the one that passes requests on.
+# The faces with a protocol of our own, and the face that passes requests on.
 OWN_FACES, PASSED_ON = ("websocket", "sse"), "other"
 # An HTTP status that exists in logs and metrics only: the client has left, or the answer was
 # cancelled.
 NO_STATUS = 499
-# The parts that spans have in common are kept as bytes, some hundred each. The number is bounded,
-# since clients may invent models.
+# The parts that spans have in common are cached as bytes, some hundred each. Their number is
+# bounded, since clients may invent models.
 MAX_KEPT = 512
 # Facts that an answer states about itself. A quote inside a JSON string is escaped, so none of it
 # is a text of the model.
@@ -104,8 +104,9 @@ class EndedVisit(NamedTuple):
     """A client that has read the answer to *request_id* after event *after*, from *began* to
     *now*.
 
-    *link*: the ids of the trace and of the span of the request that asked for the answer, if
-    known. *status*: how the answer ended, empty if it runs on; *code*: its error.
+    *link* has the ids of the trace and of the span of the request that asked for the answer, if they
+    are known. *status* is that with which the answer has ended, empty if it goes on, and *code* the
+    code of its error.
     """
 
     context: Context
@@ -174,8 +175,8 @@ def _request(
 
 
 def _route_name(target: str, path: str) -> str:
-    """Return the method and the path of a request; for one that is passed on, only the beginning
-    of the path: the rest may be an id.
+    """Return the method and the path of a request. If the request is passed on, the path is only
+    its beginning: the rest may be an id.
     """
     if not target:
         return f"POST /v1/{path}"

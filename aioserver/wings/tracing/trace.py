@@ -3,8 +3,9 @@
 The id of an attempt's span is made before it is sent, since the provider gets it as the parent of
 its own spans (W3C Trace Context). Nothing else of a span exists before the request has ended.
 
-Of a question only two numbers are read. Some bytes of an answer's beginning and end are kept until
-the spans are written: they have its id, its model and the reason of its end.
+Only two parameters of a question are read, the limit of tokens and the temperature. Some bytes of
+an answer's beginning and end are kept until the spans are written: they have its id, its model and
+the reason of its end.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _PARAMETERS = msgspec.json.Decoder(_Parameters)
 
 
 class Wait:
-    """A wait in a queue, in monotonic time; *provider* is empty for that of the server."""
+    """A wait in a queue, in monotonic time; *provider* is empty for the queue of the server."""
 
     __slots__ = ("began", "ended", "error", "provider", "span_id")
 
@@ -67,12 +68,12 @@ class Wait:
 
 
 class AttemptTrace:
-    """The facts of which the span of one attempt is made; times are monotonic.
+    """The facts for the span of one attempt; times are monotonic.
 
-    *address* is the host and the port of the provider. *error* is the code of the fault.
-    *first_chunk*: seconds from sending to the first content of a stream. *tokens*: input and
-    output, None if they are not known. *head* and *tail*: the first and the last bytes of the
-    answer, which have its id, its model and the reason of its end.
+    *address* is the host and the port of the provider, and *error* the code of the fault.
+    *first_chunk* are the seconds from sending to the first content of a stream. *tokens* are those
+    of input and output, or None. *head* and *tail* are the first and the last bytes of the answer,
+    which have its id, its model and the reason of its end.
     """
 
     def __init__(self) -> None:
@@ -103,7 +104,7 @@ class AttemptTrace:
         self.temperature = parameters.temperature
 
     def note_end(self, end: AttemptEnd) -> None:
-        """Note how the attempt has *ended*."""
+        """Note the *end* of the attempt."""
         self.provider, self.error = end.provider, _code(end.error)
         self.model, self.address = end.model, address(end.base_url)
         self.began, self.ended = end.began, end.ended
@@ -150,9 +151,9 @@ class NotingSink(Generic[Fast_co]):
 class Trace:
     """The trace of one request, while it runs.
 
-    *context* is that of its SERVER span. *attempt* is under way, or about to be. *wait* is the
-    newest one, whose end is not known yet. *followed*: a client reads the answer, or has read it;
-    any other client is a visit. *finish* is called at the end.
+    *context* is that of its SERVER span. *attempt* is under way, or about to be sent. *wait* is the
+    newest wait, whose end is not known yet. *followed* says that a client reads the answer, or has
+    read it, so that any other client is a visit. *finish* is called at the end.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class Trace:
 
     @bookkeeping(nothing)
     def attempt_ended(self, end: AttemptEnd) -> None:
-        """Note that the attempt under way is over; without a place its wait has the error."""
+        """Note the end of the attempt under way. If it never got a place, its wait has the error."""
         attempt, wait = self._attempt(), self.wait
         self.attempt = self.wait = None
         if end.began:

@@ -46,7 +46,7 @@ class TracingWing(Wing):
         """Make the tracer.
 
         Raises:
-            ConfigurationError: a variable of the environment is not what it should be.
+            ConfigurationError: a variable of the environment is invalid.
         """
         self.tracer = open_tracer(stack, core.settings, core.metrics)
 
@@ -60,7 +60,7 @@ def open_tracer(
     """Return the tracer, whose exporter *stack* closes; None if `tracing` has no endpoint.
 
     Raises:
-        ConfigurationError: a variable of the environment is not what it should be.
+        ConfigurationError: a variable of the environment is invalid.
     """
     tracing = settings.tracing
     if tracing.otlp_endpoint is None:

@@ -20,7 +20,7 @@ from aioserver.client.answer import (
     event_of,
 )
 from aioserver.client.faults import Broken
-from aioserver.client.socket import fault_of
+from aioserver.client.transport import fault_of
 from aioserver.protocol import frames
 from tests.fuzz.inputs import parts
 

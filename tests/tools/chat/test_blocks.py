@@ -82,7 +82,7 @@ def test_blocks_end_where_a_reader_expects_it(text: str, expected: list[str]) ->
 )
 @pytest.mark.parametrize("start", ["", "```python\n", "- item\n\n  ```\n"])
 def test_no_block_is_much_larger_than_the_bounds(line: str, start: str) -> None:
-    blocks = cut(start + line * 20_000)
+    blocks = cut(start + line * 4_000)
 
     assert max(len(block.source) for block in blocks) <= MAX_CHARACTERS + 100
 

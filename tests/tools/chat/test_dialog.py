@@ -27,7 +27,6 @@ COMMAND = ("-m", "aioserver", "chat")
 MARKDOWN = "# Head\n\nSome **bold** and\n`code`.\n\n- one\n- two\n"
 
 # The client is a process of its own, whatever the loop of the test.
-pytestmark = pytest.mark.one_loop
 
 
 @asynccontextmanager

@@ -9,8 +9,6 @@ import pytest
 
 from tests.support.process import Process
 
-pytestmark = pytest.mark.one_loop
-
 WORK = """
 import asyncio, sys
 from aioserver.tools.chat.asking import Interrupted, Interrupts, end_by

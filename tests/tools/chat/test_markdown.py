@@ -105,7 +105,6 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(markdown, "DRAW_INTERVAL", 0.0)
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("page", PAGES)
 async def test_a_page_looks_the_same_piece_by_piece_as_at_once(page: str) -> None:
     text = (ROOT / page).read_text()
@@ -122,7 +121,6 @@ async def test_a_page_looks_the_same_piece_by_piece_as_at_once(page: str) -> Non
     assert words(screen(out.getvalue())) == words(drawn_at_once(text))
 
 
-@pytest.mark.one_loop
 async def test_nothing_that_a_model_says_reaches_the_terminal_as_a_control_function() -> None:
     dice = random.Random(17)
     for _ in range(60):

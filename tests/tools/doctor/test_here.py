@@ -360,7 +360,6 @@ async def test_a_hook_or_an_issuer_that_is_away_is_a_fault_but_an_open_hook_is_n
 # A process.
 
 
-@pytest.mark.one_loop
 async def test_a_bad_configuration_is_reported_whole_with_exit_code_2(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:"))
@@ -373,7 +372,6 @@ async def test_a_bad_configuration_is_reported_whole_with_exit_code_2(tmp_path: 
     assert "Traceback" not in out
 
 
-@pytest.mark.one_loop
 async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_all_the_same(
     tmp_path: Path,
 ) -> None:
@@ -397,7 +395,6 @@ async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_
     assert texts["provider demo: answers: the first token of demo came"] == "ok"
 
 
-@pytest.mark.one_loop
 async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
     del data["llm"]["providers"]["local"]
@@ -411,7 +408,6 @@ async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path)
     assert "ok    provider demo: answers: the first token of demo came" in out
 
 
-@pytest.mark.one_loop
 async def test_what_a_server_would_log_of_a_provider_is_not_printed(tmp_path: Path) -> None:
     """It takes two seconds: a server looks once a second at how its providers fail."""
     file = tmp_path / "c.yaml"
@@ -431,7 +427,6 @@ async def test_what_a_server_would_log_of_a_provider_is_not_printed(tmp_path: Pa
     assert out.count("provider_error: HTTP 500") == 2
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize(
     "arguments", [["--idle", "5"], ["http://x", "--config", "c.yaml"], ["ftp://x"]]
 )
@@ -663,7 +658,6 @@ async def test_an_engine_without_messages_that_is_said_to_have_them_is_told(
     assert "`messages: auto`" in found.hint("/v1/messages")
 
 
-@pytest.mark.one_loop
 async def test_a_name_is_that_of_a_provider(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     write(NOWHERE, {"llm.providers.demo": SIMULATED}, file)

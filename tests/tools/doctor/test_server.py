@@ -75,7 +75,6 @@ async def test_a_key_that_is_missing_or_unknown_ends_the_examination(
     assert found.of("fail") == [f"key: {text}"]
 
 
-@pytest.mark.one_loop
 async def test_one_question_is_asked_of_a_server_without_a_simulated_model_unless_forbidden(
     make_server: MakeServer,
 ) -> None:
@@ -93,7 +92,6 @@ async def test_one_question_is_asked_of_a_server_without_a_simulated_model_unles
     assert found.of("fail") == []
 
 
-@pytest.mark.one_loop
 async def test_what_the_server_finds_wrong_with_itself_is_told_to_an_admin(
     make_server: MakeServer, tmp_path: Path
 ) -> None:
@@ -128,7 +126,6 @@ async def test_a_page_of_the_servers_own_address_may_always_connect(
     assert any(line.startswith("WebSocket: /ws/chat upgrades") for line in found.of("ok")), found
 
 
-@pytest.mark.one_loop
 async def test_a_server_that_is_stopping_is_not_ready(server: RunningServer) -> None:
     """It takes four seconds: without keys the snapshots are followed, one each second."""
     server.owners.context.lifecycle.ready = False
@@ -222,7 +219,6 @@ async def test_a_page_of_an_address_that_the_server_does_not_know_may_not_connec
     assert "HTTP 403: pages of this address may not connect" in failed
 
 
-@pytest.mark.one_loop
 async def test_nobody_there_is_one_failure_with_exit_code_1() -> None:
     code, out, err = await run_command("doctor", "127.0.0.1:1")
 
@@ -250,7 +246,6 @@ async def test_an_idle_socket_that_is_closed_is_reported(make_server: MakeServer
     assert (await silence(server, 0.01)).startswith("ok lives for 0.01 s")
 
 
-@pytest.mark.one_loop
 async def test_pings_are_counted_and_answered(make_server: MakeServer) -> None:
     """It takes a second: a socket that does not answer its pings would be closed in the
     meantime.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.real_time
+pytestmark = [pytest.mark.both_loops, pytest.mark.real_time]
 PREFIX = "aio:{test}:"
 SECRET = "never-shown"
 

@@ -348,19 +348,13 @@ async def test_an_answer_that_is_not_understood_is_none(
     assert state["requests"]["total"] == 1
     assert state["instances"][b.name] is None
     assert await metric(a, "aioserver_provider_first_token_seconds_count") == 1
-    watcher: list[bytes] = []
-
-    class Watcher:
-        def send(self, data: bytes) -> None:
-            watcher.append(data)
-
-    listener = Watcher()
+    sent: list[bytes] = []
     monitor = a.server.context.monitor
-    await monitor.watch_all(listener, 1)
+    await monitor.watch_all(sent.append, 1)
     monitor.tick()
-    await until(lambda: len(watcher) > 1)
-    monitor.leave(listener)
-    assert b"event: history" in watcher[0]
+    await until(lambda: len(sent) > 1)
+    monitor.leave(sent.append)
+    assert b"event: history" in sent[0]
 
 
 async def test_nobody_is_asked_while_nobody_looks(pair: tuple[Instance, Instance]) -> None:
@@ -386,12 +380,7 @@ async def test_a_watcher_too_many_is_refused_whatever_the_others_say(
 ) -> None:
     a, _b = pair
     monitor = a.server.context.monitor
-
-    class Watcher:
-        def send(self, data: bytes) -> None:
-            """Read nothing."""
-
-    watchers = [Watcher() for _ in range(257)]
+    watchers = [list[bytes]().append for _ in range(257)]
     for watcher in watchers[:256]:
         monitor.watch(watcher, 60)
     with pytest.raises(ServerAtCapacity):

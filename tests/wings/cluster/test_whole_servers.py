@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.membership import Membership
     from tests.support.server import RunningServer
 
-pytestmark = pytest.mark.one_loop
+pytestmark = pytest.mark.real_time
 LIMIT, CLIENTS = 6, 12
 # A tenth of the real times, but for the bound of a call: the machine may be busy.
 TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
@@ -109,7 +109,7 @@ class World:
 
 
 @asynccontextmanager
-async def two(url: str, path: Path, **changes: Any) -> AsyncIterator[World]:
+async def two(url: str, path: Path, times: Times = TIMES, **changes: Any) -> AsyncIterator[World]:
     async with Referee() as referee, AsyncExitStack() as stack:
         world = World(referee)
         all_changes = {
@@ -123,7 +123,7 @@ async def two(url: str, path: Path, **changes: Any) -> AsyncIterator[World]:
             **changes,
         }
         for number in range(2):
-            member = await stack.enter_async_context(join(url, "test", times=TIMES))
+            member = await stack.enter_async_context(join(url, "test", times=times))
             server = running(path / f"{number}.yaml", QUICK, all_changes, cluster=member)
             world.members.append(member)
             world.servers.append(await stack.enter_async_context(server))
@@ -206,6 +206,31 @@ async def test_two_that_are_asked_with_one_id_ask_the_provider_once(
         assert world.referee.asked["the same"] == 1
         assert all(answer == answers[0] for answer in answers)
         assert answers[0][-1]["status"] == "complete"
+
+
+async def test_a_stop_beside_another_instance_refuses_nothing_that_waits(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    changes = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1}
+    async with two(redis.url, tmp_path, REAL_TIMES, **changes) as world:
+        await until(lambda: all(len(each.leases.members) == 2 for each in world.members))
+        # Longer than it takes to hear that nobody else serves.
+        world.referee.seconds = 0.25
+        first, second = world.servers
+
+        async def answered(server: RunningServer) -> bool:
+            body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+            async with server.session.post(f"{server.v1}/chat/completions", json=body) as answer:
+                return answer.status == 200 and "[DONE]" in await answer.text()
+
+        for server, expected in ((first, {True}), (second, {True, False})):
+            asked = [asyncio.create_task(answered(server)) for _ in range(CLIENTS)]
+            await until(lambda server=server: server.owners.waiting >= CLIENTS - 1)  # type: ignore[misc]
+            await until(lambda server=server: len(server.http_server.connections) >= CLIENTS)  # type: ignore[misc]
+
+            await server.runner.end()
+
+            assert {*await asyncio.gather(*asked)} == expected
 
 
 async def test_the_limit_of_a_key_holds_for_both_together(

@@ -196,7 +196,7 @@ for kind, changes, behaviour in (
         WAYS[f"{name}, {kind}"] = way._replace(changes=changes, behaviour=behaviour)
 
 
-@pytest.mark.one_loop
+@pytest.mark.real_time
 @pytest.mark.parametrize("name", WAYS)
 async def test_what_a_closed_hook_refuses_goes_to_no_provider_by_any_way(
     make_server: MakeServer, name: str
@@ -234,7 +234,7 @@ async def test_what_a_closed_hook_refuses_goes_to_no_provider_by_any_way(
         await server.nothing_held()
 
 
-@pytest.mark.one_loop
+@pytest.mark.real_time
 @pytest.mark.parametrize(
     ("changes", "behaviour"),
     [(NATIVE, QUICK), (NATIVE, FORGETFUL), (BRIDGED, QUICK)],

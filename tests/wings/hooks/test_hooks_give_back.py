@@ -57,7 +57,7 @@ async def ask(server: RunningServer) -> None:
 
 # A bug between the making of a coroutine and its first step leaves it as it is.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-@pytest.mark.one_loop
+@pytest.mark.real_time
 @pytest.mark.timeout(120)
 async def test_whatever_a_call_to_a_hook_meets_nothing_is_held_afterwards(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture

@@ -220,14 +220,14 @@ async def test_a_fetch_that_fails_keeps_what_was_there_and_tries_again_by_itself
     assert await published.decide("k2") == "auth_unavailable"
     pauses = [round(gap - published.delay) for gap in published.gaps[1:-1]]
     assert pauses[:6] == [1, 2, 4, 8, 16, 30]
-    text = "the keys of the issuer cannot be had: status 500; those that are here count"
+    text = "the keys of the issuer cannot be fetched: status 500; the known keys stay valid"
     assert published.reports == [(text, "warning")]
 
     published.works, published.names = True, ("k2",)
     await asyncio.sleep(40)
     assert await published.decide("k2") == "in"
     assert await published.decide("k1") == "invalid_api_key"
-    assert published.reports[1:] == [("the keys of the issuer are here again", "info")]
+    assert published.reports[1:] == [("the keys of the issuer were fetched again", "info")]
 
 
 @virtually
@@ -256,7 +256,9 @@ async def test_waits_are_bounded_in_time_and_number(published: Published) -> Non
     assert set(await asyncio.gather(*waiting)) == {"auth_unavailable"}
     assert loop.time() - began == pytest.approx(PATIENCE)
     await asyncio.sleep(TIMEOUT)
-    assert published.reports[0][0].startswith("the keys of the issuer cannot be had: no answer")
+    assert published.reports[0][0].startswith(
+        "the keys of the issuer cannot be fetched: no answer"
+    )
 
 
 @virtually

@@ -235,7 +235,7 @@ async def test_an_issuer_that_is_away_costs_no_token_that_is_known_and_no_key(
             assert response.status == 200
         texts = [each["text"] for each in server.incidents() if each["kind"] == "jwt"]
         assert texts == [
-            "the keys of the issuer cannot be had: status 500; no token can be checked"
+            "the keys of the issuer cannot be fetched: status 500; no token can be checked"
         ]
 
         issuer.status = 200

@@ -398,15 +398,50 @@ async def test_an_input_that_is_too_long_has_the_code_that_codex_knows(
     assert len(asked) == 1
 
 
-async def test_questions_about_responses_are_not_found_where_there_are_none(
+async def test_the_number_of_input_tokens_is_not_found_where_there_are_no_responses(
     server: RunningServer,
 ) -> None:
-    for path in ("compact", "input_tokens"):
-        async with server.session.post(f"{server.v1}/responses/{path}", json=ASK) as response:
-            error = orjson.loads(await response.read())["error"]
-            assert (response.status, error["code"]) == (404, "not_found")
-            assert "has no /v1/responses" in error["message"]
+    url = f"{server.v1}/responses/input_tokens"
+    async with server.session.post(url, json=ASK) as response:
+        error = orjson.loads(await response.read())["error"]
+        assert (response.status, error["code"]) == (404, "not_found")
+        assert "has no /v1/responses" in error["message"]
     assert not server.simulator.requests
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_result_of_a_call_that_is_not_there_is_refused(
+    server: RunningServer, sdk: AsyncOpenAI, *, streamed: bool
+) -> None:
+    output: Any = [{"type": "function_call_output", "call_id": "call_1", "output": "x"}]
+    first = await sdk.responses.create(**ASK)
+    for more in ({}, {"previous_response_id": first.id}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await sdk.responses.create(model="m", input=output, stream=streamed, **more)
+        assert caught.value.code == "invalid_request"
+        assert str(caught.value.param).endswith(".call_id")
+    assert len(server.simulator.requests) == 1
+
+
+async def test_a_response_repeats_its_request_and_says_what_is_usual_otherwise(
+    server: RunningServer,
+) -> None:
+    usual = {"temperature": 1.0, "top_p": 1.0, "top_logprobs": 0, "max_tool_calls": None}
+    usual |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    own = {"temperature": 0.0, "top_p": 0.5, "top_logprobs": 2, "max_tool_calls": 7}
+    own |= {"presence_penalty": 1.5, "frequency_penalty": -1.0}
+    bare = {name: value for name, value in WEATHER.items() if name != "strict"}
+
+    _, plain = await answer_of(server, {**ASK, "tools": [bare]})
+    _, told = await answer_of(server, {**ASK, **own, "tools": [{**WEATHER, "strict": True}]})
+
+    assert {name: plain[name] for name in usual} == usual
+    assert {name: told[name] for name in own} == own
+    assert plain["tools"] == [WEATHER]
+    assert told["tools"] == [{**WEATHER, "strict": True}]
+    penalties = ("presence_penalty", "frequency_penalty")
+    bodies = server.simulator.bodies
+    assert [[body.get(name) for name in penalties] for body in bodies] == [[None] * 2, [1.5, -1.0]]
 
 
 async def test_what_one_provider_cannot_have_goes_to_one_that_can(

@@ -64,8 +64,10 @@ def without_ids(events: list[bytes]) -> list[Any]:
         identity = (fields.get("response") or {}).get("id") or fields.get("item_id") or ""
         number = identity.partition("_")[2] or (fields.get("item") or {}).get("id", "_")[4:]
         text = event.replace(number.encode(), b"ID")
-        created = (fields.get("response") or {}).get("created_at")
-        stripped.append(text.replace(f'"created_at":{created}'.encode(), b""))
+        response = fields.get("response") or {}
+        for name in ("created_at", "completed_at"):
+            text = text.replace(f'"{name}":{response.get(name)}'.encode(), b"")
+        stripped.append(text)
     return stripped
 
 

@@ -401,7 +401,7 @@ async def test_what_is_not_kept_here_is_asked_of_an_open_account(make_server: Ma
         assert not account.passed
 
 
-async def test_a_stored_response_is_not_cancelled_at_the_provider(make_server: MakeServer) -> None:
+async def test_a_stored_response_that_is_cancelled_stays_as_it_is(make_server: MakeServer) -> None:
     async with Account() as account:
         entry = {**provider_entry(account.url), "account_paths": True}
         server = await make_server(**{"llm.providers.open": entry}, **keys_of("root"))
@@ -414,11 +414,14 @@ async def test_a_stored_response_is_not_cancelled_at_the_provider(make_server: M
         for stream in server.owners.streams.finished():
             server.owners.streams.drop(stream)
 
-        async with server.session.post(
-            f"{server.v1}/responses/{response_id}/cancel", headers=headers
-        ) as response:
-            assert response.status == 404
+        url = f"{server.v1}/responses/{response_id}"
+        async with server.session.post(f"{url}/cancel", headers=headers) as response:
+            assert response.status == 200
+            cancelled = await response.json()
+        async with server.session.get(url, headers=headers) as response:
+            assert cancelled == await response.json()
 
+        assert cancelled["status"] == "completed"
         assert not account.passed
 
 

@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from aioserver.wings.simulator import faults as simulator_faults
+from aioserver.wings.simulator import server as provider
 from aioserver.wings.simulator.model import speech, tokens
 from tests.support.server import QUICK
 from tests.support.simulator import Behaviour, Simulator
@@ -22,7 +23,7 @@ from tests.support.waiting import patience, ticks
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -255,13 +256,45 @@ async def test_sdk_responses_cut_short_is_incomplete(sdk: openai.AsyncOpenAI) ->
 
 
 async def test_sdk_responses_call_a_tool(sdk: openai.AsyncOpenAI) -> None:
-    tool: Any = {"type": "function", **TOOL["function"], "strict": False}  # type: ignore[dict-item]
+    tool: Any = {"type": "function", **TOOL["function"], "strict": False}
     async with sdk.responses.stream(model="m", input="call a tool", tools=[tool]) as stream:
         final = await stream.get_final_response()
 
     (call,) = final.output
     assert call.type == "function_call"
     assert (call.name, orjson.loads(call.arguments)["days"]) == ("weather", 1)
+
+
+async def test_a_response_is_continued_by_the_simulator_that_has_made_it() -> None:
+    request: Any = {"model": "simulated", "input": "Hello"}
+    output = {"type": "function_call_output", "output": "sunny"}
+    tool: Any = {"type": "function", **TOOL["function"]}
+    async with (
+        provider.Simulator(QUICK, seed=1) as simulator,
+        openai.AsyncOpenAI(base_url=simulator.base_url, api_key="k", max_retries=0) as sdk,
+    ):
+        first = await sdk.responses.create(**request, tools=[tool], tool_choice="required")
+        (call,) = first.output
+        assert call.type == "function_call"
+        answered: Any = [{**output, "call_id": call.call_id}]
+        second = await sdk.responses.create(
+            model="simulated", input=answered, previous_response_id=first.id
+        )
+        third = await sdk.responses.create(**request, previous_response_id=second.id, store=False)
+        assert third.previous_response_id == second.id
+
+        missing: Any = [{**output, "call_id": "call_none"}]
+        for given, previous_id, code in (
+            ("Hello", "resp_none", "previous_response_not_found"),
+            ("Hello", third.id, "previous_response_not_found"),
+            (missing, first.id, None),
+            (missing, None, None),
+        ):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await sdk.responses.create(
+                    model="simulated", input=given, previous_response_id=previous_id
+                )
+            assert caught.value.code == code
 
 
 async def test_sdk_embeddings(sdk: openai.AsyncOpenAI) -> None:

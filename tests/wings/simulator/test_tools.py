@@ -105,6 +105,8 @@ def turn(endpoint: str, name: str, arguments: str, result: Any) -> list[Any]:
         ("Hello", None),
         ("Is the weather nice? Run and hide.", None),
         ("forget_weather, and the Bashful", None),
+        ("What is bad weather-wise?", None),
+        ("What's the weather in Rome?", ("get_weather", {"city": "What's the weather in Rome?"})),
         ("Please call a tool", ("get_weather", {"city": "Please call a tool"})),
         ('Call get_weather for "Rome".', ("get_weather", {"city": "Rome"})),
         ("Call `get_weather` for `Rome`", ("get_weather", {"city": "Rome"})),

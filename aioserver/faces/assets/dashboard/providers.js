@@ -94,6 +94,7 @@ export class Providers {
         silent: silent?.under_way ? { ...silent, number: silent.stalled + silent.unanswered } : null,
         cooling: pace?.cooling || null,
         continued: provider.continued?.last_minute ? provider.continued : null,
+        rescued: provider.rescued || null,
         asked: asked(provider, others),
         trial: others ? provider.trial : null, // nobody else is asked: it has none
       }, lastMinute);

@@ -75,7 +75,8 @@ export function showTables(stats) {
   const each = Object.entries(stats.instances ?? {});
   const silent = each.filter(([, instance]) => !instance).length;
   const together = `${each.length} together`;
-  instances.show(each, [together, silent && `of which ${silent} ${silent > 1 ? "do" : "does"} not answer`], showInstance, Infinity);
+  const notes = [together, silent && `of which ${silent} ${silent > 1 ? "do" : "does"} not answer`, showFormer(stats.former ?? [])];
+  instances.show(each, notes, showInstance, Infinity);
 }
 
 function setCells(row, texts) {
@@ -93,6 +94,16 @@ function showCaller(row, { running, limit, waiting, tokens_today: tokens, budget
     `${numbers.count(running)} of ${numbers.count(limit)}`,
     numbers.count(waiting),
   ]);
+}
+
+/** Say what runs in processes that were replaced. */
+function showFormer(former) {
+  if (!former.length) return "";
+  const answers = former.reduce((sum, each) => sum + each.answers, 0);
+  const [longest, until] = ["longest", "until"].map((key) => Math.max(...former.map((each) => each[key])));
+  const at = new Date(until * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  const where = numbers.some(former.length, "former process", "former processes");
+  return `${numbers.some(answers, "answer still runs", "answers still run")} in ${where}, longest ${numbers.seconds(longest)}, until ${at}`;
 }
 
 function showInstance(row, instance) {

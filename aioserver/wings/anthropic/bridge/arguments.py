@@ -1,4 +1,4 @@
-"""The end of a call's arguments: that of one JSON object (RFC 8259), in any number of pieces."""
+"""Finds the end of a call's arguments, one JSON object (RFC 8259) that comes in pieces."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Scanner:
         self._string = self._escaped = False
 
     def end(self, text: str) -> int:
-        """Return the index in *text*, the next piece, behind the end of the object; -1 if the end
-        is not in it.
+        """Return the index behind the end of the object in *text*, the next piece; -1 if the object
+        does not end there.
 
         Raises:
-            BadEvent: it is no object.
+            BadEvent: the text is not an object.
         """
         if not self.begun:
             first = text.lstrip(_SPACE)[:1]

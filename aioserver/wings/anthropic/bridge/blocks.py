@@ -5,8 +5,8 @@
     tool_use                      a tool call of the assistant
     tool_result                   its result
     thinking, with our signature  reasoning
-    other thinking                left out: it is another model's
-    server_tool_use and results   left out, as the tools are that they belong to
+    other thinking                left out: another model has written it
+    server_tool_use and results   left out, like the tools to which they belong
 
 `Turns` decides where each of them goes (protocol/bridging/turns.py).
 """
@@ -99,7 +99,7 @@ class BlockReader:
         """Add a message, in steps.
 
         Raises:
-            InvalidRequest: it is none, or has no form in a chat; *param* names it.
+            InvalidRequest: *raw* is not a message, or has no form in a chat; *param* names it.
         """
         message = await reading(_MESSAGE, raw, param)
         param = f"{param}.content"

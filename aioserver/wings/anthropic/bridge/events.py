@@ -136,7 +136,7 @@ class MessageWriter(ChunkReader[Call]):
 
     @property
     def transcript(self) -> str | None:
-        """The text that has been shown; None if there is more, an end, or nothing yet."""
+        """The text that has been shown; None if there is more, or an end."""
         if self._called or self._refused or not self.only_text or self.finish_reason is not None:
             return None
         return self.text

@@ -1,4 +1,4 @@
-"""A refusal of a chat completion, as one of the Messages API."""
+"""The translation of refusals: a provider's refusal of a chat completion, for the Messages API."""
 
 from __future__ import annotations
 

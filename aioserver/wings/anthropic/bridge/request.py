@@ -117,7 +117,7 @@ async def chat_request(
     parameters that the provider accepts.
 
     Raises:
-        InvalidRequest: *body* is no request, or one that has no form in chat completions.
+        InvalidRequest: *body* is no request, or the request has no form in chat completions.
     """
     json_body.check_values(body)
     await pause_after(body)

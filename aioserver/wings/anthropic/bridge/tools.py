@@ -71,7 +71,7 @@ class Tools:
         """Add a declared tool.
 
         Raises:
-            InvalidRequest: it is none, or there are too many; *param* names it.
+            InvalidRequest: *raw* is not a tool, or there are too many; *param* names it.
         """
         if len(self.functions) >= MAX_TOOLS:
             raise InvalidRequest(f"more than {MAX_TOOLS} tools", param=param)
@@ -87,11 +87,12 @@ class Tools:
         )
 
     def choose(self, raw: Raw) -> bytes:
-        """Return the `tool_choice` of chat completions for that of a request; empty if there is
-        none, once all tools have been added.
+        """Return the `tool_choice` of chat completions for *raw*, the choice of a request.
+
+        The result is empty if there is no choice. All tools must have been added before.
 
         Raises:
-            InvalidRequest: it is none, or names a tool that was not declared.
+            InvalidRequest: *raw* is not a choice, or names a tool that was not declared.
         """
         choice = None if null(raw) else read(_CHOICE, raw, "tool_choice")
         if choice is not None and choice.type == "tool" and choice.name in self.hosted.names:

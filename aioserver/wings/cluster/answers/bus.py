@@ -1,8 +1,9 @@
 """The bus: messages between instances, over the pub/sub of Redis.
 
-What is sent to one instance within a turn of the event loop goes out as one publication. A message
-may be lost: Redis drops a subscriber that reads too slowly, and forgets what it was sent. It may
-be late, too, and then comes after others. Who sends messages has to notice both (links.py).
+All messages to one instance within a turn of the event loop go out as one publication. A message
+may be lost: Redis drops a subscriber that reads too slowly, and the messages for it. A message may
+also be late, and then comes after others. The code that sends messages has to notice both
+(links.py).
 
 `RedisBus` has two connections: one is subscribed to this instance's channel, the other publishes.
 Both are made again, after a short wait, when they break.
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.cluster")
 
-# Seconds in which Redis answers: more, and its connection is made again.
+# Seconds in which Redis must answer; after that the connection is made again.
 TIMEOUT = 1.0
-# Bytes that wait to be published; beyond, messages are lost, which their readers notice.
+# Bytes that may wait to be published. Beyond this limit messages are lost, and readers notice it.
 MAX_WAITING = 1 << 25
 # Commands that wait for Redis.
 MAX_COMMANDS = 10_000
@@ -42,7 +43,7 @@ class Bus(Protocol):
 
     @property
     def connected(self) -> bool:
-        """Whether messages come and go."""
+        """Whether messages can be sent and received."""
 
     def send(self, target: str, message: Message) -> None:
         """Send *message* to the instance *target*, with all others of this turn of the event
@@ -60,7 +61,7 @@ class MakeBus(Protocol):
 
 
 def channel_of(prefix: str, name: str) -> str:
-    """Return the channel on which the instance *name* hears others.
+    """Return the channel on which the instance *name* receives messages.
 
     *prefix* is that of the cluster's keys.
     """
@@ -90,10 +91,9 @@ class Outbox:
 
 
 class RedisCommands:
-    """A connection for commands that may be given up: their answers are then not awaited, and may
-    come.
+    """A connection for commands whose callers may stop waiting for the answers.
 
-    Always: commands are carried out in the order in which they were asked, each at most once.
+    Always: commands are carried out in the order of the calls, each at most once.
     """
 
     def __init__(self, url: str) -> None:
@@ -127,7 +127,7 @@ class RedisCommands:
         return await asyncio.shield(self.ask(*args))
 
     async def close(self) -> None:
-        """End the connection; what waits for an answer gets none."""
+        """Close the connection; commands without an answer get none."""
         self._opening.cancel()
         for asked in tuple(self._asked):
             asked.cancel()
@@ -146,8 +146,8 @@ class RedisBus:
 
     *prefix* is that of the cluster's keys; *commands* publishes, and *url* is subscribed to.
 
-    *on_message* is called with each message and its sender, *on_deaf* with an instance that nobody
-    is: what was sent to it has reached no one.
+    *on_message* is called with each message and its sender. *on_deaf* is called with the name of an
+    instance if no process has received the messages to it.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class RedisBus:
     ) -> None:
         self.name = name
         self._on_message, self._on_deaf = on_message, on_deaf
-        # Publications that were none, and messages that were lost since too many waited.
+        # Publications that could not be decoded, and messages that were lost as too many waited.
         self.malformed, self.lost = Counter(), Counter()
         self._prefix = prefix
         self._commands = commands
@@ -171,7 +171,7 @@ class RedisBus:
             {channel_of(prefix, name): self._receive},
             bound=TIMEOUT,
             on_loss=lambda failure: logger.warning(
-                "messages of other instances are not heard: %s", failure
+                "messages of other instances are not received: %s", failure
             ),
         )
         self._outbox = Outbox(name, self._publish)
@@ -190,7 +190,7 @@ class RedisBus:
         self._outbox.put(target, message)
 
     async def close(self) -> None:
-        """Hear and say nothing any more."""
+        """Stop receiving messages."""
         self._opening.cancel()
         await asyncio.wait((self._opening,))
         await self._subscription.close()
@@ -203,7 +203,7 @@ class RedisBus:
 
         def published(answer: asyncio.Future[Any]) -> None:
             self._waiting -= len(data)
-            # A command that has failed was told already: the connection is made again.
+            # A failed command has been noticed already: the connection is made again.
             if not answer.cancelled() and answer.exception() is None and answer.result() == 0:
                 self._on_deaf(target)
 
@@ -221,6 +221,6 @@ class RedisBus:
 
 
 async def _open(connection: Connection) -> None:
-    # A server that is not there is looked for in the background.
+    # The connection keeps trying in the background.
     with contextlib.suppress(CallFailed):
         await connection.open()

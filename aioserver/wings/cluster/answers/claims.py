@@ -1,10 +1,10 @@
-"""Claims: which instance answers a request id, so that the same request is never asked of a
+"""Claims: each decides which instance answers a request id, so that no request is sent to a
 provider twice.
 
-A claim is a hash in Redis. Its key has a digest of the caller and the id, since an id is a name
-within a caller; neither stands in a key. It has the owner's name, the digest of the request, and
-whether the answer has ended. A claim lives for LEASE and the window of the stream, and is renewed
-while the answer runs; after the end it lives for the window.
+A claim is a hash in Redis. Its key has a digest of the caller and the id, since ids are unique only
+within a caller, and neither may stand in a key. A claim has the owner's name, the digest of the
+request, and a mark if the answer has ended. It lives for LEASE and the window of the stream, and is
+renewed while the answer runs; after the end it lives for the window.
 
     none, or the owner is no member any more   → ours
     ours                                       → ours
@@ -12,9 +12,9 @@ while the answer runs; after the end it lives for the window.
     another's, with another request            → a conflict
     ended, and the log was handed over         → the log is read from Redis
 
-The decision is made in Redis, by a script, so that of two instances which claim an id at once one
-is the owner. Each answer of Redis is awaited for `commands.TIMEOUT` at most: beyond, an instance
-goes on with its own store alone, and an id may then be answered twice.
+A script in Redis makes the decision, so that only one of two instances that claim an id at once
+becomes the owner. An instance waits for Redis for `commands.TIMEOUT` at most. After that it goes on
+with its own store alone, and the id may be answered twice.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
     from aioserver.gateway.contracts.commands import Commands
 
-# Seconds for which a claim lives that is not renewed, beyond the stream's window, and between two
-# renewals.
+# Seconds for which a claim lives without a renewal, in addition to the stream's window; and seconds
+# between two renewals.
 LEASE, RENEWAL = 60.0, 20.0
 OURS, THEIRS, CONFLICT, KEPT, NONE = 1, 2, 3, 4, 5
 
 # KEYS: the claim, the handed-over log, the members. ARGV: my name, the request's digest,
-# milliseconds to live, an owner that no longer has the stream ("" if none). Where there is no
-# room, the id is ours and nobody else knows.
+# milliseconds to live, an owner that no longer has the stream ("" if none). If Redis has no room,
+# this instance gets the id, but other instances do not know it.
 TAKE = (
     FULL
     + """
@@ -68,8 +68,8 @@ if redis.call('ZSCORE', KEYS[3], owner) then return {2, owner, digest} end
 return {5, '', ''}
 """
 # KEYS: claims. ARGV: my name, then for each the digest, milliseconds to live, and "1" if the
-# answer has ended. A claim that is another's by now stays so. One that has no time left to live is
-# given up.
+# answer has ended. A claim that another instance has by now is left to it. A claim without time left
+# to live is deleted.
 RENEW = (
     FULL
     + """
@@ -101,9 +101,8 @@ return 1
 
 
 class Verdict(NamedTuple):
-    """The state of an id: OURS, THEIRS, CONFLICT, KEPT, or NONE.
-
-    The owner's name, and the request's digest, if it is known.
+    """The *state* of an id (OURS, THEIRS, CONFLICT, KEPT, or NONE), the name of its *owner*, and the
+    *digest* of its request, if known.
     """
 
     state: int
@@ -112,8 +111,8 @@ class Verdict(NamedTuple):
 
 
 class Renewal(msgspec.Struct):
-    """A claim that is renewed: the id's *name*, the request's *digest*, how long it lives, in
-    seconds.
+    """A claim to renew: the *name* of its id, the *digest* of its request, and the *seconds* for
+    which it lives.
     """
 
     name: str
@@ -134,8 +133,8 @@ class Claims:
         self._me = me
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
-        """Claim *name* for *seconds*, unless it is another's, other than *lost*, which no longer
-        has the stream.
+        """Claim *name* for *seconds*, unless another instance has it. The instance *lost* no longer
+        has the stream, so its claim does not count.
         """
         keys, milliseconds = self._keys(name), int(1000 * seconds)
         return _verdict(
@@ -143,11 +142,11 @@ class Claims:
         )
 
     async def find(self, name: str) -> Verdict:
-        """Return whose *name* is: THEIRS, KEPT or NONE."""
+        """Return the state of *name*: THEIRS, KEPT or NONE."""
         return _verdict(await self._commands.evaluate(FIND, self._keys(name)))
 
     async def renew(self, claims: Sequence[Renewal]) -> None:
-        """Renew our claims; those that live no longer are given up."""
+        """Renew our claims; claims with 0 seconds are deleted."""
         keys = [f"{self._prefix}s:{claim.name}" for claim in claims]
         values: list[bytes | str | int] = []
         for claim in claims:
@@ -162,7 +161,7 @@ class Claims:
     async def put_log(self, name: str, log: bytes, seconds: float) -> None:
         """Keep a log that has ended for *seconds*, if there is room.
 
-        The server takes no time of 0 ms: a window that ends meanwhile has one.
+        Redis does not accept a lifetime of 0 ms, so it is at least 1 ms.
         """
         milliseconds = max(1, int(1000 * seconds))
         await self._commands.evaluate(PUT_LOG, [self._keys(name)[1]], log, milliseconds)

@@ -1,7 +1,6 @@
-"""Logs that have ended, handed over to Redis by an instance that stops, and read from there by the
-others.
+"""The hand-over of ended logs: an instance that stops stores them in Redis, where others read them.
 
-What is kept is the log as bytes (log_codec.py), for what is left of its window.
+A log is stored as bytes (log_codec.py), for the rest of its window.
 """
 
 from __future__ import annotations
@@ -25,29 +24,30 @@ if TYPE_CHECKING:
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
-# Bytes of all logs that one instance hands over.
+# Bytes of all logs that one instance hands over at most.
 MAX_BYTES = 1 << 26
 
 
 def kept_seconds(stream: Stream) -> float:
-    """Return what is left of the window of *stream*, which has ended."""
+    """Return the seconds that are left of the window of *stream*, which has ended."""
     return ended_at(stream) + stream.window - monotonic()
 
 
 def polled(stream: Stream) -> bool:
-    """Return whether clients come back to *stream* by an id that is not theirs, and hear how it has
-    ended, whatever that is.
+    """Return whether clients poll *stream* by an id that the server has made. They must learn of
+    any end of it, also of an error.
     """
     return stream.background and stream.alias is not None
 
 
 def chosen(streams: Iterable[Stream]) -> Iterator[tuple[Stream, float, bytes]]:
-    """Yield those of *streams*, the newest first, that are handed over: how long each is kept, and
-    its log. The next one is of the owner of whom the least has been handed over, so that nobody
-    takes the room of all.
+    """Yield the *streams* to hand over, each with the seconds that it is kept, and its log.
 
-    An answer that the end of the server has cut is not: who asks again gets a new one. But nobody
-    asks again by the id of one in the background.
+    *streams* has the newest first. The next stream is always one of the owner with the fewest bytes
+    so far, so that no owner takes the room of all others.
+
+    An answer that was cut by the end of the server is left out, so that the same request gets a new
+    answer. It is included if it is polled, since its id does not come with a new request.
     """
     owned: dict[Hashable, list[Stream]] = {}
     for stream in streams:
@@ -55,7 +55,7 @@ def chosen(streams: Iterable[Stream]) -> Iterator[tuple[Stream, float, bytes]]:
         whole = stream.ended and stream.entries and not cut
         if whole and kept_seconds(stream) > 0:
             owned.setdefault(owner_of(stream.caller), []).append(stream)
-    # The bytes of an owner, its number, and its streams.
+    # For each owner: the bytes of its logs so far, its number, and its streams.
     heap = [(0, number, iter(own)) for number, own in enumerate(owned.values())]
     left = MAX_BYTES
     while heap:
@@ -91,10 +91,10 @@ async def fill(
 ) -> None:
     """Fill the mirror *stream* with a *log* that was handed over, from *start* on.
 
-    Its API is one of *apis*.
+    *apis* are the APIs by their paths.
 
     Raises:
-        StreamNotFound: what was kept is no log.
+        StreamNotFound: the stored bytes are not a log.
         ResumeGap: the log does not have the events after *start*.
     """
     try:

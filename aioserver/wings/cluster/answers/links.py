@@ -1,12 +1,11 @@
-"""Links: a log of this instance, as another instance reads it.
+"""Links, which send logs of this instance to mirrors elsewhere (mirrors.py).
 
-A link is a reader of its log like any other: so its window, `left`, and `max_detached` hold as
-they are. It sends the log as blocks (log_codec.py), for as long as the other side gives credit:
-that side's readers may be slow, and are then read ahead for by no more than that. The other side
-is a mirror (mirrors.py).
+A link is a reader of its log like any other, so that the rules of a stream with or without readers
+hold for it (its window, `max_detached`). It sends the log as blocks (log_codec.py) for as long as
+the mirror gives credit. The credit bounds the bytes that are sent before slow clients read them.
 
-A link ends when the mirror says so, or has not been heard for a while. It stays until then even if
-all was sent: a block may be lost.
+A link ends when the mirror asks for it, or when no message has come from the mirror for a while. It
+does not end when everything was sent, since a block may be lost.
 """
 
 from __future__ import annotations
@@ -30,14 +29,13 @@ CREDIT = 1 << 18
 
 
 class Link:
-    """A reader of *stream* at another instance, which has the events up to *after*.
+    """A reader of *stream* for another instance, which has the events up to *after*.
 
-    Always: no more than `limit` bytes were sent; `next_index` is that of the next entry to be
-    sent.
+    Always: at most `limit` bytes were sent; `next_index` is the index of the next entry to be sent.
 
     *send* sends a message to the other instance, which calls this link *number*. *on_drop* is
-    called when the log has discarded what comes next. *heard_at* is the loop's time of the last
-    sign of the other side.
+    called when the log has discarded the next events. *heard_at* is the loop's time of the last
+    message from the other side.
     """
 
     def __init__(
@@ -60,11 +58,11 @@ class Link:
         self.peer = ""
         self.next_index, self._skip = stream.locate(after)
         if stream.whole is not None:
-            # All of it is sent, since its events are made again of its body.
+            # The whole body is sent, since the mirror makes the events from it.
             self.next_index, self._skip = stream.offset, 0
         self._send = send
         self._on_drop = on_drop
-        # What of the items taken from the log was not sent yet.
+        # The pieces of items from the log that were not sent yet.
         self._pieces: deque[bytes | memoryview] = deque()
         self._facts: tuple[object, ...] | None = None
 
@@ -76,7 +74,7 @@ class Link:
         """Return None: there is no client's socket to forward anything to."""
 
     def notify(self) -> None:
-        """Send what is new, as far as there is credit."""
+        """Send the new entries, as far as the credit allows."""
         if self.closed:
             return
         while self.sent < self.limit:
@@ -97,7 +95,7 @@ class Link:
             self.sent += len(data)
 
     def extend(self, limit: int) -> None:
-        """Send up to byte *limit*, though no more at once than CREDIT."""
+        """Allow bytes up to *limit*, but never more than CREDIT beyond the sent ones."""
         limit = min(limit, self.sent + CREDIT)
         if limit > self.limit:
             self.limit = limit
@@ -105,9 +103,7 @@ class Link:
             self.stream.note_passed()
 
     def drop(self, _seen: int) -> None:
-        """Leave the log, which no longer has the events that come next, and tell the other side
-        so.
-        """
+        """Leave the log, which no longer has the next events, and notify the other side."""
         self._on_drop(self)
         error = SlowClient("this client reads more slowly than the answer comes, and fell behind")
         self._send(Refused(self.number, log_codec.pack_fault(error)))
@@ -131,7 +127,7 @@ class Link:
             first, self._facts = self._facts is None, facts
             item, body = log_codec.facts_of(stream, self.after)
             if not first:
-                # The other side looks at the events itself.
+                # The other side notes these facts from the events that it receives.
                 item.runs, body = None, b""
             self._pieces.extend(log_codec.pack(item, body))
             return True

@@ -1,14 +1,14 @@
-"""A log as bytes, in which other instances get it, and Redis keeps it; and errors on their way
-between instances: one at the owner looks the same to a client elsewhere.
+"""The encoding of a log as bytes, for other instances and for Redis.
 
-The bytes are a sequence of items. Each has a head, which is msgpack, and a body, which is copied
-as it is:
+A log is a sequence of items. Each has a head, which is msgpack, and a body, which is copied as it
+is:
 
     length of the head, length of the body (two 32-bit numbers, big endian), head, body
 
     Facts*, then Part* End, or Whole End
 
-An item may be as large as an event may be; a reader assembles it of the pieces in which it comes.
+An item may be as large as an event. It may come in several pieces, from which a reader assembles
+it. Errors are encoded here, too, so that a client gets the same error at every instance.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Facts(msgspec.Struct, array_like=True, tag=1):
     """The facts of an answer beside its events.
 
     *after* is the event after which this reader gets the log, *last* the newest event now. *runs*
-    are those of `AnswerEvents.state`, whose newest event is the item's body; None if nothing is
-    remembered.
+    come from `AnswerEvents.state`, and the body of the item is the newest event that it remembers;
+    None if it remembers no event.
     """
 
     after: int
@@ -63,9 +63,9 @@ class Facts(msgspec.Struct, array_like=True, tag=1):
 
 
 class Part(msgspec.Struct, array_like=True, tag=2):
-    """An entry: its *frames*, or the provider's bytes in the body.
+    """An entry: its *frames*, or the bytes of the provider in the body.
 
-    *texts*: the body has texts alone.
+    If *texts* is set, the body has only texts.
     """
 
     first: int
@@ -107,9 +107,9 @@ def pack(head: Head, body: bytes = b"") -> list[bytes]:
 
 
 class Assembler:
-    """Puts items together of the bytes that come, in whatever pieces.
+    """Assembles items from bytes that come in any pieces.
 
-    Always: it keeps the bytes of one item that is not complete.
+    Always: it keeps only the bytes of the one item that is not complete.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class Assembler:
         """Add *data*, and yield the items that are complete.
 
         Raises:
-            Malformed: these are no items.
+            Malformed: the bytes are not items.
         """
         buffer = self._buffer
         buffer += data
@@ -171,7 +171,7 @@ def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
 
 
 def take_facts(stream: Stream, facts: Facts, body: bytes, apis: Mapping[str, Api]) -> None:
-    """Let *stream* have these facts; its API is one of *apis*, by their paths."""
+    """Set *facts* in *stream*; *apis* are the APIs by their paths."""
     outcome = stream.outcome
     stream.api = api = apis.get(facts.path)
     stream.conversation_id = facts.conversation_id
@@ -187,7 +187,7 @@ def take_facts(stream: Stream, facts: Facts, body: bytes, apis: Mapping[str, Api
 
 
 def rest_of(stream: Stream, entry: Entry, after: int) -> Entry | None:
-    """Return what of *entry* comes after event *after*; None if nothing does."""
+    """Return the part of *entry* after event *after*; None if it is empty."""
     skip = after + 1 - entry.first
     if skip <= 0:
         return entry
@@ -209,7 +209,7 @@ def entry_item(entry: Entry) -> list[bytes]:
 
 
 def entry_of(part: Part, body: bytes) -> Entry:
-    """Return the entry that *part* has."""
+    """Return the entry that *part* and its *body* encode."""
     if part.texts:
         return TextEntry(part.first, part.count, body, monotonic())
     status = CHUNK if part.status == CHUNK else part.status
@@ -231,7 +231,7 @@ def whole_item(answer: Answer) -> list[bytes]:
 
 
 def answer_of(stream: Stream, whole: Whole, body: bytes) -> Answer:
-    """Return the answer that *whole* has, for *stream*, which has the same outcome."""
+    """Return the answer that *whole* and its *body* encode, and set its outcome in *stream*."""
     outcome = stream.outcome
     outcome.provider, outcome.attempts, outcome.headers = (
         whole.provider,
@@ -245,7 +245,8 @@ def next_item(stream: Stream, index: int, skip: int) -> tuple[int, list[bytes]] 
     """Return the item of the entry at *index*, counted from the start of the log, and the index
     after it.
 
-    *skip*: events at the entry's start that the reader has. None: the log has no more yet.
+    The reader has *skip* events at the start of this entry already. Return None if the log has no
+    such entry yet.
     """
     at = index - stream.offset
     if not 0 <= at < len(stream.entries):
@@ -255,9 +256,9 @@ def next_item(stream: Stream, index: int, skip: int) -> tuple[int, list[bytes]] 
         return index + 1, end_item(stream, entry)
     if isinstance(stream.whole, Answer):
         if not stream.ended:
-            # Its end follows at once.
+            # The end follows at once, and the item is then sent with it.
             return None
-        # The events are made again of its body.
+        # The reader makes the events from the body.
         return last, whole_item(stream.whole)
     rest = rest_of(stream, entry, entry.first - 1 + skip)
     return index + 1, entry_item(rest or entry)
@@ -283,15 +284,12 @@ def pack_fault(error: AioserverError) -> Fault:
 
 
 def unpack_fault(fault: Fault) -> AioserverError:
-    """Return the error of which *fault* was made.
-
-    An `InternalError` if its class is unknown here.
-    """
+    """Return the error that *fault* encodes, or an `InternalError` if its class is unknown here."""
     cls = _CLASSES.get(fault.kind)
     if cls is None or not issubclass(cls, AioserverError):
         return InternalError("internal error")
     if issubclass(cls, ProviderRefused):
-        # The text of the exception is without the provider's reason, as at the owner.
+        # The text of the exception lacks the reason that the provider gave, as at the owner.
         text = f"{fault.provider or 'a provider'} answered {fault.status}"
         refused = cls(text, fault.status, fault.body)
         refused.message = fault.message
@@ -300,7 +298,7 @@ def unpack_fault(fault: Fault) -> AioserverError:
     else:
         error = cls(fault.message, retry_after=fault.retry_after, param=fault.param)
     error.paid = fault.paid
-    # It was counted where it happened.
+    # The owner has counted the error already.
     error.counted = True
     if isinstance(error, ProviderFault):
         if fault.provider:

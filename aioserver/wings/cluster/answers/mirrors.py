@@ -1,15 +1,14 @@
-"""Mirrors, as they are filled: this side of a link (links.py), whose other side is the log's
-owner.
+"""Mirrors: copies here of logs that other instances own, each filled through a link (links.py).
 
-A mirror gives credit for what its readers have passed, so that it keeps no more than that. The
-bytes of a link are numbered: a gap says that a block was lost, and the log is then attached to
-again, from the last event on that is complete. What comes twice is left out.
+A mirror gives credit to the owner when its readers have passed events, so that it never keeps more
+than the credit. The bytes of a link are numbered. After a gap, a block was lost, and the mirror
+attaches to the log again, after the last complete event. Bytes that come twice are dropped.
 
     attaching → following → done
         ↖______/ a gap
 
-An owner is gone when what is sent to it reaches no one, or when it has not been heard for
-MAX_SILENCE.
+An owner is gone when no process receives the messages to it, or when no message has come from it
+for MAX_SILENCE.
 """
 
 from __future__ import annotations
@@ -42,11 +41,12 @@ class Mirror:
     Always: the owner may send up to `limit`, at most CREDIT beyond what was `received`; the
     stream's events are those of the owner, without a gap.
 
-    *send* sends a message to the owner, and *number* names the link; *renumber* returns a new
-    number, *credit* the bytes that may be on their way to one mirror now, at most CREDIT. The
-    future *accepted* is done once the owner has said that it has the log, after *on_accept* was
-    called, and *done* when the log has ended here. Both raise what the owner says, if it has no
-    such log.
+    *send* sends a message to the owner. *number* names the link, and *renumber* returns a new
+    number. *credit* returns the bytes that may be on their way to one mirror now, at most CREDIT.
+
+    When the owner confirms that it has the log, *on_accept* is called, and then the future
+    *accepted* is done. The future *done* is done when the log has ended here. If the owner has no
+    such log, both futures raise the error that it has sent.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class Mirror:
         self._assembler = log_codec.Assembler()
         self._paused = self._agreed = False
         self._attempts = 0
-        # The newest event when the log was attached to: what the owner's facts know of.
+        # The newest event that the owner's facts include.
         self._known = 0
         self._finishing: asyncio.Task[None] | None = None
-        # Nobody has to look at what they raise.
+        # Their exceptions are retrieved here, as there may be no task that waits for them.
         self.accepted.add_done_callback(_retrieve)
         self.done.add_done_callback(self._leave)
 
@@ -90,7 +90,7 @@ class Mirror:
         return self.stream.request_id
 
     def attach(self) -> None:
-        """Ask the owner for the log, from what is there on."""
+        """Ask the owner for the log, after the events that are here already."""
         self._attempts += 1
         if self._attempts > MAX_ATTEMPTS:
             self.fail(ServerShutdown("the log of this answer cannot be read", retry_after=1.0))
@@ -109,7 +109,7 @@ class Mirror:
         )
 
     def pause(self) -> None:
-        """Give no more credit: the readers have not passed what is here."""
+        """Give no more credit, as the readers have not passed the events that are here."""
         self._paused = True
 
     def resume(self) -> None:
@@ -119,7 +119,7 @@ class Mirror:
             self._give_credit()
 
     def receive(self, block: Block) -> None:
-        """Take in *block*, unless it is there already."""
+        """Take in *block*, unless its bytes were received already."""
         offset, data = block.offset, block.data
         if self.done.done() or offset + len(data) <= self.received:
             return
@@ -155,7 +155,8 @@ class Mirror:
         """Note that the owner has no such log, or cannot send it any further."""
         error = log_codec.unpack_fault(fault)
         if self._agreed and isinstance(error, StreamNotFound):
-            # It has had it. Whether it is kept elsewhere is found out by who comes back.
+            # The owner had the log before. A client that comes back finds out whether it is kept
+            # elsewhere.
             self.lose()
         else:
             self.fail(error)
@@ -167,16 +168,16 @@ class Mirror:
         )
 
     def fail(self, error: Exception) -> None:
-        """End with *error*, which is no event of the log."""
+        """End with *error*, which is not an event of the log."""
         if not self.done.done():
             self._finish(error)
 
     def close(self) -> None:
-        """End, whoever waits; a second call does nothing."""
+        """End, and cancel every wait for the log; a second call does nothing."""
         self.done.cancel()
 
     def _leave(self, done: asyncio.Future[None]) -> None:
-        """Let the owner send nothing more."""
+        """Tell the owner to send nothing more."""
         _retrieve(done)
         self._send(Detach(self.number))
         self.stream.source = None
@@ -225,7 +226,7 @@ class Mirror:
     def _take_facts(self, facts: log_codec.Facts, body: bytes) -> None:
         stream = self.stream
         if not self.accepted.done():
-            # The owner has chosen where this begins.
+            # The owner has chosen the first event.
             stream.last = max(stream.last, facts.after)
             self._known = facts.last
             stream.source = self
@@ -236,7 +237,7 @@ class Mirror:
                 self.accepted.set_result(None)
         log_codec.take_facts(stream, facts, body, self._apis)
         if facts.end_status and facts.after >= facts.last and not facts.whole:
-            # It has ended, and nothing of it is left.
+            # The log has ended, and the owner keeps none of its events.
             stream.stop(facts.end_status)
             self._finish(None)
 

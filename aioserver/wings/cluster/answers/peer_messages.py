@@ -147,7 +147,7 @@ def decode(data: bytes) -> Publication:
     """Return the publication in *data*.
 
     Raises:
-        Malformed: it is none, or too large.
+        Malformed: *data* is not a publication, or is too large.
     """
     if len(data) > MAX_READ:
         raise Malformed(f"a publication of {len(data)} bytes, at most {MAX_READ}")

@@ -1,11 +1,11 @@
-"""Peers: the other instances, as far as streams go. What is said to them, and what they say.
+"""The messages about streams between this instance and its peers, the other instances.
 
-Here are the links, by which others read logs of this instance, and the mirrors, by which clients
-of this instance read logs of others. Mirrors ping the owners of their logs. A ping says what was
-received, and its answer what was sent, so that nothing that is lost stays so: neither a block, nor
-credit, nor the end. Who has nothing to do with any other instance says nothing.
+Other instances read logs of this one through links, and clients of this instance read logs of
+others through mirrors. Mirrors ping the owners of their logs. A ping has the number of bytes that
+were received, and its answer the number that were sent. In this way both sides notice a lost block,
+lost credit or a lost end, and repeat it. An instance without links and mirrors sends no pings.
 
-This file is one concept: what instances say to each other of streams, and who hears it.
+This file is long, but it is one concept: all messages between instances about streams.
 """
 
 from __future__ import annotations
@@ -43,30 +43,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.cluster")
 
-# Seconds between two pings. A single one that is lost does no harm.
+# Seconds between two pings. One lost ping does no harm.
 PING = 0.5
-# Seconds without a sign of an owner, after which it is gone, and of a mirror, after which its link
-# ends.
+# Seconds without a message from an owner, after which it counts as gone; and seconds without a
+# message from a mirror, after which its link ends.
 MAX_SILENCE, MAX_IDLE = 2.0, 6.0
 # Seconds for which mirrors wait for our own connection to Redis.
 MAX_AWAY = 10.0
-# Seconds after which an instance that heard nothing is tried again: its subscription may have been
-# broken.
+# Seconds after which a message that no process received is followed by another one: the
+# subscription of the instance may have been broken.
 DEAF_AGAIN = 0.5
-# Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each.
-# Redis' default for a subscriber is 32 MiB, and 8 MiB for a minute.
+# Bytes that may be on their way to all mirrors of this instance together; each has at least
+# MIN_CREDIT. By default Redis drops a subscriber with more than 32 MiB, or 8 MiB for a minute.
 ALL_CREDIT, MIN_CREDIT = 1 << 23, 1 << 14
-# Links of one instance.
+# Links of one instance at most.
 MAX_LINKS = 10_000
 
 
 class Peers:
-    """Links and mirrors.
+    """The links and mirrors of this instance.
 
-    Always: each link is a reader of its stream; each mirror that is not done is pinged for.
+    Always: each link is a reader of its stream; the owner of each mirror that is not done is
+    pinged.
 
-    *make_bus* is called with what hears messages, and of instances that nobody is. `serve` comes
-    before anything else.
+    *make_bus* gets two callbacks: for a message, and for a message that no process has received.
+    `serve` must be called first.
     """
 
     gateway: Gateway
@@ -77,32 +78,32 @@ class Peers:
         self._links: dict[tuple[str, int], Link] = {}
         self._mirrors: dict[int, Mirror] = {}
         self._numbers = 0
-        # Since when what was sent to an instance has reached no one.
+        # The time since which no process has received the messages to an instance, by its name.
         self._deaf_since: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = self._connected_at = 0.0
-        # Messages that made no sense.
+        # Messages that could not be understood.
         self.refused = Counter()
         self.bus: Bus = make_bus(on_message=self._receive, on_deaf=self._deaf)
 
     def serve(self, gateway: Gateway, apis: Mapping[str, Api]) -> None:
-        """Let others read the streams that *gateway* finds; *apis*: what their paths mean."""
+        """Let others read the streams that *gateway* finds; *apis* are the APIs by path."""
         self.gateway, self.apis = gateway, apis
 
     @property
     def links(self) -> int:
-        """How many logs of this instance are read at others."""
+        """The number of logs of this instance that other instances read."""
         return len(self._links)
 
     @property
     def mirrors(self) -> int:
-        """How many logs of other instances are read here."""
+        """The number of logs of other instances that this instance reads."""
         return len(self._mirrors)
 
     def attach(
         self, stream: Stream, owner: str, start: Start, on_accept: Callable[[], None]
     ) -> Mirror:
-        """Let *stream* be filled with the log of *owner*: see `Mirror`."""
+        """Return a mirror that fills *stream* with the log of *owner*."""
         mirror = Mirror(
             stream,
             owner,
@@ -119,7 +120,7 @@ class Peers:
         return mirror
 
     def close(self) -> None:
-        """Send and fill nothing any more."""
+        """Close all links and mirrors."""
         if self._timer is not None:
             self._timer.cancel()
         for link in tuple(self._links.values()):
@@ -128,8 +129,8 @@ class Peers:
             mirror.close()
 
     def _credit(self) -> int:
-        """Return the bytes that may be on their way to one mirror: Redis drops a subscriber to
-        which many wait.
+        """Return the bytes that may be on their way to one mirror. They are bounded, as Redis drops
+        a subscriber for which too many bytes wait.
         """
         return max(MIN_CREDIT, min(CREDIT, ALL_CREDIT // max(1, len(self._mirrors))))
 
@@ -140,7 +141,7 @@ class Peers:
         return self._numbers
 
     def _receive(self, sender: str, message: Message) -> None:
-        """Take in one message: called by the bus, which a message must never end."""
+        """Take in one message. The bus calls this, and no message may break the bus."""
         try:
             self._take(sender, message)
         except Exception:
@@ -247,15 +248,15 @@ class Peers:
                 mirror.attach()
 
     def _deaf(self, target: str) -> None:
-        """Note that what was sent to *target* has reached no one: called by the bus."""
+        """Note that no process has received a message to *target*. The bus calls this."""
         now = self._loop.time()
         since = self._deaf_since.get(target, now)
         if now - since > MAX_SILENCE:
-            # The last time was long ago.
+            # The last such message was long ago.
             since = now
         self._deaf_since[target] = since
         mirrors = [mirror for mirror in self._mirrors.values() if mirror.owner == target]
-        # A link that ends without need may end the answer, which nobody else reads.
+        # A link that is closed without need may end an answer without another reader.
         links = [link for link in self._links.values() if link.peer == target]
         if now - since >= DEAF_AGAIN * 0.9:
             del self._deaf_since[target]
@@ -282,7 +283,7 @@ class Peers:
         owners: dict[str, list[tuple[int, int, int]]] = {}
         for number, mirror in tuple(self._mirrors.items()):
             if late or (away and mirror.accepted.done()):
-                # It is us who have not listened.
+                # This instance has not received messages, so the owner is not to blame.
                 mirror.heard_at = max(mirror.heard_at, now - PING)
             elif now - mirror.heard_at >= MAX_SILENCE:
                 mirror.lose()

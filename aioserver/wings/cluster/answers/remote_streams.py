@@ -1,16 +1,16 @@
-"""The streams of all instances, as the gateway of one of them sees them: see
+"""The streams of all instances, for the gateway of one instance: see
 `gateway.contracts.instances.Instances`.
 
-    claim     claims.py: this instance answers, or another does (a mirror), or one that has stopped
-              did (its log)
-    follow    a mirror of a stream that another instance has
-    cancel    its owner is asked
-    listing   all are asked
+    claim     decides (claims.py) whether this instance answers a request, mirrors another
+              instance's answer, or reads the log of an instance that has stopped
+    follow    fills a mirror of a stream of another instance
+    cancel    asks the owner of the stream
+    listing   asks all instances
 
-Redis may be away. Then this instance answers by itself what it is asked, and knows no streams but
-its own.
+If Redis cannot be reached, this instance answers every request itself, and knows only its own
+streams.
 
-This file is one concept: how a request id leads to its one log, wherever it is asked for.
+This file is long, but it is one concept: how every instance finds the one log of a request id.
 """
 
 from __future__ import annotations
@@ -70,18 +70,16 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.answers.greeting import Question
     from aioserver.wings.cluster.answers.peer_network import Network
 
-# Claims in one call that renews them, and seconds for which it and other calls that nobody waits
-# for last.
+# Claims that one call renews at most, and seconds for calls for whose answer no client waits.
 MAX_RENEWED, CALL_TIMEOUT = 1_000, 1.0
-# Owners that are asked for one id, one after the other, each having lost it.
+# Owners that are asked for one id, one after the other, if each of them has lost it.
 MAX_OWNERS = 3
-# Seconds for which a mirror waits for its first reader, who may have to wait for a place of its
-# own.
+# Seconds for which a mirror waits for its first reader, which may first wait for a place.
 MAX_UNREAD = 60.0
 
 
 class InstancesStats(msgspec.Struct, frozen=True):
-    """A snapshot: claims that are ours and run, logs read elsewhere, logs of others read here.
+    """A snapshot: running claims, links (logs read elsewhere), and mirrors (others' logs).
 
     *unclaimed* counts requests that were answered without a claim, since Redis did not answer in
     time.
@@ -96,12 +94,12 @@ class InstancesStats(msgspec.Struct, frozen=True):
 class RemoteStreams:
     """Finds streams at other instances, and lets them find those of this one.
 
-    Always: each stream of this instance that has a name, and runs, is in `_claimed`, and its claim
-    is renewed.
+    Always: each running stream of this instance that has a name is in `_claimed`, and its claim is
+    renewed.
 
-    `serve` comes before anything is claimed. Instances ask each other by *network*, with the
-    *secret* of all; *on_look* returns a page for another one. *members* are the names of the
-    instances, as far as this one has heard: for when the server does not say them.
+    `serve` must be called before anything is claimed. Instances ask each other by *network*, with
+    the *secret* that all of them have; *on_look* returns a page for another one. *members* returns
+    the names of the instances that this one knows of, for the case that Redis does not answer.
     """
 
     _gateway: Gateway
@@ -134,9 +132,9 @@ class RemoteStreams:
         self._store = Claims(commands, self._me)
 
     async def serve(self, gateway: Gateway, apis: Mapping[str, Api], admission: Admission) -> None:
-        """Let other instances read the streams of *gateway*: once.
+        """Let other instances read the streams of *gateway*. It is called once.
 
-        *apis*: what the paths of their answers mean. *admission* has the bounds.
+        *apis* are the APIs by their paths. *admission* has the bounds.
         """
         self._gateway = gateway
         self._streams = gateway.lifetime.store
@@ -174,15 +172,13 @@ class RemoteStreams:
         producer: Coroutine[Any, Any, None],
         release: Callable[[], None],
     ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-        """Return the producer that claims the id of *stream* and then runs *producer*, and its
-        release.
-
-        *release* is that of *producer*.
+        """Return a producer that claims the id of *stream* and then runs *producer*, and the
+        function that releases both. *release* releases *producer*.
         """
         stream.remote = Remote(self._loop.create_future())
 
         def release_all() -> None:
-            # It may never have begun.
+            # The coroutine may never have started.
             producer.close()
             release()
 
@@ -192,7 +188,7 @@ class RemoteStreams:
         """Return a mirror of the caller's stream *request_id*, which ends soon if there is none.
 
         Raises:
-            ServerAtCapacity: there is no room for it.
+            ServerAtCapacity: there is no room for the mirror.
         """
         stream = self._streams.open_mirror(request_id, caller, after=start.after or 0)
         try:
@@ -205,7 +201,7 @@ class RemoteStreams:
         return stream
 
     async def reach(self, caller: Caller, request_id: str, start: Start) -> Stream:
-        """Return a mirror, as `mirror`, once it is known that there is such a stream.
+        """Return a mirror, as `mirror` does, but only once its stream is known to exist.
 
         Raises:
             StreamNotFound, RequestConflict, ResumeGap, ServerShutdown: as `Instances.reach`.
@@ -237,10 +233,10 @@ class RemoteStreams:
         raise Elsewhere(verdict.owner, partial(self._tunnels.forward, verdict.owner))
 
     async def claimed(self, stream: Stream) -> None:
-        """Wait until it is known that *stream* is answered, here or elsewhere.
+        """Wait until it is decided whether *stream* is answered here or elsewhere.
 
         Raises:
-            AioserverError: it is not.
+            AioserverError: no instance answers it.
         """
         if stream.remote is None or (claimed := stream.remote.claimed) is None:
             return
@@ -259,8 +255,8 @@ class RemoteStreams:
         """Cancel a stream of another instance.
 
         Raises:
-            StreamNotFound: there is none.
-            InstanceUnavailable: whether there is one is not known.
+            StreamNotFound: there is no such stream.
+            InstanceUnavailable: it is not known whether there is such a stream.
         """
         telling: list[asyncio.Task[tuple[list[Any], bool]]] = []
 
@@ -270,7 +266,7 @@ class RemoteStreams:
         try:
             verdict = await self._find(name_of(caller.name, request_id), tell)
             if verdict is not None and verdict.state == KEPT:
-                # It has ended: nothing is left to do.
+                # The stream has ended already.
                 return
             if verdict is not None and verdict.state == THEIRS and verdict.owner != self._me:
                 asked = Cancel(caller.name, request_id)
@@ -287,19 +283,16 @@ class RemoteStreams:
             raise StreamNotFound(NOT_FOUND) if complete else unknown("stream")
 
     async def listing(self, caller: Caller) -> tuple[list[dict[str, Any]], bool]:
-        """Return what all others say of the caller's streams, and whether one has not answered in
-        time.
-        """
+        """Return the streams of the caller at the other instances, and whether one did not answer."""
         others, certain = await self._others()
         answers, complete = await self._answers(others, Listing(caller.name, caller.subflow))
         return [entry for answer in answers for entry in answer], not (certain and complete)
 
     async def forget(self, caller: Caller, name: str) -> bool:
-        """Let no other instance know an answer any more that is kept beside its log; return
-        whether one did.
+        """Delete a stored answer at every other instance; return whether one had it.
 
         Raises:
-            InstanceUnavailable: that is not known of all.
+            InstanceUnavailable: an instance has not answered, or not all of them are known.
         """
         others, certain = await self._others()
         answers, complete = await self._answers(others, Forget(caller.name, name))
@@ -308,7 +301,7 @@ class RemoteStreams:
         return True in answers
 
     async def _find(self, name: str, late: Callable[[], object]) -> Verdict | None:
-        """Return whose *name* is; None if the server does not say so.
+        """Return the state of the claim *name*; None if Redis does not answer.
 
         *late* is called if the answer takes longer than TIMEOUT.
         """
@@ -322,8 +315,8 @@ class RemoteStreams:
             finding.cancel()
 
     async def _tell(self, caller: Caller, request_id: str) -> tuple[list[Any], bool]:
-        """Let each instance cancel a stream, if it has it: whose it is takes long to find out, and
-        an answer that runs is paid for.
+        """Let each instance cancel a stream, if it has it. It takes long to find out which one has
+        it, and a running answer costs money.
         """
         others = [member for member in self._members() if member != self._me]
         return await self._answers(others, Cancel(caller.name, request_id))
@@ -334,7 +327,7 @@ class RemoteStreams:
         return asked.values(), not asked.missing
 
     async def _others(self) -> tuple[Sequence[str], bool]:
-        """Return the names of the other instances, and whether they are all for certain."""
+        """Return the names of the other instances, and whether the list is certain."""
         members = await self._ask(self._store.members(), KNOWN_TIMEOUT)
         known = self._members() if members is None else members
         return [member for member in known if member != self._me], members is not None
@@ -346,20 +339,20 @@ class RemoteStreams:
             refused = remote.undecided
             remote.decide(stream.error or StreamNotFound("this answer was cancelled"))
             if refused:
-                # There is no such log: the answer is an error, and nobody reads it.
+                # There is no such log: the only event is an error without a reader.
                 self._gateway.lifetime.let_go(stream)
             if not remote.mirrored:
                 self._note_end(stream)
 
     async def hand_over(self, finished: list[Stream]) -> None:
-        """Give the logs that have ended, and are kept, to all: when this instance stops.
+        """Store the logs that have ended in Redis for the other instances, as this one stops.
 
-        *finished*: the newest first.
+        *finished* has the newest stream first.
         """
         for stream, seconds, log in handover.chosen(finished):
             names = [stream.request_id, stream.alias]
             if isinstance(stream.error, ServerShutdown):
-                # A new answer may have the other name.
+                # The request id must be free for a new answer.
                 names = [stream.alias]
             for name in names:
                 if name is not None and not stream.private:
@@ -371,7 +364,7 @@ class RemoteStreams:
                         return
 
     async def close(self) -> None:
-        """Hand over what has ended, and be no instance any more. The gateway was closed before."""
+        """Hand over the logs that have ended, and leave. The gateway must be closed before."""
         finished = [stream for stream in self._streams.finished() if not stream.private]
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
@@ -395,7 +388,7 @@ class RemoteStreams:
                 stream, partial(self._become_mirror, stream, request)
             )
         except RequestConflict:
-            # The id stays free for a request with the payload that it is known with.
+            # A request with the payload that belongs to this id may still use it.
             self._streams.hide(stream)
             _remote(stream).mirrored = False
             raise
@@ -410,12 +403,12 @@ class RemoteStreams:
     ) -> asyncio.Future[None] | None:
         """Claim the request id of *stream* for this instance.
 
-        None: the answer is to be made here. Otherwise another instance has it, *accept* was
-        called, and its events come to *stream*: the future is done when there are no more.
-        Cancelling is safe.
+        Return None if this instance has to make the answer. Otherwise another instance has it,
+        *accept* was called, and its events come to *stream*; the returned future is done at its
+        end. Cancelling is safe.
 
         Raises:
-            RequestConflict: the id is another instance's, with another payload.
+            RequestConflict: another instance has claimed the id with another payload.
         """
         name, digest = _name(stream), stream.digest
         renewal = Renewal(name, digest, _seconds(stream))
@@ -431,7 +424,7 @@ class RemoteStreams:
                 return filled
             if verdict.state == OURS:
                 return None
-            # The owner does not have it any more.
+            # The owner has lost the stream.
             found = await self._ask(self._store.take(name, digest, renewal.seconds, verdict.owner))
             if found is None:
                 return None
@@ -441,7 +434,7 @@ class RemoteStreams:
     async def _filled(
         self, stream: Stream, verdict: Verdict, accept: Callable[[], None]
     ) -> asyncio.Future[None] | None:
-        """Return the future end of *stream* as a mirror; None if nobody has its log."""
+        """Return a future for the end of the mirror *stream*; None if no instance has its log."""
         start = Start(digest=stream.digest)
         if verdict.state == CONFLICT:
             del self._claimed[stream]
@@ -468,7 +461,7 @@ class RemoteStreams:
                 await mirror.accepted
             except (StreamNotFound, ServerShutdown):
                 if stream.mirrored:
-                    # The owner had it, and was lost before all of it was here.
+                    # The owner had the log, and was lost before all of the log was here.
                     raise
                 return None
             except BaseException:
@@ -478,9 +471,7 @@ class RemoteStreams:
         return None
 
     def _become_mirror(self, stream: Stream, request: Request) -> None:
-        """Note that another instance has the answer: *stream* is its mirror, and no answer of
-        ours.
-        """
+        """Note that another instance has the answer, so that *stream* is only a mirror of it."""
         self._streams.hide(stream)
         self._gateway.lifetime.leave_background(stream)
         request.forget_grant()
@@ -488,8 +479,7 @@ class RemoteStreams:
         self._gateway.lifetime.expect(stream, MAX_UNREAD)
 
     async def _follow(self, stream: Stream, start: Start) -> None:
-        """Fill the mirror *stream*, whose claim is settled once it is known that there is such a
-        log.
+        """Fill the mirror *stream*, and decide its claim once its log is known to exist.
 
         Raises:
             StreamNotFound: no instance has such a log.
@@ -501,7 +491,7 @@ class RemoteStreams:
             if start.cancel:
                 self._start(self._tell(_caller(stream), stream.request_id))
 
-        # Nobody else can answer, so this is worth waiting for.
+        # Only Redis knows the owner, so this call may take long.
         verdict = await self._find(name, tell)
         if verdict is None:
             raise unknown("stream")
@@ -514,7 +504,7 @@ class RemoteStreams:
                 _remote(stream).decide()
                 return
         if verdict.owner == self._me:
-            # Only one that was claimed a moment ago is looked for here.
+            # This happens only if the stream was claimed a moment ago.
             self.peers.gateway.find(_caller(stream), stream.request_id, start.digest)
             raise ResumeGap(f"event {start.after} does not exist yet")
         if verdict.state in {NONE, KEPT}:
@@ -532,8 +522,8 @@ class RemoteStreams:
         claims = self._claimed.pop(stream, None)
         if claims is None:
             return
-        # Nobody has answered it, or the end of the server cut it: who asks again gets a new
-        # answer. That may have been a moment ago, and the claim is its own by now.
+        # If there is no answer, or the end of the server cut it, the claim is given up, so that
+        # the same request gets a new answer. Such a request may have taken the claim already.
         free = isinstance(stream.error, ServerShutdown) or (
             stream.end_status == ERROR and not stream.sent
         )
@@ -546,12 +536,12 @@ class RemoteStreams:
         self._start(self._store.renew(claims))
 
     def aliased(self, stream: Stream, alias: str) -> None:
-        """Claim *alias*, by which *stream* is found, too."""
+        """Claim *alias*, a second name of *stream*."""
         name = name_of(_caller(stream).name, alias)
         claim = Renewal(name, stream.digest, _seconds(stream))
         self._claimed.setdefault(stream, []).append(claim)
         if stream.remote is None:
-            # It has no other name: its end is noted as that of a claimed one.
+            # The stream has no other name. Its end is noted like that of a claimed stream.
             stream.remote = Remote(self._loop.create_future())
             _remote(stream).decide()
         self._watch()
@@ -589,9 +579,11 @@ def _name(stream: Stream) -> str:
 
 
 def _seconds(stream: Stream) -> float:
-    """Return for how many seconds a claim of *stream*, which runs, outlives a renewal: its end may
-    be told to nobody, and its log is kept for its window. That of an answer in the background is
-    long, and once its owner is gone for good, those that poll shall hear so.
+    """Return the seconds for which a claim of a running *stream* outlives a renewal.
+
+    If the message of its end is lost, the claim must last for the window of the log. The window of
+    an answer in the background is long. Its claim ends earlier, so that polling clients soon get an
+    error if the owner has crashed.
     """
     return LEASE + (min(stream.window, LEASE) if stream.background else stream.window)
 
@@ -601,6 +593,6 @@ def _nothing() -> None:
 
 
 def _remote(stream: Stream) -> Remote:
-    """Return what *stream*, which is claimed or a mirror, has to do with other instances."""
+    """Return the remote state of *stream*, which must be claimed or a mirror."""
     assert stream.remote is not None
     return stream.remote

@@ -65,6 +65,8 @@ class Standing(msgspec.Struct):
     busy: bool = False
     grace: bool = True
     leaving: bool = False
+    # Whether others serve in place of this instance, which keeps no places to spare.
+    retired: bool = False
     members: int = 1
 
 
@@ -232,7 +234,7 @@ class Grant:
             return False
         inside = self.user.inside
         free = self.granted - inside
-        unused = self.starving and free > self.user.ready
+        unused = (self.starving or self._standing.retired) and free > self.user.ready
         if self.recorded > max(self.granted, inside) or unused:
             return True
         return self._more() > self._wanted and not self._leaving
@@ -247,7 +249,8 @@ class Grant:
         if self.dropped:
             self.resize(0)
             return Op(self.name, 0, self.recorded, 0, 1, self.limit, 0)
-        target = 0 if self.starving or self._leaving else self._to_spare()
+        keeps_none = self.starving or self._leaving or standing.retired
+        target = 0 if keeps_none else self._to_spare()
         if self._leaving:
             have, wanting = inside, 0
         elif standing.state is State.JOINED:

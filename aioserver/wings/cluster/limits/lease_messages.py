@@ -1,7 +1,7 @@
-"""What an instance and the server say to each other in one renewal, in msgpack.
+"""The messages of a renewal: the request of an instance, and the answer of the server, in msgpack.
 
-Both are arrays, in the order of the fields: renew.lua takes them apart by their places. Times are
-in microseconds.
+Both are arrays, in the order of the fields, and renew.lua reads the fields by their positions. Times
+are in microseconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 SECOND = 1_000_000
-# Microseconds from now: nothing is known of a pace.
+# The value of `PaceOp.known` if nothing is known of a pace.
 UNKNOWN_PACE = -1e15
 
 
@@ -21,26 +21,26 @@ class Times(NamedTuple):
     A test may shorten them, and must keep the order: `beat + bound <= grace < lease`.
     """
 
-    # An instance without a call for so long is no member any more. 2 s less than a killed one may
-    # keep its places.
+    # The time without a call after which an instance is not a member any more. It is 2 s less than
+    # the time for which a killed instance may keep its places.
     lease: float = 8.0
-    # What the instance's own lease is shorter, for clocks that do not run alike and for the way of
-    # the answer.
+    # The time by which an instance takes its lease to be shorter, since clocks differ and the answer
+    # needs some time.
     margin: float = 1.0
-    # An instance that has nothing to say calls after so long.
+    # The time between two calls of an instance that has nothing to report.
     beat: float = 2.0
-    # A call that is not answered by then has failed.
+    # The time in which a call must be answered; after that it has failed.
     bound: float = 1.0
-    # While members live, some call comes in each `beat + bound`: after this time without one, the
-    # server was away.
+    # While members live, a call comes in each `beat + bound`. After this time without a call the
+    # server concludes that it was away.
     pause: float = 3.5
-    # A server that was away or is new gives nothing for so long. Each living instance calls
-    # meanwhile.
+    # The time for which a server that was away or is new grants nothing. Each living instance calls
+    # in this time.
     grace: float = 3.5
-    # An instance that has not come for so long for what it was given gets no more.
+    # An instance that has not fetched a grant for this time gets no further grants.
     suspect: float = 0.1
-    # An instance whose lease is over may live alone. It is counted in the fixed shares for so
-    # long.
+    # The time for which an instance whose lease has expired is counted in the fixed shares, since it
+    # may still serve alone.
     gone: float = 30.0
 
     def for_server(self) -> tuple[int, int, int, int, int]:
@@ -56,11 +56,11 @@ TIMES = Times()
 
 
 class Op(NamedTuple):
-    """What an instance says of one limit: it has *have* places, gives *give*, and wants *want*
-    more.
+    """The report of an instance about one limit: it has *have* places, gives *give* back, and wants
+    *want* more.
 
-    *weight* is that of its waiting callers together. Of places that nobody wants it takes *spare*
-    more.
+    *weight* is the sum over its waiting callers. It takes up to *spare* more places that no
+    instance wants.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Op(NamedTuple):
 
 
 class PaceOp(NamedTuple):
-    """Asks for *slots* of a pace; a negative number gives some back.
+    """Asks for *slots* of a pace; a negative number gives slots back.
 
-    Slots are *step* microseconds apart; after a rest `slack / step` more follow each other at
-    once. Only those that begin within *horizon* are given. A pace of which nothing is known has
-    rested for *rested*; *known* says that its next slot does not begin before so many microseconds
-    have passed, a negative number that it could have begun so many before.
+    Slots are *step* microseconds apart; after a rest `slack / step` more slots follow at once. The
+    server grants only slots that begin within *horizon*. It assumes that a pace that it does not
+    know has rested for *rested*. *known* are the microseconds from now at which the next slot
+    begins at the earliest; a negative number means that it could have begun before.
     """
 
     name: str
@@ -91,19 +91,20 @@ class PaceOp(NamedTuple):
 
 
 class BudgetOp(NamedTuple):
-    """Asks for tokens of the budgets of one key, *per_minute* and *per_day*; 0: there is none.
+    """Asks for tokens of the budgets of one key, *per_minute* and *per_day*; 0: there is no such
+    budget.
 
-    This instance has *have* tokens in hand. Each of *needs* is given for a request, as a whole or
-    not at all, in their order. The first for which there is no room waits for it in the queue of
-    the server, if that takes no longer than *patience* microseconds, as long as each call says it
-    again. As far as there are *more* now, they come into the hand. Since it was answered last, *spent* were used of the
-    minute, those from its hand included, and *back* are given back to it: how many, and where they
-    stood (see `Tokens`).
+    This instance holds *have* prefetched tokens. Each of *needs* is the tokens of one request, which
+    are granted as a whole or not at all, in their order. The first need for which there is no room
+    waits in the queue of the server, if that takes no longer than *patience* microseconds, and as
+    long as each call repeats it. Up to *more* tokens are granted in advance, if there are as many.
+    *spent* tokens of the minute were used since the last answer, prefetched tokens included. *back*
+    are tokens that are given back to the minute: their numbers, and their positions (see `Tokens`).
 
-    This instance has used, reserved and in hand *mine* of the day whose number is *day*; *was* is
-    what that was at the last answer, and *known* what all instances have had then at least. A
-    server that has lost its state does not know it, nor does any if it is *anew*. *met*: a server
-    has given tokens to this instance before.
+    *mine* are the tokens of the day with the number *day* that this instance has used, reserved or
+    prefetched. *was* is the same number at the last answer, and *known* the least number of all
+    instances together at that time. A server that has lost its state does not know it; with *anew*,
+    no server does. *met* says that a server has granted tokens to this instance before.
     """
 
     name: str
@@ -124,9 +125,8 @@ class BudgetOp(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """Tells all instances that *word* holds of the provider *name* for *length* microseconds.
-
-    0: no more.
+    """Announces to all instances that *word* holds of the provider *name* for *length* microseconds;
+    0: it holds no longer.
     """
 
     name: str
@@ -135,12 +135,12 @@ class Tell(NamedTuple):
 
 
 class Request(msgspec.Struct, array_like=True, frozen=True):
-    """All that an instance has to say.
+    """The request of an instance.
 
-    *epoch* is empty, or that of the world in which its lease is not over; *run* names the server's
-    process, and *seq* counts the calls of the instance. *heard* and *version* are those of the
-    last answer. *known* are the other members that it knows of; *ended* are instances that have
-    ended for certain; *bye* says that it ends itself.
+    *epoch* is the epoch in which its lease has not expired; empty without a lease. *run* names the
+    server's process, and *seq* counts the calls of the instance. *heard* and *version* come from
+    the last answer. *known* are the other members that it knows; *ended* are instances that have
+    ended for certain; *bye* says that this instance ends.
     """
 
     instance: str
@@ -160,8 +160,8 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Result(NamedTuple):
-    """The places of one limit: those that the server has *recorded*, of which *allowed* may be
-    used; how many others starve.
+    """The places of one limit: the server has *recorded* so many for this instance, which may use
+    *allowed* of them; *starving* is the number of other instances that starve.
     """
 
     recorded: int
@@ -170,8 +170,8 @@ class Result(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Slots of a pace: microseconds until each begins, and until the *next* one would, which is
-    negative after a rest.
+    """Slots of a pace: the microseconds until each slot begins, and until the *next* slot would
+    begin; negative after a rest.
     """
 
     delays: list[float]
@@ -179,15 +179,16 @@ class Slots(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of a budget: so many of the needs were *granted*, and *more* tokens; for *closed*
-    microseconds nothing is. The next need is to be said again in *wait* microseconds, when its
-    turn comes; 0: it does not wait.
+    """Tokens of a budget. The first *granted* needs were granted, and *more* tokens in advance.
+    Nothing is granted for *closed* microseconds. The next need must be repeated in *wait*
+    microseconds, when its turn comes; 0: it does not wait.
 
-    The bucket of the minute: *charged* have come into it, and *drained* have left it; what was
-    given back is not among the charged, but *returned*. A token stands at its number among the
-    charged and the returned; those that are given for requests are the last ones. The others have
-    *held* in hand, or wait for them, which will come into it. The day: its number, what all instances have
-    *counted* of it, and the microseconds that are left of it.
+    The bucket of the minute: *charged* tokens have come into it, and *drained* have left it. Tokens
+    that were given back are counted as *returned* and no longer as charged. The position of a token
+    is its number among all charged and returned tokens; tokens for requests have the last
+    positions. Other instances hold *held* tokens, or wait for them, which will come into the
+    bucket. The day: its number, the tokens that all instances have *counted* on it, and the
+    microseconds that are *left* of it.
     """
 
     granted: int
@@ -206,11 +207,12 @@ class Tokens(NamedTuple):
 class Answer(msgspec.Struct, array_like=True, frozen=True):
     """The answer, with results in the order of the request.
 
-    *anew*: the server knew nothing of the instance, and knows of no limit now that the request did
-    not mention. The server gives nothing for *grace* microseconds more. *number* counts the
-    changes among the members. *count* instances may live, and *rank* of them come before this one;
-    it is *known_to_all* once they have all heard of it. *members* are in the order in which they
-    joined; empty if the instance knows them. *told* is empty unless *version* has changed.
+    *anew* says that the server did not know the instance; it now knows only the limits that the
+    request has mentioned. The server grants nothing for another *grace* microseconds. *number*
+    counts the changes among the members. *count* instances may be alive, and *rank* of them come
+    before this one. *known_to_all* says that all of them know this instance. *members* are in the
+    order in which they joined; empty if the instance knows them. *told* are the announcements;
+    empty unless *version* has changed.
     """
 
     epoch: str
@@ -230,6 +232,6 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
 
 encode = msgspec.msgpack.Encoder().encode
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
-# The names of limits that were given ("NAME"), or wanted by somebody ("?NAME"); an empty one only
-# wakes.
+# The names of limits that were granted ("NAME"), or that another instance wants ("?NAME"). An empty
+# name only wakes the instance.
 decode_words = msgspec.msgpack.Decoder(list[str]).decode

@@ -220,6 +220,14 @@ class Leases:
         self._raise_at = -inf
         self._use_share()
 
+    def retire(self) -> None:
+        """Give back what is granted and not used, now and from now on: others serve in place of
+        this instance, which needs places for what it has alone.
+        """
+        self.standing.retired = True
+        for grant in self._grants.values():
+            self._call_soon_for(grant)
+
     def leave(self) -> None:
         """Take no more places.
 

@@ -1,25 +1,25 @@
 """Rates that instances share: prefetched slots.
 
-This file is one concept: how slots are asked for, granted and used is one algorithm.
+This file is long, but it is one concept: one algorithm asks for slots, grants them and uses them.
 
 A slot is a moment at which a request may start. The server grants slots by GCRA (limits/gcra.py),
-and only those that begin within the *horizon*, so that an instance that vanishes takes few with
-it. A slot is used at its time, or later by at most the horizon; otherwise it expires, also if the
-answer that brings it comes too late. If the server is so far away that most slots would expire, a
-slot may be late by two round trips. As a start may be late, the burst that the server allows is
-smaller by as much.
+and only slots that begin within the *horizon*, so that an instance that vanishes takes few with
+it. A slot may be used at its time, or later by at most the horizon. Then it expires, even if it
+arrives only after that time. If the server is so far away that most slots would expire, a slot may
+be late by two round trips. As a start may be late, the server allows a burst that is smaller by the
+same time.
 
 An instance asks for as many slots as it used within the last horizon, but for no more than its
 part of the horizon. So few requests of a busy instance wait for an answer. If the burst is large,
 an instance keeps some of its slots without expiry, so that a request after a rest needs no call.
-They are a part of the burst as well: the most that instances may keep is subtracted from the burst
-that the server allows. So in any window of t seconds all instances together start at most `t *
-rate + burst` requests. If the burst is less than the rate allows in the time by which a start may
-be late, it is that number instead.
+These slots belong to the burst as well: the most slots that instances may keep are subtracted from
+the burst that the server allows. So in any window of t seconds all instances together start at most
+`t * rate + burst` requests. Here the burst is at least the number of starts that the rate allows in
+the time by which a start may be late.
 
-Each instance tells a server that has lost its state, or has an older one, the time of the next
-slot, as far as it knows. The server allows no burst until all have had the time to do so. Only
-starts that no instance reports are forgotten: those of an instance that is partitioned meanwhile.
+If a server has lost its state, or has an older one, each instance tells it the time of the next
+slot, as far as it knows. The server allows no burst until all instances have had the time to do so.
+Starts of an instance that is partitioned at this time are forgotten, as no instance reports them.
 
 A partitioned instance has its part of the rate, without a burst at first.
 """
@@ -90,9 +90,7 @@ class PrefetchedSlots:
         )
 
     def take(self, now: float) -> None:
-        """Use one slot: one that has begun before one that has not, and one with an expiry before
-        one without.
-        """
+        """Use one slot. Slots that have begun come first, and of these the slots with an expiry."""
         passing, lasting = self._passing, self._lasting
         while passing and passing[0][1] < now:
             passing.popleft()
@@ -127,7 +125,7 @@ class PrefetchedSlots:
         self._lasting.clear()
 
 
-# More slots are asked for once the prefetched ones are no more than this part of a horizon's use.
+# An instance asks for more slots once it has no more than this share of the slots of a horizon.
 ASK_BELOW = 0.25
 # The most slots of the burst that an instance keeps; and the share of the burst that all instances
 # together keep.
@@ -149,7 +147,7 @@ class LeaseCalls(Protocol):
 
     @property
     def instances(self) -> int:
-        """How many instances are members."""
+        """The number of instances that are members."""
 
     @property
     def round_trip(self) -> float:
@@ -162,12 +160,12 @@ class SharedRate(Gcra):
     Always: while the instance is joined, a start is counted on a prefetched slot, and otherwise on
     a part of the rate.
 
-    *waiting* returns how many requests wait for a start; *on_slots* is called when more may start
-    than before. *rested*: a server that knows nothing of the rate allows the whole burst at once,
-    and not one start after another. All instances together prefetch *share_kept* of the burst,
-    which is then not available to others at once.
+    *waiting* returns the number of requests that wait for a start. *on_slots* is called when more
+    requests may start than before. If *rested* is set, a server that does not know the rate yet
+    allows the whole burst at once, instead of one start after another. All instances together
+    prefetch *share_kept* of the burst, which is then not available to others at once.
 
-    It asks for slots at *ask_at*; inf: for none.
+    *ask_at* is the time at which it asks for slots; inf: it needs none.
     """
 
     def __init__(
@@ -195,18 +193,18 @@ class SharedRate(Gcra):
         self._horizon = horizon
         # Slots of the burst have no expiry; all others have one.
         self._slots = PrefetchedSlots()
-        # The beginning of the next slot, as far as is known.
+        # The beginning of the next slot, as far as this instance knows.
         self._next_at = -inf
         # The number of revoked starts that the server does not know of yet.
         self._taken_back = 0
-        # The seconds that a start counts for now: more than the interval while the provider asks
-        # for it.
+        # The seconds for which a start counts now. They are more than the interval while a provider
+        # asks for a lower rate.
         self._step = interval
         # Whether the last answer brought slots.
         self._served = False
         # The starts since a moment, and those of a horizon before it.
         self._starts, self._starts_since, self._starts_before = 0, -inf, 0.0
-        # More slots are asked for once there are no more than these.
+        # The number of slots at which this instance asks for more.
         self._too_few = 0
         self._not_before = -inf
         self._no_burst = False
@@ -218,9 +216,7 @@ class SharedRate(Gcra):
     # The interface for the pace of a provider, and for a quota.
 
     def delay(self, ahead: float = 0.0) -> float:
-        """Return the seconds until a start is allowed after others that count for
-        *ahead* seconds.
-        """
+        """Return the seconds until a start is allowed after others that count for *ahead* seconds."""
         now = self._clock()
         wait = max(0.0, self._not_before - now)
         if self._state is not State.JOINED:
@@ -239,13 +235,13 @@ class SharedRate(Gcra):
     def take(self, seconds: float) -> None:
         """Count a start for *seconds*, whether it is allowed or not.
 
-        A negative number takes one back.
+        A negative number revokes a start.
         """
         now = self._clock()
         if self._state is not State.JOINED:
             self._local.take(seconds * max(1, self._instances))
         elif seconds < 0:
-            # The slot of the start has expired by now, or is another request's.
+            # The slot of the start may have expired or belong to another request by now.
             self._starts -= 1
             self._taken_back += 1
             self._ask_by(now)
@@ -255,9 +251,7 @@ class SharedRate(Gcra):
             self._slots.take(now)
 
     def try_take(self) -> float:
-        """Count a start if it is allowed, and return 0; otherwise return the seconds
-        until it is.
-        """
+        """Count a start if it is allowed, and return 0; otherwise return the seconds until it is."""
         if (delay := self.delay()) > ROUNDING:
             return delay
         self.take(self.interval)
@@ -306,9 +300,9 @@ class SharedRate(Gcra):
         """
         now = self._clock()
         asks = self.ask_at <= now + ROUNDING and self._state is State.JOINED
-        # There may be more instances than before, each of which keeps some.
+        # With more instances than before, each may keep fewer slots.
         self._slots.drop_lasting(self._kept())
-        # A pace that has rested for long enough may be forgotten.
+        # The server may forget a rate without starts for as long as the burst.
         restate = restate and self._next_at > now - self._tolerance
         if not (asks or restate):
             return None
@@ -321,7 +315,7 @@ class SharedRate(Gcra):
             wanted = max(self._waiting(), math.ceil(self._used(now)))
             count = max(min(wanted - there, chunk), kept - there, 1)
             if self._taken_back:
-                # More slots are asked for once these are given back.
+                # The next call asks for slots, after this one has given the revoked starts back.
                 count, self._taken_back = -self._taken_back, 0
         slack = 0.0
         if not self._no_burst:
@@ -349,7 +343,8 @@ class SharedRate(Gcra):
         self._too_few = max(kept // 2, int(self._used(now) * ASK_BELOW))
         for delay in slots.delays:
             begins = now + delay / SECOND
-            # The server counted from a moment between the two.
+            # The server granted the slot between *sent* and now. The end counts from the earlier of
+            # these moments, and the beginning from the later.
             ends = sent + delay / SECOND + late
             if held.lasting < kept:
                 held.add_lasting(begins)
@@ -358,15 +353,13 @@ class SharedRate(Gcra):
         self._next_at = now + slots.next / SECOND
         self._served = bool(slots.delays)
         if held.count(now) > max(self._too_few, self._waiting()):
-            # More slots were asked for while this call was under way.
+            # The slots that were missing while this call was under way have come with it.
             self.ask_at = inf
         self._on_slots()
 
     def stand(self, state: State, instances: int) -> None:
-        """Note the *state* of this instance, and the number of *instances* that it counts when
-        partitioned.
-
-        0: the number is unknown.
+        """Note the *state* of this instance, and the number of *instances* by which it divides the
+        rate when it is partitioned; 0 if that is unknown.
         """
         before, self._state = self._state, state
         if instances and instances != self._instances:
@@ -380,10 +373,10 @@ class SharedRate(Gcra):
         self._on_slots()
 
     def _ask(self, now: float) -> None:
-        """Ask for slots once the next ones are well within the horizon, so that one call gets
-        several of a fast pace.
+        """Ask for slots once the next ones are well within the horizon, so that one call gets several
+        slots of a fast rate.
 
-        An instance that was granted some last time asks later than one that was not.
+        An instance that got slots from the last call asks later than an instance that got none.
         """
         before = self._horizon / (4 if self._served else 2)
         self._ask_by(max(now, self._next_at - before, self._not_before))
@@ -408,7 +401,7 @@ class SharedRate(Gcra):
         return max(self._starts_before, self._starts)
 
     def _kept(self) -> int:
-        """Return the number of slots of the burst that are kept."""
+        """Return the number of slots of the burst that this instance may keep."""
         burst = (self._tolerance - self._horizon) / self.interval
         return max(
             0, min(MOST_KEPT, int(burst * self._share_kept / max(1, self._calls.instances)))

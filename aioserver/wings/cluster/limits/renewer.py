@@ -1,4 +1,4 @@
-"""Carries the calls of `Leases` to the server, and receives the messages that wake them."""
+"""The renewer: carries the calls of `Leases` to the server, and receives wake-up messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Listening(Protocol):
         """Connect: see `Connection`."""
 
     async def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
 
 
 class Renewing(Listening, Protocol):
@@ -79,13 +79,13 @@ class MakeListening(Protocol):
 
 
 class Renewer:
-    """Renews leases at the server at *url*, in the cluster *name*: instances that share have the
-    same name.
+    """Renews leases at the server at *url*, in the cluster *name*, which is the same at each
+    instance.
 
-    *make_leases* makes them, with the function that is called when a renewal is due earlier.
-    `open` it, and `close` it in the end; `leave` before that gives everything back. `connection`
-    takes other commands as well. *connect* makes it, and *listen* makes the connection for
-    messages that wake this instance. Keys and channels begin with `prefix`.
+    *make_leases* makes the leases; its argument is a function that they call when a renewal is due
+    earlier. The creator must `open` the renewer, and `close` it in the end. `leave` before `close`
+    gives everything back. *connect* makes `connection`, which takes other commands as well, and
+    *listen* makes the connection for wake-up messages. Keys and channels begin with `prefix`.
 
     Raises:
         ValueError: *url* cannot be used.
@@ -119,7 +119,7 @@ class Renewer:
         """Connect, make the first call, and continue in the background, also if the server is
         unreachable.
 
-        Returns why the first call failed; None if it succeeded.
+        Return the failure of the first call; None if it succeeded.
 
         Raises:
             AccessDenied: the server refuses the password, or the user lacks a permission.
@@ -138,8 +138,9 @@ class Renewer:
         return failure
 
     async def leave(self, within: float) -> None:
-        """Take no more places, and notify the others once none is inside; wait at most *within*
-        seconds for that.
+        """Take no more places, and notify the other instances once no request holds a place here.
+
+        Wait at most *within* seconds for that.
         """
         self.leases.leave()
         if self._task is not None:

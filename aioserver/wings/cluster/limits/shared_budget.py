@@ -1,26 +1,28 @@
-"""The tokens of one key (limits/budget.py), which all instances share: tokens in hand.
+"""The tokens of one key (limits/budget.py), which all instances share: prefetched tokens.
 
-This file is one concept, above 400 lines: how tokens are asked for, kept in hand, used, corrected
-and given back is one algorithm.
+This file is long, but it is one concept: one algorithm asks for tokens, prefetches them, uses them,
+corrects them and gives them back.
 
-The server has a bucket of the minute and a count of the day, for all instances. It gives tokens
+The server has a bucket of the minute and a count of the day, for all instances. It grants tokens
 with the renewals of the leases: for requests that need them, and a few more, so that most starts
-ask nobody. What is in the bucket, and in the hands of all, is at most the budget: so in any span of
-t seconds all instances together start at most what one would. They keep at most a HAND of it in
-hand.
+need no call. The tokens in the bucket and the prefetched tokens of all instances are at most the
+budget. So in any span of t seconds all instances together start no more than a single instance
+would. They prefetch at most the part PREFETCH of the budget.
 
-A request of a queue for which there is no room in the bucket waits in a queue of the server, too,
-behind all that came before. So a large one is not overtaken for ever by small ones at another
-instance. It is told when its turn comes, as far as is known, and its instance asks again at that
-moment. An instance that has tokens in hand gives them back while others wait for more than there
-is.
+If the bucket has no room for a request of a queue, the request also waits in a queue of the server,
+behind all requests that came before. So small requests of other instances cannot overtake a large
+request for ever. The server says when the turn of the request comes, as far as it knows, and the
+instance asks again at that moment. An instance gives prefetched tokens back while requests of other
+instances wait for more tokens than there are.
 
-What a request has not used is given back with the next renewal, as far as it has not drained, and
-so is what is too much in hand; what it has used above its estimate is charged with it. What an
-instance had in hand, or ran, when it was killed counts as used.
+The tokens that a request has not used are given back with the next renewal, if they have not
+drained, and so are prefetched tokens that are too many. Tokens above the estimate are charged with
+that renewal. The prefetched tokens of a killed instance, and the tokens of its running requests,
+count as used.
 
-An instance that the server does not answer goes on with what it has in hand, then with an equal
-part of the budget of a minute and of what was left of the day, and says so when it is back.
+If the server does not answer, an instance goes on with its prefetched tokens, and then with an equal
+part of the budget of a minute and of the rest of the day. It reports these tokens when the server
+answers again.
 """
 
 from __future__ import annotations
@@ -48,22 +50,22 @@ if TYPE_CHECKING:
 
     from aioserver.wings.cluster.limits.lease_messages import Tokens
 
-# All instances together keep this part of a budget in hand.
+# The part of a budget that all instances together prefetch.
 PREFETCH = 1 / 8
-# Seconds after its last start at which an instance gives back what it has in hand.
+# Seconds after its last start at which an instance gives its prefetched tokens back.
 UNUSED = 10.0
-# Seconds for which it is known that there is too little, before the server is asked again.
+# Seconds for which a shortage is taken to last before the server is asked again.
 FRESH = 0.05
-# Seconds for which no more is asked for in advance where there was too little.
+# Seconds after a shortage in which no tokens are prefetched.
 SCARCE = 1.0
-# Seconds for which an instance wants to know what the others use, after it was asked for that.
+# Seconds for which an instance keeps asking for the use of the others, after it was asked for it.
 SHOWN = 60.0
-# Seconds that an instance waits which does not know how many others there are.
+# Seconds that a request waits at an instance which does not know the number of the others.
 UNKNOWN = 1.0
-# Seconds for which a request of a queue may wait for its tokens: longer than any does. And for
-# which it may be late to use what was given for it; once some of that has drained: prompt.
+# Seconds for which a request of a queue may wait for its tokens: more than any request waits. And
+# seconds by which it may be late to use granted tokens, before some of them have drained and after.
 PATIENT, LATE, PROMPT = 3600.0, 0.1, 0.01
-# Tokens that were given back by so many requests are told at once.
+# The number of requests whose returned tokens are reported in one call at most.
 MANY = 200
 
 
@@ -85,8 +87,8 @@ class TokenCalls(Protocol):
 
 
 class _Taken(NamedTuple):
-    """What a request has taken: *minute* tokens of the bucket of this *incarnation*, the last of which
-    *stood* there, and *day* tokens of the day *number*.
+    """The tokens of a request: *minute* tokens of the bucket of this *incarnation*, the last of them
+    at the position *stood*, and *day* tokens of the day *number*.
     """
 
     incarnation: tuple[str, str]
@@ -97,8 +99,8 @@ class _Taken(NamedTuple):
 
 
 class _First(NamedTuple):
-    """The request of *tokens* that waits first at this instance: at the moment *at* its turn comes
-    at the server, or something was *taken* for it.
+    """The first waiting request of this instance, for *tokens*. Its turn at the server comes at the
+    moment *at*, unless tokens were *taken* for it already.
     """
 
     tokens: int
@@ -107,7 +109,9 @@ class _First(NamedTuple):
 
 
 class SharedReservation(Reservation):
-    """The tokens of one request: what was *taken* for it, *part* of it from this instance's part."""
+    """The tokens of one request: the tokens *taken* for it, or *part*, its reservation in the part of
+    a partitioned instance.
+    """
 
     __slots__ = ("_hand", "part", "taken")
 
@@ -118,11 +122,11 @@ class SharedReservation(Reservation):
         self.part: Reservation | None = None
 
     def have(self, taken: _Taken, part: Reservation | None = None) -> None:
-        """Have what was *taken* for it, or what it has of this instance's *part*."""
+        """Set the tokens *taken* for the request, or its reservation in the *part* of the instance."""
         self.taken, self.part = taken, part
 
     def settle(self, tokens: int) -> None:
-        """Let the request, which has ended, have cost so many *tokens*."""
+        """Correct the count to *tokens*, the cost of the request, which has ended."""
         hand, self._hand = self._hand, None
         if hand is not None:
             hand.settle(self, tokens)
@@ -130,12 +134,12 @@ class SharedReservation(Reservation):
 
 
 class PrefetchedTokens:
-    """What an instance has of the tokens of the key *name*: in hand, given for the request that
-    waits first, and to be said.
+    """The tokens of the key *name* at one instance: prefetched tokens, tokens for the first waiting
+    request, and tokens to report.
 
-    Always: while the server is heard, what requests take was given by it.
+    Always: while the server answers, requests take only tokens that it has granted.
 
-    It asks at *ask_at*; inf: it does not.
+    *ask_at* is the time at which it asks for tokens; inf: it needs none.
     """
 
     def __init__(
@@ -154,32 +158,32 @@ class PrefetchedTokens:
         self._patience: Callable[[], float] = lambda: PATIENT
         self._on_tokens: Callable[[], None] = lambda: None
         self._in_hand = 0
-        # None: none waits, as far as the server knows.
+        # The first waiting request; None if the server knows of no waiting request.
         self._first: _First | None = None
-        # What was used of the minute and is to be said, and what is given back to it.
+        # The tokens of the minute that were used, and those that are given back, both to report.
         self._spent = 0
         self._back: list[tuple[int, float]] = []
-        # What was said in the call under way: what was spent, the day and what is had of it; and
-        # what was asked for, for the request that waits first and for the hand.
+        # The content of the call under way: the spent tokens, the day and its tokens here; and the
+        # tokens that it asks for, for the first waiting request and in advance.
         self._said = 0, 0, 0
         self._asked = self._more = 0
-        # The world whose bucket is counted, and whether it is to be told what is known of the day.
+        # The incarnation of the server whose bucket is counted.
         self._incarnation = ("", "")
         self._restate = True
-        # Whether the server is heard, and gives something.
+        # Whether the server answers, and grants tokens.
         self._heard = False
         self._instances = 0
-        # What this instance may use while it is not, for the day of that number.
+        # The part of the budget that this instance may use while the server does not answer.
         self._part: Budget | None = None
         self._part_day = 0
         # Whether the last call was answered.
         self._answered = False
-        # Whether it was ever heard: before, nothing can have been used.
+        # Whether the server has ever answered: before that no token can have been used.
         self._met = False
         self._used_at = self._shown_at = self._refused_at = self._scarce_at = -inf
         self._closed_until = -inf
 
-    # What the budget of the key asks.
+    # The interface for the budget of the key.
 
     def serve(
         self,
@@ -187,7 +191,7 @@ class PrefetchedTokens:
         patience: Callable[[], float],
         on_tokens: Callable[[], None],
     ) -> None:
-        """Work for the key that has these functions: see `SharedBudget`."""
+        """Serve the key with these functions: see `SharedBudget`."""
         self._waiting, self._patience, self._on_tokens = waiting, patience, on_tokens
         self._calls.share_tokens(self)
 
@@ -202,7 +206,7 @@ class PrefetchedTokens:
 
     @property
     def quiet(self) -> bool:
-        """Whether there is nothing in hand, and nothing to be said."""
+        """Whether no tokens are prefetched, and nothing is to be reported."""
         to_say = self._spent or self._back or self._day.mine != self._day.was
         return not (self._in_hand or self._first or to_say)
 
@@ -220,7 +224,7 @@ class PrefetchedTokens:
         if per_minute or per_day:
             self._ask()
         else:
-            # Nothing has to come from the server any more.
+            # No tokens have to come from the server any more.
             self._on_tokens()
 
     def begin_day(self, used: int) -> None:
@@ -233,8 +237,8 @@ class PrefetchedTokens:
         self._ask()
 
     def shortage(self, tokens: int) -> Shortage | None:
-        """Return why a request of *tokens* cannot start now, None if it can. Unless it is known, the
-        server is asked, and the delay is 0.0.
+        """Return the shortage for which a request of *tokens* cannot start now; None if it can start.
+        If this is not known, the server is asked, and the delay is 0.0.
         """
         self._turn()
         delay = self.delay(tokens)
@@ -254,8 +258,8 @@ class PrefetchedTokens:
         return self._short(self._period, tokens, 0.0) if known is None else known
 
     def known_shortage(self, tokens: int) -> Shortage | None:
-        """Return why a request of *tokens* cannot start for some time, by what the server has just
-        said; None if that is not known.
+        """Return the shortage for which a request of *tokens* cannot start for some time, by a recent
+        answer of the server; None if that is not known.
         """
         if self._clock() - self._refused_at > FRESH:
             return None
@@ -287,8 +291,8 @@ class PrefetchedTokens:
         return max(0, self._day.total - self._in_hand)
 
     def delay(self, tokens: int) -> float:
-        """Return the seconds until a request of *tokens* may use what is in hand, or given for it,
-        or until its turn comes; inf: that is not known.
+        """Return the seconds until a request of *tokens* may use prefetched tokens or those granted
+        for it, or until its turn comes; inf: that is not known.
         """
         if self._in_hand >= self._counts(tokens) or self._given(tokens) is not None:
             return 0.0
@@ -303,7 +307,7 @@ class PrefetchedTokens:
         return self._first is not None and self._first.taken is None
 
     def _given(self, tokens: int) -> _Taken | None:
-        """Return what was taken for a request of *tokens*, which may still come."""
+        """Return the tokens that were taken for a request of *tokens*, which may still come."""
         first = self._first
         if first is None or first.tokens != tokens or first.taken is None:
             return None
@@ -313,11 +317,11 @@ class PrefetchedTokens:
         return taken if late <= (LATE if whole else PROMPT) else None
 
     def _counts(self, tokens: int) -> int:
-        """Return for how many tokens in hand a request of *tokens* counts."""
+        """Return the number of prefetched tokens that a request of *tokens* needs."""
         return min(tokens, max(self.limits))
 
     def reserve(self, reservation: SharedReservation) -> None:
-        """Let *reservation* have its tokens: `shortage` has said that they are there."""
+        """Give *reservation* its tokens, after `shortage` has found that there are enough."""
         self._turn()
         self._used_at = self._clock()
         self._take(reservation)
@@ -345,7 +349,7 @@ class PrefetchedTokens:
         reservation.have(_Taken(self._incarnation, most, stood, least, number), of_part)
 
     def settle(self, reservation: SharedReservation, tokens: int) -> None:
-        """Let the request of *reservation* have cost so many *tokens*."""
+        """Correct the count to *tokens*, the cost of the request of *reservation*."""
         self._turn()
         if reservation.taken is None:
             return
@@ -357,7 +361,7 @@ class PrefetchedTokens:
             self._ask()
 
     def _correct(self, taken: _Taken, tokens: int) -> None:
-        """Let what was *taken* have cost so many *tokens*."""
+        """Correct the count after a request: *taken* tokens were taken for it, and it cost *tokens*."""
         minute, day = self.limits
         today = day > 0 and taken.number == self._day.number
         spare = taken.day - tokens if today else 0
@@ -369,7 +373,7 @@ class PrefetchedTokens:
             left = 0
             if taken.incarnation == self._incarnation:
                 left = self._minute.left(taken.minute - tokens, taken.stood)
-            # What the server does not know to be used never left the hand.
+            # Tokens that were not yet reported as used become prefetched tokens again.
             kept = min(left, self._spent, room)
             self._spent -= kept
             if left > kept:
@@ -380,9 +384,7 @@ class PrefetchedTokens:
             self._day.mine += kept - spare
 
     def states(self, reserved: int) -> dict[str, BudgetState]:
-        """Return the budgets as they are for all instances, of which this one has so many tokens
-        *reserved*.
-        """
+        """Return the budgets of all instances; this instance has *reserved* so many tokens."""
         self._turn()
         self._shown_at = self._clock()
         minute, day = self.limits
@@ -395,13 +397,13 @@ class PrefetchedTokens:
             states[PER_DAY] = _state(day, used, reserved, self._day.rest if used else 0.0)
         return states
 
-    # What `Leases` asks.
+    # The interface for `Leases`.
 
     def op(self, *, whole: bool, restate: bool, leaving: bool) -> BudgetOp | None:
-        """Return what to ask for in a call that is sent now; None: nothing.
+        """Return the request for tokens in a call that is sent now; None if none is needed.
 
-        *whole*: the call says everything. *restate*: say what is known of the day. *leaving*: have
-        nothing in hand any more.
+        With *whole*, the call reports every limit. With *restate*, the request has the known count
+        of the day. With *leaving*, all prefetched tokens are given back.
         """
         self._turn()
         now, (minute, day) = self._clock(), self.limits
@@ -422,13 +424,13 @@ class PrefetchedTokens:
             self.ask_at = inf
             if waits and self.delay(waits) > 0.0:
                 self._asked = waits
-                # The tokens in hand are in the way of a large request.
+                # A large request needs the room of the prefetched tokens.
                 self._release(self._in_hand)
             if asks:
                 self._more = max(0, keep - self._in_hand)
         self._release(self._in_hand - keep)
         if self._part is not None and minute:
-            # As far as it has not drained.
+            # Only tokens that have not drained are given back.
             state = self._part.states()[PER_MINUTE]
             drained = max(0, self._spent - state.used - state.reserved)
             self._spent -= drained
@@ -455,8 +457,8 @@ class PrefetchedTokens:
         )
 
     def answered(self, answer: Tokens | None, sent: float, incarnation: tuple[str, str]) -> None:
-        """Take in the *answer* of the server in this *incarnation* to what was asked at *sent*; None: the
-        call failed.
+        """Take in the *answer* of the server in this *incarnation* to the call that was sent at *sent*;
+        None: the call failed.
         """
         spent, number, mine = self._said
         self._answered = answer is not None
@@ -464,7 +466,7 @@ class PrefetchedTokens:
             self._spent += spent
             return
         if incarnation != self._incarnation:
-            # Its bucket does not know of what was taken from another one.
+            # The new bucket does not include tokens that were taken from another bucket.
             self._leave_queue()
             self._incarnation = incarnation
         minute, day = self.limits
@@ -490,7 +492,7 @@ class PrefetchedTokens:
             taken = _Taken(incarnation, min(given, minute), last, min(given, day), answer.day)
             self._first = _First(given, now, taken)
         elif asked and answer.wait:
-            # What is in hand elsewhere comes back soon.
+            # The prefetched tokens of other instances come back soon.
             wait = max(answer.wait / SECOND, FRESH if waited else 0.0)
             self._first = _First(asked, now + wait)
             self._ask(wait)
@@ -504,8 +506,9 @@ class PrefetchedTokens:
         self._on_tokens()
 
     def stand(self, instances: int, *, heard: bool) -> None:
-        """Take in whether the server is *heard* and gives something, and that this instance is one
-        of so many if it is alone; 0: of an unknown number.
+        """Take in whether the server answers (*heard*), and the number of *instances*; 0: unknown.
+
+        While the server does not answer, each instance uses an equal part of the budgets.
         """
         before, self._heard = self._heard, heard
         self._instances = instances or self._instances
@@ -515,12 +518,12 @@ class PrefetchedTokens:
             self._on_tokens()
         elif not heard and (before or self._part is None):
             self.ask_at = inf
-            # The parts of all use the room for it.
+            # The parts of all instances include the tokens for which a request waits.
             self._leave_queue()
             self._make_part()
 
     def _make_part(self) -> None:
-        """Have an equal part of the minute, and of what is left of the day."""
+        """Use an equal part of the minute, and of the rest of the day."""
         count, (minute, day) = self._instances, self.limits
         if not count:
             return
@@ -531,7 +534,7 @@ class PrefetchedTokens:
             self._day.number,
         )
         if self._met and part:
-            # Others may use all of the bucket.
+            # The tokens of this minute may be used up by others: the part begins empty.
             full = Budget(part, 0, self._clock, self._wall_clock)
             full.reserve(part)
             self._part.take_over(full)
@@ -543,32 +546,32 @@ class PrefetchedTokens:
         return self._part
 
     def _turn(self) -> None:
-        """Begin another day if it has come: what is in hand is of the one before."""
+        """Begin another day if it has come. Prefetched tokens belong to the day before."""
         if self._day.turn() and self._day.limit:
             self._in_hand, self._first = 0, None
 
     def _release(self, tokens: int) -> None:
-        """Have so many *tokens* less in hand; of a negative number none."""
+        """Give back so many prefetched *tokens*; none if the number is negative."""
         if tokens > 0:
             self._in_hand -= tokens
             if self._day.limit:
                 self._day.mine -= tokens
 
     def _leave_queue(self) -> None:
-        """Wait no more, and give back what was given for the request that has waited."""
+        """Leave the queue, and give back the tokens that were granted for the waiting request."""
         first, self._first = self._first, None
         if first is not None and first.taken is not None:
             self._correct(first.taken, 0)
 
     def _ask(self, delay: float = 0.0) -> None:
-        """Let a call ask for tokens in *delay* seconds."""
+        """Ask for tokens by a call in *delay* seconds."""
         at = self._clock() + delay
         if at < self.ask_at and self._heard and any(self.limits):
             self.ask_at = at
             self._calls.call_by(at)
 
     def _look_ahead(self, tokens: int) -> None:
-        """Ask for more before there are none, where that is worth it."""
+        """Ask for more tokens before there are none, if it is worth a call."""
         kept = self._kept
         worth = 2 * tokens <= kept and 2 * self._in_hand <= kept
         if worth and self._clock() - self._scarce_at > SCARCE:
@@ -576,7 +579,7 @@ class PrefetchedTokens:
 
     @property
     def _kept(self) -> int:
-        """How many tokens are kept in hand: none while others wait for more than there is."""
+        """The number of tokens to prefetch: 0 while other instances wait for more than there are."""
         minute, _day = self.limits
         if minute and self._level + self._minute.held + self._in_hand > minute + ROUNDING:
             return 0
@@ -587,10 +590,11 @@ class PrefetchedTokens:
 class SharedBudget(Budget):
     """The tokens of a key, which all instances share: see `PrefetchedTokens`.
 
-    Always: `reserved` is what requests of this instance have reserved.
+    Always: `reserved` are the tokens that requests of this instance have reserved.
 
     *waiting* returns the estimate of the first request that waits in the queue of the key, and
-    *patience* for how many seconds it does; *on_tokens* is called when more may start than before.
+    *patience* the seconds for which it may wait. *on_tokens* is called when more requests may start
+    than before.
     """
 
     look_again = LOOK_AGAIN
@@ -621,7 +625,7 @@ class SharedBudget(Budget):
         self.limited = per_minute > 0 or per_day > 0
 
     def take_over(self, old: Budget) -> None:
-        """Go on with what *old* counts, by our own limits; it settles what it has reserved."""
+        """Take over the counts of *old*, with our own limits. *old* still settles its reservations."""
         assert isinstance(old, SharedBudget)
         limits, self.hand = self.hand.limits, old.hand
         self.hand.apply(*limits)
@@ -640,19 +644,19 @@ class SharedBudget(Budget):
 
     @property
     def whole(self) -> bool:
-        """Whether another budget of this name would allow no more: the server remembers what it was
-        told.
+        """Whether another budget of this name would allow no more, since the server remembers the
+        reported tokens.
         """
         return self.hand.quiet
 
     def shortage(self, tokens: int) -> Shortage | None:
-        """Return why a request of *tokens* cannot start now; a delay of 0.0: the server is asked
-        first.
+        """Return the shortage for which a request of *tokens* cannot start now; with a delay of 0.0
+        the server is asked first.
         """
         return self.hand.shortage(tokens)
 
     def reserve(self, tokens: int) -> SharedReservation:
-        """Reserve *tokens*: `shortage` comes before it, without an `await` between the two."""
+        """Reserve *tokens*. The caller must have called `shortage` before, without an `await` since."""
         reservation = SharedReservation(self, tokens, self.hand)
         self.reserved += tokens
         try:

@@ -1,5 +1,5 @@
-"""What an instance knows of the tokens of a key at the server: the bucket of the minute and the
-count of the day, of all instances together.
+"""The knowledge of an instance about the tokens of a key: the bucket of the minute and the count of
+the day, of all instances together, at the server.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class Bucket:
     """The bucket of the minute (renew.lua), as it was at the last answer and has drained since.
 
-    A token stands at its number among all that have come into the bucket. `limit` is the budget;
-    0: there is none. `held` are in the hands of others. `kept` have never come into it, though those
-    that came behind them were counted as if they had: here they count as given back.
+    The position of a token is its number among all tokens that have come into the bucket. `limit` is
+    the budget; 0: there is none. `held` are the prefetched tokens of other instances. `kept` tokens
+    never came into the bucket, although the positions behind them were counted as if they had; here
+    they count as given back.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -31,42 +32,42 @@ class Bucket:
         self._at = clock()
 
     def _out(self) -> float:
-        """Return how many tokens have drained, at most."""
+        """Return the most tokens that can have drained."""
         return self._drained + (self._clock() - self._at) * self.limit / MINUTE
 
     @property
     def level(self) -> float:
-        """How many tokens are in it."""
+        """The number of tokens in the bucket."""
         return max(0.0, self._charged - self._out())
 
     @property
     def last(self) -> float:
-        """Where the last token stands that the server has given."""
+        """The position of the last token that the server has granted."""
         return self.comes(0)
 
     def comes(self, tokens: int) -> float:
-        """Return where the last one of *tokens* stands that come into it now, at least."""
+        """Return the least position of the last of *tokens* that come into the bucket now."""
         return self._charged + tokens + self._returned + self.kept
 
     def left(self, tokens: int, stood: float) -> int:
-        """Return how many are left of *tokens*, the last of which *stood* there."""
-        # What was taken out since may have stood in front of it.
+        """Return how many of *tokens* have not drained, if the last of them is at *stood*."""
+        # Tokens that were taken out since may have been in front of them.
         return max(0, min(tokens, int(stood - self._returned - self.kept - self._out())))
 
     def answered(self, answer: Tokens, sent: float) -> None:
-        """Take in the *answer* to what was said at *sent*."""
+        """Take in the *answer* to a call that was sent at *sent*."""
         self._charged, self._drained = answer.charged, answer.drained
         self._returned, self.held = answer.returned, answer.held
         self._at = sent
 
 
 class DayCount:
-    """The count of the day, as it was at the last answer, and what this instance has had since.
+    """The count of the day at the last answer, and the tokens of this instance since.
 
-    `limit` is the budget; 0: there is none. `mine` is what this instance has used, reserved and in
-    hand, and `was` what that was at the last answer; `count` is what all instances had then, and
-    `known` what they had when the server was last sure of it. The day ends as the server has said;
-    before it has, as the wall clock does.
+    `limit` is the budget; 0: there is none. `mine` are the tokens that this instance has used,
+    reserved or prefetched, and `was` is the same number at the last answer. `count` is the number of
+    all instances at that time, and `known` their number when the server last knew it for certain.
+    The day ends by the server's clock, or by the wall clock before the first answer.
     """
 
     def __init__(self, clock: Callable[[], float], wall_clock: Callable[[], float]) -> None:
@@ -100,15 +101,15 @@ class DayCount:
 
     @property
     def total(self) -> int:
-        """What all instances have used, reserved and in hand, as far as is known."""
+        """The tokens that all instances have used, reserved or prefetched, as far as is known."""
         return max(0, self.count + self.mine - self.was)
 
     def answered(self, answer: Tokens, mine: int, tokens: int) -> bool:
-        """Take in the *answer*, which has brought *tokens*, to a call that said what was *mine*.
+        """Take in the *answer*, which has brought *tokens*, to a call with the number *mine*.
 
-        Returns whether another day has begun by it.
+        Return whether another day has begun by it.
         """
-        # It is the server's clock that counts.
+        # The server's clock decides.
         turned = answer.day != self.number
         if turned:
             self._begin(answer.day, 0.0)

@@ -1,13 +1,13 @@
 """The tokens a minute of a provider, which all instances share.
 
-What a request costs is known once its answer has ended, so an instance runs into debt: a start is
-counted with what it is expected to cost, and nothing more starts until that is paid. It is paid
-with slots of a shared rate (rates.py), each worth CHUNK seconds of the rate, which the server
-gives to all instances together. So in any span of t seconds all together pay for at most t
-seconds' tokens and the burst; they may owe what one request of each has cost beyond it. An
-instance without a debt asks nobody.
+The cost of a request is known only after the end of its answer, so an instance runs into debt. A
+start is counted with its expected cost, and nothing more starts until this debt is paid. It is paid
+with slots of a shared rate (wings/cluster/limits/rates.py), each worth CHUNK seconds of the rate, which
+the server grants to all instances together. So in any span of t seconds all instances together pay
+for at most the tokens of t seconds and the burst. They may owe the cost of one request of each
+instance beyond that. An instance without a debt makes no call.
 
-All of it counts in seconds of the rate, as `Gcra` does.
+All amounts are in seconds of the rate, as in `Gcra`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
     from aioserver.wings.cluster.limits.rates import LeaseCalls
 
-# Seconds of the rate that a slot is worth. An instance that vanishes takes one with it, and those
-# that it kept in hand.
+# Seconds of the rate that a slot is worth. An instance that vanishes takes one slot with it, and its
+# prefetched slots.
 CHUNK = 0.5
 
 
 class SharedTokens(Gcra):
-    """A token a *interval* seconds, and up to *tolerance* seconds early, under *name*; it stands
-    where a `Gcra` of the whole rate would.
+    """A token each *interval* seconds, and up to *tolerance* seconds early, shared under *name*. It
+    replaces a `Gcra` of the whole rate.
 
-    Always: a slot is paid once for each CHUNK of what `take` has counted, and of what was taken
-    back at most a CHUNK is kept.
+    Always: a slot is paid once for each CHUNK that `take` has counted, and at most a CHUNK of the
+    revoked seconds is kept.
 
     *on_slots* is called when more may start than before.
     """
@@ -49,7 +49,7 @@ class SharedTokens(Gcra):
         on_slots: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(interval, tolerance, clock)
-        # What has been counted and not paid; below 0: paid before.
+        # The seconds that were counted and not paid; below 0: the seconds that were paid in advance.
         self._debt = 0.0
         self.rate = SharedRate(
             calls,
@@ -72,16 +72,14 @@ class SharedTokens(Gcra):
         return self.rate.delay(max(0.0, owed - CHUNK)) if owed > ROUNDING else 0.0
 
     def take(self, seconds: float) -> None:
-        """Count what is worth *seconds*, whether it is allowed or not; a negative number takes
-        some back.
-        """
+        """Count *seconds*, whether they are allowed or not; a negative number revokes some."""
         self._debt += seconds
         while self._debt <= -2 * CHUNK:
             self.rate.take(-CHUNK)
             self._debt += CHUNK
 
     def apply(self, interval: float, tolerance: float, *, scale: float = 1.0) -> None:
-        """Use another rate from now on; what is owed is multiplied by *scale*."""
+        """Use another rate from now on; the debt is multiplied by *scale*."""
         self._debt *= scale
         self.interval = interval
         self.rate.apply(CHUNK, tolerance - CHUNK)

@@ -103,17 +103,21 @@ class ResponseWriter(ChunkReader[Call]):
 
     @property
     def transcript(self) -> str | None:
-        """The text of the message that is under way; None if there is more, or nothing yet."""
+        """The text of the message that is under way, empty if nothing but reasoning was shown;
+        None if there is more.
+        """
         message, part = self._message, self._part
         others = [item for item in self._items if not isinstance(item, Reasoning)]
+        if self._nameless or self.finish_reason is not None:
+            return None
+        if not others:
+            return ""
         if (
             message is None
             or others != [message]
             or part is None
             or part.kind is not TEXT
             or len(message.parts) != 1
-            or self._nameless
-            or self.finish_reason is not None
         ):
             return None
         text: str = orjson.loads(b'"%b"' % bytes(part.text))

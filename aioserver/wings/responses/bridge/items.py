@@ -6,6 +6,7 @@
     function_call_output     its result
     custom_tool_call_output  the same
     reasoning                reasoning
+    compaction               a message with the summary, if it was made here (summary.py)
     refusal                  what the assistant says: no template shows a refusal to its model
 
 An item of a tool that ran at a provider is left out, as the tool is. Any other is a reference that
@@ -31,6 +32,7 @@ from aioserver.protocol.bridging.reading import (
 )
 from aioserver.protocol.bridging.turns import LINE, PARAGRAPH, Piece, Turns
 from aioserver.protocol.json_body import ABSENT, null
+from aioserver.wings.responses.bridge.summary import summary_of
 from aioserver.wings.responses.bridge.tools import CUSTOM, FUNCTION, Tools
 
 _SYSTEM = frozenset({"system", "developer"})
@@ -49,6 +51,7 @@ class _Item(msgspec.Struct, gc=False):
     arguments: Raw = ABSENT
     input: Raw = ABSENT
     output: Raw = ABSENT
+    encrypted_content: str | None = None
 
 
 class _Part(msgspec.Struct, gc=False):
@@ -68,16 +71,20 @@ _PART = msgspec.json.Decoder(_Part)
 
 
 class ItemReader:
-    """Reads input items into *turns*; *tools* are those of the request."""
+    """Reads input items into *turns*; *tools* are those of the request. *incomplete*: items in
+    front of these may be missing, and among them the calls to which outputs belong.
+    """
 
-    def __init__(self, tools: Tools, turns: Turns) -> None:
-        self._tools, self._turns = tools, turns
+    def __init__(self, tools: Tools, turns: Turns, *, incomplete: bool = False) -> None:
+        self._tools, self._turns, self._incomplete = tools, turns, incomplete
+        # The ids of the calls so far.
+        self._called: set[str] = set()
 
     async def add(self, raw: Raw, param: str) -> None:
         """Add an input item, in steps.
 
         Raises:
-            InvalidRequest: it is none, or has no form in a chat; *param* names it.
+            InvalidRequest: *raw* is not an item, or has no form in a chat; *param* names it.
         """
         item = await reading(_ITEM, raw, param)
         match item.type:
@@ -92,11 +99,17 @@ class ItemReader:
             case "function_call_output" | "custom_tool_call_output":
                 if not item.call_id:
                     raise InvalidRequest(f"{param} must have a call_id", param=f"{param}.call_id")
+                if not (self._incomplete or item.call_id in self._called):
+                    raise InvalidRequest(
+                        f"no call in front of {param} has its call_id", param=f"{param}.call_id"
+                    )
                 pieces = await self._pieces(item.output, f"{param}.output")
                 self._turns.answer(item.call_id, pieces)
             case "reasoning":
                 for piece in await self._pieces(item.content, f"{param}.content"):
                     self._turns.think(piece.content)
+            case "compaction" if summary := summary_of(item.encrypted_content or ""):
+                self._turns.ask(Piece(summary, between=PARAGRAPH))
             case kind if kind.startswith("mcp_") or kind.endswith(_OF_HOSTED):
                 self._tools.hosted.note(kind.partition("_call")[0])
             case kind:
@@ -130,6 +143,7 @@ class ItemReader:
         if not item.call_id or not item.name:
             raise InvalidRequest(f"{param} must have a call_id and a name", param=param)
         name = self._tools.name_of(kind, item.name, item.namespace or "")
+        self._called.add(item.call_id)
         self._turns.call(item.call_id, name, arguments, param)
 
     async def _pieces(self, raw: Raw, param: str) -> list[Piece]:

@@ -197,7 +197,7 @@ class Call:
 MAX_REPEATED_BYTES = 262_144
 # Bytes that count as one token if the provider reports no usage.
 BYTES_PER_TOKEN = 4
-# For each finish_reason: why an answer is not complete.
+# The reason of an incomplete answer, by finish_reason.
 REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
@@ -257,7 +257,7 @@ class Frame(msgspec.Struct):
 def usage_object(usage: Mapping[str, Any] | None, asked_tokens: int, answered_bytes: int) -> bytes:
     """Return the usage of a response for that of a chat completion.
 
-    If the provider has reported none it is an estimate, since many clients cannot do without:
+    If the provider has reported no usage, it is an estimate, since many clients need one:
     *asked_tokens*, and a token for BYTES_PER_TOKEN bytes of the answer.
     """
     tokens, known = tokens_of(usage), usage or {}

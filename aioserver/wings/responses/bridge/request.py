@@ -10,10 +10,11 @@
     top_logprobs, include        logprobs, top_logprobs
     safety_identifier            user, unless there is one
     temperature, top_p, user, service_tier, parallel_tool_calls    the same
+    presence_penalty, frequency_penalty                            the same
 
 `metadata`, `store` and `previous_response_id` are handled here, not by the provider. Hints for
-caches, and bounds of what the provider does by itself, are left out, since some providers refuse
-unknown fields. A field that would change the meaning of the answer is refused by name: see
+caches, and limits of actions that a provider takes by itself, are left out, since some providers
+refuse unknown fields. A field that would change the meaning of the answer is refused by name: see
 `_REFUSED`.
 """
 
@@ -62,6 +63,9 @@ class _Body(msgspec.Struct, gc=False):
     temperature: Raw = ABSENT
     top_p: Raw = ABSENT
     top_logprobs: Raw = ABSENT
+    presence_penalty: Raw = ABSENT
+    frequency_penalty: Raw = ABSENT
+    max_tool_calls: Raw = ABSENT
     parallel_tool_calls: Raw = ABSENT
     user: Raw = ABSENT
     safety_identifier: Raw = ABSENT
@@ -101,7 +105,7 @@ _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
 class ChatRequest(BridgedChat, kw_only=True):
     """A request for chat completions, with the data that turn its answer into a response.
-    *repeated* is for the `Frame` of the response. *logprobs*: the answer shall have them.
+    *repeated* is for the `Frame` of the response. *logprobs* says that the answer must have them.
     """
 
     tools: Tools
@@ -121,12 +125,12 @@ async def chat_request(
     """Return the request for chat completions that corresponds to *body*, in steps.
 
     *body* is JSON with a model. *previous* is the id of the response that it continues, if the
-    items of that response are in the body already; *incomplete*: they may be missing.
+    items of that response are in the body already. With *incomplete*, they may be missing.
     *reasoning_field* is as for `Turns`, and *accepted* are the parameters that the provider
-    accepts. *streamed*: the answer is streamed, even if *body* says otherwise.
+    accepts. With *streamed*, the answer is streamed, even if *body* says otherwise.
 
     Raises:
-        InvalidRequest: *body* is no request, or one that has no form in chat completions.
+        InvalidRequest: *body* is no request, or the request has no form in chat completions.
     """
     json_body.check_values(body)
     await pause_after(body)
@@ -146,7 +150,7 @@ async def chat_request(
     if is_string(fields.input):
         turns.ask(Piece(bytes(fields.input)))
     else:
-        await for_each(fields.input, "input", ItemReader(tools, turns).add)
+        await for_each(fields.input, "input", ItemReader(tools, turns, incomplete=incomplete).add)
     logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
     written, model, asked_tokens, optional = await put_together(
@@ -194,6 +198,8 @@ def _options(fields: _Body, accepted: AcceptedParameters, size: Size, *, logprob
     return members(
         (b"temperature", fields.temperature),
         (b"top_p", fields.top_p),
+        (b"presence_penalty", fields.presence_penalty),
+        (b"frequency_penalty", fields.frequency_penalty),
         (accepted.bound.encode(), accepted.bounded(fields.max_output_tokens, size)),
         (b"reasoning_effort", effort),
         (b"logprobs", b"true" if logprobs else b""),
@@ -237,22 +243,25 @@ def _repeated(fields: _Body, tools: Tools, text: bytes, previous: str | None) ->
         instructions, shown = b"null", b""
     unstored = flag(fields.store) is False
     values = {
+        b"frequency_penalty": _or(fields.frequency_penalty, b"0.0"),
         b"instructions": instructions,
         b"max_output_tokens": _or(fields.max_output_tokens, b"null"),
+        b"max_tool_calls": _or(fields.max_tool_calls, b"null"),
         b"metadata": _or(fields.metadata, b"{}"),
         b"parallel_tool_calls": _or(fields.parallel_tool_calls, b"true"),
+        b"presence_penalty": _or(fields.presence_penalty, b"0.0"),
         b"previous_response_id": orjson.dumps(previous),
         b"prompt_cache_key": _or(fields.prompt_cache_key, b"null"),
         b"reasoning": _or(fields.reasoning, b'{"effort":null,"summary":null}'),
         b"safety_identifier": _or(fields.safety_identifier, b"null"),
         b"service_tier": _or(fields.service_tier, b'"default"'),
         b"store": b"false" if unstored else b"true",
-        b"temperature": _or(fields.temperature, b"null"),
+        b"temperature": _or(fields.temperature, b"1.0"),
         b"text": text,
         b"tool_choice": _or(fields.tool_choice, b'"auto"'),
         b"tools": b"[%b]" % shown,
-        b"top_logprobs": _or(fields.top_logprobs, b"null"),
-        b"top_p": _or(fields.top_p, b"null"),
+        b"top_logprobs": _or(fields.top_logprobs, b"0"),
+        b"top_p": _or(fields.top_p, b"1.0"),
         b"truncation": b'"disabled"',
         b"user": _or(fields.user, b"null"),
     }

@@ -111,8 +111,8 @@ class Tools:
         """Add a declared tool, of a *namespace* if one is passed.
 
         Raises:
-            InvalidRequest: it is none, or chat completions have no such tool, or there are too
-                many; *param* names it.
+            InvalidRequest: *raw* is not a tool, chat completions have no such tool, or there are
+                too many; *param* names it.
         """
         if len(self.functions) >= MAX_ELEMENTS:
             raise InvalidRequest(f"more than {MAX_ELEMENTS} tools", param=param)
@@ -136,7 +136,11 @@ class Tools:
             self.hosted.add(tool.type, f"{param}.type")
             return
         if not namespace:
-            self.shown.append(bytes(raw))
+            shown = bytes(raw)
+            if tool.type == FUNCTION and tool.strict is ABSENT:
+                # The response says it, even if the request does not.
+                shown = shown[:-1] + b',"strict":false}'
+            self.shown.append(shown)
 
     async def choose(self, raw: Raw) -> bytes:
         """Return the `tool_choice` of chat completions for that of a request; empty if there is
@@ -146,8 +150,8 @@ class Tools:
         added.
 
         Raises:
-            InvalidRequest: it is none, or names a tool that was not declared, or that chat
-                completions do not have.
+            InvalidRequest: *raw* is not a choice, or names a tool that was not declared, or that
+                chat completions do not have.
         """
         written = b"" if null(raw) else bytes(raw)
         if not written or written in _CHOICES:
@@ -199,8 +203,8 @@ class Tools:
 
 
 def _parameters(tool: _Tool, param: str) -> bytes:
-    """Return the parameters of the function that stands for a custom tool. The grammar of its
-    input stands in the description of that.
+    """Return the parameters of the function that stands for a custom tool. The description of its
+    `input` has the grammar of the tool.
     """
     described = b""
     if not null(tool.format):

@@ -143,13 +143,15 @@ def test_messages_go_out_in_bounded_publications() -> None:
     assert read_back == [Credit(1, 2), *messages]
 
 
-@pytest.mark.parametrize("cut", range(40))
-def test_half_a_publication_is_malformed(cut: int) -> None:
-    (data,) = encode("a", [Attach(1, "c", "r" * 40, 0, None, b"d", False, 5)])
-    assert decode(data) == Publication("a", [Attach(1, "c", "r" * 40, 0, None, b"d", False, 5)])
+def test_half_a_publication_is_malformed() -> None:
+    for cut in range(40):
+        (data,) = encode("a", [Attach(1, "c", "r" * 40, 0, None, b"d", False, 5)])
+        assert decode(data) == Publication(
+            "a", [Attach(1, "c", "r" * 40, 0, None, b"d", False, 5)]
+        )
 
-    with pytest.raises(Malformed):
-        decode(data[:cut])
+        with pytest.raises(Malformed):
+            decode(data[:cut])
 
 
 def test_a_publication_that_is_too_large_is_malformed() -> None:

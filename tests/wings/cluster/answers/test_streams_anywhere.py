@@ -823,7 +823,7 @@ async def test_redis_away_leaves_each_instance_with_its_own_streams(
 
     assert (a.requests, b.requests) == (1, 1)
     assert a.cluster.stats().unclaimed == 1
-    assert [r.message for r in caplog.records if "no answer to claims" in r.message]
+    assert [r.message for r in caplog.records if "no answer of the cluster" in r.message]
 
 
 async def test_a_plain_relay_asks_the_cluster_nothing(make: Make, world: World) -> None:

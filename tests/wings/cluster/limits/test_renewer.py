@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.real_time
+pytestmark = [pytest.mark.both_loops, pytest.mark.real_time]
 LIMIT = 8
 # A tenth of the real times, but for the bound of a call: the machine may be busy.
 TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)

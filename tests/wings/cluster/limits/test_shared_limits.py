@@ -226,6 +226,12 @@ async def test_answers_that_nobody_reads_give_way_to_the_requests_of_another_ins
         def waiting(self) -> int:
             return a.provider.waiting
 
+        def let_go(self) -> None:
+            pass
+
+        def received_content(self) -> None:
+            pass
+
         def first_event(self) -> None:
             pass
 

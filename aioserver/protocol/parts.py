@@ -1,0 +1,96 @@
+"""The parts of a turn: what one event of a streamed answer contains.
+
+A *turn* is one answer of a model to an agent: its reasoning, its text, its calls of tools, and a
+finish. The part of an event decides whether it is held (providers/holding.py). An API reduces an
+event to *words*, such as the members of a delta or the type of a block. An event with several
+parts counts as the last one in the order of `Part`; an unknown word is text, so that it is shown
+as it comes.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum, auto
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from aioserver.protocol.openai import BadEvent
+from aioserver.protocol.transcript import loaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+
+class Part(IntEnum):
+    """What an event contains."""
+
+    # A role, an id, the beginning or the end of a block, a comment.
+    PREAMBLE = auto()
+    REASONING = auto()
+    TEXT = auto()
+    # A call of a tool that the client runs; a tool that runs at the provider, or its result.
+    CALL = auto()
+    HOSTED = auto()
+    # Nothing of the turn is missing but the end mark; the end mark itself.
+    FINISH = auto()
+    END = auto()
+    # The turn has failed, or the event is not JSON.
+    ERROR = auto()
+
+
+class Parts(NamedTuple):
+    """How an API writes the parts of a turn.
+
+    An event that is held with `calls` has one of *marks*. An event that *plain* matches as a
+    whole, with its data as the group, only goes on with what the events before it have begun.
+    *words* yields the words of an event's content, and *pattern* has a group for each part, by
+    which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
+    that it must stay with what follows it.
+    """
+
+    marks: tuple[bytes, ...]
+    plain: re.Pattern[bytes]
+    words: Callable[[dict[str, Any]], Iterable[str]]
+    pattern: re.Pattern[str]
+    signs_reasoning: bool = False
+
+    def part(self, data: bytes) -> Part:
+        """Return what an event with this *data* contains; without data it is a comment."""
+        if not data:
+            return Part.PREAMBLE
+        if data.strip() == b"[DONE]":
+            return Part.END
+        try:
+            content = loaded(data)
+        except BadEvent:
+            return Part.ERROR
+        if content.get("error"):
+            return Part.ERROR
+        try:
+            matches = [self.pattern.fullmatch(word) for word in self.words(content)]
+        except (AttributeError, TypeError):
+            return Part.TEXT
+        found = (Part[str(match.lastgroup)] if match else Part.TEXT for match in matches)
+        return max(found, default=Part.PREAMBLE)
+
+
+def _chat_words(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the members with a value in the deltas of a chat completion's chunk."""
+    for choice in content.get("choices") or ():
+        if choice.get("finish_reason"):
+            yield "finish_reason"
+        for name, value in (choice.get("delta") or {}).items():
+            if value:
+                yield name
+
+
+# `"tool_calls"` and `"function_call"` both have this.
+CALL_MARK = b"_call"
+CHAT_PARTS = Parts(
+    (CALL_MARK,),
+    re.compile(rb'data: (\{(?!.*"(?:error"|finish_reason"\s*:\s*"))[^\r\n]*\})\n\n'),
+    _chat_words,
+    re.compile(
+        "(?P<PREAMBLE>role)|(?P<REASONING>reasoning(?:_content|_details)?)"
+        "|(?P<CALL>tool_calls|function_call)|(?P<FINISH>finish_reason)"
+    ),
+)

@@ -1,0 +1,227 @@
+"""Holding: what of a streamed turn waits for its finish, in front of the sink.
+
+An agent acts when a call is whole, and the client has not seen what is held. So a turn that breaks
+off before its finish can be asked for again, from any provider, without a seam
+(gateway/attempts.py):
+
+    `hold`        held until the finish                        shown as it comes
+    `calls`       everything from the first piece of a call    text and reasoning in front of it
+                  on; structured output; signed reasoning
+                  in front of anything else, until text
+    `turn`        everything                                   nothing
+
+With `preamble` this object does not exist. A tool that runs at the provider must not run twice:
+when one begins, the held events are *let go*, and the rest of the turn passes as it comes. The same
+happens when they exceed half of `max_stream_bytes`, or when there is no room for them.
+
+A `Holding` takes the place of its sink's splitter. So the sink never sees an event that is dropped,
+and none of its state has to be rolled back.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import orjson
+
+from aioserver.errors import AioserverError, ServerAtCapacity
+from aioserver.protocol import eventstream
+from aioserver.protocol.eventstream import Splitter
+from aioserver.protocol.parts import Part
+from aioserver.protocol.request_options import TURN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.protocol.parts import Parts
+    from aioserver.providers.request import ProviderRequest
+    from aioserver.providers.sinks import StreamSink
+    from aioserver.streams.contracts import Held
+    from aioserver.streams.stream import Stream
+
+# Bytes by which what is held grows before it is counted.
+COUNT_STEP = 4096
+
+
+class Holding(Splitter):
+    """Splits an answer to *request*, by *parts*, for *sink*, which fills *stream*.
+
+    Always: what `feed` has returned is a beginning of what has come, cut between two events,
+    unless an error has dropped what was held. *on_content* is called when content has come, held or
+    not, and *on_show* before any event is shown.
+    """
+
+    def __init__(
+        self,
+        request: ProviderRequest,
+        stream: Stream,
+        sink: StreamSink,
+        parts: Parts,
+        on_content: Callable[[], None],
+        on_show: Callable[[], None] | None,
+    ) -> None:
+        super().__init__(stream.max_bytes)
+        self.held: bytearray = bytearray()
+        self._request, self._stream, self._sink, self._parts = request, stream, sink, parts
+        self._on_content, self._on_show = on_content, on_show
+        self.max_held = stream.max_bytes // 2
+        # The count of what is held, and how much of it is counted.
+        self._counted: Held | None = None
+        self._counted_size = 0
+        # Whether events are held now; whether only until text, as signed reasoning is; and whether
+        # everything passes, since the turn has a finish, or was let go.
+        self._holds, self._until_text, self._passes = request.hold == TURN, False, False
+        self._finishes = 0
+        # Since when content is held.
+        self._since = 0.0
+        # The fault of the sink at what was let go.
+        self._fault: AioserverError | None = None
+        self._counting = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether the next event may pass by, on a fast path."""
+        return super().idle and (self._passes or not (self._holds or self._request.structured))
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return the events that may be shown now, as `Splitter.feed`.
+
+        Raises:
+            EventTooLong: as there.
+            AioserverError: the sink has failed at events that were let go.
+        """
+        if self._fault is not None:
+            raise self._fault
+        block = super().feed(chunk)
+        if block and not self._passes and (self._holds or self._looks(block)):
+            block = self._take(block)
+        if block and self._on_show is not None:
+            self._on_show()
+        return block
+
+    def let_go(self) -> None:
+        """Show what is held before the finish: no other attempt follows."""
+        if not self.held or self._counting:
+            return
+        self._request.let_body_go()
+        block = self._release(let_go=True)
+        if self._on_show is not None:
+            self._on_show()
+        try:
+            self._sink.take(block)
+        except AioserverError as fault:
+            # It belongs to this answer, and not to the request that needs the room.
+            self._fault = fault
+        self._stream.drop_said()
+
+    def drop(self) -> None:
+        """Drop what is held, since the turn has broken off; a second call does nothing."""
+        # They were paid for.
+        unseen = self.unseen
+        self._clear()
+        self.unseen = unseen
+
+    def _looks(self, block: bytes) -> bool:
+        """Return whether *block* may have an event that is held."""
+        # Not `any`: it costs more than the searches.
+        for mark in self._parts.marks:
+            if block.find(mark) >= 0:
+                return True
+        return self._request.structured
+
+    def _take(self, block: bytes) -> bytes:
+        """Return what may be shown, now that *block* has come."""
+        if self._since and not self._until_text and self._goes_on(block):
+            return b""
+        pieces = eventstream.pieces(block)
+        shown: list[bytes] = []
+        for number, piece in enumerate(pieces):
+            part = self._parts.part(b"".join(each.data for each in eventstream.parse(piece)))
+            if part is Part.ERROR:
+                # The sink gets it alone, and ends the answer by it.
+                self.drop()
+                self._passes = True
+                return b"".join((*shown, *pieces[number:]))
+            if part is Part.CALL or (part is Part.TEXT and self._request.structured):
+                self._holds, self._until_text = True, False
+            elif part is Part.TEXT and self._until_text:
+                shown.append(self._clear())
+                self._holds = self._until_text = False
+            elif part is Part.REASONING and not self._holds and self._parts.signs_reasoning:
+                self._holds = self._until_text = not (shown or self._stream.answered)
+            if part > Part.PREAMBLE:
+                self._stream.record.answered(monotonic())
+                self._on_content()
+            if not self._holds:
+                shown.append(piece)
+                continue
+            if part > Part.PREAMBLE and not self._since:
+                self._since = monotonic()
+                if not self._stream.answered:
+                    self._request.spare_body(self.let_go)
+            # The finish of one choice is not that of another.
+            self._finishes += part is Part.FINISH
+            over = part is Part.END or self._finishes >= self._request.choices
+            full = len(self.held) + len(piece) > self.max_held
+            if over or full or part is Part.HOSTED:
+                released = self._release(let_go=not over)
+                return b"".join((*shown, released, *pieces[number:]))
+            self.held += piece
+            self.unseen += part > Part.PREAMBLE
+        if len(self.held) - self._counted_size >= COUNT_STEP and not self._count():
+            shown.append(self._release(let_go=True))
+        return b"".join(shown)
+
+    def _goes_on(self, block: bytes) -> bool:
+        """Hold *block* if it is one event that goes on with what is held, as most are, and return
+        whether it is. It costs a third of `_take`.
+        """
+        plain = self._parts.plain.fullmatch(block)
+        size = len(self.held) + len(block)
+        if plain is None or size > self.max_held or size - self._counted_size >= COUNT_STEP:
+            return False
+        try:
+            orjson.loads(plain[1])
+        except orjson.JSONDecodeError:
+            return False
+        self.held += block
+        self.unseen += 1
+        return True
+
+    def _release(self, *, let_go: bool) -> bytes:
+        """Return what is held, and let everything pass from now on."""
+        self._passes = True
+        self._stream.outcome.let_go |= let_go
+        return self._clear()
+
+    def _clear(self) -> bytes:
+        """Hold nothing any more; return what was held."""
+        held, outcome = bytes(self.held), self._stream.outcome
+        self.held.clear()
+        self.unseen = 0
+        self._counted_size = 0
+        if self._counted is not None:
+            self._counted.reset()
+        if self._since:
+            outcome.held_for = max(outcome.held_for or 0.0, monotonic() - self._since)
+            self._since = 0.0
+            if not self._stream.answered:
+                # What is shown next decides about it, or another attempt sends it.
+                self._request.need_body()
+        return held
+
+    def _count(self) -> bool:
+        """Count what is held; return False if there is no room for it."""
+        self._counted_size = size = len(self.held)
+        self._counted = counted = self._counted or self._stream.hold()
+        if counted is None:
+            return True
+        self._counting = True
+        try:
+            counted.grow(size - counted.size)
+        except ServerAtCapacity:
+            return False
+        finally:
+            self._counting = False
+        return True
