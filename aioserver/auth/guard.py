@@ -63,6 +63,8 @@ KEY_PROTOCOLS = (KEY_PROTOCOL, "openai-insecure-api-key.")
 MAX_SESSIONS = 4
 # Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS, hdrs.METH_TRACE})
+# What another instance may pass on.
+PASSED_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_POST})
 KEY_NEEDED = (
     "this server wants an API key: "
     f"Authorization: Bearer, {', '.join(KEY_HEADERS)}, or log in on its page"
@@ -105,8 +107,8 @@ class Guard:
         access, headers = self._access, request.headers
         keyed, address = access.keyed, None
         if PEER in request:
-            if request.method not in SAFE_METHODS:
-                raise MethodNotAllowed("instances pass nothing on that changes something")
+            if request.method not in PASSED_METHODS:
+                raise MethodNotAllowed("instances pass on no request of this method")
             request[ADDRESS] = address = request[PEER].address
         elif access.proxies.trusted:
             request[ADDRESS] = address = access.proxies.address(request.remote, headers)

@@ -36,7 +36,7 @@ from aioserver.faces import whole
 from aioserver.faces.form import NO_FORMS
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
-from aioserver.gateway.contracts.instances import LOST, Elsewhere, Lost
+from aioserver.gateway.contracts.instances import ASKED, BODY, FORWARDED, LOST, Elsewhere, Lost
 from aioserver.limits.deadline import Deadline, Guard
 from aioserver.limits.fair_queue import INTERACTIVE
 from aioserver.limits.quota import Quota
@@ -605,11 +605,17 @@ def counted(
             for _ in range(MAX_OWNERS):
                 if not isinstance(prepared, Elsewhere):
                     break
+                owner, render = prepared.owner, partial(broken, request)
                 try:
-                    return await prepared.forward(request, partial(broken, request))
+                    response = await prepared.forward(request, render, visit.release)
                 except Lost as lost:
                     request[LOST] = lost
-                # Meanwhile another instance may have the answer, or none.
+                else:
+                    request[FORWARDED] = owner
+                    return response
+                # Meanwhile another instance may have the answer, or none: then it begins here.
+                visit.release()
+                request[BODY] = prepared.body
                 prepared = await find(request, visit)
             if isinstance(prepared, Elsewhere):
                 raise request[LOST].error
@@ -619,13 +625,18 @@ def counted(
         try:
             return await prepare(request, hold)
         except Elsewhere as elsewhere:
+            # Its frames have the body, while an answer is passed on.
+            forget_frames(elsewhere)
             return elsewhere
 
     async def answer_peer(request: web.Request) -> web.StreamResponse:
         with BodyHold(admission, admission.now(), request_options_of(request.headers)) as hold:
             try:
                 prepared = await prepare(request, hold)
-            except StreamNotFound:
+            except (StreamNotFound, Elsewhere):
+                return web.Response(status=MISDIRECTED)
+            if ASKED not in request:
+                # Nobody passes on what has no id.
                 return web.Response(status=MISDIRECTED)
             if request.transport is not None:
                 request.transport.write(ACCEPTED)

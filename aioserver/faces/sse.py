@@ -23,7 +23,7 @@ from aioserver.faces import http, polling
 from aioserver.faces.admission import BodyHold, counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
-from aioserver.gateway.contracts.instances import Start
+from aioserver.gateway.contracts.instances import ASKED, Start
 from aioserver.protocol import client_frames, eventstream, frames
 from aioserver.protocol.client_frames import Chat
 from aioserver.streams.formats import EVENTS, RETRY
@@ -58,7 +58,13 @@ def routes(context: Context) -> list[web.RouteDef]:
     return [
         web.post(
             endpoint,
-            counted(admission, "sse", partial(prepare, context), partial(start, context)),
+            counted(
+                admission,
+                "sse",
+                partial(prepare, context),
+                partial(start, context),
+                broken=broken,
+            ),
         ),
         web.get(endpoint, partial(listing, context)),
         web.get(stream, partial(get, follow, answer_state)),
@@ -121,12 +127,15 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
         chat = replace(chat, client_headers=headers)
     hold.request_options = hold.request_options.joined(chat.request_options)
     question = Question(request[CALLER], chat, hold, detached, _last_seen(request))
+    name = chat.request_id
     if question.after:
         with context.metrics.resuming():
+            begin = Start(question.after, digest=chat.digest())
+            question.stream = await context.gateway.route(request, name, begin, data)
             # A gap is reported before a place is taken.
-            stream = await _known(context, question)
-            stream.locate(question.after)
-            question.stream = stream
+            question.stream.locate(question.after)
+    else:
+        await context.gateway.claim(request, name, data)
     return question
 
 
@@ -138,28 +147,18 @@ async def start(context: Context, request: web.Request, question: Question) -> w
     """
     gateway, stream = context.gateway, question.stream
     if stream is not None:
-        # A mirror belongs to this request; a log that is kept here may have been evicted
-        # meanwhile.
-        stream = stream if stream.mirrored else await _known(context, question)
+        # It may have been evicted meanwhile.
+        stream = gateway.find(question.caller, stream.request_id)
         question.chat = None
         question.hold.release()
     else:
-        chat = question.take_chat()
         stream = gateway.ask(
             question.caller,
-            chat,
+            question.take_chat(),
             face="sse",
             hold=question.hold,
             background=question.detached,
         )
-        if gateway.instances is not None:
-            await gateway.instances.claimed(stream)
-            if stream.mirrored and stream.first > question.after + 1:
-                # Several requests with one id have waited for its claim together, and another one
-                # already reads the mirror.
-                start = Start(question.after, digest=chat.digest())
-                stream = await gateway.reach(question.caller, chat.request_id, start)
-        del chat
     if not question.detached:
         return await resume(context, request, (stream, question.after))
     if not stream.readers:
@@ -179,13 +178,6 @@ def _last_seen(request: web.Request) -> int:
     """Return the number of the last event that the client has seen, 0 for none."""
     number = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
     return client_frames.event_number(number)
-
-
-async def _known(context: Context, question: Question) -> Stream:
-    chat = question.chat
-    assert chat is not None, "the chat was not taken yet"
-    start = Start(question.after, digest=chat.digest())
-    return await context.gateway.reach(question.caller, chat.request_id, start)
 
 
 async def prepare_resume(
@@ -210,12 +202,8 @@ async def resume(
     """
     stream, after = position
     if stream.ended and after >= stream.last:
-        if stream.broken is not None:
-            raise stream.broken
-        context.gateway.lifetime.let_go(stream)
         return web.Response(status=204)
     if request.method == "HEAD":
-        context.gateway.lifetime.let_go(stream)
         return await _head(request)
     return await _follow(context, request, stream, after)
 
@@ -245,7 +233,7 @@ def broken(request: web.Request, error: AioserverError, _last: bytes) -> bytes:
     """Return *error*, with which another instance breaks off an answer, as an event without an id:
     a client that comes back continues after the last event that it has.
     """
-    frame = frames.loose_frame(request.match_info["request_id"], "error", error.as_chunk())
+    frame = frames.loose_frame(request[ASKED], "error", error.as_chunk())
     return eventstream.write(frame, event="error")
 
 

@@ -21,11 +21,18 @@ from aioserver.auth.callers import CALLER, PEER
 from aioserver.errors import (
     InvalidApiKey,
     RequestConflict,
+    ServerShutdown,
     StreamNotFound,
     TokensExceeded,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
-from aioserver.gateway.contracts.instances import FROM_START, LOST, NOT_FOUND
+from aioserver.gateway.contracts.instances import (
+    ASKED,
+    FROM_START,
+    LOST,
+    NOT_FOUND,
+    Elsewhere,
+)
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
@@ -247,25 +254,51 @@ class Gateway:
                 raise
         return await self.instances.reach(caller, request_id, start)
 
-    async def route(self, request: web.Request, request_id: str, start: Start) -> Stream:
+    async def route(
+        self, request: web.Request, request_id: str, start: Start, body: bytes = b""
+    ) -> Stream:
         """Return the stream of *request_id* of the caller of *request*, which is to be answered
-        with it: as `reach`, but without a mirror.
+        with it. *body* is what the client has sent.
 
         Raises:
             Elsewhere: another instance has it.
             AioserverError: as `reach`.
         """
-        caller = request[CALLER]
-        if PEER in request:
-            # Whoever has passed it on knows that it is here.
-            return self.find(caller, request_id, start.digest)
+        caller, request[ASKED] = request[CALLER], request_id
         try:
             after = start.after if start.sequence is None else None
             return self.find(caller, request_id, start.digest, after)
         except StreamNotFound:
-            if self.instances is None:
+            # Whoever has passed it on knows that it is here.
+            if self.instances is None or PEER in request:
                 raise
-        return await self.instances.route(caller, request_id, start, request.get(LOST))
+        try:
+            await self.instances.route(caller, request_id, request.get(LOST))
+        except Elsewhere as elsewhere:
+            elsewhere.body = body
+            raise
+        return self.find(caller, request_id, start.digest)
+
+    async def claim(self, request: web.Request, key: str, body: bytes) -> None:
+        """Let *request* be answered here, whose caller finds the answer again by *key*, before
+        there is a stream. *body* is what the client has sent.
+
+        Raises:
+            Elsewhere: another instance answers it.
+            StreamNotFound: another instance has passed it on, and this one is stopping.
+            AioserverError: as `Instances.claim`.
+        """
+        caller, request[ASKED] = request[CALLER], key
+        stream = self._kept(caller, key)
+        if self._stopping and PEER in request:
+            if stream is None or isinstance(stream.error, ServerShutdown):
+                raise StreamNotFound(NOT_FOUND)
+        elif stream is None and self.instances is not None and not self._stopping:
+            try:
+                await self.instances.claim(caller, key, request.get(LOST))
+            except Elsewhere as elsewhere:
+                elsewhere.body = body
+                raise
 
     async def cancel_anywhere(self, caller: Caller, request_id: str) -> None:
         """Cancel a stream for all its readers, as `cancel`, at whichever instance it is.
@@ -372,14 +405,19 @@ class Gateway:
         return stream
 
     def _known(self, caller: Caller, key: str, digest: bytes) -> Stream | None:
-        if self._stopping:
-            raise shutdown_error()
-        stream = self._streams.find(caller, key)
-        if stream is None:
-            return None
-        if stream.digest != digest:
+        stream = self._kept(caller, key)
+        if stream is not None and stream.digest != digest:
             raise RequestConflict("this request id is already known, with another payload")
-        if stream.end_status == ERROR and not stream.sent and not stream.readers:
+        if self._stopping and stream is None:
+            raise shutdown_error()
+        return stream
+
+    def _kept(self, caller: Caller, key: str) -> Stream | None:
+        """Return the stream of a request that may come again; None if it is to be answered anew."""
+        stream = self._streams.find(caller, key)
+        if stream is not None and (
+            stream.end_status == ERROR and not stream.sent and not stream.readers
+        ):
             # No provider has received the request, so a new try costs nothing.
             self._streams.drop(stream)
             return None
@@ -449,8 +487,8 @@ class Gateway:
         asked.outlive_handler()
         if request.waits:
             producer, release = _once_granted(request, stream, producer)
-        # A request without an id cannot be known to another instance.
-        if self.instances is not None and request.key is not None:
+        # A request of another face was claimed before.
+        if self.instances is not None and request.face == "websocket":
             producer, release = self.instances.claiming(stream, request, producer, release)
         if (bound := asked.bound) is not None:
             producer, release = self._bounded(stream, bound, producer, release)

@@ -53,6 +53,7 @@ from aioserver.monitoring.usage import UsageSection
 from aioserver.providers.health import ALONE
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.certificates import ListenerTls, TlsSection, open_tls
+from aioserver.server.connections import FAREWELL, accept_peers
 from aioserver.server.middleware import Border
 from aioserver.server.wings import WINGS, faults, open_wings
 from aioserver.streams.lifetime import Lifetime
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Concurrency, Llm, Settings
     from aioserver.faces.admission import ShareDoor
     from aioserver.limits.fixed_share import Scope
+    from aioserver.server.connection import ConnectionServer
     from aioserver.server.wings import Plugged
     from aioserver.streams.stream import Stream
 
@@ -442,15 +444,15 @@ def make_app(configuration: Configuration) -> web.Application:
       the sizes of the request line and the headers, where they are lower than the configured ones;
       requests that aiohttp cannot parse get its own error bodies;
     - host, port, the access log and the log's format, which are the program's business;
-    - requests that other instances of a cluster would pass on: a `GET` there for an answer of the
-      embedded server is 503 `instance_unavailable`;
     - signals: the configuration is not read again, and at the end there is neither `drain_delay`
       nor `shutdown_timeout`: answers that still run end with `server_shutdown`.
     """
 
     async def lifetime(app: web.Application) -> AsyncIterator[None]:
         async with open_server(configuration.settings, app) as server:
-            app.on_shutdown.append(partial(_end_embedded, server))
+            # Private: only the runner of the program has it, too.
+            peers = await accept_peers(server.wings, server.context, app._handle)  # noqa: SLF001
+            app.on_shutdown.append(partial(_end_embedded, server, peers))
             yield
 
     # With handler cancellation, a client that has left gives its place back at once.
@@ -466,10 +468,11 @@ async def _adopt(request: web.Request, handler: Handler) -> web.StreamResponse:
     return await handler(request)
 
 
-async def _end_embedded(server: Server, _app: web.Application) -> None:
+async def _end_embedded(server: Server, peers: ConnectionServer, _app: web.Application) -> None:
     """End all answers and sockets; otherwise the runner would wait a minute for them."""
     server.drain()
     await server.context.gateway.close()
+    await peers.wait_closed(FAREWELL, silent=True)
 
 
 def _add_routes(app: web.Application, context: Context, wings: Sequence[Routes]) -> None:

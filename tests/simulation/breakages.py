@@ -293,10 +293,8 @@ def _generous(take):
 
 
 def _ours(take):
-    from aioserver.wings.cluster.answers.claims import OURS
-
     async def ours(self, *args, **more):
-        return (await take(self, *args, **more))._replace(state=OURS)
+        return (await take(self, *args, **more))._replace(owner=self._me)
 
     return ours
 

@@ -120,7 +120,7 @@ class Member(Membership):
         """Return what is read at other instances, and here of theirs."""
         assert self.known is not None
         stats = self.known.stats()
-        return {"claims": stats.claims, "links": stats.links, "mirrors": stats.mirrors}
+        return {"links": stats.links, "mirrors": stats.mirrors}
 
     def _state_changed(self, old: State, new: State, why: str) -> None:
         if State.ALONE in (old, new):

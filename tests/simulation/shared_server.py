@@ -375,7 +375,7 @@ def _asking(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
     method = getattr(MemoryStore, name)
 
     async def ask(store: SimulatedStore, *args: Any, **options: Any) -> Any:
-        claimed = [claim.name for claim in args[0]] if name == "renew" else args[:1]
+        claimed = list(args[0]) if name == "renew" else args[:1]
         names = claimed if name in CLAIMING else ()
         return await store._ask(partial(method, store, *args, **options), *names)  # noqa: SLF001
 

@@ -22,15 +22,6 @@ from aioserver.limits.gcra import Gcra
 from aioserver.providers.health import ALONE
 from aioserver.wings.cluster.answers import claims
 from aioserver.wings.cluster.answers.bus import Outbox
-from aioserver.wings.cluster.answers.claims import (
-    CONFLICT,
-    KEPT,
-    NONE,
-    OURS,
-    THEIRS,
-    Renewal,
-    Verdict,
-)
 from aioserver.wings.cluster.answers.peer_messages import decode
 from aioserver.wings.cluster.answers.peer_network import Address, PeerNetwork
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
@@ -67,9 +58,7 @@ SECRET = b"s" * 32
 @dataclass
 class Claim:
     owner: str
-    digest: bytes
     until: float
-    done: bool = False
 
 
 @dataclass
@@ -247,21 +236,13 @@ class MemoryStore:
     async def _evaluate(self, script: str, names: list[str], values: list[Any]) -> Any:
         match script:
             case claims.TAKE:
-                _me, digest, milliseconds, lost = values
-                digest, seconds = bytes.fromhex(digest), milliseconds / 1000
-                verdict = await self.take(names[0], digest, seconds, lost)
-                return verdict.state, verdict.owner.encode()
+                _me, milliseconds, lost = values
+                return await self.take(names[0], milliseconds / 1000, lost)
             case claims.FIND:
-                verdict = await self.find(names[0])
-                return verdict.state, verdict.owner.encode(), verdict.digest.hex().encode()
+                return await self.find(names[0], values[1])
             case claims.RENEW:
-                renewals = [
-                    Renewal(name, bytes.fromhex(digest), milliseconds / 1000, done == "1")
-                    for name, digest, milliseconds, done in zip(
-                        names, values[1::3], values[2::3], values[3::3], strict=True
-                    )
-                ]
-                return await self.renew(renewals)
+                seconds = [milliseconds / 1000 for milliseconds in values[1:]]
+                return await self.renew(dict(zip(names, seconds, strict=True)))
             case claims.PUT_LOG:
                 return await self.put_log(names[0], values[0], values[1] / 1000)
             case turns.KEEP_TURN:
@@ -307,38 +288,31 @@ class MemoryStore:
         await self._asked()
         return self._world.secrets.get(key)
 
-    async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
+    async def take(self, name: str, seconds: float, lost: str) -> tuple[bytes, int]:
         now = await self._asked()
-        world, claim = self._world, self._claim(name, now)
-        if claim is not None and claim.owner != self._me:
-            kept = claim.done and name in world.logs
-            theirs = claim.owner != lost and claim.owner in world.members
-            if kept or theirs:
-                state = KEPT if kept else THEIRS
-                return Verdict(state if claim.digest == digest else CONFLICT, claim.owner)
-        world.claims[name] = Claim(self._me, digest, now + seconds)
-        return Verdict(OURS, self._me)
+        if (owner := self._other(name, now)) not in ("", lost):
+            return owner.encode(), -2
+        self._world.claims[name] = Claim(self._me, now + seconds)
+        return self._me.encode(), self._left(name, now)
 
-    async def find(self, name: str) -> Verdict:
-        claim = self._claim(name, await self._asked())
-        if claim is None:
-            return Verdict(NONE, "")
-        if claim.done and name in self._world.logs:
-            return Verdict(KEPT, claim.owner, claim.digest)
-        known = claim.owner in self._world.members
-        return Verdict(THEIRS, claim.owner, claim.digest) if known else Verdict(NONE, "")
-
-    async def renew(self, claims: Sequence[Renewal]) -> None:
+    async def find(self, name: str, lost: str) -> tuple[bytes, int]:
         now = await self._asked()
-        for claim in claims:
-            kept = self._claim(claim.name, now)
-            if kept is None or kept.owner == self._me:
-                if claim.seconds <= 0:
-                    self._world.claims.pop(claim.name, None)
+        if (owner := self._other(name, now)) not in ("", lost):
+            return owner.encode(), -2
+        left = self._left(name, now)
+        return b"" if left > 0 else owner.encode(), left
+
+    async def renew(self, claims: Mapping[str, float]) -> None:
+        now = await self._asked()
+        for name, seconds in claims.items():
+            claim = self._claim(name, now)
+            if claim is None or claim.owner == self._me:
+                if seconds <= 0:
+                    self._world.claims.pop(name, None)
+                elif claim is None:
+                    self._world.claims[name] = Claim(self._me, now + seconds)
                 else:
-                    done = claim.done or (kept is not None and kept.done)
-                    new = Claim(self._me, claim.digest, now + claim.seconds, done)
-                    self._world.claims[claim.name] = new
+                    claim.until = now + seconds
 
     async def members(self) -> list[str]:
         await self._asked()
@@ -468,6 +442,18 @@ class MemoryStore:
         if self._world.away:
             raise CallFailed("away")
         return asyncio.get_running_loop().time()
+
+    def _other(self, name: str, now: float) -> str:
+        """The other member that has a claim to *name*."""
+        claim = self._claim(name, now)
+        if claim is None or claim.owner == self._me or claim.owner not in self._world.members:
+            return ""
+        return claim.owner
+
+    def _left(self, name: str, now: float) -> int:
+        """The milliseconds for which a log is kept."""
+        log, until = self._world.logs.get(name, (None, 0.0))
+        return -2 if log is None else int(1000 * (until - now))
 
     def _claim(self, name: str, now: float) -> Claim | None:
         claim = self._world.claims.get(name)

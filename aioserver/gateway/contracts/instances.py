@@ -1,10 +1,10 @@
 """Streams of other instances: if several processes serve together, each of them gives access to
 every stream.
 
-A request id belongs to one instance, the owner of its stream, which *claims* it before it asks a
-provider. A request whose id another instance owns gets a mirror of the owner's log
-(streams/stream.py), and so does a client that returns for a stream which is not here. The wing
-`cluster` implements `Instances`, which hides how the instances communicate.
+A request id belongs to one instance, the owner of its stream, which *claims* it before it begins
+an answer. A request whose id another instance owns is passed on to it, and so is that of a client
+that returns for a stream which is not here. The wing `cluster` implements `Instances`, which hides
+how the instances communicate.
 """
 
 from __future__ import annotations
@@ -47,22 +47,38 @@ FROM_START = Start()
 class Elsewhere(Exception):
     """A request is for the *owner* of its answer, another instance.
 
-    *forward* passes the request on to it, and what it answers to the client, and returns the
-    response, which is written then. It is called with the function that renders an error behind
-    the bytes that the client has got last; b"": they do not end with a whole event.
-
-        Lost: the owner does not have the answer any more. Nothing was written.
-        InstanceUnavailable: nothing is known of it. Nothing was written.
-        ServerShutdown: it has ended before it has answered. Nothing was written.
+    *body* is what the client has sent. *forward* is called by the method of that name.
     """
 
     def __init__(
         self,
         owner: str,
-        forward: Callable[[web.Request, RenderError], Awaitable[web.StreamResponse]],
+        forward: Callable[
+            [Elsewhere, web.Request, RenderError, Callable[[], None]],
+            Awaitable[web.StreamResponse],
+        ],
     ) -> None:
         super().__init__(owner)
-        self.owner, self.forward = owner, forward
+        self.owner = owner
+        self.body = b""
+        self._forward = forward
+
+    def forward(
+        self, request: web.Request, render_error: RenderError, on_accept: Callable[[], None]
+    ) -> Awaitable[web.StreamResponse]:
+        """Pass *request* on to the owner, and what it answers to the client. Return the response,
+        which is written then.
+
+        *render_error* renders an error behind the bytes that the client has got last; b"": they do
+        not end with a whole event. *on_accept* is called once the owner has the answer: the body is
+        not needed any more, and is dropped.
+
+        Raises:
+            Lost: the owner does not have the answer any more. Nothing was written.
+            InstanceUnavailable: nothing is known of it. Nothing was written.
+            ServerShutdown: it has ended before it has answered. Nothing was written.
+        """
+        return self._forward(self, request, render_error, on_accept)
 
 
 class Lost(Exception):
@@ -75,8 +91,14 @@ class Lost(Exception):
         self.owner, self.error = owner, error
 
 
-# Set once an owner that the request was passed on to has lost the answer.
+# The id of the answer that a request asks for, by which any instance finds it.
+ASKED = web.RequestKey("asked", str)
+# Set once an owner that the request was passed on to has lost the answer, and what the client has
+# sent, until it is read again.
 LOST = web.RequestKey("lost", Lost)
+BODY = web.RequestKey("body", bytes)
+# The name of the instance that has answered a request which was passed on.
+FORWARDED = web.RequestKey("forwarded", str)
 
 
 class Instances(Protocol):
@@ -110,16 +132,26 @@ class Instances(Protocol):
             InstanceUnavailable: it is not known whether there is one.
         """
 
-    async def route(
-        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
-    ) -> Stream:
-        """Return the caller's stream *request_id*, if nobody else has it.
+    async def claim(self, caller: Caller, request_id: str, lost: Lost | None) -> None:
+        """Let the requests of *caller* with *request_id* come here, before there is a stream. An
+        answer of an instance that has ended is then a stream of this one.
 
         *lost*: an owner that was asked for it, and does not have it.
 
         Raises:
+            Elsewhere: they go to another instance.
+            InstanceUnavailable, ServerAtCapacity: the answer of an instance that has ended cannot
+                be read, or there is no room for it.
+        """
+
+    async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:
+        """Return the caller's stream *request_id*, if nobody else has it: that of an instance that
+        has ended.
+
+        Raises:
             Elsewhere: another instance has it.
-            StreamNotFound, ResumeGap, ServerShutdown, InstanceUnavailable: as `reach`.
+            StreamNotFound, ServerShutdown, InstanceUnavailable: as `reach`.
+            ServerAtCapacity: as `claim`.
         """
 
     async def claimed(self, stream: Stream) -> None:

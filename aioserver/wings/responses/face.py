@@ -31,7 +31,7 @@ from aioserver.faces import http, openai, passthrough
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import caller_of, client_headers, idempotency_key, read_model_body
 from aioserver.faces.ready import HIGH_WATER
-from aioserver.gateway.contracts.instances import Start
+from aioserver.gateway.contracts.instances import Elsewhere, Start
 from aioserver.gateway.request import Request
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from aioserver.wings.responses.stored import StoredResponses
 
 
-# The start of a mirror whose events are not read.
+# The start of a client that reads no events.
 LATEST = Start(after=None)
 # Codex ends a response without an event for 300 s, and ignores comments. All others get comments:
 # OpenAI's SDKs fail on an event before `response.created`.
@@ -80,7 +80,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
     writing = counted(
         context.admission,
         "openai",
-        partial(prepare_kept, context),
+        partial(route, context),
         partial(write_cancelled, context),
     )
     return [
@@ -91,6 +91,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
                 openai.OPENAI.face,
                 partial(prepare_new, context, stored),
                 partial(serve, context),
+                broken=broken,
             ),
         ),
         web.get(
@@ -141,7 +142,9 @@ async def prepare_new(
     body, data = await read_model_body(request, hold, limit)
     if body.background and body.stored is False:
         raise InvalidRequest("a response in the background must be stored", param="store")
-    key, caller = idempotency_key(request), request[CALLER]
+    if (key := idempotency_key(request)) is not None:
+        await context.gateway.claim(request, key, data)
+    caller = request[CALLER]
     return make_request(
         context,
         body,
@@ -314,7 +317,7 @@ async def _in_its_log(context: Context, request: web.Request) -> tuple[Stream, i
     else:
         await route(context, request)
         raise InvalidRequest("starting_after must be a sequence_number", param="starting_after")
-    stream = await route(context, request, start)
+    stream = await route(context, request, start=start)
     if stream.whole is not None:
         raise InvalidRequest("this response was not streamed", param="stream")
     return stream, 0 if start.sequence is None else event_of(stream, start.sequence)
@@ -356,15 +359,18 @@ async def cancel(
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is.
 
     This works in a full server, too: only a large response needs a place, by *writing*, until its
-    client has read it. If the response is not kept here, it may be the provider's: *passing*
-    passes the request on.
+    client has read it, and one of another instance, which cancels it. If the response is not kept
+    here, it may be the provider's: *passing* passes the request on.
 
     Raises:
         StreamNotFound: there is no such response under way, or with a log.
         InstanceUnavailable: another instance may have it.
     """
     try:
-        stream = await find(context, request)
+        try:
+            stream = await route(context, request)
+        except Elsewhere:
+            return await writing(request)
     except (StreamNotFound, InstanceUnavailable) as missing:
         try:
             _check_known(stored, request, missing)
@@ -387,11 +393,6 @@ async def cancel(
     return await write_cancelled(context, request, stream)
 
 
-async def prepare_kept(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
-    """Prepare the writing of a response that has been cancelled, or has ended before."""
-    return await find(context, request)
-
-
 async def write_cancelled(
     context: Context, request: web.Request, stream: Stream
 ) -> web.StreamResponse:
@@ -412,7 +413,6 @@ async def write(
     """
     if stream.whole is not None:
         return await openai.write_kept(context, request, stream)
-    context.gateway.lifetime.let_go(stream)
     if stream.end_status == CANCELLED:
         status = status or "cancelled"
     elif stream.ending is not None:
@@ -422,29 +422,18 @@ async def write(
     return await stored_face.write(context, request, body)
 
 
-async def find(context: Context, request: web.Request, start: Start = LATEST) -> Stream:
+async def route(
+    context: Context, request: web.Request, _hold: object = None, start: Start = LATEST
+) -> Stream:
     """Return the response of the caller that the path of *request* names, to be read from *start*
     on.
 
     Raises:
+        Elsewhere: another instance has it.
         StreamNotFound: there is no such stream, or it is an answer of another kind, such as one of
             another face.
     """
-    name = request.match_info["id"]
-    return _response(await context.gateway.reach(request[CALLER], name, start))
-
-
-async def route(context: Context, request: web.Request, start: Start = LATEST) -> Stream:
-    """Return the response, as `find`, with which *request* is to be answered.
-
-    Raises:
-        Elsewhere: another instance has it.
-        StreamNotFound: as `find`.
-    """
-    return _response(await context.gateway.route(request, request.match_info["id"], start))
-
-
-def _response(stream: Stream) -> Stream:
+    stream = await context.gateway.route(request, request.match_info["id"], start)
     if stream.api is not RESPONSES:
         raise StreamNotFound(stored_face.NOT_FOUND)
     return stream

@@ -11,16 +11,7 @@ import pytest
 
 from aioserver.gateway.contracts.commands import ITEM_OVERHEAD, Commands
 from aioserver.wings.cluster.answers.bus import RedisBus, RedisCommands, channel_of
-from aioserver.wings.cluster.answers.claims import (
-    CONFLICT,
-    KEPT,
-    NONE,
-    OURS,
-    THEIRS,
-    Claims,
-    Renewal,
-    Verdict,
-)
+from aioserver.wings.cluster.answers.claims import Claim, Claims
 from aioserver.wings.cluster.answers.peer_messages import MAX_READ, Credit, Detach
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.responses.redis import MISSING, NEXT, NO_ROOM, PRESENT, WRITTEN, RedisChains
@@ -44,7 +35,7 @@ pytestmark = pytest.mark.real_time
 # Bytes and turns of a conversation, and seconds for which it is kept.
 BOUNDS = (1000, 4, 60.0)
 PREFIX = "aio:{test}:"
-ONE, TWO = b"\1" * 32, b"\2" * 32
+NOBODYS = Claim("", 0.0)
 
 
 @pytest.fixture
@@ -117,47 +108,53 @@ async def test_a_claim_has_one_owner(make_bus: Any) -> None:
     a, b = await make_bus("a"), await make_bus("b")
     at_a, at_b = claims_of(a), claims_of(b)
 
-    assert await at_b.find("n") == Verdict(NONE, "")
-    assert await at_a.take("n", ONE, 60) == Verdict(OURS, "a")
-    assert await at_a.take("n", ONE, 60) == Verdict(OURS, "a")
-    assert await at_b.take("n", ONE, 60) == Verdict(THEIRS, "a")
-    assert await at_b.take("n", TWO, 60) == Verdict(CONFLICT, "a")
-    assert await at_b.find("n") == Verdict(THEIRS, "a", ONE)
+    assert await at_b.find("n") == NOBODYS
+    assert await at_a.take("n") == Claim("a", 0.0)
+    assert await at_a.take("n") == Claim("a", 0.0)
+    assert await at_a.find("n") == NOBODYS
+    assert await at_b.take("n") == Claim("a", 0.0)
+    assert await at_b.find("n") == Claim("a", 0.0)
     # The owner has lost it, or is no member any more.
-    assert await at_b.take("n", ONE, 60, "a") == Verdict(OURS, "b")
+    assert await at_b.find("n", "a") == Claim("a", 0.0)
+    assert await at_b.take("n", "a") == Claim("b", 0.0)
     await b.commands.execute("ZREM", f"{PREFIX}m", "b")
-    assert (await at_a.find("n")).state == NONE
-    assert await at_a.take("n", TWO, 60) == Verdict(OURS, "a")
+    assert await at_a.find("n") == NOBODYS
+    assert await at_a.take("n") == Claim("a", 0.0)
 
 
 async def test_a_claim_lives_as_long_as_it_is_renewed(make_bus: Any) -> None:
     a, b = await make_bus("a"), await make_bus("b")
     at_a, at_b = claims_of(a), claims_of(b)
-    await at_a.take("n", ONE, 60)
+    await at_a.take("n", seconds=60)
 
-    await at_a.renew([Renewal("n", ONE, 90), Renewal("gone", TWO, 90)])
+    await at_a.renew({"n": 90, "gone": 90})
 
-    assert await a.commands.execute("PTTL", f"{PREFIX}s:n") > 80_000
+    assert await a.commands.execute("PTTL", f"{PREFIX}o:n") > 80_000
     assert (await at_b.find("gone")).owner == "a"
     # What is another's stays so.
-    await at_b.renew([Renewal("n", ONE, 0)])
+    await at_b.renew({"n": 0})
     assert (await at_b.find("n")).owner == "a"
-    await at_a.renew([Renewal("n", ONE, 0, done=True)])
-    assert (await at_b.find("n")).state == NONE
+    await at_a.renew({"n": 0})
+    assert await at_b.find("n") == NOBODYS
 
 
 async def test_a_log_that_was_handed_over_outlives_its_owner(make_bus: Any) -> None:
-    a, b = await make_bus("a"), await make_bus("b")
-    at_a, at_b = claims_of(a), claims_of(b)
-    await at_a.take("n", ONE, 60)
-    await at_a.renew([Renewal("n", ONE, 30, done=True)])
+    a, b, c = await make_bus("a"), await make_bus("b"), await make_bus("c")
+    at_a, at_b, at_c = claims_of(a), claims_of(b), claims_of(c)
+    await at_a.take("n")
     await at_a.put_log("n", b"log", 30)
+    # Its owner still serves it.
+    assert await at_b.find("n") == Claim("a", 0.0)
+    assert (await at_b.find("n", "a")).owner == ""
     await a.commands.execute("ZREM", f"{PREFIX}m", "a")
 
-    assert await at_b.find("n") == Verdict(KEPT, "a", ONE)
-    assert await at_b.take("n", ONE, 60) == Verdict(KEPT, "a")
-    assert await at_b.take("n", TWO, 60) == Verdict(CONFLICT, "a")
+    assert (await at_b.find("n")).owner == ""
+    assert 29 < (await at_b.find("n")).seconds <= 30
     assert await at_b.get_log("n") == b"log"
+    # Of two that adopt it, one does.
+    claims = await asyncio.gather(at_b.take("n"), at_c.take("n"))
+    assert claims[0].owner == claims[1].owner
+    assert sorted(29 < claim.seconds <= 30 for claim in claims) == [False, True]
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.0004, -1.0])

@@ -13,7 +13,7 @@ import trustme
 
 from aioserver.gateway.contracts.commands import Commands
 from aioserver.wings.cluster.answers.bus import RedisBus, RedisCommands
-from aioserver.wings.cluster.answers.claims import OURS, Claims, Renewal
+from aioserver.wings.cluster.answers.claims import Claims
 from aioserver.wings.cluster.connection import CallFailed, Connection
 from aioserver.wings.cluster.limits.leases import Leases
 from aioserver.wings.cluster.limits.renewer import Renewer
@@ -93,8 +93,8 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
         claims, turns = Claims(commands, "host-1"), RedisTurns(commands)
 
         assert await renewer.open() is None
-        assert (await claims.take("n", b"1", 60)).state == OURS
-        await claims.renew([Renewal("n", b"1", 30, done=True)])
+        assert (await claims.take("n")).owner == "host-1"
+        await claims.renew({"n": 30})
         await claims.put_log("n", b"log", 30)
         assert await claims.get_log("n") == b"log"
         await turns.keep_turn("c", b"turn", (1000, 4, 60.0))

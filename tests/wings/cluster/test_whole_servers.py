@@ -339,7 +339,7 @@ async def test_all_that_clients_let_grow_fills_the_server_and_every_limit_stays_
                 name, owner = f"n{number}", f"o{number % 50}"
                 listed = Listed(owner, name * 8, now, now)
                 for growing in (
-                    claims.take(name, b"x" * 32, 3600.0),
+                    claims.take(name, seconds=3600.0),
                     claims.put_log(name, b"x" * 1000, 3600.0),
                     turns.turns(f"q{number}", f"mark{number}"),
                     chains.announce(f"a{number}"),

@@ -1,16 +1,13 @@
-"""Claims: each decides which instance answers a request id, so that no request is sent to a
-provider twice.
+"""Claims: each says which instance answers a request id, so that no request is sent to a provider
+twice, and whoever asks for the answer is led to it.
 
-A claim is a hash in Redis. Its key has a digest of the caller and the id, since ids are unique only
-within a caller, and neither may stand in a key. A claim has the owner's name, the digest of the
-request, and a mark if the answer has ended. It lives for LEASE and the window of the stream, and is
-renewed while the answer runs; after the end it lives for the window.
+A claim is the name of the id's owner, in Redis. Its key has a digest of the caller and the id,
+since ids are unique only within a caller, and neither may stand in a key. A claim is taken before
+an answer is begun, and renewed while the answer runs; after the end it lives for the window of the
+stream.
 
-    none, or the owner is no member any more   → ours
-    ours                                       → ours
-    another's, with the same request           → theirs: a mirror is made here
-    another's, with another request            → a conflict
-    ended, and the log was handed over         → the log is read from Redis
+    none, mine, or the owner is no member any more   → mine, with the log that was handed over
+    another's                                        → theirs: the request is passed on to them
 
 A script in Redis makes the decision, so that only one of two instances that claim an id at once
 becomes the owner. An instance waits for Redis for `commands.TIMEOUT` at most. After that it goes on
@@ -21,69 +18,55 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
-
 from aioserver.gateway.contracts.commands import FULL
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
     from aioserver.gateway.contracts.commands import Commands
 
 # Seconds for which a claim lives without a renewal, in addition to the stream's window; and seconds
-# between two renewals.
+# between two renewals. A claim whose answer has not begun lives for as long as any until then.
 LEASE, RENEWAL = 60.0, 20.0
-OURS, THEIRS, CONFLICT, KEPT, NONE = 1, 2, 3, 4, 5
+UNBEGUN = 2 * LEASE
 
-# KEYS: the claim, the handed-over log, the members. ARGV: my name, the request's digest,
-# milliseconds to live, an owner that no longer has the stream ("" if none). If Redis has no room,
-# this instance gets the id, but other instances do not know it.
+# KEYS: the claim, the handed-over log, the members. ARGV: my name, milliseconds to live, an owner
+# that no longer has the stream ("" if none). The result is the owner, and the milliseconds for
+# which its log is kept. If Redis has no room, this instance gets the id, but other instances do not
+# know it.
 TAKE = (
     FULL
     + """
-local owner, digest, done = unpack(redis.call('HMGET', KEYS[1], 'owner', 'digest', 'done'))
-if owner and owner ~= ARGV[1] then
-  if done and redis.call('EXISTS', KEYS[2]) == 1 then
-    if digest ~= ARGV[2] then return {3, owner} end
-    return {4, owner}
-  end
-  if owner ~= ARGV[4] and redis.call('ZSCORE', KEYS[3], owner) then
-    if digest ~= ARGV[2] then return {3, owner} end
-    return {2, owner}
-  end
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] and owner ~= ARGV[3] and redis.call('ZSCORE', KEYS[3], owner) then
+  return {owner, -2}
 end
-redis.call('DEL', KEYS[1])
-if full(0) then return {1, ARGV[1]} end
-redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'digest', ARGV[2])
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-return {1, ARGV[1]}
+if not full(0) then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
+return {ARGV[1], redis.call('PTTL', KEYS[2])}
 """
 )
-# KEYS: the claim, the handed-over log, the members.
+# KEYS: as TAKE. ARGV: my name, an owner that no longer has the stream. The result is as that of
+# TAKE; there is no owner if no other member is one. The one that has lost the stream is named only
+# if there is no log either.
 FIND = """
-local owner, digest, done = unpack(redis.call('HMGET', KEYS[1], 'owner', 'digest', 'done'))
-if not owner then return {5, '', ''} end
-if done and redis.call('EXISTS', KEYS[2]) == 1 then return {4, owner, digest} end
-if redis.call('ZSCORE', KEYS[3], owner) then return {2, owner, digest} end
-return {5, '', ''}
+local owner = redis.call('GET', KEYS[1])
+if not owner or owner == ARGV[1] or not redis.call('ZSCORE', KEYS[3], owner) then owner = '' end
+if owner ~= '' and owner ~= ARGV[2] then return {owner, -2} end
+local left = redis.call('PTTL', KEYS[2])
+return {left > 0 and '' or owner, left}
 """
-# KEYS: claims. ARGV: my name, then for each the digest, milliseconds to live, and "1" if the
-# answer has ended. A claim that another instance has by now is left to it. A claim without time left
-# to live is deleted.
+# KEYS: claims. ARGV: my name, then for each the milliseconds to live. A claim that another instance
+# has by now is left to it. A claim without time left to live is deleted.
 RENEW = (
     FULL
     + """
 local no_room = full(0)
 for number, key in ipairs(KEYS) do
-  local digest, ttl, done = ARGV[3 * number - 1], ARGV[3 * number], ARGV[3 * number + 1]
-  local owner = redis.call('HGET', key, 'owner')
+  local owner, left = redis.call('GET', key), ARGV[number + 1]
   if not owner or owner == ARGV[1] then
-    if tonumber(ttl) <= 0 then redis.call('DEL', key)
-    elseif owner or not no_room then
-      redis.call('HSET', key, 'owner', ARGV[1], 'digest', digest)
-      if done == '1' then redis.call('HSET', key, 'done', '1') end
-      redis.call('PEXPIRE', key, ttl)
-    end
+    if tonumber(left) <= 0 then redis.call('DEL', key)
+    elseif owner then redis.call('PEXPIRE', key, left)
+    elseif not no_room then redis.call('SET', key, ARGV[1], 'PX', left) end
   end
 end
 return 1
@@ -100,25 +83,13 @@ return 1
 )
 
 
-class Verdict(NamedTuple):
-    """The *state* of an id (OURS, THEIRS, CONFLICT, KEPT, or NONE), the name of its *owner*, and the
-    *digest* of its request, if known.
+class Claim(NamedTuple):
+    """The *owner* of an id, "" if there is none; and the *seconds* for which the log of an owner
+    that has ended is still kept, 0 if there is no log.
     """
 
-    state: int
     owner: str
-    digest: bytes = b""
-
-
-class Renewal(msgspec.Struct):
-    """A claim to renew: the *name* of its id, the *digest* of its request, and the *seconds* for
-    which it lives.
-    """
-
-    name: str
-    digest: bytes
     seconds: float
-    done: bool = False
 
 
 class Claims:
@@ -132,26 +103,24 @@ class Claims:
         self._prefix = commands.prefix
         self._me = me
 
-    async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
+    async def take(self, name: str, lost: str = "", seconds: float = UNBEGUN) -> Claim:
         """Claim *name* for *seconds*, unless another instance has it. The instance *lost* no longer
         has the stream, so its claim does not count.
         """
-        keys, milliseconds = self._keys(name), int(1000 * seconds)
-        return _verdict(
-            await self._commands.evaluate(TAKE, keys, self._me, digest.hex(), milliseconds, lost)
+        milliseconds = int(1000 * seconds)
+        return _claim(
+            await self._commands.evaluate(TAKE, self._keys(name), self._me, milliseconds, lost)
         )
 
-    async def find(self, name: str) -> Verdict:
-        """Return the state of *name*: THEIRS, KEPT or NONE."""
-        return _verdict(await self._commands.evaluate(FIND, self._keys(name)))
+    async def find(self, name: str, lost: str = "") -> Claim:
+        """Return the claim of another instance to *name*; *lost* is as for `take`."""
+        return _claim(await self._commands.evaluate(FIND, self._keys(name), self._me, lost))
 
-    async def renew(self, claims: Sequence[Renewal]) -> None:
-        """Renew our claims; claims with 0 seconds are deleted."""
-        keys = [f"{self._prefix}s:{claim.name}" for claim in claims]
-        values: list[bytes | str | int] = []
-        for claim in claims:
-            values += (claim.digest.hex(), int(1000 * claim.seconds), "1" if claim.done else "")
-        await self._commands.evaluate(RENEW, keys, self._me, *values)
+    async def renew(self, claims: Mapping[str, float]) -> None:
+        """Renew our claims for the seconds of each; claims with 0 seconds are deleted."""
+        keys = [f"{self._prefix}o:{name}" for name in claims]
+        milliseconds = [int(1000 * seconds) for seconds in claims.values()]
+        await self._commands.evaluate(RENEW, keys, self._me, *milliseconds)
 
     async def members(self) -> list[str]:
         """Return the names of all instances."""
@@ -173,11 +142,9 @@ class Claims:
 
     def _keys(self, name: str) -> list[str]:
         prefix = self._prefix
-        return [f"{prefix}s:{name}", f"{prefix}log:{name}", f"{prefix}m"]
+        return [f"{prefix}o:{name}", f"{prefix}log:{name}", f"{prefix}m"]
 
 
-def _verdict(reply: Any) -> Verdict:
-    state, owner, *digest = reply
-    return Verdict(
-        int(state), owner.decode(), bytes.fromhex(digest[0].decode()) if digest else b""
-    )
+def _claim(reply: Any) -> Claim:
+    owner, milliseconds = reply
+    return Claim(owner.decode(), max(0, milliseconds) / 1000)

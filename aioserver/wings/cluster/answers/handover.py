@@ -1,4 +1,5 @@
-"""The hand-over of ended logs: an instance that stops stores them in Redis, where others read them.
+"""The hand-over of ended logs: an instance that stops stores them in Redis, and whoever is asked
+for one of them adopts it.
 
 A log is stored as bytes (log_codec.py), for the rest of its window.
 """
@@ -6,12 +7,13 @@ A log is stored as bytes (log_codec.py), for the rest of its window.
 from __future__ import annotations
 
 from heapq import heappop, heapreplace
+from math import ceil
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
+from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown
 from aioserver.protocol.whole_answer import text_pieces
-from aioserver.streams.entries import NO_TEXT, WholeEntry
+from aioserver.streams.entries import NO_TEXT, Entry, WholeEntry
 from aioserver.streams.store import ended_at, owner_of
 from aioserver.wings.cluster.answers import log_codec
 from aioserver.wings.cluster.answers.peer_messages import Malformed
@@ -19,9 +21,10 @@ from aioserver.wings.cluster.answers.peer_messages import Malformed
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
+    from aioserver.auth.callers import Caller
     from aioserver.gateway.contracts.instances import Start
     from aioserver.providers.api import Api
-    from aioserver.streams.entries import Entry
+    from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
 
 # Bytes of all logs that one instance hands over at most.
@@ -74,6 +77,9 @@ def log_of(stream: Stream) -> bytes:
     """Return the log of *stream*, which has ended, as bytes."""
     stream.close_fast_path()
     facts, body = log_codec.facts_of(stream, stream.first - 1)
+    if isinstance(stream.error, ServerShutdown):
+        # The request id must be free for a new answer.
+        facts.request_id, facts.alias = stream.alias or "", None
     pieces = log_codec.pack(facts, body)
     index = stream.offset
     while (item := log_codec.next_item(stream, index, 0)) is not None:
@@ -82,56 +88,116 @@ def log_of(stream: Stream) -> bytes:
     return b"".join(pieces)
 
 
-async def fill(
+def names_of(stream: Stream) -> list[str]:
+    """Return the ids by which the log of *stream*, which has ended, is to be found."""
+    cut = isinstance(stream.error, ServerShutdown)
+    return [name for name in (None if cut else stream.request_id, stream.alias) if name]
+
+
+class KeptLog(NamedTuple):
+    """A log that was handed over: its *facts* and *newest* event, its *entries*, its *whole* answer
+    if it was not streamed, and its *end*.
+    """
+
+    facts: log_codec.Facts
+    newest: bytes
+    entries: list[Entry]
+    whole: tuple[log_codec.Whole, bytes] | None
+    end: log_codec.End
+    last: bytes
+
+    def fill(self, stream: Stream, after: int, apis: Mapping[str, Api]) -> None:
+        """Append all events after event *after* to *stream*, which has none, and end it. *apis* are
+        the APIs by their paths.
+        """
+        log_codec.take_facts(stream, self.facts, self.newest, apis)
+        stream.last = after
+        if self.whole is not None:
+            head, body = self.whole
+            stream.whole = log_codec.answer_of(stream, head, body)
+            stream.recount()
+        end = self.end
+        if after >= end.number:
+            stream.stop(end.status)
+            return
+        for entry in self.entries:
+            if (part := log_codec.rest_of(stream, entry, after)) is not None:
+                stream.add_entry(part)
+        stream.notify()
+        error = None if end.fault is None else log_codec.unpack_fault(end.fault)
+        event = log_codec.Part(end.number, 1, end.status, False, end.frames)
+        stream.end_with(log_codec.entry_of(event, self.last), error)
+
+
+async def read(log: bytes) -> KeptLog | None:
+    """Return the *log* that was handed over as these bytes; None if they are not one."""
+    try:
+        items = list(log_codec.Assembler().feed(log))
+    except Malformed:
+        return None
+    if len(items) < 2:
+        return None
+    (facts, newest), *parts, (end, last) = items
+    if not isinstance(facts, log_codec.Facts) or not isinstance(end, log_codec.End):
+        return None
+    entries, whole = list[Entry](), None
+    for head, body in parts:
+        if isinstance(head, log_codec.Part):
+            entries.append(log_codec.entry_of(head, body))
+        elif isinstance(head, log_codec.Whole):
+            whole = head, body
+            entries += [
+                WholeEntry(number, body, piece, monotonic())
+                for number, piece in enumerate(await text_pieces(body) or (NO_TEXT,), 1)
+            ]
+    return KeptLog(facts, newest, entries, whole, end, last)
+
+
+def adopt(
+    kept: KeptLog,
+    store: StreamStore,
+    caller: Caller,
+    name: str,
+    seconds: float,
+    apis: Mapping[str, Api],
+) -> Stream:
+    """Return a stream of *caller* in *store* that has the log *kept*, and is found by *name* for
+    another *seconds*, as its former owner would keep it.
+
+    Raises:
+        ServerAtCapacity: there is no room for it.
+    """
+    facts = kept.facts
+    names = [each for each in (facts.request_id, facts.alias) if each is not None]
+    if name not in names or any(store.find(caller, each) is not None for each in names):
+        # Another answer has got its other id meanwhile.
+        names = [name]
+    # Streams are forgotten by their windows: a few whole seconds are few windows.
+    stream = store.open(names[0], caller, window=ceil(seconds), digest=facts.digest)
+    if names[1:]:
+        stream.alias = names[1]
+        store.add_alias(stream, names[1])
+    kept.fill(stream, facts.after, apis)
+    return stream
+
+
+def fill_mirror(
     stream: Stream,
-    log: bytes,
+    kept: KeptLog,
     start: Start,
     on_accept: Callable[[], None],
     apis: Mapping[str, Api],
 ) -> None:
-    """Fill the mirror *stream* with a *log* that was handed over, from *start* on.
-
-    *apis* are the APIs by their paths.
+    """Fill the mirror *stream* with the log *kept*, from *start* on.
 
     Raises:
-        StreamNotFound: the stored bytes are not a log.
-        ResumeGap: the log does not have the events after *start*.
+        RequestConflict: it belongs to another request.
+        ResumeGap: it does not have the events after *start*.
     """
-    try:
-        items = list(log_codec.Assembler().feed(log))
-    except Malformed as exc:
-        raise StreamNotFound("this answer is not kept any more") from exc
-    heads = [head for head, _body in items]
-    if (
-        not heads
-        or not isinstance(heads[0], log_codec.Facts)
-        or not isinstance(heads[-1], log_codec.End)
-    ):
-        raise StreamNotFound("this answer is not kept any more")
-    (facts, newest), items = (heads[0], items[0][1]), items[1:]
-    log_codec.take_facts(stream, facts, newest, apis)
-    after = _after(stream, facts, start)
-    stream.last = after
-    on_accept()
-    entries: list[Entry] = []
-    for head, body in items:
-        match head:
-            case log_codec.Part():
-                entries.append(log_codec.entry_of(head, body))
-            case log_codec.Whole():
-                stream.whole = log_codec.answer_of(stream, head, body)
-                stream.recount()
-                pieces = await text_pieces(body) or (NO_TEXT,)
-                entries += [
-                    WholeEntry(number, body, piece, monotonic())
-                    for number, piece in enumerate(pieces, 1)
-                ]
-            case log_codec.End():
-                _end(stream, after, entries, head, body)
-                return
-
-
-def _after(stream: Stream, facts: log_codec.Facts, start: Start) -> int:
+    facts = kept.facts
+    if start.digest is not None and start.digest != facts.digest:
+        raise RequestConflict("this request id is already known, with another payload")
+    log_codec.take_facts(stream, facts, kept.newest, apis)
     after: int | None = start.after
     if start.sequence is not None and facts.runs is not None:
         after = stream.events.event_before(start.sequence, facts.last)
@@ -145,19 +211,6 @@ def _after(stream: Stream, facts: log_codec.Facts, start: Start) -> int:
         raise ResumeGap(
             f"events after {after} are no longer kept; the oldest is {facts.after + 1}"
         )
-    return after
-
-
-def _end(
-    stream: Stream, after: int, entries: list[Entry], end: log_codec.End, body: bytes
-) -> None:
-    error: Any = None if end.fault is None else log_codec.unpack_fault(end.fault)
-    if after >= end.number:
-        stream.stop(end.status)
-        return
-    last = log_codec.entry_of(log_codec.Part(end.number, 1, end.status, False, end.frames), body)
-    for entry in entries:
-        if (part := log_codec.rest_of(stream, entry, after)) is not None:
-            stream.add_entry(part)
-    stream.notify()
-    stream.end_with(last, error)
+    stream.last = after
+    on_accept()
+    kept.fill(stream, after, apis)

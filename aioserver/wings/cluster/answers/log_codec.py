@@ -60,6 +60,10 @@ class Facts(msgspec.Struct, array_like=True, tag=1):
     attempts: int
     headers: dict[str, str]
     runs: list[tuple[int, int, int]] | None = None
+    # The ids by which the log is found, and what distinguishes its request from another one.
+    request_id: str = ""
+    alias: str | None = None
+    digest: bytes = b""
 
 
 class Part(msgspec.Struct, array_like=True, tag=2):
@@ -167,6 +171,9 @@ def facts_of(stream: Stream, after: int) -> tuple[Facts, bytes]:
         outcome.attempts,
         dict(outcome.headers),
         runs,
+        stream.request_id,
+        stream.alias,
+        stream.digest,
     ), newest
 
 

@@ -1,9 +1,8 @@
 """The streams of all instances, for the gateway of one instance: see
 `gateway.contracts.instances.Instances`.
 
-    claim     decides (claims.py) whether this instance answers a request, mirrors another
-              instance's answer, or reads the log of an instance that has stopped
-    follow    fills a mirror of a stream of another instance
+    claim     decides (claims.py) whether this instance answers a request, or passes it on
+    route     finds the instance that has an answer
     cancel    asks the owner of the stream
     listing   asks all instances
 
@@ -35,20 +34,10 @@ from aioserver.streams.entries import ERROR
 from aioserver.streams.stream import Remote
 from aioserver.telemetry.counters import Counter
 from aioserver.wings.cluster.answers import handover
-from aioserver.wings.cluster.answers.claims import (
-    CONFLICT,
-    KEPT,
-    LEASE,
-    NONE,
-    OURS,
-    RENEWAL,
-    THEIRS,
-    Claims,
-    Renewal,
-)
+from aioserver.wings.cluster.answers.claims import LEASE, RENEWAL, Claims
 from aioserver.wings.cluster.answers.fan_out import FanOut
 from aioserver.wings.cluster.answers.greeting import Cancel, Forget, Listing
-from aioserver.wings.cluster.answers.handover import polled
+from aioserver.wings.cluster.answers.handover import KeptLog, polled
 from aioserver.wings.cluster.answers.peer_listener import PeerListener
 from aioserver.wings.cluster.answers.peers import Peers
 from aioserver.wings.cluster.answers.tunnels import Tunnels
@@ -66,7 +55,7 @@ if TYPE_CHECKING:
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.answers.bus import MakeBus
-    from aioserver.wings.cluster.answers.claims import Verdict
+    from aioserver.wings.cluster.answers.claims import Claim
     from aioserver.wings.cluster.answers.greeting import Question
     from aioserver.wings.cluster.answers.peer_network import Network
 
@@ -79,13 +68,12 @@ MAX_UNREAD = 60.0
 
 
 class InstancesStats(msgspec.Struct, frozen=True):
-    """A snapshot: running claims, links (logs read elsewhere), and mirrors (others' logs).
+    """A snapshot: links (logs read elsewhere), and mirrors (others' logs).
 
     *unclaimed* counts requests that were answered without a claim, since Redis did not answer in
     time.
     """
 
-    claims: int
     links: int
     mirrors: int
     unclaimed: int
@@ -94,8 +82,7 @@ class InstancesStats(msgspec.Struct, frozen=True):
 class RemoteStreams:
     """Finds streams at other instances, and lets them find those of this one.
 
-    Always: each running stream of this instance that has a name is in `_claimed`, and its claim is
-    renewed.
+    Always: the claims to the names of running streams of this instance are renewed.
 
     `serve` must be called before anything is claimed. Instances ask each other by *network*, with
     the *secret* that all of them have; *on_look* returns a page for another one. *members* returns
@@ -120,7 +107,6 @@ class RemoteStreams:
         self._ask, self._know = commands.ask, commands.know
         self._members = members
         self._loop = asyncio.get_running_loop()
-        self._claimed: dict[Stream, list[Renewal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewer: asyncio.TimerHandle | None = None
         self._unclaimed = Counter()
@@ -151,6 +137,7 @@ class RemoteStreams:
         self._tunnels = Tunnels(self._network, self._secret, admission)
         await self._listener.open()
         self._serves = True
+        self._renewer = self._loop.call_later(RENEWAL, self._renew)
 
     def listen(self, accept: Callable[[Peer], asyncio.Protocol]) -> None:
         """Let other instances pass requests on, each to a protocol that *accept* returns."""
@@ -159,7 +146,6 @@ class RemoteStreams:
     def stats(self) -> InstancesStats:
         """Return a snapshot."""
         return InstancesStats(
-            claims=len(self._claimed),
             links=self.peers.links + self._listener.serving,
             mirrors=self.peers.mirrors + len(self._tunnels),
             unclaimed=int(self._unclaimed.value),
@@ -214,23 +200,69 @@ class RemoteStreams:
         """Read no answer any more of an owner that is none of *members*, those of now."""
         self._tunnels.keep(members)
 
-    async def route(
-        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
-    ) -> Stream:
+    async def claim(self, caller: Caller, request_id: str, lost: Lost | None) -> None:
+        """Claim *request_id* for this instance, unless another one has it; see `Instances`.
+
+        Raises:
+            Elsewhere: another instance has it.
+            InstanceUnavailable, ServerAtCapacity: the log that an instance has handed over cannot
+                be read, or there is no room for it.
+        """
+        name = name_of(caller.name, request_id)
+        claim = await self._ask(self._store.take(name, "" if lost is None else lost.owner))
+        if claim is None:
+            self._unclaimed.value += 1
+        elif claim.owner != self._me:
+            raise self._elsewhere(claim)
+        elif claim.seconds:
+            await self._adopt(caller, request_id, claim)
+
+    async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:
         """Return the caller's stream *request_id*, if no other instance has it.
 
         Raises:
             Elsewhere: another one has it.
-            StreamNotFound, ResumeGap, ServerShutdown, InstanceUnavailable: as `Instances.route`.
+            StreamNotFound, ServerShutdown, InstanceUnavailable, ServerAtCapacity: as
+                `Instances.route`.
         """
-        verdict = await self._find(name_of(caller.name, request_id), lambda: None)
-        if verdict is None:
-            raise unknown("stream")
-        if verdict.state != THEIRS or verdict.owner == self._me:
-            return await self.reach(caller, request_id, start)
-        if lost is not None and lost.owner == verdict.owner:
+        name, owner = name_of(caller.name, request_id), "" if lost is None else lost.owner
+        claim = await self._know(self._store.find(name, owner), "stream")
+        if claim.seconds:
+            # Of several that find a log, one adopts it.
+            claim = await self._know(self._store.take(name, owner), "stream")
+        if lost is not None and claim.owner == lost.owner:
             raise lost.error
-        raise Elsewhere(verdict.owner, partial(self._tunnels.forward, verdict.owner))
+        if claim.owner not in ("", self._me):
+            raise self._elsewhere(claim)
+        stream = await self._adopt(caller, request_id, claim) if claim.seconds else None
+        if stream is None:
+            raise StreamNotFound(NOT_FOUND)
+        return stream
+
+    def _elsewhere(self, claim: Claim) -> Elsewhere:
+        return Elsewhere(claim.owner, self._tunnels.forward)
+
+    async def _adopt(self, caller: Caller, request_id: str, claim: Claim) -> Stream | None:
+        """Return the stream that has the log of an instance that has ended; None if it is gone.
+
+        Raises:
+            InstanceUnavailable: Redis does not answer.
+            ServerAtCapacity: there is no room for it.
+        """
+        name = name_of(caller.name, request_id)
+        kept = await self._kept(name)
+        if (known := self._streams.find(caller, request_id)) is not None or kept is None:
+            # Another request has adopted it meanwhile.
+            return known
+        stream = handover.adopt(
+            kept, self._streams, caller, request_id, claim.seconds, self.peers.apis
+        )
+        self._start(self._store.renew({name: stream.window}))
+        return stream
+
+    async def _kept(self, name: str) -> KeptLog | None:
+        log = await self._know(self._store.get_log(name), "answer")
+        return None if log is None else await handover.read(log)
 
     async def claimed(self, stream: Stream) -> None:
         """Wait until it is decided whether *stream* is answered here or elsewhere.
@@ -265,10 +297,10 @@ class RemoteStreams:
 
         try:
             verdict = await self._find(name_of(caller.name, request_id), tell)
-            if verdict is not None and verdict.state == KEPT:
+            if verdict is not None and verdict.seconds:
                 # The stream has ended already.
                 return
-            if verdict is not None and verdict.state == THEIRS and verdict.owner != self._me:
+            if verdict is not None and verdict.owner:
                 asked = Cancel(caller.name, request_id)
                 answers, complete = await self._answers([verdict.owner], asked)
             elif telling:
@@ -300,8 +332,8 @@ class RemoteStreams:
             raise unknown("response")
         return True in answers
 
-    async def _find(self, name: str, late: Callable[[], object]) -> Verdict | None:
-        """Return the state of the claim *name*; None if Redis does not answer.
+    async def _find(self, name: str, late: Callable[[], object]) -> Claim | None:
+        """Return the claim of another instance to *name*; None if Redis does not answer.
 
         *late* is called if the answer takes longer than TIMEOUT.
         """
@@ -341,8 +373,8 @@ class RemoteStreams:
             if refused:
                 # There is no such log: the only event is an error without a reader.
                 self._gateway.lifetime.let_go(stream)
-            if not remote.mirrored:
-                self._note_end(stream)
+        if not (stream.private or stream.mirrored):
+            self._note_end(stream)
 
     async def hand_over(self, finished: list[Stream]) -> None:
         """Store the logs that have ended in Redis for the other instances, as this one stops.
@@ -350,18 +382,11 @@ class RemoteStreams:
         *finished* has the newest stream first.
         """
         for stream, seconds, log in handover.chosen(finished):
-            names = [stream.request_id, stream.alias]
-            if isinstance(stream.error, ServerShutdown):
-                # The request id must be free for a new answer.
-                names = [stream.alias]
-            for name in names:
-                if name is not None and not stream.private:
-                    await self._ask(
-                        self._store.put_log(name_of(_caller(stream).name, name), log, seconds),
-                        CALL_TIMEOUT,
-                    )
-                    if self._commands.away:
-                        return
+            for name in handover.names_of(stream):
+                put = self._store.put_log(name_of(_caller(stream).name, name), log, seconds)
+                await self._ask(put, CALL_TIMEOUT)
+                if self._commands.away:
+                    return
 
     async def close(self) -> None:
         """Hand over the logs that have ended, and leave. The gateway must be closed before."""
@@ -410,65 +435,46 @@ class RemoteStreams:
         Raises:
             RequestConflict: another instance has claimed the id with another payload.
         """
-        name, digest = _name(stream), stream.digest
-        renewal = Renewal(name, digest, _seconds(stream))
-        self._claimed[stream] = [renewal]
-        self._watch()
-        verdict: Verdict | None = await self._ask(self._store.take(name, digest, renewal.seconds))
-        if verdict is None:
-            self._unclaimed.value += 1
-            return None
+        name, lost = _name(stream), ""
         for _ in range(MAX_OWNERS):
-            filled = await self._filled(stream, verdict, accept)
-            if filled is not None:
+            claim: Claim | None = await self._ask(self._store.take(name, lost))
+            if claim is None:
+                if not lost:
+                    self._unclaimed.value += 1
+                return None
+            if (filled := await self._filled(stream, claim, accept)) is not None:
                 return filled
-            if verdict.state == OURS:
+            if claim.owner == self._me:
                 return None
             # The owner has lost the stream.
-            found = await self._ask(self._store.take(name, digest, renewal.seconds, verdict.owner))
-            if found is None:
-                return None
-            verdict = found
+            lost = claim.owner
         return None
 
     async def _filled(
-        self, stream: Stream, verdict: Verdict, accept: Callable[[], None]
+        self, stream: Stream, claim: Claim, accept: Callable[[], None]
     ) -> asyncio.Future[None] | None:
         """Return a future for the end of the mirror *stream*; None if no instance has its log."""
         start = Start(digest=stream.digest)
-        if verdict.state == CONFLICT:
-            del self._claimed[stream]
-            raise RequestConflict("this request id is already known, with another payload")
-
-        def accepted() -> None:
-            self._claimed.pop(stream, None)
-            accept()
-
-        if verdict.state == KEPT:
-            log = await self._know(self._store.get_log(_name(stream)), "answer")
-            if log is None:
+        if claim.owner == self._me:
+            kept = await self._kept(_name(stream)) if claim.seconds else None
+            if kept is None:
                 return None
-            try:
-                await handover.fill(stream, log, start, accepted, self.peers.apis)
-            except StreamNotFound:
-                return None
+            handover.fill_mirror(stream, kept, start, accept, self.peers.apis)
             done: asyncio.Future[None] = self._loop.create_future()
             done.set_result(None)
             return done
-        if verdict.state == THEIRS:
-            mirror = self.peers.attach(stream, verdict.owner, start, accepted)
-            try:
-                await mirror.accepted
-            except (StreamNotFound, ServerShutdown):
-                if stream.mirrored:
-                    # The owner had the log, and was lost before all of the log was here.
-                    raise
-                return None
-            except BaseException:
-                mirror.close()
+        mirror = self.peers.attach(stream, claim.owner, start, accept)
+        try:
+            await mirror.accepted
+        except (StreamNotFound, ServerShutdown):
+            if stream.mirrored:
+                # The owner had the log, and was lost before all of the log was here.
                 raise
-            return mirror.done
-        return None
+            return None
+        except BaseException:
+            mirror.close()
+            raise
+        return mirror.done
 
     def _become_mirror(self, stream: Stream, request: Request) -> None:
         """Note that another instance has the answer, so that *stream* is only a mirror of it."""
@@ -495,20 +501,14 @@ class RemoteStreams:
         verdict = await self._find(name, tell)
         if verdict is None:
             raise unknown("stream")
-        if verdict.state == KEPT:
-            if start.digest is not None and start.digest != verdict.digest:
-                raise RequestConflict("this request id is known, with another payload")
-            log = await self._know(self._store.get_log(name), "stream")
-            if log is not None:
-                await handover.fill(stream, log, start, lambda: None, self.peers.apis)
-                _remote(stream).decide()
-                return
-        if verdict.owner == self._me:
-            # This happens only if the stream was claimed a moment ago.
+        if verdict.seconds and (kept := await self._kept(name)) is not None:
+            handover.fill_mirror(stream, kept, start, lambda: None, self.peers.apis)
+            _remote(stream).decide()
+            return
+        if not verdict.owner:
+            # It may have begun here a moment ago.
             self.peers.gateway.find(_caller(stream), stream.request_id, start.digest)
             raise ResumeGap(f"event {start.after} does not exist yet")
-        if verdict.state in {NONE, KEPT}:
-            raise StreamNotFound(NOT_FOUND)
         mirror = self.peers.attach(stream, verdict.owner, start, lambda: None)
         try:
             await mirror.accepted
@@ -519,45 +519,38 @@ class RemoteStreams:
 
     def _note_end(self, stream: Stream) -> None:
         """Note that *stream*, whose id was claimed, has ended."""
-        claims = self._claimed.pop(stream, None)
-        if claims is None:
+        caller = _caller(stream)
+        if self._streams.find(caller, stream.request_id) not in {None, stream}:
+            # Its id has a new answer.
             return
         # If there is no answer, or the end of the server cut it, the claim is given up, so that
         # the same request gets a new answer. Such a request may have taken the claim already.
         free = isinstance(stream.error, ServerShutdown) or (
             stream.end_status == ERROR and not stream.sent
         )
-        if self._streams.find(_caller(stream), stream.request_id) not in {None, stream}:
-            return
-        kept = name_of(_caller(stream).name, stream.alias or "") if polled(stream) else None
-        for claim in claims:
-            gone = free and claim.name != kept
-            claim.seconds, claim.done = 0.0 if gone else stream.window, True
+        claims = dict.fromkeys(_names(stream), 0.0 if free else stream.window)
+        if free and polled(stream) and stream.alias is not None:
+            claims[name_of(caller.name, stream.alias)] = stream.window
         self._start(self._store.renew(claims))
 
     def aliased(self, stream: Stream, alias: str) -> None:
         """Claim *alias*, a second name of *stream*."""
-        name = name_of(_caller(stream).name, alias)
-        claim = Renewal(name, stream.digest, _seconds(stream))
-        self._claimed.setdefault(stream, []).append(claim)
-        if stream.remote is None:
-            # The stream has no other name. Its end is noted like that of a claimed stream.
-            stream.remote = Remote(self._loop.create_future())
-            _remote(stream).decide()
-        self._watch()
-        self._start(self._store.renew([claim]))
+        self._start(self._store.renew({name_of(_caller(stream).name, alias): _seconds(stream)}))
 
-    def _watch(self) -> None:
-        if self._renewer is None:
-            self._renewer = self._loop.call_later(RENEWAL, self._renew)
+    def renew(self) -> None:
+        """Renew the claims to the names of all running streams."""
+        claims = [
+            (name, _seconds(stream))
+            for stream in self._streams.running()
+            if not (stream.private or stream.undecided)
+            for name in _names(stream)
+        ]
+        for start in range(0, len(claims), MAX_RENEWED):
+            self._start(self._store.renew(dict(claims[start : start + MAX_RENEWED])))
 
     def _renew(self) -> None:
-        self._renewer = None
-        claims = [claim for claims in self._claimed.values() for claim in claims]
-        for start in range(0, len(claims), MAX_RENEWED):
-            self._start(self._store.renew(claims[start : start + MAX_RENEWED]))
-        if claims:
-            self._watch()
+        self._renewer = self._loop.call_later(RENEWAL, self._renew)
+        self.renew()
 
     def _start(self, call: Coroutine[Any, Any, object]) -> None:
         task = self._loop.create_task(self._quietly(call))
@@ -578,8 +571,14 @@ def _name(stream: Stream) -> str:
     return name_of(_caller(stream).name, stream.request_id)
 
 
+def _names(stream: Stream) -> list[str]:
+    """Return the names of the claims to the ids of *stream*."""
+    caller = _caller(stream).name
+    return [name_of(caller, name) for name in (stream.request_id, stream.alias) if name]
+
+
 def _seconds(stream: Stream) -> float:
-    """Return the seconds for which a claim of a running *stream* outlives a renewal.
+    """Return the seconds for which a claim of *stream* outlives a renewal.
 
     If the message of its end is lost, the claim must last for the window of the log. The window of
     an answer in the background is long. Its claim ends earlier, so that polling clients soon get an

@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
 
     from aioserver.faces.admission import Admission
-    from aioserver.gateway.contracts.instances import RenderError
+    from aioserver.gateway.contracts.instances import Elsewhere, RenderError
     from aioserver.wings.cluster.answers.peer_network import Network
 
-# Seconds in which the owner says that it has the answer.
-ACCEPT_TIMEOUT = 1.0
+# Seconds in which the owner says that it has the answer, and the bytes of a body that reach it in
+# one of them, at least.
+ACCEPT_TIMEOUT, BODY_RATE = 1.0, 1 << 23
 # Bytes of the owner's head.
 MAX_HEAD = 1 << 16
 # Headers that hold for one connection (RFC 9110, 7.6.1), that belong to a body, or that this
@@ -60,8 +61,8 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 # The end of a stream to a client of HTTP/1.0, whose body has no chunks: its last event. No quote
 # stands like that in the text of an event.
 _ENDS = re.compile(
-    rb'"status":"(?:complete|error|cancelled)"'
-    rb"|event: (?:error|response\.(?:completed|failed|incomplete|cancelled))\n"
+    rb'"status":"(?:complete|error|cancelled)"|data: (?:\[DONE\]|{"error":)'
+    rb"|event: (?:error|message_stop|response\.(?:completed|failed|incomplete|cancelled))\n"
 )
 _GONE = "the process that has this answer is out of reach"
 
@@ -258,9 +259,13 @@ class Tunnels:
                 tunnel.close()
 
     async def forward(
-        self, owner: str, request: web.Request, render_error: RenderError
+        self,
+        elsewhere: Elsewhere,
+        request: web.Request,
+        render_error: RenderError,
+        on_accept: Callable[[], None],
     ) -> web.StreamResponse:
-        """Answer *request* with what *owner* answers: see `Elsewhere`.
+        """Answer *request* with what its owner answers: see `Elsewhere`.
 
         Raises:
             Lost, InstanceUnavailable, ServerShutdown: as `Elsewhere.forward`.
@@ -279,9 +284,12 @@ class Tunnels:
             bodyless=request.method == hdrs.METH_HEAD,
             chunked=request.version >= HttpVersion11,
         )
-        self._open[tunnel] = owner
+        self._open[tunnel] = elsewhere.owner
         try:
-            await self._open_tunnel(owner, request, tunnel)
+            await self._open_tunnel(elsewhere, request, tunnel)
+            # The owner counts the body from here on.
+            elsewhere.body = b""
+            on_accept()
             await tunnel.done
         finally:
             del self._open[tunnel]
@@ -290,16 +298,19 @@ class Tunnels:
             self._break_off(transport, tunnel, render_error)
         return Passed(tunnel.status, tunnel.passed)
 
-    async def _open_tunnel(self, owner: str, request: web.Request, tunnel: Tunnel) -> None:
-        """Return once *owner* has the answer, or has begun one.
+    async def _open_tunnel(
+        self, elsewhere: Elsewhere, request: web.Request, tunnel: Tunnel
+    ) -> None:
+        """Return once the owner has the answer, or has begun one.
 
         Raises:
             Lost, InstanceUnavailable: as `forward`.
         """
+        owner, body = elsewhere.owner, elsewhere.body
         peer = Forward(request.get(ADDRESS, request.remote) or "", request.secure)
-        opening = encode(Greeting(self._secret(), peer)) + head_of(request)
+        opening = encode(Greeting(self._secret(), peer)) + head_of(request, len(body)) + body
         try:
-            async with asyncio.timeout(ACCEPT_TIMEOUT):
+            async with asyncio.timeout(ACCEPT_TIMEOUT + len(body) / BODY_RATE):
                 await self._network.dial(owner, lambda: tunnel)
                 tunnel.write(opening)
                 accepted = await tunnel.accepted
@@ -335,8 +346,10 @@ class Tunnels:
             transport.write(event)
 
 
-def head_of(request: web.Request) -> bytes:
-    """Return the head of *request*, without a body, as the owner of its answer gets it."""
+def head_of(request: web.Request, size: int) -> bytes:
+    """Return the head of *request*, as the owner of its answer gets it, for a body of *size* bytes
+    behind it.
+    """
     version = f"HTTP/{request.version.major}.{request.version.minor}"
     lines = [f"{request.method} {request.raw_path} {version}".encode("utf-8", "surrogateescape")]
     lines += [
@@ -344,7 +357,10 @@ def head_of(request: web.Request) -> bytes:
         for header in request.raw_headers
         if header[0].decode("latin-1").lower() not in LEFT_OUT
     ]
-    lines += [f"X-Request-Id: {request_id(request)}".encode(), b"Connection: close", b"", b""]
+    lines.append(f"X-Request-Id: {request_id(request)}".encode())
+    if size:
+        lines.append(b"Content-Length: %d" % size)
+    lines += [b"Connection: close", b"", b""]
     return b"\r\n".join(lines)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from aioserver.auth.callers import Caller
-from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
-from aioserver.gateway.contracts.instances import Start
+from aioserver.errors import ServerShutdown
+from aioserver.provider_errors import ProviderRefused
 from aioserver.streams.entries import CHUNK, COMPLETE
+from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 from aioserver.wings.cluster.answers import handover
 
@@ -52,31 +51,74 @@ def test_what_has_no_window_left_or_was_cut_is_not_handed_over() -> None:
     assert list(handover.chosen([cut, running, over])) == []
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3])
-async def test_a_log_is_filled_in_from_any_event_on(after: int) -> None:
-    stream = finished("1")
-    mirror = Stream("1", CALLER, window=0.0, max_bytes=1 << 20, private=True)
-    accepted: list[bool] = []
-
-    await handover.fill(
-        mirror, handover.log_of(stream), Start(after), lambda: accepted.append(True), {}
-    )
-
-    frames = [frame for entry in stream.entries for frame in stream.frames(entry)]
-    filled = [frame for entry in mirror.entries for frame in mirror.frames(entry)]
-    assert filled == frames[after:]
-    assert mirror.ended
-    assert accepted == [True]
+def store() -> StreamStore:
+    return StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 24)
 
 
-async def test_a_log_has_no_events_beyond_its_end() -> None:
+async def adopted(log: bytes, name: str, streams: StreamStore, caller: Caller = CALLER) -> Stream:
+    kept = await handover.read(log)
+    assert kept is not None
+    return handover.adopt(kept, streams, caller, name, 9.5, {})
+
+
+def frames(stream: Stream) -> list[bytes]:
+    return [frame for entry in stream.entries for frame in stream.frames(entry)]
+
+
+async def test_a_log_that_is_adopted_is_the_same_stream() -> None:
+    stream, streams = finished("1"), store()
+    stream.alias = "one"
+    stream.digest = b"d"
+    stream.conversation_id = "c"
+
+    again = await adopted(handover.log_of(stream), "one", streams)
+
+    assert frames(again) == frames(stream)
+    assert again.describe() == stream.describe()
+    assert (again.digest, again.conversation_id) == (b"d", "c")
+    # It is kept for the rest of its window, and found by both of its ids.
+    assert again.window == 10
+    assert streams.find(CALLER, "1") is streams.find(CALLER, "one") is again
+    assert streams.finished() == (again,)
+    streams.drop(again)
+    assert streams.find(CALLER, "1") is streams.find(CALLER, "one") is None
+    assert streams.stats().bytes == 0
+
+
+async def test_an_error_of_an_adopted_log_is_the_owners() -> None:
+    stream = Stream("1", CALLER, window=30.0, max_bytes=1 << 20)
+    stream.fail(ProviderRefused("no", 400, b"{}"))
+
+    again = await adopted(handover.log_of(stream), "1", store())
+
+    assert isinstance(again.error, ProviderRefused)
+    assert again.error.counted
+    assert frames(again) == frames(stream)
+
+
+async def test_an_answer_that_the_end_of_its_server_has_cut_leaves_its_request_id_free() -> None:
+    stream, streams = finished("1"), store()
+    stream.alias, stream.error = "one", ServerShutdown("the server is stopping")
+    log = handover.log_of(stream)
+
+    assert handover.names_of(stream) == ["one"]
+    await adopted(log, "one", streams)
+
+    assert streams.find(CALLER, "1") is None
+
+
+async def test_a_log_that_is_adopted_takes_no_id_of_another_answer() -> None:
+    stream, streams = finished("1"), store()
+    stream.alias = "one"
+    other = streams.open("1", CALLER, window=30.0)
+
+    again = await adopted(handover.log_of(stream), "one", streams)
+
+    assert streams.find(CALLER, "1") is other
+    assert streams.find(CALLER, "one") is again
+
+
+async def test_what_is_no_log_is_not_adopted() -> None:
     log = handover.log_of(finished("1"))
-    mirror = Stream("1", CALLER, window=0.0, max_bytes=1 << 20, private=True)
-
-    with pytest.raises(ResumeGap):
-        await handover.fill(mirror, log, Start(9), lambda: None, {})
-    with pytest.raises(StreamNotFound):
-        await handover.fill(mirror, log[:-10], Start(), lambda: None, {})
-    with pytest.raises(StreamNotFound):
-        await handover.fill(mirror, b"\xff" * 50, Start(), lambda: None, {})
-    assert not mirror.ended
+    for data in (log[:-10], b"\xff" * 50, b""):
+        assert await handover.read(data) is None

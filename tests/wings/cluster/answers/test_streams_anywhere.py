@@ -13,7 +13,6 @@ import pytest
 from aioserver.limits.quota import Quota
 from aioserver.protocol import eventstream
 from aioserver.wings.cluster.answers.links import CREDIT
-from aioserver.wings.cluster.answers.peer_messages import Block
 from tests.support.chat import (
     CHAT,
     STREAMED,
@@ -655,40 +654,6 @@ async def test_an_owner_that_says_nothing_is_given_up(make: Make, world: World) 
         world.ears["a"].dead = False
         await first.send_json(cancel("r1"))
         await to_end(first)
-
-
-async def test_an_owner_that_is_killed_while_it_sends_a_whole_answer(
-    make: Make, world: World
-) -> None:
-    a, b = await make(2, QUICK)
-    fields = big(90_000, 10)
-    body = {"messages": [{"role": "user", "content": fields["text"]}], **fields["options"]}
-    url = f"{a.server.v1}/chat/completions"
-    async with a.server.session.post(url, json=body, headers=KEY) as response:
-        answer = await response.read()
-    assert len(answer) > 3 * CREDIT
-    receive, blocks = world.ears["b"].on_message, 0
-
-    def look(sender: str, message: Any) -> None:
-        nonlocal blocks
-        if isinstance(message, Block):
-            blocks += 1
-            if blocks == 3:
-                world.kill("a")
-            if blocks >= 3:
-                return
-        receive(sender, message)
-
-    world.ears["b"].on_message = look
-    url = f"{b.server.v1}/chat/completions"
-    async with b.server.session.post(url, json=body, headers=KEY) as response:
-        assert response.status == 503
-        assert (await response.json())["error"]["code"] == "server_shutdown"
-    world.ears["b"].on_message = receive
-    # Who asks again gets a new answer.
-    async with b.server.session.post(url, json=body, headers=KEY) as response:
-        assert response.status == 200
-    assert (a.requests, b.requests) == (1, 1)
 
 
 async def test_an_id_of_an_instance_that_is_gone_is_taken_over(make: Make, world: World) -> None:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from aiohttp import ClientPayloadError
 
 from aioserver.faces.admission import ACCEPTED
 from aioserver.protocol import eventstream
 from aioserver.wings.cluster.answers.greeting import Forward, Greeting, encode
 from aioserver.wings.cluster.answers.peer_network import Gone
 from aioserver.wings.cluster.answers.tunnels import Tunnel
-from tests.support.chat import big, chat, numbers, read_frames, to_end, until_status
+from tests.support.chat import (
+    CHAT,
+    STREAMED,
+    big,
+    cancel,
+    chat,
+    numbers,
+    read_frames,
+    to_end,
+    until_status,
+)
 from tests.support.keys import bearer, keys_of
 from tests.support.memory_bus import SECRET, NamedNetwork, World, instance_of, instances
-from tests.support.server import CONCURRENCY, ENDLESS, PACED, QUICK
+from tests.support.server import CONCURRENCY, ENDLESS, PACED, QUICK, UVICORN
 from tests.support.waiting import until, within
 
 if TYPE_CHECKING:
@@ -29,6 +41,8 @@ if TYPE_CHECKING:
     Make = Callable[..., Awaitable[list[Instance]]]
 
 RESPONSE = {"model": "sim", "input": "Hello", "store": True, "stream": True}
+QUESTION = {"request_id": "r1", "text": "Hello"}
+KEY = {"Idempotency-Key": "r1"}
 
 # The bytes.
 
@@ -531,6 +545,302 @@ async def test_another_instance_takes_no_place_and_one_too_many_is_refused(make:
     await a.server.context.gateway.close()
 
 
+# Questions, which begin an answer where nobody has it.
+
+
+def ask(instance: Instance, body: Any = None, **options: Any) -> Any:
+    """A question for the answer r1."""
+    return instance.server.session.post(
+        instance.server.sse, json=QUESTION if body is None else body, **options
+    )
+
+
+def complete(instance: Instance, body: Any = STREAMED, path: str = "chat/completions") -> Any:
+    """A request of OpenAI's API with the key r1."""
+    return instance.server.session.post(f"{instance.server.v1}/{path}", json=body, headers=KEY)
+
+
+async def test_a_question_that_is_answered_elsewhere_is_passed_on_and_no_log_is_made_of_it(
+    make: Make,
+) -> None:
+    a, b = await make(2, PACED)
+    async with ask(a) as first:
+        await first.content.readuntil(b"event: chunk")
+        async with ask(b) as second:
+            assert second.headers["Connection"] == "close"
+            await second.content.readline()
+            assert (b.cluster.stats().mirrors, a.cluster.stats().links) == (1, 1)
+            assert (b.cluster.peers.mirrors, a.cluster.peers.links) == (0, 0)
+            assert b.server.owners.streams.stats().running == 0
+            read = await read_frames_after(second)
+        await first.read()
+    async with ask(b) as again:
+        assert await read_frames(again) == read
+
+    assert numbers(read) == list(range(1, len(read) + 1))
+    assert (a.requests, b.requests) == (1, 0)
+    await b.server.nothing_held()
+
+
+async def test_the_owner_counts_the_body_of_a_question_once_it_has_the_answer(make: Make) -> None:
+    a, b = await make(2, ENDLESS)
+    large = {"request_id": "r1", "text": "Hello " * 50_000}
+    async with ask(a, large) as first:
+        await first.content.readuntil(b"event: chunk")
+        async with ask(b, large) as second:
+            assert second.status == 200
+            await second.content.readline()
+            assert b.server.context.admission.body_bytes == 0
+    await a.server.context.gateway.close()
+
+
+@pytest.mark.parametrize("how", ["gone", "misdirected"])
+async def test_a_question_whose_owner_has_lost_it_is_answered_where_it_is(
+    make: Make, world: World, how: str
+) -> None:
+    a, b = await make(2, QUICK)
+    text = "Hello " * 20_000
+    large = {"request_id": "r1", "text": text}
+    async with ask(a, large) as first:
+        await first.read()
+    if how == "gone":
+        world.kill("a")
+    else:
+        # It is stopping, and has forgotten the answer.
+        (stream,) = a.server.owners.streams.finished()
+        a.server.owners.streams.drop(stream)
+        a.server.context.gateway.drain()
+
+    async with ask(b, large) as second:
+        assert second.status == 200
+        assert (await read_frames(second))[-1]["status"] == "complete"
+    # It has the body that the client has sent.
+    assert b.server.simulator.bodies[-1]["messages"][-1]["content"] == text
+    assert (a.requests, b.requests) == (1, 1)
+    (claim,) = world.claims.values()
+    assert claim.owner == "b"
+    await b.server.nothing_held()
+
+
+async def test_a_question_that_was_lost_three_times_is_given_up(
+    make: Make, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, _c = await make(3, QUICK)
+    async with ask(a) as first:
+        await first.read()
+    (claim,) = world.claims.values()
+    dialled = []
+
+    async def dial(name: str, _tunnel: Any) -> Any:
+        dialled.append(name)
+        # By then another one has claimed it.
+        claim.owner = "c" if name == "a" else "a"
+        raise Gone(name)
+
+    monkeypatch.setattr(world.networks["b"], "dial", dial)
+    async with ask(b) as second:
+        assert second.status == 503
+        assert (await second.json())["error"]["code"] == "server_shutdown"
+
+    assert dialled == ["a", "c", "a"]
+    assert b.requests == 0
+    await b.server.nothing_held()
+
+
+async def test_a_question_comes_to_its_owner_before_the_owner_has_begun_it(
+    make: Make, world: World
+) -> None:
+    few = {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.connection_queue_size": 2}
+    a, b = await make(2, PACED, **few)
+    async with a.server.connect() as other:
+        # The first one has the claim, and waits for a place.
+        first = asyncio.create_task(read_all(ask(a)))
+        await until(lambda: len(world.claims) == 1)
+        async with ask(b) as second:
+            read = await read_frames(second)
+        assert not first.done()
+        await other.close()
+
+    assert await first == read
+    assert (a.requests, b.requests) == (1, 0)
+
+
+async def read_all(asking: Any) -> list[Any]:
+    async with asking as response:
+        return list(await read_frames(response))
+
+
+async def test_an_owner_that_another_one_has_succeeded_begins_no_second_answer(
+    make: Make, world: World
+) -> None:
+    a, b, c = await make(3, PACED)
+    async with ask(c) as first:
+        await first.content.readuntil(b"event: chunk")
+        # What b knows of it is old by the time it has asked.
+        (claim,) = world.claims.values()
+        claim.owner = "a"
+        network, listen = world.networks["a"], world.networks["b"].dial
+
+        async def dial(name: str, make: Any) -> Any:
+            claim.owner = "c"
+            return await listen(name, make)
+
+        world.networks["b"].dial = dial  # type: ignore[method-assign]
+        async with ask(b) as second:
+            read = await read_frames(second)
+        await first.read()
+
+    assert network is not None
+    assert read[-1]["status"] == "complete"
+    assert (a.requests, b.requests, c.requests) == (0, 0, 1)
+
+
+async def test_a_question_for_an_owner_that_hangs_begins_no_second_answer(
+    make: Make, world: World
+) -> None:
+    a, b = await make(2, PACED)
+    async with ask(a) as first:
+        world.silent.add("a")
+        began = asyncio.get_running_loop().time()
+        async with ask(b) as second:
+            assert second.status == 503
+            assert (await second.json())["error"]["code"] == "instance_unavailable"
+        assert within(1.2, began)
+        await first.read()
+
+    assert b.requests == 0
+
+
+async def test_who_asks_again_is_led_to_where_the_question_was_refused(make: Make) -> None:
+    a, b = await make(2, ENDLESS, **keys_of("one", max_concurrent=1))
+    headers = bearer("one")
+    async with a.server.connect(headers=headers) as ws:
+        await ws.send_json(chat("other"))
+        await until_status(ws, "chunk")
+        for instance in (a, b):
+            async with ask(instance, headers=headers) as refused:
+                assert refused.status == 429
+        await ws.send_json(cancel("other"))
+        await to_end(ws)
+    a.server.simulator.behaviour = QUICK
+
+    async with ask(b, headers=headers) as answered:
+        assert (await read_frames(answered))[-1]["status"] == "complete"
+    assert (a.requests, b.requests) == (2, 0)
+
+
+async def test_a_client_that_leaves_while_its_id_is_asked_has_begun_nothing(
+    make: Make, world: World
+) -> None:
+    a, b = await make(2, QUICK)
+    world.slow = 0.04
+    request = asyncio.create_task(read_all(ask(b)))
+    await until(lambda: world.calls == 1)
+    request.cancel()
+    await asyncio.wait((request,))
+    world.slow = 0.0
+
+    await b.server.nothing_held()
+    assert b.requests == 0
+    async with ask(a) as response:
+        assert (await read_frames(response))[-1]["status"] == "complete"
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_request_with_a_key_has_one_answer_at_all_instances(
+    make: Make, path: str, streamed: bool
+) -> None:
+    a, b = await make(2, PACED)
+    body = {"model": "sim", "max_tokens": 100, "stream": streamed, **CHAT}
+    if path == "responses":
+        body = RESPONSE | {"stream": streamed}
+    answers = []
+    for instance in (a, b, b):
+        async with complete(instance, body, path) as response:
+            assert response.status == 200
+            answers.append(await response.read())
+    async with complete(b, body | {"temperature": 0}, path) as response:
+        assert response.status == 409
+
+    assert answers[0] == answers[1] == answers[2]
+    assert (a.requests, b.requests) == (1, 0)
+    assert b.cluster.peers.mirrors == 0
+
+
+async def test_a_reader_of_openais_api_is_told_of_a_killed_owner_in_its_form(
+    make: Make, world: World
+) -> None:
+    a, b = await make(2, ENDLESS)
+    async with complete(a) as first:
+        await first.content.readline()
+        async with complete(b) as second:
+            await second.content.readline()
+            world.kill("a")
+            events = eventstream.parse(b"\n" + await second.read())
+    await a.server.context.gateway.close()
+
+    assert json.loads(events[-1].data)["error"]["code"] == "server_shutdown"
+    assert b.requests == 0
+
+
+async def test_an_owner_that_is_killed_within_a_whole_answer_ends_it_with_a_broken_connection(
+    make: Make, world: World
+) -> None:
+    a, b = await make(2, QUICK)
+    fields = big(30_000, 30)
+    body = {"messages": [{"role": "user", "content": fields["text"]}], **fields["options"]}
+    async with complete(a, body) as response:
+        answer = await response.read()
+    async with complete(b, body) as response:
+        assert response.connection is not None
+        response.connection.transport.pause_reading()
+        (tunnel,) = b.cluster._tunnels._open  # noqa: SLF001 - no snapshot has it
+        await until(lambda: tunnel._waiting is not None)  # noqa: SLF001
+        world.kill("a")
+        response.connection.transport.resume_reading()
+        with pytest.raises(ClientPayloadError):
+            await response.read()
+    # Who asks again gets a new answer.
+    async with complete(b, body) as response:
+        assert len(await response.read()) == len(answer)
+    assert (a.requests, b.requests) == (1, 1)
+
+
+async def test_the_access_log_names_the_owner_of_an_answer_that_was_passed_on(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = await make(2, QUICK, **{f"{UVICORN}.access_log": True})
+    with caplog.at_level(logging.INFO, "aioserver.access"):
+        for instance in (a, b):
+            async with ask(instance) as response:
+                await response.read()
+        await until(lambda: len(lines(caplog)) == 2)
+
+    # The owner has no line of what was passed on to it.
+    assert [line.get("forwarded") for line in lines(caplog)] == [None, "a"]
+    assert lines(caplog)[0]["bytes"] > 0
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The lines of the access log."""
+    records = [each for each in caplog.records if each.name == "aioserver.access"]
+    return [record.__dict__["fields"] for record in records]
+
+
+async def test_an_answer_in_the_background_is_begun_at_its_owner(make: Make) -> None:
+    a, b = await make(2, PACED)
+    async with ask(a, headers={"Prefer": "respond-async"}) as first:
+        assert first.status == 202
+    async with ask(b, headers={"Prefer": "respond-async"}) as second:
+        assert second.status == 202
+        assert (await second.json())["location"] == f"{a.server.settings.chat.sse.endpoint}/r1"
+    async with ask(b) as third:
+        assert (await read_frames(third))[-1]["status"] == "complete"
+
+    assert (a.requests, b.requests) == (1, 0)
+
+
 # Who may.
 
 
@@ -555,10 +865,10 @@ async def test_the_owner_checks_the_key_of_the_client_itself(world: World, tmp_p
 @pytest.mark.parametrize(
     ("request_line", "status"),
     [
-        ("GET /sse/chat/r1", b"404"),
-        ("POST /sse/chat", b"405"),
+        ("GET /sse/chat/r1", b"421"),
+        ("POST /sse/chat", b"421"),
         ("DELETE /sse/chat/r1", b"405"),
-        ("POST /v1/chat/completions", b"405"),
+        ("POST /v1/chat/completions", b"421"),
     ],
 )
 async def test_nothing_is_begun_or_ended_by_a_request_of_another_instance(
@@ -570,13 +880,16 @@ async def test_nothing_is_begun_or_ended_by_a_request_of_another_instance(
         network = world.networks[b.name]
         reader, writer = await asyncio.open_unix_connection(network.where(b.name).host)
         writer.write(encode(Greeting(SECRET, Forward("10.1.1.1", secure=False))))
-        writer.write(f"{request_line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        body = json.dumps(QUESTION if "sse" in request_line else CHAT)
+        head = "Host: x\r\nConnection: close\r\nContent-Type: application/json"
+        size = f"Content-Length: {len(body)}"
+        writer.write(f"{request_line} HTTP/1.1\r\n{head}\r\n{size}\r\n\r\n{body}".encode())
         answer = await reader.read()
         writer.close()
         assert read_by(a) == 1
         await ws.close()
     await a.server.context.gateway.close()
 
-    # It is not passed on again.
-    assert answer.split()[1] == (b"421" if status == b"404" else status)
+    # It is not passed on again, and what has no id is passed on by nobody.
+    assert answer.split()[1] == status
     assert b.requests == 0
