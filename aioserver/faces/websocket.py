@@ -158,15 +158,7 @@ class ChatSocket(Socket):
 
     def _follow(self, stream: Stream, after: int) -> None:
         self._check_room(stream.request_id)
-        cursor = self._writer.follow(
-            stream,
-            after,
-            MESSAGES,
-            render_position=lambda queued: ws_frame(
-                WS_TEXT, frames.loose_frame(stream.request_id, "queued", queued.chunk)
-            ),
-            on_end=self._ended,
-        )
+        cursor = self._writer.follow(stream, after, MESSAGES, on_end=self._ended)
         tracer, request_id = self._context.tracer, stream.request_id
         if tracer is not None and (
             visit := tracer.visit(stream.record.trace, self._client_headers, request_id, after)

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.protocol.openai import Shape
-    from aioserver.streams.contracts import Queued
     from aioserver.streams.formats import Format
     from aioserver.streams.outbox import Outbox
     from aioserver.streams.stream import Stream
@@ -127,19 +126,17 @@ class Writer:
         after: int,
         event_format: Format,
         *,
-        render_position: Callable[[Queued], bytes] | None = None,
         on_end: Callable[[Cursor], None] = lambda _cursor: None,
     ) -> Cursor:
         """Write the events of *stream* after event *after*, including those to come.
 
-        *render_position* renders the position of a waiting request; None: positions are not shown.
         *on_end* is called once the last event was written. A writer that is closed already
         unfollows *stream* in the next iteration of the event loop.
 
         Raises:
             ResumeGap: see `Stream.locate`.
         """
-        cursor = Cursor(self, stream, after, event_format, render_position, on_end)
+        cursor = Cursor(self, stream, after, event_format, on_end)
         if self.closed:
             cursor.removed = True
             # Not now: the face must first register this reader with the stream's lifetime.

@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.model_body import ModelBody
-    from aioserver.streams.contracts import Queued
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.frames import Command
@@ -365,20 +364,7 @@ class ResponsesSocket(Socket):
         Raises:
             ResumeGap: those events are no longer kept.
         """
-        # Not the socket itself, which would be in a reference cycle with its writer.
-        now = self._loop.time
-
-        def render(queued: Queued) -> bytes:
-            lane.queued, lane.silent_since = queued, now()
-            return ws_frame(WS_TEXT, frames.queued(lane.name, *queued))
-
-        self._writer.follow(
-            stream,
-            after,
-            lane.format,
-            render_position=render,
-            on_end=partial(self._written, lane),
-        )
+        self._writer.follow(stream, after, lane.format, on_end=partial(self._written, lane))
         lane.stream, lane.response_id = stream, None
         self._lanes.begun(lane)
         self._context.gateway.lifetime.reader_added(stream)
