@@ -135,8 +135,6 @@ class Runner:
         self._balance = balance
         self._application = web.AppRunner(server.app)
         self._server: ConnectionServer | None = None
-        # Its connections are those of other instances, which the wings accept and end.
-        self._peers: ConnectionServer | None = None
 
     async def setup(self) -> None:
         """Start the application, and make the server of its connections."""
@@ -156,7 +154,8 @@ class Runner:
         self._server = make(handler, options=options, **arguments)
         # The instance that passes a request on has it in its own access log.
         options = options | {"access_log": None}
-        self._peers = peers = ConnectionServer(handler, options=options, **arguments)
+        # Its connections are those of other instances, which the wings accept and end.
+        peers = ConnectionServer(handler, options=options, **arguments)
 
         def accept(peer: Peer) -> Connection:
             connection = peers()
@@ -269,11 +268,8 @@ class Runner:
         self._owner.drain()
         began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
-        if self._peers is not None:
-            # What clients of other instances read here.
-            await self._peers.wait_closed(
-                grace - (asyncio.get_running_loop().time() - began), silent=True
-            )
+        for wing in self._owner.wings:
+            await wing.finish(grace - (asyncio.get_running_loop().time() - began))
         grace -= asyncio.get_running_loop().time() - began
         await context.gateway.finish_background(grace)
         await context.gateway.close()

@@ -88,6 +88,11 @@ def ws_frame(first_byte: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", first_byte, 127, size) + payload
 
 
+def ws_payload(frame: bytes) -> bytes:
+    """Return the payload of *frame*, as `ws_frame` makes it; b"" of no frame."""
+    return frame[{126: 4, 127: 10}.get(frame[1], 2) :] if frame else b""
+
+
 def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
     return RAW.render_bytes(entry.data, skip) if skip else entry.data
 

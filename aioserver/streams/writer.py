@@ -97,6 +97,9 @@ class Writer:
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
         self._watchdog: WriteWatchdog | None = None
+        # What goes on, one after the other, once a client reads that has not: each may block the
+        # writer again, and comes last then.
+        self._turns: list[Callable[[], None]] = []
         # The monotonic time at which the client last stopped reading.
         self._blocked_at = 0.0
         # Whether nothing will be written from now on.
@@ -243,6 +246,19 @@ class Writer:
         else:
             self._write(data)
 
+    def pass_on(self, data: bytes, again: Callable[[], None]) -> bool:
+        """Write *data*, whole messages that another instance has rendered.
+
+        Return False, with nothing done, while the client reads nothing: *again* is called, in its
+        turn, when it does.
+        """
+        if self._draining is not None:
+            self._turns.append(again)
+            return False
+        if not self.closed:
+            self._write(data)
+        return True
+
     def send_head(self) -> None:
         """Write the head alone, unless an earlier write had it."""
         if self._head and not self.closed:
@@ -345,6 +361,7 @@ class Writer:
     def _stop(self) -> None:
         self._ready.clear()
         self._control.clear()
+        self._turns.clear()
         # Otherwise a socket and its writer would be in a reference cycle.
         self._on_drop = _ignore
         if self._scheduled is not None:
@@ -396,6 +413,8 @@ class Writer:
             # The path's last bytes, which were flushed just now, have blocked the writer.
             return
         self._blocked_at = monotonic()
+        if self.pump not in self._turns:
+            self._turns.append(self.pump)
         self._draining = self._loop.create_task(self._unblock())
         self._watchdog = WriteWatchdog(
             self._loop,
@@ -417,5 +436,5 @@ class Writer:
                 self._watchdog = None
             for cursor in self._cursors:
                 cursor.note_blocked(self._blocked_at)
-        if not self.closed:
-            self.pump()
+        while self._turns and not (self.closed or self.blocked):
+            self._turns.pop(0)()

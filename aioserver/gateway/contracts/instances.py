@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
 
     RenderError = Callable[[AioserverError, bytes], bytes]
+    # `Writer.pass_on`.
+    PassOn = Callable[[bytes, Callable[[], None]], bool]
 
 NOT_FOUND = "no such stream: it never existed, or is no longer kept"
 
@@ -44,6 +46,24 @@ class Start(NamedTuple):
 FROM_START = Start()
 
 
+class Reading(Protocol):
+    """An answer of another instance that a WebSocket reads; `start` or `leave` must be called.
+
+    *last* is the message that was passed on last, and *passed* counts how often any were.
+    """
+
+    last: bytes
+    passed: int
+
+    def start(self, pass_on: PassOn, on_end: Callable[[AioserverError | None], None]) -> None:
+        """Pass whole messages to *pass_on*, and call *on_end* once behind the last: with an error
+        if the answer goes on, but not here.
+        """
+
+    def leave(self) -> None:
+        """Read no more, and call nothing any more; a second call does nothing."""
+
+
 class Elsewhere(Exception):
     """A request is for the *owner* of its answer, another instance.
 
@@ -54,15 +74,22 @@ class Elsewhere(Exception):
         Lost: the owner does not have the answer any more. Nothing was written.
         InstanceUnavailable: nothing is known of it. Nothing was written.
         ServerShutdown: it has ended before it has answered. Nothing was written.
+
+    *follow* returns the answer for a WebSocket, as messages of chats, or as those of an API on the
+    lane of that name.
+
+        Lost, InstanceUnavailable: as above.
+        RequestConflict, ResumeGap: the owner has another answer, or not all of the rest.
     """
 
     def __init__(
         self,
         owner: str,
         forward: Callable[[web.Request, RenderError], Awaitable[web.StreamResponse]],
+        follow: Callable[[str, str | None], Awaitable[Reading]],
     ) -> None:
         super().__init__(owner)
-        self.owner, self.forward = owner, forward
+        self.owner, self.forward, self.follow = owner, forward, follow
 
 
 class Lost(Exception):

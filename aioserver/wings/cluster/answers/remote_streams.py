@@ -50,19 +50,19 @@ from aioserver.wings.cluster.answers.fan_out import FanOut
 from aioserver.wings.cluster.answers.greeting import Cancel, Forget, Listing
 from aioserver.wings.cluster.answers.handover import polled
 from aioserver.wings.cluster.answers.peer_listener import PeerListener
+from aioserver.wings.cluster.answers.peer_reader import PeerReader
 from aioserver.wings.cluster.answers.peers import Peers
 from aioserver.wings.cluster.answers.tunnels import Tunnels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Sequence
 
     from aioserver.auth.callers import Peer
-    from aioserver.faces.admission import Admission
+    from aioserver.faces.context import Context
     from aioserver.gateway.contracts.commands import Commands
     from aioserver.gateway.contracts.instances import Lost
     from aioserver.gateway.gateway import Gateway
     from aioserver.gateway.request import Request
-    from aioserver.providers.api import Api
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.answers.bus import MakeBus
@@ -131,14 +131,12 @@ class RemoteStreams:
         self._me = self.peers.bus.name
         self._store = Claims(commands, self._me)
 
-    async def serve(self, gateway: Gateway, apis: Mapping[str, Api], admission: Admission) -> None:
-        """Let other instances read the streams of *gateway*. It is called once.
-
-        *apis* are the APIs by their paths. *admission* has the bounds.
-        """
-        self._gateway = gateway
+    async def serve(self, context: Context) -> None:
+        """Let other instances read the streams of this one. It is called once."""
+        self._gateway = gateway = context.gateway
         self._streams = gateway.lifetime.store
-        self.peers.serve(gateway, apis)
+        self.peers.serve(gateway, context.apis)
+        admission = context.admission
         stranger = InvalidApiKey("no secret of an instance")
         self._listener = PeerListener(
             gateway,
@@ -146,15 +144,21 @@ class RemoteStreams:
             self._secret,
             self._on_look,
             partial(admission.metrics.count_error, stranger),
+            partial(PeerReader, context),
             lambda: admission.max_tunnels,
         )
-        self._tunnels = Tunnels(self._network, self._secret, admission)
+        self._tunnels = Tunnels(self._network, self._secret, admission, gateway.hold)
         await self._listener.open()
         self._serves = True
 
     def listen(self, accept: Callable[[Peer], asyncio.Protocol]) -> None:
         """Let other instances pass requests on, each to a protocol that *accept* returns."""
         self._listener.accept = accept
+
+    async def finish(self, seconds: float) -> None:
+        """Wait until no other instance reads an answer here, *seconds* at most."""
+        if self._serves:
+            await self._listener.finish(seconds)
 
     def stats(self) -> InstancesStats:
         """Return a snapshot."""
@@ -230,7 +234,11 @@ class RemoteStreams:
             return await self.reach(caller, request_id, start)
         if lost is not None and lost.owner == verdict.owner:
             raise lost.error
-        raise Elsewhere(verdict.owner, partial(self._tunnels.forward, verdict.owner))
+        raise Elsewhere(
+            verdict.owner,
+            partial(self._tunnels.forward, verdict.owner),
+            partial(self._tunnels.follow, verdict.owner, caller, request_id, start),
+        )
 
     async def claimed(self, stream: Stream) -> None:
         """Wait until it is decided whether *stream* is answered here or elsewhere.
