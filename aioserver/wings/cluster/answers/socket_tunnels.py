@@ -44,7 +44,7 @@ class SocketTunnel(asyncio.Protocol):
         self._on_end: Callable[[AioserverError | None], None] | None = None
         # What is not passed on yet.
         self._kept = bytearray()
-        # Whether nothing can be passed on: nobody reads yet, or the client reads nothing.
+        # Whether nothing is read: nobody has begun to, or the client does not.
         self._blocked = True
         # Whether the connection to the owner has ended, and whether nothing follows here.
         self._lost = self._over = False
@@ -72,19 +72,16 @@ class SocketTunnel(asyncio.Protocol):
                 return
             self.accepted.set_result(True)
             data = data[len(FOUND) :]
+        self._kept += data
         if self._blocked:
-            self._keep(data, 0)
             self._pause()
-        elif self._kept:
-            self._kept += data
-            self._take(self._kept)
         else:
-            self._take(data)
+            self._flow()
 
     def start(self, pass_on: PassOn, on_end: Callable[[AioserverError | None], None]) -> None:
         """Pass messages on: see `Reading`."""
         self._pass_on, self._on_end = pass_on, on_end
-        self._resume()
+        self._flow()
 
     def leave(self) -> None:
         """Pass nothing on any more, and let the owner know: see `Reading`."""
@@ -107,32 +104,35 @@ class SocketTunnel(asyncio.Protocol):
             self.accepted.set_result(False)
         self._on_lost(self)
         if not self._blocked:
-            self._break_off()
+            self._flow()
 
-    def _take(self, data: bytes | bytearray) -> None:
-        """Pass the whole messages in *data* on, and keep the rest."""
-        end, last, over = _whole(data)
+    def _flow(self) -> None:
+        """Pass the whole messages on, if the client reads, and then read on."""
+        if self._over or self._pass_on is None:
+            return
+        kept = self._kept
+        end, last, over = _whole(kept)
         if end:
-            assert self._pass_on is not None
-            whole = bytes(data) if end == len(data) else bytes(data[:end])
-            if not self._pass_on(whole, self._resume):
+            messages = bytes(kept[:end])
+            if not self._pass_on(messages, self._flow):
                 self._blocked = True
-                self._keep(data, 0)
                 self._pause()
                 return
-            self.last, self.passed = whole[last:], self.passed + 1
-        if over:
-            self._end(None)
-        elif end < len(data) or self._kept:
-            self._keep(data, end)
+            del kept[:end]
+            self.last, self.passed = messages[last:], self.passed + 1
+        if over or self._lost:
+            self._end(None if over else ServerShutdown(GONE, retry_after=1.0))
+            return
+        if self._blocked:
+            self._blocked = False
+            if self._owner is not None and not self._owner.is_closing():
+                self._owner.resume_reading()
+        self._count()
 
-    def _keep(self, data: bytes | bytearray, start: int) -> None:
-        """Keep *data* from *start* on, and count it."""
-        kept = self._kept
-        if data is kept:
-            del kept[:start]
-        else:
-            kept += data[start:]
+    def _pause(self) -> None:
+        # A transport of uvloop that is closing raises.
+        if self._owner is not None and not self._owner.is_closing():
+            self._owner.pause_reading()
         self._count()
 
     def _count(self) -> None:
@@ -147,28 +147,6 @@ class SocketTunnel(asyncio.Protocol):
             except AioserverError as error:
                 self._end(error)
 
-    def _pause(self) -> None:
-        # A transport of uvloop that is closing raises.
-        if self._owner is not None and not self._owner.is_closing():
-            self._owner.pause_reading()
-
-    def _resume(self) -> None:
-        """Go on: the client reads."""
-        if self._over:
-            return
-        self._blocked = False
-        self._take(self._kept)
-        if self._blocked or self._over:
-            return
-        if self._lost:
-            self._break_off()
-        elif self._owner is not None and not self._owner.is_closing():
-            self._owner.resume_reading()
-
-    def _break_off(self) -> None:
-        if not self._over:
-            self._end(ServerShutdown(GONE, retry_after=1.0))
-
     def _end(self, error: AioserverError | None) -> None:
         on_end = self._on_end
         self.leave()
@@ -176,7 +154,7 @@ class SocketTunnel(asyncio.Protocol):
             on_end(error)
 
 
-def _whole(data: bytes | bytearray) -> tuple[int, int, bool]:
+def _whole(data: bytearray) -> tuple[int, int, bool]:
     """Return where the whole messages in *data* end, where the last of them begins, and whether
     END follows them.
     """
