@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from aioserver.errors import AioserverError
     from aioserver.faces.context import Context
-    from aioserver.streams.contracts import Queued
 
 
 def routes(context: Context) -> list[web.RouteDef]:
@@ -260,22 +259,9 @@ async def cancel(context: Context, request: web.Request) -> web.Response:
 async def _follow(
     context: Context, request: web.Request, stream: Stream, after: int
 ) -> web.StreamResponse:
-    def render_position(queued: Queued) -> bytes:
-        return eventstream.write(
-            frames.loose_frame(stream.request_id, "queued", queued.chunk), event="queued"
-        )
-
     response = Events(request)
     try:
-        await follow(
-            context,
-            request,
-            response,
-            stream,
-            after,
-            EVENTS,
-            render_position=render_position,
-        )
+        await follow(context, request, response, stream, after, EVENTS)
     finally:
         # The stream may have no reader, if its client has left before.
         if not stream.readers:

@@ -154,6 +154,11 @@ class Wing:
         this is not called.
         """
 
+    async def finish(self, seconds: float) -> None:
+        """Wait until other instances have the answers that they read here, *seconds* at most. The
+        connections of clients have ended.
+        """
+
     async def leave(self) -> None:
         """Say good-bye to other servers: every answer has ended, and connections still stand."""
 

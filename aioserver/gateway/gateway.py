@@ -273,7 +273,7 @@ class Gateway:
             if self.instances is None or PEER in request:
                 raise
         try:
-            await self.instances.route(caller, request_id, request.get(LOST))
+            await self.instances.route(caller, request_id, start, request.get(LOST))
         except Elsewhere as elsewhere:
             elsewhere.body = body
             raise
@@ -295,7 +295,7 @@ class Gateway:
                 raise StreamNotFound(NOT_FOUND)
         elif stream is None and self.instances is not None and not self._stopping:
             try:
-                await self.instances.claim(caller, key, request.get(LOST))
+                await self.instances.claim(caller, key, FROM_START, request.get(LOST))
             except Elsewhere as elsewhere:
                 elsewhere.body = body
                 raise

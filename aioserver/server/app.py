@@ -74,7 +74,6 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Concurrency, Llm, Settings
     from aioserver.faces.admission import ShareDoor
     from aioserver.limits.fixed_share import Scope
-    from aioserver.server.connection import ConnectionServer
     from aioserver.server.wings import Plugged
     from aioserver.streams.stream import Stream
 
@@ -451,8 +450,8 @@ def make_app(configuration: Configuration) -> web.Application:
     async def lifetime(app: web.Application) -> AsyncIterator[None]:
         async with open_server(configuration.settings, app) as server:
             # Private: only the runner of the program has it, too.
-            peers = await accept_peers(server.wings, server.context, app._handle)  # noqa: SLF001
-            app.on_shutdown.append(partial(_end_embedded, server, peers))
+            await accept_peers(server.wings, server.context, app._handle)  # noqa: SLF001
+            app.on_shutdown.append(partial(_end_embedded, server))
             yield
 
     # With handler cancellation, a client that has left gives its place back at once.
@@ -468,11 +467,12 @@ async def _adopt(request: web.Request, handler: Handler) -> web.StreamResponse:
     return await handler(request)
 
 
-async def _end_embedded(server: Server, peers: ConnectionServer, _app: web.Application) -> None:
+async def _end_embedded(server: Server, _app: web.Application) -> None:
     """End all answers and sockets; otherwise the runner would wait a minute for them."""
     server.drain()
     await server.context.gateway.close()
-    await peers.wait_closed(FAREWELL, silent=True)
+    for wing in server.wings:
+        await wing.finish(FAREWELL)
 
 
 def _add_routes(app: web.Application, context: Context, wings: Sequence[Routes]) -> None:

@@ -75,11 +75,9 @@ FIXED: dict[str, Any] = {
 }
 
 
-async def accept_peers(
-    wings: Sequence[Wing], context: Context, handler: Handler
-) -> ConnectionServer:
-    """Let *wings* bring requests that other instances pass on, each to *handler*; return their
-    connections, which the wings end, too.
+async def accept_peers(wings: Sequence[Wing], context: Context, handler: Handler) -> None:
+    """Let *wings* bring requests that other instances pass on, each to *handler*; they also end
+    the connections of those.
     """
     arguments = arguments_of(context)
     # The instance that passes a request on has it in its own access log.
@@ -93,7 +91,6 @@ async def accept_peers(
 
     for wing in wings:
         await wing.listen(accept)
-    return peers
 
 
 def arguments_of(context: Context) -> dict[str, Any]:

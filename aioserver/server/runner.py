@@ -85,8 +85,6 @@ class Runner:
         self._balance = balance
         self._application = web.AppRunner(server.app)
         self._server: ConnectionServer | None = None
-        # Its connections are those of other instances, which the wings accept and end.
-        self._peers: ConnectionServer | None = None
 
     async def setup(self) -> None:
         """Start the application, and make the server of its connections."""
@@ -96,7 +94,7 @@ class Runner:
         handler = Dispatcher(self._owner.app, plain.request_handler, self._owner.middleware)
         make = ConnectionServer if self._balance is None else self._balance.server
         self._server = make(handler, **arguments_of(self._owner.context))
-        self._peers = await accept_peers(self._owner.wings, self._owner.context, handler)
+        await accept_peers(self._owner.wings, self._owner.context, handler)
 
     async def listen(self, inherited: Sequence[socket.socket] = ()) -> list[Listening]:
         """Listen where the configuration says, or on the *inherited* sockets: see
@@ -201,11 +199,8 @@ class Runner:
         self._owner.drain()
         began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
-        if self._peers is not None:
-            # What clients of other instances read here.
-            await self._peers.wait_closed(
-                grace - (asyncio.get_running_loop().time() - began), silent=True
-            )
+        for wing in self._owner.wings:
+            await wing.finish(grace - (asyncio.get_running_loop().time() - began))
         grace -= asyncio.get_running_loop().time() - began
         await context.gateway.finish_background(grace)
         await context.gateway.close()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
 
     RenderError = Callable[[AioserverError, bytes], bytes]
+    # `Writer.pass_on`.
+    PassOn = Callable[[bytes, Callable[[], None]], bool]
 
 NOT_FOUND = "no such stream: it never existed, or is no longer kept"
 
@@ -44,10 +46,33 @@ class Start(NamedTuple):
 FROM_START = Start()
 
 
+class Reading(Protocol):
+    """An answer of another instance that a WebSocket reads; `start` or `leave` must be called.
+
+    *last* is the message that was passed on last, and *passed* counts how often any were.
+    """
+
+    last: bytes
+    passed: int
+
+    def start(self, pass_on: PassOn, on_end: Callable[[AioserverError | None], None]) -> None:
+        """Pass whole messages to *pass_on*, and call *on_end* once behind the last: with an error
+        if the answer goes on, but not here.
+        """
+
+    def leave(self) -> None:
+        """Read no more, and call nothing any more; a second call does nothing."""
+
+
 class Elsewhere(Exception):
     """A request is for the *owner* of its answer, another instance.
 
-    *body* is what the client has sent. *forward* is called by the method of that name.
+    *body* is what the client has sent. *forward* is called by the method of that name. *follow*
+    returns the answer for a WebSocket, as messages of chats, or as those of an API on the lane of
+    that name.
+
+        Lost, InstanceUnavailable: as `forward`.
+        RequestConflict, ResumeGap: the owner has another answer, or not all of the rest.
     """
 
     def __init__(
@@ -57,9 +82,10 @@ class Elsewhere(Exception):
             [Elsewhere, web.Request, RenderError, Callable[[], None]],
             Awaitable[web.StreamResponse],
         ],
+        follow: Callable[[str, str | None], Awaitable[Reading]],
     ) -> None:
         super().__init__(owner)
-        self.owner = owner
+        self.owner, self.follow = owner, follow
         self.body = b""
         self._forward = forward
 
@@ -132,11 +158,13 @@ class Instances(Protocol):
             InstanceUnavailable: it is not known whether there is one.
         """
 
-    async def claim(self, caller: Caller, request_id: str, lost: Lost | None) -> None:
+    async def claim(
+        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
+    ) -> None:
         """Let the requests of *caller* with *request_id* come here, before there is a stream. An
         answer of an instance that has ended is then a stream of this one.
 
-        *lost*: an owner that was asked for it, and does not have it.
+        *start* is where the client begins. *lost*: an owner that was asked for it, and does not have it.
 
         Raises:
             Elsewhere: they go to another instance.
@@ -144,7 +172,9 @@ class Instances(Protocol):
                 be read, or there is no room for it.
         """
 
-    async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:
+    async def route(
+        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
+    ) -> Stream:
         """Return the caller's stream *request_id*, if nobody else has it: that of an instance that
         has ended.
 

@@ -86,7 +86,7 @@ class ClusterWing(Wing):
         announcements.
         """
         if self._member is not None and self._others is not None:
-            await self._others.serve(context.gateway, context.apis, context.admission)
+            await self._others.serve(context)
             self._member.serve(lambda: context.router.providers, context.monitor)
         return Routes()
 
@@ -94,6 +94,11 @@ class ClusterWing(Wing):
         """Let the other instances pass requests on."""
         if self._others is not None:
             self._others.listen(accept)
+
+    async def finish(self, seconds: float) -> None:
+        """Wait for what other instances read here."""
+        if self._others is not None:
+            await self._others.finish(seconds)
 
     async def leave(self) -> None:
         """Hand over the logs that have ended here."""

@@ -5,12 +5,18 @@ for.
 
 The answer to a question is MAX_ANSWER bytes at most, with their number in front, and the
 connection ends behind it. A connection that ends without all of its answer was broken. Behind
-`Forward` comes a client's request, and its response (tunnels.py).
+`Forward` comes a client's request, and its response (tunnels.py). The answer to `Follow` is FOUND,
+the messages of a WebSocket, and END; or a `refusal`.
 """
 
 from __future__ import annotations
 
 import msgspec
+
+from aioserver.errors import AioserverError, InternalError
+from aioserver.streams.formats import WS_CLOSE, ws_frame
+from aioserver.wings.cluster.answers.log_codec import pack_fault, unpack_fault
+from aioserver.wings.cluster.answers.peer_messages import Fault
 
 # What a line of this version begins with: an instance of another version closes the connection.
 VERSION = b"aioserver-peer/1 "
@@ -19,6 +25,9 @@ MAX_GREETING, GREETING_TIMEOUT = 1 << 13, 1.0
 MAX_ANSWER = 1 << 24
 # Bytes of the number in front of an answer.
 SIZE = 4
+# The mark in front of the messages of an answer that the owner has, and the one behind all of
+# them: a close frame, which is not passed on.
+FOUND, END = b"+", ws_frame(WS_CLOSE, b"")
 
 
 class Look(msgspec.Struct, frozen=True, tag_field="kind", tag="look"):
@@ -48,6 +57,23 @@ class Forget(msgspec.Struct, frozen=True, tag_field="kind", tag="forget"):
     response_id: str
 
 
+class Follow(msgspec.Struct, frozen=True, tag_field="kind", tag="follow"):
+    """Write the rest of an answer of *caller*, as a WebSocket shows it: the messages of chats, or
+    those of *api* on its *lane*.
+
+    *after*, *sequence* and *digest*: as `gateway.contracts.instances.Start`; without both numbers
+    it is the rest after the newest event, or the last event.
+    """
+
+    caller: str
+    request_id: str
+    after: int | None
+    sequence: int | None
+    digest: bytes | None
+    api: str
+    lane: str | None
+
+
 class Forward(msgspec.Struct, frozen=True, tag_field="kind", tag="forward"):
     """A request of a client follows, of whom only this is believed: the *address*, and whether the
     client is connected *secure*ly.
@@ -64,11 +90,12 @@ class Greeting(msgspec.Struct, frozen=True):
     """The line: the *secret* of all instances, and a *word*: what is asked, or what follows."""
 
     secret: bytes
-    word: Question | Forward
+    word: Question | Follow | Forward
 
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Greeting)
+_fault_decoder = msgspec.msgpack.Decoder(Fault)
 
 
 def encode(greeting: Greeting) -> bytes:
@@ -95,3 +122,16 @@ def unframed(data: bytes) -> bytes | None:
     """Return the answer in *data*; None if it is not whole."""
     answer = data[SIZE:]
     return answer if data[:SIZE] == len(answer).to_bytes(SIZE) else None
+
+
+def refusal(error: AioserverError) -> bytes:
+    """Return the answer to `Follow` of an instance that refuses with *error*."""
+    return msgspec.msgpack.encode(pack_fault(error))
+
+
+def refused(answer: bytes) -> AioserverError:
+    """Return the error in *answer*, a refusal."""
+    try:
+        return unpack_fault(_fault_decoder.decode(answer))
+    except (msgspec.MsgspecError, RecursionError):
+        return InternalError("internal error")

@@ -2,12 +2,14 @@
 
 Nobody gets a byte without the secret of all instances. It lets a question through that names its
 caller: the instance that asks has checked who that is. No question leads to a provider. A request
-that is passed on comes with its client's own credentials, and is checked as any other one.
+that is passed on comes with its client's own credentials, and is checked as any other one. An
+answer that exists is read for a WebSocket of another instance, too (peer_reader.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from hmac import compare_digest
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from aioserver.wings.cluster.answers.greeting import (
     MAX_ANSWER,
     MAX_GREETING,
     Cancel,
+    Follow,
     Forget,
     Forward,
     Listing,
@@ -51,8 +54,9 @@ class PeerListener:
     most MAX_UNKNOWN of them.
 
     *secret* returns what all instances know; nobody knows an empty one. *look* returns a page for
-    another instance, and *refused* is called for each connection without the secret. *most*
-    returns how many connections may be open to pass a request on.
+    another instance, and *refused* is called for each connection without the secret. *follow*
+    returns the protocol that writes an answer. *most* returns how many connections may be open to
+    pass a request on.
     """
 
     def __init__(
@@ -62,9 +66,10 @@ class PeerListener:
         secret: Callable[[], bytes],
         look: Callable[[str], bytes],
         refused: Callable[[], object],
+        follow: Callable[[Follow], asyncio.Protocol],
         most: Callable[[], int],
     ) -> None:
-        self._most = most
+        self._follow, self._most = follow, most
         self._gateway, self._network, self._look = gateway, network, look
         self._secret, self._refused = secret, refused
         # Returns the protocol that serves a request.
@@ -72,6 +77,8 @@ class PeerListener:
         # Those that have not greeted, the oldest first, each with the timer that ends it.
         self._unknown: dict[PeerConnection, asyncio.TimerHandle] = {}
         self._open: set[PeerConnection] = set()
+        # Set once nothing is served any more, while that is awaited.
+        self._finished: asyncio.Event | None = None
 
     @property
     def serving(self) -> int:
@@ -81,6 +88,14 @@ class PeerListener:
     async def open(self) -> None:
         """Listen."""
         await self._network.listen(lambda: PeerConnection(self))
+
+    async def finish(self, seconds: float) -> None:
+        """Wait until no request of another instance is served, *seconds* at most."""
+        if self.serving:
+            self._finished = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._finished.wait()
 
     def close(self) -> None:
         """Listen no more, and end what is open."""
@@ -101,6 +116,8 @@ class PeerListener:
         self._open.discard(connection)
         if (timer := self._unknown.pop(connection, None)) is not None:
             timer.cancel()
+        if self._finished is not None and not self.serving:
+            self._finished.set()
 
     def refuse(self, connection: PeerConnection) -> None:
         """End *connection*, which does not know the secret."""
@@ -119,10 +136,12 @@ class PeerListener:
             self.refuse(connection)
             return None
         self._unknown.pop(connection).cancel()
-        if isinstance(word := greeting.word, Forward):
+        if isinstance(word := greeting.word, Follow | Forward):
             if self.accept is None or len(self._open) > self._most():
                 connection.abort()
                 return None
+            if isinstance(word, Follow):
+                return self._follow(word)
             return self.accept(Peer(word.address, word.secure))
         try:
             answer = self._answer(word)

@@ -39,19 +39,19 @@ from aioserver.wings.cluster.answers.fan_out import FanOut
 from aioserver.wings.cluster.answers.greeting import Cancel, Forget, Listing
 from aioserver.wings.cluster.answers.handover import KeptLog, polled
 from aioserver.wings.cluster.answers.peer_listener import PeerListener
+from aioserver.wings.cluster.answers.peer_reader import PeerReader
 from aioserver.wings.cluster.answers.peers import Peers
 from aioserver.wings.cluster.answers.tunnels import Tunnels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Sequence
 
     from aioserver.auth.callers import Peer
-    from aioserver.faces.admission import Admission
+    from aioserver.faces.context import Context
     from aioserver.gateway.contracts.commands import Commands
     from aioserver.gateway.contracts.instances import Lost
     from aioserver.gateway.gateway import Gateway
     from aioserver.gateway.request import Request
-    from aioserver.providers.api import Api
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.answers.bus import MakeBus
@@ -117,14 +117,12 @@ class RemoteStreams:
         self._me = self.peers.bus.name
         self._store = Claims(commands, self._me)
 
-    async def serve(self, gateway: Gateway, apis: Mapping[str, Api], admission: Admission) -> None:
-        """Let other instances read the streams of *gateway*. It is called once.
-
-        *apis* are the APIs by their paths. *admission* has the bounds.
-        """
-        self._gateway = gateway
+    async def serve(self, context: Context) -> None:
+        """Let other instances read the streams of this one. It is called once."""
+        self._gateway = gateway = context.gateway
         self._streams = gateway.lifetime.store
-        self.peers.serve(gateway, apis)
+        self.peers.serve(gateway, context.apis)
+        admission = context.admission
         stranger = InvalidApiKey("no secret of an instance")
         self._listener = PeerListener(
             gateway,
@@ -132,9 +130,10 @@ class RemoteStreams:
             self._secret,
             self._on_look,
             partial(admission.metrics.count_error, stranger),
+            partial(PeerReader, context),
             lambda: admission.max_tunnels,
         )
-        self._tunnels = Tunnels(self._network, self._secret, admission)
+        self._tunnels = Tunnels(self._network, self._secret, admission, gateway.hold)
         await self._listener.open()
         self._serves = True
         self._renewer = self._loop.call_later(RENEWAL, self._renew)
@@ -142,6 +141,11 @@ class RemoteStreams:
     def listen(self, accept: Callable[[Peer], asyncio.Protocol]) -> None:
         """Let other instances pass requests on, each to a protocol that *accept* returns."""
         self._listener.accept = accept
+
+    async def finish(self, seconds: float) -> None:
+        """Wait until no other instance reads an answer here, *seconds* at most."""
+        if self._serves:
+            await self._listener.finish(seconds)
 
     def stats(self) -> InstancesStats:
         """Return a snapshot."""
@@ -200,7 +204,9 @@ class RemoteStreams:
         """Read no answer any more of an owner that is none of *members*, those of now."""
         self._tunnels.keep(members)
 
-    async def claim(self, caller: Caller, request_id: str, lost: Lost | None) -> None:
+    async def claim(
+        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
+    ) -> None:
         """Claim *request_id* for this instance, unless another one has it; see `Instances`.
 
         Raises:
@@ -213,11 +219,13 @@ class RemoteStreams:
         if claim is None:
             self._unclaimed.value += 1
         elif claim.owner != self._me:
-            raise self._elsewhere(claim)
+            raise self._elsewhere(claim, caller, request_id, start)
         elif claim.seconds:
             await self._adopt(caller, request_id, claim)
 
-    async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:
+    async def route(
+        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
+    ) -> Stream:
         """Return the caller's stream *request_id*, if no other instance has it.
 
         Raises:
@@ -233,14 +241,16 @@ class RemoteStreams:
         if lost is not None and claim.owner == lost.owner:
             raise lost.error
         if claim.owner not in ("", self._me):
-            raise self._elsewhere(claim)
+            raise self._elsewhere(claim, caller, request_id, start)
         stream = await self._adopt(caller, request_id, claim) if claim.seconds else None
         if stream is None:
             raise StreamNotFound(NOT_FOUND)
         return stream
 
-    def _elsewhere(self, claim: Claim) -> Elsewhere:
-        return Elsewhere(claim.owner, self._tunnels.forward)
+    def _elsewhere(self, claim: Claim, caller: Caller, request_id: str, start: Start) -> Elsewhere:
+        tunnels = self._tunnels
+        follow = partial(tunnels.follow, claim.owner, caller, request_id, start)
+        return Elsewhere(claim.owner, tunnels.forward, follow)
 
     async def _adopt(self, caller: Caller, request_id: str, claim: Claim) -> Stream | None:
         """Return the stream that has the log of an instance that has ended; None if it is gone.

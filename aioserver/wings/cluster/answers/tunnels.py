@@ -9,6 +9,8 @@ breaks the connection off, and the client is then told so.
     102, then a response    the owner has the answer
     an error response       the owner refuses the request; the client gets that
     421, or no connection   the owner does not have the answer, or has ended
+
+This file is one concept: a request on its way to its owner, and its answer on the way back.
 """
 
 from __future__ import annotations
@@ -28,14 +30,17 @@ from aioserver.faces.http import request_id
 from aioserver.faces.ready import HIGH_WATER, LAST_CHUNK
 from aioserver.faces.whole import drained
 from aioserver.gateway.contracts.instances import NOT_FOUND, Lost
-from aioserver.wings.cluster.answers.greeting import Forward, Greeting, encode
+from aioserver.wings.cluster.answers.greeting import Follow, Forward, Greeting, encode, refused
 from aioserver.wings.cluster.answers.peer_network import Gone, Unreachable
+from aioserver.wings.cluster.answers.socket_tunnels import GONE, SocketTunnel
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
 
+    from aioserver.auth.callers import Caller
     from aioserver.faces.admission import Admission
-    from aioserver.gateway.contracts.instances import Elsewhere, RenderError
+    from aioserver.gateway.contracts.instances import Elsewhere, RenderError, Start
+    from aioserver.streams.store import HeldBytes
     from aioserver.wings.cluster.answers.peer_network import Network
 
 # Seconds in which the owner says that it has the answer, and the bytes of a body that reach it in
@@ -64,7 +69,7 @@ _ENDS = re.compile(
     rb'"status":"(?:complete|error|cancelled)"|data: (?:\[DONE\]|{"error":)'
     rb"|event: (?:error|message_stop|response\.(?:completed|failed|incomplete|cancelled))\n"
 )
-_GONE = "the process that has this answer is out of reach"
+_SILENT = "the process that has this answer has said nothing"
 
 
 class Tunnel(asyncio.Protocol):
@@ -238,16 +243,22 @@ class Passed(web.StreamResponse):
 
 
 class Tunnels:
-    """The tunnels of one instance, by *network*. *secret* returns what all instances know.
+    """The tunnels of one instance, by *network*. *secret* returns what all instances know, and
+    *hold* what counts bytes that are kept.
 
     Always: there are at most half as many as `max_connections`.
     """
 
     def __init__(
-        self, network: Network, secret: Callable[[], bytes], admission: Admission
+        self,
+        network: Network,
+        secret: Callable[[], bytes],
+        admission: Admission,
+        hold: Callable[[], HeldBytes],
     ) -> None:
         self._network, self._secret, self._admission = network, secret, admission
-        self._open: dict[Tunnel, str] = {}
+        self._hold = hold
+        self._open: dict[Tunnel | SocketTunnel, str] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -274,8 +285,7 @@ class Tunnels:
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
-        if len(self._open) >= self._admission.max_tunnels:
-            raise _unavailable("too many answers of other processes are read here")
+        self._check_room()
         send_timeout = self._admission.send_timeout
         drop = partial(self._admission.dropped, "http")
         tunnel = Tunnel(
@@ -286,9 +296,14 @@ class Tunnels:
         )
         self._open[tunnel] = elsewhere.owner
         try:
-            await self._open_tunnel(elsewhere, request, tunnel)
+            peer = Forward(request.get(ADDRESS, request.remote) or "", request.secure)
+            opening = head_of(request, len(elsewhere.body)) + elsewhere.body
+            if not await self._dial(elsewhere.owner, tunnel, peer, opening):
+                if tunnel.last:
+                    raise Lost(elsewhere.owner, StreamNotFound(NOT_FOUND))
+                raise _unavailable(_SILENT)
             # The owner counts the body from here on.
-            elsewhere.body = b""
+            elsewhere.body = opening = b""
             on_accept()
             await tunnel.done
         finally:
@@ -298,30 +313,65 @@ class Tunnels:
             self._break_off(transport, tunnel, render_error)
         return Passed(tunnel.status, tunnel.passed)
 
-    async def _open_tunnel(
-        self, elsewhere: Elsewhere, request: web.Request, tunnel: Tunnel
-    ) -> None:
-        """Return once the owner has the answer, or has begun one.
+    async def follow(
+        self,
+        owner: str,
+        caller: Caller,
+        request_id: str,
+        start: Start,
+        api: str = "",
+        lane: str | None = None,
+    ) -> SocketTunnel:
+        """Return the tunnel by which a socket reads an answer of *owner*: see `Elsewhere`.
 
         Raises:
-            Lost, InstanceUnavailable: as `forward`.
+            Lost, InstanceUnavailable, RequestConflict, ResumeGap: as `Elsewhere.follow`.
         """
-        owner, body = elsewhere.owner, elsewhere.body
-        peer = Forward(request.get(ADDRESS, request.remote) or "", request.secure)
-        opening = encode(Greeting(self._secret(), peer)) + head_of(request, len(body)) + body
+        self._check_room()
+        after, sequence, digest, _cancel = start
+        asked = Follow(caller.name, request_id, after, sequence, digest, api, lane)
+        tunnel = SocketTunnel(self._hold(), self._forget)
+        self._open[tunnel] = owner
+        accepted = False
         try:
-            async with asyncio.timeout(ACCEPT_TIMEOUT + len(body) / BODY_RATE):
+            accepted = await self._dial(owner, tunnel, asked)
+        finally:
+            if not accepted:
+                self._forget(tunnel)
+                tunnel.leave()
+        if accepted:
+            return tunnel
+        if not tunnel.refusal:
+            raise _unavailable(_SILENT)
+        if isinstance(error := refused(tunnel.refusal), StreamNotFound):
+            raise Lost(owner, error)
+        raise error
+
+    def _forget(self, tunnel: SocketTunnel) -> None:
+        self._open.pop(tunnel, None)
+
+    def _check_room(self) -> None:
+        if len(self._open) >= self._admission.max_tunnels:
+            raise _unavailable("too many answers of other processes are read here")
+
+    async def _dial(
+        self, owner: str, tunnel: Tunnel | SocketTunnel, word: Follow | Forward, rest: bytes = b""
+    ) -> bool:
+        """Return whether *owner* has the answer, or has begun one, when it has said so.
+
+        Raises:
+            Lost, InstanceUnavailable: as `Elsewhere`.
+        """
+        opening = encode(Greeting(self._secret(), word)) + rest
+        try:
+            async with asyncio.timeout(ACCEPT_TIMEOUT + len(rest) / BODY_RATE):
                 await self._network.dial(owner, lambda: tunnel)
                 tunnel.write(opening)
-                accepted = await tunnel.accepted
+                return await tunnel.accepted
         except Gone:
-            raise Lost(owner, ServerShutdown(_GONE, retry_after=1.0)) from None
+            raise Lost(owner, ServerShutdown(GONE, retry_after=1.0)) from None
         except (TimeoutError, Unreachable) as exc:
             raise _unavailable("the process that has this answer does not answer") from exc
-        if not accepted:
-            if tunnel.last:
-                raise Lost(owner, StreamNotFound(NOT_FOUND))
-            raise _unavailable("the process that has this answer has said nothing")
 
     @staticmethod
     def _break_off(
@@ -332,7 +382,7 @@ class Tunnels:
         Raises:
             ServerShutdown: nothing was written yet.
         """
-        error = ServerShutdown(_GONE, retry_after=1.0)
+        error = ServerShutdown(GONE, retry_after=1.0)
         if not tunnel.status:
             raise error
         end = b"\n\n\r\n" if tunnel.chunked else b"\n\n"

@@ -171,7 +171,8 @@ async def test_a_client_that_leaves_while_its_id_is_claimed_finds_the_answer_aga
             rest = await to_end(second)
         whole = seen + await to_end(first)
 
-    assert rest == whole[1:]
+    # The first one may have got some of it.
+    assert rest[-len(whole[1:]) :] == whole[1:]
     assert await answered(b) == whole
     async with b.server.session.get(b.server.sse) as response:
         assert len((await response.json())["streams"]) == 1
@@ -636,7 +637,7 @@ async def test_readers_elsewhere_of_a_killed_owner_are_told_within_two_seconds(
         await to_end(first)
 
 
-async def test_an_owner_that_says_nothing_is_given_up(make: Make, world: World) -> None:
+async def test_an_owner_that_is_no_member_any_more_is_given_up(make: Make) -> None:
     a, b = await make(2, ENDLESS)
     loop = asyncio.get_running_loop()
     async with a.server.connect() as first, b.server.connect() as second:
@@ -645,13 +646,12 @@ async def test_an_owner_that_says_nothing_is_given_up(make: Make, world: World) 
         await second.send_json(resume("r1"))
         await until_status(second, "chunk")
 
-        world.ears["a"].dead = True
+        b.cluster.keep(["b"])
         silent = loop.time()
         frames = await to_end(second)
 
         assert frames[-1]["chunk"]["code"] == "server_shutdown"
-        assert within(3.5, silent)
-        world.ears["a"].dead = False
+        assert within(0.5, silent)
         await first.send_json(cancel("r1"))
         await to_end(first)
 
@@ -813,38 +813,6 @@ async def test_a_reader_elsewhere_that_leaves_is_one_reader_less_at_the_owner(ma
         assert b.server.held()["running"] == 0
     # Nobody reads it any more.
     await a.server.simulator.until(lambda stats: stats.active == 0)
-
-
-@pytest.mark.parametrize("behaviour", [ENDLESS, PACED], ids=["long", "moment"])
-async def test_a_reader_elsewhere_that_is_not_heard_loses_no_answer_for_a_moment(
-    make: Make, world: World, behaviour: Behaviour
-) -> None:
-    a, b = await make(2, behaviour, **{"chat.streams.resume_window": 0.05})
-    async with b.server.connect() as second:
-        async with a.server.connect() as first:
-            await first.send_json(chat("r1"))
-            await until_status(first, "chunk")
-            await second.send_json(resume("r1", 0))
-            seen = await until_status(second, "chunk")
-        # Its subscription is made again: what is said meanwhile reaches no one.
-        ear, published = world.ears.pop("b"), world.published
-        if behaviour is PACED:
-            await until(lambda: world.published > published)
-        else:
-            await until(lambda: not a.server.owners.streams.running())
-            await until(lambda: not list(a.server.owners.streams.finished()))
-        world.ears["b"] = ear
-        seen += await to_end(second)
-
-    if behaviour is PACED:
-        assert seen[-1]["status"] == "complete"
-        assert numbers(seen) == list(range(1, len(seen) + 1))
-    else:
-        # The answer was there: that it is lost is no reason not to come back for it.
-        assert (seen[-1]["chunk"]["code"], seen[-1]["chunk"]["retryable"]) == (
-            "server_shutdown",
-            True,
-        )
 
 
 async def test_a_mirror_that_is_read_elsewhere_keeps_the_answer_alive(make: Make) -> None:

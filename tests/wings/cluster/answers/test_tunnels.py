@@ -499,6 +499,7 @@ async def test_a_reader_that_reads_nothing_holds_up_its_owner_and_loses_nothing(
         assert response.connection is not None
         response.connection.transport.pause_reading()
         (tunnel,) = b.cluster._tunnels._open  # noqa: SLF001 - no snapshot has it
+        assert isinstance(tunnel, Tunnel)
         await until(lambda: tunnel._waiting is not None)  # noqa: SLF001
         passed = tunnel.passed
         for _ in range(200):
@@ -796,6 +797,7 @@ async def test_an_owner_that_is_killed_within_a_whole_answer_ends_it_with_a_brok
         assert response.connection is not None
         response.connection.transport.pause_reading()
         (tunnel,) = b.cluster._tunnels._open  # noqa: SLF001 - no snapshot has it
+        assert isinstance(tunnel, Tunnel)
         await until(lambda: tunnel._waiting is not None)  # noqa: SLF001
         world.kill("a")
         response.connection.transport.resume_reading()
