@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.gateway.contracts.instances import Lost, Reading
+    from aioserver.gateway.contracts.instances import Instances, Lost, Reading
     from aioserver.protocol.client_frames import Command
     from aioserver.telemetry.tracer import Visit
 
@@ -98,7 +98,9 @@ class ChatSocket(Socket):
                 case Cancel() if self._may_be_elsewhere(request_id):
                     self._ask(request_id, self._cancel_elsewhere(request_id))
                 case Cancel():
-                    self._cancel(request_id)
+                    self._show_end(
+                        request_id, self._context.gateway.cancel(self.caller, request_id)
+                    )
                 case Resume() if self._may_be_elsewhere(request_id, command.last_event_id):
                     self._ask(request_id, self._resume_elsewhere(command))
                 case Resume():
@@ -126,15 +128,15 @@ class ChatSocket(Socket):
             command = replace(command, client_headers=self._client_headers)
         hold.request_options = self._request_options.joined(command.request_options)
         self._conversation = self._conversation or uuid.uuid4().hex
-        gateway = self._context.gateway
-        stream = gateway.ask(self.caller, command, self._conversation, face=self.face, hold=hold)
-        self._follow(stream, 0)
+        if self._context.gateway.undecided(self.caller, command.request_id):
+            hold.given = True
+            self._ask(command.request_id, self._chat_anywhere(command, hold))
+        else:
+            self._follow(self._begin(command, hold), 0)
 
-    def _cancel(self, request_id: str) -> None:
-        stream = self._context.gateway.cancel(self.caller, request_id)
-        # The end of the stream is the answer, also to a second `cancel`.
-        if request_id not in self._following:
-            self._follow(stream, stream.last - 1 if stream.ended else stream.last)
+    def _begin(self, command: Chat, hold: BodyHold) -> Stream:
+        gateway, conversation = self._context.gateway, self._conversation
+        return gateway.ask(self.caller, command, conversation, face=self.face, hold=hold)
 
     def _check_room(self, request_id: str) -> None:
         if len((self._following.keys() | self._asking.keys()) - {request_id}) >= MAX_ANSWERS:
@@ -196,27 +198,50 @@ class ChatSocket(Socket):
                     self._carry_out(command, hold)
         self.answers_ended()
 
+    async def _chat_anywhere(self, command: Chat, hold: BodyHold) -> None:
+        start = Start(digest=command.digest())
+
+        async def find(lost: Lost | None) -> Stream:
+            await self._others.claim(self.caller, command.request_id, start, lost)
+            return self._begin(command, hold)
+
+        # It is released then, unless a request has it.
+        hold.given = False
+        with hold:
+            answer = await self.reach(find)
+        self._show(command.request_id, answer, 0)
+
     async def _resume_elsewhere(self, command: Resume) -> None:
         request_id, after = command.request_id, command.last_event_id
         self._show(request_id, await self._reach(request_id, Start(after)), after)
 
     async def _cancel_elsewhere(self, request_id: str) -> None:
-        gateway = self._context.gateway
-        assert gateway.instances is not None
-        await gateway.instances.cancel(self.caller, request_id)
-        # The end of the stream is the answer; one that is read already gets it so.
+        await self._others.cancel(self.caller, request_id)
         if request_id not in self._following:
-            self._show(request_id, await self._reach(request_id, Start(None)), 0)
+            self._show_end(request_id, await self._reach(request_id, Start(None)))
 
     async def _reach(self, request_id: str, start: Start) -> Stream | Reading:
-        instances = self._context.gateway.instances
-        assert instances is not None
-
         async def find(lost: Lost | None) -> Stream:
             with self._context.metrics.resuming():
-                return await instances.route(self.caller, request_id, start, lost)
+                return await self._others.route(self.caller, request_id, start, lost)
 
         return await self.reach(find)
+
+    @property
+    def _others(self) -> Instances:
+        instances = self._context.gateway.instances
+        assert instances is not None
+        return instances
+
+    def _show_end(self, request_id: str, answer: Stream | Reading) -> None:
+        """Write the end of *answer*: it is the answer to a `cancel`, also to a second one. One that
+        is read already gets it so.
+        """
+        after = 0
+        if isinstance(answer, Stream):
+            after = answer.last - 1 if answer.ended else answer.last
+        if request_id not in self._following:
+            self._show(request_id, answer, after)
 
     def _show(self, request_id: str, answer: Stream | Reading, after: int) -> None:
         """Write the events of *answer*."""

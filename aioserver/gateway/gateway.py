@@ -300,6 +300,14 @@ class Gateway:
                 elsewhere.body = body
                 raise
 
+    def undecided(self, caller: Caller, key: str) -> bool:
+        """Return whether it is not known which instance answers the request of *caller* with *key*:
+        then `Instances.claim` is asked first.
+        """
+        if self.instances is None or self._stopping:
+            return False
+        return self._kept(caller, key) is None
+
     async def cancel_anywhere(self, caller: Caller, request_id: str) -> None:
         """Cancel a stream for all its readers, as `cancel`, at whichever instance it is.
 
@@ -487,9 +495,6 @@ class Gateway:
         asked.outlive_handler()
         if request.waits:
             producer, release = _once_granted(request, stream, producer)
-        # A request of another face was claimed before.
-        if self.instances is not None and request.face == "websocket":
-            producer, release = self.instances.claiming(stream, request, producer, release)
         if (bound := asked.bound) is not None:
             producer, release = self._bounded(stream, bound, producer, release)
         self.producers.start(stream, producer, release)

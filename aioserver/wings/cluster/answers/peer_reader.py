@@ -8,17 +8,20 @@ those of the client's socket, ready-made, so that they can be passed on as they 
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from aioserver.auth.callers import Caller
-from aioserver.errors import AioserverError, ResumeGap, StreamNotFound
+from aioserver.errors import AioserverError, ResumeGap, ServerShutdown, StreamNotFound
 from aioserver.gateway.contracts.instances import NOT_FOUND
 from aioserver.streams.formats import MESSAGES
 from aioserver.streams.writer import Writer
 from aioserver.wings.cluster.answers.greeting import END, FOUND, refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.faces.context import Context
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.formats import Format
@@ -30,10 +33,18 @@ class PeerReader(asyncio.Protocol):
     """Writes the messages of the answer that *asked* names to the other instance, to their end.
 
     Always: it is a reader of its stream like any other, and the connection ends with it.
+
+    *claiming* returns a future that is done once it is known whether the caller's request with an
+    id is answered here; None: that is known.
     """
 
-    def __init__(self, context: Context, asked: Follow) -> None:
-        self._context, self._asked = context, asked
+    def __init__(
+        self,
+        context: Context,
+        claiming: Callable[[Caller, str], asyncio.Future[None] | None],
+        asked: Follow,
+    ) -> None:
+        self._context, self._claiming, self._asked = context, claiming, asked
         self._writer: Writer | None = None
         self._transport: asyncio.Transport | None = None
         # Whether the other instance reads.
@@ -41,13 +52,26 @@ class PeerReader(asyncio.Protocol):
         self._reads.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin with the messages, or refuse the question."""
+        """Begin, as soon as it is known whether there is such an answer."""
         # uvloop's transports are no instances of it.
-        to = self._transport = cast("asyncio.Transport", transport)
+        self._transport = cast("asyncio.Transport", transport)
+        asked = self._asked
+        claiming = self._claiming(Caller(asked.caller), asked.request_id)
+        if claiming is None:
+            self._begin()
+        else:
+            claiming.add_done_callback(self._begin)
+
+    def _begin(self, _claiming: object = None) -> None:
+        """Begin with the messages, or refuse."""
+        if (to := self._transport) is None:
+            return
         context = self._context
         lifetime, admission = context.gateway.lifetime, context.admission
+        # A question that is asked again resumes nothing.
+        resumes = self._asked.digest is None
         try:
-            with context.metrics.resuming():
+            with context.metrics.resuming() if resumes else nullcontext():
                 stream, after, event_format = self._found()
                 writer = Writer(
                     to,
@@ -77,6 +101,8 @@ class PeerReader(asyncio.Protocol):
         """
         asked = self._asked
         stream = self._context.gateway.find(Caller(asked.caller), asked.request_id, asked.digest)
+        if asked.digest is not None and isinstance(stream.error, ServerShutdown):
+            raise StreamNotFound(NOT_FOUND)
         event_format = MESSAGES
         if asked.api:
             api = self._context.apis.get(asked.api)

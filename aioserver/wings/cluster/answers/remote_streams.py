@@ -108,6 +108,8 @@ class RemoteStreams:
         self._members = members
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        # By name: the ids that are being claimed.
+        self._claiming: dict[str, asyncio.Future[None]] = {}
         self._renewer: asyncio.TimerHandle | None = None
         self._unclaimed = Counter()
         self._network, self._secret, self._on_look = network, secret, on_look
@@ -130,7 +132,7 @@ class RemoteStreams:
             self._secret,
             self._on_look,
             partial(admission.metrics.count_error, stranger),
-            partial(PeerReader, context),
+            partial(PeerReader, context, self._claims_under_way),
             lambda: admission.max_tunnels,
         )
         self._tunnels = Tunnels(self._network, self._secret, admission, gateway.hold)
@@ -215,13 +217,24 @@ class RemoteStreams:
                 be read, or there is no room for it.
         """
         name = name_of(caller.name, request_id)
-        claim = await self._ask(self._store.take(name, "" if lost is None else lost.owner))
-        if claim is None:
-            self._unclaimed.value += 1
-        elif claim.owner != self._me:
-            raise self._elsewhere(claim, caller, request_id, start)
-        elif claim.seconds:
-            await self._adopt(caller, request_id, claim)
+        claiming = self._claiming[name] = self._loop.create_future()
+        try:
+            claim = await self._ask(self._store.take(name, "" if lost is None else lost.owner))
+            if claim is None:
+                self._unclaimed.value += 1
+            elif claim.owner != self._me:
+                raise self._elsewhere(claim, caller, request_id, start)
+            elif claim.seconds:
+                await self._adopt(caller, request_id, claim)
+        finally:
+            # Whoever waits for it goes on when the answer has begun.
+            claiming.set_result(None)
+            if self._claiming.get(name) is claiming:
+                del self._claiming[name]
+
+    def _claims_under_way(self, caller: Caller, request_id: str) -> asyncio.Future[None] | None:
+        """Return what is done once an id is claimed; None if it is not being claimed here."""
+        return self._claiming.get(name_of(caller.name, request_id))
 
     async def route(
         self, caller: Caller, request_id: str, start: Start, lost: Lost | None
@@ -243,7 +256,8 @@ class RemoteStreams:
         if claim.owner not in ("", self._me):
             raise self._elsewhere(claim, caller, request_id, start)
         stream = await self._adopt(caller, request_id, claim) if claim.seconds else None
-        if stream is None:
+        # It may have begun here a moment ago.
+        if stream is None and (stream := self._streams.find(caller, request_id)) is None:
             raise StreamNotFound(NOT_FOUND)
         return stream
 
