@@ -76,6 +76,8 @@ class World:
     # Whether the server of claims does not answer, and the seconds that an answer takes.
     away: bool = False
     slow: float = 0.0
+    # The seconds in which an instance of that name hears of its claims.
+    replies: dict[str, float] = field(default_factory=dict)
     members: list[str] = field(default_factory=list)
     ears: dict[str, MemoryBus] = field(default_factory=dict)
     # The ways of each instance to the others, and those of which no connection ever comes about.
@@ -293,6 +295,7 @@ class MemoryStore:
         if (owner := self._other(name, now)) not in ("", lost):
             return owner.encode(), -2
         self._world.claims[name] = Claim(self._me, now + seconds)
+        await asyncio.sleep(self._world.replies.get(self._me, 0.0))
         return self._me.encode(), self._left(name, now)
 
     async def find(self, name: str, lost: str) -> tuple[bytes, int]:

@@ -280,6 +280,62 @@ async def test_no_log_is_made_of_an_answer_that_is_passed_on(make: Make) -> None
     assert b.requests == 0
 
 
+async def test_a_question_that_is_answered_elsewhere_is_passed_on_from_its_first_event(
+    make: Make,
+) -> None:
+    a, b = await make()
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(a.server.connect())
+        await first.send_json(chat("r1"))
+        whole = await until_status(first, "chunk")
+        second = await stack.enter_async_context(b.server.connect())
+        await second.send_json(chat("r1"))
+        seen = await until_status(second, "chunk")
+        assert (b.cluster.peers.mirrors, a.cluster.peers.links) == (0, 0)
+        assert b.server.owners.streams.stats().running == 0
+        await second.send_json(chat("r1", "Something else"))
+        conflict = (await to_end(second))[-1]
+        seen += await to_end(second)
+        whole += await to_end(first)
+
+    assert conflict["chunk"]["code"] == "request_conflict"
+    assert [frame for frame in seen if frame["status"] != "error"][-1] == whole[-1]
+    assert (a.requests, b.requests) == (1, 0)
+
+
+async def test_an_owner_that_is_just_claiming_an_id_is_not_taken_for_one_without_it(
+    make: Make, world: World
+) -> None:
+    a, b = await make()
+    world.replies["a"] = 0.03
+    async with a.server.connect() as first, b.server.connect() as second:
+        await first.send_json(chat("r1"))
+        await until(lambda: bool(world.claims))
+        await second.send_json(chat("r1"))
+        answers = [await to_end(ws) for ws in (first, second)]
+
+    assert answers[0] == answers[1]
+    assert (a.requests, b.requests) == (1, 0)
+
+
+async def test_a_question_goes_on_when_its_client_leaves_while_its_id_is_claimed(
+    make: Make, world: World
+) -> None:
+    _a, b = await make()
+    world.slow = 0.03
+    calls = world.calls
+    async with b.server.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until(lambda: world.calls > calls)
+    assert b.requests == 0
+
+    again = await answered(b)
+
+    assert again[-1]["status"] == "complete"
+    assert numbers(again) == list(range(1, len(again) + 1))
+    assert b.requests == 1
+
+
 async def test_commands_of_one_id_are_carried_out_in_order(make: Make, world: World) -> None:
     a, b = await make(2, ENDLESS)
     world.slow = 0.03
