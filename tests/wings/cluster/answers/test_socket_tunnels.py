@@ -316,6 +316,25 @@ async def test_an_owner_that_is_just_claiming_an_id_is_not_taken_for_one_without
     assert (a.requests, b.requests) == (1, 0)
 
 
+async def test_a_question_that_a_hanging_owner_may_answer_is_not_answered_twice(
+    make: Make, world: World
+) -> None:
+    a, b = await make(2, ENDLESS)
+    async with AsyncExitStack() as stack:
+        first = await asked(a, stack)
+        world.silent.add("a")
+        began = asyncio.get_running_loop().time()
+        async with b.server.connect() as second:
+            await second.send_json(chat("r1"))
+            (error,) = await to_end(second)
+        assert within(1.2, began)
+        await first.send_json(cancel("r1"))
+        await to_end(first)
+
+    assert (error["chunk"]["code"], error["chunk"]["retryable"]) == ("instance_unavailable", True)
+    assert (a.requests, b.requests) == (1, 0)
+
+
 async def test_a_question_goes_on_when_its_client_leaves_while_its_id_is_claimed(
     make: Make, world: World
 ) -> None:
