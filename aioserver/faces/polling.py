@@ -19,7 +19,6 @@ from aiohttp import web
 
 from aioserver.errors import ResumeGap
 from aioserver.faces import whole
-from aioserver.gateway.contracts.instances import Start
 from aioserver.protocol import client_frames
 from aioserver.protocol.steps import pause
 from aioserver.streams.cursor import CollectingReader
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
-# The start of a client that reads no events.
-NEWEST = Start(after=None)
 # Entries that are read in one step.
 STEP_ENTRIES = 512
 
@@ -49,7 +46,7 @@ def wanted(request: web.Request) -> bool:
 async def prepare(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
     """Find the stream of the answer."""
     name = client_frames.identifier(request.match_info["request_id"])
-    return await context.gateway.route(request, name, NEWEST)
+    return await context.gateway.route(request, name)
 
 
 async def answer(context: Context, request: web.Request, stream: Stream) -> web.StreamResponse:

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.gateway.contracts.instances import Reading
+    from aioserver.gateway.contracts.instances import Reading, Start
     from aioserver.limits.resource import Grant
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.request_options import RequestOptions
@@ -478,11 +478,12 @@ class Socket(ABC):
     async def reach(
         self,
         find: Callable[[Lost | None], Awaitable[Stream]],
+        start: Start,
         api: str = "",
         lane: str | None = None,
     ) -> Stream | Reading:
-        """Return the stream that *find* finds, or the reading of another instance's: in messages
-        of chats, or of *api* on its *lane*. *find* gets the owner that has lost the answer, if one
+        """Return the stream that *find* finds, or the reading of another instance's from *start* on:
+        in messages of chats, or of *api* on its *lane*. *find* gets the owner that has lost the answer, if one
         has.
 
         Raises:
@@ -494,7 +495,7 @@ class Socket(ABC):
                 return await find(lost)
             except Elsewhere as elsewhere:
                 try:
-                    return await elsewhere.follow(api, lane)
+                    return await elsewhere.follow(start, api, lane)
                 except Lost as no_more:
                     lost = no_more
         assert lost is not None

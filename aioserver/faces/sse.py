@@ -23,7 +23,7 @@ from aioserver.faces import http, polling
 from aioserver.faces.admission import BodyHold, counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
-from aioserver.gateway.contracts.instances import ASKED, Start
+from aioserver.gateway.contracts.instances import ASKED
 from aioserver.protocol import client_frames, eventstream, frames
 from aioserver.protocol.client_frames import Chat
 from aioserver.streams.formats import EVENTS, RETRY
@@ -129,8 +129,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
     name = chat.request_id
     if question.after:
         with context.metrics.resuming():
-            begin = Start(question.after, digest=chat.digest())
-            question.stream = await context.gateway.route(request, name, begin, data)
+            question.stream = await context.gateway.route(request, name, chat.digest(), data)
             # A gap is reported before a place is taken.
             question.stream.locate(question.after)
     else:
@@ -186,7 +185,7 @@ async def prepare_resume(
     name = client_frames.identifier(request.match_info["request_id"])
     after = _last_seen(request)
     with context.metrics.resuming():
-        stream = await context.gateway.route(request, name, Start(after))
+        stream = await context.gateway.route(request, name)
         # A gap is reported before a place is taken.
         stream.locate(after)
     return stream, after

@@ -202,13 +202,13 @@ class ChatSocket(Socket):
         start = Start(digest=command.digest())
 
         async def find(lost: Lost | None) -> Stream:
-            await self._others.claim(self.caller, command.request_id, start, lost)
+            await self._others.claim(self.caller, command.request_id, lost)
             return self._begin(command, hold)
 
         # It is released then, unless a request has it.
         hold.given = False
         with hold:
-            answer = await self.reach(find)
+            answer = await self.reach(find, start)
         self._show(command.request_id, answer, 0)
 
     async def _resume_elsewhere(self, command: Resume) -> None:
@@ -223,9 +223,9 @@ class ChatSocket(Socket):
     async def _reach(self, request_id: str, start: Start) -> Stream | Reading:
         async def find(lost: Lost | None) -> Stream:
             with self._context.metrics.resuming():
-                return await self._others.route(self.caller, request_id, start, lost)
+                return await self._others.route(self.caller, request_id, lost)
 
-        return await self.reach(find)
+        return await self.reach(find, start)
 
     @property
     def _others(self) -> Instances:

@@ -28,7 +28,6 @@ from aioserver.errors import (
 from aioserver.gateway.calls import Calls, shutdown_error
 from aioserver.gateway.contracts.instances import (
     ASKED,
-    FROM_START,
     LOST,
     NOT_FOUND,
     Elsewhere,
@@ -60,7 +59,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.gateway.contracts.histories import Histories
     from aioserver.gateway.contracts.hooks import Hooks
-    from aioserver.gateway.contracts.instances import Instances, Start
+    from aioserver.gateway.contracts.instances import Instances
     from aioserver.gateway.router import Router
     from aioserver.limits.deadline import Deadline
     from aioserver.protocol.client_frames import Chat
@@ -233,10 +232,14 @@ class Gateway:
         return stream
 
     async def route(
-        self, request: web.Request, request_id: str, start: Start, body: bytes = b""
+        self,
+        request: web.Request,
+        request_id: str,
+        digest: bytes | None = None,
+        body: bytes = b"",
     ) -> Stream:
         """Return the stream of *request_id* of the caller of *request*, which is to be answered
-        with it. *body* is what the client has sent.
+        with it; *digest* is as for `find`. *body* is what the client has sent.
 
         Raises:
             Elsewhere: another instance has it.
@@ -244,17 +247,17 @@ class Gateway:
         """
         caller, request[ASKED] = request[CALLER], request_id
         try:
-            return self.find(caller, request_id, start.digest)
+            return self.find(caller, request_id, digest)
         except StreamNotFound:
             # Whoever has passed it on knows that it is here.
             if self.instances is None or PEER in request:
                 raise
         try:
-            await self.instances.route(caller, request_id, start, request.get(LOST))
+            await self.instances.route(caller, request_id, request.get(LOST))
         except Elsewhere as elsewhere:
             elsewhere.body = body
             raise
-        return self.find(caller, request_id, start.digest)
+        return self.find(caller, request_id, digest)
 
     async def claim(self, request: web.Request, key: str, body: bytes) -> None:
         """Let *request* be answered here, whose caller finds the answer again by *key*, before
@@ -272,7 +275,7 @@ class Gateway:
                 raise StreamNotFound(NOT_FOUND)
         elif stream is None and self.instances is not None and not self._stopping:
             try:
-                await self.instances.claim(caller, key, FROM_START, request.get(LOST))
+                await self.instances.claim(caller, key, request.get(LOST))
             except Elsewhere as elsewhere:
                 elsewhere.body = body
                 raise

@@ -53,8 +53,8 @@ class SimulatedNetwork:
         self._listener = self._server.loop.network.listen(make, self._number)
         self._server.ports[self._name] = self._listener.port
 
-    async def dial(self, name: str, make: Callable[[], P]) -> P:
-        """Return the protocol of a new connection to the instance *name*.
+    async def dial(self, name: str, make: Callable[[], P]) -> tuple[asyncio.Transport, P]:
+        """Return a new connection to the instance *name*.
 
         Raises:
             Gone: nobody listens there.
@@ -82,7 +82,7 @@ class SimulatedNetwork:
         assert isinstance(transport, Transport)
         if (dial.there.black_hole_at, dial.back.black_hole_at) != (None, None):
             self._keep_alive(transport, lost=False)
-        return made[0]
+        return transport, made[0]
 
     def _keep_alive(self, near: Transport, *, lost: bool) -> None:
         """End the connection of *near* some seconds after a way of it has been *lost*."""

@@ -129,13 +129,13 @@ class NamedNetwork(PeerNetwork):
         for accepted in self.accepted:
             accepted.abort()
 
-    async def dial(self, name: str, make: Callable[[], P]) -> P:
+    async def dial(self, name: str, make: Callable[[], P]) -> tuple[asyncio.Transport, P]:
         world, loop = self._world, asyncio.get_running_loop()
         if name in world.silent:
             await loop.create_future()
         made = await super().dial(name, make)
         if world.random.random() < world.broken:
-            loop.call_later(world.random.random() * 0.3, made.close)  # type: ignore[attr-defined]
+            loop.call_later(world.random.random() * 0.3, made[0].abort)
         return made
 
 
@@ -172,6 +172,9 @@ class MemoryStore:
                 return [part for at, name in some for part in (name.encode(), b"%r" % at)]
             case ("ZREM", key, mark):
                 return await self.take_mark(_name(key), mark)
+            case ("DEL", key) if key.startswith("log:"):
+                await self._asked()
+                return self._world.logs.pop(_name(key), None) is not None
             case ("DEL", key):
                 return await self.unmark_response(_name(key))
         raise AssertionError(command)

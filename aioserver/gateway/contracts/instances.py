@@ -38,10 +38,6 @@ class Start(NamedTuple):
     digest: bytes | None = None
 
 
-# The start for a client that has seen nothing.
-FROM_START = Start()
-
-
 class Reading(Protocol):
     """An answer of another instance that a WebSocket reads; `start` or `leave` must be called.
 
@@ -64,8 +60,8 @@ class Elsewhere(Exception):
     """A request is for the *owner* of its answer, another instance.
 
     *body* is what the client has sent. *forward* is called by the method of that name. *follow*
-    returns the answer for a WebSocket, as messages of chats, or as those of an API on the lane of
-    that name.
+    returns the answer from a start on for a WebSocket, as messages of chats, or as those of an API
+    on the lane of that name.
 
         Lost, InstanceUnavailable: as `forward`.
         RequestConflict, ResumeGap: the owner has another answer, or not all of the rest.
@@ -78,7 +74,7 @@ class Elsewhere(Exception):
             [Elsewhere, web.Request, RenderError, Callable[[], None]],
             Awaitable[web.StreamResponse],
         ],
-        follow: Callable[[str, str | None], Awaitable[Reading]],
+        follow: Callable[[Start, str, str | None], Awaitable[Reading]],
     ) -> None:
         super().__init__(owner)
         self.owner, self.follow = owner, follow
@@ -126,14 +122,11 @@ FORWARDED = web.RequestKey("forwarded", str)
 class Instances(Protocol):
     """The other instances, as the gateway and the faces see them."""
 
-    async def claim(
-        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
-    ) -> None:
+    async def claim(self, caller: Caller, request_id: str, lost: Lost | None) -> None:
         """Let the requests of *caller* with *request_id* come here, before there is a stream. An
         answer of an instance that has ended is then a stream of this one.
 
-        *start* is where the client begins. *lost*: an owner that was asked for it, and does not
-        have it.
+        *lost*: an owner that was asked for it, and does not have it.
 
         Raises:
             Elsewhere: they go to another instance.
@@ -141,9 +134,7 @@ class Instances(Protocol):
                 be read, or there is no room for it.
         """
 
-    async def route(
-        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
-    ) -> Stream:
+    async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:
         """Return the caller's stream *request_id*, if nobody else has it: that of an instance that
         has ended.
 

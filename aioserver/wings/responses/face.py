@@ -31,7 +31,7 @@ from aioserver.faces import http, openai, passthrough
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import caller_of, client_headers, idempotency_key, read_model_body
 from aioserver.faces.ready import HIGH_WATER
-from aioserver.gateway.contracts.instances import Elsewhere, Start
+from aioserver.gateway.contracts.instances import Elsewhere
 from aioserver.gateway.request import Request
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all
@@ -63,8 +63,6 @@ if TYPE_CHECKING:
     from aioserver.wings.responses.stored import StoredResponses
 
 
-# The start of a client that reads no events.
-LATEST = Start(after=None)
 # Codex ends a response without an event for 300 s, and ignores comments. All others get comments:
 # OpenAI's SDKs fail on an event before `response.created`.
 CODEX = openai.OPENAI._replace(
@@ -309,18 +307,15 @@ async def _in_its_log(context: Context, request: web.Request) -> tuple[Stream, i
     if request.query.get("stream", "false") != "true":
         return await route(context, request), None
     number = request.query.get("starting_after")
-    if number is None:
-        start = Start()
-    elif number == "-1" or (number.isascii() and number.isdigit() and len(number) < 19):
-        # The position of a reader that has fallen behind before the first event.
-        start = Start(sequence=int(number))
-    else:
+    # -1 is the position of a reader that has fallen behind before the first event.
+    known = number in {None, "-1"} or (number.isascii() and number.isdigit() and len(number) < 19)
+    if not known:
         await route(context, request)
         raise InvalidRequest("starting_after must be a sequence_number", param="starting_after")
-    stream = await route(context, request, start=start)
+    stream = await route(context, request)
     if stream.whole is not None:
         raise InvalidRequest("this response was not streamed", param="stream")
-    return stream, 0 if start.sequence is None else event_of(stream, start.sequence)
+    return stream, 0 if number is None else event_of(stream, int(number))
 
 
 async def retrieve(
@@ -422,18 +417,15 @@ async def write(
     return await stored_face.write(context, request, body)
 
 
-async def route(
-    context: Context, request: web.Request, _hold: object = None, start: Start = LATEST
-) -> Stream:
-    """Return the response of the caller that the path of *request* names, to be read from *start*
-    on.
+async def route(context: Context, request: web.Request, _hold: object = None) -> Stream:
+    """Return the response of the caller that the path of *request* names.
 
     Raises:
         Elsewhere: another instance has it.
         StreamNotFound: there is no such stream, or it is an answer of another kind, such as one of
             another face.
     """
-    stream = await context.gateway.route(request, request.match_info["id"], start)
+    stream = await context.gateway.route(request, request.match_info["id"])
     if stream.api is not RESPONSES:
         raise StreamNotFound(stored_face.NOT_FOUND)
     return stream

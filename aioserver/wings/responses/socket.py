@@ -290,14 +290,14 @@ class ResponsesSocket(Socket):
                 except StreamNotFound:
                     if gateway.instances is None:
                         raise
-                    stream = await gateway.instances.route(self.caller, response_id, start, lost)
+                    stream = await gateway.instances.route(self.caller, response_id, lost)
                 if stream.api is not RESPONSES or stream.whole is not None:
                     raise StreamNotFound(NOT_FOUND)
                 if start.sequence is not None:
                     after = responses.event_of(stream, start.sequence)
                 return stream
 
-        answer = await self.reach(find, RESPONSES.path, lane.name)
+        answer = await self.reach(find, start, RESPONSES.path, lane.name)
         if isinstance(answer, Stream):
             # The socket may have been closed meanwhile.
             if self.open:

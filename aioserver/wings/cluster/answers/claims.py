@@ -140,6 +140,10 @@ class Claims:
         log = await self._commands.execute("GET", self._keys(name)[1])
         return log if isinstance(log, bytes) else None
 
+    async def drop_log(self, name: str) -> None:
+        """Delete a log that was kept."""
+        await self._commands.execute("DEL", self._keys(name)[1])
+
     def _keys(self, name: str) -> list[str]:
         prefix = self._prefix
         return [f"{prefix}o:{name}", f"{prefix}log:{name}", f"{prefix}m"]

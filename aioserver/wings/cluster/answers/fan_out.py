@@ -14,7 +14,6 @@ from aioserver.wings.cluster.answers.greeting import (
     Greeting,
     Look,
     encode,
-    unframed,
 )
 from aioserver.wings.cluster.answers.peer_network import Gone, Unreachable
 
@@ -85,51 +84,20 @@ class FanOut:
             Gone: as `Network.dial`.
             Unreachable: as that, or there was no answer in time, or not all of it.
         """
+        reader = asyncio.StreamReader()
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT):
-                asking = await self._network.dial(target, Asking)
+                transport, _ = await self._network.dial(
+                    target, lambda: asyncio.StreamReaderProtocol(reader)
+                )
                 try:
-                    data = await asking.ask(line)
+                    transport.write(line)
+                    size = int.from_bytes(await reader.readexactly(SIZE))
+                    return await reader.readexactly(min(size, MAX_ANSWER))
                 finally:
-                    asking.close()
+                    transport.abort()
         except TimeoutError:
             raise Unreachable(f"no answer in {ANSWER_TIMEOUT:g} s") from None
-        if (answer := unframed(data)) is None:
-            raise Unreachable("it has broken the connection: its secret or its version is another")
-        return answer
-
-
-class Asking(asyncio.Protocol):
-    """The connection of one question."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-        self._transport: asyncio.Transport | None = None
-        self._end = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        self._transport = transport  # type: ignore[assignment]
-
-    def data_received(self, data: bytes) -> None:
-        """Keep a part of the answer."""
-        self._data += data
-        if len(self._data) > MAX_ANSWER + SIZE:
-            self.close()
-
-    def connection_lost(self, _exc: Exception | None) -> None:
-        """Note the end of the answer."""
-        if not self._end.done():
-            self._end.set_result(None)
-
-    async def ask(self, line: bytes) -> bytes:
-        """Send *line*, and return all that comes."""
-        assert self._transport is not None
-        self._transport.write(line)
-        await self._end
-        return bytes(self._data)
-
-    def close(self) -> None:
-        """End the connection at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        except (EOFError, ConnectionError):
+            text = "it has broken the connection: its secret or its version is another"
+            raise Unreachable(text) from None

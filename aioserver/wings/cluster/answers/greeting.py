@@ -117,12 +117,6 @@ def framed(answer: bytes) -> bytes:
     return len(answer).to_bytes(SIZE) + answer
 
 
-def unframed(data: bytes) -> bytes | None:
-    """Return the answer in *data*; None if it is not whole."""
-    answer = data[SIZE:]
-    return answer if data[:SIZE] == len(answer).to_bytes(SIZE) else None
-
-
 def refusal(error: AioserverError) -> bytes:
     """Return the answer to `Follow` of an instance that refuses with *error*."""
     return msgspec.msgpack.encode(fault_of(error))

@@ -54,8 +54,8 @@ class Network(Protocol):
     async def listen(self, make: Callable[[], asyncio.Protocol]) -> None:
         """Accept connections of others, each with a protocol that *make* returns."""
 
-    async def dial(self, name: str, make: Callable[[], P]) -> P:
-        """Return the protocol of a new connection to the instance *name*.
+    async def dial(self, name: str, make: Callable[[], P]) -> tuple[asyncio.Transport, P]:
+        """Return a new connection to the instance *name*, with the protocol that *make* returns.
 
         Raises:
             Gone: the instance has ended.
@@ -120,8 +120,8 @@ class PeerNetwork:
                 make, sock=self._sock, backlog=BACKLOG, ssl=context
             )
 
-    async def dial(self, name: str, make: Callable[[], P]) -> P:
-        """Return the protocol of a new connection to the instance *name*.
+    async def dial(self, name: str, make: Callable[[], P]) -> tuple[asyncio.Transport, P]:
+        """Return a new connection to the instance *name*, with the protocol that *make* returns.
 
         Raises:
             Gone: the instance has ended.
@@ -132,11 +132,11 @@ class PeerNetwork:
             address = self.where(name)
             async with asyncio.timeout(CONNECT):
                 if not address.port:
-                    return (await loop.create_unix_connection(make, address.host))[1]
+                    return await loop.create_unix_connection(make, address.host)
                 context = None if self._tls is None else self._tls.client
                 made = await loop.create_connection(make, *address, ssl=context)
                 keep_alive(made[0])
-                return made[1]
+                return made
         except (ConnectionRefusedError, FileNotFoundError) as exc:
             raise Gone(name) from exc
         except TimeoutError:

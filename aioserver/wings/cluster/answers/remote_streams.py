@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Peer
     from aioserver.faces.context import Context
     from aioserver.gateway.contracts.commands import Commands
-    from aioserver.gateway.contracts.instances import Lost, Start
+    from aioserver.gateway.contracts.instances import Lost
     from aioserver.providers.api import Api
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
@@ -143,9 +143,7 @@ class RemoteStreams:
 
     # Whose it is.
 
-    async def claim(
-        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
-    ) -> None:
+    async def claim(self, caller: Caller, request_id: str, lost: Lost | None) -> None:
         """Claim *request_id* for this instance, unless another one has it; see `Instances`.
 
         Raises:
@@ -160,7 +158,7 @@ class RemoteStreams:
             if claim is None:
                 self._unclaimed.value += 1
             elif claim.owner != self._me:
-                raise self._elsewhere(claim, caller, request_id, start)
+                raise self._elsewhere(claim, caller, request_id)
             elif claim.seconds:
                 await self._adopt(caller, request_id, claim)
         finally:
@@ -173,9 +171,7 @@ class RemoteStreams:
         """Return what is done once an id is claimed; None if it is not being claimed here."""
         return self._claiming.get(name_of(caller.name, request_id))
 
-    async def route(
-        self, caller: Caller, request_id: str, start: Start, lost: Lost | None
-    ) -> Stream:
+    async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:
         """Return the caller's stream *request_id*, if no other instance has it.
 
         Raises:
@@ -191,16 +187,16 @@ class RemoteStreams:
         if lost is not None and claim.owner == lost.owner:
             raise lost.error
         if claim.owner not in ("", self._me):
-            raise self._elsewhere(claim, caller, request_id, start)
+            raise self._elsewhere(claim, caller, request_id)
         stream = await self._adopt(caller, request_id, claim) if claim.seconds else None
         # It may have begun here a moment ago.
         if stream is None and (stream := self._streams.find(caller, request_id)) is None:
             raise StreamNotFound(NOT_FOUND)
         return stream
 
-    def _elsewhere(self, claim: Claim, caller: Caller, request_id: str, start: Start) -> Elsewhere:
+    def _elsewhere(self, claim: Claim, caller: Caller, request_id: str) -> Elsewhere:
         tunnels = self._tunnels
-        follow = partial(tunnels.follow, claim.owner, caller, request_id, start)
+        follow = partial(tunnels.follow, claim.owner, caller, request_id)
         return Elsewhere(claim.owner, tunnels.forward, follow)
 
     async def _adopt(self, caller: Caller, request_id: str, claim: Claim) -> Stream | None:
@@ -263,6 +259,8 @@ class RemoteStreams:
             InstanceUnavailable: an instance has not answered, or not all of them are known.
         """
         others, certain = await self._others()
+        # Otherwise an instance would adopt it again.
+        await self._know(self._store.drop_log(name_of(caller.name, name)), "response")
         answers, complete = await self._answers(others, Forget(caller.name, name))
         if not (complete and certain):
             raise unknown("response")

@@ -137,6 +137,19 @@ async def test_what_has_run_in_the_background_survives_a_graceful_stop(make: Mak
     assert (await polled(b, name, "completed"))["output"]
 
 
+async def test_what_is_deleted_after_a_graceful_stop_does_not_come_back(make: Make) -> None:
+    a, b, c = await make(3)
+    name = await asked(a)
+    await polled(a, name, "completed")
+    await a.leave()
+    # It is adopted by now, and there is its log as well.
+    await polled(b, name, "completed")
+
+    assert (await called(c, name, delete=True))[0] == 200
+    for instance in (b, c):
+        assert (await called(instance, name))[0] == 404
+
+
 async def test_what_its_process_ends_has_failed(make: Make) -> None:
     a, b = await make(2, SLOW)
     name = await asked(a)

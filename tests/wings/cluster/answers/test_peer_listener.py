@@ -12,7 +12,7 @@ import trustme
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import Cluster, PeerTls
-from aioserver.wings.cluster.answers.fan_out import Asking, FanOut
+from aioserver.wings.cluster.answers.fan_out import FanOut
 from aioserver.wings.cluster.answers.greeting import (
     GREETING_TIMEOUT,
     MAX_GREETING,
@@ -231,11 +231,13 @@ def echoing() -> asyncio.Protocol:
 
 
 async def echoed(by: PeerNetwork, name: str) -> bytes:
-    asking = await by.dial(name, Asking)
+    reader = asyncio.StreamReader()
+    transport, _ = await by.dial(name, lambda: asyncio.StreamReaderProtocol(reader))
     try:
-        return await asyncio.wait_for(asking.ask(b"hello"), 10)
+        transport.write(b"hello")
+        return await asyncio.wait_for(reader.read(), 10)
     finally:
-        asking.close()
+        transport.abort()
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ async def test_an_instance_whose_name_has_no_address_is_unreachable(name: str) -
     network = await bind_tcp(Cluster(), REDIS)
 
     with pytest.raises(Unreachable, match="its name has no address"):
-        await network.dial(name, Asking)
+        await network.dial(name, asyncio.Protocol)
 
     answers = await FanOut(network, lambda: SECRET).ask([name], Look("state"))
     network.close()
@@ -305,7 +307,7 @@ async def test_an_instance_that_has_ended_refuses_connections() -> None:
     # uvloop closes the socket a turn later.
     await ticks()
     with pytest.raises(Gone):
-        await network.dial(name, Asking)
+        await network.dial(name, asyncio.Protocol)
 
 
 async def test_the_socket_of_a_worker_is_a_file_that_goes_with_it(short_path: Path) -> None:
@@ -316,7 +318,7 @@ async def test_the_socket_of_a_worker_is_a_file_that_goes_with_it(short_path: Pa
     assert a.end == "unix"
     assert await echoed(b, "host-1-0123abcd@unix") == b"hello"
     with pytest.raises(Gone):
-        await b.dial("host-1-00000000@unix", Asking)
+        await b.dial("host-1-00000000@unix", asyncio.Protocol)
     # The other one is killed, and the parent says so.
     a.forget("deadbeef")
     a.forget("deadbeef")
