@@ -101,13 +101,13 @@ class ChatSocket(Socket):
                     self._show_end(
                         request_id, self._context.gateway.cancel(self.caller, request_id)
                     )
-                case Resume() if self._may_be_elsewhere(request_id, command.last_event_id):
+                case Resume() if self._may_be_elsewhere(request_id):
                     self._ask(request_id, self._resume_elsewhere(command))
                 case Resume():
                     with self._context.metrics.resuming():
                         after = command.last_event_id
                         gateway = self._context.gateway
-                        self._follow(gateway.find(self.caller, request_id, after=after), after)
+                        self._follow(gateway.find(self.caller, request_id), after)
         except AioserverError as error:
             self._refuse(request_id, error)
 
@@ -147,7 +147,7 @@ class ChatSocket(Socket):
 
     # Answers of other instances.
 
-    def _may_be_elsewhere(self, request_id: str, after: int = 0) -> bool:
+    def _may_be_elsewhere(self, request_id: str) -> bool:
         """Return whether other instances are to be asked for a stream, since it is not here.
 
         Raises:
@@ -157,7 +157,7 @@ class ChatSocket(Socket):
         if gateway.instances is None:
             return False
         try:
-            gateway.find(self.caller, request_id, after=after)
+            gateway.find(self.caller, request_id)
         except StreamNotFound:
             self._check_room(request_id)
             return True

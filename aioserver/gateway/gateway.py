@@ -216,14 +216,9 @@ class Gateway:
         """
         return self._existing(request) or self._begin(request, self._produce_whole)
 
-    def find(
-        self, caller: Caller, request_id: str, digest: bytes | None = None, after: int | None = 0
-    ) -> Stream:
+    def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
         """Return the caller's stream of *request_id*; with *digest*, only if it belongs to the
         same request.
-
-        While it is not known whether another instance owns the stream, it is found only for
-        reading from the start: events behind a later *after* would be at the other instance.
 
         Raises:
             StreamNotFound: there was never such a stream, it is no longer kept, or it belongs to
@@ -231,28 +226,11 @@ class Gateway:
             RequestConflict: the id is known with another payload.
         """
         stream = self._streams.find(caller, request_id)
-        if stream is None or (after != 0 and stream.undecided):
+        if stream is None:
             raise StreamNotFound(NOT_FOUND)
         if digest is not None and stream.digest != digest:
             raise RequestConflict("this request id is known, with another payload")
         return stream
-
-    async def reach(self, caller: Caller, request_id: str, start: Start = FROM_START) -> Stream:
-        """Return the caller's stream of *request_id*, as `find`, or a mirror of another instance's
-        stream.
-
-        Raises:
-            StreamNotFound, RequestConflict: as `find`.
-            ResumeGap: another instance has the stream, but not the events after *start*.
-            InstanceUnavailable: it is not known whether another instance has it.
-        """
-        try:
-            after = start.after if start.sequence is None else None
-            return self.find(caller, request_id, start.digest, after)
-        except StreamNotFound:
-            if self.instances is None:
-                raise
-        return await self.instances.reach(caller, request_id, start)
 
     async def route(
         self, request: web.Request, request_id: str, start: Start, body: bytes = b""
@@ -262,12 +240,11 @@ class Gateway:
 
         Raises:
             Elsewhere: another instance has it.
-            AioserverError: as `reach`.
+            AioserverError: as `find`, and `Instances.route`.
         """
         caller, request[ASKED] = request[CALLER], request_id
         try:
-            after = start.after if start.sequence is None else None
-            return self.find(caller, request_id, start.digest, after)
+            return self.find(caller, request_id, start.digest)
         except StreamNotFound:
             # Whoever has passed it on knows that it is here.
             if self.instances is None or PEER in request:
@@ -507,11 +484,11 @@ class Gateway:
         release: Callable[[], None],
     ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
         """Return a producer that runs *producer* to its end, or to the deadline of the request, and
-        its release. A mirror has the deadlines of its owner.
+        its release.
         """
 
         def over() -> bool:
-            return stream.mirrored or stream.ended or stream.ending is not None
+            return stream.ended or stream.ending is not None
 
         async def bounded() -> None:
             with Guard(bound, self._count_deadline, over):

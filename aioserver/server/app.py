@@ -107,14 +107,13 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def waiting(self) -> int:
-        """The number of connections and requests that wait for a place: at the door, for their key
-        or a provider, or for the claim of an answer among instances.
+        """The number of connections and requests that wait for a place: at the door, or for their
+        key or a provider.
         """
         providers = self.provider_registry.providers.values()
         queues = sum(provider.stats().queue.waiting for provider in providers)
-        undecided = sum(stream.undecided for stream in self.streams.running())
         keys = sum(quota.resource.waiting for quota in self.context.access.quotas().values())
-        return self.context.admission.gate.waiting + keys + queues + undecided
+        return self.context.admission.gate.waiting + keys + queues
 
     def retire(self) -> None:
         """End idle sockets and watchers, now and from now on, each where nothing runs on it."""

@@ -189,8 +189,6 @@ class Cursor:
             parts.append(part)
             room -= len(part)
         self.next_index = stream.offset + index
-        if index == end and stream.remote is not None and (error := stream.broken) is not None:
-            parts.append(event_format.render_error(stream, error, stream.last))
         return room
 
 

@@ -420,7 +420,11 @@ breaks(
 )
 breaks("tokens that a request has taken", PREFETCH, _generous, SPENT, 1)
 breaks(
-    "that an owner was killed", "wings.cluster.answers.mirrors:Mirror.lose", left_out(), KILLED, 4
+    "that an owner was killed",
+    "wings.cluster.answers.tunnels:Tunnel.connection_lost",
+    left_out(),
+    KILLED,
+    4,
 )
 breaks("whose an id is", CLAIM, _ours, cluster(**TWICE, clients=15))
 breaks("that a response was not written", f"{STORED}_note_written", _released, UNWRITTEN)

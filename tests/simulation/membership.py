@@ -4,6 +4,7 @@ server.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import defaultdict
 from contextlib import asynccontextmanager
@@ -11,22 +12,20 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from aioserver.limits.fixed_share import Scope
-from aioserver.wings.cluster.answers.peer_network import Gone
+from aioserver.wings.cluster.answers.peer_network import CONNECT, Gone, Unreachable
 from aioserver.wings.cluster.limits.grants import State
 from aioserver.wings.cluster.membership import Membership, Ways
-from tests.simulation.dials import Dial
+from tests.simulation.dials import draw_dial
 from tests.simulation.shared_server import (
     NAME,
     URL,
-    SimulatedBus,
     SimulatedConnection,
     SimulatedStore,
     SimulatedSubscription,
 )
-from tests.simulation.transport import FakeSocket
+from tests.simulation.transport import FakeSocket, Transport
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import AsyncIterator, Callable
 
     from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
@@ -36,8 +35,13 @@ if TYPE_CHECKING:
     P = TypeVar("P", bound=asyncio.Protocol)
 
 
+# Seconds between two looks at a connection on which nothing arrives; at the second one the kernel
+# has noticed it, as TCP's keepalive does.
+KEEPALIVE = 1.5
+
+
 class SimulatedNetwork:
-    """The ways of instance *number*, called *name*, to the other ones, which lose nothing."""
+    """The ways of instance *number*, called *name*, to the other ones."""
 
     def __init__(self, server: SharedServer, number: int, name: str) -> None:
         self._server, self._number, self._name = server, number, name
@@ -57,7 +61,9 @@ class SimulatedNetwork:
         """
         if (port := self._server.ports.get(name)) is None:
             raise Gone(name)
-        dial = Dial(random.Random(self._dice.random()), owner=self._number)
+        dial = draw_dial(
+            self._server.faults.links, self._dice, owner=self._number, patience=CONNECT
+        )
         address = FakeSocket(("127.0.0.1", port), dial)
         made: list[P] = []
 
@@ -65,11 +71,29 @@ class SimulatedNetwork:
             made.append(make())
             return made[0]
 
+        loop = self._server.loop
         try:
-            await self._server.loop.network.connect(note, address)
+            async with asyncio.timeout(CONNECT):
+                transport, _protocol = await loop.network.connect(note, address)
         except ConnectionRefusedError as exc:
             raise Gone(name) from exc
+        except TimeoutError:
+            raise Unreachable("no connection in time") from None
+        assert isinstance(transport, Transport)
+        if (dial.there.black_hole_at, dial.back.black_hole_at) != (None, None):
+            self._keep_alive(transport, lost=False)
         return made[0]
+
+    def _keep_alive(self, near: Transport, *, lost: bool) -> None:
+        """End the connection of *near* some seconds after a way of it has been *lost*."""
+        if near.dead:
+            return
+        if lost:
+            near.abort()
+            near.peer.abort()
+            return
+        lost = near.lost_in_black_hole or near.peer.lost_in_black_hole
+        self._server.loop.call_later(KEEPALIVE, partial(self._keep_alive, near, lost=lost))
 
     def forget(self, token: str) -> None:
         """Do nothing: there is no file."""
@@ -99,7 +123,6 @@ class Member(Membership):
             renewals=partial(SimulatedConnection, server, number),
             words=SimulatedSubscription,
             commands=lambda _url: SimulatedStore(server, number, name),
-            bus=partial(SimulatedBus, server, number),
         )
         # Instances that know how many they are, are the workers of one host, and share
         # connections. None waits until the server gives something: what begins before is a part of
@@ -120,7 +143,7 @@ class Member(Membership):
         """Return what is read at other instances, and here of theirs."""
         assert self.known is not None
         stats = self.known.stats()
-        return {"links": stats.links, "mirrors": stats.mirrors}
+        return {"links": stats.links, "tunnels": stats.tunnels}
 
     def _state_changed(self, old: State, new: State, why: str) -> None:
         if State.ALONE in (old, new):

@@ -13,7 +13,6 @@ import socket
 import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioserver.auth.keys import quota_of
@@ -21,8 +20,6 @@ from aioserver.gateway.contracts.commands import MARKED, Commands
 from aioserver.limits.gcra import Gcra
 from aioserver.providers.health import ALONE
 from aioserver.wings.cluster.answers import claims
-from aioserver.wings.cluster.answers.bus import Outbox
-from aioserver.wings.cluster.answers.peer_messages import decode
 from aioserver.wings.cluster.answers.peer_network import Address, PeerNetwork
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import CallFailed
@@ -42,13 +39,9 @@ if TYPE_CHECKING:
     from aioserver.limits.resource import Resource
     from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.health import Health
-    from aioserver.wings.cluster.answers.bus import MakeBus
-    from aioserver.wings.cluster.answers.peer_messages import Message
     from tests.support.simulator import Behaviour
 
     P = TypeVar("P", bound=asyncio.Protocol)
-    # What makes the bus of an instance, and its commands.
-    Over = tuple[MakeBus, Commands]
     MakeQuota = Callable[[ClientKey], Quota]
 
 # What all instances of a test know.
@@ -63,23 +56,16 @@ class Claim:
 
 @dataclass
 class World:
-    """What the instances share. *lost*, *late*, *doubled*: the shares of publications with such a
-    fault.
-    """
+    """What the instances share. *broken* is the share of connections between them that break off."""
 
     random: random.Random = field(default_factory=lambda: random.Random(1))
-    lost: float = 0.0
-    late: float = 0.0
-    doubled: float = 0.0
-    # Types of messages, of which the next one is lost.
-    lose: list[type] = field(default_factory=list)
+    broken: float = 0.0
     # Whether the server of claims does not answer, and the seconds that an answer takes.
     away: bool = False
     slow: float = 0.0
     # The seconds in which an instance of that name hears of its claims.
     replies: dict[str, float] = field(default_factory=dict)
     members: list[str] = field(default_factory=list)
-    ears: dict[str, MemoryBus] = field(default_factory=dict)
     # The ways of each instance to the others, and those of which no connection ever comes about.
     networks: dict[str, NamedNetwork] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)
@@ -99,17 +85,14 @@ class World:
     deletions: dict[str, float] = field(default_factory=dict)
     # The questions under way in conversations, and when they came.
     marks: dict[str, dict[str, float]] = field(default_factory=dict)
-    # How often the store was asked for anything, what is to happen while it is asked the next
-    # time, and the bytes that were published.
+    # How often the store was asked for anything, and what is to happen while it is asked the next
+    # time.
     calls: int = 0
     meanwhile: Callable[[], object] | None = None
-    published: int = 0
 
     def kill(self, name: str) -> None:
         """Let the instance *name* hear and say nothing any more."""
-        self.ears.pop(name).dead = True
-        if name in self.networks:
-            self.networks[name].kill()
+        self.networks[name].kill()
 
 
 class NamedNetwork(PeerNetwork):
@@ -126,6 +109,7 @@ class NamedNetwork(PeerNetwork):
         # What others have connected to, each with `abort`.
         self.accepted: list[Any] = []
         world.networks[name] = self
+        world.members.append(name)
 
     def where(self, name: str) -> Address:
         # The path of a socket is short, and that of a test's folder is not.
@@ -146,56 +130,13 @@ class NamedNetwork(PeerNetwork):
             accepted.abort()
 
     async def dial(self, name: str, make: Callable[[], P]) -> P:
-        if name in self._world.silent:
-            await asyncio.get_running_loop().create_future()
-        return await super().dial(name, make)
-
-
-class MemoryBus:
-    """The bus of one instance: see `Bus`."""
-
-    def __init__(
-        self,
-        world: World,
-        name: str,
-        *,
-        on_message: Callable[[str, Message], None],
-        on_deaf: Callable[[str], None],
-    ) -> None:
-        self.name = name
-        self.on_message, self.on_deaf = on_message, on_deaf
-        self.dead = False
-        self.connected = True
-        self._world = world
-        self._loop = asyncio.get_running_loop()
-        self._outbox = Outbox(name, self._publish)
-        world.members.append(name)
-        world.ears[name] = self
-
-    def send(self, target: str, message: Message) -> None:
-        if type(message) in self._world.lose:
-            self._world.lose.remove(type(message))
-            return
-        self._outbox.put(target, message)
-
-    def _publish(self, target: str, data: bytes) -> None:
-        world = self._world
-        world.published += len(data)
-        if self.dead or world.random.random() < world.lost:
-            return
-        if target not in world.ears:
-            self._loop.call_soon(self.on_deaf, target)
-            return
-        for _ in range(2 if world.random.random() < world.doubled else 1):
-            delay = world.random.random() * 0.3 if world.random.random() < world.late else 0.0
-            self._loop.call_later(delay, self._deliver, target, data)
-
-    def _deliver(self, target: str, data: bytes) -> None:
-        bus = self._world.ears.get(target)
-        if bus is not None:
-            publication = decode(data)
-            for message in publication.messages:
-                bus.on_message(publication.sender, message)
+        world, loop = self._world, asyncio.get_running_loop()
+        if name in world.silent:
+            await loop.create_future()
+        made = await super().dial(name, make)
+        if world.random.random() < world.broken:
+            loop.call_later(world.random.random() * 0.3, made.close)  # type: ignore[attr-defined]
+        return made
 
 
 class MemoryStore:
@@ -295,8 +236,8 @@ class MemoryStore:
         if (owner := self._other(name, now)) not in ("", lost):
             return owner.encode(), -2
         self._world.claims[name] = Claim(self._me, now + seconds)
-        if (late := self._world.replies.get(self._me)) is not None:
-            await asyncio.sleep(late)
+        if (seconds := self._world.replies.get(self._me, 0.0)) > 0:
+            await asyncio.sleep(seconds)
         return self._me.encode(), self._left(name, now)
 
     async def find(self, name: str, lost: str) -> tuple[bytes, int]:
@@ -570,24 +511,17 @@ async def instance_of(
     name: str,
     behaviour: Behaviour = QUICK,
     changes: dict[str, Any] | None = None,
-    over: Over | None = None,
+    over: Commands | None = None,
     make_quota: MakeQuota = quota_of,
 ) -> Instance:
     """Start one more instance; it ends with *stack*, or by its `leave`."""
     made: list[RemoteStreams] = []
-    make_bus: MakeBus
-    if over is None:
-        make_bus, commands = (
-            partial(MemoryBus, world, name),
-            Commands(MemoryStore(world, name), ""),
-        )
-    else:
-        make_bus, commands = over
+    commands = over or Commands(MemoryStore(world, name), "")
 
     def others() -> RemoteStreams:
         made.append(
             RemoteStreams(
-                make_bus,
+                name,
                 commands,
                 NamedNetwork(world, name, path),
                 lambda: SECRET,
@@ -610,7 +544,6 @@ async def instance_of(
     async def leave() -> None:
         """Stop the server in good order."""
         await own.aclose()
-        world.ears.pop(name, None)
         world.networks[name].close()
         with contextlib.suppress(ValueError):
             world.members.remove(name)

@@ -22,7 +22,6 @@ from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
 from tests.support.memory_bus import (
     SECRET,
-    MemoryBus,
     MemoryStore,
     NamedNetwork,
     StreamsOnly,
@@ -91,10 +90,16 @@ class Workers:
         leases = self.reference.join(name, fixed=(rank, self.count))
         limits = SharedLimits(leases, Scope("host", rank, self.count, first))
         commands, balance = Commands(MemoryStore(self._world, name), ""), Balance(loads)
-        make_bus = partial(MemoryBus, self._world, name)
-        network = NamedNetwork(self._world, name, self.path)
+        world = self._world
+        network = NamedNetwork(world, name, self.path)
         make = partial(
-            RemoteStreams, make_bus, commands, network, lambda: SECRET, lambda _what: b""
+            RemoteStreams,
+            name,
+            commands,
+            network,
+            lambda: SECRET,
+            lambda _what: b"",
+            lambda: world.members,
         )
         server = await block.enter_async_context(
             running(

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
     from aioserver.auth.callers import Caller
     from aioserver.errors import AioserverError
-    from aioserver.gateway.request import Request
     from aioserver.streams.stream import Stream
 
     RenderError = Callable[[AioserverError, bytes], bytes]
@@ -29,17 +28,14 @@ NOT_FOUND = "no such stream: it never existed, or is no longer kept"
 
 
 class Start(NamedTuple):
-    """The start of a mirror: after event *after*, or after the event with the sequence number
-    *sequence*; if both are None, after the newest event.
-
-    With a *digest*, the log must belong to the same request. With *cancel*, the owner cancels the
-    answer.
+    """Where a client reads on: after event *after*, or after the event with the sequence number
+    *sequence*; if both are None, after the newest event. With a *digest*, the answer must be that
+    to the same request.
     """
 
     after: int | None = 0
     sequence: int | None = None
     digest: bytes | None = None
-    cancel: bool = False
 
 
 # The start for a client that has seen nothing.
@@ -130,41 +126,14 @@ FORWARDED = web.RequestKey("forwarded", str)
 class Instances(Protocol):
     """The other instances, as the gateway and the faces see them."""
 
-    def claiming(
-        self,
-        stream: Stream,
-        request: Request,
-        producer: Coroutine[Any, Any, None],
-        release: Callable[[], None],
-    ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-        """Return a producer that claims the id of *stream* and then runs *producer*, and the
-        function that releases both. *release* releases *producer*.
-        """
-
-    def mirror(self, caller: Caller, request_id: str, start: Start) -> Stream:
-        """Return a mirror of the caller's stream *request_id*, which ends soon if there is none.
-
-        Raises:
-            ServerAtCapacity: there is no room for it.
-        """
-
-    async def reach(self, caller: Caller, request_id: str, start: Start) -> Stream:
-        """Return a mirror, as `mirror`, once it is certain that there is such a stream.
-
-        Raises:
-            StreamNotFound: no instance has such a log.
-            RequestConflict, ResumeGap: as `Gateway.find`, and `Stream.locate`.
-            ServerShutdown: its owner is gone.
-            InstanceUnavailable: it is not known whether there is one.
-        """
-
     async def claim(
         self, caller: Caller, request_id: str, start: Start, lost: Lost | None
     ) -> None:
         """Let the requests of *caller* with *request_id* come here, before there is a stream. An
         answer of an instance that has ended is then a stream of this one.
 
-        *start* is where the client begins. *lost*: an owner that was asked for it, and does not have it.
+        *start* is where the client begins. *lost*: an owner that was asked for it, and does not
+        have it.
 
         Raises:
             Elsewhere: they go to another instance.
@@ -180,15 +149,10 @@ class Instances(Protocol):
 
         Raises:
             Elsewhere: another instance has it.
-            StreamNotFound, ServerShutdown, InstanceUnavailable: as `reach`.
+            StreamNotFound: no instance has it.
+            ServerShutdown: its owner is gone.
+            InstanceUnavailable: it is not known whether there is one.
             ServerAtCapacity: as `claim`.
-        """
-
-    async def claimed(self, stream: Stream) -> None:
-        """Wait until it is certain that *stream* is being answered, here or elsewhere.
-
-        Raises:
-            AioserverError: it is not being answered.
         """
 
     async def cancel(self, caller: Caller, request_id: str) -> None:

@@ -30,7 +30,6 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import Cluster
 from aioserver.gateway.contracts.commands import Commands, Connection
 from aioserver.wings.cluster.answers import peer_network
-from aioserver.wings.cluster.answers.bus import Bus, RedisBus, RedisCommands
 from aioserver.wings.cluster.answers.peer_network import Gone, Network, PeerNetwork, Unreachable
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
@@ -40,6 +39,7 @@ from aioserver.wings.cluster.limits.leases import Leases
 from aioserver.wings.cluster.limits.limits import SharedLimits
 from aioserver.wings.cluster.limits.renewer import MakeListening, MakeRenewing, Renewer
 from aioserver.wings.cluster.limits.subscription import Subscription
+from aioserver.wings.cluster.redis_commands import RedisCommands
 from aioserver.wings.cluster.totals import Totals
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
     from aioserver.providers.provider import Provider
-    from aioserver.telemetry.counters import Counter
-    from aioserver.wings.cluster.answers.peer_messages import Message
     from aioserver.wings.cluster.limits.lease_messages import Times
 
 logger = logging.getLogger("aioserver.cluster")
@@ -85,15 +83,6 @@ class ClosableConnection(Connection, Protocol):
         """Close it."""
 
 
-class ClosableBus(Bus, Protocol):
-    """The bus of this instance: see `RedisBus`."""
-
-    lost: Counter
-
-    async def close(self) -> None:
-        """Stop receiving and sending."""
-
-
 class Ways(msgspec.Struct, frozen=True):
     """The classes of all connections to the cluster's server; the arguments are those of the
     defaults.
@@ -102,7 +91,6 @@ class Ways(msgspec.Struct, frozen=True):
     renewals: MakeRenewing = ScriptConnection
     words: MakeListening = Subscription
     commands: Callable[[str], ClosableConnection] = RedisCommands
-    bus: Callable[..., ClosableBus] = RedisBus
 
 
 # The connections to a Redis or Valkey server.
@@ -141,9 +129,7 @@ class Membership:
         self.retire = self.leases.retire
         self.share_provider, self.observe = limits.share_provider, limits.observe
         self.make_quota, self.share_door = limits.make_quota, limits.share_door
-        self._url, self._ways = url, ways
         self._connection = ways.commands(url)
-        self.bus: ClosableBus | None = None
         self.commands = Commands(self._connection, self.renewer.prefix)
         self.address = self.renewer.connection.address
         self._incidents: Monitor | None = None
@@ -173,7 +159,7 @@ class Membership:
     def streams(self) -> RemoteStreams:
         """Return the streams of other instances."""
         self._streams = RemoteStreams(
-            self._make_bus,
+            self.instance,
             self.commands,
             self._network,
             lambda: self._peer_secret,
@@ -257,9 +243,8 @@ class Membership:
             "calls": self.leases.calls,
             "failed_calls": self.leases.failures,
             "links": streams.links,
-            "mirrors": streams.mirrors,
+            "tunnels": streams.tunnels,
             "unclaimed": streams.unclaimed,
-            "lost": 0 if self.bus is None else int(self.bus.lost.value),
         }
 
     @property
@@ -381,8 +366,6 @@ class Membership:
             await asyncio.wait(self._tasks)
         await self.renewer.leave(LEAVE_TIMEOUT)
         await self.renewer.close()
-        if self.bus is not None:
-            await self.bus.close()
         await self._connection.close()
 
     def _make_leases(self, on_due: Callable[[], None]) -> Leases:
@@ -396,19 +379,6 @@ class Membership:
             on_freed=lambda: self._freed.set(),
             on_announced=lambda *news: self.limits.announced(*news),
         )
-
-    def _make_bus(
-        self, *, on_message: Callable[[str, Message], None], on_deaf: Callable[[str], None]
-    ) -> ClosableBus:
-        self.bus = self._ways.bus(
-            self._connection,
-            self._url,
-            self.renewer.prefix,
-            self.instance,
-            on_message=on_message,
-            on_deaf=on_deaf,
-        )
-        return self.bus
 
     async def _clear_conversations(self) -> None:
         try:
@@ -435,6 +405,9 @@ class Membership:
     def _state_changed(self, _old: State, new: State, why: str) -> None:
         if new is State.JOINED:
             self._joined.set()
+            if self._incidents is not None and self._streams is not None:
+                # A server that has come back may have lost them.
+                self._streams.renew()
         if self.leases.standing.leaving:
             # The instance has left.
             return

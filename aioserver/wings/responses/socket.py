@@ -286,8 +286,7 @@ class ResponsesSocket(Socket):
             nonlocal after
             with self._context.metrics.resuming():
                 try:
-                    read_from = 0 if start.sequence is None else None
-                    stream = gateway.find(self.caller, response_id, after=read_from)
+                    stream = gateway.find(self.caller, response_id)
                 except StreamNotFound:
                     if gateway.instances is None:
                         raise

@@ -12,11 +12,11 @@ import pytest
 import trustme
 
 from aioserver.gateway.contracts.commands import Commands
-from aioserver.wings.cluster.answers.bus import RedisBus, RedisCommands
 from aioserver.wings.cluster.answers.claims import Claims
 from aioserver.wings.cluster.connection import CallFailed, Connection
 from aioserver.wings.cluster.limits.leases import Leases
 from aioserver.wings.cluster.limits.renewer import Renewer
+from aioserver.wings.cluster.redis_commands import RedisCommands
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.conversations.turn import Position
 from aioserver.workers.private_server import find_program
@@ -88,7 +88,6 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
         url = f"unix://aioserver:secret@{server.path}"
         renewer = Renewer(lambda on_due: Leases("host-1", on_due=on_due), url, "aioserver")
         connection = RedisCommands(url)
-        bus = RedisBus(connection, url, renewer.prefix, "host-1", on_message=print, on_deaf=print)
         commands = Commands(connection, renewer.prefix)
         claims, turns = Claims(commands, "host-1"), RedisTurns(commands)
 
@@ -111,7 +110,6 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
             with pytest.raises(CallFailed, match="NOPERM"):
                 await connection.execute(*command)
         await renewer.close()
-        await bus.close()
         await connection.close()
 
     assert denied == []

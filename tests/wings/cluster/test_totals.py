@@ -35,9 +35,8 @@ def standing() -> ClusterState:
         "calls": 3,
         "failed_calls": 1,
         "links": 0,
-        "mirrors": 2,
+        "tunnels": 2,
         "unclaimed": 0,
-        "lost": 0,
     }
 
 
@@ -174,7 +173,7 @@ async def test_metrics_are_added_up_but_limits_that_are_shared_are_not(
     assert await metric(b, 'aioserver_provider_limit{provider="sim"}') == single
     assert await metric(b, 'aioserver_instances{state="heard"}') == 2
     assert await metric(b, 'aioserver_cluster_instances{state="joined"}') == 2
-    assert await metric(b, "aioserver_cluster_mirrors") == 4
+    assert await metric(b, "aioserver_cluster_tunnels") == 4
 
 
 async def test_what_callers_have_spent_is_that_of_all_instances(

@@ -15,8 +15,7 @@ import msgspec
 
 from aioserver.errors import AioserverError, InternalError
 from aioserver.streams.formats import WS_CLOSE, ws_frame
-from aioserver.wings.cluster.answers.log_codec import pack_fault, unpack_fault
-from aioserver.wings.cluster.answers.peer_messages import Fault
+from aioserver.wings.cluster.answers.faults import Fault, error_of, fault_of
 
 # What a line of this version begins with: an instance of another version closes the connection.
 VERSION = b"aioserver-peer/1 "
@@ -126,12 +125,12 @@ def unframed(data: bytes) -> bytes | None:
 
 def refusal(error: AioserverError) -> bytes:
     """Return the answer to `Follow` of an instance that refuses with *error*."""
-    return msgspec.msgpack.encode(pack_fault(error))
+    return msgspec.msgpack.encode(fault_of(error))
 
 
 def refused(answer: bytes) -> AioserverError:
     """Return the error in *answer*, a refusal."""
     try:
-        return unpack_fault(_fault_decoder.decode(answer))
+        return error_of(_fault_decoder.decode(answer))
     except (msgspec.MsgspecError, RecursionError):
         return InternalError("internal error")

@@ -8,8 +8,6 @@
 
 If Redis cannot be reached, this instance answers every request itself, and knows only its own
 streams.
-
-This file is long, but it is one concept: how every instance finds the one log of a request id.
 """
 
 from __future__ import annotations
@@ -21,66 +19,53 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aioserver.auth.callers import Caller
-from aioserver.errors import (
-    InvalidApiKey,
-    RequestConflict,
-    ResumeGap,
-    ServerShutdown,
-    StreamNotFound,
-)
-from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, TIMEOUT, name_of, unknown
-from aioserver.gateway.contracts.instances import NOT_FOUND, Elsewhere, Start
+from aioserver.errors import InvalidApiKey, ServerShutdown, StreamNotFound
+from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, name_of, unknown
+from aioserver.gateway.contracts.instances import NOT_FOUND, Elsewhere
 from aioserver.streams.entries import ERROR
-from aioserver.streams.stream import Remote
 from aioserver.telemetry.counters import Counter
-from aioserver.wings.cluster.answers import handover
+from aioserver.wings.cluster.answers import kept_logs
 from aioserver.wings.cluster.answers.claims import LEASE, RENEWAL, Claims
 from aioserver.wings.cluster.answers.fan_out import FanOut
 from aioserver.wings.cluster.answers.greeting import Cancel, Forget, Listing
-from aioserver.wings.cluster.answers.handover import KeptLog, polled
+from aioserver.wings.cluster.answers.kept_logs import polled
 from aioserver.wings.cluster.answers.peer_listener import PeerListener
 from aioserver.wings.cluster.answers.peer_reader import PeerReader
-from aioserver.wings.cluster.answers.peers import Peers
 from aioserver.wings.cluster.answers.tunnels import Tunnels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 
     from aioserver.auth.callers import Peer
     from aioserver.faces.context import Context
     from aioserver.gateway.contracts.commands import Commands
-    from aioserver.gateway.contracts.instances import Lost
-    from aioserver.gateway.gateway import Gateway
-    from aioserver.gateway.request import Request
+    from aioserver.gateway.contracts.instances import Lost, Start
+    from aioserver.providers.api import Api
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
-    from aioserver.wings.cluster.answers.bus import MakeBus
     from aioserver.wings.cluster.answers.claims import Claim
     from aioserver.wings.cluster.answers.greeting import Question
     from aioserver.wings.cluster.answers.peer_network import Network
 
 # Claims that one call renews at most, and seconds for calls for whose answer no client waits.
 MAX_RENEWED, CALL_TIMEOUT = 1_000, 1.0
-# Owners that are asked for one id, one after the other, if each of them has lost it.
-MAX_OWNERS = 3
-# Seconds for which a mirror waits for its first reader, which may first wait for a place.
-MAX_UNREAD = 60.0
 
 
 class InstancesStats(msgspec.Struct, frozen=True):
-    """A snapshot: links (logs read elsewhere), and mirrors (others' logs).
+    """A snapshot: links (answers that others read here), and tunnels (those of others that are
+    read).
 
     *unclaimed* counts requests that were answered without a claim, since Redis did not answer in
     time.
     """
 
     links: int
-    mirrors: int
+    tunnels: int
     unclaimed: int
 
 
 class RemoteStreams:
-    """Finds streams at other instances, and lets them find those of this one.
+    """Finds streams at other instances, and lets them find those of this one, which is called *me*.
 
     Always: the claims to the names of running streams of this instance are renewed.
 
@@ -89,22 +74,24 @@ class RemoteStreams:
     the names of the instances that this one knows of, for the case that Redis does not answer.
     """
 
-    _gateway: Gateway
     _streams: StreamStore
+    _apis: Mapping[str, Api]
     _tunnels: Tunnels
     _listener: PeerListener
 
     def __init__(
         self,
-        make_bus: MakeBus,
+        me: str,
         commands: Commands,
         network: Network,
         secret: Callable[[], bytes],
         on_look: Callable[[str], bytes],
-        members: Callable[[], Sequence[str]] = tuple,
+        members: Callable[[], Sequence[str]],
     ) -> None:
+        self._me = me
         self._commands = commands
         self._ask, self._know = commands.ask, commands.know
+        self._store = Claims(commands, me)
         self._members = members
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -114,17 +101,11 @@ class RemoteStreams:
         self._unclaimed = Counter()
         self._network, self._secret, self._on_look = network, secret, on_look
         self.fan_out = FanOut(network, secret)
-        self._serves = False
-        self.peers = Peers(make_bus)
-        self._me = self.peers.bus.name
-        self._store = Claims(commands, self._me)
 
     async def serve(self, context: Context) -> None:
         """Let other instances read the streams of this one. It is called once."""
-        self._gateway = gateway = context.gateway
-        self._streams = gateway.lifetime.store
-        self.peers.serve(gateway, context.apis)
-        admission = context.admission
+        gateway, admission = context.gateway, context.admission
+        self._streams, self._apis = gateway.lifetime.store, context.apis
         stranger = InvalidApiKey("no secret of an instance")
         self._listener = PeerListener(
             gateway,
@@ -137,7 +118,6 @@ class RemoteStreams:
         )
         self._tunnels = Tunnels(self._network, self._secret, admission, gateway.hold)
         await self._listener.open()
-        self._serves = True
         self._renewer = self._loop.call_later(RENEWAL, self._renew)
 
     def listen(self, accept: Callable[[Peer], asyncio.Protocol]) -> None:
@@ -146,65 +126,22 @@ class RemoteStreams:
 
     async def finish(self, seconds: float) -> None:
         """Wait until no other instance reads an answer here, *seconds* at most."""
-        if self._serves:
+        if self._renewer is not None:
             await self._listener.finish(seconds)
 
     def stats(self) -> InstancesStats:
         """Return a snapshot."""
         return InstancesStats(
-            links=self.peers.links + self._listener.serving,
-            mirrors=self.peers.mirrors + len(self._tunnels),
+            links=self._listener.serving,
+            tunnels=len(self._tunnels),
             unclaimed=int(self._unclaimed.value),
         )
-
-    def claiming(
-        self,
-        stream: Stream,
-        request: Request,
-        producer: Coroutine[Any, Any, None],
-        release: Callable[[], None],
-    ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-        """Return a producer that claims the id of *stream* and then runs *producer*, and the
-        function that releases both. *release* releases *producer*.
-        """
-        stream.remote = Remote(self._loop.create_future())
-
-        def release_all() -> None:
-            # The coroutine may never have started.
-            producer.close()
-            release()
-
-        return self._claim(stream, request, producer), release_all
-
-    def mirror(self, caller: Caller, request_id: str, start: Start) -> Stream:
-        """Return a mirror of the caller's stream *request_id*, which ends soon if there is none.
-
-        Raises:
-            ServerAtCapacity: there is no room for the mirror.
-        """
-        stream = self._streams.open_mirror(request_id, caller, after=start.after or 0)
-        try:
-            _remote(stream).claimed = self._loop.create_future()
-            self._gateway.lifetime.expect(stream, MAX_UNREAD)
-            self._gateway.producers.start(stream, self._follow(stream, start), _nothing)
-        except BaseException:
-            self._streams.drop(stream)
-            raise
-        return stream
-
-    async def reach(self, caller: Caller, request_id: str, start: Start) -> Stream:
-        """Return a mirror, as `mirror` does, but only once its stream is known to exist.
-
-        Raises:
-            StreamNotFound, RequestConflict, ResumeGap, ServerShutdown: as `Instances.reach`.
-        """
-        stream = self.mirror(caller, request_id, start)
-        await self.claimed(stream)
-        return stream
 
     def keep(self, members: Collection[str]) -> None:
         """Read no answer any more of an owner that is none of *members*, those of now."""
         self._tunnels.keep(members)
+
+    # Whose it is.
 
     async def claim(
         self, caller: Caller, request_id: str, start: Start, lost: Lost | None
@@ -273,39 +210,21 @@ class RemoteStreams:
             InstanceUnavailable: Redis does not answer.
             ServerAtCapacity: there is no room for it.
         """
-        name = name_of(caller.name, request_id)
-        kept = await self._kept(name)
-        if (known := self._streams.find(caller, request_id)) is not None or kept is None:
+        name, streams = name_of(caller.name, request_id), self._streams
+        log = await self._know(self._store.get_log(name), "answer")
+        if log is None or (kept := kept_logs.read(log)) is None:
+            return None
+        entries = await kept_logs.entries_of(kept)
+        if (known := streams.find(caller, request_id)) is not None:
             # Another request has adopted it meanwhile.
             return known
-        stream = handover.adopt(
-            kept, self._streams, caller, request_id, claim.seconds, self.peers.apis
+        stream = kept_logs.adopt(
+            kept, entries, streams, caller, request_id, claim.seconds, self._apis
         )
         self._start(self._store.renew({name: stream.window}))
         return stream
 
-    async def _kept(self, name: str) -> KeptLog | None:
-        log = await self._know(self._store.get_log(name), "answer")
-        return None if log is None else await handover.read(log)
-
-    async def claimed(self, stream: Stream) -> None:
-        """Wait until it is decided whether *stream* is answered here or elsewhere.
-
-        Raises:
-            AioserverError: no instance answers it.
-        """
-        if stream.remote is None or (claimed := stream.remote.claimed) is None:
-            return
-        try:
-            await asyncio.wait((claimed,))
-        except asyncio.CancelledError:
-            if stream.mirrored:
-                self._gateway.lifetime.let_go(stream)
-            elif not stream.readers:
-                self._gateway.lifetime.reader_removed(stream)
-            raise
-        if (error := claimed.result()) is not None:
-            raise error
+    # Questions to others.
 
     async def cancel(self, caller: Caller, request_id: str) -> None:
         """Cancel a stream of another instance.
@@ -314,28 +233,21 @@ class RemoteStreams:
             StreamNotFound: there is no such stream.
             InstanceUnavailable: it is not known whether there is such a stream.
         """
-        telling: list[asyncio.Task[tuple[list[Any], bool]]] = []
-
-        def tell() -> None:
-            telling.append(self._loop.create_task(self._tell(caller, request_id)))
-
-        try:
-            verdict = await self._find(name_of(caller.name, request_id), tell)
-            if verdict is not None and verdict.seconds:
-                # The stream has ended already.
-                return
-            if verdict is not None and verdict.owner:
-                asked = Cancel(caller.name, request_id)
-                answers, complete = await self._answers([verdict.owner], asked)
-            elif telling:
-                answers, complete = await telling[0]
-                complete = complete and verdict is not None
-            else:
-                answers, complete = [], verdict is not None
-        finally:
-            for task in telling:
-                task.cancel()
-        if True not in answers:
+        name = name_of(caller.name, request_id)
+        claim = await self._ask(self._store.find(name))
+        if claim is not None:
+            targets = [claim.owner] if claim.owner else []
+        else:
+            # It takes long to find out who has it, and a running answer costs money.
+            targets = [member for member in self._members() if member != self._me]
+        answers, complete = await self._answers(targets, Cancel(caller.name, request_id))
+        if True in answers:
+            return
+        if claim is None:
+            claim = await self._know(self._store.find(name), "stream")
+            complete = complete and (not claim.owner or claim.owner in targets)
+        # A log that was handed over has ended already.
+        if not claim.seconds:
             raise StreamNotFound(NOT_FOUND) if complete else unknown("stream")
 
     async def listing(self, caller: Caller) -> tuple[list[dict[str, Any]], bool]:
@@ -356,27 +268,6 @@ class RemoteStreams:
             raise unknown("response")
         return True in answers
 
-    async def _find(self, name: str, late: Callable[[], object]) -> Claim | None:
-        """Return the claim of another instance to *name*; None if Redis does not answer.
-
-        *late* is called if the answer takes longer than TIMEOUT.
-        """
-        finding = self._loop.create_task(self._ask(self._store.find(name), KNOWN_TIMEOUT))
-        try:
-            found, _ = await asyncio.wait((finding,), timeout=TIMEOUT)
-            if not found:
-                late()
-            return await finding
-        finally:
-            finding.cancel()
-
-    async def _tell(self, caller: Caller, request_id: str) -> tuple[list[Any], bool]:
-        """Let each instance cancel a stream, if it has it. It takes long to find out which one has
-        it, and a running answer costs money.
-        """
-        others = [member for member in self._members() if member != self._me]
-        return await self._answers(others, Cancel(caller.name, request_id))
-
     async def _answers(self, targets: Sequence[str], question: Question) -> tuple[list[Any], bool]:
         """Return the answers of *targets* to *question*, and whether none is missing."""
         asked = await self.fan_out.ask(targets, question)
@@ -388,164 +279,17 @@ class RemoteStreams:
         known = self._members() if members is None else members
         return [member for member in known if member != self._me], members is not None
 
+    # Claims of streams that run here.
+
+    def aliased(self, stream: Stream, alias: str) -> None:
+        """Claim *alias*, a second name of *stream*."""
+        self._start(self._store.renew({name_of(_caller(stream).name, alias): _seconds(stream)}))
+
     def ended(self, stream: Stream) -> None:
-        """Note that the producer of *stream* has ended."""
-        remote = stream.remote
-        if remote is not None and remote.claimed is not None:
-            refused = remote.undecided
-            remote.decide(stream.error or StreamNotFound("this answer was cancelled"))
-            if refused:
-                # There is no such log: the only event is an error without a reader.
-                self._gateway.lifetime.let_go(stream)
-        if not (stream.private or stream.mirrored):
-            self._note_end(stream)
-
-    async def hand_over(self, finished: list[Stream]) -> None:
-        """Store the logs that have ended in Redis for the other instances, as this one stops.
-
-        *finished* has the newest stream first.
-        """
-        for stream, seconds, log in handover.chosen(finished):
-            for name in handover.names_of(stream):
-                put = self._store.put_log(name_of(_caller(stream).name, name), log, seconds)
-                await self._ask(put, CALL_TIMEOUT)
-                if self._commands.away:
-                    return
-
-    async def close(self) -> None:
-        """Hand over the logs that have ended, and leave. The gateway must be closed before."""
-        finished = [stream for stream in self._streams.finished() if not stream.private]
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
-        await self.hand_over(finished[::-1])
-        if self._renewer is not None:
-            self._renewer.cancel()
-        for task in tuple(self._tasks):
-            task.cancel()
-        self.peers.close()
-        if self._serves:
-            self._listener.close()
-
-    async def _claim(
-        self,
-        stream: Stream,
-        request: Request,
-        producer: Coroutine[Any, Any, None],
-    ) -> None:
-        try:
-            filled = await self._claimed_elsewhere(
-                stream, partial(self._become_mirror, stream, request)
-            )
-        except RequestConflict:
-            # A request with the payload that belongs to this id may still use it.
-            self._streams.hide(stream)
-            _remote(stream).mirrored = False
-            raise
-        _remote(stream).decide()
-        if filled is not None:
-            await filled
-            return
-        await producer
-
-    async def _claimed_elsewhere(
-        self, stream: Stream, accept: Callable[[], None]
-    ) -> asyncio.Future[None] | None:
-        """Claim the request id of *stream* for this instance.
-
-        Return None if this instance has to make the answer. Otherwise another instance has it,
-        *accept* was called, and its events come to *stream*; the returned future is done at its
-        end. Cancelling is safe.
-
-        Raises:
-            RequestConflict: another instance has claimed the id with another payload.
-        """
-        name, lost = _name(stream), ""
-        for _ in range(MAX_OWNERS):
-            claim: Claim | None = await self._ask(self._store.take(name, lost))
-            if claim is None:
-                if not lost:
-                    self._unclaimed.value += 1
-                return None
-            if (filled := await self._filled(stream, claim, accept)) is not None:
-                return filled
-            if claim.owner == self._me:
-                return None
-            # The owner has lost the stream.
-            lost = claim.owner
-        return None
-
-    async def _filled(
-        self, stream: Stream, claim: Claim, accept: Callable[[], None]
-    ) -> asyncio.Future[None] | None:
-        """Return a future for the end of the mirror *stream*; None if no instance has its log."""
-        start = Start(digest=stream.digest)
-        if claim.owner == self._me:
-            kept = await self._kept(_name(stream)) if claim.seconds else None
-            if kept is None:
-                return None
-            handover.fill_mirror(stream, kept, start, accept, self.peers.apis)
-            done: asyncio.Future[None] = self._loop.create_future()
-            done.set_result(None)
-            return done
-        mirror = self.peers.attach(stream, claim.owner, start, accept)
-        try:
-            await mirror.accepted
-        except (StreamNotFound, ServerShutdown):
-            if stream.mirrored:
-                # The owner had the log, and was lost before all of the log was here.
-                raise
-            return None
-        except BaseException:
-            mirror.close()
-            raise
-        return mirror.done
-
-    def _become_mirror(self, stream: Stream, request: Request) -> None:
-        """Note that another instance has the answer, so that *stream* is only a mirror of it."""
-        self._streams.hide(stream)
-        self._gateway.lifetime.leave_background(stream)
-        request.forget_grant()
-        request.provider_request.forget_body()
-        self._gateway.lifetime.expect(stream, MAX_UNREAD)
-
-    async def _follow(self, stream: Stream, start: Start) -> None:
-        """Fill the mirror *stream*, and decide its claim once its log is known to exist.
-
-        Raises:
-            StreamNotFound: no instance has such a log.
-            RequestConflict, ResumeGap, ServerShutdown, InstanceUnavailable: as `Instances.reach`.
-        """
-        name = _name(stream)
-
-        def tell() -> None:
-            if start.cancel:
-                self._start(self._tell(_caller(stream), stream.request_id))
-
-        # Only Redis knows the owner, so this call may take long.
-        verdict = await self._find(name, tell)
-        if verdict is None:
-            raise unknown("stream")
-        if verdict.seconds and (kept := await self._kept(name)) is not None:
-            handover.fill_mirror(stream, kept, start, lambda: None, self.peers.apis)
-            _remote(stream).decide()
-            return
-        if not verdict.owner:
-            # It may have begun here a moment ago.
-            self.peers.gateway.find(_caller(stream), stream.request_id, start.digest)
-            raise ResumeGap(f"event {start.after} does not exist yet")
-        mirror = self.peers.attach(stream, verdict.owner, start, lambda: None)
-        try:
-            await mirror.accepted
-            _remote(stream).decide()
-            await mirror.done
-        finally:
-            mirror.close()
-
-    def _note_end(self, stream: Stream) -> None:
-        """Note that *stream*, whose id was claimed, has ended."""
+        """Note that the producer of *stream* has ended: its claims last as long as its log."""
         caller = _caller(stream)
-        if self._streams.find(caller, stream.request_id) not in {None, stream}:
-            # Its id has a new answer.
+        if stream.private or self._streams.find(caller, stream.request_id) not in {None, stream}:
+            # It has no name, or its id has a new answer.
             return
         # If there is no answer, or the end of the server cut it, the claim is given up, so that
         # the same request gets a new answer. Such a request may have taken the claim already.
@@ -557,16 +301,12 @@ class RemoteStreams:
             claims[name_of(caller.name, stream.alias)] = stream.window
         self._start(self._store.renew(claims))
 
-    def aliased(self, stream: Stream, alias: str) -> None:
-        """Claim *alias*, a second name of *stream*."""
-        self._start(self._store.renew({name_of(_caller(stream).name, alias): _seconds(stream)}))
-
     def renew(self) -> None:
         """Renew the claims to the names of all running streams."""
         claims = [
             (name, _seconds(stream))
             for stream in self._streams.running()
-            if not (stream.private or stream.undecided)
+            if not stream.private
             for name in _names(stream)
         ]
         for start in range(0, len(claims), MAX_RENEWED):
@@ -584,15 +324,38 @@ class RemoteStreams:
     async def _quietly(self, call: Coroutine[Any, Any, object]) -> None:
         await self._ask(call, CALL_TIMEOUT)
 
+    # The end.
+
+    async def hand_over(self, finished: list[Stream]) -> None:
+        """Store the logs that have ended in Redis for the other instances, as this one stops.
+
+        *finished* has the newest stream first.
+        """
+        for stream, seconds, log in kept_logs.chosen(finished):
+            for name in kept_logs.names_of(stream):
+                put = self._store.put_log(name_of(_caller(stream).name, name), log, seconds)
+                await self._ask(put, CALL_TIMEOUT)
+                if self._commands.away:
+                    return
+
+    async def close(self) -> None:
+        """Hand over the logs that have ended, and leave. The gateway must be closed before."""
+        if self._renewer is None:
+            return
+        finished = [stream for stream in self._streams.finished() if not stream.private]
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
+        await self.hand_over(finished[::-1])
+        self._renewer.cancel()
+        for task in tuple(self._tasks):
+            task.cancel()
+        self._listener.close()
+
 
 def _caller(stream: Stream) -> Caller:
     caller = stream.caller
     assert isinstance(caller, Caller)
     return caller
-
-
-def _name(stream: Stream) -> str:
-    return name_of(_caller(stream).name, stream.request_id)
 
 
 def _names(stream: Stream) -> list[str]:
@@ -609,13 +372,3 @@ def _seconds(stream: Stream) -> float:
     error if the owner has crashed.
     """
     return LEASE + (min(stream.window, LEASE) if stream.background else stream.window)
-
-
-def _nothing() -> None:
-    """Release nothing: a mirror has no request."""
-
-
-def _remote(stream: Stream) -> Remote:
-    """Return the remote state of *stream*, which must be claimed or a mirror."""
-    assert stream.remote is not None
-    return stream.remote

@@ -328,7 +328,7 @@ class Tunnels:
             Lost, InstanceUnavailable, RequestConflict, ResumeGap: as `Elsewhere.follow`.
         """
         self._check_room()
-        after, sequence, digest, _cancel = start
+        after, sequence, digest = start
         asked = Follow(caller.name, request_id, after, sequence, digest, api, lane)
         tunnel = SocketTunnel(self._hold(), self._forget)
         self._open[tunnel] = owner

@@ -125,7 +125,7 @@ async def test_an_answer_of_sse_is_asked_about_at_another_instance(make: Make) -
 
     assert states["a"] == states["b"]
     assert states["b"]["text"]
-    await until(lambda: b.cluster.stats().mirrors == 0)
+    await until(lambda: b.cluster.stats().tunnels == 0)
 
 
 async def test_what_has_run_in_the_background_survives_a_graceful_stop(make: Make) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.gateway.contracts.commands import Commands
-from aioserver.wings.cluster.answers.bus import RedisCommands
 from aioserver.wings.cluster.answers.claims import Claims
 from aioserver.wings.cluster.limits.leases import Leases
 from aioserver.wings.cluster.limits.renewer import Renewer
+from aioserver.wings.cluster.redis_commands import RedisCommands
 from aioserver.wings.conversations.redis import RedisTurns
 from tests.support.redis_server import RedisServer
 

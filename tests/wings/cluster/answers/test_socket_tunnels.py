@@ -265,8 +265,7 @@ async def test_no_log_is_made_of_an_answer_that_is_passed_on(make: Make) -> None
         second = await stack.enter_async_context(b.server.connect())
         await second.send_json(resume("r1"))
         seen = await until_status(second, "chunk")
-        assert (b.cluster.stats().mirrors, a.cluster.stats().links) == (1, 1)
-        assert (b.cluster.peers.mirrors, a.cluster.peers.links) == (0, 0)
+        assert (b.cluster.stats().tunnels, a.cluster.stats().links) == (1, 1)
         assert b.server.owners.streams.stats().running == 0
         seen += await to_end(second)
         await to_end(first)
@@ -276,7 +275,7 @@ async def test_no_log_is_made_of_an_answer_that_is_passed_on(make: Make) -> None
 
     assert numbers(seen) == list(range(1, len(seen) + 1))
     assert seen[-1]["status"] == "complete"
-    assert (b.cluster.stats().mirrors, a.cluster.stats().links) == (0, 0)
+    assert (b.cluster.stats().tunnels, a.cluster.stats().links) == (0, 0)
     assert b.requests == 0
 
 
@@ -291,7 +290,6 @@ async def test_a_question_that_is_answered_elsewhere_is_passed_on_from_its_first
         second = await stack.enter_async_context(b.server.connect())
         await second.send_json(chat("r1"))
         seen = await until_status(second, "chunk")
-        assert (b.cluster.peers.mirrors, a.cluster.peers.links) == (0, 0)
         assert b.server.owners.streams.stats().running == 0
         await second.send_json(chat("r1", "Something else"))
         conflict = (await to_end(second))[-1]
@@ -487,7 +485,7 @@ async def test_a_client_that_leaves_leaves_its_owners(make: Make) -> None:
             await until(lambda: read_by(a) == 4)
 
         await until(lambda: read_by(a) == 2)
-        await until(lambda: b.cluster.stats().mirrors == 0)
+        await until(lambda: b.cluster.stats().tunnels == 0)
         await first.close()
         await other.close()
     await a.server.context.gateway.close()
@@ -512,7 +510,7 @@ async def test_a_client_that_leaves_while_its_id_is_asked_for_leaves_nothing_beh
         else:
             await until(lambda: read_by(a) == 1)
             await first.close()
-    await until(lambda: b.cluster.stats().mirrors == 0)
+    await until(lambda: b.cluster.stats().tunnels == 0)
     await a.server.context.gateway.close()
 
 
@@ -525,7 +523,7 @@ async def test_a_client_that_reads_nothing_holds_up_its_owner_and_loses_nothing(
         ws._conn.transport.pause_reading()  # noqa: SLF001 - it has no other way
         for name in ("r1", "r2"):
             await ws.send_json(resume(name))
-        await until(lambda: b.cluster.stats().mirrors == 2)
+        await until(lambda: b.cluster.stats().tunnels == 2)
         tunnels = tuple(b.cluster._tunnels._open)  # noqa: SLF001 - no snapshot has them
         await until(lambda: all(tunnel._blocked for tunnel in tunnels))  # type: ignore[union-attr]  # noqa: SLF001
         # What is read once of each may be kept.
