@@ -17,7 +17,7 @@ from aioserver.wings.responses.redis import MISSING, NEXT, NO_ROOM, PRESENT, WRI
 from tests.support.chat import chat, resume, to_end, until_status
 from tests.support.memory_bus import Instance, World, instance_of
 from tests.support.redis_server import RedisServer
-from tests.support.server import PACED
+from tests.support.server import ENDLESS, PACED
 from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
@@ -425,6 +425,28 @@ async def post(instance: Instance, path: str, body: dict[str, Any]) -> dict[str,
         assert response.status == 200, await response.text()
         content: dict[str, Any] = await response.json()
         return content
+
+
+async def test_a_reader_elsewhere_reads_on_while_the_server_pauses(
+    join: Any, tmp_path: Path, valkey: RedisServer
+) -> None:
+    async with running_over(join, tmp_path, ENDLESS) as (a, b):  # noqa: SIM117 - it is clearer
+        async with a.server.connect() as first, b.server.connect() as second:
+            await first.send_json(chat("r1"))
+            await until_status(first, "chunk")
+            await second.send_json(resume("r1"))
+            seen = await until_status(second, "chunk")
+
+            valkey.pause()
+            # They take longer than any answer of it is awaited.
+            seen += [await second.receive_json(timeout=20) for _ in range(200)]
+            valkey.go_on()
+            async with a.server.session.delete(f"{a.server.sse}/r1") as response:
+                assert response.status == 204
+            seen += await to_end(second)
+            await to_end(first)
+
+    assert [frame["event_id"] for frame in seen] == list(range(1, len(seen) + 1))
 
 
 async def test_a_command_after_a_restart_of_the_server_is_carried_out(
