@@ -236,8 +236,8 @@ class MemoryStore:
         if (owner := self._other(name, now)) not in ("", lost):
             return owner.encode(), -2
         self._world.claims[name] = Claim(self._me, now + seconds)
-        if (seconds := self._world.replies.get(self._me, 0.0)) > 0:
-            await asyncio.sleep(seconds)
+        if (late := self._world.replies.get(self._me)) is not None:
+            await asyncio.sleep(late)
         return self._me.encode(), self._left(name, now)
 
     async def find(self, name: str, lost: str) -> tuple[bytes, int]:
