@@ -72,9 +72,8 @@ class Lane:
 
     *stream* is the log of the response that is read, or was read last; None until the response
     under way has begun, or if it is that of another instance: then *reading* reads it.
-    *response_id* is its id, once it is known, and *continues* the id of its
-    predecessor. *asked* is the task that fills the last response requested here; a resumed response
-    has no such task.
+    *response_id* is its id, once it is known, and *continues* the id of its predecessor. *asked* is
+    the task that fills the last response requested here; a resumed response has no such task.
     *on_end* is called at the end of that task. *under_way* counts what the end of the turn still
     waits for, such as events that are not written, and was first more than 0 at *began*. The lane
     has been silent since *silent_since*, after *events* events.
