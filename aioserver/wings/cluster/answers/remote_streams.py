@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.answers.greeting import Question
     from aioserver.wings.cluster.answers.peer_network import Network
 
+# Seconds within which the id of a response that has begun is claimed.
+UNCLAIMED = 0.02
 # Claims that one call renews at most, and seconds for calls for whose answer no client waits.
 MAX_RENEWED, CALL_TIMEOUT = 1_000, 1.0
 
@@ -181,6 +183,10 @@ class RemoteStreams:
         """
         name, owner = name_of(caller.name, request_id), "" if lost is None else lost.owner
         claim = await self._know(self._store.find(name, owner), "stream")
+        if not (claim.owner or claim.seconds or lost):
+            # A client may know the id that a provider has just made before its owner has claimed it.
+            await asyncio.sleep(UNCLAIMED)
+            claim = await self._know(self._store.find(name, owner), "stream")
         if claim.seconds:
             # Of several that find a log, one adopts it.
             claim = await self._know(self._store.take(name, owner), "stream")

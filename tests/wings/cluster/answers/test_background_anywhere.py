@@ -175,3 +175,17 @@ async def test_an_instance_that_was_killed_is_told_of(make: Make, world: World) 
 
     assert (status, response["error"]["code"]) == (503, "server_shutdown")
     await called(a, name, cancel=True)
+
+
+async def test_a_response_is_found_before_its_owner_has_claimed_its_id(
+    make: Make, world: World
+) -> None:
+    a, b = await make(2, SLOW)
+    world.slow = 0.01
+    name = await asked(a)
+    # The claim is on its way.
+    assert not any(claim.until > 0 for claim in world.claims.values())
+    world.slow = 0.0
+
+    assert (await called(b, name))[0] == 200
+    await called(a, name, cancel=True)
