@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aioserver.wings.cluster.connection import CallFailed
 from aioserver.wings.cluster.limits.lease_messages import SECOND
 from tests.simulation.clock import Clock
-from tests.support.memory_bus import MemoryStore, World
+from tests.support.instances import MemoryStore, World
 from tests.support.renew_script import Script, Stale
 
 if TYPE_CHECKING:

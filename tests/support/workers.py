@@ -20,7 +20,7 @@ from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.limits.limits import SharedLimits
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
-from tests.support.memory_bus import (
+from tests.support.instances import (
     SECRET,
     MemoryStore,
     NamedNetwork,

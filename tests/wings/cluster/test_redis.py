@@ -15,7 +15,7 @@ from aioserver.wings.cluster.redis_commands import RedisCommands
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.responses.redis import MISSING, NEXT, NO_ROOM, PRESENT, WRITTEN, RedisChains
 from tests.support.chat import chat, resume, to_end, until_status
-from tests.support.memory_bus import Instance, World, instance_of
+from tests.support.instances import Instance, World, instance_of
 from tests.support.redis_server import RedisServer
 from tests.support.server import ENDLESS, PACED
 from tests.support.simulator import Behaviour

@@ -14,7 +14,7 @@ from aioserver.errors import ServerAtCapacity
 from aioserver.wings.cluster.totals import Totals
 from aioserver.wings.simulator.engine import EngineOptions
 from tests.support.chat import STREAMED
-from tests.support.memory_bus import instances
+from tests.support.instances import instances
 from tests.support.server import QUICK
 from tests.support.simulator import Behaviour
 from tests.support.waiting import until
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
-    from tests.support.memory_bus import Instance
+    from tests.support.instances import Instance
 
 
 def standing() -> ClusterState:

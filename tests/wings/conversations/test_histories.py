@@ -14,8 +14,8 @@ from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, Commands, answer
 from aioserver.wings.conversations.memory import Conversations
 from aioserver.wings.conversations.redis import RedisHistories
 from aioserver.wings.conversations.turn import Page, Turn
+from tests.support.instances import MemoryStore, World
 from tests.support.jumping_loop import block
-from tests.support.memory_bus import MemoryStore, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.memory_bus import World, instances
+from tests.support.instances import World, instances
 from tests.support.server import PACED, SLOW
 from tests.support.waiting import until
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from tests.support.memory_bus import Instance
+    from tests.support.instances import Instance
     from tests.support.simulator import Behaviour
 
     Make = Callable[..., Awaitable[list[Instance]]]

@@ -33,7 +33,7 @@ from aioserver.wings.cluster.answers.peer_network import (
     bind_unix,
 )
 from tests.support.chat import chat, to_end
-from tests.support.memory_bus import SECRET, instances
+from tests.support.instances import SECRET, instances
 from tests.support.waiting import ticks, until, within
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.wings.cluster.answers.peer_network import PeerNetwork
-    from tests.support.memory_bus import Instance
+    from tests.support.instances import Instance
 
 # A server from which no address but that of loopback follows.
 REDIS = "redis://127.0.0.1"

@@ -19,7 +19,7 @@ from aioserver.wings.responses.items import ResponseParts
 from aioserver.wings.responses.redis import SharedResponses
 from aioserver.wings.responses.stored import StoredResponses
 from tests.support.clock import FakeClock
-from tests.support.memory_bus import MemoryStore, World, instances
+from tests.support.instances import MemoryStore, World, instances
 from tests.support.responses import connect, create, next_event, to_end, whole
 from tests.support.server import ENDLESS
 from tests.support.simulator import Behaviour
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.wings.responses.stored import StoredResponse
-    from tests.support.memory_bus import Instance
+    from tests.support.instances import Instance
 
 FORGETFUL = Behaviour(ttft=0, interval=0, forgets=(404, "Response with id 'x' not found."))
 CALLER = Caller("somebody")

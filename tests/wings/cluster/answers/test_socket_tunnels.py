@@ -26,8 +26,8 @@ from aioserver.wings.cluster.answers.greeting import (
 from aioserver.wings.cluster.answers.socket_tunnels import SocketTunnel
 from tests.support import responses
 from tests.support.chat import big, cancel, chat, numbers, resume, to_end, until_status
+from tests.support.instances import SECRET, World, instance_of, instances
 from tests.support.keys import bearer, keys_of
-from tests.support.memory_bus import SECRET, World, instance_of, instances
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, QUICK
 from tests.support.waiting import ticks, until, within
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.errors import AioserverError
-    from tests.support.memory_bus import Instance
+    from tests.support.instances import Instance
 
     Make = Callable[..., Awaitable[list[Instance]]]
 

@@ -25,8 +25,8 @@ from tests.support.chat import (
     to_end,
     until_status,
 )
+from tests.support.instances import World, instance_of, instances
 from tests.support.keys import bearer, keys_of
-from tests.support.memory_bus import World, instance_of, instances
 from tests.support.server import ENDLESS, PACED, QUICK, SIM_HTTP_CLIENT
 from tests.support.simulator import Behaviour
 from tests.support.waiting import until, within
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import ClientKey
     from aioserver.limits.scheduler import Scheduler
-    from tests.support.memory_bus import Instance
+    from tests.support.instances import Instance
 
     Make = Callable[..., Awaitable[list[Instance]]]
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.chat import chat, frames_of
 from tests.support.chat import to_end as to_end_of_chat
-from tests.support.memory_bus import MemoryStore, World, instances
+from tests.support.instances import MemoryStore, World, instances
 from tests.support.responses import connect, create, to_end
 from tests.support.simulator import Behaviour
 

@@ -28,8 +28,8 @@ from tests.support.chat import (
     to_end,
     until_status,
 )
+from tests.support.instances import SECRET, NamedNetwork, World, instance_of, instances
 from tests.support.keys import bearer, keys_of
-from tests.support.memory_bus import SECRET, NamedNetwork, World, instance_of, instances
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, QUICK, UVICORN
 from tests.support.waiting import until, within
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
     from pathlib import Path
 
-    from tests.support.memory_bus import Instance
+    from tests.support.instances import Instance
 
     Make = Callable[..., Awaitable[list[Instance]]]
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.chat import ENDS, chat, resume
-from tests.support.memory_bus import World, instances
+from tests.support.instances import World, instances
 from tests.support.server import PACED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.support.memory_bus import Instance
+    from tests.support.instances import Instance
 
 CLIENTS = 8
 # Errors after which a client comes back.

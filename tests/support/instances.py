@@ -1,5 +1,5 @@
-"""Several instances in one process: a bus and a store of claims in memory, with the faults of a
-network, and peer listeners on sockets of their own.
+"""Several instances in one process: what they share in memory, and peer listeners on sockets of
+their own, with the faults of a network.
 """
 
 from __future__ import annotations
