@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from aioserver.wings.cluster.leased import LeasedCapacity
-from aioserver.wings.cluster.leases import Leases
-from aioserver.wings.cluster.renewer import Renewer
+from aioserver.wings.cluster.limits.leased import LeasedCapacity
+from aioserver.wings.cluster.limits.leases import Leases
+from aioserver.wings.cluster.limits.renewer import Renewer
 from tests.support.cluster_simulation import Load, Simulation
 from tests.support.redis_server import RedisServer
 from tests.support.resources import Line

@@ -44,7 +44,7 @@ SHOWN = {  # module: why it may know what time people have
     "wings.conversations.memory": "turns are older than the process, and kept for days",
     "tools.top.screen": "the times of incidents",
     "limits.budget": "a budget of a day, which begins at 00:00 UTC",
-    "wings.cluster.shared_budget": "a budget of a day, which begins at 00:00 UTC",
+    "wings.cluster.limits.shared_budget": "a budget of a day, which begins at 00:00 UTC",
     "server.app": "which day's ledger says what was used today",
     "usage.ledger": "the stamps of lines, and the days of files",
     "usage.ledger_reader": "whether an attempt may still run",

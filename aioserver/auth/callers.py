@@ -107,6 +107,19 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
 NO_CALLER = Caller()
 # The caller of a request that was admitted.
 CALLER = web.RequestKey("caller", Caller)
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """The instance that passes a request on, as it vouches for its client: the client's *address*,
+    and whether it is connected *secure*ly.
+    """
+
+    address: str
+    secure: bool
+
+
+# Set only for a request that another instance of the cluster has passed on.
+PEER = web.RequestKey("peer", Peer)
 # The client's address; set only if proxies are trusted, otherwise `request.remote` holds it.
 ADDRESS = web.RequestKey("address", str)
 

@@ -33,11 +33,12 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 from multidict import istr
 
-from aioserver.auth.callers import ADDRESS, CALLER, Caller, anonymous
+from aioserver.auth.callers import ADDRESS, CALLER, PEER, Caller, anonymous
 from aioserver.errors import (
     Denied,
     InvalidApiKey,
     InvalidRequest,
+    MethodNotAllowed,
     MissingApiKey,
     OriginNotAllowed,
     PermissionDenied,
@@ -62,6 +63,8 @@ KEY_PROTOCOLS = (KEY_PROTOCOL, "openai-insecure-api-key.")
 MAX_SESSIONS = 4
 # Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS, hdrs.METH_TRACE})
+# What another instance may pass on.
+PASSED_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_POST})
 KEY_NEEDED = (
     "this server wants an API key: "
     f"Authorization: Bearer, {', '.join(KEY_HEADERS)}, or log in on its page"
@@ -103,7 +106,11 @@ class Guard:
         """
         access, headers = self._access, request.headers
         keyed, address = access.keyed, None
-        if access.proxies.trusted:
+        if PEER in request:
+            if request.method not in PASSED_METHODS:
+                raise MethodNotAllowed("instances pass on no request of this method")
+            request[ADDRESS] = address = request[PEER].address
+        elif access.proxies.trusted:
             request[ADDRESS] = address = access.proxies.address(request.remote, headers)
         if not keyed and access.hosts is not None:
             access.hosts.check(headers.get(hdrs.HOST))

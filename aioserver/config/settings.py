@@ -62,6 +62,8 @@ from aioserver.config.validators import (
     one_of,
     optional,
     optional_line,
+    peer_address,
+    peer_ports,
     python_class,
     redis,
     seconds,
@@ -312,6 +314,20 @@ class Auth(SettingsClass):
         check_rules(self, *broken)
 
 
+class PeerTls(SettingsClass):
+    """TLS between the instances of a cluster: each presents a certificate of one authority, and
+    names in certificates are not checked. Without this section their connections are plain.
+    """
+
+    cert_file: str = setting(
+        line, "PEM file of the instance's certificate, with its intermediates behind it"
+    )
+    key_file: str | None = setting(
+        optional(line), "PEM file of its key, not encrypted; null: `cert_file` has it, too", None
+    )
+    ca_file: str = setting(line, "PEM file of the authority that has signed them all")
+
+
 class Cluster(SettingsClass):
     """What several processes or machines share, as instances of one cluster."""
 
@@ -327,6 +343,30 @@ class Cluster(SettingsClass):
         "name of the cluster: instances with the same name at the same server share",
         "aioserver",
     )
+    listen: str | None = setting(
+        optional(peer_ports),
+        "address on which this instance listens for the other ones, as HOST:PORT or "
+        "HOST:FIRST-LAST, of which it takes the first free port; null: any port of the address "
+        "from which it reaches `redis_url`",
+        None,
+    )
+    advertise: str | None = setting(
+        optional(peer_address),
+        "address by which the other instances reach this one, as HOST or HOST:PORT; null: where "
+        "it listens",
+        None,
+    )
+    tls: PeerTls | None = setting(optional(section(PeerTls)), "", None)
+
+    def __post_init__(self) -> None:
+        """Check the ports."""
+        broken: list[BrokenRule] = []
+        for name, text in (("listen", self.listen), ("advertise", self.advertise)):
+            ports = [] if text is None else text.rpartition("]")[2].partition(":")[2].split("-")
+            numbers = [int(port) for port in ports if port]
+            if numbers != sorted(numbers) or any(number > 65535 for number in numbers):
+                broken.append(((name,), "has no port from 1 to 65535, or no range of such ports"))
+        check_rules(self, *broken)
 
 
 class Tracing(SettingsClass):

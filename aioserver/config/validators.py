@@ -381,6 +381,20 @@ origin = text(
     '"*" or scheme://host[:port], without a path or a slash at its end',
     shown=True,
 )
+# Addresses of instances. The host is an address or a name; IPv6 stands in brackets.
+_peer_host = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)"
+peer_address = text(
+    "HOST or HOST:PORT",
+    rf"{_peer_host}(?::[0-9]{{1,5}})?",
+    "HOST or HOST:PORT; an IPv6 address stands in brackets",
+    shown=True,
+)
+peer_ports = text(
+    "HOST:PORT or HOST:FIRST-LAST",
+    rf"{_peer_host}:[0-9]{{1,5}}(?:-[0-9]{{1,5}})?",
+    "HOST:PORT or HOST:FIRST-LAST; an IPv6 address stands in brackets",
+    shown=True,
+)
 proxy = url("http", "https", rest=r"[^\s\x00-\x1f\x7f?#]+")
 redis = url("redis", "rediss", "unix", rest=r"[^\s\x00-\x1f\x7f#]+")
 # A user's name and password in the URL of an API are refused, because there is `api_key`.

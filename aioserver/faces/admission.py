@@ -23,13 +23,20 @@ from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 import msgspec
+from aiohttp import web
 
-from aioserver.auth.callers import CALLER
-from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity
+from aioserver.auth.callers import CALLER, PEER
+from aioserver.errors import (
+    AioserverError,
+    ConcurrencyExceeded,
+    ServerAtCapacity,
+    StreamNotFound,
+)
 from aioserver.faces import whole
 from aioserver.faces.form import NO_FORMS
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
+from aioserver.gateway.contracts.instances import ASKED, BODY, FORWARDED, LOST, Elsewhere, Lost
 from aioserver.limits.deadline import Deadline, Guard
 from aioserver.limits.fair_queue import INTERACTIVE
 from aioserver.limits.quota import Quota
@@ -46,8 +53,6 @@ from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from aiohttp import web
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Concurrency
@@ -67,6 +72,11 @@ REFUSAL_LINES_PER_SECOND = 1
 NOTHING: AbstractContextManager[object] = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
+# What an instance answers to a request that another one has passed on: in front of its response
+# once it has the answer (RFC 2518, 10.1), and if it does not have it (RFC 9110, 15.5.20).
+ACCEPTED, MISDIRECTED = b"HTTP/1.1 102 Processing\r\n\r\n", 421
+# Owners of an answer that are asked for it, one after the other, each having lost it.
+MAX_OWNERS = 3
 # The class of requests that wait for the limits of their keys, and whose places others use
 # meanwhile. They may fill half of the queue, go before new connections, and wait until their keys
 # let them start.
@@ -162,6 +172,11 @@ class Admission:
         self.scheduler.shut(self.gate, error)
         if self.gate.supply is not None:
             self.gate.supply.leave()
+
+    @property
+    def max_tunnels(self) -> int:
+        """The most requests that may be passed on to other instances, and as many from them."""
+        return max(1, self._limits.max_connections // 2)
 
     @property
     def lent(self) -> int:
@@ -537,21 +552,32 @@ def _conclude(back: asyncio.Future[None], task: asyncio.Task[None]) -> None:
         back.exception()
 
 
+def _no_event(_request: web.Request, _error: AioserverError, _last: bytes) -> bytes:
+    return b""
+
+
 def counted(
     admission: Admission,
     face: str,
     prepare: Callable[[web.Request, BodyHold], Awaitable[T]],
     serve: Callable[[web.Request, T], Awaitable[web.StreamResponse]],
     refuse: Callable[[web.Request, AioserverError], Awaitable[web.StreamResponse]] | None = None,
+    broken: Callable[[web.Request, AioserverError, bytes], bytes] = _no_event,
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Return an HTTP handler that prepares, enters, and serves the prepared request.
 
     *refuse* answers a request that got no place, or whose key has too many connections. Without it
-    the refusal is raised: a plain 503 or 429.
+    the refusal is raised: a plain 503 or 429. *broken* renders an error behind the last events of
+    an answer that another instance has broken off; b"": there is no such event.
+
+    A request whose answer is elsewhere is passed on, once it has its place here. One that another
+    instance has passed on needs no place: it has one there.
     """
     meter = admission.metrics.faces[face]
 
     async def handler(request: web.Request) -> web.StreamResponse:
+        if PEER in request:
+            return await answer_peer(request)
         caller = request[CALLER]
         request_options = request_options_of(request.headers)
         with Visit(
@@ -564,7 +590,7 @@ def counted(
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-            prepared = await prepare(request, visit)
+            prepared = await find(request, visit)
             try:
                 place = admission.try_enter() or await admission.wait(face, visit.name, hold=visit)
             except ServerAtCapacity as error:
@@ -575,18 +601,59 @@ def counted(
                     raise
                 return await refuse(request, error)
             visit.enter(place)
+            for _ in range(MAX_OWNERS):
+                if not isinstance(prepared, Elsewhere):
+                    break
+                owner, render = prepared.owner, partial(broken, request)
+                try:
+                    response = await prepared.forward(request, render, visit.release)
+                except Lost as lost:
+                    request[LOST] = lost
+                else:
+                    request[FORWARDED] = owner
+                    return response
+                # Meanwhile another instance may have the answer, or none: then it begins here.
+                visit.release()
+                request[BODY] = prepared.body
+                prepared = await find(request, visit)
+            if isinstance(prepared, Elsewhere):
+                raise request[LOST].error
+            return await answer(request, prepared)
+
+    async def find(request: web.Request, hold: BodyHold) -> T | Elsewhere:
+        try:
+            return await prepare(request, hold)
+        except Elsewhere as elsewhere:
+            # Its frames have the body, while an answer is passed on.
+            forget_frames(elsewhere)
+            return elsewhere
+
+    async def answer_peer(request: web.Request) -> web.StreamResponse:
+        with BodyHold(admission, admission.now(), request_options_of(request.headers)) as hold:
             try:
-                response = await serve(request, prepared)
-            except ProviderFault as fault:
-                started = isinstance(request, Request) and request.started
-                if fault.request_outcome is None or started:
-                    raise
-                # The fault is counted with its record, and may be as large as the provider likes.
-                response = error_response(fault, request, admission.forms.of(request))
-                forget_frames(fault)
-            if not response.prepared:
-                timeout, drop = admission.send_timeout, admission.dropped
-                await whole.write(request, response, timeout, drop, face)
-            return response
+                prepared = await prepare(request, hold)
+            except (StreamNotFound, Elsewhere):
+                return web.Response(status=MISDIRECTED)
+            if ASKED not in request:
+                # Nobody passes on what has no id.
+                return web.Response(status=MISDIRECTED)
+            if request.transport is not None:
+                request.transport.write(ACCEPTED)
+            return await answer(request, prepared)
+
+    async def answer(request: web.Request, prepared: T) -> web.StreamResponse:
+        try:
+            response = await serve(request, prepared)
+        except ProviderFault as fault:
+            started = isinstance(request, Request) and request.started
+            if fault.request_outcome is None or started:
+                raise
+            # The fault is counted with its record, and may be as large as the provider likes.
+            response = error_response(fault, request, admission.forms.of(request))
+            forget_frames(fault)
+        if not response.prepared:
+            timeout, drop = admission.send_timeout, admission.dropped
+            await whole.write(request, response, timeout, drop, face)
+        return response
 
     return handler

@@ -11,6 +11,7 @@ from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from multidict import istr
 
+from aioserver.auth.callers import PEER
 from aioserver.faces.form import OPENAI
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ class Request(web.Request):
     known_id: str = ""
     started: web.StreamResponse | None = None
     limits: Callable[[], dict[str, str]] | None = None
+
+    @property
+    def secure(self) -> bool:
+        """Whether the client speaks TLS, also with another instance that has passed this on."""
+        return self[PEER].secure if PEER in self else super().secure
 
 
 def request_id(request: web.BaseRequest) -> str:

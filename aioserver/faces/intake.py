@@ -28,6 +28,7 @@ from aioserver.errors import (
     UnsupportedCoding,
     UnsupportedMediaType,
 )
+from aioserver.gateway.contracts.instances import BODY
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.client_headers import HOP, MAX_HOPS, collect, hops
@@ -104,8 +105,8 @@ def _arrived(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes | No
         return b""
     if not content.is_eof():
         return None
-    # The body usually arrives together with the head.
-    body = content.read_nowait()
+    # The body usually arrives together with the head. It was read if an owner has lost its answer.
+    body = content.read_nowait() or request.pop(BODY, b"")
     if len(body) > max_bytes:
         raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
     hold.grow(len(body))

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
+    from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
@@ -97,7 +98,13 @@ def routes(context: Context) -> list[web.RouteDef]:
         *(
             web.post(
                 f"/v1/{api.path}",
-                counted(context.admission, OPENAI.face, prepare_for(context, api), serving),
+                counted(
+                    context.admission,
+                    OPENAI.face,
+                    prepare_for(context, api),
+                    serving,
+                    broken=partial(broken, api),
+                ),
             )
             for api in APIS
         ),
@@ -114,7 +121,8 @@ def prepare_for(
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
-        key = idempotency_key(request)
+        if (key := idempotency_key(request)) is not None:
+            await context.gateway.claim(request, key, data)
         caller, streamed = caller_of(request, body.user), body.streamed
         route = context.router.route(body.model, caller=caller, body=body.data)
         if api is EMBEDDINGS:
@@ -144,6 +152,11 @@ def prepare_for(
         )
 
     return prepare
+
+
+def broken(api: Api, _request: web.Request, error: AioserverError, _last: bytes) -> bytes:
+    """Return *error*, with which another instance breaks off an answer of *api*, as an event."""
+    return api.events().render(error)
 
 
 def digest_of(path: str, body: bytes) -> bytes:

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from aiohttp import web
 
-from aioserver.auth.callers import CALLER
 from aioserver.errors import ResumeGap
 from aioserver.faces import whole
-from aioserver.gateway.contracts.instances import Start
 from aioserver.protocol import client_frames
 from aioserver.protocol.steps import pause
 from aioserver.streams.cursor import CollectingReader
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
-# The start of a mirror whose events are not read.
-NEWEST = Start(after=None)
 # Entries that are read in one step.
 STEP_ENTRIES = 512
 
@@ -50,9 +46,7 @@ def wanted(request: web.Request) -> bool:
 async def prepare(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
     """Find the stream of the answer."""
     name = client_frames.identifier(request.match_info["request_id"])
-    stream = await context.gateway.reach(request[CALLER], name, NEWEST)
-    context.gateway.lifetime.let_go(stream)
-    return stream
+    return await context.gateway.route(request, name)
 
 
 async def answer(context: Context, request: web.Request, stream: Stream) -> web.StreamResponse:
@@ -60,10 +54,7 @@ async def answer(context: Context, request: web.Request, stream: Stream) -> web.
 
     Raises:
         ServerAtCapacity: the kept bytes of all streams would exceed `max_kept_bytes`.
-        StreamNotFound, InstanceUnavailable, ServerShutdown: the stream has gone meanwhile.
     """
-    if stream.broken is not None:
-        raise stream.broken
     state: dict[str, Any] = {
         "request_id": stream.request_id,
         "status": stream.end_status.decode() or ("running" if stream.last else "queued"),
@@ -71,9 +62,7 @@ async def answer(context: Context, request: web.Request, stream: Stream) -> web.
     }
     if stream.ended:
         with contextlib.suppress(ResumeGap):
-            log = await context.gateway.reach(request[CALLER], stream.request_id)
-            state["text"] = await _text(context, log)
-            stream = log
+            state["text"] = await _text(context, stream)
         if stream.error is not None:
             state["error"] = stream.error.as_chunk()
     body = orjson.dumps(state)
@@ -97,8 +86,6 @@ async def _text(context: Context, stream: Stream) -> str:
     try:
         lifetime.reader_added(stream)
         await reader.reached
-        if stream.broken is not None:
-            raise stream.broken
         return "".join([text async for text in _texts(stream, reader.entries)])
     finally:
         run_all((reader.leave, partial(lifetime.reader_removed, stream)))

@@ -29,7 +29,7 @@ from abc import ABC, abstractmethod
 from functools import partial
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType
 
@@ -39,9 +39,12 @@ from aioserver.errors import (
     InvalidApiKey,
     ServerAtCapacity,
     ServerShutdown,
+    public,
 )
+from aioserver.faces.admission import MAX_OWNERS
 from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded, too_much
 from aioserver.faces.idle_sockets import IDLE_SECONDS
+from aioserver.gateway.contracts.instances import Elsewhere, Lost
 from aioserver.limits.quota import REVOKED
 from aioserver.limits.timer_wheel import EARLY
 from aioserver.limits.write_watchdog import (
@@ -57,14 +60,18 @@ from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
 from aioserver.streams.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.gateway.contracts.instances import Reading, Start
     from aioserver.limits.resource import Grant
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.request_options import RequestOptions
+    from aioserver.streams.stream import Stream
+
+logger = logging.getLogger("aioserver.connections")
 
 # The most messages, and bytes of them, that are kept of a socket that waits for its place.
 MAX_WAITING_MESSAGES = 16
@@ -465,6 +472,55 @@ class Socket(ABC):
 
     def _send_close(self, code: int, reason: bytes) -> None:
         self._writer.end(ws_frame(WS_CLOSE, struct.pack("!H", code) + reason))
+
+    # Answers of other instances.
+
+    async def reach(
+        self,
+        find: Callable[[Lost | None], Awaitable[Stream]],
+        start: Start,
+        api: str = "",
+        lane: str | None = None,
+    ) -> Stream | Reading:
+        """Return the stream that *find* finds, or the reading of another instance's from *start* on:
+        in messages of chats, or of *api* on its *lane*. *find* gets the owner that has lost the answer, if one
+        has.
+
+        Raises:
+            AioserverError: there is no such answer, or it is not known whether there is one.
+        """
+        lost: Lost | None = None
+        for _ in range(MAX_OWNERS):
+            try:
+                return await find(lost)
+            except Elsewhere as elsewhere:
+                try:
+                    return await elsewhere.follow(start, api, lane)
+                except Lost as no_more:
+                    lost = no_more
+        assert lost is not None
+        raise lost.error
+
+    def work(
+        self, work: Coroutine[Any, Any, None], refuse: Callable[[AioserverError], None]
+    ) -> asyncio.Task[None]:
+        """Begin *work* for a command, and *refuse* its errors; a client that leaves does not
+        cancel it.
+        """
+
+        async def working() -> None:
+            try:
+                await work
+            except Exception as exc:
+                if not isinstance(exc, AioserverError):
+                    logger.exception("bug in a command", exc_info=exc)
+                    self._context.metrics.bugs.note(exc)
+                refuse(public(exc))
+
+        task = self._loop.create_task(working())
+        # A task that is cancelled before its first step has not begun the work.
+        task.add_done_callback(lambda _task: work.close())
+        return task
 
     async def finish(self) -> None:
         """Complete the close after the last read, and release everything.

@@ -23,7 +23,7 @@ from aioserver.faces import http, polling
 from aioserver.faces.admission import BodyHold, counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
-from aioserver.gateway.contracts.instances import Start
+from aioserver.gateway.contracts.instances import ASKED
 from aioserver.protocol import client_frames, eventstream, frames
 from aioserver.protocol.client_frames import Chat
 from aioserver.streams.formats import EVENTS, RETRY
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from aioserver.errors import AioserverError
     from aioserver.faces.context import Context
-    from aioserver.streams.contracts import Queued
 
 
 def routes(context: Context) -> list[web.RouteDef]:
@@ -50,6 +49,7 @@ def routes(context: Context) -> list[web.RouteDef]:
         partial(prepare_resume, context),
         partial(resume, context),
         partial(busy, context),
+        broken,
     )
     answer_state = counted(
         admission, "sse", partial(polling.prepare, context), partial(polling.answer, context)
@@ -57,7 +57,13 @@ def routes(context: Context) -> list[web.RouteDef]:
     return [
         web.post(
             endpoint,
-            counted(admission, "sse", partial(prepare, context), partial(start, context)),
+            counted(
+                admission,
+                "sse",
+                partial(prepare, context),
+                partial(start, context),
+                broken=broken,
+            ),
         ),
         web.get(endpoint, partial(listing, context)),
         web.get(stream, partial(get, follow, answer_state)),
@@ -120,12 +126,14 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
         chat = replace(chat, client_headers=headers)
     hold.request_options = hold.request_options.joined(chat.request_options)
     question = Question(request[CALLER], chat, hold, detached, _last_seen(request))
+    name = chat.request_id
     if question.after:
         with context.metrics.resuming():
+            question.stream = await context.gateway.route(request, name, chat.digest(), data)
             # A gap is reported before a place is taken.
-            stream = await _known(context, question)
-            stream.locate(question.after)
-            question.stream = stream
+            question.stream.locate(question.after)
+    else:
+        await context.gateway.claim(request, name, data)
     return question
 
 
@@ -137,28 +145,18 @@ async def start(context: Context, request: web.Request, question: Question) -> w
     """
     gateway, stream = context.gateway, question.stream
     if stream is not None:
-        # A mirror belongs to this request; a log that is kept here may have been evicted
-        # meanwhile.
-        stream = stream if stream.mirrored else await _known(context, question)
+        # It may have been evicted meanwhile.
+        stream = gateway.find(question.caller, stream.request_id)
         question.chat = None
         question.hold.release()
     else:
-        chat = question.take_chat()
         stream = gateway.ask(
             question.caller,
-            chat,
+            question.take_chat(),
             face="sse",
             hold=question.hold,
             background=question.detached,
         )
-        if gateway.instances is not None:
-            await gateway.instances.claimed(stream)
-            if stream.mirrored and stream.first > question.after + 1:
-                # Several requests with one id have waited for its claim together, and another one
-                # already reads the mirror.
-                start = Start(question.after, digest=chat.digest())
-                stream = await gateway.reach(question.caller, chat.request_id, start)
-        del chat
     if not question.detached:
         return await resume(context, request, (stream, question.after))
     if not stream.readers:
@@ -180,13 +178,6 @@ def _last_seen(request: web.Request) -> int:
     return client_frames.event_number(number)
 
 
-async def _known(context: Context, question: Question) -> Stream:
-    chat = question.chat
-    assert chat is not None, "the chat was not taken yet"
-    start = Start(question.after, digest=chat.digest())
-    return await context.gateway.reach(question.caller, chat.request_id, start)
-
-
 async def prepare_resume(
     context: Context, request: web.Request, _hold: BodyHold
 ) -> tuple[Stream, int]:
@@ -194,7 +185,7 @@ async def prepare_resume(
     name = client_frames.identifier(request.match_info["request_id"])
     after = _last_seen(request)
     with context.metrics.resuming():
-        stream = await context.gateway.reach(request[CALLER], name, Start(after))
+        stream = await context.gateway.route(request, name)
         # A gap is reported before a place is taken.
         stream.locate(after)
     return stream, after
@@ -209,12 +200,8 @@ async def resume(
     """
     stream, after = position
     if stream.ended and after >= stream.last:
-        if stream.broken is not None:
-            raise stream.broken
-        context.gateway.lifetime.let_go(stream)
         return web.Response(status=204)
     if request.method == "HEAD":
-        context.gateway.lifetime.let_go(stream)
         return await _head(request)
     return await _follow(context, request, stream, after)
 
@@ -240,6 +227,14 @@ async def busy(
     return response
 
 
+def broken(request: web.Request, error: AioserverError, _last: bytes) -> bytes:
+    """Return *error*, with which another instance breaks off an answer, as an event without an id:
+    a client that comes back continues after the last event that it has.
+    """
+    frame = frames.loose_frame(request[ASKED], "error", error.as_chunk())
+    return eventstream.write(frame, event="error")
+
+
 async def listing(context: Context, request: web.Request) -> web.Response:
     """Answer a GET without an id with the caller's own streams that are kept.
 
@@ -263,22 +258,9 @@ async def cancel(context: Context, request: web.Request) -> web.Response:
 async def _follow(
     context: Context, request: web.Request, stream: Stream, after: int
 ) -> web.StreamResponse:
-    def render_position(queued: Queued) -> bytes:
-        return eventstream.write(
-            frames.loose_frame(stream.request_id, "queued", queued.chunk), event="queued"
-        )
-
     response = Events(request)
     try:
-        await follow(
-            context,
-            request,
-            response,
-            stream,
-            after,
-            EVENTS,
-            render_position=render_position,
-        )
+        await follow(context, request, response, stream, after, EVENTS)
     finally:
         # The stream may have no reader, if its client has left before.
         if not stream.readers:

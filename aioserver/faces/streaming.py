@@ -44,17 +44,15 @@ async def follow(
     after: int,
     event_format: Format,
     *,
-    render_position: Callable[[Queued], bytes] | None = None,
     opening: ConditionReader | None = None,
     heartbeat: bytes = eventstream.HEARTBEAT,
     render_wait: Callable[[Queued], bytes] | None = None,
 ) -> None:
     """Send the head of *response*, then the events of *stream* after event *after*, to its end.
 
-    *render_position* renders the queue position whenever it changes. *opening* has read the stream
-    until now, and hands it over to this reader. *heartbeat* is written after each `ping_interval`
-    of silence. While the request waits, the result of *render_wait* is written instead, and also
-    with the head.
+    *opening* has read the stream until now, and hands it over to this reader. *heartbeat* is
+    written after each `ping_interval` of silence. While the request waits, the result of
+    *render_wait* is written instead, and also with the head.
 
     However this ends, the writer follows nothing afterwards: an event that is appended later would
     land inside the next response on this connection.
@@ -100,9 +98,7 @@ async def follow(
 
     beats = Heartbeat(writer, chat.websocket.ping_interval, beat)
     try:
-        writer.follow(
-            stream, after, event_format, render_position=render_position, on_end=finished
-        )
+        writer.follow(stream, after, event_format, on_end=finished)
         if opening is None:
             gateway.lifetime.reader_added(stream)
         else:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
     from contextlib import AsyncExitStack
 
+    from aioserver.auth.callers import Peer
     from aioserver.auth.tokens import Tokens
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
@@ -146,6 +147,17 @@ class Wing:
             ConfigurationError: they cannot be used.
         """
         return _nothing
+
+    async def listen(self, accept: Callable[[Peer], asyncio.Protocol]) -> None:
+        """Let other instances of this server pass requests on to it. *accept* returns the protocol
+        of a connection that brings one, which an instance vouches for. Without a runner of ours
+        this is not called.
+        """
+
+    async def finish(self, seconds: float) -> None:
+        """Wait until other instances have the answers that they read here, *seconds* at most. The
+        connections of clients have ended.
+        """
 
     async def leave(self) -> None:
         """Say good-bye to other servers: every answer has ended, and connections still stand."""

@@ -17,14 +17,21 @@ import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aioserver.auth.callers import CALLER, PEER
 from aioserver.errors import (
     InvalidApiKey,
     RequestConflict,
+    ServerShutdown,
     StreamNotFound,
     TokensExceeded,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
-from aioserver.gateway.contracts.instances import FROM_START, NOT_FOUND
+from aioserver.gateway.contracts.instances import (
+    ASKED,
+    LOST,
+    NOT_FOUND,
+    Elsewhere,
+)
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
@@ -46,11 +53,13 @@ if TYPE_CHECKING:
         Iterator,
     )
 
+    from aiohttp import web
+
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.contracts.histories import Histories
     from aioserver.gateway.contracts.hooks import Hooks
-    from aioserver.gateway.contracts.instances import Instances, Start
+    from aioserver.gateway.contracts.instances import Instances
     from aioserver.gateway.router import Router
     from aioserver.limits.deadline import Deadline
     from aioserver.protocol.client_frames import Chat
@@ -206,14 +215,9 @@ class Gateway:
         """
         return self._existing(request) or self._begin(request, self._produce_whole)
 
-    def find(
-        self, caller: Caller, request_id: str, digest: bytes | None = None, after: int | None = 0
-    ) -> Stream:
+    def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
         """Return the caller's stream of *request_id*; with *digest*, only if it belongs to the
         same request.
-
-        While it is not known whether another instance owns the stream, it is found only for
-        reading from the start: events behind a later *after* would be at the other instance.
 
         Raises:
             StreamNotFound: there was never such a stream, it is no longer kept, or it belongs to
@@ -221,28 +225,68 @@ class Gateway:
             RequestConflict: the id is known with another payload.
         """
         stream = self._streams.find(caller, request_id)
-        if stream is None or (after != 0 and stream.undecided):
+        if stream is None:
             raise StreamNotFound(NOT_FOUND)
         if digest is not None and stream.digest != digest:
             raise RequestConflict("this request id is known, with another payload")
         return stream
 
-    async def reach(self, caller: Caller, request_id: str, start: Start = FROM_START) -> Stream:
-        """Return the caller's stream of *request_id*, as `find`, or a mirror of another instance's
-        stream.
+    async def route(
+        self,
+        request: web.Request,
+        request_id: str,
+        digest: bytes | None = None,
+        body: bytes = b"",
+    ) -> Stream:
+        """Return the stream of *request_id* of the caller of *request*, which is to be answered
+        with it; *digest* is as for `find`. *body* is what the client has sent.
 
         Raises:
-            StreamNotFound, RequestConflict: as `find`.
-            ResumeGap: another instance has the stream, but not the events after *start*.
-            InstanceUnavailable: it is not known whether another instance has it.
+            Elsewhere: another instance has it.
+            AioserverError: as `find`, and `Instances.route`.
         """
+        caller, request[ASKED] = request[CALLER], request_id
         try:
-            after = start.after if start.sequence is None else None
-            return self.find(caller, request_id, start.digest, after)
+            return self.find(caller, request_id, digest)
         except StreamNotFound:
-            if self.instances is None:
+            # Whoever has passed it on knows that it is here.
+            if self.instances is None or PEER in request:
                 raise
-        return await self.instances.reach(caller, request_id, start)
+        try:
+            await self.instances.route(caller, request_id, request.get(LOST))
+        except Elsewhere as elsewhere:
+            elsewhere.body = body
+            raise
+        return self.find(caller, request_id, digest)
+
+    async def claim(self, request: web.Request, key: str, body: bytes) -> None:
+        """Let *request* be answered here, whose caller finds the answer again by *key*, before
+        there is a stream. *body* is what the client has sent.
+
+        Raises:
+            Elsewhere: another instance answers it.
+            StreamNotFound: another instance has passed it on, and this one is stopping.
+            AioserverError: as `Instances.claim`.
+        """
+        caller, request[ASKED] = request[CALLER], key
+        stream = self._kept(caller, key)
+        if self._stopping and PEER in request:
+            if stream is None or isinstance(stream.error, ServerShutdown):
+                raise StreamNotFound(NOT_FOUND)
+        elif stream is None and self.instances is not None and not self._stopping:
+            try:
+                await self.instances.claim(caller, key, request.get(LOST))
+            except Elsewhere as elsewhere:
+                elsewhere.body = body
+                raise
+
+    def undecided(self, caller: Caller, key: str) -> bool:
+        """Return whether it is not known which instance answers the request of *caller* with *key*:
+        then `Instances.claim` is asked first.
+        """
+        if self.instances is None or self._stopping:
+            return False
+        return self._kept(caller, key) is None
 
     async def cancel_anywhere(self, caller: Caller, request_id: str) -> None:
         """Cancel a stream for all its readers, as `cancel`, at whichever instance it is.
@@ -349,14 +393,19 @@ class Gateway:
         return stream
 
     def _known(self, caller: Caller, key: str, digest: bytes) -> Stream | None:
-        if self._stopping:
-            raise shutdown_error()
-        stream = self._streams.find(caller, key)
-        if stream is None:
-            return None
-        if stream.digest != digest:
+        stream = self._kept(caller, key)
+        if stream is not None and stream.digest != digest:
             raise RequestConflict("this request id is already known, with another payload")
-        if stream.end_status == ERROR and not stream.sent and not stream.readers:
+        if self._stopping and stream is None:
+            raise shutdown_error()
+        return stream
+
+    def _kept(self, caller: Caller, key: str) -> Stream | None:
+        """Return the stream of a request that may come again; None if it is to be answered anew."""
+        stream = self._streams.find(caller, key)
+        if stream is not None and (
+            stream.end_status == ERROR and not stream.sent and not stream.readers
+        ):
             # No provider has received the request, so a new try costs nothing.
             self._streams.drop(stream)
             return None
@@ -426,9 +475,6 @@ class Gateway:
         asked.outlive_handler()
         if request.waits:
             producer, release = _once_granted(request, stream, producer)
-        # A request without an id cannot be known to another instance.
-        if self.instances is not None and request.key is not None:
-            producer, release = self.instances.claiming(stream, request, producer, release)
         if (bound := asked.bound) is not None:
             producer, release = self._bounded(stream, bound, producer, release)
         self.producers.start(stream, producer, release)
@@ -441,11 +487,11 @@ class Gateway:
         release: Callable[[], None],
     ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
         """Return a producer that runs *producer* to its end, or to the deadline of the request, and
-        its release. A mirror has the deadlines of its owner.
+        its release.
         """
 
         def over() -> bool:
-            return stream.mirrored or stream.ended or stream.ending is not None
+            return stream.ended or stream.ending is not None
 
         async def bounded() -> None:
             with Guard(bound, self._count_deadline, over):

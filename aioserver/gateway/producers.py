@@ -98,9 +98,7 @@ class Producers:
                             self._end(stream, task, fault)
                     finally:
                         try:
-                            # The owner of a mirror has its answer in the request log.
-                            if not stream.mirrored:
-                                self._finish_record(stream)
+                            self._finish_record(stream)
                         finally:
                             if self._on_end is not None:
                                 self._on_end(stream)
@@ -119,10 +117,6 @@ class Producers:
             if stream.ending is not None and fault is None:
                 # All of the answer has come, and its last event may have been read already.
                 stream.end_now()
-            elif stream.mirrored:
-                gone = ProviderDisconnected("the answer has no end")
-                cut = reason or StreamNotFound("this answer was cancelled")
-                stream.stop(error=cut if task.cancelled() else public(fault or gone))
             elif not task.cancelled():
                 error = public(fault or ProviderDisconnected("the answer has no end"))
                 error.paid = error.paid or (stream.sent and isinstance(error, InternalError))

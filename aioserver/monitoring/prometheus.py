@@ -148,8 +148,8 @@ _GAUGES: tuple[Gauge[Snapshot], ...] = (
         "state",
     ),
     Gauge(
-        "cluster_mirrors",
-        lambda s: s["cluster"]["mirrors"] if "cluster" in s else 0,
+        "cluster_tunnels",
+        lambda s: s["cluster"]["tunnels"] if "cluster" in s else 0,
         "Answers of other instances that are read at another one",
     ),
 )

@@ -185,7 +185,6 @@ def _former_state(sources: Sources, now: float) -> list[FormerState]:
     if (since := sources.former_since()) is None:
         return []
     records = [stream.record for stream in sources.streams.running()]
-    # A mirror's answer is in the record of its owner.
     running = [now - record.admitted_at for record in records if record.admitted_at]
     return [
         {

@@ -361,20 +361,19 @@ class ProcessState(TypedDict):
 class ClusterState(TypedDict):
     """The state of an instance in its cluster, or the worst state of several, and their traffic.
 
-    *state* is `joined`, `unheard` or `alone` (wings/cluster/leases.py). *calls* and *failed_calls*
-    count the calls about limits. *links* are logs of this instance that other instances read, and
-    *mirrors* are logs of other instances that this one reads. *unclaimed* counts requests with an
-    id that were answered although Redis did not say in time whether another instance has that id.
-    *lost* counts messages that were dropped because too many others were waiting.
+    *state* is `joined`, `unheard` or `alone` (wings/cluster/limits/leases.py). *calls* and *failed_calls*
+    count the calls about limits. *links* are answers of this instance that other instances read,
+    and *tunnels* are answers of other instances that this one passes on. *unclaimed* counts requests
+    with an id that were answered although Redis did not say in time whether another instance has
+    that id.
     """
 
     state: Annotated[str, _worst(STANDINGS)]
     calls: Annotated[int, SUM]
     failed_calls: Annotated[int, SUM]
     links: Annotated[int, SUM]
-    mirrors: Annotated[int, SUM]
+    tunnels: Annotated[int, SUM]
     unclaimed: Annotated[int, SUM]
-    lost: Annotated[int, SUM]
 
 
 class InstanceState(TypedDict):

@@ -19,6 +19,7 @@ from aioserver.providers import error_mapping
 from aioserver.providers.sinks import EventSink
 from aioserver.streams.contracts import PLAIN_EVENTS
 from aioserver.streams.fast_path import ForwardedApi
+from aioserver.streams.formats import MESSAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.transcript import PassedTranscript
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.contracts import AnswerEvents
+    from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
 
@@ -123,6 +125,10 @@ class Api(ForwardedApi):
     def events(self) -> AnswerEvents:
         """Return the memory for the events of an answer to come, and the form of its errors."""
         return PLAIN_EVENTS
+
+    def messages(self, lane: str | None) -> Format:  # noqa: ARG002 - only responses have lanes
+        """Return the format of its answers on a WebSocket, on the *lane* of that name."""
+        return MESSAGES
 
     def check_status(
         self, provider: str, status: int, headers: Mapping[str, str], body: bytes

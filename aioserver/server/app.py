@@ -53,6 +53,7 @@ from aioserver.monitoring.usage import UsageSection
 from aioserver.providers.health import ALONE
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.certificates import ListenerTls, TlsSection, open_tls
+from aioserver.server.connections import FAREWELL, accept_peers
 from aioserver.server.middleware import Border
 from aioserver.server.wings import WINGS, faults, open_wings
 from aioserver.streams.lifetime import Lifetime
@@ -106,14 +107,13 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def waiting(self) -> int:
-        """The number of connections and requests that wait for a place: at the door, for their key
-        or a provider, or for the claim of an answer among instances.
+        """The number of connections and requests that wait for a place: at the door, or for their
+        key or a provider.
         """
         providers = self.provider_registry.providers.values()
         queues = sum(provider.stats().queue.waiting for provider in providers)
-        undecided = sum(stream.undecided for stream in self.streams.running())
         keys = sum(quota.resource.waiting for quota in self.context.access.quotas().values())
-        return self.context.admission.gate.waiting + keys + queues + undecided
+        return self.context.admission.gate.waiting + keys + queues
 
     def retire(self) -> None:
         """End idle sockets and watchers, now and from now on, each where nothing runs on it."""
@@ -448,6 +448,8 @@ def make_app(configuration: Configuration) -> web.Application:
 
     async def lifetime(app: web.Application) -> AsyncIterator[None]:
         async with open_server(configuration.settings, app) as server:
+            # Private: only the runner of the program has it, too.
+            await accept_peers(server.wings, server.context, app._handle)  # noqa: SLF001
             app.on_shutdown.append(partial(_end_embedded, server))
             yield
 
@@ -468,6 +470,8 @@ async def _end_embedded(server: Server, _app: web.Application) -> None:
     """End all answers and sockets; otherwise the runner would wait a minute for them."""
     server.drain()
     await server.context.gateway.close()
+    for wing in server.wings:
+        await wing.finish(FAREWELL)
 
 
 def _add_routes(app: web.Application, context: Context, wings: Sequence[Routes]) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from aiohttp import StreamReader
     from aiohttp.http_websocket import WebSocketReader
 
+    from aioserver.auth.callers import Peer
     from aioserver.faces.form import Forms
     from aioserver.telemetry.metrics import Metrics
 
@@ -52,10 +53,13 @@ class Connection(DirectRequestHandler):
     """One client's connection. *metrics* counts the requests that the parser refuses.
 
     *requests* is the number of requests so far, for `max_keepalive_requests`. *last*: whether the
-    connection ends with the response under way.
+    connection ends with the response under way. *peer*: the instance that uses it, if it is one.
     """
 
-    __slots__ = ("_body", "_outbox", "_server", "_task", "forms", "last", "metrics", "requests")
+    __slots__ = (
+        *("_body", "_outbox", "_server", "_task"),
+        *("forms", "last", "metrics", "peer", "requests"),
+    )
 
     def __init__(
         self,
@@ -73,6 +77,7 @@ class Connection(DirectRequestHandler):
         self._outbox = outbox
         self.requests = 0
         self.last = False
+        self.peer: Peer | None = None
         # The task of the last request, while it lives, and the body of that request.
         self._task: ref[asyncio.Task[Any]] | None = None
         self._body: StreamReader | None = None

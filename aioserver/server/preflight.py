@@ -83,8 +83,10 @@ def wanted_files(settings: Settings) -> int:
         for provider in settings.llm.providers.values()
         if provider.usable
     ]
+    # The requests that are passed on to other instances, and those that they pass on.
+    shared = settings.cluster.redis_url is not None or limits.uvicorn.workers > 1
     return (
-        limits.max_connections
+        limits.max_connections * (1 + shared)
         + limits.connection_queue_size
         + MAX_REFUSED_CLOSING
         + MAX_WATCHERS

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import logging
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
-from aiohttp.abc import AbstractAccessLogger
 
-from aioserver.auth.callers import ADDRESS
-from aioserver.faces.http import Request, request_id
 from aioserver.server import listener
 from aioserver.server.connection import LAST_CALL, ConnectionServer
+from aioserver.server.connections import FAREWELL, accept_peers, arguments_of, options_of
 
 if TYPE_CHECKING:
     import socket
@@ -32,63 +28,18 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Middleware
 
-    from aioserver.config.settings import Chat, WebSocket
+    from aioserver.config.settings import Chat
     from aioserver.server.app import Server
     from aioserver.server.listener import Balance, Listening, Site
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-access_logger = logging.getLogger("aioserver.access")
-
-# Characters of a path in a log line.
-MAX_PATH = 200
-# Header fields of one request.
-MAX_HEADERS = 128
-# Bytes of a body that wait in its connection; at twice that the client is stopped, and one read
-# adds 256 KiB.
-READ_BUFFER = 1 << 16
-# Seconds for the last responses and close frames, after the last answer has ended.
-FAREWELL = 2.0
-# Seconds for which the unread body of an answered request is still read, so that the response
-# arrives.
-LINGERING = 1.0
 # Seconds beside LAST_CALL for the requests that arrive during a connection's last call.
 LAST_REQUESTS = 0.3
 # Seconds for anything that aiohttp itself may leave behind, after `end`.
 SHUTDOWN = 1.0
 # Seconds between two checks of the queues, the handshakes and the answers of a former process.
 LOOK = 0.1
-
-
-class AccessLogger(AbstractAccessLogger):
-    """Logs a line for each finished request, with the address that a trusted proxy gives.
-
-    The query and the User-Agent are left out: both may hold anything.
-    """
-
-    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-        """Write the line; *time*: the seconds that the request took."""
-        fields = {
-            "request_id": request_id(request),
-            "address": request.get(ADDRESS, request.remote),
-            "method": request.method,
-            "path": request.raw_path.partition("?")[0][:MAX_PATH],
-            "status": response.status,
-            "bytes": response.body_length,
-            "duration_ms": round(time * 1000, 1),
-        }
-        self.logger.info("access", extra={"fields": fields})
-
-
-# The options of a connection that no setting decides. A compressed body is refused, not unpacked.
-FIXED: dict[str, Any] = {
-    "access_log_class": AccessLogger,
-    "max_headers": MAX_HEADERS,
-    "lingering_time": LINGERING,
-    "auto_decompress": False,
-    "read_bufsize": READ_BUFFER,
-    "timeout_ceil_threshold": float("inf"),
-}
 
 
 class Dispatcher:
@@ -140,16 +91,10 @@ class Runner:
         await self._application.setup()
         plain = self._application.server
         assert plain is not None
-        context = self._owner.context
+        handler = Dispatcher(self._owner.app, plain.request_handler, self._owner.middleware)
         make = ConnectionServer if self._balance is None else self._balance.server
-        self._server = make(
-            Dispatcher(self._owner.app, plain.request_handler, self._owner.middleware),
-            request_factory=functools.partial(Request, loop=asyncio.get_running_loop()),
-            options=FIXED | _options(context.settings.chat.websocket),
-            metrics=context.metrics,
-            forms=context.admission.forms,
-            send_timeout=context.settings.chat.streams.send_timeout,
-        )
+        self._server = make(handler, **arguments_of(self._owner.context))
+        await accept_peers(self._owner.wings, self._owner.context, handler)
 
     async def listen(self, inherited: Sequence[socket.socket] = ()) -> list[Listening]:
         """Listen where the configuration says, or on the *inherited* sockets: see
@@ -175,7 +120,7 @@ class Runner:
     def apply(self, chat: Chat) -> None:
         """Use the limits of *chat* for connections that are accepted from now on."""
         connections = self.server
-        connections.apply(_options(chat.websocket))
+        connections.apply(options_of(chat.websocket))
         connections.send_timeout = chat.streams.send_timeout
 
     async def retire(self, stop: asyncio.Event) -> None:
@@ -254,6 +199,8 @@ class Runner:
         self._owner.drain()
         began = asyncio.get_running_loop().time()
         await connections.wait_closed(grace)
+        for wing in self._owner.wings:
+            await wing.finish(grace - (asyncio.get_running_loop().time() - began))
         grace -= asyncio.get_running_loop().time() - began
         await context.gateway.finish_background(grace)
         await context.gateway.close()
@@ -338,14 +285,3 @@ async def _pause(stop: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await stop.wait()
-
-
-def _options(settings: WebSocket) -> dict[str, Any]:
-    """Return the options of a connection that the configuration decides; FIXED has the others."""
-    limits = settings.concurrency.uvicorn
-    return {
-        "access_log": access_logger if limits.access_log else None,
-        "keepalive_timeout": limits.keepalive_timeout,
-        "max_line_size": limits.h11_max_request_line_size,
-        "max_field_size": min(limits.h11_max_incomplete_event_size, limits.h11_max_header_size),
-    }

@@ -19,8 +19,8 @@ has ended is kept for its window, too. With a window of 0 no client can come bac
 kept; the provider is then *paused* while its client reads too slowly. Otherwise a reader that
 falls behind the kept events is *dropped*, with an error as its last event.
 
-If several processes serve together, a client may read a stream of another process, its *owner*: it
-then reads a *mirror* of the log, which the owner fills.
+If several processes serve together, a stream stays in its *owner*, the process that made it, to
+which clients of the others are led.
 
 *Contracts* are the protocols by which a log knows its readers, its source and its store. An
 *ending* does every step, even if another step raises. The *outbox* collects the writes of one turn

@@ -60,7 +60,6 @@ class Cursor:
     """
 
     __slots__ = (
-        "_render_position",
         "_since",
         "_writer",
         "farewell",
@@ -78,7 +77,6 @@ class Cursor:
         stream: Stream,
         after: int,
         event_format: Format,
-        render_position: Callable[[Queued], bytes] | None,
         on_end: Callable[[Cursor], None],
     ) -> None:
         self.stream = stream
@@ -89,7 +87,6 @@ class Cursor:
         self._since = monotonic()
         self._writer = writer
         self.format = event_format
-        self._render_position = render_position
 
     def write_now(self, data: bytes) -> bool:
         """Write *data*, events as the provider sent them; return False if something else must be
@@ -124,12 +121,13 @@ class Cursor:
             self._writer.drop(self)
 
     def report_position(self, queued: Queued) -> None:
-        """Write the position of the waiting request, if this face shows it.
+        """Write the position of the waiting request, if the format shows it.
 
         A client that is not reading gets no position: it would be outdated when it is read.
         """
-        if self._render_position is not None and not self._writer.blocked:
-            self._writer.send(self._render_position(queued))
+        render = self.format.render_position
+        if render is not None and not self._writer.blocked:
+            self._writer.send(render(self.stream, queued))
 
     def render_newest(self) -> bytes:
         """Render the entry just appended and move past it.
@@ -191,8 +189,6 @@ class Cursor:
             parts.append(part)
             room -= len(part)
         self.next_index = stream.offset + index
-        if index == end and stream.remote is not None and (error := stream.broken) is not None:
-            parts.append(event_format.render_error(stream, error, stream.last))
         return room
 
 

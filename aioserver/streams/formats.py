@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.errors import AioserverError
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
@@ -37,7 +38,8 @@ class Format(NamedTuple):
     event's number, and the text as JSON with its closing quote. It is None for a format that needs
     the provider's bytes. *render_error* renders an error that ends the reading after the event of
     a number, or a later one, though not the stream. *frame* writes the data of one of the
-    provider's events, in formats that do so.
+    provider's events, in formats that do so. *render_position* renders the position of a waiting
+    request; None: it is not shown.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Format(NamedTuple):
     render_text: Callable[[bytes, int, bytes], bytes] | None
     render_error: Callable[[Stream, AioserverError, int], bytes]
     frame: Callable[[bytes], bytes] | None = None
+    render_position: Callable[[Stream, Queued], bytes] | None = None
 
     def render_bytes(self, data: bytes, skip: int = 0) -> bytes:
         """Render *data*, the provider's own bytes of whole events, in a format that needs nothing
@@ -83,6 +86,11 @@ def ws_frame(first_byte: int, payload: bytes) -> bytes:
     if size < 65536:
         return b"%c\x7e%c%c%b" % (first_byte, size >> 8, size & 0xFF, payload)
     return struct.pack("!BBQ", first_byte, 127, size) + payload
+
+
+def ws_payload(frame: bytes) -> bytes:
+    """Return the payload of *frame*, as `ws_frame` makes it; b"" of no frame."""
+    return frame[{126: 4, 127: 10}.get(frame[1], 2) :] if frame else b""
 
 
 def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
@@ -125,6 +133,11 @@ def _error_event(stream: Stream, error: AioserverError, _seen: int) -> bytes:
     return eventstream.write(frame, event="error")
 
 
+def _position_event(stream: Stream, queued: Queued) -> bytes:
+    frame = protocol_frames.loose_frame(stream.request_id, "queued", queued.chunk)
+    return eventstream.write(frame, event="queued")
+
+
 def _messages(stream: Stream, entry: Entry, skip: int) -> bytes:
     frames = stream.frames(entry)
     if len(frames) == 1:
@@ -142,6 +155,12 @@ def _error_message(stream: Stream, error: AioserverError, _seen: int) -> bytes:
     )
 
 
+def _position_message(stream: Stream, queued: Queued) -> bytes:
+    return ws_frame(
+        WS_TEXT, protocol_frames.loose_frame(stream.request_id, "queued", queued.chunk)
+    )
+
+
 RAW = Format("raw", _raw, None, _raw_error)
-EVENTS = Format("events", _events, _text_event, _error_event)
-MESSAGES = Format("messages", _messages, _text_message, _error_message)
+EVENTS = Format("events", _events, _text_event, _error_event, None, _position_event)
+MESSAGES = Format("messages", _messages, _text_message, _error_message, None, _position_message)

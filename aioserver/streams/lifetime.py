@@ -126,7 +126,7 @@ class Lifetime(StoreObserver):
             await asyncio.wait(tasks, timeout=seconds)
 
     def leave_background(self, stream: Stream) -> None:
-        """Treat *stream* as an ordinary stream again: another instance has the answer."""
+        """Treat *stream*, which does not begin, as an ordinary stream again."""
         stream.background = False
         self._ran_in_background(stream)
 
@@ -160,8 +160,6 @@ class Lifetime(StoreObserver):
     def reader_added(self, stream: Stream) -> None:
         """Note that *stream* has a reader, or has one again."""
         stream.record.slow_client = False
-        if stream.remote is not None:
-            stream.remote.expected = False
         if stream.timer is not None:
             self._leave_detached(stream)
 
@@ -183,22 +181,6 @@ class Lifetime(StoreObserver):
             self.end(stream)
         else:
             self.detach(stream, left=True)
-
-    def expect(self, stream: Stream, seconds: float) -> None:
-        """Keep *stream*, a mirror, for *seconds* if it has no reader yet, even if it ends
-        before.
-        """
-        if stream.remote is not None and not stream.readers:
-            stream.remote.expected = True
-            stream.timer = self._loop.call_later(seconds, self.let_go, stream)
-
-    def let_go(self, stream: Stream) -> None:
-        """Note that *stream* will get no reader, if it is a mirror without one."""
-        remote = stream.remote
-        if remote is not None and remote.mirrored and not stream.readers:
-            remote.expected = False
-            self._leave_detached(stream)
-            self.reader_removed(stream)
 
     def unsent(self, stream: Stream) -> bool:
         """Note that the request of *stream* waits, and no provider has it; return whether that ends
@@ -325,8 +307,7 @@ class Lifetime(StoreObserver):
 
     def finished(self, stream: Stream) -> None:
         """Note that *stream* has its last event."""
-        expected = stream.remote is not None and stream.remote.expected
-        if stream.timer is not None and not expected:
+        if stream.timer is not None:
             self._leave_detached(stream)
         if self._giving_way:
             self._giving_way.discard(stream)
@@ -336,7 +317,7 @@ class Lifetime(StoreObserver):
             due = self._loop.time() + stream.window
             self._kept.setdefault(stream.window, OrderedDict())[stream] = due
             self._sweep_at(due)
-        elif not (stream.readers or expected):
+        elif not stream.readers:
             self.store.drop(stream)
 
     def _sweep_at(self, due: float) -> None:

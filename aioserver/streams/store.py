@@ -28,7 +28,7 @@ import msgspec
 from aioserver.auth.callers import Caller
 from aioserver.errors import ServerAtCapacity
 from aioserver.limits.shares import ByOwner, Shares
-from aioserver.streams.stream import Remote, Stream
+from aioserver.streams.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -179,26 +179,6 @@ class StreamStore:
             owned[stream] = None
         self._running.add(stream)
         return stream
-
-    def open_mirror(self, request_id: str, caller: Hashable, *, after: int) -> Stream:
-        """Return the mirror, after event *after*, of a log of another instance.
-
-        Raises:
-            ServerAtCapacity: as `open`.
-        """
-        stream = self.open(request_id, caller, window=0.0, private=True)
-        stream.last = after
-        stream.remote = Remote(mirrored=True)
-        return stream
-
-    def hide(self, stream: Stream) -> None:
-        """Let *stream* be found no longer, and kept only for its present readers: it is a mirror
-        now.
-        """
-        stream.private, stream.window = True, 0.0
-        stream.remote = stream.remote or Remote()
-        stream.remote.mirrored = True
-        self.unname(stream)
 
     def find(self, caller: Hashable, request_id: str) -> Stream | None:
         """Return the caller's log of this request id or alias; None if there is none."""

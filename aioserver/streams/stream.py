@@ -26,12 +26,7 @@ provider's place, so there is none while a request waits for it (providers/backp
 `send_timeout` ends a client that reads nothing at all.
 
 If several processes serve together, a log stays where it was made: its instance is its *owner*. A
-client that reads it through another instance has a *mirror* there: a log like any other, with the
-owner's events and numbers, which messages between the two fill (wing `cluster`). A mirror begins
-where its reader continues. It cannot be found, it keeps the entries that its readers have not
-passed, and it is dropped with the last of them. It ends with the owner's last event. If the owner
-is out of reach it stops instead, without an event of its own. Its readers then get an error that
-has no number, so that a client that comes back continues from the same number as before.
+client that asks another instance for it is led to the owner (wing `cluster`).
 """
 
 from __future__ import annotations
@@ -62,7 +57,7 @@ from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Hashable, Mapping, Sequence
 
     from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
@@ -119,41 +114,6 @@ class Keeper(Protocol):
         """
 
 
-class Remote:
-    """The relation of a log to other instances.
-
-    *claimed* is done once it is known which instance fills the log; its result is the error, if
-    the answer is refused. None: there is no need to ask. *mirrored*: another instance fills it.
-    *expected*: the log waits for its first reader. *broken* is the error with which a mirror ended
-    although its owner's log goes on.
-    """
-
-    __slots__ = ("broken", "claimed", "expected", "mirrored")
-
-    def __init__(
-        self,
-        claimed: asyncio.Future[AioserverError | None] | None = None,
-        *,
-        mirrored: bool = False,
-    ) -> None:
-        self.claimed = claimed
-        self.mirrored = mirrored
-        self.expected = False
-        self.broken: AioserverError | None = None
-
-    @property
-    def undecided(self) -> bool:
-        """Whether it is not known yet which instance fills the log."""
-        return self.claimed is not None and not self.claimed.done()
-
-    def decide(self, error: AioserverError | None = None) -> None:
-        """Note that it is known which instance fills the log, or that the answer is refused with
-        *error*.
-        """
-        if self.claimed is not None and not self.claimed.done():
-            self.claimed.set_result(error)
-
-
 class Stream:
     """The log of one answer.
 
@@ -161,9 +121,8 @@ class Stream:
     `ended`; `bytes` is the sum of the entries' sizes, and `extra_bytes` what is kept beside them.
 
     *window* is the time, in seconds, that the log lives without a reader, and after its end. A
-    *private* log is read only by the client that asked for it, and cannot be found; unless it is a
-    mirror it has the provider's bytes. *digest* distinguishes a repeated request from a
-    conflicting one.
+    *private* log is read only by the client that asked for it, and cannot be found; it has the
+    provider's bytes. *digest* distinguishes a repeated request from a conflicting one.
     """
 
     __slots__ = (
@@ -202,7 +161,6 @@ class Stream:
         "queued",
         "readers",
         "record",
-        "remote",
         "rendered",
         "request_id",
         "source",
@@ -298,8 +256,6 @@ class Stream:
         # The error with which a cancelled log ends; None if it ends with the event `cancelled`, as
         # when a reader asked for that.
         self.cancel_reason: AioserverError | None = None
-        # None if there are no other instances, or they have no part in this log.
-        self.remote: Remote | None = None
         self._store = store
         # The same sum as in `recount`, for the initial state.
         self.extra_bytes = size = STREAM_OVERHEAD + 3 * len(self.head) + len(self.outcome.model)
@@ -328,21 +284,6 @@ class Stream:
         retry.
         """
         return "" if self.attempt is None else self.attempt.place
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether another instance fills the log."""
-        return self.remote is not None and self.remote.mirrored
-
-    @property
-    def undecided(self) -> bool:
-        """Whether it is not known yet which instance fills the log."""
-        return self.remote is not None and self.remote.undecided
-
-    @property
-    def broken(self) -> AioserverError | None:
-        """The error with which a mirror ended although its owner's log goes on."""
-        return None if self.remote is None else self.remote.broken
 
     def mark_answered(self) -> None:
         """Note that content which has come from a provider is shown next: no other attempt
@@ -654,23 +595,6 @@ class Stream:
         self.events.note(data, number)
         return data
 
-    def extend(self, entries: Iterable[Entry]) -> None:
-        """Add the owner's next *entries* to this mirror, and notify its readers."""
-        for entry in entries:
-            self.add_entry(entry)
-        self.notify()
-
-    def stop(self, status: bytes = ERROR, error: AioserverError | None = None) -> None:
-        """End this mirror without an event, with the *status* of its owner's log.
-
-        Its readers get *error*.
-        """
-        self.ended, self.end_status, self.error = True, status, error
-        if self.remote is not None:
-            self.remote.broken = error
-        self.text_bytes, self.transcript = 0, None
-        self._tell_end()
-
     def _tell_end(self, grown: int = 0) -> None:
         """Count the kept bytes, including *grown* bytes of entries, and notify everyone that the
         log has ended.
@@ -721,7 +645,7 @@ class Stream:
         """
         if self.path is not None:
             self.close_fast_path()
-        if self.private and not (after or self.offset) and self.remote is None:
+        if self.private and not (after or self.offset):
             # From the start: event 1 has no entry.
             return 0, 0
         index, skip = locate(self.entries, self.last, after)

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.protocol.openai import Shape
-    from aioserver.streams.contracts import Queued
     from aioserver.streams.formats import Format
     from aioserver.streams.outbox import Outbox
     from aioserver.streams.stream import Stream
@@ -98,6 +97,9 @@ class Writer:
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
         self._watchdog: WriteWatchdog | None = None
+        # What goes on, one after the other, once a client reads that has not: each may block the
+        # writer again, and comes last then.
+        self._turns: list[Callable[[], None]] = []
         # The monotonic time at which the client last stopped reading.
         self._blocked_at = 0.0
         # Whether nothing will be written from now on.
@@ -127,19 +129,17 @@ class Writer:
         after: int,
         event_format: Format,
         *,
-        render_position: Callable[[Queued], bytes] | None = None,
         on_end: Callable[[Cursor], None] = lambda _cursor: None,
     ) -> Cursor:
         """Write the events of *stream* after event *after*, including those to come.
 
-        *render_position* renders the position of a waiting request; None: positions are not shown.
         *on_end* is called once the last event was written. A writer that is closed already
         unfollows *stream* in the next iteration of the event loop.
 
         Raises:
             ResumeGap: see `Stream.locate`.
         """
-        cursor = Cursor(self, stream, after, event_format, render_position, on_end)
+        cursor = Cursor(self, stream, after, event_format, on_end)
         if self.closed:
             cursor.removed = True
             # Not now: the face must first register this reader with the stream's lifetime.
@@ -246,6 +246,19 @@ class Writer:
         else:
             self._write(data)
 
+    def pass_on(self, data: bytes, again: Callable[[], None]) -> bool:
+        """Write *data*, whole messages that another instance has rendered.
+
+        Return False, with nothing done, while the client reads nothing: *again* is called, in its
+        turn, when it does.
+        """
+        if self._draining is not None:
+            self._turns.append(again)
+            return False
+        if not self.closed:
+            self._write(data)
+        return True
+
     def send_head(self) -> None:
         """Write the head alone, unless an earlier write had it."""
         if self._head and not self.closed:
@@ -348,6 +361,7 @@ class Writer:
     def _stop(self) -> None:
         self._ready.clear()
         self._control.clear()
+        self._turns.clear()
         # Otherwise a socket and its writer would be in a reference cycle.
         self._on_drop = _ignore
         if self._scheduled is not None:
@@ -399,6 +413,8 @@ class Writer:
             # The path's last bytes, which were flushed just now, have blocked the writer.
             return
         self._blocked_at = monotonic()
+        if self.pump not in self._turns:
+            self._turns.append(self.pump)
         self._draining = self._loop.create_task(self._unblock())
         self._watchdog = WriteWatchdog(
             self._loop,
@@ -420,5 +436,5 @@ class Writer:
                 self._watchdog = None
             for cursor in self._cursors:
                 cursor.note_blocked(self._blocked_at)
-        if not self.closed:
-            self.pump()
+        while self._turns and not (self.closed or self.blocked):
+            self._turns.pop(0)()

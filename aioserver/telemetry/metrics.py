@@ -322,18 +322,20 @@ class Metrics:
 
     @contextmanager
     def resuming(self) -> Iterator[None]:
-        """Count how the body of the `with`, an attempt to resume a stream, ends."""
+        """Count how the body of the `with`, an attempt to resume a stream, ends. One that another
+        instance answers ends there.
+        """
         outcome = "ok"
         try:
             yield
-        except errors.ResumeGap:
-            outcome = "gap"
-            raise
-        except errors.StreamNotFound:
-            outcome = "not_found"
-            raise
-        finally:
+        except errors.AioserverError as error:
+            if isinstance(error, errors.ResumeGap):
+                outcome = "gap"
+            elif isinstance(error, errors.StreamNotFound):
+                outcome = "not_found"
             self.resumes[outcome].value += 1
+            raise
+        self.resumes[outcome].value += 1
 
     def families(self) -> Iterator[Family]:
         """Yield every metric of the four tables below, with its present value."""

@@ -6,7 +6,7 @@ new process before the old one ends, and former processes keep their answers. Ev
 number of 8 bytes with one writer at a time: the worker of its slot, or the parent, for a slot
 whose process it has reaped. Every process may read. No cell is a limit: a wrong value costs
 balance, and the places of the workers are leases
-(wings/cluster/grants.py). The page is mapped by the parent and by all workers (a memfd, or an
+(wings/cluster/limits/grants.py). The page is mapped by the parent and by all workers (a memfd, or an
 unlinked file); it has no lock.
 
 A store through a memoryview of format `q` is a memcpy of 8 bytes in CPython (`PACK_SINGLE` in

@@ -3,8 +3,8 @@ streams.
 
 The parent starts it before its workers, if the configuration names no other server, and restarts
 it when it ends. A restarted server is empty; workers detect and tolerate this
-(wings/cluster/leases.py). Without a server program, or without the package that talks to it, there
-is none, and the workers have fixed shares.
+(wings/cluster/limits/leases.py). Without a server program, or without the package that talks to
+it, there is none, and the workers have fixed shares.
 
 No other user can reach it: it listens on a UNIX socket, in a folder that only our user may enter.
 It keeps nothing on disk, since its data are worthless once the workers are gone. A parent that is
@@ -240,7 +240,8 @@ def _folder(environ: Mapping[str, str]) -> tuple[Path, int]:
         # A read-only file system has no temporary folder.
         temporary = ""
     for parent in (runtime, temporary, "/tmp"):  # noqa: S108 - mkdtemp makes it 0700
-        if parent and len(parent) + len(f"/{PREFIX}XXXXXXXX/valkey.sock") <= MAX_SOCKET_PATH:
+        # Each worker has a socket there, too, with a longer name (answers/peer_network.py).
+        if parent and len(parent) + len(f"/{PREFIX}XXXXXXXX/01234567.sock") <= MAX_SOCKET_PATH:
             _remove_left(Path(parent))
             with contextlib.suppress(OSError):
                 while True:

@@ -24,7 +24,7 @@ four times as many slots as workers (loads.py).
 The shares of all workers together never exceed the limit, unless the limit is lower than the
 number of workers: a share is at least 1. While a worker that was replaced keeps its answers, its
 successor has the same share. Limits that workers share through a server
-(wings/cluster/limits.py) are not divided. Without a server, `FixedCapacity` divides
+(wings/cluster/limits/limits.py) are not divided. Without a server, `FixedCapacity` divides
 `max_connections` and its queue, so that messages still show the configured number.
 """
 

@@ -35,6 +35,8 @@ RULES: list[tuple[str, dict[str, Any], str, str]] = [
     ("Llm", {"llm": {"fallbacks": ["none"]}}, "llm.fallbacks[0]", 'text "none" is not among llm.providers (demo)'),
     ("Concurrency", {"chat": {"websocket": {"concurrency": {"max_connections": 9, "connection_queue_size": 5, "queue_timeout": 1.0, "uvicorn": {}}}}}, "chat.websocket.concurrency.connection_queue_size", "must be >= max_connections (9), not 5"),
     ("Chat", {"chat": {"sse": {"endpoint": "/a"}, "websocket": {"endpoint": "/a"}}}, "chat.sse.endpoint", "must differ from chat.websocket.endpoint (/a)"),
+    ("Cluster", {"cluster": {"listen": "10.0.0.5:7400-7300"}}, "cluster.listen", "has no port from 1 to 65535, or no range of such ports"),
+    ("Cluster", {"cluster": {"advertise": "[::1]:70000"}}, "cluster.advertise", "has no port from 1 to 65535, or no range of such ports"),
     ("Settings", {"hooks": [{"name": "h", "url": "http://h"}] * 2}, "hooks[1].name", "another hook is named h as well"),
 ]  # fmt: skip
 

@@ -95,7 +95,13 @@ def test_keys_that_the_original_lacks_have_the_contracts_defaults() -> None:
         "send_timeout": 10.0,
     }
     assert made.auth is None
-    assert plain(made.cluster) == {"redis_url": None, "name": "aioserver"}
+    assert plain(made.cluster) == {
+        "redis_url": None,
+        "name": "aioserver",
+        "listen": None,
+        "advertise": None,
+        "tls": None,
+    }
 
 
 def test_queue_of_a_provider_follows_its_other_limits() -> None:

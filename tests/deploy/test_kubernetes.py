@@ -133,7 +133,7 @@ async def test_every_probe_asks_a_path_that_needs_no_key(
 def test_ports_and_labels_lead_from_the_service_to_the_server(keys: Path) -> None:
     labels = DEPLOYMENT["template"]["metadata"]["labels"]
     (port,) = OBJECTS["Service"]["spec"]["ports"]
-    (exposed,) = CONTAINER["ports"]
+    exposed, peers = CONTAINER["ports"]
     annotations = DEPLOYMENT["template"]["metadata"]["annotations"]
 
     assert OBJECTS["Service"]["spec"]["selector"] == labels
@@ -143,6 +143,19 @@ def test_ports_and_labels_lead_from_the_service_to_the_server(keys: Path) -> Non
     assert exposed["containerPort"] == configured(keys).settings.chat.websocket.port
     assert annotations["prometheus.io/port"] == str(exposed["containerPort"])
     assert annotations["prometheus.io/path"] == "/metrics"
+    listen = configured(keys).settings.cluster.listen
+    assert listen is not None
+    assert listen.endswith(f":{peers['containerPort']}")
+
+
+def test_only_pods_of_aioserver_reach_the_port_on_which_they_ask_each_other() -> None:
+    policy = OBJECTS["NetworkPolicy"]["spec"]
+    labels = {"matchLabels": DEPLOYMENT["template"]["metadata"]["labels"]}
+    clients, peers = policy["ingress"]
+
+    assert policy["podSelector"] == labels
+    assert (clients["ports"], "from" in clients) == ([{"port": "http"}], False)
+    assert (peers["ports"], peers["from"]) == ([{"port": "peers"}], [{"podSelector": labels}])
 
 
 def test_one_pod_may_be_away_and_one_stays() -> None:

@@ -49,9 +49,8 @@ async def snapshot(server: RunningServer) -> Snapshot:
         "calls": 0,
         "failed_calls": 0,
         "links": 0,
-        "mirrors": 0,
+        "tunnels": 0,
         "unclaimed": 0,
-        "lost": 0,
     }
     return alone
 

@@ -13,6 +13,7 @@ from aiohttp.test_utils import BaseTestServer, TestServer
 from aioserver.server.app import make_app
 from tests.support.chat import chat, frames_of, to_end, until_status
 from tests.support.keys import bearer, keys_of
+from tests.support.redis_server import RedisServer
 from tests.support.server import ENDLESS, QUICK, configured
 from tests.support.simulator import Simulator
 
@@ -146,3 +147,29 @@ async def test_two_applications_share_nothing(tmp_path: Path) -> None:
             assert response.status == 200
         async with other.get("/sse/chat/r1") as response:
             assert response.status == 404
+
+
+@pytest.mark.real_time
+async def test_an_answer_of_another_embedded_server_is_passed_on(tmp_path: Path) -> None:
+    with RedisServer(tmp_path) as redis:
+        async with contextlib.AsyncExitStack() as stack:
+            sessions = []
+            for name in "ab":
+                (path := tmp_path / name).mkdir()
+                changes: Any = {"cluster.redis_url": redis.url}
+                _server, session = await stack.enter_async_context(
+                    embedded(path, ENDLESS, **changes)
+                )
+                sessions.append(session)
+            owner, other = sessions
+            question = {"request_id": "r1", "text": "Hello"}
+            async with owner.post("/sse/chat", json=question) as first:
+                await first.content.readuntil(b"event: chunk")
+                async with other.get("/sse/chat/r1") as second:
+                    assert second.status == 200
+                    await second.content.readuntil(b"event: chunk")
+                async with other.post("/sse/chat", json=question) as third:
+                    assert third.status == 200
+                    async with other.delete("/sse/chat/r1") as cancelled:
+                        assert cancelled.status == 204
+                    assert frames_of(await third.read())[-1]["status"] == "cancelled"

@@ -18,7 +18,8 @@ from aioserver.config.validators import TAKEN
 from aioserver.faces.http import Request
 from aioserver.server.app import open_server
 from aioserver.server.connection import UPGRADED, Connection
-from aioserver.server.runner import LINGERING, MAX_HEADERS, Dispatcher, Runner
+from aioserver.server.connections import LINGERING, MAX_HEADERS
+from aioserver.server.runner import Dispatcher, Runner
 from tests.support.raw import Raw
 from tests.support.server import NOWHERE, UVICORN, MakeServer, configured, runner_of
 from tests.support.transport import FakeTransport

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.server.runner import FAREWELL
+from aioserver.server.connections import FAREWELL
 from tests.support.chat import CHAT, STREAMED, big, chat, frames_of, resume, to_end
 from tests.support.logs import without_lateness
 from tests.support.process import serving

@@ -293,10 +293,8 @@ def _generous(take):
 
 
 def _ours(take):
-    from aioserver.wings.cluster.claims import OURS
-
     async def ours(self, *args, **more):
-        return (await take(self, *args, **more))._replace(state=OURS)
+        return (await take(self, *args, **more))._replace(owner=self._me)
 
     return ours
 
@@ -406,17 +404,28 @@ breaks("what an engine refuses", REFUSE, left_out(), BRIDGED)
 
 # What instances promise each other (together.py).
 LEASES, PREFETCH = (
-    "wings.cluster.leases:Leases",
-    "wings.cluster.shared_budget:PrefetchedTokens._take",
+    "wings.cluster.limits.leases:Leases",
+    "wings.cluster.limits.shared_budget:PrefetchedTokens._take",
 )
 STOPPED = cluster((10.0, "stop instance", 12.0), clients=100, spread=30.0, **FIVE)
 CLAIM = "tests.simulation.shared_server:SimulatedStore.take"
 UNWRITTEN = cluster(**CHAINS) | {"shared": {"lost": 0.1}}
 KILLED = cluster((5.0, "kill instance", 3.0), faces=("websocket", "sse"), habits=READS)
 breaks("the end of a lease", f"{LEASES}.check", left_out(), STOPPED, 9)
-breaks("that a slot is used", "wings.cluster.rates:SharedRate.take", left_out(), cluster(**PACED))
+breaks(
+    "that a slot is used",
+    "wings.cluster.limits.rates:SharedRate.take",
+    left_out(),
+    cluster(**PACED),
+)
 breaks("tokens that a request has taken", PREFETCH, _generous, SPENT, 1)
-breaks("that an owner was killed", "wings.cluster.mirrors:Mirror.lose", left_out(), KILLED, 4)
+breaks(
+    "that an owner was killed",
+    "wings.cluster.answers.tunnels:Tunnel.connection_lost",
+    left_out(),
+    KILLED,
+    4,
+)
 breaks("whose an id is", CLAIM, _ours, cluster(**TWICE, clients=15))
 breaks("that a response was not written", f"{STORED}_note_written", _released, UNWRITTEN)
 

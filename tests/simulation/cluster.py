@@ -146,6 +146,7 @@ class Cluster:
         self.together.killed[instance.member.instance] = Clock.now
         self.server.forget(instance.member.instance)
         instance.listener.close()
+        instance.member.network.close()
         # It writes no more lines, and those that it owes nobody can.
         instance.server.context.usage.ledger = None
         for end in [end for end in self._world.network.open if end.owner == instance.number]:

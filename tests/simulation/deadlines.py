@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from aioserver.limits.quota import MAX_WAIT
 from aioserver.limits.write_watchdog import LOOKS
 from aioserver.providers.exchange import Exchange
-from aioserver.wings.cluster.leased import GRACE, LeasedCapacity
+from aioserver.wings.cluster.limits.leased import GRACE, LeasedCapacity
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import BATCH_PATIENCE
 from tests.simulation.slowness import HELD_UP, Slowness

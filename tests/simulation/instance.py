@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
 from aioserver.server.app import open_server
+from aioserver.server.connections import FAREWELL
 from aioserver.server.reload import Reload
-from aioserver.server.runner import FAREWELL, Runner
+from aioserver.server.runner import Runner
 from tests.simulation.book import Book
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import GATE, HTTP, write_issuer_keys

@@ -83,14 +83,17 @@ ELSEWHERE = 30.0
 
 
 # What happens to the server that instances share, and to an instance.
+# What may go wrong on the connections between instances. A living one refuses none: firewalls must
+# not (docs/scaling.md).
+PEER_FAULTS = tuple(name for name in LINK_FAULTS if name != "refused")
 SERVER_EVENTS = ("pause", "kill", "empty", "roll back")
 INSTANCE_EVENTS = ("kill instance", "stop instance", "cut off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What goes wrong between instances: the shares of messages that are *lost*, *late* and
-    *doubled*.
+    """What goes wrong between instances: the shares of messages of their server that are *lost* and
+    *late*, and the faults of their *links* to each other.
 
     *events* happen at a moment, and last for some seconds. *fixed*: the instances know how many
     they are, as workers of a parent do.
@@ -98,7 +101,7 @@ class Shared:
 
     lost: float = 0.0
     late: float = 0.0
-    doubled: float = 0.0
+    links: dict[str, float] = field(default_factory=dict)
     events: tuple[tuple[float, str, float], ...] = ()
     fixed: bool = False
 
@@ -315,15 +318,20 @@ def _draw_messages(seed: int) -> dict[str, Any]:
 def _draw_shared(seed: int) -> Shared:
     # Dice of its own: a seed tries the same otherwise, whether there is one instance or several.
     dice = random.Random(f"shared {seed}")
-    leases = [dice.choice((0.0, 0.0, 0.01, 0.1)) if dice.random() < 0.5 else 0.0 for _ in range(3)]
+    lost, late = (
+        dice.choice((0.0, 0.0, 0.01, 0.1)) if dice.random() < 0.5 else 0.0 for _ in range(2)
+    )
     names = (*SERVER_EVENTS, *INSTANCE_EVENTS)
     chosen = [name for name in names if dice.random() < 0.2]
     events = [
         (dice.uniform(0.5, 40.0), name, dice.choice((0.3, 3.0, 12.0, 20.0))) for name in chosen
     ]
-    lost, late, doubled = leases
     return Shared(
-        lost=lost, late=late, doubled=doubled, events=tuple(events), fixed=dice.random() < 0.5
+        lost=lost,
+        late=late,
+        links=_some(dice, PEER_FAULTS) if dice.random() < 0.5 else {},
+        events=tuple(events),
+        fixed=dice.random() < 0.5,
     )
 
 

@@ -1,9 +1,9 @@
-"""The Redis or Valkey server of a run, which all instances share: its script, claims and
-messages in memory, with faults.
+"""The Redis or Valkey server of a run, which all instances share: its script and claims in memory,
+with faults.
 
 What an instance says takes a moment each way, comes in the order in which it was said on one
 *line*, and may be lost, late, or never answered. What the server says to an instance by itself may
-be lost, late or doubled. The server may be gone and come back empty, be emptied, be paused, or be
+be lost or late. The server may be gone and come back empty, be emptied, be paused, or be
 put back to an earlier state.
 """
 
@@ -16,20 +16,17 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aioserver.telemetry.counters import Counter
 from aioserver.wings.cluster.connection import CallFailed
-from aioserver.wings.cluster.lease_messages import SECOND
-from aioserver.wings.cluster.peer_messages import decode
+from aioserver.wings.cluster.limits.lease_messages import SECOND
 from tests.simulation.clock import Clock
-from tests.support.memory_bus import MemoryBus, MemoryStore, World
+from tests.support.instances import MemoryStore, World
 from tests.support.renew_script import Script, Stale
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Coroutine, Sequence
 
-    from aioserver.wings.cluster.leases import Leases
-    from aioserver.wings.cluster.peer_messages import Message
+    from aioserver.wings.cluster.limits.leases import Leases
     from tests.simulation.loop import SimulatedLoop
     from tests.simulation.plan import Shared
 
@@ -44,7 +41,7 @@ PREFIX = f"aio:{{{NAME}}}:"
 
 
 class _World(World):
-    """Claims, logs and messages; the members are those of the script."""
+    """Claims and logs; the members are those of the script."""
 
     def __init__(self, server: SharedServer, dice: random.Random) -> None:
         self._server = server
@@ -78,7 +75,8 @@ class SharedServer:
         # The instances whose messages do not get through.
         self.cut_off: set[int] = set()
         self.leases: dict[str, tuple[int, Leases, Context]] = {}
-        self.buses: dict[str, SimulatedBus] = {}
+        # Where each instance listens for the others.
+        self.ports: dict[str, int] = {}
         self.troubled: set[str] = set()
         self.disturbed: list[float] = []
         self._inbox: list[Callable[[], None]] = []
@@ -94,8 +92,6 @@ class SharedServer:
     def forget(self, name: str) -> None:
         """Let the instance *name* hear nothing any more."""
         self.leases.pop(name, None)
-        self.buses.pop(name, None)
-        self.world.ears.pop(name, None)
 
     # What it is asked.
 
@@ -112,16 +108,6 @@ class SharedServer:
         for name, words in wakes.items():
             self._wake(name, words)
         return answer
-
-    def publish(self, target: str, data: bytes) -> int:
-        """Send *data* to *target*; return how many hear it."""
-        bus = self.world.ears.get(target)
-        if bus is None:
-            return 0
-        assert isinstance(bus, SimulatedBus)
-        for _ in range(2 if self.dice.random() < self.faults.doubled else 1):
-            self._say(bus.number, partial(self._heard, target, data), bus.context)
-        return 1
 
     def after(self, moment: float, action: Callable[[], None], context: Context) -> None:
         """Do *action* at *moment*, in *context*."""
@@ -149,13 +135,6 @@ class SharedServer:
         if not lost and number not in self.cut_off:
             self.after(Clock.now + way, action, context)
 
-    def _heard(self, target: str, data: bytes) -> None:
-        bus = self.world.ears.get(target)
-        if bus is not None:
-            publication = decode(data)
-            for message in publication.messages:
-                bus.on_message(publication.sender, message)
-
     # Its own faults.
 
     async def suffer(self, name: str, seconds: float) -> None:
@@ -173,7 +152,6 @@ class SharedServer:
             self.up = False
             self._inbox.clear()
             self._empty()
-            self.world.ears.clear()
             await asyncio.sleep(seconds)
             self._start()
         elif name == "empty":
@@ -203,21 +181,20 @@ class SharedServer:
         for kept in (world.claims, world.logs, world.conversations, world.responses):
             kept.clear()
         world.forgotten.clear()
+        world.secrets.clear()
         self.disturbed.append(Clock.now)
 
     def _start(self) -> None:
         """Run as another process, to which all instances connect again."""
         self.up = True
         self.run = f"run{int(self.run[3:]) + 1}"
-        self.world.ears.clear()
         for number, leases, context in list(self.leases.values()):
             if number not in self.cut_off:
                 moment = Clock.now + self.dice.uniform(0.0, BACK)
                 self.after(moment, partial(self._connected, leases), context)
 
     def _connected(self, leases: Leases) -> None:
-        if (bus := self.buses.get(leases.instance)) is not None:
-            self.world.ears[bus.name] = bus
+        if leases.instance in self.leases:
             leases.woken([""])
 
 
@@ -289,51 +266,6 @@ class Line:
         return answer
 
 
-class SimulatedBus(MemoryBus):
-    """The bus of instance *number*: see `Bus`."""
-
-    def __init__(
-        self,
-        server: SharedServer,
-        number: int,
-        _commands: object,
-        _url: str,
-        _prefix: str,
-        name: str,
-        *,
-        on_message: Callable[[str, Message], None],
-        on_deaf: Callable[[str], None],
-    ) -> None:
-        self.lost = Counter()
-        self.number = number
-        self.context = copy_context()
-        self._server = server
-        self._line = Line(server, number)
-        super().__init__(server.world, name, on_message=on_message, on_deaf=on_deaf)
-        server.buses[name] = self
-
-    @property
-    def connected(self) -> bool:
-        """Whether messages come and go."""
-        return self._line.connected and self.name in self._server.world.ears
-
-    @connected.setter
-    def connected(self, _connected: bool) -> None:
-        """Do nothing: the server decides it."""
-
-    async def close(self) -> None:
-        """Hear and say nothing any more."""
-        self._server.forget(self.name)
-
-    def _publish(self, target: str, data: bytes) -> None:
-        def published(answer: asyncio.Future[int]) -> None:
-            if not answer.cancelled() and answer.exception() is None and answer.result() == 0:
-                self.on_deaf(target)
-
-        answer = self._line.ask(partial(self._server.publish, target, data))
-        answer.add_done_callback(published)
-
-
 class SimulatedStore(MemoryStore):
     """The claims of instance *number*, named *me*."""
 
@@ -372,7 +304,7 @@ def _asking(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
     method = getattr(MemoryStore, name)
 
     async def ask(store: SimulatedStore, *args: Any, **options: Any) -> Any:
-        claimed = [claim.name for claim in args[0]] if name == "renew" else args[:1]
+        claimed = list(args[0]) if name == "renew" else args[:1]
         names = claimed if name in CLAIMING else ()
         return await store._ask(partial(method, store, *args, **options), *names)  # noqa: SLF001
 
@@ -382,7 +314,17 @@ def _asking(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
 # What is asked of a store; and that of which the answer is to be relied on, whatever was lost.
 CLAIMING = ("take", "renew", "put_log", "get_log")
 for _name in (
-    *(*CLAIMING, "find", "members", "keep_turn", "turns", "take_mark", "put_response"),
+    *(
+        *CLAIMING,
+        "find",
+        "propose",
+        "agreed",
+        "members",
+        "keep_turn",
+        "turns",
+        "take_mark",
+        "put_response",
+    ),
     *("mark_response", "unmark_response", "has_response", "response_chain", "delete_response"),
 ):
     setattr(SimulatedStore, _name, _asking(_name))

@@ -11,7 +11,7 @@ import random
 from typing import TYPE_CHECKING
 
 from aioserver.faces.intake import BODY_TIMEOUT
-from aioserver.server.runner import LINGERING
+from aioserver.server.connections import LINGERING
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import GATE, HTTP_SERVER, STREAMS
 from tests.simulation.dials import Dial

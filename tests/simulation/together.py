@@ -10,7 +10,7 @@ pass.
                 for what is used above its estimate; and so does what they use of a day
     idleness    nobody waits for a place while one is free, once all are joined and nothing goes
                 wrong
-    mirrors     who reads an answer of an instance that was killed is told so
+    tunnels     who reads an answer of an instance that was killed is told so
     responses   a stored response is there for others, as far as its instance relies on that
 
 Private names used here: those of `Leases`, of its grants and of rates, which no snapshot shows.
@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 from aioserver.gateway.contracts.commands import name_of
 from aioserver.limits.budget import MINUTE, Reservation
 from aioserver.limits.resource import Resource
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.keys import LeasedPlaces
-from aioserver.wings.cluster.lease_messages import SECOND, TIMES
-from aioserver.wings.cluster.leased import LeasedCapacity
-from aioserver.wings.cluster.rates import SharedRate
-from aioserver.wings.cluster.shared_budget import SharedReservation
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.keys import LeasedPlaces
+from aioserver.wings.cluster.limits.lease_messages import SECOND, TIMES
+from aioserver.wings.cluster.limits.leased import LeasedCapacity
+from aioserver.wings.cluster.limits.rates import SharedRate
+from aioserver.wings.cluster.limits.shared_budget import SharedReservation
 from tests.simulation.clock import Clock
 from tests.simulation.noting import noted, together
 from tests.simulation.slowness import HELD_UP_ELSEWHERE, Slowness
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import ExitStack
 
-    from aioserver.wings.cluster.grants import Grant
-    from aioserver.wings.cluster.leases import Leases
+    from aioserver.wings.cluster.limits.grants import Grant
+    from aioserver.wings.cluster.limits.leases import Leases
     from tests.simulation.client import Client
     from tests.simulation.instance import Instance
     from tests.simulation.loop import SimulatedLoop
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 SETTLED = 20.0
 # Seconds for which a place may be free while somebody waits: a beat, and some calls.
 IDLE = 3.0
-# Seconds after which a reader knows that the owner of its answer was killed; with a server that
-# does not answer either.
+# Seconds after which a reader knows that the owner of its answer was killed; with links that lose
+# what they carry.
 TOLD, TOLD_LATE = 4.0, 16.0
 # Starts beyond the bound of a rate, for what is rounded.
 ROUNDED = 1e-3
@@ -251,7 +251,7 @@ class Together:
         members = [each.member for each in living if each.member is not None]
         for member in members:
             if member.known is not None and member.number not in self._loop.absent:
-                self._look_at_mirrors(member)
+                self._look_at_tunnels(member)
         for instance in living:
             if instance.number not in self._loop.absent:
                 self._look_at_responses(instance)
@@ -295,16 +295,13 @@ class Together:
                     f"of all instances are too slow"
                 )
 
-    def _look_at_mirrors(self, member: Member) -> None:
+    def _look_at_tunnels(self, member: Member) -> None:
         assert member.known is not None
-        for mirror in member.known.peers._mirrors.values():
-            killed = self.killed.get(mirror.owner)
-            if killed is None:
-                continue
-            bound = TOLD if self.troubled_at <= killed else TOLD_LATE
-            since = max(killed, mirror.heard_at, self.troubled_at if bound == TOLD_LATE else 0.0)
-            if Clock.now - since > bound:
-                self._broken(f"an answer of {mirror.owner} is awaited, which was killed")
+        for owner in member.known._tunnels._open.values():
+            # A bad link tells late of it.
+            bound = TOLD_LATE if self.server.faults.links else TOLD
+            if Clock.now - self.killed.get(owner, Clock.now) > bound:
+                self._broken(f"an answer of {owner} is awaited, which was killed")
 
     def _look_at_responses(self, instance: Instance) -> None:
         """Look at the stored responses of which an instance believes that others can find them."""

@@ -104,7 +104,7 @@ class Transport(asyncio.Transport):
         self._sent = 0
         # When the last byte that was sent will have arrived.
         self._due = 0.0
-        self._lost_in_black_hole = False
+        self.lost_in_black_hole = False
         self._high, self._low = HIGH_WATER, HIGH_WATER // 4
         self._writing_paused = False
         self._reading = True
@@ -258,8 +258,8 @@ class Transport(asyncio.Transport):
             self._loop.call_soon(self._reset, context=self.context)
             return
         if faults.black_hole_at is not None and self._sent > faults.black_hole_at:
-            self._lost_in_black_hole = True
-        if self._lost_in_black_hole:
+            self.lost_in_black_hole = True
+        if self.lost_in_black_hole:
             return
         self._due = max(self._due, now) + faults.latency * self._dice.uniform(0.5, 2.0)
         self._due += size / faults.bandwidth
@@ -320,7 +320,7 @@ class Transport(asyncio.Transport):
     def _reset(self) -> None:
         if not self.dead:
             self.lose(None if self._closing else ConnectionResetError(104, "reset"))
-            if not self._lost_in_black_hole:
+            if not self.lost_in_black_hole:
                 self.peer.lose_soon()
 
     def lose_soon(self) -> None:
@@ -335,7 +335,7 @@ class Transport(asyncio.Transport):
         """
         if not self.dead:
             self._forget()
-            if not self._lost_in_black_hole:
+            if not self.lost_in_black_hole:
                 self.peer.lose_soon()
 
     def lose(self, error: Exception | None) -> None:

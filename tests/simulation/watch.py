@@ -20,8 +20,8 @@ from aioserver.limits.gcra import ROUNDING
 from aioserver.providers.capacity import ProviderRate
 from aioserver.streams.store import SEARCH_STEP
 from aioserver.streams.stream import RESUME_BYTES
-from aioserver.wings.cluster.leased import MOMENTARY, LeasedCapacity
-from aioserver.wings.cluster.rates import SharedRate
+from aioserver.wings.cluster.limits.leased import MOMENTARY, LeasedCapacity
+from aioserver.wings.cluster.limits.rates import SharedRate
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
 from aioserver.wings.responses.socket import ResponsesSocket
 from tests.simulation.clock import Clock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import socket as sockets
 from typing import TYPE_CHECKING
@@ -453,6 +454,34 @@ async def test_a_client_that_is_gone_is_noticed_at_the_next_write() -> None:
         assert peer.left == [stream]
         assert peer.ended == []
         assert stream.readers == []
+
+
+async def test_what_is_passed_on_and_what_is_rendered_take_turns_for_a_slow_client() -> None:
+    async with client(slow=True) as peer:
+        stream = stream_of()
+        for _ in range(8):
+            say(stream, "-" * BIG)
+        # Each may write whenever the client reads, and blocks it.
+        left = {b"a": 8, b"b": 8}
+
+        def pass_on(name: bytes) -> None:
+            while left[name] and peer.writer.pass_on(name * BIG, lambda: pass_on(name)):
+                left[name] -= 1
+
+        pass_on(b"a")
+        pass_on(b"b")
+        peer.follow(stream)
+        while sum(map(len, peer.socket.writes)) < 24 * BIG:
+            await until(lambda: peer.socket.draining == 1)
+            peer.socket.take()
+            await until(lambda: peer.socket.held > 0)
+
+        order = b"".join(data[:1] for data in peer.socket.writes)
+    assert sorted(order) == sorted(b"ab-" * 8)
+    # Nobody waits for more than one turn of each other one.
+    for name in b"ab-":
+        places = [place for place, each in enumerate(order) if each == name]
+        assert max(b - a for a, b in itertools.pairwise(places)) <= 3, order
 
 
 async def test_following_on_a_closed_writer_leaves_no_reader() -> None:

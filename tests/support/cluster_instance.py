@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from aioserver.wings.cluster.lease_messages import Times
-from aioserver.wings.cluster.leased import LeasedCapacity
-from aioserver.wings.cluster.leases import Leases
-from aioserver.wings.cluster.renewer import Renewer
+from aioserver.wings.cluster.limits.lease_messages import Times
+from aioserver.wings.cluster.limits.leased import LeasedCapacity
+from aioserver.wings.cluster.limits.leases import Leases
+from aioserver.wings.cluster.limits.renewer import Renewer
 from tests.support.resources import Line
 
 

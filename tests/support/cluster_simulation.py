@@ -7,8 +7,8 @@ stopped: then nothing of it runs, its requests keep their places, and what came 
 any order when it goes on. The server may be killed, emptied, paused, or put back to an earlier
 state.
 
-After each step `check` asserts the invariants of wings/cluster/grants.py and
-wings/cluster/leases.py.
+After each step `check` asserts the invariants of wings/cluster/limits/grants.py and
+wings/cluster/limits/leases.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import SECOND, TIMES, Times
-from aioserver.wings.cluster.leases import Leases
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.lease_messages import SECOND, TIMES, Times
+from aioserver.wings.cluster.limits.leases import Leases
 from tests.support.renew_script import Script, Stale, decode_request
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from aioserver.wings.cluster.lease_messages import SECOND
-from aioserver.wings.cluster.leases import Leases
+from aioserver.wings.cluster.limits.lease_messages import SECOND
+from aioserver.wings.cluster.limits.leases import Leases
 from tests.support.clock import FakeClock
 from tests.support.renew_script import Script
 

@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import Times
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.membership import join
 from tests.support.redis_server import RedisServer, Road
 from tests.support.server import running

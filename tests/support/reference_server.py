@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aioserver.wings.cluster.lease_messages import SECOND
-from aioserver.wings.cluster.leases import Leases
+from aioserver.wings.cluster.limits.lease_messages import SECOND
+from aioserver.wings.cluster.limits.leases import Leases
 from tests.support.renew_script import Script, Stale
 
 if TYPE_CHECKING:

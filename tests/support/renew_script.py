@@ -1,5 +1,5 @@
-"""The script that the server of a cluster runs (wings/cluster/renew.lua), run here by a Lua of
-Python's: over keys in memory, with time as an argument.
+"""The script that the server of a cluster runs (wings/cluster/limits/renew.lua), run here by a Lua
+of Python's: over keys in memory, with time as an argument.
 
 It is the server of tests in which time is virtual. So what has to hold is looked at in the script
 itself. It holds however calls are lost, late or repeated, servers emptied and processes stopped:
@@ -55,9 +55,9 @@ from typing import Any
 import msgspec
 from lupa import lua51
 
-from aioserver.wings.cluster.lease_messages import Request
+from aioserver.wings.cluster.limits.lease_messages import Request
 
-SCRIPT = (files("aioserver") / "wings/cluster/renew.lua").read_bytes()
+SCRIPT = (files("aioserver") / "wings/cluster/limits/renew.lua").read_bytes()
 PREFIX = "aio:{test}:"
 decode_request = msgspec.msgpack.Decoder(Request).decode
 

@@ -112,7 +112,11 @@ class FakeClient:
         self.ended: list[Stream] = []
         self.rendered = 0
         self.look = Format(
-            "test", self.render, None, lambda _stream, error, _seen: f"<{error.code}>".encode()
+            "test",
+            self.render,
+            None,
+            lambda _stream, error, _seen: f"<{error.code}>".encode(),
+            render_position=lambda _stream, queued: b"<%d>" % queued.position,
         )
         self.writer = Writer(
             self.socket,
@@ -133,13 +137,7 @@ class FakeClient:
             assert cursor.removed
             self.ended.append(cursor.stream)
 
-        return self.writer.follow(
-            stream,
-            after,
-            self.look,
-            render_position=lambda queued: b"<%d>" % queued.position,
-            on_end=finished,
-        )
+        return self.writer.follow(stream, after, self.look, on_end=finished)
 
 
 def _text(frame: bytes) -> bytes:

@@ -16,11 +16,17 @@ import aiohttp
 from aioserver.gateway.contracts.commands import Commands
 from aioserver.limits.fixed_share import Scope
 from aioserver.server.listener import ListeningSocket, Site
-from aioserver.wings.cluster.limits import SharedLimits
-from aioserver.wings.cluster.remote_streams import RemoteStreams
+from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
+from aioserver.wings.cluster.limits.limits import SharedLimits
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
-from tests.support.memory_bus import MemoryBus, MemoryStore, StreamsOnly, World
+from tests.support.instances import (
+    SECRET,
+    MemoryStore,
+    NamedNetwork,
+    StreamsOnly,
+    World,
+)
 from tests.support.reference_server import ReferenceServer
 from tests.support.server import CONCURRENCY, QUICK, UVICORN, RunningServer, running
 from tests.support.waiting import until
@@ -30,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.limits.resource import Resource
-    from aioserver.wings.cluster.leases import Leases
+    from aioserver.wings.cluster.limits.leases import Leases
 
 
 class Workers:
@@ -84,8 +90,17 @@ class Workers:
         leases = self.reference.join(name, fixed=(rank, self.count))
         limits = SharedLimits(leases, Scope("host", rank, self.count, first))
         commands, balance = Commands(MemoryStore(self._world, name), ""), Balance(loads)
-        make_bus = partial(MemoryBus, self._world, name)
-        make = partial(RemoteStreams, make_bus, commands, lambda _what: b"")
+        world = self._world
+        network = NamedNetwork(world, name, self.path)
+        make = partial(
+            RemoteStreams,
+            name,
+            commands,
+            network,
+            lambda: SECRET,
+            lambda _what: b"",
+            lambda: world.members,
+        )
         server = await block.enter_async_context(
             running(
                 self.path / f"{slot}.yaml",

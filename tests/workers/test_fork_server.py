@@ -226,7 +226,7 @@ async def test_a_hook_that_cannot_be_imported_is_reported_once(tmp_path: Path) -
 
 
 def test_nothing_is_forked_from_other_code_or_beside_a_thread(tmp_path: Path) -> None:
-    files = [tmp_path / "aioserver/wings/cluster/renew.lua", tmp_path / "authorities.pem"]
+    files = [tmp_path / "aioserver/wings/cluster/limits/renew.lua", tmp_path / "authorities.pem"]
     files[1].touch()
     environ = {**os.environ, **copied(tmp_path), "SSL_CERT_FILE": str(files[1])}
     done = subprocess.run(

@@ -1,80 +1,149 @@
 """Streams of other instances: if several processes serve together, each of them gives access to
 every stream.
 
-A request id belongs to one instance, the owner of its stream, which *claims* it before it asks a
-provider. A request whose id another instance owns gets a mirror of the owner's log
-(streams/stream.py), and so does a client that returns for a stream which is not here. The wing
-`cluster` implements `Instances`, which hides how the instances communicate.
+A request id belongs to one instance, the owner of its stream, which *claims* it before it begins
+an answer. A request whose id another instance owns is passed on to it, and so is that of a client
+that returns for a stream which is not here. The wing `cluster` implements `Instances`, which hides
+how the instances communicate.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from aiohttp import web
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
     from aioserver.auth.callers import Caller
-    from aioserver.gateway.request import Request
+    from aioserver.errors import AioserverError
     from aioserver.streams.stream import Stream
+
+    RenderError = Callable[[AioserverError, bytes], bytes]
+    # `Writer.pass_on`.
+    PassOn = Callable[[bytes, Callable[[], None]], bool]
 
 NOT_FOUND = "no such stream: it never existed, or is no longer kept"
 
 
 class Start(NamedTuple):
-    """The start of a mirror: after event *after*, or after the event with the sequence number
-    *sequence*; if both are None, after the newest event.
-
-    With a *digest*, the log must belong to the same request. With *cancel*, the owner cancels the
-    answer.
+    """Where a client reads on: after event *after*, or after the event with the sequence number
+    *sequence*; if both are None, after the newest event. With a *digest*, the answer must be that
+    to the same request.
     """
 
     after: int | None = 0
     sequence: int | None = None
     digest: bytes | None = None
-    cancel: bool = False
 
 
-# The start for a client that has seen nothing.
-FROM_START = Start()
+class Reading(Protocol):
+    """An answer of another instance that a WebSocket reads; `start` or `leave` must be called.
+
+    *last* is the message that was passed on last, and *passed* counts how often any were.
+    """
+
+    last: bytes
+    passed: int
+
+    def start(self, pass_on: PassOn, on_end: Callable[[AioserverError | None], None]) -> None:
+        """Pass whole messages to *pass_on*, and call *on_end* once behind the last: with an error
+        if the answer goes on, but not here.
+        """
+
+    def leave(self) -> None:
+        """Read no more, and call nothing any more; a second call does nothing."""
+
+
+class Elsewhere(Exception):
+    """A request is for the *owner* of its answer, another instance.
+
+    *body* is what the client has sent. *forward* is called by the method of that name. *follow*
+    returns the answer from a start on for a WebSocket, as messages of chats, or as those of an API
+    on the lane of that name.
+
+        Lost, InstanceUnavailable: as `forward`.
+        RequestConflict, ResumeGap: the owner has another answer, or not all of the rest.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        forward: Callable[
+            [Elsewhere, web.Request, RenderError, Callable[[], None]],
+            Awaitable[web.StreamResponse],
+        ],
+        follow: Callable[[Start, str, str | None], Awaitable[Reading]],
+    ) -> None:
+        super().__init__(owner)
+        self.owner, self.follow = owner, follow
+        self.body = b""
+        self._forward = forward
+
+    def forward(
+        self, request: web.Request, render_error: RenderError, on_accept: Callable[[], None]
+    ) -> Awaitable[web.StreamResponse]:
+        """Pass *request* on to the owner, and what it answers to the client. Return the response,
+        which is written then.
+
+        *render_error* renders an error behind the bytes that the client has got last; b"": they do
+        not end with a whole event. *on_accept* is called once the owner has the answer: the body is
+        not needed any more, and is dropped.
+
+        Raises:
+            Lost: the owner does not have the answer any more. Nothing was written.
+            InstanceUnavailable: nothing is known of it. Nothing was written.
+            ServerShutdown: it has ended before it has answered. Nothing was written.
+        """
+        return self._forward(self, request, render_error, on_accept)
+
+
+class Lost(Exception):
+    """The *owner* of an answer does not have it any more; *error* is what a client hears if nobody
+    has it.
+    """
+
+    def __init__(self, owner: str, error: AioserverError) -> None:
+        super().__init__(owner)
+        self.owner, self.error = owner, error
+
+
+# The id of the answer that a request asks for, by which any instance finds it.
+ASKED = web.RequestKey("asked", str)
+# Set once an owner that the request was passed on to has lost the answer, and what the client has
+# sent, until it is read again.
+LOST = web.RequestKey("lost", Lost)
+BODY = web.RequestKey("body", bytes)
+# The name of the instance that has answered a request which was passed on.
+FORWARDED = web.RequestKey("forwarded", str)
 
 
 class Instances(Protocol):
     """The other instances, as the gateway and the faces see them."""
 
-    def claiming(
-        self,
-        stream: Stream,
-        request: Request,
-        producer: Coroutine[Any, Any, None],
-        release: Callable[[], None],
-    ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-        """Return a producer that claims the id of *stream* and then runs *producer*, and the
-        function that releases both. *release* releases *producer*.
-        """
+    async def claim(self, caller: Caller, request_id: str, lost: Lost | None) -> None:
+        """Let the requests of *caller* with *request_id* come here, before there is a stream. An
+        answer of an instance that has ended is then a stream of this one.
 
-    def mirror(self, caller: Caller, request_id: str, start: Start) -> Stream:
-        """Return a mirror of the caller's stream *request_id*, which ends soon if there is none.
+        *lost*: an owner that was asked for it, and does not have it.
 
         Raises:
-            ServerAtCapacity: there is no room for it.
+            Elsewhere: they go to another instance.
+            InstanceUnavailable, ServerAtCapacity: the answer of an instance that has ended cannot
+                be read, or there is no room for it.
         """
 
-    async def reach(self, caller: Caller, request_id: str, start: Start) -> Stream:
-        """Return a mirror, as `mirror`, once it is certain that there is such a stream.
+    async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:
+        """Return the caller's stream *request_id*, if nobody else has it: that of an instance that
+        has ended.
 
         Raises:
-            StreamNotFound: no instance has such a log.
-            RequestConflict, ResumeGap: as `Gateway.find`, and `Stream.locate`.
+            Elsewhere: another instance has it.
+            StreamNotFound: no instance has it.
             ServerShutdown: its owner is gone.
             InstanceUnavailable: it is not known whether there is one.
-        """
-
-    async def claimed(self, stream: Stream) -> None:
-        """Wait until it is certain that *stream* is being answered, here or elsewhere.
-
-        Raises:
-            AioserverError: it is not being answered.
+            ServerAtCapacity: as `claim`.
         """
 
     async def cancel(self, caller: Caller, request_id: str) -> None:

@@ -64,7 +64,13 @@ def routes(context: Context) -> list[web.RouteDef]:
     return [
         web.post(
             f"/v1/{api.path}",
-            counted(context.admission, ANTHROPIC.face, prepare_for(context, api), serve),
+            counted(
+                context.admission,
+                ANTHROPIC.face,
+                prepare_for(context, api),
+                serve,
+                broken=partial(openai.broken, api),
+            ),
         )
         for api, serve in ((MESSAGES, serving), (COUNT_TOKENS, partial(count, context)))
     ]
@@ -78,7 +84,8 @@ def prepare_for(
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
-        key = idempotency_key(request)
+        if (key := idempotency_key(request)) is not None:
+            await context.gateway.claim(request, key, data)
         caller = request[CALLER]
         route = context.router.route(body.model, caller=caller, api=api, body=body.data)
         if api is COUNT_TOKENS:

@@ -318,15 +318,15 @@ class Connection:
 
 
 class ScriptConnection(Connection):
-    """A connection that calls the script of renewals (renew.lua), and loads it if the server does
-    not have it.
+    """A connection that calls the script of renewals (limits/renew.lua), and loads it if the server
+    does not have it.
     """
 
-    _script = (files("aioserver") / "wings/cluster/renew.lua").read_text()
+    _script = (files("aioserver") / "wings/cluster/limits/renew.lua").read_text()
     _digest = hashlib.sha1(_script.encode()).hexdigest()  # noqa: S324 - the protocol's name for a script
 
     async def renew(self, prefix: str, request: bytes, run: str) -> bytes:
-        """Return the answer to *request* (wings/cluster/lease_messages.py), which is meant for the
+        """Return the answer to *request* (limits/lease_messages.py), which is meant for the
         server's process *run*.
 
         Raises:

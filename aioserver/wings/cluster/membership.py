@@ -21,35 +21,37 @@ import secrets
 import socket
 from collections.abc import Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from aioserver.auth.sessions import SECRET_BYTES
 from aioserver.config.faults import ConfigurationError
+from aioserver.config.settings import Cluster
 from aioserver.gateway.contracts.commands import Commands, Connection
-from aioserver.wings.cluster.bus import Bus, RedisBus, RedisCommands
+from aioserver.wings.cluster.answers import peer_network
+from aioserver.wings.cluster.answers.peer_network import Gone, Network, PeerNetwork, Unreachable
+from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import TIMES
-from aioserver.wings.cluster.leases import Leases
-from aioserver.wings.cluster.limits import SharedLimits
-from aioserver.wings.cluster.remote_streams import RemoteStreams
-from aioserver.wings.cluster.renewer import MakeListening, MakeRenewing, Renewer
-from aioserver.wings.cluster.subscription import Subscription
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.lease_messages import TIMES
+from aioserver.wings.cluster.limits.leases import Leases
+from aioserver.wings.cluster.limits.limits import SharedLimits
+from aioserver.wings.cluster.limits.renewer import MakeListening, MakeRenewing, Renewer
+from aioserver.wings.cluster.limits.subscription import Subscription
+from aioserver.wings.cluster.redis_commands import RedisCommands
 from aioserver.wings.cluster.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Coroutine, Mapping
+    from pathlib import Path
 
     from aioserver.auth.sessions import Sessions
     from aioserver.limits.fixed_share import Scope
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
     from aioserver.providers.provider import Provider
-    from aioserver.telemetry.counters import Counter
-    from aioserver.wings.cluster.lease_messages import Times
-    from aioserver.wings.cluster.peer_messages import Message
+    from aioserver.wings.cluster.limits.lease_messages import Times
 
 logger = logging.getLogger("aioserver.cluster")
 
@@ -58,11 +60,13 @@ logger = logging.getLogger("aioserver.cluster")
 LEAVE_TIMEOUT = 1.0
 # Seconds to free the places of killed instances before this one serves.
 SETTLE_TIMEOUT = 1.0
-# Seconds for the instances' agreement on a secret; until the next one, which restores the secret
-# at a server that has lost it; and until the next one after a failure.
+# Seconds for the instances' agreement on their secrets; until the next one, which restores the
+# secrets at a server that has lost them; and until the next one after a failure.
 AGREE_TIMEOUT, AGREE_EVERY, AGREE_AGAIN = 1.0, 60.0, 5.0
-# Seconds for which the secret is kept while no instance runs: longer than a browser session lasts.
+# Seconds for which a secret is kept while no instance runs: longer than a browser session lasts.
 SECRET_SECONDS = 30 * 86_400
+# The pauses in seconds before a new member is dialled: it may not serve yet.
+MEETING_PAUSES = (0.5, 1.0, 2.0, 4.0)
 # The most characters of a host's name in the name of an instance.
 MAX_HOST = 32
 # Keys that the server scans in one step.
@@ -79,15 +83,6 @@ class ClosableConnection(Connection, Protocol):
         """Close it."""
 
 
-class ClosableBus(Bus, Protocol):
-    """The bus of this instance: see `RedisBus`."""
-
-    lost: Counter
-
-    async def close(self) -> None:
-        """Stop receiving and sending."""
-
-
 class Ways(msgspec.Struct, frozen=True):
     """The classes of all connections to the cluster's server; the arguments are those of the
     defaults.
@@ -96,7 +91,6 @@ class Ways(msgspec.Struct, frozen=True):
     renewals: MakeRenewing = ScriptConnection
     words: MakeListening = Subscription
     commands: Callable[[str], ClosableConnection] = RedisCommands
-    bus: Callable[..., ClosableBus] = RedisBus
 
 
 # The connections to a Redis or Valkey server.
@@ -106,11 +100,11 @@ REDIS = Ways()
 class Membership:
     """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
 
-    *fixed*: the rank of this instance and the number of all, if a parent knows them. *times* are
-    those of the cluster. *scope* is this instance among the workers of its host, which share
-    connections; None if it has no parent. *ways* are the connections to the server. *patient*:
-    without *fixed* its start waits until the server grants something, and agrees with others on a
-    secret.
+    The others reach it by *network*. *fixed*: the rank of this instance and the number of all, if
+    a parent knows them. *times* are those of the cluster. *scope* is this instance among the
+    workers of its host, which share connections; None if it has no parent. *ways* are the
+    connections to the server. *patient*: without *fixed* its start waits until the server grants
+    something.
     """
 
     def __init__(
@@ -118,6 +112,7 @@ class Membership:
         url: str,
         name: str,
         instance: str,
+        network: Network,
         fixed: tuple[int, int] | None,
         times: Times = TIMES,
         scope: Scope | None = None,
@@ -134,15 +129,25 @@ class Membership:
         self.retire = self.leases.retire
         self.share_provider, self.observe = limits.share_provider, limits.observe
         self.make_quota, self.share_door = limits.make_quota, limits.share_door
-        self._url, self._ways = url, ways
         self._connection = ways.commands(url)
-        self.bus: ClosableBus | None = None
         self.commands = Commands(self._connection, self.renewer.prefix)
         self.address = self.renewer.connection.address
         self._incidents: Monitor | None = None
         self._patient = patient and fixed is None
         self._joined = asyncio.Event()
-        self._agreeing: asyncio.Task[None] | None = None
+        self._network = network
+        # Empty until all instances agree on it.
+        self._peer_secret = b""
+        proposed = secrets.token_bytes(SECRET_BYTES)
+        # The secrets on which they agree, by their keys: what is proposed, and what uses a secret.
+        self._secrets: dict[str, tuple[Callable[[], bytes], Callable[[bytes], object]]] = {
+            "peer_secret": (lambda: self._peer_secret or proposed, self._use_peer_secret)
+        }
+        # Whether the last try has succeeded.
+        self._agreed = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        # The members that were dialled, or are about to be.
+        self._met = {instance}
         # The tokens of instances that have ended, until the members are known; and whether all
         # their places are free.
         self._gone: set[int] = set()
@@ -154,7 +159,12 @@ class Membership:
     def streams(self) -> RemoteStreams:
         """Return the streams of other instances."""
         self._streams = RemoteStreams(
-            self._make_bus, self.commands, self._look, lambda: self.leases.members
+            self.instance,
+            self.commands,
+            self._network,
+            lambda: self._peer_secret,
+            self._look,
+            lambda: self.leases.members,
         )
         return self._streams
 
@@ -167,13 +177,14 @@ class Membership:
         assert self._streams is not None, "`streams` was called before"
         self._totals = Totals(
             self.instance,
-            self._streams.peers,
+            self._streams.fan_out,
             lambda: self.leases.members,
             monitor,
             self.standing,
             lambda: self.limits.connections,
         )
         monitor.share(self._totals)
+        self._meet_members()
 
     async def others_serve(self) -> bool:
         """Return whether an instance elsewhere takes new work; see `Sharing`."""
@@ -188,36 +199,40 @@ class Membership:
 
     async def agree_on_sessions(self, sessions: Sessions) -> None:
         """Let *sessions* use the secret on which the instances agree; see `Sharing`."""
-        if not self._patient:
-            # The workers of one parent have its secret.
-            return
-        agreed = await self._agree(sessions)
-        self._agreeing = asyncio.create_task(self._keep_agreeing(sessions, agreed=agreed))
+        if self._patient:
+            # Otherwise the workers have the secret of their parent.
+            self._secrets["session_secret"] = (lambda: sessions.secret, sessions.use)
+            self._agreed = await self._agree()
 
-    async def _agree(self, sessions: Sessions) -> bool:
-        """Try to agree, and return whether *sessions* now has the secret of all instances."""
-        key = f"{self.renewer.prefix}session_secret"
-        execute = self.commands.execute
+    async def _agree(self) -> bool:
+        """Try to agree on all secrets, and return whether each is now that of all instances."""
+        execute, done = self.commands.execute, True
         try:
             async with asyncio.timeout(AGREE_TIMEOUT):
-                await execute("SET", key, sessions.secret, "NX", "EX", SECRET_SECONDS)
-                agreed = await execute("GET", key)
-                await execute("EXPIRE", key, SECRET_SECONDS)
+                for name, (own, use) in self._secrets.items():
+                    key = f"{self.renewer.prefix}{name}"
+                    await execute("SET", key, own(), "NX", "EX", SECRET_SECONDS)
+                    agreed = await execute("GET", key)
+                    await execute("EXPIRE", key, SECRET_SECONDS)
+                    if isinstance(agreed, bytes) and len(agreed) >= SECRET_BYTES:
+                        use(agreed)
+                    else:
+                        done = False
         except (CallFailed, TimeoutError):
             return False
-        if not isinstance(agreed, bytes) or len(agreed) < SECRET_BYTES:
-            return False
-        sessions.use(agreed)
-        return True
+        return done
 
-    async def _keep_agreeing(self, sessions: Sessions, *, agreed: bool) -> None:
+    async def _keep_agreeing(self) -> None:
         """Agree from time to time, and as soon as the server is back."""
         while True:
             self._joined.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(AGREE_EVERY if agreed else AGREE_AGAIN):
+                async with asyncio.timeout(AGREE_EVERY if self._agreed else AGREE_AGAIN):
                     await self._joined.wait()
-            agreed = await self._agree(sessions)
+            self._agreed = await self._agree()
+
+    def _use_peer_secret(self, secret: bytes) -> None:
+        self._peer_secret = secret
 
     def standing(self) -> ClusterState:
         """Return the state of this instance in the cluster."""
@@ -228,21 +243,21 @@ class Membership:
             "calls": self.leases.calls,
             "failed_calls": self.leases.failures,
             "links": streams.links,
-            "mirrors": streams.mirrors,
+            "tunnels": streams.tunnels,
             "unclaimed": streams.unclaimed,
-            "lost": 0 if self.bus is None else int(self.bus.lost.value),
         }
 
     @property
     def token(self) -> int:
         """The number at the end of this instance's name."""
-        return int(self.instance.rpartition("-")[2], 16)
+        return int(_token_of(self.instance), 16)
 
     def ended(self, token: int) -> None:
         """Note that the instance with *token* has certainly ended: its places are free now, and
         not only when its lease expires.
         """
         self._gone.add(token)
+        self._network.forget(f"{token:08x}")
         self._freed.clear()
         self._tell_ends()
 
@@ -260,7 +275,7 @@ class Membership:
         if not members:
             return
         gone, self._gone = {f"{token:08x}" for token in self._gone}, set()
-        ended = [name for name in members if name.rpartition("-")[2] in gone]
+        ended = [name for name in members if _token_of(name) in gone]
         for name in ended:
             self.leases.ended(name)
         if not ended and not self.leases.freeing:
@@ -270,6 +285,50 @@ class Membership:
         if self._gone:
             self._tell_ends()
         self.limits.instances_changed()
+        self._meet_members()
+        standing = self.leases.standing
+        if (
+            self._incidents is not None
+            and self._streams is not None
+            and standing.state is State.JOINED
+            # A server that has lost its state does not know all of them yet.
+            and not standing.grace
+        ):
+            self._streams.keep(self.leases.members)
+
+    def _meet_members(self) -> None:
+        """Dial each new member, once this instance serves."""
+        if self._incidents is not None:
+            members = set(self.leases.members)
+            for name in members - self._met:
+                self._begin(self._meet(name))
+            self._met = members | {self.instance}
+
+    async def _meet(self, name: str) -> None:
+        """Say so if the member *name* cannot be reached."""
+        assert self._streams is not None, "`streams` was called before"
+        why = ""
+        for pause in MEETING_PAUSES:
+            await asyncio.sleep(pause)
+            if name not in self.leases.members:
+                return
+            try:
+                await self._streams.fan_out.meet(name)
+            except Gone:
+                why = "the connection is refused"
+            except Unreachable as exc:
+                why = str(exc)
+            else:
+                return
+        text = f"the instance {name} cannot be reached: {why} (cluster.listen, cluster.advertise)"
+        logger.warning("cluster: %s", text)
+        if self._incidents is not None:
+            self._incidents.incident("cluster", text, severity="warning")
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def open(self, *, clear: bool = False) -> None:
         """Connect, and share. An unreachable server is retried in the background.
@@ -293,18 +352,20 @@ class Membership:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(times.grace + times.beat + times.bound):
                     await self._joined.wait()
+        self._agreed = await self._agree()
+        self._begin(self._keep_agreeing())
         state = self.leases.state
         logger.info("cluster: instance %s, %s (%s)", self.instance, state.value, self.address)
 
     async def close(self) -> None:
         """Report that no place is inside any more, and close the connections."""
-        if self._agreeing is not None:
-            self._agreeing.cancel()
-            await asyncio.wait([self._agreeing])
+        self._network.close()
+        if self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
         await self.renewer.leave(LEAVE_TIMEOUT)
         await self.renewer.close()
-        if self.bus is not None:
-            await self.bus.close()
         await self._connection.close()
 
     def _make_leases(self, on_due: Callable[[], None]) -> Leases:
@@ -318,19 +379,6 @@ class Membership:
             on_freed=lambda: self._freed.set(),
             on_announced=lambda *news: self.limits.announced(*news),
         )
-
-    def _make_bus(
-        self, *, on_message: Callable[[str, Message], None], on_deaf: Callable[[str], None]
-    ) -> ClosableBus:
-        self.bus = self._ways.bus(
-            self._connection,
-            self._url,
-            self.renewer.prefix,
-            self.instance,
-            on_message=on_message,
-            on_deaf=on_deaf,
-        )
-        return self.bus
 
     async def _clear_conversations(self) -> None:
         try:
@@ -357,6 +405,9 @@ class Membership:
     def _state_changed(self, _old: State, new: State, why: str) -> None:
         if new is State.JOINED:
             self._joined.set()
+            if self._incidents is not None and self._streams is not None:
+                # A server that has come back may have lost them.
+                self._streams.renew()
         if self.leases.standing.leaving:
             # The instance has left.
             return
@@ -382,6 +433,8 @@ async def join(
     url: str,
     name: str,
     *,
+    cluster: Cluster | None = None,
+    folder: Path | None = None,
     fixed: tuple[int, int] | None = None,
     first: bool = False,
     clear: bool = False,
@@ -390,16 +443,28 @@ async def join(
 ) -> AsyncIterator[Membership]:
     """Join the cluster *name* for the length of the block.
 
+    The others reach this instance where *cluster* says, or by a UNIX socket in *folder*.
+
     *fixed*, *times*, *scope*: see `Membership`. *first*: no other instance can have places of an
     earlier run of the cluster, so that the fixed share may be used at once. *clear*: see
     `Membership.open`.
 
     Raises:
-        ConfigurationError: *url* cannot be used, or its server refuses us.
+        ConfigurationError: *url* cannot be used, its server refuses us, or others cannot be let
+            in as *cluster* says.
     """
+    token = secrets.token_hex(4)
+    network: PeerNetwork
+    if folder is not None:
+        network = peer_network.bind_unix(folder, token)
+    else:
+        network = await peer_network.bind_tcp(cluster or Cluster(), url)
+        logger.info("cluster: others reach this instance at %s", network.end)
     try:
-        membership = Membership(url, name, instance_name(), fixed, times, scope)
+        instance = instance_name(token, network.end)
+        membership = Membership(url, name, instance, network, fixed, times, scope)
     except ValueError as error:
+        network.close()
         raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
     if first:
         membership.leases.use_fixed()
@@ -410,9 +475,14 @@ async def join(
         await membership.close()
 
 
-def instance_name() -> str:
-    """Return a name that no other instance ever has: the host, the process, and something
-    random.
+def instance_name(token: str, end: str) -> str:
+    """Return a name that no other instance ever has: the host, the process, and a random *token*.
+    Its *end* says where the instance listens.
     """
     host = _NOT_IN_NAMES.sub("-", socket.gethostname())[:MAX_HOST]
-    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{host}-{os.getpid()}-{token}@{end}"
+
+
+def _token_of(name: str) -> str:
+    """Return the token in the name of an instance."""
+    return name.partition("@")[0].rpartition("-")[2]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.state import ClusterState, History, Incident, Snapshot
     from aioserver.telemetry.metrics import Family
     from aioserver.usage.sums import Day
-    from aioserver.wings.cluster.peers import Peers
+    from aioserver.wings.cluster.answers.fan_out import FanOut
 
 # What an instance is asked for.
 STATE, HISTORY, METRICS, USAGE = "state", "history", "metrics", "usage"
@@ -42,7 +42,7 @@ class Totals:
     def __init__(
         self,
         me: str,
-        peers: Peers,
+        fan_out: FanOut,
         members: Callable[[], Sequence[str]],
         monitor: Monitor,
         standing: Callable[[], ClusterState],
@@ -51,7 +51,7 @@ class Totals:
         self._me = me
         self.standing = standing
         self._connections = connections
-        self._peers = peers
+        self._fan_out = fan_out
         self._members = members
         self._monitor = monitor
         self._fold = Fold(monitor.sections)
@@ -84,7 +84,7 @@ class Totals:
     async def others_serve(self) -> bool:
         """Return whether an instance of another host says that it takes new work."""
         host, _connections = self._connections()
-        for answer in (await self._peers.look(self._others(), STATE)).values():
+        for answer in (await self._fan_out.look(self._others(), STATE)).values():
             try:
                 (report, _number, _newest), (theirs, _) = _unpack_state(answer)
                 if theirs != host and report.snapshot["ready"]:
@@ -97,7 +97,7 @@ class Totals:
         hosts = dict([self._connections()])
         own, places = self._monitor.report(), self._monitor.places()
         others = self._others()
-        answers = await self._peers.look(others, STATE)
+        answers = await self._fan_out.look(others, STATE)
         understood = {}
         for name, answer in answers.items():
             try:
@@ -116,7 +116,7 @@ class Totals:
     async def history(self) -> History:
         """Return the history of all instances together."""
         histories = [self._monitor.history()]
-        answers = await self._peers.look(self._others(), HISTORY)
+        answers = await self._fan_out.look(self._others(), HISTORY)
         for name, answer in answers.items():
             try:
                 history = msgspec.msgpack.decode(answer)
@@ -136,7 +136,7 @@ class Totals:
         """
         merged = {family.name: _copy(family) for family in self._monitor.families()}
         others = self._others()
-        answers = self._counted | await self._peers.look(others, METRICS)
+        answers = self._counted | await self._fan_out.look(others, METRICS)
         self._counted = {name: answers[name] for name in others if name in answers}
         for answer in self._counted.values():
             try:
@@ -156,7 +156,7 @@ class Totals:
         days = [self._monitor.usage.days(caller)]
         suspect = self._others()
         what = USAGE if caller is None else f"{USAGE} {caller}"
-        for name, answer in (await self._peers.look(suspect, what)).items():
+        for name, answer in (await self._fan_out.look(suspect, what)).items():
             try:
                 days = [together([*days, msgspec.msgpack.decode(answer)])]
             except NOT_UNDERSTOOD:

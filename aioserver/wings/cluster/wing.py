@@ -5,22 +5,25 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from aioserver.faces.wing import Routes, Wing
 from aioserver.gateway.contracts.sharing import Sharing
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable, Mapping
     from contextlib import AsyncExitStack
 
+    from aioserver.auth.callers import Peer
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
     from aioserver.gateway.contracts.commands import Commands
     from aioserver.monitoring.monitor import Monitor
     from aioserver.providers.provider import Provider
-    from aioserver.wings.cluster.remote_streams import RemoteStreams
+    from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 
 
 class Member(Sharing, Protocol):
@@ -83,9 +86,19 @@ class ClusterWing(Wing):
         announcements.
         """
         if self._member is not None and self._others is not None:
-            self._others.serve(context.gateway, context.apis)
+            await self._others.serve(context)
             self._member.serve(lambda: context.router.providers, context.monitor)
         return Routes()
+
+    async def listen(self, accept: Callable[[Peer], asyncio.Protocol]) -> None:
+        """Let the other instances pass requests on."""
+        if self._others is not None:
+            self._others.listen(accept)
+
+    async def finish(self, seconds: float) -> None:
+        """Wait for what other instances read here."""
+        if self._others is not None:
+            await self._others.finish(seconds)
 
     async def leave(self) -> None:
         """Hand over the logs that have ended here."""
@@ -97,11 +110,12 @@ async def _join(core: Core, stack: AsyncExitStack) -> Member | None:
     """Join the cluster until *stack* closes; return None if this process is the only instance."""
     cluster, scope = core.settings.cluster, core.scope
     clear = core.settings.chat.service.repository.persistence.clear_on_startup
-    url, fixed, first = cluster.redis_url, None, False
+    url, folder, fixed, first = cluster.redis_url, None, None, False
     if scope is not None:
         if url is None:
             # No other process uses it, so the number of instances is known.
             url, fixed, first = core.private_server, (scope.rank, scope.workers), scope.first
+            folder = None if url is None else Path(url.removeprefix("unix://")).parent
         # A worker that replaces another one does not start the server.
         clear = clear and scope.first
     if url is None:
@@ -110,5 +124,14 @@ async def _join(core: Core, stack: AsyncExitStack) -> Member | None:
     from aioserver.wings.cluster.membership import join  # noqa: PLC0415
 
     return await stack.enter_async_context(
-        join(url, cluster.name, fixed=fixed, first=first, clear=clear, scope=scope)
+        join(
+            url,
+            cluster.name,
+            cluster=cluster,
+            folder=folder,
+            fixed=fixed,
+            first=first,
+            clear=clear,
+            scope=scope,
+        )
     )

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from aioserver.providers.api import Api
 from aioserver.wings.responses.events import PARTS, ResponseEvents, is_content
-from aioserver.wings.responses.path import ResponsePath
+from aioserver.wings.responses.path import ResponsePath, response_messages
 from aioserver.wings.responses.sinks import ResponseSink
 
 if TYPE_CHECKING:
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.fast_path import Destination, FastPath
+    from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
 
@@ -34,6 +35,10 @@ class ResponsesApi(Api):
     def events(self) -> ResponseEvents:
         """Return the memory of the events of a response to come."""
         return ResponseEvents()
+
+    def messages(self, lane: str | None) -> Format:
+        """Return the format of responses on a *lane* of a WebSocket."""
+        return response_messages(lane)
 
     def fast_path(self, cursor: Cursor, destination: Destination) -> FastPath | None:
         """Return the path by which events go from *cursor* to *destination*.

@@ -31,7 +31,7 @@ from aioserver.faces import http, openai, passthrough
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import caller_of, client_headers, idempotency_key, read_model_body
 from aioserver.faces.ready import HIGH_WATER
-from aioserver.gateway.contracts.instances import Start
+from aioserver.gateway.contracts.instances import Elsewhere
 from aioserver.gateway.request import Request
 from aioserver.protocol import eventstream
 from aioserver.streams.ending import run_all
@@ -47,6 +47,7 @@ from aioserver.wings.responses.attempt import (
 from aioserver.wings.responses.background import Background, OpeningReader
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.draft import draft_of
+from aioserver.wings.responses.events import ResponseEvents
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -62,8 +63,6 @@ if TYPE_CHECKING:
     from aioserver.wings.responses.stored import StoredResponses
 
 
-# The start of a mirror whose events are not read.
-LATEST = Start(after=None)
 # Codex ends a response without an event for 300 s, and ignores comments. All others get comments:
 # OpenAI's SDKs fail on an event before `response.created`.
 CODEX = openai.OPENAI._replace(
@@ -79,7 +78,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
     writing = counted(
         context.admission,
         "openai",
-        partial(prepare_kept, context),
+        partial(route, context),
         partial(write_cancelled, context),
     )
     return [
@@ -90,6 +89,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
                 openai.OPENAI.face,
                 partial(prepare_new, context, stored),
                 partial(serve, context),
+                broken=broken,
             ),
         ),
         web.get(
@@ -99,6 +99,7 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
                 "openai",
                 partial(prepare_retrieval, context, stored),
                 partial(retrieve, context, stored),
+                broken=broken,
             ),
             # aiohttp does not write the body, and so would not leave it out for HEAD.
             allow_head=False,
@@ -139,7 +140,9 @@ async def prepare_new(
     body, data = await read_model_body(request, hold, limit)
     if body.background and body.stored is False:
         raise InvalidRequest("a response in the background must be stored", param="store")
-    key, caller = idempotency_key(request), request[CALLER]
+    if (key := idempotency_key(request)) is not None:
+        await context.gateway.claim(request, key, data)
+    caller = request[CALLER]
     return make_request(
         context,
         body,
@@ -302,20 +305,17 @@ def _check_known(stored: StoredResponses, request: web.Request, missing: Aioserv
 
 async def _in_its_log(context: Context, request: web.Request) -> tuple[Stream, int | None]:
     if request.query.get("stream", "false") != "true":
-        return await find(context, request), None
+        return await route(context, request), None
     number = request.query.get("starting_after")
-    if number is None:
-        start = Start()
-    elif number == "-1" or (number.isascii() and number.isdigit() and len(number) < 19):
-        # The position of a reader that has fallen behind before the first event.
-        start = Start(sequence=int(number))
-    else:
-        await find(context, request)
+    # -1 is the position of a reader that has fallen behind before the first event.
+    known = number in {None, "-1"} or (number.isascii() and number.isdigit() and len(number) < 19)
+    if not known:
+        await route(context, request)
         raise InvalidRequest("starting_after must be a sequence_number", param="starting_after")
-    stream = await find(context, request, start)
+    stream = await route(context, request)
     if stream.whole is not None:
         raise InvalidRequest("this response was not streamed", param="stream")
-    return stream, 0 if start.sequence is None else event_of(stream, start.sequence)
+    return stream, 0 if number is None else event_of(stream, int(number))
 
 
 async def retrieve(
@@ -354,15 +354,18 @@ async def cancel(
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is.
 
     This works in a full server, too: only a large response needs a place, by *writing*, until its
-    client has read it. If the response is not kept here, it may be the provider's: *passing*
-    passes the request on.
+    client has read it, and one of another instance, which cancels it. If the response is not kept
+    here, it may be the provider's: *passing* passes the request on.
 
     Raises:
         StreamNotFound: there is no such response under way, or with a log.
         InstanceUnavailable: another instance may have it.
     """
     try:
-        stream = await find(context, request)
+        try:
+            stream = await route(context, request)
+        except Elsewhere:
+            return await writing(request)
     except (StreamNotFound, InstanceUnavailable) as missing:
         try:
             _check_known(stored, request, missing)
@@ -385,11 +388,6 @@ async def cancel(
     return await write_cancelled(context, request, stream)
 
 
-async def prepare_kept(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
-    """Prepare the writing of a response that has been cancelled, or has ended before."""
-    return await find(context, request)
-
-
 async def write_cancelled(
     context: Context, request: web.Request, stream: Stream
 ) -> web.StreamResponse:
@@ -410,7 +408,6 @@ async def write(
     """
     if stream.whole is not None:
         return await openai.write_kept(context, request, stream)
-    context.gateway.lifetime.let_go(stream)
     if stream.end_status == CANCELLED:
         status = status or "cancelled"
     elif stream.ending is not None:
@@ -420,18 +417,28 @@ async def write(
     return await stored_face.write(context, request, body)
 
 
-async def find(context: Context, request: web.Request, start: Start = LATEST) -> Stream:
-    """Return the response of the caller that the path of *request* names, to be read from *start*
-    on.
+async def route(context: Context, request: web.Request, _hold: object = None) -> Stream:
+    """Return the response of the caller that the path of *request* names.
 
     Raises:
+        Elsewhere: another instance has it.
         StreamNotFound: there is no such stream, or it is an answer of another kind, such as one of
             another face.
     """
-    stream = await context.gateway.reach(request[CALLER], request.match_info["id"], start)
+    stream = await context.gateway.route(request, request.match_info["id"])
     if stream.api is not RESPONSES:
         raise StreamNotFound(stored_face.NOT_FOUND)
     return stream
+
+
+def broken(_request: web.Request, error: AioserverError, last: bytes) -> bytes:
+    """Return *error*, with which another instance breaks off a response, as the event behind the
+    *last* ones; b"" if those have no sequence number.
+    """
+    events = ResponseEvents()
+    # The sizes of chunks between them are no lines of an event.
+    events.note(last, 1)
+    return events.render(error) if events.last_sequence >= 0 else b""
 
 
 def event_of(stream: Stream, sequence: int) -> int:

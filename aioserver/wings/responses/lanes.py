@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.streams.contracts import Queued
+    from aioserver.gateway.contracts.instances import Reading
     from aioserver.streams.stream import Stream
     from aioserver.streams.writer import Writer
     from aioserver.wings.responses.frames import Create, Refused, Resume
@@ -71,12 +71,11 @@ class Lane:
     """One lane of a connection; *name* is None for the one without a `stream_id`.
 
     *stream* is the log of the response that is read, or was read last; None until the response
-    under way has begun. *response_id* is its id, once it is known, and *continues* the id of its
-    predecessor. *asked* is the task that fills the last response requested here; a resumed response
-    has no such task.
+    under way has begun, or if it is that of another instance: then *reading* reads it.
+    *response_id* is its id, once it is known, and *continues* the id of its predecessor. *asked* is
+    the task that fills the last response requested here; a resumed response has no such task.
     *on_end* is called at the end of that task. *under_way* counts what the end of the turn still
-    waits for, such as events that are not written, and was first more than 0 at *began*. *queued*
-    is the last report of the wait at its key or provider; None once the wait has ended. The lane
+    waits for, such as events that are not written, and was first more than 0 at *began*. The lane
     has been silent since *silent_since*, after *events* events.
     """
 
@@ -86,12 +85,12 @@ class Lane:
         self.format = response_messages(name)
         self.turns: deque[Turn] = deque()
         self.stream: Stream | None = None
+        self.reading: Reading | None = None
         self.response_id: str | None = None
         self.asked: asyncio.Task[None] | None = None
         self.continues: str | None = None
         self.under_way = self.events = 0
         self.began = self.silent_since = 0.0
-        self.queued: Queued | None = None
 
     def ended(self, _task: object) -> None:
         """Note that `asked` has ended."""
@@ -181,7 +180,7 @@ class Lanes:
         if not lane.under_way:
             self._running += 1
             lane.began = lane.silent_since = self._clock()
-            lane.events, lane.queued, lane.stream = 0, None, None
+            lane.events, lane.stream, lane.response_id = 0, None, None
         lane.under_way += 1
 
     def done(self, lane: Lane) -> None:
@@ -247,6 +246,8 @@ class Lanes:
         """Drop the waiting commands and the kept responses."""
         for lane in self._lanes.values():
             self._held.drop(lane)
+            if lane.reading is not None:
+                lane.reading.leave()
             if lane.asked is not None:
                 lane.asked.remove_done_callback(lane.ended)
             # Otherwise the socket and its lanes would be a reference cycle.
@@ -318,19 +319,21 @@ class LaneNews:
         """
         interval = self.interval
         for lane in self._lanes.under_way():
-            stream = lane.stream
+            stream, reading = lane.stream, lane.reading
             events = 0 if stream is None else stream.last
+            if reading is not None:
+                events = reading.passed
             if events != lane.events:
-                lane.events, lane.silent_since, lane.queued = events, now, None
+                lane.events, lane.silent_since = events, now
             elif now - lane.silent_since >= interval * 0.99:
                 lane.silent_since = now
                 if stream is not None and stream.ended:
                     # The rest of the response is written soon, or has been written already.
                     pass
-                elif lane.queued is None:
+                elif stream is None or stream.queued is None:
                     self._send(frames.heartbeat(lane.name))
                 else:
-                    self._send(frames.queued(lane.name, *lane.queued))
+                    self._send(frames.queued(lane.name, *stream.queued))
 
     def _tell_waiting(self, now: float) -> None:
         """Report the position of each waiting command, if it has changed or was

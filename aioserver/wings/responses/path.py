@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.errors import AioserverError
+    from aioserver.streams.contracts import Queued
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.entries import Entry
     from aioserver.streams.fast_path import Destination
@@ -122,8 +123,11 @@ def response_messages(lane: str | None) -> Format:
         (event,) = eventstream.parse(stream.events.render(error, seen))
         return frame(event.data)
 
+    def render_position(_stream: Stream, queued: Queued) -> bytes:
+        return ws_frame(WS_TEXT, frames.queued(lane, *queued))
+
     name = "responses" if lane is None else f"responses {lane}"
-    return Format(name, render, None, render_error, frame)
+    return Format(name, render, None, render_error, frame, render_position)
 
 
 RESPONSES = response_messages(None)

@@ -13,7 +13,6 @@ This file is one concept: how one connection handles its frames, and the answers
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
 from functools import partial
@@ -26,16 +25,17 @@ from aioserver.errors import (
     MethodNotAllowed,
     ServerShutdown,
     StreamNotFound,
-    public,
 )
 from aioserver.faces.intake import session_of
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.contracts.instances import Start
+from aioserver.protocol import eventstream
 from aioserver.protocol.sound import NotUtf8
 from aioserver.protocol.steps import LARGE_BYTES
-from aioserver.streams.formats import WS_TEXT, ws_frame
+from aioserver.streams.formats import WS_TEXT, ws_frame, ws_payload
+from aioserver.streams.stream import Stream
 from aioserver.wings.responses import face as responses
 from aioserver.wings.responses import frames
 from aioserver.wings.responses.api import RESPONSES
@@ -60,15 +60,12 @@ if TYPE_CHECKING:
 
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.gateway.contracts.instances import Lost
     from aioserver.protocol.model_body import ModelBody
-    from aioserver.streams.contracts import Queued
     from aioserver.streams.cursor import Cursor
-    from aioserver.streams.stream import Stream
     from aioserver.wings.responses.frames import Command
     from aioserver.wings.responses.lanes import Lane
     from aioserver.wings.responses.stored import StoredResponse, StoredResponses
-
-logger = logging.getLogger("aioserver.connections")
 
 PATH = f"/v1/{RESPONSES.path}"
 
@@ -281,16 +278,37 @@ class ResponsesSocket(Socket):
             StreamNotFound, ResumeGap: the response, or the rest, is not kept.
         """
         start = Start() if command.after is None else Start(sequence=command.after)
-        with self._context.metrics.resuming():
-            gateway = self._context.gateway
-            stream = await gateway.reach(self.caller, command.response_id, start)
-            if stream.api is not RESPONSES or stream.whole is not None:
-                raise StreamNotFound(NOT_FOUND)
-            after = 0 if start.sequence is None else responses.event_of(stream, start.sequence)
-            lane.asked = lane.continues = None
+        gateway, after = self._context.gateway, 0
+        lane.response_id = response_id = command.response_id
+        lane.asked = lane.continues = None
+
+        async def find(lost: Lost | None) -> Stream:
+            nonlocal after
+            with self._context.metrics.resuming():
+                try:
+                    stream = gateway.find(self.caller, response_id)
+                except StreamNotFound:
+                    if gateway.instances is None:
+                        raise
+                    stream = await gateway.instances.route(self.caller, response_id, lost)
+                if stream.api is not RESPONSES or stream.whole is not None:
+                    raise StreamNotFound(NOT_FOUND)
+                if start.sequence is not None:
+                    after = responses.event_of(stream, start.sequence)
+                return stream
+
+        answer = await self.reach(find, start, RESPONSES.path, lane.name)
+        if isinstance(answer, Stream):
             # The socket may have been closed meanwhile.
             if self.open:
-                self._follow(lane, stream, after)
+                self._follow(lane, answer, after)
+        elif not self.open:
+            answer.leave()
+        else:
+            lane.reading = answer
+            self._lanes.begun(lane)
+            answer.start(self._writer.pass_on, partial(self._passed, lane))
+            self._context.admission.idle_sockets.asked(self)
 
     def _cancel(self, command: Cancel) -> None:
         """Cancel a response of this socket; the end of its events is the answer.
@@ -298,18 +316,26 @@ class ResponsesSocket(Socket):
         Raises:
             StreamNotFound: no such response is under way here.
         """
+        gateway = self._context.gateway
         for lane in self._lanes.under_way():
             stream = lane.stream
-            if stream is None or stream.ended:
+            if stream is not None and stream.ended:
                 continue
             if command.response_id is None:
                 wanted = lane.name == command.lane
             else:
-                # Read once: a response object may be large.
-                lane.response_id = lane.response_id or _id_of(stream)
-                wanted = command.response_id in {stream.alias, lane.response_id}
-            if wanted:
-                self._context.gateway.lifetime.end(stream, abandoned=False)
+                if stream is not None:
+                    # Read once: a response object may be large.
+                    lane.response_id = lane.response_id or _id_of(stream)
+                alias = None if stream is None else stream.alias
+                wanted = command.response_id in {alias, lane.response_id}
+            if wanted and stream is not None:
+                gateway.lifetime.end(stream, abandoned=False)
+                return
+            if wanted and lane.response_id is not None:
+                # It is that of another instance, or is being looked for there.
+                cancelling = gateway.cancel_anywhere(self.caller, lane.response_id)
+                self.work(cancelling, partial(self._refuse, command.lane))
                 return
         raise StreamNotFound(f"no such response is under way here: POST {PATH}/{{id}}/cancel")
 
@@ -340,20 +366,12 @@ class ResponsesSocket(Socket):
         client.
         """
 
-        async def working() -> None:
-            try:
-                await work
-            except Exception as exc:
-                if not isinstance(exc, AioserverError):
-                    logger.exception("bug in a command", exc_info=exc)
-                    self._context.metrics.bugs.note(exc)
-                if not self._over:
-                    self._refuse(lane.name, public(exc))
+        def refuse(error: AioserverError) -> None:
+            if not self._over:
+                self._refuse(lane.name, error)
 
-        task = self._loop.create_task(working())
+        task = self.work(work, refuse)
         self._tasks.add(task)
-        # A task that is cancelled before its first step has not begun the work.
-        task.add_done_callback(lambda _task: work.close())
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _task: self._done(lane))
         self._lanes.begun(lane)
@@ -365,20 +383,7 @@ class ResponsesSocket(Socket):
         Raises:
             ResumeGap: those events are no longer kept.
         """
-        # Not the socket itself, which would be in a reference cycle with its writer.
-        now = self._loop.time
-
-        def render(queued: Queued) -> bytes:
-            lane.queued, lane.silent_since = queued, now()
-            return ws_frame(WS_TEXT, frames.queued(lane.name, *queued))
-
-        self._writer.follow(
-            stream,
-            after,
-            lane.format,
-            render_position=render,
-            on_end=partial(self._written, lane),
-        )
+        self._writer.follow(stream, after, lane.format, on_end=partial(self._written, lane))
         lane.stream, lane.response_id = stream, None
         self._lanes.begun(lane)
         self._context.gateway.lifetime.reader_added(stream)
@@ -388,6 +393,21 @@ class ResponsesSocket(Socket):
         """Note that all events of the response under way on *lane* are written."""
         if cursor.stream.error is not None and not cursor.stream.answered:
             self._lanes.forget(lane.continues)
+        self._context.admission.idle_sockets.asked(self)
+        self._done(lane)
+
+    def _passed(self, lane: Lane, error: AioserverError | None) -> None:
+        """Note that another instance's events on *lane* have ended, or come no more, with *error*."""
+        reading, lane.reading = lane.reading, None
+        if error is not None and reading is not None:
+            self._context.metrics.count_error(error)
+            events = ResponseEvents()
+            data = ws_payload(reading.last).replace(b"\n", b" ")
+            events.note(eventstream.write(data), 1)
+            if events.last_sequence < 0:
+                self._send(frames.error(error, lane.name))
+            else:
+                self._writer.send(lane.format.render_bytes(events.render(error)))
         self._context.admission.idle_sockets.asked(self)
         self._done(lane)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from aiohttp import web
 
-from aioserver.auth.callers import CALLER
+from aioserver.auth.callers import CALLER, PEER
 from aioserver.errors import InvalidRequest, NotFound, PermissionDenied, StreamNotFound
 from aioserver.faces import http, openai, passthrough, whole
 from aioserver.faces.admission import counted
@@ -127,8 +127,11 @@ async def prepare_passed(context: Context, request: web.Request, hold: BodyHold)
     it.
 
     Raises:
-        StreamNotFound: no provider's account is open to its caller.
+        StreamNotFound: no provider's account is open to its caller, or another instance has
+            passed the request on.
     """
+    if PEER in request:
+        raise StreamNotFound(NOT_FOUND)
     try:
         return await passthrough.prepare(context, request, hold)
     except (NotFound, PermissionDenied, web.HTTPNotFound):

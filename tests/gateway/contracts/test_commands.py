@@ -14,8 +14,8 @@ from aioserver.gateway.contracts.commands import (
     Commands,
     answer_of,
 )
+from tests.support.instances import MemoryStore, World
 from tests.support.jumping_loop import block
-from tests.support.memory_bus import MemoryStore, World
 
 
 class Writer:

@@ -16,8 +16,8 @@ from aioserver.wings.cluster.connection import (
     Connection,
     ScriptConnection,
 )
-from aioserver.wings.cluster.lease_messages import TIMES, Request, decode_answer, encode
-from aioserver.wings.cluster.subscription import Subscription
+from aioserver.wings.cluster.limits.lease_messages import TIMES, Request, decode_answer, encode
+from aioserver.wings.cluster.limits.subscription import Subscription
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 

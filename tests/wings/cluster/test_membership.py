@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aioserver.auth.sessions import BOUND_BYTES, Sessions
 from aioserver.config.faults import ConfigurationError
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import Times
+from aioserver.config.settings import Cluster
+from aioserver.wings.cluster import membership
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.membership import instance_name, join
 from tests.support.redis_server import RedisServer
+from tests.support.server import running
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from aioserver.wings.cluster.membership import Membership
 
 pytestmark = pytest.mark.real_time
 BOUND = bytes(BOUND_BYTES)
@@ -45,10 +51,10 @@ async def test_instances_agree_on_the_first_secret(redis: RedisServer) -> None:
         session, _ = first.make("web", BOUND)
         assert second.seconds(session, BOUND) > 0
     async with (
-        join(redis.url, "house", times=PATIENT) as membership,
+        join(redis.url, "house", times=PATIENT) as member,
         join(redis.url, "other", times=PATIENT) as elsewhere,
     ):
-        await membership.agree_on_sessions(later)
+        await member.agree_on_sessions(later)
         await elsewhere.agree_on_sessions(stranger)
     assert later.secret == first.secret
     assert stranger.seconds(session, BOUND) == 0
@@ -99,17 +105,18 @@ async def test_the_workers_of_one_parent_keep_its_secret(redis: RedisServer) -> 
     sessions = Sessions()
     own = sessions.secret
 
-    async with join(redis.url, "house", fixed=(0, 2), times=PATIENT) as membership:
-        await membership.agree_on_sessions(sessions)
+    async with join(redis.url, "house", fixed=(0, 2), times=PATIENT) as member:
+        await member.agree_on_sessions(sessions)
 
     assert sessions.secret == own
 
 
-def test_no_two_instances_have_one_name() -> None:
-    names = {instance_name() for _ in range(100)}
+def test_a_name_says_where_its_instance_runs_and_listens() -> None:
+    name = instance_name("0123abcd", "10.0.0.5:41234")
 
-    assert len(names) == 100
-    assert all(name.isascii() and ":" not in name and " " not in name for name in names)
+    assert name.endswith(f"-{os.getpid()}-0123abcd@10.0.0.5:41234")
+    assert name.isascii()
+    assert " " not in name
 
 
 @pytest.mark.parametrize("url", ["nowhere", "redis://host:port/0", "redis://h/0?unknown=1"])
@@ -124,7 +131,30 @@ async def test_an_url_that_cannot_be_used_is_a_fault_of_the_configuration(url: s
 async def test_an_end_in_good_order_is_no_trouble(
     redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with join(redis.url, "house", times=PATIENT) as membership:
-        assert membership.leases.state is State.JOINED, "it waits for that, having no fixed share"
+    async with join(redis.url, "house", times=PATIENT) as member:
+        assert member.leases.state is State.JOINED, "it waits for that, having no fixed share"
 
     assert [record for record in caplog.records if record.levelname != "INFO"] == []
+
+
+async def test_a_new_instance_that_cannot_be_reached_is_told_and_no_other_one(
+    redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "MEETING_PAUSES", (0.1, 0.5))
+    nowhere = Cluster(advertise="127.0.0.1:9")
+    async with (
+        join(redis.url, "house", times=TIMES) as one,
+        running(tmp_path / "one.yaml", cluster=one) as server,
+        join(redis.url, "house", times=TIMES) as other,
+        running(tmp_path / "other.yaml", cluster=other),
+        join(redis.url, "house", times=TIMES, cluster=nowhere) as unreachable,
+    ):
+
+        def told(of: Membership) -> list[dict[str, Any]]:
+            return [each for each in server.incidents() if of.instance in each["text"]]
+
+        await until(lambda: bool(told(unreachable)))
+
+        assert told(unreachable)[0]["kind"] == "cluster"
+        assert "cluster.advertise" in told(unreachable)[0]["text"]
+        assert told(other) == []

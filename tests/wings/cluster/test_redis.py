@@ -1,4 +1,4 @@
-"""Claims, messages, logs, conversations and responses over a real server of Redis' kind."""
+"""Claims, logs, conversations and responses over a real server of Redis' kind."""
 
 from __future__ import annotations
 
@@ -10,22 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.gateway.contracts.commands import ITEM_OVERHEAD, Commands
-from aioserver.wings.cluster.bus import RedisBus, RedisCommands, channel_of
-from aioserver.wings.cluster.claims import (
-    CONFLICT,
-    KEPT,
-    NONE,
-    OURS,
-    THEIRS,
-    Claims,
-    Renewal,
-    Verdict,
-)
-from aioserver.wings.cluster.peer_messages import MAX_READ, Credit, Detach
+from aioserver.wings.cluster.answers.claims import Claim, Claims
+from aioserver.wings.cluster.redis_commands import RedisCommands
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.responses.redis import MISSING, NEXT, NO_ROOM, PRESENT, WRITTEN, RedisChains
 from tests.support.chat import chat, resume, to_end, until_status
-from tests.support.memory_bus import Instance, World, instance_of
+from tests.support.instances import Instance, World, instance_of
 from tests.support.redis_server import RedisServer
 from tests.support.server import ENDLESS, PACED
 from tests.support.simulator import Behaviour
@@ -35,16 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from aioserver.wings.cluster.peer_messages import Message
-
-
 # Another process takes part, whose time does not jump.
 pytestmark = pytest.mark.real_time
 
 # Bytes and turns of a conversation, and seconds for which it is kept.
 BOUNDS = (1000, 4, 60.0)
 PREFIX = "aio:{test}:"
-ONE, TWO = b"\1" * 32, b"\2" * 32
+NOBODYS = Claim("", 0.0)
 
 
 @pytest.fixture
@@ -53,119 +40,96 @@ def valkey(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
-class Bus:
-    """The commands of an instance, and its bus once it is made; both are closed together."""
+class Member:
+    """An instance, with its connection for commands."""
 
     def __init__(self, url: str, name: str) -> None:
         self.name = name
         self.commands = RedisCommands(url)
-        self.got: list[tuple[str, Message]] = []
-        self.deaf: list[str] = []
-        self._url = url
-        self._made: RedisBus | None = None
-
-    def make(
-        self, *, on_message: Callable[[str, Message], None], on_deaf: Callable[[str], None]
-    ) -> RedisBus:
-        self._made = RedisBus(
-            self.commands, self._url, PREFIX, self.name, on_message=on_message, on_deaf=on_deaf
-        )
-        return self._made
-
-    @property
-    def bus(self) -> RedisBus:
-        assert self._made is not None
-        return self._made
-
-    async def open(self) -> None:
-        """Hear what comes: it is in `got`, and `deaf`."""
-        self.make(on_message=lambda *message: self.got.append(message), on_deaf=self.deaf.append)
-        await until(lambda: self.bus.connected)
-
-    async def close(self) -> None:
-        if self._made is not None:
-            await self._made.close()
-        await self.commands.close()
 
 
 @pytest.fixture
-async def make_bus(valkey: RedisServer) -> AsyncIterator[Callable[[str], Any]]:
-    """Make a bus that is connected: `await make_bus("a")`. It is a member, too."""
+async def join(valkey: RedisServer) -> AsyncIterator[Callable[[str], Any]]:
+    """Make a member that is connected: `await join("a")`."""
     async with AsyncExitStack() as stack:
 
-        async def make(name: str, *, hears: bool = True) -> Bus:
-            bus = Bus(valkey.url, name)
-            stack.push_async_callback(bus.close)
-            if hears:
-                await bus.open()
-            await until(lambda: bus.commands.connected)
-            await bus.commands.execute("ZADD", f"{PREFIX}m", 1, name)
-            return bus
+        async def make(name: str) -> Member:
+            member = Member(valkey.url, name)
+            stack.push_async_callback(member.commands.close)
+            await until(lambda: member.commands.connected)
+            await member.commands.execute("ZADD", f"{PREFIX}m", 1, name)
+            return member
 
         yield make
 
 
-def commands_of(bus: Bus) -> Commands:
-    return Commands(bus.commands, PREFIX)
+def commands_of(member: Member) -> Commands:
+    return Commands(member.commands, PREFIX)
 
 
-def claims_of(bus: Bus) -> Claims:
-    return Claims(commands_of(bus), bus.name)
+def claims_of(member: Member) -> Claims:
+    return Claims(commands_of(member), member.name)
 
 
-async def test_a_claim_has_one_owner(make_bus: Any) -> None:
-    a, b = await make_bus("a"), await make_bus("b")
+async def test_a_claim_has_one_owner(join: Any) -> None:
+    a, b = await join("a"), await join("b")
     at_a, at_b = claims_of(a), claims_of(b)
 
-    assert await at_b.find("n") == Verdict(NONE, "")
-    assert await at_a.take("n", ONE, 60) == Verdict(OURS, "a")
-    assert await at_a.take("n", ONE, 60) == Verdict(OURS, "a")
-    assert await at_b.take("n", ONE, 60) == Verdict(THEIRS, "a")
-    assert await at_b.take("n", TWO, 60) == Verdict(CONFLICT, "a")
-    assert await at_b.find("n") == Verdict(THEIRS, "a", ONE)
+    assert await at_b.find("n") == NOBODYS
+    assert await at_a.take("n") == Claim("a", 0.0)
+    assert await at_a.take("n") == Claim("a", 0.0)
+    assert await at_a.find("n") == NOBODYS
+    assert await at_b.take("n") == Claim("a", 0.0)
+    assert await at_b.find("n") == Claim("a", 0.0)
     # The owner has lost it, or is no member any more.
-    assert await at_b.take("n", ONE, 60, "a") == Verdict(OURS, "b")
+    assert await at_b.find("n", "a") == Claim("a", 0.0)
+    assert await at_b.take("n", "a") == Claim("b", 0.0)
     await b.commands.execute("ZREM", f"{PREFIX}m", "b")
-    assert (await at_a.find("n")).state == NONE
-    assert await at_a.take("n", TWO, 60) == Verdict(OURS, "a")
+    assert await at_a.find("n") == NOBODYS
+    assert await at_a.take("n") == Claim("a", 0.0)
 
 
-async def test_a_claim_lives_as_long_as_it_is_renewed(make_bus: Any) -> None:
-    a, b = await make_bus("a"), await make_bus("b")
+async def test_a_claim_lives_as_long_as_it_is_renewed(join: Any) -> None:
+    a, b = await join("a"), await join("b")
     at_a, at_b = claims_of(a), claims_of(b)
-    await at_a.take("n", ONE, 60)
+    await at_a.take("n", seconds=60)
 
-    await at_a.renew([Renewal("n", ONE, 90), Renewal("gone", TWO, 90)])
+    await at_a.renew({"n": 90, "gone": 90})
 
-    assert await a.commands.execute("PTTL", f"{PREFIX}s:n") > 80_000
+    assert await a.commands.execute("PTTL", f"{PREFIX}o:n") > 80_000
     assert (await at_b.find("gone")).owner == "a"
     # What is another's stays so.
-    await at_b.renew([Renewal("n", ONE, 0)])
+    await at_b.renew({"n": 0})
     assert (await at_b.find("n")).owner == "a"
-    await at_a.renew([Renewal("n", ONE, 0, done=True)])
-    assert (await at_b.find("n")).state == NONE
+    await at_a.renew({"n": 0})
+    assert await at_b.find("n") == NOBODYS
 
 
-async def test_a_log_that_was_handed_over_outlives_its_owner(make_bus: Any) -> None:
-    a, b = await make_bus("a"), await make_bus("b")
-    at_a, at_b = claims_of(a), claims_of(b)
-    await at_a.take("n", ONE, 60)
-    await at_a.renew([Renewal("n", ONE, 30, done=True)])
+async def test_a_log_that_was_handed_over_outlives_its_owner(join: Any) -> None:
+    a, b, c = await join("a"), await join("b"), await join("c")
+    at_a, at_b, at_c = claims_of(a), claims_of(b), claims_of(c)
+    await at_a.take("n")
     await at_a.put_log("n", b"log", 30)
+    # Its owner still serves it.
+    assert await at_b.find("n") == Claim("a", 0.0)
+    assert (await at_b.find("n", "a")).owner == ""
     await a.commands.execute("ZREM", f"{PREFIX}m", "a")
 
-    assert await at_b.find("n") == Verdict(KEPT, "a", ONE)
-    assert await at_b.take("n", ONE, 60) == Verdict(KEPT, "a")
-    assert await at_b.take("n", TWO, 60) == Verdict(CONFLICT, "a")
+    assert (await at_b.find("n")).owner == ""
+    assert 29 < (await at_b.find("n")).seconds <= 30
     assert await at_b.get_log("n") == b"log"
+    # Of two that adopt it, one does.
+    claims = await asyncio.gather(at_b.take("n"), at_c.take("n"))
+    assert claims[0].owner == claims[1].owner
+    assert sorted(29 < claim.seconds <= 30 for claim in claims) == [False, True]
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.0004, -1.0])
 async def test_a_log_whose_window_ends_while_it_is_handed_over_is_no_fault(
-    make_bus: Any, seconds: float
+    join: Any, seconds: float
 ) -> None:
     """A fault would be taken for a server that is away, and keep back all other logs."""
-    store = claims_of(await make_bus("a"))
+    store = claims_of(await join("a"))
 
     await store.put_log("n", b"log", seconds)
     await store.put_log("m", b"log", 30)
@@ -173,8 +137,8 @@ async def test_a_log_whose_window_ends_while_it_is_handed_over_is_no_fault(
     assert await store.get_log("m") == b"log"
 
 
-async def test_a_conversation_keeps_its_newest_turns(make_bus: Any) -> None:
-    turns = RedisTurns(commands_of(await make_bus("a")))
+async def test_a_conversation_keeps_its_newest_turns(join: Any) -> None:
+    turns = RedisTurns(commands_of(await join("a")))
     for number in range(10):
         await turns.keep_turn("c", b"%d" % number, (1000, 4, 60.0))
         await turns.keep_turn("d", b"x" * number, (20, 100, 60.0))
@@ -185,8 +149,8 @@ async def test_a_conversation_keeps_its_newest_turns(make_bus: Any) -> None:
     assert (await turns.turns("d"))[:2] == ([b"y" * 100], False)
 
 
-async def test_a_caller_has_a_list_of_its_conversations(make_bus: Any) -> None:
-    turns = RedisTurns(commands_of(await make_bus("a")))
+async def test_a_caller_has_a_list_of_its_conversations(join: Any) -> None:
+    turns = RedisTurns(commands_of(await join("a")))
     now = time.time()
     for number in range(5):
         listed = Listed("owner", f"c {number}", now + number / 1000, now)
@@ -202,9 +166,9 @@ async def test_a_caller_has_a_list_of_its_conversations(make_bus: Any) -> None:
     assert await turns.conversations("another", 3, None) == []
 
 
-async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
-    bus = await make_bus("a")
-    chains = RedisChains(commands_of(bus))
+async def test_a_response_is_kept_with_those_before_it(join: Any) -> None:
+    member = await join("a")
+    chains = RedisChains(commands_of(member))
     for number in range(1, 6):
         previous = f"r{number - 1}" if number > 1 else ""
         await chains.put_response("o", f"r{number}", b"%d" % number, previous, 100.0, 1 << 20)
@@ -217,20 +181,20 @@ async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
     assert list((await chains.response_chain("r5", 4))[1]) == []
     assert not await chains.has_response("r9")
     # The responses before it live at least as long.
-    lives = [await bus.commands.execute("PTTL", f"{PREFIX}r:r{n}") for n in range(1, 6)]
+    lives = [await member.commands.execute("PTTL", f"{PREFIX}r:r{n}") for n in range(1, 6)]
     assert min(lives[:-1]) >= lives[-1] > 0
     for name in ("r4", "r5"):
-        await bus.commands.execute("PEXPIRE", f"{PREFIX}r:{name}", 50_000)
+        await member.commands.execute("PEXPIRE", f"{PREFIX}r:{name}", 50_000)
     await chains.put_response("o", "r6", b"6", "r5", 100.0, 1 << 20)
     for name in ("r4", "r5"):
-        assert 150_000 < await bus.commands.execute("PTTL", f"{PREFIX}r:{name}") <= 200_000
-    await bus.commands.execute("DEL", f"{PREFIX}r:r1")
+        assert 150_000 < await member.commands.execute("PTTL", f"{PREFIX}r:{name}") <= 200_000
+    await member.commands.execute("DEL", f"{PREFIX}r:r1")
     assert list((await chains.response_chain("r5", 1000))[1]) == []
 
 
-async def test_a_deleted_response_is_kept_for_those_that_continued_it(make_bus: Any) -> None:
-    bus = await make_bus("a")
-    chains = RedisChains(commands_of(bus))
+async def test_a_deleted_response_is_kept_for_those_that_continued_it(join: Any) -> None:
+    member = await join("a")
+    chains = RedisChains(commands_of(member))
     await chains.put_response("o", "r1", b"1", "", 100.0, 1 << 20)
     await chains.put_response("o", "r2", b"2", "r1", 100.0, 1 << 20)
 
@@ -245,10 +209,10 @@ async def test_a_deleted_response_is_kept_for_those_that_continued_it(make_bus: 
 
 
 async def test_responses_have_a_bound_and_the_ones_that_rested_for_longest_go(
-    make_bus: Any,
+    join: Any,
 ) -> None:
-    bus = await make_bus("a")
-    chains = RedisChains(commands_of(bus))
+    member = await join("a")
+    chains = RedisChains(commands_of(member))
     data, most = b"x" * 744, 10_000
     await chains.put_response("o", "old", data, "", 100.0, most)
     await chains.put_response("o", "new", data, "old", 100.0, most)
@@ -256,8 +220,8 @@ async def test_responses_have_a_bound_and_the_ones_that_rested_for_longest_go(
         await chains.put_response("o", f"r{number}", data, "", 101.0 + number, most)
         # Once more: it takes the place of the former.
         await chains.put_response("o", f"r{number}", data, "", 101.0 + number, most)
-        size = int(await bus.commands.execute("GET", f"{PREFIX}kept"))
-        count = await bus.commands.execute("ZCARD", f"{PREFIX}ends")
+        size = int(await member.commands.execute("GET", f"{PREFIX}kept"))
+        count = await member.commands.execute("ZCARD", f"{PREFIX}ends")
         assert size == (744 + ITEM_OVERHEAD) * count <= most
 
     kept = [n for n in range(30) if await chains.has_response(f"r{n}")]
@@ -269,9 +233,9 @@ async def test_responses_have_a_bound_and_the_ones_that_rested_for_longest_go(
 
 
 async def test_what_was_asked_before_a_deletion_is_not_kept_whatever_clocks_say(
-    make_bus: Any,
+    join: Any,
 ) -> None:
-    turns = RedisTurns(commands_of(await make_bus("a")))
+    turns = RedisTurns(commands_of(await join("a")))
     # The time of a turn is that of its machine, which may be an hour ahead.
     ended = time.time() + 3600
     asked = (await turns.turns("n")).now
@@ -293,8 +257,8 @@ async def test_what_was_asked_before_a_deletion_is_not_kept_whatever_clocks_say(
     assert (await turns.turns("n"))[:2] == ([b"3"], False)
 
 
-async def test_a_question_leaves_a_mark_until_its_turn_is_kept(make_bus: Any) -> None:
-    here, there = [commands_of(await make_bus(name)) for name in "ab"]
+async def test_a_question_leaves_a_mark_until_its_turn_is_kept(join: Any) -> None:
+    here, there = [commands_of(await join(name)) for name in "ab"]
     at_a, at_b = RedisTurns(here), RedisTurns(there)
     first, second = (f"{here.me}:{number}" for number in range(2))
 
@@ -314,8 +278,8 @@ async def test_a_question_leaves_a_mark_until_its_turn_is_kept(make_bus: Any) ->
     assert not await at_a.keep_turn("new", b"1", BOUNDS, listed, first)
 
 
-async def test_a_response_that_is_deleted_before_it_is_written_is_not_kept(make_bus: Any) -> None:
-    chains = RedisChains(commands_of(await make_bus("a")))
+async def test_a_response_that_is_deleted_before_it_is_written_is_not_kept(join: Any) -> None:
+    chains = RedisChains(commands_of(await join("a")))
     await chains.announce("r1")
     assert await chains.has_response("r1") == NEXT
 
@@ -330,22 +294,26 @@ async def test_a_response_that_is_deleted_before_it_is_written_is_not_kept(make_
     assert (await chains.response_chain("r2", 1000))[0] in {0, 1}
 
 
-async def test_deletions_of_what_never_was_leave_nothing(make_bus: Any) -> None:
-    bus = await make_bus("a")
-    turns, chains = RedisTurns(commands_of(bus)), RedisChains(commands_of(bus))
-    before = set(await bus.commands.execute("KEYS", "*"))
+async def test_deletions_of_what_never_was_leave_nothing(join: Any) -> None:
+    member = await join("a")
+    turns, chains = RedisTurns(commands_of(member)), RedisChains(commands_of(member))
+    before = set(await member.commands.execute("KEYS", "*"))
 
     for number in range(100):
         assert await turns.delete_turns("owner", {f"c{number}": f"n{number}"}, 60.0) == 0
         assert await turns.note_deletion(f"owner{number}", 60.0)
         assert not await chains.delete_response(f"r{number}")
 
-    assert set(await bus.commands.execute("KEYS", "*")) == before
+    assert set(await member.commands.execute("KEYS", "*")) == before
 
 
-async def test_who_keeps_most_makes_room_and_nothing_is_counted_twice(make_bus: Any) -> None:
-    bus = await make_bus("a")
-    chains, turns, now = RedisChains(commands_of(bus)), RedisTurns(commands_of(bus)), time.time()
+async def test_who_keeps_most_makes_room_and_nothing_is_counted_twice(join: Any) -> None:
+    member = await join("a")
+    chains, turns, now = (
+        RedisChains(commands_of(member)),
+        RedisTurns(commands_of(member)),
+        time.time(),
+    )
     data, most = b"x" * 1000, 20 * 1600
     for number in range(4):
         await chains.put_response("small", f"s{number}", data, "", 100.0, most)
@@ -359,103 +327,45 @@ async def test_who_keeps_most_makes_room_and_nothing_is_counted_twice(make_bus: 
     assert all([(await turns.turns(f"n{number}"))[0] for number in range(4)])
     kept = [number for number in range(200) if await chains.has_response(f"r{number}")]
     assert kept == list(range(188, 200))
-    sums = await bus.commands.execute("ZRANGE", f"{PREFIX}owners", 0, -1, "WITHSCORES")
+    sums = await member.commands.execute("ZRANGE", f"{PREFIX}owners", 0, -1, "WITHSCORES")
     assert sums == [b"other", b"6400", b"small", b"6400", b"large", b"19200"]
-    assert int(await bus.commands.execute("GET", f"{PREFIX}kept")) == most
+    assert int(await member.commands.execute("GET", f"{PREFIX}kept")) == most
     # All that is said of items goes with them, and lives no longer.
     for number in range(200):
         await chains.delete_response(f"r{number}")
-    for key in await bus.commands.execute("KEYS", f"{PREFIX}*"):
-        assert key == f"{PREFIX}m".encode() or await bus.commands.execute("TTL", key) > 0
-    assert int(await bus.commands.execute("GET", f"{PREFIX}kept")) == 12800
+    for key in await member.commands.execute("KEYS", f"{PREFIX}*"):
+        assert key == f"{PREFIX}m".encode() or await member.commands.execute("TTL", key) > 0
+    assert int(await member.commands.execute("GET", f"{PREFIX}kept")) == 12800
 
 
-async def test_keys_have_neither_names_nor_ids(make_bus: Any, tmp_path: Path) -> None:
-    async with running_over(make_bus, tmp_path) as (a, b):
+async def test_keys_have_neither_names_nor_ids(join: Any, tmp_path: Path) -> None:
+    async with running_over(join, tmp_path) as (a, b):
         async with a.server.connect() as ws:
             await ws.send_json(chat("secret-id", conversation_id="secret-talk"))
             await to_end(ws)
         async with b.server.connect() as ws:
             await ws.send_json(resume("secret-id", 1))
             await to_end(ws)
-        keys = await (await make_bus("c")).commands.execute("KEYS", "*")
+        keys = await (await join("c")).commands.execute("KEYS", "*")
 
     assert len(keys) >= 3
     assert not [key for key in keys if b"secret" in key]
 
 
-async def test_messages_of_one_turn_are_one_publication(make_bus: Any) -> None:
-    a, b = await make_bus("a"), await make_bus("b")
-    before = await publications(a)
-
-    for number in range(50):
-        a.bus.send("b", Credit(number, 1))
-    a.bus.send("b", Detach(1))
-    await until(lambda: len(b.got) == 51)
-
-    assert b.got[0] == ("a", Credit(0, 1))
-    assert b.got[-1] == ("a", Detach(1))
-    assert await publications(a) - before == 1
-
-
-async def test_an_instance_that_nobody_is_has_no_ears(make_bus: Any) -> None:
-    a = await make_bus("a")
-
-    a.bus.send("nobody", Detach(1))
-
-    await until(lambda: a.deaf == ["nobody"])
-
-
-async def test_what_makes_no_sense_is_counted_and_left_out(make_bus: Any) -> None:
-    a, b = await make_bus("a"), await make_bus("b")
-    channel = channel_of(PREFIX, "b")
-    nonsense = (b"", b"\xc1", b"\x92\xa1a\x90\x90", b"\x92\xa1a\x91\x92\x63\x01", b"\x91" * 5000)
-
-    for data in (*nonsense, b"x" * (MAX_READ + 1)):
-        await a.commands.execute("PUBLISH", channel, data)
-    a.bus.send("b", Detach(1))
-    await until(lambda: b.got == [("a", Detach(1))])
-
-    assert b.bus.malformed.value == len(nonsense) + 1
-
-
-async def test_a_bus_is_connected_again_to_a_server_that_comes_back(
-    make_bus: Any, valkey: RedisServer
-) -> None:
-    a, b = await make_bus("a"), await make_bus("b")
-
-    valkey.kill()
-    await until(lambda: not b.bus.connected)
-    with pytest.raises(Exception, match=r"redis\.sock"):
-        await a.commands.execute("PING")
-    valkey.start()
-    await until(lambda: a.bus.connected and b.bus.connected)
-    a.bus.send("b", Detach(7))
-
-    await until(lambda: b.got == [("a", Detach(7))])
-
-
 class running_over:  # noqa: N801 - it is used like a function
-    """Two instances over a real server: `async with running_over(make_bus, path) as (a, b)`."""
+    """Two instances over a real server: `async with running_over(join, path) as (a, b)`."""
 
-    def __init__(self, make_bus: Any, path: Path, behaviour: Any = PACED) -> None:
-        self._make_bus, self._path, self._behaviour = make_bus, path, behaviour
+    def __init__(self, join: Any, path: Path, behaviour: Any = PACED) -> None:
+        self._join, self._path, self._behaviour = join, path, behaviour
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> list[Instance]:
         made = []
         for name in "ab":
-            bus = await self._make_bus(name, hears=False)
-
+            commands = commands_of(await self._join(name))
             made.append(
                 await instance_of(
-                    World(),
-                    self._stack,
-                    self._path,
-                    name,
-                    self._behaviour,
-                    None,
-                    (bus.make, commands_of(bus)),
+                    World(), self._stack, self._path, name, self._behaviour, None, commands
                 )
             )
         return made
@@ -464,15 +374,16 @@ class running_over:  # noqa: N801 - it is used like a function
         await self._stack.aclose()
 
 
-async def test_streams_go_on_anywhere_over_a_real_server(make_bus: Any, tmp_path: Path) -> None:
-    async with running_over(make_bus, tmp_path) as (a, b):
+async def test_streams_go_on_anywhere_over_a_real_server(join: Any, tmp_path: Path) -> None:
+    async with running_over(join, tmp_path) as (a, b):
         async with a.server.connect() as first, b.server.connect() as second:
             await first.send_json(chat("r1"))
             seen = await until_status(first, "chunk")
             await second.send_json(chat("r1"))
             await second.send_json(resume("r1", 1))
             whole = seen + await to_end(first)
-            assert await to_end(second) == whole[1:]
+            # The question may have shown some of it.
+            assert (await to_end(second))[-len(whole[1:]) :] == whole[1:]
         async with b.server.session.get(b.server.sse) as response:
             listed = (await response.json())["streams"]
         assert [entry["request_id"] for entry in listed] == ["r1"]
@@ -485,10 +396,10 @@ async def test_streams_go_on_anywhere_over_a_real_server(make_bus: Any, tmp_path
 
 
 async def test_a_stored_response_is_continued_anywhere_over_a_real_server(
-    make_bus: Any, tmp_path: Path
+    join: Any, tmp_path: Path
 ) -> None:
     forgetful = Behaviour(ttft=0, interval=0, forgets=(404, "Response with id 'x' not found."))
-    async with running_over(make_bus, tmp_path, forgetful) as (a, b):
+    async with running_over(join, tmp_path, forgetful) as (a, b):
         asked = {"model": "sim", "input": "one", "store": True}
         response_id = (await post(a, "responses", asked))["id"]
 
@@ -516,10 +427,10 @@ async def post(instance: Instance, path: str, body: dict[str, Any]) -> dict[str,
         return content
 
 
-async def test_a_mirror_outlives_a_pause_of_the_server(
-    make_bus: Any, tmp_path: Path, valkey: RedisServer
+async def test_a_reader_elsewhere_reads_on_while_the_server_pauses(
+    join: Any, tmp_path: Path, valkey: RedisServer
 ) -> None:
-    async with running_over(make_bus, tmp_path, ENDLESS) as (a, b):  # noqa: SIM117 - it is clearer
+    async with running_over(join, tmp_path, ENDLESS) as (a, b):  # noqa: SIM117 - it is clearer
         async with a.server.connect() as first, b.server.connect() as second:
             await first.send_json(chat("r1"))
             await until_status(first, "chunk")
@@ -527,9 +438,9 @@ async def test_a_mirror_outlives_a_pause_of_the_server(
             seen = await until_status(second, "chunk")
 
             valkey.pause()
-            await until(lambda: not b.cluster.peers.bus.connected)
+            # They take longer than any answer of it is awaited.
+            seen += [await second.receive_json(timeout=20) for _ in range(200)]
             valkey.go_on()
-            seen += [await second.receive_json(timeout=20) for _ in range(300)]
             async with a.server.session.delete(f"{a.server.sse}/r1") as response:
                 assert response.status == 204
             seen += await to_end(second)
@@ -538,31 +449,23 @@ async def test_a_mirror_outlives_a_pause_of_the_server(
     assert [frame["event_id"] for frame in seen] == list(range(1, len(seen) + 1))
 
 
-async def publications(bus: Bus) -> int:
-    info = await bus.commands.execute("INFO", "commandstats")
-    for line in info.decode().splitlines():
-        if line.startswith("cmdstat_publish:"):
-            return int(line.split("calls=")[1].split(",")[0])
-    return 0
-
-
 async def test_a_command_after_a_restart_of_the_server_is_carried_out(
-    make_bus: Any, valkey: RedisServer
+    join: Any, valkey: RedisServer
 ) -> None:
-    a = await make_bus("a")
+    a = await join("a")
     valkey.kill()
     valkey.start()
     # It is heard that the server has gone, although nothing is asked.
-    await until(lambda: not a.bus.connected)
-    await until(lambda: a.bus.connected)
+    await until(lambda: not a.commands.connected)
+    await until(lambda: a.commands.connected)
 
     assert await a.commands.execute("PING") == b"PONG"
 
 
 async def test_commands_that_wait_for_a_server_that_is_away_fail(
-    make_bus: Any, valkey: RedisServer
+    join: Any, valkey: RedisServer
 ) -> None:
-    a = await make_bus("a")
+    a = await join("a")
     valkey.pause()
 
     answers = await asyncio.gather(
@@ -571,5 +474,5 @@ async def test_commands_that_wait_for_a_server_that_is_away_fail(
     valkey.go_on()
 
     assert all(isinstance(answer, Exception) for answer in answers)
-    await until(lambda: a.bus.connected)
+    await until(lambda: a.commands.connected)
     assert await a.commands.execute("PING") == b"PONG"

@@ -12,11 +12,11 @@ import pytest
 import trustme
 
 from aioserver.gateway.contracts.commands import Commands
-from aioserver.wings.cluster.bus import RedisBus, RedisCommands
-from aioserver.wings.cluster.claims import OURS, Claims, Renewal
+from aioserver.wings.cluster.answers.claims import Claims
 from aioserver.wings.cluster.connection import CallFailed, Connection
-from aioserver.wings.cluster.leases import Leases
-from aioserver.wings.cluster.renewer import Renewer
+from aioserver.wings.cluster.limits.leases import Leases
+from aioserver.wings.cluster.limits.renewer import Renewer
+from aioserver.wings.cluster.redis_commands import RedisCommands
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.conversations.turn import Position
 from aioserver.workers.private_server import find_program
@@ -88,13 +88,12 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
         url = f"unix://aioserver:secret@{server.path}"
         renewer = Renewer(lambda on_due: Leases("host-1", on_due=on_due), url, "aioserver")
         connection = RedisCommands(url)
-        bus = RedisBus(connection, url, renewer.prefix, "host-1", on_message=print, on_deaf=print)
         commands = Commands(connection, renewer.prefix)
         claims, turns = Claims(commands, "host-1"), RedisTurns(commands)
 
         assert await renewer.open() is None
-        assert (await claims.take("n", b"1", 60)).state == OURS
-        await claims.renew([Renewal("n", b"1", 30, done=True)])
+        assert (await claims.take("n")).owner == "host-1"
+        await claims.renew({"n": 30})
         await claims.put_log("n", b"log", 30)
         assert await claims.get_log("n") == b"log"
         await turns.keep_turn("c", b"turn", (1000, 4, 60.0))
@@ -111,7 +110,6 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
             with pytest.raises(CallFailed, match="NOPERM"):
                 await connection.execute(*command)
         await renewer.close()
-        await bus.close()
         await connection.close()
 
     assert denied == []

@@ -11,7 +11,7 @@ import pytest
 from aioserver.auth.access import Access
 from aioserver.config.settings import Auth, Jwt, Role
 from aioserver.errors import ConcurrencyExceeded
-from aioserver.wings.cluster.limits import SharedLimits
+from aioserver.wings.cluster.limits.limits import SharedLimits
 from aioserver.wings.jwt.issuer import Issuer
 from aioserver.wings.jwt.signatures import read_keys
 from aioserver.wings.jwt.token_callers import IDLE, TokenCallers

@@ -14,7 +14,7 @@ from aioserver.errors import ServerAtCapacity
 from aioserver.wings.cluster.totals import Totals
 from aioserver.wings.simulator.engine import EngineOptions
 from tests.support.chat import STREAMED
-from tests.support.memory_bus import instances
+from tests.support.instances import instances
 from tests.support.server import QUICK
 from tests.support.simulator import Behaviour
 from tests.support.waiting import until
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
-    from tests.support.memory_bus import Instance
+    from tests.support.instances import Instance
 
 
 def standing() -> ClusterState:
@@ -35,9 +35,8 @@ def standing() -> ClusterState:
         "calls": 3,
         "failed_calls": 1,
         "links": 0,
-        "mirrors": 2,
+        "tunnels": 2,
         "unclaimed": 0,
-        "lost": 0,
     }
 
 
@@ -56,7 +55,7 @@ async def pages_of_both(
             monitor = instance.server.context.monitor
             totals = Totals(
                 instance.name,
-                instance.cluster.peers,
+                instance.cluster.fan_out,
                 lambda: [a.name, b.name],
                 monitor,
                 standing,
@@ -144,7 +143,7 @@ async def test_connections_of_hosts_are_added_and_those_of_workers_are_what_is_c
         monitor.tick()
         totals = Totals(
             instance.name,
-            instance.cluster.peers,
+            instance.cluster.fan_out,
             lambda: [a.name, b.name],
             monitor,
             standing,
@@ -174,7 +173,7 @@ async def test_metrics_are_added_up_but_limits_that_are_shared_are_not(
     assert await metric(b, 'aioserver_provider_limit{provider="sim"}') == single
     assert await metric(b, 'aioserver_instances{state="heard"}') == 2
     assert await metric(b, 'aioserver_cluster_instances{state="joined"}') == 2
-    assert await metric(b, "aioserver_cluster_mirrors") == 4
+    assert await metric(b, "aioserver_cluster_tunnels") == 4
 
 
 async def test_what_callers_have_spent_is_that_of_all_instances(
@@ -209,8 +208,7 @@ async def test_counters_do_not_fall_while_an_instance_does_not_answer(
     await answer(b, 3)
     assert await metric(a, line) == 3
 
-    b.cluster.peers.close()
-    b.cluster.peers.bus.dead = True  # type: ignore[attr-defined]
+    b.world.silent.add(b.name)
     await answer(a, 2)
 
     assert await metric(a, line) == 5
@@ -312,7 +310,7 @@ async def test_an_instance_that_does_not_answer_is_named_and_delays_little(
     monitor.share(
         Totals(
             a.name,
-            a.cluster.peers,
+            a.cluster.fan_out,
             lambda: [a.name, b.name, "gone"],
             monitor,
             standing,

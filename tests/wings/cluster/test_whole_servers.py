@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.wings.cluster.claims import Claims
+from aioserver.wings.cluster.answers.claims import Claims
 from aioserver.wings.cluster.connection import CallFailed
-from aioserver.wings.cluster.grants import State
-from aioserver.wings.cluster.lease_messages import TIMES as REAL_TIMES
-from aioserver.wings.cluster.lease_messages import Times
+from aioserver.wings.cluster.limits.grants import State
+from aioserver.wings.cluster.limits.lease_messages import TIMES as REAL_TIMES
+from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.membership import join
 from aioserver.wings.conversations.redis import Listed, RedisTurns
 from aioserver.wings.responses.redis import RedisChains
@@ -339,7 +339,7 @@ async def test_all_that_clients_let_grow_fills_the_server_and_every_limit_stays_
                 name, owner = f"n{number}", f"o{number % 50}"
                 listed = Listed(owner, name * 8, now, now)
                 for growing in (
-                    claims.take(name, b"x" * 32, 3600.0),
+                    claims.take(name, seconds=3600.0),
                     claims.put_log(name, b"x" * 1000, 3600.0),
                     turns.turns(f"q{number}", f"mark{number}"),
                     chains.announce(f"a{number}"),

@@ -41,7 +41,7 @@ from tests.support.history import (
     storage,
     written,
 )
-from tests.support.memory_bus import MemoryStore, World
+from tests.support.instances import MemoryStore, World
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

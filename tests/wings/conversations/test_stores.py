@@ -20,7 +20,7 @@ from aioserver.wings.conversations.history import History
 from aioserver.wings.conversations.redis import RedisHistories
 from aioserver.wings.conversations.sqlite import SqliteStorage
 from tests.support.history import ME, NOW, WIDE, YOU, clock, conversations, policy
-from tests.support.memory_bus import MemoryStore, World
+from tests.support.instances import MemoryStore, World
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

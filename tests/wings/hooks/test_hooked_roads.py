@@ -11,7 +11,7 @@ import pytest
 from tests.support.chat import STREAMED, chat, resume, to_end
 from tests.support.faces import over_openai
 from tests.support.hook_program import entry, hook_program, refuse
-from tests.support.memory_bus import instances
+from tests.support.instances import instances
 from tests.support.server import PACED, QUICK
 from tests.support.waiting import until
 

@@ -13,7 +13,7 @@ import pytest
 from aioserver.streams.writer import WRITE_BYTES
 from aioserver.wings.responses.lanes import MAX_RUNNING, MAX_WAITING
 from aioserver.wings.responses.socket import ResponsesSocket
-from tests.support.memory_bus import World, instances
+from tests.support.instances import World, instances
 from tests.support.raw import SMALL, TEXT, Raw
 from tests.support.responses import ENDS, connect, create, to_end
 from tests.support.server import SILENT, SIM_HTTP_CLIENT

@@ -80,7 +80,7 @@ def test_whoever_comes_back_misses_no_event_and_has_none_twice(seed: int) -> Non
     stream.events = events = ResponseEvents()
     first = sequence = dice.choice((0, 0, 1))
     stream.append_processing()
-    cursor = Cursor(Writer(), stream, 0, RAW, None, lambda _cursor: None)
+    cursor = Cursor(Writer(), stream, 0, RAW, lambda _cursor: None)
     stream.add_reader(cursor)
     seen: list[bytes] = []
     while not cursor.removed:
@@ -102,7 +102,7 @@ def test_whoever_comes_back_misses_no_event_and_has_none_twice(seed: int) -> Non
     assert number is not None
     again: list[bytes] = []
     try:
-        late = Cursor(Writer(), stream, number, RAW, None, lambda _cursor: None)
+        late = Cursor(Writer(), stream, number, RAW, lambda _cursor: None)
     except ResumeGap:
         oldest = sequences([entry.data for entry in stream.entries if entry.data])[0]
         assert oldest > max(told + 1, first), seed

@@ -1,0 +1,103 @@
+"""Questions to other instances, each on a connection of its own to a peer listener."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from aioserver.wings.cluster.answers.greeting import (
+    MAX_ANSWER,
+    SIZE,
+    Greeting,
+    Look,
+    encode,
+)
+from aioserver.wings.cluster.answers.peer_network import Gone, Unreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aioserver.wings.cluster.answers.greeting import Question
+    from aioserver.wings.cluster.answers.peer_network import Network
+
+logger = logging.getLogger("aioserver.cluster")
+
+# Seconds in which all answer.
+ANSWER_TIMEOUT = 1.0
+
+
+class Answers(NamedTuple):
+    """What instances have answered, by their names; *missing*: those of which it is not known.
+
+    An instance that has ended is in neither.
+    """
+
+    answers: dict[str, bytes]
+    missing: list[str]
+
+    def values(self) -> list[Any]:
+        """Return the answers to a question other than `Look`."""
+        return [msgspec.msgpack.decode(answer) for answer in self.answers.values() if answer]
+
+
+class FanOut:
+    """Asks other instances by *network*; *secret* returns what all of them know."""
+
+    def __init__(self, network: Network, secret: Callable[[], bytes]) -> None:
+        self._network, self._secret = network, secret
+
+    async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
+        """Return what those instances say of *what* that answer in time: see `Look`."""
+        return (await self.ask(targets, Look(what))).answers
+
+    async def ask(self, targets: Iterable[str], question: Question) -> Answers:
+        """Return what the instances *targets* answer to *question*, all within ANSWER_TIMEOUT."""
+        line, targets = encode(Greeting(self._secret(), question)), list(targets)
+        outcomes = await asyncio.gather(
+            *(self._ask(target, line) for target in targets), return_exceptions=True
+        )
+        answers, missing = dict[str, bytes](), list[str]()
+        for target, outcome in zip(targets, outcomes, strict=True):
+            if isinstance(outcome, bytes):
+                answers[target] = outcome
+            elif isinstance(outcome, Unreachable):
+                missing.append(target)
+            elif not isinstance(outcome, Gone):
+                raise outcome
+        return Answers(answers, missing)
+
+    async def meet(self, name: str) -> None:
+        """Do nothing if the instance *name* can be reached, and answers.
+
+        Raises:
+            Gone, Unreachable: it cannot.
+        """
+        await self._ask(name, encode(Greeting(self._secret(), Look(""))))
+
+    async def _ask(self, target: str, line: bytes) -> bytes:
+        """Return the answer of *target* to the greeting *line*.
+
+        Raises:
+            Gone: as `Network.dial`.
+            Unreachable: as that, or there was no answer in time, or not all of it.
+        """
+        reader = asyncio.StreamReader()
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                transport, _ = await self._network.dial(
+                    target, lambda: asyncio.StreamReaderProtocol(reader)
+                )
+                try:
+                    transport.write(line)
+                    size = int.from_bytes(await reader.readexactly(SIZE))
+                    return await reader.readexactly(min(size, MAX_ANSWER))
+                finally:
+                    transport.abort()
+        except TimeoutError:
+            raise Unreachable(f"no answer in {ANSWER_TIMEOUT:g} s") from None
+        except (EOFError, ConnectionError):
+            text = "it has broken the connection: its secret or its version is another"
+            raise Unreachable(text) from None

@@ -1,0 +1,211 @@
+"""The renewer: carries the calls of `Leases` to the server, and receives wake-up messages."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from aioserver.wings.cluster.connection import (
+    AccessDenied,
+    CallFailed,
+    ScriptConnection,
+)
+from aioserver.wings.cluster.limits.lease_messages import decode_words
+from aioserver.wings.cluster.limits.subscription import Subscription
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.wings.cluster.connection import Reply
+    from aioserver.wings.cluster.limits.leases import Leases
+
+
+class Listening(Protocol):
+    """A connection that receives messages: see `Subscription`."""
+
+    async def open(self) -> None:
+        """Connect: see `Connection`."""
+
+    async def close(self) -> None:
+        """Close the connection."""
+
+
+class Renewing(Listening, Protocol):
+    """A connection that carries renewals: see `ScriptConnection`."""
+
+    address: str
+    run: str
+
+    @property
+    def connected(self) -> bool:
+        """Whether calls are sent at once."""
+
+    async def ready(self) -> None:
+        """Wait until calls are sent at once."""
+
+    async def renew(self, prefix: str, request: bytes, run: str) -> bytes:
+        """Return the answer to *request*."""
+
+    async def execute(self, *command: bytes | str | float) -> Reply:
+        """Return the answer to *command*."""
+
+
+class MakeRenewing(Protocol):
+    """Makes a connection that carries renewals to the server at *url*: see `Connection`."""
+
+    def __call__(
+        self,
+        url: str,
+        *,
+        bound: float,
+        on_open: Callable[[], None],
+        on_loss: Callable[[CallFailed], None],
+    ) -> Renewing:
+        """Return the connection."""
+
+
+class MakeListening(Protocol):
+    """Makes a connection on which *handlers* are called: see `Subscription`."""
+
+    def __call__(
+        self,
+        url: str,
+        handlers: dict[str, Callable[[bytes], None]],
+        *,
+        bound: float,
+        on_open: Callable[[], None],
+    ) -> Listening:
+        """Return the connection."""
+
+
+class Renewer:
+    """Renews leases at the server at *url*, in the cluster *name*, which is the same at each
+    instance.
+
+    *make_leases* makes the leases; its argument is a function that they call when a renewal is due
+    earlier. The creator must `open` the renewer, and `close` it in the end. `leave` before `close`
+    gives everything back. *connect* makes `connection`, which takes other commands as well, and
+    *listen* makes the connection for wake-up messages. Keys and channels begin with `prefix`.
+
+    Raises:
+        ValueError: *url* cannot be used.
+    """
+
+    def __init__(
+        self,
+        make_leases: Callable[[Callable[[], None]], Leases],
+        url: str,
+        name: str,
+        connect: MakeRenewing = ScriptConnection,
+        listen: MakeListening = Subscription,
+    ) -> None:
+        self._task: asyncio.Task[None] | None = None
+        self._due = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self.leases = leases = make_leases(self._arm)
+        self.prefix = f"aio:{{{name}}}:"
+        bound = leases.times.bound
+        self.connection = connect(url, bound=bound, on_open=self._tell_all, on_loss=self._lost)
+        self.subscription = listen(
+            url,
+            {f"{self.prefix}wake:{leases.instance}": self._woken},
+            bound=bound,
+            # Messages that were published while the subscription was closed are lost.
+            on_open=self._tell_all,
+        )
+
+    async def open(self) -> CallFailed | None:
+        """Connect, make the first call, and continue in the background, also if the server is
+        unreachable.
+
+        Return the failure of the first call; None if it succeeded.
+
+        Raises:
+            AccessDenied: the server refuses the password, or the user lacks a permission.
+        """
+        for connection in (self.connection, self.subscription):
+            try:
+                await connection.open()
+            except AccessDenied:
+                raise
+            except CallFailed:
+                pass
+        failure = await self._renew()
+        if isinstance(failure, AccessDenied):
+            raise failure
+        self._task = asyncio.create_task(self._run())
+        return failure
+
+    async def leave(self, within: float) -> None:
+        """Take no more places, and notify the other instances once no request holds a place here.
+
+        Wait at most *within* seconds for that.
+        """
+        self.leases.leave()
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=within)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.connection.close()
+        await self.subscription.close()
+
+    async def _run(self) -> None:
+        while not self.leases.left:
+            self._arm()
+            await self._due.wait()
+            await self._renew()
+
+    async def _renew(self) -> CallFailed | None:
+        leases, connection = self.leases, self.connection
+        try:
+            await connection.ready()
+        except CallFailed as failure:
+            leases.failed(str(failure))
+            return failure
+        run = connection.run
+        request = leases.request(run)
+        try:
+            answer = await connection.renew(self.prefix, request, run)
+        except CallFailed as failure:
+            leases.failed(str(failure))
+            return failure
+        except BaseException:
+            leases.failed("closed")
+            raise
+        leases.answered(answer)
+        return None
+
+    def _arm(self) -> None:
+        """Set the timer for the next call."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._closed:
+            return
+        loop = asyncio.get_running_loop()
+        wait = self.leases.due - self.leases.now
+        if wait <= 0:
+            self._due.set()
+            return
+        self._due.clear()
+        if wait < self.leases.times.lease * 2:
+            self._timer = loop.call_later(wait, self._due.set)
+
+    def _lost(self, failure: CallFailed) -> None:
+        # A call that is under way fails by itself.
+        if not self.leases.busy and not self.leases.left:
+            self.leases.failed(str(failure))
+
+    def _tell_all(self) -> None:
+        self.leases.woken([""])
+
+    def _woken(self, data: bytes) -> None:
+        self.leases.woken(decode_words(data))
