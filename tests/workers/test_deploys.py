@@ -22,7 +22,7 @@ from tests.support.keys import bearer, keys_of
 from tests.support.logs import without_lateness
 from tests.support.process import serving
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
-from tests.support.server import SIM_HTTP_CLIENT, UVICORN
+from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, UVICORN
 from tests.support.systemd import Systemd
 from tests.support.waiting import until, until_result
 from tests.support.worker_processes import workers
@@ -231,6 +231,27 @@ async def test_deploys_at_any_moment_cut_and_refuse_nothing(
             assert provider.asked == len(bodies)
         process.signal()
         assert await process.ended(within=ONE["chat.websocket.shutdown_timeout"] + 5.0) == 0
+
+
+async def test_a_deploy_right_behind_the_start_refuses_nothing_where_nothing_may_wait(
+    tmp_path: Path, provider: HeldProvider
+) -> None:
+    changes = {**TWO, f"{CONCURRENCY}.queue_timeout": 0}
+    async with (
+        serving(tmp_path / "c.yaml", provider.url, changes=changes) as process,
+        Answers(process, provider) as answers,
+    ):
+        await process.ready()
+        # The server of the workers is new as well, and grants nothing for some seconds.
+        await replace(process)
+
+        await answers.begin(4)
+
+        provider.released.set()
+        for body in await answers.rest(0):
+            assert body.endswith(DONE)
+        process.signal()
+        assert await process.ended() == 0
 
 
 @pytest.mark.parametrize("fault", ["", "keys"])

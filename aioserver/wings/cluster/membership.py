@@ -103,8 +103,8 @@ class Membership:
     The others reach it by *network*. *fixed*: the rank of this instance and the number of all, if
     a parent knows them. *times* are those of the cluster. *scope* is this instance among the
     workers of its host, which share connections; None if it has no parent. *ways* are the
-    connections to the server. *patient*: without *fixed* its start waits until the server grants
-    something.
+    connections to the server. *patient*: its start waits until the server grants
+    something, unless it has a fixed share at once.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Membership:
         self.commands = Commands(self._connection, self.renewer.prefix)
         self.address = self.renewer.connection.address
         self._incidents: Monitor | None = None
-        self._patient = patient and fixed is None
+        self._patient = patient
         self._joined = asyncio.Event()
         self._network = network
         # Empty until all instances agree on it.
@@ -199,7 +199,7 @@ class Membership:
 
     async def agree_on_sessions(self, sessions: Sessions) -> None:
         """Let *sessions* use the secret on which the instances agree; see `Sharing`."""
-        if self._patient:
+        if self._patient and self._numbers is None:
             # Otherwise the workers have the secret of their parent.
             self._secrets["session_secret"] = (lambda: sessions.secret, sessions.use)
             self._agreed = await self._agree()
@@ -330,10 +330,10 @@ class Membership:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def open(self, *, clear: bool = False) -> None:
+    async def open(self, *, clear: bool = False, first: bool = False) -> None:
         """Connect, and share. An unreachable server is retried in the background.
 
-        *clear*: delete the existing conversations, if this is the first instance; otherwise others
+        *first*: its fixed share is in use. *clear*: delete the existing conversations, if this is the first instance; otherwise others
         may use them.
 
         Raises:
@@ -345,9 +345,9 @@ class Membership:
             raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
         if clear and self.leases.members == [self.instance]:
             await self._clear_conversations()
-        if self.leases.epoch and self._patient:
-            # A new server grants nothing yet, and without a fixed share nothing could start until
-            # then.
+        if self.leases.epoch and self._patient and not first:
+            # A new server grants nothing yet. Nothing could start until then without a fixed share,
+            # or while that is the share of the process which this one replaces.
             times = self.leases.times
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(times.grace + times.beat + times.bound):
@@ -469,7 +469,7 @@ async def join(
     if first:
         membership.leases.use_fixed()
     try:
-        await membership.open(clear=clear)
+        await membership.open(clear=clear, first=first)
         yield membership
     finally:
         await membership.close()
