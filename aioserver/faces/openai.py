@@ -62,8 +62,8 @@ if TYPE_CHECKING:
 
 # The owner that is shown for the names of `llm.models`.
 OURS = "aioserver"
-# The context that clients hear of a simulated model, which takes a prompt of any length. Without
-# one, agents take a model that they do not know for one of a million tokens.
+# The context that clients hear of a simulated model. It takes a prompt of any length, but without
+# one agents take a model for one of a million tokens.
 SIMULATED_CONTEXT = 200_000
 EMBEDDINGS = WordlessApi("embeddings")
 APIS: tuple[Api, ...] = (CHAT, CompletionsApi("completions"), EMBEDDINGS)
@@ -344,9 +344,8 @@ async def models(context: Context, request: web.Request) -> web.Response:
 
 def _model(form: Form, route: Route, name: str, owner: str | None) -> dict[str, Any]:
     """Return the entry of the model *name*, which *route* leads to."""
-    settings, context = route.provider.settings, route.group.max_context
-    if context is None and settings.simulated:
-        context = SIMULATED_CONTEXT
+    settings = route.provider.settings
+    context = route.group.max_context or (SIMULATED_CONTEXT if settings.simulated else None)
     return form.model(name, owner or settings.name, context, simulated=settings.simulated)
 
 

@@ -7,6 +7,8 @@ application.
 
 Its changes while it runs are in reload.py, and its end is in runner.py. This file is one concept:
 which objects are made, in which order, and from which others.
+
+Private names of aiohttp used here, where it has them: `_handle`.
 """
 
 from __future__ import annotations
@@ -448,8 +450,9 @@ def make_app(configuration: Configuration) -> web.Application:
 
     async def lifetime(app: web.Application) -> AsyncIterator[None]:
         async with open_server(configuration.settings, app) as server:
-            # Private: only the runner of the program has it, too.
-            await accept_peers(server.wings, server.context, app._handle)  # noqa: SLF001
+            # Without it, answers that run here are found nowhere else.
+            if (handle := getattr(app, "_handle", None)) is not None:
+                await accept_peers(server.wings, server.context, handle)
             app.on_shutdown.append(partial(_end_embedded, server))
             yield
 

@@ -49,6 +49,12 @@ class RedisServer:
         """The address for `cluster.redis_url`."""
         return f"unix://{self.path}"
 
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process is not None
+        return self._process.pid
+
     def __enter__(self) -> Self:
         self.start()
         return self

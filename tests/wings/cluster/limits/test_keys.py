@@ -101,7 +101,7 @@ async def test_each_key_has_a_time_to_live(tmp_path: Path) -> None:
         "pace",
         "budget",
         "m",
-        "s",
+        "o",
         "c",
         "own",
         "gone",
