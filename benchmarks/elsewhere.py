@@ -76,7 +76,7 @@ class Readers:
     async def read(self, session: aiohttp.ClientSession, url: str, name: str) -> None:
         """Read the answer *name* at the instance *url*, until cancelled."""
         headers = {"Last-Event-ID": "0"}
-        async with session.get(f"{url}?request_id={name}", headers=headers) as response:
+        async with session.get(f"{url}/{name}", headers=headers) as response:
             assert response.status == 200, await response.text()
             async for line in response.content:
                 if self.measures and (at := line.find(b"@")) > 0:
