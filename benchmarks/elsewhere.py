@@ -153,13 +153,16 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
                     body = {"request_id": name, "text": "hello"}
                     async with session.post(at_a, json=body) as response:
                         assert response.status == 200, await response.text()
-                        await response.content.readline()
+                        while b"@" not in await response.content.readline():
+                            pass
                         response.close()
                 readers = Readers()
-                tasks = [
-                    asyncio.ensure_future(readers.read(session, at_a if local else at_b, name))
-                    for name in names
-                ]
+                tasks = []
+                for name in names:
+                    reading = readers.read(session, at_a if local else at_b, name)
+                    tasks.append(asyncio.ensure_future(reading))
+                    # A storm of attaches is another measurement.
+                    await asyncio.sleep(0.01)
                 await asyncio.sleep(BEFORE)
                 for task in tasks:
                     if task.done():
