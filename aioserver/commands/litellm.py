@@ -98,7 +98,7 @@ NEEDLESS = {
     "json_logs": "the log is JSON with `logging.json`",
     "health_check_interval": "a provider is known to be dead by its answers",
 }
-# What is not there, with what comes closest.
+# Settings that have no counterpart here, each with the closest one.
 ABSENT = {
     "cache": "answers are not cached; `affinity: prefix` keeps a conversation at one engine",
     "cache_params": "answers are not cached",

@@ -364,7 +364,7 @@ class SeamSink:
         self._hop = hop
         self._attempt = attempt
         self._sink = sink
-        # What is fed is shown, unless it is held: then the holding says when it is shown.
+        # Parts that are fed are shown at once, or when the holding says so.
         self._holding = attempt.holding
         self._splitter = eventstream.Splitter(max_bytes)
         # The number of events that have come.

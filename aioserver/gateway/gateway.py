@@ -249,7 +249,7 @@ class Gateway:
         try:
             return self.find(caller, request_id, digest)
         except StreamNotFound:
-            # Whoever has passed it on knows that it is here.
+            # An instance that has passed it on knows that it is here.
             if self.instances is None or PEER in request:
                 raise
         try:

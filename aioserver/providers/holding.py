@@ -283,7 +283,7 @@ class Holding(Splitter):
             outcome.held_for = max(outcome.held_for or 0.0, monotonic() - self._since)
             self._since = 0.0
             if not self._stream.answered:
-                # What is shown next decides about it, or another attempt sends it.
+                # The next part that is shown decides about the body, or another attempt sends it.
                 self._request.need_body()
         return held
 

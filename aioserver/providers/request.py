@@ -148,7 +148,7 @@ class ProviderRequest:
         self.estimate: Estimate | None = None
         self.bound: Deadline | None = None
         self.keeps_body = self.background = self.structured = self.continues = False
-        # What is held of a streamed answer, once the gateway has said it.
+        # The part of a streamed answer that is held, once the gateway has said it.
         self.hold = PREAMBLE
         batch = caller.batch
         if hold is not None and (request_options := hold.request_options).bounding:

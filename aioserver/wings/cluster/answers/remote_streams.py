@@ -143,7 +143,7 @@ class RemoteStreams:
         """Read no answer any more of an owner that is none of *members*, those of now."""
         self._tunnels.keep(members)
 
-    # Whose it is.
+    # The owner of an id.
 
     async def claim(self, caller: Caller, request_id: str, lost: Lost | None) -> None:
         """Claim *request_id* for this instance, unless another one has it; see `Instances`.
@@ -164,7 +164,7 @@ class RemoteStreams:
             elif claim.seconds:
                 await self._adopt(caller, request_id, claim)
         finally:
-            # Whoever waits for it goes on when the answer has begun.
+            # Readers that wait for the claim go on when the answer has begun.
             claiming.set_result(None)
             if self._claiming.get(name) is claiming:
                 del self._claiming[name]

@@ -42,7 +42,7 @@ class SocketTunnel(asyncio.Protocol):
         self._held, self._on_lost = held, on_lost
         self._pass_on: PassOn | None = None
         self._on_end: Callable[[AioserverError | None], None] | None = None
-        # What is not passed on yet.
+        # Bytes that are not passed on yet.
         self._kept = bytearray()
         # Whether nothing is read: nobody has begun to, or the client does not.
         self._blocked = True
