@@ -227,6 +227,8 @@ async def test_a_stop_beside_another_instance_refuses_nothing_that_waits(
             asked = [asyncio.create_task(answered(server)) for _ in range(CLIENTS)]
             await until(lambda server=server: server.owners.waiting >= CLIENTS - 1)  # type: ignore[misc]
             await until(lambda server=server: len(server.http_server.connections) >= CLIENTS)  # type: ignore[misc]
+            # The place may still be on its way here from the other instance.
+            await until(lambda: world.referee.inside == 1)
 
             await server.runner.end()
 
