@@ -35,10 +35,9 @@ from process import free_port
 from aioserver.auth.callers import Caller
 from aioserver.config import settings
 from aioserver.limits.estimate import Estimate
-from aioserver.providers.api import CHAT
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 from aioserver.wings.simulator.engine import Engine, EngineOptions
 from tests.support.fair_model import History
 from tests.support.scripted_provider import LIMITS

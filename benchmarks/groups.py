@@ -32,9 +32,8 @@ from aioserver.gateway import affinity
 from aioserver.gateway.request import Request
 from aioserver.gateway.router import Router
 from aioserver.provider_errors import ProviderFault
-from aioserver.providers.api import CHAT
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 from aioserver.wings.simulator.engine import Engine, block_hashes, count_tokens
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually

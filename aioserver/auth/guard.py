@@ -112,8 +112,10 @@ class Guard:
             request[ADDRESS] = address = request[PEER].address
         elif access.proxies.trusted:
             request[ADDRESS] = address = access.proxies.address(request.remote, headers)
-        if not keyed and access.hosts is not None:
-            access.hosts.check(headers.get(hdrs.HOST))
+        if not keyed and (hosts := access.hosts) is not None:
+            host = headers.get(hdrs.HOST)
+            if host not in hosts.known:
+                hosts.check(host)
         if hdrs.ORIGIN in headers and (
             request.method not in SAFE_METHODS or hdrs.UPGRADE in headers
         ):

@@ -39,7 +39,8 @@ class Hosts:
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
         self._allowed = frozenset(host.lower() for host in allowed)
-        self._known: set[str] = set()
+        # Values that were found to be allowed, MAX_KNOWN at most.
+        self.known: set[str] = set()
 
     def check(self, host: str | None) -> None:
         """Refuse a request whose `Host` is not allowed.
@@ -49,14 +50,14 @@ class Hosts:
         Raises:
             HostNotAllowed: *host* is malformed, or is not one of the allowed hosts.
         """
-        if host is None or host in self._known:
+        if host is None or host in self.known:
             return
         if not self.allows(host):
             raise HostNotAllowed(
                 "this server does not answer requests for this Host: add it to auth.allowed_hosts"
             )
-        if len(self._known) < MAX_KNOWN:
-            self._known.add(host)
+        if len(self.known) < MAX_KNOWN:
+            self.known.add(host)
 
     def allows(self, host: str) -> bool:
         """Return whether a request with the `Host` *host* is answered."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0
 # The longest deadline that is sent to the server, in seconds: the server accepts no longer ones
-# (protocol/request_options.py).
+# (protocol/request_headers.py).
 MAX_TERM = 86_400.0
 NOT_FOUND = "conversation_not_found"
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}

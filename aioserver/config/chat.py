@@ -28,7 +28,7 @@ from aioserver.config.validators import (
     seconds_or_0,
     size,
 )
-from aioserver.protocol.request_options import AGENTS, HOLDS
+from aioserver.protocol.request_headers import AGENTS, HOLDS
 
 LOCAL_ORIGINS = ("http://localhost:8000", "http://127.0.0.1:8000")
 

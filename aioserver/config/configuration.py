@@ -35,7 +35,7 @@ from aioserver.config.settings import SETTINGS, Auth, ClientKey, Limits, Provide
 from aioserver.config.shipped import SHIPPED, fill
 from aioserver.files.reading import UnreadableFile, read_file
 from aioserver.protocol.addresses import loopback
-from aioserver.protocol.request_options import PREAMBLE
+from aioserver.protocol.request_headers import PREAMBLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -9,6 +9,7 @@ This file is one concept: the settings of a provider, and the rules between them
 from __future__ import annotations
 
 from dataclasses import field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from aioserver.config import models, shipped
@@ -293,7 +294,7 @@ class Provider(SettingsClass):
         configured = (self.simulated, self.api_key, self.api_key_env, self.api_key_file)
         return self.api_key_env if any(configured) else KEY_VARIABLES.get(name)
 
-    @property
+    @cached_property
     def usable(self) -> bool:
         """Whether requests can be sent: the key was found, or none is needed."""
         return self.missing_key is None

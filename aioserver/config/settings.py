@@ -71,7 +71,7 @@ from aioserver.config.validators import (
     weight,
 )
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
-from aioserver.protocol.request_options import AGENTS, HOLDS
+from aioserver.protocol.request_headers import AGENTS, HOLDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

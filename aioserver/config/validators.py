@@ -28,7 +28,7 @@ from aioserver.config.schema import (
     show,
 )
 from aioserver.protocol import addresses
-from aioserver.protocol.client_headers import CREDENTIALS, NEVER_PASSED, TRACE_HEADERS
+from aioserver.protocol.request_headers import CREDENTIALS, NEVER_PASSED, TRACE_HEADERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

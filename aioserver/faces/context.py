@@ -21,7 +21,7 @@ from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Router
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring.monitor import Monitor
-from aioserver.providers.api import Api
+from aioserver.providers.request import Api
 from aioserver.streams.outbox import Outbox
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.tracer import Tracer

@@ -6,7 +6,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from aioserver.limits.budget import MINUTE
-from aioserver.providers.api import CHAT
+from aioserver.providers.request import CHAT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from aioserver.errors import AioserverError
     from aioserver.limits.quota import Quota
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
 
 
 class Form:

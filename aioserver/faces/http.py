@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import re
-import secrets
 from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
-from multidict import istr
 
 from aioserver.auth.callers import PEER
 from aioserver.faces.form import OPENAI
+from aioserver.protocol.request_headers import log_id_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.errors import AioserverError
     from aioserver.faces.form import Form
@@ -29,23 +26,12 @@ ID, REQUEST_ID = "{id:[^/]+}", "{request_id:[^/]+}"
 PROVIDERS_LIMITS = ("x-ratelimit-", "anthropic-ratelimit-")
 # The value of the header `Server`.
 SERVER = "aioserver"
-_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_ID_HEADER = istr("X-Request-Id")
-
-
-def _new_ids() -> Iterator[Iterator[str]]:
-    # Made at the first use: workers that were forked from one process then have different
-    # prefixes.
-    yield map(f"{secrets.token_hex(6)}-{{:x}}".format, itertools.count(1))
-
-
-_ids = itertools.chain.from_iterable(_new_ids())
 
 
 class Request(web.Request):
-    """aiohttp's request with three attributes of ours; server/runner.py makes every request one.
+    """aiohttp's request with three attributes of ours; server/connections.py makes every request one.
 
-    *known_id* is the id that `request_id` has returned before. *started* is the response whose
+    *known_id* is the id of the request for logs, which the middleware sets. *started* is the response whose
     head was sent, or is about to be sent. *limits* returns the headers that report the limits of
     the client's key; it is None if the key has no budget.
     """
@@ -63,15 +49,10 @@ class Request(web.Request):
 
 
 def request_id(request: web.BaseRequest) -> str:
-    """Return the id of *request* for logs: the client's `X-Request-Id` if it is harmless, or a new
-    one.
-    """
+    """Return the id of *request* for logs: see `log_id_of`."""
     assert isinstance(request, Request)
     if not request.known_id:
-        log_id = request.headers.get(_ID_HEADER)
-        if log_id is None or not _ID.fullmatch(log_id):
-            log_id = next(_ids)
-        request.known_id = log_id
+        request.known_id = log_id_of(request.headers)
     return request.known_id
 
 

@@ -31,9 +31,8 @@ from aioserver.errors import (
 from aioserver.gateway.contracts.instances import BODY
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
-from aioserver.protocol.client_headers import HOP, MAX_HOPS, collect, hops
 from aioserver.protocol.model_body import ModelBody
-from aioserver.protocol.request_options import SESSIONS
+from aioserver.protocol.request_headers import HOP, MAX_HOPS, SESSIONS, collect, hops
 from aioserver.providers.backpressure import LEAST_RATE
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.protocol.request_headers import ClientHeaders
     from aioserver.providers.backpressure import ClientPace
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.tracer import Visit

@@ -14,13 +14,12 @@ import asyncio
 import hashlib
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 
-from aioserver.auth.callers import CALLER
-from aioserver.errors import ModelNotFound, StreamNotFound
-from aioserver.faces import http, whole
+from aioserver.errors import StreamNotFound
+from aioserver.faces import http, models, whole
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import (
     begin_visit,
@@ -32,39 +31,27 @@ from aioserver.faces.intake import (
 )
 from aioserver.faces.ready import HIGH_WATER, ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow, write_ended
-from aioserver.gateway.calls import kept_answer
-from aioserver.gateway.request import Request
+from aioserver.gateway.request import Request, kept_answer
 from aioserver.gateway.stream_usage import UsageAttempt
 from aioserver.protocol.eventstream import HEARTBEAT
-from aioserver.protocol.request_options import HOLD, PREAMBLE
-from aioserver.provider_errors import NoProvider
-from aioserver.providers.api import CHAT, Api, CompletionsApi, WordlessApi
+from aioserver.protocol.request_headers import HOLD, PREAMBLE
 from aioserver.providers.attempt import Attempt
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, Api, CompletionsApi, ProviderRequest, WordlessApi
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
-    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.faces.form import Form
-    from aioserver.gateway.request import Route
-    from aioserver.gateway.router import Router
     from aioserver.protocol.model_body import ModelBody
     from aioserver.providers.request import Answer
     from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
 
-# The owner that is shown for the names of `llm.models`.
-OURS = "aioserver"
-# The context that clients hear of a simulated model. It takes a prompt of any length, but without
-# one agents take a model for one of a million tokens.
-SIMULATED_CONTEXT = 200_000
 EMBEDDINGS = WordlessApi("embeddings")
 APIS: tuple[Api, ...] = (CHAT, CompletionsApi("completions"), EMBEDDINGS)
 STREAM_HEADERS = {
@@ -108,8 +95,8 @@ def routes(context: Context) -> list[web.RouteDef]:
             )
             for api in APIS
         ),
-        web.get("/v1/models", partial(models, context)),
-        web.get("/v1/models/{id:.+}", partial(model, context)),
+        web.get("/v1/models", partial(models.listing, context)),
+        web.get("/v1/models/{id:.+}", partial(models.model, context)),
     ]
 
 
@@ -119,6 +106,7 @@ def prepare_for(
     """Return the function that prepares a POST to the path of *api*, below `/v1`."""
 
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
+        assert isinstance(request, http.Request)
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
         if (key := idempotency_key(request)) is not None:
@@ -145,7 +133,7 @@ def prepare_for(
             route,
             provider_request,
             OPENAI.face,
-            http.request_id(request),
+            request.known_id,
             key,
             digest_of(api.path, data) if key else b"",
             make_attempt=UsageAttempt if streamed and body.usage_options is not None else Attempt,
@@ -194,14 +182,17 @@ async def write_answer(
     gateway = context.gateway
     if prepared.resumable:
         return await write_kept(context, request, gateway.keep(prepared), dialect)
-    with gateway.hold() as held:
-        prepared.provider_request.answer_bytes = held
+    asked = prepared.provider_request
+    asked.hold_answer = gateway.hold
+    try:
         answer = await gateway.call(prepared)
         response = response_of(request, answer, dialect)
-        # Inside the `with`, since the answer stays in memory while a slow client reads it.
+        # The answer is held in memory while a slow client reads it.
         timeout, drop = context.admission.send_timeout, context.admission.dropped
         await whole.write(request, response, timeout, drop, dialect.face)
         return response
+    finally:
+        asked.let_answer_go()
 
 
 async def write_kept(
@@ -323,78 +314,3 @@ def _streamed_response(
     response = web.StreamResponse(headers=headers)
     http.announce_close(request, response, streamed=True)
     return response
-
-
-async def models(context: Context, request: web.Request) -> web.Response:
-    """Answer `GET /v1/models` with the usable providers and their models, without asking a
-    provider.
-
-    A client gets the models that speak its API, in the form that it expects.
-    """
-    form, router = context.admission.forms.of(request), context.router
-    entries, caller = [], request[CALLER]
-    for name, owner in _names(router, form.api, caller):
-        try:
-            route = router.route(name, caller=caller, api=form.api)
-        except (ModelNotFound, NoProvider):
-            continue
-        entries.append(_model(form, route, name, owner))
-    return web.json_response(form.models(entries))
-
-
-def _model(form: Form, route: Route, name: str, owner: str | None) -> dict[str, Any]:
-    """Return the entry of the model *name*, which *route* leads to."""
-    settings = route.provider.settings
-    context = route.group.max_context or (SIMULATED_CONTEXT if settings.simulated else None)
-    return form.model(name, owner or settings.name, context, simulated=settings.simulated)
-
-
-async def model(context: Context, request: web.Request) -> web.Response:
-    """Answer `GET /v1/models/{id}` with the provider to which a request for this model goes.
-
-    A model that names no provider goes to the active one, and only that provider knows whether it
-    has the model: `listed` is false if the configuration does not list it.
-
-    Raises:
-        ModelNotFound, NoProvider: a request for this model would be refused, too.
-    """
-    name, form = request.match_info["id"], context.admission.forms.of(request)
-    route = context.router.route(name, caller=request[CALLER], api=form.api)
-    provider = route.provider.settings
-    ours = name in context.router.groups
-    entry = _model(form, route, name, OURS if ours else None)
-    known = route.model in (None, provider.model, *provider.models)
-    if not known and not route.group.name:
-        entry["listed"] = False
-    return web.json_response(entry)
-
-
-def _names(router: Router, api: Api, caller: Caller) -> Iterator[tuple[str, str]]:
-    """Yield the names by which *caller* may ask for models of *api*, as `_all_names`.
-
-    A name that belongs to the caller's key is included, though no other caller sees it.
-    """
-    names = {name: owner for name, owner in _all_names(router, api) if caller.may_ask(name)}
-    for name in caller.models or ():
-        if not name.endswith("*"):
-            names.setdefault(name, "")
-    yield from names.items()
-
-
-def _all_names(router: Router, api: Api) -> Iterator[tuple[str, str]]:
-    """Yield the names by which models of *api* can be asked for, each with its owner. The owner is
-    empty if the name leads to a provider.
-    """
-    for name in router.groups:
-        if not name.endswith("*"):
-            yield name, OURS
-    for owner, provider in router.providers.items():
-        configured = provider.settings
-        if not configured.usable:
-            continue
-        yield owner, ""
-        for name in dict.fromkeys((configured.model, *configured.models)):
-            yield f"{owner}/{name}", ""
-    for name, group in router.listed.items():
-        if name not in router.groups and name not in router.providers and group.usable(api):
-            yield name, ""

@@ -34,8 +34,8 @@ from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.request import Request
 from aioserver.limits.write_watchdog import peer_of, reset
 from aioserver.protocol import model_body, passable
-from aioserver.protocol.client_headers import as_sent
 from aioserver.protocol.passable import Passage
+from aioserver.protocol.request_headers import as_sent
 from aioserver.providers.backpressure import LEAST_RATE, ClientPace
 from aioserver.providers.passthrough import (
     PassedAttempt,

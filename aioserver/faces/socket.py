@@ -67,8 +67,7 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.gateway.contracts.instances import Reading, Start
     from aioserver.limits.resource import Grant
-    from aioserver.protocol.client_headers import ClientHeaders
-    from aioserver.protocol.request_options import RequestOptions
+    from aioserver.protocol.request_headers import ClientHeaders, RequestOptions
     from aioserver.streams.stream import Stream
 
 logger = logging.getLogger("aioserver.connections")

@@ -19,7 +19,7 @@ from aioserver.faces.admission import MAX_REFUSED_CLOSING
 from aioserver.faces.client_messages import ClientMessages, Upgraded
 from aioserver.faces.intake import client_headers
 from aioserver.faces.socket import MAX_WAITING_BYTES
-from aioserver.protocol.request_options import request_options_of
+from aioserver.protocol.request_headers import request_options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.contracts.instances import Instances
     from aioserver.gateway.contracts.sharing import Sharing
     from aioserver.monitoring.section import Section
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
     from aioserver.telemetry.tracer import Tracer
 
 

@@ -40,7 +40,7 @@ from aioserver.gateway.candidates import Candidates
 from aioserver.gateway.continuation import breaks, say_again
 from aioserver.gateway.groups import sick
 from aioserver.limits.deadline import Wait
-from aioserver.protocol.request_options import PREAMBLE
+from aioserver.protocol.request_headers import PREAMBLE
 from aioserver.provider_errors import (
     CircuitOpen,
     ContextTooLong,

@@ -39,10 +39,10 @@ from aioserver.protocol.bridging.accepted_parameters import (
 from aioserver.protocol.bridging.refusals import STATUSES, Refusal, refusal
 from aioserver.protocol.bridging.transcript import BridgedTranscript
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
-from aioserver.protocol.request_options import CALLS
+from aioserver.protocol.request_headers import CALLS
 from aioserver.provider_errors import ProviderFault, RequestNotBridged
-from aioserver.providers.api import CHAT, Capabilities
 from aioserver.providers.attempt import Attempt
+from aioserver.providers.request import CHAT, Capabilities
 from aioserver.providers.sinks import BodySink
 from aioserver.providers.verdicts import Verdicts
 

@@ -170,7 +170,7 @@ class Candidates:
             ProviderFault: no member can start it in time, or none is available. If there is only
                 one, the outcome of the request names its provider.
         """
-        outcome = self._request.provider_request.outcome
+        request = self._request.provider_request
         only = self.left[0] if self.alone and self.left else None
         self.chosen, attempt = None, None
         try:
@@ -184,13 +184,13 @@ class Candidates:
                 member, attempt, grant = await self._start_first(
                     again=again, fallback=fallback, parked=parked, once=once
                 )
-            outcome.begin_attempt(member.provider.name, attempt.asked_model)
+            request.begin_attempt(member.provider.name, attempt.asked_model)
         except BaseException as error:
             self._leave()
             if only is not None:
                 model = only.asked_model if attempt is None else attempt.asked_model
-                outcome.begin_attempt(only.provider.name, model)
-                outcome.attempts -= isinstance(error, AioserverError)
+                request.begin_attempt(only.provider.name, model)
+                request.outcome.attempts -= isinstance(error, AioserverError)
             raise
         self.chosen = member
         return attempt, grant

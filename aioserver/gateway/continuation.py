@@ -42,9 +42,9 @@ from aioserver.errors import AioserverError, InvalidRequest
 from aioserver.protocol import eventstream, json_body
 from aioserver.protocol.eventstream import EventTooLong
 from aioserver.protocol.json_body import ABSENT, null
-from aioserver.protocol.member import Member
+from aioserver.protocol.model_body import Member
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes
-from aioserver.protocol.request_options import CALLS
+from aioserver.protocol.request_headers import CALLS
 from aioserver.protocol.seam import (
     CLOSING,
     OPENING,
@@ -67,8 +67,8 @@ from aioserver.provider_errors import (
     ProviderRefused,
     ReadTimeout,
 )
-from aioserver.providers.api import Capabilities
 from aioserver.providers.error_mapping import FILTERS, error_in, event_fault
+from aioserver.providers.request import Capabilities
 from aioserver.providers.verdicts import Verdicts
 from aioserver.streams import entries
 from aioserver.streams.cursor import ConditionReader
@@ -465,7 +465,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
             speaker = next((each for each, _ in order if each.name == broken[0]), provider)
             hop = Hop(stream, transcript, text, seam, provider, fault, speaker)
             attempt.hop = hop
-            outcome.begin_attempt(provider.name, attempt.asked_model)
+            request.provider_request.begin_attempt(provider.name, attempt.asked_model)
             if not text:
                 say_again(attempt, stream, broken[0], fault.code)
             try:

@@ -25,7 +25,6 @@ from aioserver.errors import (
     StreamNotFound,
     TokensExceeded,
 )
-from aioserver.gateway.calls import Calls, shutdown_error
 from aioserver.gateway.contracts.instances import (
     ASKED,
     LOST,
@@ -34,7 +33,7 @@ from aioserver.gateway.contracts.instances import (
 )
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
-from aioserver.gateway.request import Request
+from aioserver.gateway.request import Calls, Request, shutdown_error
 from aioserver.gateway.stream_usage import UsageAttempt
 from aioserver.limits.deadline import Guard
 from aioserver.limits.quota import REVOKED

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from aioserver.config.settings import Provider as ProviderSettings
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
 
 # A member is skipped if the prompt, by this estimate, exceeds the member's context by more than
 # half.

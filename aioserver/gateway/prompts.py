@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.gateway.contracts.histories import Answered
+from aioserver.protocol.model_body import OPTIONS
 from aioserver.protocol.openai import Reading
-from aioserver.protocol.stream_options import OPTIONS
-from aioserver.providers.api import CHAT
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine

@@ -9,7 +9,7 @@ This file is one concept: one table of providers has the first one, and those th
     "groq/llama-…", groq configured  groq, pinned; the rest is the model
     another model                    the active provider, with the model unchanged
 
-A request of an API that only some providers speak (providers/api.py) goes only to those; then
+A request of an API that only some providers speak (providers/request.py) goes only to those; then
 *active* means the first provider, among the active one and the fallbacks, that speaks the API.
 
 A fault before the first content of an answer may be followed by a retry at the same provider
@@ -42,10 +42,10 @@ from aioserver.gateway.continuation import say_rest, structured
 from aioserver.gateway.groups import Group, Member
 from aioserver.gateway.request import Route
 from aioserver.protocol.model_body import check_sole
-from aioserver.protocol.request_options import CALLS
+from aioserver.protocol.request_headers import CALLS
 from aioserver.provider_errors import NoProvider, ProviderFault
-from aioserver.providers.api import CHAT, Api
 from aioserver.providers.passthrough import PassedRequest
+from aioserver.providers.request import CHAT, Api
 from aioserver.providers.sinks import end_with_error
 
 if TYPE_CHECKING:

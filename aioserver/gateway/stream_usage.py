@@ -1,7 +1,7 @@
 """Attempts at a streamed chat completion that ask the provider to report its usage.
 
 Engines report no usage for a stream unless they are asked to, and its cost would be unknown. So if
-a client does not ask, its request is changed to do so (protocol/stream_options.py). If the answer
+a client does not ask, its request is changed to do so (protocol/model_body.py). If the answer
 passes as the provider's bytes, the event that has only the usage is taken out of it
 (providers/sinks.py); the WebSocket and SSE faces show it.
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from aioserver.errors import InvalidRequest
 from aioserver.gateway.bridging import LearningAttempt
 from aioserver.protocol.bridging.refusals import STATUSES, refusal
-from aioserver.protocol.stream_options import OPTIONS, asking
+from aioserver.protocol.model_body import OPTIONS, asking
 from aioserver.providers.sinks import BodySink, EventSink
 
 if TYPE_CHECKING:

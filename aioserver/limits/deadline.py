@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from aioserver.protocol.request_options import RequestOptions
+    from aioserver.protocol.request_headers import RequestOptions
 
 # Seconds by which a timer may be early.
 ROUNDING = 0.002

@@ -59,8 +59,6 @@ OUTPUT_FACTOR = 2
 MAX_PAIRS = 1000
 # Callers whose averages vote for one provider and model: those that were updated last.
 MAX_VOICES = 15
-# Bytes of a body that are searched for pictures: a search takes some 50 µs.
-MAX_SEARCHED = 1 << 18
 
 
 class Estimate(msgspec.Struct, frozen=True, gc=False):
@@ -123,15 +121,6 @@ class _Answers:
 
 def _moved(average: float, newest: float) -> float:
     return average + (newest - average) / SMOOTHING
-
-
-def text_bytes(body: bytes) -> int:
-    """Return the bytes of *body* if all of it may be text. Return 0 if it is too large to search,
-    or has a picture or a file, whose tokens are unrelated to its bytes.
-    """
-    size = len(body)
-    # `base64` occurs in a `data:` URL (RFC 2397) and in Anthropic's objects.
-    return 0 if size > MAX_SEARCHED or b"base64" in body else size
 
 
 class Estimates:

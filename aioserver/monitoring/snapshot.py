@@ -59,8 +59,8 @@ if TYPE_CHECKING:
         StreamsState,
         Verdict,
     )
-    from aioserver.providers.api import Capabilities
     from aioserver.providers.provider import Provider
+    from aioserver.providers.request import Capabilities
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.metrics import GroupMeter
 

@@ -24,15 +24,16 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
-from aioserver.protocol import json_body, request_options
-from aioserver.protocol.client_headers import NO_HEADERS, ClientHeaders
+from aioserver.protocol import json_body, request_headers
 from aioserver.protocol.json_body import ABSENT, UnknownField
 from aioserver.protocol.model_body import MAX_CHOICES
-from aioserver.protocol.request_options import (
+from aioserver.protocol.request_headers import (
     BATCH,
     CLASSES,
     HOLDS,
+    NO_HEADERS,
     NO_REQUEST_OPTIONS,
+    ClientHeaders,
     RequestOptions,
 )
 from aioserver.protocol.sound import sound
@@ -372,16 +373,16 @@ def _request_options(fields: _Payload) -> RequestOptions:
     return RequestOptions(
         _seconds(fields.start_within, "start_within"),
         _seconds(fields.deadline, "deadline"),
-        request_options.one_of(CLASSES, _name(fields.class_, "class"), "class") == BATCH,
-        request_options.one_of(HOLDS, _name(fields.hold, "hold"), "hold"),
+        request_headers.one_of(CLASSES, _name(fields.class_, "class"), "class") == BATCH,
+        request_headers.one_of(HOLDS, _name(fields.hold, "hold"), "hold"),
     )
 
 
 def _seconds(raw: Raw, name: str) -> float:
     if json_body.null(raw):
         return inf
-    written = bytes(memoryview(raw)[: request_options.MAX_CHARACTERS + 1])
-    return request_options.seconds(written.decode(errors="replace"), name)
+    written = bytes(memoryview(raw)[: request_headers.MAX_CHARACTERS + 1])
+    return request_headers.seconds(written.decode(errors="replace"), name)
 
 
 def _valid_messages(messages: bytes) -> bool:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
-from aioserver.limits.estimate import UNKNOWN_WORK, text_bytes
+from aioserver.limits.estimate import UNKNOWN_WORK
 from aioserver.protocol.openai import BadEvent, ErrorEvent
-from aioserver.protocol.request_options import PREAMBLE
+from aioserver.protocol.request_headers import PREAMBLE
 from aioserver.protocol.transcript import ReadTranscript
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.error_mapping import (
@@ -50,10 +50,9 @@ if TYPE_CHECKING:
     from aioserver.limits.scheduler import Scheduler
     from aioserver.protocol.parts import Parts
     from aioserver.protocol.transcript import Tokens, Transcript
-    from aioserver.providers.api import Api, Capabilities
     from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import ProviderRequest
+    from aioserver.providers.request import Api, Capabilities, ProviderRequest
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
     from aioserver.streams.stream import Stream
@@ -61,6 +60,8 @@ if TYPE_CHECKING:
 
 # The most bytes of the body of an answer with another status than 200.
 MAX_ERROR_BYTES = 1 << 20
+# Bytes of a body that are searched for pictures: a search takes some 50 µs.
+MAX_SEARCHED = 1 << 18
 
 M = TypeVar("M", bound="Capabilities")
 
@@ -369,7 +370,7 @@ class Attempt:
             if stream is not None and request.reading is not None:
                 # The body is parsed at once, and becomes one event of the log.
                 limit = min(limit, stream.max_bytes)
-            held = request.answer_bytes if stream is None else stream.hold()
+            held = request.count_answer() if stream is None else stream.hold()
             sink = BodySink(limit, held)
         self.sink = sink
         if "content-encoding" in headers:
@@ -462,3 +463,12 @@ class Attempt:
             stream.append(entries.CHUNK, chunks)
         complete_chat(stream, reading)
         return None
+
+
+def text_bytes(body: bytes) -> int:
+    """Return the bytes of *body* if all of it may be text. Return 0 if it is too large to search,
+    or has a picture or a file, whose tokens are unrelated to its bytes.
+    """
+    size = len(body)
+    # `base64` occurs in a `data:` URL (RFC 2397) and in Anthropic's objects.
+    return 0 if size > MAX_SEARCHED or b"base64" in body else size

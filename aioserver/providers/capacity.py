@@ -1,21 +1,41 @@
 """The capacity of a provider: its places and its rate as one resource, with the part of the places
-that background answers may use.
+that background answers may use, and its budget of retries.
 
 Attempts start at the pace of the provider. While it is dead only trials start, and the grant of an
 attempt carries its trial until its end. Answers in the *background* run for long, and no waiting
 request ends them. So they have half of the places at most, and wait for these in a queue of their
 own, for longer than others wait.
+
+**The pace** has no burst at the edge of a minute: GCRA (limits/gcra.py) spaces the starts out, and
+each span of time has at most its share of `requests_per_minute`, and a small burst. The provider
+itself can lower the rate. Its headers report how many requests remain until their reset: the
+starts are spread over that time, before the provider has to answer 429. After a `Retry-After`
+nothing starts until that time is over; then requests start without a burst, and for as long again
+at half the rate. `tokens_per_minute` is a second GCRA whose starts are worth their tokens, with a
+burst of a sixth of the minute. A request is counted with its expected tokens when it starts, and
+the count is corrected at its end. While more tokens are counted than the rate allows, nothing
+starts.
+
+**The retry budget** is a fifth of the requests, so that a failing provider causes no wave of
+retries, after "Handling Overload" in Beyer et al., "Site Reliability Engineering", 2016. A
+provider with few requests may have MIN_RETRIES in each WINDOW nevertheless.
+
+This file is one concept: all that bounds the requests to one provider.
 """
 
 from __future__ import annotations
 
+import math
+import random
+import time
+from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
-from aioserver.limits.gcra import ROUNDING
+from aioserver.limits.gcra import ROUNDING, Gcra
 from aioserver.limits.resource import (
     BOTH_CLASSES,
     Class,
@@ -31,24 +51,185 @@ from aioserver.provider_errors import (
     ProviderQueueFull,
     ProviderQueueTimeout,
 )
-from aioserver.providers.pace import Pace
+from aioserver.providers.rate_headers import limits_left
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from aioserver.config.settings import HttpClient
     from aioserver.errors import AioserverError
-    from aioserver.limits.gcra import Gcra
     from aioserver.limits.resource import Bid, Ticket
     from aioserver.limits.scheduler import Scheduler
     from aioserver.providers.health import Health
 
-if TYPE_CHECKING:
     # A function of the scheduler, the provider's name, its health, its clock, and a callback for
     # the time in which requests in other instances wait for places that are taken here.
     ShareProvider = Callable[
         [Scheduler, str, Health, Callable[[], float], Callable[[], None]], "SharedCapacity"
     ]
+
+
+# The most seconds for which a provider can stop the starts.
+MAX_COOLING = 120.0
+# The most seconds over which the remainder is spread; over a longer time, or until a date, the
+# rate would be next to nothing.
+MAX_RESET = 86_400.0
+# Seconds' worth of tokens that may be used at once: a sixth of the minute.
+TOKEN_BURST = 10.0
+# The random share that is added to a wait of which several instances learn at the same time.
+JITTER = 0.1
+
+
+class Pace:
+    """*per_minute* starts a minute, *burst* of them at once after a rest.
+
+    Always: in any span of t seconds at most `t * per_minute / 60 + burst` starts.
+
+    *on_cooling* is called with the seconds of a pause that the provider asks for.
+    """
+
+    def __init__(
+        self,
+        per_minute: int,
+        burst: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        tokens_per_minute: int = 0,
+        make_rate: Callable[[float, float], Gcra] | None = None,
+        make_tokens: Callable[[float, float], Gcra] | None = None,
+        on_cooling: Callable[[float], None] = lambda _seconds: None,
+    ) -> None:
+        self._clock = clock
+        rate = 60.0 / per_minute, _tolerance(per_minute, burst)
+        self._starts = Gcra(*rate, clock) if make_rate is None else make_rate(*rate)
+        self._make_tokens = make_tokens or partial(Gcra, clock=clock)
+        self._tokens = self._token_rate(tokens_per_minute)
+        self._closed_until = 0.0
+        self._on_cooling = on_cooling
+        self._slow_interval, self._slow_until = 0.0, 0.0
+        self.per_minute = per_minute
+
+    def apply(self, per_minute: int, burst: int, *, tokens_per_minute: int = 0) -> None:
+        """Set another pace; earlier starts count as before."""
+        # A faster pace keeps the number of starts that are counted, a slower one the seconds until
+        # the next.
+        scale = min(1.0, self.per_minute / per_minute)
+        self._starts.apply(60.0 / per_minute, _tolerance(per_minute, burst), scale=scale)
+        self.per_minute = per_minute
+        if self._tokens is None or not tokens_per_minute:
+            self._tokens = self._token_rate(tokens_per_minute)
+        else:
+            interval = 60.0 / tokens_per_minute
+            # The number of counted tokens stays.
+            self._tokens.apply(interval, TOKEN_BURST, scale=interval / self._tokens.interval)
+
+    @property
+    def left(self) -> int:
+        """The number of requests that could start now."""
+        if self.cooling or (self._tokens is not None and self._tokens.delay() > 0):
+            return 0
+        return self._starts.available
+
+    @property
+    def cooling(self) -> float:
+        """The seconds that are left of a pause for which the provider has asked."""
+        until = self._closed_until
+        return max(0.0, until - self._clock()) if until else 0.0
+
+    def delay(self, ahead: int = 0) -> float:
+        """Return the seconds until a request with *ahead* others before it may start."""
+        others = ahead * self._interval() if ahead else 0.0
+        delay = self._starts.delay(others)
+        if self._closed_until:
+            delay = max(delay, self._closed_until + others - self._clock())
+        return delay if self._tokens is None else max(delay, self._tokens.delay())
+
+    def start(self, tokens: int = 0) -> None:
+        """Count a start that is expected to cost *tokens*."""
+        starts = self._starts
+        starts.take(self._interval() if self._slow_until else starts.interval)
+        if tokens:
+            self.charge(tokens)
+
+    def try_start(self, tokens: int = 0) -> bool:
+        """Count a start that is expected to cost *tokens*, if it is allowed now; return whether it
+        is.
+        """
+        if not (self._closed_until or self._slow_until or self._tokens is not None):
+            return self._starts.try_take() <= 0
+        if self.delay() > ROUNDING:
+            return False
+        self.start(tokens)
+        return True
+
+    def charge(self, tokens: int) -> None:
+        """Count *tokens* more than were expected; a negative number takes some back."""
+        if self._tokens is not None:
+            self._tokens.take(tokens * self._tokens.interval)
+
+    def cool_down(self, seconds: float) -> None:
+        """Start nothing for *seconds*, as the provider asks, then run at half the pace for as
+        long.
+        """
+        self.told_cooling(seconds)
+        if seconds > 0:
+            self._on_cooling(min(seconds, MAX_COOLING))
+
+    def told_cooling(self, seconds: float) -> None:
+        """Do the same as `cool_down`, since the provider has asked another instance for it."""
+        now = self._clock()
+        wait = min(max(0.0, seconds), MAX_COOLING) * (1 + JITTER * random.random())  # noqa: S311
+        self._closed_until = max(self._closed_until, now + wait)
+        if wait:
+            self._starts.postpone(self._closed_until)
+        self._slow_interval, self._slow_until = (
+            2 * self._starts.interval,
+            self._closed_until + wait,
+        )
+
+    def learn(self, headers: Mapping[str, str]) -> bool:
+        """Lower the pace to the remaining requests and tokens that the provider's *headers* report.
+
+        Return whether nothing remains, so that no request starts before the reset.
+        """
+        exhausted = False
+        for requests, left, seconds in limits_left(headers):
+            if left < 1:
+                self._close(seconds)
+                exhausted = True
+            elif requests and seconds <= MAX_RESET:
+                self._spread(min(seconds / left, MAX_COOLING), seconds)
+        return exhausted
+
+    def forget(self) -> None:
+        """Forget the requested pauses, which concern another account or address."""
+        self._closed_until = self._slow_until = 0.0
+        self._starts.catch_up()
+
+    def _spread(self, interval: float, seconds: float) -> None:
+        now = self._clock()
+        if interval > self._starts.interval:
+            self._slow_interval, self._slow_until = interval, now + seconds
+        elif now >= self._closed_until and now < self._slow_until:
+            # More is left than the provider reported before.
+            self._slow_until = 0.0
+            self._starts.catch_up()
+
+    def _close(self, seconds: float) -> None:
+        self._closed_until = max(self._closed_until, self._clock() + min(seconds, MAX_COOLING))
+
+    def _token_rate(self, per_minute: int) -> Gcra | None:
+        return self._make_tokens(60.0 / per_minute, TOKEN_BURST) if per_minute else None
+
+    def _interval(self) -> float:
+        """Return the seconds between two starts at the present rate."""
+        interval = self._starts.interval
+        return max(interval, self._slow_interval) if self._clock() < self._slow_until else interval
+
+
+def _tolerance(per_minute: int, burst: int) -> float:
+    return (max(1, burst) - 1) * 60.0 / per_minute
+
 
 # An attempt that can fail over does so if its provider can start nothing for more than these
 # seconds.
@@ -385,3 +566,59 @@ class Capacity:
 def _burst(limits: HttpClient) -> int:
     """Return how many requests may start at once after a rest: those of one second."""
     return min(limits.concurrent_requests, limits.requests_per_minute // 60)
+
+
+# Seconds.
+WINDOW = 10
+# Retries for each request.
+SHARE = 0.2
+MIN_RETRIES = 10
+
+
+class RetryBudgetStats(NamedTuple):
+    """A snapshot of a budget: the retries of the last WINDOW seconds, and the most that it allows
+    in them.
+    """
+
+    used: int
+    limit: int
+
+
+class RetryBudget:
+    """Counts the requests and retries of the last WINDOW seconds, second by second.
+
+    Always: a retry is taken only while there are fewer than `max(MIN_RETRIES, SHARE * requests)`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._requests = [0] * WINDOW
+        self._retries = [0] * WINDOW
+        # The second of the newest count.
+        self._second = int(clock())
+
+    def add_request(self) -> None:
+        """Count a request."""
+        if (second := int(self._clock())) != self._second:
+            self._pass_to(second)
+        self._requests[second % WINDOW] += 1
+
+    def take_retry(self) -> bool:
+        """Count a retry if the budget has room for it; return whether it has."""
+        used, limit = self.stats()
+        if used >= limit:
+            return False
+        self._retries[self._second % WINDOW] += 1
+        return True
+
+    def stats(self) -> RetryBudgetStats:
+        """Return a snapshot."""
+        self._pass_to(int(self._clock()))
+        limit = max(MIN_RETRIES, math.ceil(SHARE * sum(self._requests)))
+        return RetryBudgetStats(sum(self._retries), limit)
+
+    def _pass_to(self, second: int) -> None:
+        """Forget the counts of seconds that are too old, now that *second* has come."""
+        for passed in range(self._second + 1, min(second, self._second + WINDOW) + 1):
+            self._requests[passed % WINDOW] = self._retries[passed % WINDOW] = 0
+        self._second = second

@@ -91,8 +91,8 @@ class Costs:
         return min(prompt + estimate.answer, limit)
 
     def sent(self, attempt: Attempt) -> None:
-        """Note that *attempt* was sent: from here on it may cost money."""
-        if self._usage.ledger is not None and attempt.request.api.costs:
+        """Record in the ledger that *attempt* was sent: from here on it may cost money."""
+        if attempt.request.api.costs:
             self._usage.sent(attempt.request.record, partial(self.so_far, attempt))
 
     @bookkeeping(nothing)

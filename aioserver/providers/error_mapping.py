@@ -35,7 +35,7 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     ProviderRefused,
 )
-from aioserver.providers.pace import MAX_COOLING
+from aioserver.providers.capacity import MAX_COOLING
 from aioserver.providers.rate_headers import number
 
 if TYPE_CHECKING:

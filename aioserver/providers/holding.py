@@ -31,7 +31,7 @@ from aioserver.errors import AioserverError, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import Splitter
 from aioserver.protocol.parts import Choices, Part
-from aioserver.protocol.request_options import TURN
+from aioserver.protocol.request_headers import TURN
 from aioserver.streams.fast_path import (
     ERROR_NAME,
     FINISH,

@@ -16,7 +16,7 @@ import httptools
 from yarl import URL
 
 from aioserver import __version__
-from aioserver.protocol.client_headers import HOP, NO_HEADERS, TRACE_HEADERS
+from aioserver.protocol.request_headers import HOP, NO_HEADERS, TRACE_HEADERS
 from aioserver.provider_errors import ProviderBadResponse
 from aioserver.streams.contracts import Path
 from aioserver.telemetry.tracer import WatchedSink
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from aioserver.config import settings
-    from aioserver.protocol.client_headers import ClientHeaders
-    from aioserver.providers.api import Api
+    from aioserver.protocol.request_headers import ClientHeaders
+    from aioserver.providers.request import Api
 
 CODINGS = "transfer-encoding"
 # Headers that frame a body, and the one against loops; a configured header of one of these names

@@ -22,11 +22,10 @@ import msgspec
 
 from aioserver.protocol.json_body import ANYTHING
 from aioserver.protocol.tokens import INPUT, PROMPT, TOTAL
-from aioserver.providers.api import Api, WordlessApi
 from aioserver.providers.attempt import MAX_ERROR_BYTES, Attempt
 from aioserver.providers.backpressure import Backpressure, ClientPace
 from aioserver.providers.error_mapping import check_uncompressed, visible_headers
-from aioserver.providers.request import Answer, ProviderRequest
+from aioserver.providers.request import Answer, Api, ProviderRequest, WordlessApi
 from aioserver.providers.sinks import BodySink
 
 if TYPE_CHECKING:

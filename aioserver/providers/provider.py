@@ -41,17 +41,22 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     StaleConnection,
 )
-from aioserver.providers.api import Capabilities
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.breaker import Trials
-from aioserver.providers.budget import Budget, BudgetStats
-from aioserver.providers.capacity import FAILOVER_WAIT, Capacity, Trial
+from aioserver.providers.capacity import (
+    FAILOVER_WAIT,
+    Capacity,
+    RetryBudget,
+    RetryBudgetStats,
+    Trial,
+)
 from aioserver.providers.connections import PooledConnection
 from aioserver.providers.costs import Costs, paced_tokens
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import ALONE, Health
 from aioserver.providers.pool import PoolStats
 from aioserver.providers.pools import Pools
+from aioserver.providers.request import Capabilities
 from aioserver.providers.silence import Silence, SilenceMeter
 from aioserver.providers.sinks import BodySink
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
@@ -100,7 +105,7 @@ class ProviderStats(msgspec.Struct, frozen=True):
     next_try: float | None
     trials: Trials | None
     silence: Silence
-    budget: BudgetStats
+    budget: RetryBudgetStats
     background: tuple[int, int] = (0, 0)
     # Its capabilities, as each API has learned them.
     learned: tuple[Capabilities, ...] = ()
@@ -157,10 +162,11 @@ class Provider:
             else share(self.scheduler, self.name, self.health, clock, self._others_starve),
         )
         self._pace = self.capacity.pace
+        self._usage = Usage() if usage is None else usage
         self.costs = Costs(
             self.name,
             self.capacity,
-            Usage() if usage is None else usage,
+            self._usage,
             Estimates() if estimates is None else estimates,
             clock,
         )
@@ -176,7 +182,7 @@ class Provider:
             hop=hop,
             scheduler=self.scheduler,
         )
-        self.budget = Budget(clock)
+        self.budget = RetryBudget(clock)
         # Set at the end of the last attempt; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
 
@@ -520,7 +526,8 @@ class Provider:
                         limits.first_token_timeout, lambda: attempt.answered
                     )
                 attempt.sending(exchange)
-                self.costs.sent(attempt)
+                if self._usage.ledger is not None:
+                    self.costs.sent(attempt)
                 running = exchange.run(data, attempt.body)
             except BaseException:
                 connection.close()

@@ -41,9 +41,9 @@ from aioserver.faces.form import Forms
 from aioserver.faces.http import Request
 from aioserver.faces.wing import Core, Routes, Wing
 from aioserver.files.watched_files import WatchedFiles
-from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.contracts.sharing import Sharing
 from aioserver.gateway.gateway import Gateway
+from aioserver.gateway.request import shutdown_error
 from aioserver.gateway.router import Router
 from aioserver.limits.scheduler import Scheduler
 from aioserver.limits.timer_wheel import TimerWheel

@@ -4,6 +4,10 @@ It counts the requests of a connection, and checks what aiohttp does not: the ve
 `Host`, the limits of the request line and of the header block. It asks the guard, and answers CORS
 preflights (Fetch, 3.2) and `OPTIONS *`. A signal of aiohttp's adds the headers that every response
 has.
+
+For a path without parameters the handler is always the same: `Dispatcher` finds it once.
+
+Private names of aiohttp used here, where it has them: `_match_info`.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ from aioserver.faces.http import (
 from aioserver.faces.passthrough import API
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.protocol.addresses import host_name
+from aioserver.protocol.request_headers import log_id_of
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.error_mapping import VISIBLE_HEADERS
 from aioserver.server import paths
@@ -53,9 +58,9 @@ from aioserver.telemetry.request_log import MAX_NAME
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Awaitable, Collection
 
-    from aiohttp.typedefs import Handler
+    from aiohttp.typedefs import Handler, Middleware
 
     from aioserver.auth.guard import Guard
     from aioserver.auth.origins import Origins
@@ -81,6 +86,38 @@ LINE_REST = len(" HTTP/1.1 ")
 REFUSALS_PER_SECOND = 5
 
 
+class Dispatcher:
+    """The handler of all requests of *app*: the handler of its route behind the *middleware* if
+    the path has no parameters, and otherwise *router*, which is aiohttp's.
+
+    Always: a request gets the handler and the match that aiohttp's router would give it.
+    """
+
+    def __init__(self, app: web.Application, router: Handler, middleware: Middleware) -> None:
+        self._router, self._middleware = router, middleware
+        self._found: dict[tuple[str, str], tuple[web.UrlMappingMatchInfo, Handler]] = {}
+        if not hasattr(web.Request, "_match_info"):
+            return
+        for route in app.router.routes():
+            if isinstance(route.resource, web.PlainResource):
+                match = web.UrlMappingMatchInfo({}, route)
+                match.add_app(app)
+                match.freeze()
+                # The first of two routes with one path counts, as for the router.
+                key = route.method, route.resource.canonical
+                self._found.setdefault(key, (match, route.handler))
+
+    def __call__(self, request: web.Request) -> Awaitable[web.StreamResponse]:
+        """Return the awaitable response to *request*."""
+        if hdrs.EXPECT in request.headers:
+            return _expecting(self._router, self._middleware, request)
+        found = self._found.get((request.method, request.raw_path))
+        if found is None:
+            return self._router(request)
+        request._match_info, handler = found  # noqa: SLF001 - see the head of this file
+        return self._middleware(request, handler)
+
+
 class Border:
     """What stands between aiohttp and every handler, as the methods of one middleware.
 
@@ -101,6 +138,7 @@ class Border:
         protocol = request.protocol
         # Where the application is embedded, the connection is another server's, without our limit.
         connection = protocol if isinstance(protocol, Connection) else None
+        request.known_id = log_id_of(request.headers)
         try:
             self._check_head(request, connection)
             response = await self._admitted(request, handler)
@@ -263,6 +301,23 @@ class Border:
             passed = (name.lower() for name in headers if name.lower().startswith(VISIBLE_HEADERS))
             names = dict.fromkeys((*EXPOSED, *passed))
             headers["Access-Control-Expose-Headers"] = ", ".join(names)
+
+
+async def _expecting(
+    handler: Handler, middleware: Middleware, request: web.Request
+) -> web.StreamResponse:
+    """Return the response of *handler*, which is aiohttp's. If aiohttp refuses the `Expect` in
+    front of the *middleware*, the refusal goes through the middleware as well.
+    """
+    try:
+        return await handler(request)
+    except (web.HTTPExpectationFailed, UnicodeEncodeError):
+        # aiohttp's refusal repeats the header, which may have any bytes.
+        return await middleware(request, _refuse)
+
+
+async def _refuse(_request: web.Request) -> web.StreamResponse:
+    raise web.HTTPExpectationFailed
 
 
 @lru_cache(maxsize=256)

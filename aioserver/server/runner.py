@@ -1,10 +1,7 @@
 """Runs the application on our connections, under the HTTP limits of the configuration.
 
 aiohttp's runner starts and ends the application, and finds the handler of a request. The
-connections, and the sockets on which they are accepted, are ours. For a path without parameters
-the handler is always the same: `Dispatcher` finds it once.
-
-Private names of aiohttp used here, where it has them: `_match_info`.
+connections, and the sockets on which they are accepted, are ours.
 """
 
 from __future__ import annotations
@@ -15,24 +12,22 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from aioserver.server import listener
 from aioserver.server.connection import LAST_CALL, ConnectionServer
 from aioserver.server.connections import FAREWELL, accept_peers, arguments_of, options_of
+from aioserver.server.middleware import Dispatcher
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
     from collections.abc import Set as AbstractSet
-
-    from aiohttp.typedefs import Middleware
 
     from aioserver.config.settings import Chat
     from aioserver.server.app import Server
     from aioserver.server.listener import Balance, Listening, Site
 
-    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Seconds beside LAST_CALL for the requests that arrive during a connection's last call.
 LAST_REQUESTS = 0.3
@@ -40,38 +35,6 @@ LAST_REQUESTS = 0.3
 SHUTDOWN = 1.0
 # Seconds between two checks of the queues, the handshakes and the answers of a former process.
 LOOK = 0.1
-
-
-class Dispatcher:
-    """The handler of all requests of *app*: the handler of its route behind the *middleware* if
-    the path has no parameters, and otherwise *router*, which is aiohttp's.
-
-    Always: a request gets the handler and the match that aiohttp's router would give it.
-    """
-
-    def __init__(self, app: web.Application, router: Handler, middleware: Middleware) -> None:
-        self._router, self._middleware = router, middleware
-        self._found: dict[tuple[str, str], tuple[web.UrlMappingMatchInfo, Handler]] = {}
-        if not hasattr(web.Request, "_match_info"):
-            return
-        for route in app.router.routes():
-            if isinstance(route.resource, web.PlainResource):
-                match = web.UrlMappingMatchInfo({}, route)
-                match.add_app(app)
-                match.freeze()
-                # The first of two routes with one path counts, as for the router.
-                key = route.method, route.resource.canonical
-                self._found.setdefault(key, (match, route.handler))
-
-    def __call__(self, request: web.Request) -> Awaitable[web.StreamResponse]:
-        """Return the awaitable response to *request*."""
-        if hdrs.EXPECT in request.headers:
-            return _expecting(self._router, self._middleware, request)
-        found = self._found.get((request.method, request.raw_path))
-        if found is None:
-            return self._router(request)
-        request._match_info, handler = found  # noqa: SLF001 - see the head of this file
-        return self._middleware(request, handler)
 
 
 class Runner:
@@ -241,23 +204,6 @@ class Runner:
         """The server of the connections."""
         assert self._server is not None, "`setup` makes it"
         return self._server
-
-
-async def _expecting(
-    handler: Handler, middleware: Middleware, request: web.Request
-) -> web.StreamResponse:
-    """Return the response of *handler*, which is aiohttp's. If aiohttp refuses the `Expect` in
-    front of the *middleware*, the refusal goes through the middleware as well.
-    """
-    try:
-        return await handler(request)
-    except (web.HTTPExpectationFailed, UnicodeEncodeError):
-        # aiohttp's refusal repeats the header, which may have any bytes.
-        return await middleware(request, _refuse)
-
-
-async def _refuse(_request: web.Request) -> web.StreamResponse:
-    raise web.HTTPExpectationFailed
 
 
 async def until_empty(empty: Callable[[], bool], most: float, stop: asyncio.Event) -> float:

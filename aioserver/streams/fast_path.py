@@ -46,7 +46,7 @@ from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.eventstream import utf8
 from aioserver.protocol.openai import PLAIN
 from aioserver.protocol.parts import CALL_MARK
-from aioserver.protocol.request_options import CALLS
+from aioserver.protocol.request_headers import CALLS
 from aioserver.protocol.transcript import PassedTranscript
 from aioserver.streams.contracts import AnswerApi
 from aioserver.streams.entries import TextEntry

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from aioserver import errors, provider_errors
 from aioserver.config.models import PREFIX
 from aioserver.protocol.bridging.accepted_parameters import LIMIT, MAX_TOKENS, OPTIONAL
-from aioserver.protocol.request_options import CALLS, TURN
+from aioserver.protocol.request_headers import CALLS, TURN
 from aioserver.telemetry import logs
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.bugs import Bugs

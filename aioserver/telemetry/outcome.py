@@ -163,11 +163,7 @@ class Outcome(msgspec.Struct, eq=False):
             work += cost.work
         return work
 
-    def begin_attempt(self, provider: str, model: str) -> None:
-        """Note that *provider* is asked for an answer of *model*."""
-        if self.attempts or self.sent_at or self.bridge:
-            # The facts so far are about an earlier attempt.
-            self.headers, self.sent_at, self.usage = NO_HEADERS, 0.0, None
-            self.bridge, self.left_out = "", ()
-        self.provider, self.model = provider, model
-        self.attempts += 1
+    def forget_attempt(self) -> None:
+        """Forget the facts about an earlier attempt, since another one begins."""
+        self.headers, self.sent_at, self.usage = NO_HEADERS, 0.0, None
+        self.bridge, self.left_out = "", ()

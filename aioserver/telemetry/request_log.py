@@ -42,7 +42,7 @@ MAX_NAME = 200
 
 
 class Statuses(Protocol):
-    """The HTTP statuses of errors, as the clients of one API know them (providers/api.py)."""
+    """The HTTP statuses of errors, as the clients of one API know them (providers/request.py)."""
 
     def http_status(self, error: AioserverError) -> int:
         """Return the HTTP status of *error*."""

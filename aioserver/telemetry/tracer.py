@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.protocol.request_headers import ClientHeaders
 
 Fast_co = TypeVar("Fast_co", covariant=True)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.protocol.request_options import CLASS, DEADLINE, START_WITHIN
+from aioserver.protocol.request_headers import CLASS, DEADLINE, START_WITHIN
 from tests.support.chat import CHAT, cancel, chat, to_end, until_status
 from tests.support.faces import Seen, over_openai
 from tests.support.keys import bearer, keys_of

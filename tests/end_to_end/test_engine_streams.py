@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 import pytest
 
-from aioserver.protocol.request_options import CALLS, PREAMBLE, TURN
+from aioserver.protocol.request_headers import CALLS, PREAMBLE, TURN
 from aioserver.protocol.steps import at_once
 from aioserver.protocol.tokens import tokens_of
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers import attempt
-from aioserver.providers.api import CHAT
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 from aioserver.providers.sinks import EventSink
 from aioserver.streams.stream import Stream
 from aioserver.wings.anthropic.bridge import request as messages
@@ -116,7 +115,7 @@ def played(
 ) -> tuple[Stream, bytes, ProviderFault | None]:
     """The log of an answer of *data*, read in pieces, its bytes, and the fault of its end."""
     stream = Stream("r", "anybody", window=30.0, max_bytes=1 << 22)
-    stream.outcome.begin_attempt("p", "m")
+    stream.outcome.provider, stream.outcome.model = "p", "m"
     sink, fault = make(stream), None
     try:
         for start, end in pairwise((0, *cuts, len(data))):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.gateway.calls import shutdown_error
+from aioserver.gateway.request import shutdown_error
 from tests.support.chat import chat, to_end
 from tests.support.hook_program import HookProgram, entry, hook_program, refuse
 from tests.support.keys import bearer, keys_of

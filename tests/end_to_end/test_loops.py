@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.protocol.client_headers import HOP, MAX_HOPS
+from aioserver.protocol.request_headers import HOP, MAX_HOPS
 from tests.support.chat import CHAT
 from tests.support.faces import (
     ask_every_face,

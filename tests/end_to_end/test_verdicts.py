@@ -13,8 +13,8 @@ from aiohttp import web
 
 from aioserver.gateway.bridging import MAX_NAMES, ChatCapabilities
 from aioserver.gateway.continuation import ContinuationCapabilities
-from aioserver.protocol.client_headers import HOP, MAX_HOPS
-from aioserver.providers.api import Capabilities
+from aioserver.protocol.request_headers import HOP, MAX_HOPS
+from aioserver.providers.request import Capabilities
 from aioserver.providers.verdicts import MAX_VERDICTS, VERDICT_FOR, Verdicts
 from aioserver.wings.anthropic.attempt import CountingCapabilities
 from aioserver.wings.anthropic.attempt import MessagesCapabilities as MessagesPath

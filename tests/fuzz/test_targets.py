@@ -14,7 +14,7 @@ from aioserver.client import answer
 from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
 from aioserver.protocol import eventstream, sound
-from aioserver.protocol.member import Member, Place
+from aioserver.protocol.model_body import Member, Place
 from aioserver.providers.exchange import Exchange
 from aioserver.streams import fast_path
 from aioserver.wings.anthropic import sink as message_sink

@@ -19,8 +19,7 @@ from aioserver.gateway.request import Request
 from aioserver.protocol.prefix import Prefix, prefix_of
 from aioserver.protocol.steps import at_once
 from aioserver.provider_errors import ProviderError
-from aioserver.providers.api import CHAT
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 from tests.support.engines import Engine, nothing_is_held
 from tests.support.routers import llm_of, router_of
 from tests.support.virtual_loop import run_virtually

@@ -11,12 +11,10 @@ import pytest
 
 from aioserver.auth.callers import anonymous
 from aioserver.errors import InternalError, ServerShutdown
-from aioserver.gateway.calls import Calls
 from aioserver.gateway.groups import Group
 from aioserver.gateway.producers import Producers
-from aioserver.gateway.request import Request, Route
-from aioserver.providers.api import CHAT
-from aioserver.providers.request import Answer, ProviderRequest
+from aioserver.gateway.request import Calls, Request, Route
+from aioserver.providers.request import CHAT, Answer, ProviderRequest
 from aioserver.streams.contracts import AnswerEvents
 from aioserver.streams.entries import CHUNK, COMPLETE
 from aioserver.streams.store import StreamStore

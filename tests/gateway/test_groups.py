@@ -16,7 +16,7 @@ from aioserver.config import settings
 from aioserver.config.settings import Group, Member
 from aioserver.errors import ModelNotFound
 from aioserver.gateway.request import Request
-from aioserver.protocol.client_headers import NO_HEADERS
+from aioserver.protocol.request_headers import NO_HEADERS
 from aioserver.provider_errors import (
     CircuitOpen,
     ConnectError,
@@ -29,9 +29,8 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     ProviderRefused,
 )
-from aioserver.providers.api import CHAT
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 from tests.support.engines import Engine, nothing_is_held
 from tests.support.failing import kill, sicken
 from tests.support.routers import llm_of, router_of

@@ -30,7 +30,6 @@ from aioserver.provider_errors import (
     ReadTimeout,
 )
 from aioserver.providers import exchange
-from aioserver.providers.api import CHAT
 from aioserver.providers.breaker import (
     FEW,
     LONG_PATIENCE,
@@ -39,9 +38,9 @@ from aioserver.providers.breaker import (
     TRIAL_INTERVAL,
     TURN,
 )
-from aioserver.providers.budget import MIN_RETRIES
+from aioserver.providers.capacity import MIN_RETRIES
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
 from tests.support.failing import kill, left_alone, sicken

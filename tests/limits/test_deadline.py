@@ -14,7 +14,7 @@ from aioserver.errors import (
     RateLimitExceeded,
 )
 from aioserver.limits.deadline import Deadline, Guard, Wait
-from aioserver.protocol.request_options import NO_REQUEST_OPTIONS, RequestOptions
+from aioserver.protocol.request_headers import NO_REQUEST_OPTIONS, RequestOptions
 from aioserver.provider_errors import ProviderError, ProviderPaced, ProviderRateLimited
 
 pytestmark = pytest.mark.virtual_time

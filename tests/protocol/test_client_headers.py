@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from aioserver.protocol.client_headers import (
+from aioserver.protocol.request_headers import (
     MAX_TRACESTATE,
     NEVER_PASSED,
     NO_HEADERS,

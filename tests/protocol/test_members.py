@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.member import MAX_LONG_PLACES, Member, Place
+from aioserver.protocol.model_body import MAX_LONG_PLACES, Member, Place
 
 INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.member import MAX_PLACES
-from aioserver.protocol.model_body import ModelBody
+from aioserver.protocol.model_body import MAX_PLACES, ModelBody
 
 
 def body(text: str) -> ModelBody:

@@ -7,9 +7,14 @@ import random
 
 import pytest
 
-from aioserver.protocol.model_body import MAX_READ_TWICE, ModelBody, reading
+from aioserver.protocol.model_body import (
+    MAX_OPTIONS_BYTES,
+    MAX_READ_TWICE,
+    ModelBody,
+    asking,
+    reading,
+)
 from aioserver.protocol.steps import at_once
-from aioserver.protocol.stream_options import MAX_OPTIONS_BYTES, asking
 
 ASKING = b'"stream_options":{"include_usage":true}'
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from aioserver.providers.budget import MIN_RETRIES, WINDOW, Budget
+from aioserver.providers.capacity import MIN_RETRIES, WINDOW, RetryBudget
 from tests.support.clock import FakeClock
 
 
-def retries(budget: Budget, most: int = 10_000) -> int:
+def retries(budget: RetryBudget, most: int = 10_000) -> int:
     return next(number for number in range(most) if not budget.take_retry())
 
 
 def test_a_quiet_server_has_some() -> None:
-    assert retries(Budget(FakeClock())) == MIN_RETRIES
+    assert retries(RetryBudget(FakeClock())) == MIN_RETRIES
 
 
 def test_a_busy_server_has_a_fifth() -> None:
-    budget = Budget(FakeClock())
+    budget = RetryBudget(FakeClock())
     for _ in range(1000):
         budget.add_request()
     assert retries(budget) == 200
@@ -23,7 +23,7 @@ def test_a_busy_server_has_a_fifth() -> None:
 
 def test_they_come_back_after_their_span() -> None:
     clock = FakeClock()
-    budget = Budget(clock)
+    budget = RetryBudget(clock)
     assert retries(budget) == MIN_RETRIES
     clock.now += WINDOW - 1
     assert retries(budget) == 0
@@ -35,7 +35,7 @@ def test_they_come_back_after_their_span() -> None:
 
 def test_a_wave_of_failures_makes_no_wave_of_retries() -> None:
     clock = FakeClock()
-    budget = Budget(clock)
+    budget = RetryBudget(clock)
     done = 0
     for _ in range(10_000):  # a hundred a second, each fails and wants three retries
         clock.now += 0.01

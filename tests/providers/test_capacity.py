@@ -16,9 +16,8 @@ from aioserver.limits.resource import Bid, Grant, Ticket
 from aioserver.limits.scheduler import Scheduler
 from aioserver.provider_errors import CircuitOpen, ProviderPaced
 from aioserver.providers.breaker import MAX_TRIALS, TRIAL_INTERVAL
-from aioserver.providers.capacity import FAILOVER_WAIT, Capacity, ProviderRate
+from aioserver.providers.capacity import FAILOVER_WAIT, Capacity, Pace, ProviderRate
 from aioserver.providers.health import Health
-from aioserver.providers.pace import Pace
 from aioserver.telemetry.metrics import ProviderMeter
 from tests.support.clock import FakeClock
 from tests.support.failing import kill

@@ -17,8 +17,8 @@ from aioserver.provider_errors import (
     ProviderRefused,
     ReadTimeout,
 )
-from aioserver.providers.api import CHAT
 from aioserver.providers.reading_sinks import ChatSink
+from aioserver.providers.request import CHAT
 from aioserver.providers.sinks import (
     DONE,
     MAX_HELD_BYTES,
@@ -36,7 +36,7 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
     from aioserver.streams.stream import Stream
 
 COMMENT = b": OPENROUTER PROCESSING\n\n"
@@ -142,7 +142,7 @@ APIS = [pytest.param(api, id=api.path) for api in PREAMBLES]
 def opened() -> tuple[StreamStore, Stream]:
     store = StreamStore(max_stream_bytes=1 << 22, max_kept_bytes=STORE_BYTES)
     stream = store.open("r1", "anybody", window=30.0)
-    stream.outcome.begin_attempt("sim", "a-model")
+    stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     stream.append_processing()
     return store, stream
 

@@ -11,10 +11,9 @@ from multidict import CIMultiDict
 
 from aioserver.config.schema import Secret
 from aioserver.config.settings import Provider
-from aioserver.protocol.client_headers import NO_HEADERS, collect
-from aioserver.providers.api import CHAT
+from aioserver.protocol.request_headers import NO_HEADERS, collect
 from aioserver.providers.http1 import RequestWriter
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 from aioserver.wings.anthropic.api import COUNT_TOKENS, MESSAGES
 from tests.support.scripted_provider import LIMITS
 from tests.support.virtual_loop import run_virtually

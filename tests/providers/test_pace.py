@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.providers.pace import JITTER, MAX_COOLING, Pace
+from aioserver.providers.capacity import JITTER, MAX_COOLING, Pace
 from aioserver.providers.rate_headers import duration
 from tests.support.clock import FakeClock
 

@@ -33,12 +33,11 @@ from aioserver.provider_errors import (
     ProviderRefused,
     StaleConnection,
 )
-from aioserver.providers.api import CHAT
 from aioserver.providers.attempt import Attempt
+from aioserver.providers.capacity import MAX_COOLING
 from aioserver.providers.error_mapping import retry_after
-from aioserver.providers.pace import MAX_COOLING
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import Answer, ProviderRequest
+from aioserver.providers.request import CHAT, Answer, ProviderRequest
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
 from tests.support.scripted_provider import LIMITS, Peer, ScriptedProvider

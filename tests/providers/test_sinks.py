@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def new_stream() -> Stream:
     stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 22)
-    stream.outcome.begin_attempt("sim", "a-model")
+    stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     stream.append_processing()
     return stream
 

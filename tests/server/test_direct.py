@@ -16,7 +16,7 @@ from aiohttp.web_protocol import RequestHandler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.server.direct import DirectRequestHandler
+from aioserver.server.connection import DirectRequestHandler
 from tests.support.transport import FakeTransport
 from tests.support.virtual_loop import run_virtually
 from tests.support.waiting import ticks
@@ -337,7 +337,7 @@ async def test_nothing_is_parsed_again_for_a_body_whose_reading_was_never_paused
 
 
 def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
-    """See the head of `direct.py`. If this fails, read `RequestHandler.start` again, and then
+    """See the head of `server/connection.py`. If this fails, read `RequestHandler.start` again, and then
     `_serve`.
     """
     start = inspect.getsource(RequestHandler.start)

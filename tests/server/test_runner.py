@@ -19,7 +19,8 @@ from aioserver.faces.http import Request
 from aioserver.server.app import open_server
 from aioserver.server.connection import UPGRADED, Connection
 from aioserver.server.connections import LINGERING, MAX_HEADERS
-from aioserver.server.runner import Dispatcher, Runner
+from aioserver.server.middleware import Dispatcher
+from aioserver.server.runner import Runner
 from tests.support.raw import Raw
 from tests.support.server import NOWHERE, UVICORN, MakeServer, configured, runner_of
 from tests.support.transport import FakeTransport

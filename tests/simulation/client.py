@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from aioserver.protocol.request_options import CALLS, PREAMBLE, TURN
+from aioserver.protocol.request_headers import CALLS, PREAMBLE, TURN
 from tests.simulation import (
     agents,
     background,

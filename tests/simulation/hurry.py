@@ -12,7 +12,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from aioserver.limits.deadline import Guard
-from aioserver.protocol.request_options import BATCH, CLASS, DEADLINE, START_WITHIN
+from aioserver.protocol.request_headers import BATCH, CLASS, DEADLINE, START_WITHIN
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.passthrough import PassedAttempt

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.protocol.request_options import TURN
+from aioserver.protocol.request_headers import TURN
 from tests.simulation.clock import Clock
 from tests.simulation.events import events
 from tests.simulation.grouping import talk_of

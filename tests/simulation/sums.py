@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING
 
-from aioserver.protocol.request_options import CALLS, TURN
+from aioserver.protocol.request_headers import CALLS, TURN
 from aioserver.providers.verdicts import VERDICT_FOR
 from tests.simulation import messages
 from tests.simulation.configuration import HTTP, ROOM, STREAMS

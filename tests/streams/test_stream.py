@@ -145,7 +145,7 @@ def test_an_answer_is_numbered_from_1_without_holes() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     reader = Slow(stream)
 
-    stream.outcome.begin_attempt("groq", "llama")
+    stream.outcome.provider, stream.outcome.model = "groq", "llama"
     stream.append_processing()
     stream.append(CHUNK, [chunk("a"), chunk("b")])
     stream.append(CHUNK, [chunk("c")])
@@ -165,9 +165,9 @@ def test_processing_is_event_1_and_a_later_try_keeps_it() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     stream.conversation_id = "c1"
 
-    stream.outcome.begin_attempt("groq", "llama")
+    stream.outcome.provider, stream.outcome.model = "groq", "llama"
     stream.append_processing()
-    stream.outcome.begin_attempt("openai", "gpt")
+    stream.outcome.provider, stream.outcome.model = "openai", "gpt"
     stream.append_processing()
 
     assert stream.last == 1

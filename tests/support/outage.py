@@ -19,10 +19,9 @@ from aioserver.auth.callers import NO_CALLER
 from aioserver.config import settings
 from aioserver.gateway.request import Request
 from aioserver.provider_errors import ConnectError, ProviderError, ProviderFault
-from aioserver.providers.api import CHAT
 from aioserver.providers.breaker import Breaker
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 from tests.support.routers import router_of
 from tests.support.schedulers import scheduler
 from tests.support.scripted_provider import LIMITS

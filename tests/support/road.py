@@ -19,10 +19,10 @@ import pytest
 from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
-from aioserver.providers.api import CHAT
 from aioserver.providers.connections import ConnectionProtocol
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.reading_sinks import ChatSink
+from aioserver.providers.request import CHAT
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import FastPath, TextPath
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW
@@ -134,7 +134,7 @@ class Road:
         self.stream = self.streams.open(
             "r1", "me", window=0.0 if private else window, private=private
         )
-        self.stream.outcome.begin_attempt("sim", "m")
+        self.stream.outcome.provider, self.stream.outcome.model = "sim", "m"
         self.stream.append_processing()
         self.reading = Reading()
         self.stream.api = api = RESPONSES if responses else CHAT

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from aioserver.gateway.calls import shutdown_error
+from aioserver.gateway.request import shutdown_error
 from aioserver.workers.balance import STOP
 from tests.support.keys import bearer, keys_of
 from tests.support.server import CONCURRENCY

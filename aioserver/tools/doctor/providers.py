@@ -29,11 +29,10 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     ProviderRefused,
 )
-from aioserver.providers.api import CHAT
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.providers.pool import environment_proxy
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.stream import Stream
 from aioserver.tools.doctor import agents

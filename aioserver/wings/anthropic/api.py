@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from aioserver.protocol.openai import bounded, usage_of
-from aioserver.providers.api import Api, WordlessApi
+from aioserver.providers.request import Api, WordlessApi
 from aioserver.wings.anthropic import sink, wire
 from aioserver.wings.anthropic.transcript import MessagesTranscript
 

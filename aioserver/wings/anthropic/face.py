@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.limits.quota import Quota
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
 
 ANTHROPIC = Dialect(
     "anthropic", PING, "request-id", render_wait=lambda queued: queued.comment + PING

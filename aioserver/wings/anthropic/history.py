@@ -10,7 +10,7 @@ from msgspec import Raw
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.reading import elements
 from aioserver.protocol.json_body import ABSENT
-from aioserver.protocol.member import Member
+from aioserver.protocol.model_body import Member
 from aioserver.protocol.steps import Steps, pause_after
 from aioserver.wings.anthropic.bridge.blocks import SIGNATURE
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
 
 
 class AnthropicWing(Wing):

@@ -26,7 +26,7 @@ from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
 from aioserver.faces import openai
 from aioserver.hook import Refuse
 from aioserver.protocol import json_body, model_body
-from aioserver.protocol.member import Member
+from aioserver.protocol.model_body import Member
 from aioserver.protocol.sound import sound
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aioserver.providers.api import Api
+from aioserver.providers.request import Api
 from aioserver.wings.responses.events import PARTS, ResponseEvents, is_content
 from aioserver.wings.responses.path import ResponsePath, response_messages
 from aioserver.wings.responses.sinks import ResponseSink

@@ -128,7 +128,7 @@ async def serve(
             held.reset()
         assert ask is not None, "the model is asked at once only if the request names it"
         asked = ask()
-        asked.provider_request.answer_bytes = held
+        asked.provider_request.hold_answer = lambda: held
         answer = await context.gateway.call(asked)
         answer.body = compacted(answer.body)
         response = openai.response_of(request, answer, openai.OPENAI)

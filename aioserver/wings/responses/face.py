@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.model_body import ModelBody
+    from aioserver.protocol.request_headers import ClientHeaders
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.draft import Draft
     from aioserver.wings.responses.stored import StoredResponses

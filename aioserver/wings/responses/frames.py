@@ -33,8 +33,7 @@ from msgspec import Raw
 from aioserver.errors import AioserverError, InvalidRequest, InvalidStreamId
 from aioserver.protocol import json_body
 from aioserver.protocol.json_body import ABSENT
-from aioserver.protocol.member import Member, Place
-from aioserver.protocol.model_body import ModelBody
+from aioserver.protocol.model_body import Member, ModelBody, Place
 from aioserver.protocol.sound import sound
 from aioserver.protocol.steps import at_once, pause_after
 

@@ -15,7 +15,7 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest, RequestTooLarge
 from aioserver.protocol.json_body import ABSENT, text
-from aioserver.protocol.member import Member
+from aioserver.protocol.model_body import Member
 from aioserver.protocol.sound import sound
 from aioserver.protocol.steps import Steps, at_once, pause_after
 

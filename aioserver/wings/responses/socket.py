@@ -29,8 +29,8 @@ from aioserver.errors import (
 from aioserver.faces.intake import session_of
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
-from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.contracts.instances import Start
+from aioserver.gateway.request import shutdown_error
 from aioserver.protocol import eventstream
 from aioserver.protocol.sound import NotUtf8
 from aioserver.protocol.steps import LARGE_BYTES

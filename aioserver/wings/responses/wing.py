@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
 
 
 class ResponsesWing(Wing):

@@ -27,7 +27,7 @@ from aioserver.wings.tracing.otlp import Context
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.protocol.request_headers import ClientHeaders
     from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.tracer import AttemptEnd, RequestEnd, WatchedSink
 

@@ -21,7 +21,7 @@ from aioserver.wings.tracing.spans import EndedRequest, EndedVisit
 from aioserver.wings.tracing.trace import Trace, new_context
 
 if TYPE_CHECKING:
-    from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.protocol.request_headers import ClientHeaders
     from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.tracer import RequestEnd, RequestTrace
     from aioserver.wings.tracing.export import SpanExporter

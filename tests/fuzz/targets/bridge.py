@@ -67,7 +67,7 @@ def _check_request(content: bytes) -> None:
 
 def _play(reads: Iterable[bytes]) -> list[Any]:
     stream = Stream("r1", "me", window=30.0, max_bytes=1 << 22)
-    stream.outcome.begin_attempt("sim", "a-model")
+    stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     stream.append_processing()
     stream.events = form = ResponseEvents()
     request = at_once(chat_request(ASKED))

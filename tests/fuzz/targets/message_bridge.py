@@ -71,7 +71,7 @@ def _check_request(content: bytes) -> None:
 
 def _play(reads: Iterable[bytes]) -> list[Any]:
     stream = Stream("r1", "me", window=30.0, max_bytes=1 << 22)
-    stream.outcome.begin_attempt("sim", "a-model")
+    stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     stream.append_processing()
     writer = MessageWriter(at_once(chat_request(ASKED)), "0" * 32, 1 << 22)
     sink, fault = BridgeSink(stream, writer), ""

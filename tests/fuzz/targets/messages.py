@@ -34,7 +34,7 @@ def run(data: bytes) -> None:
 def _play(reads: Iterable[bytes]) -> list[Any]:
     store = StreamStore(max_stream_bytes=1 << 22, max_kept_bytes=1 << 22)
     stream = store.open("r1", "me", window=30.0)
-    stream.outcome.begin_attempt("sim", "a-model")
+    stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     stream.append_processing()
     stream.events = MessageErrors()
     sink = MessageSink(stream)

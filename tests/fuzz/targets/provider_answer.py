@@ -15,12 +15,11 @@ from aioserver.config import settings
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import ProviderFault
-from aioserver.providers.api import CHAT, Capabilities
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.http1 import MAX_HEAD_BYTES
-from aioserver.providers.request import ProviderRequest
+from aioserver.providers.request import CHAT, Capabilities, ProviderRequest
 from aioserver.streams.store import StreamStore
 from aioserver.telemetry.metrics import NO_METER
 from aioserver.wings.responses.api import RESPONSES
@@ -148,7 +147,7 @@ async def _answer(kind: int, lost: int, reads: list[bytes]) -> Outcome:
     store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20)
     stream = store.open("r1", "me", window=30.0) if streamed or framed else None
     if stream is not None:
-        stream.outcome.begin_attempt("sim", "m")
+        stream.outcome.provider, stream.outcome.model = "sim", "m"
         stream.append_processing()
         stream.events = api.events()
     request = ProviderRequest(
@@ -157,7 +156,7 @@ async def _answer(kind: int, lost: int, reads: list[bytes]) -> Outcome:
         streamed=streamed,
         reading=Reading() if framed else None,
     )
-    request.answer_bytes = store.hold()
+    request.hold_answer = store.hold
     attempt = Attempt(Provider(), request, stream)
     wire = Wire()
     exchange = Exchange(
@@ -194,7 +193,7 @@ async def _answer(kind: int, lost: int, reads: list[bytes]) -> Outcome:
     assert wire.transport.aborted or wire.protocol.transport is None or not wire.closed
     wire.protocol.connection_lost(None)
     answer = attempt.answer
-    request.answer_bytes.release()
+    request.let_answer_go()
     return Outcome(
         fault,
         attempt.status,

@@ -55,7 +55,7 @@ ANSWER = START + PING + text("message_stop") + text('{"type":"message_stop"} GrÃ
 
 def new_stream() -> Stream:
     stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 20)
-    stream.outcome.begin_attempt("sim", "a-model")
+    stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     stream.append_processing()
     stream.events = MessageErrors()
     return stream

@@ -39,7 +39,7 @@ DONE = b"data: [DONE]\n\n"
 
 def new_stream(max_bytes: int = 1 << 22) -> Stream:
     stream = Stream("r1", "anybody", window=30.0, max_bytes=max_bytes)
-    stream.outcome.begin_attempt("sim", "a-model")
+    stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     stream.append_processing()
     stream.events = ResponseEvents()
     return stream

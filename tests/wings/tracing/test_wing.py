@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.config.faults import ConfigurationError
-from aioserver.protocol.client_headers import NO_HEADERS
+from aioserver.protocol.request_headers import NO_HEADERS
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.tracer import RequestEnd
 from aioserver.wings.tracing import wing as tracing

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping
 
     from aioserver.auth.callers import Caller
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.gateway.contracts.commands import Commands
     from aioserver.gateway.contracts.instances import Lost
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.answers.claims import Claim

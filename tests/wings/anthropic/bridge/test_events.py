@@ -50,7 +50,7 @@ def played(
 ) -> tuple[list[dict[str, Any]], ProviderFault | None]:
     """The events in a log to which a sink adds what *reads* bring, and the fault of the last."""
     stream = Stream("r1", "me", window=30.0, max_bytes=1 << 22)
-    stream.outcome.begin_attempt("sim", "a-model")
+    stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     stream.append_processing()
     sink = BridgeSink(stream, new_writer(**asked))
     fault = None
@@ -194,7 +194,7 @@ def test_calls_whose_pieces_alternate_are_written_one_after_another() -> None:
 def test_pieces_that_wait_for_the_end_of_another_call_are_counted() -> None:
     """They were paid for: an answer that is cut then has cost them."""
     stream = Stream("r1", "me", window=30.0, max_bytes=1 << 22)
-    stream.outcome.begin_attempt("sim", "a-model")
+    stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     sink = BridgeSink(stream, new_writer())
     kept = []
 

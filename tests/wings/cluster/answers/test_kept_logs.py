@@ -18,7 +18,7 @@ from aioserver.telemetry.outcome import Outcome
 from aioserver.wings.cluster.answers import kept_logs
 
 if TYPE_CHECKING:
-    from aioserver.providers.api import Api
+    from aioserver.providers.request import Api
 
 CALLER = Caller("somebody")
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from aioserver.limits.gcra import ROUNDING
-from aioserver.providers.pace import TOKEN_BURST
+from aioserver.providers.capacity import TOKEN_BURST
 from aioserver.wings.cluster.limits.shared_tokens import SharedTokens
 from tests.support.cluster_simulation import Instance, Load, Simulation
 
