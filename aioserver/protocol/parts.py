@@ -10,6 +10,7 @@ as it comes.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from enum import IntEnum, auto
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,19 +85,20 @@ class Choices:
         self.open: set[object] = set()
 
     def note(self, data: bytes) -> None:
-        """Note the choices in an event with this *data*."""
+        """Note the choices in an event with this *data*, as far as they are choices."""
         try:
             content = loaded(data)
         except BadEvent:
             return
-        for choice in content.get("choices") or ():
-            index = choice.get("index")
-            words = set(_chat_words({"choices": [choice]}))
-            if "finish_reason" in words:
-                self.open.discard(index)
-            elif words - {"role"} or index not in self.begun:
-                self.open.add(index)
-            self.begun.add(index)
+        with suppress(AttributeError, TypeError):
+            for choice in content.get("choices") or ():
+                index = choice.get("index")
+                words = set(_chat_words({"choices": [choice]}))
+                if "finish_reason" in words:
+                    self.open.discard(index)
+                elif words - {"role"} or index not in self.begun:
+                    self.open.add(index)
+                self.begun.add(index)
 
 
 def _chat_words(content: dict[str, Any]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
 from aioserver.limits.estimate import UNKNOWN_WORK
 from aioserver.protocol.openai import BadEvent, ErrorEvent
+from aioserver.protocol.parts import Choices
 from aioserver.protocol.request_headers import PREAMBLE
 from aioserver.protocol.transcript import ReadTranscript
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
@@ -36,7 +37,7 @@ from aioserver.providers.error_mapping import (
 from aioserver.providers.holding import Holding
 from aioserver.providers.reading_sinks import ChatSink, complete_chat
 from aioserver.providers.request import Answer
-from aioserver.providers.sinks import BodySink, StreamSink
+from aioserver.providers.sinks import BodySink, EventSink, StreamSink
 from aioserver.streams import entries
 from aioserver.telemetry.outcome import NO_HEADERS
 
@@ -383,6 +384,8 @@ class Attempt:
     def event_sink(self, stream: Stream) -> Sink:
         """Return the sink for the events of the answer, which fills *stream*."""
         sink, parts = self.stream_sink(stream), self.parts
+        if self.request.choices > 1 and isinstance(sink, EventSink):
+            sink.choices = Choices()
         if parts is None:
             self.request.outcome.hold = PREAMBLE
         elif self.request.hold != PREAMBLE:

@@ -62,6 +62,7 @@ from aioserver.streams.fast_path import ERROR_NAME, FINISH, FINISH_SPACED
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from aioserver.protocol.parts import Choices
     from aioserver.streams.contracts import Held, Path
     from aioserver.streams.stream import Stream
 
@@ -442,6 +443,8 @@ class EventSink(PassingSink):
 
     # Whether a finish_reason has come, and no more of another choice since.
     _finished = False
+    # The choices, if several were asked for: the finish of one is not that of another.
+    choices: Choices | None = None
 
     def __init__(
         self,
@@ -455,14 +458,16 @@ class EventSink(PassingSink):
         self._hides_usage = hides_usage
 
     def fast(self) -> Path | None:
-        """Return the path; not the stream's after a finish_reason, since usage may follow."""
-        if self._finished or not self._splitter.idle:
+        """Return the path; not the stream's after a finish_reason, since usage may follow, nor
+        where every event may begin a choice.
+        """
+        if self._finished or self.choices is not None or not self._splitter.idle:
             return super().fast()
         return self._stream.open_fast_path()
 
     @property
     def _complete_without_mark(self) -> bool:
-        return self._finished
+        return self._finished and (self.choices is None or not self.choices.open)
 
     def _hold(self, block: bytes) -> bytes:
         for mark in _TEXTS:
@@ -497,6 +502,9 @@ class EventSink(PassingSink):
                 self._finished = finished(block, before=self._finished)
             if usage and at < 0 and self._finished:
                 self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
+        if self.choices is not None:
+            for event in eventstream.each(block):
+                self.choices.note(event.data)
         if block.find(ERROR_NAME) >= 0:
             block, error = before_error(block)
             return block, ended and not error, error

@@ -329,7 +329,7 @@ _ALONE = [[_choice(0, {"role": "assistant"})], [_piece(0, "{}", id="a")]]
 _USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
 
 
-@pytest.mark.parametrize("hold", ["calls", "turn"])
+@pytest.mark.parametrize("hold", ["preamble", "calls", "turn"])
 @pytest.mark.parametrize("ending", ["end", "usage", "cut"])
 @pytest.mark.parametrize(
     ("events", "whole"),
@@ -389,6 +389,11 @@ async def test_turn_of_several_choices_is_whole_when_each_that_has_begun_has_its
 
         if whole:
             assert (asked, raw) == (1, b"".join([*first, DONE]))
+        elif hold == "preamble":
+            assert asked == 1
+            assert raw.startswith(b"".join(first))
+            assert raw.endswith(DONE) is False
+            assert b'"code":"provider_disconnected"' in raw
         else:
             assert (asked, raw) == (2, b"".join(again))
 

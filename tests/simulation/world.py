@@ -25,8 +25,8 @@ from unittest import mock
 import aiohappyeyeballs
 from aiohttp import web_app
 
-from aioserver.faces import http
 from aioserver.monitoring import snapshot
+from aioserver.protocol import request_headers
 from aioserver.telemetry.bugs import Bugs
 from aioserver.wings.simulator import shapes
 from tests.simulation import agents, clock, engine_shapes
@@ -250,7 +250,9 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             # The machine is no part of a run.
             mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
             # Those of the process have the more digits the more runs were before.
-            mock.patch.object(http, "_ids", map("0123456789ab-{:x}".format, itertools.count(1))),
+            mock.patch.object(
+                request_headers, "_ids", map("0123456789ab-{:x}".format, itertools.count(1))
+            ),
             mock.patch.object(shapes, "speech", speech),
             mock.patch.object(shapes, "_chat", engine_shapes.odd_chat(note_answer)),
             world.patches(),
