@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.config.settings import Settings
-    from aioserver.gateway.contracts.sharing import Sharing
     from aioserver.server.app import Server
     from aioserver.workers.balance import Balance
     from aioserver.workers.loads import Loads
@@ -272,7 +271,7 @@ async def _run(
             worker=None if worker is None else worker.slot,
         ) as server:
             if worker is not None and loads is not None:
-                balance = await _balance(worker, loads, server.sharing)
+                balance = await _balance(worker, loads, server)
                 _count_deaths(worker, server)
             runner = Runner(server, balance)
             if worker is None:
@@ -294,9 +293,7 @@ async def _run(
             if hangup.is_set():
                 reload.ask()
             try:
-                code = await _serve(
-                    server, runner, reload, notifier, inherited, stop, announced=worker is None
-                )
+                code = await _serve(server, runner, reload, notifier, inherited, stop, loads)
             finally:
                 await runner.cleanup()
                 notifier.close()
@@ -316,12 +313,22 @@ def _count_deaths(worker: Worker, server: Server) -> None:
             server.context.monitor.incident("worker_died", text, severity="error")
 
 
-async def _balance(worker: Worker, loads: Loads, sharing: Sharing | None) -> Balance:
+async def _balance(worker: Worker, loads: Loads, server: Server) -> Balance:
     """Return the balance of *worker*, once the leases of killed workers are free."""
-    if sharing is None:
+    if (sharing := server.sharing) is None:
         return worker.balance(loads)
+
+    def replaced(kept: int, cut: int) -> None:
+        text = (
+            f"a former process has ended: {kept} answers came to their end there, {cut} were cut"
+        )
+        server.context.monitor.incident("replaced", text, severity="info")
+
+    if any(kept := loads.kept(loads.slot)):
+        # No other worker may serve that could have seen it.
+        replaced(*kept)
     loads.tell_instance(sharing.token)
-    balance = worker.balance(loads, sharing.ended)
+    balance = worker.balance(loads, sharing.ended, replaced)
     await sharing.settled()
     return balance
 
@@ -333,12 +340,12 @@ async def _serve(
     notifier: systemd.Notifier,
     inherited: Sequence[socket.socket],
     stop: Stop,
-    *,
-    announced: bool,
+    loads: Loads | None,
 ) -> int:
     """Listen, and serve until *stop* is asked for. Return the exit code.
 
-    *announced*: whether stdout gets the line that the server is ready.
+    *loads* is the page of a worker; None if the process is no worker: then stdout gets the line
+    that the server is ready.
     """
     await runner.setup()
     # A signal to stop may have come while the server was made.
@@ -351,16 +358,16 @@ async def _serve(
         print(preflight.cannot_listen(settings.host, settings.port, exc), file=sys.stderr)
         return 1
     _collect_garbage()
-    if announced:
+    if loads is None:
         output.announce(f"aioserver is ready: {listening[0].url}")
     notifier.ready()
     # Not before `ready`: the end of a reload sends READY=1, too.
     reloading = asyncio.create_task(reload.run())
     try:
         await stop.asked.wait()
-        if not stop.now.is_set():
-            outcomes = server.context.metrics.outcomes.values()
-            before = sum(counter.value for counter in outcomes)
+        outcomes, replaced = server.context.metrics.outcomes.values(), not stop.now.is_set()
+        before = sum(counter.value for counter in outcomes)
+        if replaced:
             logger.info(
                 "replaced: this process accepts no more connections, and keeps its answers"
             )
@@ -376,6 +383,9 @@ async def _serve(
             notifier.stopping()
         reloading.cancel()
         await runner.end(at_once=stop.orphaned)
+        if replaced and loads is not None:
+            ended = sum(counter.value for counter in outcomes) - before
+            loads.tell_kept(int(ended) - runner.cut, runner.cut)
     finally:
         reloading.cancel()
     return 0

@@ -61,7 +61,7 @@ LARGEST = frozenset(("first_token_p50", "first_token_p95", "lag_max"))
 MAX_INCIDENTS = 100
 # Kinds of incidents that every instance reports for itself, since all of them are affected, and the
 # seconds within which they all do.
-COMMON, WITHIN = frozenset(("cluster", "reload", "keys_file", "jwt")), 10.0
+COMMON, WITHIN = frozenset(("cluster", "reload", "replaced", "keys_file", "jwt")), 10.0
 # The names in a report of the values from which percentiles are computed.
 FIRST_TOKEN, DELAY, PROVIDER_FIRST_TOKEN, PROVIDER_SILENCE = (
     "first_token",

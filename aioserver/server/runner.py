@@ -48,6 +48,8 @@ class Runner:
         self._balance = balance
         self._application = web.AppRunner(server.app)
         self._server: ConnectionServer | None = None
+        # The number of answers that `end` has cut.
+        self.cut = 0
 
     async def setup(self) -> None:
         """Start the application, and make the server of its connections."""
@@ -166,6 +168,7 @@ class Runner:
             await wing.finish(grace - (asyncio.get_running_loop().time() - began))
         grace -= asyncio.get_running_loop().time() - began
         await context.gateway.finish_background(grace)
+        self.cut = context.gateway.running
         await context.gateway.close()
         await connections.disconnect(FAREWELL)
         if self._owner.tls is not None:

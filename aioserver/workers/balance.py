@@ -64,16 +64,21 @@ class Balance:
     Always: `connections` is the number of connections of this worker, which *loads* has, too; from
     `start` to `close` one timer runs, for the next beat. *on_gone* is called with each instance of
     the cluster whose process has ended (`Loads.gone`). Instances that had ended before are
-    included: if all workers end at once, no other process has noticed.
+    included: if all workers end at once, no other process has noticed. *on_replaced* is called with
+    the numbers of `Loads.kept` for each former process that ends from now on.
     """
 
     def __init__(
-        self, loads: Loads, on_gone: Callable[[int], None] = lambda _instance: None
+        self,
+        loads: Loads,
+        on_gone: Callable[[int], None] = lambda _instance: None,
+        on_replaced: Callable[[int, int], None] = lambda _kept, _cut: None,
     ) -> None:
         self._loads = loads
-        self._on_gone = on_gone
-        self._gone: list[int] = []
-        self._look()
+        self._on_gone, self._on_replaced = on_gone, on_replaced
+        self._gone = loads.gone()
+        for instance in filter(None, self._gone):
+            on_gone(instance)
         self.connections = 0
         # The number of connections that came or went, in total and up to the last beat.
         self._events, self._seen = 0, -1
@@ -166,8 +171,11 @@ class Balance:
     def _look(self) -> None:
         """Check whether processes of the cluster have ended."""
         if (gone := self._loads.gone()) != self._gone:
-            for instance in set(gone).difference(self._gone, (0,)):
-                self._on_gone(instance)
+            for slot, instance in enumerate(gone):
+                if instance != self._gone[slot]:
+                    self._on_gone(instance)
+                    if any(kept := self._loads.kept(slot)):
+                        self._on_replaced(*kept)
             self._gone = gone
 
     def _hurry(self) -> None:

@@ -32,6 +32,8 @@ SLOTS_PER_WORKER = 4
 # Seconds. A worker whose beat is later than that is blocked, or gone, and does not count for the
 # mean.
 LATE = 0.075
+# Seconds for which the numbers of a former process that has ended are of interest.
+FRESH = 10.0
 
 _WORD: Final = 8
 _NANOSECONDS = 1_000_000_000
@@ -44,13 +46,18 @@ class _Column(IntEnum):
     # The cluster instance of its worker, and the last one that has ended in this slot.
     INSTANCE = 3
     GONE = 4
+    # Of a former process that ends: its answers that came to their end, and those that were cut.
+    KEPT = 5
+    CUT = 6
+    # When it has told these two.
+    TOLD = 7
 
 
 # Cells in front of the columns: the layout, and the number of slots.
 _HEAD: Final = 2
 # The layout of the page, which a worker of another version than its parent's must not misread.
 # Increment the number when cells get another meaning.
-_LAYOUT: Final = zlib.crc32(repr((2, list(_Column), SLOTS_PER_WORKER)).encode())
+_LAYOUT: Final = zlib.crc32(repr((3, list(_Column), SLOTS_PER_WORKER)).encode())
 
 
 class OtherLayout(Exception):
@@ -150,7 +157,24 @@ class Loads:
 
         *token* is not 0, and is never used by another instance.
         """
+        self.tell_kept(0, 0)
         self._put(_Column.INSTANCE, self.slot, token)
+
+    def tell_kept(self, kept: int, cut: int) -> None:
+        """Report, of this former process that ends, the answers that came to their end since it
+        was replaced, and those that are cut.
+        """
+        self._put(_Column.KEPT, self.slot, kept)
+        self._put(_Column.CUT, self.slot, cut)
+        self._put(_Column.TOLD, self.slot, int(self._clock() * _NANOSECONDS))
+
+    def kept(self, slot: int) -> tuple[int, int]:
+        """Return the numbers that the last process of *slot* that has ended has told within FRESH
+        seconds; zeros if there are none.
+        """
+        if self._all(_Column.TOLD)[slot] < (self._clock() - FRESH) * _NANOSECONDS:
+            return 0, 0
+        return self._all(_Column.KEPT)[slot], self._all(_Column.CUT)[slot]
 
     def reaped(self, slot: int) -> None:
         """Note that the process of *slot* is gone."""

@@ -202,10 +202,13 @@ class Worker:
         return share
 
     def balance(
-        self, loads: Loads, on_gone: Callable[[int], None] = lambda _instance: None
+        self,
+        loads: Loads,
+        on_gone: Callable[[int], None] = lambda _instance: None,
+        on_replaced: Callable[[int, int], None] = lambda _kept, _cut: None,
     ) -> Balance:
-        """Return the balance that decides when this worker accepts; *on_gone*: see `Balance`."""
-        return Balance(loads, on_gone)
+        """Return the balance that decides when this worker accepts: see `Balance`."""
+        return Balance(loads, on_gone, on_replaced)
 
     def notifier(self, status: Callable[[], str]) -> Notifier:
         """Return the notifier that reports this worker's state to the parent."""

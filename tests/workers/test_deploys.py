@@ -141,6 +141,22 @@ async def former_of(process: ServerProcess) -> list[dict[str, Any]]:
         return former
 
 
+async def replaced_of(process: ServerProcess) -> list[str]:
+    """The incidents of former processes that have ended, as a dashboard gets them."""
+    async with aiohttp.ClientSession() as session, session.get(f"{process.base}/events") as events:
+        async for line in events.content:
+            if line.startswith(b'data: {"interval"') or b'"incidents"' in line:
+                incidents = json.loads(line.removeprefix(b"data: "))["incidents"]
+                return [each["text"] for each in incidents if each["kind"] == "replaced"]
+    raise AssertionError("the events have ended")
+
+
+def counted(texts: list[str]) -> tuple[int, int]:
+    """The answers that have come to their end, and those that were cut, by these incidents."""
+    numbers = [[int(word) for word in text.split() if word.isdigit()] for text in texts]
+    return sum(kept for kept, _cut in numbers), sum(cut for _kept, cut in numbers)
+
+
 @pytest.mark.parametrize("count", [4, pytest.param(30, marks=pytest.mark.stress)])
 async def test_two_deploys_cut_no_answer_and_ask_for_none_twice(
     tmp_path: Path, provider: HeldProvider, count: int
@@ -190,6 +206,10 @@ async def test_two_deploys_cut_no_answer_and_ask_for_none_twice(
         await elsewhere.close()
         await until(lambda: len(workers(process)) == 2, 30.0, lambda: process.log)
         assert not {*first} & {*workers(process)}
+        # All but those of the newest processes.
+        await until_result(
+            partial(replaced_of, process), lambda texts: counted(texts) == (2 * count + 2, 0)
+        )
         process.signal()
         assert await process.ended() == 0
     assert "answers have ended since, 0 still run" in process.log
@@ -335,6 +355,7 @@ async def test_a_single_worker_is_replaced_and_has_three_generations_at_most(
         for body in await answers.rest(1):
             assert body.endswith(DONE)
         await until(lambda: len(workers(process)) == 1, 30.0, lambda: process.log)
+        await until_result(partial(replaced_of, process), lambda texts: counted(texts) == (2, 1))
         process.signal()
         assert await process.ended() == 0
     assert "Traceback" not in process.log
