@@ -11,6 +11,7 @@ visit.
 from __future__ import annotations
 
 import asyncio
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 from aiohttp import EMPTY_PAYLOAD, hdrs
@@ -280,18 +281,19 @@ async def _collect(request: web.Request, hold: BodyHold, max_bytes: int) -> byte
     length = request.content_length
     if length is not None and length > max_bytes:
         raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
-    # Not a list: a body that comes byte by byte would cost many times its size.
-    body = bytearray()
+    # Its value is no copy, and a body that comes byte by byte costs no more than its size.
+    body, size = BytesIO(), 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
             while part := await request.content.readany():
-                if len(body) + len(part) > max_bytes:
+                size += len(part)
+                if size > max_bytes:
                     raise RequestTooLarge(f"a body of more than {max_bytes} bytes")
                 hold.grow(len(part))
-                body += part
+                body.write(part)
     except TimeoutError:
         raise RequestTimeout(f"the body was not complete within {BODY_TIMEOUT} s") from None
-    return bytes(body)
+    return body.getvalue()
 
 
 def idempotency_key(request: web.Request) -> str | None:

@@ -227,7 +227,11 @@ class Attempts:
             attempt.trial, self._trial = True, None
         self._was_trial = attempt.trial
         if self._cut is not None and self._stream is not None:
-            say_again(attempt, self._stream, *self._cut)
+            try:
+                say_again(attempt, self._stream, *self._cut)
+            except BaseException:
+                candidates.give_up(attempt, grant)
+                raise
         self._cut = None
         return attempt, grant
 

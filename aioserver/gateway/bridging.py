@@ -47,7 +47,7 @@ from aioserver.providers.sinks import BodySink
 from aioserver.providers.verdicts import Verdicts
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from aioserver.config import settings
     from aioserver.protocol.bridging.chat import BridgedChat
@@ -332,8 +332,8 @@ class BridgedAttempt(LearningAttempt):
             ProviderFault: it is not a chat completion.
         """
 
-    def written(self, writer: RequestWriter) -> bytes:
-        """Return the bytes to send."""
+    def written(self, writer: RequestWriter) -> Sequence[bytes]:
+        """Return the pieces to send."""
         chat = self._chat
         if chat is None:
             return super().written(writer)

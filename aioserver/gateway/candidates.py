@@ -172,7 +172,7 @@ class Candidates:
         """
         request = self._request.provider_request
         only = self.left[0] if self.alone and self.left else None
-        self.chosen, attempt = None, None
+        self.chosen, attempt, grant = None, None, None
         try:
             if only is not None and self._settled:
                 member, provider = only, only.provider
@@ -184,15 +184,17 @@ class Candidates:
                 member, attempt, grant = await self._start_first(
                     again=again, fallback=fallback, parked=parked, once=once
                 )
+            self.chosen = member
             request.begin_attempt(member.provider.name, attempt.asked_model)
         except BaseException as error:
+            if attempt is not None and grant is not None:
+                self.give_up(attempt, grant)
             self._leave()
             if only is not None:
                 model = only.asked_model if attempt is None else attempt.asked_model
                 request.begin_attempt(only.provider.name, model)
                 request.outcome.attempts -= isinstance(error, AioserverError)
             raise
-        self.chosen = member
         return attempt, grant
 
     async def run(self, attempt: Attempt, grant: Grant) -> None:
@@ -203,8 +205,13 @@ class Candidates:
             await member.provider.run(attempt, grant)
         except BaseException:
             # The attempt may never have begun.
-            member.provider.give_up(attempt, grant)
+            self.give_up(attempt, grant)
             raise
+
+    def give_up(self, attempt: Attempt, grant: Grant) -> None:
+        """Give back what `start` has returned, unless it has run."""
+        assert self.chosen is not None
+        self.chosen.provider.give_up(attempt, grant)
 
     async def _start_first(
         self, *, again: bool, fallback: bool, parked: float | None, once: bool

@@ -42,7 +42,7 @@ from aioserver.streams import entries
 from aioserver.telemetry.outcome import NO_HEADERS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable, Mapping, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
@@ -296,8 +296,8 @@ class Attempt:
         """
         return False
 
-    def written(self, writer: RequestWriter) -> bytes:
-        """Return the bytes to send.
+    def written(self, writer: RequestWriter) -> Sequence[bytes]:
+        """Return the pieces to send.
 
         They are made late, since the settings and the model may change during a wait.
         """
@@ -311,8 +311,10 @@ class Attempt:
         self.prepared = None
         return body
 
-    def request_bytes(self, writer: RequestWriter, api: Api, path: str, body: bytes) -> bytes:
-        """Return the bytes of a request for *path*, that of *api*, with this *body*, and record it
+    def request_bytes(
+        self, writer: RequestWriter, api: Api, path: str, body: bytes
+    ) -> Sequence[bytes]:
+        """Return the pieces of a request for *path*, that of *api*, with this *body*, and record it
         in the trace.
         """
         self.body_bytes, self.text_bytes = len(body), text_bytes(body)
@@ -474,4 +476,7 @@ def text_bytes(body: bytes) -> int:
     """
     size = len(body)
     # `base64` occurs in a `data:` URL (RFC 2397) and in Anthropic's objects.
-    return 0 if size > MAX_SEARCHED or b"base64" in body else size
+    if size > MAX_SEARCHED:
+        return 0
+    # Most bodies have not even its end, which is found five times as fast.
+    return 0 if b"se64" in body and b"base64" in body else size

@@ -42,7 +42,7 @@ from aioserver.telemetry.kernel import least_round_trip
 from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.connections import PooledConnection
@@ -108,9 +108,9 @@ class Exchange:
         """
         self._first_token = seconds, answered
 
-    async def run(self, request: bytes, body: Body | None = None) -> None:
-        """Send *request* (head and body, or the part before *body*) and push the answer to its
-        sink.
+    async def run(self, request: Sequence[bytes], body: Body | None = None) -> None:
+        """Send *request* (the pieces of head and body, or those before *body*) and push the answer
+        to its sink.
 
         Cancelling is safe: the connection is closed at once.
 
@@ -125,9 +125,9 @@ class Exchange:
         try:
             if protocol.transport is None:
                 self.connection_lost(None)
-            elif body is None and len(request) <= UPLOAD_PIECE:
+            elif body is None and len(request) == 1 and len(request[0]) <= UPLOAD_PIECE:
                 # For so few bytes no transport asks its writer to wait.
-                protocol.write_soon(request)
+                protocol.write_soon(request[0])
             else:
                 watch = self._write_timeout, self._write_timed_out
                 await upload(request, protocol, done, *watch, body)

@@ -29,7 +29,7 @@ from aioserver.providers.request import Answer, Api, ProviderRequest, WordlessAp
 from aioserver.providers.sinks import BodySink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from aioserver.config import settings
     from aioserver.providers.http1 import RequestWriter, Sink
@@ -231,8 +231,8 @@ class PassedRequest(ProviderRequest):
 
     def written(
         self, writer: RequestWriter, provider: settings.Provider, model: str | None
-    ) -> bytes:
-        """Return the bytes of the request, up to the body that is uploaded."""
+    ) -> Sequence[bytes]:
+        """Return the pieces of the request, up to the body that is uploaded."""
         own = {"Accept": "*/*", "Accept-Encoding": "identity", **self._body_headers}
         body = b""
         if self.method == "POST" and self.upload is None:
@@ -241,7 +241,7 @@ class PassedRequest(ProviderRequest):
         trace, client_headers = self.record.trace, self.client_headers
         if trace is not None:
             client_headers = trace.sending(client_headers)
-        return writer.head(self.api, self.method, self.target, own, client_headers) + body
+        return writer.head(self.api, self.method, self.target, own, client_headers), body
 
 
 class PassedAttempt(Attempt):
@@ -270,8 +270,8 @@ class PassedAttempt(Attempt):
         """
         return self.status >= 300
 
-    def written(self, writer: RequestWriter) -> bytes:
-        """Return the bytes to send, up to the body that is uploaded."""
+    def written(self, writer: RequestWriter) -> Sequence[bytes]:
+        """Return the pieces to send, up to the body that is uploaded."""
         return self._passed.written(writer, self.provider.settings, self.model)
 
     def sending(self, exchange: Source | None = None) -> None:

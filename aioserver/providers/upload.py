@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Protocol
 from aioserver.limits.write_watchdog import PROVIDER_BYTES, WriteWatchdog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aioserver.providers.connections import ConnectionProtocol
 
-# Bytes that are written before the transport is checked for room.
+# Bytes of a request for which no transport asks its writer to wait.
 UPLOAD_PIECE = 65_536
+# Bytes that are written before the transport is checked for room: each wait costs as much as
+# hundreds of KiB of them.
+WRITE_BYTES = 1 << 20
 
 
 class Body(Protocol):
@@ -48,15 +51,15 @@ class Body(Protocol):
 
 
 async def upload(
-    request: bytes,
+    request: Sequence[bytes],
     connection: ConnectionProtocol,
     done: asyncio.Future[None],
     write_timeout: float,
     on_timeout: Callable[[], None],
     body: Body | None = None,
 ) -> None:
-    """Send *request* and the *body* behind it, unless *done* is done before: the answer may come
-    early.
+    """Send the pieces of *request* and the *body* behind it, unless *done* is done before: the answer
+    may come early.
 
     *on_timeout* is called when the provider has taken nothing for *write_timeout* seconds
     (limits/write_watchdog.py); it must complete *done*. Cancelling leaves the request half sent.
@@ -66,24 +69,25 @@ async def upload(
     """
     transport = connection.transport
     assert transport is not None
-    view = memoryview(request)
-    for start in range(0, len(request), UPLOAD_PIECE):
-        if done.done():
-            return
-        transport.write(view[start : start + UPLOAD_PIECE])
-        if connection.writing_paused:
-            await _writable(connection, transport, done, write_timeout, on_timeout)
-    while body is not None and (piece := await _next_piece(body, done)) is not None:
+    for piece in request:
+        view = memoryview(piece)
+        for start in range(0, len(piece), WRITE_BYTES):
+            if done.done():
+                return
+            transport.write(view[start : start + WRITE_BYTES])
+            if connection.writing_paused:
+                await _writable(connection, transport, done, write_timeout, on_timeout)
+    while body is not None and (read := await _next_piece(body, done)) is not None:
         if body.chunked:
             # asyncio's `writelines` would watch the descriptor of a closing connection for good,
             # and the next connection with this number would receive nothing (cpython's gh-136234).
             if not transport.is_closing():
-                transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
-        elif piece:
-            transport.write(piece)
+                transport.writelines((b"%x\r\n" % len(read), read, b"\r\n"))
+        elif read:
+            transport.write(read)
         if connection.writing_paused:
             await _writable(connection, transport, done, write_timeout, on_timeout)
-        if not piece:
+        if not read:
             return
 
 

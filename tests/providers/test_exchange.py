@@ -387,7 +387,7 @@ async def test_a_kept_connection_that_closes_before_it_is_used_is_stale() -> Non
         connection.transport.abort()  # the loop has seen the close, the task has not run yet
 
         with pytest.raises(StaleConnection):
-            await exchange(connection, Got()).run(request())
+            await exchange(connection, Got()).run([request()])
 
 
 LATE_408 = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 2\r\n\r\n{}"
@@ -423,7 +423,7 @@ async def test_what_a_provider_says_before_it_has_the_request_is_no_answer_to_it
     async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         await ask(pool)
         connection = await pool.connect()
-        running = asyncio.ensure_future(exchange(connection, Got()).run(request()))
+        running = asyncio.ensure_future(exchange(connection, Got()).run([request()]))
         await asyncio.sleep(0)
         # As if the 408 had come in the same turn, before the outbox is flushed.
         connection.protocol.data_received(LATE_408)
@@ -703,7 +703,7 @@ async def test_bytes_in_the_very_turn_of_leaving_do_not_keep_the_connection() ->
         protocol = connection.protocol
         assert protocol is not None
         got = Got()
-        task = asyncio.ensure_future(exchange(connection, got).run(request()))
+        task = asyncio.ensure_future(exchange(connection, got).run([request()]))
         await until(lambda: got.body == b"x")
 
         task.cancel()
@@ -794,7 +794,7 @@ async def test_a_paused_exchange_reads_nothing_and_its_deadline_rests() -> None:
             on_head=got.on_head,
             backpressure=backpressure,
         )
-        running = asyncio.ensure_future(paused.run(request()))
+        running = asyncio.ensure_future(paused.run([request()]))
         await until(lambda: got.body == b"first")
 
         paused.pause()
@@ -832,7 +832,7 @@ async def test_an_exchange_is_not_paused_while_a_request_waits() -> None:
             on_head=got.on_head,
             backpressure=backpressure,
         )
-        running = asyncio.ensure_future(busy.run(request()))
+        running = asyncio.ensure_future(busy.run([request()]))
         busy.pause()
         await running
 
@@ -855,7 +855,7 @@ async def test_leaving_a_paused_exchange_closes_its_connection() -> None:
             on_head=got.on_head,
             backpressure=backpressure,
         )
-        running = asyncio.ensure_future(paused.run(request()))
+        running = asyncio.ensure_future(paused.run([request()]))
         await until(lambda: got.body == b"first")
         paused.pause()
         running.cancel()

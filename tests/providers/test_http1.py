@@ -39,7 +39,7 @@ def written(
         return ProviderRequest(APIS[path], lambda _, __: b"", query=query, streamed=False)
 
     request = run_virtually(make())
-    lines = writer.write(
+    (lines,) = writer.write(
         request.api,
         request.path,
         b"{}",

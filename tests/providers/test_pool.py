@@ -194,10 +194,10 @@ async def test_a_connection_is_not_kept_for_a_request_that_opens_its_own() -> No
             patch.setattr(loop, "sock_connect", sock_connect)
             second = asyncio.ensure_future(pool.connect())
             await until(lambda: seconds == 1)
-            await exchange(first, Got()).run(request())
+            await exchange(first, Got()).run([request()])
             idle = pool.stats().idle
             slow.set()
-            await exchange(await second, Got()).run(request())
+            await exchange(await second, Got()).run([request()])
 
         assert idle == 0
         assert pool.stats().open == 0

@@ -68,7 +68,7 @@ async def test_nobody_watches_the_descriptor_of_a_connection_that_broke_in_an_up
         transport, connection = await loop.create_connection(Connection, sock=near)
         body = BreakingBody(transport)
         protocol = cast("ConnectionProtocol", connection)
-        await upload(b"head", protocol, connection.lost, 5.0, transport.abort, body)
+        await upload([b"head"], protocol, connection.lost, 5.0, transport.abort, body)
         await connection.lost
         await ticks()
 

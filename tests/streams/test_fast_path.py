@@ -1127,7 +1127,7 @@ async def test_answer_after_answer_on_one_connection() -> None:
 
         with taking() as taken:
             got = Got()
-            task = asyncio.create_task(exchange(cast("PooledConnection", wire), got).run(b""))
+            task = asyncio.create_task(exchange(cast("PooledConnection", wire), got).run([b""]))
             await ticks()
             wire.protocol.data_received(plain_answers[turn % len(plain_answers)])
             await task
@@ -1143,7 +1143,7 @@ async def test_bytes_that_look_like_a_chunk_in_the_next_answer_are_none() -> Non
     async with Road("sse", wire=wire) as road:
         await road.say(EVENT_STREAM, word(0), chunk(END + DONE), LAST_CHUNK)
         got = Got()
-        task = asyncio.create_task(exchange(cast("PooledConnection", wire), got).run(b""))
+        task = asyncio.create_task(exchange(cast("PooledConnection", wire), got).run([b""]))
         await ticks()
         await road.say(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n", b"5\r\nhello\r\n")
         await task

@@ -187,7 +187,7 @@ class Road:
 
     async def _produce(self) -> None:
         try:
-            await self.exchange.run(b"")
+            await self.exchange.run([b""])
         except AioserverError as error:
             if not self.stream.ended:
                 self.stream.fail(error)

@@ -261,7 +261,7 @@ async def ask(
 ) -> Got:
     """Make one request over *pool*; returns the answer."""
     got = got or Got()
-    await exchange(await pool.connect(), got, **timeouts).run(request(body))
+    await exchange(await pool.connect(), got, **timeouts).run([request(body)])
     return got
 
 

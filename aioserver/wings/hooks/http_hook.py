@@ -145,7 +145,7 @@ class HttpHook(HookClient):
                             read_timeout=LONG,
                             write_timeout=LONG,
                             on_head=answer.head_received,
-                        ).run(request, body)
+                        ).run((request,), body)
                     except BaseException:
                         connection.close()
                         raise

@@ -165,7 +165,7 @@ async def _answer(kind: int, lost: int, reads: list[bytes]) -> Outcome:
         write_timeout=30.0,
         on_head=attempt.head_received,
     )
-    task = asyncio.create_task(exchange.run(b""))
+    task = asyncio.create_task(exchange.run([b""]))
     await ticks(2)
     for read in reads:
         if wire.transport.closing:
