@@ -200,7 +200,8 @@ class Plan:
     def lets_go(self) -> bool:
         """Whether what is held may be shown before the finish, for want of room."""
         room = {f"{STREAMS}.max_kept_bytes": ROOM, f"{GATE}.max_body_bytes": ROOM}
-        room[f"{STREAMS}.max_stream_bytes"] = 65_536
+        # Half of it is for what is held, and an event has some 250 bytes.
+        room[f"{STREAMS}.max_stream_bytes"] = 1 << 20
         return any(self.changes[name] < least for name, least in room.items())
 
     @property

@@ -39,7 +39,7 @@ FAILED = {
     ("60", "3", ""): "2,1036,3011,923154,923115,2100307",
     # A reader that is dropped beside another one; calls with one id in a whole answer; a message
     # whose rest is asked for where it turns out that there are chat completions alone.
-    ("100", "1", ""): "922783,1100044,2000104",
+    ("100", "1", ""): "922783,1100044,2000104,46120546",
 }
 TWO_INSTANCES = """
 from tests.simulation import clock
