@@ -20,6 +20,7 @@ COMPLETIONS = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 SESSION = web.AppKey("session", ClientSession)
+LARGEST = 16 << 20  # bytes of a body, as aioserver has it
 
 
 async def session(
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     options = parser.parse_args()
 
-    app = web.Application()
+    app = web.Application(client_max_size=LARGEST)
     app.cleanup_ctx.append(lambda app: session(app, options.provider, options.authority))
     app.router.add_post(COMPLETIONS, completions)
     app.router.add_get("/ws/chat", chat)

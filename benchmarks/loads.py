@@ -29,6 +29,33 @@ class Load:
         )
 
 
+def agents(kilobytes: int) -> Load:
+    """Requests of an agent: 20 tools, and a long history of some *kilobytes* in all."""
+    words = " ".join(f"word{number % 997}" for number in range(kilobytes * 1000 // 8))
+    size = len(words) // 40
+    messages = [
+        {
+            "role": ("user", "assistant")[number % 2],
+            "content": words[number * size :][:size] + "\n",
+        }
+        for number in range(40)
+    ]
+    parameters = {"type": "object", "properties": {"path": {"type": "string"}}}
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": f"tool{number}",
+                "description": "t" * 200,
+                "parameters": parameters,
+            },
+        }
+        for number in range(20)
+    ]
+    body = {"model": "mock-model", "tools": tools, "messages": messages}
+    return Load(mode="http", connections=4, duration=3.0, body=body)
+
+
 def paced(mode: str, connections: int, **changes: Any) -> Load:
     """Streams of 200 events, 50 a second each.
 

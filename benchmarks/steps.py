@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from firehose import reading
 from large import sending
-from loads import Load, paced, stalled
+from loads import Load, agents, paced, stalled
 from measure import Bench, Result, Server, StepFailed, faults, most_sockets
 from peers import Peer
 from process import Watch, usage
@@ -21,6 +21,7 @@ IDLE_SECONDS = 40  # two whole rounds of aioserver's pings, whatever their phase
 FEW, MANY = 100, 4_000  # idle WebSockets beside the plain requests
 IDLE_LEVELS = (FEW, 1_000, 2_000, MANY, 8_000)
 CURVE = (50, 100, 250, 500, 750, 1000, 1250, 1500)  # streams
+BODIES = (100, 400, 1000, 2000)  # kB of an agent's requests
 WATCHERS = 200  # of the server's state
 LEAVING = 100  # clients that leave
 PLACES, CROWD = 200, 1000  # max_connections of the tight configuration, and who comes at once
@@ -156,6 +157,16 @@ def crowded(bench: Bench, server: Server, load: Load) -> Result:
         "quotient": many / few if few else 0.0,
         "faults": problems,
     }
+
+
+def agent_bodies(bench: Bench, server: Server, _load: Load) -> Result:
+    """CPU of a whole answer to a request of an agent, by the size of its body."""
+    result: Result = {"faults": []}
+    for kilobytes in BODIES:
+        one = bench.measure(server, agents(kilobytes))
+        result[f"kb{kilobytes}_us"] = one["cpu_us"]
+        result["faults"] += faults(one)
+    return result
 
 
 def watched(bench: Bench, server: Server, load: Load) -> Result:
@@ -392,6 +403,7 @@ STEPS = {
         once=True,
         quick=True,
     ),
+    "agents": Step(load=HTTP, do=agent_bodies),
     "crowded": Step(load=HTTP, do=crowded, once=True, needs=websocket),
     "watched": Step(load=HTTP, do=watched, once=True, quick=True, needs=lambda peer: peer.events),
     "large": Step(
