@@ -272,7 +272,7 @@ async def _run(
         ) as server:
             if worker is not None and loads is not None:
                 balance = await _balance(worker, loads, server)
-                _count_deaths(worker, server)
+                worker.count_deaths(server)
             runner = Runner(server, balance)
             if worker is None:
                 notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
@@ -302,15 +302,6 @@ async def _run(
     if code == 0:
         logger.info("stopped")
     return code
-
-
-def _count_deaths(worker: Worker, server: Server) -> None:
-    """Count the workers that have died before *worker* was started."""
-    for cause in worker.deaths:
-        if (counter := server.context.metrics.worker_deaths.get(cause)) is not None:
-            counter.value += 1
-            text = f"a worker has died ({cause}), and its running answers are lost"
-            server.context.monitor.incident("worker_died", text, severity="error")
 
 
 async def _balance(worker: Worker, loads: Loads, server: Server) -> Balance:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Auth, Chat, Llm, Provider, Settings
     from aioserver.limits.resource import Resource
     from aioserver.limits.scheduler import Scheduler
+    from aioserver.server.app import Server
 
 OfCaller = TypeVar("OfCaller", bound=Limits)
 # The numbers of a caller that are no limits, and the limits that no server shares.
@@ -215,6 +216,14 @@ class Worker:
         ear = socket.socket(fileno=self.descriptors["ear"])
         ear.setblocking(False)
         return Notifier(None, self.period, status, ear)
+
+    def count_deaths(self, server: Server) -> None:
+        """Count at *server*, which is this worker's, the workers that have died before."""
+        for cause in self.deaths:
+            if (counter := server.context.metrics.worker_deaths.get(cause)) is not None:
+                counter.value += 1
+                text = f"a worker has died ({cause}), and its running answers are lost"
+                server.context.monitor.incident("worker_died", text, severity="error")
 
     def settings(self, whole: Settings) -> Settings:
         """Return *whole* with this worker's share of each limit."""

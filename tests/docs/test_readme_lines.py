@@ -82,6 +82,8 @@ def port(clone: Path) -> Iterator[int]:
             "AIOSERVER__CHAT__WEBSOCKET__PORT": str(number),
             f"{demo}SIMULATED": "false",
             f"{demo}BASE_URL": provider,
+            # On a busy machine a place may become free late.
+            "AIOSERVER__CHAT__WEBSOCKET__CONCURRENCY__QUEUE_TIMEOUT": "60",
         }
         with serving(("bash", "-c", f"exec {START}"), clone, settings) as url:
             assert url.endswith(f":{number}")
