@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 TICKS = os.sysconf("SC_CLK_TCK")  # CPU time in /proc counts in these, usually 10 ms
+QUIET, PATIENCE = 0.05, 60.0  # a share of the cores, and seconds
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -98,6 +99,19 @@ def busy(cores: Sequence[int]) -> float:
                 user, nice, system, _idle, _iowait, irq, softirq = map(int, fields[:7])
                 ticks += user + nice + system + irq + softirq
     return ticks / TICKS
+
+
+def wait_for_quiet(cores: Sequence[int]) -> float:
+    """Wait until nobody uses more than QUIET of *cores* for a second, at most PATIENCE seconds;
+    return the share that was used in the last second.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        before = busy(cores)
+        time.sleep(1.0)
+        share = (busy(cores) - before) / len(cores)
+        if share <= QUIET or time.monotonic() > deadline:
+            return share
 
 
 class Watch:

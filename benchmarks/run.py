@@ -1,11 +1,12 @@
 """Measure aioserver against a bare aiohttp pass-through, side by side, and print the table.
 
     python benchmarks/run.py [--quick] [--only aioserver,bare] [--loop uvloop|asyncio] [--runs N]
-                             [--steps plain,fast,…] [--peers] [--json FILE]
+                             [--steps plain,fast,…] [--peers] [--loaded] [--json FILE]
 
 The servers have one core for themselves, the mock provider and the load generator another. In each
-run all servers are up and every step goes over them in turn, so that what disturbs the machine
-disturbs both halves of a ratio. What each row means is in README.md beside this file.
+run all servers are up and every step goes over them in an order of its own, so that what disturbs
+the machine disturbs both halves of a ratio; where others use more than a twentieth of the cores it
+ends. What each row means is in README.md beside this file.
 
 Exit code: 0 done, 1 a row is INVALID, 2 wrong usage.
 """
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -28,6 +30,7 @@ import virtual
 from certificate import HARNESS, Encrypted
 from measure import Bench, Result, Server, StepFailed
 from peers import DIRECT, PEERS, Peer
+from process import QUIET, wait_for_quiet
 from steps import STEPS, Step
 from table import Run, brief, distances, machine, markdown, remarks, summary, tabulate
 
@@ -47,8 +50,9 @@ def attempt(step: str, peer: Peer, do: Callable[..., Result], *arguments: object
     return result
 
 
-def one_run(bench: Bench, peers: Sequence[Peer], steps: dict[str, Step]) -> Run:
-    """Every step over every peer in turn."""
+def one_run(bench: Bench, peers: Sequence[Peer], steps: dict[str, Step], *, loaded: bool) -> Run:
+    """Every step over every peer, in an order of its own. *loaded*: also beside other programs."""
+    cores = (bench.server_core, bench.load_core)
     results: Run = {peer.name: {} for peer in (DIRECT, *peers)}
     servers: list[Server] = []
     with contextlib.ExitStack() as stack:
@@ -61,7 +65,15 @@ def one_run(bench: Bench, peers: Sequence[Peer], steps: dict[str, Step]) -> Run:
             for peer in peers:
                 results[peer.name]["start"] = attempt("start", peer, start, peer)
         for name, step in steps.items():
-            for server in [Server(DIRECT, bench.provider, None)] * step.direct + servers:
+            order = [Server(DIRECT, bench.provider, None)] * step.direct + servers
+            # What disturbs the machine for a while must not always meet the same server.
+            random.shuffle(order)
+            if not loaded and (share := wait_for_quiet(cores)) > QUIET:
+                raise SystemExit(
+                    f"others use {share:.0%} of the cores: the numbers of {name} would say nothing "
+                    "(--loaded measures nevertheless)"
+                )
+            for server in order:
                 peer = server.peer
                 if step.needs(peer) and name in (peer.steps or steps):
                     results[peer.name][name] = attempt(
@@ -78,6 +90,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", help="comma-separated steps")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--runs", type=int, help="default 3; with --quick 1")
+    parser.add_argument("--loaded", action="store_true", help="measure beside other programs, too")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     chosen = parser.parse_args()
     installed = [
@@ -132,7 +145,7 @@ def main() -> int:
         for number in range(1, chosen.runs + 1):
             print(f"run {number} of {chosen.runs}", file=sys.stderr)
             due = {name: step for name, step in steps.items() if number == 1 or not step.once}
-            runs.append(one_run(bench, peers, due))
+            runs.append(one_run(bench, peers, due, loaded=chosen.loaded))
 
     rows, notes = tabulate(runs, chosen.only), remarks(runs)
     where = machine(cores, chosen.loop, chosen.runs, chosen.quick)

@@ -161,10 +161,11 @@ def crowded(bench: Bench, server: Server, load: Load) -> Result:
 
 def agent_bodies(bench: Bench, server: Server, _load: Load) -> Result:
     """CPU of a whole answer to a request of an agent, by the size of its body."""
-    result: Result = {"faults": []}
+    result: Result = {"faults": [], "foreign_share": 0.0}
     for kilobytes in BODIES:
         one = bench.measure(server, agents(kilobytes))
         result[f"kb{kilobytes}_us"] = one["cpu_us"]
+        result["foreign_share"] = max(result["foreign_share"], one["foreign_share"])
         result["faults"] += faults(one)
     return result
 
