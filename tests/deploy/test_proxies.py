@@ -284,7 +284,7 @@ async def test_client_library_reads_cancels_and_is_refused_as_without_the_proxy(
             pieces = aiter(answer)
             await anext(pieces)
             async with Client(
-                proxy.base, transport=transport, session=proxy.session, deadline=0.5
+                proxy.base, transport=transport, session=proxy.session, retry=False
             ) as other:
                 with pytest.raises(AnswerError) as caught:
                     await other.chat("Hello").text()
