@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the test extras into .venv if need be, lints, type-checks, runs the suite.
-# Options and paths go to pytest. With paths, what only other tests may need is not looked for.
+# Options and paths go to pytest. With paths the types are not checked, and what only other tests may need is not
+# looked for.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
@@ -44,9 +45,12 @@ if [ "$all" = yes ]; then
   install_clients &
   clients=$!
 fi
-# Most of the installation waits for the network, and a test waits for half of its time.
-.venv/bin/mypy &
-types=$!
+types=
+if [ "$all" = yes ]; then
+  # Most of the installation waits for the network, and a test waits for half of its time.
+  .venv/bin/mypy &
+  types=$!
+fi
 # The pages are tested in Debian's Chromium, the samples of deploy/ with the programs they are for. What is
 # missing is installed by root; without it those tests skip, and with CI=true they fail.
 missing=()
@@ -77,11 +81,13 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 # Every process of the tests imports all of them, with the bytecode that pytest makes: it is made once, before.
-unset PYTHONDONTWRITEBYTECODE
-[ -d tests/__pycache__ ] || .venv/bin/python -m pytest --collect-only -qq >/dev/null 2>&1 || true
+if [ "$all" = yes ] && [ -n "$(find tests -name '*.py' -newer .venv/bytecode -print -quit 2>&1)" ]; then
+  .venv/bin/python -m pytest --collect-only -qq >/dev/null 2>&1 || true
+  touch .venv/bytecode
+fi
 [ -z "$clients" ] || wait "$clients" || true
 unset PIP_NO_COMPILE
 status=0
 .venv/bin/python -m pytest -n "${TEST_PROCESSES:-$processes}" --dist worksteal "$@" || status=$?
-wait "$types" || status=1
+[ -z "$types" ] || wait "$types" || status=1
 exit "$status"

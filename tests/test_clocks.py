@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WALL = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "datetime.now"}
 WALL |= {"datetime.utcnow", "datetime.today", "date.today"}
+CALLED = {clock.rpartition(".")[2] for clock in WALL}
 SHOWN = {  # module: why it may know what time people have
     "monitoring.incidents": "the stamps of incidents",
     "monitoring.snapshot": "the stamps of snapshots",
@@ -72,10 +73,14 @@ def wall_clocks(tree: ast.Module) -> set[str]:
                 names[alias.asname or alias.name] = alias.name
     clocks = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name | ast.Attribute):
+        if isinstance(node, ast.Name):
+            first, rest = node.id, []
+        elif isinstance(node, ast.Attribute) and node.attr in CALLED:
             first, *rest = ast.unparse(node).split(".")
-            whole = ".".join([names.get(first, first), *rest])
-            clocks |= {clock for clock in WALL if whole == clock or whole.endswith(f".{clock}")}
+        else:
+            continue
+        whole = ".".join([names.get(first, first), *rest])
+        clocks |= {clock for clock in WALL if whole == clock or whole.endswith(f".{clock}")}
     return clocks
 
 

@@ -504,6 +504,7 @@ async def test_turn_on_our_own_faces_is_asked_for_again(
             assert thoughts == ("I " if (word, cut) == ("calls", 2) else "I think ")
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("face", "heartbeat"),
     [

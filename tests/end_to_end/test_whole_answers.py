@@ -254,7 +254,7 @@ async def test_a_stored_response_that_is_being_read_makes_no_room(
 
 
 async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeServer) -> None:
-    async with provider() as scripted:
+    async with provider(SIZE + 60_000) as scripted:
         server = await make_server(
             **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 1.0}
         )
@@ -264,21 +264,24 @@ async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeS
             (connection,) = server.http_server.connections
             transport = connection.transport
             assert transport is not None
-            limits = transport.get_write_buffer_limits()
+            # The kernel takes no piece of an answer at once, not even the last one.
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
             await raw.post(PATH, CHAT)
-            head = await raw.head()
+            length = int((await raw.head()).headers["content-length"])
+            last = length % 65536
             begun, seen = loop.time(), 0
             while loop.time() < begun + 2.5:
                 seen += len(await raw.exactly(20_000))
                 await asyncio.sleep(0.02)  # the client's own slowness
             assert server.held()["places"] == 1
             assert server.held()["body_bytes"] == 0, "its question is not held meanwhile"
-            raw.widen()
-            rest = await raw.exactly(int(head.headers["content-length"]) - seen)
-            assert rest.endswith(b"}]}")
+            await raw.exactly(length - last - seen)
+            await until(lambda: transport.get_write_buffer_limits() == (0, 0))
+            assert (await raw.exactly(last)).endswith(b"}]}")
             assert [connection] == server.http_server.connections
-            # As before: a stream that follows on this connection counts on them.
-            await until(lambda: transport.get_write_buffer_limits() == limits)
+            # A stream that follows on this connection counts on them.
+            await until(lambda: transport.get_write_buffer_limits() == (16_384, 65_536))
             # The connection is kept, and its next answer is whole, too.
             await raw.post(PATH, CHAT)
             assert len((await raw.answer()).body) > SIZE

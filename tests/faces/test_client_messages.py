@@ -311,6 +311,7 @@ async def test_dripping_does_not_prolong_a_message(
     assert (code, code_of(frames)) == (1008, "request_timeout")
 
 
+@pytest.mark.virtual_time
 async def test_a_whole_message_has_no_deadline(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1004,6 +1004,7 @@ async def test_a_ping_of_the_clients_is_answered_with_its_payload(server: Runnin
         assert await raw.frame() == (PONG, b"payload")
 
 
+@pytest.mark.virtual_time
 async def test_an_idle_client_is_closed_after_idle_timeout(make_server: MakeServer) -> None:
     server = await make_server(
         PACED,

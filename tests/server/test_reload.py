@@ -311,6 +311,7 @@ async def test_http_limits_and_origins_hold_for_the_next_request(make_server: Ma
     assert (await ask(server))["error"]["code"] == "request_too_large"
 
 
+@pytest.mark.virtual_time
 async def test_open_sockets_are_pinged_as_the_configuration_says_now(
     make_server: MakeServer,
 ) -> None:

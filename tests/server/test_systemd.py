@@ -25,7 +25,7 @@ from tests.support.process import Process, ServerProcess, serving
 from tests.support.server import NOWHERE, QUICK, UVICORN, runner_of
 from tests.support.simulator import Simulator
 from tests.support.systemd import Systemd
-from tests.support.waiting import patience, until
+from tests.support.waiting import patience, until, until_result
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -559,9 +559,8 @@ async def test_a_service_whose_loop_is_blocked_shows_it_and_leaves_its_stacks_if
         await watching.message_with("WATCHDOG")
 
         process.signal(signal.SIGUSR1)
-        async with aiohttp.ClientSession() as session, asyncio.timeout(30):
-            while not await _has_been_late(session, metrics):
-                pass
+        async with aiohttp.ClientSession() as session:
+            await until_result(lambda: _has_been_late(session, metrics), bool)
 
         before = process.log.count("in blocked")
         process.signal(signal.SIGUSR1)

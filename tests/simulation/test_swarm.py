@@ -216,7 +216,7 @@ def test_nothing_is_lost_in_a_thousand_seeds(first: int) -> None:
 
 
 def test_the_same_seed_gives_the_same_run_whatever_has_run_before() -> None:
-    several = ("--clients", "20", "--instances", "3", "--json")
+    several = ("--clients", "10", "--instances", "3", "--json")
     first, second = (
         json.loads(run("-m", "tests.simulation", "--seeds", seeds, *several).stdout)
         for seeds in ("3,1200042", "1200042,3")

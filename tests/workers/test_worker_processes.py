@@ -22,7 +22,7 @@ from aioserver.workers.loads import Loads
 from tests.support.keys import bearer, keys_of
 from tests.support.redis_server import RedisServer
 from tests.support.server import CONCURRENCY, NOWHERE, UVICORN, write
-from tests.support.waiting import until
+from tests.support.waiting import until, until_result
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -78,9 +78,9 @@ class Parent:
 
     async def joined(self) -> None:
         """Wait until places move between the workers."""
-        async with asyncio.timeout(2 * SOON):
-            while not all(state.moves for state in await self.states()):
-                pass
+        await until_result(
+            self.states, lambda states: all(state.moves for state in states), 2 * SOON
+        )
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
@@ -164,8 +164,7 @@ class Parent:
         """Open a WebSocket of *key*; on a machine that is late it is refused while a place is on
         its way.
         """
-        while await self.status(key) == 429:
-            pass
+        await until_result(lambda: self.status(key), lambda status: status != 429, 2 * SOON)
         await self.client(key)
 
     async def status(self, key: str) -> int:
