@@ -193,9 +193,11 @@ async def test_a_socket_may_bring_its_key_as_a_subprotocol(make_server: MakeServ
     assert key_of("web").encode() not in head
 
 
-@pytest.mark.parametrize(
-    ("protocols", "status", "code"),
-    [
+async def test_no_other_subprotocol_lets_in(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await make_server(**keys_of("web"))
+    for protocols, status, code in [
         (("aioserver",), 401, "missing_api_key"),
         (("aioserver", "aioserver.key."), 401, "invalid_api_key"),
         (("aioserver", "aioserver.key.aio-nobody"), 401, "invalid_api_key"),
@@ -206,23 +208,14 @@ async def test_a_socket_may_bring_its_key_as_a_subprotocol(make_server: MakeServ
         ),
         ((f"aioserver.key.{key_of('web')}",), 400, "invalid_request"),
         ((key_of("web"),), 401, "missing_api_key"),
-    ],
-)
-async def test_no_other_subprotocol_lets_in(
-    make_server: MakeServer,
-    protocols: tuple[str, ...],
-    status: int,
-    code: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    server = await make_server(**keys_of("web"))
-    async with Raw(server) as raw:
-        await raw.get("/ws/chat", *UPGRADE, f"Sec-WebSocket-Protocol: {', '.join(protocols)}")
-        answer = await raw.answer()
+    ]:
+        async with Raw(server) as raw:
+            await raw.get("/ws/chat", *UPGRADE, f"Sec-WebSocket-Protocol: {', '.join(protocols)}")
+            answer = await raw.answer()
 
-    assert (answer.status, answer.code) == (status, code)
-    assert key_of("web") not in caplog.text
-    assert key_of("web").encode() not in answer.body
+        assert (answer.status, answer.code) == (status, code), protocols
+        assert key_of("web") not in caplog.text, protocols
+        assert key_of("web").encode() not in answer.body, protocols
 
 
 HOSTILE = [
