@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -141,29 +142,29 @@ async def test_a_day_says_the_whole_time_and_that_no_sdk_should_wait(
         assert not ws.closed
 
 
-@pytest.mark.parametrize("left", [1, 30, 600, 86_400])
 @pytest.mark.parametrize("face", POSTS)
 async def test_a_day_that_ends_soon_or_has_begun_says_to_the_second_when_the_next_one_comes(
-    make_server: MakeServer, face: str, left: int
+    make_server: MakeServer, face: str
 ) -> None:
     server = await make_server(QUICK, **keys_of("web", tokens_per_day=1000))
     # At 23:59:59 of some day, down to its first moment.
     midnight = 20_000 * 86_400.0
-    spent = Budget(per_day=1000, wall_clock=lambda: midnight - left)
-    spent.reserve(1000).settle(1000)
-    quota(server).budget = spent
+    for left in [1, 30, 600, 86_400]:
+        spent = Budget(per_day=1000, wall_clock=partial(float, midnight - left))
+        spent.reserve(1000).settle(1000)
+        quota(server).budget = spent
 
-    status, headers, body = await post(server, face)
+        status, headers, body = await post(server, face)
 
-    assert status == 429
-    assert headers["Retry-After"] == str(left)
-    assert headers["retry-after-ms"] == str(1000 * left)
-    assert headers.get("x-should-retry") == ("false" if left > 60 else None)
-    assert f"Please try again in {left}.0s." in json.loads(body)["error"]["message"]
-    async with server.connect(headers=bearer("web")) as ws:
-        await ws.send_json(chat("r"))
-        (frame,) = await to_end(ws)
-        assert frame["chunk"]["retry_after"] == left
+        assert status == 429, left
+        assert headers["Retry-After"] == str(left), left
+        assert headers["retry-after-ms"] == str(1000 * left), left
+        assert headers.get("x-should-retry") == ("false" if left > 60 else None), left
+        assert f"Please try again in {left}.0s." in json.loads(body)["error"]["message"], left
+        async with server.connect(headers=bearer("web")) as ws:
+            await ws.send_json(chat("r"))
+            (frame,) = await to_end(ws)
+            assert frame["chunk"]["retry_after"] == left, left
 
 
 # What a request says of the length of its answer, and how many tokens its answer reserves at least.

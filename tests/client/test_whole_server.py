@@ -359,7 +359,7 @@ FULL: dict[str, dict[str, Any]] = {
 async def test_questions_of_one_client_keep_the_places_of_a_full_server_taken(
     make_server: MakeServer, transport: Transport, full: str
 ) -> None:
-    seconds, places, questions = 4.8, 4, 40
+    seconds, places, questions = 4.8, 4, 20
     behaviour = Behaviour(ttft=0, interval=seconds / 48, tokens=48)
     server = await make_server(behaviour, **FULL[full])
     loop = asyncio.get_running_loop()

@@ -63,29 +63,26 @@ def code_of(frames: list[tuple[int, bytes]]) -> str:
 # Frames that are refused.
 
 
-@pytest.mark.parametrize(
-    ("opcode", "size"),
-    [
+async def test_a_frame_that_is_not_masked_closes_with_1002_and_is_not_carried_out(
+    server: RunningServer,
+) -> None:
+    for opcode, size in [
         *((TEXT, 20), (TEXT, 200), (TEXT, 70_000), (BINARY, 20), (BINARY, 70_000)),
         *((PING, 2), (PONG, 2), (CLOSE, 2)),
-    ],
-)
-async def test_a_frame_that_is_not_masked_closes_with_1002_and_is_not_carried_out(
-    server: RunningServer, opcode: int, size: int
-) -> None:
-    payload = PING_COMMAND.ljust(size) if opcode == TEXT else b"\x03\xe8".ljust(size)
-    if size < 126:
-        head = bytes([size])
-    else:
-        head = struct.pack("!BH", 126, size) if size < 65536 else struct.pack("!BQ", 127, size)
-    async with upgraded(server) as raw:
-        # What came before it is answered.
-        await raw.send(masked(TEXT, PING_COMMAND) + bytes([0x80 | opcode]) + head + payload)
-        frames, code = await end_of(raw)
+    ]:
+        payload = PING_COMMAND.ljust(size) if opcode == TEXT else b"\x03\xe8".ljust(size)
+        if size < 126:
+            head = bytes([size])
+        else:
+            head = struct.pack("!BH", 126, size) if size < 65536 else struct.pack("!BQ", 127, size)
+        async with upgraded(server) as raw:
+            # What came before it is answered.
+            await raw.send(masked(TEXT, PING_COMMAND) + bytes([0x80 | opcode]) + head + payload)
+            frames, code = await end_of(raw)
 
-    assert code == 1002
-    assert [json.loads(frame)["status"] for _, frame in frames] == ["pong"]
-    await server.nothing_held()
+        assert code == 1002, opcode
+        assert [json.loads(frame)["status"] for _, frame in frames] == ["pong"], opcode
+        await server.nothing_held()
 
 
 def test_codes_that_may_be_sent() -> None:
@@ -94,32 +91,30 @@ def test_codes_that_may_be_sent() -> None:
     assert {code for code in range(65536) if sendable(code)} == allowed
 
 
-@pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535])
-@pytest.mark.parametrize("mask", [b"\0\0\0\0", b"\x12\x34\x56\x78"])
 async def test_a_close_frame_with_a_code_that_is_none_closes_with_1002(
-    server: RunningServer, code: int, mask: bytes
+    server: RunningServer,
 ) -> None:
-    payload = struct.pack("!H", code) + b"bye"
-    sent = bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
-    async with upgraded(server) as raw:
-        await raw.send(bytes([0x88, 0x80 | len(sent)]) + mask + sent)
-        _, answered = await end_of(raw)
+    for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535]:
+        for mask in [b"\0\0\0\0", b"\x12\x34\x56\x78"]:
+            payload = struct.pack("!H", code) + b"bye"
+            sent = bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
+            async with upgraded(server) as raw:
+                await raw.send(bytes([0x88, 0x80 | len(sent)]) + mask + sent)
+                _, answered = await end_of(raw)
 
-    assert answered == 1002
+            assert answered == 1002, code
 
 
-@pytest.mark.parametrize("code", [1000, 1001, 1011, 1014, 3000, 4999])
-async def test_a_close_frame_with_a_good_code_is_answered(
-    server: RunningServer, code: int
-) -> None:
-    async with upgraded(server) as raw:
-        frame = masked(CLOSE, struct.pack("!H", code) + b"bye")
-        # In pieces.
-        await raw.send(frame[:7])
-        await raw.send(frame[7:])
-        _, answered = await end_of(raw)
+async def test_a_close_frame_with_a_good_code_is_answered(server: RunningServer) -> None:
+    for code in [1000, 1001, 1011, 1014, 3000, 4999]:
+        async with upgraded(server) as raw:
+            frame = masked(CLOSE, struct.pack("!H", code) + b"bye")
+            # In pieces.
+            await raw.send(frame[:7])
+            await raw.send(frame[7:])
+            _, answered = await end_of(raw)
 
-    assert answered == 1000
+        assert answered == 1000, code
 
 
 # Floods.

@@ -70,9 +70,8 @@ def test_files_of_others_are_as_they_were_released() -> None:
         assert version in folder.joinpath(f"{name}.js").read_text()[:400]
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
+async def test_every_page_is_guarded_by_its_headers(server: RunningServer) -> None:
+    for path, kind in [
         ("/", "text/html"),
         ("/assets/chat/chat.js", "text/javascript"),
         ("/assets/chat/chat.css", "text/css"),
@@ -81,37 +80,30 @@ def test_files_of_others_are_as_they_were_released() -> None:
         ("/client.js", "text/javascript"),
         ("/client.d.ts", "application/typescript"),
         (f"/client/{__version__}.js", "text/javascript"),
-    ],
-)
-async def test_every_page_is_guarded_by_its_headers(
-    server: RunningServer, path: str, kind: str
-) -> None:
-    async with server.session.get(server.base + path, headers={"Accept": BROWSER}) as response:
-        assert response.status == 200
-        assert response.content_type == kind
-        assert await response.read()
-        policy = response.headers["Content-Security-Policy"]
-        assert policy.startswith("default-src 'self';")
-        assert "unsafe" not in policy
-        assert response.headers["X-Content-Type-Options"] == "nosniff"
-        assert response.headers["Referrer-Policy"] == "no-referrer"
-        assert response.headers["Vary"] == "Origin"
+    ]:
+        async with server.session.get(server.base + path, headers={"Accept": BROWSER}) as response:
+            assert response.status == 200, path
+            assert response.content_type == kind, path
+            assert await response.read(), path
+            policy = response.headers["Content-Security-Policy"]
+            assert policy.startswith("default-src 'self';"), path
+            assert "unsafe" not in policy, path
+            assert response.headers["X-Content-Type-Options"] == "nosniff", path
+            assert response.headers["Referrer-Policy"] == "no-referrer", path
+            assert response.headers["Vary"] == "Origin", path
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
+async def test_nothing_else_is_served(server: RunningServer) -> None:
+    for path in [
         "/assets/",
         "/assets/chat/index.html",
         "/assets/nothing.js",
         "/assets/vendor/marked.LICENSE.txt",
         "/assets/..%2f__init__.py",
-    ],
-)
-async def test_nothing_else_is_served(server: RunningServer, path: str) -> None:
-    async with server.session.get(server.base + path) as response:
-        assert response.status == 404
-        assert (await response.json())["error"]["code"] == "not_found"
+    ]:
+        async with server.session.get(server.base + path) as response:
+            assert response.status == 404, path
+            assert (await response.json())["error"]["code"] == "not_found", path
 
 
 @pytest.mark.parametrize("path", ["/", "/client.js", "/assets/chat/chat.js"])

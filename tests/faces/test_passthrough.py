@@ -115,39 +115,37 @@ async def test_a_question_by_itself_passes_for_every_key(
         assert passed.headers["authorization"] == "Bearer provider-key"
 
 
-@pytest.mark.parametrize("path", ACCOUNT)
 async def test_the_providers_account_is_open_to_admins_alone(
-    make_server: MakeServer, account: Account, path: str
+    make_server: MakeServer, account: Account
 ) -> None:
     server = await make_server(**settings_for(account), **keys_of("web", "root"))
+    for path in ACCOUNT:
+        status, content, _ = await send(server, "POST", path, "web", json={})
+        assert (status, json.loads(content)["error"]["code"]) == (403, "permission_denied"), path
+        assert (await send(server, "DELETE", path))[0] == 401, path
+        assert account.passed == [], path
+        assert (await send(server, "DELETE", path, "root"))[:2] == (200, ANSWER), path
+        passed = account.passed.pop()
+        assert (passed.method, passed.target) == ("DELETE", f"/v1/{path}")
+    assert server.context.metrics.auth_failures["not_admin"].value == len(ACCOUNT)
 
-    status, content, _ = await send(server, "POST", path, "web", json={})
-    assert (status, json.loads(content)["error"]["code"]) == (403, "permission_denied")
-    assert (await send(server, "DELETE", path))[0] == 401
-    assert account.passed == []
-    assert (await send(server, "DELETE", path, "root"))[:2] == (200, ANSWER)
-    assert [(passed.method, passed.target) for passed in account.passed] == [
-        ("DELETE", f"/v1/{path}")
-    ]
-    assert server.context.metrics.auth_failures["not_admin"].value == 1
 
-
-@pytest.mark.parametrize("path", ACCOUNT)
 async def test_the_providers_account_is_closed_unless_it_is_configured(
-    make_server: MakeServer, account: Account, path: str
+    make_server: MakeServer, account: Account
 ) -> None:
     other = provider_entry(NOWHERE) | {"account_paths": True}
     closed = settings_for(account, **{"llm.providers.sim.account_paths": False})
     server = await make_server(**closed, **keys_of("web", "root"))
-    for caller in ("web", "root"):
-        status, content, _ = await send(server, "POST", path, caller, json={})
-        assert (status, json.loads(content)["error"]["code"]) == (404, "not_found")
+    for path in ACCOUNT:
+        for caller in ("web", "root"):
+            status, content, _ = await send(server, "POST", path, caller, json={})
+            assert (status, json.loads(content)["error"]["code"]) == (404, "not_found"), path
     server = await make_server(**closed, **keys_of("root"), **{"llm.providers.other": other})
+    for path in ACCOUNT:
+        status, content, _ = await send(server, "POST", path, "root", json={})
 
-    status, content, _ = await send(server, "POST", path, "root", json={})
-
-    assert (status, json.loads(content)["error"]["code"]) == (404, "not_found")
-    assert "llm.providers.sim.account_paths" in json.loads(content)["error"]["message"]
+        assert (status, json.loads(content)["error"]["code"]) == (404, "not_found"), path
+        assert "llm.providers.sim.account_paths" in json.loads(content)["error"]["message"]
     assert account.passed == []
 
 

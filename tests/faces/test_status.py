@@ -354,11 +354,11 @@ async def test_a_watcher_may_ask_for_less(server: RunningServer) -> None:
     assert told_of.count("stats") == 1 + len([n for n in range(ticks, ticks + ran) if n % 5 == 0])
 
 
-@pytest.mark.parametrize("interval", ["0", "61", "-1", "nan", "inf", "x", ""])
-async def test_an_interval_that_cannot_be(server: RunningServer, interval: str) -> None:
-    async with server.session.get(f"{server.base}/events?interval={interval}") as response:
-        assert response.status == 400
-        assert (await response.json())["error"]["param"] == "interval"
+async def test_an_interval_that_cannot_be(server: RunningServer) -> None:
+    for interval in ["0", "61", "-1", "nan", "inf", "x", ""]:
+        async with server.session.get(f"{server.base}/events?interval={interval}") as response:
+            assert response.status == 400, interval
+            assert (await response.json())["error"]["param"] == "interval", interval
 
 
 async def test_watchers_are_bounded(

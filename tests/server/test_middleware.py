@@ -155,28 +155,26 @@ async def test_a_request_line_of_another_protocol_is_refused_and_ends_the_connec
     await server.nothing_held()
 
 
-@pytest.mark.parametrize("host", ["a b", "a/b", "a@b", "a:x", "a:123456", "[::1", "::1", "a?b#"])
 @pytest.mark.parametrize("changes", [{}, keys_of("web"), {"auth.open": True}])
 async def test_a_host_that_is_none_is_refused_whoever_may_ask(
-    make_server: MakeServer, changes: dict[str, Any], host: str
+    make_server: MakeServer, changes: dict[str, Any]
 ) -> None:
     server = await make_server(**changes)
-    async with Raw(server) as raw:
-        await raw.send(f"GET /livez HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-        answer = await raw.answer()
+    for host in ["a b", "a/b", "a@b", "a:x", "a:123456", "[::1", "::1", "a?b#"]:
+        async with Raw(server) as raw:
+            await raw.send(f"GET /livez HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            answer = await raw.answer()
 
-    assert (answer.status, answer.code) == (400, "invalid_request")
+        assert (answer.status, answer.code) == (400, "invalid_request"), host
 
 
-@pytest.mark.parametrize(
-    "host", ["localhost", "127.0.0.1:8000", "[::1]:80", "[::1]", "LOCALHOST.", "localhost:"]
-)
 async def test_a_name_or_an_address_with_or_without_a_port_is_a_host(
-    server: RunningServer, host: str
+    server: RunningServer,
 ) -> None:
-    async with Raw(server) as raw:
-        await raw.send(f"GET /livez HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-        assert (await raw.answer()).status == 200
+    for host in ["localhost", "127.0.0.1:8000", "[::1]:80", "[::1]", "LOCALHOST.", "localhost:"]:
+        async with Raw(server) as raw:
+            await raw.send(f"GET /livez HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert (await raw.answer()).status == 200, host
 
 
 @pytest.mark.parametrize("changes", [{}, keys_of("web")])

@@ -25,49 +25,40 @@ async def message_of(server: RunningServer, method: str, path: str) -> tuple[int
         return answer.status, answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
+async def test_an_unknown_path_below_v1_is_404_by_every_method(server: RunningServer) -> None:
+    for path in [
         *("/v1", "/v1/", "/v1/files", "/v1/nothing", "/v1/organization/users", "/v1/batches"),
         *("/v1/chat", "/v1/chat/completions/x", "/v1/responses/", "/v1/messages/", "/v1/%2e%2e"),
-    ],
-)
-async def test_an_unknown_path_below_v1_is_404_by_every_method(
-    server: RunningServer, path: str
-) -> None:
-    for method in METHODS:
-        assert (await message_of(server, method, path))[0] == 404, method
+    ]:
+        for method in METHODS:
+            assert (await message_of(server, method, path))[0] == 404, method
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
+async def test_a_path_that_only_matches_as_an_id_is_404(server: RunningServer) -> None:
+    for method, path in [
         *(("POST", "/v1/responses/compact/x"), ("POST", "/v1/responses/x")),
         *(("POST", "/v1/models/x"), ("DELETE", "/v1/models/ft:x"), ("PUT", "/v1/responses/x")),
         ("GET", "/v1/responses/x/cancel"),
-    ],
-)
-async def test_a_path_that_only_matches_as_an_id_is_404(
-    server: RunningServer, method: str, path: str
-) -> None:
-    async with server.session.request(method, server.base + path) as response:
-        assert response.status == 404
-        assert "Allow" not in response.headers
-        error = (await response.json())["error"]
-    assert error["code"] == "not_found"
-    assert f"{method}: {path}" in error["message"]
+    ]:
+        async with server.session.request(method, server.base + path) as response:
+            assert response.status == 404, method
+            assert "Allow" not in response.headers, method
+            error = (await response.json())["error"]
+        assert error["code"] == "not_found", method
+        assert f"{method}: {path}" in error["message"], method
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/moderations", "/v1/audio/x"],
-)
-async def test_a_path_that_is_there_is_405_by_another_method(
-    server: RunningServer, path: str
-) -> None:
-    async with server.session.get(server.base + path) as response:
-        assert response.status == 405
-        assert response.headers["Allow"] == "POST"
+async def test_a_path_that_is_there_is_405_by_another_method(server: RunningServer) -> None:
+    for path in [
+        "/v1/chat/completions",
+        "/v1/embeddings",
+        "/v1/responses",
+        "/v1/moderations",
+        "/v1/audio/x",
+    ]:
+        async with server.session.get(server.base + path) as response:
+            assert response.status == 405, path
+            assert response.headers["Allow"] == "POST", path
 
 
 @pytest.mark.parametrize(
@@ -112,13 +103,16 @@ async def test_azures_path_is_understood(server: RunningServer) -> None:
     assert message.endswith("so that the path is /v1/chat/completions")
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/nothing", "/v1/nothing", "/" + "a/" * 3000 + "models", "/a/b/c/d/e/models", "/%ED%A0%80"],
-)
-async def test_another_path_is_no_wrong_base_url(server: RunningServer, path: str) -> None:
-    for method in ("GET", "POST"):
-        status, message = await message_of(server, method, path)
-        assert status == 404
-        assert "base URL" not in message
-        assert len(message) < 300
+async def test_another_path_is_no_wrong_base_url(server: RunningServer) -> None:
+    for path in [
+        "/nothing",
+        "/v1/nothing",
+        "/" + "a/" * 3000 + "models",
+        "/a/b/c/d/e/models",
+        "/%ED%A0%80",
+    ]:
+        for method in ("GET", "POST"):
+            status, message = await message_of(server, method, path)
+            assert status == 404, path
+            assert "base URL" not in message, path
+            assert len(message) < 300, path

@@ -212,9 +212,8 @@ def page(text: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     return respond
 
 
-@pytest.mark.parametrize(
-    ("line", "status"),
-    [
+async def test_every_way_to_say_it_is_answered_as_aiohttp_would(server: RunningServer) -> None:
+    for line, status in [
         ("GET /health", 200),
         ("HEAD /health", 200),
         ("GET /health?deep=1", 200),
@@ -226,38 +225,36 @@ def page(text: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         ("GET //health", 404),
         ("GET /v1/models/sim", 200),
         ("GET /nowhere", 404),
-    ],
-)
-async def test_every_way_to_say_it_is_answered_as_aiohttp_would(
-    line: str, status: int, server: RunningServer
-) -> None:
-    async with Raw(server) as raw:
-        await raw.send(f"{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        answer = await raw.to_the_end()
+    ]:
+        async with Raw(server) as raw:
+            await raw.send(
+                f"{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+            )
+            answer = await raw.to_the_end()
 
-    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
-    assert b"x-request-id: " in answer
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode()), line
+        assert b"x-request-id: " in answer, line
 
 
-@pytest.mark.parametrize("path", ["/stats", "/nowhere", "/v1/models/sim"])
-@pytest.mark.parametrize("expect", [b"much", b"\xff", b"100-continue, much"])
 async def test_an_expectation_that_is_unknown_is_refused_as_anything_else(
-    path: str, expect: bytes, make_server: MakeServer, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server(**{"chat.websocket.allow_origins": ["http://a"]})
-    async with Raw(server) as raw:
-        for _ in range(2):
-            await raw.send(
-                f"GET {path} HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\nExpect: ".encode()
-                + expect
-                + b"\r\n\r\n"
-            )
-            answer = await raw.answer()
+    for path in ["/stats", "/nowhere", "/v1/models/sim"]:
+        for expect in [b"much", b"\xff", b"100-continue, much"]:
+            async with Raw(server) as raw:
+                for _ in range(2):
+                    await raw.send(
+                        f"GET {path} HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\nExpect: ".encode()
+                        + expect
+                        + b"\r\n\r\n"
+                    )
+                    answer = await raw.answer()
 
-            assert (answer.status, answer.code) == (417, "expectation_failed")
-            assert answer.headers["access-control-allow-origin"] == "http://a"
-            assert answer.headers["x-request-id"]
-    assert not caplog.records
+                    assert (answer.status, answer.code) == (417, "expectation_failed"), expect
+                    assert answer.headers["access-control-allow-origin"] == "http://a", expect
+                    assert answer.headers["x-request-id"], expect
+            assert not caplog.records, expect
 
 
 async def test_a_response_that_cannot_be_written_is_a_bug_that_is_logged_and_counted(

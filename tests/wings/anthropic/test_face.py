@@ -236,12 +236,12 @@ async def test_the_providers_answer_comes_byte_for_byte(
     assert response.headers["request-id"] == response.headers["x-request-id"]
 
 
-@pytest.mark.parametrize("kind", ["crlf", "cr", "multi-data", "comments", "slices", "1xx"])
-async def test_unusual_answers_pass_as_they_are(server: RunningServer, kind: str) -> None:
-    body = {**STREAMED, "model": f"fault-{kind}", "max_tokens": 6}
-    expected = await straight(server, body)
-    async with post(server, body) as response:
-        assert alike(await response.read()) == alike(expected)
+async def test_unusual_answers_pass_as_they_are(server: RunningServer) -> None:
+    for kind in ["crlf", "cr", "multi-data", "comments", "slices", "1xx"]:
+        body = {**STREAMED, "model": f"fault-{kind}", "max_tokens": 6}
+        expected = await straight(server, body)
+        async with post(server, body) as response:
+            assert alike(await response.read()) == alike(expected), kind
 
 
 async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_server: MakeServer) -> None:

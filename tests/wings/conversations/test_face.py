@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from uuid import uuid4
 
-import pytest
 from yarl import URL
 
 from tests.support.chat import to_end, until_status
@@ -114,27 +113,24 @@ async def test_pages_follow_each_other(server: RunningServer) -> None:
     assert ids == [["c:2", "c:6", "c:5"], ["c:4", "c:3", "c:1"], ["c:0"]]
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
+async def test_what_is_no_page_is_refused(server: RunningServer) -> None:
+    for query in [
         *("limit=0", "limit=201", "limit=x", "limit=", "limit=-1", "limit=1e2"),
         *("before=", "before=x", "before=nan:c", "before=inf:c", f"limit={'9' * 5000}"),
-    ],
-)
-async def test_what_is_no_page_is_refused(server: RunningServer, query: str) -> None:
-    async with server.session.get(url(server, query=f"?{query}")) as response:
-        assert await code_of(response) == (400, "invalid_request")
+    ]:
+        async with server.session.get(url(server, query=f"?{query}")) as response:
+            assert await code_of(response) == (400, "invalid_request"), query
 
 
-@pytest.mark.parametrize("name", UNUSUAL)
-async def test_any_id_can_be_read_and_deleted(server: RunningServer, name: str) -> None:
-    await ask(server, "Hello", name)
+async def test_any_id_can_be_read_and_deleted(server: RunningServer) -> None:
+    for name in UNUSUAL:
+        await ask(server, "Hello", name)
 
-    assert await ids(server) == [name]
-    assert (await get(server, name))["id"] == name
-    async with server.session.delete(url(server, name)) as response:
-        assert (response.status, await response.read()) == (204, b"")
-    assert await ids(server) == []
+        assert await ids(server) == [name], name
+        assert (await get(server, name))["id"] == name, name
+        async with server.session.delete(url(server, name)) as response:
+            assert (response.status, await response.read()) == (204, b""), name
+        assert await ids(server) == [], name
 
 
 async def test_a_deleted_conversation_is_as_if_it_had_never_been(server: RunningServer) -> None:

@@ -378,25 +378,20 @@ async def test_a_request_that_waits_is_told_its_position(make_server: MakeServer
 # Handshakes.
 
 
-@pytest.mark.parametrize(
-    ("offered", "selected"),
-    [
+async def test_a_browser_presents_its_key_as_a_subprotocol(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("ann"))
+    for offered, selected in [
         (("realtime", "openai-insecure-api-key.{key}"), "realtime"),
         (("responses", "openai-insecure-api-key.{key}"), "responses"),
         (("openai-insecure-api-key.{key}", "responses", "realtime"), "responses"),
         (("aioserver", "aioserver.key.{key}"), "aioserver"),
         (("realtime", "aioserver", "aioserver.key.{key}"), "aioserver"),
-    ],
-)
-async def test_a_browser_presents_its_key_as_a_subprotocol(
-    make_server: MakeServer, offered: tuple[str, ...], selected: str
-) -> None:
-    server = await make_server(**keys_of("ann"))
-    protocols = [name.format(key=key_of("ann")) for name in offered]
-    async with connect(server, protocols=protocols) as ws:
-        assert ws.protocol == selected
-        await ws.send_json(create())
-        assert responses.whole(await to_end(ws))
+    ]:
+        protocols = [name.format(key=key_of("ann")) for name in offered]
+        async with connect(server, protocols=protocols) as ws:
+            assert ws.protocol == selected, offered
+            await ws.send_json(create())
+            assert responses.whole(await to_end(ws)), offered
 
 
 async def test_bad_handshakes_are_refused_in_plain_http(make_server: MakeServer) -> None:

@@ -331,23 +331,18 @@ async def test_input_items_are_listed_in_pages(server: RunningServer, sdk: Async
     assert (raw["object"], raw["has_more"]) == ("list", True)
 
 
-@pytest.mark.parametrize(
-    ("query", "param"),
-    [
+async def test_a_page_that_is_none_is_refused(server: RunningServer, sdk: AsyncOpenAI) -> None:
+    for query, param in [
         ("limit=0", "limit"),
         ("limit=101", "limit"),
         ("limit=x", "limit"),
         ("order=up", "order"),
         ("after=nothing", "after"),
-    ],
-)
-async def test_a_page_that_is_none_is_refused(
-    server: RunningServer, sdk: AsyncOpenAI, query: str, param: str
-) -> None:
-    first = await ask(sdk, "one")
-    with pytest.raises(openai.BadRequestError) as caught:
-        await sdk.get(f"/responses/{first.id}/input_items?{query}", cast_to=object)
-    assert caught.value.param == param
+    ]:
+        first = await ask(sdk, "one")
+        with pytest.raises(openai.BadRequestError) as caught:
+            await sdk.get(f"/responses/{first.id}/input_items?{query}", cast_to=object)
+        assert caught.value.param == param, query
 
 
 async def test_a_stored_response_is_its_callers_alone(make_server: MakeServer) -> None:
