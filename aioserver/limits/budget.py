@@ -263,9 +263,6 @@ class Budget:
     *clock* measures the minute; *wall_clock*, in seconds since 1970, decides which day it is.
     """
 
-    # The least seconds before a short budget is checked again.
-    look_again = 0.0
-
     def __init__(
         self,
         per_minute: int = 0,

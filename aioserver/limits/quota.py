@@ -77,7 +77,7 @@ class KeyRate:
         starts = self.starts
         delay = starts.delay(ahead * starts.interval if self.queued else 0.0)
         if self.budget.limited and (shortage := self.budget.shortage(cost)) is not None:
-            delay = max(delay, shortage.delay, self.budget.look_again)
+            delay = max(delay, shortage.delay)
         return delay
 
     def try_take(self, cost: int) -> object:
@@ -411,7 +411,7 @@ class Quota:
             seconds = self._starts.delay()
         shortage = budget.shortage(bid.cost) if budget.limited else None
         if shortage is not None:
-            delay = max(shortage.delay, budget.look_again)
+            delay = shortage.delay
             left = bid.until - asyncio.get_running_loop().time() if bid.until else 0.0
             if delay >= left:
                 return too_many_tokens(

@@ -282,12 +282,12 @@ def _fewer_tokens(tokens_of):
     return fewer
 
 
-def _generous(take):
-    def generous(self, reservation):
-        had = self._in_hand
-        taken = take(self, reservation)
-        self._in_hand = max(had, self._in_hand)
-        return taken
+def _generous(reserve):
+    def generous(self, tokens):
+        granted = self._granted
+        reservation = reserve(self, tokens)
+        self._granted = granted
+        return reservation
 
     return generous
 
@@ -403,9 +403,9 @@ breaks("that a verdict is final", FAILOVER, constant(value=True), JUDGED)
 breaks("what an engine refuses", REFUSE, left_out(), BRIDGED)
 
 # What instances promise each other (together.py).
-LEASES, PREFETCH = (
+LEASES, RESERVE = (
     "wings.cluster.limits.leases:Leases",
-    "wings.cluster.limits.shared_budget:PrefetchedTokens._take",
+    "wings.cluster.limits.shared_budget:SharedBudget.reserve",
 )
 STOPPED = cluster((10.0, "stop instance", 12.0), clients=100, spread=30.0, **FIVE)
 CLAIM = "tests.simulation.shared_server:SimulatedStore.take"
@@ -418,7 +418,7 @@ breaks(
     left_out(),
     cluster(**PACED),
 )
-breaks("tokens that a request has taken", PREFETCH, _generous, SPENT, 1)
+breaks("tokens that a request has taken", RESERVE, _generous, SPENT, 1)
 breaks(
     "that an owner was killed",
     "wings.cluster.answers.tunnels:Tunnel.connection_lost",

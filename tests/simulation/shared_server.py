@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Coroutine, Sequence
 
+    from aioserver.wings.cluster.connection import Script as LuaScript
     from aioserver.wings.cluster.limits.leases import Leases
     from tests.simulation.loop import SimulatedLoop
     from tests.simulation.plan import Shared
@@ -95,17 +96,17 @@ class SharedServer:
 
     # What it is asked.
 
-    def renew(self, request: bytes) -> bytes:
-        """Answer a call, and wake others.
+    def call(self, script: LuaScript, request: bytes) -> bytes:
+        """Answer a call of *script*, and wake others.
 
         Raises:
-            CallFailed: a later call was answered.
+            CallFailed: the answer is an error.
         """
         try:
-            answer, wakes = self.script.renew(request, round(time.time() * SECOND))
+            answer = self.script.call(script.name, request, round(time.time() * SECOND))
         except Stale as error:
             raise CallFailed(str(error)) from error
-        for name, words in wakes.items():
+        for name, words in self.script.wakes.items():
             self._wake(name, words)
         return answer
 
@@ -385,8 +386,8 @@ class SimulatedConnection:
         """
         await self.ready()
 
-    async def renew(self, _prefix: str, request: bytes, run: str) -> bytes:
-        """Return the answer to *request*, which is meant for the process *run*.
+    async def call(self, script: LuaScript, _prefix: str, request: bytes, run: str) -> bytes:
+        """Return the answer of *script* to *request*, which is meant for the process *run*.
 
         Raises:
             CallFailed: there is none within the bound, or it is an error.
@@ -396,7 +397,7 @@ class SimulatedConnection:
             raise CallFailed("it is another server now")
         try:
             async with asyncio.timeout(self._bound):
-                return await self._line.ask(partial(self._server.renew, request))
+                return await self._line.ask(partial(self._server.call, script, request))
         except TimeoutError:
             self._open = False
             raise CallFailed("no answer") from None

@@ -31,7 +31,7 @@ from aioserver.wings.cluster.limits.keys import LeasedPlaces
 from aioserver.wings.cluster.limits.lease_messages import SECOND, TIMES
 from aioserver.wings.cluster.limits.leased import LeasedCapacity
 from aioserver.wings.cluster.limits.rates import SharedRate
-from aioserver.wings.cluster.limits.shared_budget import SharedReservation
+from aioserver.wings.cluster.limits.shared_budget import SharedBudget, SharedReservation
 from tests.simulation.clock import Clock
 from tests.simulation.noting import noted, together
 from tests.simulation.slowness import HELD_UP_ELSEWHERE, Slowness
@@ -337,11 +337,9 @@ class Together:
         if level > most * (1 + forgotten) + ROUNDED:
             self._broken(f"{level:.2f} starts of {key} at once, at most {most:.2f}")
 
-    def spends(self, reservation: SharedReservation) -> None:
-        """Note that *reservation* has its tokens."""
-        hand = reservation._hand
-        assert hand is not None
-        name, (minute, day) = hand.name, hand.limits
+    def spends(self, budget: SharedBudget, reservation: SharedReservation) -> None:
+        """Note that *reservation* has its tokens of *budget*."""
+        name, (minute, day) = budget.name, budget.limits
         spending = self._spending.setdefault(name, Spending(minute, day))
         spending.start(reservation, part=reservation.part is not None)
         self.counts["starts of a budget"] += 1
@@ -356,10 +354,10 @@ class Together:
         if day and spending.today > most:
             self._broken(f"{spending.today} tokens of {name} are used of {most:.0f} a day")
 
-    def spent(self, reservation: SharedReservation, tokens: int) -> None:
-        """Note that the request of *reservation* has cost so many *tokens*."""
-        if reservation.taken is not None and reservation._hand is not None:
-            self._spending[reservation._hand.name].end(reservation, tokens)
+    def spent(self, budget: SharedBudget, reservation: SharedReservation, tokens: int) -> None:
+        """Note that the request of *reservation* has cost so many *tokens* of *budget*."""
+        if (spending := self._spending.get(budget.name)) is not None:
+            spending.end(reservation, tokens)
 
     @property
     def forgotten(self) -> int:
@@ -412,8 +410,10 @@ class Together:
         """Let starts be noted, in the block."""
         return together(
             noted(SharedRate, "take", after=lambda _, rate, seconds: self.started(rate, seconds)),
-            noted(SharedReservation, "have", after=lambda _, each, *_what: self.spends(each)),
-            noted(SharedReservation, "settle", before=self.spent),
+            noted(
+                SharedBudget, "reserve", after=lambda each, budget, _: self.spends(budget, each)
+            ),
+            noted(SharedBudget, "settle", before=self.spent),
             # Those that have waited, and those that start at once.
             *(noted(Resource, name, after=self._look_at_start) for name in ("try_start", "start")),
         )

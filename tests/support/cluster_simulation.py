@@ -18,6 +18,7 @@ import heapq
 import itertools
 import random
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ from tests.support.renew_script import Script, Stale, decode_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aioserver.wings.cluster.limits.shared_budget import SharedBudget
 
 NAME = "p:provider"
 
@@ -52,7 +55,7 @@ class Instance:
         self.waiting: deque[float] = deque()
         self.starts = 0
         self.longest_wait = 0.0
-        self.alive, self.stopped = True, False
+        self.alive, self.stopped, self.connected = True, False, True
         # What came while the process was stopped.
         self.missed: list[Callable[[], None]] = []
         # Its places when its last lease was over, as far as they did not end since, and its share.
@@ -66,6 +69,8 @@ class Instance:
             clock=lambda: simulation.now,
             on_due=self.arm,
             on_state=self.changed,
+            ask=self.ask,
+            later=lambda seconds, action: simulation.later(seconds, action, self),
         )
         self.grant = self.leases.hold(NAME, simulation.limit, self)
         self.arm()
@@ -169,6 +174,27 @@ class Instance:
             self.call += 1
             self.leases.failed("refused")
 
+    # Questions of budgets.
+
+    def ask(self, budget: SharedBudget) -> None:
+        """Send the question of *budget*, in its turn."""
+        self.simulation.later(0.0, lambda: self.question(budget), self)
+
+    def question(self, budget: SharedBudget) -> None:
+        simulation, answers = self.simulation, list[bytes | None]()
+
+        def answered(answer: bytes | None) -> None:
+            answers.append(answer)
+            if len(answers) == 1:
+                # A connection without an answer is closed.
+                self.connected = answer is not None
+                budget.answered(answer)
+
+        simulation.later(self.leases.times.bound, lambda: answered(None), self)
+        if self.connected or (simulation.reaches(self) and not simulation.paused):
+            simulation.questions += 1
+            simulation.carry(self, budget.question(simulation.run), answered)
+
     # Faults.
 
     def kill(self) -> None:
@@ -214,7 +240,7 @@ class Simulation:
         self.inbox: list[Callable[[], None]] = []
         # Instances whose messages do not get through.
         self.cut_off: set[int] = set()
-        self.calls = self.messages = 0
+        self.calls = self.messages = self.questions = 0
         self.in_flight = self.peak = 0
         # When the server was last put back.
         self.rolled_back = -1e9
@@ -304,6 +330,28 @@ class Simulation:
                 self.later(delay, functools.partial(other.leases.woken, words), other)
         if self.chance.random() >= self.loss and instance.number not in self.cut_off:
             self.later(delay, lambda: instance.answered(call, answer), instance)
+
+    def carry(
+        self, instance: Instance, question: bytes, answered: Callable[[bytes | None], None]
+    ) -> None:
+        """Carry the *question* of a budget."""
+        chance, run = self.chance, self.run
+        if chance.random() < self.loss or instance.number in self.cut_off:
+            return
+
+        def arrive() -> None:
+            answer: bytes | None = None
+            if self.up and self.paused and run == self.run:
+                self.inbox.append(arrive)
+                return
+            if self.up and run == self.run:
+                with suppress(Stale):
+                    answer = self.script.call("budget.lua", question, round(self.now * SECOND))
+            if chance.random() >= self.loss and instance.number not in self.cut_off:
+                delay = self.delay * chance.uniform(0.5, 1.5)
+                self.later(delay, lambda: answered(answer), instance)
+
+        self.later(self.delay * chance.uniform(0.5, 1.5), arrive)
 
     def kill_server(self) -> None:
         self.up = False

@@ -5,6 +5,7 @@ socket.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from aioserver.wings.cluster.limits.lease_messages import SECOND
@@ -13,6 +14,8 @@ from tests.support.renew_script import Script, Stale
 
 if TYPE_CHECKING:
     from typing import Any
+
+    from aioserver.wings.cluster.limits.shared_budget import SharedBudget
 
 # Seconds that a message takes.
 DELAY = 0.001
@@ -33,7 +36,14 @@ class ReferenceServer:
 
     def join(self, name: str, **options: Any) -> Leases:
         """Return the shares of a new instance."""
-        leases = Leases(name, clock=self._loop.time, on_due=lambda: self._arm(leases), **options)
+        leases = Leases(
+            name,
+            clock=self._loop.time,
+            on_due=lambda: self._arm(leases),
+            ask=self._ask,
+            later=self._loop.call_later,
+            **options,
+        )
         self._leases[name] = leases
         self._arm(leases)
         return leases
@@ -50,6 +60,21 @@ class ReferenceServer:
         wait = max(0.0, leases.due - self._loop.time())
         if wait < 1e6 and not leases.left:
             self._timers[leases.instance] = self._loop.call_later(wait, self._call, leases)
+
+    def _ask(self, budget: SharedBudget) -> None:
+        self._loop.call_soon(self._question, budget)
+
+    def _question(self, budget: SharedBudget) -> None:
+        self.calls += 1
+        self._loop.call_later(DELAY, self._answer, budget, budget.question("run"))
+
+    def _answer(self, budget: SharedBudget, question: bytes) -> None:
+        answer: bytes | None = None
+        if self.up:
+            with suppress(Stale):
+                now = round(self._loop.time() * SECOND)
+                answer = self.script.call("budget.lua", question, now)
+        self._loop.call_later(DELAY, budget.answered, answer)
 
     def _call(self, leases: Leases) -> None:
         if leases.busy or leases.left:

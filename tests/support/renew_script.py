@@ -1,7 +1,7 @@
-"""The script that the server of a cluster runs (wings/cluster/limits/renew.lua), run here by a Lua
-of Python's: over keys in memory, with time as an argument.
+"""The scripts that the server of a cluster runs (wings/cluster/limits/*.lua), run here by a Lua of
+Python's: over keys in memory, with time as an argument.
 
-It is the server of tests in which time is virtual. So what has to hold is looked at in the script
+The script of renewals is the server of tests in which time is virtual. So what has to hold is looked at in the script
 itself. It holds however calls are lost, late or repeated, servers emptied and processes stopped:
 the places that instances may use are never more than the limit. So a place has one holder at each
 moment, in the eyes of the server, and who may hold places that the server does not know of is
@@ -32,14 +32,6 @@ The starts of a pace are one number, the time of its next slot. A server that is
 may have forgotten some of them: while it is blind, no pace has rested, and whoever comes says when
 the next slot begins, as far as it knows.
 
-The tokens of a key are a bucket that drains evenly, and a count of the day. What is in the bucket
-and in all hands is at most the budget, but for what was promised to requests that wait. What an
-instance has in hand that is no member any more goes into the bucket. Such a server takes the
-bucket for full if an instance has used it before, and gives no tokens while it is blind. What all
-have had of the day is the most that anybody knows of, and what each has had since its last answer.
-An instance says all that it has of the day and in hand, not what has changed: so a call that was
-not answered counts once.
-
 Between instances start-time fair queueing (as in limits/fair_queue.py) decides whose turn it is,
 weighted by the callers that wait there. One that does not come for what it was given gets no more,
 or a stopped process would collect all places.
@@ -57,13 +49,12 @@ from lupa import lua51
 
 from aioserver.wings.cluster.limits.lease_messages import Request
 
-SCRIPT = (files("aioserver") / "wings/cluster/limits/renew.lua").read_bytes()
 PREFIX = "aio:{test}:"
 decode_request = msgspec.msgpack.Decoder(Request).decode
 
 
 class Stale(Exception):
-    """The call was given up: a later one has been answered."""
+    """The call was given up, since a later one has been answered, or the server has just begun."""
 
 
 @functools.cache
@@ -73,9 +64,10 @@ def _lua() -> Any:
 
 
 @functools.cache
-def _script() -> Any:
-    """The script, as a function of what Redis gives it."""
-    body = SCRIPT.partition(b"\n")[2]
+def _script(name: str) -> Any:
+    """The script *name*, as a function of what Redis gives it."""
+    script = (files("aioserver") / "wings/cluster/limits" / name).read_bytes()
+    body = script.partition(b"\n")[2]
     return _lua().eval(b"function(KEYS, ARGV, redis, cmsgpack) " + body + b"\nend")
 
 
@@ -85,7 +77,7 @@ class Script:
     def __init__(self) -> None:
         self.keys: dict[bytes, Any] = {}
         self._now = 0.0
-        self._wakes: dict[str, list[str]] = {}
+        self.wakes: dict[str, list[str]] = {}
         self._world: Any = None
         self._redis = _to_lua({"call": self._call})
         self._redis[b"error_reply"] = lambda text: _to_lua({"err": text})
@@ -98,11 +90,19 @@ class Script:
         Raises:
             Stale: a later call of the same instance has been answered.
         """
-        self._now, self._wakes, self._world = now, {}, None
-        answer = _script()(self._key, _to_lua([request]), self._redis, self._msgpack)
+        return self.call("renew.lua", request, now), self.wakes
+
+    def call(self, name: str, request: bytes, now: float) -> bytes:
+        """Return the answer of the script *name*; *now* is in microseconds.
+
+        Raises:
+            Stale: it is an error.
+        """
+        self._now, self.wakes, self._world = now, {}, None
+        answer = _script(name)(self._key, _to_lua([request]), self._redis, self._msgpack)
         if not isinstance(answer, bytes):
             raise Stale(answer[b"err"].decode())
-        return answer, self._wakes
+        return answer
 
     @property
     def world(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class Script:
                 keys.setdefault(key, {})[arguments[1]] = arguments[0]
             case b"PUBLISH":
                 instance = key.decode().removeprefix(f"{PREFIX}wake:")
-                self._wakes[instance] = msgspec.msgpack.decode(arguments[0])
+                self.wakes[instance] = msgspec.msgpack.decode(arguments[0])
             case b"EXPIRE":
                 # A day, which nobody waits for.
                 pass

@@ -317,34 +317,42 @@ class Connection:
         return (AccessDenied if denied else CallFailed)(f"{self.address}: {text}")
 
 
+class Script:
+    """The script *name* of limits/, in Lua."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.text = (files("aioserver") / "wings/cluster/limits" / name).read_text()
+        # The protocol's name for a script.
+        self.digest = hashlib.sha1(self.text.encode()).hexdigest()  # noqa: S324
+
+
+RENEW, BUDGET = Script("renew.lua"), Script("budget.lua")
+
+
 class ScriptConnection(Connection):
-    """A connection that calls the script of renewals (limits/renew.lua), and loads it if the server
-    does not have it.
-    """
+    """A connection that calls scripts, and loads a script if the server does not have it."""
 
-    _script = (files("aioserver") / "wings/cluster/limits/renew.lua").read_text()
-    _digest = hashlib.sha1(_script.encode()).hexdigest()  # noqa: S324 - the protocol's name for a script
-
-    async def renew(self, prefix: str, request: bytes, run: str) -> bytes:
-        """Return the answer to *request* (limits/lease_messages.py), which is meant for the
-        server's process *run*.
+    async def call(self, script: Script, prefix: str, request: bytes, run: str) -> bytes:
+        """Return the answer of *script* to *request*, which is meant for the server's process
+        *run*.
 
         Raises:
             CallFailed: as `execute`.
         """
         try:
-            return await self._renew(prefix, request, run)
+            return await self._evaluate(script, prefix, request, run)
         except CallFailed as failure:
             if not isinstance(failure.__cause__, NoScriptError):
                 raise
-        await self.execute("SCRIPT", "LOAD", self._script)
-        return await self._renew(prefix, request, run)
+        await self.execute("SCRIPT", "LOAD", script.text)
+        return await self._evaluate(script, prefix, request, run)
 
-    async def _renew(self, prefix: str, request: bytes, run: str) -> bytes:
+    async def _evaluate(self, script: Script, prefix: str, request: bytes, run: str) -> bytes:
         await self.ready()
         if self.run != run:
             raise CallFailed(f"{self.address}: it is another server now")
-        answer: bytes = await self.execute("EVALSHA", self._digest, 1, prefix, request)
+        answer: bytes = await self.execute("EVALSHA", script.digest, 1, prefix, request)
         return answer
 
 

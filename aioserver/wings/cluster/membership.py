@@ -378,6 +378,8 @@ class Membership:
             on_members=self._members_changed,
             on_freed=lambda: self._freed.set(),
             on_announced=lambda *news: self.limits.announced(*news),
+            ask=lambda budget: self.renewer.ask(budget),
+            later=asyncio.get_running_loop().call_later,
         )
 
     async def _clear_conversations(self) -> None:

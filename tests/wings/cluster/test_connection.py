@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.wings.cluster.connection import (
+    RENEW,
     AccessDenied,
     CallFailed,
     Connection,
@@ -55,7 +56,7 @@ async def test_script_that_the_server_does_not_have_is_loaded(redis: RedisServer
     await connection.open()
 
     for seq in (1, 2):
-        answer = decode_answer(await connection.renew(PREFIX, request(seq), connection.run))
+        answer = decode_answer(await connection.call(RENEW, PREFIX, request(seq), connection.run))
         assert answer.members == ["one"]
         redis.call("SCRIPT", "FLUSH")
 
@@ -177,7 +178,7 @@ async def test_missing_permission_is_denied_access(redis: RedisServer) -> None:
     await connection.open()
 
     with pytest.raises(AccessDenied):
-        await connection.renew(PREFIX, request(), connection.run)
+        await connection.call(RENEW, PREFIX, request(), connection.run)
 
     await connection.close()
 
@@ -190,7 +191,7 @@ async def test_command_that_the_script_may_not_use_is_denied_access(redis: Redis
     await connection.open()
 
     with pytest.raises(AccessDenied):
-        await connection.renew(PREFIX, request(), connection.run)
+        await connection.call(RENEW, PREFIX, request(), connection.run)
 
     await connection.close()
 
@@ -202,7 +203,7 @@ async def test_full_server_fails_the_call_and_changes_nothing(redis: RedisServer
     await connection.open()
 
     with pytest.raises(CallFailed, match="OOM"):
-        await connection.renew(PREFIX, request(), connection.run)
+        await connection.call(RENEW, PREFIX, request(), connection.run)
 
     assert redis.call("DBSIZE") == 0
     assert connection.connected
@@ -215,7 +216,7 @@ async def test_server_that_has_become_a_replica_is_left(redis: RedisServer) -> N
     redis.call("REPLICAOF", "127.0.0.1", "1")
 
     with pytest.raises(CallFailed, match="READONLY"):
-        await connection.renew(PREFIX, request(), connection.run)
+        await connection.call(RENEW, PREFIX, request(), connection.run)
 
     assert not connection.connected
     await connection.close()
@@ -224,10 +225,10 @@ async def test_server_that_has_become_a_replica_is_left(redis: RedisServer) -> N
 async def test_call_that_is_given_up_and_arrives_late_is_refused(redis: RedisServer) -> None:
     connection = ScriptConnection(redis.url)
     await connection.open()
-    await connection.renew(PREFIX, request(2), connection.run)
+    await connection.call(RENEW, PREFIX, request(2), connection.run)
 
     with pytest.raises(CallFailed, match="STALE"):
-        await connection.renew(PREFIX, request(1), connection.run)
+        await connection.call(RENEW, PREFIX, request(1), connection.run)
 
     assert connection.connected
     await connection.close()

@@ -17,7 +17,6 @@ did not run for a while, has a *grace period* of some seconds. It grants nothing
 instances have reported their places (Gray and Cheriton, "Leases", 1989).
 
 The *renewer* carries renewals over a *connection* to the server, and receives *subscriptions*. A
-*leased* capacity is that of a resource whose places are granted. Of a key's tokens, the *shared
-budget* is the prefetched part of an instance, and the *shared tally* is its knowledge of the
-server's count; *shared tokens* are a provider's.
+*leased* capacity is that of a resource whose places are granted. A *shared budget* is that of a
+key's tokens: an instance asks a second script for them. *Shared tokens* are a provider's.
 """

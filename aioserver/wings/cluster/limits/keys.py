@@ -1,8 +1,7 @@
 """The limits of one key (limits/quota.py), shared with other instances.
 
 Its answers are a resource whose places are leased (grants.py), and its starts and tokens are rates
-that instances share. An answer that finds a place, a slot and tokens prefetched here begins at
-once. Otherwise it waits. If the key has no queue, it waits at most PATIENCE seconds: until then
+that instances share. An answer that finds a place, a slot and tokens granted here begins at once. Otherwise it waits. If the key has no queue, it waits at most PATIENCE seconds: until then
 the server has said whether another instance gives a place, when the next slot begins, or whether
 there are tokens.
 
@@ -12,14 +11,13 @@ The connections of a key are such a resource, too, if the workers of one host sh
 from __future__ import annotations
 
 import time
-from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.limits.quota import Quota, minute
 from aioserver.limits.resource import Supply
 from aioserver.wings.cluster.limits.grants import State
-from aioserver.wings.cluster.limits.rates import LOOK_AGAIN, SharedRate
-from aioserver.wings.cluster.limits.shared_budget import PATIENT, SharedBudget
+from aioserver.wings.cluster.limits.rates import SharedRate
+from aioserver.wings.cluster.limits.shared_budget import WAIT, SharedBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +34,8 @@ PATIENCE = 0.25
 # The share of the burst that all instances together prefetch. For a key of 300 a minute these are
 # 3 slots, so that its clients find nearly all of the burst at any instance.
 SHARE_KEPT = 0.01
+# Seconds by which the start of a request may be late that asks for tokens.
+LATE = 0.1
 # The number of places of unbounded connections.
 UNBOUNDED = 1 << 30
 
@@ -164,8 +164,7 @@ class SharedKey:
             tokens_per_minute,
             tokens_per_day,
             clock,
-            waiting=self._first_tokens,
-            patience=self._first_patience,
+            head=self._first,
             on_tokens=self._serve,
         )
         self._rate = SharedRate(
@@ -221,7 +220,7 @@ class SharedKey:
 
     def end(self) -> None:
         """Stop sharing the limits: the key was revoked."""
-        self._budget.drop()
+        self._leases.drop_budget(self._budget)
         self._leases.drop_pace(self._rate)
         for places in (self.answers, self.connections):
             if places is not None:
@@ -240,21 +239,14 @@ class SharedKey:
         head = self._quota.resource.queue.queues[0].head()
         return None if head is None else head[0]
 
-    def _first_tokens(self) -> int:
-        """Return the estimate of the request that is to start next, if only tokens are missing."""
+    def _first(self) -> tuple[int, float]:
+        """Return the estimate of the request that is to start next, if only tokens are missing, and
+        the seconds for which it waits for them.
+        """
         head = self._head()
-        return 0 if head is None or self.quota.running >= self.quota.limit else head.cost
-
-    def _first_patience(self) -> float:
-        """Return the seconds for which that request waits for them."""
-        head = self._head()
-        return (
-            PATIENT if head is None or self.quota.queue_size else max(0.0, head.until - self._now)
-        )
-
-    @property
-    def _now(self) -> float:
-        return self._clock()
+        if head is None or self.quota.running >= self.quota.limit or self._rate.delay() > LATE:
+            return 0, 0.0
+        return head.cost, max(0.0, head.until - self._clock())
 
     def _waiting(self) -> int:
         """Return how many requests could start soon if there were places for them. A request that
@@ -264,7 +256,6 @@ class SharedKey:
         if not count or not self._budget.limited:
             return count
         head = self._head()
-        delay = 0.0 if head is None else self._budget.hand.delay(head.cost)
-        if delay == 0.0:
+        if head is None or (short := self._budget.shortage(head.cost)) is None:
             return count
-        return 1 if delay == inf or delay < LOOK_AGAIN else 0
+        return 1 if short.delay <= WAIT else 0

@@ -90,40 +90,6 @@ class PaceOp(NamedTuple):
     known: float = UNKNOWN_PACE
 
 
-class BudgetOp(NamedTuple):
-    """Asks for tokens of the budgets of one key, *per_minute* and *per_day*; 0: there is no such
-    budget.
-
-    This instance holds *have* prefetched tokens. Each of *needs* is the tokens of one request, which
-    are granted as a whole or not at all, in their order. The first need for which there is no room
-    waits in the queue of the server, if that takes no longer than *patience* microseconds, and as
-    long as each call repeats it. Up to *more* tokens are granted in advance, if there are as many.
-    *spent* tokens of the minute were used since the last answer, prefetched tokens included. *back*
-    are tokens that are given back to the minute: their numbers, and their positions (see `Tokens`).
-
-    *mine* are the tokens of the day with the number *day* that this instance has used, reserved or
-    prefetched. *was* is the same number at the last answer, and *known* the least number of all
-    instances together at that time. A server that has lost its state does not know it; with *anew*,
-    no server does. *met* says that a server has granted tokens to this instance before.
-    """
-
-    name: str
-    per_minute: int
-    per_day: int
-    have: int
-    needs: list[int]
-    patience: float
-    more: int
-    back: list[tuple[int, float]]
-    spent: int
-    day: int
-    mine: int
-    was: int
-    known: int
-    anew: bool
-    met: bool
-
-
 class Tell(NamedTuple):
     """Announces to all instances that *word* holds of the provider *name* for *length* microseconds;
     0: it holds no longer.
@@ -156,7 +122,6 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
     ops: list[Op] = []
     paces: list[PaceOp] = []
     tells: list[Tell] = []
-    budgets: list[BudgetOp] = []
 
 
 class Result(NamedTuple):
@@ -176,32 +141,6 @@ class Slots(NamedTuple):
 
     delays: list[float]
     next: float
-
-
-class Tokens(NamedTuple):
-    """Tokens of a budget. The first *granted* needs were granted, and *more* tokens in advance.
-    Nothing is granted for *closed* microseconds. The next need must be repeated in *wait*
-    microseconds, when its turn comes; 0: it does not wait.
-
-    The bucket of the minute: *charged* tokens have come into it, and *drained* have left it. Tokens
-    that were given back are counted as *returned* and no longer as charged. The position of a token
-    is its number among all charged and returned tokens; tokens for requests have the last
-    positions. Other instances hold *held* tokens, or wait for them, which will come into the
-    bucket. The day: its number, the tokens that all instances have *counted* on it, and the
-    microseconds that are *left* of it.
-    """
-
-    granted: int
-    wait: float
-    more: int
-    closed: float
-    charged: float
-    drained: float
-    returned: float
-    held: int
-    day: int
-    counted: int
-    left: float
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True):
@@ -227,7 +166,6 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
     told: list[Tell]
     results: list[Result]
     slots: list[Slots]
-    tokens: list[Tokens] = []
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.limits.grants import User
     from aioserver.wings.cluster.limits.lease_messages import Op
     from aioserver.wings.cluster.limits.rates import SharedRate
-    from aioserver.wings.cluster.limits.shared_budget import PrefetchedTokens
+    from aioserver.wings.cluster.limits.shared_budget import SharedBudget
 
 # The quickest of this many calls is the estimate of the round trip: some calls are late.
 ROUND_TRIPS = 8
@@ -76,7 +76,8 @@ class Leases:
     state and the reason when the state has changed, *on_members* when the number of known
     instances has changed. *on_announced* is called with the provider, the word and the seconds
     left of each announcement (provider_states.py), and *on_freed* when all instances that have
-    `ended` are no members any more.
+    `ended` are no members any more. `ask` sends the question of a budget, and lets it be
+    `answered`; `later` calls a function after so many seconds.
     """
 
     def __init__(
@@ -91,17 +92,20 @@ class Leases:
         on_members: Callable[[], None] = lambda: None,
         on_announced: Callable[[str, str, float], None] = lambda _name, _word, _seconds: None,
         on_freed: Callable[[], None] = lambda: None,
+        ask: Callable[[SharedBudget], None] = lambda _budget: None,
+        later: Callable[[float, Callable[[], None]], object] = lambda _seconds, _action: None,
     ) -> None:
         self.instance = instance
         self.times = times
         self._on_freed = on_freed
+        self.ask, self.later = ask, later
         self._on_due, self._on_state, self._on_members = on_due, on_state, on_members
         self._clock = clock
         self._fixed = FixedShare(fixed)
         self.standing = Standing(self._fixed.of, self._call_soon_for, self._asked, clock)
         self._grants: dict[str, Grant] = {}
         self._paces: dict[str, SharedRate] = {}
-        self._tokens: dict[str, PrefetchedTokens] = {}
+        self.budgets: dict[str, SharedBudget] = {}
         # Grants with a change to be sent at once, and grants that may have none by the time of the
         # call.
         self._dirty: set[Grant] = set()
@@ -129,7 +133,6 @@ class Leases:
         self._sent = 0.0
         self._ops: list[tuple[Grant, Op]] = []
         self._pace_ops: list[SharedRate] = []
-        self._token_ops: list[PrefetchedTokens] = []
         self._ended: set[str] = set()
         self._ended_said: list[str] = []
         self.announcements = Announcements(self.call_soon, on_announced)
@@ -189,15 +192,21 @@ class Leases:
         if self._paces.get(user.name) is user:
             del self._paces[user.name]
 
-    def share_tokens(self, user: PrefetchedTokens) -> None:
-        """Share the tokens of *user*."""
-        self._tokens[user.name] = user
-        self._tell_standing(user)
+    def share_budget(self, budget: SharedBudget) -> None:
+        """Let *budget* know when the server has changed, as it has for a budget that is new."""
+        self.budgets[budget.name] = budget
+        if self.epoch:
+            budget.server_changed()
 
-    def drop_tokens(self, user: PrefetchedTokens) -> None:
-        """Stop sharing the tokens of *user*."""
-        if self._tokens.get(user.name) is user:
-            del self._tokens[user.name]
+    def drop_budget(self, budget: SharedBudget) -> None:
+        """Let *budget* know nothing more."""
+        if self.budgets.get(budget.name) is budget:
+            del self.budgets[budget.name]
+
+    @property
+    def sharing(self) -> int:
+        """The number of instances that have fixed shares; 0 if it is not known."""
+        return self._fixed.instances
 
     def ended(self, instance: str) -> None:
         """Note that another instance has certainly ended, so that its lease need not
@@ -312,13 +321,6 @@ class Leases:
             if (slots := user.op(restate=self._restates)) is not None
         ]
         self._pace_ops = [user for user, _slots in asked]
-        budgets = [
-            (user, op)
-            for user in self._tokens.values()
-            if (op := user.op(whole=self._whole, restate=self._restates, leaving=standing.leaving))
-            is not None
-        ]
-        self._token_ops = [user for user, _op in budgets]
         self._ended_said = sorted(self._ended)
         tells = self.announcements.take()
         standing.busy = True
@@ -340,7 +342,6 @@ class Leases:
                 ops=[op for _grant, op in self._ops],
                 paces=[slots for _user, slots in asked],
                 tells=tells,
-                budgets=[op for _user, op in budgets],
             )
         )
 
@@ -359,7 +360,9 @@ class Leases:
             self.failed(f"not an answer to a renewal: {error}")
             return
         self._round_trips.append(now - self._sent)
-        self._met = (answer.epoch, self._run)
+        met, self._met = self._met, (answer.epoch, self._run)
+        for budget in tuple(self.budgets.values()) if met != self._met else ():
+            budget.server_changed()
         if self._restates:
             self._restated_to = self._met
         if answer.anew and not self._whole:
@@ -388,9 +391,6 @@ class Leases:
         for user, slots in zip(self._pace_ops, answer.slots, strict=True):
             user.answered(slots, self._sent)
         self._pace_ops = []
-        for holder, given in zip(self._token_ops, answer.tokens, strict=True):
-            holder.answered(given, self._sent, self._met)
-        self._token_ops = []
         self._ended.difference_update(self._ended_said)
         if self._ended_said and not self._ended:
             self._on_freed()
@@ -418,10 +418,8 @@ class Leases:
             grant.failed()
         for user in self._pace_ops:
             user.answered(None, self._sent)
-        for holder in self._token_ops:
-            holder.answered(None, self._sent, self._met)
         self._dirty.update(grant for grant, _op in self._ops if grant.dropped)
-        self._ops, self._pace_ops, self._token_ops = [], [], []
+        self._ops, self._pace_ops = [], []
         self.check()
         now = self._clock()
         if standing.state is State.JOINED:
@@ -433,7 +431,7 @@ class Leases:
     def _more_to_say(self) -> bool:
         if self._dirty or self._asking or self.announcements.pending or self._ended:
             return True
-        if self._met != self._restated_to and (self._paces or self._tokens):
+        if self._met != self._restated_to and self._paces:
             return True
         if self.standing.leaving and not any(each.user.inside for each in self._grants.values()):
             return True
@@ -448,7 +446,6 @@ class Leases:
 
     def _set_due(self, due: float) -> None:
         asked = [pace.ask_at for pace in self._paces.values()]
-        asked += [tokens.ask_at for tokens in self._tokens.values()]
         self.due = min(due, *asked) if asked else due
         self._on_due()
 
@@ -466,13 +463,6 @@ class Leases:
             self._on_state(old, state, why)
         for pace in self._paces.values():
             pace.stand(state, self._fixed.instances)
-        for tokens in self._tokens.values():
-            self._tell_standing(tokens)
-
-    def _tell_standing(self, tokens: PrefetchedTokens) -> None:
-        standing = self.standing
-        heard = standing.state is State.JOINED and not standing.grace
-        tokens.stand(self._fixed.instances, heard=heard)
 
     def _lapse(self) -> None:
         standing = self.standing

@@ -8,7 +8,7 @@
 --   PREFIX world       the members and the time          PREFIX names       the names of all limits
 --   PREFIX limit:NAME  who holds and wants how much      PREFIX pace:NAME   when its next slot begins
 --   PREFIX told        what is known of providers        PREFIX wake:INSTANCE  a channel that wakes an instance
---   PREFIX m           the names of all members          PREFIX budget:NAME  the tokens of a minute and of a day
+--   PREFIX m           the names of all members
 --
 -- Lua iterates over a table in no order, and compares strings by the server's locale: so whoever comes first
 -- is decided by numbers. Numbers are passed to commands as they are: `..` would keep 14 digits of them.
@@ -16,8 +16,6 @@ local PREFIX, DAY = KEYS[1], 86400
 local ENDS, SEQ, NUMBER, HEARD, SILENT = 1, 2, 3, 4, 5
 local HELD, KNOWS = 1, 2
 local TAG, ORDER, NEED, WEIGHT = 1, 2, 3, 4
--- For so long an instance may be late at the moment at which its turn for tokens comes.
-local LATE = 500000
 
 local function read(key)
   local text = redis.call('GET', PREFIX .. key)
@@ -34,8 +32,7 @@ local function size(items)
   return count
 end
 
-local me, epoch, run, seq, heard, version, times, known, ended, bye, ops, paces, tells, budgets =
-  unpack(cmsgpack.unpack(ARGV[1]))
+local me, epoch, run, seq, heard, version, times, known, ended, bye, ops, paces, tells = unpack(cmsgpack.unpack(ARGV[1]))
 local LEASE, PAUSE, BLIND, UNHEARD, GONE = unpack(times)
 
 -- The time goes on evenly, also when the machine's is put back.
@@ -45,7 +42,7 @@ local world = read('world')
 if not world then
   world = {
     epoch = me .. '@' .. string.format('%.0f', wall), run = run, last = wall, offset = 0, blind = wall + BLIND,
-    number = 0, version = 0, members = {}, gone = {}, awaited = {}, lost = wall + BLIND,
+    number = 0, version = 0, members = {}, gone = {}, awaited = {}, lost = wall + BLIND, life = wall,
     silent = {}, before = wall + BLIND,
   }
 end
@@ -84,7 +81,7 @@ if moved or (now - world.last > PAUSE and next(members)) then
 end
 if moved then
   world.run = run
-  world.lost = math.max(world.lost or 0, now + BLIND)
+  world.lost, world.life = math.max(world.lost or 0, now + BLIND), now
 end
 world.last = now
 
@@ -287,94 +284,6 @@ for _, pace in ipairs(paces) do
   table.insert(slots, { delays, due - now })
 end
 
--- Budgets of tokens: a bucket that drains evenly in a minute, the queue of those that wait for room in it, and the
--- count of a day. Nothing is given before all have said what they used in the meantime; what was used before and may
--- be forgotten is a full bucket.
-local tokens, lost = {}, now < (world.lost or 0)
-local closed = math.max(0, (world.lost or 0) - now, blind_ends - now)
-for _, budget in ipairs(budgets or {}) do
-  local name, minute, day, have, needs, patience, more, back, spent, number, mine, was, said, afresh, met = unpack(budget)
-  local kept = read('budget:' .. name)
-    or { charged = 0, drained = 0, returned = 0, at = now, held = {}, day = 0, count = 0, told = 0, of = {} }
-  local rate, held = minute / 60000000, 0
-  kept.drained = math.min(kept.charged, kept.drained + (now - kept.at) * rate)
-  kept.at = now
-  for instance, count in pairs(kept.held) do
-    if instance ~= me and members[instance] then
-      held = held + count
-    else
-      -- What an instance has in hand that is no more counts as used.
-      if instance ~= me then spent = spent + count end
-      kept.held[instance] = nil
-    end
-  end
-  kept.charged = kept.charged + spent
-  if lost and met then kept.charged = math.max(kept.charged, kept.drained + minute) end
-  -- What is given back may never have come into this bucket.
-  for _, item in ipairs(lost and {} or back) do
-    -- What others have returned since may have stood in front of it.
-    local left = math.min(item[2] - kept.returned - kept.drained, item[1], kept.charged - kept.drained)
-    left = math.max(0, left)
-    kept.charged, kept.returned = kept.charged - left, kept.returned + left
-  end
-
-  local today = math.floor(now / (DAY * 1000000))
-  if today > kept.day then kept.day, kept.count, kept.told, kept.of = today, 0, 0, {} end
-  if number == kept.day then
-    -- What all have had is the most that anybody knows, and what each has had since.
-    if (lost or afresh) and said > kept.told then kept.count, kept.told = kept.count + said - kept.told, said end
-    local former = not (lost or afresh) and kept.of[me] or was
-    kept.count, kept.of[me] = math.max(0, kept.count + mine - former), mine
-  end
-
-  -- Each stands there once, until it comes too late, or wants nothing any more.
-  local queue, position, waiting, front = {}, nil, 0, nil
-  for _, item in ipairs(kept.queue or {}) do
-    local who, count, due = unpack(item)
-    if who == me then
-      position, front = #queue + 1, waiting
-    elseif members[who] and now <= due + LATE then
-      waiting = waiting + count
-      table.insert(queue, item)
-    end
-  end
-  front = front or waiting
-
-  local granted, wait = 0, 0
-  for _, need in ipairs(needs) do
-    -- What is more than a whole budget counts as that budget.
-    local most, least, ahead = math.min(need, minute), math.min(need, day), 0
-    -- The level first: the sum is exact then where the bucket is empty.
-    if minute > 0 then ahead = (kept.charged - kept.drained + most + held + have + front - minute) / rate end
-    if closed > 0 or ahead > patience or (day > 0 and kept.count + least > day) then break end
-    if ahead > 0 then
-      wait = ahead
-      table.insert(queue, position or #queue + 1, { me, most, now + ahead })
-      break
-    end
-    kept.charged, kept.count = kept.charged + most, kept.count + least
-    granted = granted + 1
-    if day > 0 then kept.of[me] = (kept.of[me] or 0) + least end
-  end
-  if closed > 0 or granted < #needs then more = 0 end
-  if minute > 0 then
-    more = math.min(more, math.floor(minute - kept.charged + kept.drained - held - waiting - have))
-  end
-  if day > 0 then more = math.min(more, day - kept.count) end
-  more = math.max(0, more)
-  if have + more > 0 then kept.held[me] = have + more end
-  if day > 0 then
-    kept.count, kept.of[me] = kept.count + more, (kept.of[me] or 0) + more
-  end
-  if not lost then kept.told = kept.count end
-  kept.queue = queue
-  write('budget:' .. name, kept)
-  table.insert(tokens, {
-    granted, wait, more, closed, kept.charged, kept.drained, kept.returned, held + waiting,
-    kept.day, kept.count, (kept.day + 1) * DAY * 1000000 - now,
-  })
-end
-
 -- What is known of providers, for as long as it was said to hold.
 local told = {}
 if #tells > 0 or version ~= world.version then
@@ -424,6 +333,8 @@ if not bye then
   end
 end
 
+-- For budget.lua.
+world.pause, world.life = PAUSE, world.life or now
 write('world', world)
 -- The members by themselves, for the scripts of claims (wings/cluster/answers/claims.py).
 if world.number ~= former_number or redis.call('EXISTS', PREFIX .. 'm') == 0 then
@@ -436,5 +347,5 @@ for instance, words in pairs(wakes) do
 end
 return cmsgpack.pack({
   world.epoch, anew, math.max(0, blind_ends - now), world.number, rank, count, known_to_all, names, world.version, told,
-  results, slots, tokens,
+  results, slots,
 })

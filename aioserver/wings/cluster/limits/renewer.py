@@ -1,4 +1,6 @@
-"""The renewer: carries the calls of `Leases` to the server, and receives wake-up messages."""
+"""The renewer: carries the calls of `Leases` and the questions of budgets to the server, and receives
+wake-up messages.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ import asyncio
 from typing import TYPE_CHECKING, Protocol
 
 from aioserver.wings.cluster.connection import (
+    BUDGET,
+    RENEW,
     AccessDenied,
     CallFailed,
     ScriptConnection,
@@ -16,8 +20,9 @@ from aioserver.wings.cluster.limits.subscription import Subscription
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.wings.cluster.connection import Reply
+    from aioserver.wings.cluster.connection import Reply, Script
     from aioserver.wings.cluster.limits.leases import Leases
+    from aioserver.wings.cluster.limits.shared_budget import SharedBudget
 
 
 class Listening(Protocol):
@@ -31,7 +36,7 @@ class Listening(Protocol):
 
 
 class Renewing(Listening, Protocol):
-    """A connection that carries renewals: see `ScriptConnection`."""
+    """A connection that calls scripts: see `ScriptConnection`."""
 
     address: str
     run: str
@@ -43,8 +48,8 @@ class Renewing(Listening, Protocol):
     async def ready(self) -> None:
         """Wait until calls are sent at once."""
 
-    async def renew(self, prefix: str, request: bytes, run: str) -> bytes:
-        """Return the answer to *request*."""
+    async def call(self, script: Script, prefix: str, request: bytes, run: str) -> bytes:
+        """Return the answer of *script* to *request*."""
 
     async def execute(self, *command: bytes | str | float) -> Reply:
         """Return the answer to *command*."""
@@ -103,6 +108,8 @@ class Renewer:
         self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        # The questions that are under way.
+        self._questions: set[asyncio.Task[None]] = set()
         self.leases = leases = make_leases(self._arm)
         self.prefix = f"aio:{{{name}}}:"
         bound = leases.times.bound
@@ -143,19 +150,41 @@ class Renewer:
         Wait at most *within* seconds for that.
         """
         self.leases.leave()
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=within)
+        for budget in self.leases.budgets.values():
+            budget.leave()
+        tasks = self._questions | ({self._task} if self._task is not None else set())
+        if tasks:
+            await asyncio.wait(tasks, timeout=within)
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
         self._closed = True
+        tasks = self._questions | ({self._task} if self._task is not None else set())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
         if self._timer is not None:
             self._timer.cancel()
         await self.connection.close()
         await self.subscription.close()
+
+    def ask(self, budget: SharedBudget) -> None:
+        """Send the question of *budget*, and let it be `answered`."""
+        if not self._closed:
+            question = asyncio.create_task(self._ask(budget))
+            self._questions.add(question)
+            question.add_done_callback(self._questions.discard)
+
+    async def _ask(self, budget: SharedBudget) -> None:
+        connection, answer = self.connection, None
+        try:
+            await connection.ready()
+            run = connection.run
+            answer = await connection.call(BUDGET, self.prefix, budget.question(run), run)
+        except CallFailed:
+            pass
+        budget.answered(answer)
 
     async def _run(self) -> None:
         while not self.leases.left:
@@ -173,7 +202,7 @@ class Renewer:
         run = connection.run
         request = leases.request(run)
         try:
-            answer = await connection.renew(self.prefix, request, run)
+            answer = await connection.call(RENEW, self.prefix, request, run)
         except CallFailed as failure:
             leases.failed(str(failure))
             return failure

@@ -99,7 +99,7 @@ async def test_each_key_has_a_time_to_live(tmp_path: Path) -> None:
         "names",
         "limit",
         "pace",
-        "budget",
+        "tokens",
         "m",
         "o",
         "c",

@@ -14,7 +14,6 @@ from aioserver.wings.cluster.limits.lease_messages import (
     TIMES,
     UNKNOWN_PACE,
     Answer,
-    BudgetOp,
     Op,
     PaceOp,
     Request,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 SCRIPT = (files("aioserver") / "wings/cluster/limits/renew.lua").read_text()
 LIMITS = {"p:one": 20, "p:two": 3, "k:key": 1}
-BUDGETS = (("both", 1000, 9000), ("minute", 600, 0), ("day", 0, 9000), ("both", 700, 0))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,7 @@ class Caller:
         self.heard = self.version = 0
         self.members: list[str] = []
 
-    def request(self, chance: random.Random, today: int) -> Request:
+    def request(self, chance: random.Random) -> Request:
         self.seq += 1
         ops = [
             Op(
@@ -83,27 +81,6 @@ class Caller:
             )
             for _ in range(chance.choice((0, 0, 1)))
         ]
-        budgets = [
-            BudgetOp(
-                name,
-                minute,
-                day,
-                chance.choice((0, 0, 30)),
-                chance.choice(([], [], [7], [200, 1, 90], [5000])),
-                chance.choice((0.0, 0.0, 20_000_000.5)),
-                chance.choice((0, 10, 2000)),
-                chance.choice(([], [], [(10, 400.0)], [(30, 1000.25), (5, 90.0)])),
-                chance.choice((0, 0, 20)),
-                today + chance.choice((0, 0, 0, -1)),
-                chance.randrange(3000),
-                chance.randrange(3000),
-                chance.choice((0, 0, 500, 4000)),
-                chance.random() < 0.5,
-                chance.random() < 0.5,
-            )
-            for name, minute, day in BUDGETS
-            if chance.random() < 0.3
-        ]
         tells = [
             Tell(chance.choice("ab"), chance.choice(("dead", "cooling")), length * SECOND)
             for length in chance.choice(((), (), (), (0,), (1, 5)))
@@ -122,7 +99,6 @@ class Caller:
             ops,
             paces,
             tells,
-            budgets,
         )
 
 
@@ -143,7 +119,7 @@ def run(server: RedisServer, seed: int, steps: int) -> None:
             server.call("FLUSHALL")
             script = Script()
         caller = chance.choice(callers)
-        request = encode(caller.request(chance, now // (86_400 * SECOND)))
+        request = encode(caller.request(chance))
         reply = server.call("EVALSHA", sha, "1", PREFIX, request, str(now))
         try:
             expected = decode_answer(script.renew(request, now)[0])
@@ -175,7 +151,7 @@ def test_server_that_has_just_begun_gives_nothing_before_all_have_said_what_they
     def ask(seq: int, epoch: str, now: int) -> Answer:
         op = Op("p:one", have=0, give=0, want=3, weight=1, limit=20, spare=0)
         request = Request(
-            "a", epoch, "run1", seq, 0, 0, TIMES.for_server(), [], [], False, [op], [], [], []
+            "a", epoch, "run1", seq, 0, 0, TIMES.for_server(), [], [], False, [op], [], []
         )
         return decode_answer(script.renew(encode(request), now)[0])
 
