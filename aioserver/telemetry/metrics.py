@@ -278,9 +278,9 @@ class Metrics:
         for name, group in groups.items():
             self.groups.setdefault(name, GroupMeter()).apply(group)
         for name in providers:
-            self.providers.setdefault(name, ProviderMeter())
-            for labels in _request_labels(name):
-                self.requests.setdefault(labels, Counter())
+            if name not in self.providers:
+                self.providers[name] = ProviderMeter()
+                self.requests |= {labels: Counter() for labels in _request_labels(name)}
 
     def apply_hooks(self, names: Iterable[str]) -> None:
         """Count the hooks of these *names* from now on, too."""
