@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 import click
+import orjson
+from yarl import URL
 
 from aioserver.client import faults
 from aioserver.client.client import base_url
@@ -31,7 +34,7 @@ CONNECT_TIMEOUT = 10.0
 SPEAK_TLS = "this port speaks TLS: use https://"
 # Characters of a server's message that are shown.
 MAX_TEXT = 300
-# Bytes of one event, which may hold ten minutes of history with many providers.
+# Bytes of one event or of a small answer, which may hold ten minutes of history with many providers.
 MAX_EVENT_BYTES = 16 << 20
 # The paths of the faces, for a server whose overview does not name them.
 PATHS = {
@@ -41,6 +44,12 @@ PATHS = {
     "responses_ws": "/v1/responses",
     "anthropic": "/v1",
 }
+# What a server says about our key, by its error code.
+KEY_FAULTS = {
+    "invalid_api_key": "does not know this key: see --key and AIOSERVER_KEY",
+    "missing_api_key": "wants an API key: give it by --key or AIOSERVER_KEY",
+}
+JSON = {"Accept": "application/json"}
 
 
 class Unreachable(Exception):
@@ -81,6 +90,62 @@ def session(key: str | None, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSess
     )
 
 
+class Answered(NamedTuple):
+    """The answer to a small request: its status, its headers, and its JSON object, or {}.
+
+    If there was no answer, the status is 0, and *reason* says why.
+    """
+
+    status: int
+    headers: Any
+    content: dict[str, Any]
+    took: float = 0.0
+    path: str = ""
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """Why there was no answer from which path; empty if there was one."""
+        return f"GET {self.path}: {self.reason}" if self.reason else ""
+
+    @property
+    def code(self) -> str:
+        """The error code of an aioserver; empty if the answer has none."""
+        error = self.content.get("error")
+        return printable(error.get("code") or "") if isinstance(error, dict) else ""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it is the answer of a healthy aioserver."""
+        return self.status == 200 and self.content.get("status") == "healthy"
+
+
+async def get(
+    session: aiohttp.ClientSession,
+    url: str,
+    limit: float = CONNECT_TIMEOUT,
+    *,
+    redirects: bool = False,
+    **options: Any,
+) -> Answered:
+    """GET *url*, and read the answer, within *limit* seconds; follow *redirects* if wanted."""
+    began = time.perf_counter()
+    try:
+        async with (
+            asyncio.timeout(limit),
+            session.get(url, allow_redirects=redirects, **options) as response,
+        ):
+            body = await faults.read_body(response, MAX_EVENT_BYTES)
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        return Answered(0, {}, {}, path=URL(url).path, reason=describe(error))
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        content = None
+    content = content if isinstance(content, dict) else {}
+    return Answered(response.status, response.headers, content, time.perf_counter() - began)
+
+
 async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | None:
     """Return the path of each face from the server's public overview; None if the other side is no
     aioserver.
@@ -88,22 +153,12 @@ async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | No
     Raises:
         Unreachable: nothing answered in time.
     """
-    try:
-        async with (
-            asyncio.timeout(CONNECT_TIMEOUT),
-            session.get(f"{url}/", headers={"Accept": "application/json"}) as response,
-        ):
-            answer = await response.json()
-    except aiohttp.ContentTypeError:
-        return None
-    # Before ValueError, which an untrusted certificate raises as well.
-    except (aiohttp.ClientError, OSError) as error:
-        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
-    except ValueError:
-        return None
-    if response.status == HTTPStatus.BAD_REQUEST and SPEAK_TLS in str(answer):
+    answer = await get(session, f"{url}/", redirects=True, headers=JSON)
+    if not answer.status:
+        raise Unreachable(f"{url} cannot be reached: {answer.reason}")
+    if answer.status == HTTPStatus.BAD_REQUEST and SPEAK_TLS in str(answer.content):
         raise Unreachable(f"{url} cannot be reached: {SPEAK_TLS}")
-    endpoints: Any = answer.get("endpoints") if isinstance(answer, dict) else None
+    endpoints = answer.content.get("endpoints")
     if not isinstance(endpoints, dict):
         return None
     usable = {
@@ -122,18 +177,11 @@ async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -
             and it wants one.
         Unreachable: the server did not answer.
     """
-    try:
-        async with (
-            asyncio.timeout(CONNECT_TIMEOUT),
-            session.get(f"{url}/v1/models") as response,
-        ):
-            refused = response.status == HTTPStatus.UNAUTHORIZED
-    except (aiohttp.ClientError, OSError) as error:
-        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
-    if refused and key:
-        raise KeyNeeded(f"{url} does not know this key: see --key and AIOSERVER_KEY")
-    if refused:
-        raise KeyNeeded(f"{url} wants an API key: give it by --key or AIOSERVER_KEY")
+    answer = await get(session, f"{url}/v1/models", redirects=True)
+    if not answer.status:
+        raise Unreachable(f"{url} cannot be reached: {answer.reason}")
+    if answer.status == HTTPStatus.UNAUTHORIZED:
+        raise KeyNeeded(f"{url} {KEY_FAULTS['invalid_api_key' if key else 'missing_api_key']}")
 
 
 def describe(error: BaseException) -> str:

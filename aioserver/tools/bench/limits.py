@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
+from aioserver.tools import remote
 
 if TYPE_CHECKING:
+    import aiohttp
+
     from aioserver.tools.bench.results import Results
 
 # Seconds before the first reading: the server updates its numbers once a second, and earlier ones
@@ -58,21 +61,15 @@ class Peaks:
         """Read the numbers until cancelled; returns early if the server does not publish them."""
         await asyncio.sleep(FIRST_READING)
         for path in PATHS:
-            while (state := await _read(session, url + path)) is not None:
-                self.update(state)
+            while True:
+                answer = await remote.get(
+                    session, url + path, READING_TIMEOUT, redirects=True, headers=remote.JSON
+                )
+                # Another content than an object is no reading.
+                if answer.status != HTTPStatus.OK or not answer.content:
+                    break
+                self.update(answer.content)
                 await asyncio.sleep(READING_INTERVAL)
-
-
-async def _read(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
-    try:
-        async with (
-            asyncio.timeout(READING_TIMEOUT),
-            session.get(url, headers={"Accept": "application/json"}) as response,
-        ):
-            state = await response.json() if response.status == 200 else None
-    except (aiohttp.ClientError, OSError, ValueError):
-        return None
-    return state if isinstance(state, dict) else None
 
 
 def _waiting(gate: dict[str, Any]) -> int:

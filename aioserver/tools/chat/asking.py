@@ -31,7 +31,7 @@ from aioserver.client import (
     Waiting,
 )
 from aioserver.tools.chat.display import Display
-from aioserver.tools.remote import printable
+from aioserver.tools.remote import KEY_FAULTS, printable
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -329,10 +329,8 @@ def remark(complete: Complete | None) -> None:
 
 def explain(error: AnswerError, settings: Settings) -> str:
     """Return in one line the fault and its remedy."""
-    if error.code == "invalid_api_key":
-        return f"{settings.url} does not know this key: see --key and AIOSERVER_KEY"
-    if error.code == "missing_api_key":
-        return f"{settings.url} wants an API key: give it by --key or AIOSERVER_KEY"
+    if error.code in KEY_FAULTS:
+        return f"{settings.url} {KEY_FAULTS[error.code]}"
     if error.code == "connect_error" and not error.text:
         return error.message
     if error.code == "protocol_error":

@@ -18,8 +18,7 @@ from aioserver.files import x509
 from aioserver.files.certificates import day, ends_soon, first_end
 from aioserver.server import listener, preflight
 from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
-from aioserver.tools.doctor.server import get
-from aioserver.tools.remote import printable
+from aioserver.tools.remote import get, printable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

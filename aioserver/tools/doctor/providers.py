@@ -57,7 +57,7 @@ MAX_BYTES = 1 << 22
 # The path below which most providers have the API, and their status for any other path.
 USUAL_PATH, NOT_FOUND = "v1", 404
 # The text and the hint for each class of fault: the first row that fits counts.
-FAULTS: tuple[tuple[type[ProviderFault], str, str], ...] = (
+FAULTS: tuple[tuple[type[ProviderFault] | tuple[type[ProviderFault], ...], str, str], ...] = (
     (
         ProviderAuthError,
         "the key is refused: HTTP {status}",
@@ -73,13 +73,10 @@ FAULTS: tuple[tuple[type[ProviderFault], str, str], ...] = (
         "refuses a simple question: HTTP {status}",
         "check base_url, and whether there is a model {model}",
     ),
-    *(
-        (
-            kind,
-            "{code}: HTTP {status}, without an answer that can be read",
-            "check base_url; it is the provider's fault otherwise",
-        )
-        for kind in (ProviderError, ProviderBadResponse)
+    (
+        (ProviderError, ProviderBadResponse),
+        "{code}: HTTP {status}, without an answer that can be read",
+        "check base_url; it is the provider's fault otherwise",
     ),
     (ProviderFault, "{code}: {fault}", "docs/errors.md explains this code"),
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import aiohttp
-import orjson
 from yarl import URL
 
 from aioserver import __version__
@@ -42,52 +41,6 @@ TRUST = "trust its authority: SSL_CERT_FILE=authority.pem aioserver doctor …"
 PING = '{"action": "ping", "request_id": "doctor"}'
 
 
-class Answered(NamedTuple):
-    """The answer to a small request: its status, its headers, and its JSON object, or {}.
-
-    If there was no answer, the status is 0, and *text* says why.
-    """
-
-    status: int
-    headers: Any
-    content: dict[str, Any]
-    took: float = 0.0
-    text: str = ""
-
-    @property
-    def code(self) -> str:
-        """The error code of an aioserver; empty if the answer has none."""
-        error = self.content.get("error")
-        return remote.printable(error.get("code") or "") if isinstance(error, dict) else ""
-
-    @property
-    def healthy(self) -> bool:
-        """Whether it is the answer of a healthy aioserver."""
-        return self.status == 200 and self.content.get("status") == "healthy"
-
-
-async def get(
-    session: aiohttp.ClientSession, url: str, limit: float = TIMEOUT, **options: Any
-) -> Answered:
-    """GET *url*, and read the answer, within *limit* seconds."""
-    began = time.perf_counter()
-    try:
-        async with (
-            asyncio.timeout(limit),
-            session.get(url, allow_redirects=False, **options) as response,
-        ):
-            body = await faults.read_body(response, MAX_BYTES)
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        path = URL(url).path
-        return Answered(0, {}, {}, text=f"GET {path}: {remote.describe(error)}")
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        content = None
-    content = content if isinstance(content, dict) else {}
-    return Answered(response.status, response.headers, content, time.perf_counter() - began)
-
-
 async def reach(facts: Facts) -> AsyncIterator[Result]:
     """Connect to the server, and open the session that the other checks use."""
     peer = Peer.at(URL(facts.url), TIMEOUT)
@@ -112,7 +65,7 @@ async def reach(facts: Facts) -> AsyncIterator[Result]:
 
 async def health(facts: Facts) -> AsyncIterator[Result]:
     """Check whether an aioserver answers. Without one the other checks make no sense."""
-    answer = await get(facts.session, f"{facts.url}/health")
+    answer = await remote.get(facts.session, f"{facts.url}/health")
     if not answer.status:
         yield fail(answer.text)
     elif 300 <= answer.status < 400:
@@ -151,7 +104,7 @@ def _clock(date: str) -> Result:
 
 async def ready(facts: Facts) -> AsyncIterator[Result]:
     """Check whether the server is ready."""
-    answer = await get(facts.session, f"{facts.url}/ready")
+    answer = await remote.get(facts.session, f"{facts.url}/ready")
     if answer.status == 200:
         yield ok("ready: it takes work", seconds=answer.took)
     else:
@@ -162,7 +115,7 @@ async def ready(facts: Facts) -> AsyncIterator[Result]:
 async def headers(facts: Facts) -> AsyncIterator[Result]:
     """Check whether a large header passes."""
     large = {"X-Doctor": "x" * HEADER_BYTES}
-    answer = await get(facts.session, f"{facts.url}/health", headers=large)
+    answer = await remote.get(facts.session, f"{facts.url}/health", headers=large)
     text = f"a header of {HEADER_BYTES} bytes"
     if answer.status == 200:
         yield ok(f"{text} passes")
@@ -172,7 +125,7 @@ async def headers(facts: Facts) -> AsyncIterator[Result]:
 
 async def key(facts: Facts) -> AsyncIterator[Result]:
     """Check whether the server accepts our key; find its paths, and a model that is free."""
-    answer = await get(facts.session, f"{facts.url}/v1/models")
+    answer = await remote.get(facts.session, f"{facts.url}/v1/models")
     if answer.status == 401:
         text = "the key is not known to it" if facts.key else "it wants a key, and there is none"
         yield fail(text, "`aioserver key NAME` makes one: give it by --key or AIOSERVER_KEY")
@@ -195,7 +148,7 @@ async def key(facts: Facts) -> AsyncIterator[Result]:
 
 async def state(facts: Facts) -> AsyncIterator[Result]:
     """Report the bugs that requests have met, and the verdict of the server, from `/stats`."""
-    answer = await get(facts.session, f"{facts.url}/stats")
+    answer = await remote.get(facts.session, f"{facts.url}/stats")
     remedy = FINDINGS["bug"].remedy
     match answer.content:
         case {"bugs": {"last_minute": int(recent)}} if recent:
