@@ -162,7 +162,7 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
                     reading = readers.read(session, at_a if local else at_b, name)
                     tasks.append(asyncio.ensure_future(reading))
                     # A storm of attaches is another measurement.
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(given.pause)
                 await asyncio.sleep(BEFORE)
                 for task in tasks:
                     if task.done():
@@ -194,6 +194,7 @@ async def main() -> None:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--rate", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=0.01)
     parser.add_argument("--trees", type=Path, nargs="+", default=[ROOT])
     given = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {}

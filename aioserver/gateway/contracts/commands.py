@@ -11,6 +11,7 @@ import secrets
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aioserver.errors import InstanceUnavailable
+from aioserver.limits.timeouts import awaited, timeout
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -29,9 +30,6 @@ WRITE_TIMEOUT, HURRIED = 0.5, 0.02
 BUSY_PAUSES, MARKED = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.185), 120.0
 # Seconds after which a client may ask again if the answer is not known.
 RETRY_AFTER = 1.0
-# The lateness of a timer, in seconds, above which the event loop counts as late, and the most
-# seconds by which an answer is then awaited longer.
-LATE, MAX_LONGER = 0.01, 1.0
 # The head of the scripts that store what clients let grow. Beyond its `maxmemory` a server refuses
 # every write, the renewal of leases as well, so these scripts leave the last quarter free.
 FULL = """
@@ -197,7 +195,8 @@ class Commands:
         self, call: Coroutine[Any, Any, T], seconds: float
     ) -> tuple[T] | tuple[()]:
         try:
-            result = await answer_of(call, seconds)
+            async with timeout(seconds):
+                result = await call
         except Exception as exc:  # noqa: BLE001 - whatever the server says, this instance goes on
             if seconds > WRITE_TIMEOUT and isinstance(exc, TimeoutError):
                 self._hangs = True
@@ -246,68 +245,6 @@ def unknown(subject: str) -> InstanceUnavailable:
     """Return the error of a request for *subject*, whose presence is not known."""
     text = f"it is not known at the moment whether another process has this {subject}"
     return InstanceUnavailable(text, retry_after=RETRY_AFTER)
-
-
-def awaited(writing: asyncio.Future[Any], seconds: float) -> asyncio.Future[None]:
-    """Return a future that is done when *writing* is, or after *seconds*: see `Keeper.keep`.
-
-    Time by which our own event loop was late does not count, as in `answer_of`.
-    """
-    # Not *writing* itself: a task that awaits a future cancels it when it is cancelled.
-    deadline = _Deadline(seconds)
-    writing.add_done_callback(deadline.tell)
-    return deadline.done
-
-
-class _Deadline:
-    """Ends *done* after *seconds*. Functions within `awaited` would be in a reference cycle."""
-
-    def __init__(self, seconds: float) -> None:
-        self._loop = loop = asyncio.get_running_loop()
-        self._seconds, self._end = seconds, loop.time() + seconds + MAX_LONGER
-        self._timer = loop.call_later(seconds, self._look, loop.time() + seconds)
-        self.done: asyncio.Future[None] = loop.create_future()
-        self.done.add_done_callback(self._stop)
-
-    def tell(self, _writing: object = None) -> None:
-        """End it now."""
-        if not self.done.done():
-            self.done.set_result(None)
-
-    def _look(self, due: float) -> None:
-        now = self._loop.time()
-        if now - due < LATE or now >= self._end:
-            self.tell()
-        else:
-            self._timer = self._loop.call_later(self._seconds, self._look, now + self._seconds)
-
-    def _stop(self, _done: object) -> None:
-        self._timer.cancel()
-
-
-async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T:
-    """Return the result of *call*, a command to the server, which has *seconds* to answer.
-
-    Time by which our own event loop was late does not count: a busy instance would otherwise take
-    the server for away though its answer has arrived. Cancelling is safe.
-
-    Raises:
-        TimeoutError: there is no answer in time.
-    """
-    loop = asyncio.get_running_loop()
-    task = loop.create_task(call)
-    end = loop.time() + seconds + MAX_LONGER
-    try:
-        while True:
-            due = loop.time() + seconds
-            done, _ = await asyncio.wait((task,), timeout=seconds)
-            if done:
-                return task.result()
-            now = loop.time()
-            if now - due < LATE or now >= end:
-                raise TimeoutError(f"no answer within {seconds} s")
-    finally:
-        task.cancel()
 
 
 def name_of(caller: str, request_id: str) -> str:

@@ -12,10 +12,8 @@ from aioserver.gateway.contracts.commands import (
     TIMEOUT,
     WRITE_TIMEOUT,
     Commands,
-    answer_of,
 )
 from tests.support.instances import MemoryStore, World
-from tests.support.jumping_loop import block
 
 
 class Writer:
@@ -61,32 +59,3 @@ async def test_a_slow_server_is_waited_for_though_some_do_not_wait_so_long() -> 
     for _ in range(3):
         assert await writer.ask(TIMEOUT) is None
         assert await writer.delay() == pytest.approx(0.3, abs=0.01)
-
-
-async def test_time_for_which_our_loop_was_late_does_not_count() -> None:
-    async def call() -> int:
-        # A reply that is there passes through some turns of the event loop.
-        for _ in range(5):
-            await asyncio.sleep(0)
-        return 1
-
-    asyncio.get_running_loop().call_soon(block, 0.2)
-
-    assert await answer_of(call(), 0.05) == 1
-
-
-@pytest.mark.virtual_time
-async def test_what_must_be_known_is_not_unknown_where_our_loop_was_late() -> None:
-    loop = asyncio.get_running_loop()
-    for late in (0.9, 1.1, 1.9):
-        answer = loop.create_future()
-        # It is there, and read once the loop goes on.
-        loop.call_soon(block, late)
-        loop.call_later(late + 0.001, answer.set_result, 1)
-
-        assert await answer_of(asyncio.wait_for(answer, None), KNOWN_TIMEOUT) == 1
-
-
-async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
-    with pytest.raises(TimeoutError):
-        await answer_of(asyncio.sleep(60), 0.05)

@@ -30,6 +30,7 @@ from aioserver.faces.http import request_id
 from aioserver.faces.ready import HIGH_WATER, LAST_CHUNK
 from aioserver.faces.whole import drained
 from aioserver.gateway.contracts.instances import NOT_FOUND, Lost
+from aioserver.limits.timeouts import timeout
 from aioserver.wings.cluster.answers.greeting import Follow, Forward, Greeting, encode, refused
 from aioserver.wings.cluster.answers.peer_network import Gone, Unreachable
 from aioserver.wings.cluster.answers.socket_tunnels import GONE, SocketTunnel
@@ -364,7 +365,7 @@ class Tunnels:
         """
         opening = encode(Greeting(self._secret(), word)) + rest
         try:
-            async with asyncio.timeout(ACCEPT_TIMEOUT + len(rest) / BODY_RATE):
+            async with timeout(ACCEPT_TIMEOUT + len(rest) / BODY_RATE):
                 await self._network.dial(owner, lambda: tunnel)
                 tunnel.write(opening)
                 return await tunnel.accepted

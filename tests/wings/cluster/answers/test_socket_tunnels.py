@@ -496,7 +496,7 @@ async def test_a_client_that_leaves_while_its_id_is_asked_for_leaves_nothing_beh
     make: Make, world: World, sent: Any
 ) -> None:
     a, b = await make(2, ENDLESS)
-    world.slow = 0.05
+    world.slow = 0.04
     async with AsyncExitStack() as stack:
         first = await asked(a, stack)
         calls = world.calls
