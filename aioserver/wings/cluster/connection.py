@@ -32,7 +32,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from aioserver.limits.timeouts import timeout
+from aioserver.gateway.contracts.commands import timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

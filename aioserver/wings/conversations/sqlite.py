@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from msgspec.structs import asdict
 
-from aioserver.limits.timeouts import awaited
+from aioserver.gateway.contracts.commands import awaited
 from aioserver.wings.conversations import sqlite_file
 from aioserver.wings.conversations.history import Loaded, StorageStats, Trouble
 from aioserver.wings.conversations.sqlite_file import UNREADABLE, Broken, trouble, trouble_of

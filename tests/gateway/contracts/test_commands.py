@@ -9,11 +9,15 @@ import pytest
 from aioserver.gateway.contracts.commands import (
     HURRIED,
     KNOWN_TIMEOUT,
+    MAX_LONGER,
     TIMEOUT,
     WRITE_TIMEOUT,
     Commands,
+    awaited,
+    timeout,
 )
 from tests.support.instances import MemoryStore, World
+from tests.support.jumping_loop import block
 
 
 class Writer:
@@ -59,3 +63,69 @@ async def test_a_slow_server_is_waited_for_though_some_do_not_wait_so_long() -> 
     for _ in range(3):
         assert await writer.ask(TIMEOUT) is None
         assert await writer.delay() == pytest.approx(0.3, abs=0.01)
+
+
+async def test_time_for_which_our_loop_was_late_does_not_count() -> None:
+    asyncio.get_running_loop().call_soon(block, 0.2)
+
+    async with timeout(0.05):
+        # A reply that is there passes through some turns of the event loop.
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+@pytest.mark.virtual_time
+async def test_what_must_be_known_is_not_unknown_where_our_loop_was_late() -> None:
+    loop = asyncio.get_running_loop()
+    for late in (0.9, 1.1, 1.9):
+        answer = loop.create_future()
+        # It is there, and read once the loop goes on.
+        loop.call_soon(block, late)
+        loop.call_later(late + 0.001, answer.set_result, 1)
+
+        async with timeout(1.0):
+            assert await answer == 1
+
+
+@pytest.mark.virtual_time
+async def test_what_does_not_come_is_not_waited_for() -> None:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.5 s"):
+        async with timeout(0.5):
+            await loop.create_future()
+    await awaited(loop.create_future(), 0.5)
+
+    assert loop.time() - began == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.virtual_time
+async def test_a_loop_that_is_always_late_does_not_wait_for_ever() -> None:
+    loop = asyncio.get_running_loop()
+    began, over = loop.time(), False
+
+    def late() -> None:
+        block(0.07)
+        if not over:
+            loop.call_soon(late)
+
+    late()
+    with pytest.raises(TimeoutError):
+        async with timeout(0.1):
+            await asyncio.sleep(1e6)
+    over = True
+
+    # The end of a wait takes some turns of the event loop, too.
+    assert MAX_LONGER < loop.time() - began < MAX_LONGER + 0.6
+
+
+@pytest.mark.virtual_time
+async def test_another_timeout_within_is_not_ours() -> None:
+    async with timeout(9.0):
+        with pytest.raises(TimeoutError, match=r"^$"):
+            async with asyncio.timeout(0.1):
+                await asyncio.sleep(1.0)
+    with pytest.raises(TimeoutError, match="theirs"):
+        async with timeout(0.1):
+            raise TimeoutError("theirs")

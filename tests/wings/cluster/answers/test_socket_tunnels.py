@@ -525,7 +525,7 @@ async def test_a_client_that_reads_nothing_holds_up_its_owner_and_loses_nothing(
             await ws.send_json(resume(name))
         await until(lambda: b.cluster.stats().tunnels == 2)
         tunnels = tuple(b.cluster._tunnels._open)  # noqa: SLF001 - no snapshot has them
-        await until(lambda: all(tunnel._blocked for tunnel in tunnels))  # type: ignore[union-attr]  # noqa: SLF001
+        await until(lambda: all(tunnel._blocked and tunnel.passed for tunnel in tunnels))  # type: ignore[union-attr]  # noqa: SLF001
         # What is read once of each may be kept.
         kept, passed = b.server.owners.streams.stats().bytes, [t.passed for t in tunnels]
         assert 0 < kept < 1 << 20
