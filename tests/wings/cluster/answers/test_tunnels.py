@@ -714,6 +714,75 @@ async def test_a_question_comes_to_its_owner_before_the_owner_has_begun_it(
     assert (a.requests, b.requests) == (1, 0)
 
 
+FEW = {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.connection_queue_size": 2}
+
+
+@pytest.mark.parametrize("over", [ask, complete], ids=["sse", "openai"])
+async def test_a_question_that_waits_for_its_place_is_not_begun_elsewhere(
+    make: Make, world: World, over: Callable[..., Any]
+) -> None:
+    a, b = await make(2, PACED, **FEW)
+    async with a.server.connect() as other, b.server.connect() as ws:
+        # It has the claim, and waits for a place.
+        first = asyncio.create_task(read_text(over(a)))
+        await until(lambda: len(world.claims) == 1)
+        await ws.send_json(chat("r1"))
+        await until(lambda: len(world.networks["a"].accepted) == 1)
+        await other.close()
+        frame = await ws.receive_json()
+        while frame["status"] not in {"complete", "error"}:
+            frame = await ws.receive_json()
+        assert (await first)[0] == 200
+
+    # The other face has asked something else with this id.
+    assert frame["status"] == "complete" if over is ask else is_conflict(frame)
+    assert (a.requests, b.requests) == (1, 0)
+
+
+def is_conflict(frame: Any) -> bool:
+    return bool(frame["chunk"]["code"] == "request_conflict")
+
+
+async def test_a_question_that_waits_long_for_its_place_is_still_not_begun_elsewhere(
+    make: Make, world: World
+) -> None:
+    a, b = await make(2, PACED, **FEW)
+    async with a.server.connect() as other, b.server.connect() as ws:
+        first = asyncio.create_task(read_text(ask(a)))
+        await until(lambda: len(world.claims) == 1)
+        await ws.send_json(chat("r1"))
+        assert (await ws.receive_json())["chunk"]["code"] == "instance_unavailable"
+        # A client that has left asks for nothing more: another one may have the id.
+        first.cancel()
+        await until(lambda: a.server.context.admission.gate.waiting == 0)
+        await ws.send_json(chat("r1"))
+        assert (await to_end(ws))[-1]["status"] == "complete"
+        await other.close()
+
+    assert (a.requests, b.requests) == (0, 1)
+
+
+async def test_a_question_that_waits_for_its_place_is_passed_on_once_it_has_one(
+    make: Make,
+) -> None:
+    a, b = await make(2, PACED, **FEW)
+    async with a.server.connect() as other, b.server.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "chunk")
+        second = asyncio.create_task(read_text(ask(a)))
+        await until(lambda: a.server.context.admission.gate.waiting == 1)
+        await other.close()
+        assert (await to_end(ws))[-1]["status"] == "complete"
+        assert "event: complete" in (await second)[1]
+
+    assert (a.requests, b.requests) == (0, 1)
+
+
+async def read_text(asking: Any) -> tuple[int, str]:
+    async with asking as response:
+        return response.status, await response.text()
+
+
 async def read_all(asking: Any) -> list[Any]:
     async with asking as response:
         return list(await read_frames(response))
