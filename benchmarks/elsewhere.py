@@ -2,6 +2,7 @@
 
     python benchmarks/elsewhere.py                     200 streams of 20 events/s
     python benchmarks/elsewhere.py --streams 1000 --rate 10 --trees . ../before
+    python benchmarks/elsewhere.py --pause 0           readers that come all at once
 
 Answers run at instance A without a reader of their own, one reader each at B, over one Redis. CPU is
 that of the processes in /proc, in µs an event; *local* is the same with all readers at A. Latency is

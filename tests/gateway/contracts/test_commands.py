@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from aioserver.errors import InstanceUnavailable
 from aioserver.gateway.contracts.commands import (
-    HURRIED,
     KNOWN_TIMEOUT,
     MAX_LONGER,
     TIMEOUT,
@@ -31,10 +31,13 @@ class Writer:
     async def ask(self, seconds: float) -> object:
         return await self.commands.ask(self.commands.execute("DEL", "next:a"), seconds)
 
+    async def tell(self) -> object:
+        return await self.commands.tell(self.commands.execute("DEL", "next:a"))
+
     async def delay(self) -> float:
         """The seconds by which the end of an answer comes later."""
         began = self.loop.time()
-        await self.commands.written(self.loop.create_task(self.ask(KNOWN_TIMEOUT)))
+        await self.commands.written(self.loop.create_task(self.tell()))
         return self.loop.time() - began
 
 
@@ -45,14 +48,41 @@ async def test_a_server_that_hangs_delays_the_ends_of_few_answers() -> None:
     assert await writer.delay() == pytest.approx(WRITE_TIMEOUT, abs=0.01)
     await asyncio.sleep(KNOWN_TIMEOUT)
 
-    assert [await writer.delay() for _ in range(9)] == [pytest.approx(HURRIED, abs=0.01)] * 9
+    assert [await writer.delay() for _ in range(9)] == [pytest.approx(0.0, abs=0.01)] * 9
 
     writer.world.slow = 0.0
-    await writer.delay()
+    await writer.tell()
     writer.world.slow = 0.4
     assert await writer.delay() == pytest.approx(0.4, abs=0.01), (
         "it answers again, and is waited for"
     )
+
+
+@pytest.mark.virtual_time
+async def test_nobody_waits_for_a_server_that_hangs_until_it_has_answered_something() -> None:
+    writer = Writer()
+    began = writer.loop.time()
+    writer.world.slow = 1000.0
+    for _ in range(int(WRITE_TIMEOUT / TIMEOUT) + 1):
+        assert await writer.ask(TIMEOUT) is None
+    assert writer.loop.time() - began == pytest.approx(WRITE_TIMEOUT, abs=2 * TIMEOUT)
+    known, calls = writer.loop.time(), writer.world.calls
+
+    for _ in range(100):
+        assert await writer.ask(KNOWN_TIMEOUT) is None
+        with pytest.raises(InstanceUnavailable):
+            await writer.commands.know(writer.commands.execute("DEL", "next:a"), "stream")
+        await asyncio.sleep(0.01)
+    # The clock has gone on only where the test has slept.
+    assert writer.loop.time() - known == pytest.approx(1.0, abs=0.01)
+    # One of them at a time is a probe.
+    assert writer.world.calls - calls <= 2
+
+    writer.world.slow = 0.1
+    await asyncio.sleep(KNOWN_TIMEOUT)
+    assert await writer.ask(KNOWN_TIMEOUT) is None
+    await asyncio.sleep(0.2)
+    assert await writer.ask(KNOWN_TIMEOUT) is not None
 
 
 @pytest.mark.virtual_time

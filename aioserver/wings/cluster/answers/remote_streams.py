@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 # Seconds within which the id of a response that has begun is claimed.
 UNCLAIMED = 0.02
-# Claims that one call renews at most, and seconds for calls for whose answer no client waits.
-MAX_RENEWED, CALL_TIMEOUT = 1_000, 1.0
+# Claims that one call renews at most.
+MAX_RENEWED = 1_000
 
 
 class InstancesStats(msgspec.Struct, frozen=True):
@@ -97,7 +97,7 @@ class RemoteStreams:
         self._store = Claims(commands, me)
         self._members = members
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         # By name: the ids that are being claimed, or whose requests have no stream yet.
         self._claiming: dict[str, list[asyncio.Future[None]]] = {}
         self._renewer: asyncio.TimerHandle | None = None
@@ -334,12 +334,9 @@ class RemoteStreams:
         self.renew()
 
     def _start(self, call: Coroutine[Any, Any, object]) -> None:
-        task = self._loop.create_task(self._quietly(call))
+        task = self._loop.create_task(self._commands.tell(call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _quietly(self, call: Coroutine[Any, Any, object]) -> None:
-        await self._ask(call, CALL_TIMEOUT)
 
     # The end.
 
@@ -351,7 +348,7 @@ class RemoteStreams:
         for stream, seconds, log in kept_logs.chosen(finished):
             for name in kept_logs.names_of(stream):
                 put = self._store.put_log(name_of(_caller(stream).name, name), log, seconds)
-                await self._ask(put, CALL_TIMEOUT)
+                await self._commands.tell(put)
                 if self._commands.away:
                     return
 
@@ -361,7 +358,7 @@ class RemoteStreams:
             return
         finished = [stream for stream in self._streams.finished() if not stream.private]
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
+            await asyncio.wait(self._tasks, timeout=KNOWN_TIMEOUT)
         await self.hand_over(finished[::-1])
         self._renewer.cancel()
         for task in tuple(self._tasks):
