@@ -2,6 +2,7 @@
 
     python benchmarks/elsewhere.py                     200 streams of 20 events/s
     python benchmarks/elsewhere.py --streams 1000 --rate 10 --trees . ../before
+    python benchmarks/elsewhere.py --pause 0           readers that come all at once
 
 Answers run at instance A without a reader of their own, one reader each at B, over one Redis. CPU is
 that of the processes in /proc, in µs an event; *local* is the same with all readers at A. Latency is
@@ -162,7 +163,7 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
                     reading = readers.read(session, at_a if local else at_b, name)
                     tasks.append(asyncio.ensure_future(reading))
                     # A storm of attaches is another measurement.
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(given.pause)
                 await asyncio.sleep(BEFORE)
                 for task in tasks:
                     if task.done():
@@ -194,6 +195,7 @@ async def main() -> None:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--rate", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=0.01)
     parser.add_argument("--trees", type=Path, nargs="+", default=[ROOT])
     given = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {}

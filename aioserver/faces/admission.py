@@ -36,7 +36,15 @@ from aioserver.faces import whole
 from aioserver.faces.form import NO_FORMS
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
-from aioserver.gateway.contracts.instances import ASKED, BODY, FORWARDED, LOST, Elsewhere, Lost
+from aioserver.gateway.contracts.instances import (
+    ASKED,
+    BODY,
+    CLAIMED,
+    FORWARDED,
+    LOST,
+    Elsewhere,
+    Lost,
+)
 from aioserver.limits.deadline import Deadline, Guard
 from aioserver.limits.fair_queue import INTERACTIVE
 from aioserver.limits.quota import Quota
@@ -593,7 +601,9 @@ def counted(
                 return await refuse(request, error)
             prepared = await find(request, visit)
             try:
-                place = admission.try_enter() or await admission.wait(face, visit.name, hold=visit)
+                if (place := admission.try_enter()) is None:
+                    with request.get(CLAIMED, nullcontext)():
+                        place = await admission.wait(face, visit.name, hold=visit)
             except ServerAtCapacity as error:
                 admission.log(
                     "refused", face, logging.WARNING, caller=caller.name, code=error.code

@@ -27,6 +27,7 @@ from aioserver.errors import (
 )
 from aioserver.gateway.contracts.instances import (
     ASKED,
+    CLAIMED,
     LOST,
     NOT_FOUND,
     Elsewhere,
@@ -275,6 +276,7 @@ class Gateway:
         elif stream is None and self.instances is not None and not self._stopping:
             try:
                 await self.instances.claim(caller, key, request.get(LOST))
+                request[CLAIMED] = partial(self.instances.claiming, caller, key)
             except Elsewhere as elsewhere:
                 elsewhere.body = body
                 raise

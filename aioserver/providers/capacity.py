@@ -260,6 +260,10 @@ class SharedCapacity(Protocol):
     def starving(self) -> bool:
         """Whether requests wait in other instances for places that are taken here."""
 
+    @property
+    def elsewhere(self) -> int:
+        """How many places may be free in other instances, as far as is known."""
+
 
 class Trial(msgspec.Struct, eq=False):
     """A trial of a dead provider, with the tokens that were charged to the pace for it.
@@ -461,9 +465,9 @@ class Capacity:
 
     @property
     def full(self) -> bool:
-        """Whether all places are taken."""
-        places = self.resource.places
-        return places.inside >= places.limit
+        """Whether all places are taken, as far as is known those of other instances, too."""
+        places, shared = self.resource.places, self._shared
+        return places.inside >= places.limit and (shared is None or not shared.elsewhere)
 
     @property
     def waiting_elsewhere(self) -> int:

@@ -159,7 +159,7 @@ class Provider:
             self._look_again,
             None
             if share is None
-            else share(self.scheduler, self.name, self.health, clock, self._others_starve),
+            else share(self.scheduler, self.name, self.health, clock, self.make_room),
         )
         self._pace = self.capacity.pace
         self._usage = Usage() if usage is None else usage
@@ -254,10 +254,7 @@ class Provider:
 
     def waits(self) -> None:
         """Note that a request begins to wait for a place here."""
-        if self.capacity.full:
-            # If a place is free, only the pace delays the start.
-            self._make_room()
-        self.backpressure.end()
+        self.make_room()
 
     def join(self, attempt: Attempt, bid: Bid) -> None:
         """Let the request of *attempt*, which waits elsewhere already, *bid* here, too."""
@@ -330,10 +327,10 @@ class Provider:
             self.look_at(attempt)
         attempt.began = self.clock()
         attempt.started()
-        if attempt.unread and self.waiting:
-            # A retry or a failover of an answer without a reader: another request waits for the
+        if attempt.unread and self._lifetime is not None:
+            # A retry or a failover of an answer without a reader: another request may wait for the
             # place.
-            self._make_room()
+            self._lifetime.make_room(self.name, self.waiting)
 
     def _end(self, attempt: Attempt, grant: Grant | None, error: BaseException | None) -> None:
         """Give the place back, record the attempt's cost, and learn from its end, in this order:
@@ -434,7 +431,8 @@ class Provider:
     @property
     def waiting(self) -> int:
         """The number of requests that wait for a place that other requests hold; requests in other
-        instances are included, as far as they are known.
+        instances are included, as far as they are known. A place of another instance that may be
+        free is nobody's.
         """
         capacity = self.capacity
         return capacity.waiting + capacity.waiting_elsewhere if capacity.full else 0
@@ -551,17 +549,12 @@ class Provider:
             finally:
                 attempt.received()
 
-    def _make_room(self) -> None:
-        """End an answer without a reader that has a place here, since a request waits."""
-        if self._lifetime is not None:
-            self._lifetime.make_room(self.name)
-
-    def _others_starve(self) -> None:
-        """End answers without a reader, and clients that are too slow, for a request that waits in
-        another instance.
+    def make_room(self) -> None:
+        """End answers without a reader, and clients that are too slow, for the requests that wait
+        for a place that others hold, here or in another instance.
         """
         if self._lifetime is not None:
-            self._lifetime.make_room_if(self.name, self.waiting)
+            self._lifetime.make_room(self.name, self.waiting)
         self.backpressure.end()
 
     def _check(self, *, fallback: bool) -> None:

@@ -203,7 +203,7 @@ class Lifetime(StoreObserver):
         self._enforce_max_detached()
         attempt = stream.attempt
         if attempt is not None:
-            self.make_room_if(attempt.place, attempt.waiting)
+            self.make_room(attempt.place, attempt.waiting)
 
     def end(self, stream: Stream, *, abandoned: bool = True) -> None:
         """Cancel *stream*, with readers or without; *abandoned*: because it has no reader."""
@@ -227,25 +227,17 @@ class Lifetime(StoreObserver):
         if stream.ended and not stream.readers:
             self.store.drop(stream)
 
-    def make_room(self, provider: str) -> None:
-        """Cancel the oldest detached stream that has a place at *provider*, where a request waits."""
-        for stream in self._detached:
-            if stream.place == provider:
-                self._giving_way.add(stream)
-                self.end(stream)
-                return
-
-    def make_room_if(self, provider: str, waiting: int) -> None:
-        """Do the same as `make_room`, if more requests are *waiting* than places are about to be
-        free.
+    def make_room(self, provider: str, waiting: int) -> None:
+        """Cancel the oldest detached streams that have a place at *provider*, where so many requests
+        are *waiting*, until as many places are about to be free.
         """
-        if waiting > self._freed_soon(provider):
-            self.make_room(provider)
-
-    def _freed_soon(self, provider: str) -> int:
-        """Return how many places at *provider* are about to be free."""
         self._giving_way = {stream for stream in self._giving_way if stream.place}
-        return sum(stream.place == provider for stream in self._giving_way)
+        missing = waiting - sum(stream.place == provider for stream in self._giving_way)
+        if missing <= 0:
+            return
+        for stream in [each for each in self._detached if each.place == provider][:missing]:
+            self._giving_way.add(stream)
+            self.end(stream)
 
     def close(self) -> None:
         """Stop the timer; streams that are kept after their end are then never forgotten."""

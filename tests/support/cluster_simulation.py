@@ -95,7 +95,7 @@ class Instance:
         if hasattr(self, "grant"):
             self.serve()
 
-    def others_starve(self) -> None:
+    def starve(self) -> None:
         pass
 
     def changed(self, old: State, new: State, _why: str) -> None:

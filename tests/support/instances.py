@@ -436,7 +436,7 @@ class Instance:
 class OwnCapacity:
     """The capacity of a provider that an instance has for itself."""
 
-    starving = False
+    starving, elsewhere = False, 0
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -8,12 +8,14 @@ import asyncio
 import hashlib
 import logging
 import secrets
+from contextlib import asynccontextmanager
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aioserver.errors import InstanceUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 
 logger = logging.getLogger("aioserver.cluster")
 
@@ -21,9 +23,9 @@ logger = logging.getLogger("aioserver.cluster")
 # whose absence must not be taken for "no such thing".
 TIMEOUT, KNOWN_TIMEOUT = 0.05, 1.0
 # Seconds for which the end of an answer waits until it is stored, as long as a look-up at another
-# instance waits for it; and the same while the server answers nothing. Without a connection there
-# is no wait.
-WRITE_TIMEOUT, HURRIED = 0.5, 0.02
+# instance waits for it. A server that has answered nothing for so long hangs, and nobody waits for
+# it until it has answered something.
+WRITE_TIMEOUT = 0.5
 # The growing pauses, in seconds, of a look-up that waits for another instance's write; and the
 # seconds after which the mark of such a write expires if its instance is killed.
 BUSY_PAUSES, MARKED = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.185), 120.0
@@ -141,8 +143,12 @@ class Commands:
         self.me = secrets.token_hex(6)
         # Whether the last `ask` had no answer.
         self.away = False
-        # Whether a command has had no answer for longer than a write is awaited.
+        # When the first command was sent since the last answer; inf: none was.
+        self._silent_since = inf
+        # Whether the server has answered nothing for WRITE_TIMEOUT; and the call whose answer ends
+        # that.
         self._hangs = False
+        self._probe: asyncio.Task[object] | None = None
         self._connection = connection
 
     @property
@@ -151,16 +157,15 @@ class Commands:
 
         While the server is known to be away, the wait is short.
         """
-        return KNOWN_TIMEOUT if self._connection.connected else TIMEOUT
+        return WRITE_TIMEOUT if self._connection.connected else TIMEOUT
 
     def written(self, writing: asyncio.Future[Any]) -> asyncio.Future[None]:
         """Return a future that is done when *writing* is, or after WRITE_TIMEOUT: see
         `Keeper.keep`.
 
-        A server that hangs delays the ends of answers only in its first second; from then on the
-        wait is HURRIED, until the server has answered something.
+        A server that hangs delays the ends of answers only in its first second.
         """
-        return awaited(writing, HURRIED if self._hangs else WRITE_TIMEOUT)
+        return awaited(writing, 0.0 if self._hangs else WRITE_TIMEOUT)
 
     async def execute(self, *command: bytes | str | float) -> Any:
         """Return the answer to one command: see `Connection`."""
@@ -174,38 +179,57 @@ class Commands:
         return await self._connection.execute("EVAL", script, len(keys), *keys, *values)
 
     async def ask(self, call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T | None:
-        """Return the result of *call*, which executes commands.
+        """Return the result of *call*, which executes commands, and for which a client waits.
 
-        None if the server does not answer in time.
+        None if the server does not answer in time, or hangs.
         """
-        answered = await self._answered(call, seconds)
+        answered = await self._waited(call, seconds)
+        return answered[0] if answered else None
+
+    async def tell(self, call: Coroutine[Any, Any, T]) -> T | None:
+        """Do as `ask` for a *call* for which no client waits, also where the server hangs."""
+        answered = await self._answered(call, KNOWN_TIMEOUT)
         return answered[0] if answered else None
 
     async def know(self, call: Coroutine[Any, Any, T], subject: str) -> T:
         """Return the result of *call*, which looks up a *subject* that all instances share.
 
         Raises:
-            InstanceUnavailable: the server does not answer within KNOWN_TIMEOUT. A missing
-                answer does not mean that the subject is absent.
+            InstanceUnavailable: the server does not answer within KNOWN_TIMEOUT, or hangs. A
+                missing answer does not mean that the subject is absent.
         """
-        answered = await self._answered(call, KNOWN_TIMEOUT)
+        answered = await self._waited(call, KNOWN_TIMEOUT)
         if not answered:
             raise unknown(subject)
         return answered[0]
 
+    async def _waited(self, call: Coroutine[Any, Any, T], seconds: float) -> tuple[T] | tuple[()]:
+        """Return the result of *call*, as `_answered`. While the server hangs, one call at a time
+        is made, and none is waited for.
+        """
+        if not self._hangs:
+            return await self._answered(call, seconds)
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.get_running_loop().create_task(self.tell(call))
+        else:
+            call.close()
+        return ()
+
     async def _answered(
         self, call: Coroutine[Any, Any, T], seconds: float
     ) -> tuple[T] | tuple[()]:
+        loop = asyncio.get_running_loop()
+        self._silent_since = min(self._silent_since, loop.time())
         try:
-            result = await answer_of(call, seconds)
+            async with timeout(seconds):
+                result = await call
         except Exception as exc:  # noqa: BLE001 - whatever the server says, this instance goes on
-            if seconds > WRITE_TIMEOUT and isinstance(exc, TimeoutError):
-                self._hangs = True
+            self._hangs = self._hangs or loop.time() >= self._silent_since + WRITE_TIMEOUT
             if not self.away:
                 self.away = True
                 logger.warning("no answer of the cluster's server: %r", exc)
             return ()
-        self.away = self._hangs = False
+        self.away, self._hangs, self._silent_since = False, False, inf
         return (result,)
 
 
@@ -248,66 +272,69 @@ def unknown(subject: str) -> InstanceUnavailable:
     return InstanceUnavailable(text, retry_after=RETRY_AFTER)
 
 
-def awaited(writing: asyncio.Future[Any], seconds: float) -> asyncio.Future[None]:
-    """Return a future that is done when *writing* is, or after *seconds*: see `Keeper.keep`.
-
-    Time by which our own event loop was late does not count, as in `answer_of`.
+class Timer:
+    """Calls *on_end* after *seconds*. Time by which our own event loop was late does not count: a
+    busy instance would otherwise take another one, or the server, for away though its answer has
+    arrived, and waits in a buffer until the loop reads it.
     """
-    # Not *writing* itself: a task that awaits a future cancels it when it is cancelled.
-    deadline = _Deadline(seconds)
-    writing.add_done_callback(deadline.tell)
-    return deadline.done
 
-
-class _Deadline:
-    """Ends *done* after *seconds*. Functions within `awaited` would be in a reference cycle."""
-
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, on_end: Callable[[], object]) -> None:
         self._loop = loop = asyncio.get_running_loop()
-        self._seconds, self._end = seconds, loop.time() + seconds + MAX_LONGER
-        self._timer = loop.call_later(seconds, self._look, loop.time() + seconds)
-        self.done: asyncio.Future[None] = loop.create_future()
-        self.done.add_done_callback(self._stop)
+        self._seconds, self._on_end = seconds, on_end
+        due = loop.time() + seconds
+        self._last = due + MAX_LONGER
+        self._timer = loop.call_at(due, self._look, due)
 
-    def tell(self, _writing: object = None) -> None:
-        """End it now."""
-        if not self.done.done():
-            self.done.set_result(None)
+    def cancel(self) -> None:
+        """Call nothing; a second call does nothing."""
+        self._timer.cancel()
 
     def _look(self, due: float) -> None:
         now = self._loop.time()
-        if now - due < LATE or now >= self._end:
-            self.tell()
+        if now - due < LATE or now >= self._last:
+            self._on_end()
         else:
-            self._timer = self._loop.call_later(self._seconds, self._look, now + self._seconds)
-
-    def _stop(self, _done: object) -> None:
-        self._timer.cancel()
+            due = now + self._seconds
+            self._timer = self._loop.call_at(due, self._look, due)
 
 
-async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T:
-    """Return the result of *call*, a command to the server, which has *seconds* to answer.
-
-    Time by which our own event loop was late does not count: a busy instance would otherwise take
-    the server for away though its answer has arrived. Cancelling is safe.
+@asynccontextmanager
+async def timeout(seconds: float) -> AsyncIterator[None]:
+    """Do as `asyncio.timeout`, with a `Timer`.
 
     Raises:
-        TimeoutError: there is no answer in time.
+        TimeoutError: the block has not ended in time.
     """
-    loop = asyncio.get_running_loop()
-    task = loop.create_task(call)
-    end = loop.time() + seconds + MAX_LONGER
+    scope = asyncio.timeout(None)
     try:
-        while True:
-            due = loop.time() + seconds
-            done, _ = await asyncio.wait((task,), timeout=seconds)
-            if done:
-                return task.result()
-            now = loop.time()
-            if now - due < LATE or now >= end:
-                raise TimeoutError(f"no answer within {seconds} s")
-    finally:
-        task.cancel()
+        async with scope:
+            # A time in the past is now.
+            timer = Timer(seconds, lambda: scope.reschedule(0.0))
+            try:
+                yield
+            finally:
+                timer.cancel()
+    except TimeoutError:
+        if scope.expired():
+            raise TimeoutError(f"no answer within {seconds:g} s") from None
+        raise
+
+
+def awaited(writing: asyncio.Future[Any], seconds: float) -> asyncio.Future[None]:
+    """Return a future that is done when *writing* is, or after *seconds*, by a `Timer`: see
+    `Keeper.keep`.
+    """
+    # Not *writing* itself: a task that awaits a future cancels it when it is cancelled.
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def tell(_writing: object = None) -> None:
+        if not done.done():
+            done.set_result(None)
+
+    timer = Timer(seconds, tell)
+    writing.add_done_callback(tell)
+    done.add_done_callback(lambda _done: timer.cancel())
+    return done
 
 
 def name_of(caller: str, request_id: str) -> str:

@@ -15,6 +15,8 @@ from aiohttp import web
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractContextManager
+    from functools import partial
 
     from aioserver.auth.callers import Caller
     from aioserver.errors import AioserverError
@@ -115,6 +117,8 @@ ASKED = web.RequestKey("asked", str)
 # sent, until it is read again.
 LOST = web.RequestKey("lost", Lost)
 BODY = web.RequestKey("body", bytes)
+# Set once the id is claimed here: returns `Instances.claiming` of it.
+CLAIMED: web.RequestKey[partial[AbstractContextManager[object]]] = web.RequestKey("claimed")
 # The name of the instance that has answered a request which was passed on.
 FORWARDED = web.RequestKey("forwarded", str)
 
@@ -132,6 +136,11 @@ class Instances(Protocol):
             Elsewhere: they go to another instance.
             InstanceUnavailable, ServerAtCapacity: the answer of an instance that has ended cannot
                 be read, or there is no room for it.
+        """
+
+    def claiming(self, caller: Caller, request_id: str) -> AbstractContextManager[object]:
+        """Let other instances wait within the `with`: a request with a claimed id waits here, and
+        has no stream yet.
         """
 
     async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:

@@ -30,7 +30,7 @@ class Sharing(Protocol):
         on_starving: Callable[[], None],
     ) -> SharedCapacity:
         """Return the shared capacity of the provider *name*; *on_starving* is called while
-        requests in other instances wait for places that are taken here.
+        requests wait, here or in other instances, for places that are taken.
         """
 
     def observe(self, name: str) -> ProviderObserver:

@@ -32,6 +32,8 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from aioserver.gateway.contracts.commands import timeout
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -139,7 +141,7 @@ class Connection:
         if self._opened.is_set():
             return
         try:
-            async with asyncio.timeout(self._bound):
+            async with timeout(self._bound):
                 await self._opened.wait()
         except TimeoutError:
             raise self._failure from None
@@ -152,7 +154,7 @@ class Connection:
                 as no reply.
         """
         try:
-            async with asyncio.timeout(self._bound if bound is None else bound):
+            async with timeout(self._bound if bound is None else bound):
                 return await self._call(command)
         except TimeoutError:
             failure = CallFailed(f"{self.address}: no answer within {bound or self._bound} s")
@@ -273,7 +275,7 @@ class Connection:
     async def _connect(self) -> AbstractConnection:
         connection = self._kind(**self._options)
         try:
-            async with asyncio.timeout(CONNECT * self._bound):
+            async with timeout(CONNECT * self._bound):
                 await connection.connect()  # type: ignore[no-untyped-call]
                 await self._greet(connection)
         except TimeoutError:

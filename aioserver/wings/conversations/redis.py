@@ -35,7 +35,6 @@ from msgspec.structs import astuple, replace
 from aioserver.gateway.contracts.commands import (
     ITEM_OVERHEAD,
     ITEMS,
-    KNOWN_TIMEOUT,
     MARKED,
     MAX_KEPT,
     Writes,
@@ -454,12 +453,12 @@ class RedisHistories:
         listed = Listed(_owner(caller), conversation_id, turn.ended, asked)
         name = name_of(caller.name, conversation_id)
         kept = self._turns.keep_turn(name, data, (size, turns, KEPT), listed, mark)
-        if await self._ask(kept, KNOWN_TIMEOUT) is None and mark:
+        if await self._commands.tell(kept) is None and mark:
             # Its coming is not known any more.
             await self._unmark(name, mark)
 
     async def _unmark(self, name: str, mark: str) -> None:
-        await self._ask(self._turns.take_mark(name, mark), KNOWN_TIMEOUT)
+        await self._commands.tell(self._turns.take_mark(name, mark))
 
     async def _delete(self, caller: Caller, ids: list[str], *, asked: bool = False) -> int | None:
         """Delete conversations; return how many there were, None without an answer of Redis."""

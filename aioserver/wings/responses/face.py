@@ -140,9 +140,11 @@ async def prepare_new(
     body, data = await read_model_body(request, hold, limit)
     if body.background and body.stored is False:
         raise InvalidRequest("a response in the background must be stored", param="store")
-    if (key := idempotency_key(request)) is not None:
+    caller, key = request[CALLER], idempotency_key(request)
+    running = await _background(context, body, caller) if body.background else None
+    if key is not None:
+        # Nothing is awaited between a claim and the wait for a place, or the answer.
         await context.gateway.claim(request, key, data)
-    caller = request[CALLER]
     return make_request(
         context,
         body,
@@ -154,7 +156,7 @@ async def prepare_new(
         draft=draft_of(stored, caller, body, limit),
         key=key,
         digest=openai.digest_of(RESPONSES.path, data) if key else b"",
-        running=await _background(context, body, caller) if body.background else None,
+        running=running,
     )
 
 

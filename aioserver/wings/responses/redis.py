@@ -244,7 +244,7 @@ class SharedResponses:
         scheduler: Scheduler | None = None,
     ) -> None:
         self._chains = RedisChains(commands)
-        self._ask, self._know, self.written = commands.ask, commands.know, commands.written
+        self._tell, self._know, self.written = commands.tell, commands.know, commands.written
         self._clock = clock
         self._writes = Writes()
         # Responses under way for which look-ups elsewhere wait.
@@ -267,7 +267,7 @@ class SharedResponses:
         """Let look-ups of a response wait for it, from soon on."""
         name = name_of(caller.name, response_id)
         self._announced.add(name)
-        self._writes.start(self._ask(self._chains.announce(name), KNOWN_TIMEOUT))
+        self._writes.start(self._tell(self._chains.announce(name)))
 
     def withdraw(self, caller: Caller, response_id: str) -> None:
         """Let look-ups of a response wait no longer, from soon on."""
@@ -371,7 +371,7 @@ class SharedResponses:
     def _withdraw(self, name: str) -> None:
         if name in self._announced:
             self._announced.discard(name)
-            self._writes.start(self._ask(self._chains.withdraw(name), KNOWN_TIMEOUT))
+            self._writes.start(self._tell(self._chains.withdraw(name)))
 
     async def _write(
         self,
@@ -404,7 +404,7 @@ class SharedResponses:
         self, names: tuple[str, str], data: bytes, previous: str, seconds: float
     ) -> int | None:
         call = self._chains.put_response(*names, data, previous, seconds, MAX_KEPT)
-        return await self._ask(call, KNOWN_TIMEOUT)
+        return await self._tell(call)
 
 
 def _too_many(_reason: Reason, retry_after: float, _bid: Bid) -> ServerAtCapacity:

@@ -6,13 +6,15 @@ import asyncio
 
 import pytest
 
+from aioserver.errors import InstanceUnavailable
 from aioserver.gateway.contracts.commands import (
-    HURRIED,
     KNOWN_TIMEOUT,
+    MAX_LONGER,
     TIMEOUT,
     WRITE_TIMEOUT,
     Commands,
-    answer_of,
+    awaited,
+    timeout,
 )
 from tests.support.instances import MemoryStore, World
 from tests.support.jumping_loop import block
@@ -29,10 +31,13 @@ class Writer:
     async def ask(self, seconds: float) -> object:
         return await self.commands.ask(self.commands.execute("DEL", "next:a"), seconds)
 
+    async def tell(self) -> object:
+        return await self.commands.tell(self.commands.execute("DEL", "next:a"))
+
     async def delay(self) -> float:
         """The seconds by which the end of an answer comes later."""
         began = self.loop.time()
-        await self.commands.written(self.loop.create_task(self.ask(KNOWN_TIMEOUT)))
+        await self.commands.written(self.loop.create_task(self.tell()))
         return self.loop.time() - began
 
 
@@ -43,14 +48,41 @@ async def test_a_server_that_hangs_delays_the_ends_of_few_answers() -> None:
     assert await writer.delay() == pytest.approx(WRITE_TIMEOUT, abs=0.01)
     await asyncio.sleep(KNOWN_TIMEOUT)
 
-    assert [await writer.delay() for _ in range(9)] == [pytest.approx(HURRIED, abs=0.01)] * 9
+    assert [await writer.delay() for _ in range(9)] == [pytest.approx(0.0, abs=0.01)] * 9
 
     writer.world.slow = 0.0
-    await writer.delay()
+    await writer.tell()
     writer.world.slow = 0.4
     assert await writer.delay() == pytest.approx(0.4, abs=0.01), (
         "it answers again, and is waited for"
     )
+
+
+@pytest.mark.virtual_time
+async def test_nobody_waits_for_a_server_that_hangs_until_it_has_answered_something() -> None:
+    writer = Writer()
+    began = writer.loop.time()
+    writer.world.slow = 1000.0
+    for _ in range(int(WRITE_TIMEOUT / TIMEOUT) + 1):
+        assert await writer.ask(TIMEOUT) is None
+    assert writer.loop.time() - began == pytest.approx(WRITE_TIMEOUT, abs=2 * TIMEOUT)
+    known, calls = writer.loop.time(), writer.world.calls
+
+    for _ in range(100):
+        assert await writer.ask(KNOWN_TIMEOUT) is None
+        with pytest.raises(InstanceUnavailable):
+            await writer.commands.know(writer.commands.execute("DEL", "next:a"), "stream")
+        await asyncio.sleep(0.01)
+    # The clock has gone on only where the test has slept.
+    assert writer.loop.time() - known == pytest.approx(1.0, abs=0.01)
+    # One of them at a time is a probe.
+    assert writer.world.calls - calls <= 2
+
+    writer.world.slow = 0.1
+    await asyncio.sleep(KNOWN_TIMEOUT)
+    assert await writer.ask(KNOWN_TIMEOUT) is None
+    await asyncio.sleep(0.2)
+    assert await writer.ask(KNOWN_TIMEOUT) is not None
 
 
 @pytest.mark.virtual_time
@@ -64,15 +96,12 @@ async def test_a_slow_server_is_waited_for_though_some_do_not_wait_so_long() -> 
 
 
 async def test_time_for_which_our_loop_was_late_does_not_count() -> None:
-    async def call() -> int:
+    asyncio.get_running_loop().call_soon(block, 0.2)
+
+    async with timeout(0.05):
         # A reply that is there passes through some turns of the event loop.
         for _ in range(5):
             await asyncio.sleep(0)
-        return 1
-
-    asyncio.get_running_loop().call_soon(block, 0.2)
-
-    assert await answer_of(call(), 0.05) == 1
 
 
 @pytest.mark.virtual_time
@@ -84,9 +113,49 @@ async def test_what_must_be_known_is_not_unknown_where_our_loop_was_late() -> No
         loop.call_soon(block, late)
         loop.call_later(late + 0.001, answer.set_result, 1)
 
-        assert await answer_of(asyncio.wait_for(answer, None), KNOWN_TIMEOUT) == 1
+        async with timeout(1.0):
+            assert await answer == 1
 
 
-async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
+@pytest.mark.virtual_time
+async def test_what_does_not_come_is_not_waited_for() -> None:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.5 s"):
+        async with timeout(0.5):
+            await loop.create_future()
+    await awaited(loop.create_future(), 0.5)
+
+    assert loop.time() - began == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.virtual_time
+async def test_a_loop_that_is_always_late_does_not_wait_for_ever() -> None:
+    loop = asyncio.get_running_loop()
+    began, over = loop.time(), False
+
+    def late() -> None:
+        block(0.07)
+        if not over:
+            loop.call_soon(late)
+
+    late()
     with pytest.raises(TimeoutError):
-        await answer_of(asyncio.sleep(60), 0.05)
+        async with timeout(0.1):
+            await asyncio.sleep(1e6)
+    over = True
+
+    # The end of a wait takes some turns of the event loop, too.
+    assert MAX_LONGER < loop.time() - began < MAX_LONGER + 0.6
+
+
+@pytest.mark.virtual_time
+async def test_another_timeout_within_is_not_ours() -> None:
+    async with timeout(9.0):
+        with pytest.raises(TimeoutError, match=r"^$"):
+            async with asyncio.timeout(0.1):
+                await asyncio.sleep(1.0)
+    with pytest.raises(TimeoutError, match="theirs"):
+        async with timeout(0.1):
+            raise TimeoutError("theirs")

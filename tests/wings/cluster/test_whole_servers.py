@@ -235,6 +235,33 @@ async def test_a_stop_beside_another_instance_refuses_nothing_that_waits(
             assert {*await asyncio.gather(*asked)} == expected
 
 
+async def test_an_answer_that_nobody_reads_gives_way_only_where_no_place_is_free_anywhere(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    changes = {"chat.streams.resume_window": 60.0, f"{SIM_HTTP_CLIENT}.read_timeout": 60.0}
+    async with two(redis.url, tmp_path, REAL_TIMES, **changes) as world:
+        await world.are(State.JOINED)
+        one, other = world.servers
+        world.referee.seconds = 40.0
+        for number in range(LIMIT):
+            question = {"request_id": f"r{number}", "text": "Hello"}
+            async with one.session.post(one.sse, json=question) as answer:
+                await answer.content.readuntil(b"event: chunk")
+                answer.close()
+            await until(lambda number=number: one.held()["detached"] == number + 1)  # type: ignore[misc]
+
+        assert world.referee.inside == LIMIT
+
+        # None is free now, and one of them ends. Its place is the next one's.
+        world.referee.seconds = 0.01
+        for number, server in enumerate((other, one, other)):
+            question = {"request_id": f"q{number}", "text": "Hello"}
+            async with server.session.post(server.sse, json=question) as answer:
+                assert b"event: complete" in await answer.read()
+            assert one.held()["detached"] == LIMIT - 1
+        await one.context.gateway.close()
+
+
 async def test_the_limit_of_a_key_holds_for_both_together(
     redis: RedisServer, tmp_path: Path
 ) -> None:

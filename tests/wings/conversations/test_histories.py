@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,11 @@ import pytest
 
 from aioserver.auth.callers import Caller, anonymous
 from aioserver.config.chat import Context, Persistence
-from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, Commands, answer_of
+from aioserver.gateway.contracts.commands import Commands
 from aioserver.wings.conversations.memory import Conversations
 from aioserver.wings.conversations.redis import RedisHistories
 from aioserver.wings.conversations.turn import Page, Turn
 from tests.support.instances import MemoryStore, World
-from tests.support.jumping_loop import block
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,32 +173,3 @@ async def test_without_keys_a_list_is_that_of_an_address() -> None:
     assert there is not None
     assert (len(here.summaries), len(there.summaries)) == (1, 0)
     assert await histories.load(anonymous("192.0.2.2"), "c")  # its id is enough
-
-
-async def test_time_for_which_our_loop_was_late_does_not_count() -> None:
-    async def call() -> int:
-        # A reply that is there passes through some turns of the event loop.
-        for _ in range(5):
-            await asyncio.sleep(0)
-        return 1
-
-    asyncio.get_running_loop().call_soon(block, 0.2)
-
-    assert await answer_of(call(), 0.05) == 1
-
-
-@pytest.mark.virtual_time
-async def test_what_must_be_known_is_not_unknown_where_our_loop_was_late() -> None:
-    loop = asyncio.get_running_loop()
-    for late in (0.9, 1.1, 1.9):
-        answer = loop.create_future()
-        # It is there, and read once the loop goes on.
-        loop.call_soon(block, late)
-        loop.call_later(late + 0.001, answer.set_result, 1)
-
-        assert await answer_of(asyncio.wait_for(answer, None), KNOWN_TIMEOUT) == 1
-
-
-async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
-    with pytest.raises(TimeoutError):
-        await answer_of(asyncio.sleep(60), 0.05)

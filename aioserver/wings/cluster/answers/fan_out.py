@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from aioserver.gateway.contracts.commands import timeout
 from aioserver.wings.cluster.answers.greeting import (
     MAX_ANSWER,
     SIZE,
@@ -86,7 +87,7 @@ class FanOut:
         """
         reader = asyncio.StreamReader()
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT):
+            async with timeout(ANSWER_TIMEOUT):
                 transport, _ = await self._network.dial(
                     target, lambda: asyncio.StreamReaderProtocol(reader)
                 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from functools import partial
 from hmac import compare_digest
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import msgspec
 
 from aioserver.auth.callers import Caller, Peer
 from aioserver.errors import StreamNotFound
+from aioserver.gateway.contracts.commands import Timer
 from aioserver.wings.cluster.answers.greeting import (
     GREETING_TIMEOUT,
     MAX_ANSWER,
@@ -41,8 +43,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.cluster")
 
-# Connections that have not greeted yet; one more ends the oldest.
-MAX_UNKNOWN = 64
+# How many connections may be open beyond those that pass requests on; one more ends the oldest that
+# has not greeted. Other instances may connect all at once, and greet a moment later.
+MAX_OTHERS = 64
 # Streams in one list.
 MAX_LISTED = 1_000
 
@@ -50,8 +53,9 @@ MAX_LISTED = 1_000
 class PeerListener:
     """Answers the questions of other instances, which come by *network*.
 
-    Always: a connection that has not greeted is at most GREETING_TIMEOUT old, and there are at
-    most MAX_UNKNOWN of them.
+    Always: a connection that has not greeted is at most GREETING_TIMEOUT old, not counting the
+    time by which our own event loop was late. While there are any, at most `most()` + MAX_OTHERS
+    connections are open.
 
     *secret* returns what all instances know; nobody knows an empty one. *look* returns a page for
     another instance, and *refused* is called for each connection without the secret. *follow*
@@ -75,7 +79,7 @@ class PeerListener:
         # Returns the protocol that serves a request.
         self.accept: Callable[[Peer], asyncio.Protocol] | None = None
         # Those that have not greeted, the oldest first, each with the timer that ends it.
-        self._unknown: dict[PeerConnection, asyncio.TimerHandle] = {}
+        self._unknown: dict[PeerConnection, Timer] = {}
         self._open: set[PeerConnection] = set()
         # Set once nothing is served any more, while that is awaited.
         self._finished: asyncio.Event | None = None
@@ -106,10 +110,9 @@ class PeerListener:
     def connected(self, connection: PeerConnection) -> None:
         """Note a *connection* that has yet to greet."""
         self._open.add(connection)
-        if len(self._unknown) >= MAX_UNKNOWN:
+        if self._unknown and len(self._open) > self._most() + MAX_OTHERS:
             self.refuse(next(iter(self._unknown)))
-        loop = asyncio.get_running_loop()
-        self._unknown[connection] = loop.call_later(GREETING_TIMEOUT, self.refuse, connection)
+        self._unknown[connection] = Timer(GREETING_TIMEOUT, partial(self.refuse, connection))
 
     def lost(self, connection: PeerConnection) -> None:
         """Forget *connection*."""
@@ -137,7 +140,7 @@ class PeerListener:
             return None
         self._unknown.pop(connection).cancel()
         if isinstance(word := greeting.word, Follow | Forward):
-            if self.accept is None or len(self._open) > self._most():
+            if self.accept is None or len(self._open) - len(self._unknown) > self._most():
                 connection.abort()
                 return None
             if isinstance(word, Follow):

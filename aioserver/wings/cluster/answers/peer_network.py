@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.files.certificates import load_authorities, load_pair
+from aioserver.gateway.contracts.commands import timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ class PeerNetwork:
         loop = asyncio.get_running_loop()
         try:
             address = self.where(name)
-            async with asyncio.timeout(CONNECT):
+            async with timeout(CONNECT):
                 if not address.port:
                     return await loop.create_unix_connection(make, address.host)
                 context = None if self._tls is None else self._tls.client

@@ -34,8 +34,8 @@ class PeerReader(asyncio.Protocol):
 
     Always: it is a reader of its stream like any other, and the connection ends with it.
 
-    *claiming* returns a future that is done once it is known whether the caller's request with an
-    id is answered here; None: that is known.
+    *claiming* returns a future that is done once a request of the caller with an id begins its
+    answer here, or is not answered here; None: there is no such request.
     """
 
     def __init__(
@@ -52,21 +52,22 @@ class PeerReader(asyncio.Protocol):
         self._reads.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, as soon as it is known whether there is such an answer."""
+        """Begin."""
         # uvloop's transports are no instances of it.
         self._transport = cast("asyncio.Transport", transport)
-        asked = self._asked
-        claiming = self._claiming(Caller(asked.caller), asked.request_id)
-        if claiming is None:
-            self._begin()
-        else:
-            claiming.add_done_callback(self._begin)
+        self._begin()
 
     def _begin(self, _claiming: object = None) -> None:
-        """Begin with the messages, or refuse."""
+        """Begin with the messages, or refuse, once there is an answer, or nobody is about to begin
+        one here.
+        """
         if (to := self._transport) is None:
             return
-        context = self._context
+        context, caller, name = self._context, Caller(self._asked.caller), self._asked.request_id
+        claiming = self._claiming(caller, name)
+        if claiming is not None and context.gateway.lifetime.store.find(caller, name) is None:
+            claiming.add_done_callback(self._begin)
+            return
         lifetime, admission = context.gateway.lifetime, context.admission
         # A question that is asked again resumes nothing.
         resumes = self._asked.digest is None

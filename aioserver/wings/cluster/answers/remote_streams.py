@@ -13,6 +13,7 @@ streams.
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from aioserver.wings.cluster.answers.peer_reader import PeerReader
 from aioserver.wings.cluster.answers.tunnels import Tunnels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 
     from aioserver.auth.callers import Peer
     from aioserver.faces.context import Context
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
 # Seconds within which the id of a response that has begun is claimed.
 UNCLAIMED = 0.02
-# Claims that one call renews at most, and seconds for calls for whose answer no client waits.
-MAX_RENEWED, CALL_TIMEOUT = 1_000, 1.0
+# Claims that one call renews at most.
+MAX_RENEWED = 1_000
 
 
 class InstancesStats(msgspec.Struct, frozen=True):
@@ -96,9 +97,9 @@ class RemoteStreams:
         self._store = Claims(commands, me)
         self._members = members
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
-        # By name: the ids that are being claimed.
-        self._claiming: dict[str, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[object]] = set()
+        # By name: the ids that are being claimed, or whose requests have no stream yet.
+        self._claiming: dict[str, list[asyncio.Future[None]]] = {}
         self._renewer: asyncio.TimerHandle | None = None
         self._unclaimed = Counter()
         self._network, self._secret, self._on_look = network, secret, on_look
@@ -154,8 +155,7 @@ class RemoteStreams:
                 be read, or there is no room for it.
         """
         name = name_of(caller.name, request_id)
-        claiming = self._claiming[name] = self._loop.create_future()
-        try:
+        with self.claiming(caller, request_id):
             claim = await self._ask(self._store.take(name, "" if lost is None else lost.owner))
             if claim is None:
                 self._unclaimed.value += 1
@@ -163,15 +163,28 @@ class RemoteStreams:
                 raise self._elsewhere(claim, caller, request_id)
             elif claim.seconds:
                 await self._adopt(caller, request_id, claim)
+
+    @contextmanager
+    def claiming(self, caller: Caller, request_id: str) -> Iterator[None]:
+        """Let the readers of other instances wait within the `with`: see `Instances`."""
+        name, claiming = name_of(caller.name, request_id), self._loop.create_future()
+        requests = self._claiming.setdefault(name, [])
+        requests.append(claiming)
+        try:
+            yield
         finally:
-            # Readers that wait for the claim go on when the answer has begun.
+            # They go on when the answer has begun.
             claiming.set_result(None)
-            if self._claiming.get(name) is claiming:
+            requests.remove(claiming)
+            if not requests:
                 del self._claiming[name]
 
     def _claims_under_way(self, caller: Caller, request_id: str) -> asyncio.Future[None] | None:
-        """Return what is done once an id is claimed; None if it is not being claimed here."""
-        return self._claiming.get(name_of(caller.name, request_id))
+        """Return what is done once a request with an id is claimed, and has a place here; None if
+        there is none.
+        """
+        requests = self._claiming.get(name_of(caller.name, request_id))
+        return requests[-1] if requests else None
 
     async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:
         """Return the caller's stream *request_id*, if no other instance has it.
@@ -321,12 +334,9 @@ class RemoteStreams:
         self.renew()
 
     def _start(self, call: Coroutine[Any, Any, object]) -> None:
-        task = self._loop.create_task(self._quietly(call))
+        task = self._loop.create_task(self._commands.tell(call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _quietly(self, call: Coroutine[Any, Any, object]) -> None:
-        await self._ask(call, CALL_TIMEOUT)
 
     # The end.
 
@@ -338,7 +348,7 @@ class RemoteStreams:
         for stream, seconds, log in kept_logs.chosen(finished):
             for name in kept_logs.names_of(stream):
                 put = self._store.put_log(name_of(_caller(stream).name, name), log, seconds)
-                await self._ask(put, CALL_TIMEOUT)
+                await self._commands.tell(put)
                 if self._commands.away:
                     return
 
@@ -348,7 +358,7 @@ class RemoteStreams:
             return
         finished = [stream for stream in self._streams.finished() if not stream.private]
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
+            await asyncio.wait(self._tasks, timeout=KNOWN_TIMEOUT)
         await self.hand_over(finished[::-1])
         self._renewer.cancel()
         for task in tuple(self._tasks):

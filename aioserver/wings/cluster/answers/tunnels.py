@@ -29,6 +29,7 @@ from aioserver.faces.admission import ACCEPTED, MISDIRECTED
 from aioserver.faces.http import request_id
 from aioserver.faces.ready import HIGH_WATER, LAST_CHUNK
 from aioserver.faces.whole import drained
+from aioserver.gateway.contracts.commands import timeout
 from aioserver.gateway.contracts.instances import NOT_FOUND, Lost
 from aioserver.wings.cluster.answers.greeting import Follow, Forward, Greeting, encode, refused
 from aioserver.wings.cluster.answers.peer_network import Gone, Unreachable
@@ -364,7 +365,7 @@ class Tunnels:
         """
         opening = encode(Greeting(self._secret(), word)) + rest
         try:
-            async with asyncio.timeout(ACCEPT_TIMEOUT + len(rest) / BODY_RATE):
+            async with timeout(ACCEPT_TIMEOUT + len(rest) / BODY_RATE):
                 await self._network.dial(owner, lambda: tunnel)
                 tunnel.write(opening)
                 return await tunnel.accepted

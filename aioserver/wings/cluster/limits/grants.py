@@ -94,8 +94,8 @@ class User(Protocol):
         than before.
         """
 
-    def others_starve(self) -> None:
-        """Note that other instances wait for places, and cannot get them."""
+    def starve(self) -> None:
+        """Note that requests wait for places, here or in other instances, and cannot get them."""
 
 
 class Grant:
@@ -223,7 +223,7 @@ class Grant:
             self._starving_reported = True
         elif self._standing.state is State.JOINED and not self._standing.grace:
             self.starving = True
-            self.user.others_starve()
+            self.user.starve()
             self.wait_begins()
 
     def wants_call(self) -> bool:
@@ -277,12 +277,14 @@ class Grant:
         self.starving = use and (result.starving > 0 or self._starving_reported)
         raised = use and not self._leaving
         self.resize(result.allowed if raised else min(self.granted, result.allowed))
-        if self.starving:
-            self.user.others_starve()
+        if self.starving or self._wanted:
+            self.user.starve()
 
     def failed(self) -> None:
         """Note that the call was not answered: the granted places stay, and none is given back."""
         self.starving = self._starving_reported = False
+        if self.user.wanting:
+            self.user.starve()
 
     def partitioned(self, places: int) -> None:
         """Use *places*, of which the server does not know."""

@@ -127,7 +127,7 @@ class LeasedPlaces(Supply):
         else:
             resource.places.resize(places)
 
-    def others_starve(self) -> None:
+    def starve(self) -> None:
         """Do nothing: taken places are kept to their end."""
 
 

@@ -7,6 +7,7 @@ grant, which knows nothing of queues, it is the user.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from aioserver.limits.resource import Supply
@@ -38,8 +39,8 @@ class LeasedCapacity(Supply):
     ticket may wait for *grace* seconds while others may have a place, and for a *moment* while one
     may be on its way.
 
-    *least* is the smallest fixed share. *on_starving* is called while tickets wait in other
-    instances, and all places granted here are taken.
+    *least* is the smallest fixed share. *on_starving* is called while tickets wait, here or in
+    other instances, and all places are taken, as far as is known.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class LeasedCapacity(Supply):
         self._leases, self._scheduler, self._resource = leases, scheduler, resource
         self._scope, self._grace, self._moment = scope, grace, moment
         self._on_starving = on_starving
+        # Fires once no place of another instance can be on its way here any more.
+        self._hoping: asyncio.TimerHandle | None = None
         # Nothing starts before places are granted.
         scheduler.resize(resource, 0)
         resource.attach(self)
@@ -80,6 +83,12 @@ class LeasedCapacity(Supply):
     def waiting(self) -> int:
         """The number of tickets that wait here."""
         return self._resource.waiting
+
+    @property
+    def elsewhere(self) -> int:
+        """The number of places that may be free in other instances, as far as is known."""
+        grant = self._grant
+        return grant.elsewhere or int(self._hoping is not None and not grant.starving)
 
     @property
     def _full(self) -> bool:
@@ -170,7 +179,18 @@ class LeasedCapacity(Supply):
         """Take no more than *places* from now on."""
         self._scheduler.resize(self._resource, places)
 
-    def others_starve(self) -> None:
-        """Tell the tickets that hold places here that others wait in other instances."""
-        if self._on_starving is not None and self.waiting_elsewhere:
+    def starve(self) -> None:
+        """Tell the tickets that hold places here that others wait for them."""
+        if self._on_starving is None or not self._full:
+            return
+        if self._grant.starving or not self._grant.joined:
+            self._on_starving()
+        elif self._hoping is None:
+            # Another instance may be about to give back a place that it does not use.
+            loop = asyncio.get_running_loop()
+            self._hoping = loop.call_later(self._grace, self._starve_still)
+
+    def _starve_still(self) -> None:
+        self._hoping = None
+        if self._on_starving is not None and self._full and self.waiting:
             self._on_starving()

@@ -81,6 +81,11 @@ class SharedProvider:
         """Whether requests wait in other instances for places that are taken here."""
         return self._places is not None and self._places.waiting_elsewhere > 0
 
+    @property
+    def elsewhere(self) -> int:
+        """How many places may be free in other instances, as far as is known."""
+        return 0 if self._places is None else self._places.elsewhere
+
     def starts(self, interval: float, tolerance: float, serve: Callable[[], None]) -> Gcra:
         """Return the rate of starts, as `SharedCapacity` says."""
         return SharedRate(
@@ -164,7 +169,7 @@ class SharedLimits:
         on_starving: Callable[[], None],
     ) -> SharedCapacity:
         """Return the shared capacity of the provider *name*; *on_starving* is called while
-        requests wait in other instances for places that are taken here.
+        requests wait, here or in other instances, for places that are taken.
         """
         shared = self._shared[name] = SharedProvider(
             self._leases, scheduler, name, health, clock, on_starving

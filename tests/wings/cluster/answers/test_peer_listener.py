@@ -24,7 +24,7 @@ from aioserver.wings.cluster.answers.greeting import (
     encode,
     framed,
 )
-from aioserver.wings.cluster.answers.peer_listener import MAX_UNKNOWN
+from aioserver.wings.cluster.answers.peer_listener import MAX_OTHERS
 from aioserver.wings.cluster.answers.peer_network import (
     Address,
     Gone,
@@ -34,6 +34,7 @@ from aioserver.wings.cluster.answers.peer_network import (
 )
 from tests.support.chat import chat, to_end
 from tests.support.instances import SECRET, instances
+from tests.support.jumping_loop import block
 from tests.support.waiting import ticks, until, within
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.wings.cluster.answers.peer_network import PeerNetwork
-    from tests.support.instances import Instance
+    from tests.support.instances import Instance, NamedNetwork
 
 # A server from which no address but that of loopback follows.
 REDIS = "redis://127.0.0.1"
@@ -55,7 +56,7 @@ async def pair(tmp_path: Path) -> AsyncIterator[list[Instance]]:
         yield both
 
 
-def network_of(instance: Instance) -> PeerNetwork:
+def network_of(instance: Instance) -> NamedNetwork:
     return instance.world.networks[instance.name]
 
 
@@ -131,11 +132,23 @@ async def test_a_greeting_is_understood_however_its_bytes_are_cut(pair: list[Ins
     assert refused(pair[0]) == 0
 
 
+@pytest.mark.real_time
+async def test_a_greeting_has_come_though_our_loop_was_late(pair: list[Instance]) -> None:
+    reader, writer = await connected(pair[0])
+    await until(lambda: len(network_of(pair[0]).accepted) == 1)
+    writer.write(LOOK)
+    block(GREETING_TIMEOUT + 0.1)
+
+    assert await rest_of(reader) == framed(b"the state of a")
+    writer.close()
+
+
 async def test_one_connection_too_many_that_says_nothing_ends_the_oldest(
     pair: list[Instance],
 ) -> None:
     a, b = pair
-    silent = [await connected(a) for _ in range(MAX_UNKNOWN)]
+    most = a.server.context.admission.max_tunnels + MAX_OTHERS
+    silent = [await connected(a) for _ in range(most)]
     await until(lambda: refused(a) == 0)
 
     looked = await FanOut(network_of(b), lambda: SECRET).look([a.name], "state")

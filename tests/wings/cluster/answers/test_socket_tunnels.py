@@ -496,7 +496,7 @@ async def test_a_client_that_leaves_while_its_id_is_asked_for_leaves_nothing_beh
     make: Make, world: World, sent: Any
 ) -> None:
     a, b = await make(2, ENDLESS)
-    world.slow = 0.05
+    world.slow = 0.04
     async with AsyncExitStack() as stack:
         first = await asked(a, stack)
         calls = world.calls
@@ -525,7 +525,7 @@ async def test_a_client_that_reads_nothing_holds_up_its_owner_and_loses_nothing(
             await ws.send_json(resume(name))
         await until(lambda: b.cluster.stats().tunnels == 2)
         tunnels = tuple(b.cluster._tunnels._open)  # noqa: SLF001 - no snapshot has them
-        await until(lambda: all(tunnel._blocked for tunnel in tunnels))  # type: ignore[union-attr]  # noqa: SLF001
+        await until(lambda: all(tunnel._blocked and tunnel.passed for tunnel in tunnels))  # type: ignore[union-attr]  # noqa: SLF001
         # What is read once of each may be kept.
         kept, passed = b.server.owners.streams.stats().bytes, [t.passed for t in tunnels]
         assert 0 < kept < 1 << 20

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+from collections import Counter
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +30,7 @@ from tests.support.chat import (
     until_status,
 )
 from tests.support.instances import SECRET, NamedNetwork, World, instance_of, instances
+from tests.support.jumping_loop import block
 from tests.support.keys import bearer, keys_of
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, QUICK, UVICORN
 from tests.support.waiting import until, within
@@ -527,6 +529,54 @@ async def test_an_owner_that_stops_in_good_order_passes_its_answers_on_to_their_
     assert read[-1]["status"] == "complete"
 
 
+async def test_readers_that_come_all_at_once_get_their_answer_from_its_owner(make: Make) -> None:
+    many = dict.fromkeys(
+        (
+            f"{CONCURRENCY}.max_connections",
+            f"{CONCURRENCY}.connection_queue_size",
+            f"{UVICORN}.backlog",
+        ),
+        1000,
+    )
+    a, b = await make(2, PACED, **many)
+    path = f"{b.server.settings.chat.sse.endpoint}/r1?last_event_id=0"
+    async with AsyncExitStack() as stack:
+        ws = await asked(a, stack)
+        # The connections are there, so that the requests come in one moment.
+        connections = [
+            await asyncio.open_connection("127.0.0.1", b.server.port) for _ in range(200)
+        ]
+        for _, writer in connections:
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        read = [await reader.read() for reader, _ in connections]
+        whole = await to_end(ws)
+        for _, writer in connections:
+            writer.close()
+
+    assert Counter(each[:12] for each in read) == {b"HTTP/1.1 200": 200}
+    ends = {eventstream.parse(each.removesuffix(b"\r\n0\r\n\r\n"))[-1].data for each in read}
+    assert [json.loads(end) for end in ends] == [whole[-1]]
+
+
+async def test_an_owner_has_its_time_though_our_loop_was_late(
+    make: Make, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = await make(2, QUICK)
+    async with ask(a) as first:
+        whole = await read_frames(first)
+    dial = world.networks["b"].dial
+
+    async def late(name: str, tunnel: Any) -> Any:
+        made = await dial(name, tunnel)
+        asyncio.get_running_loop().call_soon(block, 1.5)
+        return made
+
+    monkeypatch.setattr(world.networks["b"], "dial", late)
+    async with at(b) as response:
+        assert response.status == 200
+        assert await read_frames(response) == whole
+
+
 async def test_another_instance_takes_no_place_and_one_too_many_is_refused(make: Make) -> None:
     few = {f"{CONCURRENCY}.max_connections": 2, f"{CONCURRENCY}.connection_queue_size": 2}
     a, b = await make(2, ENDLESS, **few)
@@ -662,6 +712,75 @@ async def test_a_question_comes_to_its_owner_before_the_owner_has_begun_it(
 
     assert await first == read
     assert (a.requests, b.requests) == (1, 0)
+
+
+FEW = {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.connection_queue_size": 2}
+
+
+@pytest.mark.parametrize("over", [ask, complete], ids=["sse", "openai"])
+async def test_a_question_that_waits_for_its_place_is_not_begun_elsewhere(
+    make: Make, world: World, over: Callable[..., Any]
+) -> None:
+    a, b = await make(2, PACED, **FEW)
+    async with a.server.connect() as other, b.server.connect() as ws:
+        # It has the claim, and waits for a place.
+        first = asyncio.create_task(read_text(over(a)))
+        await until(lambda: len(world.claims) == 1)
+        await ws.send_json(chat("r1"))
+        await until(lambda: len(world.networks["a"].accepted) == 1)
+        await other.close()
+        frame = await ws.receive_json()
+        while frame["status"] not in {"complete", "error"}:
+            frame = await ws.receive_json()
+        assert (await first)[0] == 200
+
+    # The other face has asked something else with this id.
+    assert frame["status"] == "complete" if over is ask else is_conflict(frame)
+    assert (a.requests, b.requests) == (1, 0)
+
+
+def is_conflict(frame: Any) -> bool:
+    return bool(frame["chunk"]["code"] == "request_conflict")
+
+
+async def test_a_question_that_waits_long_for_its_place_is_still_not_begun_elsewhere(
+    make: Make, world: World
+) -> None:
+    a, b = await make(2, PACED, **FEW)
+    async with a.server.connect() as other, b.server.connect() as ws:
+        first = asyncio.create_task(read_text(ask(a)))
+        await until(lambda: len(world.claims) == 1)
+        await ws.send_json(chat("r1"))
+        assert (await ws.receive_json())["chunk"]["code"] == "instance_unavailable"
+        # A client that has left asks for nothing more: another one may have the id.
+        first.cancel()
+        await until(lambda: a.server.context.admission.gate.waiting == 0)
+        await ws.send_json(chat("r1"))
+        assert (await to_end(ws))[-1]["status"] == "complete"
+        await other.close()
+
+    assert (a.requests, b.requests) == (0, 1)
+
+
+async def test_a_question_that_waits_for_its_place_is_passed_on_once_it_has_one(
+    make: Make,
+) -> None:
+    a, b = await make(2, PACED, **FEW)
+    async with a.server.connect() as other, b.server.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "chunk")
+        second = asyncio.create_task(read_text(ask(a)))
+        await until(lambda: a.server.context.admission.gate.waiting == 1)
+        await other.close()
+        assert (await to_end(ws))[-1]["status"] == "complete"
+        assert "event: complete" in (await second)[1]
+
+    assert (a.requests, b.requests) == (0, 1)
+
+
+async def read_text(asking: Any) -> tuple[int, str]:
+    async with asking as response:
+        return response.status, await response.text()
 
 
 async def read_all(asking: Any) -> list[Any]:
