@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("untimed")
 # All others hold rules, and time need not pass for them.
 ON_UVLOOP = {
     "browser", "clients", "commands", "core", "deploy", "docs", "end_to_end", "faces", "server",
-    "soak", "tools", "workers",
+    "soak", "suites", "tools", "workers",
 }  # fmt: skip
 
 

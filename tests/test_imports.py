@@ -38,6 +38,7 @@ OTHER_TESTS = {
     "fuzz",
     "simulation",
     "soak",
+    "suites",
     "support",
 }
 # Modules, and what they may import inside a function, for start-up time or as an option.

@@ -201,6 +201,7 @@ class Fields(msgspec.Struct, gc=False):
     model: SureName | None = None
     stream: bool | None = None
     user: str | None = None
+    safety_identifier: str | None = None
     store: bool | None = None
     background: bool | None = None
     metadata: Raw = ABSENT
@@ -220,6 +221,7 @@ class _RawFields(msgspec.Struct, gc=False):
     model: Raw = ABSENT
     stream: Raw = ABSENT
     user: Raw = ABSENT
+    safety_identifier: Raw = ABSENT
     store: Raw = ABSENT
     background: Raw = ABSENT
     metadata: Raw = ABSENT
@@ -286,7 +288,9 @@ class ModelBody:
             # Values that may be long are not kept.
             fields, self._value, options = _checked(raw), bytes(raw.model), raw.stream_options
         self._fields = fields
-        self.model, self.user = fields.model, fields.user
+        self.model = fields.model
+        # OpenAI has put `safety_identifier` in the place of `user`.
+        self.user = fields.user or fields.safety_identifier
         self.streamed = fields.stream is True
         self.several = fields.n is not None or fields.best_of is not None
         # Most have none.
@@ -382,6 +386,7 @@ def _checked(fields: _RawFields) -> Fields:
         model=model,
         stream=streamed,
         user=json_body.text(fields.user),
+        safety_identifier=json_body.text(fields.safety_identifier),
         store=json_body.flag(fields.store),
         background=json_body.flag(fields.background),
         metadata=_short(fields.metadata),

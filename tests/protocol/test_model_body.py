@@ -27,11 +27,19 @@ def test_what_is_read() -> None:
     assert (parsed.stored, parsed.background) == (True, False)
 
 
+@pytest.mark.parametrize("first", ["", '"stream":null,"n":"1",'])
+def test_a_safety_identifier_is_the_user_where_there_is_none(first: str) -> None:
+    assert body(f'{{{first}"safety_identifier":"s"}}').user == "s"
+    assert body(f'{{{first}"user":null,"safety_identifier":"s"}}').user == "s"
+    assert body(f'{{{first}"user":"u","safety_identifier":"s"}}').user == "u"
+
+
 def test_what_is_absent_or_null_is_not_set() -> None:
     for text in (
         "{}",
         '{"model":null,"stream":null,"user":null,"store":null}',
         '{"user":{"a":1}}',
+        '{"safety_identifier":{"a":1}}',
     ):
         parsed = body(text)
 

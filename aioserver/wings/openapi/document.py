@@ -5,7 +5,8 @@ of the guard, which become `security`; the structs of messages, and the errors. 
 through below `/v1` are one entry. OpenAPI has no term for a WebSocket: such an operation has
 `x-websocket: true`.
 
-It is made at the first request, when all routes exist, and stays as long as the server.
+It is made at the first request, when all routes exist, and anew when a reload adds the first key
+or takes the last one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from aioserver.errors import AioserverError
 from aioserver.faces.pages import Asset
 from aioserver.protocol import client_frames
 from aioserver.protocol.frames import Frame
-from aioserver.protocol.model_body import Fields
+from aioserver.protocol.model_body import MAX_MODEL_BYTES, Fields
+from aioserver.protocol.request_headers import MAX_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,23 +57,40 @@ SECURITY = {
     **{name: {"type": "apiKey", "in": "header", "name": name} for name in KEY_HEADERS},
     "session": {"type": "apiKey", "in": "cookie", "name": COOKIE},
 }
-TEXT, FLAG, NUMBER, OBJECT = ({"type": name} for name in ("string", "boolean", "number", "object"))
+TEXT, OBJECT = {"type": "string"}, {"type": "object"}
+NULL, MAYBE = {"type": "null"}, {"type": ["string", "null"]}
+NAME = {"type": "string", "minLength": 1, "maxLength": client_frames.MAX_ID_CHARACTERS}
+# OpenAPI's patterns have no term for the characters that are printable: it leaves out most others.
+REQUEST_ID = {
+    **NAME,
+    "description": "printable characters",
+    "pattern": "^[^\\u0000-\\u001f\\u007f-\\u00a0\\u00ad\\u2028\\u2029]*$",
+}
+MAYBE_NAME = {**NAME, **MAYBE}
+SECONDS = {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": MAX_SECONDS}
+MESSAGE = {"type": "object", "required": ["role"], "properties": {"role": TEXT}}
 TYPES = {BoolType: "boolean", IntType: "integer", NoneType: "null", StrType: "string"}
 # The types of the fields of a question, which are read as bytes (protocol/client_frames.py).
 QUESTION: dict[str, Any] = {
-    "text": TEXT,
-    "messages": {"type": "array", "items": OBJECT},
-    "streaming": FLAG,
-    "conversation_id": TEXT,
-    "provider": TEXT,
-    "model": TEXT,
-    "options": OBJECT,
+    "text": {"type": ["string", "null"], "minLength": 1},
+    "messages": {"type": ["array", "null"], "minItems": 1, "items": MESSAGE},
+    "streaming": {"type": ["boolean", "null"]},
+    "conversation_id": MAYBE_NAME,
+    "provider": MAYBE_NAME,
+    "model": MAYBE_NAME,
+    "options": {**OBJECT, "propertyNames": {"not": {"enum": [*client_frames.RESERVED_OPTIONS]}}},
     "metadata": OBJECT,
-    "start_within": NUMBER,
-    "deadline": NUMBER,
-    "class": {"type": "string", "enum": ["interactive", "batch"]},
-    "hold": {"type": "string", "enum": ["preamble", "calls", "turn"]},
+    "start_within": SECONDS,
+    "deadline": SECONDS,
+    "class": {"enum": ["interactive", "batch", None]},
+    "hold": {"enum": ["preamble", "calls", "turn", None]},
 }
+# A question has one of these, and the other one is left out or null.
+ONE_OF = [
+    {"required": [one], "properties": {one: {"not": NULL}, other: NULL}}
+    for one, other in (("text", "messages"), ("messages", "text"))
+]
+PARAMETERS = {"request_id": REQUEST_ID}
 POSITION: dict[str, Any] = {
     "type": "object",
     "properties": {"last_event_id": {"type": "integer", "minimum": 0}},
@@ -80,24 +99,33 @@ POSITION: dict[str, Any] = {
 
 class Operation(NamedTuple):
     """The purpose of a route: a sentence, the name of the schema of its body, if it has one, and
-    the type of its answer.
+    the type of its answer. A body may be left out if it is *optional*, and *empty* says that the
+    answer may have none.
     """
 
     summary: str
     body: str = ""
     answers: str = "application/json"
+    optional: bool = False
+    empty: bool = False
 
 
 JSON_OR_EVENTS = "application/json, text/event-stream"
 # By method and path; `WS` and `SSE` stand for the configured ones.
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "WS"): Operation("Chat over a WebSocket: `Command` frames in, `Frame`s out"),
-    ("POST", "SSE"): Operation("Ask, and read the answer", "Question", "text/event-stream"),
+    ("POST", "SSE"): Operation(
+        "Ask, and read the answer", "Question", "text/event-stream", empty=True
+    ),
     ("GET", "SSE"): Operation("List the answers of the caller that are kept"),
     ("GET", "SSE/{request_id}"): Operation(
-        "Read an answer from the event after `Last-Event-ID` on", answers=JSON_OR_EVENTS
+        "Read an answer from the event after `Last-Event-ID` on",
+        answers=JSON_OR_EVENTS,
+        empty=True,
     ),
-    ("DELETE", "SSE/{request_id}"): Operation("Cancel an answer, for all of its readers"),
+    ("DELETE", "SSE/{request_id}"): Operation(
+        "Cancel an answer, for all of its readers", answers="", empty=True
+    ),
     ("POST", "/v1/chat/completions"): Operation(
         "Ask for a chat completion", "Body", JSON_OR_EVENTS
     ),
@@ -122,7 +150,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/conversations"): Operation("List the conversations of the caller"),
     ("DELETE", "/conversations"): Operation("Delete all conversations of the caller"),
     ("GET", "/conversations/{id}"): Operation("Read a conversation"),
-    ("DELETE", "/conversations/{id}"): Operation("Delete a conversation"),
+    ("DELETE", "/conversations/{id}"): Operation("Delete a conversation", answers="", empty=True),
     ("GET", "/usage"): Operation("What callers have spent"),
     ("GET", "/stats"): Operation("The state of the server"),
     ("GET", "/events"): Operation("That state each second", answers="text/event-stream"),
@@ -130,8 +158,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/health"): Operation("Whether the process lives"),
     ("GET", "/ready"): Operation("Whether it takes requests"),
     ("GET", "/session"): Operation("Whether the browser has a session"),
-    ("POST", "/session"): Operation("Exchange a key for a cookie", "Login"),
-    ("DELETE", "/session"): Operation("End the session of the browser"),
+    ("POST", "/session"): Operation(
+        "Exchange a key for a cookie: that of a header, or else of the body",
+        "Login",
+        optional=True,
+    ),
+    ("DELETE", "/session"): Operation("End the session of the browser", answers="", empty=True),
     ("GET", "/"): Operation("The chat page for browsers; an overview for programs"),
     ("GET", PATH): Operation("This description"),
 }
@@ -145,11 +177,11 @@ def routes(context: Context) -> list[web.RouteDef]:
     """Return the route of the description."""
 
     @cache
-    def made(app: web.Application) -> Asset:
+    def made(app: web.Application, _keyed: bool) -> Asset:
         return Asset(orjson.dumps(describe(context, app)), "application/json", HEADERS)
 
     async def serve(request: web.Request) -> web.StreamResponse:
-        return await made(request.app).serve(request)
+        return await made(request.app, context.access.keyed).serve(request)
 
     return [web.get(PATH, serve)]
 
@@ -171,7 +203,7 @@ def describe(context: Context, app: web.Application) -> dict[str, Any]:
             operation = PASSED
         websocket = route in context.guard.websockets
         paths.setdefault(path, {})[route.method.lower()] = _operation(
-            path, operation, policy, websocket=websocket
+            path, operation, policy, websocket=websocket, keyed=context.access.keyed
         )
     return {
         "openapi": "3.1.0",
@@ -202,31 +234,37 @@ def described(context: Context, app: web.Application) -> Iterator[tuple[Abstract
 
 
 def _operation(
-    path: str, operation: Operation, policy: Policy, *, websocket: bool
+    path: str, operation: Operation, policy: Policy, *, websocket: bool, keyed: bool
 ) -> dict[str, Any]:
     described: dict[str, Any] = {"summary": operation.summary}
     if websocket:
         described["x-websocket"] = True
     if names := _PARAMETER.findall(path):
         described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": TEXT} for name in names
+            {"name": name, "in": "path", "required": True, "schema": PARAMETERS.get(name, TEXT)}
+            for name in names
         ]
     if operation.body:
         content = {"application/json": {"schema": _ref(operation.body)}}
-        described["requestBody"] = {"required": True, "content": content}
-    good: dict[str, Any] = {kind: {} for kind in operation.answers.split(", ")}
-    success = (
-        {"101": {"description": "the WebSocket is open"}}
-        if websocket
-        else {"200": {"description": "the answer", "content": good}}
-    )
-    error = {"application/json": {"schema": _ref("Error")}}
+        described["requestBody"] = {"required": not operation.optional, "content": content}
+    success: dict[str, Any] = {}
+    if websocket:
+        success["101"] = {"description": "the WebSocket is open"}
+    elif operation.answers:
+        good: dict[str, Any] = {kind: {} for kind in operation.answers.split(", ")}
+        success["200"] = {"description": "the answer", "content": good}
+    if operation.empty:
+        success["204"] = {"description": "the answer has no body"}
+    error = {"application/json": {"schema": _error_at(path)}}
     described["responses"] = {
         **success,
         "default": {"description": "an error of `components.responses`", "content": error},
     }
     described["security"] = [] if policy is Policy.OPEN else [{name: []} for name in SECURITY]
     if policy is not Policy.OPEN:
+        if not keyed:
+            # None of them is needed.
+            described["security"].append({})
         described["description"] = f"Where the server has keys: {policy.value}."
     return described
 
@@ -237,29 +275,38 @@ def _schemas() -> dict[str, Any]:
     struct = type_info(Fields)
     assert isinstance(struct, StructType)
     members = {field.encode_name: _type_of(field.type) for field in struct.fields}
+    # In ASCII, with its two quotes.
+    members["model"] |= {"minLength": 1, "maxLength": MAX_MODEL_BYTES - 2}
     body = {
         "type": "object",
         "description": "The members that the server reads; all others go on to the provider.",
         "properties": members,
     }
-    question = {"type": "object", "properties": QUESTION, "additionalProperties": False}
+    question = {
+        "type": "object",
+        "properties": QUESTION,
+        "additionalProperties": False,
+        "oneOf": ONE_OF,
+    }
     command = {
         "type": "object",
         "required": ["action"],
         "properties": {
             "action": {"enum": ["chat", "cancel", "resume", "ping"]},
-            "request_id": TEXT,
+            "request_id": REQUEST_ID,
             "payload": {"anyOf": [_ref("Payload"), POSITION]},
         },
     }
-    asked = {**question, "properties": {**QUESTION, "request_id": TEXT}}
-    error = {
-        "message": TEXT,
-        "type": TEXT,
-        "param": {"type": ["string", "null"]},
-        "code": {"enum": sorted({error.code for error in _errors()})},
+    asked = {
+        **question,
+        "required": ["request_id"],
+        "properties": {**QUESTION, "request_id": REQUEST_ID},
     }
-    wrapped = {"error": {"type": "object", "required": [*error], "properties": error}}
+    # A provider's own code passes, and it may have none.
+    code = {**MAYBE, "examples": sorted({error.code for error in _errors()})}
+    error = {"message": TEXT, "type": TEXT, "param": MAYBE, "code": code}
+    inner = {"type": "object", "required": ["message", "type"], "properties": error}
+    in_messages = {**inner, "properties": {"message": TEXT, "type": TEXT, "code": code}}
     return {
         **components,
         "Body": body,
@@ -267,8 +314,24 @@ def _schemas() -> dict[str, Any]:
         "Question": asked,
         "Command": command,
         "Login": {"type": "object", "required": ["key"], "properties": {"key": TEXT}},
-        "Error": {"type": "object", "required": ["error"], "properties": wrapped},
+        "Error": {"type": "object", "required": ["error"], "properties": {"error": inner}},
+        "MessagesError": {
+            "type": "object",
+            "required": ["type", "error"],
+            "properties": {"type": {"const": "error"}, "error": in_messages, "request_id": MAYBE},
+        },
     }
+
+
+def _error_at(path: str) -> dict[str, Any]:
+    """Return the schema of an error at *path*: below `/v1` a client that names its
+    `anthropic-version` gets those of Anthropic's API everywhere.
+    """
+    if path.startswith("/v1/messages"):
+        return _ref("MessagesError")
+    if path.startswith("/v1/"):
+        return {"anyOf": [_ref("Error"), _ref("MessagesError")]}
+    return _ref("Error")
 
 
 def _type_of(kind: Type) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 
 from aioserver import __version__, provider_errors
@@ -125,7 +126,7 @@ async def test_its_components_are_those_of_the_code(server: RunningServer) -> No
     codes = {error.code for error in provider_errors.subclasses(AioserverError)}
     assert set(components["responses"]) == codes
     error = components["schemas"]["Error"]["properties"]["error"]["properties"]
-    assert set(error["code"]["enum"]) == codes
+    assert set(error["code"]["examples"]) == codes
     assert tuple(components["schemas"]["Payload"]["properties"]) == client_frames.PAYLOAD_FIELDS
     assert set(components["schemas"]["Frame"]["required"]) == {"status", "chunk"}
     for reference in references(described):
@@ -152,3 +153,69 @@ async def test_a_client_that_has_it_gets_304(make_server: MakeServer) -> None:
 async def test_any_viewer_opens_it_and_none_is_served(server: RunningServer, path: str) -> None:
     async with server.session.get(server.base + path) as response:
         assert response.status == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("post", "/v1/chat/completions", {"model": "m"}, 400),
+        ("post", "/v1/chat/completions", {"model": ""}, 400),
+        ("post", "/v1/responses", {"model": "m"}, 400),
+        ("post", "/v1/messages", {"model": "m"}, 400),
+        ("post", "/v1/messages/count_tokens", {"model": ""}, 400),
+        ("get", "/sse/chat/{request_id}", None, 404),
+        ("delete", "/sse/chat/{request_id}", None, 404),
+        ("post", "/sse/chat", {"text": "Hello"}, 400),
+        ("post", "/sse/chat", {"request_id": "r", "text": "Hello", "hold": None}, 200),
+        ("post", "/sse/chat", {"request_id": "r", "text": "a", "messages": []}, 400),
+        ("post", "/sse/chat", {"request_id": "r" * 257, "text": "Hello"}, 400),
+        ("post", "/sse/chat", {"request_id": "r", "text": "", "messages": None}, 400),
+        ("post", "/sse/chat", {"request_id": "r", "messages": [{}]}, 400),
+        ("post", "/sse/chat", {"request_id": "r", "text": "a", "options": {"model": "m"}}, 400),
+        ("post", "/sse/chat", {"request_id": "r", "text": "a", "deadline": 0}, 400),
+        ("post", "/session", None, 200),
+        ("delete", "/session", None, 204),
+        ("delete", "/conversations/{id}", None, 404),
+    ],
+)
+@pytest.mark.parametrize("key", [None, "root"])
+async def test_the_answers_are_those_that_it_describes(
+    make_server: MakeServer,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None,
+    status: int,
+    key: str | None,
+) -> None:
+    server = await make_server(**(keys_of(key) if key else {}))
+    described = await description(server)
+    operation = described["paths"][path][method]
+    url = server.base + path.replace("{request_id}", "none").replace("{id}", "none")
+    headers = bearer(key) if key else {}
+    async with server.session.request(method, url, json=body, headers=headers) as response:
+        text = await response.text()
+        kind = response.content_type
+
+    assert response.status == status, text
+    answers = operation["responses"].get(str(status), operation["responses"]["default"])
+    assert bool(text) is ("content" in answers)
+    if text:
+        assert kind in answers["content"]
+    if status >= 400:
+        schema = answers["content"]["application/json"]["schema"]
+        jsonschema.validate(await response.json(), {**described, **schema})
+    if body is None:
+        assert not operation.get("requestBody", {}).get("required")
+    elif path == "/sse/chat":
+        question = {**described, "$ref": "#/components/schemas/Question"}
+        valid = jsonschema.Draft202012Validator(question).is_valid(body)
+        assert valid is (status == 200)
+
+
+async def test_a_key_is_optional_where_the_server_has_none(make_server: MakeServer) -> None:
+    server = await make_server()
+    assert {} in (await description(server))["paths"]["/stats"]["get"]["security"]
+    assert await server.change(**keys_of("root"))
+    assert {} not in (await description(server))["paths"]["/stats"]["get"]["security"]
+    async with server.session.get(f"{server.base}/stats") as response:
+        assert response.status == 401
