@@ -297,7 +297,8 @@ def seam_of(form: str, transcript: str, capabilities: ContinuationCapabilities) 
 class Hop:
     """An attempt to get the rest of the answer in *stream* from *provider*.
 
-    *text* is the answer so far. *fault* has broken it off, at the provider *broken*.
+    *text* is the answer so far. *fault* has broken it off, at the provider *broken*. The *seam* is
+    that of the *form*, whatever a reload changes while the request waits.
     """
 
     def __init__(
@@ -305,6 +306,7 @@ class Hop:
         stream: Stream,
         transcript: Transcript,
         text: str,
+        form: str,
         seam: Seam,
         provider: Provider,
         fault: ProviderFault,
@@ -320,8 +322,7 @@ class Hop:
         self._stream = stream
         self._text, self._events = text, transcript.events
         self._provider = provider
-        # As the seam expects it, whatever a reload changes while the request waits.
-        self._form = provider.settings.continuation
+        self._form = form
         self._told = Continued(len(text), broken.name, provider.name, fault.code)
         self._seams = broken.meter.seams.setdefault(fault.code, Counter())
 
@@ -449,9 +450,6 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
             )
             assert text is not None
             assert transcript is not None
-            seam = seam_of(provider.settings.continuation if text else "", text, capabilities)
-            if seam is None:
-                continue
             attempt = request.make_attempt(
                 provider,
                 request.provider_request,
@@ -460,10 +458,16 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
                 fallback=bool(candidates),
                 again=True,
             )
-            if not attempt.goes_on(transcript) or not _affordable(provider, broken[0]):
+            form = attempt.form_of_rest() if text else ""
+            seam = seam_of(form, text, capabilities)
+            if (
+                seam is None
+                or not attempt.goes_on(transcript)
+                or not _affordable(provider, broken[0])
+            ):
                 continue
             speaker = next((each for each, _ in order if each.name == broken[0]), provider)
-            hop = Hop(stream, transcript, text, seam, provider, fault, speaker)
+            hop = Hop(stream, transcript, text, form, seam, provider, fault, speaker)
             attempt.hop = hop
             request.provider_request.begin_attempt(provider.name, attempt.asked_model)
             if not text:

@@ -163,6 +163,10 @@ class ClientHeaders:
             lines += [line for line in self._lines if line[0] != TRACEPARENT]
         return ClientHeaders(lines, trace_id, self._api_lines)
 
+    def of_api(self, name: str) -> bytes | None:
+        """Return the value of the API's header *name*, in lower case; None if it is not sent."""
+        return next((value for each, value in self._api_lines if each == name), None)
+
     def without_api(self) -> ClientHeaders:
         """Return these headers without those of the request's API."""
         return ClientHeaders(self._lines, self.trace_id) if self._api_lines else self

@@ -118,6 +118,14 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
     )
 
 
+def several(usage: Mapping[str, Any] | None) -> bool:
+    """Return whether *usage* is that of several passes of a model over its prompt, so that it does
+    not say how long this is.
+    """
+    iterations = usage.get("iterations") if usage else None
+    return isinstance(iterations, list) and len(iterations) > 1
+
+
 def _count(number: object) -> int | None:
     """Return *number* if it is a plausible number of tokens, else None."""
     # For `isinstance` a boolean is an integer, too.

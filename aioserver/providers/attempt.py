@@ -225,6 +225,10 @@ class Attempt:
         """Return whether it can continue the *transcript* of another attempt."""
         return self.request.api.speaks(self.provider.settings)
 
+    def form_of_rest(self) -> str:
+        """Return the form in which it asks for the rest of another attempt's answer."""
+        return self.provider.settings.continuation
+
     @property
     def place(self) -> str:
         """The name of the provider where it has a place."""

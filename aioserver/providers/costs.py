@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK
-from aioserver.protocol.tokens import MAX_TOKENS, TOTAL, tokens_of
+from aioserver.protocol.tokens import MAX_TOKENS, TOTAL, several, tokens_of
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, AttemptCost
@@ -106,7 +106,7 @@ class Costs:
             return None
         cost = self.so_far(attempt, exc)
         outcome.costs += (cost,)
-        if cost.source in COUNTED:
+        if cost.source in COUNTED and not several(outcome.usage):
             whole = None
             if exc is None and cost.source == PROVIDER and attempt.hop is None:
                 whole = cost.tokens_out

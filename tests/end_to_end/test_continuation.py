@@ -318,6 +318,49 @@ async def test_rest_of_a_message_is_nothing_for_a_provider_that_is_found_to_have
         assert other.stats().requests == len(others)
 
 
+async def message_of(
+    server: RunningServer, model: str, version: str = "2026-10-21", **more: Any
+) -> tuple[str, bytes]:
+    """Return the text of a streamed message, and its bytes."""
+    said = [{"role": "user", "content": "Hello"}]
+    body = {"model": model, "max_tokens": 4096, "messages": said, "stream": True, **more}
+    headers = {"anthropic-version": version}
+    async with server.session.post(f"{server.v1}/messages", json=body, headers=headers) as answer:
+        assert answer.status == 200
+        raw = await answer.read()
+    deltas = [json.loads(event.data).get("delta", {}) for event in eventstream.parse(raw)]
+    return "".join(delta.get("text", "") for delta in deltas), raw
+
+
+@pytest.mark.parametrize("kind", ["enabled", "disabled"])
+async def test_model_that_thinks_gets_no_beginning_of_its_message(
+    make_server: MakeServer, kind: str
+) -> None:
+    thinking = {"type": kind, "budget_tokens": 1024}
+    async with two(make_server) as (server, other):
+        whole, _ = await message_of(server, "plain", thinking=thinking)
+        text, raw = await message_of(server, "fault-cut-9", thinking=thinking)
+
+        assert (text, raw.count(b"message_stop")) == (whole, 2)
+        roles = [message["role"] for message in other.bodies[-1]["messages"]]
+        assert roles == ["user", "assistant", "user"][: 3 if kind == "enabled" else 2]
+        assert other.requests[-1].headers["anthropic-version"] == "2026-10-21"
+        assert other.stats().requests == 1
+
+
+@pytest.mark.parametrize("version", ["2023-06-01", "2026-10-21"])
+async def test_rest_is_not_requested_where_its_version_refuses_the_request(
+    make_server: MakeServer, version: str
+) -> None:
+    # This provider reads no version.
+    changes: dict[str, Any] = {"llm.providers.sim.headers": {"anthropic-version": "2023-06-01"}}
+    async with two(make_server, **changes) as (server, other):
+        _, raw = await message_of(server, "fault-cut-9", version, temperature=0.5)
+
+        assert (b"event: error" in raw) is (version == "2026-10-21")
+        assert other.stats().requests == (version == "2023-06-01")
+
+
 async def test_native_response_is_not_continued(make_server: MakeServer) -> None:
     async with two(make_server) as (server, other):
         _, events, _ = await response(server, "fault-cut-9")

@@ -17,7 +17,13 @@ from tests.support.keys import bearer, key_of, keys_of
 from tests.support.ledgers import entries_of, lines_of, wait_until, written
 from tests.support.responses import connect, create
 from tests.support.responses import to_end as response_to_end
-from tests.support.scripted_provider import Peer, ScriptedProvider
+from tests.support.scripted_provider import (
+    EVENT_STREAM,
+    LAST_CHUNK,
+    Peer,
+    ScriptedProvider,
+    chunk,
+)
 from tests.support.server import ENDLESS, NOWHERE, QUICK, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 
@@ -145,6 +151,101 @@ async def test_an_answer_that_is_continued_has_a_line_for_each_of_its_attempts(
             ("other", 1, 1),
             ("sim", 1, 1),
         ]
+
+
+def pass_of(kind: str, read: int, cached: int, written: int, said: int) -> dict[str, Any]:
+    """An entry of `usage.iterations`."""
+    return {
+        "type": kind,
+        "model": "m",
+        "input_tokens": read,
+        "output_tokens": said,
+        "cache_read_input_tokens": cached,
+        "cache_creation_input_tokens": written,
+    }
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("counts", "passes", "expected"),
+    [
+        # A compaction before the answer; and one alone.
+        (
+            (23, 0, 0, 10),
+            [("compaction", 180, 5, 7, 35), ("message", 23, 0, 0, 10)],
+            (215, 5, 7, 45),
+        ),
+        ((0, 0, 0, 0), [("compaction", 180, 0, 0, 35)], (180, 0, 0, 35)),
+        # A model that declined within its answer, one that declined at once, and the next one.
+        (
+            (2, 79, 0, 136),
+            [
+                ("message", 2, 72, 10, 5),
+                ("message", 2, 72, 10, 0),
+                ("fallback_message", 2, 79, 0, 136),
+            ],
+            (165, 151, 10, 141),
+        ),
+        # An advisor; a tool of the provider's own, whose passes are in the counts.
+        (
+            (9, 0, 0, 4),
+            [("message", 9, 0, 0, 4), ("advisor_message", 50, 0, 0, 6)],
+            (59, 0, 0, 10),
+        ),
+        ((9, 0, 0, 4), [("message", 4, 0, 0, 1), ("message", 5, 0, 0, 3)], (9, 0, 0, 4)),
+        ((9, 1, 2, 4), [("message", 9, 1, 2, 0)], (12, 1, 2, 4)),
+        ((9, 1, 2, 4), [], (12, 1, 2, 4)),
+    ],
+)
+async def test_all_passes_of_a_message_are_paid_for(
+    make_ledger: MakeLedger,
+    counts: tuple[int, ...],
+    passes: list[tuple[str, int, int, int, int]],
+    expected: tuple[int, ...],
+    stream: bool,
+) -> None:
+    usage = pass_of("", *counts) | {"iterations": [pass_of(*each) for each in passes]}
+    del usage["type"], usage["model"]
+    message: dict[str, Any] = {"id": "m", "type": "message", "role": "assistant", "model": "m"}
+    begun = {"input_tokens": counts[0], "output_tokens": 1}
+    block = {"type": "text", "text": "Hello"}
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": {**message, "content": [], "usage": begun}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "text_delta", "text": "Hello"},
+        },
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage},
+        {"type": "message_stop"},
+    ]
+    whole = json.dumps({**message, "content": [block], "usage": usage}).encode()
+
+    async def play(peer: Peer) -> None:
+        while b"POST" in await peer.request():
+            if stream:
+                texts = [f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events]
+                await peer.send(EVENT_STREAM, chunk("".join(texts).encode()), LAST_CHUNK)
+            else:
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                await peer.send(head + b"Content-Length: %d\r\n\r\n%b" % (len(whole), whole))
+
+    async with ScriptedProvider(play) as provider:
+        server = await make_ledger(
+            **{f"{SIM}.base_url": provider.url, f"{SIM}.messages": True, f"{SIM}.model": "m"}
+        )
+        seen = await over_anthropic(server, "m", stream=stream)
+        assert (seen.end, seen.text) == ("complete", "Hello")
+        # The client gets the provider's own count.
+        assert json.dumps(usage).encode() in seen.raw
+        learned = server.context.router.providers["sim"].costs.tokens_per_byte("m")
+        assert (learned == TOKENS_PER_BYTE) is (len(passes) > 1)
+
+        [line] = written(server)
+    assert tuple(line[name] for name in ("in", "cached", "cache_write", "out")) == expected
+    assert line["source"] == "provider"
 
 
 async def test_what_its_client_has_cancelled_is_paid_for(

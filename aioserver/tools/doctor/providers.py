@@ -275,7 +275,9 @@ async def _models(
     The list costs nothing, and most providers check the key for it. Return the `max_model_len` (or
     None) of each model, and the outcome. Instead of a list that cannot be read, return None.
     """
-    request = PassedRequest("GET", path, lambda *_: b"", {})
+    # Anthropic demands the version here, too.
+    headers = {"anthropic-version": "2023-06-01"} if provider.settings.messages is True else {}
+    request = PassedRequest("GET", path, lambda *_: b"", headers)
     body = bytearray()
 
     async def read() -> None:

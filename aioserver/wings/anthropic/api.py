@@ -70,7 +70,7 @@ class MessagesApi(Api):
     def usage(self, content: object) -> Mapping[str, Any] | None:
         """Return the tokens that *content*, a whole answer, reports; None if it reports none."""
         usage = usage_of(content)
-        return usage and bounded(wire.with_total(usage))
+        return usage and bounded(wire.with_total(wire.billed(usage)))
 
     def http_status(self, error: AioserverError) -> int:
         """Return the HTTP status of *error* for a client of this API."""

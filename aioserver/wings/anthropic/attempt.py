@@ -2,7 +2,8 @@
 only, and the estimate of tokens if the provider does not count them.
 
 To a provider that speaks the API, a request goes as it came, with one exception: a thinking block
-that a bridge has written has a signature of ours, which the API would refuse.
+that a bridge has written has a signature of ours, which the API would refuse. The rest of an
+answer is requested in a form that the API takes: none begins the answer of a model that thinks.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from aioserver.config.llm import AUTO, BRIDGE
+from aioserver.config.llm import AUTO, BRIDGE, INSTRUCT, PREFILL
 from aioserver.errors import InvalidRequest
 from aioserver.gateway.bridging import BridgedAttempt, PathCapabilities
 from aioserver.protocol.bridging.accepted_parameters import ALL_WORDS
 from aioserver.protocol.bridging.transcript import BridgedTranscript
 from aioserver.protocol.bridging.whole import MAX_WHOLE_BYTES
+from aioserver.protocol.model_body import Member
 from aioserver.protocol.openai import BadEvent, ErrorEvent
 from aioserver.provider_errors import RequestNotBridged
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.error_mapping import event_fault
 from aioserver.providers.request import Answer
 from aioserver.providers.sinks import BodySink
+from aioserver.wings.anthropic import wire
 from aioserver.wings.anthropic.bridge.blocks import SIGNATURE
 from aioserver.wings.anthropic.bridge.events import MessageWriter
 from aioserver.wings.anthropic.bridge.refused import translate
@@ -38,12 +41,16 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.protocol.bridging.accepted_parameters import AcceptedParameters
+    from aioserver.protocol.transcript import Transcript
     from aioserver.provider_errors import ProviderFault
     from aioserver.providers.sinks import StreamSink
     from aioserver.streams.stream import Stream
 
 # The header of a count of tokens that is an estimate.
 ESTIMATED = {"x-aioserver-estimated": "input_tokens"}
+_THINKING = Member("thinking")
+# What the API refuses from the version of 2026 on.
+_SAMPLING = Member("temperature"), Member("top_p"), Member("top_k")
 
 
 class MessagesCapabilities(PathCapabilities):
@@ -77,6 +84,32 @@ class MessageAttempt(BridgedAttempt):
 
     capabilities = MessagesCapabilities
     shown_path, shown_api = "/v1/messages", "messages"
+
+    def goes_on(self, transcript: Transcript) -> bool:
+        """Return whether the rest can be requested here: not if the API refuses the request in the
+        version that it has, which the provider before may not have noticed.
+        """
+        if not super().goes_on(transcript):
+            return False
+        if self.bridged or self._version <= wire.VERSION:
+            return True
+        body = self.request.body(self.provider.settings, self.model)
+        return not any(member.value(body) for member in _SAMPLING)
+
+    def form_of_rest(self) -> str:
+        """Return the form in which it asks for the rest: a model that thinks takes no beginning."""
+        form = super().form_of_rest()
+        if form != PREFILL or self.bridged:
+            return form
+        body = self.request.body(self.provider.settings, self.model)
+        return INSTRUCT if wire.thinks(_THINKING.value(body)) else form
+
+    @property
+    def _version(self) -> str:
+        """The version of the API in which the provider reads the request."""
+        headers = {name.lower(): value for name, value in self.provider.settings.headers.items()}
+        sent = self.request.client_headers.of_api(wire.VERSION_HEADER) or b""
+        return headers.get(wire.VERSION_HEADER) or sent.decode("latin-1") or wire.VERSION
 
     def _own_preparation(self) -> Awaitable[None] | None:
         """Return the steps that remove our thinking blocks from the request."""

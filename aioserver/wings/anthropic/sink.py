@@ -76,7 +76,7 @@ class MessageSink(PassingSink):
             # The reading of an event must not depend on others that came in the same read.
             if event.find(_USAGE) >= 0 or event.find(_STOP_REASON) >= 0:
                 content = wire.content_of(event)
-                usage = wire.usage_in(content)
+                usage = wire.billed(wire.usage_in(content))
                 if content.get("type") == "message_start":
                     # At this moment only the count of the prompt is true, since nothing was
                     # written yet.

@@ -2,7 +2,8 @@
 (protocol/transcript.py).
 
 The text behind the seam goes to the open block, or to a new one if the answer broke off between
-two. All other blocks of the second answer come behind that, with the next indexes.
+two. All other blocks of the second answer come behind that, with the next indexes. A `fallback`
+block is none of what is said; one in front of the second answer's text is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _START, _DELTA, _STOP = "content_block_start", "content_block_delta", "content_b
 _BLOCK = frozenset({_START, _DELTA, _STOP})
 _TEXT = "text"
 _THOUGHTS = frozenset({"thinking", "redacted_thinking"})
+# The kind of a block that the rest is without.
+_LEFT_OUT = "left out"
 # Deltas of thoughts, and of text.
 _THINKING = frozenset({"thinking_delta", "signature_delta"})
 _TEXT_DELTA = "text_delta"
@@ -58,7 +61,8 @@ class MessagesTranscript(PassedTranscript):
                 block = content["content_block"]
                 self._index, kind = content["index"], block["type"]
                 self._in_text = kind == _TEXT
-                if kind != _TEXT and (kind not in _THOUGHTS or self._text):
+                wordless = kind == wire.FALLBACK or (kind in _THOUGHTS and not self._text)
+                if kind != _TEXT and not wordless:
                     raise BadEvent("more than text")
                 self._text += block.get("text", "").encode()
             case "content_block_delta":
@@ -90,6 +94,8 @@ class MessageRest(Rest):
         self._kinds: dict[object, object] = {}
         self._indexes: dict[object, int] = {}
         self._halves = Halves()
+        # Whether a text has come.
+        self._heard = False
 
     def take(self, data: bytes) -> tuple[str, dict[str, Any] | None]:
         """Return the text of an event, and its remainder, as `Rest.take`."""
@@ -107,7 +113,7 @@ class MessageRest(Rest):
                 return self._delta(content)
             if kind == _STOP:
                 own = self._kinds.pop(content["index"], None)
-                return "", None if own in _THOUGHTS else content
+                return "", None if own == _LEFT_OUT else content
         except (KeyError, TypeError, AttributeError):
             raise BadEvent("the provider sent an event without its members") from None
         if not isinstance(kind, str):
@@ -118,6 +124,8 @@ class MessageRest(Rest):
             asked, answered = self._earlier
             counts = {"input_tokens": asked, "output_tokens": answered}
             content["usage"] = summed(usage, counts)
+            if isinstance(iterations := content["usage"].get("iterations"), list):
+                content["usage"]["iterations"] = [{"type": "message", **counts}, *iterations]
         return self._halves.join("", last=True), content
 
     def text(self, text: str) -> bytes:
@@ -146,17 +154,21 @@ class MessageRest(Rest):
 
     def _start(self, content: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
         block = content["content_block"]
-        self._kinds[content["index"]] = kind = block["type"]
+        kind = block["type"]
+        if kind in _THOUGHTS or (kind == wire.FALLBACK and not self._heard):
+            kind = _LEFT_OUT
+        self._kinds[content["index"]] = kind
         if kind == _TEXT:
             return self._halves.join(block.get("text", ""), last=False), None
-        return "", None if kind in _THOUGHTS else content
+        return "", None if kind == _LEFT_OUT else content
 
     def _delta(self, content: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
         delta, kind = content["delta"], self._kinds.get(content["index"])
         if kind == _TEXT and delta["type"] == _TEXT_DELTA:
+            self._heard = True
             return self._halves.join(delta["text"], last=False), None
         # A citation refers to a text that has begun elsewhere.
-        return "", None if kind == _TEXT or kind in _THOUGHTS else content
+        return "", None if kind in {_TEXT, _LEFT_OUT} else content
 
     def _closing(self) -> bytes:
         """Return the end of the block of text, if one is open."""

@@ -54,8 +54,11 @@ TYPES = {
 STATUSES = {name: status for status, name in TYPES.items()} | {"invalid_request_error": 400}
 OVERLOADED = 529
 STOPPED = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+# The block between the words of a model that has declined and those of the next one.
+FALLBACK = "fallback"
 _STOP, _ERROR = b'"message_stop"', b'"error"'
 _TOKENS = ("input_tokens", "cache_creation_input_tokens", "output_tokens")
+_COUNTS = (*_TOKENS, "cache_read_input_tokens")
 _SPEAKING = re.compile(r"/v1/messages(?:/.*)?", re.DOTALL)
 
 
@@ -124,7 +127,7 @@ def content_of(event: bytes) -> dict[str, Any]:
 
 def is_content(data: bytes) -> bool:
     """Return whether an event with *data* is content. A preamble is not: the message as it begins,
-    a `ping`, a text or a thinking block without a word.
+    a `ping`, a text or a thinking block without a word, a block that names another model, an end.
     """
     try:
         event = orjson.loads(data)
@@ -134,9 +137,10 @@ def is_content(data: bytes) -> bool:
         return True
     kind, block = event.get("type"), event.get("content_block")
     if kind == "content_block_start" and isinstance(block, dict):
-        opens = block.get("type") in ("text", "thinking")
-        return not opens or not only_names(block, {"type"})
-    return kind not in ("message_start", "ping")
+        opened = block.get("type")
+        opens = opened in ("text", "thinking")
+        return opened != FALLBACK and (not opens or not only_names(block, {"type"}))
+    return kind not in ("message_start", "content_block_stop", "ping")
 
 
 def stops(content: Mapping[str, Any]) -> bool:
@@ -161,7 +165,8 @@ PARTS = Parts(
     re.compile(rb"event: content_block_delta\ndata: \{"),
     _words,
     re.compile(
-        "(?P<PREAMBLE>message_start|message_delta|ping|content_block_stop|text|input_json_delta)"
+        "(?P<PREAMBLE>message_start|message_delta|ping|content_block_stop|text|input_json_delta"
+        "|fallback)"
         "|(?P<REASONING>(?:redacted_)?thinking(?:_delta)?|signature_delta)"
         r"|(?P<CALL>tool_use)|(?P<HOSTED>\w+_tool_(?:use|result))"
         "|(?P<FINISH>stop_reason)|(?P<END>message_stop)|(?P<ERROR>error)"
@@ -184,6 +189,22 @@ def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in usage.items() if value is not None}
 
 
+def billed(usage: dict[str, Any]) -> dict[str, Any]:
+    """Return *usage* with all tokens that are billed: the sum of its `iterations`, if it has them.
+
+    The counts beside these lack what a compaction, an advisor and a model that declined have cost.
+    An iteration that has written nothing is a model that declined at once, which is not billed.
+    """
+    iterations = usage.get("iterations")
+    if not isinstance(iterations, list):
+        return usage
+    paid = [each for each in iterations if isinstance(each, dict) and each.get("output_tokens")]
+    numbers = {
+        name: [count for each in paid if type(count := each.get(name)) is int] for name in _COUNTS
+    }
+    return {**usage, **{name: sum(counts) for name, counts in numbers.items() if counts}}
+
+
 def with_total(usage: dict[str, Any]) -> dict[str, Any]:
     """Return *usage* with the `total_tokens` that count for a pace; tokens read from a cache do
     not count.
@@ -200,6 +221,15 @@ def user_of(metadata: bytes) -> str:
         return ""
     user = content.get("user_id") if isinstance(content, dict) else None
     return user if isinstance(user, str) else ""
+
+
+def thinks(thinking: bytes) -> bool:
+    """Return whether the *thinking* of a request lets the model think."""
+    try:
+        content = orjson.loads(thinking)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(content, dict) and content.get("type") in ("enabled", "adaptive")
 
 
 def model_object(name: str, context: int | None) -> dict[str, Any]:

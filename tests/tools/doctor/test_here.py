@@ -225,6 +225,23 @@ async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(tmp_path
     assert [line.split()[:2] for line in asked] == [["GET", "/v1/models"]]
 
 
+@pytest.mark.parametrize("messages", [True, "auto"])
+async def test_the_list_of_a_provider_of_messages_is_asked_for_in_a_version_of_that_api(
+    tmp_path: Path, messages: bool | str
+) -> None:
+    asked: list[bytes] = []
+
+    async def play(peer: Connection) -> None:
+        asked.append(await peer.request())
+
+    async with ScriptedProvider(play) as provider:
+        changes = {"llm.providers.own": {**provider_entry(provider.url), "messages": messages}}
+        await examined(tmp_path, NOWHERE, changes)
+
+    assert asked[0].startswith(b"GET /v1/models ")
+    assert (b"anthropic-version: 2023-06-01" in asked[0]) is (messages is True)
+
+
 async def test_a_proxy_is_what_is_reached_and_its_password_is_not_shown(tmp_path: Path) -> None:
     changes = {"llm.providers.sim.proxy": f"http://me:{CANARY}@127.0.0.1:9"}
 

@@ -313,6 +313,143 @@ async def test_the_headers_of_the_api_go_on_and_no_others(make_server: MakeServe
     assert seen.headers["anthropic-version"] == "2099-01-01"
 
 
+def cited(**more: Any) -> dict[str, Any]:
+    return {"type": "text", "text": "a", "citations": [{"type": "char_location"}], **more}
+
+
+DOCUMENT = {
+    "type": "document",
+    "source": {"type": "text", "data": "a", "media_type": "text/plain"},
+}
+SEARCHED = {"type": "search_result", "source": "s", "title": "t", "content": [cited()]}
+
+
+@pytest.mark.parametrize("path", ["messages", "messages/count_tokens"])
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        *(({name: 1}, name) for name in ("temperature", "top_p", "top_k")),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "content": [DOCUMENT]}, *HELLO]},
+            "messages.1.content.0",
+        ),
+        ({"messages": [{"role": "user", "content": [cited()]}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "user", "content": [SEARCHED]}]}, "messages.0.content.0.content"),
+    ],
+)
+async def test_what_the_version_of_the_client_has_no_more_is_refused_as_by_the_api(
+    server: RunningServer, path: str, changes: dict[str, Any], where: str
+) -> None:
+    async with post(server, ASKED | changes, path) as response:
+        assert response.status == 200
+    async with post(server, ASKED | changes, path, anthropic_version="2026-10-21") as response:
+        assert response.status == 400
+        error = (await response.json())["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith(where)
+
+
+async def test_what_the_version_of_the_client_still_has_is_answered(server: RunningServer) -> None:
+    nested = {"type": "tool_result", "tool_use_id": "t", "content": [DOCUMENT]}
+    said = [
+        {"role": "user", "content": [DOCUMENT, cited(citations=[])]},
+        {"role": "assistant", "content": [cited(), {"type": "tool_use", "id": "t", "name": "f"}]},
+        {"role": "user", "content": [nested, {"type": "text", "text": "Hello"}]},
+    ]
+    async with post(
+        server, ASKED | {"messages": said}, anthropic_version="2026-10-21"
+    ) as response:
+        assert response.status == 200
+
+
+async def test_a_bridge_and_its_engine_take_what_the_version_of_the_client_has_no_more(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**{"llm.providers.sim.messages": "bridge"})
+    body = {**ASKED, "temperature": 0.5}
+    async with post(server, body, anthropic_version="2026-10-21") as response:
+        assert response.status == 200
+    assert server.simulator.bodies[-1]["temperature"] == 0.5
+    assert "anthropic-version" not in server.simulator.requests[-1].headers
+
+
+async def test_the_key_of_the_sdk_is_taken_in_the_header_of_its_version(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**keys_of("web", "other"))
+    options: Any = {"base_url": server.base, "max_retries": 0}
+    async with anthropic.AsyncAnthropic(api_key=key_of("web"), **options) as client:
+        assert client.auth_headers == {"Authorization": f"Bearer {key_of('web')}"}
+        assert (await client.messages.create(**ASKED)).stop_reason == "end_turn"
+        assert server.simulator.requests[-1].headers["anthropic-version"] == "2026-10-21"
+        both = {"x-api-key": key_of("other")}
+        with pytest.raises(anthropic.AuthenticationError):
+            await client.messages.create(**ASKED, extra_headers=both)
+
+
+def declined(index: int = 0) -> bytes:
+    """The block of a model that has declined, at once, and named the next one."""
+    block = {
+        "type": "fallback",
+        "from": {"model": "first"},
+        "to": {"model": "second"},
+        "trigger": {"type": "refusal", "category": "cyber"},
+    }
+    opened: dict[str, Any] = {
+        "type": "content_block_start",
+        "index": index,
+        "content_block": block,
+    }
+    closed: dict[str, Any] = {"type": "content_block_stop", "index": index}
+    return b"".join(
+        b"event: %b\ndata: %b\n\n" % (each["type"].encode(), json.dumps(each).encode())
+        for each in (opened, closed)
+    )
+
+
+async def test_a_block_that_names_another_model_is_no_content(make_server: MakeServer) -> None:
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENT_STREAM, chunk(START + declined()))
+
+    async with ScriptedProvider(play) as provider:
+        server = await make_server(
+            **{
+                "llm.providers.first": {**provider_entry(provider.url), "messages": True},
+                "llm.active": "first",
+                "llm.fallbacks": ["sim"],
+                "llm.providers.sim.messages": True,
+            }
+        )
+        async with post(server, STREAMED) as response:
+            body = await response.read()
+    assert provider.accepted
+    assert body.endswith(STOP)
+    assert b'"error"' not in body
+    assert b"fallback" not in body
+
+
+@pytest.mark.parametrize("hold", ["preamble", "calls", "turn"])
+async def test_a_block_that_names_another_model_passes_as_it_is(
+    make_server: MakeServer, hold: str
+) -> None:
+    text = (
+        b'event: content_block_start\ndata: {"type":"content_block_start","index":1,'
+        b'"content_block":{"type":"text","text":"Hi"}}\n\n'
+    )
+    whole = START + declined() + text + STOP
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENT_STREAM, chunk(whole), LAST_CHUNK)
+
+    async with ScriptedProvider(play) as provider:
+        entry = {**provider_entry(provider.url), "messages": True}
+        server = await make_server(**{"llm.providers.own": entry, "llm.active": "own"})
+        async with post(server, STREAMED, x_aioserver_hold=hold) as response:
+            assert await response.read() == whole
+
+
 @pytest.mark.parametrize(
     ("query", "expected"),
     [("?beta=true", "beta=true"), ("?beta=true&x=y", "beta=true"), ("?x=y", ""), ("", "")],

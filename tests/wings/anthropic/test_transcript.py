@@ -174,6 +174,46 @@ def test_message_cut_in_its_thoughts_is_not_continued() -> None:
     assert transcript.text() is None
 
 
+DECLINED = {"type": "fallback", "from": {"model": "a"}, "to": {"model": "b"}}
+
+
+def test_block_that_names_another_model_is_none_of_what_is_said() -> None:
+    transcript = MessagesTranscript()
+    transcript.add(opening() + start(0, **DECLINED) + stop(0) + start(1, type="text", text="One "))
+    transcript.add(stop(1) + start(2, **DECLINED) + stop(2) + start(3, type="text", text="two "))
+    transcript.add(delta(3, type="text_delta", text="three "))
+
+    assert transcript.text() == "One two three "
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_block_that_names_another_model_is_shown_in_the_rest_behind_its_text(first: bool) -> None:
+    said = start(1, type="text", text="") + delta(1, type="text_delta", text="b") + stop(1)
+    named = start(0, **DECLINED) + stop(0)
+    other = opening() + (named + said if first else said + named) + ending()
+
+    shown = shown_of(MessageRest(0, Tokens(), in_text=True), Onward("a"), other)
+
+    begun = delta(0, type="text_delta", text="a")
+    text, blocks = read(opening() + start(0, type="text", text="") + begun + shown)
+    assert text == "ab"
+    assert [block["type"] for block in blocks] == ["text", *([] if first else ["fallback"])]
+    assert first or blocks[-1] == DECLINED
+
+
+def test_passes_of_the_rest_have_what_was_said_before_as_the_first_one() -> None:
+    own = {"type": "compaction", "input_tokens": 50, "output_tokens": 5}
+    usage = {"input_tokens": 7, "output_tokens": 3, "iterations": [own]}
+    end = event("message_delta", delta={"stop_reason": "end_turn"}, usage=usage)
+
+    shown = shown_of(MessageRest(0, Tokens(40, 2), in_text=True), Onward("a"), opening() + end)
+
+    [*_, last] = contents(shown)
+    earlier = {"type": "message", "input_tokens": 40, "output_tokens": 2}
+    counts = {"input_tokens": 47, "output_tokens": 5}
+    assert last["usage"] == {**counts, "iterations": [earlier, own]}
+
+
 def variants(value: Any) -> Iterator[Any]:
     """Return *value* with any one thing in it replaced, or left out."""
     yield from JUNK

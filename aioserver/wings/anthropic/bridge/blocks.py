@@ -29,6 +29,7 @@ from aioserver.protocol.bridging.reading import (
 )
 from aioserver.protocol.bridging.turns import LINE, PARAGRAPH, Piece, Turns
 from aioserver.protocol.json_body import ABSENT, flag, null
+from aioserver.wings.anthropic import wire
 from aioserver.wings.anthropic.bridge import ids
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class BlockReader:
                 signed = bytes(block.signature) == b'"%b"' % SIGNATURE.encode()
                 if signed and is_string(block.thinking):
                     self._turns.think(bytes(block.thinking))
-            case "redacted_thinking":
+            case "redacted_thinking" | wire.FALLBACK:
                 pass
             case _:
                 if not self._left_out(block):

@@ -205,11 +205,14 @@ def test_arguments_are_the_bytes_of_the_input() -> None:
     assert function["arguments"] == '{"n": 12345678901234567890, "f":1.10}'
 
 
-def test_our_own_thinking_goes_back_in_the_field_of_the_provider() -> None:
+def test_our_own_thinking_goes_back_in_the_field_of_the_provider_and_nothing_for_anthropic() -> (
+    None
+):
     ours = {"type": "thinking", "thinking": "Hm", "signature": "aioserver.unsigned"}
     foreign = {"type": "thinking", "thinking": "No", "signature": "EqQB"}
     redacted = {"type": "redacted_thinking", "data": "x"}
-    said = [HELLO, assistant(foreign, ours, redacted, text("a"))]
+    declined = {"type": "fallback", "from": {"model": "x"}, "to": {"model": "y"}}
+    said = [HELLO, assistant(foreign, ours, redacted, declined, text("a"))]
 
     chat = orjson.loads(request("reasoning", messages=said).body)
 
