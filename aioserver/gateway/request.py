@@ -129,8 +129,9 @@ class Request(msgspec.Struct, eq=False):
             raise error from None
         if self.grant is None:
             self.waits = True
-            [bid] = request.ticket.bids
-            request.record.key_place = bid.resource.first_position(bid), bid.resource.waiting
+            # None if its wait is over already.
+            for bid in request.ticket.bids:
+                request.record.key_place = bid.resource.first_position(bid), bid.resource.waiting
 
     async def granted(self, on_position: Callable[[int, float], None] | None = None) -> None:
         """Wait until the request is within its caller's limits, if it *waits*.
