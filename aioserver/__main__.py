@@ -39,6 +39,7 @@ COMMANDS = {
     "doctor": ("tools.doctor.command", "Find what stands between a client and an answer."),
     "top": ("tools.top.command", "Show the live state of a running server."),
     "usage": ("tools.usage", "Add up what callers have spent, as the ledger has it."),
+    "why": ("tools.why", "Show where the time of one request went."),
     "bench": ("tools.bench.command", "Load a running server with chat clients."),
     "completion": ("commands.completion", "Print the script that completes commands in a shell."),
 }

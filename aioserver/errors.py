@@ -35,6 +35,7 @@ The tree, with HTTP status, code and close code:
         ModelNotFound               404  model_not_found
         StreamNotFound              404  stream_not_found
         ConversationNotFound        404  conversation_not_found
+        RequestNotFound             404  request_not_found
         MethodNotAllowed            405  method_not_allowed
         RequestTimeout              408  request_timeout         1008
         SlowClient                  408  slow_client
@@ -353,6 +354,12 @@ class ConversationNotFound(AioserverError):
     """The conversation does not exist, is forgotten, or belongs to another caller."""
 
     code, status = "conversation_not_found", 404
+
+
+class RequestNotFound(AioserverError):
+    """The request is not among the last ones that have ended, or belongs to another caller."""
+
+    code, status = "request_not_found", 404
 
 
 class MethodNotAllowed(AioserverError):

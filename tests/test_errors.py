@@ -42,7 +42,10 @@ TABLE = {
         *("origin_not_allowed", "permission_denied", "host_not_allowed"),
         *("request_refused", "answer_refused"),
     },
-    404: {"not_found", "model_not_found", "stream_not_found", "conversation_not_found"},
+    404: {
+        *("not_found", "model_not_found", "stream_not_found", "conversation_not_found"),
+        "request_not_found",
+    },
     405: {"method_not_allowed"},
     408: {"request_timeout", "slow_client"},
     409: {"resume_gap", "request_conflict"},

@@ -14,8 +14,8 @@ from aiohttp.http import HttpVersion11
 
 from aioserver import __version__
 from aioserver.auth.callers import CALLER, SKEW
-from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity
-from aioserver.faces.http import NO_STORE
+from aioserver.errors import Denied, InvalidRequest, RequestNotFound, ServerAtCapacity
+from aioserver.faces.http import NO_STORE, REQUEST_ID
 from aioserver.faces.sse import Events
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.keys import budget_states
@@ -53,8 +53,11 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 def own(context: Context) -> list[web.RouteDef]:
-    """Return the route that shows each caller its own usage."""
-    return [web.get("/usage", partial(usage, context))]
+    """Return the routes that show each caller its own usage, and its own requests."""
+    return [
+        web.get("/usage", partial(usage, context)),
+        web.get(f"/requests/{REQUEST_ID}", partial(ended, context)),
+    ]
 
 
 async def health(context: Context, _request: web.Request) -> web.Response:
@@ -131,6 +134,27 @@ async def usage(context: Context, request: web.Request) -> web.Response:
     if unheard and everything:
         answer["unheard"] = unheard
     body = orjson.dumps(answer)
+    return web.Response(body=body, content_type="application/json", headers=NO_STORE)
+
+
+async def ended(context: Context, request: web.Request) -> web.Response:
+    """Answer with the fields of the log line of a request that has ended. A caller gets its own
+    ones, an admin those of all callers, and so does everybody if there are no keys.
+
+    As for `usage`, a request of a caller counts as a start of its key.
+
+    Raises:
+        RateLimitExceeded: `requests_per_minute` of the key is reached.
+        RequestNotFound: it is not kept, or another caller's.
+    """
+    caller = request[CALLER]
+    everything = caller.admin or not context.access.keyed
+    if not everything and caller.quota is not None:
+        await caller.quota.count()
+    name = None if everything else caller.name
+    body = await context.monitor.ended_anywhere(name, request.match_info["request_id"])
+    if body is None:
+        raise RequestNotFound("no such request is among the last ones of this caller")
     return web.Response(body=body, content_type="application/json", headers=NO_STORE)
 
 

@@ -129,6 +129,9 @@ class Request(msgspec.Struct, eq=False):
             raise error from None
         if self.grant is None:
             self.waits = True
+            # None if its wait is over already.
+            for bid in request.ticket.bids:
+                request.record.key_place = bid.resource.first_position(bid), bid.resource.waiting
 
     async def granted(self, on_position: Callable[[int, float], None] | None = None) -> None:
         """Wait until the request is within its caller's limits, if it *waits*.
@@ -217,6 +220,8 @@ class Request(msgspec.Struct, eq=False):
         record, provider = provider_request.record, route.provider
         record.face, record.request_id = self.face, self.name
         record.log, record.admitted_at = request_log, monotonic()
+        if since := provider_request.waited_since:
+            record.door = record.admitted_at - since
         outcome = record.outcome
         outcome.provider, outcome.model = provider.name, route.model or provider.settings.model
         record.group = route.group.name

@@ -19,7 +19,7 @@ from heapq import heapify, heappop, heapreplace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 O = TypeVar("O")  # noqa: E741 - an owner
 K = TypeVar("K")
@@ -95,6 +95,10 @@ class ByOwner(Generic[O, K, V]):
     def of(self, owner: O) -> OrderedDict[K, V]:
         """Return the entries of *owner*, the oldest first; do not change them."""
         return self._owned.get(owner) or OrderedDict()
+
+    def owners(self) -> Collection[O]:
+        """Return the owners that have entries."""
+        return self._owned.keys()
 
     def put(self, owner: O, key: K, value: V) -> V | None:
         """Store *value* as the newest entry of *owner*; return the former value of *key*, if any."""

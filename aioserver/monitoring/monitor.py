@@ -72,6 +72,9 @@ class Others(Protocol):
         the instances that have not answered.
         """
 
+    async def ended(self, caller: str | None, request_id: str) -> bytes | None:
+        """Return a request that has ended at any instance, as `EndedRequests.find`."""
+
 
 class Monitor:
     """Ticks until it is closed.
@@ -85,7 +88,7 @@ class Monitor:
         self._router = sources.router
         # The other instances of a cluster; None if there are none.
         self.others: Others | None = None
-        self.listening = sources.listening
+        self.listening, self.ended = sources.listening, sources.ended
         self._asking: asyncio.Task[None] | None = None
         self._incident_count = 0
         self._snapshots = Snapshots(sources)
@@ -151,6 +154,12 @@ class Monitor:
     async def keys_of_all(self) -> dict[str, KeyState]:
         """Return the state of the keys, at all instances of a cluster together."""
         return (self.fresh() if self.others is None else await self.others.state())["keys"]
+
+    async def ended_anywhere(self, caller: str | None, request_id: str) -> bytes | None:
+        """Return a request that has ended at any instance of a cluster, as `EndedRequests.find`."""
+        if self.others is not None:
+            return await self.others.ended(caller, request_id)
+        return self.ended.find(caller, request_id)
 
     def families(self) -> Iterator[Family]:
         """Yield every metric that is counted, as it is now."""

@@ -32,6 +32,7 @@ from aioserver.monitoring.state import (
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.store import StreamStore
 from aioserver.telemetry.counters import quotient_of
+from aioserver.telemetry.ended_requests import EndedRequests
 from aioserver.telemetry.kernel import process_usage
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import (
@@ -83,7 +84,8 @@ class Sources(msgspec.Struct, frozen=True):
     counts the answers under way, and *ready* says whether the server takes new work. *listening* has
     the sockets that accept connections, as soon as there are any. *keys* returns the state of the
     keys. *former_since* says when another process took the place of this one, in Unix time.
-    *sections* are the sections of the wings, and *endpoints* the paths of their faces.
+    *sections* are the sections of the wings, and *endpoints* the paths of their faces. *ended* are
+    the last requests.
     """
 
     chat: Callable[[], Chat]
@@ -95,6 +97,7 @@ class Sources(msgspec.Struct, frozen=True):
     lifetime: Lifetime
     router: Router
     lag: LoopLag
+    ended: EndedRequests
     ready: Callable[[], bool]
     listening: Sequence[socket.socket]
     keys: Callable[[], dict[str, KeyState]] = dict

@@ -61,7 +61,7 @@ from aioserver.providers.silence import Silence, SilenceMeter
 from aioserver.providers.sinks import BodySink
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.outcome import PROVIDER, AttemptCost
+from aioserver.telemetry.outcome import PROVIDER, AttemptCost, Fault
 from aioserver.telemetry.tracer import AttemptEnd
 from aioserver.usage.accounting import Usage
 
@@ -506,7 +506,10 @@ class Provider:
             attempt.pool = pool = self.pools.pool
             # No reference to the bytes is kept while the answer comes.
             data = attempt.written(self.pools.writer)
-            connection = pool.take() or await pool.connect()
+            if (connection := pool.take()) is None:
+                began = self.clock()
+                connection = await pool.connect()
+                record.connecting += self.clock() - began
             try:
                 if request.bound is not None:
                     request.bound.start(self.name)
@@ -669,6 +672,9 @@ class Provider:
         elif isinstance(exc, ProviderFault):
             if exc.attempt_outcome:
                 attempts[exc.attempt_outcome].value += 1
+            if attempt.began:
+                fault = Fault(self.name, exc.code, attempt.began, self.clock())
+                record.outcome.faults += (fault,)
         elif isinstance(exc, asyncio.CancelledError) and record.outcome.sent_at:
             attempts["cancelled"].value += 1
         if record.trace is not None:

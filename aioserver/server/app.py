@@ -61,6 +61,7 @@ from aioserver.server.wings import WINGS, faults, open_wings
 from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.outbox import Outbox
 from aioserver.streams.store import StreamStore
+from aioserver.telemetry.ended_requests import EndedRequests
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
@@ -267,6 +268,7 @@ class _Answering(msgspec.Struct, frozen=True, kw_only=True):
     provider_registry: ProviderRegistry
     router: Router
     lag: LoopLag
+    ended: EndedRequests
     gateway: Gateway
 
 
@@ -300,13 +302,14 @@ async def _open_answering(
     stack.callback(lag.close)
     for wing in plugged.wings:
         stack.push_async_callback(wing.leave)
+    request_log = RequestLog(core.metrics, lag, plugged.tracer)
     gateway = Gateway(
         router,
         lifetime,
         plugged.histories,
         chat.service,
         chat.streams,
-        RequestLog(core.metrics, lag, plugged.tracer),
+        request_log,
         plugged.instances,
         plugged.hooks,
     )
@@ -318,6 +321,7 @@ async def _open_answering(
         provider_registry=provider_registry,
         router=router,
         lag=lag,
+        ended=request_log.ended,
         gateway=gateway,
     )
 
@@ -350,6 +354,7 @@ def _open_context(
         lifetime=answering.lifetime,
         router=router,
         lag=answering.lag,
+        ended=answering.ended,
         ready=lambda: lifecycle.ready and router.usable,
         former_since=lambda: lifecycle.former_since,
         listening=listening,

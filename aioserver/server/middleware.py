@@ -53,8 +53,8 @@ from aioserver.provider_errors import ProviderFault
 from aioserver.providers.error_mapping import VISIBLE_HEADERS
 from aioserver.server import paths
 from aioserver.server.connection import Connection
+from aioserver.telemetry.ended_requests import MAX_NAME
 from aioserver.telemetry.logs import RateLimit
-from aioserver.telemetry.request_log import MAX_NAME
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:

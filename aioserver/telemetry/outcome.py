@@ -93,6 +93,17 @@ class Continued(NamedTuple):
         return comment("seam", self.described())
 
 
+class Fault(NamedTuple):
+    """The end of an attempt at *provider* that has failed, with the error of this *code*; its times
+    are monotonic, and it *began* when it had its place.
+    """
+
+    provider: str
+    code: str
+    began: float
+    ended: float
+
+
 class Outcome(msgspec.Struct, eq=False):
     """The provider that was asked last, and the facts about its answer.
 
@@ -105,8 +116,8 @@ class Outcome(msgspec.Struct, eq=False):
     newest sending, 0.0 if there was none. *headers* are those of the provider's answer that
     clients may see. Until the request is logged, *usage* has its tokens, as the provider reports
     them, and *start* its last start in a group. *costs* has the attempts that have ended and may
-    have cost something, *seams* the points at which an answer was continued. *entry* has the
-    number of the request in the ledger, 0 if it has none, and the number of its attempts there.
+    have cost something, *faults* those that have failed, and *seams* the points at which an answer
+    was continued. *entry* has the number of the request in the ledger, 0 if it has none, and the number of its attempts there.
 
     *bridge*: the API from which the request is translated; *left_out* are the hosted tools that
     the provider does not get then. *learnt* is what refusals have taught, each with one repeat.
@@ -126,6 +137,7 @@ class Outcome(msgspec.Struct, eq=False):
     usage: Mapping[str, Any] | None = None
     start: GroupStart | None = None
     costs: tuple[AttemptCost, ...] = ()
+    faults: tuple[Fault, ...] = ()
     seams: tuple[Continued, ...] = ()
     entry: tuple[int, int] = (0, 0)
     bridge: str = ""

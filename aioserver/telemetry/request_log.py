@@ -24,6 +24,7 @@ from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry import logs
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.counters import Counter
+from aioserver.telemetry.ended_requests import MAX_NAME, EndedRequests
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 from aioserver.telemetry.outcome import COUNTED, MIXED, NOBODY, PROVIDER, RESCUED, Outcome
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.requests")
 
-# Characters of a request id or model name, which come from clients, in a log line.
-MAX_NAME = 200
+# Faults and continuations in a log line: the last ones.
+NEWEST = 5
 
 
 class Statuses(Protocol):
@@ -59,15 +60,19 @@ class RequestRecord(msgspec.Struct, eq=False):
 
     Durations are in seconds:
 
+        door            its client waited for a place in front of the handlers
         key_wait        spent in the queue of the caller's key
         queue_wait      spent in queues of providers, over all attempts
+        connecting      spent on new connections to providers, over all attempts
+        prefill         from the sending of the request to the first content of the answer
         silence         the longest time between two reads of the provider, or from the last one
                         to the end: from the first content on, or of an attempt that got none; it
                         ended at *silence_end*, in the time of the event loop
         delay           the longest time that an event which had been read waited for us
         client_stall    the longest time that the client read nothing
 
-    *outcome* has the provider that was asked, and the result there.
+    *outcome* has the provider that was asked, and the result there. *key_place* is the position in
+    the queue of the caller's key in which the request began to wait, and the length of that queue.
     """
 
     outcome: Outcome = msgspec.field(default_factory=Outcome)
@@ -91,7 +96,11 @@ class RequestRecord(msgspec.Struct, eq=False):
     queued_at: float = 0.0
     first_event_at: float = 0.0
     queue_wait: float = 0.0
+    door: float = 0.0
     key_wait: float = 0.0
+    key_place: tuple[int, int] = (0, 0)
+    connecting: float = 0.0
+    prefill: float = 0.0
     silence: float = 0.0
     silence_end: float = 0.0
     delay: float = 0.0
@@ -116,6 +125,7 @@ class RequestRecord(msgspec.Struct, eq=False):
         if self.first_event_at:
             return
         self.first_event_at = now
+        self.prefill = now - self.outcome.sent_at if self.outcome.sent_at else 0.0
         # SilenceMeter before the answer do not count: in a head, between comments, in a failed
         # attempt.
         self.silence = 0.0
@@ -149,10 +159,13 @@ NO_RECORD = RequestRecord()
 
 
 class RequestLog:
-    """Counts and logs each request that has ended; *tracer* is None if no spans are made."""
+    """Counts, logs and remembers each request that has ended; *tracer* is None if no spans are
+    made. *ended* has the last ones.
+    """
 
     def __init__(self, metrics: Metrics, lag: LoopLag, tracer: Tracer | None = None) -> None:
         self.metrics = metrics
+        self.ended = EndedRequests()
         self.tracer = tracer
         self._lag = lag
 
@@ -223,13 +236,16 @@ class RequestLog:
                 metrics.providers[name].rescued.setdefault(cut, Counter()).value += 1
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
+        fields, parts = _fields_of(record, now, code, outcome, status), _parts_of(record)
         if outcome == "rejected":
             if (left_out := metrics.refusal_lines.allow(code)) is not None:
-                self._log(record, now, code, outcome, status, **left_out)
+                logs.write(logger, logging.WARNING, "request finished", fields | left_out)
         elif logger.isEnabledFor(logging.INFO):
-            if len(asked.costs) > 1:
-                self._log_parts(record)
-            self._log(record, now, code, outcome, status)
+            # One line cannot show the costs of several attempts.
+            for part in parts if len(parts) > 1 else ():
+                logs.write(logger, logging.INFO, "attempt finished", part)
+            logs.write(logger, logging.INFO, "request finished", fields)
+        self.ended.keep(record.caller.name, fields, parts)
         # A log refers to the outcome for its window; these objects are no longer needed.
         asked.usage = asked.start = None
 
@@ -267,82 +283,93 @@ class RequestLog:
         if cost is not None and cost.provider == start.provider and cost.source in COUNTED:
             meter.cached[start.provider].add(now, cost.tokens.cached, cost.tokens_in)
 
-    @staticmethod
-    def _log_parts(record: RequestRecord) -> None:
-        """Log the cost of each attempt: one line cannot show those of a request with several."""
-        for number, cost in enumerate(record.outcome.costs, 1):
-            fields = {
-                "request_id": record.request_id[:MAX_NAME],
-                **({"caller": record.caller.name} if record.caller.name else {}),
-                "attempt": number,
-                "provider": cost.provider,
-                "model": cost.model[:MAX_NAME],
-                "outcome": cost.outcome,
-                "tokens_in": cost.tokens_in,
-                "tokens_out": cost.tokens_out,
-                "estimated": cost.estimated,
-            }
-            logger.info("attempt finished", extra={"fields": fields})
 
-    @staticmethod
-    def _log(
-        record: RequestRecord,
-        now: float,
-        code: str,
-        outcome: str,
-        status: int,
-        **left_out: int,
-    ) -> None:
-        fields: dict[str, Any] = {
+def _parts_of(record: RequestRecord) -> list[dict[str, Any]]:
+    """Return the cost of each attempt, as fields of a log line."""
+    return [
+        {
             "request_id": record.request_id[:MAX_NAME],
-            "face": record.face,
-            "provider": record.outcome.provider,
-            "model": record.outcome.model[:MAX_NAME],
-            "status": status,
-            "outcome": outcome,
-            "duration_ms": round((now - record.admitted_at) * 1000, 1),
-            "wait_ms": round(record.queue_wait * 1000, 1),
-            "attempts": record.outcome.attempts,
+            **({"caller": record.caller.name} if record.caller.name else {}),
+            "attempt": number,
+            "provider": cost.provider,
+            "model": cost.model[:MAX_NAME],
+            "outcome": cost.outcome,
+            "tokens_in": cost.tokens_in,
+            "tokens_out": cost.tokens_out,
+            "estimated": cost.estimated,
         }
-        if record.caller.name:
-            fields["caller"] = record.caller.name
-        if record.batch:
-            fields["class"] = "batch"
-        if record.key_wait:
-            fields["key_wait_ms"] = round(record.key_wait * 1000, 1)
-        if record.target:
-            fields["target"] = record.target[:MAX_NAME]
-        if (start := record.outcome.start) is not None:
-            fields |= {"group": start.group, "home": start.home}
-        elif record.group:
-            fields["group"] = record.group
-        if record.trace_id:
-            fields["trace_id"] = record.trace_id
-        if code:
-            fields["code"] = code
-        if record.first_event_at:
-            fields["first_token_ms"] = round(
-                (record.first_event_at - record.admitted_at) * 1000, 1
-            )
-        if record.silence > THRESHOLD:
-            fields["provider_gap_ms"] = round(record.silence * 1000, 1)
-        if record.delay > THRESHOLD:
-            fields["our_gap_ms"] = round(record.delay * 1000, 1)
-        if record.client_stall > THRESHOLD:
-            fields["client_gap_ms"] = round(record.client_stall * 1000, 1)
-        if record.outcome.costs:
-            fields |= _bill(record.outcome)
-        if record.outcome.seams:
-            fields["seams"] = len(record.outcome.seams)
-        if (held_for := record.outcome.held_for) is not None:
-            fields |= {"hold": record.outcome.hold, "held_ms": round(held_for * 1000, 1)}
-        if record.outcome.bridge:
-            fields |= _bridged(record.outcome)
-        if record.outcome.hooks:
-            fields["hook"] = ",".join(record.outcome.hooks)
-        fields |= left_out
-        level = logging.WARNING if outcome == "rejected" else logging.INFO
-        logs.write(logger, level, "request finished", fields)
+        for number, cost in enumerate(record.outcome.costs, 1)
+    ]
+
+
+def _fields_of(
+    record: RequestRecord, now: float, code: str, outcome: str, status: int
+) -> dict[str, Any]:
+    """Return the fields of the log line of a request, which has ended *now*."""
+    fields: dict[str, Any] = {
+        "request_id": record.request_id[:MAX_NAME],
+        "face": record.face,
+        "provider": record.outcome.provider,
+        "model": record.outcome.model[:MAX_NAME],
+        "status": status,
+        "outcome": outcome,
+        "duration_ms": round((now - record.admitted_at) * 1000, 1),
+        "wait_ms": round(record.queue_wait * 1000, 1),
+        "attempts": record.outcome.attempts,
+    }
+    if record.caller.name:
+        fields["caller"] = record.caller.name
+    if record.batch:
+        fields["class"] = "batch"
+    if record.key_wait:
+        fields["key_wait_ms"] = round(record.key_wait * 1000, 1)
+        fields["key_place"], fields["key_waiting"] = record.key_place
+    if record.door:
+        fields["door_ms"] = round(record.door * 1000, 1)
+    if record.connecting:
+        fields["connect_ms"] = round(record.connecting * 1000, 1)
+    if record.prefill:
+        fields["prefill_ms"] = round(record.prefill * 1000, 1)
+    if record.target:
+        fields["target"] = record.target[:MAX_NAME]
+    if (start := record.outcome.start) is not None:
+        fields |= {"group": start.group, "home": start.home}
+    elif record.group:
+        fields["group"] = record.group
+    if record.trace_id:
+        fields["trace_id"] = record.trace_id
+    if code:
+        fields["code"] = code
+    if record.first_event_at:
+        fields["first_token_ms"] = round((record.first_event_at - record.admitted_at) * 1000, 1)
+    if record.silence > THRESHOLD:
+        fields["provider_gap_ms"] = round(record.silence * 1000, 1)
+    if record.delay > THRESHOLD:
+        fields["our_gap_ms"] = round(record.delay * 1000, 1)
+    if record.client_stall > THRESHOLD:
+        fields["client_gap_ms"] = round(record.client_stall * 1000, 1)
+    if record.outcome.costs:
+        fields |= _bill(record.outcome)
+    if record.outcome.seams:
+        fields["seams"] = len(record.outcome.seams)
+        fields["continued"] = [seam.described() for seam in record.outcome.seams[-NEWEST:]]
+    if record.outcome.faults:
+        fields["faults"] = [
+            {
+                "provider": fault.provider,
+                "code": fault.code,
+                "at_ms": round((fault.began - record.admitted_at) * 1000, 1),
+                "ms": round((fault.ended - fault.began) * 1000, 1),
+            }
+            for fault in record.outcome.faults[-NEWEST:]
+        ]
+    if (held_for := record.outcome.held_for) is not None:
+        fields |= {"hold": record.outcome.hold, "held_ms": round(held_for * 1000, 1)}
+    if record.outcome.bridge:
+        fields |= _bridged(record.outcome)
+    if record.outcome.hooks:
+        fields["hook"] = ",".join(record.outcome.hooks)
+    return fields
 
 
 def _bridged(outcome: Outcome) -> dict[str, object]:

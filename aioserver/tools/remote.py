@@ -68,6 +68,9 @@ def _check_url(_context: click.Context, _parameter: click.Parameter, text: str) 
 
 
 url_argument = click.argument("url", callback=_check_url, default=DEFAULT_URL)
+url_option = click.option(
+    "--url", callback=_check_url, default=DEFAULT_URL, show_default=True, help="Server to ask."
+)
 key_option = click.option(
     "--key",
     envvar="AIOSERVER_KEY",

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
+
 from aioserver.limits.gcra import ROUNDING
 from aioserver.providers.capacity import ProviderRate
 from aioserver.streams.store import SEARCH_STEP
 from aioserver.streams.stream import RESUME_BYTES
+from aioserver.telemetry.ended_requests import MAX_KEPT
 from aioserver.wings.cluster.limits.leased import MOMENTARY, LeasedCapacity
 from aioserver.wings.cluster.limits.rates import SharedRate
 from aioserver.wings.responses.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
@@ -104,6 +107,7 @@ class Watch:
             self._look_at_keys()
             self._look_at_slots()
             self._look_at_turns()
+            self._look_at_ended()
             self._look_closer()
 
     def _look_at_turns(self) -> None:
@@ -112,6 +116,17 @@ class Watch:
             held = getattr(getattr(stream.attempt, "holding", None), "held", b"")
             if len(held) > stream.max_bytes // 2:
                 self._broken(f"{len(held)} bytes of a turn are held, of {stream.max_bytes}")
+
+    def _look_at_ended(self) -> None:
+        """What is remembered of requests is bounded, and each caller has its own alone."""
+        ended = self._server.context.monitor.ended
+        if len(ended) > MAX_KEPT:
+            self._broken(f"{len(ended)} requests are remembered")
+        for name in ended._kept.owners():
+            request_id, newest = next(reversed(ended._kept.of(name).items()))
+            fields = msgspec.json.decode(newest)
+            if (fields.get("caller", ""), fields["request_id"]) != (name, request_id):
+                self._broken(f"{name!r} sees the request {newest!r}")
 
     def _look_at_loans(self) -> None:
         """Those that wait at their keys take half of the door's queue at most, and no place."""

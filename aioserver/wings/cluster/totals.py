@@ -8,6 +8,7 @@ other.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from aioserver.wings.cluster.answers.fan_out import FanOut
 
 # What an instance is asked for.
-STATE, HISTORY, METRICS, USAGE = "state", "history", "metrics", "usage"
+STATE, HISTORY, METRICS, USAGE, ENDED = "state", "history", "metrics", "usage", "ended"
 # What an answer of another version, or a broken one, makes this one raise.
 NOT_UNDERSTOOD = (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError, IndexError)
 
@@ -164,6 +165,19 @@ class Totals:
             suspect.remove(name)
         return together(days), suspect
 
+    async def ended(self, caller: str | None, request_id: str) -> bytes | None:
+        """Return a request that has ended at any instance, as `EndedRequests.find`."""
+        own = self._monitor.ended.find(caller, request_id)
+        if own is not None and caller is not None:
+            return own
+        kept = [] if own is None else [own]
+        what = f"{ENDED} {msgspec.json.encode([caller, request_id]).decode()}"
+        for answer in (await self._fan_out.look(self._others(), what)).values():
+            with suppress(*NOT_UNDERSTOOD):
+                found = msgspec.msgpack.decode(answer, type=bytes | None)
+                kept += [] if found is None else [found]
+        return max(kept, default=None)
+
     def _others(self) -> list[str]:
         return [name for name in self._members() if name != self._me]
 
@@ -185,6 +199,8 @@ class Totals:
             answer = monitor.usage.days()
         elif what.startswith(f"{USAGE} "):
             answer = monitor.usage.days(what.partition(" ")[2])
+        elif what.startswith(f"{ENDED} "):
+            answer = monitor.ended.find(*msgspec.json.decode(what.partition(" ")[2]))
         else:
             answer = None
         return msgspec.msgpack.encode(answer)

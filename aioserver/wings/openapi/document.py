@@ -152,6 +152,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/conversations/{id}"): Operation("Read a conversation"),
     ("DELETE", "/conversations/{id}"): Operation("Delete a conversation", answers="", empty=True),
     ("GET", "/usage"): Operation("What callers have spent"),
+    ("GET", "/requests/{request_id}"): Operation(
+        "Where the time of a request went, once it has ended"
+    ),
     ("GET", "/stats"): Operation("The state of the server"),
     ("GET", "/events"): Operation("That state each second", answers="text/event-stream"),
     ("GET", "/metrics"): Operation("Metrics for Prometheus", answers="text/plain"),

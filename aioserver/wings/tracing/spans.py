@@ -18,8 +18,8 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from aioserver.telemetry.ended_requests import MAX_NAME
 from aioserver.telemetry.metrics import CLIENT_LEFT, OK
-from aioserver.telemetry.request_log import MAX_NAME
 from aioserver.wings.tracing import otlp
 from aioserver.wings.tracing.otlp import Context, attribute
 
