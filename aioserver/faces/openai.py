@@ -225,6 +225,8 @@ def response_of(request: web.Request, answer: Answer, dialect: Dialect) -> web.S
         **outcome.headers,
         "Content-Type": answer.content_type,
     }
+    if (lost := outcome.find_loss()) is not None and lost.text:
+        headers["x-aioserver-cache"] = lost.text
     if dialect.id_header:
         headers.setdefault(dialect.id_header, http.request_id(request))
     if answer.status == 200 and fits(request):

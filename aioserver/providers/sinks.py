@@ -370,6 +370,8 @@ def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
         metadata["seams"] = [seam.described() for seam in outcome.seams]
     if outcome.held_for is not None and outcome.attempts > 1:
         metadata["attempts"] = outcome.attempts
+    if outcome.turn_read is not None and (lost := outcome.find_loss()) is not None and lost.text:
+        data = b": cache %b\n\n%b" % (lost.text.encode(), data)
     stream.finish({"metadata": metadata}, data)
 
 
