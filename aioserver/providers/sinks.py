@@ -371,7 +371,8 @@ def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
     if outcome.held_for is not None and outcome.attempts > 1:
         metadata["attempts"] = outcome.attempts
     if outcome.turn_read is not None and (lost := outcome.find_loss()) is not None and lost.text:
-        data = b": cache %b\n\n%b" % (lost.text.encode(), data)
+        # No event: a comment, for those who read an event stream.
+        stream.append(entries.CHUNK, data=f": cache {lost.text}\n\n".encode(), count=0, more=True)
     stream.finish({"metadata": metadata}, data)
 
 

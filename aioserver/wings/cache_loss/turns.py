@@ -116,6 +116,8 @@ class Losses:
     def add(self, loss: CacheLoss) -> None:
         """Count *loss*."""
         self.verdicts[loss.verdict] += 1
+        if not loss.tokens:
+            return
         minute = int(self._clock() / 60)
         if not self._minutes or self._minutes[-1][0] != minute:
             self._minutes.append((minute, Counter()))

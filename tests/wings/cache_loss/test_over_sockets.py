@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.wings.simulator.engine import EngineOptions
+from tests.support.chat import to_end as frames_to_end
 from tests.support.keys import bearer, keys_of
+from tests.support.responses import connect, create, to_end
 from tests.support.server import provider_entry
 from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
@@ -105,6 +107,68 @@ async def test_a_changed_prompt_is_told_to_its_client_and_in_the_log(
         "last_hour": {"changed": tokens},
         "regions": {REGIONS[path]: tokens},
     }
+
+
+@pytest.mark.parametrize("path", ["responses", "chat/completions"])
+async def test_a_bridged_answer_and_a_kept_one_are_told_as_well(
+    make_server: MakeServer, path: str
+) -> None:
+    changes = {**ON, "llm.providers.sim.responses": False}
+    server = await make_server(ENGINE, **changes)
+    await ask(server, path, turn(path, "It is 9:00."))
+    again = {"Idempotency-Key": "k1"}
+
+    for _ in range(2):
+        header, _ = await ask(server, path, turn(path, "It is 9:01."), **again)
+        assert header.startswith(f"lost at={REGIONS[path]} byte=0 tokens=")
+    _, text = await ask(server, path, turn(path, "It is 9:02.", streamed=True))
+
+    assert f": cache lost at={REGIONS[path]} byte=0 tokens=" in text
+
+
+async def test_a_websocket_gets_no_frame_of_it(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioserver.requests")
+    server = await make_server(ENGINE, **ON)
+
+    async with connect(server) as ws:
+        for first in ("It is 9:00.", "It is 9:01.", "It is 9:02."):
+            body = turn("responses", first)
+            del body["stream"]
+            await ws.send_json(create(**body))
+            events = await to_end(ws)
+            assert events[-1]["type"] == "response.completed"
+
+    await until(lambda: len(lines(caplog)) == 3)
+    assert [line.get("cache_lost") for line in lines(caplog)] == [None, "changed", "changed"]
+
+
+async def test_a_chat_s_event_stream_ends_with_it_and_its_websocket_has_no_frame_of_it(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioserver.requests")
+    server = await make_server(ENGINE, **ON)
+
+    def payload(first: str) -> dict[str, Any]:
+        body = turn("chat/completions", first)
+        return {"messages": body["messages"], "model": "sim-model"}
+
+    text = ""
+    for number, first in enumerate(("It is 9:00.", "It is 9:01.")):
+        body = {"request_id": f"r{number}", **payload(first)}
+        async with server.session.post(server.sse, json=body) as response:
+            text = await response.text()
+    assert text.count("\n\n: cache lost at=messages[0] byte=0 tokens=") == 1
+    async with server.connect() as ws:
+        message = {"action": "chat", "request_id": "r2", "payload": payload("It is 9:02.")}
+        await ws.send_json(message)
+        frames = await frames_to_end(ws)
+
+    assert frames[-1]["status"] == "complete"
+    assert not any("lost" in json.dumps(frame) for frame in frames)
+    await until(lambda: len(lines(caplog)) == 3)
+    assert [line.get("cache_lost") for line in lines(caplog)] == [None, "changed", "changed"]
 
 
 async def test_no_caller_sees_anything_of_another(

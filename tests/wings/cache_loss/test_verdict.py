@@ -180,6 +180,7 @@ def test_losses_are_shown_for_an_hour() -> None:
         losses.add(CacheLoss("changed", f"messages[{number}]", 1, 10))
     clock.now += 1800
     losses.add(CacheLoss("evicted", tokens=7))
+    losses.add(CacheLoss("unknown"))
 
     assert losses.hour().total() == 20 * MAX_KINDS + 7
     assert len(losses.hour()) == MAX_KINDS + 2
@@ -187,4 +188,4 @@ def test_losses_are_shown_for_an_hour() -> None:
     assert losses.hour() == {("evicted", ""): 7}
     clock.now += 3600
     assert not losses.hour()
-    assert losses.verdicts == {"changed": 2 * MAX_KINDS, "evicted": 1}
+    assert losses.verdicts == {"changed": 2 * MAX_KINDS, "evicted": 1, "unknown": 1}
