@@ -170,6 +170,7 @@ class Reader:
         asked.outcome.turn_read = self.turn(caller, key, regions, why)
         return parts
 
+    @bookkeeping(nothing)
     def turn(
         self, caller: Hashable, key: bytes, regions: Regions, why: Callable[[str], str]
     ) -> Turn:

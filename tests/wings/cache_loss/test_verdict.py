@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.telemetry.bugs import Bugs
 from aioserver.telemetry.outcome import CacheLoss
-from aioserver.wings.cache_loss.turns import LIFE, MAX_KINDS, Conversations, Losses
+from aioserver.wings.cache_loss.turns import LIFE, MAX_KINDS, Conversations, Losses, Reader
 from aioserver.wings.cache_loss.verdict import (
     MAX_REGIONS,
     Sent,
@@ -189,3 +190,15 @@ def test_losses_are_shown_for_an_hour() -> None:
     clock.now += 3600
     assert not losses.hour()
     assert losses.verdicts == {"changed": 2 * MAX_KINDS, "evicted": 1, "unknown": 1}
+
+
+def test_a_bug_in_the_comparison_is_counted_and_the_request_goes_on() -> None:
+    clock = FakeClock(now=0.0)
+    reader = Reader(Bugs(), clock)
+    # A turn that was cut behind its numbers.
+    reader.conversations.keep("ana", b"key", bytes(28), 0.0)
+
+    turn = reader.turn("ana", b"key", of(), lambda _name: "gone")
+
+    assert turn is None
+    assert reader.bugs.value == 1
