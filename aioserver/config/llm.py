@@ -321,6 +321,11 @@ class Llm(SettingsClass):
         "what becomes of a model that nobody here has: pass it to the active provider, or refuse it (404)",
         models.PASS,
     )
+    cache_losses: bool = setting(
+        boolean,
+        "find what the provider's cache has lost of each turn, and at which byte of the prompt",
+        False,
+    )
     models: Mapping[str, Group] = setting(mapping_of(models.name, models.group), "", {})
     providers: Mapping[str, Provider] = setting(mapping_of(label, section(Provider)), "")
 

@@ -225,6 +225,9 @@ def response_of(request: web.Request, answer: Answer, dialect: Dialect) -> web.S
         **outcome.headers,
         "Content-Type": answer.content_type,
     }
+    lost = outcome.cache_lost if outcome.turn_read is None else outcome.find_loss()
+    if lost is not None and lost.text:
+        headers["x-aioserver-cache"] = lost.text
     if dialect.id_header:
         headers.setdefault(dialect.id_header, http.request_id(request))
     if answer.status == 200 and fits(request):

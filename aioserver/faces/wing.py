@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aioserver.auth.tokens import Tokens
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
+    from aioserver.gateway.contracts.caches import Caches
     from aioserver.gateway.contracts.histories import Histories
     from aioserver.gateway.contracts.hooks import Hooks
     from aioserver.gateway.contracts.instances import Instances
@@ -100,6 +101,8 @@ class Wing:
     histories: Histories | None = None
     # The hooks are asked about each request, and shown each answer.
     hooks: Hooks | None = None
+    # What the caches of providers have lost.
+    caches: Caches | None = None
 
     def faults(self, settings: Settings) -> Iterable[str]:  # noqa: ARG002
         """Yield each reason why the wing cannot serve with *settings*, for `check`, the start and

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Llm
+    from aioserver.gateway.contracts.caches import Caches
     from aioserver.gateway.contracts.hooks import Hooks
     from aioserver.gateway.request import Request
     from aioserver.providers.provider import Provider
@@ -71,7 +72,8 @@ class Router:
     Always: once an event of an answer is in a log, no further attempt is made for it.
 
     *random_number* returns numbers from 0.0 to 1.0, for the jitter of backoffs. *alone* False:
-    other instances use the same providers. *hooks* see each request; None if there are none.
+    other instances use the same providers. *hooks* see each request, and *caches* find what the
+    caches of providers have lost; None if there are none.
     """
 
     def __init__(
@@ -82,9 +84,11 @@ class Router:
         *,
         alone: bool = True,
         hooks: Hooks | None = None,
+        caches: Caches | None = None,
     ) -> None:
         self._random_number = random_number
         self._hooks = hooks
+        self._all_caches = caches
         self._affinity = Affinity(alone=alone)
         # The configured groups, by name.
         self.groups: dict[str, Group] = {}
@@ -96,6 +100,7 @@ class Router:
         """
         # All configured providers, by name.
         self.providers, self._llm = providers, llm
+        self._caches = self._all_caches if llm.cache_losses else None
         # For each provider, the group that has it as its only member.
         self._own = {name: Group("", [Member(provider)]) for name, provider in providers.items()}
         groups: dict[str, Group] = {}
@@ -533,12 +538,15 @@ class Router:
         Raises:
             ProviderFault: no provider answered.
         """
-        route = request.route
+        route, parts = request.route, None
+        if self._caches is not None:
+            conversation = None if stream is None else stream.conversation_id
+            parts = await self._caches.read(request, conversation, self.providers)
         groups = [route.group]
         if route.then or (self._fallbacks and route.fallbacks):
             # A fallback uses its own model.
             groups += self._after(route, request.provider_request.api)
-        attempts = Attempts(request, stream, groups, self._affinity, self._random_number)
+        attempts = Attempts(request, stream, groups, self._affinity, self._random_number, parts)
         return await attempts.answer()
 
 

@@ -30,7 +30,7 @@ from aioserver.protocol.json_body import ABSENT
 from aioserver.protocol.steps import pause_after
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 DIGEST_BYTES = 16
 # The longest prompt whose whole length is hashed.
@@ -78,9 +78,10 @@ class _Role(msgspec.Struct, gc=False):
 _TOP = msgspec.json.Decoder(_Top)
 _ROLE = msgspec.json.Decoder(_Role)
 # The first elements of a list: all others are skipped.
+MAX_ELEMENTS = 1024
 _FIRST: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     msgspec.defstruct(
-        "First", [(f"_{number}", Raw, ABSENT) for number in range(MAX_LOOKED_AT)], array_like=True
+        "First", [(f"_{number}", Raw, ABSENT) for number in range(MAX_ELEMENTS)], array_like=True
     )
 )
 
@@ -101,22 +102,46 @@ class Prefix(NamedTuple):
     has_history: bool
 
 
-async def prefix_of(body: bytes, seed: str) -> Prefix | None:
-    """Return the prefix of the prompt in *body*, valid JSON; None if there is no prompt.
+class Parts(NamedTuple):
+    """The parts of one prompt, by their names in the body, in the order in which an engine reads
+    them; the last is the conversation. *elements* are the first MAX_ELEMENTS of that, if it is a
+    list; *marked*: the body may have markers.
+    """
+
+    parts: Mapping[str, Raw]
+    elements: Sequence[Raw]
+    marked: bool
+
+
+async def parts_of(body: bytes) -> Parts | None:
+    """Return the parts of the prompt in *body*, valid JSON; None if there is no prompt. They refer
+    to the body.
+    """
+    parts = {name: part for name, part in _parts(_TOP.decode(body)) if part}
+    await pause_after(body)
+    if not parts:
+        return None
+    elements = first_elements(next(reversed(parts.values())))
+    await pause_after(body)
+    return Parts(parts, elements, unmarked(body) is not body)
+
+
+async def prefix_of(body: bytes, seed: str, parts: Parts | None = None) -> Prefix | None:
+    """Return the prefix of the prompt in *body*, valid JSON; None if there is no prompt. *parts*
+    are its parts, if these were read already.
 
     The digests depend on *seed*. A long body is read in steps.
     """
-    top = _TOP.decode(body)
-    await pause_after(body)
-    parts = [bytes(part) for part in _parts(top) if part]
-    if not parts:
+    parts = parts or await parts_of(body)
+    if parts is None:
         return None
-    # The last part is the conversation; its first user message ends there.
-    head, talk = parts[:-1], parts[-1]
-    cut = await _end_of_first_user(talk)
+    # The first user message of the conversation, the last part, ends there.
+    *head, talk = map(bytes, parts.parts.values())
+    cut = await _end_of_first_user(talk, parts.elements)
     await pause_after(talk)
-    stripped = [_unmarked(part) for part in head]
-    first, rest = _unmarked(talk[:cut]), _unmarked(talk[cut:])
+    clean = unmarked if parts.marked else bytes
+    stripped = [clean(part) for part in head]
+    first, rest = clean(talk[:cut]), clean(talk[cut:])
     identity_length = sum(map(len, stripped)) + len(first)
     hashed = _Running(seed, identity_length)
     for part in (*stripped, first, rest):
@@ -135,43 +160,53 @@ async def prefix_of(body: bytes, seed: str) -> Prefix | None:
     )
 
 
-def _parts(top: _Top) -> Iterator[Raw]:
-    yield top.tools
-    yield top.system
-    yield top.instructions
+def _parts(top: _Top) -> Iterator[tuple[str, Raw]]:
+    yield "tools", top.tools
+    yield "system", top.system
+    yield "instructions", top.instructions
     # A body has one of the three.
-    yield top.messages or top.input or top.prompt
+    name = "messages" if top.messages else "input" if top.input else "prompt"
+    yield name, getattr(top, name)
 
 
-async def _end_of_first_user(talk: bytes) -> int:
-    """Return the end of the first user message in *talk*.
+def first_elements(part: Raw) -> list[Raw]:
+    """Return the first MAX_ELEMENTS of *part*; none if it is no list."""
+    if bytes(memoryview(part)[:1]) != b"[":
+        return []
+    return [element for element in astuple(_FIRST.decode(part)) if element is not ABSENT]
+
+
+async def _end_of_first_user(talk: bytes, elements: Sequence[Raw]) -> int:
+    """Return the end of the first user message in *talk*, which has these first *elements*.
 
     For a text, or without such a message, it is the end of the first KiB, or of the whole.
     """
-    whole = min(len(talk), LENGTHS[0])
-    if not talk.startswith(b"["):
-        return whole
-    end, first = 0, astuple(_FIRST.decode(talk))
-    await pause_after(talk)
-    for element in first:
-        if element is ABSENT:
-            break
+    end = 0
+    for element in elements[:MAX_LOOKED_AT]:
         # Elements come in order, so each is found behind the one before it.
         raw = bytes(element)
         end = talk.index(raw, end) + len(raw)
-        if raw.startswith(b"{") and bytes(_ROLE.decode(raw).role) == b'"user"':
+        if of_user(raw):
             return end
         await pause_after(raw)
-    return whole
+    return min(len(talk), LENGTHS[0])
 
 
-def _unmarked(data: bytes) -> bytes:
+def of_user(message: bytes) -> bool:
+    """Return whether *message*, a value of JSON, is one of a user."""
+    return message.startswith(b"{") and bytes(_ROLE.decode(message).role) == b'"user"'
+
+
+def unmarked(data: bytes) -> bytes:
     """Return *data* without markers."""
-    return _MARKER.sub(b"", data) if any(word in data for word in _WORDS) else data
+    # All words have this part, and a search for it is enough for most prompts.
+    if b"cache" not in data or not any(word in data for word in _WORDS):
+        return data
+    return _MARKER.sub(b"", data)
 
 
 @lru_cache(maxsize=MAX_SEEDS)
-def _seeded(seed: str) -> hashlib.blake2b:
+def seeded(seed: str) -> hashlib.blake2b:
     """Return an empty hash, different for each *seed*."""
     key = hashlib.blake2b(seed.encode(), digest_size=32).digest()
     return hashlib.blake2b(digest_size=DIGEST_BYTES, key=key)
@@ -181,7 +216,7 @@ class _Running:
     """A digest that is read at each length, and at *identity_length*."""
 
     def __init__(self, seed: str, identity_length: int) -> None:
-        self._hash = _seeded(seed).copy()
+        self._hash = seeded(seed).copy()
         self._stops = list(LENGTHS)
         at = bisect_left(self._stops, identity_length)
         if self._stops[at : at + 1] != [identity_length]:

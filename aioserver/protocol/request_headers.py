@@ -330,7 +330,7 @@ AGENTS = "agents"
 class RequestOptions(msgspec.Struct, frozen=True):
     """*start_within* and *deadline* are seconds from the arrival, inf without such a bound. *hold*
     is the request's own word for what is held, empty without one; and *agent* is what AGENTS
-    stands for, by its headers.
+    stands for, by its headers, of which *session* is the id of the agent's session, "" without one.
     """
 
     start_within: float = inf
@@ -338,6 +338,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
     batch: bool = False
     hold: str = ""
     agent: str = PREAMBLE
+    session: str = ""
 
     @property
     def bounding(self) -> bool:
@@ -354,6 +355,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
             self.batch or other.batch,
             other.hold or self.hold,
             self.agent if other.agent == PREAMBLE else other.agent,
+            other.session or self.session,
         )
 
 
@@ -370,10 +372,10 @@ def request_options_of(headers: Mapping[str, str]) -> RequestOptions:
     if names.isdisjoint(_ALL_NAMES):
         return NO_REQUEST_OPTIONS
     start, deadline, name = map(headers.get, _NAMES)
-    agent = PREAMBLE
+    agent, session = PREAMBLE, next(filter(None, map(headers.get, SESSIONS)), "")
     if any(map(headers.get, SUBAGENTS)):
         agent = TURN
-    elif any(map(headers.get, SESSIONS)):
+    elif session:
         agent = CALLS
     return RequestOptions(
         seconds(start, START_WITHIN),
@@ -381,6 +383,7 @@ def request_options_of(headers: Mapping[str, str]) -> RequestOptions:
         one_of(CLASSES, name, CLASS) == BATCH,
         one_of(HOLDS, headers.get(HOLD), HOLD),
         agent,
+        session,
     )
 
 

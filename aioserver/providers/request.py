@@ -357,6 +357,11 @@ class ProviderRequest:
         self._kept_bytes = kept_bytes
 
     @property
+    def options(self) -> RequestOptions:
+        """The options in its headers."""
+        return NO_REQUEST_OPTIONS if self._hold is None else self._hold.request_options
+
+    @property
     def loan(self) -> Loan | None:
         """The place of its client, if that can be lent."""
         return None if self._hold is None else self._hold.loan
@@ -371,7 +376,7 @@ class ProviderRequest:
 
     def hold_by(self, word: str) -> None:
         """Hold of the answer what the request says, or its key, or else *word*."""
-        options = NO_REQUEST_OPTIONS if self._hold is None else self._hold.request_options
+        options = self.options
         word = options.hold or self.caller.hold or word
         self.hold = self.outcome.hold = options.agent if word == AGENTS else word
 

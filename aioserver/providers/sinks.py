@@ -370,6 +370,9 @@ def complete(stream: Stream, data: bytes = b"", **metadata: object) -> None:
         metadata["seams"] = [seam.described() for seam in outcome.seams]
     if outcome.held_for is not None and outcome.attempts > 1:
         metadata["attempts"] = outcome.attempts
+    if outcome.turn_read is not None and (lost := outcome.find_loss()) is not None and lost.text:
+        # No event: a comment, for those who read an event stream.
+        stream.append(entries.CHUNK, data=f": cache {lost.text}\n\n".encode(), count=0, more=True)
     stream.finish({"metadata": metadata}, data)
 
 

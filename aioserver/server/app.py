@@ -297,7 +297,13 @@ async def _open_answering(
     provider_registry.watch(core.watched)
     await provider_registry.prepare(llm)
     provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
-    router = Router(provider_registry.providers, llm, alone=sharing is None, hooks=plugged.hooks)
+    router = Router(
+        provider_registry.providers,
+        llm,
+        alone=sharing is None,
+        hooks=plugged.hooks,
+        caches=plugged.caches,
+    )
     lag = LoopLag(core.loop, core.metrics.loop_lag)
     stack.callback(lag.close)
     for wing in plugged.wings:

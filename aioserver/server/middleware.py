@@ -75,7 +75,7 @@ refusals_logger = logging.getLogger("aioserver.refusals")
 # The headers that a page of another origin may read, beside those of the provider.
 EXPOSED = (
     *("x-request-id", "x-aioserver-provider", "x-aioserver-attempts", "location"),
-    "x-aioserver-hold",
+    *("x-aioserver-hold", "x-aioserver-cache"),
     *("retry-after", "retry-after-ms", "x-should-retry", "request-id"),
 )
 METHODS = "GET, POST, DELETE, OPTIONS"

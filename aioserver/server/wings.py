@@ -13,12 +13,14 @@ from msgspec.structs import replace
 
 from aioserver.auth.tokens import Tokens
 from aioserver.faces.wing import Wing
+from aioserver.gateway.contracts.caches import Caches
 from aioserver.gateway.contracts.histories import Histories, NoHistories
 from aioserver.gateway.contracts.hooks import Hooks
 from aioserver.gateway.contracts.instances import Instances
 from aioserver.gateway.contracts.sharing import Sharing
 from aioserver.telemetry.tracer import Tracer
 from aioserver.wings.anthropic.wing import AnthropicWing
+from aioserver.wings.cache_loss.wing import CacheLossWing
 from aioserver.wings.cluster.wing import ClusterWing
 from aioserver.wings.conversations.wing import ConversationsWing
 from aioserver.wings.hooks.wing import HooksWing
@@ -48,6 +50,7 @@ WINGS: tuple[type[Wing], ...] = (
     HooksWing,
     JwtWing,
     OpenapiWing,
+    CacheLossWing,
 )
 
 
@@ -70,6 +73,7 @@ def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
             settings.chat.service.repository.type == "sql",
         ),
         ("hooks", "hooks", bool(settings.hooks)),
+        ("cache_loss", "llm.cache_losses", settings.llm.cache_losses),
         ("jwt", "auth.jwt", settings.auth is not None and settings.auth.jwt is not None),
         ("tracing", "tracing.otlp_endpoint", settings.tracing.otlp_endpoint is not None),
     )
@@ -91,6 +95,7 @@ class Plugged(msgspec.Struct, frozen=True, kw_only=True):
     callers: Tokens | None
     tracer: Tracer | None
     hooks: Hooks | None
+    caches: Caches | None
 
 
 async def open_wings(wings: Sequence[Wing], core: Core, stack: AsyncExitStack) -> Plugged:
@@ -112,6 +117,7 @@ async def open_wings(wings: Sequence[Wing], core: Core, stack: AsyncExitStack) -
         callers=_first(wing.callers for wing in wings),
         tracer=_first(wing.tracer for wing in wings),
         hooks=_first(wing.hooks for wing in wings),
+        caches=_first(wing.caches for wing in wings),
     )
 
 

@@ -113,6 +113,7 @@ class ProviderMeter:
     __slots__ = (
         "attempts",
         "bridged",
+        "cache_lost",
         "continuations",
         "events",
         "failovers",
@@ -148,6 +149,8 @@ class ProviderMeter:
         self.seams: dict[str, Counter] = {}
         # Held turns that broke off here and were whole in another attempt, by the fault's code.
         self.rescued: dict[str, Counter] = {}
+        # Tokens of prompts that were read again, by the verdict on their turn.
+        self.cache_lost: dict[str, Counter] = {}
         self.retries = {code: Counter() for code in RETRY_CODES}
         self.retries_refused = Counter()
         self.failovers = {code: Counter() for code in FAILOVER_CODES}
@@ -535,6 +538,13 @@ FACE_FAMILIES: tuple[Row[FaceMeter], ...] = (
     ),
 )
 PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
+    Row(
+        "cache_lost_tokens",
+        lambda m: m.cache_lost,
+        "Tokens of prompts that the provider's cache has lost since the last turn, by verdict",
+        ("verdict",),
+        grows=True,
+    ),
     Row(
         "provider_attempts",
         lambda m: m.attempts,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -73,6 +73,36 @@ def comment(word: str, told: Mapping[str, object]) -> bytes:
     return f": {word} {' '.join(f'{name}={value}' for name, value in told.items())}\n\n".encode()
 
 
+class CacheLoss(NamedTuple):
+    """What a turn has lost of its provider's cache: so many *tokens* of its prompt were read again,
+    by this *verdict* (docs/slow.md).
+
+    *at* is the first region that differs, whose first byte is *byte* of the prompt; or for `moved`,
+    why the last turn's member was not taken, with no byte. *tokens* are 0 if that is not known.
+    """
+
+    verdict: str
+    at: str = ""
+    byte: int | None = None
+    tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """Its form for the client; empty if no loss is known."""
+        if not self.tokens:
+            return ""
+        at = f"at={self.at} " if self.at else ""
+        byte = "" if self.byte is None else f"byte={self.byte} "
+        return f"lost {at}{byte}tokens={self.tokens} by={self.verdict}"
+
+
+class CachedTurn(Protocol):
+    """The turn of a conversation, whose prompt was compared with the last turn's."""
+
+    def ended(self, outcome: Outcome) -> CacheLoss | None:
+        """Return what was lost of the cache, by the usage in *outcome*."""
+
+
 class Continued(NamedTuple):
     """A seam of an answer: after *at* characters of text its provider broke off, for the reason of
     this *code*, and another attempt continued.
@@ -126,6 +156,9 @@ class Outcome(msgspec.Struct, eq=False):
     event was held, None if none was. *cuts* are the provider and the code of each break of which the
     client has seen nothing, and *dropped* are the bytes that were held at the last break; *let_go*
     says that held events were shown before the finish.
+
+    *turn_read* is the turn whose prompt was read to find what its provider's cache has lost, until
+    that is known; *cache_lost* is the result. Both are None unless `llm.cache_losses` is on.
     """
 
     provider: str = ""
@@ -149,6 +182,15 @@ class Outcome(msgspec.Struct, eq=False):
     dropped: int = 0
     let_go: bool = False
     held_for: float | None = None
+    turn_read: CachedTurn | None = None
+    cache_lost: CacheLoss | None = None
+
+    def find_loss(self) -> CacheLoss | None:
+        """Return what was lost of the provider's cache, now that the usage is known."""
+        if (turn := self.turn_read) is not None:
+            self.turn_read = None
+            self.cache_lost = turn.ended(self)
+        return self.cache_lost
 
     def turn(self, *, lost: bool) -> str:
         """Return the result of a turn of which events were held, and which was *lost* at its end."""

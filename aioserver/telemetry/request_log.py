@@ -191,6 +191,11 @@ class RequestLog:
     ) -> None:
         """Count and log *record*, whose request ended well, with *error*, or *cancelled*."""
         metrics, asked, now = self.metrics, record.outcome, monotonic()
+        if asked.turn_read is not None:
+            asked.find_loss()
+        if (lost := asked.cache_lost) is not None:
+            losses = metrics.providers[asked.provider].cache_lost
+            losses.setdefault(lost.verdict, Counter()).value += lost.tokens
         code, outcome, status = "", OK, 200
         if error is not None:
             public = error if isinstance(error, AioserverError) else None
@@ -367,6 +372,11 @@ def _fields_of(
         fields |= {"hold": record.outcome.hold, "held_ms": round(held_for * 1000, 1)}
     if record.outcome.bridge:
         fields |= _bridged(record.outcome)
+    if (lost := record.outcome.cache_lost) is not None:
+        fields["cache_lost"] = lost.verdict
+        if lost.tokens:
+            fields |= {"cache_lost_at": lost.at} if lost.at else {}
+            fields["cache_lost_tokens"] = lost.tokens
     if record.outcome.hooks:
         fields["hook"] = ",".join(record.outcome.hooks)
     return fields

@@ -57,6 +57,27 @@ async def test_each_group_has_a_row_and_each_member_a_cell(stand: Stand, page: P
     await expect(page.locator("#groups-summary")).to_have_text("the first 50 of 60")
 
 
+async def test_lost_caches_are_shown_by_cause_with_the_three_worst_regions(
+    stand: Stand, page: Page
+) -> None:
+    await opened(page, stand)
+    section = page.locator("#losses")
+    await expect(section).to_be_hidden()
+
+    regions = {"tools[7]": 10, "messages[3]": 31200, "system[0]": 4000, "messages[9]": 9}
+    stand.say(
+        cache_losses={"last_hour": {"evicted": 500, "changed": 35219}, "regions": regions},
+    )
+
+    rows = section.locator("tbody tr")
+    await expect(rows).to_have_text(["changed35,219", "evicted500"])
+    await expect(page.locator("#losses-summary")).to_have_text(
+        "first difference: messages[3] 31,200, system[0] 4,000, tools[7] 10"
+    )
+    stand.say(cache_losses={"last_hour": {}, "regions": {}})
+    await expect(section).to_be_hidden()
+
+
 async def test_each_caller_has_a_row_with_what_it_has_spent(stand: Stand, page: Page) -> None:
     await opened(page, stand)
     section = page.locator("#callers")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aioserver.protocol.prefix import LENGTHS, MAX_LOOKED_AT, Prefix, prefix_of
+from aioserver.protocol.prefix import LENGTHS, MAX_LOOKED_AT, Prefix, parts_of, prefix_of
 from aioserver.protocol.steps import at_once
 
 
@@ -42,6 +42,14 @@ def test_lengths_go_up_by_an_eighth_and_are_fifty_at_most() -> None:
     assert LENGTHS[-1] <= 1 << 20
     found = of(talk("x" * 3_000_000))
     assert len(found.digests) <= 51
+
+
+def test_parts_that_were_read_before_give_the_same_prefix() -> None:
+    body = json.dumps({**talk("q" * 5000, "a"), "tools": [{"cache_control": {}}]}).encode()
+
+    parts = at_once(parts_of(body))
+
+    assert at_once(prefix_of(body, "group", parts)) == of(body)
 
 
 def test_a_later_turn_has_the_identity_and_the_beginning_of_the_one_before() -> None:

@@ -1,4 +1,4 @@
-// The tables of callers, groups and instances: a row for each of them. A table is hidden where there is none.
+// The tables of callers, groups, instances and lost caches: a row for each of them. A table is hidden where there is none.
 import { setText } from "/assets/dashboard/binding.js";
 import * as numbers from "/assets/dashboard/numbers.js";
 
@@ -63,8 +63,10 @@ class Table {
 const callers = new Table("callers", 5);
 const groups = new Table("groups", 3);
 const instances = new Table("instances", 7);
+const losses = new Table("losses", 1);
+const WORST = 3; // regions that are named
 
-/** Show what the snapshot *stats* has of the three. The callers that have spent most today come first. */
+/** Show what the snapshot *stats* has of the four. The callers that have spent most today come first. */
 export function showTables(stats) {
   const keys = Object.entries(stats.keys ?? {}).sort(([, one], [, other]) => other.tokens_today - one.tokens_today);
   callers.show(keys, [], showCaller);
@@ -72,11 +74,20 @@ export function showTables(stats) {
   const out = all.filter(([, { members }]) => members.every(({ state }) => OUT.includes(state))).length;
   const note = out && `${numbers.count(out)} without a member that can start anything`;
   groups.show(all, [note], (row, group) => showGroup(row, group, stats));
+  const { last_hour: lost, regions } = stats.cache_losses ?? {};
+  const worst = byNumber(regions).slice(0, WORST);
+  const named = worst.map(([region, tokens]) => `${region} ${numbers.count(tokens)}`).join(", ");
+  losses.show(byNumber(lost), [named && `first difference: ${named}`], (row, tokens) => setCells(row, [numbers.count(tokens)]));
   const each = Object.entries(stats.instances ?? {});
   const silent = each.filter(([, instance]) => !instance).length;
   const together = `${each.length} together`;
   const notes = [together, silent && `of which ${silent} ${silent > 1 ? "do" : "does"} not answer`, showFormer(stats.former ?? [])];
   instances.show(each, notes, showInstance, Infinity);
+}
+
+/** The entries of *counts*, the largest first. */
+function byNumber(counts) {
+  return Object.entries(counts ?? {}).sort(([, one], [, other]) => other - one);
 }
 
 function setCells(row, texts) {
