@@ -2,55 +2,68 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aioserver.limits.shares import Bounded
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable
+
+    Describe = Callable[[], dict[str, Any]]
 
 # Characters of a request id or model name, which come from clients, in a log line.
 MAX_NAME = 200
-# Requests that are kept: some 600 bytes each.
-MAX_KEPT = 1000
-# Attempts of a request that are kept: the last ones.
+# Requests that are kept, and how many are dropped at once if there is no more room.
+MAX_KEPT, DROPPED = 1000, 50
+# Attempts of a request that are shown: the last ones.
 MAX_PARTS = 5
 
 
 class EndedRequests:
-    """The last requests, as JSON: the fields of `request finished`, with those of each `attempt
-    finished` in `parts`.
+    """The last requests, each with the function that describes it: the fields of `request
+    finished`, with those of each `attempt finished` in `parts`. Nearly all are never asked for.
 
-    Always: at most MAX_KEPT are kept, and none of their texts. If there is no room, the caller that
-    has most loses its oldest: a busy caller does not push out those of others.
+    Always: at most MAX_KEPT are kept. If there is no room, the caller that has most loses its
+    oldest: a busy caller does not push out those of others.
     """
 
     def __init__(self) -> None:
-        self._kept: Bounded[str, str, bytes] = Bounded(MAX_KEPT)
+        # By caller and id, the oldest first: when the request has ended, in Unix time.
+        self._kept: dict[tuple[str, str], tuple[float, Describe]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(
-        self, caller: str, fields: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def keep(self, caller: str, request_id: str, describe: Describe) -> None:
         """Keep a request of *caller* that has ended now; a later one of the same id replaces it."""
-        name = fields["request_id"]
-        moment = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
-        data = msgspec.json.encode({"ts": moment, **fields, "parts": parts[-MAX_PARTS:]})
-        self._kept.pop(caller, name)
-        self._kept.make_room()
-        self._kept.put(caller, name, data)
+        kept, key = self._kept, (caller, request_id[:MAX_NAME])
+        kept.pop(key, None)
+        kept[key] = time.time(), describe
+        if len(kept) > MAX_KEPT:
+            self._make_room()
 
     def find(self, caller: str | None, request_id: str) -> bytes | None:
-        """Return the request of *caller*, or the last one of any caller for None; None if it is not
-        kept.
+        """Return the request of *caller*, or the last one of any caller for None, as JSON; None if
+        it is not kept.
         """
         name = request_id[:MAX_NAME]
-        owners = self._kept.owners() if caller is None else (caller,)
-        kept = [data for owner in owners if (data := self._kept.of(owner).get(name)) is not None]
-        # Each begins with the moment of its end.
-        return max(kept, default=None)
+        if caller is None:
+            owners = [key for key in self._kept if key[1] == name]
+            key = owners[-1] if owners else ("", name)
+        else:
+            key = caller, name
+        if (found := self._kept.get(key)) is None:
+            return None
+        ended, describe = found
+        moment = f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
+        return msgspec.json.encode({"ts": moment, **describe()})
+
+    def _make_room(self) -> None:
+        counts = Counter(caller for caller, _name in self._kept)
+        for _ in range(DROPPED):
+            (most, _count), *_others = counts.most_common(1)
+            counts[most] -= 1
+            del self._kept[next(key for key in self._kept if key[0] == most)]

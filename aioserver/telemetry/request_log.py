@@ -14,6 +14,7 @@ This file is one concept: a record, and its use at the end.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +25,7 @@ from aioserver.errors import AioserverError, SlowClient, TokensExceeded
 from aioserver.telemetry import logs
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.counters import Counter
-from aioserver.telemetry.ended_requests import MAX_NAME, EndedRequests
+from aioserver.telemetry.ended_requests import MAX_NAME, MAX_PARTS, EndedRequests
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 from aioserver.telemetry.outcome import COUNTED, MIXED, NOBODY, PROVIDER, RESCUED, Outcome
@@ -241,18 +242,20 @@ class RequestLog:
                 metrics.providers[name].rescued.setdefault(cut, Counter()).value += 1
         if record.trace is not None:
             record.trace.ended(_end_of(record, now, code, outcome, status))
-        fields, parts = _fields_of(record, now, code, outcome, status), _parts_of(record)
+        end = record, now, code, outcome, status
         if outcome == "rejected":
             if (left_out := metrics.refusal_lines.allow(code)) is not None:
-                logs.write(logger, logging.WARNING, "request finished", fields | left_out)
+                logs.write(
+                    logger, logging.WARNING, "request finished", _fields_of(*end) | left_out
+                )
         elif logger.isEnabledFor(logging.INFO):
             # One line cannot show the costs of several attempts.
-            for part in parts if len(parts) > 1 else ():
+            for part in _parts_of(record) if len(asked.costs) > 1 else ():
                 logs.write(logger, logging.INFO, "attempt finished", part)
-            logs.write(logger, logging.INFO, "request finished", fields)
-        self.ended.keep(record.caller.name, fields, parts)
-        # A log refers to the outcome for its window; these objects are no longer needed.
-        asked.usage = asked.start = None
+            logs.write(logger, logging.INFO, "request finished", _fields_of(*end))
+        self.ended.keep(record.caller.name, record.request_id, partial(_described, *end))
+        # A log refers to the outcome for its window; the usage is no longer needed.
+        asked.usage = None
 
     def _count_gaps(self, record: RequestRecord, now: float) -> None:
         """Count the longest gap of each side, after subtracting our own lag from the provider's."""
@@ -287,6 +290,14 @@ class RequestLog:
         cost = outcome.costs[-1] if outcome.costs else None
         if cost is not None and cost.provider == start.provider and cost.source in COUNTED:
             meter.cached[start.provider].add(now, cost.tokens.cached, cost.tokens_in)
+
+
+def _described(
+    record: RequestRecord, now: float, code: str, outcome: str, status: int
+) -> dict[str, Any]:
+    """Return the fields of all log lines of a request, which has ended *now*."""
+    fields = _fields_of(record, now, code, outcome, status)
+    return {**fields, "parts": _parts_of(record)[-MAX_PARTS:]}
 
 
 def _parts_of(record: RequestRecord) -> list[dict[str, Any]]:

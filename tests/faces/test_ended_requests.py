@@ -97,7 +97,7 @@ async def test_a_request_that_newer_ones_have_pushed_out_is_unknown(
     await ask(server, "sse", "old")
     ended = server.context.monitor.ended
     for number in range(MAX_KEPT):
-        ended.keep("", {"request_id": f"r{number}"}, [])
+        ended.keep("", f"r{number}", dict)
 
     assert (await look(server, "old"))[1]["error"]["code"] == "request_not_found"
 

@@ -122,9 +122,9 @@ class Watch:
         ended = self._server.context.monitor.ended
         if len(ended) > MAX_KEPT:
             self._broken(f"{len(ended)} requests are remembered")
-        for name in ended._kept.owners():
-            request_id, newest = next(reversed(ended._kept.of(name).items()))
-            fields = msgspec.json.decode(newest)
+        for name, request_id in list(ended._kept)[-1:]:
+            newest = ended.find(name, request_id)
+            fields = msgspec.json.decode(newest or b"{}")
             if (fields.get("caller", ""), fields["request_id"]) != (name, request_id):
                 self._broken(f"{name!r} sees the request {newest!r}")
 

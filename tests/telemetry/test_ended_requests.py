@@ -8,7 +8,7 @@ from aioserver.telemetry.ended_requests import MAX_KEPT, MAX_NAME, EndedRequests
 
 
 def keep(ended: EndedRequests, caller: str, request_id: str, **fields: object) -> None:
-    ended.keep(caller, {"request_id": request_id, **fields}, [])
+    ended.keep(caller, request_id, lambda: {"request_id": request_id, **fields})
 
 
 def test_a_busy_caller_pushes_out_its_own_requests_and_not_those_of_others() -> None:
