@@ -205,7 +205,8 @@ async def test_two_that_are_asked_with_one_id_ask_the_provider_once(
                     frames.append(await ws.receive_json())
             return [frame for frame in frames if frame.get("event_id")]
 
-        number, before, answers = 0, -1, list[list[dict[str, Any]]]()
+        number, before = 0, -1
+        answers: list[list[dict[str, Any]]] = []
         # On a busy machine Redis may answer too late, and then both begin one.
         while unclaimed() != before:
             number, before = number + 1, unclaimed()
