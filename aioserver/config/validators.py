@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import voluptuous as vol
 
@@ -129,7 +130,11 @@ def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+", shown: bool = Fals
                 f'expected an address that starts with {starts}, not "{value}" (write {written})'
             )
         try:
-            return plain(value)
+            address = plain(value)
+            if "://" in address:
+                _ = urlsplit(address).port
+        except ValueError:
+            refuse("expected a host behind ://, and a port from 0 to 65535 if it has one")
         except vol.Invalid as error:
             if error.error_message == "expected a URL":
                 refuse(
@@ -138,6 +143,8 @@ def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+", shown: bool = Fals
                     else "expected a host and a path behind ://, nothing secret and no space"
                 )
             raise
+        else:
+            return address
 
     return Validator("URL", test, json=plain.json)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -126,3 +127,13 @@ def test_any_environment_is_settings_or_a_configuration_error(extra: Mapping[str
     faults = outcome(lambda: Configuration.load(ORIGINAL, environ=environ))
 
     assert all(fault.startswith(("AIOSERVER__", str(ORIGINAL))) for fault in faults)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://a]b/v1", "http://[::1/v1", "http://h:x/v1", "http://h:99999/v1"]
+)
+def test_an_address_that_no_parser_takes_is_a_fault(address: str, tmp_path: Path) -> None:
+    provider = f"{{model: m, base_url: '{address}'}}"
+    text = f"llm:\n  active: p\n  providers:\n    p: {provider}\n"
+
+    assert "a port from 0 to 65535" in str(outcome(lambda: load(text, tmp_path / "c.yaml")))
