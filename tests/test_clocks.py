@@ -51,6 +51,7 @@ SHOWN = {  # module: why it may know what time people have
     "usage.ledger_reader": "whether an attempt may still run",
     "usage.sums": "the day that sums belong to",
     "usage.accounting": "the stamps of lines",
+    "telemetry.ended_requests": "when a request has ended, as its log line has it",
     "tools.usage": "a time as `7d` ago",
     "wings.anthropic.face": "a reset that is a date, as Anthropic has it",
     "wings.simulator.shapes": "`created` in OpenAI's objects",
