@@ -79,6 +79,10 @@ class Talk:
         ):
             if dice.random() < 0.4:
                 self.fixed[name] = value
+        if client.plan.continued:
+            # The rest of what a thinking model says is asked for by an instruction, which the
+            # providers here do not follow: their words say themselves again and again.
+            self.fixed.pop("thinking", None)
 
     @property
     def calls(self) -> list[str]:
