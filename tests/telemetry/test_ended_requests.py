@@ -51,3 +51,13 @@ def test_a_long_id_is_found_by_the_part_of_it_that_the_log_has() -> None:
     keep(ended, "a", "x" * MAX_NAME)
 
     assert ended.find("a", "x" * 256) is not None
+
+
+def test_callers_of_one_request_each_make_room_for_another() -> None:
+    ended = EndedRequests()
+    for number in range(2 * MAX_KEPT):
+        keep(ended, f"c{number}", "r1")
+        assert len(ended) <= MAX_KEPT
+
+    assert ended.find(f"c{2 * MAX_KEPT - 1}", "r1") is not None
+    assert ended.find("c0", "r1") is None
