@@ -28,7 +28,7 @@ from msgspec import Raw
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.json_body import ABSENT
-from aioserver.protocol.sound import sound
+from aioserver.protocol.sound import escapes_surrogates, sound
 from aioserver.protocol.steps import LARGE_BYTES, pause_after
 
 if TYPE_CHECKING:
@@ -407,10 +407,7 @@ def _short(metadata: Raw) -> Raw:
 
 def simple(data: bytes) -> bool:
     """Return whether *data* is short and needs none of the checks of `reading`."""
-    if len(data) > LARGE_BYTES or not data.isascii():
-        return False
-    # Most bodies have no escaped character at all.
-    return b"\\u" not in data or (b"\\ud" not in data and b"\\uD" not in data)
+    return len(data) <= LARGE_BYTES and data.isascii() and not escapes_surrogates(data)
 
 
 async def reading(data: bytes) -> ModelBody:
