@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes of the server")
+    parser.add_argument("--deploys", type=float, default=0.0, help="minutes from one to the next")
     parser.add_argument("--lines", type=Path, default=Path("soak.jsonl"))
     parser.add_argument("--plot", type=Path, help="the picture, an SVG file")
     parser.add_argument("--draw", action="store_true", help="run nothing: take --lines as it is")
@@ -34,7 +35,8 @@ def main() -> int:
     if options.draw:
         run = [json.loads(line) for line in options.lines.read_text().splitlines()]
     else:
-        run = asyncio.run(soak(options.minutes, options.lines, options.seed, options.workers))
+        load = (options.minutes, options.lines, options.seed, options.workers, options.deploys)
+        run = asyncio.run(soak(*load))
     if options.plot is not None:
         options.plot.write_text(draw(run))
     print("\n".join(summary(run)))

@@ -38,6 +38,8 @@ TEXT_SHARE = 0.3
 # The share of conversations with a provider that has chat completions only.
 BRIDGED_SHARE = 0.5
 RETURNS = 3
+# Words of a question; the last are those of an agent with a long history, 200 KB.
+WORDS, WORD_WEIGHTS = (1, 5, 50, 500, 40_000), (6, 6, 6, 6, 1)
 
 
 @dataclass
@@ -63,7 +65,11 @@ class Client:
         self._habits = {habit for habit, often in HABITS.items() if dice.random() < often}
         # The events after which it does what it has a habit of.
         self._moment = dice.choice((0, 1, 2, 5, 20))
-        self.padding = " ".join(["word"] * dice.choice((1, 5, 50, 500)))
+        words = dice.choices(WORDS, WORD_WEIGHTS)[0]
+        # A conversation keeps no turns as long as that.
+        self.padding = " ".join(
+            ["word"] * (min(words, 500) if self.face == "conversation" else words)
+        )
         self._text = f"{self.name} {self.padding}"
         self.tokens = dice.choice((1, 5, 40, 200))
         self._truth = "".join(model.tokens(model.speech(self._text, 1))[: self.tokens])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import tempfile
 from pathlib import Path
 from time import perf_counter
@@ -12,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from tests.soak.load import FLAPPING, GROUP, KEYS, MEMBERS, PROVIDERS, Load, probe
+from tests.soak.load import (
+    FLAPPING,
+    GROUP,
+    KEYS,
+    MEMBERS,
+    PROBED,
+    PROBED_BESIDE_DEPLOYS,
+    PROVIDERS,
+    Load,
+    probe,
+)
 from tests.soak.talks import BRIDGED
 from tests.support.history import sql
 from tests.support.keys import bearer
@@ -67,7 +78,7 @@ CHANGES: dict[str, Any] = {
     "chat.websocket.concurrency.connection_queue_size": 300,
     "chat.websocket.concurrency.uvicorn.backlog": 2048,
     "chat.websocket.concurrency.uvicorn.keepalive_timeout": 5,
-    "chat.websocket.concurrency.max_body_bytes": 1 << 20,
+    "chat.websocket.concurrency.max_body_bytes": 8 << 20,
     "chat.websocket.max_message_size": 1 << 18,
     "chat.streams.resume_window": 20.0,
     "chat.streams.store_window": 20.0,
@@ -78,9 +89,11 @@ CHANGES: dict[str, Any] = {
 }
 
 
-async def soak(minutes: float, path: Path, seed: int = 1, workers: int = 1) -> list[Line]:
-    """Run *workers* processes for *minutes*; return the lines, which are written to *path* as they
-    come.
+async def soak(
+    minutes: float, path: Path, seed: int = 1, workers: int = 1, deploys: float = 0.0
+) -> list[Line]:
+    """Run *workers* processes for *minutes*, and replace them every *deploys* minutes, unless that
+    is 0; return the lines, which are written to *path* as they come.
     """
     run: list[Line] = []
     began = perf_counter()
@@ -117,16 +130,22 @@ async def soak(minutes: float, path: Path, seed: int = 1, workers: int = 1) -> l
             )
             config = Path(folder) / "config.yaml"
             write_configuration(url, changes, config)
-            program = ("-c", PROGRAM, "serve", "--config", config)
+            replaceable = ("--replaceable",) if deploys and workers == 1 else ()
+            program = ("-c", PROGRAM, "serve", "--config", config, *replaceable)
             async with await ServerProcess.start(*program) as server:
                 await server.ready()
                 target = url.removesuffix("/v1")
-                await _load(server, target, minutes * 60, seed, write)
+                await _load(server, target, minutes * 60, seed, deploys * 60, write)
     return run
 
 
 async def _load(
-    server: ServerProcess, provider: str, seconds: float, seed: int, write: Callable[..., None]
+    server: ServerProcess,
+    provider: str,
+    seconds: float,
+    seed: int,
+    deploys: float,
+    write: Callable[..., None],
 ) -> None:
     load, stop = Load(server.base, seed), asyncio.Event()
     async with aiohttp.ClientSession(headers=bearer("root")) as session:
@@ -137,10 +156,12 @@ async def _load(
         async with asyncio.TaskGroup() as group:
             working = group.create_task(load.run(stop))
             sampling = group.create_task(_sample(session, server.base, load, write))
-            await _probe(server.base, provider, seconds, write)
+            replacing = group.create_task(_deploy(server, deploys, write))
+            await _probe(server.base, provider, seconds, deploys > 0, write)
             stop.set()
             await working
             sampling.cancel()
+            replacing.cancel()
         end = await _quiet(session, server.base)
     server.signal()
     exit_code = await server.ended(60.0)
@@ -155,11 +176,21 @@ async def _load(
     )
 
 
-async def _probe(base: str, provider: str, seconds: float, write: Callable[..., None]) -> None:
+async def _probe(
+    base: str, provider: str, seconds: float, deploys: bool, write: Callable[..., None]
+) -> None:
     """Measure one window after the other: nine at least, so that a third has three."""
     windows = max(9, round(seconds / WINDOW))
+    faces = PROBED_BESIDE_DEPLOYS if deploys else PROBED
     for _ in range(windows):
-        write("window", **await probe(base, provider, seconds / windows))
+        write("window", **await probe(base, provider, seconds / windows, faces))
+
+
+async def _deploy(server: ServerProcess, interval: float, write: Callable[..., None]) -> None:
+    while interval:
+        await asyncio.sleep(interval)
+        server.signal(signal.SIGUSR2)
+        write("deploy")
 
 
 async def _sample(
