@@ -174,7 +174,7 @@ def alike(body: bytes) -> bytes:
     """Without what differs from answer to answer: ids and times."""
     body = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # a [DONE] put to it has LF
     body = re.sub(rb"(chatcmpl-|cmpl-|resp_|msg_|fc_|call_)[0-9a-f]{24}", rb"\1", body)
-    return re.sub(rb'"(created|created_at)":\d+', rb'"\1":0', body)
+    return re.sub(rb'"(created|created_at|completed_at)":\d+', rb'"\1":0', body)
 
 
 BODIES: dict[str, dict[str, Any]] = {
