@@ -80,8 +80,8 @@ MAX_PARKED = 2.0
 
 
 class Pause(NamedTuple):
-    """The *seconds* before the next attempt. *parked*: the request waits meanwhile for its provider,
-    which is away.
+    """The *seconds* before the next attempt. *parked*: the request waits meanwhile for its
+    provider, which is away.
     """
 
     seconds: float = 0.0
@@ -306,8 +306,8 @@ class Attempts:
     # What follows a fault.
 
     def _after(self, fault: ProviderFault, attempt: Attempt | None) -> Pause | None:
-        """Return the pause after *fault*, by which *attempt* has ended, or by which there was none.
-        None: the next group is asked.
+        """Return the pause after *fault*, by which *attempt* has ended, or by which there was
+        none. None: the next group is asked.
 
         Raises:
             ProviderFault: nothing does, and this is the fault that says most.
