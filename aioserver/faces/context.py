@@ -7,29 +7,29 @@ only what is inside them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import msgspec
-from prometheus_client import CollectorRegistry
-
-from aioserver.auth.access import Access
-from aioserver.auth.guard import Guard
-from aioserver.auth.origins import Origins
-from aioserver.faces.admission import Admission
-from aioserver.gateway.gateway import Gateway
-from aioserver.gateway.router import Router
-from aioserver.limits.timer_wheel import TimerWheel
-from aioserver.monitoring.monitor import Monitor
-from aioserver.providers.request import Api
-from aioserver.streams.outbox import Outbox
-from aioserver.telemetry.metrics import Metrics
-from aioserver.telemetry.tracer import Tracer
-from aioserver.usage.accounting import Usage
-
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from prometheus_client import CollectorRegistry
+
+    from aioserver.auth.access import Access
     from aioserver.auth.callers import Caller
+    from aioserver.auth.guard import Guard
+    from aioserver.auth.origins import Origins
     from aioserver.config.settings import Settings
+    from aioserver.faces.admission import Admission
+    from aioserver.gateway.gateway import Gateway
+    from aioserver.gateway.router import Router
+    from aioserver.limits.timer_wheel import TimerWheel
+    from aioserver.monitoring.monitor import Monitor
+    from aioserver.providers.request import Api
+    from aioserver.streams.outbox import Outbox
+    from aioserver.telemetry.metrics import Metrics
+    from aioserver.telemetry.tracer import Tracer
+    from aioserver.usage.accounting import Usage
 
 
 class CurrentSettings:
@@ -82,7 +82,8 @@ class OpenSocket(Protocol):
         """Close at once: its caller's key is no longer valid."""
 
 
-class Context(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
     """The objects that a face may use. *tracer* is None if requests are not traced. *hop* is the
     id of this server, by which a request that comes back by way of a provider is recognized.
 

@@ -29,11 +29,12 @@ SERVER = "aioserver"
 
 
 class Request(web.Request):
-    """aiohttp's request with three attributes of ours; server/connections.py makes every request one.
+    """aiohttp's request with three attributes of ours; server/connections.py makes every request
+    one.
 
-    *known_id* is the id of the request for logs, which the middleware sets. *started* is the response whose
-    head was sent, or is about to be sent. *limits* returns the headers that report the limits of
-    the client's key; it is None if the key has no budget.
+    *known_id* is the id of the request for logs, which the middleware sets. *started* is the
+    response whose head was sent, or is about to be sent. *limits* returns the headers that report
+    the limits of the client's key; it is None if the key has no budget.
     """
 
     ATTRS = web.Request.ATTRS | frozenset(["known_id", "limits", "started"])

@@ -264,8 +264,7 @@ async def read_model_body(
         InvalidJson, InvalidRequest: as `ModelBody`.
         AioserverError: as `read_body`.
     """
-    if (data := _arrived(request, hold, max_bytes)) is None:
-        data = await _collect(request, hold, max_bytes)
+    data = await read_body(request, hold, max_bytes)
     # Reading in steps would cost each request a coroutine, and few bodies are large enough to need
     # it.
     body = ModelBody(data) if model_body.simple(data) else await model_body.reading(data)

@@ -38,6 +38,7 @@ from aioserver.protocol.request_headers import HOLD, PREAMBLE
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.request import CHAT, Api, CompletionsApi, ProviderRequest, WordlessApi
 from aioserver.streams.cursor import ConditionReader
+from aioserver.streams.ending import run_all
 from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
@@ -278,10 +279,7 @@ async def follow_stream(
         return response
     finally:
         if opening in stream.readers:
-            try:
-                opening.leave()
-            finally:
-                gateway.lifetime.reader_removed(stream)
+            run_all((opening.leave, partial(gateway.lifetime.reader_removed, stream)))
 
 
 def _begun(stream: Stream) -> bool:

@@ -481,9 +481,9 @@ class Socket(ABC):
         api: str = "",
         lane: str | None = None,
     ) -> Stream | Reading:
-        """Return the stream that *find* finds, or the reading of another instance's from *start* on:
-        in messages of chats, or of *api* on its *lane*. *find* gets the owner that has lost the answer, if one
-        has.
+        """Return the stream that *find* finds, or the reading of another instance's stream from
+        *start* on: in messages of chats, or of *api* on its *lane*. *find* gets the owner that has
+        lost the answer, if one has.
 
         Raises:
             AioserverError: there is no such answer, or it is not known whether there is one.

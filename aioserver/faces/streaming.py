@@ -20,6 +20,7 @@ from aioserver.faces.intake import begin_visit, end_visit
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
 from aioserver.faces.whole import flush
 from aioserver.protocol import eventstream
+from aioserver.streams.ending import run_all
 from aioserver.streams.writer import Writer
 
 if TYPE_CHECKING:
@@ -118,14 +119,10 @@ async def follow(
         if writer.blocked:
             await writer.flush()
     finally:
-        try:
-            context.wheel.remove(beats)
-        finally:
-            try:
-                writer.close()
-            finally:
-                if visit is not None:
-                    end_visit(visit, stream)
+        steps: list[Callable[[], object]] = [partial(context.wheel.remove, beats), writer.close]
+        if visit is not None:
+            steps.append(partial(end_visit, visit, stream))
+        run_all(steps)
 
 
 async def write_ended(

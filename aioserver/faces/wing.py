@@ -7,40 +7,39 @@ them, and closes them in reverse order.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
-from aiohttp import web
-
-from aioserver.config.settings import Settings
-from aioserver.files.watched_files import WatchedFiles
-from aioserver.gateway.contracts.commands import Commands
-from aioserver.limits.fixed_share import Scope
-from aioserver.limits.scheduler import Scheduler
-from aioserver.streams.store import StreamStore
-from aioserver.telemetry.metrics import Metrics
-
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    import asyncio
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from contextlib import AsyncExitStack
+
+    from aiohttp import web
 
     from aioserver.auth.callers import Peer
     from aioserver.auth.tokens import Tokens
+    from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
     from aioserver.faces.form import Form
+    from aioserver.files.watched_files import WatchedFiles
     from aioserver.gateway.contracts.caches import Caches
+    from aioserver.gateway.contracts.commands import Commands
     from aioserver.gateway.contracts.histories import Histories
     from aioserver.gateway.contracts.hooks import Hooks
     from aioserver.gateway.contracts.instances import Instances
     from aioserver.gateway.contracts.sharing import Sharing
+    from aioserver.limits.fixed_share import Scope
+    from aioserver.limits.scheduler import Scheduler
     from aioserver.monitoring.section import Section
     from aioserver.providers.request import Api
+    from aioserver.streams.store import StreamStore
+    from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracer import Tracer
 
 
-class Core(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Core:
     """The parts of a server that exist before any wing is open.
 
     *commands* reach the store that all instances share; it is None if there is no store, or if the
@@ -61,14 +60,15 @@ class Core(msgspec.Struct, frozen=True, kw_only=True):
     private_server: str | None = None
 
 
-class Routes(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Routes:
     """The routes of a wing, by who may use them: *key* routes need a key, if keys are configured.
     *open* routes need none. *websockets* are handshakes, which need a key, too.
     """
 
-    websockets: Sequence[web.RouteDef] = msgspec.field(default=())
-    key: Sequence[web.RouteDef] = msgspec.field(default=())
-    open: Sequence[web.RouteDef] = msgspec.field(default=())
+    websockets: Sequence[web.RouteDef] = ()
+    key: Sequence[web.RouteDef] = ()
+    open: Sequence[web.RouteDef] = ()
 
 
 class Wing:

@@ -31,7 +31,6 @@ This file is one concept: the loop and the decision after each of its turns have
 from __future__ import annotations
 
 import asyncio
-from enum import Enum, auto
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -80,23 +79,13 @@ MAX_ASKED_BACKOFF = 60.0
 MAX_PARKED = 2.0
 
 
-class Step(Enum):
-    """What follows a fault."""
+class Pause(NamedTuple):
+    """The *seconds* before the next attempt. *parked*: the request waits meanwhile for its
+    provider, which is away.
+    """
 
-    PARKED = auto()
-    ONCE = auto()
-    SETTLED = auto()
-    REST = auto()
-    RETRY = auto()
-    FAILOVER = auto()
-    RAISED = auto()
-
-
-class Next(NamedTuple):
-    """The next step, after so many *seconds*."""
-
-    step: Step
     seconds: float = 0.0
+    parked: bool = False
 
 
 class Try(NamedTuple):
@@ -182,19 +171,17 @@ class Attempts:
             self._go_on()
             while True:
                 attempt: Attempt | None = None
+                pause: Pause | None = Pause()
                 try:
                     attempt, grant = await self._start(parked)
                     await self._candidates.run(attempt, grant)
                 except ProviderFault as fault:
-                    step = self._after(fault, attempt)
-                    if step.step is Step.RAISED:
-                        raise
+                    pause = self._after(fault, attempt)
                 except ResponseNotFound:
                     # Nothing was sent. Another member may have made what the request continues.
                     outcome.attempts -= 1
                     if not self._candidates.unknown():
                         raise
-                    step = Next(Step.REST)
                 except AioserverError as error:
                     # We have raised it ourselves, perhaps since there is no room for the answer.
                     error.paid = outcome.sent_at > 0
@@ -205,13 +192,13 @@ class Attempts:
                     return attempt.answer
                 self._end_trial()
                 parked = None
-                if step.step is Step.FAILOVER:
+                if pause is None:
                     self._go_on()
-                elif step.step is Step.PARKED:
-                    parked = step.seconds
+                elif pause.parked:
+                    parked = pause.seconds
                     await self._unsend(parked)
-                elif step.seconds:
-                    await self._rest(step.seconds)
+                elif pause.seconds:
+                    await self._rest(pause.seconds)
         finally:
             if self._trial is not None:
                 self._end_trial()
@@ -318,8 +305,9 @@ class Attempts:
 
     # What follows a fault.
 
-    def _after(self, fault: ProviderFault, attempt: Attempt | None) -> Next:
-        """Return what follows *fault*, by which *attempt* has ended, or by which there was none.
+    def _after(self, fault: ProviderFault, attempt: Attempt | None) -> Pause | None:
+        """Return the pause after *fault*, by which *attempt* has ended, or by which there was
+        none. None: the next group is asked.
 
         Raises:
             ProviderFault: nothing does, and this is the fault that says most.
@@ -333,12 +321,12 @@ class Attempts:
         if begun(self._stream) or not (
             fault.failover or (fault.unknown_there and not candidates.alone)
         ):
-            return Next(Step.RAISED)
+            raise fault
         # A fault that is kept here must not lead back to frames, which lead to the body.
         forget_frames(fault)
         if (seconds := self._parks(fault, attempt)) is not None:
             self._parked_for = Try.of(fault, outcome)
-            return Next(Step.PARKED, seconds)
+            return Pause(seconds, parked=True)
         tried = Try.of(fault, outcome)
         if isinstance(fault, CircuitOpen) and self._parked_for is not None:
             # It fails in another way now, and has died of it.
@@ -355,22 +343,23 @@ class Attempts:
             fault.retry = not self._fallback
         if once and candidates.chosen is not None and self._once_more(tried):
             candidates.repeat()
-            return Next(Step.ONCE)
+            return Pause()
         self._tries += (tried,)
         if not (self._fallback or candidates.alone) and (member := candidates.awaited(fault)):
             candidates.settle(member)
             self._begin_anew()
             self._first = member.provider
             self._first.budget.add_request()
-            return Next(Step.SETTLED)
+            return Pause()
         if candidates.failed(tried.fault):
-            return Next(Step.REST)
+            return Pause()
         try:
-            return Next(Step.RETRY, self._retry(candidates.next()))
+            return Pause(self._retry(candidates.next()))
         except ProviderFault as final:
             if begun(self._stream) or not final.failover:
                 raise
-            return self._fail_over(final)
+            self._fail_over(final)
+            return None
 
     def _parks(self, fault: ProviderFault, attempt: Attempt | None) -> float | None:
         """Return the seconds for which the request is parked, since its provider is away; None if
@@ -477,8 +466,8 @@ class Attempts:
         """
         return (self._too_long or final).raised(self._outcome)
 
-    def _fail_over(self, final: ProviderFault) -> Next:
-        """Go on to the next group, since this one has failed with *final*."""
+    def _fail_over(self, final: ProviderFault) -> None:
+        """Record that this group has failed with *final*, and that the next one is asked."""
         group, candidates = self._group, self._candidates
         forget_frames(final)
         self._ended += (Try.of(final, self._outcome),)
@@ -487,7 +476,6 @@ class Attempts:
             self._groups.append(group)
         if self._groups:
             group.members[0].provider.meter.failovers[final.code].value += 1
-        return Next(Step.FAILOVER)
 
     def _backoff(self, number: int, retry_after: float | None) -> float:
         """Return the seconds of the backoff before retry *number*, at least *retry_after*.

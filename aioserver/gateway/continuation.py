@@ -8,8 +8,9 @@
     how often            MAX_HOPS attempts for one answer, a *hop* each
 
 If all of these hold, the same provider is asked first, then the others of the request's order. A
-provider that has gone silent, or has broken off the rest as well, is asked last. Each is asked in its own *form*, the setting
-`continuation`, which says what follows the messages of the request (`continued`):
+provider that has gone silent, or has broken off the rest as well, is asked last. Each is asked in
+its own *form*, the setting `continuation`, which says what follows the messages of the request
+(`continued`):
 
     prefill         the assistant's message so far
     prefix          the same, with `"prefix": true` in it

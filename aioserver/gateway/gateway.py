@@ -36,7 +36,6 @@ from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Calls, Request, shutdown_error
 from aioserver.gateway.stream_usage import UsageAttempt
-from aioserver.limits.deadline import Guard
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.providers.attempt import Attempt
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
         Awaitable,
         Callable,
         Collection,
-        Coroutine,
         Iterator,
     )
 
@@ -61,7 +59,6 @@ if TYPE_CHECKING:
     from aioserver.gateway.contracts.hooks import Hooks
     from aioserver.gateway.contracts.instances import Instances
     from aioserver.gateway.router import Router
-    from aioserver.limits.deadline import Deadline
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Answer, Hold
     from aioserver.streams.lifetime import Lifetime
@@ -413,7 +410,7 @@ class Gateway:
         return stream
 
     def _begin(
-        self, request: Request, produce: Callable[[Request, Stream], Coroutine[Any, Any, None]]
+        self, request: Request, produce: Callable[[Request, Stream], Awaitable[None]]
     ) -> Stream:
         """Return the log of a new answer, which *produce* fills.
 
@@ -433,7 +430,7 @@ class Gateway:
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
         if caller.quota is not None:
             self._begin_at_key(request)
-        stream = producer = None
+        stream = None
         try:
             stream = self._streams.open(
                 name,
@@ -452,12 +449,11 @@ class Gateway:
             if request.background:
                 asked.background = True
                 self.lifetime.run_in_background(stream)
-            producer = produce(request, stream)
-            self._start(stream, request, producer)
+            asked.outlive_handler()
+            producer = self._produced(request, stream, produce)
+            self.producers.start(stream, producer, request.release)
         except BaseException:
             # Otherwise the end of the producer's task would release all of it.
-            if producer is not None:
-                producer.close()
             request.forget_grant()
             request.release()
             if stream is not None:
@@ -466,44 +462,24 @@ class Gateway:
             raise
         return stream
 
-    def _start(
+    async def _produced(
         self,
-        stream: Stream,
         request: Request,
-        producer: Coroutine[Any, Any, None],
-    ) -> None:
-        release, asked = request.release, request.provider_request
-        asked.outlive_handler()
-        if request.waits:
-            producer, release = _once_granted(request, stream, producer)
-        if (bound := asked.bound) is not None:
-            producer, release = self._bounded(stream, bound, producer, release)
-        self.producers.start(stream, producer, release)
-
-    def _bounded(
-        self,
         stream: Stream,
-        bound: Deadline,
-        producer: Coroutine[Any, Any, None],
-        release: Callable[[], None],
-    ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-        """Return a producer that runs *producer* to its end, or to the deadline of the request, and
-        its release.
+        produce: Callable[[Request, Stream], Awaitable[None]],
+    ) -> None:
+        """Let *produce* fill *stream* once *request* is within its caller's limits, and until its
+        deadline.
         """
 
         def over() -> bool:
             return stream.ended or stream.ending is not None
 
-        async def bounded() -> None:
-            with Guard(bound, self._count_deadline, over):
-                await producer
-
-        def release_all() -> None:
-            # The producer may never have begun.
-            producer.close()
-            release()
-
-        return bounded(), release_all
+        with request.guard(self._count_deadline, over):
+            if request.waits:
+                await request.granted(partial(stream.report_position, at=AT_KEY))
+                stream.queued = None
+            await produce(request, stream)
 
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Get an answer that is not streamed, and keep it in *stream*."""
@@ -517,23 +493,3 @@ class Gateway:
             stream.held.release()
         stream.append_whole(answer, body, pieces)
         stream.end(COMPLETE, {"metadata": {"provider": answer.outcome.provider}})
-
-
-def _once_granted(
-    request: Request, stream: Stream, producer: Coroutine[Any, Any, None]
-) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-    """Return a producer that runs *producer* if *request* is within its caller's limits, and its
-    release.
-    """
-
-    async def wait() -> None:
-        await request.granted(partial(stream.report_position, at=AT_KEY))
-        stream.queued = None
-        await producer
-
-    def release() -> None:
-        # The producer may never have begun.
-        producer.close()
-        request.release()
-
-    return wait(), release

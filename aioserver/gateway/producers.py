@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError, InternalError, StreamNotFound, public
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.streams.contracts import PLAIN_EVENTS
+from aioserver.streams.ending import run_all
 from aioserver.streams.entries import CANCELLED
 from aioserver.tracebacks import forget_frames
 
@@ -85,23 +87,14 @@ class Producers:
         stream.producer = None
         fault = None if task.cancelled() else task.exception()
         bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
+        steps = [release]
+        if stream.held is not None:
+            steps.append(stream.held.release)
+        steps += (partial(self._end, stream, task, fault), partial(self._finish_record, stream))
+        if self._on_end is not None:
+            steps.append(partial(self._on_end, stream))
         try:
-            try:
-                release()
-            finally:
-                try:
-                    if stream.held is not None:
-                        stream.held.release()
-                finally:
-                    try:
-                        if not stream.ended:
-                            self._end(stream, task, fault)
-                    finally:
-                        try:
-                            self._finish_record(stream)
-                        finally:
-                            if self._on_end is not None:
-                                self._on_end(stream)
+            run_all(steps)
         except Exception as exc:  # noqa: BLE001 - logged below
             bugs.append(exc)
         if bugs:
@@ -112,6 +105,8 @@ class Producers:
 
     def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
         """End the log of *stream* as its producer *task* has ended: with *fault*, if any."""
+        if stream.ended:
+            return
         reason = stream.cancel_reason
         try:
             if stream.ending is not None and fault is None:

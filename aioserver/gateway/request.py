@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from operator import attrgetter
 from time import monotonic
@@ -184,25 +184,31 @@ class Request(msgspec.Struct, eq=False):
         left = MAX_WAIT - self._quota.waited(request.ticket)
         return loan.regain(asyncio.get_running_loop().time() + left)
 
+    def guard(
+        self, on_late: Callable[[DeadlineExceeded], None], over: Callable[[], bool] = bool
+    ) -> AbstractContextManager[object]:
+        """Return the `Guard` of its deadline; without one, a context that does nothing."""
+        bound = self.provider_request.bound
+        return nullcontext() if bound is None else Guard(bound, on_late, over)
+
     def release(self) -> None:
         """Release the body and all other resources: the request is over."""
-        try:
-            self.provider_request.release()
-        finally:
-            try:
-                if self.keeper is not None:
-                    self.keeper.release()
-            finally:
-                if (grant := self.grant) is not None:
-                    self.grant = None
-                    if self.provider_request.estimate is None:
-                        # Its cost was never counted.
-                        grant.release(0)
-                    else:
-                        outcome = self.provider_request.outcome
-                        grant.release(outcome.work, sum(outcome.spent))
-                elif self.waits:
-                    self._leave_key()
+        steps = [self.provider_request.release, self._release_grant]
+        if self.keeper is not None:
+            steps.append(self.keeper.release)
+        run_all(steps)
+
+    def _release_grant(self) -> None:
+        self._leave_key()
+        if (grant := self.grant) is None:
+            return
+        self.grant = None
+        if self.provider_request.estimate is None:
+            # Its cost was never counted.
+            grant.release(0)
+        else:
+            outcome = self.provider_request.outcome
+            grant.release(outcome.work, sum(outcome.spent))
 
     @property
     def caller(self) -> Caller:
@@ -275,14 +281,9 @@ class Calls:
         assert task is not None
         self._tasks.add(task)
         try:
-            if (bound := request.provider_request.bound) is None:
-                if request.waits:
-                    await request.granted()
+            with request.guard(self._request_log.metrics.count_deadline):
+                await request.granted()
                 answer = await ask(request)
-            else:
-                with Guard(bound, self._request_log.metrics.count_deadline):
-                    await request.granted()
-                    answer = await ask(request)
         except asyncio.CancelledError:
             if task not in self._tasks and not task.uncancel():
                 # Only `close` has cancelled this task.

@@ -121,9 +121,6 @@ class Router:
         self._continuing = any(
             provider.settings.continuation != NO_CONTINUATION for provider in providers.values()
         )
-        # Whether a model name may lead to another provider than the active one, or the one that it
-        # names.
-        self._names_lead = bool(self.groups or self.listed or llm.unknown_models != PASS)
         # The client headers that at least one provider receives, in lower case.
         self.passed_headers = frozenset(
             name for provider in providers.values() for name in provider.settings.pass_headers
@@ -287,8 +284,6 @@ class Router:
             prefix, _, rest = model.partition("/")
             if rest and prefix in self.providers:
                 return self._pinned(prefix, rest)
-        if not self._names_lead:
-            return None
         if (group := self._group_of(model)) is not None:
             return self._to(group, api)
         active = self._llm.providers.get(self._llm.active)

@@ -6,10 +6,10 @@ Paths of a deleted wing are unknown, as any other path is.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
-from msgspec.structs import replace
 
 from aioserver.auth.tokens import Tokens
 from aioserver.faces.wing import Wing

@@ -385,7 +385,7 @@ async def test_the_reader_gets_the_same_bytes_at_every_cut(server: RunningServer
 async def test_an_unfinished_message_costs_little_more_than_its_bytes(
     server: RunningServer, piece: int
 ) -> None:
-    count, size = 4, 50_000
+    count, size = (1, 20_000) if piece == 1 else (4, 50_000)
     parts = [masked(TEXT, b"x" * (size // 2), fin=False), masked(CONTINUATION, b"x" * size)]
     stream = b"".join(parts)[: size + size // 4]
     queue = WebSocketDataQueue(

@@ -83,12 +83,12 @@ async def test_one_id_of_two_callers_shows_each_its_own(make_server: MakeServer)
     assert shown == ["web", "app"]
 
 
-@pytest.mark.parametrize("request_id", STRANGE)
-async def test_a_strange_id_is_found(server: RunningServer, request_id: str) -> None:
-    await ask(server, "websocket", request_id)
+async def test_a_strange_id_is_found(server: RunningServer) -> None:
+    for request_id in STRANGE:
+        await ask(server, "websocket", request_id)
 
-    status, fields = await look(server, request_id)
-    assert (status, fields["request_id"]) == (200, request_id[:200])
+        status, fields = await look(server, request_id)
+        assert (status, fields["request_id"]) == (200, request_id[:200])
 
 
 async def test_a_request_that_newer_ones_have_pushed_out_is_unknown(

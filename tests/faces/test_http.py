@@ -8,6 +8,7 @@ import gzip
 import json
 import logging
 import tracemalloc
+from itertools import product
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,26 +58,25 @@ async def test_a_connection_is_closed_when_idle_after_an_answer(make_server: Mak
     assert within(4.0, begun)
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/sse/chat", {"request_id": "r1", "text": "Hello"}),
-        ("/sse/chat", {"request_id": "r1", "text": 7}),
-        ("/sse/chat/kept", None),
-        ("/sse/chat/unknown", None),
-        ("/v1/chat/completions", STREAMED),
-        ("/v1/chat/completions", CHAT),
-        ("/v1/responses", {"input": "Hello", "stream": True}),
-        ("/v1/models", None),
-        ("/ws/chat", None),
-        ("/health", None),
-        ("/nowhere", None),
-    ],
-)
+CLOSING: list[tuple[str, object]] = [
+    ("/sse/chat", {"request_id": "r1", "text": "Hello"}),
+    ("/sse/chat", {"request_id": "r1", "text": 7}),
+    ("/sse/chat/kept", None),
+    ("/sse/chat/unknown", None),
+    ("/v1/chat/completions", STREAMED),
+    ("/v1/chat/completions", CHAT),
+    ("/v1/responses", {"input": "Hello", "stream": True}),
+    ("/v1/models", None),
+    ("/ws/chat", None),
+    ("/health", None),
+    ("/nowhere", None),
+]
+
+
 async def test_a_client_that_closes_after_a_response_is_told_the_same(
-    server: RunningServer, path: str, body: object
+    server: RunningServer,
 ) -> None:
-    for line in ["Connection: close", "Connection: TE, Close"]:
+    for (path, body), line in product(CLOSING, ("Connection: close", "Connection: TE, Close")):
         async with Raw(server) as raw:
             await raw.ask_sse("kept", text="Hello")
             await raw.answer()
@@ -84,8 +84,9 @@ async def test_a_client_that_closes_after_a_response_is_told_the_same(
             answer = await raw.answer()
 
             # A header `Upgrade` must be named, too.
-            assert answer.headers["connection"].removeprefix("upgrade, ") == "close", line
-            assert await raw.to_the_end() == b"", line
+            named = answer.headers["connection"].removeprefix("upgrade, ")
+            assert named == "close", (path, line)
+            assert await raw.to_the_end() == b"", (path, line)
 
 
 async def test_a_watcher_and_a_busy_answer_close_as_they_are_asked(

@@ -161,6 +161,7 @@ def test_a_socket_gives_way_in_the_moment_in_which_it_becomes_idle(
 ) -> None:
     first, *_ = house.enter(MINE, 4)
     house.wait(OTHER)
+    house.wait("third")
 
     clock.advance(IDLE_SECONDS - 4 - 0.001)
     assert house.told == []

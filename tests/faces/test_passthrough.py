@@ -62,7 +62,7 @@ ACCOUNT = (
         "models/ft:x",
     ),
 )
-AUDIO = {"Content-Type": "audio/mpeg"}
+AUDIO, AS_JSON = {"Content-Type": "audio/mpeg"}, {"Content-Type": "application/json"}
 # As much of an upload as the provider's place is taken for.
 FIRST = b"x" * intake.FIRST_BYTES
 
@@ -87,6 +87,12 @@ async def send(
         return response.status, await response.read(), shown
 
 
+async def pieces(body: bytes, size: int) -> AsyncIterator[bytes]:
+    """A body that comes in pieces, so that its length is not known."""
+    for start in range(0, len(body), size):
+        yield body[start : start + size]
+
+
 # Who may pass.
 
 
@@ -98,12 +104,7 @@ async def test_a_question_by_itself_passes_for_every_key(
     for path in QUESTIONS:
         body = json.dumps({"input": path}).encode()
         status, content, headers = await send(
-            server,
-            "POST",
-            f"{path}?a=1&b=%2F..",
-            "web",
-            data=body,
-            headers={"Content-Type": "application/json"},
+            server, "POST", f"{path}?a=1&b=%2F..", "web", data=body, headers=AS_JSON
         )
 
         assert (status, content) == (200, ANSWER)
@@ -321,7 +322,7 @@ async def test_a_model_or_a_header_names_the_provider(
         server = await make_server(**settings_for(account), **{"llm.providers.other": other})
 
         async def asked(body: bytes, **headers: str) -> tuple[str, bytes]:
-            headers = {"Content-Type": "application/json"} | headers
+            headers = AS_JSON | headers
             status, _, shown = await send(
                 server, "POST", "moderations", data=body, headers=headers
             )
@@ -349,14 +350,8 @@ async def test_a_model_or_a_header_names_the_provider(
         )
         assert (status, json.loads(content)["error"]["code"]) == (404, "model_not_found")
         for body in (b"{", b"[]", b'{"model": 3}'):
-            status, _, _ = await send(
-                server,
-                "POST",
-                "moderations",
-                data=body,
-                headers={"Content-Type": "application/json"},
-            )
-            assert status == 400
+            got = await send(server, "POST", "moderations", data=body, headers=AS_JSON)
+            assert got[0] == 400
     assert account.passed == second.passed == []
 
 
@@ -368,18 +363,8 @@ async def test_json_above_max_message_size_goes_on_unread(
         **settings_for(account), **{"chat.websocket.max_message_size": 1000}
     )
     body = b'{"model":"none/such","input":"' + b"x" * 300_000 + b'"}'
-
-    async def pieces() -> AsyncIterator[bytes]:
-        for start in range(0, len(body), 50_000):
-            yield body[start : start + 50_000]
-
-    status, content, _ = await send(
-        server,
-        "POST",
-        "moderations",
-        data=pieces() if chunked else body,
-        headers={"Content-Type": "application/json"},
-    )
+    data = pieces(body, 50_000) if chunked else body
+    status, content, _ = await send(server, "POST", "moderations", data=data, headers=AS_JSON)
 
     assert (status, content) == (200, ANSWER)
     assert account.passed[0].body == body
@@ -388,32 +373,25 @@ async def test_json_above_max_message_size_goes_on_unread(
 # What comes through.
 
 
-@pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 65_537, 700_000])
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_body_passes_byte_for_byte_with_the_framing_that_it_has(
-    make_server: MakeServer, account: Account, *, size: int, chunked: bool
+    make_server: MakeServer, account: Account, *, chunked: bool
 ) -> None:
     server = await make_server(**settings_for(account))
-    body = bytes(range(256)) * (size // 256 + 1)
-    body = body[:size]
+    for size in (0, 1, 65_535, 65_536, 65_537, 700_000):
+        body = (bytes(range(256)) * (size // 256 + 1))[:size]
+        data = pieces(body, 10_000) if chunked else body
+        status, content, _ = await send(server, "POST", "audio/x", data=data, headers=AUDIO)
 
-    async def pieces() -> AsyncIterator[bytes]:
-        for start in range(0, size, 10_000):
-            yield body[start : start + 10_000]
-
-    status, content, _ = await send(
-        server, "POST", "audio/x", data=pieces() if chunked else body, headers=AUDIO
-    )
-
-    assert (status, content) == (200, ANSWER)
-    passed = account.passed[0]
-    assert passed.body == body
-    if chunked:
-        assert passed.headers["transfer-encoding"] == "chunked"
-    else:
-        assert passed.headers["content-length"] == str(size)
-    if size:
-        assert passed.headers["content-type"] == "audio/mpeg"
+        assert (status, content) == (200, ANSWER)
+        passed = account.passed.pop()
+        assert passed.body == body
+        if chunked:
+            assert passed.headers["transfer-encoding"] == "chunked"
+        else:
+            assert passed.headers["content-length"] == str(size)
+        if size:
+            assert passed.headers["content-type"] == "audio/mpeg"
 
 
 HIDDEN = (
@@ -493,15 +471,14 @@ async def test_no_header_of_the_provider_passes_but_harmless_ones(make_server: M
     }
 
 
-@pytest.mark.parametrize("status", [200, 201, 202, 204, 206])
-async def test_a_success_passes_with_its_own_status(make_server: MakeServer, status: int) -> None:
+async def test_a_success_passes_with_its_own_status(make_server: MakeServer) -> None:
     def reply(_passed: Passed) -> bytes:
         return b"HTTP/1.1 204 X\r\n\r\n" if status == 204 else answer(b"{}", status)
 
     async with Account(reply) as account:
         server = await make_server(**settings_for(account))
         async with Raw(server) as raw:
-            for _ in range(2):
+            for status in (200, 201, 202, 204, 206) * 2:
                 await raw.post("/v1/batches/b/cancel", b"")
                 got = await raw.answer()
                 assert got.status == status
@@ -595,7 +572,7 @@ async def test_a_fault_means_what_it_means_elsewhere_and_is_not_tried_again(
             assert server.provider.stats().pace.cooling > 5
 
 
-@pytest.mark.parametrize("status", [301, 401, 402, 403, 500, 501, 503])
+@pytest.mark.parametrize("status", [301, 401, 403, 503])
 async def test_a_path_that_a_provider_refuses_costs_no_other_path(
     make_server: MakeServer, status: int
 ) -> None:
@@ -1071,16 +1048,15 @@ REPORTS: dict[str, tuple[str, int]] = {
 }
 
 
-@pytest.mark.parametrize("report", REPORTS)
 @pytest.mark.parametrize("path", ["responses/compact", "rerank", "images/generations"])
-async def test_the_usage_that_an_answer_reports_counts(
-    make_server: MakeServer, path: str, report: str
-) -> None:
-    body, tokens = REPORTS[report]
-    kind = "text/event-stream" if report == "in events" else "application/json"
+async def test_the_usage_that_an_answer_reports_counts(make_server: MakeServer, path: str) -> None:
+    report = ""
 
     async def play(peer: Peer) -> None:
         await read_body(peer, await read_head(peer))
+        body, kind = REPORTS[report][0], "application/json"
+        if report == "in events":
+            kind = "text/event-stream"
         whole = answer(body.encode(), 200, f"Content-Type: {kind}")
         # In pieces that begin and end anywhere.
         for start in range(0, len(whole), step := 1 + len(whole) // 7):
@@ -1090,17 +1066,19 @@ async def test_the_usage_that_an_answer_reports_counts(
         budget = keys_of("web", tokens_per_minute=10**6, tokens_per_day=10**6)
         server = await make_server(**settings_for(provider), **budget)
 
-        status, said, _ = await send(server, "POST", path, "web", json={"input": "Hello"})
+        quota, before = server.context.access.keys.quotas()["web"], 0
+        for report, (body, tokens) in REPORTS.items():
+            status, said, _ = await send(server, "POST", path, "web", json={"input": "Hello"})
 
-        assert (status, said) == (200, body.encode())
-        quota = server.context.access.keys.quotas()["web"]
-        await until(lambda: quota.running == 0)
-        day = quota.budgets()["tokens_per_day"]
-        assert day.used == server.context.usage.sums.today("web")
-        if path == "images/generations" or tokens > 7:
-            assert day.used == tokens
-        else:
-            assert day.used > 0, "a model has read it: what is not reported is estimated"
+            assert (status, said) == (200, body.encode()), report
+            await until(lambda: quota.running == 0)
+            day = quota.budgets()["tokens_per_day"]
+            assert day.used == server.context.usage.sums.today("web")
+            used, before = day.used - before, day.used
+            if path == "images/generations" or tokens > 7:
+                assert used == tokens, report
+            else:
+                assert used > 0, "a model has read it: what is not reported is estimated"
 
 
 @pytest.mark.parametrize(("path", "least"), [("responses/compact", 1000), ("rerank", 100)])

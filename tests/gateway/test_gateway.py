@@ -12,7 +12,7 @@ from aioserver.auth.callers import anonymous
 from aioserver.faces import socket as sockets
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import CONCURRENCY, PACED, QUICK, SILENT, SLOW, MakeServer
+from tests.support.server import CONCURRENCY, QUICK, SILENT, SLOW, MakeServer
 from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until, within
 
@@ -283,27 +283,6 @@ async def test_the_end_closes_every_socket_with_1012_and_tells_every_stream(
         await server.session.get(server.base + "/ready")
     rejections = server.context.metrics.rejections["server_shutdown"].value
     assert rejections == 5  # the two that waited, the three that ran: each once
-
-
-async def test_running_answers_get_their_time_to_finish(make_server: MakeServer) -> None:
-    server = await make_server(PACED, **{"chat.websocket.shutdown_timeout": 20.0})
-    loop = asyncio.get_running_loop()
-    async with server.connect() as ws:
-        await ws.send_json(chat("r1"))
-        await until_status(ws, "chunk")
-        begun = loop.time()
-        ending = asyncio.ensure_future(server.runner.end())
-        await until(lambda: not server.context.lifecycle.ready)
-
-        await ws.send_json(chat("r2"))  # too late, but no reason to lose the other one
-        late = (await to_end(ws, "r2"))[-1]
-        assert (late["status"], late["chunk"]["code"]) == ("error", "server_shutdown")
-        frames = await to_end(ws, "r1")
-        assert frames[-1]["status"] == "complete"
-        await ws.receive()
-        assert ws.close_code == 1012
-        await ending
-        assert within(10.0, begun)  # not the whole of shutdown_timeout
 
 
 async def test_an_answer_that_nobody_reads_does_not_delay_the_end(make_server: MakeServer) -> None:

@@ -44,68 +44,55 @@ async def router_of(tmp_path: Path, active: str = "sim") -> AsyncIterator[Router
         await provider.close()
 
 
-@pytest.mark.parametrize(
-    ("model", "provider", "asked", "as_model", "fallbacks"),
-    [
-        # provider given in a chat
-        (None, "local", "local", None, False),
-        ("any", "local", "local", "any", False),
-        ("sim", "local", "local", "sim", False),
-        ("sim/x", "local", "local", "sim/x", False),
-        # model absent, or a provider's name
-        (None, None, "sim", None, True),
-        ("sim", None, "sim", None, False),
-        ("local", None, "local", None, False),
-        # the first segment is a provider's name
-        ("local/llama", None, "local", "llama", False),
-        ("local/meta/llama-3", None, "local", "meta/llama-3", False),
-        ("local/local", None, "local", "local", False),
-        # anything else
-        ("gpt-4o-mini", None, "sim", "gpt-4o-mini", True),
-        ("meta/llama-3", None, "sim", "meta/llama-3", True),
-        ("local/", None, "sim", "local/", True),
-        ("/local", None, "sim", "/local", True),
-        ("Local", None, "sim", "Local", True),
-        (" local", None, "sim", " local", True),
-        ("x/local", None, "sim", "x/local", True),
-    ],
-)
-async def test_a_request_goes_where_the_table_says(
-    tmp_path: Path,
-    model: str | None,
-    provider: str | None,
-    asked: str,
-    as_model: str | None,
-    fallbacks: bool,
-) -> None:
+# The model and the provider that a request names; the provider that is asked, for which model, and
+# whether the fallbacks follow.
+WAYS = [
+    # provider given in a chat
+    (None, "local", "local", None, False),
+    ("any", "local", "local", "any", False),
+    ("sim", "local", "local", "sim", False),
+    ("sim/x", "local", "local", "sim/x", False),
+    # model absent, or a provider's name
+    (None, None, "sim", None, True),
+    ("sim", None, "sim", None, False),
+    ("local", None, "local", None, False),
+    # the first segment is a provider's name
+    ("local/llama", None, "local", "llama", False),
+    ("local/meta/llama-3", None, "local", "meta/llama-3", False),
+    ("local/local", None, "local", "local", False),
+    # anything else
+    ("gpt-4o-mini", None, "sim", "gpt-4o-mini", True),
+    ("meta/llama-3", None, "sim", "meta/llama-3", True),
+    ("local/", None, "sim", "local/", True),
+    ("/local", None, "sim", "/local", True),
+    ("Local", None, "sim", "Local", True),
+    (" local", None, "sim", " local", True),
+    ("x/local", None, "sim", "x/local", True),
+]
+NOT_FOUND = [
+    *((None, "nobody"), ("any", "nobody"), (None, ""), (None, "x" * 5000)),
+    # configured, without its key
+    *((None, "groq"), ("groq", None), ("groq/llama", None)),
+]
+
+
+async def test_a_request_goes_where_the_table_says(tmp_path: Path) -> None:
     async with router_of(tmp_path) as router:
-        route = router.route(model, provider, caller=NO_CALLER)
+        for model, provider, asked, as_model, fallbacks in WAYS:
+            route = router.route(model, provider, caller=NO_CALLER)
 
-    assert route.provider.name == asked
-    assert (route.model, route.fallbacks, route.pinned) == (as_model, fallbacks, False)
+            assert route.provider.name == asked, (model, provider)
+            assert (route.model, route.fallbacks, route.pinned) == (as_model, fallbacks, False)
 
 
-@pytest.mark.parametrize(
-    ("model", "provider"),
-    [
-        (None, "nobody"),
-        ("any", "nobody"),
-        (None, ""),
-        (None, "x" * 5000),
-        (None, "groq"),  # configured, without its key
-        ("groq", None),
-        ("groq/llama", None),
-    ],
-)
-async def test_a_named_provider_that_cannot_be_asked_is_not_found(
-    tmp_path: Path, model: str | None, provider: str | None
-) -> None:
+async def test_a_named_provider_that_cannot_be_asked_is_not_found(tmp_path: Path) -> None:
     async with router_of(tmp_path) as router:
-        with pytest.raises(ModelNotFound, match=r"there are: local, sim$") as caught:
-            router.route(model, provider, caller=NO_CALLER)
+        for model, provider in NOT_FOUND:
+            with pytest.raises(ModelNotFound, match=r"there are: local, sim$") as caught:
+                router.route(model, provider, caller=NO_CALLER)
 
-    assert caught.value.http_status == 404
-    assert len(caught.value.message) < 200
+            assert caught.value.http_status == 404
+            assert len(caught.value.message) < 200
 
 
 async def test_without_a_usable_active_provider_only_named_ones_are_asked(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The *histories* have, by conversation, the turns before a question, each with it
 requests, and see answers.
 
 If several processes serve together, each is an *instance*. The *instances* know each other's
-streams: a request *claims* its id, which belongs to one of them, and is passed on to that one. *Sharing* lets all instances share the limits of providers and keys.
-*Commands* reach their common store, and bound how long its answers are awaited.
+streams: a request *claims* its id, which belongs to one of them, and is passed on to that one.
+*Sharing* lets all instances share the limits of providers and keys. *Commands* reach their common
+store, and bound how long its answers are awaited.
 """
