@@ -23,8 +23,6 @@ from aioserver.protocol.eventstream import (
 )
 from tests.support.event_streams import Parser, check, pieces
 
-unhurried = settings(max_examples=100)
-
 LINES = (
     b"data: one",
     b"data:two",
@@ -75,7 +73,7 @@ streams = st.builds(
 )
 
 
-@unhurried
+@settings(max_examples=60)
 @given(data=streams, cuts=st.lists(st.integers(0, 10_000), max_size=8))
 @example(b"data: a\r\n\r\ndata: b\r\n\r\n", [8, 10])  # between CR and LF
 @example(b"data: a\r\rdata: b\r\r", [9])
@@ -88,12 +86,6 @@ streams = st.builds(
 @example(BOM + b"data: a\n\n", [1, 2])
 def test_every_cut_gives_the_events_of_the_standard(data: bytes, cuts: list[int]) -> None:
     check(data, pieces(data, cuts))
-
-
-@unhurried
-@given(data=streams)
-def test_the_events_come_byte_by_byte_too(data: bytes) -> None:
-    check(data, [data[at : at + 1] for at in range(len(data))])
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -122,12 +114,6 @@ def test_every_single_cut_of_a_real_stream_is_the_same(end: bytes) -> None:
     ]
 
 
-@unhurried
-@given(data=st.binary(max_size=60), cuts=st.lists(st.integers(0, 100), max_size=4))
-def test_any_bytes_are_taken(data: bytes, cuts: list[int]) -> None:
-    check(data, pieces(data, cuts))
-
-
 def test_a_block_without_its_blank_line_is_no_event() -> None:
     parser = Parser()
 
@@ -136,35 +122,6 @@ def test_a_block_without_its_blank_line_is_no_event() -> None:
 
 
 # Bounds.
-
-
-def longest(data: bytes) -> int:
-    data = data.removeprefix(BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return max(len(event.strip(b"\n")) for event in data.split(b"\n\n"))
-
-
-def fits(chunks: list[bytes], most: int) -> bool:
-    splitter = Splitter(most)
-    try:
-        for chunk in chunks:
-            splitter.feed(chunk)
-    except EventTooLong:
-        return False
-    return True
-
-
-@unhurried
-@given(data=streams, cuts=st.lists(st.integers(0, 10_000), max_size=6))
-def test_whether_an_event_is_too_long_does_not_depend_on_the_cut(
-    data: bytes, cuts: list[int]
-) -> None:
-    most = 24
-    whole = fits([data], most)
-
-    assert fits(pieces(data, cuts), most) == whole
-    assert fits([data[at : at + 1] for at in range(len(data))], most) == whole
-    if b"\r" not in data:
-        assert whole == (longest(data) <= most)
 
 
 def drip(splitter: Splitter, part: bytes) -> None:

@@ -67,18 +67,13 @@ def test_the_text_is_found_piece_by_piece(ascii_only: bool, indent: int | None) 
         assert text_in(body) == text, "seed 17"
 
 
-@pytest.mark.parametrize("at", range(-13, 14))
 @pytest.mark.parametrize("character", ["é", "€", "😀", "\n", r"\ud83d\ude00", r"\\ud83d\\ude00"])
-def test_no_piece_ends_within_a_character(character: str, at: int) -> None:
-    filling = PIECE_BYTES + at
-    body = orjson.dumps(whole("@")).replace(
-        b"@",
-        b"x" * filling
-        + (character if "\\" in character else orjson.dumps(character)[1:-1].decode()).encode()
-        * 5,
-    )
+def test_no_piece_ends_within_a_character(character: str) -> None:
+    written = character.encode() if "\\" in character else orjson.dumps(character)[1:-1]
+    for filling in range(PIECE_BYTES - 13, PIECE_BYTES + 14):
+        body = orjson.dumps(whole("@")).replace(b"@", b"x" * filling + written * 5)
 
-    assert text_in(body) == parsed(body)
+        assert text_in(body) == parsed(body), filling
 
 
 def test_lone_surrogates_become_replacement_characters() -> None:
@@ -88,7 +83,7 @@ def test_lone_surrogates_become_replacement_characters() -> None:
 
 
 @given(anything)
-@settings(max_examples=300)
+@settings(max_examples=60)
 def test_any_json_has_the_text_that_parsing_finds(value: object) -> None:
     for body in (
         json.dumps(value).encode(),

@@ -137,7 +137,7 @@ def test_every_framing_and_every_cut_gives_the_same_events(name: str) -> None:
         assert stream.text_bytes == 0
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     texts=st.lists(st.text(min_size=1), min_size=1, max_size=8), cuts=st.lists(st.integers(0, 999))
 )

@@ -493,7 +493,7 @@ def test_any_answer_in_any_cuts_is_what_a_simple_translation_makes_of_it(
     part: int, thinking: bool
 ) -> None:
     asked = THINKING if thinking else {}
-    for seed in range(part * 100, part * 100 + 100):
+    for seed in range(part * 50, part * 50 + 50):
         rng = random.Random(seed)
         chunks = random_chunks(rng, ordered=False)
         events, fault = played(cut(rng, b"".join(sent(*chunks))), **asked)
@@ -509,7 +509,7 @@ def test_any_answer_in_any_cuts_is_what_a_simple_translation_makes_of_it(
 @pytest.mark.parametrize("thinking", [True, False])
 def test_a_whole_answer_is_the_streamed_one_put_together(thinking: bool) -> None:
     asked = THINKING if thinking else {}
-    for seed in range(200):
+    for seed in range(100):
         chunks = random_chunks(random.Random(seed), ordered=True)
         events, _ = played(sent(*chunks), **asked)
 
