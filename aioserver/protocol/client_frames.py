@@ -192,17 +192,12 @@ class BadCommand(Exception):
         self.request_id = request_id
 
 
-def parse(frame: bytes) -> Command:
-    """Parse the command of one WebSocket text frame.
+async def parsing(data: bytes) -> Command:
+    """Parse the command of one WebSocket text frame, in steps if it is large.
 
     Raises:
         BadCommand: the frame is not a command; its `error` is an `InvalidJson` or `InvalidRequest`.
     """
-    return at_once(parsing(frame))
-
-
-async def parsing(data: bytes) -> Command:
-    """Parse as `parse` does, in steps if the frame is large."""
     request_id: str | None = None
     try:
         body = await sound(data)

@@ -318,18 +318,6 @@ class StoredResponses:
         self._expire()
         return self._named.get((caller, response_id))
 
-    def find(self, caller: Caller, response_id: str) -> StoredResponse:
-        """Return the caller's response of this id.
-
-        Raises:
-            ResponseNotFound: there was never such a response, it is no longer kept, or it is
-                another caller's.
-        """
-        response = self.get(caller, response_id)
-        if response is None:
-            raise not_found(response_id)
-        return response
-
     async def reach(self, caller: Caller, response_id: str) -> StoredResponse | None:
         """Return the caller's response of this id, for the caller to `release`.
 
