@@ -51,18 +51,6 @@ class ChunkReader(Reading, ABC, Generic[C]):
     All kept data together have at most *max_bytes*.
     """
 
-    __slots__ = (
-        "_calls",
-        "_ids",
-        "_max_bytes",
-        "_nameless",
-        "_overhead",
-        "_size",
-        "in_one_piece",
-        "logprobs",
-        "reasoning_field",
-    )
-
     def __init__(self, max_bytes: int, size: int = 0, *, logprobs: bool = False) -> None:
         super().__init__(max_text_bytes=0)
         # Whether the client wants the logprobs of the answer.
@@ -253,9 +241,7 @@ def texts_of(delta: Mapping[str, Any]) -> list[DeltaText]:
 
 
 def _texts_of_part(part: object) -> list[DeltaText]:
-    """Return the texts in a *part* of a content: Mistral's models send text and thoughts in this
-    form.
-    """
+    """Return the texts and thoughts in a *part* of a content, as Mistral's models send it."""
     if not isinstance(part, dict):
         return []
     if part.get("type") == "thinking" and isinstance(thoughts := part.get("thinking"), list):

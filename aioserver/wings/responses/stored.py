@@ -65,26 +65,6 @@ class StoredResponse:
     Always: its bytes are counted while something refers to it, and not after.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_head",
-        "_held",
-        "_references",
-        "_status",
-        "_tail",
-        "caller",
-        "history_bytes",
-        "id",
-        "input",
-        "kept_there",
-        "output",
-        "previous",
-        "provider",
-        "shared",
-        "stored_at",
-        "whole",
-    )
-
     def __init__(
         self,
         caller: Caller,

@@ -128,7 +128,8 @@ async def chat_request(
     reader = BlockReader(tools, turns)
     await reader.instruct(fields.system, "system")
     await for_each(fields.messages, "messages", reader.add)
-    written, model, asked_tokens, optional = await put_together(
+    return await put_together(
+        ChatRequest,
         body,
         fields.model,
         turns,
@@ -137,15 +138,9 @@ async def chat_request(
         accepted,
         streamed=bool(flag(fields.stream)),
         form=_response_format(fields),
-    )
-    return ChatRequest(
-        body=written,
-        model=model,
         tools=tools,
         hosted=tools.hosted,
         thinking=_thinking(fields),
-        asked_tokens=asked_tokens,
-        accepted=optional,
     )
 
 

@@ -148,7 +148,8 @@ async def chat_request(
         await for_each(fields.input, "input", ItemReader(tools, turns, incomplete=incomplete).add)
     logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
-    written, model, asked_tokens, optional = await put_together(
+    return await put_together(
+        ChatRequest,
         body,
         fields.model,
         turns,
@@ -157,16 +158,10 @@ async def chat_request(
         accepted,
         streamed=streamed or bool(flag(fields.stream)),
         form=written_format,
-    )
-    return ChatRequest(
-        body=written,
-        model=model,
         tools=tools,
         hosted=tools.hosted,
         repeated=_repeated(fields, tools, shown_text, previous),
         logprobs=logprobs,
-        asked_tokens=asked_tokens,
-        accepted=optional,
     )
 
 

@@ -203,9 +203,7 @@ class Tools:
 
 
 def _parameters(tool: _Tool, param: str) -> bytes:
-    """Return the parameters of the function that stands for a custom tool. The description of its
-    `input` has the grammar of the tool.
-    """
+    """Return the parameters of a custom tool's function; `input` has its grammar."""
     described = b""
     if not null(tool.format):
         grammar = read(_FORMAT, tool.format, f"{param}.format")
