@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import Raw
 
@@ -254,6 +254,7 @@ def test_values_are_counted_outside_of_strings_only(
         check_values(json.dumps(texts[:4]).encode(), 3)
 
 
+@example([[[[1]]]])
 @settings(max_examples=30)
 @given(st.recursive(st.none() | st.text(',[{"\\a'), lambda inner: st.lists(inner, min_size=1)))
 def test_as_many_values_as_are_allowed_pass_and_no_more(value: object) -> None:

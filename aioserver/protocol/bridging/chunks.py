@@ -51,6 +51,19 @@ class ChunkReader(Reading, ABC, Generic[C]):
     All kept data together have at most *max_bytes*.
     """
 
+    # Subclasses have a dictionary, but each event counts in these.
+    __slots__ = (
+        "_calls",
+        "_ids",
+        "_max_bytes",
+        "_nameless",
+        "_overhead",
+        "_size",
+        "in_one_piece",
+        "logprobs",
+        "reasoning_field",
+    )
+
     def __init__(self, max_bytes: int, size: int = 0, *, logprobs: bool = False) -> None:
         super().__init__(max_text_bytes=0)
         # Whether the client wants the logprobs of the answer.
