@@ -6,35 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.steps import at_once
-from tests.support.commands import TOO_DEEP, encoded, parse, survives
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-FIELDS = (
-    *("action", "request_id", "payload", "text", "messages", "streaming", "conversation_id"),
-    *("provider", "model", "options", "metadata", "last_event_id", "role", "stream"),
-)
-near = st.recursive(
-    scalars | st.sampled_from(("chat", "cancel", "resume", "ping", "r1", "user", "7")),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=6)
-        | st.fixed_dictionaries(
-            {
-                "action": st.sampled_from(("chat", "cancel", "resume", "ping")),
-                "request_id": st.just("r1") | inner,
-                "payload": st.dictionaries(st.sampled_from(FIELDS), inner, max_size=3),
-            }
-        )
-    ),
-    max_leaves=20,
-)
+from tests.support.commands import TOO_DEEP, encoded, parse
 
 
 def command(**fields: Any) -> client_frames.Command:
@@ -214,12 +191,6 @@ def test_a_wrong_payload_names_its_field(payload: object, param: str) -> None:
     assert isinstance(bad.error, InvalidRequest)
     assert bad.error.param == param
     assert bad.request_id == "r1"
-
-
-@settings(max_examples=60)
-@given(near)
-def test_almost_right_json_is_a_command_or_a_bad_one(value: object) -> None:
-    survives(json.dumps(value))
 
 
 # The digest.
