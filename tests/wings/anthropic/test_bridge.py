@@ -18,6 +18,7 @@ from aioserver.wings.anthropic.attempt import CountingCapabilities, MessagesCapa
 from aioserver.wings.anthropic.bridge.refused import translate
 from tests.support.lazily import lazily
 from tests.support.message_events import check_run, put_together, read_events
+from tests.support.scripted_engine import engine, refuses, said
 from tests.support.scripted_provider import (
     EVENT_STREAM,
     LAST_CHUNK,
@@ -30,8 +31,6 @@ from tests.support.server import QUICK, SIM_HTTP_CLIENT, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     import anthropic
 
     from tests.support.scripted_provider import Peer
@@ -316,47 +315,17 @@ async def test_our_thinking_never_reaches_a_provider_that_speaks_messages(
     ]
 
 
-def telling(asked: list[Any], *answers: tuple[int, Any]) -> Callable[[Peer], Awaitable[None]]:
-    """A script that notes what it is asked in *asked*, and answers with these, the last for all that
-    follow.
-    """
-    left = list(answers)
-
-    async def play(peer: Peer) -> None:
-        while True:
-            asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
-            status, content = left.pop(0) if len(left) > 1 else left[0]
-            body = orjson.dumps(content)
-            await peer.send(JSON % (status, len(body), body))
-
-    return play
-
-
-def said(**message: Any) -> tuple[int, Any]:
-    return 200, {"choices": [{"message": message, "finish_reason": "stop"}]}
-
-
-def refuses(message: str, **fields: Any) -> tuple[int, Any]:
-    return 400, {"error": {"message": message, "type": "invalid_request_error", **fields}}
-
-
 async def asked_of(
     make_server: MakeServer, *answers: tuple[int, Any], **asked: Any
 ) -> tuple[int, Any, list[Any]]:
     """What the client gets, and what the provider was asked, which gives these *answers*."""
-    seen: list[Any] = []
-    async with ScriptedProvider(telling(seen, *answers)) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, *answers) as (server, seen):
         status, answer = await answer_of(server, {**ASK, **asked})
     return status, answer, seen
 
 
 async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: MakeServer) -> None:
-    seen: list[Any] = []
-    async with ScriptedProvider(telling(seen, said(reasoning="Hm", content="Yes"))) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, said(reasoning="Hm", content="Yes")) as (server, seen):
         thinking = {**ASK, "thinking": {"type": "adaptive"}}
         _, first = await answer_of(server, thinking)
         answered = {"role": "assistant", "content": first["content"]}
@@ -375,11 +344,8 @@ async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: Ma
 async def test_a_word_that_the_engine_refuses_is_learned(
     make_server: MakeServer, word: str, asked: dict[str, Any]
 ) -> None:
-    seen: list[Any] = []
     refusal = refuses(f"Unrecognized request argument supplied: {word}")
-    async with ScriptedProvider(telling(seen, refusal, said(content="Yes"))) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, refusal, said(content="Yes")) as (server, seen):
         for _ in range(2):
             assert (await answer_of(server, {**ASK, **asked}))[0] == 200
         assert await server.counted("retries", "reason") == {}
@@ -404,10 +370,7 @@ GROQ = (
 async def test_a_bound_that_is_too_large_is_lowered(
     make_server: MakeServer, message: str, bound: int
 ) -> None:
-    seen: list[Any] = []
-    async with ScriptedProvider(telling(seen, refuses(message), said(content="Yes"))) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, refuses(message), said(content="Yes")) as (server, seen):
         for _ in range(2):
             assert (await answer_of(server, {**ASK, "max_tokens": 64_000}))[0] == 200
         await shows(server, context_limit={"m": 32768} if message == VLLM else {})
@@ -442,11 +405,8 @@ async def test_a_refusal_is_learned_from_once(make_server: MakeServer) -> None:
 async def test_a_refusal_that_repeats_what_a_client_has_written_costs_others_nothing(
     make_server: MakeServer, message: str
 ) -> None:
-    seen: list[Any] = []
     refused = [refuses(message), refuses(message)]
-    async with ScriptedProvider(telling(seen, *refused, said(content="Yes"))) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, *refused, said(content="Yes")) as (server, seen):
         asked = {**ASK, "top_k": 5, "max_tokens": 64_000}
         statuses = [(await answer_of(server, asked))[0] for _ in range(2)]
 

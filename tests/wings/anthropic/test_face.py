@@ -103,15 +103,6 @@ async def test_an_answer_reads_the_same_streamed_and_whole(sdk: anthropic.AsyncA
     assert whole._request_id  # noqa: SLF001 - documented by the SDK under this name
 
 
-async def test_the_beta_of_the_sdk_works(
-    sdk: anthropic.AsyncAnthropic, server: RunningServer
-) -> None:
-    answer = await sdk.beta.messages.create(**ASKED, betas=["one-2026-01-01"])
-
-    assert answer.stop_reason == "end_turn"
-    assert "one-2026-01-01" in server.simulator.requests[-1].headers["anthropic-beta"]
-
-
 async def test_thinking_comes_before_the_text(sdk: anthropic.AsyncAnthropic) -> None:
     thinking: Any = {"type": "enabled", "budget_tokens": 1024}
     whole = await sdk.messages.create(**ASKED, thinking=thinking)
@@ -185,15 +176,6 @@ async def test_the_sdk_raises_its_own_errors(
         async for _ in stream:
             pass
     assert broken.value.type == "api_error"
-
-
-async def test_the_sdk_does_not_repeat_what_was_sent_already(server: RunningServer) -> None:
-    async with anthropic_of(server.base, max_retries=2) as sdk:
-        for model in ("fault-status-500", "fault-status-529", "fault-html"):
-            before = server.simulator.stats().requests
-            with pytest.raises(anthropic.APIStatusError):
-                await sdk.messages.create(**{**ASKED, "model": model})
-            assert server.simulator.stats().requests == before + 1, model
 
 
 # Byte for byte.
@@ -862,13 +844,6 @@ async def test_the_log_has_the_status_that_the_client_has(
     ]
     assert [line.fields["status"] for line in lines] == statuses == [529, 502, 404, 200]
     assert {line.fields["face"] for line in lines} == {"anthropic"}
-
-
-async def test_a_connection_is_used_again_after_an_answer(server: RunningServer) -> None:
-    async with Raw(server) as raw:
-        for body in (STREAMED, ASKED, {**STREAMED, "model": "fault-end-3"}, STREAMED):
-            await raw.post("/v1/messages", body)
-            assert (await raw.answer()).status == 200
 
 
 async def test_a_probe_of_the_server_by_head_is_answered(server: RunningServer) -> None:

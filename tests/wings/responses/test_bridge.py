@@ -9,21 +9,16 @@ from typing import TYPE_CHECKING, Any
 import openai
 import orjson
 import pytest
-from pydantic import BaseModel
 
 from aioserver.wings.responses.attempt import ResponsesCapabilities
 from tests.support.response_events import check_response, check_run, read_events
-from tests.support.scripted_provider import ScriptedProvider, answering
-from tests.support.sdk import openai_of
+from tests.support.scripted_engine import engine, said
 from tests.support.server import QUICK, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from openai import AsyncOpenAI
 
-    from tests.support.scripted_provider import Peer
     from tests.support.server import MakeServer, RunningServer
 
 BRIDGED = {"llm.providers.sim.responses": False}
@@ -35,7 +30,6 @@ WEATHER: Any = {
     "parameters": {"type": "object", "properties": {"days": {"type": "integer"}}},
     "strict": False,
 }
-JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 ASK: dict[str, Any] = {"model": "m", "input": "Hello"}
 STREAMED = {**ASK, "stream": True}
 
@@ -60,32 +54,13 @@ def paths(simulator: Simulator) -> list[str]:
     return [request.path.removeprefix("/v1/") for request in simulator.requests]
 
 
-async def test_an_answer_is_the_same_streamed_or_not(
-    server: RunningServer, sdk: AsyncOpenAI
-) -> None:
-    whole = await sdk.responses.create(**ASK)
-    async with sdk.responses.stream(**ASK) as stream:
-        seen = [event async for event in stream]
-        final = await stream.get_final_response()
-    chat = await sdk.chat.completions.create(
-        model="m", messages=[{"role": "user", "content": "Hello"}]
-    )
-
-    assert whole.output_text == final.output_text == chat.choices[0].message.content
-    assert [event.sequence_number for event in seen] == list(range(len(seen)))
-    assert whole.usage == final.usage
-    assert chat.usage is not None
-    assert whole.usage is not None
-    assert whole.usage.total_tokens == chat.usage.total_tokens
-    assert set(paths(server.simulator)) == {"chat/completions"}
-
-
 async def test_each_event_is_one_of_the_api(server: RunningServer) -> None:
     for tools in ([], [WEATHER]):
         events = await stream_of(server, {**STREAMED, "input": "call a tool", "tools": tools})
         response = check_run(events)
         _, whole = await answer_of(server, {**ASK, "input": "call a tool", "tools": tools})
         check_response(whole)
+        assert set(paths(server.simulator)) == {"chat/completions"}
 
         for changing in ("id", "created_at", "completed_at"):
             response[changing] = whole[changing]
@@ -136,40 +111,9 @@ async def test_a_tool_is_called_and_its_result_comes_back(
     ]
 
 
-async def test_an_answer_that_is_too_long_for_its_bound_is_incomplete(
-    server: RunningServer, sdk: AsyncOpenAI
-) -> None:
-    whole = await sdk.responses.create(**ASK, max_output_tokens=3)
-    response = check_run(await stream_of(server, {**STREAMED, "max_output_tokens": 3}))
-
-    assert whole.status == response["status"] == "incomplete"
-    assert whole.incomplete_details is not None
-    assert whole.incomplete_details.reason == "max_output_tokens"
-
-
-class Person(BaseModel):
-    name: str
-    age: int
-
-
-def telling(asked: list[Any], **message: Any) -> Callable[[Peer], Awaitable[None]]:
-    """A script that notes what it is asked in *asked*, and always answers with *message*."""
-
-    async def play(peer: Peer) -> None:
-        while True:
-            asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
-            choice = {"message": {"role": "assistant", **message}, "finish_reason": "stop"}
-            body = orjson.dumps({"choices": [{"index": 0, **choice}]})
-            await peer.send(JSON_HEAD % len(body) + body)
-
-    return play
-
-
 async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: MakeServer) -> None:
-    asked: list[Any] = []
-    async with ScriptedProvider(telling(asked, reasoning_content="Hm", content="Yes")) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    answer = said(reasoning_content="Hm", content="Yes")
+    async with engine(make_server, answer) as (server, asked):
         _, first = await answer_of(server, ASK)
         thought = first["output"][0]
         items = [{"role": "user", "content": "Hello"}, *first["output"]]
@@ -181,22 +125,6 @@ async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: Ma
         "content": "Yes",
         "reasoning_content": "Hm",
     }
-
-
-async def test_a_structured_output_is_asked_for_and_parsed(make_server: MakeServer) -> None:
-    asked: list[Any] = []
-    text = '{"name": "Ada", "age": 36}'
-    async with ScriptedProvider(telling(asked, content=text)) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
-        async with openai_of(server.v1) as sdk:
-            parsed = await sdk.responses.parse(model="m", input="Who?", text_format=Person)
-
-    assert parsed.output_parsed == Person(name="Ada", age=36)
-    [body] = asked
-    assert body["response_format"]["type"] == "json_schema"
-    assert body["response_format"]["json_schema"]["name"] == "Person"
-    assert body["response_format"]["json_schema"]["strict"] is True
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -412,22 +340,13 @@ async def test_an_error_before_the_first_event_has_its_status(make_server: MakeS
     assert (await answer_of(server, ASK))[0] == 502
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [("Too many tokens a minute.", "sim limits our rate: Too many tokens a minute.")],
-)
-async def test_a_client_learns_why_an_engine_limits_its_rate(
-    make_server: MakeServer, text: str, shown: str
-) -> None:
-    body = orjson.dumps({"error": {"message": text}})
-    head = b"HTTP/1.1 429 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    async with ScriptedProvider(answering(head % len(body) + body)) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+async def test_a_client_learns_why_an_engine_limits_its_rate(make_server: MakeServer) -> None:
+    limited = 429, {"error": {"message": "Too many tokens a minute."}}
+    async with engine(make_server, limited) as (server, _):
         status, answer = await answer_of(server, ASK)
 
     assert (status, answer["error"]["code"]) == (429, "provider_rate_limited")
-    assert answer["error"]["message"] == shown
+    assert answer["error"]["message"] == "sim limits our rate: Too many tokens a minute."
 
 
 async def test_a_response_is_continued_by_its_id(server: RunningServer, sdk: AsyncOpenAI) -> None:

@@ -248,18 +248,6 @@ def test_what_comes_between_a_call_and_its_output_stays_with_the_call() -> None:
     assert (messages[3]["reasoning"], messages[3]["content"]) == ("Hm", "Done.\n\nReally.")
 
 
-def test_a_message_between_a_call_and_its_output_goes_behind_it() -> None:
-    messages = messages_of(
-        called("f", "c1"),
-        called("f", "c2"),
-        {"role": "user", "content": "quick"},
-        output("c1"),
-        output("c2"),
-    )
-
-    assert [message["role"] for message in messages] == ["assistant", "tool", "tool", "user"]
-
-
 def test_pictures_and_files_have_their_form() -> None:
     picture = {
         "type": "input_image",
