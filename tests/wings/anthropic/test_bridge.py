@@ -637,11 +637,13 @@ async def test_white_space_and_reasoning_do_not_keep_a_fallback_away(
         Simulator(QUICK) as other,
         ScriptedProvider(
             answering(
-                EVENT_STREAM,
-                chunk(b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'),
-                chunk(b'data: {"choices":[{"delta":{"content":"\\n\\n"}}]}\n\n'),
-                chunk(b'data: {"error":{"message":"out of memory","code":500}}\n\n'),
-                LAST_CHUNK,
+                (
+                    EVENT_STREAM,
+                    chunk(b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'),
+                    chunk(b'data: {"choices":[{"delta":{"content":"\\n\\n"}}]}\n\n'),
+                    chunk(b'data: {"error":{"message":"out of memory","code":500}}\n\n'),
+                    LAST_CHUNK,
+                )
             )
         ) as provider,
     ):
@@ -656,6 +658,7 @@ async def test_white_space_and_reasoning_do_not_keep_a_fallback_away(
             message = check_run(read_events(await response.read()))
 
     assert message["model"] == "other-model"
+    assert await server.counted("provider_attempts", "outcome") == {("http_5xx",): 1, ("ok",): 1}
 
 
 async def test_an_answer_that_breaks_off_is_continued_as_the_same_message(
@@ -666,19 +669,12 @@ async def test_an_answer_that_breaks_off_is_continued_as_the_same_message(
         entry = provider_entry(other.base_url)
         changes["llm.providers.other"] = entry | {"messages": "bridge", "continuation": "prefill"}
         server = await make_server(Behaviour(ttft=0, interval=0), **BRIDGED, **changes)
-        whole = await whole_text(server)
+        _, answer = await answer_of(server, ASK)
         server.simulator.behaviour = Behaviour(ttft=0, interval=0, cut_after=5)
         async with server.session.post(f"{server.v1}/messages", json=STREAMED) as response:
             body = await response.read()
 
     message = check_run(read_events(body))
-    assert [block["text"] for block in message["content"]] == [whole]
+    assert [block["text"] for block in message["content"]] == [answer["content"][0]["text"]]
     seams = [line for line in body.split(b"\n") if line.startswith(b": seam ")]
     assert seams
-
-
-async def whole_text(server: RunningServer) -> str:
-    async with server.session.post(f"{server.v1}/messages", json=ASK) as response:
-        answer = await response.json()
-        text: str = answer["content"][0]["text"]
-        return text
