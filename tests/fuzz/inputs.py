@@ -72,6 +72,19 @@ def alike(case: Input, play: Callable[[Iterable[bytes]], object]) -> None:
         assert other == whole, f"what is read depends on the reads: {other} {whole}"
 
 
+def of_bridge(
+    data: bytes, check: Callable[[bytes], None], play: Callable[[Iterable[bytes]], object]
+) -> None:
+    """Take the content for the body of a request, which *check* checks, or for an answer."""
+    case = parts(data)
+    if case.choice % 2:
+        check(case.content)
+        with windows(case.window):
+            check(case.content)
+    else:
+        alike(case, play)
+
+
 def fed(sink: StreamSink, stream: Stream, reads: Iterable[bytes]) -> str:
     """Feed *sink* with *reads*, and end *stream*; return the fault, empty if there is none."""
     try:

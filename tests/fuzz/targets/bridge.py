@@ -17,7 +17,7 @@ from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.sinks import BridgeSink
-from tests.fuzz.inputs import alike, fed, parts, windows
+from tests.fuzz.inputs import fed, of_bridge
 from tests.support.reference_messages import check_order
 from tests.support.response_events import check_run
 
@@ -35,16 +35,8 @@ ASKED = b'{"model":"m","input":"x","stream":true,"tools":[{"type":"custom","name
 
 
 def run(data: bytes) -> None:
-    """Take the content for the body of a request, or for an answer: in pieces, at once, and byte
-    for byte.
-    """
-    case = parts(data)
-    if case.choice % 2:
-        _check_request(case.content)
-        with windows(case.window):
-            _check_request(case.content)
-        return
-    alike(case, _play)
+    """Take the content for the body of a request, or for an answer."""
+    of_bridge(data, _check_request, _play)
 
 
 def _check_request(content: bytes) -> None:

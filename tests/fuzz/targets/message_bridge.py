@@ -16,7 +16,7 @@ from aioserver.wings.anthropic.bridge.events import MessageWriter
 from aioserver.wings.anthropic.bridge.request import chat_request
 from aioserver.wings.anthropic.sink import BridgeSink
 from aioserver.wings.anthropic.wire import MessageErrors
-from tests.fuzz.inputs import alike, fed, parts, windows
+from tests.fuzz.inputs import fed, of_bridge
 from tests.support.message_events import check_run, put_together, read_events
 from tests.support.reference_messages import check_order
 
@@ -35,16 +35,8 @@ ASKED = b'{"model":"m","messages":[{"role":"user","content":"x"}],"thinking":{"t
 
 
 def run(data: bytes) -> None:
-    """Take the content for the body of a request, or for an answer: in pieces, at once, and byte
-    for byte.
-    """
-    case = parts(data)
-    if case.choice % 2:
-        _check_request(case.content)
-        with windows(case.window):
-            _check_request(case.content)
-        return
-    alike(case, _play)
+    """Take the content for the body of a request, or for an answer."""
+    of_bridge(data, _check_request, _play)
 
 
 def _check_request(content: bytes) -> None:

@@ -256,18 +256,6 @@ async def test_the_next_turn_is_within_the_limits_that_the_last_one_was_within(
 # Frames that are not for a provider.
 
 
-async def test_a_warm_up_asks_nobody(server: RunningServer) -> None:
-    async with connect(server) as ws:
-        await ws.send_json(create(lane="w", generate=False, instructions="Be brief."))
-        events = await to_end(ws, "w")
-
-    assert kinds(events) == ["created", "in_progress", "completed"]
-    last = events[-1]["response"]
-    assert (last["status"], last["output"], last["model"]) == ("completed", [], "sim-model")
-    assert last["instructions"] == "Be brief."
-    assert server.simulator.stats().requests == 0
-
-
 async def test_faulty_frames_get_an_error_and_the_socket_stays(server: RunningServer) -> None:
     async with connect(server) as ws:
         for frame in ("{", "[]", "null", '{"type":"chat"}', '{"type":"response.create","input":'):
@@ -637,17 +625,6 @@ async def test_a_warm_up_is_continued_here_and_on_another_connection(
     assert [body["input"] for body in server.simulator.bodies] == [expected, expected]
     assert (refusal["status"], refusal["error"]["code"]) == (400, "previous_response_not_found")
     assert refusal["error"]["param"] == "previous_response_id"
-
-
-async def test_a_response_of_another_key_is_not_continued(make_server: MakeServer) -> None:
-    server = await make_server(**keys_of("ann", "bob"))
-    async with connect(server, headers=bearer("ann")) as ws:
-        warm = await answered(ws, "secret", generate=False)
-    async with connect(server, headers=bearer("bob")) as ws:
-        await ws.send_json(create("x", generate=False, previous_response_id=warm["id"]))
-        (refusal,) = await to_end(ws)
-
-    assert refusal["error"]["code"] == "previous_response_not_found"
 
 
 async def test_what_a_connection_keeps_is_counted_and_let_go(server: RunningServer) -> None:
