@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
-HEAD = b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-# The status of an answer, and its content.
+HEAD = b"HTTP/1.1 %d X\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n"
+# The status of an answer, and its content: bytes are a page, and anything else is JSON.
 Answer = tuple[int, Any]
 
 
@@ -42,8 +42,10 @@ async def engine(
         while True:
             bodies.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
             status, content = left.pop(0) if len(left) > 1 else left[0]
-            body = orjson.dumps(content)
-            await peer.send(HEAD % (status, len(body)) + body)
+            page = isinstance(content, bytes)
+            body = content if page else orjson.dumps(content)
+            kind = b"text/html" if page else b"application/json"
+            await peer.send(HEAD % (status, kind, len(body)) + body)
 
     async with ScriptedProvider(play) as provider:
         changes: dict[str, Any] = {

@@ -587,8 +587,8 @@ async def test_what_breaks_off_has_no_end(make_server: MakeServer) -> None:
 @pytest.mark.parametrize(
     ("status", "content", "streamed", "expected"),
     [
-        (400, "<html>Bad Request</html>", False, (400, "invalid_request_error")),
-        (502, "<html>Bad Gateway</html>", True, (502, "api_error")),
+        (400, b"<html>Bad Request</html>", False, (400, "invalid_request_error")),
+        (502, b"<html>Bad Gateway</html>", True, (502, "api_error")),
         (200, {"error": {"message": "out of memory", "code": 500}}, True, (502, "api_error")),
         (200, {"error": {"message": "out of memory", "code": 500}}, False, (502, "api_error")),
         (401, {"error": {"message": "no", "code": 401}}, False, (502, "api_error")),

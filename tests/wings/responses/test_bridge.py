@@ -12,7 +12,7 @@ import pytest
 
 from aioserver.wings.responses.attempt import ResponsesCapabilities
 from tests.support.response_events import check_response, check_run, read_events
-from tests.support.scripted_engine import engine, said
+from tests.support.scripted_engine import engine, refuses, said
 from tests.support.server import QUICK, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 
@@ -347,6 +347,18 @@ async def test_a_client_learns_why_an_engine_limits_its_rate(make_server: MakeSe
 
     assert (status, answer["error"]["code"]) == (429, "provider_rate_limited")
     assert answer["error"]["message"] == "sim limits our rate: Too many tokens a minute."
+
+
+async def test_an_input_that_is_too_long_has_the_code_that_codex_knows(
+    make_server: MakeServer,
+) -> None:
+    message = "This model's maximum context length is 4096 tokens, and the input has 9000."
+    async with engine(make_server, refuses(message)) as (server, asked):
+        status, answer = await answer_of(server, ASK)
+
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer["error"]["message"] == message
+    assert len(asked) == 1
 
 
 async def test_a_response_is_continued_by_its_id(server: RunningServer, sdk: AsyncOpenAI) -> None:
