@@ -99,7 +99,7 @@ async def _read_choice(choice: Any, writer: ChunkReader[C]) -> None:
         try:
             message = json_body.decode(_MESSAGE, memoryview(raw), "a message")
         except InvalidRequest:
-            message = _MESSAGE.decode(b"{}")
+            message = json_body.decode(_MESSAGE, b"{}", "a message")
         await pause_after(memoryview(raw))
         await _read_message(message, choice.logprobs, writer)
     if not null(choice.finish_reason) and _size(choice.finish_reason) <= STEP_BYTES:

@@ -195,6 +195,7 @@ async def test_a_provider_that_speaks_messages_is_asked_for_them(make_server: Ma
     status, answer = await answer_of(server, {**ASK, "model": "fault-404"})
     assert (status, answer["type"]) == (404, "error")
     await answer_of(server, ASK)
+    await shows(server, messages="speaks")
     server.simulator.behaviour = WITHOUT
     status, _ = await answer_of(server, ASK)
 
