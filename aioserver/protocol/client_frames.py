@@ -83,33 +83,18 @@ class _Message(msgspec.Struct, gc=False):
     role: str
 
 
-class _Options(msgspec.Struct, gc=False):
-    """The options that a client may not set, and those that have a default."""
-
-    model: Raw = ABSENT
-    messages: Raw = ABSENT
-    stream: Raw = ABSENT
-    temperature: Raw = ABSENT
-    top_p: Raw = ABSENT
-    max_tokens: Raw = ABSENT
-    max_completion_tokens: Raw = ABSENT
-    stream_options: Raw = ABSENT
-    n: Raw = ABSENT
-    best_of: Raw = ABSENT
-
-
 _FRAME = msgspec.json.Decoder(_Frame)
 _PAYLOAD = msgspec.json.Decoder(_Payload)
 _QUESTION = msgspec.json.Decoder(_Question)
 _POSITION = msgspec.json.Decoder(_Position)
 _MESSAGES = msgspec.json.Decoder(list[_Message])
-_OPTIONS = msgspec.json.Decoder(_Options)
 PAYLOAD_FIELDS = _Payload.__struct_encode_fields__
+# The options that a client may not set, and those that ask for several answers.
 RESERVED_OPTIONS = ("model", "messages", "stream")
 CHOICES = ("n", "best_of")
-_DEFAULTED = tuple(
-    name for name in _Options.__struct_fields__ if name not in (*RESERVED_OPTIONS, *CHOICES)
-)
+# The options that have a default.
+_DEFAULTED = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "stream_options")
+_OPTIONS = json_body.raw_members(*RESERVED_OPTIONS, *CHOICES, *_DEFAULTED)
 
 
 class Chat(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,17 +177,12 @@ class BadCommand(Exception):
         self.request_id = request_id
 
 
-def parse(frame: bytes) -> Command:
-    """Parse the command of one WebSocket text frame.
+async def parsing(data: bytes) -> Command:
+    """Parse the command of one WebSocket text frame, in steps if it is large.
 
     Raises:
         BadCommand: the frame is not a command; its `error` is an `InvalidJson` or `InvalidRequest`.
     """
-    return at_once(parsing(frame))
-
-
-async def parsing(data: bytes) -> Command:
-    """Parse as `parse` does, in steps if the frame is large."""
     request_id: str | None = None
     try:
         body = await sound(data)

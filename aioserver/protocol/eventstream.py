@@ -203,9 +203,7 @@ def count(block: bytes) -> int:
 
 
 def _named(block: bytes) -> bool:
-    """Return whether *block* is one event of two lines, its name and its data, as in the Responses
-    API.
-    """
+    """Return whether *block* is one event of two lines: its name and its data."""
     return (
         block.startswith(b"event: ")
         and block.endswith(b"\n\n")

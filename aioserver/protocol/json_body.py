@@ -12,7 +12,7 @@ only a body with a bounded number of values is read in this way: see `check_valu
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import orjson
@@ -27,6 +27,17 @@ ABSENT = Raw(b"")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `.*`)?", re.DOTALL)
 ANYTHING = msgspec.json.Decoder(Raw)
 _LIST = msgspec.json.Decoder(list[Raw])
+
+
+def raw_members(*names: str) -> msgspec.json.Decoder[Any]:
+    """Return the decoder of an object with the members *names*, whose values stay bytes.
+
+    A member that the object lacks is ABSENT, and all others are skipped.
+    """
+    fields = [(name, Raw, ABSENT) for name in names]
+    return msgspec.json.Decoder(msgspec.defstruct("Members", fields, gc=False))
+
+
 # Values that may be read one by one: in any body, and in a body with MIN_VALUE_BYTES for each. An
 # element of a list costs 56 bytes.
 FEW_VALUES, MAX_VALUES = 100_000, 500_000

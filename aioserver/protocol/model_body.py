@@ -215,28 +215,9 @@ class Fields(msgspec.Struct, gc=False):
     stream_options: Raw = ABSENT
 
 
-class _RawFields(msgspec.Struct, gc=False):
-    """The same fields, whatever their types are."""
-
-    model: Raw = ABSENT
-    stream: Raw = ABSENT
-    user: Raw = ABSENT
-    safety_identifier: Raw = ABSENT
-    store: Raw = ABSENT
-    background: Raw = ABSENT
-    metadata: Raw = ABSENT
-    previous_response_id: Raw = ABSENT
-    max_tokens: Raw = ABSENT
-    max_completion_tokens: Raw = ABSENT
-    max_output_tokens: Raw = ABSENT
-    n: Raw = ABSENT
-    best_of: Raw = ABSENT
-    prompt: Raw = ABSENT
-    stream_options: Raw = ABSENT
-
-
 _DECODER = msgspec.json.Decoder(Fields)
-_RAW_DECODER = msgspec.json.Decoder(_RawFields)
+# The same fields, whatever their types are.
+_RAW_DECODER = json_body.raw_members(*Fields.__struct_fields__)
 # The longest body that may be read twice: first in the form that nearly all clients send, then in
 # any other.
 MAX_READ_TWICE = 1 << 16
@@ -248,9 +229,7 @@ _OTHER_NAMES = [
     for more in ("", "s", "S")
     if "".join(letters) + more != MODEL.name
 ]
-_OTHERS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    msgspec.defstruct("Others", [(name, Raw, ABSENT) for name in _OTHER_NAMES], gc=False)
-)
+_OTHERS = json_body.raw_members(*_OTHER_NAMES)
 
 
 class ModelBody:
@@ -372,7 +351,7 @@ def check_sole(data: bytes) -> None:
         MODEL.check_absent(b"".join((view[:start], view[end:])))
 
 
-def _checked(fields: _RawFields) -> Fields:
+def _checked(fields: Any) -> Fields:
     """Return the values of *fields*, and refuse those without a meaning."""
     model = json_body.text(fields.model, MAX_MODEL_BYTES)
     if not model and not json_body.null(fields.model):

@@ -194,20 +194,14 @@ class Reading:
         return repaired
 
     def _join(self, place: TextPlace, text: str, last: bool) -> str:
-        """Return *text* with the half that came before it.
-
-        A half at its end is kept, unless it is the *last*.
-        """
+        """Return *text* with the half before it; a half at its end is kept, unless *last*."""
         text = self.half.pop(place, "") + text
         if not last and len(self.half) < MAX_HALVES and "\ud800" <= text[-1] <= "\udbff":
             self.half[place], text = text[-1], text[:-1]
         return text
 
     def _join_call(self, call: Any, number: int, last: bool) -> Any:
-        """Return *call*, a piece of a tool call, with the halves in its texts joined.
-
-        *number* is its index, if it has none of its own.
-        """
+        """Return *call*, a piece of the tool call *number*, with its halves joined."""
         if not isinstance(call, dict) or not isinstance(index := call.get("index", number), int):
             return call
         joined = dict(call)
@@ -349,10 +343,7 @@ def learn(event: bytes, reading: Reading) -> Shape | None:
 
 
 def _only_text(data: bytes, reading: Reading) -> str | None:
-    """Return the text of an event that has nothing else.
-
-    None for any other event, or for no event.
-    """
+    """Return the text of an event that has nothing else; None for any other."""
     fresh = Reading(reading.choice_index)
     try:
         chunks = fresh.read(data)

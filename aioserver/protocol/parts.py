@@ -102,9 +102,7 @@ class Choices:
 
 
 def _chat_words(content: dict[str, Any]) -> Iterator[str]:
-    """Yield the members with a value in the deltas of a chat completion's chunk, and in the choices
-    of a completion's.
-    """
+    """Yield the members with a value in the choices of a chunk, and in their deltas."""
     for choice in content.get("choices") or ():
         for name in ("finish_reason", "text"):
             if choice.get(name):

@@ -26,7 +26,7 @@ import msgspec
 from msgspec import Raw
 from msgspec.structs import astuple
 
-from aioserver.protocol.json_body import ABSENT
+from aioserver.protocol.json_body import ABSENT, raw_members
 from aioserver.protocol.steps import pause_after
 
 if TYPE_CHECKING:
@@ -60,23 +60,9 @@ _MORE = re.compile(rb"[^ \t\r\n\]},]")
 _WORDS = (b'"cache_control"', b'"cachePoint"', b'"prompt_cache_breakpoint"')
 
 
-class _Top(msgspec.Struct, gc=False):
-    """The members of a body that make up its prompt, in order."""
-
-    tools: Raw = ABSENT
-    system: Raw = ABSENT
-    instructions: Raw = ABSENT
-    messages: Raw = ABSENT
-    input: Raw = ABSENT
-    prompt: Raw = ABSENT
-
-
-class _Role(msgspec.Struct, gc=False):
-    role: Raw = ABSENT
-
-
-_TOP = msgspec.json.Decoder(_Top)
-_ROLE = msgspec.json.Decoder(_Role)
+# The members of a body that make up its prompt, in order.
+_TOP = raw_members("tools", "system", "instructions", "messages", "input", "prompt")
+_ROLE = raw_members("role")
 # The first elements of a list: all others are skipped.
 MAX_ELEMENTS = 1024
 _FIRST: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
@@ -160,7 +146,7 @@ async def prefix_of(body: bytes, seed: str, parts: Parts | None = None) -> Prefi
     )
 
 
-def _parts(top: _Top) -> Iterator[tuple[str, Raw]]:
+def _parts(top: Any) -> Iterator[tuple[str, Raw]]:
     yield "tools", top.tools
     yield "system", top.system
     yield "instructions", top.instructions

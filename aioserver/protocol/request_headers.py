@@ -261,9 +261,7 @@ def _trace(headers: MultiMapping[str]) -> tuple[str, list[tuple[str, bytes]]]:
 
 
 def _state(values: Sequence[str]) -> str:
-    """Return the `tracestate` of a request with these *values*, "" if there is none, or it is
-    invalid.
-    """
+    """Return the `tracestate` of these *values*; "" if there is none, or it is invalid."""
     members = [
         member.strip(" \t") for value in values for member in value.split(",", MAX_TRACESTATE)
     ]

@@ -64,27 +64,27 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
     if usage is None:
         return NO_TOKENS
     prompt, answer = usage.get(PROMPT), usage.get(COMPLETION)
-    # Most are plausible by the rule of `_count`: neither has a sign, or a bit above the bound.
+    # Most are plausible by the rule of `plausible`: neither has a sign, or a bit above the bound.
     if type(prompt) is not int or type(answer) is not int or (prompt | answer) >> MAX_BITS:
-        prompt, answer = _count(prompt), _count(answer)
+        prompt, answer = plausible(prompt), plausible(answer)
         if answer is None:
-            answer = _count(usage.get(OUTPUT))
+            answer = plausible(usage.get(OUTPUT))
         if answer is None and prompt is not None and usage.get(TOTAL) == prompt:
             # Embeddings have no answer.
             answer = 0
     cached, written = None, 0
     if not OF_CACHES.isdisjoint(usage):
-        written = _count(usage.get(CACHE_WRITTEN)) or 0
-        cached = _count(usage.get(CACHE_READ))
+        written = plausible(usage.get(CACHE_WRITTEN)) or 0
+        cached = plausible(usage.get(CACHE_READ))
         if cached is None and prompt is not None:
-            cached = _count(usage.get(CACHE_HITS))
+            cached = plausible(usage.get(CACHE_HITS))
             if cached is None:
-                cached = _count(usage.get(CACHED))
+                cached = plausible(usage.get(CACHED))
     if prompt is not None:
         asked, answered = usage.get(PROMPT_DETAILS), usage.get(COMPLETION_DETAILS)
     else:
         asked, answered = usage.get(INPUT_DETAILS), usage.get(OUTPUT_DETAILS)
-        if (prompt := _count(usage.get(INPUT))) is None:
+        if (prompt := plausible(usage.get(INPUT))) is None:
             return Tokens(answer=answer)
         if asked is None:
             prompt += (cached or 0) + written
@@ -93,14 +93,14 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
     reasoning = audio_in = audio_out = 0
     if asked and isinstance(asked, dict):
         if cached is None:
-            cached = _count(asked.get(CACHED))
+            cached = plausible(asked.get(CACHED))
         # Many details are empty.
         if any(asked.values()):
-            written = _count(asked.get(CACHE_WRITE)) or written
-            audio_in = _count(asked.get(AUDIO)) or 0
+            written = plausible(asked.get(CACHE_WRITE)) or written
+            audio_in = plausible(asked.get(AUDIO)) or 0
     if answered and isinstance(answered, dict) and answer is not None and any(answered.values()):
-        reasoning = _count(answered.get(REASONING)) or 0
-        audio_out = min(_count(answered.get(AUDIO)) or 0, answer)
+        reasoning = plausible(answered.get(REASONING)) or 0
+        audio_out = min(plausible(answered.get(AUDIO)) or 0, answer)
         if reasoning and usage.get(TOTAL) == prompt + answer + reasoning:
             answer += reasoning
     if cached is not None and cached > prompt:
@@ -126,7 +126,7 @@ def several(usage: Mapping[str, Any] | None) -> bool:
     return isinstance(iterations, list) and len(iterations) > 1
 
 
-def _count(number: object) -> int | None:
+def plausible(number: object) -> int | None:
     """Return *number* if it is a plausible number of tokens, else None."""
     # For `isinstance` a boolean is an integer, too.
     return number if type(number) is int and 0 <= number < MAX_TOKENS else None

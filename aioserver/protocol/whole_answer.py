@@ -11,7 +11,6 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidJson
 from aioserver.protocol import json_body
-from aioserver.protocol.json_body import ABSENT
 from aioserver.protocol.sound import pieces, sound
 from aioserver.protocol.steps import pause_after
 
@@ -39,11 +38,6 @@ class _Answer(msgspec.Struct, gc=False):
     choices: _Choices
 
 
-class _Response(msgspec.Struct, gc=False):
-    id: Raw = ABSENT
-    status: Raw = ABSENT
-
-
 class _Found(NamedTuple, Generic[T]):
     """A *value*, and the *body* in which it was found: without lone surrogates."""
 
@@ -52,7 +46,7 @@ class _Found(NamedTuple, Generic[T]):
 
 
 _ANSWER = msgspec.json.Decoder(_Answer)
-_RESPONSE = msgspec.json.Decoder(_Response)
+_RESPONSE = json_body.raw_members("id", "status")
 
 
 async def text_pieces(body: bytes) -> list[slice]:

@@ -20,6 +20,7 @@ from aioserver.protocol import client_frames
 from aioserver.protocol.client_frames import BadCommand, Chat
 from aioserver.streams import entries
 from tests.support.chat import chat, read_frames, resume, to_end, until_status
+from tests.support.commands import parse
 from tests.support.server import QUICK, SLOW, MakeServer
 
 if TYPE_CHECKING:
@@ -77,12 +78,12 @@ def strings_passed(function: str) -> Iterator[str]:
 
 def question(payload: dict[str, object]) -> client_frames.Command:
     frame = {"action": "chat", "request_id": "r1", "payload": payload}
-    return client_frames.parse(json.dumps(frame).encode())
+    return parse(json.dumps(frame).encode())
 
 
 def test_every_command_has_its_row_and_no_other() -> None:
     with pytest.raises(BadCommand) as refused:
-        client_frames.parse(b'{"action": "none"}')
+        parse(b'{"action": "none"}')
 
     known = re.search(r"one of ([\w, ]+) is expected", refused.value.error.message)
     assert known is not None

@@ -11,9 +11,13 @@ import pytest
 
 from aioserver.protocol import client_frames, json_body, sound, steps
 from aioserver.protocol.bridging import reading, whole
+from aioserver.provider_errors import ProviderFault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from aioserver.providers.sinks import StreamSink
+    from aioserver.streams.stream import Stream
 
 CORPUS = Path(__file__).with_name("corpus")
 CONTROL_BYTES = 4
@@ -59,6 +63,41 @@ def windows(size: int) -> Iterator[None]:
         patch.setattr(whole, "STEP_BYTES", size)
         patch.setattr(sound, "PIECE_BYTES", max(size, LEAST_PIECE))
         yield
+
+
+def alike(case: Input, play: Callable[[Iterable[bytes]], object]) -> None:
+    """Assert that *play* has one result for the content in pieces, at once, and byte for byte."""
+    whole, *others = map(play, case.reads())
+    for other in others:
+        assert other == whole, f"what is read depends on the reads: {other} {whole}"
+
+
+def of_bridge(
+    data: bytes, check: Callable[[bytes], None], play: Callable[[Iterable[bytes]], object]
+) -> None:
+    """Take the content for the body of a request, which *check* checks, or for an answer."""
+    case = parts(data)
+    if case.choice % 2:
+        check(case.content)
+        with windows(case.window):
+            check(case.content)
+    else:
+        alike(case, play)
+
+
+def fed(sink: StreamSink, stream: Stream, reads: Iterable[bytes]) -> str:
+    """Feed *sink* with *reads*, and end *stream*; return the fault, empty if there is none."""
+    try:
+        for read in reads:
+            if not sink.feed(read):
+                break
+        else:
+            sink.end()
+    except ProviderFault as error:
+        if not stream.ended:
+            stream.fail(error)
+        return f"{type(error).__name__}: {error.message}"
+    return ""
 
 
 def parts(data: bytes) -> Input:

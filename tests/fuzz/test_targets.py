@@ -26,14 +26,10 @@ from tests.fuzz.mutation import mutants
 from tests.fuzz.targets import TARGETS, load, words
 
 # Mutants of each target. Those of a slow one take half a second, all together.
-MUTANTS = {
-    "bridge": 200,
-    "message_bridge": 200,
-    "fast_path": 200,
-    "provider_answer": 200,
-    "configuration": 200,
-}
-MOST_MUTANTS = 600
+MUTANTS = dict.fromkeys(
+    ("bridge", "message_bridge", "fast_path", "provider_answer", "configuration"), 100
+)
+MOST_MUTANTS = 300
 # Seconds of the long run, for all targets together.
 LONG = 3600
 

@@ -6,46 +6,16 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.steps import at_once
-from tests.support.commands import TOO_DEEP, encoded, survives
-
-unhurried = settings(max_examples=150)
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-anything = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=8,
-)
-FIELDS = (
-    *("action", "request_id", "payload", "text", "messages", "streaming", "conversation_id"),
-    *("provider", "model", "options", "metadata", "last_event_id", "role", "stream"),
-)
-near = st.recursive(
-    scalars | st.sampled_from(("chat", "cancel", "resume", "ping", "r1", "user", "7")),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=6)
-        | st.fixed_dictionaries(
-            {
-                "action": st.sampled_from(("chat", "cancel", "resume", "ping")),
-                "request_id": st.just("r1") | inner,
-                "payload": st.dictionaries(st.sampled_from(FIELDS), inner, max_size=3),
-            }
-        )
-    ),
-    max_leaves=20,
-)
+from tests.support.commands import TOO_DEEP, encoded, parse
 
 
 def command(**fields: Any) -> client_frames.Command:
-    return client_frames.parse(json.dumps(fields).encode())
+    return parse(json.dumps(fields).encode())
 
 
 def chat(**payload: Any) -> Chat:
@@ -56,7 +26,7 @@ def chat(**payload: Any) -> Chat:
 
 def refused(text: bytes | str) -> BadCommand:
     with pytest.raises(BadCommand) as caught:
-        client_frames.parse(encoded(text))
+        parse(encoded(text))
     assert isinstance(caught.value.error, InvalidJson | InvalidRequest)
     return caught.value
 
@@ -175,6 +145,7 @@ def test_a_request_id_is_1_to_256_printable_characters(action: str, request_id: 
     )
 
     assert bad.error.param == "request_id"
+    assert len(bad.request_id or "") <= 256
 
 
 def test_a_request_id_of_256_characters_passes() -> None:
@@ -222,36 +193,12 @@ def test_a_wrong_payload_names_its_field(payload: object, param: str) -> None:
     assert bad.request_id == "r1"
 
 
-@unhurried
-@given(anything)
-def test_any_json_is_a_command_or_a_bad_one(value: object) -> None:
-    survives(json.dumps(value))
-
-
-@unhurried
-@given(near)
-def test_almost_right_json_is_a_command_or_a_bad_one(value: object) -> None:
-    survives(json.dumps(value))
-
-
-@unhurried
-@given(st.text() | st.binary())
-def test_any_text_is_a_command_or_a_bad_one(text: str | bytes) -> None:
-    survives(text)
-
-
-@unhurried
-@given(st.text(alphabet=st.characters(codec=None), max_size=8))
-def test_a_frame_of_any_characters_is_a_command_or_a_bad_one(text: str) -> None:
-    survives(f'{{"action":"ping","request_id":"{text}"}}')
-
-
 # The digest.
 
 
 def test_the_same_bytes_have_the_same_digest_on_both_faces() -> None:
     payload = '"text":"a","options":{"a": 1}'
-    question = client_frames.parse(
+    question = parse(
         f'{{"action":"chat","request_id":"r1","payload":{{{payload},"metadata":{{"user":"u1"}}}}}}'.encode()
     )
     two = at_once(client_frames.reading_question(f'{{{payload}, "request_id":"r1"}}'.encode()))
@@ -272,9 +219,7 @@ def test_a_digest_is_of_the_bytes_as_they_came() -> None:
     ]
     digests = set()
     for payload in texts:
-        parsed = client_frames.parse(
-            f'{{"action":"chat","request_id":"r1","payload":{payload}}}'.encode()
-        )
+        parsed = parse(f'{{"action":"chat","request_id":"r1","payload":{payload}}}'.encode())
         assert isinstance(parsed, Chat)
         digests.add(parsed.digest())
 
@@ -309,7 +254,7 @@ def test_a_deeply_nested_question_stays_as_it_came(where: str) -> None:
         f'{{"a": {deep}}}' if where == "options" else f'[{{"role": "user", "content": {deep}}}]'
     )
     text = '"text": "a", ' if where == "options" else ""
-    parsed = client_frames.parse(
+    parsed = parse(
         f'{{"action":"chat","request_id":"r1","payload":{{{text}"{where}":{value}}}}}'.encode()
     )
 
@@ -322,7 +267,7 @@ def test_a_lone_surrogate_becomes_the_replacement_character(face: str) -> None:
     payload = r'"text":"a\ud83d b\ud83d\ude00"'
     if face == "frame":
         text = f'{{"action":"chat","request_id":"r\\udc00","payload":{{{payload}}}}}'
-        parsed = client_frames.parse(text.encode())
+        parsed = parse(text.encode())
     else:
         text = f'{{"request_id":"r\\udc00",{payload}}}'
         parsed = at_once(client_frames.reading_question(text.encode()))
@@ -337,5 +282,5 @@ def test_so_many_messages_that_each_would_cost_are_left_to_the_provider() -> Non
     frame = b'{"action":"chat","request_id":"r1","payload":{"messages":[%b{"role":"user"}]}}'
     many = client_frames.MAX_CHECKED_MESSAGES
 
-    assert isinstance(client_frames.parse(frame % (bad * many)), Chat)
+    assert isinstance(parse(frame % (bad * many)), Chat)
     assert refused(frame % (bad * (many - 1))).error.param == "messages"

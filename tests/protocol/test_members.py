@@ -9,7 +9,7 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aioserver.errors import InvalidRequest
@@ -41,6 +41,7 @@ def place_of(member: Member, data: bytes) -> Place:
     return place
 
 
+@settings(max_examples=40)
 @given(OBJECTS, st.sampled_from([None, 0, 2]), st.booleans())
 def test_a_member_is_found_whatever_is_around_it(
     content: dict[str, Any], indent: int | None, escaped: bool
@@ -60,6 +61,7 @@ def test_a_member_is_found_whatever_is_around_it(
     assert json.loads(replaced) == {**content, "input": 7}
 
 
+@settings(max_examples=40)
 @given(OBJECTS, st.sampled_from([None, 0, 2]), st.booleans())
 def test_a_member_is_taken_out(content: dict[str, Any], indent: int | None, escaped: bool) -> None:
     assume("previous_response_id" in content)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aioserver.errors import ServerAtCapacity
 from aioserver.protocol import frames
 
-unhurried = settings(max_examples=150)
+unhurried = settings(max_examples=40)
 
 
 @unhurried

@@ -148,7 +148,7 @@ def test_the_text_kept_for_the_history_is_bounded_and_the_answer_is_not() -> Non
 
 
 def test_the_text_kept_for_the_history_costs_its_bytes_in_however_many_events_it_comes() -> None:
-    reading, count = Reading(), 30_000
+    reading, count = Reading(), 8_000
     piece = event({"content": "€"})
     tracemalloc.start()
     try:
@@ -259,7 +259,7 @@ def test_json_that_can_be_read_but_not_written_is_a_bad_response(data: str, dept
         orjson.dumps({"metadata": {"usage": reading.usage}})
 
 
-@settings(max_examples=300)
+@settings(max_examples=60)
 @given(st.dictionaries(st.sampled_from(("choices", "usage", "x_groq", "error")), anything))
 def test_any_answer_is_read_or_refused(answer: dict[str, Any]) -> None:
     reading = Reading()

@@ -23,7 +23,7 @@ from aioserver.protocol.seam import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TEXTS = 10_000
+TEXTS = 3_000
 # Texts that repeat themselves, within themselves and at any cut.
 PIECES = (
     *(

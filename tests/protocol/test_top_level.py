@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import Raw
 
@@ -60,22 +60,10 @@ def test_only_lone_surrogates_are_replaced_wherever_a_piece_ends(
 ) -> None:
     monkeypatch.setattr(soundness, "PIECE_BYTES", piece)
     dice = random.Random(piece)
-    for _ in range(3000):
+    for _ in range(1000):
         body = b"".join(dice.choices(TOKENS, k=dice.randrange(1, 40)))
 
         assert at_once(sound(body)) == by_one(body), body
-
-
-@settings(max_examples=200)
-@given(st.text(st.characters(codec=None), max_size=30))
-def test_what_is_passed_on_is_what_any_reader_reads(text: str) -> None:
-    body = json.dumps([text]).encode()
-
-    read = json.loads(at_once(sound(body)))[0]
-
-    # `json` joins halves that stand side by side, and leaves lone ones.
-    expected = json.loads(body)[0]
-    assert read == re.sub("[\ud800-\udfff]", "\ufffd", expected)
 
 
 def test_a_body_without_lone_surrogates_is_itself() -> None:
@@ -254,6 +242,8 @@ def test_values_are_counted_outside_of_strings_only(
         check_values(json.dumps(texts[:4]).encode(), 3)
 
 
+@example([[[[1]]]])
+@settings(max_examples=30)
 @given(st.recursive(st.none() | st.text(',[{"\\a'), lambda inner: st.lists(inner, min_size=1)))
 def test_as_many_values_as_are_allowed_pass_and_no_more(value: object) -> None:
     def count(value: object) -> int:

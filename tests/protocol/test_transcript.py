@@ -25,7 +25,7 @@ from aioserver.protocol.transcript import (
     Tokens,
 )
 
-ANSWERS = 1000
+ANSWERS = 200
 PIECES = ("ha ", "0", "\n", "| a | b |\n", '"', "\\", "ü", "👍🏽", "Once upon a time, ", "<&>")
 
 

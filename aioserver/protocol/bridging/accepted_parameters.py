@@ -59,16 +59,8 @@ class AcceptedParameters(NamedTuple):
         the provider's own bound.
         """
         written = bytes(raw)
-        if (
-            not written.isdigit()
-            or len(written) > 9
-            or (self.limit, self.most, self.left)
-            == (
-                None,
-                None,
-                None,
-            )
-        ):
+        known = (self.limit, self.most, self.left) != (None, None, None)
+        if not (known and written.isdigit() and len(written) <= 9):
             return raw
         bound = int(written)
         if self.left is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 import orjson
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.bridging.turns import Turns
 
+B = TypeVar("B", bound="BridgedChat")
 # The most characters in the name of a function that all engines accept.
 MAX_NAME = 64
 
@@ -98,18 +99,19 @@ def function(
 
 
 async def put_together(
+    kind: type[B],
     asked: bytes,
     model: Raw,
     turns: Turns,
-    tools: ToolMembers,
+    offered: ToolMembers,
     options: Callable[[Size], bytes],
     accepted: AcceptedParameters,
     *,
     streamed: bool,
     form: bytes = b"",
-) -> tuple[bytes, str, int, frozenset[str]]:
-    """Return the body for the request *asked*, its model, its estimated tokens, and its optional
-    parameters.
+    **further: Any,
+) -> B:
+    """Return the request of this *kind*, with *further* data, for the request *asked*.
 
     *options* returns the members that depend on the size; *form* is that of the text.
     """
@@ -120,9 +122,15 @@ async def put_together(
     name = b'""' if null(model) else string(model, "model")
     said = turns.finish()
     await pause_after(asked)
-    size = Size(sum(map(len, (*said, *tools))) - turns.picture_bytes, turns.pictures)
-    further = options(size)
+    size = Size(sum(map(len, (*said, *offered))) - turns.picture_bytes, turns.pictures)
+    sized = options(size)
     start, end = b'{"model":%b,"messages":[' % name, b"]" + stream
-    body = b"".join((start, *said, end, *tools, form, further, b"}"))
-    optional = optional_in(b"".join((stream, tools.parallel, further)))
-    return body, orjson.loads(name), accepted.tokens(size), optional
+    body = b"".join((start, *said, end, *offered, form, sized, b"}"))
+    optional = optional_in(b"".join((stream, offered.parallel, sized)))
+    return kind(
+        body=body,
+        model=orjson.loads(name),
+        asked_tokens=accepted.tokens(size),
+        accepted=optional,
+        **further,
+    )

@@ -51,6 +51,7 @@ class ChunkReader(Reading, ABC, Generic[C]):
     All kept data together have at most *max_bytes*.
     """
 
+    # Subclasses have a dictionary, but each event counts in these.
     __slots__ = (
         "_calls",
         "_ids",
@@ -253,9 +254,7 @@ def texts_of(delta: Mapping[str, Any]) -> list[DeltaText]:
 
 
 def _texts_of_part(part: object) -> list[DeltaText]:
-    """Return the texts in a *part* of a content: Mistral's models send text and thoughts in this
-    form.
-    """
+    """Return the texts and thoughts in a *part* of a content, as Mistral's models send it."""
     if not isinstance(part, dict):
         return []
     if part.get("type") == "thinking" and isinstance(thoughts := part.get("thinking"), list):

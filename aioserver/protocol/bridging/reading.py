@@ -120,9 +120,7 @@ async def quoted(json: bytes) -> bytes:
 
 
 def _escaped(json: bytes) -> bytes:
-    """Return *json* escaped for a JSON string; its only control characters are spaces between
-    values.
-    """
+    """Return *json*, whose only control characters are spaces, escaped for a string."""
     escaped = json.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
     for space, written in ((b"\n", b"\\n"), (b"\r", b"\\r"), (b"\t", b"\\t")):
         escaped = escaped.replace(space, written)

@@ -224,9 +224,7 @@ class Turns:
             self.picture_bytes += len(piece.content)
 
     def _close_user(self) -> None:
-        """Add the user's turn that is under way: the results, and one message with everything
-        else.
-        """
+        """Add the user's turn: the results, and one message with everything else."""
         if self._speaking:
             return
         self._close_system()
@@ -238,9 +236,7 @@ class Turns:
         self._below, self._asked = [], _Content()
 
     def _close_assistant(self) -> None:
-        """Add the message of the assistant that is under way; reasoning without a message after it
-        is dropped.
-        """
+        """Add the assistant's message; reasoning without one after it is dropped."""
         reasoning, self._reasoning = self._reasoning, []
         if not self._speaking:
             return

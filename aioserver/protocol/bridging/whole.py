@@ -6,18 +6,22 @@ logprobs one by one. So no step takes long, and unneeded parts are skipped.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import msgspec
 import orjson
-from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import json_body
 from aioserver.protocol.bridging.chunks import REASONING_FIELDS, C, ChunkReader
 from aioserver.protocol.bridging.reading import is_string, members
-from aioserver.protocol.json_body import ABSENT, null
+from aioserver.protocol.json_body import ABSENT, null, raw_members
 from aioserver.protocol.openai import BadEvent
 from aioserver.protocol.sound import pieces, sound
 from aioserver.protocol.steps import Steps, pause, pause_after
+
+if TYPE_CHECKING:
+    from msgspec import Raw
 
 # The most bytes of a chat completion that is read at all; those of existing models usually have a
 # hundredth of it.
@@ -28,51 +32,12 @@ MAX_VALUES = 1_000_000
 STEP_BYTES = 1 << 16
 
 
-class _Answer(msgspec.Struct, gc=False):
-    model: Raw = ABSENT
-    choices: Raw = ABSENT
-    usage: Raw = ABSENT
-    error: Raw = ABSENT
-
-
-class _Choice(msgspec.Struct, gc=False):
-    index: Raw = ABSENT
-    message: Raw = ABSENT
-    delta: Raw = ABSENT
-    finish_reason: Raw = ABSENT
-    stop_reason: Raw = ABSENT
-    logprobs: Raw = ABSENT
-
-
-class _Message(msgspec.Struct, gc=False):
-    reasoning_content: Raw = ABSENT
-    reasoning: Raw = ABSENT
-    content: Raw = ABSENT
-    refusal: Raw = ABSENT
-    tool_calls: Raw = ABSENT
-    function_call: Raw = ABSENT
-
-
-class _Call(msgspec.Struct, gc=False):
-    id: Raw = ABSENT
-    function: Raw = ABSENT
-
-
-class _Function(msgspec.Struct, gc=False):
-    name: Raw = ABSENT
-    arguments: Raw = ABSENT
-
-
-class _Logprobs(msgspec.Struct, gc=False):
-    content: Raw = ABSENT
-
-
-_ANSWER = msgspec.json.Decoder(_Answer)
-_CHOICE = msgspec.json.Decoder(_Choice)
-_MESSAGE = msgspec.json.Decoder(_Message)
-_CALL = msgspec.json.Decoder(_Call)
-_FUNCTION = msgspec.json.Decoder(_Function)
-_LOGPROBS = msgspec.json.Decoder(_Logprobs)
+_ANSWER = raw_members("model", "choices", "usage", "error")
+_CHOICE = raw_members("index", "message", "delta", "finish_reason", "stop_reason", "logprobs")
+_MESSAGE = raw_members(*REASONING_FIELDS, "content", "refusal", "tool_calls", "function_call")
+_CALL = raw_members("id", "function")
+_FUNCTION = raw_members("name", "arguments")
+_LOGPROBS = raw_members("content")
 
 
 async def read_whole(body: bytes, writer: ChunkReader[C]) -> None:
@@ -128,13 +93,13 @@ async def _read(body: bytes, writer: ChunkReader[C]) -> None:
         await steps.taken(_size(raw))
 
 
-async def _read_choice(choice: _Choice, writer: ChunkReader[C]) -> None:
+async def _read_choice(choice: Any, writer: ChunkReader[C]) -> None:
     raw = choice.message if null(choice.delta) or _size(choice.delta) <= 2 else choice.delta
     if not null(raw):
         try:
             message = json_body.decode(_MESSAGE, memoryview(raw), "a message")
         except InvalidRequest:
-            message = _Message()
+            message = json_body.decode(_MESSAGE, b"{}", "a message")
         await pause_after(memoryview(raw))
         await _read_message(message, choice.logprobs, writer)
     if not null(choice.finish_reason) and _size(choice.finish_reason) <= STEP_BYTES:
@@ -144,7 +109,7 @@ async def _read_choice(choice: _Choice, writer: ChunkReader[C]) -> None:
         writer.read(_chunk(b"", ending))
 
 
-async def _read_message(message: _Message, logprobs: Raw, writer: ChunkReader[C]) -> None:
+async def _read_message(message: Any, logprobs: Raw, writer: ChunkReader[C]) -> None:
     steps = Steps()
     for name in REASONING_FIELDS:
         raw: Raw = getattr(message, name)

@@ -174,9 +174,25 @@ class MessagesForm(Form):
         *,
         simulated: bool,  # noqa: ARG002
     ) -> dict[str, Any]:
-        """Return the model *name*, which takes *context* tokens of prompt."""
-        return wire.model_object(name, context)
+        """Return the model *name*, which takes *context* tokens of prompt. Its date, its longest
+        answer and its abilities are not known.
+        """
+        return {
+            "type": "model",
+            "id": name,
+            "display_name": name,
+            "created_at": "1970-01-01T00:00:00Z",
+            "lifecycle": "active",
+            "max_input_tokens": context,
+            "max_tokens": None,
+            "capabilities": None,
+        }
 
     def models(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the list of models with these *entries*."""
-        return wire.model_list(entries)
+        """Return the list of models with these *entries*, all on one page."""
+        return {
+            "data": entries,
+            "has_more": False,
+            "first_id": entries[0]["id"] if entries else None,
+            "last_id": entries[-1]["id"] if entries else None,
+        }

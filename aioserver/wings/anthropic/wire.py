@@ -26,7 +26,7 @@ from aioserver.protocol.parts import Parts
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from aioserver.errors import AioserverError
 
@@ -230,29 +230,3 @@ def thinks(thinking: bytes) -> bool:
     except orjson.JSONDecodeError:
         return False
     return isinstance(content, dict) and content.get("type") in ("enabled", "adaptive")
-
-
-def model_object(name: str, context: int | None) -> dict[str, Any]:
-    """Return the model *name* as this API describes one. It takes *context* tokens of prompt (None:
-    not known); its date, its longest answer and its abilities are not known.
-    """
-    return {
-        "type": "model",
-        "id": name,
-        "display_name": name,
-        "created_at": "1970-01-01T00:00:00Z",
-        "lifecycle": "active",
-        "max_input_tokens": context,
-        "max_tokens": None,
-        "capabilities": None,
-    }
-
-
-def model_list(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the answer to `GET models`: all of them on one page."""
-    return {
-        "data": models,
-        "has_more": False,
-        "first_id": models[0]["id"] if models else None,
-        "last_id": models[-1]["id"] if models else None,
-    }

@@ -249,9 +249,7 @@ class ResponseAttempt(BridgedAttempt):
         return at_once(draft.body_for(body, provider.name, keeps=self._learned.keeps))
 
     def _refused(self, body: bytes) -> bool:
-        """Return whether the provider does not know the response which the request continues by
-        its id.
-        """
+        """Return whether the provider does not know the response that is continued by its id."""
         draft = self._draft
         return draft is not None and self._learned.learn(
             self.status, body, previous_id=draft.previous_id, by_id=draft.by_id
@@ -304,9 +302,7 @@ class ResponseAttempt(BridgedAttempt):
         return steps
 
     async def _keep_whole(self, answer: Answer) -> None:
-        """Keep *answer* in the log, in steps: the answer of a provider that runs the response by
-        itself.
-        """
+        """Keep *answer*, of a provider that runs the response by itself, in the log, in steps."""
         stream, draft = self.stream, self._draft
         assert stream is not None, "a response in the background has a log"
         if draft is not None and (kept := draft.keep(answer)) is not None:

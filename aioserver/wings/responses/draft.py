@@ -245,10 +245,7 @@ class Draft:
             previous.release()
 
     def _note_provider(self, body: bytes, *, keeps: bool) -> None:
-        """Note that a provider gets *body*, and whether it *keeps* responses.
-
-        Only the last one counts.
-        """
+        """Note that a provider gets *body*, and whether it *keeps* responses: the last counts."""
         self.kept_there = keeps and self.named
         if self.named or self._on_kept is not None:
             self.take_input(body)

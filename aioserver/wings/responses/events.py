@@ -216,9 +216,7 @@ class ResponseEvents(AnswerEvents):
             return self._render(_NO_RESPONSE, error, sequence)
 
     def _sequence_at(self, number: int) -> int:
-        """Return the sequence number of the event *number* of the log, or of the nearest event
-        before that has one; -1 if none has.
-        """
+        """Return the sequence number of the event *number*, or of the last before; -1 if none."""
         sequence = -1
         for run in self._runs:
             if run.number > number:

@@ -264,10 +264,7 @@ def make_request(
 
 
 def _patience(context: Context, body: ModelBody, face: str) -> float | None:
-    """Return the seconds for which a client can wait for the id of its response.
-
-    None: until there is content, since the client cannot use the id.
-    """
+    """Return the seconds for which a client can wait for its id; None: until content."""
     if body.background:
         return 0.0
     if body.stored or face != openai.OPENAI.face:

@@ -35,7 +35,8 @@ from aioserver.protocol import json_body
 from aioserver.protocol.json_body import ABSENT
 from aioserver.protocol.model_body import Member, ModelBody, Place
 from aioserver.protocol.sound import sound
-from aioserver.protocol.steps import at_once, pause_after
+from aioserver.protocol.steps import pause_after
+from aioserver.wings.responses.bridge.output import REPEATED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,41 +54,8 @@ _OF_FRAME = tuple(map(Member, ("type", "stream_id", "generate")))
 _STREAM = Member("stream")
 
 
-class _Frame(msgspec.Struct, gc=False):
-    type: Raw = ABSENT
-    stream_id: Raw = ABSENT
-    generate: Raw = ABSENT
-    background: Raw = ABSENT
-    stream: Raw = ABSENT
-    response_id: Raw = ABSENT
-    starting_after: Raw = ABSENT
-    previous_response_id: Raw = ABSENT
-    input: Raw = ABSENT
-
-
-# The fields of a request that its response repeats, each with its value if it is absent, or too
-# long.
-_DEFAULTS = {
-    "frequency_penalty": b"0.0",
-    "instructions": b"null",
-    "max_output_tokens": b"null",
-    "max_tool_calls": b"null",
-    "metadata": b"{}",
-    "parallel_tool_calls": b"true",
-    "presence_penalty": b"0.0",
-    "prompt_cache_key": b"null",
-    "reasoning": b"null",
-    "safety_identifier": b"null",
-    "service_tier": b'"default"',
-    "store": b"true",
-    "temperature": b"1.0",
-    "text": b'{"format":{"type":"text"}}',
-    "tool_choice": b'"auto"',
-    "tools": b"[]",
-    "top_logprobs": b"0",
-    "top_p": b"1.0",
-    "truncation": b'"disabled"',
-}
+# The members of a response that generates nothing which repeat its request.
+_DEFAULTS = REPEATED | {"reasoning": b"null"}
 _NO_USAGE = {
     "input_tokens": 0,
     "input_tokens_details": {"cached_tokens": 0},
@@ -95,10 +63,11 @@ _NO_USAGE = {
     "output_tokens_details": {"reasoning_tokens": 0},
     "total_tokens": 0,
 }
-_FRAME = msgspec.json.Decoder(_Frame)
-_SHOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    msgspec.defstruct("Shown", [(name, Raw, ABSENT) for name in _DEFAULTS], gc=False)
+_FRAME = json_body.raw_members(
+    *("type", "stream_id", "generate", "background", "stream", "response_id", "starting_after"),
+    *("previous_response_id", "input"),
 )
+_SHOWN = json_body.raw_members(*_DEFAULTS)
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -162,17 +131,12 @@ class BadFrame(Exception):
         self.lane = lane
 
 
-def parse(frame: bytes) -> Command:
-    """Parse the command of one text frame.
+async def parsing(data: bytes) -> Command:
+    """Parse the command of one text frame, in steps.
 
     Raises:
-        BadFrame: *frame* is not a command; the `error` is an `InvalidJson` or `InvalidRequest`.
+        BadFrame: *data* is not a command; the `error` is an `InvalidJson` or `InvalidRequest`.
     """
-    return at_once(parsing(frame))
-
-
-async def parsing(data: bytes) -> Command:
-    """Parse as `parse` does, in steps."""
     lane: str | None = None
     try:
         body = await sound(data)
@@ -203,7 +167,7 @@ async def parsing(data: bytes) -> Command:
         raise BadFrame(error, lane) from None
 
 
-async def _create(lane: str | None, frame: _Frame, body: bytes) -> Create:
+async def _create(lane: str | None, frame: Any, body: bytes) -> Create:
     """Return the command of a frame whose bytes are *body*, in steps."""
     generate = json_body.flag(frame.generate)
     if generate is None and not json_body.null(frame.generate):
@@ -221,7 +185,7 @@ async def _create(lane: str | None, frame: _Frame, body: bytes) -> Create:
     return Create(lane, ModelBody(body), generate is not False)
 
 
-async def _without(members: Sequence[Member], frame: _Frame, body: bytes) -> bytes:
+async def _without(members: Sequence[Member], frame: Any, body: bytes) -> bytes:
     """Return *body* without those of its *members* that *frame* has, in steps.
 
     Raises:
@@ -261,7 +225,7 @@ def _lane(raw: Raw) -> str | None:
     return name
 
 
-def _id(frame: _Frame, name: str) -> str | None:
+def _id(frame: Any, name: str) -> str | None:
     raw: Raw = getattr(frame, name)
     if json_body.null(raw):
         return None

@@ -8,13 +8,13 @@ array. Nothing below them is built, so a long conversation costs only its bytes.
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from msgspec import Raw
 
 from aioserver.errors import InvalidJson, InvalidRequest, RequestTooLarge
-from aioserver.protocol.json_body import ABSENT, text
+from aioserver.protocol.json_body import ABSENT, raw_members, text
 from aioserver.protocol.model_body import Member
 from aioserver.protocol.sound import sound
 from aioserver.protocol.steps import Steps, at_once, pause_after
@@ -39,15 +39,8 @@ _SPACE = b" \t\r\n"
 _EMPTY = Raw(b'""')
 
 
-class _Item(msgspec.Struct, gc=False):
-    id: Raw = ABSENT
-    type: Raw = ABSENT
-    encrypted_content: Raw = ABSENT
-    content: Raw = ABSENT
-
-
 _OBJECT = msgspec.json.Decoder(dict[str, Raw])
-_ITEM = msgspec.json.Decoder(_Item)
+_ITEM = raw_members("id", "type", "encrypted_content", "content")
 
 
 class ResponseParts(NamedTuple):
@@ -277,7 +270,8 @@ def _with_id(item: Raw, item_id: str) -> Raw:
     return Raw(msgspec.json.encode(whole))
 
 
-def _read(item: Raw) -> _Item | None:
+def _read(item: Raw) -> Any:
+    """Return the members of *item*; None if it is no object."""
     try:
         return _ITEM.decode(item)
     except (msgspec.DecodeError, RecursionError):

@@ -314,9 +314,7 @@ class LaneNews:
         return min(NEWS_INTERVAL, self.interval)
 
     def _tell_running(self, now: float) -> None:
-        """Report on each lane that its response is still awaited, if it has been silent
-        for long.
-        """
+        """Report on each lane that has been silent for long that its response is awaited."""
         interval = self.interval
         for lane in self._lanes.under_way():
             stream, reading = lane.stream, lane.reading
@@ -336,9 +334,7 @@ class LaneNews:
                     self._send(frames.queued(lane.name, *stream.queued))
 
     def _tell_waiting(self, now: float) -> None:
-        """Report the position of each waiting command, if it has changed or was
-        reported long ago.
-        """
+        """Report the waiting commands whose positions are new, or were reported long ago."""
         interval = self.interval
         for turn, position, eta in self._lanes.waiting():
             if turn.reported != position or now - turn.reported_at >= interval * 0.99:

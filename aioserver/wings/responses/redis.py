@@ -356,9 +356,7 @@ class SharedResponses:
         await self._writes.close()
 
     def _encoded(self, record: Record) -> bytes | None:
-        """Return *record* as bytes, which count as on their way; None if there is no room for
-        them.
-        """
+        """Return *record* as bytes, which count as pending; None if there is no room."""
         data = _encoder.encode((self._clock(), record))
         if self._pending + len(data) > MAX_PENDING:
             return None

@@ -342,9 +342,7 @@ class ResponsesSocket(Socket):
     # Turns.
 
     def _draft(self, lane: Lane, body: ModelBody) -> Draft:
-        """Return the draft of a response on *lane*, which this connection keeps regardless of
-        `store`.
-        """
+        """Return the draft of a response on *lane*, which keeps it regardless of `store`."""
 
         def keep(response: StoredResponse) -> None:
             if not self._over:
@@ -362,9 +360,7 @@ class ResponsesSocket(Socket):
         )
 
     def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Do *work*, for whose end the next turn on *lane* waits, and report its errors to the
-        client.
-        """
+        """Do *work*, whose end the next turn on *lane* waits for, and report its errors."""
 
         def refuse(error: AioserverError) -> None:
             if not self._over:

@@ -65,26 +65,6 @@ class StoredResponse:
     Always: its bytes are counted while something refers to it, and not after.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_head",
-        "_held",
-        "_references",
-        "_status",
-        "_tail",
-        "caller",
-        "history_bytes",
-        "id",
-        "input",
-        "kept_there",
-        "output",
-        "previous",
-        "provider",
-        "shared",
-        "stored_at",
-        "whole",
-    )
-
     def __init__(
         self,
         caller: Caller,
@@ -317,18 +297,6 @@ class StoredResponses:
         """Return the caller's response of this id; None if there is none."""
         self._expire()
         return self._named.get((caller, response_id))
-
-    def find(self, caller: Caller, response_id: str) -> StoredResponse:
-        """Return the caller's response of this id.
-
-        Raises:
-            ResponseNotFound: there was never such a response, it is no longer kept, or it is
-                another caller's.
-        """
-        response = self.get(caller, response_id)
-        if response is None:
-            raise not_found(response_id)
-        return response
 
     async def reach(self, caller: Caller, response_id: str) -> StoredResponse | None:
         """Return the caller's response of this id, for the caller to `release`.

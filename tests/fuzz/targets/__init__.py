@@ -10,22 +10,8 @@ if TYPE_CHECKING:
 
 # Bytes that mean something to most parsers.
 WORDS = (
-    *(
-        b"\n",
-        b"\r",
-        b"\r\n",
-        b"\n\n",
-        b"\0",
-        b":",
-        b",",
-        b'"',
-        b"\\",
-        b"{",
-        b"}",
-        b"[",
-        b"]",
-        b"  ",
-    ),
+    *(b"\n", b"\r", b"\r\n", b"\n\n", b"\0", b":", b",", b'"', b"\\", b"{", b"}", b"[", b"]"),
+    b"  ",
     *(b"data: ", b"[DONE]", b'"error"', b"\xff", b"\xef\xbb\xbf", "é😀".encode(), rb"\ud83d"),
     *(b"0\r\n\r\n", b"-1", b"1e999", b"null", b"true", b"\x80"),
 )

@@ -11,14 +11,13 @@ import orjson
 from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream, model_body
 from aioserver.protocol.steps import at_once
-from aioserver.provider_errors import ProviderFault
 from aioserver.streams.stream import Stream
 from aioserver.wings.responses.bridge.events import ResponseWriter
 from aioserver.wings.responses.bridge.output import Frame
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.sinks import BridgeSink
-from tests.fuzz.inputs import parts, windows
+from tests.fuzz.inputs import fed, of_bridge
 from tests.support.reference_messages import check_order
 from tests.support.response_events import check_run
 
@@ -36,18 +35,8 @@ ASKED = b'{"model":"m","input":"x","stream":true,"tools":[{"type":"custom","name
 
 
 def run(data: bytes) -> None:
-    """Take the content for the body of a request, or for an answer: in pieces, at once, and byte
-    for byte.
-    """
-    case = parts(data)
-    if case.choice % 2:
-        _check_request(case.content)
-        with windows(case.window):
-            _check_request(case.content)
-        return
-    whole, *others = map(_play, case.reads())
-    for other in others:
-        assert other == whole, f"what is read depends on the reads: {other} {whole}"
+    """Take the content for the body of a request, or for an answer."""
+    of_bridge(data, _check_request, _play)
 
 
 def _check_request(content: bytes) -> None:
@@ -72,16 +61,7 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     stream.events = form = ResponseEvents()
     request = at_once(chat_request(ASKED))
     writer = ResponseWriter(request, Frame("resp_1", 0, "m", request.repeated), 1 << 22)
-    sink, fault = BridgeSink(stream, writer), ""
-    try:
-        for read in reads:
-            if not sink.feed(read):
-                break
-        else:
-            sink.end()
-    except ProviderFault as error:
-        fault = f"{type(error).__name__}: {error.message}"
-        stream.fail(error)
+    fault = fed(BridgeSink(stream, writer), stream, reads)
     blocks = eventstream.parse(b"".join(entry.data for entry in stream.entries))
     events = [orjson.loads(block.data) for block in blocks]
     numbers = [event["sequence_number"] for event in events]

@@ -15,29 +15,10 @@ from tests.fuzz.inputs import parts, windows
 
 WORDS = (
     *(b'"%b":' % name.encode() for name in PAYLOAD_FIELDS),
-    *(
-        b'"model":',
-        rb'"mod\u0065l":',
-        b'"stream":',
-        b'"store":',
-        b'"input":',
-        b'"previous_response_id":',
-        b'"user":',
-        b'"request_id":"r"',
-        b"{}",
-        b"[]",
-    ),
-    *(
-        b'"model"',
-        rb"\ud800",
-        rb"\udc00",
-        rb"\u0000",
-        b"-0",
-        b"1E5",
-        b"NaN",
-        b"\t",
-        b'"role":"user"',
-    ),
+    *(b'"model":', rb'"mod\u0065l":', b'"stream":', b'"store":', b'"input":', b'"user":'),
+    *(b'"previous_response_id":', b'"stream_options":', b'"include_usage":', b'"request_id":"r"'),
+    *(b"{}", b"[]", b'"model"', rb"\ud800", rb"\udc00", rb"\u0000", b"-0", b"1E5", b"NaN"),
+    *(b"\t", b'"role":"user"'),
 )
 if TYPE_CHECKING:
     from aioserver.protocol.client_frames import Chat
@@ -90,6 +71,10 @@ def _check_completion(body: ModelBody, content: bytes) -> None:
     if len(content) < 2000:
         after = _loaded(body.with_model(MODEL))
         assert after == {**before, "model": MODEL}, "something else was replaced"
+        if body.usage_options is not None:
+            asking = _loaded(model_body.asking(body.data, body.usage_options))
+            options = {**(before.get("stream_options") or {}), "include_usage": True}
+            assert asking == {**before, "stream_options": options}, "something else was edited"
         with contextlib.suppress(InvalidRequest):
             longer = _loaded(at_once(continued(body.data, [b'{"a":"b"}'], 1 << 20)))
             own = before.pop("input", None)

@@ -23,23 +23,10 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
 
 WORDS = (
-    *(
-        b'"action":',
-        b'"request_id":',
-        b'"payload":',
-        b'"last_event_id":',
-        b'"chat"',
-        b'"resume"',
-        b'"ping"',
-    ),
+    *(b'"action":', b'"request_id":', b'"payload":', b'"last_event_id":', b'"chat"', b'"resume"'),
+    b'"ping"',
     *(b'"%b":' % name.encode() for name in PAYLOAD_FIELDS),
-    *(
-        b"\x81\x80\0\0\0\0",
-        b"\x01\x80\0\0\0\0",
-        b"\x80\x80\0\0\0\0",
-        b"\x88\x80\0\0\0\0",
-        b"\x89\x80\0\0\0\0",
-    ),
+    *(b"%b\x80\0\0\0\0" % opcode for opcode in (b"\x81", b"\x01", b"\x80", b"\x88", b"\x89")),
     *(b"\xfe\0", b"\xff\0\0\0\0\0\0", b"\x82", b"\xc1"),
 )
 MAX_MESSAGE = 1000

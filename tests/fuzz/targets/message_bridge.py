@@ -11,12 +11,12 @@ import orjson
 from aioserver.errors import AioserverError
 from aioserver.protocol import model_body
 from aioserver.protocol.steps import at_once
-from aioserver.provider_errors import ProviderFault
 from aioserver.streams.stream import Stream
 from aioserver.wings.anthropic.bridge.events import MessageWriter
 from aioserver.wings.anthropic.bridge.request import chat_request
 from aioserver.wings.anthropic.sink import BridgeSink
-from tests.fuzz.inputs import parts, windows
+from aioserver.wings.anthropic.wire import MessageErrors
+from tests.fuzz.inputs import fed, of_bridge
 from tests.support.message_events import check_run, put_together, read_events
 from tests.support.reference_messages import check_order
 
@@ -27,13 +27,7 @@ WORDS = (
     *(b'"choices":[{"index":0,', b'"delta":{', b'"content":"a"', b'"finish_reason":"stop"'),
     *(b'"tool_calls":[{', b'"function":{', b'"name":"f"', b'"arguments":"{', b'"id":"c1"'),
     *(b'"reasoning":"r"', b'"refusal":"n"', b'"usage":{', b'"index":1', b'"arguments":"}"'),
-    *(
-        b'"messages":[',
-        b'"role":"user"',
-        b'"role":"assistant"',
-        b'"type":"tool_use"',
-        b'"id":"c1"',
-    ),
+    *(b'"messages":[', b'"role":"user"', b'"role":"assistant"', b'"type":"tool_use"'),
     *(b'"type":"tool_result"', b'"tool_use_id":"c1"', b'"input":{}', b'"type":"text"'),
     *(b'"tools":[{', b'"input_schema":{}', b'"tool_choice":', b'"role":"system"'),
 )
@@ -41,18 +35,8 @@ ASKED = b'{"model":"m","messages":[{"role":"user","content":"x"}],"thinking":{"t
 
 
 def run(data: bytes) -> None:
-    """Take the content for the body of a request, or for an answer: in pieces, at once, and byte
-    for byte.
-    """
-    case = parts(data)
-    if case.choice % 2:
-        _check_request(case.content)
-        with windows(case.window):
-            _check_request(case.content)
-        return
-    whole, *others = map(_play, case.reads())
-    for other in others:
-        assert other == whole, f"what is read depends on the reads: {other} {whole}"
+    """Take the content for the body of a request, or for an answer."""
+    of_bridge(data, _check_request, _play)
 
 
 def _check_request(content: bytes) -> None:
@@ -73,20 +57,15 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     stream = Stream("r1", "me", window=30.0, max_bytes=1 << 22)
     stream.outcome.provider, stream.outcome.model = "sim", "a-model"
     stream.append_processing()
+    stream.events = MessageErrors()
     writer = MessageWriter(at_once(chat_request(ASKED)), "0" * 32, 1 << 22)
-    sink, fault = BridgeSink(stream, writer), ""
-    try:
-        for read in reads:
-            if not sink.feed(read):
-                break
-        else:
-            sink.end()
-    except ProviderFault as error:
-        fault = f"{type(error).__name__}: {error.message}"
+    fault = fed(BridgeSink(stream, writer), stream, reads)
     events = read_events(b"".join(entry.data for entry in stream.entries))
     if not fault:
         check_run(events)
-    elif events:
-        put_together(events)
-        assert events[-1]["type"] != "message_stop"
+    else:
+        assert events.pop()["type"] == "error"
+        if events:
+            put_together(events)
+            assert events[-1]["type"] != "message_stop"
     return [fault, stream.end_status, stream.outcome.usage, events]

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.protocol import eventstream
-from aioserver.provider_errors import ProviderFault
 from aioserver.streams.store import StreamStore
 from aioserver.wings.anthropic.sink import MessageSink
 from aioserver.wings.anthropic.wire import MessageErrors
-from tests.fuzz.inputs import parts
+from tests.fuzz.inputs import alike, fed, parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,9 +25,7 @@ WORDS = (
 
 def run(data: bytes) -> None:
     """Take the content for the events of an answer: in pieces, at once, and byte for byte."""
-    whole, *others = map(_play, parts(data).reads())
-    for other in others:
-        assert other == whole, f"what is read depends on the reads: {other} {whole}"
+    alike(parts(data), _play)
 
 
 def _play(reads: Iterable[bytes]) -> list[Any]:
@@ -38,17 +35,7 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     stream.append_processing()
     stream.events = MessageErrors()
     sink = MessageSink(stream)
-    fault = ""
-    try:
-        for read in reads:
-            if not sink.feed(read):
-                break
-        else:
-            sink.end()
-    except ProviderFault as error:
-        fault = f"{type(error).__name__}: {error.message}"
-        if not stream.ended:
-            stream.fail(error)
+    fault = fed(sink, stream, reads)
     assert stream.ended
     events = eventstream.parse(b"".join(entry.data for entry in stream.entries))
     if stream.end_status == b"complete":

@@ -10,39 +10,23 @@ import orjson
 
 from aioserver.errors import InternalError
 from aioserver.protocol import eventstream
-from aioserver.provider_errors import ProviderFault
 from aioserver.streams.store import StreamStore
 from aioserver.wings.responses.events import ResponseEvents
 from aioserver.wings.responses.sinks import ResponseSink
-from tests.fuzz.inputs import parts
+from tests.fuzz.inputs import alike, fed, parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 WORDS = (
-    *(
-        b'"sequence_number":',
-        b'"response":',
-        b'"type":"error"',
-        b'"type":"response.completed"',
-        b'"id":',
-    ),
-    *(
-        b"event: ",
-        b'"status":',
-        b'"type": "response.failed"',
-        b'"usage":',
-        b"{}",
-        b'{"id":"r"}',
-        b"99999999999999999999",
-    ),
+    *(b'"sequence_number":', b'"response":', b'"type":"error"', b'"type":"response.completed"'),
+    *(b'"id":', b"event: ", b'"status":', b'"type": "response.failed"', b'"usage":'),
+    *(b"{}", b'{"id":"r"}', b"99999999999999999999"),
 )
 
 
 def run(data: bytes) -> None:
     """Take the content for the events of a response: in pieces, at once, and byte for byte."""
-    whole, *others = map(_play, parts(data).reads())
-    for other in others:
-        assert other == whole, f"what is read depends on the reads: {other} {whole}"
+    alike(parts(data), _play)
 
 
 def _play(reads: Iterable[bytes]) -> list[Any]:
@@ -52,17 +36,7 @@ def _play(reads: Iterable[bytes]) -> list[Any]:
     stream.append_processing()
     stream.events = form = ResponseEvents()
     sink = ResponseSink(stream)
-    fault = ""
-    try:
-        for read in reads:
-            if not sink.feed(read):
-                break
-        else:
-            sink.end()
-    except ProviderFault as error:
-        fault = f"{type(error).__name__}: {error.message}"
-        if not stream.ended:
-            stream.fail(error)
+    fault = fed(sink, stream, reads)
     assert stream.ended
     events = eventstream.parse(b"".join(entry.data for entry in stream.entries))
     numbers = [form.event_before(sequence, stream.last) for sequence in range(-1, 8)]

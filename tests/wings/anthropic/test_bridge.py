@@ -5,22 +5,32 @@ difference.
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 
+from aioserver.provider_errors import ContextTooLong
+from aioserver.providers.error_mapping import check_status
 from aioserver.wings.anthropic.attempt import CountingCapabilities, MessagesCapabilities
+from aioserver.wings.anthropic.bridge.refused import translate
 from tests.support.lazily import lazily
 from tests.support.message_events import check_run, put_together, read_events
-from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
+from tests.support.scripted_engine import engine, refuses, said
+from tests.support.scripted_provider import (
+    EVENT_STREAM,
+    LAST_CHUNK,
+    ScriptedProvider,
+    answering,
+    chunk,
+)
+from tests.support.sdk import anthropic_of
 from tests.support.server import QUICK, SIM_HTTP_CLIENT, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     import anthropic
 
     from tests.support.scripted_provider import Peer
@@ -97,9 +107,7 @@ async def test_an_answer_is_the_same_streamed_or_not(server: RunningServer) -> N
 
 
 async def test_the_sdk_calls_a_tool_and_brings_its_result(server: RunningServer) -> None:
-    async with anthropic.AsyncAnthropic(
-        api_key="unused", base_url=server.base, max_retries=0
-    ) as sdk:
+    async with anthropic_of(server.base) as sdk:
         asked: dict[str, Any] = {"model": "m", "max_tokens": 1000, "tools": [WEATHER]}
         question: Any = {"role": "user", "content": "call a tool"}
         async with sdk.messages.stream(
@@ -187,6 +195,7 @@ async def test_a_provider_that_speaks_messages_is_asked_for_them(make_server: Ma
     status, answer = await answer_of(server, {**ASK, "model": "fault-404"})
     assert (status, answer["type"]) == (404, "error")
     await answer_of(server, ASK)
+    await shows(server, messages="speaks")
     server.simulator.behaviour = WITHOUT
     status, _ = await answer_of(server, ASK)
 
@@ -307,47 +316,17 @@ async def test_our_thinking_never_reaches_a_provider_that_speaks_messages(
     ]
 
 
-def telling(asked: list[Any], *answers: tuple[int, Any]) -> Callable[[Peer], Awaitable[None]]:
-    """A script that notes what it is asked in *asked*, and answers with these, the last for all that
-    follow.
-    """
-    left = list(answers)
-
-    async def play(peer: Peer) -> None:
-        while True:
-            asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
-            status, content = left.pop(0) if len(left) > 1 else left[0]
-            body = orjson.dumps(content)
-            await peer.send(JSON % (status, len(body), body))
-
-    return play
-
-
-def said(**message: Any) -> tuple[int, Any]:
-    return 200, {"choices": [{"message": message, "finish_reason": "stop"}]}
-
-
-def refuses(message: str, **fields: Any) -> tuple[int, Any]:
-    return 400, {"error": {"message": message, "type": "invalid_request_error", **fields}}
-
-
 async def asked_of(
     make_server: MakeServer, *answers: tuple[int, Any], **asked: Any
 ) -> tuple[int, Any, list[Any]]:
     """What the client gets, and what the provider was asked, which gives these *answers*."""
-    seen: list[Any] = []
-    async with ScriptedProvider(telling(seen, *answers)) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, *answers) as (server, seen):
         status, answer = await answer_of(server, {**ASK, **asked})
     return status, answer, seen
 
 
 async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: MakeServer) -> None:
-    seen: list[Any] = []
-    async with ScriptedProvider(telling(seen, said(reasoning="Hm", content="Yes"))) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, said(reasoning="Hm", content="Yes")) as (server, seen):
         thinking = {**ASK, "thinking": {"type": "adaptive"}}
         _, first = await answer_of(server, thinking)
         answered = {"role": "assistant", "content": first["content"]}
@@ -361,24 +340,13 @@ async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: Ma
     ("word", "asked"),
     [
         ("top_k", {"top_k": 5}),
-        ("reasoning_effort", {"output_config": {"effort": "low"}}),
-        (
-            "parallel_tool_calls",
-            {
-                "tools": [WEATHER],
-                "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
-            },
-        ),
     ],
 )
 async def test_a_word_that_the_engine_refuses_is_learned(
     make_server: MakeServer, word: str, asked: dict[str, Any]
 ) -> None:
-    seen: list[Any] = []
     refusal = refuses(f"Unrecognized request argument supplied: {word}")
-    async with ScriptedProvider(telling(seen, refusal, said(content="Yes"))) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, refusal, said(content="Yes")) as (server, seen):
         for _ in range(2):
             assert (await answer_of(server, {**ASK, **asked}))[0] == 200
         assert await server.counted("retries", "reason") == {}
@@ -387,19 +355,6 @@ async def test_a_word_that_the_engine_refuses_is_learned(
         assert await server.counted("bridged_requests", "api") == {("messages",): 3}
 
     assert [word in body for body in seen] == [True, False, False]
-
-
-async def test_the_bound_of_an_answer_may_have_another_name(make_server: MakeServer) -> None:
-    message = (
-        "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
-        "'max_completion_tokens' instead."
-    )
-
-    status, _, seen = await asked_of(make_server, refuses(message), said(content="Yes"))
-
-    assert status == 200
-    assert "max_tokens" not in seen[1]
-    assert seen[1]["max_completion_tokens"] == 1000
 
 
 VLLM = (
@@ -416,10 +371,7 @@ GROQ = (
 async def test_a_bound_that_is_too_large_is_lowered(
     make_server: MakeServer, message: str, bound: int
 ) -> None:
-    seen: list[Any] = []
-    async with ScriptedProvider(telling(seen, refuses(message), said(content="Yes"))) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, refuses(message), said(content="Yes")) as (server, seen):
         for _ in range(2):
             assert (await answer_of(server, {**ASK, "max_tokens": 64_000}))[0] == 200
         await shows(server, context_limit={"m": 32768} if message == VLLM else {})
@@ -454,11 +406,8 @@ async def test_a_refusal_is_learned_from_once(make_server: MakeServer) -> None:
 async def test_a_refusal_that_repeats_what_a_client_has_written_costs_others_nothing(
     make_server: MakeServer, message: str
 ) -> None:
-    seen: list[Any] = []
     refused = [refuses(message), refuses(message)]
-    async with ScriptedProvider(telling(seen, *refused, said(content="Yes"))) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    async with engine(make_server, *refused, said(content="Yes")) as (server, seen):
         asked = {**ASK, "top_k": 5, "max_tokens": 64_000}
         statuses = [(await answer_of(server, asked))[0] for _ in range(2)]
 
@@ -515,30 +464,18 @@ TOO_LONG: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("engine", TOO_LONG)
-async def test_a_prompt_that_is_too_long_is_refused_in_words_that_its_client_knows(
-    make_server: MakeServer, engine: str
-) -> None:
-    refusal, message = TOO_LONG[engine]
+def test_a_prompt_that_is_too_long_is_refused_in_words_that_its_client_knows(engine: str) -> None:
+    (status, content), message = TOO_LONG[engine]
+    body = orjson.dumps(content)
+    with pytest.raises(ContextTooLong) as caught:
+        check_status("sim", status, {}, body)
 
-    status, answer, seen = await asked_of(make_server, refusal)
+    translate(caught.value, body)
 
-    assert (status, len(seen)) == (400, 1)
-    assert answer["error"]["type"] == "invalid_request_error"
-    assert answer["error"]["message"] == message
-
-
-@pytest.mark.parametrize("status", [401, 429, 500, 503])
-async def test_the_faults_of_an_engine_are_those_of_any_provider(
-    make_server: MakeServer, status: int
-) -> None:
-    body = {"error": {"message": "no", "code": status}}
-
-    found, answer, _ = await asked_of(make_server, (status, body))
-
-    assert (found, answer["error"]["type"]) == {
-        401: (502, "api_error"),
-        429: (429, "rate_limit_error"),
-    }.get(status, (502, "api_error"))
+    assert caught.value.provider_answer is not None
+    shown, answer = caught.value.provider_answer
+    error = orjson.loads(answer)["error"]
+    assert (shown, error["type"], error["message"]) == (400, "invalid_request_error", message)
 
 
 @pytest.mark.parametrize(
@@ -593,14 +530,12 @@ async def test_the_headers_of_the_api_go_to_those_that_speak_it(
     assert ("beta" in head.partition("\r\n")[0]) is not bridged
 
 
-@pytest.mark.parametrize("messages", ["bridge", True])
-async def test_a_stream_that_waits_is_told_its_position(
-    make_server: MakeServer, messages: object
-) -> None:
+@pytest.mark.virtual_time
+async def test_a_stream_that_waits_is_told_its_position(make_server: MakeServer) -> None:
     server = await make_server(
-        Behaviour(ttft=0, interval=0.01, tokens=50),
+        Behaviour(ttft=0, interval=0.03, tokens=15),
         **{
-            "llm.providers.sim.messages": messages,
+            **BRIDGED,
             f"{SIM_HTTP_CLIENT}.concurrent_requests": 1,
             "chat.websocket.ping_interval": 0.1,
         },
@@ -624,17 +559,10 @@ async def test_a_stream_that_waits_is_told_its_position(
         assert body.count(b"event: ping") >= len(positions)
         check_run(read_events(body))
     # The official client reads over it.
-    async with asyncio.TaskGroup() as clients:
-        for _ in range(3):
-            clients.create_task(read_by_the_sdk(server))
-
-
-async def read_by_the_sdk(server: RunningServer) -> None:
-    async with (
-        anthropic.AsyncAnthropic(base_url=server.v1.removesuffix("/v1"), api_key="none") as sdk,
-        sdk.messages.stream(**ASK) as stream,
-    ):
-        assert (await stream.get_final_text()).strip()
+    async with anthropic_of(server.base) as sdk, asyncio.TaskGroup() as clients:
+        clients.create_task(ask())
+        async with sdk.messages.stream(**ASK) as stream:
+            assert (await stream.get_final_text()).strip()
 
 
 async def test_what_breaks_off_has_no_end(make_server: MakeServer) -> None:
@@ -657,14 +585,97 @@ async def test_what_breaks_off_has_no_end(make_server: MakeServer) -> None:
     assert put_together(seen[:-1])["content"] == [{"type": "text", "text": "a"}]
 
 
-async def test_an_answer_is_read_again_by_its_key(server: RunningServer) -> None:
-    headers = {"Idempotency-Key": "k1"}
-    url = f"{server.v1}/messages"
-    bodies = []
-    for _ in range(2):
-        async with server.session.post(url, json=STREAMED, headers=headers) as response:
-            bodies.append(await response.read())
+@pytest.mark.parametrize(
+    ("status", "content", "streamed", "expected"),
+    [
+        (400, b"<html>Bad Request</html>", False, (400, "invalid_request_error")),
+        (502, b"<html>Bad Gateway</html>", True, (502, "api_error")),
+        (200, {"error": {"message": "out of memory", "code": 500}}, True, (502, "api_error")),
+        (200, {"error": {"message": "out of memory", "code": 500}}, False, (502, "api_error")),
+        (401, {"error": {"message": "no", "code": 401}}, False, (502, "api_error")),
+        (503, {"error": {"message": "no", "code": 503}}, False, (502, "api_error")),
+    ],
+)
+async def test_the_faults_of_an_engine_are_those_of_any_provider(
+    make_server: MakeServer,
+    status: int,
+    content: Any,
+    streamed: bool,
+    expected: tuple[int, str],
+) -> None:
+    found, answer, _ = await asked_of(make_server, (status, content), stream=streamed)
 
-    assert bodies[0] == bodies[1]
-    check_run(read_events(bodies[0]))
-    assert server.simulator.stats().requests == 1
+    assert (found, answer["error"]["type"]) == expected
+
+
+async def test_a_history_of_a_megabyte(make_server: MakeServer) -> None:
+    server = await make_server(QUICK, **BRIDGED)
+    turns: list[Any] = []
+    for number in range(200):
+        name = f"c{number}"
+        use = {"type": "tool_use", "id": name, "name": "f", "input": {"n": number}}
+        result = {"type": "tool_result", "tool_use_id": name, "content": "é" * 2500}
+        turns += [
+            {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [result]},
+        ]
+    asked = io.BytesIO(orjson.dumps({**STREAMED, "messages": [*HELLO, *turns]}))
+    headers = {"Content-Type": "application/json"}
+
+    async with server.session.post(
+        f"{server.v1}/messages", data=asked, headers=headers
+    ) as response:
+        check_run(read_events(await response.read()))
+
+    (sent,) = server.simulator.bodies
+    assert len(sent["messages"]) == 401
+
+
+async def test_white_space_and_reasoning_do_not_keep_a_fallback_away(
+    make_server: MakeServer,
+) -> None:
+    async with (
+        Simulator(QUICK) as other,
+        ScriptedProvider(
+            answering(
+                (
+                    EVENT_STREAM,
+                    chunk(b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'),
+                    chunk(b'data: {"choices":[{"delta":{"content":"\\n\\n"}}]}\n\n'),
+                    chunk(b'data: {"error":{"message":"out of memory","code":500}}\n\n'),
+                    LAST_CHUNK,
+                )
+            )
+        ) as provider,
+    ):
+        changes = {
+            "llm.providers.sim.base_url": provider.url,
+            "llm.providers.sim.http_client.max_retries": 0,
+            "llm.fallbacks": ["other"],
+            "llm.providers.other": provider_entry(other.base_url) | {"messages": "bridge"},
+        }
+        server = await make_server(QUICK, **BRIDGED, **changes)
+        async with server.session.post(f"{server.v1}/messages", json=STREAMED) as response:
+            message = check_run(read_events(await response.read()))
+
+    assert message["model"] == "other-model"
+    assert await server.counted("provider_attempts", "outcome") == {("http_5xx",): 1, ("ok",): 1}
+
+
+async def test_an_answer_that_breaks_off_is_continued_as_the_same_message(
+    make_server: MakeServer,
+) -> None:
+    changes: dict[str, Any] = {"llm.fallbacks": ["other"]}
+    async with Simulator(QUICK) as other:
+        entry = provider_entry(other.base_url)
+        changes["llm.providers.other"] = entry | {"messages": "bridge", "continuation": "prefill"}
+        server = await make_server(Behaviour(ttft=0, interval=0), **BRIDGED, **changes)
+        _, answer = await answer_of(server, ASK)
+        server.simulator.behaviour = Behaviour(ttft=0, interval=0, cut_after=5)
+        async with server.session.post(f"{server.v1}/messages", json=STREAMED) as response:
+            body = await response.read()
+
+    message = check_run(read_events(body))
+    assert [block["text"] for block in message["content"]] == [answer["content"][0]["text"]]
+    seams = [line for line in body.split(b"\n") if line.startswith(b": seam ")]
+    assert seams

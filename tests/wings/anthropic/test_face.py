@@ -20,6 +20,7 @@ from tests.support.keys import bearer, key_of, keys_of
 from tests.support.lazily import lazily
 from tests.support.raw import Raw
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
+from tests.support.sdk import anthropic_of
 from tests.support.server import (
     CONCURRENCY,
     HTTP_CLIENT,
@@ -57,9 +58,7 @@ OLD = "llm.providers.old"
 
 @pytest.fixture
 async def sdk(server: RunningServer) -> AsyncIterator[anthropic.AsyncAnthropic]:
-    async with anthropic.AsyncAnthropic(
-        api_key="unused", base_url=server.base, max_retries=0
-    ) as client:
+    async with anthropic_of(server.base) as client:
         yield client
 
 
@@ -104,15 +103,6 @@ async def test_an_answer_reads_the_same_streamed_and_whole(sdk: anthropic.AsyncA
     assert whole._request_id  # noqa: SLF001 - documented by the SDK under this name
 
 
-async def test_the_beta_of_the_sdk_works(
-    sdk: anthropic.AsyncAnthropic, server: RunningServer
-) -> None:
-    answer = await sdk.beta.messages.create(**ASKED, betas=["one-2026-01-01"])
-
-    assert answer.stop_reason == "end_turn"
-    assert "one-2026-01-01" in server.simulator.requests[-1].headers["anthropic-beta"]
-
-
 async def test_thinking_comes_before_the_text(sdk: anthropic.AsyncAnthropic) -> None:
     thinking: Any = {"type": "enabled", "budget_tokens": 1024}
     whole = await sdk.messages.create(**ASKED, thinking=thinking)
@@ -150,9 +140,7 @@ async def test_tokens_are_counted(sdk: anthropic.AsyncAnthropic, server: Running
 
 async def test_models_of_providers_that_speak_it_are_discovered(make_server: MakeServer) -> None:
     server = await make_server(**{OLD: {**provider_entry(NOWHERE, "m"), "messages": False}})
-    async with anthropic.AsyncAnthropic(
-        api_key="unused", base_url=server.base, max_retries=0
-    ) as sdk:
+    async with anthropic_of(server.base) as sdk:
         listed = [model.id async for model in sdk.models.list(limit=1000)]
         retrieved = await sdk.models.retrieve("sim/anything")
         with pytest.raises(anthropic.NotFoundError, match="old does not speak"):
@@ -188,17 +176,6 @@ async def test_the_sdk_raises_its_own_errors(
         async for _ in stream:
             pass
     assert broken.value.type == "api_error"
-
-
-async def test_the_sdk_does_not_repeat_what_was_sent_already(server: RunningServer) -> None:
-    async with anthropic.AsyncAnthropic(
-        api_key="unused", base_url=server.base, max_retries=2
-    ) as sdk:
-        for model in ("fault-status-500", "fault-status-529", "fault-html"):
-            before = server.simulator.stats().requests
-            with pytest.raises(anthropic.APIStatusError):
-                await sdk.messages.create(**{**ASKED, "model": model})
-            assert server.simulator.stats().requests == before + 1, model
 
 
 # Byte for byte.
@@ -251,15 +228,6 @@ async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_server: Ma
         while received.count(b"content_block_delta") < 2:
             received += await response.content.readany()
     await server.simulator.until(lambda stats: stats.aborted == 1)
-
-
-async def test_nothing_follows_the_end(server: RunningServer) -> None:
-    for model in ("fault-after-done", "fault-open-done"):
-        async with (
-            asyncio.timeout(patience(5)),
-            post(server, {**STREAMED, "model": model}) as response,
-        ):
-            assert (await response.read()).endswith(STOP)
 
 
 # What is sent to the provider.
@@ -322,43 +290,44 @@ DOCUMENT = {
     "source": {"type": "text", "data": "a", "media_type": "text/plain"},
 }
 SEARCHED = {"type": "search_result", "source": "s", "title": "t", "content": [cited()]}
+# What the version of 2026 has no more, and the place of it that its refusal names.
+NO_MORE: list[tuple[dict[str, Any], str]] = [
+    *(({name: 1}, name) for name in ("temperature", "top_p", "top_k")),
+    (
+        {"messages": [*HELLO, {"role": "assistant", "content": [DOCUMENT]}, *HELLO]},
+        "messages.1.content.0",
+    ),
+    ({"messages": [{"role": "user", "content": [cited()]}]}, "messages.0.content.0"),
+    ({"messages": [{"role": "user", "content": [SEARCHED]}]}, "messages.0.content.0.content"),
+]
+# What it still has.
+STILL = [
+    {"role": "user", "content": [DOCUMENT, cited(citations=[])]},
+    {"role": "assistant", "content": [cited(), {"type": "tool_use", "id": "t", "name": "f"}]},
+    {
+        "role": "user",
+        "content": [
+            {"type": "tool_result", "tool_use_id": "t", "content": [DOCUMENT]},
+            {"type": "text", "text": "Hello"},
+        ],
+    },
+]
 
 
 @pytest.mark.parametrize("path", ["messages", "messages/count_tokens"])
-@pytest.mark.parametrize(
-    ("changes", "where"),
-    [
-        *(({name: 1}, name) for name in ("temperature", "top_p", "top_k")),
-        (
-            {"messages": [*HELLO, {"role": "assistant", "content": [DOCUMENT]}, *HELLO]},
-            "messages.1.content.0",
-        ),
-        ({"messages": [{"role": "user", "content": [cited()]}]}, "messages.0.content.0"),
-        ({"messages": [{"role": "user", "content": [SEARCHED]}]}, "messages.0.content.0.content"),
-    ],
-)
 async def test_what_the_version_of_the_client_has_no_more_is_refused_as_by_the_api(
-    server: RunningServer, path: str, changes: dict[str, Any], where: str
+    server: RunningServer, path: str
 ) -> None:
-    async with post(server, ASKED | changes, path) as response:
-        assert response.status == 200
-    async with post(server, ASKED | changes, path, anthropic_version="2026-10-21") as response:
-        assert response.status == 400
-        error = (await response.json())["error"]
-    assert error["type"] == "invalid_request_error"
-    assert error["message"].startswith(where)
-
-
-async def test_what_the_version_of_the_client_still_has_is_answered(server: RunningServer) -> None:
-    nested = {"type": "tool_result", "tool_use_id": "t", "content": [DOCUMENT]}
-    said = [
-        {"role": "user", "content": [DOCUMENT, cited(citations=[])]},
-        {"role": "assistant", "content": [cited(), {"type": "tool_use", "id": "t", "name": "f"}]},
-        {"role": "user", "content": [nested, {"type": "text", "text": "Hello"}]},
-    ]
-    async with post(
-        server, ASKED | {"messages": said}, anthropic_version="2026-10-21"
-    ) as response:
+    version = {"anthropic_version": "2026-10-21"}
+    for changes, where in NO_MORE:
+        async with post(server, ASKED | changes, path) as response:
+            assert response.status == 200, where
+        async with post(server, ASKED | changes, path, **version) as response:
+            assert response.status == 400, where
+            error = (await response.json())["error"]
+        assert error["type"] == "invalid_request_error"
+        assert error["message"].startswith(where)
+    async with post(server, ASKED | {"messages": STILL}, path, **version) as response:
         assert response.status == 200
 
 
@@ -377,8 +346,7 @@ async def test_the_key_of_the_sdk_is_taken_in_the_header_of_its_version(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(**keys_of("web", "other"))
-    options: Any = {"base_url": server.base, "max_retries": 0}
-    async with anthropic.AsyncAnthropic(api_key=key_of("web"), **options) as client:
+    async with anthropic_of(server.base, key_of("web")) as client:
         assert client.auth_headers == {"Authorization": f"Bearer {key_of('web')}"}
         assert (await client.messages.create(**ASKED)).stop_reason == "end_turn"
         assert server.simulator.requests[-1].headers["anthropic-version"] == "2026-10-21"
@@ -687,14 +655,13 @@ async def test_the_limits_of_a_key_are_429_with_retry_after(make_server: MakeSer
     assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
 
 
-@pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("messages", [True, "bridge"])
 @pytest.mark.parametrize("fault", ["slow-down", "status-429", "status-503"])
 async def test_a_provider_that_says_when_to_come_back_may_be_asked_again(
-    make_server: MakeServer, fault: str, messages: bool | str, streamed: bool
+    make_server: MakeServer, fault: str, messages: bool | str
 ) -> None:
     server = await make_server(QUICK, **{"llm.providers.sim.messages": messages})
-    asked = {**ASKED, "model": f"fault-{fault}", "stream": streamed}
+    asked = {**ASKED, "model": f"fault-{fault}"}
     async with server.session.post(f"{server.v1}/messages", json=asked) as response:
         # What passes as it is has the provider's status, and what was translated has ours.
         if response.status in {429, 503, 529}:
@@ -877,13 +844,6 @@ async def test_the_log_has_the_status_that_the_client_has(
     ]
     assert [line.fields["status"] for line in lines] == statuses == [529, 502, 404, 200]
     assert {line.fields["face"] for line in lines} == {"anthropic"}
-
-
-async def test_a_connection_is_used_again_after_an_answer(server: RunningServer) -> None:
-    async with Raw(server) as raw:
-        for body in (STREAMED, ASKED, {**STREAMED, "model": "fault-end-3"}, STREAMED):
-            await raw.post("/v1/messages", body)
-            assert (await raw.answer()).status == 200
 
 
 async def test_a_probe_of_the_server_by_head_is_answered(server: RunningServer) -> None:

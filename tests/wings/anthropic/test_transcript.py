@@ -19,7 +19,7 @@ from aioserver.wings.anthropic.transcript import MessageRest, MessagesTranscript
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ANSWERS = 500
+ANSWERS = 200
 PIECES = ("ha ", "0", "\n", "| a | b |\n", '"', "\\", "ü", "👍🏽", "Once upon a time, ", "<&>")
 # What any member of an event may be.
 JUNK: tuple[Any, ...] = (None, True, -1, 1.5, 10**30, "", "x", "\ud800", [], [[]], {}, {"a": []})

@@ -9,24 +9,20 @@ from typing import TYPE_CHECKING, Any
 import openai
 import orjson
 import pytest
-from openai import AsyncOpenAI
-from pydantic import BaseModel
 
 from aioserver.wings.responses.attempt import ResponsesCapabilities
 from tests.support.response_events import check_response, check_run, read_events
-from tests.support.scripted_provider import ScriptedProvider, answering
-from tests.support.server import ENDLESS, QUICK, provider_entry
+from tests.support.scripted_engine import engine, refuses, said
+from tests.support.server import QUICK, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from openai import AsyncOpenAI
 
-    from tests.support.scripted_provider import Peer
     from tests.support.server import MakeServer, RunningServer
 
 BRIDGED = {"llm.providers.sim.responses": False}
 WITHOUT = Behaviour(ttft=0, interval=0, responses=False)
-SLOW = Behaviour(ttft=0, interval=0.02)
 WEATHER: Any = {
     "type": "function",
     "name": "weather",
@@ -34,7 +30,6 @@ WEATHER: Any = {
     "parameters": {"type": "object", "properties": {"days": {"type": "integer"}}},
     "strict": False,
 }
-JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 ASK: dict[str, Any] = {"model": "m", "input": "Hello"}
 STREAMED = {**ASK, "stream": True}
 
@@ -59,32 +54,13 @@ def paths(simulator: Simulator) -> list[str]:
     return [request.path.removeprefix("/v1/") for request in simulator.requests]
 
 
-async def test_an_answer_is_the_same_streamed_or_not(
-    server: RunningServer, sdk: AsyncOpenAI
-) -> None:
-    whole = await sdk.responses.create(**ASK)
-    async with sdk.responses.stream(**ASK) as stream:
-        seen = [event async for event in stream]
-        final = await stream.get_final_response()
-    chat = await sdk.chat.completions.create(
-        model="m", messages=[{"role": "user", "content": "Hello"}]
-    )
-
-    assert whole.output_text == final.output_text == chat.choices[0].message.content
-    assert [event.sequence_number for event in seen] == list(range(len(seen)))
-    assert whole.usage == final.usage
-    assert chat.usage is not None
-    assert whole.usage is not None
-    assert whole.usage.total_tokens == chat.usage.total_tokens
-    assert set(paths(server.simulator)) == {"chat/completions"}
-
-
 async def test_each_event_is_one_of_the_api(server: RunningServer) -> None:
     for tools in ([], [WEATHER]):
         events = await stream_of(server, {**STREAMED, "input": "call a tool", "tools": tools})
         response = check_run(events)
         _, whole = await answer_of(server, {**ASK, "input": "call a tool", "tools": tools})
         check_response(whole)
+        assert set(paths(server.simulator)) == {"chat/completions"}
 
         for changing in ("id", "created_at", "completed_at"):
             response[changing] = whole[changing]
@@ -135,40 +111,9 @@ async def test_a_tool_is_called_and_its_result_comes_back(
     ]
 
 
-async def test_an_answer_that_is_too_long_for_its_bound_is_incomplete(
-    server: RunningServer, sdk: AsyncOpenAI
-) -> None:
-    whole = await sdk.responses.create(**ASK, max_output_tokens=3)
-    response = check_run(await stream_of(server, {**STREAMED, "max_output_tokens": 3}))
-
-    assert whole.status == response["status"] == "incomplete"
-    assert whole.incomplete_details is not None
-    assert whole.incomplete_details.reason == "max_output_tokens"
-
-
-class Person(BaseModel):
-    name: str
-    age: int
-
-
-def telling(asked: list[Any], **message: Any) -> Callable[[Peer], Awaitable[None]]:
-    """A script that notes what it is asked in *asked*, and always answers with *message*."""
-
-    async def play(peer: Peer) -> None:
-        while True:
-            asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
-            choice = {"message": {"role": "assistant", **message}, "finish_reason": "stop"}
-            body = orjson.dumps({"choices": [{"index": 0, **choice}]})
-            await peer.send(JSON_HEAD % len(body) + body)
-
-    return play
-
-
 async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: MakeServer) -> None:
-    asked: list[Any] = []
-    async with ScriptedProvider(telling(asked, reasoning_content="Hm", content="Yes")) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+    answer = said(reasoning_content="Hm", content="Yes")
+    async with engine(make_server, answer) as (server, asked):
         _, first = await answer_of(server, ASK)
         thought = first["output"][0]
         items = [{"role": "user", "content": "Hello"}, *first["output"]]
@@ -180,22 +125,6 @@ async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: Ma
         "content": "Yes",
         "reasoning_content": "Hm",
     }
-
-
-async def test_a_structured_output_is_asked_for_and_parsed(make_server: MakeServer) -> None:
-    asked: list[Any] = []
-    text = '{"name": "Ada", "age": 36}'
-    async with ScriptedProvider(telling(asked, content=text)) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
-        async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
-            parsed = await sdk.responses.parse(model="m", input="Who?", text_format=Person)
-
-    assert parsed.output_parsed == Person(name="Ada", age=36)
-    [body] = asked
-    assert body["response_format"]["type"] == "json_schema"
-    assert body["response_format"]["json_schema"]["name"] == "Person"
-    assert body["response_format"]["json_schema"]["strict"] is True
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -284,17 +213,6 @@ async def test_failover_goes_from_one_kind_of_provider_to_the_other(
 
 HOSTED: dict[str, tuple[Any, str]] = {
     "web_search": ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-    "file_search": (
-        {"tools": [{"type": "file_search", "vector_store_ids": ["v"]}]},
-        "tools[0].type",
-    ),
-    "code_interpreter": (
-        {"tools": [{"type": "code_interpreter", "container": "c"}]},
-        "tools[0].type",
-    ),
-    "mcp": ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
-    "image_generation": ({"tools": [{"type": "image_generation"}]}, "tools[0].type"),
-    "computer_use_preview": ({"tool_choice": {"type": "computer_use_preview"}}, "tool_choice"),
     "web_search_preview": (
         {
             "tools": [WEATHER, {"type": "web_search_preview"}],
@@ -302,10 +220,8 @@ HOSTED: dict[str, tuple[Any, str]] = {
         },
         "tool_choice",
     ),
-    "compaction": ({"input": [{"type": "compaction", "id": "c"}]}, "input[0].type"),
     "item_reference": ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
     "conversation": ({"conversation": "conv_1"}, "conversation"),
-    "prompt": ({"prompt": {"id": "pmpt_1"}}, "prompt"),
 }
 
 
@@ -345,57 +261,6 @@ async def test_a_hosted_tool_among_others_is_left_out(
     (sent,) = server.simulator.bodies
     assert [tool["function"]["name"] for tool in sent["tools"]] == ["weather"]
     assert sent["messages"] == [{"role": "user", "content": "Hello"}]
-
-
-def refusing(asked: list[Any], message: str, times: int) -> Callable[[Peer], Awaitable[None]]:
-    """A script that notes what it is asked in *asked*, refuses so often with *message*, and answers
-    then.
-    """
-    refused = [0]
-
-    async def play(peer: Peer) -> None:
-        while True:
-            asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
-            refused[0] += 1
-            error = orjson.dumps({"error": {"message": message, "code": 400}})
-            choice = {"index": 0, "message": {"content": "Yes"}, "finish_reason": "stop"}
-            body = error if refused[0] <= times else orjson.dumps({"choices": [choice]})
-            head = JSON_HEAD.replace(b"200 OK", b"400 Bad Request", refused[0] <= times)
-            await peer.send(head % len(body) + body)
-
-    return play
-
-
-async def test_what_an_engine_refuses_is_learned_here_too(make_server: MakeServer) -> None:
-    asked: list[Any] = []
-    message = "unknown field: parallel_tool_calls"
-    async with ScriptedProvider(refusing(asked, message, 1)) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
-        body = {**ASK, "tools": [WEATHER], "parallel_tool_calls": False}
-        for _ in range(2):
-            status, _ = await answer_of(server, body)
-            assert status == 200
-
-    assert ["parallel_tool_calls" in body for body in asked] == [True, False, False]
-
-
-async def test_an_input_that_is_too_long_has_the_code_that_codex_knows(
-    make_server: MakeServer,
-) -> None:
-    asked: list[Any] = []
-    message = (
-        "This model's maximum context length is 4096 tokens. However, you requested 9100 tokens "
-        "(9000 in the messages, 100 in the completion)."
-    )
-    async with ScriptedProvider(refusing(asked, message, 9)) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
-        status, answer = await answer_of(server, ASK)
-
-    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
-    assert answer["error"]["message"] == message
-    assert len(asked) == 1
 
 
 async def test_the_number_of_input_tokens_is_not_found_where_there_are_no_responses(
@@ -468,58 +333,6 @@ async def test_what_one_provider_cannot_have_goes_to_one_that_can(
         assert status == 502
 
 
-async def test_a_response_is_read_on_and_cancelled_by_its_id(
-    server: RunningServer, sdk: AsyncOpenAI
-) -> None:
-    asked = {**ASK, "store": True}
-    whole = await sdk.responses.create(**asked)
-    server.simulator.behaviour = SLOW
-    stream = await sdk.responses.create(**asked, stream=True)
-    seen = []
-    async for event in stream:
-        seen.append(event)
-        if len(seen) == 9:
-            break
-    await stream.close()
-    assert seen[0].type == "response.created"
-    name = seen[0].response.id
-
-    again = await sdk.responses.retrieve(
-        name, stream=True, starting_after=seen[-1].sequence_number
-    )
-    rest = [event async for event in again]
-
-    assert [event.sequence_number for event in (*seen, *rest)] == list(
-        range(len(seen) + len(rest))
-    )
-    assert rest[-1].type == "response.completed"
-    assert rest[-1].response.output_text == whole.output_text
-    for kept in (whole.id, name):
-        assert (await sdk.responses.retrieve(kept)).output_text == whole.output_text
-
-    server.simulator.behaviour = ENDLESS
-    stream = await sdk.responses.create(**asked, stream=True)
-    first = await anext(aiter(stream))
-    assert first.type == "response.created"
-    cancelled = await sdk.responses.cancel(first.response.id)
-    assert cancelled.status == "cancelled"
-    with pytest.raises(openai.APIError, match="cancelled"):
-        [event async for event in stream]
-    await server.simulator.until(lambda stats: not stats.active)
-
-
-@pytest.mark.parametrize(
-    "fault", ["fault-cut-3", "fault-error-event-3", "fault-bad-json-3", "fault-end-3"]
-)
-async def test_a_fault_in_the_middle_is_a_response_that_failed(
-    server: RunningServer, fault: str
-) -> None:
-    events = await stream_of(server, {**STREAMED, "model": fault})
-
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    assert events[-1]["type"] == "response.failed"
-
-
 async def test_an_error_before_the_first_event_has_its_status(make_server: MakeServer) -> None:
     server = await make_server(Behaviour(fail_rate=1.0, fail_status=503), **BRIDGED)
 
@@ -527,25 +340,25 @@ async def test_an_error_before_the_first_event_has_its_status(make_server: MakeS
     assert (await answer_of(server, ASK))[0] == 502
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("Too many tokens a minute.", "sim limits our rate: Too many tokens a minute."),
-        ("The API key sk-1 is limited.", "sim limits our rate"),
-    ],
-)
-async def test_a_client_learns_why_an_engine_limits_its_rate(
-    make_server: MakeServer, text: str, shown: str
-) -> None:
-    body = orjson.dumps({"error": {"message": text}})
-    head = b"HTTP/1.1 429 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    async with ScriptedProvider(answering(head % len(body) + body)) as provider:
-        address = {"llm.providers.sim.base_url": provider.url}
-        server = await make_server(QUICK, **BRIDGED, **address)
+async def test_a_client_learns_why_an_engine_limits_its_rate(make_server: MakeServer) -> None:
+    limited = 429, {"error": {"message": "Too many tokens a minute."}}
+    async with engine(make_server, limited) as (server, _):
         status, answer = await answer_of(server, ASK)
 
     assert (status, answer["error"]["code"]) == (429, "provider_rate_limited")
-    assert answer["error"]["message"] == shown
+    assert answer["error"]["message"] == "sim limits our rate: Too many tokens a minute."
+
+
+async def test_an_input_that_is_too_long_has_the_code_that_codex_knows(
+    make_server: MakeServer,
+) -> None:
+    message = "This model's maximum context length is 4096 tokens, and the input has 9000."
+    async with engine(make_server, refuses(message)) as (server, asked):
+        status, answer = await answer_of(server, ASK)
+
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer["error"]["message"] == message
+    assert len(asked) == 1
 
 
 async def test_a_response_is_continued_by_its_id(server: RunningServer, sdk: AsyncOpenAI) -> None:

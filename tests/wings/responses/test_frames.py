@@ -23,8 +23,11 @@ from aioserver.wings.responses.frames import (
     Refused,
     Resume,
     Steer,
-    parse,
 )
+
+
+def parse(frame: bytes) -> response_frames.Command:
+    return steps.at_once(response_frames.parsing(frame))
 
 
 def created(text: str) -> Create:
@@ -178,7 +181,7 @@ def test_a_large_frame_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None
     frame = b'{"type":"response.create","stream_id":"a","input":"%b"}' % text
 
     pauses = [*response_frames.parsing(frame).__await__()]
-    command = response_frames.parse(frame)
+    command = parse(frame)
 
     assert len(pauses) > 3
     assert isinstance(command, Create)

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
-from openai import AsyncOpenAI
 
 from tests.support.failing import left_alone
+from tests.support.sdk import openai_of
 from tests.support.server import QUICK, MakeServer, provider_entry
 from tests.support.simulator import Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from openai import AsyncOpenAI
 
     from tests.support.server import RunningServer
 
@@ -77,9 +79,7 @@ async def pair_of(
         }
         models = {"pair": {"members": names, "choose": choose}}
         server = await make_server(QUICK, **{**providers, "llm.models": models, **changes})
-        sdk = await stack.enter_async_context(
-            AsyncOpenAI(base_url=server.v1, api_key="none", max_retries=0)
-        )
+        sdk = await stack.enter_async_context(openai_of(server.v1))
         yield Pair(server, sdk, simulators, providers)
         await server.nothing_held()
 

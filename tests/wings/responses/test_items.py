@@ -7,7 +7,7 @@ import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.errors import InvalidRequest, RequestTooLarge
@@ -27,6 +27,7 @@ from aioserver.wings.responses.items import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+few = settings(max_examples=40)
 TEXTS = st.text(max_size=8)
 ITEMS = st.lists(
     st.fixed_dictionaries(
@@ -55,6 +56,7 @@ def listed(pieces: list[tuple[str, bytes]], **options: Any) -> Page | None:
     return at_once(paging(pieces, **options))
 
 
+@few
 @given(ITEMS, ITEMS, st.sampled_from([None, 0, 2]), st.booleans())
 def test_a_conversation_stands_in_front_of_the_input(
     before: list[Any], own: list[Any], indent: int | None, named_first: bool
@@ -123,6 +125,7 @@ def test_a_large_body_is_continued_in_steps() -> None:
     assert len([*continued(body, history, 1 << 24).__await__()]) > 8
 
 
+@few
 @given(ITEMS, st.dictionaries(st.sampled_from(["model", "usage", "output"]), TEXTS))
 def test_a_response_is_the_sum_of_its_parts(output: list[Any], further: dict[str, str]) -> None:
     response = {**further, "id": "r1", "status": "completed", "output": output}
@@ -135,6 +138,7 @@ def test_a_response_is_the_sum_of_its_parts(output: list[Any], further: dict[str
     assert items_in(parts.output) == output
 
 
+@few
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), ITEMS), max_size=4),
     st.integers(1, 6),

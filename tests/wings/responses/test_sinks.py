@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from aioserver.config.settings import Provider
 from aioserver.protocol import eventstream
@@ -135,20 +133,6 @@ def test_every_framing_and_every_cut_gives_the_same_events(name: str) -> None:
             range(2, len(events) + 1)
         )
         assert stream.text_bytes == 0
-
-
-@settings(max_examples=60)
-@given(
-    texts=st.lists(st.text(min_size=1), min_size=1, max_size=8), cuts=st.lists(st.integers(0, 999))
-)
-def test_any_texts_in_any_pieces_come_whole(texts: list[str], cuts: list[int]) -> None:
-    data = b"".join(delta(content=text) for text in texts) + delta("stop") + DONE
-    stream = new_stream()
-
-    play(new_sink(stream), data, sorted({cut % len(data) for cut in cuts}), end=True)
-
-    response = check_run(read_events(passed(stream)))
-    assert response["output"][0]["content"][0]["text"] == "".join(texts)
 
 
 @pytest.mark.parametrize(

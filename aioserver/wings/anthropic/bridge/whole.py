@@ -68,9 +68,7 @@ class WholeWriter(MessageWriter):
         self._content.append(block)
 
     def _input(self, text: bytes) -> bytes:
-        """Return *text*, the escaped arguments of a call, as an object; an empty one if it was
-        cut.
-        """
+        """Return *text*, the escaped arguments of a call, as an object; {} if it was cut."""
         arguments: bytes = orjson.loads(b'"%b"' % text).encode()
         try:
             json_body.decode(json_body.ANYTHING, arguments, "the arguments")

@@ -162,14 +162,12 @@ class ResponseWriter(ChunkReader[Call]):
         """
         events: list[bytes] = []
         self._complete(events)
-        reason = REASONS.get(self.finish_reason or "", "")
-        status = INCOMPLETE if reason else COMPLETED
+        status = INCOMPLETE if self.finish_reason in REASONS else COMPLETED
         for item in self._open:
             # Only the newest item can have been cut.
             events += self._ending(item, status if item is self._items[-1] else COMPLETED)
         self._open.clear()
-        response = self.response(now)
-        events.append(self._event(status, b'"response":%b' % response))
+        events.append(self._event(status, b'"response":%b' % self.response(now)))
         return events
 
     def _complete(self, events: list[bytes]) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import orjson
 
-from aioserver.protocol.tokens import tokens_of
+from aioserver.protocol.tokens import plausible, tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -192,6 +192,28 @@ class Call:
         )
 
 
+# The members of a response that repeat its request, each with its value if that has none.
+REPEATED = {
+    "frequency_penalty": b"0.0",
+    "instructions": b"null",
+    "max_output_tokens": b"null",
+    "max_tool_calls": b"null",
+    "metadata": b"{}",
+    "parallel_tool_calls": b"true",
+    "presence_penalty": b"0.0",
+    "prompt_cache_key": b"null",
+    "reasoning": b'{"effort":null,"summary":null}',
+    "safety_identifier": b"null",
+    "service_tier": b'"default"',
+    "store": b"true",
+    "temperature": b"1.0",
+    "text": b'{"format":{"type":"text"}}',
+    "tool_choice": b'"auto"',
+    "tools": b"[]",
+    "top_logprobs": b"0",
+    "top_p": b"1.0",
+    "truncation": b'"disabled"',
+}
 # The most bytes of a request that its response repeats: each event with a response object has
 # them.
 MAX_REPEATED_BYTES = 262_144
@@ -265,7 +287,7 @@ def usage_object(usage: Mapping[str, Any] | None, asked_tokens: int, answered_by
     answered = tokens.answer
     if answered is None:
         answered = -(-answered_bytes // BYTES_PER_TOKEN)
-    total = _count(known, "total_tokens")
+    total = plausible(known.get("total_tokens"))
     return orjson.dumps(
         {
             "input_tokens": asked,
@@ -278,12 +300,6 @@ def usage_object(usage: Mapping[str, Any] | None, asked_tokens: int, answered_by
             "total_tokens": asked + answered if total is None else total,
         }
     )
-
-
-def _count(counts: Mapping[str, Any], name: str) -> int | None:
-    number = counts.get(name)
-    plausible = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 53
-    return number if plausible else None
 
 
 def written_logprobs(tokens: object) -> tuple[bytes, bytes]:

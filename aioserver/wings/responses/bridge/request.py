@@ -20,6 +20,8 @@ refuse unknown fields. A field that would change the meaning of the answer is re
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import orjson
 from msgspec import Raw
@@ -37,51 +39,16 @@ from aioserver.protocol.bridging.reading import (
     string,
 )
 from aioserver.protocol.bridging.turns import Piece, Turns
-from aioserver.protocol.json_body import ABSENT, flag, null
+from aioserver.protocol.json_body import ABSENT, flag, null, raw_members
 from aioserver.protocol.steps import Steps, pause_after
 from aioserver.wings.responses.bridge.items import ItemReader
-from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES
+from aioserver.wings.responses.bridge.output import MAX_REPEATED_BYTES, REPEATED
 from aioserver.wings.responses.bridge.tools import Tools
 
 LOGPROBS = "message.output_text.logprobs"
 # Fields that only a provider with responses of its own can honour.
 _REFUSED = ("conversation", "prompt", "moderation")
 _TEXT_FORMAT = b'{"type":"text"}'
-
-
-class _Body(msgspec.Struct, gc=False):
-    model: Raw = ABSENT
-    stream: Raw = ABSENT
-    input: Raw = ABSENT
-    instructions: Raw = ABSENT
-    tools: Raw = ABSENT
-    tool_choice: Raw = ABSENT
-    text: Raw = ABSENT
-    reasoning: Raw = ABSENT
-    include: Raw = ABSENT
-    max_output_tokens: Raw = ABSENT
-    temperature: Raw = ABSENT
-    top_p: Raw = ABSENT
-    top_logprobs: Raw = ABSENT
-    presence_penalty: Raw = ABSENT
-    frequency_penalty: Raw = ABSENT
-    max_tool_calls: Raw = ABSENT
-    parallel_tool_calls: Raw = ABSENT
-    user: Raw = ABSENT
-    safety_identifier: Raw = ABSENT
-    service_tier: Raw = ABSENT
-    prompt_cache_key: Raw = ABSENT
-    metadata: Raw = ABSENT
-    store: Raw = ABSENT
-    previous_response_id: Raw = ABSENT
-    conversation: Raw = ABSENT
-    prompt: Raw = ABSENT
-    moderation: Raw = ABSENT
-
-
-class _Text(msgspec.Struct, gc=False):
-    format: Raw = ABSENT
-    verbosity: Raw = ABSENT
 
 
 class _Format(msgspec.Struct, gc=False):
@@ -92,14 +59,42 @@ class _Format(msgspec.Struct, gc=False):
     strict: Raw = ABSENT
 
 
-class _Reasoning(msgspec.Struct, gc=False):
-    effort: Raw = ABSENT
-
-
-_BODY = msgspec.json.Decoder(_Body)
-_TEXT = msgspec.json.Decoder(_Text)
+_BODY = raw_members(
+    *(
+        "model",
+        "stream",
+        "input",
+        "instructions",
+        "tools",
+        "tool_choice",
+        "text",
+        "reasoning",
+        "include",
+    ),
+    *(
+        "max_output_tokens",
+        "temperature",
+        "top_p",
+        "top_logprobs",
+        "presence_penalty",
+        "frequency_penalty",
+        "max_tool_calls",
+        "parallel_tool_calls",
+        "user",
+    ),
+    *(
+        "safety_identifier",
+        "service_tier",
+        "prompt_cache_key",
+        "metadata",
+        "store",
+        "previous_response_id",
+    ),
+    *_REFUSED,
+)
+_TEXT = raw_members("format", "verbosity")
 _FORMAT = msgspec.json.Decoder(_Format)
-_REASONING = msgspec.json.Decoder(_Reasoning)
+_REASONING = raw_members("effort")
 _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
 
@@ -153,7 +148,8 @@ async def chat_request(
         await for_each(fields.input, "input", ItemReader(tools, turns, incomplete=incomplete).add)
     logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
-    written, model, asked_tokens, optional = await put_together(
+    return await put_together(
+        ChatRequest,
         body,
         fields.model,
         turns,
@@ -162,20 +158,14 @@ async def chat_request(
         accepted,
         streamed=streamed or bool(flag(fields.stream)),
         form=written_format,
-    )
-    return ChatRequest(
-        body=written,
-        model=model,
         tools=tools,
         hosted=tools.hosted,
         repeated=_repeated(fields, tools, shown_text, previous),
         logprobs=logprobs,
-        asked_tokens=asked_tokens,
-        accepted=optional,
     )
 
 
-def _fields(body: bytes) -> _Body:
+def _fields(body: bytes) -> Any:
     fields = json_body.decode(_BODY, body, "the body")
     for name in _REFUSED:
         raw = getattr(fields, name)
@@ -190,18 +180,17 @@ def _names(raw: Raw) -> list[str]:
     return [json_body.text(each) or "" for each in elements(raw, "include")]
 
 
-def _options(fields: _Body, accepted: AcceptedParameters, size: Size, *, logprobs: bool) -> bytes:
-    reasoning = _Reasoning()
+def _options(fields: Any, accepted: AcceptedParameters, size: Size, *, logprobs: bool) -> bytes:
+    effort = ABSENT
     if not null(fields.reasoning):
-        reasoning = read(_REASONING, fields.reasoning, "reasoning")
-    effort = reasoning.effort if accepted.takes("reasoning_effort") else ABSENT
+        effort = read(_REASONING, fields.reasoning, "reasoning").effort
     return members(
         (b"temperature", fields.temperature),
         (b"top_p", fields.top_p),
         (b"presence_penalty", fields.presence_penalty),
         (b"frequency_penalty", fields.frequency_penalty),
         (accepted.bound.encode(), accepted.bounded(fields.max_output_tokens, size)),
-        (b"reasoning_effort", effort),
+        (b"reasoning_effort", effort if accepted.takes("reasoning_effort") else ABSENT),
         (b"logprobs", b"true" if logprobs else b""),
         (b"top_logprobs", fields.top_logprobs),
         (b"user", fields.safety_identifier if null(fields.user) else fields.user),
@@ -211,7 +200,7 @@ def _options(fields: _Body, accepted: AcceptedParameters, size: Size, *, logprob
 
 def _text(raw: Raw) -> tuple[bytes, bytes]:
     """Return the members for the form of the text, and the `text` of the response."""
-    fields = _Text() if null(raw) else read(_TEXT, raw, "text")
+    fields = read(_TEXT, Raw(b"{}") if null(raw) else raw, "text")
     verbosity = members((b"verbosity", fields.verbosity))
     shown = b'{"format":%b%b}' % (
         _TEXT_FORMAT if null(fields.format) else bytes(fields.format),
@@ -236,43 +225,26 @@ def _text(raw: Raw) -> tuple[bytes, bytes]:
     return verbosity + written, shown
 
 
-def _repeated(fields: _Body, tools: Tools, text: bytes, previous: str | None) -> bytes:
+def _repeated(fields: Any, tools: Tools, text: bytes, previous: str | None) -> bytes:
     """Return the members of the response that repeat the request."""
-    instructions, shown = _or(fields.instructions, b"null"), b",".join(tools.shown)
-    if len(instructions) + len(shown) > MAX_REPEATED_BYTES:
-        instructions, shown = b"null", b""
-    unstored = flag(fields.store) is False
     values = {
-        b"frequency_penalty": _or(fields.frequency_penalty, b"0.0"),
-        b"instructions": instructions,
-        b"max_output_tokens": _or(fields.max_output_tokens, b"null"),
-        b"max_tool_calls": _or(fields.max_tool_calls, b"null"),
-        b"metadata": _or(fields.metadata, b"{}"),
-        b"parallel_tool_calls": _or(fields.parallel_tool_calls, b"true"),
-        b"presence_penalty": _or(fields.presence_penalty, b"0.0"),
-        b"previous_response_id": orjson.dumps(previous),
-        b"prompt_cache_key": _or(fields.prompt_cache_key, b"null"),
-        b"reasoning": _or(fields.reasoning, b'{"effort":null,"summary":null}'),
-        b"safety_identifier": _or(fields.safety_identifier, b"null"),
-        b"service_tier": _or(fields.service_tier, b'"default"'),
-        b"store": b"false" if unstored else b"true",
-        b"temperature": _or(fields.temperature, b"1.0"),
-        b"text": text,
-        b"tool_choice": _or(fields.tool_choice, b'"auto"'),
-        b"tools": b"[%b]" % shown,
-        b"top_logprobs": _or(fields.top_logprobs, b"0"),
-        b"top_p": _or(fields.top_p, b"1.0"),
-        b"truncation": b'"disabled"',
-        b"user": _or(fields.user, b"null"),
+        name: default if null(raw := getattr(fields, name, ABSENT)) else bytes(raw)
+        for name, default in REPEATED.items()
     }
-    repeated = b",".join([b'"%b":%b' % pair for pair in values.items()])
+    shown = b",".join(tools.shown)
+    if len(values["instructions"]) + len(shown) > MAX_REPEATED_BYTES:
+        values["instructions"], shown = b"null", b""
+    values |= {
+        "previous_response_id": orjson.dumps(previous),
+        "store": b"false" if flag(fields.store) is False else b"true",
+        "text": text,
+        "tools": b"[%b]" % shown,
+        "user": b"null" if null(fields.user) else bytes(fields.user),
+    }
+    repeated = b",".join([b'"%b":%b' % (name.encode(), raw) for name, raw in values.items()])
     if len(repeated) > 2 * MAX_REPEATED_BYTES:
         raise InvalidRequest(
             f"the request has more than {MAX_REPEATED_BYTES} bytes beside input, "
             "instructions and tools"
         )
     return repeated
-
-
-def _or(raw: Raw, default: bytes) -> bytes:
-    return default if null(raw) else bytes(raw)

@@ -22,7 +22,7 @@ from aioserver.errors import InvalidRequest
 from aioserver.protocol.bridging.chat import MAX_NAME, function, function_name
 from aioserver.protocol.bridging.hosted import Hosted
 from aioserver.protocol.bridging.reading import MAX_ELEMENTS, elements, is_string, read
-from aioserver.protocol.json_body import ABSENT, flag, null
+from aioserver.protocol.json_body import ABSENT, flag, null, raw_members
 
 FUNCTION, CUSTOM = "function", "custom"
 _OWN = frozenset({FUNCTION, CUSTOM})
@@ -46,11 +46,6 @@ class _Tool(msgspec.Struct, gc=False):
     external_web_access: Raw = ABSENT
 
 
-class _Format(msgspec.Struct, gc=False):
-    definition: Raw = ABSENT
-    syntax: Raw = ABSENT
-
-
 class _Choice(msgspec.Struct, gc=False):
     type: str
     name: str = ""
@@ -60,7 +55,7 @@ class _Choice(msgspec.Struct, gc=False):
 
 
 _TOOL = msgspec.json.Decoder(_Tool)
-_FORMAT = msgspec.json.Decoder(_Format)
+_FORMAT = raw_members("definition", "syntax")
 _CHOICE = msgspec.json.Decoder(_Choice)
 
 
@@ -203,9 +198,7 @@ class Tools:
 
 
 def _parameters(tool: _Tool, param: str) -> bytes:
-    """Return the parameters of the function that stands for a custom tool. The description of its
-    `input` has the grammar of the tool.
-    """
+    """Return the parameters of a custom tool's function; `input` has its grammar."""
     described = b""
     if not null(tool.format):
         grammar = read(_FORMAT, tool.format, f"{param}.format")

@@ -19,6 +19,7 @@ from aioserver.wings.anthropic.bridge.whole import WholeWriter, whole_message
 from aioserver.wings.anthropic.sink import BridgeSink
 from tests.support.message_events import check_run, put_together, read_events
 from tests.support.reference_messages import message_content
+from tests.support.tool_calls import CALLS, call
 
 ASKED: dict[str, Any] = {
     "model": "m",
@@ -37,12 +38,6 @@ def new_writer(**asked: Any) -> MessageWriter:
 def chunk(finish: str | None = None, **fields: Any) -> dict[str, Any]:
     choice = {"index": 0, "delta": fields, "finish_reason": finish}
     return {"id": "c", "model": "m-1", "choices": [choice]}
-
-
-def call(index: int | None, **fields: Any) -> dict[str, Any]:
-    function = {name: fields.pop(name) for name in ("name", "arguments") if name in fields}
-    numbered = {} if index is None else {"index": index}
-    return {"tool_calls": [{**numbered, **fields, "function": function}]}
 
 
 def played(
@@ -228,56 +223,21 @@ def test_an_engine_that_does_not_interleave_is_never_held_back() -> None:
     ]
 
 
-ODD: dict[str, list[Any]] = {
-    "each with index 0": [
-        call(0, id="c1", name="f", arguments='{"a":1}'),
-        call(0, id="c2", name="g", arguments='{"b":2}'),
-    ],
-    "without an index": [
-        call(None, id="c1", name="f", arguments='{"a":1}'),
-        call(None, id="c2", name="g", arguments='{"b":2}'),
-    ],
-    "an object": [
-        call(0, id="c1", name="f", arguments={"a": 1}),
-        call(1, id="c2", name="g", arguments={"b": 2}),
-    ],
-    "the name comes later": [
-        call(0, id="c1", arguments='{"a"'),
-        call(0, name="f", arguments=":1}"),
-        call(1, id="c2", name="g", arguments='{"b":2}'),
-    ],
-    "white space behind": [
-        call(0, id="c1", name="f", arguments='{"a":1}\n'),
-        call(0, arguments=" "),
-        call(1, id="c2", name="g", arguments=' {"b":2}'),
-    ],
-    "both at once": [
-        {
-            "tool_calls": [
-                *call(0, id="c1", name="f", arguments='{"a":1}')["tool_calls"],
-                *call(1, id="c2", name="g", arguments='{"b":2}')["tool_calls"],
-            ]
-        }
-    ],
-}
+WHITE_SPACE = [
+    call(0, id="c0", name="f", arguments='{"a":1}\n'),
+    call(0, arguments=" "),
+    call(1, id="c1", name="g", arguments=' {"b":2}'),
+]
 
 
-def test_calls_of_one_chunk_are_blocks_of_their_own_though_they_have_one_id() -> None:
-    both = [call(None, id="f:0", name="f", arguments=f'{{"a":{n}}}') for n in (1, 2)]
-
-    made = translated(chunk(tool_calls=[one["tool_calls"][0] for one in both]), chunk("stop"))
-
-    assert [block["input"] for block in made["content"]] == [{"a": 1}, {"a": 2}]
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_calls_are_read_however_an_engine_sends_them(name: str) -> None:
-    made = translated(*[chunk(**piece) for piece in ODD[name]], chunk("stop"))
+@pytest.mark.parametrize("deltas", [*CALLS.values(), WHITE_SPACE], ids=[*CALLS, "white space"])
+def test_calls_are_read_however_an_engine_sends_them(deltas: list[Any]) -> None:
+    made = translated(*[chunk(**delta) for delta in deltas], chunk("stop"))
 
     assert made["stop_reason"] == "tool_use"
     assert made["content"] == [
-        {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
-        {"type": "tool_use", "id": "c2", "name": "g", "input": {"b": 2}},
+        {"type": "tool_use", "id": "c0", "name": "f", "input": {"a": 1}},
+        {"type": "tool_use", "id": "c1", "name": "g", "input": {"b": 2}},
     ]
 
 
@@ -493,7 +453,7 @@ def test_any_answer_in_any_cuts_is_what_a_simple_translation_makes_of_it(
     part: int, thinking: bool
 ) -> None:
     asked = THINKING if thinking else {}
-    for seed in range(part * 100, part * 100 + 100):
+    for seed in range(part * 50, part * 50 + 50):
         rng = random.Random(seed)
         chunks = random_chunks(rng, ordered=False)
         events, fault = played(cut(rng, b"".join(sent(*chunks))), **asked)
@@ -509,7 +469,7 @@ def test_any_answer_in_any_cuts_is_what_a_simple_translation_makes_of_it(
 @pytest.mark.parametrize("thinking", [True, False])
 def test_a_whole_answer_is_the_streamed_one_put_together(thinking: bool) -> None:
     asked = THINKING if thinking else {}
-    for seed in range(200):
+    for seed in range(100):
         chunks = random_chunks(random.Random(seed), ordered=True)
         events, _ = played(sent(*chunks), **asked)
 
@@ -534,24 +494,6 @@ def whole_choice(chunks: list[Any]) -> dict[str, Any]:
             known["function"]["arguments"] += piece["function"]["arguments"]
     message["tool_calls"] = list(calls.values())
     return {"index": 0, "message": message, "finish_reason": "stop"}
-
-
-@pytest.mark.parametrize("same", [{"id": "f:0"}, {"index": 0}, {"id": "f:0", "index": 0}, {}])
-def test_calls_of_one_whole_answer_are_blocks_of_their_own_whatever_they_have_in_common(
-    same: dict[str, Any],
-) -> None:
-    calls = [
-        {**same, "function": {"name": "f", "arguments": f'{{"a":{number}}}'}}
-        for number in range(3)
-    ]
-    choice = {"index": 0, "message": {"tool_calls": calls}, "finish_reason": "tool_calls"}
-    request = at_once(chat_request(orjson.dumps(ASKED)))
-    writer = WholeWriter(request, NAME, 1 << 20)
-
-    made = orjson.loads(at_once(whole_message(orjson.dumps({"choices": [choice]}), writer)))
-
-    assert [block["input"] for block in made["content"]] == [{"a": 0}, {"a": 1}, {"a": 2}]
-    assert len({block["id"] for block in made["content"]}) == 3
 
 
 def test_a_whole_answer_with_arguments_that_are_no_json_is_a_fault() -> None:

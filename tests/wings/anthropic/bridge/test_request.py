@@ -257,7 +257,10 @@ def test_what_stands_for_a_content_elsewhere_is_refused_by_name() -> None:
         document = {"type": "document", "source": source}
         assert refused(messages=[user(document)]) == "messages[0].content[0]"
     assert refused(messages=[user({"type": "container_upload"})]) == "messages[0].content[0]"
+    nameless = {"type": "tool_result"}
+    assert refused(messages=[user(nameless)]) == "messages[0].content[0].tool_use_id"
     assert refused(messages=[]) == "messages"
+    assert refused(messages=[{"role": "tool", "content": ""}]) == "messages[0].role"
     assert refused(messages=[user({"type": "image"})]) == "messages[0].content[0].source"
     with pytest.raises(ThreadContinued, match="message-threads-2026-08-12"):
         request(thread={"type": "continue", "id": "t"})
