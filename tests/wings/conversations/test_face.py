@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -173,16 +172,6 @@ async def test_an_answer_that_runs_while_its_conversation_is_deleted_is_not_kept
     assert len((await get(server, "c1"))["messages"]) == 2
 
 
-async def test_all_are_deleted_at_once(server: RunningServer) -> None:
-    for number in range(3):
-        await ask(server, f"q{number}", f"c{number}")
-
-    async with server.session.delete(url(server)) as response:
-        assert (response.status, await response.json()) == (200, {"deleted": 3})
-
-    assert await ids(server) == []
-
-
 async def test_conversations_belong_to_their_key(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", "app"))
     await ask(server, "Mine", "c1", **bearer("web"))
@@ -296,15 +285,3 @@ async def test_pages_of_another_origin_may_ask(make_server: MakeServer) -> None:
     headers = {"Origin": "https://app.example"}
     async with server.session.get(url(server), headers=headers) as response:
         assert response.headers["Access-Control-Allow-Origin"] == "https://app.example"
-
-
-async def test_lists_and_deletions_that_cross_each_other_end(server: RunningServer) -> None:
-    async def ask_one(number: int) -> None:
-        await ask(server, f"q{number}", f"c{number}")
-        await ids(server)
-        async with server.session.delete(url(server, f"c{number}")) as response:
-            assert response.status == 204
-
-    await asyncio.gather(*(ask_one(number) for number in range(20)))
-
-    assert await ids(server) == []

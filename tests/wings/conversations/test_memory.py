@@ -11,7 +11,7 @@ import pytest
 
 from aioserver.auth.callers import Caller
 from aioserver.config.settings import Context, Persistence
-from aioserver.wings.conversations.memory import MAX_CONVERSATIONS, Conversations
+from aioserver.wings.conversations.memory import Conversations
 from aioserver.wings.conversations.turn import MAX_UNLIMITED_BYTES, Turn, estimated_tokens
 from tests.support.clock import FakeClock
 
@@ -112,9 +112,12 @@ def test_without_a_bound_of_its_own_a_conversation_keeps_a_mebibyte(name: str) -
     assert 900_000 < sum(sizes) <= MAX_UNLIMITED_BYTES
 
 
-def test_of_too_many_conversations_the_one_used_longest_ago_goes() -> None:
+def test_of_too_many_conversations_the_one_used_longest_ago_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("aioserver.wings.conversations.memory.MAX_CONVERSATIONS", most := 500)
     kept = Kept()
-    for number in range(MAX_CONVERSATIONS):
+    for number in range(most):
         kept.keep("q", name=f"c{number}")
     kept.keep("q", name="c0")  # kept on
     assert kept.sent(name="c1") == ["q", "a"]  # asked again
@@ -122,7 +125,7 @@ def test_of_too_many_conversations_the_one_used_longest_ago_goes() -> None:
     kept.keep("q", name="new")
     kept.keep("q", name="newer")
 
-    assert 0.98 * MAX_CONVERSATIONS < len(kept.all) <= MAX_CONVERSATIONS
+    assert 0.98 * most < len(kept.all) <= most
     assert kept.sent(name="c0") != []
     assert kept.sent(name="c1") != []
     assert kept.sent(name="c2") == kept.sent(name="c3") == []
