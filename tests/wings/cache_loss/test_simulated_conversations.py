@@ -145,7 +145,7 @@ def conversation(reader: Reader, clock: FakeClock, number: int, seed: int) -> li
     """The turns of one conversation; each second one has a cause planted."""
     dice = random.Random(f"{seed}.{number}")
     talk = Conversation(reader, clock, dice, f"caller {number}")
-    turns = dice.randint(3, 40)
+    turns = dice.randint(3, 16)
     planted = dice.randrange(2, turns) if number % 2 and number >= FIRST else 0
     told = []
     for turn in range(turns):
