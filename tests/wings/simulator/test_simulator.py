@@ -555,19 +555,19 @@ def test_the_table_of_faults_is_whole() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("name", simulator_faults.FAULTS)
-async def test_every_fault_leaves_nothing_behind(
-    simulator: Simulator, session: aiohttp.ClientSession, name: str, *, stream: bool
+async def test_no_fault_leaves_anything_behind(
+    simulator: Simulator, session: aiohttp.ClientSession, *, stream: bool
 ) -> None:
-    request = asyncio.create_task(raw(simulator, f"fault-{name}", stream=stream))
-    await simulator.until(lambda stats: stats.active == 1 or stats.completed == 1)
-    await ticks(20)  # somewhere in the answer
-    request.cancel()
-    await asyncio.wait([request])
-    await simulator.until(lambda stats: not stats.open_connections and not stats.active)
-    stats = simulator.stats()
+    for number, name in enumerate(simulator_faults.FAULTS):
+        request = asyncio.create_task(raw(simulator, f"fault-{name}", stream=stream))
+        await simulator.until(lambda stats: stats.requests > number)  # noqa: B023
+        await ticks(20)  # somewhere in the answer
+        request.cancel()
+        await asyncio.wait([request])
+        await simulator.until(lambda stats: not stats.open_connections and not stats.active)
+        stats = simulator.stats()
 
-    assert stats.completed + stats.aborted == stats.requests == 1
+        assert stats.completed + stats.aborted == stats.requests == number + 1, name
     assert await whole(session, simulator, "m")
 
 
@@ -658,17 +658,6 @@ async def test_limits_in_the_head(
     assert tuple(headers.get(f"x-ratelimit-{name}") for name in names) == expected
 
 
-async def test_flapping_fails_and_answers_by_turns(
-    simulator: Simulator, session: aiohttp.ClientSession
-) -> None:
-    statuses = []
-    for _ in range(8):
-        async with post(session, simulator, chat("fault-flap-2")) as response:
-            statuses.append(response.status)
-
-    assert statuses == [502, 502, 200, 200] * 2
-
-
 async def test_comments_and_then_an_answer_or_none(
     simulator: Simulator, session: aiohttp.ClientSession
 ) -> None:
@@ -705,16 +694,6 @@ async def test_where_the_usage_is_reported(
         assert chunk["x_groq"]["usage"]["completion_tokens"] > 20
 
 
-@pytest.mark.parametrize("model", ["fault-silent", "fault-head-only", "fault-stall-0"])
-async def test_silence_ends_with_the_client(simulator: Simulator, model: str) -> None:
-    request = asyncio.create_task(raw(simulator, model))
-    await simulator.until(lambda stats: stats.active == 1)
-    request.cancel()
-
-    stats = await simulator.until(lambda stats: stats.aborted == 1)
-    assert (stats.active, stats.tokens_sent) == (0, 0)
-
-
 async def test_half_line(simulator: Simulator, session: aiohttp.ClientSession) -> None:
     async with post(session, simulator, chat("fault-half-line-2", stream=True)) as response:
         text = await until_tokens(response, 2)
@@ -727,15 +706,6 @@ async def test_half_line(simulator: Simulator, session: aiohttp.ClientSession) -
     assert not half.endswith(b"\n")
 
 
-@pytest.mark.parametrize("model", ["fault-cut-2", "fault-cut-mid-2", "fault-wrong-length"])
-async def test_broken_off(
-    simulator: Simulator, session: aiohttp.ClientSession, model: str
-) -> None:
-    async with post(session, simulator, chat(model, stream=True)) as response:
-        with pytest.raises(aiohttp.ClientError):
-            await response.read()
-
-
 async def test_cut_is_a_reset(simulator: Simulator) -> None:
     with pytest.raises(ConnectionResetError):
         await raw(simulator, "fault-cut-2")
@@ -745,16 +715,6 @@ async def test_dropped_and_no_http(simulator: Simulator) -> None:
     assert (await raw(simulator, "fault-bad-chunk-2")).endswith(b"}\n\n\r\nno size\r\n")
     assert await raw(simulator, "fault-drop") == b""
     assert await raw(simulator, "fault-not-http") == b"220 mail.example ESMTP ready\r\n"
-
-
-async def test_clean_end_without_finish(
-    simulator: Simulator, session: aiohttp.ClientSession
-) -> None:
-    text = await streamed(session, simulator, "fault-end-2")
-
-    assert text_of_chunk(text) == "".join(tokens(speech("Hello", 1))[:2])
-    assert b"[DONE]" not in text
-    assert b'"finish_reason":"' not in text
 
 
 async def test_ends_around_done(simulator: Simulator, session: aiohttp.ClientSession) -> None:
@@ -786,34 +746,6 @@ async def test_errors_inside_the_stream(
     assert chunk[-1]["choices"][0]["finish_reason"] == "error"
     assert comment == b": OPENROUTER PROCESSING"
     assert [event["error"]["code"] for event in events(first)] == [429]
-
-
-async def test_broken_events(simulator: Simulator, session: aiohttp.ClientSession) -> None:
-    bad_json = (await streamed(session, simulator, "fault-bad-json-2")).split(b"\n\n")
-    bad_utf8 = (await streamed(session, simulator, "fault-bad-utf8-2")).split(b"\n\n")
-
-    with pytest.raises(orjson.JSONDecodeError):
-        orjson.loads(bad_json[3].removeprefix(b"data: "))
-    with pytest.raises(UnicodeDecodeError):
-        bad_utf8[3].decode()
-    assert bad_json[-2] == bad_utf8[-2] == b"data: [DONE]"
-
-
-async def test_long_line(simulator: Simulator, session: aiohttp.ClientSession) -> None:
-    text = await streamed(session, simulator, "fault-long-line")
-
-    assert max(map(len, text.split(b"\n"))) > 10_000_000
-    assert len(events(text)) > 4
-
-
-@pytest.mark.parametrize("model", ["fault-endless", "fault-endless-line"])
-async def test_endless(simulator: Simulator, session: aiohttp.ClientSession, model: str) -> None:
-    async with post(session, simulator, chat(model, stream=True)) as response:
-        size = 0
-        while size < 300_000:
-            size += len(await response.content.readany())
-
-    await simulator.until(lambda stats: stats.aborted == 1)
 
 
 async def test_slow_paces_the_tokens(simulator: Simulator, session: aiohttp.ClientSession) -> None:

@@ -378,10 +378,11 @@ ANYTHING = st.recursive(
 )
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
-    values=st.lists(ANYTHING, min_size=6, max_size=6), text=st.sampled_from(["t", "call a tool"])
+    endpoint=st.sampled_from(ENDPOINTS),
+    values=st.lists(ANYTHING, min_size=6, max_size=6),
+    text=st.sampled_from(["t", "call a tool"]),
 )
 def test_no_request_is_more_than_refused(endpoint: str, values: list[Any], text: str) -> None:
     tools, choice, content, schema, wish, output = values
@@ -448,28 +449,6 @@ async def test_custom_tools_of_chat_take_a_text(sdk: openai.AsyncOpenAI) -> None
     parts: list[Any] = [call.to_dict() for calls in deltas for call in calls or ()]
     assert parts[0]["type"] == "custom"
     assert "".join(part["custom"]["input"] for part in parts) == "*** Begin"
-
-
-async def test_messages_call_a_tool_and_end_with_its_result(simulator: Simulator) -> None:
-    base = simulator.base_url.removesuffix("/v1")
-    history: list[Any] = [{"role": "user", "content": "Run `echo hi`"}]
-    async with anthropic.AsyncAnthropic(base_url=base, api_key="k", max_retries=0) as sdk:
-        wish: Any = {"model": "m", "max_tokens": 500, "tools": declared(MESSAGES, TOOLS)}
-        async with sdk.messages.stream(**wish, messages=history) as stream:
-            first: Any = await stream.get_final_message()
-        (use,) = first.content
-        assert (first.stop_reason, use.type) == ("tool_use", "tool_use")
-        assert (use.name, use.input) == ("Bash", {"command": "echo hi"})
-        result = {"type": "tool_result", "tool_use_id": use.id, "content": "hi"}
-        history += [
-            {"role": "assistant", "content": first.content},
-            {"role": "user", "content": [result]},
-        ]
-        last: Any = await sdk.messages.create(**wish, messages=history)
-
-    (text,) = last.content
-    assert (last.stop_reason, text.type) == ("end_turn", "text")
-    assert "“hi”" in text.text
 
 
 async def test_answer_without_tools_is_the_speech_as_ever(sdk: openai.AsyncOpenAI) -> None:
