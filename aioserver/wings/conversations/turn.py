@@ -102,11 +102,10 @@ class Page(NamedTuple):
     @classmethod
     def of(cls, found: list[Summary], limit: int) -> Self:
         """Return the page of *limit* conversations at the beginning of *found*."""
-        more = len(found) > limit
-        last = (
-            Position(found[limit - 1].updated, found[limit - 1].conversation_id) if more else None
-        )
-        return cls(found[:limit], last)
+        if len(found) <= limit:
+            return cls(found)
+        last = found[limit - 1]
+        return cls(found[:limit], Position(last.updated, last.conversation_id))
 
 
 class Dialogue(NamedTuple):
