@@ -54,18 +54,6 @@ def policy(name: str, **bounds: Any) -> Persistence:
     return Persistence(retention_policy=name, **bounds)
 
 
-def test_a_new_conversation_is_the_question_alone() -> None:
-    assert Kept().all.history(ME, "c1", "Hello") == [{"role": "user", "content": "Hello"}]
-
-
-def test_a_turn_is_the_question_and_its_answer() -> None:
-    kept = Kept()
-    kept.keep("q1", "a1")
-    kept.keep("q2", "a2")
-
-    assert kept.sent() == ["q1", "a1", "q2", "a2"]
-
-
 def test_a_history_is_a_snapshot() -> None:
     kept = Kept()
     kept.keep("q1", "a1")
@@ -84,22 +72,6 @@ def test_a_token_is_estimated_as_four_bytes(text: str, expected: int) -> None:
 
 
 # What is kept.
-
-
-def test_time_based_lets_turns_go_when_their_days_are_over() -> None:
-    kept = Kept(persistence=policy("time_based", retention_days=2))
-    kept.keep("old")
-    kept.clock.now = 1 + DAY
-    kept.keep("new")
-
-    kept.clock.now = 1 + 2 * DAY
-    assert kept.sent() == ["old", "a", "new", "a"]
-    kept.clock.now = 2 + 2 * DAY
-    assert kept.sent() == ["new", "a"]
-    kept.clock.now = 2 + 4 * DAY
-    assert kept.sent() == []
-    kept.keep("newest")
-    assert kept.sent() == ["newest", "a"]
 
 
 @pytest.mark.parametrize("name", ["time_based", "unlimited"])

@@ -6,8 +6,6 @@ import asyncio
 import math
 import os
 import random
-import sqlite3
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -305,20 +303,6 @@ async def test_answers_that_end_at_once_share_a_transaction(tmp_path: Path) -> N
         assert kept.stats().written == 500
     # Two full batches, and the rest.
     assert sorted(set(seen), reverse=True) == [300, 100, 0]
-
-
-async def test_an_answer_does_not_wait_for_long_and_its_turn_is_written_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sqlite, "COMMIT_TIMEOUT", 0.05)
-    async with storage(tmp_path / "h.db") as kept:
-        with closing(sqlite3.connect(tmp_path / "h.db", isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            await committed(kept, "one")
-            assert (kept.stats().waiting, kept.stats().trouble) == (1, None)
-        await written(kept)
-
-        assert await questions(kept) == ["one"]
 
 
 async def test_who_waits_for_a_turn_and_is_cancelled_takes_nothing_from_it(tmp_path: Path) -> None:

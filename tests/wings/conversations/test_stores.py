@@ -147,6 +147,8 @@ async def test_conversations_belong_to_their_caller(another: Open) -> None:
         assert await shown(history, caller=Caller("third")) == []
         with pytest.raises(ConversationNotFound):
             await history.read(Caller("third"), "c")
+        with pytest.raises(ConversationNotFound):
+            await history.delete(Caller("third"), "c")
 
 
 @pytest.mark.parametrize(
@@ -267,17 +269,6 @@ async def test_all_of_a_caller_are_deleted_and_no_others(
         assert await listed(history) == []
         assert await listed(history, YOU) == ["c"]
         assert await history.delete_all(ME) == 0
-
-
-async def test_what_never_was_is_not_found(another: Open) -> None:
-    history = await another()
-    await keep(history, "q", caller=YOU)
-
-    with pytest.raises(ConversationNotFound):
-        await history.read(ME, "c")
-    with pytest.raises(ConversationNotFound):
-        await history.delete(ME, "c")
-    assert await listed(history) == []
 
 
 # In Redis, what an instance knows is beside what all know.
