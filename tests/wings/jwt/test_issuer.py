@@ -102,14 +102,6 @@ def virtually(test: Callable[[Published], Coroutine[None, None, None]]) -> Calla
 
 
 @virtually
-async def test_tokens_wait_for_the_first_fetch(published: Published) -> None:
-    answers = await asyncio.gather(*(published.decide(kid) for kid in ("k1", "k1")))
-
-    assert answers == ["in", "in"]
-    assert len(published.asked) == 1
-
-
-@virtually
 async def test_keys_are_fetched_every_ten_minutes_and_not_at_once_everywhere(
     published: Published,
 ) -> None:
@@ -228,19 +220,6 @@ async def test_a_fetch_that_fails_keeps_what_was_there_and_tries_again_by_itself
     assert await published.decide("k2") == "in"
     assert await published.decide("k1") == "invalid_api_key"
     assert published.reports[1:] == [("the keys of the issuer were fetched again", "info")]
-
-
-@virtually
-async def test_without_any_keys_a_token_is_neither_refused_nor_let_in(
-    published: Published,
-) -> None:
-    published.works = False
-    for _ in range(200):
-        assert await published.decide("k1") == "auth_unavailable"
-        await asyncio.sleep(1)
-    published.works = True
-    await asyncio.sleep(32)
-    assert await published.decide("k1") == "in"
 
 
 @virtually
