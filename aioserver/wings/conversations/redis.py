@@ -30,7 +30,6 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-from msgspec.structs import astuple, replace
 
 from aioserver.gateway.contracts.commands import (
     ITEM_OVERHEAD,
@@ -304,8 +303,7 @@ class RedisTurns:
 
 
 _encoder = msgspec.msgpack.Encoder()
-# The fields of a turn, in their order.
-_decoder = msgspec.msgpack.Decoder(tuple[str, str, float, int, int, int])
+_decoder = msgspec.msgpack.Decoder(Turn)
 
 
 class RedisHistories:
@@ -446,7 +444,7 @@ class RedisHistories:
     async def _keep(
         self, caller: Caller, conversation_id: str, turn: Turn, asked: float, mark: str
     ) -> None:
-        data = _encoder.encode(astuple(turn))
+        data = _encoder.encode(turn)
         size, turns = self._conversations.shared_bounds
         listed = Listed(_owner(caller), conversation_id, turn.ended, asked)
         name = name_of(caller.name, conversation_id)
@@ -469,11 +467,11 @@ class RedisHistories:
 
 def _decoded(data: bytes, now: float) -> Turn | None:
     try:
-        turn = Turn(*_decoder.decode(data))
+        turn = _decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError):
         return None
     # The clock of another machine may be ahead.
-    return replace(turn, ended=min(now, turn.ended))
+    return turn._replace(ended=min(now, turn.ended))
 
 
 def _owner(caller: Caller) -> str:

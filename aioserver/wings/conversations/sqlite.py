@@ -35,8 +35,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
-from msgspec.structs import asdict
-
 from aioserver.gateway.contracts.commands import awaited
 from aioserver.wings.conversations import sqlite_file
 from aioserver.wings.conversations.history import Loaded, StorageStats, Trouble
@@ -392,7 +390,7 @@ class SqliteStorage:
         Return a future that is done once it is committed, or after COMMIT_TIMEOUT, and then once
         other processes know that it is late; None in a trouble.
         """
-        values = self._values(caller, conversation_id, asked=asked, **asdict(turn))
+        values = self._values(caller, conversation_id, asked=asked, **turn._asdict())
         write = self._add(KEEP, values, turn)
         if self._trouble is not None:
             return None
