@@ -432,6 +432,11 @@ async def test_close_is_prompt_with_running_streams(session: aiohttp.ClientSessi
     assert (simulator.stats().open_connections, simulator.stats().aborted) == (0, 0)
 
 
+async def test_a_taken_port_is_an_error(simulator: Simulator) -> None:
+    with pytest.raises(OSError, match="in use"):
+        await Simulator().start(port=simulator.port)
+
+
 async def test_same_seed_same_ids_and_failures(session: aiohttp.ClientSession) -> None:
     runs = []
     for _ in range(2):
@@ -610,6 +615,15 @@ async def test_limits_in_the_head(
 
     names = ("remaining-requests", "reset-requests", "reset-tokens")
     assert tuple(headers.get(f"x-ratelimit-{name}") for name in names) == expected
+
+
+async def test_flapping_fails_and_answers_by_turns(client: Client) -> None:
+    statuses = []
+    for _ in range(8):
+        async with client.post(chat("fault-flap-2")) as response:
+            statuses.append(response.status)
+
+    assert statuses == [502, 502, 200, 200] * 2
 
 
 async def test_comments_and_then_an_answer_or_none(client: Client) -> None:

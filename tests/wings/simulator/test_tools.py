@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import jsonschema
 import openai
 import orjson
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aioserver.protocol import eventstream
 from aioserver.wings.simulator.model import (
     CHAT,
     RESPONSES,
@@ -455,3 +457,24 @@ async def test_answer_without_tools_is_the_speech_as_ever(sdk: openai.AsyncOpenA
     answer = await sdk.responses.create(model="m", input="Run `ls`, call a tool")
 
     assert answer.output_text == speech("Run `ls`, call a tool", 1)
+
+
+async def test_a_message_with_a_call_is_the_same_streamed_and_whole(simulator: Simulator) -> None:
+    body = body_of(MESSAGES, [{"role": "user", "content": "Run `echo hi`"}])
+    url = f"{simulator.base_url}/messages"
+    async with aiohttp.ClientSession() as session:
+        async with session.post(url, json=body) as response:
+            whole = await response.json()
+        async with session.post(url, json={**body, "stream": True}) as response:
+            parsed = eventstream.parse(await response.read())
+
+    (use,) = whole["content"]
+    assert (whole["stop_reason"], use["type"], use["name"]) == ("tool_use", "tool_use", "Bash")
+    assert use["input"] == {"command": "echo hi"}
+    events = [orjson.loads(event.data) for event in parsed]
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    assert orjson.loads("".join(delta["partial_json"] for delta in deltas)) == use["input"]
+    begun = next(event for event in events if event["type"] == "content_block_start")
+    assert begun["content_block"]["name"] == "Bash"
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+    assert events[-1]["type"] == "message_stop"
