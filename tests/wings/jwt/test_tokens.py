@@ -341,6 +341,8 @@ async def test_a_session_waits_for_the_keys_of_its_token_as_the_token_does(
     make_server: MakeServer,
 ) -> None:
     async with issued(make_server) as (issuer, server):
+        # It has the first keys.
+        assert await status_of(server, headers(issuer.token())) == 200
         new = SigningKey("ES256", "new")
         secret = server.owners.context.access.sessions.secret
         issuer.keys.append(new)
