@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.wings.simulator import exchange, model, server
 from aioserver.wings.simulator.model import BadRequest
-from aioserver.wings.simulator.tools import COUNT_TOKENS, MESSAGES, MESSAGES_ENDPOINTS
-from tests.support import messages_api
+from aioserver.wings.simulator.tools import COUNT_TOKENS, MESSAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,9 +188,6 @@ class Simulator(server.Simulator):
     def adapt(self, request: ParsedRequest) -> ParsedRequest:
         mood = self.behaviour
         self.bodies.append(request.body)
-        if request.endpoint in MESSAGES_ENDPOINTS:
-            # Nothing has come since.
-            messages_api.check(request, self.requests[-1].headers.get(messages_api.VERSION_HEADER))
         if request.stream:
             self._count("streams")
         if refused := [name for name in mood.refuses if name in request.body]:

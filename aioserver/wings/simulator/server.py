@@ -256,6 +256,8 @@ class Simulator:
         behaviour = self.behaviour
         try:
             parsed = self.adapt(model.read(endpoint, raw))
+            if endpoint in MESSAGES_ENDPOINTS:
+                anthropic.check(parsed, request.headers.get(anthropic.VERSION_HEADER))
             failing = behaviour.fail_rate and self._random.random() < behaviour.fail_rate
             if failing and not behaviour.fault:
                 return refusal(behaviour.fail_status)

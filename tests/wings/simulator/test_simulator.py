@@ -368,6 +368,37 @@ async def test_deeply_nested_body_is_answered_or_400(client: Client, depth: int)
         assert response.status == 200 or "nested too deeply" in answer
 
 
+CITED = {"type": "text", "text": "a", "citations": [{"type": "char_location"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        *(({name: 1}, name) for name in ("temperature", "top_p", "top_k")),
+        ({"messages": [{"role": "user", "content": [CITED]}]}, "messages.0.content.0.citations"),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "document"}]}]},
+            "messages.0.content.0",
+        ),
+    ],
+)
+async def test_the_simulator_of_a_server_refuses_what_anthropic_does_in_its_newest_version(
+    session: aiohttp.ClientSession, changes: dict[str, Any], named: str
+) -> None:
+    body = chat(max_tokens=5) | changes
+    async with provider.Simulator(QUICK) as simulator:
+        answers = []
+        for version in ("2023-06-01", "2026-10-21"):
+            url, headers = f"{simulator.base_url}/messages", {"anthropic-version": version}
+            async with session.post(url, json=body, headers=headers) as response:
+                answers.append((response.status, await response.json()))
+
+    (older, _), (newer, refused) = answers
+    assert (older, newer) == (200, 400)
+    assert refused["error"]["type"] == "invalid_request_error"
+    assert refused["error"]["message"].startswith(named)
+
+
 async def test_unknown_path_method_and_fault(client: Client) -> None:
     base = client.simulator.base_url
     async with client.session.get(f"{base}/nowhere") as missing:
