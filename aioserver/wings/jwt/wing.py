@@ -111,11 +111,11 @@ class JwtWing(Wing):
             fetch = partial(keys.from_file, jwt.jwks_file)
             try:
                 present = keys.keys_in(jwt.jwks_file)
-            except OSError as exc:
-                why = f"cannot be read: {exc.strerror or type(exc).__name__}"
+            except (OSError, ValueError) as exc:
+                why = str(exc)
+                if isinstance(exc, OSError):
+                    why = f"cannot be read: {exc.strerror or type(exc).__name__}"
                 raise ConfigurationError([f"auth.jwt.jwks_file: {why}"]) from None
-            except ValueError as exc:
-                raise ConfigurationError([f"auth.jwt.jwks_file: {exc}"]) from None
         issuer = keys.Issuer(fetch, self._report, on_withdrawn=self._end_refused)
         if present is not None:
             issuer.use(present)
