@@ -53,7 +53,7 @@ INSIDE_FUNCTIONS = {
         "aioserver.workers.parent",
         "aioserver.workers.worker",
     },
-    "wings.jwt.issuers": {"aioserver.wings.jwt.issuer", "importlib.metadata"},
+    "wings.jwt.wing": {"aioserver.wings.jwt.issuer", "importlib.metadata"},
     "wings.tracing.wing": {
         "aioserver.wings.tracing.export",
         "aioserver.wings.tracing.otlp",

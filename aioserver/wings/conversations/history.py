@@ -15,9 +15,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import msgspec
-from msgspec.structs import replace
-
 from aioserver.errors import ConversationNotFound, HistoryUnavailable
 from aioserver.gateway.contracts.histories import Asked
 from aioserver.limits.shares import ByOwner
@@ -44,7 +41,7 @@ class Trouble(NamedTuple):
     advice: str
 
 
-class StorageStats(msgspec.Struct, frozen=True):
+class StorageStats(NamedTuple):
     """A snapshot of a storage: `memory`, `sql` or `redis`.
 
     *waiting* turns are not written yet, *written* and *lost* are counts since the start. *trouble*
@@ -156,7 +153,7 @@ class History:
         """Return a snapshot of the storage."""
         stats = StorageStats() if self._storage is None else self._storage.stats()
         if self._missing is not None:
-            stats = replace(stats, trouble=self._missing, since=self._since)
+            stats = stats._replace(trouble=self._missing, since=self._since)
         return stats
 
     def apply(self, context: Context, persistence: Persistence) -> None:

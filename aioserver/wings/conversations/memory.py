@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from aioserver.auth.callers import Caller
 from aioserver.limits.shares import ByOwner, Shares
 from aioserver.wings.conversations.turn import (
     MAX_UNLIMITED_BYTES,
@@ -31,6 +29,7 @@ from aioserver.wings.conversations.turn import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from aioserver.auth.callers import Caller
     from aioserver.config.settings import Context, Persistence
 
 MAX_CONVERSATIONS = 10_000
@@ -46,11 +45,12 @@ MAX_TURNS = 10_000
 EVICTION_TARGET = 0.99
 
 
-class _Conversation(msgspec.Struct):
+@dataclass
+class _Conversation:
     # The name of the key that has used it last, or the address.
     owner: str
     tokens: int = 0
-    turns: list[Turn] = msgspec.field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     # The list that has it, and its place there. None: it is empty, or it came from a storage, and
     # the address of its client is not known because there is no key.
     listed: tuple[tuple[Caller, str], Position] | None = None

@@ -30,7 +30,6 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-from msgspec.structs import astuple, replace
 
 from aioserver.gateway.contracts.commands import (
     ITEM_OVERHEAD,
@@ -43,7 +42,7 @@ from aioserver.gateway.contracts.commands import (
 )
 from aioserver.gateway.contracts.histories import Begun
 from aioserver.wings.conversations.history import Loaded, StorageStats
-from aioserver.wings.conversations.turn import Page, Position, Summary, Turn, title_of
+from aioserver.wings.conversations.turn import Page, Position, Summary, Turn
 
 if TYPE_CHECKING:
     import asyncio
@@ -304,8 +303,7 @@ class RedisTurns:
 
 
 _encoder = msgspec.msgpack.Encoder()
-# The fields of a turn, in their order.
-_decoder = msgspec.msgpack.Decoder(tuple[str, str, float, int, int, int])
+_decoder = msgspec.msgpack.Decoder(Turn)
 
 
 class RedisHistories:
@@ -323,7 +321,6 @@ class RedisHistories:
         self._turns = RedisTurns(commands)
         self._conversations = conversations
         self._commands = commands
-        self._ask = commands.ask
         self._clock = clock
         # The questions that have begun here.
         self._questions = itertools.count()
@@ -355,7 +352,7 @@ class RedisHistories:
             found = await self._turns.settled(name, mark)
         else:
             # There is nothing to read, and the question needs no mark.
-            found = await self._ask(self._turns.turns(name, mark))
+            found = await self._commands.ask(self._turns.turns(name, mark))
         if found is None:
             # The mark may have been set nevertheless.
             return None, Begun(mark, None)
@@ -386,24 +383,23 @@ class RedisHistories:
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
         """Return part of the caller's conversations; those that Redis has deleted are left out."""
         owner = _owner(caller)
-        found: list[Position] | None = await self._ask(
+        found: list[Position] | None = await self._commands.ask(
             self._turns.conversations(owner, limit + 1, after), CALL_TIMEOUT
         )
         if found is None:
             return None
         names = [name_of(caller.name, position.conversation_id) for position in found[:limit]]
-        firsts: list[tuple[int, bytes]] | None = await self._ask(
+        firsts: list[tuple[int, bytes]] | None = await self._commands.ask(
             self._turns.first_turns(names), CALL_TIMEOUT
         )
         if firsts is None:
             return None
         summaries = []
-        for position, (number, data) in zip(found, firsts, strict=False):
+        for (updated, conversation_id), (number, data) in zip(found, firsts, strict=False):
             if number:
                 turn = _decoded(data, self._clock())
-                title = "" if turn is None else title_of(turn.question)
-                identity, updated = position.conversation_id, position.updated
-                summaries.append(Summary(identity, title, updated, 2 * number))
+                question = "" if turn is None else turn.question
+                summaries.append(Summary.of(conversation_id, question, updated, number))
         return Page(summaries, found[limit - 1] if len(found) > limit else None)
 
     async def delete(self, caller: Caller, conversation_id: str, *, asked: bool) -> bool | None:
@@ -419,11 +415,11 @@ class RedisHistories:
         # There are as many keys as in the configuration, and other instances may have questions of
         # them.
         noting = self._turns.note_deletion(owner, KEPT, asked=asked or bool(caller.name))
-        noted = await self._ask(noting, CALL_TIMEOUT)
+        noted = await self._commands.ask(noting, CALL_TIMEOUT)
         if noted is None:
             return None
         while True:
-            found: list[Position] | None = await self._ask(
+            found: list[Position] | None = await self._commands.ask(
                 self._turns.conversations(owner, STEP, None), CALL_TIMEOUT
             )
             if found is None:
@@ -448,7 +444,7 @@ class RedisHistories:
     async def _keep(
         self, caller: Caller, conversation_id: str, turn: Turn, asked: float, mark: str
     ) -> None:
-        data = _encoder.encode(astuple(turn))
+        data = _encoder.encode(turn)
         size, turns = self._conversations.shared_bounds
         listed = Listed(_owner(caller), conversation_id, turn.ended, asked)
         name = name_of(caller.name, conversation_id)
@@ -463,7 +459,7 @@ class RedisHistories:
     async def _delete(self, caller: Caller, ids: list[str], *, asked: bool = False) -> int | None:
         """Delete conversations; return how many there were, None without an answer of Redis."""
         names = {conversation_id: name_of(caller.name, conversation_id) for conversation_id in ids}
-        deleted: int | None = await self._ask(
+        deleted: int | None = await self._commands.ask(
             self._turns.delete_turns(_owner(caller), names, KEPT, asked=asked), CALL_TIMEOUT
         )
         return deleted
@@ -471,11 +467,11 @@ class RedisHistories:
 
 def _decoded(data: bytes, now: float) -> Turn | None:
     try:
-        turn = Turn(*_decoder.decode(data))
+        turn = _decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError):
         return None
     # The clock of another machine may be ahead.
-    return replace(turn, ended=min(now, turn.ended))
+    return turn._replace(ended=min(now, turn.ended))
 
 
 def _owner(caller: Caller) -> str:

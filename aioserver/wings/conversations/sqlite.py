@@ -31,10 +31,9 @@ import sqlite3
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
-
-from msgspec.structs import asdict
 
 from aioserver.gateway.contracts.commands import awaited
 from aioserver.wings.conversations import sqlite_file
@@ -107,6 +106,7 @@ DELETE_ALL = (
 MAX_DELETIONS = 1_000
 
 
+@dataclass(eq=False)
 class Write:
     """A turn that is to be written, or a deletion: *statements* with their *values*.
 
@@ -115,17 +115,10 @@ class Write:
     cancelled.
     """
 
-    def __init__(
-        self,
-        statements: Sequence[str],
-        values: Values,
-        done: asyncio.Future[int],
-        turn: Turn | None = None,
-    ) -> None:
-        self.statements = statements
-        self.values = values
-        self.done = done
-        self.turn = turn
+    statements: Sequence[str]
+    values: Values
+    done: asyncio.Future[int]
+    turn: Turn | None = None
 
     @property
     def wanted(self) -> bool:
@@ -397,9 +390,8 @@ class SqliteStorage:
         Return a future that is done once it is committed, or after COMMIT_TIMEOUT, and then once
         other processes know that it is late; None in a trouble.
         """
-        values = self._values(caller, conversation_id, asked=asked, **asdict(turn))
-        write = Write(KEEP, values, self._loop.create_future(), turn)
-        self._add(write)
+        values = self._values(caller, conversation_id, asked=asked, **turn._asdict())
+        write = self._add(KEEP, values, turn)
         if self._trouble is not None:
             return None
         committed = awaited(write.done, COMMIT_TIMEOUT)
@@ -440,8 +432,8 @@ class SqliteStorage:
             self._task.cancel()
             await asyncio.wait((self._task,))
         self._queue.give_up()
-        await self._close()
-        for connection in (self._reader, self._writer):
+        for connection in (self._writer, self._reader):
+            await connection.close()
             connection.end()
         if waiting := len(self._queue):
             logger.warning("turns that are not written at the end: %d", waiting)
@@ -460,9 +452,11 @@ class SqliteStorage:
             leave = partial(late.leave, caller, conversation_id, begun)
             write.done.add_done_callback(lambda _written: leave())
 
-    def _add(self, write: Write) -> None:
+    def _add(self, statements: Sequence[str], values: Values, turn: Turn | None = None) -> Write:
+        write = Write(statements, values, self._loop.create_future(), turn)
         self._lost.value += self._queue.add(write)
         self._wake.set()
+        return write
 
     def _values(self, caller: Caller, conversation_id: str = "", **others: Any) -> Values:
         """Return the values of statements about conversations of *caller*, or one of them."""
@@ -478,8 +472,7 @@ class SqliteStorage:
         values = self._values(
             caller, conversation_id, at=self._clock(), asked=asked, most=MAX_DELETIONS
         )
-        write = Write(statements, values, self._loop.create_future())
-        self._add(write)
+        write = self._add(statements, values)
         await asyncio.wait((write.done,), timeout=CALL_TIMEOUT)
         # After an error a client may continue the conversation: it must not be deleted later.
         write.done.cancel()
@@ -541,13 +534,6 @@ class SqliteStorage:
         await self._reader.open(self._path, sqlite_file.READ_WAIT)
         await self._writer.open(self._path, sqlite_file.WRITE_WAIT)
 
-    async def _close(self, *, readable: bool = False) -> None:
-        """Close the open connections; the one that reads stays if the file is *readable*."""
-        self._checked = self._checked and readable
-        await self._writer.close()
-        if not readable:
-            await self._reader.close()
-
     async def _fail(self, fault: BaseException) -> None:
         """Note the trouble, and close the connections; a file on a full disk can still be read."""
         by_read, self._failure = fault is self._failure, None
@@ -557,7 +543,10 @@ class SqliteStorage:
         self._trouble = found
         self._queue.give_up()
         self._opened.set()
-        await self._close(readable=not by_read and found.kind not in UNREADABLE)
+        await self._writer.close()
+        if by_read or found.kind in UNREADABLE:
+            self._checked = False
+            await self._reader.close()
 
     def _recover(self) -> None:
         self._trouble, self._pause = None, FIRST_PAUSE

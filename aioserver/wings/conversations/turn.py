@@ -23,8 +23,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import msgspec
-
 from aioserver.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ TOKEN_BYTES, MIN_TOKEN_BYTES, MAX_TOKEN_BYTES = 4, 1, 16
 MAX_TITLE, MAX_READ = 80, 400
 
 
-class Turn(msgspec.Struct, frozen=True):
+class Turn(NamedTuple):
     """A question and its answer; *ended*: when the answer ended, in Unix time.
 
     *size*: the bytes of both in UTF-8.
@@ -102,11 +100,10 @@ class Page(NamedTuple):
     @classmethod
     def of(cls, found: list[Summary], limit: int) -> Self:
         """Return the page of *limit* conversations at the beginning of *found*."""
-        more = len(found) > limit
-        last = (
-            Position(found[limit - 1].updated, found[limit - 1].conversation_id) if more else None
-        )
-        return cls(found[:limit], last)
+        if len(found) <= limit:
+            return cls(found)
+        last = found[limit - 1]
+        return cls(found[:limit], Position(last.updated, last.conversation_id))
 
 
 class Dialogue(NamedTuple):

@@ -14,14 +14,13 @@ from aioserver.wings.conversations.memory import Conversations
 from aioserver.wings.conversations.section import HistorySection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AsyncExitStack
 
     from aioserver.config.settings import Repository, Settings
     from aioserver.faces.context import Context
     from aioserver.faces.wing import Core
-    from aioserver.telemetry.counters import Counter
-    from aioserver.wings.conversations.redis import RedisHistories
+    from aioserver.wings.conversations.history import Storage
 
 logger = logging.getLogger("aioserver.history")
 
@@ -58,14 +57,28 @@ class ConversationsWing(Wing):
 
             shared = RedisHistories(core.commands, conversations)
             stack.push_async_callback(shared.close)
-        self.histories = self._history = await open_history(
-            stack,
-            service.repository,
-            conversations,
-            shared,
-            core.metrics.history_turns,
-            alone=core.scope is None,
-        )
+        storage: Storage | None = shared
+        missing = None
+        if service.repository.in_file:
+            # It replaces the shared storage: all processes of a machine have the same file, and
+            # turns that are written to it late are noted in the shared storage.
+            try:
+                # Python's own sqlite3, which some builds lack.
+                from aioserver.wings.conversations.sqlite import SqliteStorage  # noqa: PLC0415
+            except ModuleNotFoundError:
+                missing = MISSING
+            else:
+                storage = file = SqliteStorage(
+                    service.repository.path,
+                    persistence,
+                    conversations.clock,
+                    core.metrics.history_turns,
+                    shared=core.scope is not None,
+                    late=shared,
+                )
+                stack.push_async_callback(file.close)
+                await file.open()
+        self.histories = self._history = History(conversations, storage, missing)
 
     def sections(self) -> Sequence[HistorySection]:
         """Return the state of the storage."""
@@ -89,7 +102,7 @@ def prepare_file(repository: Repository) -> None:
     if not repository.in_file:
         return
     try:
-        from aioserver.wings.conversations.sqlite_file import (  # noqa: PLC0415 - see `open_history`
+        from aioserver.wings.conversations.sqlite_file import (  # noqa: PLC0415 - see `open`
             Broken,
             prepare,
         )
@@ -103,39 +116,3 @@ def prepare_file(repository: Repository) -> None:
     else:
         if clear:
             logger.info("conversations deleted at the start: all in %s", repository.path)
-
-
-async def open_history(
-    stack: AsyncExitStack,
-    repository: Repository,
-    conversations: Conversations,
-    shared: RedisHistories | None,
-    counts: Mapping[str, Counter],
-    *,
-    alone: bool,
-) -> History:
-    """Return the history, which *stack* closes; *shared* is the storage of a cluster.
-
-    *alone*: no other process of a parent has the file.
-
-    A configured file replaces that storage: all processes of a machine have the same file, and
-    turns that are written to it late are noted in the storage of the cluster.
-    """
-    if not repository.in_file:
-        return History(conversations, shared)
-    try:
-        # Python's own sqlite3, which some builds lack.
-        from aioserver.wings.conversations.sqlite import SqliteStorage  # noqa: PLC0415
-    except ModuleNotFoundError:
-        return History(conversations, shared, MISSING)
-    storage = SqliteStorage(
-        repository.path,
-        repository.persistence,
-        conversations.clock,
-        counts,
-        shared=not alone,
-        late=shared,
-    )
-    stack.push_async_callback(storage.close)
-    await storage.open()
-    return History(conversations, storage)

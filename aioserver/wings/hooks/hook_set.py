@@ -17,18 +17,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import ANSWER, REQUEST
-from aioserver.errors import (
-    AioserverError,
-    AnswerRefused,
-    HookUnavailable,
-    RequestRefused,
-)
+from aioserver.errors import AioserverError, AnswerRefused, HookUnavailable, RequestRefused
 from aioserver.hook import Call, Refuse
 from aioserver.limits.deadline import Wait
 from aioserver.providers.passthrough import PassedRequest
@@ -42,13 +38,14 @@ from aioserver.wings.hooks.python_hook import PythonHook
 from aioserver.wings.hooks.tap import Backlog, Tap, TappedLog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from aioserver.config import settings
     from aioserver.config.settings import Settings
     from aioserver.gateway.request import Request
     from aioserver.providers.request import Answer
     from aioserver.telemetry.metrics import Metrics
+    from aioserver.telemetry.outcome import Outcome
     from aioserver.wings.hooks.hook_client import HookClient
 
 logger = logging.getLogger("aioserver.hooks")
@@ -102,6 +99,7 @@ class HookSet:
         def apply() -> None:
             old, self._hooks = self._hooks, hooks
             self._paths, self._max_bytes = paths, websocket.max_message_size
+            self._shutdown_timeout = websocket.shutdown_timeout
             self.present = bool(hooks)
             self.log = TappedLog if any(ANSWER in hook.settings.on for hook in hooks) else Stream
             self._metrics.apply_hooks(hook.name for hook in hooks)
@@ -122,13 +120,14 @@ class HookSet:
         """Return how many calls to each hook are open."""
         return {hook.name: hook.open for hook in self._hooks}
 
-    async def finish(self, seconds: float) -> None:
-        """Let the hooks decide about answers that have ended, for at most *seconds* or the longest
-        `timeout`.
+    async def finish(self) -> None:
+        """Let the hooks decide about answers that have ended, for at most `shutdown_timeout` or the
+        longest `timeout`.
         """
         longest = max((hook.settings.timeout for hook in self._hooks), default=0.0)
         if self._followers:
-            await asyncio.wait(tuple(self._followers), timeout=min(seconds, longest))
+            seconds = min(self._shutdown_timeout, longest)
+            await asyncio.wait(tuple(self._followers), timeout=seconds)
 
     async def close(self) -> None:
         """End all calls, and close the hooks."""
@@ -181,20 +180,13 @@ class HookSet:
         for hook in self._hooks:
             if ANSWER not in hook.settings.on:
                 continue
-            call = replace(
-                self._call(hook, request),
-                stream=False,
-                model=answer.outcome.model,
-                provider=answer.outcome.provider,
-            )
-            began = self._begin(hook)
+            call = self._answered_call(hook, request, answer.outcome, stream=False)
             try:
-                said = await hook.decide_answer(call, answer.body, owner_of(request.caller))
+                with self._call_open(hook):
+                    said = await hook.decide_answer(call, answer.body, owner_of(request.caller))
             except HookFault as fault:
                 self._failed(hook, ANSWER, request, fault)
                 continue
-            finally:
-                self._took(hook, began)
             if said is not None:
                 self._count(hook, ANSWER, "refused", request)
                 raise _refused(AnswerRefused, said)
@@ -207,17 +199,15 @@ class HookSet:
             provider_request.bound.wait = Wait(f"the hook {hook.name}")
         body = await provider_request.whole_body(route.provider.settings, route.model)
         call = replace(self._call(hook, request), body=body)
-        began = self._begin(hook)
         try:
-            said = await hook.decide(call, owner_of(request.caller))
-            changed = None
-            if isinstance(said, bytes):
-                changed = await changed_body(said, body, self._max_bytes)
+            with self._call_open(hook):
+                said = await hook.decide(call, owner_of(request.caller))
+                changed = None
+                if isinstance(said, bytes):
+                    changed = await changed_body(said, body, self._max_bytes)
         except HookFault as fault:
             self._failed(hook, REQUEST, request, fault)
             return
-        finally:
-            self._took(hook, began)
         if isinstance(said, Refuse):
             self._count(hook, REQUEST, "refused", request)
             raise _refused(RequestRefused, said)
@@ -234,12 +224,7 @@ class HookSet:
     def _follow(self, hook: HookClient, request: Request, shown: Tap) -> None:
         """Begin to show an answer to *hook*."""
         outcome = request.provider_request.outcome
-        call = replace(
-            self._call(hook, request),
-            stream=True,
-            model=outcome.model,
-            provider=outcome.provider,
-        )
+        call = self._answered_call(hook, request, outcome, stream=True)
         task = self._loop.create_task(hook.follow(call, shown, owner_of(request.caller)))
         shown.task = task
         hook.open += 1
@@ -310,14 +295,16 @@ class HookSet:
         if noted is not None:
             noted.provider_request.outcome.hooks += (hook.name,)
 
-    def _begin(self, hook: HookClient) -> float:
-        """Count a call as open until `_took`; return the time."""
+    @contextmanager
+    def _call_open(self, hook: HookClient) -> Iterator[None]:
+        """Count a call as open within the block, and observe its seconds."""
+        began = self._loop.time()
         hook.open += 1
-        return self._loop.time()
-
-    def _took(self, hook: HookClient, began: float) -> None:
-        hook.open -= 1
-        self._metrics.hook_seconds[hook.name,].observe(self._loop.time() - began)
+        try:
+            yield
+        finally:
+            hook.open -= 1
+            self._metrics.hook_seconds[hook.name,].observe(self._loop.time() - began)
 
     def _log(self, hook: HookClient, event: str, request: Request, fault: HookFault) -> None:
         if (left_out := self._lines.allow(hook.name, event)) is None:
@@ -325,6 +312,13 @@ class HookSet:
         fields = {"hook": hook.name, "event": event, "reason": str(fault)}
         fields |= {"fail": hook.settings.fail, "request_id": request.name[:64]}
         logger.warning("a hook has not decided", extra={"fields": {**fields, **left_out}})
+
+    def _answered_call(
+        self, hook: HookClient, request: Request, outcome: Outcome, *, stream: bool
+    ) -> Call:
+        """Return the description of *request*, whose answer is shown."""
+        call = self._call(hook, request)
+        return replace(call, stream=stream, model=outcome.model, provider=outcome.provider)
 
     def _call(self, hook: HookClient, request: Request) -> Call:
         """Return the description of *request* for *hook*, without its body."""

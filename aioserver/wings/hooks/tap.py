@@ -84,7 +84,7 @@ class Tap:
         self._backlog, self._frames, self._start = backlog, frames, start
         self._started = False
         self._entries: deque[Entry] = deque()
-        self._news: asyncio.Future[None] | None = None
+        self._news = asyncio.Event()
         backlog.shown.add(self)
 
     def take(self, entry: Entry) -> None:
@@ -101,7 +101,7 @@ class Tap:
         elif not self._started and self.stream.answered:
             self._started = True
             self._start(self)
-        self._wake()
+        self._news.set()
 
     def end(self, status: bytes) -> None:
         """Note that the log has ended."""
@@ -110,7 +110,7 @@ class Tap:
             self.close()
         if self._on_end is not None:
             self._on_end()
-        self._wake()
+        self._news.set()
 
     def at_end(self, call: Callable[[], None] | None) -> None:
         """Let *call* be called at the end of the answer, or now if it has ended; None cancels
@@ -150,11 +150,8 @@ class Tap:
             while not self._entries:
                 if self.end_status or self.over:
                     return []
-                self._news = asyncio.get_running_loop().create_future()
-                try:
-                    await self._news
-                finally:
-                    self._news = None
+                self._news.clear()
+                await self._news.wait()
             size = 0
             while self._entries and size < TAKEN:
                 entry = self._entries.popleft()
@@ -173,10 +170,6 @@ class Tap:
             return list(enumerate(self.stream.frames(entry), entry.first))
         parsed = eventstream.parse(entry.data)
         return [(number, event.data) for number, event in enumerate(parsed, entry.first)]
-
-    def _wake(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
 
 
 class TappedLog(Stream):

@@ -65,7 +65,6 @@ class HooksWing(Wing):
     name: ClassVar = "hooks"
     _hooks: HookSet
     _section: HooksSection
-    _shutdown_timeout = 0.0
 
     def faults(self, settings: Settings) -> Iterable[str]:
         """Yield which hooks cannot be asked."""
@@ -80,7 +79,6 @@ class HooksWing(Wing):
         self.hooks = self._hooks = HookSet(core.settings, core.metrics)
         self._section = HooksSection(self._hooks, core.metrics)
         stack.push_async_callback(self._hooks.close)
-        self._note(core.settings)
 
     def sections(self) -> Sequence[HooksSection]:
         """Return the state of the hooks."""
@@ -92,17 +90,8 @@ class HooksWing(Wing):
         Raises:
             ConfigurationError: a class cannot be made.
         """
-        apply_hooks = self._hooks.prepare(settings)
-
-        def apply() -> None:
-            apply_hooks()
-            self._note(settings)
-
-        return apply
+        return self._hooks.prepare(settings)
 
     async def leave(self) -> None:
         """Let hooks see the ends of all answers."""
-        await self._hooks.finish(self._shutdown_timeout)
-
-    def _note(self, settings: Settings) -> None:
-        self._shutdown_timeout = settings.chat.websocket.shutdown_timeout
+        await self._hooks.finish()

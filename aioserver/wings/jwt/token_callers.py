@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,16 +42,14 @@ IDLE = 60.0
 LOOKS = 64
 
 
+@dataclass
 class _Person:
-    """The state of one name."""
+    """The state of one name; *used*: the time of its last token, by the monotonic clock."""
 
-    __slots__ = ("forgotten", "quota", "role", "used")
-
-    def __init__(self, quota: Quota, role: str) -> None:
-        self.quota, self.role = quota, role
-        # The time of its last token, by the monotonic clock.
-        self.used = 0.0
-        self.forgotten = False
+    quota: Quota
+    role: str
+    used: float = 0.0
+    forgotten: bool = False
 
 
 class _Verified(NamedTuple):

@@ -50,9 +50,9 @@ _ENDPOINTS = {
 _MODELS = "/v1/models"
 # Their answers are not written token by token.
 _WITHOUT_ENGINE = frozenset((model.EMBEDDINGS, COUNT_TOKENS))
-# Connections; the clients of a load test all connect at once.
 # Responses that can be continued.
 _MAX_STORED = 4096
+# Connections; the clients of a load test all connect at once.
 _BACKLOG = 2048
 # Seconds for handlers to end after they were cancelled.
 _CLOSE_TIMEOUT = 1.0

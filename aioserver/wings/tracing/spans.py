@@ -1,5 +1,6 @@
-"""The spans of a request that has ended, made of its record and its trace, as bytes
-(wings/tracing/otlp.py).
+"""The spans of a request that has ended, and of a visit, as bytes (wings/tracing/otlp.py).
+
+They are made of the record of the request, and of its trace.
 
     SERVER      the request, from its wait for a place, or its admission, to the end of its answer
       INTERNAL  queue: a wait for a place of the server, or of a provider
@@ -15,15 +16,21 @@ span has no content of a question or an answer, no key, and no text of an error.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from time import monotonic
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.ended_requests import MAX_NAME
 from aioserver.telemetry.metrics import CLIENT_LEFT, OK
 from aioserver.wings.tracing import otlp
 from aioserver.wings.tracing.otlp import Context, attribute
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.tracer import RequestEnd
     from aioserver.wings.tracing.otlp import Value
     from aioserver.wings.tracing.trace import AttemptTrace, Trace, Wait
@@ -100,28 +107,36 @@ class EndedRequest(NamedTuple):
         return b"".join(parts)
 
 
-class EndedVisit(NamedTuple):
-    """A client that has read the answer to *request_id* after event *after*, from *began* to
-    *now*.
+@dataclass
+class Visit:
+    """A client that reads the answer to *request_id* after event *after*, until `end`.
 
     *link* has the ids of the trace and of the span of the request that asked for the answer, if they
-    are known. *status* is that with which the answer has ended, empty if it goes on, and *code* the
-    code of its error.
+    are known. *take* gets the visit when it has ended.
     """
 
+    take: Callable[[Visit], None]
     context: Context
     link: tuple[bytes, bytes] | None
     request_id: str
     after: int
-    began: float
-    now: float
-    status: str
-    code: str
+    bugs: Bugs
+    began: float = field(default_factory=monotonic)
+    ended: float = 0.0
+    status: str = ""
+    code: str = ""
+    # The number of its spans.
+    number: ClassVar = 1
 
-    @property
-    def number(self) -> int:
-        """The number of its spans."""
-        return 1
+    @bookkeeping(nothing)
+    def end(self, status: bytes, code: str = "") -> None:
+        """Make the span: the client has left, or has read everything.
+
+        *status* is that with which the answer has ended, empty if it runs on; *code*: that of its
+        error. It is called once.
+        """
+        self.ended, self.status, self.code = monotonic(), status.decode(), code
+        self.take(self)
 
     def write(self, zero: int) -> bytes:
         """Return its span, as `EndedRequest.write`."""
@@ -130,7 +145,7 @@ class EndedVisit(NamedTuple):
             attribute("aioserver.last_event_id", self.after),
         ]
         outcome = {"": CLIENT_LEFT, "complete": OK}.get(self.status, self.status)
-        times = (_at(zero, self.began), _at(zero, self.now))
+        times = (_at(zero, self.began), _at(zero, self.ended))
         described = _visit(outcome, self.code)
         return otlp.span(self.context, times, described, attributes, self.link)
 

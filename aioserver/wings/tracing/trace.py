@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -19,7 +20,7 @@ import msgspec
 from yarl import URL
 
 from aioserver.errors import AioserverError
-from aioserver.protocol.tokens import NO_TOKENS, tokens_of
+from aioserver.protocol.tokens import NO_TOKENS, Tokens, tokens_of
 from aioserver.telemetry.bookkeeping import bookkeeping, first, nothing
 from aioserver.telemetry.tracer import Fast_co
 from aioserver.wings.tracing.otlp import Context
@@ -54,19 +55,18 @@ class _Parameters(msgspec.Struct, gc=False):
 _PARAMETERS = msgspec.json.Decoder(_Parameters)
 
 
+@dataclass
 class Wait:
     """A wait in a queue, in monotonic time; *provider* is empty for the queue of the server."""
 
-    __slots__ = ("began", "ended", "error", "provider", "span_id")
-
-    def __init__(self, provider: str, began: float, ended: float) -> None:
-        self.span_id = new_id(8)
-        self.provider = provider
-        self.began = began
-        self.ended = ended
-        self.error = ""
+    provider: str
+    began: float
+    ended: float
+    error: str = ""
+    span_id: bytes = field(default_factory=lambda: new_id(8))
 
 
+@dataclass
 class AttemptTrace:
     """The facts for the span of one attempt; times are monotonic.
 
@@ -76,16 +76,20 @@ class AttemptTrace:
     which have its id, its model and the reason of its end.
     """
 
-    def __init__(self) -> None:
-        self.span_id = new_id(8)
-        self.provider = self.model = self.error = ""
-        self.began = self.ended = self.first_chunk = 0.0
-        self.address: tuple[str, int] = ("", 0)
-        self.status = 0
-        self.head = self.tail = b""
-        self.max_tokens: int | None = None
-        self.temperature: float | None = None
-        self.tokens = NO_TOKENS
+    span_id: bytes = field(default_factory=lambda: new_id(8))
+    provider: str = ""
+    model: str = ""
+    error: str = ""
+    began: float = 0.0
+    ended: float = 0.0
+    first_chunk: float = 0.0
+    address: tuple[str, int] = ("", 0)
+    status: int = 0
+    head: bytes = b""
+    tail: bytes = b""
+    max_tokens: int | None = None
+    temperature: float | None = None
+    tokens: Tokens = NO_TOKENS
 
     def note_body(self, body: bytes) -> None:
         """Note the parameters in *body*, which is about to be sent."""

@@ -13,11 +13,10 @@ A client whose trace is not sampled gets no spans here, and its headers are pass
 
 from __future__ import annotations
 
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
-from aioserver.wings.tracing.spans import EndedRequest, EndedVisit
+from aioserver.wings.tracing.spans import EndedRequest, Visit
 from aioserver.wings.tracing.trace import Trace, new_context
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.tracer import RequestEnd, RequestTrace
     from aioserver.wings.tracing.export import SpanExporter
-    from aioserver.wings.tracing.otlp import Context
 
 
 class Tracer:
@@ -77,53 +75,10 @@ class Tracer:
         if context is None:
             return None
         link = None if trace is None else trace.link
-        return Visit(self._exporter, context, link, request_id, after, self.bugs)
+        return Visit(self._exporter.take, context, link, request_id, after, self.bugs)
 
     def _finish(self, trace: Trace, end: RequestEnd) -> None:
         """Give the spans of *trace*, whose request has ended, to the exporter."""
         if trace.left_out:
             self._exporter.drop(trace.left_out)
         self._exporter.take(EndedRequest(trace, end))
-
-
-class Visit:
-    """A client that reads the answer of another request. `end` is called once."""
-
-    __slots__ = ("_after", "_began", "_context", "_exporter", "_link", "_request_id", "bugs")
-
-    def __init__(
-        self,
-        exporter: SpanExporter,
-        context: Context,
-        link: tuple[bytes, bytes] | None,
-        request_id: str,
-        after: int,
-        bugs: Bugs,
-    ) -> None:
-        self.bugs = bugs
-        self._exporter = exporter
-        self._context = context
-        self._link = link
-        self._request_id = request_id
-        self._after = after
-        self._began = monotonic()
-
-    @bookkeeping(nothing)
-    def end(self, status: bytes, code: str = "") -> None:
-        """Make the span: the client has left, or has read everything.
-
-        *status* is that with which the answer has ended, empty if it runs on; *code*: that of its
-        error.
-        """
-        self._exporter.take(
-            EndedVisit(
-                self._context,
-                self._link,
-                self._request_id,
-                self._after,
-                self._began,
-                monotonic(),
-                status.decode(),
-                code,
-            )
-        )

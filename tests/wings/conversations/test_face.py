@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -64,6 +63,28 @@ async def code_of(response: ClientResponse) -> tuple[int, str]:
     return response.status, (await response.json())["error"]["code"]
 
 
+async def refused(
+    server: RunningServer, method: str, where: URL, **headers: str
+) -> tuple[int, str]:
+    """The status and the code of a request that is refused."""
+    async with server.session.request(method, where, headers=headers) as response:
+        return await code_of(response)
+
+
+async def delete(server: RunningServer, conversation_id: str, **headers: str) -> None:
+    where = url(server, conversation_id)
+    async with server.session.delete(where, headers=headers) as response:
+        assert (response.status, await response.read()) == (204, b""), conversation_id
+
+
+async def delete_all(server: RunningServer, **headers: str) -> int:
+    """Delete all of a caller; return their number."""
+    async with server.session.delete(url(server), headers=headers) as response:
+        assert response.status == 200
+        number: int = (await response.json())["deleted"]
+        return number
+
+
 async def ids(server: RunningServer, **headers: str) -> list[str]:
     page = await get(server, **headers)
     return [each["id"] for each in page["conversations"]]
@@ -118,8 +139,8 @@ async def test_what_is_no_page_is_refused(server: RunningServer) -> None:
         *("limit=0", "limit=201", "limit=x", "limit=", "limit=-1", "limit=1e2"),
         *("before=", "before=x", "before=nan:c", "before=inf:c", f"limit={'9' * 5000}"),
     ]:
-        async with server.session.get(url(server, query=f"?{query}")) as response:
-            assert await code_of(response) == (400, "invalid_request"), query
+        refusal = await refused(server, "GET", url(server, query=f"?{query}"))
+        assert refusal == (400, "invalid_request"), query
 
 
 async def test_any_id_can_be_read_and_deleted(server: RunningServer) -> None:
@@ -128,16 +149,14 @@ async def test_any_id_can_be_read_and_deleted(server: RunningServer) -> None:
 
         assert await ids(server) == [name], name
         assert (await get(server, name))["id"] == name, name
-        async with server.session.delete(url(server, name)) as response:
-            assert (response.status, await response.read()) == (204, b""), name
+        await delete(server, name)
         assert await ids(server) == [], name
 
 
 async def test_a_deleted_conversation_is_as_if_it_had_never_been(server: RunningServer) -> None:
     await ask(server, "My name is Ada")
     await ask(server, "Other", "c2")
-    async with server.session.delete(url(server, "c1")) as response:
-        assert response.status == 204
+    await delete(server, "c1")
 
     answers = []
     for name in ("c1", "never"):
@@ -160,8 +179,7 @@ async def test_an_answer_that_runs_while_its_conversation_is_deleted_is_not_kept
         payload = {"text": "Hi", "conversation_id": "c1"}
         await ws.send_json({"action": "chat", "request_id": "r", "payload": payload})
         await until_status(ws, "chunk")
-        async with server.session.delete(url(server, "c1")) as response:
-            assert response.status == 404
+        assert (await refused(server, "DELETE", url(server, "c1")))[0] == 404
         await ws.send_json({"action": "cancel", "request_id": "r"})
         await until_status(ws, "cancelled")
         await ws.send_json({"action": "chat", "request_id": "s", "payload": payload})
@@ -173,16 +191,6 @@ async def test_an_answer_that_runs_while_its_conversation_is_deleted_is_not_kept
     assert len((await get(server, "c1"))["messages"]) == 2
 
 
-async def test_all_are_deleted_at_once(server: RunningServer) -> None:
-    for number in range(3):
-        await ask(server, f"q{number}", f"c{number}")
-
-    async with server.session.delete(url(server)) as response:
-        assert (response.status, await response.json()) == (200, {"deleted": 3})
-
-    assert await ids(server) == []
-
-
 async def test_conversations_belong_to_their_key(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", "app"))
     await ask(server, "Mine", "c1", **bearer("web"))
@@ -192,12 +200,9 @@ async def test_conversations_belong_to_their_key(make_server: MakeServer) -> Non
     assert await ids(server, **bearer("web")) == ["c1"]
     assert (await get(server, "c1", **bearer("web")))["title"] == "Mine"
     for method in ("GET", "DELETE"):
-        async with server.session.request(
-            method, url(server, "c2"), headers=bearer("web")
-        ) as response:
-            assert await code_of(response) == (404, "conversation_not_found")
-    async with server.session.delete(url(server), headers=bearer("web")) as response:
-        assert await response.json() == {"deleted": 1}
+        refusal = await refused(server, method, url(server, "c2"), **bearer("web"))
+        assert refusal == (404, "conversation_not_found")
+    assert await delete_all(server, **bearer("web")) == 1
     assert await ids(server, **bearer("app")) == ["c2", "c1"]
 
 
@@ -207,12 +212,10 @@ async def test_a_session_has_the_conversations_of_its_key(make_server: MakeServe
     session = await log_in(server, "web")
 
     assert await ids(server, **cookie(session)) == ["c1"]
-    async with server.session.delete(
-        url(server, "c1"), headers={**cookie(session), "Origin": "https://evil.example"}
-    ) as response:
-        assert await code_of(response) == (403, "origin_not_allowed")
-    async with server.session.delete(url(server, "c1"), headers=cookie(session)) as response:
-        assert response.status == 204
+    headers = {**cookie(session), "Origin": "https://evil.example"}
+    refusal = await refused(server, "DELETE", url(server, "c1"), **headers)
+    assert refusal == (403, "origin_not_allowed")
+    await delete(server, "c1", **cookie(session))
 
 
 async def test_a_foreign_page_deletes_nothing_where_no_key_is_needed(
@@ -222,9 +225,8 @@ async def test_a_foreign_page_deletes_nothing_where_no_key_is_needed(
     await ask(server, "Hello")
 
     for where in (url(server), url(server, "c1")):
-        headers = {"Origin": "https://evil.example"}
-        async with server.session.delete(where, headers=headers) as response:
-            assert await code_of(response) == (403, "origin_not_allowed")
+        refusal = await refused(server, "DELETE", where, Origin="https://evil.example")
+        assert refusal == (403, "origin_not_allowed")
 
     assert await ids(server) == ["c1"]
 
@@ -242,8 +244,7 @@ async def test_without_keys_a_client_is_shown_what_its_own_address_has_asked(
 
     assert await ids(server, **here) == ["c1"]
     assert (await get(server, "c1", **there))["id"] == "c1"  # its id is enough
-    async with server.session.delete(url(server), headers=there) as response:
-        assert await response.json() == {"deleted": 1}
+    assert await delete_all(server, **there) == 1
     assert await ids(server, **here) == ["c1"]
 
 
@@ -262,8 +263,7 @@ async def test_a_full_server_still_shows_and_deletes(make_server: MakeServer) ->
         await until_status(ws, "chunk")
 
         assert await ids(server) == []
-        async with server.session.delete(url(server)) as response:
-            assert response.status == 200
+        assert await delete_all(server) == 0
         await ws.send_json({"action": "cancel", "request_id": "r"})
         await until_status(ws, "cancelled")
 
@@ -296,15 +296,3 @@ async def test_pages_of_another_origin_may_ask(make_server: MakeServer) -> None:
     headers = {"Origin": "https://app.example"}
     async with server.session.get(url(server), headers=headers) as response:
         assert response.headers["Access-Control-Allow-Origin"] == "https://app.example"
-
-
-async def test_lists_and_deletions_that_cross_each_other_end(server: RunningServer) -> None:
-    async def ask_one(number: int) -> None:
-        await ask(server, f"q{number}", f"c{number}")
-        await ids(server)
-        async with server.session.delete(url(server, f"c{number}")) as response:
-            assert response.status == 204
-
-    await asyncio.gather(*(ask_one(number) for number in range(20)))
-
-    assert await ids(server) == []

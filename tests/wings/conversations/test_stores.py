@@ -64,6 +64,12 @@ class Question:
             await ending
         self._history.done(self._asked)
 
+    def leave(self) -> None:
+        """Let no turn come of it."""
+        if self._begun is not None:
+            self._history.leave(self._asked, self._begun)
+        self._history.done(self._asked)
+
 
 async def keep(history: History, text: str, name: str = "c", caller: Caller = ME) -> None:
     await (await Question(history, caller, name).begin()).end(text)
@@ -71,6 +77,7 @@ async def keep(history: History, text: str, name: str = "c", caller: Caller = ME
 
 async def shown(history: History, name: str = "c", caller: Caller = ME) -> list[str]:
     question = await Question(history, caller, name).begin()
+    question.leave()
     return question.shown()[::2]
 
 
@@ -89,7 +96,9 @@ def now() -> FakeClock:
 async def another(
     request: pytest.FixtureRequest, tmp_path: Path, now: FakeClock
 ) -> AsyncIterator[Open]:
-    names, world, only = itertools.count(), World(), History(conversations(now=now))
+    # The clock of the server has milliseconds, and no two of its answers the same time.
+    names, world = itertools.count(), World(slow=0.002)
+    only = History(conversations(now=now))
 
     async def in_memory(persistence: Persistence | None = None) -> History:
         only.apply(WIDE, persistence or policy())
@@ -122,6 +131,7 @@ async def test_each_process_shows_a_model_what_was_said_before(another: Open) ->
 
     for history in (here, there, await another()):
         question = await Question(history).begin()
+        question.leave()
         assert question.shown() == ["one", "a", "two", "a"]
         assert await shown(history, "e") == []
 
@@ -137,6 +147,8 @@ async def test_conversations_belong_to_their_caller(another: Open) -> None:
         assert await shown(history, caller=Caller("third")) == []
         with pytest.raises(ConversationNotFound):
             await history.read(Caller("third"), "c")
+        with pytest.raises(ConversationNotFound):
+            await history.delete(Caller("third"), "c")
 
 
 @pytest.mark.parametrize(
@@ -259,23 +271,16 @@ async def test_all_of_a_caller_are_deleted_and_no_others(
         assert await history.delete_all(ME) == 0
 
 
-async def test_what_never_was_is_not_found(another: Open) -> None:
-    history = await another()
-    await keep(history, "q", caller=YOU)
-
-    with pytest.raises(ConversationNotFound):
-        await history.read(ME, "c")
-    with pytest.raises(ConversationNotFound):
-        await history.delete(ME, "c")
-    assert await listed(history) == []
-
-
 # In Redis, what an instance knows is beside what all know.
 
 
+def in_redis(now: FakeClock, persistence: Persistence | None = None) -> tuple[World, History]:
+    world, kept = World(), conversations(persistence, now)
+    return world, History(kept, RedisHistories(Commands(MemoryStore(world, "a"), ""), kept, now))
+
+
 async def test_what_is_no_turn_in_redis_is_left_out(now: FakeClock) -> None:
-    world, kept = World(), conversations(now=now)
-    history = History(kept, RedisHistories(Commands(MemoryStore(world, "a"), ""), kept, now))
+    world, history = in_redis(now)
     await keep(history, "one")
     (turns,) = world.conversations.values()
     turns[:0] = [b"", b"\xc1", b"\x93\x01\x02\x03"]
@@ -283,11 +288,19 @@ async def test_what_is_no_turn_in_redis_is_left_out(now: FakeClock) -> None:
     assert await shown(history) == ["one"]
 
 
+async def test_redis_has_no_more_turns_than_the_policy_retains(now: FakeClock) -> None:
+    world, history = in_redis(now, policy("message_count", max_messages_per_conversation=4))
+    for number in range(5):
+        await keep(history, f"q{number}")
+
+    assert [len(turns) for turns in world.conversations.values()] == [2]
+    assert await shown(history) == ["q3", "q4"]
+
+
 async def test_a_conversation_that_redis_has_forgotten_goes_on_with_what_is_known_here(
     now: FakeClock,
 ) -> None:
-    world, kept = World(), conversations(now=now)
-    history = History(kept, RedisHistories(Commands(MemoryStore(world, "a"), ""), kept, now))
+    world, history = in_redis(now)
     await keep(history, "one")
     world.conversations.clear()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 import aiohttp
 import pytest
@@ -69,18 +70,19 @@ def messages_of(text: str = "TEXT") -> list[dict[str, Any]]:
 async def over_websocket(server: RunningServer, text: str, previous: Any = None) -> Any:
     more = {} if previous is None else {"conversation_id": previous}
     async with server.connect() as ws:
-        await ws.send_json(chat(f"ws-{text}", text, **more))
+        await ws.send_json(chat(uuid4().hex, text, **more))
         await to_end(ws)
 
 
 async def over_sse(server: RunningServer, text: str, previous: Any = None) -> Any:
     more = {} if previous is None else {"conversation_id": previous}
-    await post(server, "/sse/chat", {"request_id": f"sse-{text}", "text": text, **more})
+    await post(server, "/sse/chat", {"request_id": uuid4().hex, "text": text, **more})
 
 
 async def said_in_conversation(server: RunningServer) -> str:
-    await over_websocket(server, WORD, "talk")
-    return "talk"
+    name = uuid4().hex
+    await over_websocket(server, f"{WORD} in {name}", name)
+    return name
 
 
 async def said_as_response(server: RunningServer) -> str:
@@ -196,42 +198,63 @@ for kind, changes, behaviour in (
         WAYS[f"{name}, {kind}"] = way._replace(changes=changes, behaviour=behaviour)
 
 
+def together() -> dict[str, list[str]]:
+    """The names of the ways that need the same server, by the first of them."""
+    servers: list[list[str]] = []
+    for name, way in WAYS.items():
+        for names in servers:
+            first = WAYS[names[0]]
+            if (first.changes, first.behaviour) == (way.changes, way.behaviour):
+                names.append(name)
+                break
+        else:
+            servers.append([name])
+    return {names[0]: names for names in servers}
+
+
+SERVERS = together()
+
+
 @pytest.mark.real_time
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("first", SERVERS)
 async def test_what_a_closed_hook_refuses_goes_to_no_provider_by_any_way(
-    make_server: MakeServer, name: str
+    make_server: MakeServer, first: str
 ) -> None:
-    way, refusing = WAYS[name], False
+    refusing = False
 
     async def decide(asked: Any) -> Any:
         bad = WORD in json.dumps(asked["body"])
         return refuse() if refusing and bad else {}
 
     async with hook_program(decide=decide) as program:
-        opens = name in {"form, passed on", "long body, passed on"}
-        # What it cannot see passes an open one only, which is told apart below.
-        hook = entry(program, fail="open") if opens else entry(program)
-        server = await make_server(way.behaviour, hooks=[hook], **way.changes)
-        previous = None if way.begin is None else await way.begin(server)
-        text = WORD if way.begin is None else "more"
+        changes = WAYS[first].changes
+        server = await make_server(WAYS[first].behaviour, hooks=[entry(program)], **changes)
+        for number, name in enumerate(SERVERS[first]):
+            way, refusing = WAYS[name], False
+            # What a hook cannot see passes an open one only.
+            unseen = name in {"form, passed on", "long body, passed on"}
+            if unseen:
+                assert await server.change(hooks=[entry(program, fail="open")], **changes)
+            previous = None if way.begin is None else await way.begin(server)
+            text = f"{WORD} {number}" if way.begin is None else f"more {number}"
 
-        before = await attempts(server)
-        await way.ask(server, text, previous)
-        # One in the background goes on when its client has its answer.
-        await until_result(partial(attempts, server), lambda count: count > before)
-        await until(lambda: not server.held()["running"])
-        refusing = True
-        if opens:
-            assert await server.change(hooks=[entry(program)], **way.changes)
-        before, shown = await attempts(server), len(program.requests)
-        await way.ask(server, f"{text} again", previous)
+            before = await attempts(server)
+            await way.ask(server, text, previous)
+            # One in the background goes on when its client has its answer.
+            await until_result(partial(attempts, server), lambda count: count > before)  # noqa: B023
+            await until(lambda: not server.held()["running"])
+            refusing = True
+            if unseen:
+                assert await server.change(hooks=[entry(program)], **changes)
+            before, shown = await attempts(server), len(program.requests)
+            await way.ask(server, f"{text} again", previous)
 
-        await until(lambda: not server.held()["running"])
-        assert await attempts(server) == before
-        assert opens or len(program.requests) == shown + 1
-        if isinstance(previous, list):
-            await previous[0].close()
-        await server.nothing_held()
+            await until(lambda: not server.held()["running"])
+            assert await attempts(server) == before, name
+            assert unseen or len(program.requests) == shown + 1, name
+            if isinstance(previous, list):
+                await previous[0].close()
+            await server.nothing_held()
 
 
 @pytest.mark.real_time

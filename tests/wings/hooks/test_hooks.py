@@ -7,7 +7,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import pytest
 
 from aioserver.wings.hooks import http_hook
 from tests.support.chat import CHAT, chat, resume, to_end
@@ -26,6 +25,8 @@ from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    import pytest
+
     from tests.support.faces import Seen
     from tests.support.server import MakeServer, RunningServer
 
@@ -126,28 +127,27 @@ async def test_nothing_of_the_client_but_its_body_and_its_name_is_shown(
         assert "127.0.0.1" not in told.replace(program.url.removeprefix("http://")[:-5], "")
 
 
-@pytest.mark.parametrize("status", [403, 400, 429])
-async def test_a_refusal_costs_nothing_and_has_its_words(
-    make_server: MakeServer, status: int
-) -> None:
+async def test_a_refusal_costs_nothing_and_has_its_words(make_server: MakeServer) -> None:
+    status = 0
+
     async def decide(_asked: Any) -> Any:
         return refuse("no such words here", status=status, retry_after=2)
 
     async with hook_program(decide=decide) as program:
         server = await make_server(**hooked(entry(program)))
+        for status in (403, 400, 429):
+            seen = [*await ask_every_face(server, "m"), await over_anthropic(server, "m")]
+            code, raw = await over_responses(server, stream=True)
 
-        seen = [*await ask_every_face(server, "m"), await over_anthropic(server, "m")]
-        code, raw = await over_responses(server, stream=True)
-
-        for answer in seen:
-            assert answer.code == "request_refused"
-            assert "no such words here" in answer.raw.decode()
-        assert {answer.status for answer in seen if answer.status} == {status} == {code}
-        assert json.loads(raw)["error"]["code"] == "request_refused"
-        for answer in seen[:2]:
-            assert answer.error["retryable"] is (status == 429)
+            for answer in seen:
+                assert answer.code == "request_refused"
+                assert "no such words here" in answer.raw.decode()
+            assert {answer.status for answer in seen if answer.status} == {status} == {code}
+            assert json.loads(raw)["error"]["code"] == "request_refused"
+            for answer in seen[:2]:
+                assert answer.error["retryable"] is (status == 429)
         assert await server.counted("provider_attempts", "provider") == {}
-        assert await calls(server) == {("request", "refused"): 6}
+        assert await calls(server) == {("request", "refused"): 3 * 6}
         await server.nothing_held()
 
 
@@ -175,45 +175,47 @@ async def test_another_body_goes_on_in_place_of_the_clients(make_server: MakeSer
         assert outcomes == {("guard", "changed"): 4, ("next", "passed"): 4}
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        500,
-        404,
-        302,
-        b"",
-        b"[]",
-        b"{",
-        b"null",
-        {"refuse": {"message": "m", "status": 500}},
-        {"refuse": {"message": 5}},
-        {"refuse": {"message": "m", "retry_after": -1}},
-        {"refusal": {"message": "m"}},
-        {"body": "text"},
-        {"body": None},
-        {"body": {"model": 5}},
-        {"body": {}, "refuse": {"message": "m"}},
-        b" " * (1 << 21),
-    ],
-)
+NO_DECISIONS: list[Any] = [
+    500,
+    404,
+    302,
+    b"",
+    b"[]",
+    b"{",
+    b"null",
+    {"refuse": {"message": "m", "status": 500}},
+    {"refuse": {"message": 5}},
+    {"refuse": {"message": "m", "retry_after": -1}},
+    {"refusal": {"message": "m"}},
+    {"body": "text"},
+    {"body": None},
+    {"body": {"model": 5}},
+    {"body": {}, "refuse": {"message": "m"}},
+    b" " * (1 << 21),
+]
+
+
 async def test_what_is_no_decision_lets_nothing_pass_a_closed_hook(
-    make_server: MakeServer, said: Any
+    make_server: MakeServer,
 ) -> None:
+    said: Any = None
+
     async def decide(_asked: Any) -> Any:
         return said
 
     limit = {"chat.websocket.max_message_size": 1 << 20}
     async with hook_program(decide=decide) as program:
         server = await make_server(**hooked(entry(program), **limit))
-
-        seen = await over_openai(server, "m")
-        assert (seen.status, seen.code) == (503, "hook_unavailable")
-        assert seen.headers["retry-after"] == "1"
-        assert (await over_websocket(server, "m")).code == "hook_unavailable"
+        for said in NO_DECISIONS:
+            seen = await over_openai(server, "m")
+            assert (seen.status, seen.code) == (503, "hook_unavailable"), said
+            assert seen.headers["retry-after"] == "1"
+            assert (await over_websocket(server, "m")).code == "hook_unavailable", said
         assert await server.counted("provider_attempts", "provider") == {}
         assert await server.change(**hooked(entry(program, fail="open"), **limit))
-        assert (await over_openai(server, "m")).end == "complete"
-        assert await calls(server) == {("request", "failed"): 3}
+        for said in NO_DECISIONS:
+            assert (await over_openai(server, "m")).end == "complete", said
+        assert await calls(server) == {("request", "failed"): 3 * len(NO_DECISIONS)}
 
 
 async def test_a_hook_that_is_away_or_says_nothing(make_server: MakeServer) -> None:
@@ -377,36 +379,25 @@ async def test_a_streamed_answer_is_shown_event_by_event(make_server: MakeServer
         assert counted == {("answer", "passed"): 4}
 
 
-async def ends_with(server: RunningServer, face: str) -> Any:
-    if face == "websocket":
-        return await over_websocket(server, "m")
-    if face == "sse":
-        return await over_sse(server, "m")
-    if face == "anthropic":
-        return await over_anthropic(server, "m")
-    return await over_openai(server, "m")
-
-
-@pytest.mark.parametrize("face", ["websocket", "sse", "openai", "anthropic"])
 async def test_a_refusal_ends_an_answer_for_all_and_closes_its_provider(
-    make_server: MakeServer, face: str
+    make_server: MakeServer,
 ) -> None:
     async def read(line: dict[str, Any]) -> Any:
         return refuse("enough", status=400) if line.get("n", 0) > 5 else None
 
     async with hook_program(read=read) as program:
         server = await make_server(ENDLESS, **hooked(entry(program, on=["answer"])))
+        faces = (over_websocket, over_sse, over_openai, over_anthropic)
+        for over in faces:
+            seen = await over(server, "m")
 
-        seen = await ends_with(server, face)
-
-        assert seen.end == "error"
-        assert seen.code == "answer_refused"
-        assert b"enough" in seen.raw if face != "anthropic" else seen.error["message"] == "enough"
-        await server.nothing_held()
-        await until(lambda: server.provider.stats().pool.open == 0)
-        assert await calls(server) == {("answer", "refused"): 1}
+            assert (seen.end, seen.code) == ("error", "answer_refused")
+            assert b"enough" in seen.raw or seen.error["message"] == "enough"
+            await server.nothing_held()
+            await until(lambda: server.provider.stats().pool.open == 0)
+        assert await calls(server) == {("answer", "refused"): len(faces)}
         ends = await server.counted("requests", "code", "outcome")
-        assert ends == {("answer_refused", "client_error"): 1}
+        assert ends == {("answer_refused", "client_error"): len(faces)}
 
 
 async def test_stats_say_of_each_hook_what_came_of_its_calls_and_which_are_open(

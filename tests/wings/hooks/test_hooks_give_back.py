@@ -36,8 +36,8 @@ SECTIONS = {
             ("http_hook", "HttpHook.decide_answer"),
             ("http_hook", "HttpHook.follow"),
             ("http_hook", "Lines.read"),
-            ("shown_log", "Shown.events"),
-            ("shown_log", "Shown.take"),
+            ("tap", "Tap.events"),
+            ("tap", "Tap.take"),
         )
     ),
 }

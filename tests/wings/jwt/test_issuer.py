@@ -102,14 +102,6 @@ def virtually(test: Callable[[Published], Coroutine[None, None, None]]) -> Calla
 
 
 @virtually
-async def test_tokens_wait_for_the_first_fetch(published: Published) -> None:
-    answers = await asyncio.gather(*(published.decide(kid) for kid in ("k1", "k1")))
-
-    assert answers == ["in", "in"]
-    assert len(published.asked) == 1
-
-
-@virtually
 async def test_keys_are_fetched_every_ten_minutes_and_not_at_once_everywhere(
     published: Published,
 ) -> None:
@@ -231,19 +223,6 @@ async def test_a_fetch_that_fails_keeps_what_was_there_and_tries_again_by_itself
 
 
 @virtually
-async def test_without_any_keys_a_token_is_neither_refused_nor_let_in(
-    published: Published,
-) -> None:
-    published.works = False
-    for _ in range(200):
-        assert await published.decide("k1") == "auth_unavailable"
-        await asyncio.sleep(1)
-    published.works = True
-    await asyncio.sleep(32)
-    assert await published.decide("k1") == "in"
-
-
-@virtually
 async def test_waits_are_bounded_in_time_and_number(published: Published) -> None:
     loop = asyncio.get_running_loop()
     published.delay, began = 60.0, loop.time()
@@ -273,7 +252,7 @@ async def test_who_leaves_stops_nothing(published: Published) -> None:
         await leaving
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_whatever_comes_forced_fetches_are_apart_and_published_keys_come_in(seed: int) -> None:
     """Keys come and go, fetches fail and are slow, and tokens name anything."""
     dice = random.Random(seed)

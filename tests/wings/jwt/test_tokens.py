@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,11 +25,13 @@ from tests.support.issuer import (
 from tests.support.keys import COOKIE, bearer, code_of, cookie, keys_of
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import until, until_result
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from aiohttp import ClientWebSocketResponse
 
     from tests.support.issuer import IssuerServer
     from tests.support.server import MakeServer, RunningServer
@@ -65,6 +68,26 @@ async def ask(server: RunningServer, token: str, **fields: Any) -> tuple[int, st
         return response.status, "" if response.status == 200 else await code_of(response)
 
 
+async def status_of(server: RunningServer, who: dict[str, str], path: str = "/v1/models") -> int:
+    async with server.session.get(server.base + path, headers=who) as response:
+        return response.status
+
+
+async def session_of(server: RunningServer, who: dict[str, str]) -> dict[str, str]:
+    """Exchange a key or a token; return the headers of the session."""
+    async with server.session.post(f"{server.base}/session", headers=who) as response:
+        session = cookie(response.cookies[COOKIE].coded_value)
+    server.session.cookie_jar.clear()
+    return session
+
+
+async def end_of(socket: ClientWebSocketResponse) -> tuple[int, str | None]:
+    """Read *socket* to its end; return the code and the reason of its close."""
+    while (message := await socket.receive()).type.name == "TEXT":
+        pass
+    return message.data, message.extra
+
+
 async def test_a_token_comes_wherever_a_key_may(make_server: MakeServer) -> None:
     async with issued(make_server) as (issuer, server):
         token = issuer.token()
@@ -73,8 +96,7 @@ async def test_a_token_comes_wherever_a_key_may(make_server: MakeServer) -> None
             {"x-api-key": token},
             {"api-key": token},
         ):
-            async with server.session.get(f"{server.v1}/models", headers=header) as response:
-                assert response.status == 200
+            assert await status_of(server, header) == 200
         async with server.connect(protocols=("aioserver", f"aioserver.key.{token}")) as ws:
             assert ws.protocol == "aioserver"
             await ws.send_json(chat("r"))
@@ -90,10 +112,7 @@ async def test_a_token_comes_wherever_a_key_may(make_server: MakeServer) -> None
         server.session.cookie_jar.clear()
         assert 3500 < int(morsel["max-age"]) <= 3600
         headers_of_session = cookie(morsel.coded_value)
-        async with server.session.get(
-            f"{server.v1}/models", headers=headers_of_session
-        ) as response:
-            assert response.status == 200
+        assert await status_of(server, headers_of_session) == 200
         async with server.session.get(
             f"{server.base}/session", headers=headers_of_session
         ) as response:
@@ -113,14 +132,9 @@ async def test_a_session_of_one_server_is_none_of_another_with_the_same_settings
         section = jwt_settings(issuer.url, limits=LIMITS)
         other = await make_server(**{"auth.jwt": section, **changes})
         for who in (headers(issuer.token(roles=["operator"])), bearer("root")):
-            async with server.session.post(f"{server.base}/session", headers=who) as response:
-                session = response.cookies[COOKIE].coded_value
-            server.session.cookie_jar.clear()
-            for each, status in ((server, 200), (other, 401)):
-                async with each.session.get(
-                    f"{each.base}/stats", headers=cookie(session)
-                ) as response:
-                    assert response.status == status
+            session = await session_of(server, who)
+            assert await status_of(server, session, "/stats") == 200
+            assert await status_of(other, session, "/stats") == 401
 
 
 async def test_keys_and_tokens_stand_side_by_side_and_share_nothing(
@@ -139,19 +153,15 @@ async def test_keys_and_tokens_stand_side_by_side_and_share_nothing(
             "Authorization": f"Bearer {token}",
             "x-api-key": bearer("web")["Authorization"][7:],
         }
-        async with server.session.get(f"{server.v1}/models", headers=both) as response:
-            assert response.status == 401
+        assert await status_of(server, both) == 401
 
 
 async def test_a_role_says_what_a_token_may(make_server: MakeServer) -> None:
     async with issued(make_server, LONG) as (issuer, server):
         admin = issuer.token(sub="root", roles=["operator"])
-        for token, status in ((issuer.token(), 403), (admin, 200)):
-            async with server.session.get(
-                f"{server.base}/stats", headers=headers(token)
-            ) as response:
-                assert response.status == status
         token = issuer.token()
+        for who, status in ((token, 403), (admin, 200)):
+            assert await status_of(server, headers(who), "/stats") == status
         async with server.connect(headers=headers(token)) as ws:
             await ws.send_json(chat("one"))
             await until_status(ws, "chunk")
@@ -229,8 +239,7 @@ async def test_an_issuer_that_is_away_costs_no_token_that_is_known_and_no_key(
         token = issuer.token()
 
         assert await ask(server, token) == (503, "auth_unavailable")
-        async with server.session.get(f"{server.v1}/models", headers=bearer("web")) as response:
-            assert response.status == 200
+        assert await status_of(server, bearer("web")) == 200
         async with server.session.get(f"{server.base}/ready") as response:
             assert response.status == 200
         texts = [each["text"] for each in server.incidents() if each["kind"] == "jwt"]
@@ -239,17 +248,9 @@ async def test_an_issuer_that_is_away_costs_no_token_that_is_known_and_no_key(
         ]
 
         issuer.status = 200
-        url = f"{server.v1}/models"
-
-        async def until_in() -> None:
-            while True:
-                async with server.session.get(url, headers=headers(token)) as response:
-                    if response.status == 200:
-                        return
-                    assert response.status == 503
-                await asyncio.sleep(0.25)
-
-        await asyncio.wait_for(until_in(), 60)
+        await until_result(
+            partial(status_of, server, headers(token)), lambda status: status == 200, 60
+        )
         issuer.status = 500
         assert (await ask(server, token))[0] == 200
 
@@ -299,11 +300,7 @@ async def test_a_withdrawn_key_ends_its_tokens_and_what_they_have_open(
     # One person with two tokens: what one has open is not the other's.
     said = claims(roles=["operator"])
     withdrawn, good = headers(old.sign(said)), headers(other.sign(said))
-    sessions = []
-    for who in (withdrawn, good):
-        async with server.session.post(f"{server.base}/session", headers=who) as response:
-            sessions.append(cookie(response.cookies[COOKIE].coded_value))
-        server.session.cookie_jar.clear()
+    sessions = [await session_of(server, who) for who in (withdrawn, good)]
 
     async with AsyncExitStack() as stack:
         sockets, watchers = [], []
@@ -318,9 +315,7 @@ async def test_a_withdrawn_key_ends_its_tokens_and_what_they_have_open(
         await server.owners.watched.look()
 
         for socket in sockets[:2]:
-            while (message := await socket.receive()).type.name == "TEXT":
-                pass
-            assert (message.data, message.extra) == (1008, "key revoked")
+            assert await end_of(socket) == (1008, "key revoked")
         for watcher in watchers[:2]:
             assert "invalid_api_key" in await watcher.text()
         for socket in sockets[2:]:
@@ -337,8 +332,7 @@ async def test_a_withdrawn_key_ends_its_tokens_and_what_they_have_open(
         (sessions[1], 200),
         (headers(new.sign(said)), 200),
     ):
-        async with server.session.get(f"{server.v1}/models", headers=who) as response:
-            assert response.status == status
+        assert await status_of(server, who) == status
     async with server.session.post(f"{server.base}/session", headers=withdrawn) as response:
         assert response.status == 401
 
@@ -347,6 +341,8 @@ async def test_a_session_waits_for_the_keys_of_its_token_as_the_token_does(
     make_server: MakeServer,
 ) -> None:
     async with issued(make_server) as (issuer, server):
+        # It has the first keys.
+        assert await status_of(server, headers(issuer.token())) == 200
         new = SigningKey("ES256", "new")
         secret = server.owners.context.access.sessions.secret
         issuer.keys.append(new)
@@ -355,16 +351,11 @@ async def test_a_session_waits_for_the_keys_of_its_token_as_the_token_does(
         sibling = await make_server(**{"auth.jwt": section})
         server.owners.context.access.sessions.use(secret)
         sibling.owners.context.access.sessions.use(secret)
-        async with sibling.session.post(
-            f"{sibling.base}/session", headers=headers(new.sign(claims()))
-        ) as response:
-            session = cookie(response.cookies[COOKIE].coded_value)
-        server.session.cookie_jar.clear()
+        session = await session_of(sibling, headers(new.sign(claims())))
 
         async with server.session.get(f"{server.base}/session", headers=session) as response:
             assert (await response.json())["name"] == "jwt:alice"
-        async with server.session.get(f"{server.v1}/models", headers=session) as response:
-            assert response.status == 200
+        assert await status_of(server, session) == 200
 
 
 async def test_a_reload_takes_other_tokens(make_server: MakeServer) -> None:
@@ -391,8 +382,7 @@ async def test_a_reload_takes_other_tokens(make_server: MakeServer) -> None:
         async with server.session.get(f"{server.v1}/models", headers=headers(good)) as response:
             assert response.status == 200
         assert await server.change(**keys_of("root"))
-        async with server.session.get(f"{server.v1}/models", headers=headers(good)) as response:
-            assert response.status == 401
+        assert await status_of(server, headers(good)) == 401
 
 
 # Expiry.
@@ -439,9 +429,7 @@ async def test_a_socket_with_an_answer_takes_no_new_question_and_closes_after_it
                 frame = await ws.receive_json(timeout=30)
             assert frame["chunk"]["code"] == "invalid_api_key"
             await until_status(ws, "complete")
-            while (message := await ws.receive()).type.name == "TEXT":
-                pass
-            assert (message.data, message.extra) == (1008, "token expired")
+            assert await end_of(ws) == (1008, "token expired")
         assert server.simulator.stats().requests == 1
 
 
@@ -453,9 +441,7 @@ async def test_an_answer_that_does_not_end_has_a_minute(make_server: MakeServer)
         token, began = issuer.token(exp=time.time() + 1), loop.time()
         async with server.connect(headers=headers(token)) as ws:
             await ws.send_json(chat("r"))
-            while (message := await ws.receive()).type.name == "TEXT":
-                pass
-            assert (message.data, message.extra) == (1008, "token expired")
+            assert await end_of(ws) == (1008, "token expired")
         passed = loop.time() - began
         assert SKEW + 59 <= passed <= SKEW + 71
         # A fresh token reads on: the stream is the caller's.

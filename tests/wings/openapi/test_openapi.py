@@ -155,61 +155,57 @@ async def test_any_viewer_opens_it_and_none_is_served(server: RunningServer, pat
         assert response.status == 404
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "body", "status"),
-    [
-        ("post", "/v1/chat/completions", {"model": "m"}, 400),
-        ("post", "/v1/chat/completions", {"model": ""}, 400),
-        ("post", "/v1/responses", {"model": "m"}, 400),
-        ("post", "/v1/messages", {"model": "m"}, 400),
-        ("post", "/v1/messages/count_tokens", {"model": ""}, 400),
-        ("get", "/sse/chat/{request_id}", None, 404),
-        ("delete", "/sse/chat/{request_id}", None, 404),
-        ("post", "/sse/chat", {"text": "Hello"}, 400),
-        ("post", "/sse/chat", {"request_id": "r", "text": "Hello", "hold": None}, 200),
-        ("post", "/sse/chat", {"request_id": "r", "text": "a", "messages": []}, 400),
-        ("post", "/sse/chat", {"request_id": "r" * 257, "text": "Hello"}, 400),
-        ("post", "/sse/chat", {"request_id": "r", "text": "", "messages": None}, 400),
-        ("post", "/sse/chat", {"request_id": "r", "messages": [{}]}, 400),
-        ("post", "/sse/chat", {"request_id": "r", "text": "a", "options": {"model": "m"}}, 400),
-        ("post", "/sse/chat", {"request_id": "r", "text": "a", "deadline": 0}, 400),
-        ("post", "/session", None, 200),
-        ("delete", "/session", None, 204),
-        ("delete", "/conversations/{id}", None, 404),
-    ],
-)
+# Method, path, body, and the status of the answer.
+REQUESTS: list[tuple[str, str, dict[str, Any] | None, int]] = [
+    ("post", "/v1/chat/completions", {"model": "m"}, 400),
+    ("post", "/v1/chat/completions", {"model": ""}, 400),
+    ("post", "/v1/responses", {"model": "m"}, 400),
+    ("post", "/v1/messages", {"model": "m"}, 400),
+    ("post", "/v1/messages/count_tokens", {"model": ""}, 400),
+    ("get", "/sse/chat/{request_id}", None, 404),
+    ("delete", "/sse/chat/{request_id}", None, 404),
+    ("post", "/sse/chat", {"text": "Hello"}, 400),
+    ("post", "/sse/chat", {"request_id": "r", "text": "Hello", "hold": None}, 200),
+    ("post", "/sse/chat", {"request_id": "r", "text": "a", "messages": []}, 400),
+    ("post", "/sse/chat", {"request_id": "r" * 257, "text": "Hello"}, 400),
+    ("post", "/sse/chat", {"request_id": "r", "text": "", "messages": None}, 400),
+    ("post", "/sse/chat", {"request_id": "r", "messages": [{}]}, 400),
+    ("post", "/sse/chat", {"request_id": "r", "text": "a", "options": {"model": "m"}}, 400),
+    ("post", "/sse/chat", {"request_id": "r", "text": "a", "deadline": 0}, 400),
+    ("post", "/session", None, 200),
+    ("delete", "/session", None, 204),
+    ("delete", "/conversations/{id}", None, 404),
+]
+
+
 @pytest.mark.parametrize("key", [None, "root"])
 async def test_the_answers_are_those_that_it_describes(
-    make_server: MakeServer,
-    method: str,
-    path: str,
-    body: dict[str, Any] | None,
-    status: int,
-    key: str | None,
+    make_server: MakeServer, key: str | None
 ) -> None:
     server = await make_server(**(keys_of(key) if key else {}))
     described = await description(server)
-    operation = described["paths"][path][method]
-    url = server.base + path.replace("{request_id}", "none").replace("{id}", "none")
     headers = bearer(key) if key else {}
-    async with server.session.request(method, url, json=body, headers=headers) as response:
-        text = await response.text()
-        kind = response.content_type
+    for method, path, body, status in REQUESTS:
+        operation = described["paths"][path][method]
+        url = server.base + path.replace("{request_id}", "none").replace("{id}", "none")
+        async with server.session.request(method, url, json=body, headers=headers) as response:
+            text = await response.text()
+            kind = response.content_type
 
-    assert response.status == status, text
-    answers = operation["responses"].get(str(status), operation["responses"]["default"])
-    assert bool(text) is ("content" in answers)
-    if text:
-        assert kind in answers["content"]
-    if status >= 400:
-        schema = answers["content"]["application/json"]["schema"]
-        jsonschema.validate(await response.json(), {**described, **schema})
-    if body is None:
-        assert not operation.get("requestBody", {}).get("required")
-    elif path == "/sse/chat":
-        question = {**described, "$ref": "#/components/schemas/Question"}
-        valid = jsonschema.Draft202012Validator(question).is_valid(body)
-        assert valid is (status == 200)
+        assert response.status == status, (path, body, text)
+        answers = operation["responses"].get(str(status), operation["responses"]["default"])
+        assert bool(text) is ("content" in answers), (path, body)
+        if text:
+            assert kind in answers["content"], (path, body)
+        if status >= 400:
+            schema = answers["content"]["application/json"]["schema"]
+            jsonschema.validate(await response.json(), {**described, **schema})
+        if body is None:
+            assert not operation.get("requestBody", {}).get("required"), path
+        elif path == "/sse/chat":
+            question = {**described, "$ref": "#/components/schemas/Question"}
+            valid = jsonschema.Draft202012Validator(question).is_valid(body)
+            assert valid is (status == 200), body
 
 
 async def test_a_key_is_optional_where_the_server_has_none(make_server: MakeServer) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from aioserver.config.settings import Auth, Jwt
 from aioserver.server.wings import WINGS, faults
-from aioserver.wings.jwt import issuers
+from aioserver.wings.jwt import wing as jwt_wing
 from aioserver.wings.jwt.wing import JwtWing
 from tests.support.configurations import load, refused, small
 from tests.support.issuer import AUDIENCE, ISSUER, jwt_settings
@@ -37,17 +37,17 @@ asyncio.run(main())
 
 
 def test_a_package_that_is_missing_or_too_old_is_a_fault_that_names_the_extra() -> None:
-    missing = [*issuers.faults(AUTH, {"no-such-package": (2, 13)})]
-    old = [*issuers.faults(AUTH, {"aiohttp": (99, 1)})]
+    missing = [*jwt_wing.faults(AUTH, {"no-such-package": (2, 13)})]
+    old = [*jwt_wing.faults(AUTH, {"aiohttp": (99, 1)})]
 
     assert missing == [
         "auth.jwt: no-such-package>=2.13 is not installed (pip install '.[jwt]' in the clone)"
     ]
     assert old[0].startswith("auth.jwt: aiohttp>=99.1 is needed, and 3.")
     assert old[0].endswith("(the extra jwt)")
-    assert [*issuers.faults(AUTH)] == []
-    assert [*issuers.faults(None, {"no-such-package": (1, 0)})] == []
-    assert [*issuers.faults(Auth(keys=()), {"no-such-package": (1, 0)})] == []
+    assert [*jwt_wing.faults(AUTH)] == []
+    assert [*jwt_wing.faults(None, {"no-such-package": (1, 0)})] == []
+    assert [*jwt_wing.faults(Auth(keys=()), {"no-such-package": (1, 0)})] == []
 
 
 def test_a_server_without_tokens_needs_none_of_the_packages(tmp_path: Path) -> None:
