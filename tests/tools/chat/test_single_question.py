@@ -114,7 +114,9 @@ def test_a_conversation_that_is_kept_here_is_sent_whole_however_long_it_is() -> 
     for _ in range(3):
         history.add("q" * 400_000, "a" * 400_000)
 
-    assert [len(message["content"]) for message in history.content("Hi")] == [9, *6 * [400_000], 2]
+    messages = history.content("Hi")
+    assert isinstance(messages, list)
+    assert [len(message["content"]) for message in messages] == [9, *6 * [400_000], 2]
 
 
 async def test_nothing_that_listens_is_one_line() -> None:
