@@ -372,27 +372,26 @@ LEAVING: dict[str, tuple[str, Any]] = {
 
 
 @TRANSPORTS
-@pytest.mark.parametrize("way", LEAVING)
 async def test_whoever_leaves_an_answer_cancels_it(
-    make_server: MakeServer, page: Page, way: str, transport: str
+    make_server: MakeServer, page: Page, transport: str
 ) -> None:
     server = await make_server(STALLED)
-    leave, message = LEAVING[way]
     async with page_elsewhere(page, server.base):
-        error = await run(
-            page,
-            f"""
-            const client = new aio.Client(a, {{ transport: b }}), abort = new AbortController();
-            const answer = client.chat("Hello", {{ signal: abort.signal }});
-            try {{ {leave} }} catch (error) {{ return error.message; }}
-            return null;
-            """,
-            server.base,
-            transport,
-        )
+        for number, (way, (leave, message)) in enumerate(LEAVING.items(), 1):
+            error = await run(
+                page,
+                f"""
+                const client = new aio.Client(a, {{ transport: b }}), abort = new AbortController();
+                const answer = client.chat("Hello", {{ signal: abort.signal }});
+                try {{ {leave} }} catch (error) {{ return error.message; }}
+                return null;
+                """,
+                server.base,
+                transport,
+            )
 
-        await server.simulator.until(lambda stats: stats.aborted == 1)
-    assert error == message
+            assert error == message, way
+            await server.simulator.until(lambda stats, number=number: stats.aborted == number)
 
 
 async def test_an_answer_that_was_left_before_it_was_read_asks_nothing(
