@@ -391,7 +391,7 @@ async def test_whoever_leaves_an_answer_cancels_it(
             )
 
             assert error == message, way
-            await server.simulator.until(lambda stats, number=number: stats.aborted == number)
+            await server.simulator.until(lambda stats, number=number: stats.aborted == number)  # type: ignore[misc]
 
 
 async def test_an_answer_that_was_left_before_it_was_read_asks_nothing(

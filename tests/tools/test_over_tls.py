@@ -71,7 +71,7 @@ async def test_tools_take_https(secure: RunningServer, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["bench", "chat", "doctor", "top"])
+@pytest.mark.parametrize("command", ["chat", "doctor", "top"])
 async def test_tools_say_what_is_wrong_with_the_address(
     secure: RunningServer, command: str
 ) -> None:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 import yaml
+from click.testing import CliRunner
 from yarl import URL
 
+from aioserver.__main__ import cli
 from aioserver.config.shipped import SHIPPED
 from aioserver.tools.doctor import machine
 from aioserver.tools.doctor.network import connect
@@ -324,14 +326,20 @@ async def test_a_package_that_the_settings_want_is_missed_as_the_server_would_mi
     assert "redis is not installed" in found.of("fail", "configuration")[0]
 
 
-# A process.
+# The command.
 
 
-async def test_a_bad_configuration_is_reported_whole_with_exit_code_2(tmp_path: Path) -> None:
+def commanded(*arguments: str) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of `aioserver doctor` with *arguments*."""
+    result = CliRunner().invoke(cli, ["doctor", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_bad_configuration_is_reported_whole_with_exit_code_2(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:"))
 
-    code, out, err = await run_command("doctor", "--config", str(file))
+    code, out, err = commanded("--config", str(file))
 
     assert (code, err) == (2, "")
     assert "chat.websocket.prot: unknown key (did you mean port?)" in out
@@ -339,7 +347,7 @@ async def test_a_bad_configuration_is_reported_whole_with_exit_code_2(tmp_path: 
     assert "Traceback" not in out
 
 
-async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_all_the_same(
+def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_all_the_same(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "c.yaml"
@@ -349,7 +357,7 @@ async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_
         file,
     )
 
-    code, out, _ = await run_command("doctor", "--config", str(file), "--json")
+    code, out, _ = commanded("--config", str(file), "--json")
 
     report = json.loads(out)
     texts = {
@@ -362,14 +370,14 @@ async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_
     assert texts["provider demo: answers: the first token of demo came"] == "ok"
 
 
-async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path) -> None:
+def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
     del data["llm"]["providers"]["local"]
     data["chat"]["websocket"]["port"] = 0
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(data))
 
-    code, out, err = await run_command("doctor", "--config", str(file))
+    code, out, err = commanded("--config", str(file))
 
     assert (code, err) == (0, ""), out
     assert "ok    provider demo: answers: the first token of demo came" in out
@@ -397,8 +405,8 @@ async def test_what_a_server_would_log_of_a_provider_is_not_printed(tmp_path: Pa
 @pytest.mark.parametrize(
     "arguments", [["--idle", "5"], ["http://x", "--config", "c.yaml"], ["ftp://x"]]
 )
-async def test_bad_usage_is_2(arguments: list[str]) -> None:
-    code, out, err = await run_command("doctor", *arguments)
+def test_bad_usage_is_2(arguments: list[str]) -> None:
+    code, out, err = commanded(*arguments)
 
     assert (code, out) == (2, "")
     assert "Usage: " in err
@@ -625,12 +633,12 @@ async def test_an_engine_without_messages_that_is_said_to_have_them_is_told(
     assert "`messages: auto`" in found.hint("/v1/messages")
 
 
-async def test_a_name_is_that_of_a_provider(tmp_path: Path) -> None:
+def test_a_name_is_that_of_a_provider(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     write(NOWHERE, {"llm.providers.demo": SIMULATED}, file)
 
-    code, out, _err = await run_command("doctor", "demo", "--config", str(file))
-    unknown, told, _err = await run_command("doctor", "nobody", "--config", str(file))
+    code, out, _err = commanded("demo", "--config", str(file))
+    unknown, told, _err = commanded("nobody", "--config", str(file))
 
     assert code == 0, out
     assert "provider demo: answers" in out
