@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from aioserver.config.hints import OTHER_WORDS
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 
@@ -65,14 +67,9 @@ APIS = {
 }
 # Settings of a deployment that are settings of a provider's `http_client`.
 RATES = {
-    "rpm": "requests_per_minute",
-    "tpm": "tokens_per_minute",
-    "max_parallel_requests": "concurrent_requests",
-    "timeout": "read_timeout",
-    "stream_timeout": "first_token_timeout",
-    "max_retries": "max_retries",
-    "num_retries": "max_retries",
-}
+    word: OTHER_WORDS.get(word, word)
+    for word in ("rpm", "tpm", "max_parallel_requests", "timeout", "stream_timeout", "max_retries")
+} | {"num_retries": "max_retries"}
 # Settings of a deployment that count for chats over WebSocket and SSE.
 DEFAULTS = ("temperature", "max_tokens", "top_p")
 STRATEGIES = {
