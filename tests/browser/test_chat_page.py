@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import re
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -954,17 +953,3 @@ async def test_the_page_is_light_or_dark_as_the_system_is(
     for scheme, (paper, ink) in colours.items():
         assert (paper > ink) is (scheme == "light")
         assert abs(paper - ink) > 500  # of 765
-
-
-def test_no_script_writes_markup_or_the_title() -> None:
-    scripts = [
-        script.read_text()
-        for script in files("aioserver.faces").joinpath("assets", "chat").iterdir()
-        if script.name.endswith(".js")
-    ]
-
-    assert scripts
-    for script in scripts:
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.(write|title)", script
-        )

@@ -40,6 +40,12 @@ if TYPE_CHECKING:
 
     from aioserver.client import AnswerError, Event
 
+# What is said of a whole answer with this finish reason.
+REMARKS = {
+    "length": "the answer was cut: it is as long as max_tokens allows",
+    "tool_calls": "the model called a tool, and chat has none",
+    "content_filter": "the provider's content filter ended the answer",
+}
 # Characters that are shown of a model's reasoning.
 MAX_THOUGHT = 60
 
@@ -309,13 +315,8 @@ def show(event: Event, thought: str, display: Display) -> None:
 
 def remark(complete: Complete | None) -> None:
     """Report on stderr anything unusual about a whole answer."""
-    reason = complete.finish_reason if complete is not None else None
-    if reason == "length":
-        warn("the answer was cut: it is as long as max_tokens allows")
-    elif reason == "tool_calls":
-        warn("the model called a tool, and chat has none")
-    elif reason == "content_filter":
-        warn("the provider's content filter ended the answer")
+    if complete is not None and complete.finish_reason in REMARKS:
+        warn(REMARKS[complete.finish_reason])
 
 
 def explain(error: AnswerError, settings: Settings) -> str:
