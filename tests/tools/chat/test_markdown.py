@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aioserver.tools.chat import markdown
@@ -93,9 +93,10 @@ def cut(text: str, *ends: int) -> list[str]:
 
 
 @given(
-    st.lists(st.sampled_from(TOKENS), max_size=60).map("".join),
-    st.lists(st.integers(0, 200), max_size=8),
+    text=st.lists(st.sampled_from(TOKENS), max_size=60).map("".join),
+    ends=st.lists(st.integers(0, 200), max_size=8),
 )
+@example(text="a\n#tag\n", ends=[3])  # half a line may still become another one
 def test_blocks_are_the_text_and_do_not_depend_on_how_it_comes(text: str, ends: list[int]) -> None:
     whole = cut(text)
 
