@@ -9,7 +9,6 @@ import re
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from playwright.async_api import expect
 
 from aioserver.errors import ServerShutdown
@@ -23,6 +22,7 @@ from tests.support.chat_page import (
     cut,
     enter,
     is_now,
+    lose,
     model_answer,
     shows,
     status,
@@ -51,12 +51,6 @@ ONE_REQUEST = {"llm.providers.sim.http_client.concurrent_requests": 1}
 def choosing(*models: str, **changes: Any) -> dict[str, Any]:
     """The changes that make these models available."""
     return {"llm.providers.sim.models": list(models), **changes}
-
-
-@pytest.fixture
-async def provider() -> AsyncIterator[ManualProvider]:
-    async with ManualProvider() as provider:
-        yield provider
 
 
 # Asking and reading.
@@ -351,9 +345,7 @@ async def test_a_message_written_without_a_connection_is_sent_later(
     server: RunningServer, page: Page
 ) -> None:
     await enter(page, server)
-    await page.context.set_offline(True)
-    cut(server)
-    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+    await lose(page, server)
 
     await ask(page, "Hello")
     await expect(status(page)).to_have_text("It is sent when the connection is back")
@@ -583,9 +575,7 @@ async def test_a_gap_is_reported_and_not_skipped(
     await ask(page, "Hello")
     provider.say("One")
     await shows(page, "One")
-    await page.context.set_offline(True)
-    cut(server)
-    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+    await lose(page, server)
 
     provider.say(*(f" {number:0100}" for number in range(200)))
     provider.finish()
@@ -601,9 +591,7 @@ async def test_a_number_that_is_taken_is_asked_under_another(
     server: RunningServer, page: Page
 ) -> None:
     await enter(page, server)
-    await page.context.set_offline(True)
-    cut(server)
-    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+    await lose(page, server)
     await ask(page, "Hello")
     await is_now(page, "unsent")
     stored = await page.evaluate(
