@@ -76,7 +76,9 @@ async def test_an_answer_is_shown_as_it_comes(
     assert provider.requests == 1
 
 
-async def test_chat_is_written_and_stopped_by_keys(make_server: MakeServer, page: Page) -> None:
+async def test_chat_is_written_and_stopped_by_keys_and_by_a_button(
+    make_server: MakeServer, page: Page
+) -> None:
     server = await make_server(STALLED)
     await enter(page, server)
 
@@ -95,17 +97,13 @@ async def test_chat_is_written_and_stopped_by_keys(make_server: MakeServer, page
     assert server.simulator.bodies[-1]["messages"][-1]["content"] == "one\ntwo"
     await server.simulator.until(lambda stats: stats.aborted == 1)
 
-
-async def test_stop_ends_the_answer_at_the_provider(make_server: MakeServer, page: Page) -> None:
-    server = await make_server(STALLED)
-    await enter(page, server)
     await ask(page, "Hello")
+    await expect(page.get_by_role("article")).to_have_count(2)
     await expect(answer(page).locator(".text")).not_to_be_empty()
-
     await page.get_by_role("button", name="Stop").click()
 
     await is_now(page, "stopped")
-    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.simulator.until(lambda stats: stats.aborted == 2)
     await expect(answer(page).get_by_role("button", name="Copy")).to_be_visible()
 
 
