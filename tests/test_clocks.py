@@ -31,7 +31,6 @@ SHOWN = {  # module: why it may know what time people have
     "files.certificates": "whether a certificate has expired",
     "server.certificates": "whether a certificate expires soon",
     "server.tls": "whether the certificate of a client has expired since its last handshake",
-    "tools.doctor.machine": "the days for which a certificate is still valid",
     "wings.jwt.token_callers": "when a token expires",
     "wings.responses.redis": "the age of responses that another instance has stored",
     "tools.doctor.arrivals": "compares the stamps of events with the time of this machine",

@@ -77,7 +77,7 @@ INSIDE_FUNCTIONS = {
 LONG = 400
 # Codecs that need no import, and modules that use another one before they serve.
 BUILT_IN_CODECS = {"ascii", "latin-1", "utf-8", "utf-16"}
-OTHER_CODECS = {("config.configuration", "utf-8-sig"), ("config.keys_file", "utf-8-sig")}
+OTHER_CODECS = {("config.document", "utf-8-sig"), ("config.keys_file", "utf-8-sig")}
 
 
 def imports(node: ast.AST, late: bool = False) -> Iterator[tuple[str, bool]]:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from aioserver.config.hints import OTHER_WORDS
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 
@@ -56,34 +58,18 @@ APIS = {
     "xai": Api("https://api.x.ai/v1", "XAI_API_KEY"),
     "ollama": Api("http://localhost:11434/v1", None, "/v1"),
     "ollama_chat": Api("http://localhost:11434/v1", None, "/v1"),
-    "hosted_vllm": Api(),
-    "lm_studio": Api(),
-    "llamafile": Api(),
-    "litellm_proxy": Api(),
-    "custom_openai": Api(),
-    "openai_like": Api(),
+    **dict.fromkeys(("hosted_vllm", "lm_studio", "llamafile", "litellm_proxy"), Api()),
+    **dict.fromkeys(("custom_openai", "openai_like"), Api()),
 }
 # Settings of a deployment that are settings of a provider's `http_client`.
 RATES = {
-    "rpm": "requests_per_minute",
-    "tpm": "tokens_per_minute",
-    "max_parallel_requests": "concurrent_requests",
-    "timeout": "read_timeout",
-    "stream_timeout": "first_token_timeout",
-    "max_retries": "max_retries",
-    "num_retries": "max_retries",
-}
+    word: OTHER_WORDS.get(word, word)
+    for word in ("rpm", "tpm", "max_parallel_requests", "timeout", "stream_timeout", "max_retries")
+} | {"num_retries": "max_retries"}
 # Settings of a deployment that count for chats over WebSocket and SSE.
 DEFAULTS = ("temperature", "max_tokens", "top_p")
-STRATEGIES = {
-    "simple-shuffle": "weighted",
-    "least-busy": "least_busy",
-    "usage-based-routing": "least_busy",
-    "usage-based-routing-v2": "least_busy",
-    "latency-based-routing": "least_busy",
-    "cost-based-routing": "least_busy",
-}
-SAME_STRATEGIES = {"simple-shuffle", "least-busy"}
+# Strategies that are here as well: weights, or the fewest requests. Any other one is the second.
+STRATEGIES = {"simple-shuffle", "least-busy"}
 # What needs no setting, and why.
 NEEDLESS = {
     "drop_params": "a parameter that a provider refuses by name is learned, and left out",
@@ -444,16 +430,12 @@ def _group(entries: list[tuple[int, dict[str, Any]]], choose: str) -> Any:
 
 
 def _choose(router: _Section, deployments: Iterable[_Deployment]) -> str:
-    strategy = router.take("routing_strategy")
+    strategy = router.take("routing_strategy") or "simple-shuffle"
     router.take("routing_strategy_args")
-    if strategy is None:
-        strategy = "simple-shuffle"
-    elif strategy not in SAME_STRATEGIES:
+    if strategy not in STRATEGIES:
         router.remark("routing_strategy", f"{strategy} is not there; it is least_busy")
     weighted = any(each.weight is not None for each in deployments)
-    if strategy == "simple-shuffle" and not weighted:
-        return "least_busy"
-    return STRATEGIES.get(strategy, "least_busy")
+    return "weighted" if strategy == "simple-shuffle" and weighted else "least_busy"
 
 
 def _fallbacks(llm: dict[str, Any], sections: Iterable[_Section]) -> None:

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import msgspec
-
 from aioserver.config import keys_file, schema, views
 from aioserver.config.credentials import Credentials
-from aioserver.config.document import PREFIX, Document, Fault, KeyPath, Place
+from aioserver.config.document import PREFIX, Document, Fault, KeyPath, decoded
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.inheritance import Inheritance
 from aioserver.config.llm import AUTO
@@ -43,14 +41,15 @@ if TYPE_CHECKING:
     import voluptuous as vol
 
 
-# A variable as a shell and LiteLLM write it.
 # Seconds of silence that what stands between a client and this server may take for a dead connection,
 # less some.
 SILENCE = 50.0
+# A variable as a shell and LiteLLM write it.
 _REFERENCE = re.compile(r"\$([A-Z_][A-Z0-9_]{1,63})|os\.environ/([A-Z_][A-Z0-9_]{1,63})")
 
 
-class Configuration(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Configuration:
     """Valid settings, the file they come from, and warnings for the author of that file.
 
     *content* is the content of that file.
@@ -292,13 +291,7 @@ def _read(source: str, content: bytes, environ: Mapping[str, str]) -> Document:
         ConfigurationError: the content is no UTF-8, or its values are no mapping.
     """
     document = Document(source)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        line = exc.object.count(b"\n", 0, exc.start) + 1
-        column = exc.start - exc.object.rfind(b"\n", 0, exc.start)
-        raise ConfigurationError([f"{Place(line, column, source)}: not UTF-8"]) from None
-    document.read(text, environ)
+    document.read(decoded(content, source), environ)
     if not isinstance(document.values, dict):
         if document.values is None:
             document.faults.append(document.fault((), "the file is empty"))

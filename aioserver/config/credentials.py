@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
+def key_fault(digest: str | None, names: Mapping[str | None, str]) -> str | None:
+    """Return why the key with this SHA-256 cannot be used beside those whose *names* are known by
+    their own; None: it can.
+    """
+    if digest == EMPTY_SHA256:
+        return "the hash of an empty key, which anybody could send"
+    return f"the same key as {names[digest]}" if digest in names else None
+
+
 class Credentials:
     """Finds keys for *document*, and adds a fault to it for each that cannot be used.
 
@@ -61,7 +70,8 @@ class Credentials:
 
     def of_clients(self, keys: tuple[ClientKey, ...]) -> tuple[ClientKey, ...]:
         """Return *keys* with `sha256` instead of `key_env` or `key_file`, without faulty ones."""
-        usable: dict[str, ClientKey] = {}
+        usable: list[ClientKey] = []
+        names: dict[str | None, str] = {}
         for index, key in enumerate(keys):
             path = ("auth", "keys", index)
             digest: Any = key.sha256
@@ -73,13 +83,12 @@ class Credentials:
                 digest = _hashed(self._from_variable(key.key_env, (*path, "key_env")))
             if digest is None and (source := key.key_file or key.key_env) is not None:
                 self._refuse(path, f"{source} holds no key")
-            elif digest == EMPTY_SHA256:
-                self._refuse(path, "the hash of an empty key, which anybody could send")
-            elif digest in usable:
-                self._refuse(path, f"the same key as {usable[digest].name}")
+            elif (fault := key_fault(digest, names)) is not None:
+                self._refuse(path, fault)
             elif digest is not None and digest is not FAULTY:
-                usable[digest] = changed(key, sha256=digest, key_env=None, key_file=None)
-        return tuple(usable.values())
+                names[digest] = key.name
+                usable.append(changed(key, sha256=digest, key_env=None, key_file=None))
+        return tuple(usable)
 
     def of_listener(self, tls: Tls | None) -> Tls | None:
         """Return *tls* with the path of its key. Its files are loaded once, to find faults."""

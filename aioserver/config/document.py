@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import yaml
 
+from aioserver.config.faults import ConfigurationError
 from aioserver.config.schema import FAULTY
 
 if TYPE_CHECKING:
@@ -61,6 +62,20 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}:{self.column}" if self.line else self.source
+
+
+def decoded(content: bytes, source: str) -> str:
+    """Return the text of *content*, that of the file *source*, without a byte order mark.
+
+    Raises:
+        ConfigurationError: it is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = exc.object.count(b"\n", 0, exc.start) + 1
+        column = exc.start - exc.object.rfind(b"\n", 0, exc.start)
+        raise ConfigurationError([f"{Place(line, column, source)}: not UTF-8"]) from None
 
 
 class Fault(NamedTuple):

@@ -18,8 +18,8 @@ import voluptuous as vol
 import yaml
 
 from aioserver.config import schema
-from aioserver.config.credentials import EMPTY_SHA256
-from aioserver.config.document import LOADER, Document, Fault
+from aioserver.config.credentials import key_fault
+from aioserver.config.document import LOADER, Document, Fault, decoded
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.schema import FAULTY
 from aioserver.config.settings import ClientKey
@@ -65,12 +65,8 @@ def parse(content: bytes, source: str, others: Iterable[ClientKey] = ()) -> tupl
     """
     if len(content) > MAX_FILE_BYTES:
         raise ConfigurationError([f"{source}: larger than {MAX_FILE_BYTES} bytes"])
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ConfigurationError([f"{source}: is not UTF-8"]) from None
     document = Document(source)
-    document.read(text, None)
+    document.read(decoded(content, source), None)
     keys: tuple[ClientKey, ...] = ()
     if isinstance(document.values, dict):
         message = (
@@ -122,10 +118,8 @@ def _faults(
     """Yield why *entry* cannot be used beside entries with these names and hashes."""
     if digest is None or entry.key_env is not None or entry.key_file is not None:
         yield document.fault((index,), "a key in this file has sha256, and no key_env or key_file")
-    elif digest == EMPTY_SHA256:
-        yield document.fault((index,), "the hash of an empty key, which anybody could send")
-    elif digest in digests:
-        yield document.fault((index,), f"the same key as {digests[digest]}")
+    elif (fault := key_fault(digest, digests)) is not None:
+        yield document.fault((index,), fault)
     if entry.name in names:
         yield document.fault(
             (index, "name"), f"another key in {names[entry.name]} is named {entry.name} as well"

@@ -16,16 +16,14 @@ import copy
 import dataclasses
 import json
 import operator
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias, TypeVar, dataclass_transform
 
-import msgspec
 import voluptuous as vol
 
 from aioserver.config.hints import LITELLM, MAX_SHOWN, OTHER_WORDS, most_like
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 T = TypeVar("T")
 # The path of a setting that breaks a rule, from its section, and the message.
@@ -106,7 +104,8 @@ class Secret:
         return hash(self._value)
 
 
-class Validator(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Validator:
     """A validator for voluptuous that can describe the values it accepts.
 
     *kind* is the type that the documentation shows. *inner* is the settings class of the sections
@@ -120,7 +119,7 @@ class Validator(msgspec.Struct, frozen=True):
     test: Callable[[Any], Any]
     inner: type[Any] | None = None
     suffix: str = ""
-    json: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    json: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, value: Any) -> Any:
         """Return the value to keep. `FAULTY` passes, because its fault is known already.

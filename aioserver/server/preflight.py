@@ -19,6 +19,7 @@ from aiohttp import http_parser
 
 from aioserver.faces.admission import MAX_REFUSED_CLOSING
 from aioserver.monitoring.monitor import MAX_WATCHERS
+from aioserver.telemetry.kernel import file_limit
 
 if TYPE_CHECKING:
     from aioserver.config.settings import Settings
@@ -104,14 +105,7 @@ def raise_file_limit(settings: Settings) -> str | None:
         Unfit: the limit is not even enough for `max_connections` clients.
     """
     wanted = wanted_files(settings)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS refuses an infinite soft limit. A filter of system calls may refuse any limit.
-        new_limit = wanted if hard == resource.RLIM_INFINITY else hard
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (new_limit, hard))
-            soft = new_limit
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+    if (soft := file_limit(wanted)) >= wanted:
         return None
     clients = settings.chat.websocket.concurrency.max_connections
     advice = f"raise it to {wanted} (ulimit -Hn {wanted}; systemd: LimitNOFILE={wanted})"

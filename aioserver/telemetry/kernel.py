@@ -1,10 +1,14 @@
-"""The kernel's data about a listening socket (Linux: tcp(7), TCP_INFO) and this process."""
+"""The kernel's data about a listening socket (Linux: tcp(7), TCP_INFO) and this process, and the
+process's limit of open files.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import socket
 import struct
+import sys
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -77,3 +81,18 @@ def process_usage() -> ProcessUsage:
         pass
     max_fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return {"open_fds": open_fds, "max_fds": max_fds, "rss_bytes": rss_bytes}
+
+
+def file_limit(wanted: int) -> int:
+    """Raise the limit of open files if it is below *wanted*, as far as is allowed, and return it.
+
+    `sys.maxsize` stands for no limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # macOS refuses an infinite soft limit. A filter of system calls may refuse any limit.
+        new_limit = wanted if hard == resource.RLIM_INFINITY else hard
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (new_limit, hard))
+            soft = new_limit
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft

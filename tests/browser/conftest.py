@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
+from tests.support.chat_page import ManualProvider
 from tests.support.chromium import PROGRAM, Chromium
 from tests.support.dashboard import Stand, standing
 
@@ -69,6 +70,13 @@ async def page(one_runner: asyncio.Runner, chromium: Chromium) -> AsyncIterator[
         pytest.skip(why)
     async with chromium.page() as page:
         yield page
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[ManualProvider]:
+    """A provider whose answers a test dictates."""
+    async with ManualProvider() as provider:
+        yield provider
 
 
 @pytest.fixture

@@ -47,12 +47,6 @@ ONE_OF_EACH = {
 LATER = re.compile(r"^The provider has too much to do\. The next attempt is in \d+ s$")
 
 
-@pytest.fixture
-async def provider() -> AsyncIterator[ManualProvider]:
-    async with ManualProvider() as provider:
-        yield provider
-
-
 @contextlib.asynccontextmanager
 async def full(server: RunningServer) -> AsyncIterator[ClientWebSocketResponse]:
     """The only place of the provider and of its queue are taken, by the questions r1 and r2 on

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from playwright.async_api import expect
 
 from aioserver.client import Client
-from tests.support.chat_page import answer, ask, cut, enter, is_now, model_answer, shows
+from tests.support.chat_page import answer, ask, enter, is_now, lose, model_answer, shows
 from tests.support.client_page import unwatched
 from tests.support.history import sql
 from tests.support.process import serving
@@ -152,9 +152,7 @@ async def test_a_deletion_without_a_connection_is_told_to_the_server_later(
     await enter(page, server)
     await ask(page, "apples")
     await is_now(page, "complete")
-    await page.context.set_offline(True)
-    cut(server)
-    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+    await lose(page, server)
     await page.get_by_role("button", name="Delete: apples").click()
     await page.get_by_role("button", name="Really delete: apples").click()
     await expect(listed(page)).to_have_count(0)

@@ -96,30 +96,18 @@ async def in_node(server: RunningServer, folder: Path, program: str) -> str:
     return out.decode()
 
 
-@pytest.mark.parametrize("transport", ["", "sse"])
-async def test_it_works_in_node(server: RunningServer, tmp_path: Path, transport: str) -> None:
+# Over server-sent events a program ends by itself.
+@pytest.mark.parametrize(("transport", "end"), [("", "client.close();"), ("sse", "")])
+async def test_it_works_in_node(
+    server: RunningServer, tmp_path: Path, transport: str, end: str
+) -> None:
     printed = await in_node(
         server,
         tmp_path,
         f"""
         const client = new Client("{server.base}", {{ transport: "{transport}" || undefined }});
         console.log(await client.chat("Hello").text());
-        client.close();
-        """,
-    )
-
-    assert printed == await model_answer(server, "Hello") + "\n"
-
-
-async def test_a_program_over_server_sent_events_ends_by_itself(
-    server: RunningServer, tmp_path: Path
-) -> None:
-    printed = await in_node(
-        server,
-        tmp_path,
-        f"""
-        const client = new Client("{server.base}", {{ transport: "sse" }});
-        console.log(await client.chat("Hello").text());
+        {end}
         """,
     )
 
@@ -372,27 +360,26 @@ LEAVING: dict[str, tuple[str, Any]] = {
 
 
 @TRANSPORTS
-@pytest.mark.parametrize("way", LEAVING)
 async def test_whoever_leaves_an_answer_cancels_it(
-    make_server: MakeServer, page: Page, way: str, transport: str
+    make_server: MakeServer, page: Page, transport: str
 ) -> None:
     server = await make_server(STALLED)
-    leave, message = LEAVING[way]
     async with page_elsewhere(page, server.base):
-        error = await run(
-            page,
-            f"""
-            const client = new aio.Client(a, {{ transport: b }}), abort = new AbortController();
-            const answer = client.chat("Hello", {{ signal: abort.signal }});
-            try {{ {leave} }} catch (error) {{ return error.message; }}
-            return null;
-            """,
-            server.base,
-            transport,
-        )
+        for number, (way, (leave, message)) in enumerate(LEAVING.items(), 1):
+            error = await run(
+                page,
+                f"""
+                const client = new aio.Client(a, {{ transport: b }}), abort = new AbortController();
+                const answer = client.chat("Hello", {{ signal: abort.signal }});
+                try {{ {leave} }} catch (error) {{ return error.message; }}
+                return null;
+                """,
+                server.base,
+                transport,
+            )
 
-        await server.simulator.until(lambda stats: stats.aborted == 1)
-    assert error == message
+            assert error == message, way
+            await server.simulator.until(lambda stats, number=number: stats.aborted == number)  # type: ignore[misc]
 
 
 async def test_an_answer_that_was_left_before_it_was_read_asks_nothing(

@@ -18,12 +18,12 @@ from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.fault_proxy import FaultProxy
 from tests.support.keys import key_of, keys_of
 from tests.support.process import serving
-from tests.support.server import ENDLESS, UVICORN
+from tests.support.server import ENDLESS
 from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
-from tests.support.worker_processes import gone, workers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from playwright.async_api import Page, WebSocketRoute
@@ -55,6 +55,28 @@ async def text_is(page: Page, text: str) -> None:
 async def outcome(page: Page) -> Any:
     """How the answer ended."""
     return await run(page, "return await outcome")
+
+
+async def played(page: Page, answer: Callable[[WebSocketRoute, dict[str, Any]], None]) -> None:
+    """Let *answer* play the server on each WebSocket of *page*, except that pings are answered."""
+
+    def between(here: WebSocketRoute) -> None:
+        def take(message: str | bytes) -> None:
+            frame = json.loads(message)
+            if frame["action"] == "ping":
+                here.send(json.dumps({"request_id": None, "status": "pong", "chunk": {}}))
+            else:
+                answer(here, frame)
+
+        here.on_message(take)
+
+    await page.route_web_socket(re.compile("/ws/"), between)
+
+
+def say(here: WebSocketRoute, asked: dict[str, Any], status: str, **fields: Any) -> None:
+    """Send a frame of the answer to *asked*."""
+    frame = {"request_id": asked["request_id"], "status": status, "chunk": {}, **fields}
+    here.send(json.dumps(frame))
 
 
 # Restarts.
@@ -111,48 +133,6 @@ async def test_a_server_that_is_killed_and_started_again(tmp_path: Path, page: P
     assert lost["error"]["text"] == lost["text"] != ""
     assert (whole["error"], whole["events"][-1]["type"]) == (None, "complete")
     assert simulator.stats().requests == 2
-
-
-CHATS = """
-  window.chats = { answers: 0, faults: [], over: false };
-  const chat = async (transport) => {
-    const client = new aio.Client(a, { transport, deadline: 60 });
-    while (!chats.over) {
-      const { text, error } = await read(client.chat("Hello"));
-      if (error || text !== b) chats.faults.push(error ?? text);
-      chats.answers += 1;
-    }
-  };
-  window.ended = Promise.all(["websocket", "sse", "websocket", "sse"].map(chat));
-"""
-
-
-@pytest.mark.timeout(120)
-async def test_a_replacement_of_all_processes_goes_unnoticed(tmp_path: Path, page: Page) -> None:
-    """Takes seconds: four processes are started."""
-    two = {f"{UVICORN}.workers": 2, "logging.level": "INFO"}
-    async with (
-        Simulator(PACED) as simulator,
-        serving(tmp_path / "config.yaml", simulator.base_url, changes=two) as process,
-        unwatched(page) as mine,
-    ):
-        await mine.add_init_script("Math.random = () => 0.01")
-        await process.ready()
-        async with page_elsewhere(mine, process.base):
-            whole = await run(
-                mine, "return await new aio.Client(a).chat('Hello').text()", process.base
-            )
-            former = workers(process)
-            await run(mine, CHATS, process.base, whole)
-            await mine.wait_for_function("chats.answers >= 8")
-            process.signal(signal.SIGUSR2)
-            await until(lambda: all(map(gone, former)), 60.0, lambda: process.log)
-            answers = await run(mine, "return chats.answers")
-            await mine.wait_for_function(f"chats.answers >= {answers + 8}")
-            chats = await run(mine, "chats.over = true; await ended; return chats;")
-
-    assert chats["faults"] == []
-    assert simulator.stats().requests == chats["answers"] + 1
 
 
 # A server that is full, or not there.
@@ -247,35 +227,28 @@ async def test_where_no_websocket_opens_answers_come_by_events(
     assert server.simulator.stats().requests == 3
 
 
-@pytest.mark.parametrize("extra", [1, 2, 5])
 async def test_an_event_is_given_out_once_and_a_gap_is_an_error(
-    server: RunningServer, page: Page, extra: int
+    server: RunningServer, page: Page
 ) -> None:
-    def between(here: WebSocketRoute) -> None:
-        def answer(message: str | bytes) -> None:
-            frame = json.loads(message)
-            if frame["action"] == "ping":
-                here.send(json.dumps({"request_id": None, "status": "pong", "chunk": {}}))
-                return
-            for event in (1, 2, extra, 3):
-                chunk = {"type": "text", "data": str(event), "metadata": {}}
-                delivered = {"event_id": event, "status": "chunk", "chunk": chunk}
-                here.send(json.dumps({"request_id": frame["request_id"], **delivered}))
-            end = {"event_id": 4, "status": "complete", "chunk": {"metadata": {}}}
-            here.send(json.dumps({"request_id": frame["request_id"], **end}))
+    extra = [1, 2, 5]
 
-        here.on_message(answer)
+    def answer(here: WebSocketRoute, frame: dict[str, Any]) -> None:
+        for event in (1, 2, extra[0], 3):
+            say(here, frame, "chunk", event_id=event, chunk={"type": "text", "data": str(event)})
+        say(here, frame, "complete", event_id=4)
 
-    await page.route_web_socket(re.compile("/ws/"), between)
+    await played(page, answer)
     async with page_elsewhere(page, server.base):
+        for _again in range(2):
+            await run(page, BEGIN, server.base, {})
+            result = await outcome(page)
+            assert (result["text"], result["error"]) == ("123", None)
+            del extra[0]
         await run(page, BEGIN, server.base, {})
         result = await outcome(page)
 
-    if extra == 5:
-        assert result["error"]["code"] == "protocol_error"
-        assert result["error"]["text"] == result["text"] == "12"
-    else:
-        assert (result["text"], result["error"]) == ("123", None)
+    assert result["error"]["code"] == "protocol_error"
+    assert result["error"]["text"] == result["text"] == "12"
 
 
 async def test_what_a_slow_page_has_not_read_is_bounded_and_asked_for_again(
@@ -284,25 +257,15 @@ async def test_what_a_slow_page_has_not_read_is_bounded_and_asked_for_again(
     word, count = "x" * 100_000, 60
     resumes: list[int] = []
 
-    def between(here: WebSocketRoute) -> None:
-        def answer(message: str | bytes) -> None:
-            frame = json.loads(message)
-            if frame["action"] == "ping":
-                here.send(json.dumps({"request_id": None, "status": "pong", "chunk": {}}))
-                return
-            after = frame["payload"].get("last_event_id", 0)
-            if frame["action"] == "resume":
-                resumes.append(after)
-            for number in range(after + 1, count + 1):
-                chunk = {"type": "text", "data": word, "metadata": {}}
-                event = {"event_id": number, "status": "chunk", "chunk": chunk}
-                here.send(json.dumps({"request_id": frame["request_id"], **event}))
-            end = {"event_id": count + 1, "status": "complete", "chunk": {"metadata": {}}}
-            here.send(json.dumps({"request_id": frame["request_id"], **end}))
+    def answer(here: WebSocketRoute, frame: dict[str, Any]) -> None:
+        after = frame["payload"].get("last_event_id", 0)
+        if frame["action"] == "resume":
+            resumes.append(after)
+        for number in range(after + 1, count + 1):
+            say(here, frame, "chunk", event_id=number, chunk={"type": "text", "data": word})
+        say(here, frame, "complete", event_id=count + 1)
 
-        here.on_message(answer)
-
-    await page.route_web_socket(re.compile("/ws/"), between)
+    await played(page, answer)
     async with page_elsewhere(page, server.base):
         size, numbers, error = await run(
             page,
@@ -350,22 +313,14 @@ async def test_a_question_that_may_have_arrived_is_sent_again_while_the_server_k
     frames: list[dict[str, Any]] = []
     sockets: list[WebSocketRoute] = []
 
-    def between(here: WebSocketRoute) -> None:
-        def answer(message: str | bytes) -> None:
-            frame = json.loads(message)
-            if frame["action"] == "ping":
-                here.send(json.dumps({"request_id": None, "status": "pong", "chunk": {}}))
-                return
-            frames.append(frame)
-            if len(frames) > 1:
-                fault = {"error": "it is gone", "code": "stream_not_found", "retryable": False}
-                gone = {"request_id": frame["request_id"], "status": "error", "chunk": fault}
-                here.send(json.dumps(gone))
-
+    def answer(here: WebSocketRoute, frame: dict[str, Any]) -> None:
+        frames.append(frame)
         sockets.append(here)
-        here.on_message(answer)
+        if len(frames) > 1:
+            fault = {"error": "it is gone", "code": "stream_not_found", "retryable": False}
+            say(here, frame, "error", chunk=fault)
 
-    await page.route_web_socket(re.compile("/ws/"), between)
+    await played(page, answer)
     await page.clock.install()
     async with page_elsewhere(page, server.base):
         await run(page, BEGIN, server.base, {})

@@ -177,7 +177,7 @@ def test_an_alias_bomb_is_refused_before_it_grows() -> None:
     assert all("are refused" in fault for fault in errors)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{a: " * 5000, "- " * 20_000 + "x"])
+@pytest.mark.parametrize("text", ["[" * 20_000, "a: " + "{a: " * 5000, "- " * 20_000 + "x"])
 def test_depth_is_bounded(text: str) -> None:
     assert len(faults(text)) == 1
 

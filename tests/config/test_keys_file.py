@@ -108,7 +108,7 @@ def test_a_file_that_cannot_be_read_is_a_fault_of_the_configuration(tmp_path: Pa
     assert refused(lambda: load(text, config)) == [f"{file}: cannot be read: Is a directory"]
     file.rmdir()
     file.write_bytes(b"\xff")
-    assert refused(lambda: load(text, config)) == [f"{file}: is not UTF-8"]
+    assert refused(lambda: load(text, config)) == [f"{file}:1:1: not UTF-8"]
 
 
 def test_its_keys_stand_beside_those_of_the_configuration(tmp_path: Path) -> None:

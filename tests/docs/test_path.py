@@ -6,17 +6,14 @@ pytest tests/docs/test_path.py -s    # prints them, in the order in which they a
 from __future__ import annotations
 
 import sys
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.wings.cluster.membership import join
 from tests.support.chat import CHAT
 from tests.support.keys import bearer, keys_of
-from tests.support.redis_server import RedisServer
-from tests.support.server import QUICK, provider_entry, running
+from tests.support.server import provider_entry
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -94,19 +91,3 @@ async def test_few_files_lead_from_a_client_to_a_provider(
 
     print(f"\n{len(files)} files", *files, sep="\n  ")
     assert len(files) <= most, files
-
-
-@pytest.mark.real_time
-async def test_few_files_lead_from_a_client_to_a_provider_in_a_cluster(tmp_path: Path) -> None:
-    async with AsyncExitStack() as stack:
-        redis = stack.enter_context(RedisServer(tmp_path))
-        member = await stack.enter_async_context(join(redis.url, "test"))
-        path = tmp_path / "config.yaml"
-        server = await stack.enter_async_context(
-            running(path, QUICK, {**GROUP, **keys_of("ann")}, cluster=member)
-        )
-
-        files = await files_down(server, {**CHAT, "model": "pair"}, bearer("ann"))
-
-    print(f"\n{len(files)} files", *files, sep="\n  ")
-    assert len(files) <= 34, files

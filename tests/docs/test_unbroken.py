@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.support.server import RunningServer
 
 FILE = Path(__file__).parents[2] / "examples" / "unbroken.py"
-CUTS = 30
+CUTS = 12
 
 
 def load() -> Any:
@@ -45,7 +45,7 @@ async def test_an_answer_survives_its_connections(
         left -= 1
         return dice.randint(2, 7) if left >= 0 else 1 << 30
 
-    server.simulator.behaviour = Behaviour(ttft=0, interval=0.001, tokens=400)
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0.001, tokens=200)
     async with aiohttp.ClientSession() as session:
         whole = await client(session, f"127.0.0.1:{server.port}", "Hello")
         asked = server.simulator.stats().requests

@@ -73,6 +73,7 @@ def test_files_of_others_are_as_they_were_released() -> None:
 async def test_every_page_is_guarded_by_its_headers(server: RunningServer) -> None:
     for path, kind in [
         ("/", "text/html"),
+        ("/dashboard", "text/html"),
         ("/assets/chat/chat.js", "text/javascript"),
         ("/assets/chat/chat.css", "text/css"),
         ("/assets/vendor/dompurify.js", "text/javascript"),
@@ -97,6 +98,7 @@ async def test_nothing_else_is_served(server: RunningServer) -> None:
     for path in [
         "/assets/",
         "/assets/chat/index.html",
+        "/assets/dashboard/index.html",
         "/assets/nothing.js",
         "/assets/vendor/marked.LICENSE.txt",
         "/assets/..%2f__init__.py",

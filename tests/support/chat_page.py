@@ -142,3 +142,10 @@ def cut(server: RunningServer) -> None:
     for connection in server.http_server.connections:
         if connection.transport is not None:
             connection.transport.abort()
+
+
+async def lose(page: Page, server: RunningServer) -> None:
+    """Cut the connection, until the context of *page* is no longer offline."""
+    await page.context.set_offline(True)
+    cut(server)
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()

@@ -67,21 +67,17 @@ class Chromium:
         """Open a page of 1280 x 800; `page.context` makes more of them, watched as well.
 
         Raises:
-            AssertionError: a page reported an error, or asked anything but this machine, or
-                Chromium has died; raised at the end of the block.
+            AssertionError: a page reported an error, or asked anything but this machine; raised at
+                the end of the block.
         """
         faults: list[str] = []
         browser = await self.browser()
-        async with self._alive():
-            context = await browser.new_context(viewport={"width": 1280, "height": 800})
-            context.on("page", lambda page: _watch(page, faults))
-            page = await context.new_page()
+        context = await browser.new_context(viewport={"width": 1280, "height": 800})
+        context.on("page", lambda page: _watch(page, faults))
+        page = await context.new_page()
         yield page
-        async with self._alive():
-            for each in browser.contexts:
-                await each.close()
-            if not browser.is_connected():
-                raise Error("it is disconnected")
+        for each in browser.contexts:
+            await each.close()
         # A server that is gone on purpose is no fault of the page: Chromium reports it by itself.
         unexpected = [
             fault
@@ -89,15 +85,6 @@ class Chromium:
             if "net::ERR_" not in fault and "WebSocket connection to" not in fault
         ]
         assert not unexpected, unexpected
-
-    @contextlib.asynccontextmanager
-    async def _alive(self) -> AsyncIterator[None]:
-        """Say so if Chromium has died; then the next page starts another."""
-        try:
-            yield
-        except Error as error:
-            await self.close()
-            raise AssertionError("Chromium has died; the next test starts another") from error
 
 
 def _watch(page: Page, faults: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +87,14 @@ def outcome(call: Callable[[], Configuration]) -> list[str]:
     return []
 
 
-def original() -> dict[str, Any]:
+@functools.cache
+def _original() -> dict[str, Any]:
     data: dict[str, Any] = yaml.safe_load(ORIGINAL.read_text())
     return data
+
+
+def original() -> dict[str, Any]:
+    return copy.deepcopy(_original())
 
 
 def changed(**values: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -71,7 +71,7 @@ async def test_tools_take_https(secure: RunningServer, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["bench", "chat", "doctor", "top"])
+@pytest.mark.parametrize("command", ["chat", "doctor", "top"])
 async def test_tools_say_what_is_wrong_with_the_address(
     secure: RunningServer, command: str
 ) -> None:
@@ -126,15 +126,3 @@ async def test_health_check_asks_by_the_configured_scheme(
 
     assert await check() == 0
     assert await check(AIOSERVER__CHAT__WEBSOCKET__PORT="9") == 1
-
-
-async def test_doctor_examines_the_files_of_a_server_that_would_start(tmp_path: Path) -> None:
-    """Dates, names and the chain, before anybody connects."""
-    section: dict[str, Any] = pair(tmp_path, days=5)
-    environ = {"AIOSERVER__CHAT__WEBSOCKET__TLS": f"{{cert_file: {section['cert_file']}}}"}
-
-    _code, said = await run("-m", "aioserver", "doctor", "--no-ask", environ=environ)
-
-    assert "in 5 days" in said
-    assert "clients may connect to localhost, 127.0.0.1" in said
-    assert "this system knows no such issuer" in said

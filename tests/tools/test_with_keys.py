@@ -27,19 +27,6 @@ def plan(server: RunningServer, face: str, key: str | None) -> Plan:
 
 
 @pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
-@pytest.mark.parametrize("name", ["web", "root"])
-async def test_a_bench_with_a_key_is_whole(make_server: MakeServer, face: str, name: str) -> None:
-    server = await make_server(**keys_of("web", "root"))
-    run = Run(plan(server, face, key_of(name)))
-
-    await run.execute(asyncio.Event())
-
-    report = run.report()
-    assert report["complete"]
-    assert report["requests"]["ok"] == 4
-
-
-@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
 async def test_a_bench_meets_the_keys_own_limit(make_server: MakeServer, face: str) -> None:
     server = await make_server(**keys_of("web", requests_per_minute=3))
     run = Run(plan(server, face, key_of("web")))
@@ -48,21 +35,18 @@ async def test_a_bench_meets_the_keys_own_limit(make_server: MakeServer, face: s
 
     report = run.report()
     assert report["requests"]["ok"] == 3
+    assert report["complete"]
     assert report["limit"]["code"] == "rate_limit_exceeded"
     assert "this client's own rate limit was met" in report["limit"]["text"]
 
 
-@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
-@pytest.mark.parametrize(
-    ("key", "remark"), [(None, "wants an API key"), ("aio-nobody", "does not know this key")]
-)
 async def test_a_bench_that_is_not_let_in_says_so_and_asks_nothing(
-    make_server: MakeServer, face: str, key: str | None, remark: str
+    make_server: MakeServer,
 ) -> None:
     server = await make_server(**keys_of("web"))
-    run = Run(plan(server, face, key))
+    run = Run(plan(server, "openai", "aio-nobody"))
 
-    with pytest.raises(remote.KeyNeeded, match=remark):
+    with pytest.raises(remote.KeyNeeded, match="does not know this key"):
         await run.execute(asyncio.Event())
 
     assert run.results.begun == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import click
 import orjson
 
 from aioserver.commands import options
+from aioserver.telemetry.kernel import file_limit
 from aioserver.tools import remote
 from aioserver.tools.bench.clients import FACES, Question
 from aioserver.tools.bench.load import Plan, Run
@@ -114,7 +114,8 @@ def bench(plan: Plan, *, as_json: bool) -> int:
     if drawing is None and not as_json:
         print(remote.RICH_MISSING, file=sys.stderr)
         return 2
-    if (allowed := raise_file_limit(plan.clients)) < plan.clients:
+    allowed = max(0, file_limit(plan.clients + OWN_FILES) - OWN_FILES)
+    if allowed < plan.clients:
         print(
             f"--clients {plan.clients} is too many: the open files that this process may have are"
             f" enough for {allowed} clients (ulimit -Hn raises the limit)",
@@ -131,17 +132,6 @@ def _drawing() -> ModuleType | None:
     except ModuleNotFoundError:
         return None
     return table
-
-
-def raise_file_limit(clients: int) -> int:
-    """Raise the soft limit of open files for *clients*; returns how many of them it allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = clients + OWN_FILES
-    if soft == resource.RLIM_INFINITY or needed <= soft:
-        return clients
-    raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-    return max(0, raised - OWN_FILES)
 
 
 async def _run(plan: Plan, drawing: ModuleType | None, *, as_json: bool) -> int:

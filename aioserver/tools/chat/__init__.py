@@ -8,9 +8,9 @@
   conversation that is sent with it, if the server does not keep it. **Interrupts** are signals
   that end an answer, or the program.
 - `display` writes text as it comes. `markdown` is the display that draws with rich, an optional
-  package. It draws Markdown in **blocks** that later text cannot change, each once, and below it a
-  line with the current wait. Control functions that a terminal would obey are removed from any
-  text.
+  package. It prints each **block** of Markdown once, when later text cannot change it any more, and
+  draws below it the last block and a line with the current wait. Control functions that a terminal
+  would obey are removed from any text.
 
 Stdout gets the answers and nothing else; everything else goes to stderr.
 """

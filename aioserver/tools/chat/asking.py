@@ -40,18 +40,19 @@ if TYPE_CHECKING:
 
     from aioserver.client import AnswerError, Event
 
-# Characters of earlier turns that are sent. A server accepts 16 MiB, and models less than this.
-MAX_CHARACTERS = 1_000_000
+# What is said of a whole answer with this finish reason.
+REMARKS = {
+    "length": "the answer was cut: it is as long as max_tokens allows",
+    "tool_calls": "the model called a tool, and chat has none",
+    "content_filter": "the provider's content filter ended the answer",
+}
 # Characters that are shown of a model's reasoning.
 MAX_THOUGHT = 60
 
 
 class History:
-    """The conversation, which is either kept by the server under an id, or kept here with a system
-    prompt in front.
-
-    Always: a history that is kept here consists of whole turns, the newest, and has at most
-    MAX_CHARACTERS.
+    """The conversation, which is either kept by the server under an id, or kept here as a whole
+    with a system prompt in front.
     """
 
     def __init__(self, *, conversation_id: str | None = None, system: str | None = None) -> None:
@@ -60,8 +61,7 @@ class History:
         """
         self._system = system
         self._id = conversation_id or uuid.uuid4().hex
-        # Questions and answers by turns.
-        self._said: list[dict[str, str]] = []
+        self._turns: list[dict[str, str]] = []
 
     @property
     def conversation_id(self) -> str | None:
@@ -73,19 +73,16 @@ class History:
         if self._system is None:
             return question
         system, asked = _message("system", self._system), _message("user", question)
-        return [system, *self._said, asked]
+        return [system, *self._turns, asked]
 
     def add(self, question: str, answer: str) -> None:
         """Keep a turn, which may have been stopped; one without an answer is left out."""
-        if self._system is None or not answer:
-            return
-        self._said += _message("user", question), _message("assistant", answer)
-        while sum(len(message["content"]) for message in self._said) > MAX_CHARACTERS:
-            del self._said[:2]
+        if self._system is not None and answer:
+            self._turns += _message("user", question), _message("assistant", answer)
 
     def begin_anew(self) -> None:
         """Begin another conversation, with the same system prompt."""
-        self._said.clear()
+        self._turns.clear()
         self._id = uuid.uuid4().hex
 
 
@@ -318,13 +315,8 @@ def show(event: Event, thought: str, display: Display) -> None:
 
 def remark(complete: Complete | None) -> None:
     """Report on stderr anything unusual about a whole answer."""
-    reason = complete.finish_reason if complete is not None else None
-    if reason == "length":
-        warn("the answer was cut: it is as long as max_tokens allows")
-    elif reason == "tool_calls":
-        warn("the model called a tool, and chat has none")
-    elif reason == "content_filter":
-        warn("the provider's content filter ended the answer")
+    if complete is not None and complete.finish_reason in REMARKS:
+        warn(REMARKS[complete.finish_reason])
 
 
 def explain(error: AnswerError, settings: Settings) -> str:

@@ -1,14 +1,9 @@
 """Draws an answer as Markdown with rich, an optional package, while it comes.
 
-Incomplete Markdown (CommonMark 0.31) is cut into blocks which later text cannot change: all but
-the last one of its whole lines. These are printed once and scroll away as any output. The last
-block is drawn below them, and redrawn when more of it comes, at most each DRAW_INTERVAL. If it is
-taller than the terminal, only its end is shown until it is finished. So the work for an answer
-grows with its length and not with its square.
-
-A block that exceeds a bound is cut, too: a list in front of an item; each further piece of a code
-block or a table repeats its first lines. As a result, a link whose address is defined in another
-block is shown as it is written, and emphasis ends where a paragraph is cut.
+Later text cannot change any block of Markdown (CommonMark 0.31) but the last one. So finished
+blocks are printed once, and scroll away as any output. The last block is drawn below them, and
+redrawn when more of it comes. If it is taller than the terminal, only its end is shown until it is
+finished. As a result, a link whose address is defined in another block is shown as it is written.
 
 The output of rich is made safe for the terminal once more: `&#13;`, and `%1b` in a link, become
 control characters only there. HTML is text (else `List<String>` would lose its half), and links
@@ -20,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from markdown_it import MarkdownIt
 from rich import markdown
@@ -36,13 +31,11 @@ from aioserver.tools.remote import printable
 if TYPE_CHECKING:
     from typing import TextIO
 
-    from markdown_it.token import Token
     from rich.console import ConsoleOptions, RenderResult
 
-# The last block is redrawn some ten times a second, so it is bounded.
-MAX_CHARACTERS = 4096
-# Seconds.
-DRAW_INTERVAL = 0.08
+# Seconds between two drawings at least, and the times that a drawing took: a large block, which
+# takes long to draw, is drawn less often.
+DRAW_INTERVAL, PAUSES = 0.08, 10
 # Seconds after which a wait shows its duration, since nothing else may ever come; and seconds of
 # silence in the middle of an answer after which the same is shown.
 LONG, SILENCE = 2.0, 5.0
@@ -50,84 +43,17 @@ LONG, SILENCE = 2.0, 5.0
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
 
-class Block(NamedTuple):
-    """A document of its own. *joined*: it continues the block before it, without a blank line
-    between.
-    """
-
-    source: str
-    joined: bool = False
-
-
-class Blocks:
-    """Text in, finished blocks out.
-
-    Always: the finished blocks and `last` together are the text so far; each further piece of a
-    code block or a table repeats its first lines. No block is larger than the bound and these
-    lines.
-    """
-
-    def __init__(self) -> None:
-        self._rest = self._opening = ""
-        self._joined = False
-
-    @property
-    def last(self) -> Block:
-        """The block that is not finished yet."""
-        return Block(self._opening + self._rest, self._joined)
-
-    def take(self, text: str) -> list[Block]:
-        """Add *text*; return the blocks that it finishes."""
-        self._rest += text
-        finished: list[Block] = []
-        while True:
-            whole = self._rest[: self._rest.rfind("\n", 0, MAX_CHARACTERS) + 1]
-            source = self._opening + whole
-            tokens = [token for token in PARSER.parse(source) if token.map]
-            starts = [token.map[0] for token in tokens if not token.level and token.map]
-            opening: str | None = None
-            if len(starts) < 2:
-                if len(self._rest) <= MAX_CHARACTERS:
-                    return finished
-                # The items of a list, or the paragraphs of a quotation.
-                parts = [token.map[0] for token in tokens if token.level == 1 and token.map]
-                if parts and parts[-1] > starts[0] and tokens[0].type != "table_open":
-                    starts.append(parts[-1])
-                    opening = ""
-                else:
-                    opening = _opening(tokens, source)
-            lines = source.split("\n")
-            ends = [sum(len(line) + 1 for line in lines[:start]) for start in starts[1:]]
-            if not ends:
-                space = self._rest.rfind(" ", 1, MAX_CHARACTERS) + 1
-                ends = [len(source) if whole else len(self._opening) + (space or MAX_CHARACTERS)]
-                source = self._opening + self._rest
-            for begin, end in itertools.pairwise((0, *ends)):
-                finished.append(Block(source[begin:end], self._joined))
-                self._joined = False
-            self._rest = self._rest[ends[-1] - len(self._opening) :]
-            self._opening, self._joined = opening or "", opening is not None
-
-
-def _opening(tokens: list[Token], source: str) -> str | None:
-    """Return the lines that must precede a piece which continues the block *source*, whose
-    *tokens* have their lines in it; None if that block has ended.
-    """
-    if tokens and (last := tokens[-1]).type == "fence":
-        assert last.map is not None
-        # A closed code block has two lines more than its code.
-        if last.map[1] - last.map[0] < last.content.count("\n") + 2:
-            return f"{last.markup}{last.info}\n"
-        return "" if last.level else None
-    if source.endswith("\n\n"):
-        return None
-    if tokens and tokens[0].type == "table_open":
-        return "".join(source.splitlines(keepends=True)[:2])
-    return ""
+def split(text: str) -> tuple[list[str], str]:
+    """Return the finished blocks of *text*, and the rest, which more text may change."""
+    whole = text[: text.rfind("\n") + 1]
+    starts = [token.map[0] for token in PARSER.parse(whole) if token.map and not token.level]
+    ends = [0, *itertools.accumulate(len(line) + 1 for line in whole.split("\n"))]
+    cuts = [0, *(ends[line] for line in starts[1:])]
+    return [text[begin:end] for begin, end in itertools.pairwise(cuts)], text[cuts[-1] :]
 
 
 class _Code(markdown.CodeBlock):
-    """Code without a frame: a frame would part the pieces of a long one, and be copied with it."""
+    """Code without a frame, which would be copied with it."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the code, its first and last lines included even if they are blank."""
@@ -176,8 +102,8 @@ class DrawnDisplay(Display):
             redirect_stderr=False,
             vertical_overflow="crop",
         )
-        self._blocks = Blocks()
-        self._taken = ""
+        # The text that is not printed yet, and whether it has grown since the last drawing.
+        self._rest, self._grown = "", False
         self._anything = False
         # The current wait, and since when, if that is shown; and its line as drawn.
         self._note, self._line = "", ""
@@ -212,7 +138,7 @@ class DrawnDisplay(Display):
             super().text(piece)
             return
         self._heard = time.monotonic()
-        self._taken += safe(piece)
+        self._rest, self._grown = self._rest + safe(piece), True
         if self._drawing is not None and self._drawing.done():
             self._drawing.result()
 
@@ -223,23 +149,24 @@ class DrawnDisplay(Display):
         self._draw()
 
     async def _draw_on(self) -> None:
+        took = 0.0
         while True:
-            await asyncio.sleep(DRAW_INTERVAL)
+            await asyncio.sleep(max(DRAW_INTERVAL, PAUSES * took))
+            began = time.perf_counter()
             self._draw()
+            took = time.perf_counter() - began
 
     def _draw(self, *, end: bool = False) -> None:
         """Print the finished blocks in place of what was shown, and show the last block below
         them.
         """
-        line, taken, self._taken = self._wait(), self._taken, ""
-        if not (end or taken or line != self._line):
+        line, grown, self._grown = self._wait(), self._grown, False
+        if not (end or grown or line != self._line):
             return
         self._line = line
-        # At the end the last line counts as whole.
-        finished = self._blocks.take(f"{taken}\n" if end else taken)
+        finished, self._rest = split(self._rest)
         if end:
-            finished.append(self._blocks.last)
-            self._blocks = Blocks()
+            finished, self._rest = [*finished, self._rest], ""
         drawn: list[Segment] = []
         for block in finished:
             drawn += _joined(self._drawn(block))
@@ -264,25 +191,25 @@ class DrawnDisplay(Display):
         replaced.
         """
         room = max(1, console.height - 1 - bool(self._line))
-        yield Segments(_joined(self._drawn(self._blocks.last)[-room:]))
+        yield Segments(_joined(self._drawn(self._rest)[-room:]))
         if self._line:
             yield Text(self._line, no_wrap=True, overflow="crop", end="")
 
-    def _drawn(self, block: Block) -> list[list[Segment]]:
+    def _drawn(self, block: str) -> list[list[Segment]]:
         """Return the lines of *block*, after a blank one below another block."""
-        if not block.source.strip():
+        if not block.strip():
             return []
         options = self._console.options.update(height=None)
-        rendered = self._console.render_lines(AnswerMarkdown(block.source), options, pad=False)
+        rendered = self._console.render_lines(AnswerMarkdown(block), options, pad=False)
         lines = [_safe_line(line) for line in rendered]
-        if not block.source.lstrip().startswith(("```", "~~~")):
+        if not block.lstrip().startswith(("```", "~~~")):
             # rich puts blank lines around lists, quotes and tables; blank lines of code belong to
             # the code.
             while lines and not lines[-1]:
                 lines.pop()
             while lines and not lines[0]:
                 del lines[0]
-        return [[], *lines] if self._anything and not block.joined else lines
+        return [[], *lines] if self._anything else lines
 
 
 def _joined(lines: list[list[Segment]]) -> list[Segment]:

@@ -3,8 +3,8 @@
 - A **check** is a row of one table (checks.py): its subject, the facts that it needs, its function,
   and the remedy. The function yields **results**, and each result is a line of the **report**.
 - **Facts** are the arguments of the command, and the values that earlier checks have found.
-- Without a URL, the checks concern a server that would start here: the configuration, this
-  **machine**, and the **network** between it and each of its **providers**.
+- Without a URL, the checks concern a server that would start here: the configuration, the limits of
+  this **machine**, and the **network** between it and each of its **providers**.
 - With the URL of a running **server**, the checks concern the connection from a client to it,
   through any proxy: the requests that pass, the **arrivals** of streamed events, and the time for
   which a silent connection stays open.

@@ -7,8 +7,6 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from yarl import URL
-
 from aioserver.config import Configuration
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import Cluster, Repository, Tracing, Usage
@@ -16,8 +14,6 @@ from aioserver.server.app import open_server
 from aioserver.server.wings import WINGS, faults
 from aioserver.tools.doctor import arrivals, machine, providers, server
 from aioserver.tools.doctor.arrivals import answer
-from aioserver.tools.doctor.machine import limit
-from aioserver.tools.doctor.network import Peer
 from aioserver.tools.doctor.results import Report, Result, fail, ok, warn
 
 if TYPE_CHECKING:
@@ -26,9 +22,6 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Settings
     from aioserver.tools.doctor.facts import Facts
 
-REDIS_PORT = 6379
-# Seconds for each step to the Redis server, and to the keys of an issuer.
-NEAR_TIMEOUT = 5.0
 GATHERED = (
     "switch buffering off for this path in the proxy (nginx: proxy_buffering off; "
     "docs/proxies.md has the others)"
@@ -71,28 +64,6 @@ async def turns(facts: Facts) -> AsyncIterator[Result]:
             yield ok(f"{whom}: {word}")
 
 
-async def needed(facts: Facts) -> AsyncIterator[Result]:
-    """Connect to the services that the server needs in addition to its providers.
-
-    Without Redis or Valkey, the shares of an instance are fixed. Without a hook that is closed, no
-    request passes. Without the keys of their issuer, no token can be checked.
-    """
-    here = facts.here
-    ways = [
-        (f"hook {hook.name}", hook.url, hook.timeout, fail if hook.closed else warn)
-        for hook in here.hooks
-    ]
-    ways.append(("cluster", here.cluster.redis_url, NEAR_TIMEOUT, warn))
-    if here.auth is not None and here.auth.jwt is not None:
-        ways.append(("tokens", here.auth.jwt.jwks_url, NEAR_TIMEOUT, fail))
-    for subject, address, seconds, problem in ways:
-        url = URL(address or "")
-        # A file, a module or a UNIX socket has no host. The server opens it when it starts.
-        if url.host is not None:
-            async for result in Peer.at(url, seconds, REDIS_PORT).steps(problem):
-                yield replace(result, subject=subject)
-
-
 def _alone(settings: Settings) -> Settings:
     """Return *settings* with their providers, and with the defaults of everything else."""
     chat = settings.chat
@@ -105,7 +76,8 @@ def _alone(settings: Settings) -> Settings:
 
 
 class Check(NamedTuple):
-    """A row of the table: *look* yields the results about *subject*, if the fact *needs* is known.
+    """A row of the table: *look* yields the results about *subject*, if the fact *needs* is known;
+    if that is empty, where no URL is given.
 
     *remedy* is the hint of its warnings and failures that have no hint themselves. Neighbouring
     rows with *together* run at the same time.
@@ -120,50 +92,9 @@ class Check(NamedTuple):
 
 # In the order of the report.
 CHECKS = (
-    Check(
-        "machine",
-        "local",
-        machine.interpreter,
-        "pip install '.[speedups]' in the clone brings a faster event loop",
-    ),
-    Check("configuration", "local", configuration),
-    Check("machine", "here", machine.files),
-    Check(
-        "machine",
-        "here",
-        limit(
-            "somaxconn: the kernel lets {have} connections wait, and backlog asks for {want}",
-            "sysctl -w net.core.somaxconn={want}",
-            machine.backlog,
-        ),
-    ),
-    Check(
-        "machine",
-        "here",
-        limit(
-            "local ports: {have}, and up to {want} connections to one address may need one each",
-            'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
-            machine.ports,
-        ),
-    ),
-    Check(
-        "machine",
-        "here",
-        limit(
-            "memory: {have} MiB are free, and kept answers and bodies may take {want}",
-            "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
-            machine.memory,
-        ),
-    ),
-    Check("machine", "here", machine.address),
-    Check(
-        "tls",
-        "here.chat.websocket.tls",
-        machine.certificate,
-        "put the intermediates into cert_file, or give clients the authority (SSL_CERT_FILE)",
-    ),
+    Check("configuration", "", configuration),
+    Check("machine", "here", machine.limits),
     Check("held turns", "here", turns),
-    Check("needed", "here", needed),
     Check("providers", "server", providers.providers),
     Check(
         "groups",
@@ -223,26 +154,27 @@ CHECKS = (
 
 async def examine(report: Report, facts: Facts) -> int:
     """Run the checks, and add their results to *report*. Return the exit code."""
+
+    async def results(check: Check) -> list[Result]:
+        return [result async for result in check.look(facts)]
+
     async with facts.stack:
-        for together, checks in itertools.groupby(CHECKS, lambda check: check.together):
+        for together, rows in itertools.groupby(CHECKS, lambda check: check.together):
             if together:
-                due = [check for check in checks if facts.known(check.needs)]
-                found = await asyncio.gather(*(_results(check, facts) for check in due))
-                for check, results in zip(due, found, strict=True):
-                    for result in results:
+                due = [check for check in rows if facts.known(check.needs)]
+                found = await asyncio.gather(*map(results, due))
+                for check, those in zip(due, found, strict=True):
+                    for result in those:
                         report.add(result, check.subject, check.remedy)
                 continue
-            for check in checks:
+            for check in rows:
+                if not (facts.known(check.needs) if check.needs else not facts.url):
+                    continue
                 try:
-                    if facts.known(check.needs):
-                        async for result in check.look(facts):
-                            report.add(result, check.subject, check.remedy)
+                    async for result in check.look(facts):
+                        report.add(result, check.subject, check.remedy)
                 except ConfigurationError as error:
                     facts.usable = False
                     for fault in error.faults:
                         report.add(fail(fault), check.subject)
     return int(report.failed) if facts.usable else 2
-
-
-async def _results(check: Check, facts: Facts) -> list[Result]:
-    return [result async for result in check.look(facts)]

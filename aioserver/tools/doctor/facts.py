@@ -17,31 +17,15 @@ if TYPE_CHECKING:
     from aioserver.server.app import Server
 
 
-class Found:
-    """The values that checks have found. A value that is not known yet is not an attribute."""
-
-    # The settings; also as `here`, unless only one provider is checked.
-    settings: Settings
-    here: Settings
-    # A server in this process with these providers, which has no clients.
-    server: Server
-    # A session for requests to the URL.
-    session: aiohttp.ClientSession
-    # Whether an aioserver answers, whether it accepts our key, and whether it opens a WebSocket.
-    healthy: bool
-    accepted: bool
-    upgraded: bool
-
-
 @dataclass(kw_only=True)
-class Facts(Found):
-    """The arguments of the command, and the values that its checks have found.
+class Facts:
+    """The arguments of the command, and the values that its checks have found. A value that is not
+    known yet, and has no default, is not an attribute.
 
     With *url*, the checks concern the server there, for a client with *key*. Otherwise they concern
     a server with the configuration in the file *config* (None: the file that `serve` would choose),
     or only its provider *only*. *ask* allows questions that cost money. *idle* are the seconds of
-    silence. *root* has the files in which the system shows its limits. *stack* closes the objects
-    that checks open.
+    silence. *root* has the files in which the system shows its limits.
     """
 
     url: str = ""
@@ -51,19 +35,26 @@ class Facts(Found):
     ask: bool = True
     idle: float = 0.0
     root: Path = Path("/")
-    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    # Closes the objects that checks open.
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack, init=False)
     # Whether `serve` would accept the configuration.
-    usable: bool = True
+    usable: bool = field(default=True, init=False)
+    # The settings; also as `here`, unless only one provider is checked.
+    settings: Settings = field(init=False)
+    here: Settings = field(init=False)
+    # A server in this process with these providers, which has no clients.
+    server: Server = field(init=False)
+    # A session for requests to the URL.
+    session: aiohttp.ClientSession = field(init=False)
+    # Whether an aioserver answers, whether it accepts our key, and whether it opens a WebSocket.
+    healthy: bool = field(default=False, init=False)
+    accepted: bool = field(default=False, init=False)
+    upgraded: bool = field(default=False, init=False)
     # The paths of the faces at the URL, a model there whose answers cost nothing, and the
     # `Content-Encoding`s of the streams that have come.
-    paths: dict[str, str] = field(default_factory=remote.PATHS.copy)
-    simulated: str | None = None
-    encodings: set[str] = field(default_factory=set)
-
-    @property
-    def local(self) -> bool:
-        """Whether the question is about a server that would start here."""
-        return not self.url
+    paths: dict[str, str] = field(default_factory=remote.PATHS.copy, init=False)
+    simulated: str | None = field(default=None, init=False)
+    encodings: set[str] = field(default_factory=set, init=False)
 
     def known(self, fact: str) -> bool:
         """Return whether *fact*, a dotted name, is known, and neither empty nor false."""

@@ -1,87 +1,32 @@
-"""Checks of this machine: whether a server with these settings could run on it."""
+"""The limits of this machine, beside what a server with these settings may need."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import errno
-import platform
-import ssl
-import time
-from importlib import util
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import aiohttp
-
-from aioserver.files import x509
-from aioserver.files.certificates import day, ends_soon, first_end
-from aioserver.server import listener, preflight
-from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
-from aioserver.tools.remote import get, printable
+from aioserver.server.preflight import wanted_files
+from aioserver.telemetry.kernel import file_limit
+from aioserver.tools.doctor.results import Result, ok, skip, warn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
     from aioserver.tools.doctor.facts import Facts
 
-# Seconds to look up the configured host, and for `/health` of a server that runs here already.
-LOOK_UP_TIMEOUT, HEALTH_TIMEOUT = 10.0, 2.0
 MIB = 1 << 20
 # MiB of a process before its first client, measured.
 PROCESS_MIB = 64
-# Names of a certificate that are shown.
-MAX_NAMES = 5
 # The files in which Linux shows its limits: proc(5), cgroups(7).
 BACKLOG, PORTS = "proc/sys/net/core/somaxconn", "proc/sys/net/ipv4/ip_local_port_range"
 MEMORY, OWN_CGROUP, CGROUPS = "proc/meminfo", "proc/self/cgroup", "sys/fs/cgroup"
 
 
-async def interpreter(_facts: Facts) -> AsyncIterator[Result]:
-    """Check the version of Python and the installed packages."""
-    try:
-        preflight.check_interpreter()
-    except preflight.Unfit as unfit:
-        yield fail(str(unfit))
-    else:
-        versions = f"Python {platform.python_version()}, aiohttp {aiohttp.__version__}"
-        yield ok(f"{versions} with its parser in C")
-    if util.find_spec("uvloop") is None:
-        yield warn("uvloop is not installed")
-
-
-async def files(facts: Facts) -> AsyncIterator[Result]:
-    """Check the limit of open files, and whether several processes can share the port."""
-    try:
-        if facts.here.chat.websocket.concurrency.uvicorn.workers > 1:
-            preflight.check_workers()
-        warning = preflight.raise_file_limit(facts.here)
-    except preflight.Unfit as unfit:
-        yield fail(str(unfit))
-    else:
-        wanted = preflight.wanted_files(facts.here)
-        text = f"open files: all limits together need {wanted}, and may have them"
-        yield ok(text) if warning is None else warn(warning)
-
-
-def limit(
-    text: str, remedy: str, measured: Callable[[Facts], tuple[int, int]]
-) -> Callable[[Facts], AsyncIterator[Result]]:
-    """Return a check that compares the two numbers that *measured* returns, available and wanted.
-
-    *text* has both, and begins with the name of the limit.
-    """
-
-    async def look(facts: Facts) -> AsyncIterator[Result]:
-        try:
-            have, want = measured(facts)
-        except (OSError, ValueError):
-            yield skip(f"{text.partition(':')[0]}: this system does not show it")
-        else:
-            line = text.format(have=have, want=want)
-            yield ok(line) if have >= want else warn(line, remedy.format(want=want))
-
-    return look
+def files(facts: Facts) -> tuple[int, int]:
+    """Return the limit of open files, which is raised, and the descriptors of all limits together."""
+    wanted = wanted_files(facts.here)
+    return file_limit(wanted), wanted
 
 
 def backlog(facts: Facts) -> tuple[int, int]:
@@ -136,57 +81,47 @@ def available_memory(root: Path) -> int:
     return available
 
 
-async def address(facts: Facts) -> AsyncIterator[Result]:
-    """Check whether the configured address is free, or has a server that runs already."""
-    websocket = facts.here.chat.websocket
-    host, port = websocket.host, websocket.port
-    try:
-        async with asyncio.timeout(LOOK_UP_TIMEOUT):
-            infos = await asyncio.get_running_loop().getaddrinfo(host, port, **listener.LOOK_UP)
-        for sock in listener.bind(host, port, infos):
-            sock.close()
-    except TimeoutError:
-        yield fail(f"{host} is not found in time", "see chat.websocket.host")
-    except OSError as error:
-        text = preflight.cannot_listen(host, port, error)
-        if error.errno != errno.EADDRINUSE:
-            yield fail(text)
-            return
-        host = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compared
-        url = listener.url_of(host, port, websocket.scheme)
-        async with aiohttp.ClientSession() as session:
-            # Its certificate may lack this address, and another check examines it.
-            answer = await get(session, f"{url}/health", HEALTH_TIMEOUT, ssl=False)
-        version = f"aioserver {printable(answer.content.get('version') or '')}".rstrip()
-        serves = f"{version} already serves {url}: `aioserver doctor {url}` examines it"
-        yield ok(serves) if answer.healthy else warn(text)
-    else:
-        yield ok(f"{host}:{port} is free to listen on")
+class Limit(NamedTuple):
+    """A limit: a *text* with both numbers that *measured* returns, available and wanted, and the
+    *remedy* where too little is available. The text begins with the name of the limit.
+    """
+
+    measured: Callable[[Facts], tuple[int, int]]
+    text: str
+    remedy: str
 
 
-async def certificate(facts: Facts) -> AsyncIterator[Result]:
-    """Check the certificate of the listener, whose files can be read: dates, names, and chain."""
-    tls = facts.here.chat.websocket.tls
-    assert tls is not None
-    chain = x509.certificates(await asyncio.to_thread(Path(tls.cert_file).read_bytes))
-    expires = first_end(chain)
-    if (text := ends_soon(expires)) is None:
-        yield ok(f"the certificate is valid until {day(expires)}")
-    else:
-        hint = "renew it: the files are read again within seconds"
-        yield fail(text, hint) if expires <= time.time() else warn(text, hint)
-    if names := chain[0].names:
-        yield ok(f"clients may connect to {', '.join(names[:MAX_NAMES])}")
-    else:
-        yield fail("the certificate has no name", "clients look for the host in it")
-    known = set()
-    for der in ssl.create_default_context().get_ca_certs(binary_form=True):
-        with contextlib.suppress(x509.Malformed):
-            known.add(x509.certificate(der).subject)
-    last = chain[-1]
-    if last.issuer in known:
-        yield ok("its issuer is an authority that this system knows")
-    else:
-        what = "it is signed by itself" if last.self_signed else "this system knows no such issuer"
-        text = "clients have to trust it by a file, unless an intermediate is missing"
-        yield warn(f"{what}: {text}")
+LIMITS = (
+    Limit(
+        files,
+        "open files: {have} are allowed, and all limits together may take {want}",
+        "ulimit -Hn {want} (systemd: LimitNOFILE={want})",
+    ),
+    Limit(
+        backlog,
+        "somaxconn: the kernel lets {have} connections wait, and backlog asks for {want}",
+        "sysctl -w net.core.somaxconn={want}",
+    ),
+    Limit(
+        ports,
+        "local ports: {have}, and up to {want} connections to one address may need one each",
+        'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
+    ),
+    Limit(
+        memory,
+        "memory: {have} MiB are free, and kept answers and bodies may take {want}",
+        "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
+    ),
+)
+
+
+async def limits(facts: Facts) -> AsyncIterator[Result]:
+    """Compare what the machine gives with what the settings may need."""
+    for limit in LIMITS:
+        try:
+            have, want = limit.measured(facts)
+        except (OSError, ValueError):
+            yield skip(f"{limit.text.partition(':')[0]}: this system does not show it")
+        else:
+            text = limit.text.format(have=have, want=want)
+            yield ok(text) if have >= want else warn(text, limit.remedy.format(want=want))

@@ -1,4 +1,4 @@
-"""The steps of a connection to a host: the look-up of its name, TCP, TLS."""
+"""A connection to a host: the look-up of its name, TCP, TLS."""
 
 from __future__ import annotations
 
@@ -8,115 +8,100 @@ import os
 import socket
 import ssl
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioserver.client import faults
 from aioserver.tools.doctor.results import Result, fail, ok, warn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from yarl import URL
-
-    Problem = Callable[[str, str], Result]
 
 # Days that a certificate is still valid, below which the doctor warns.
 SOON = 14.0
 SECONDS_A_DAY = 86400.0
+TRUST = "trust its authority (ca_file)"
+# The text and the hint for each error of a connection: the first row that fits counts.
+FAULTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ...] = (
+    (
+        (socket.gaierror, UnicodeError),
+        "the name {host} is not found: {reason}",
+        "check its spelling, and the DNS servers of this machine (/etc/resolv.conf)",
+    ),
+    (
+        ssl.SSLCertVerificationError,
+        "TLS: the certificate is refused: {reason}",
+        "renew it, use the name that it has, or {trust}",
+    ),
+    (ssl.SSLError, "TLS: no handshake: {reason}", "is there TLS on this port at all?"),
+    (
+        OSError,
+        "no connection: {host} port {port}: {reason}",
+        "nothing listens there, or a firewall is in the way",
+    ),
+)
 
 
-@dataclass
-class Peer:
-    """A host to connect to, with *limit* seconds for each step.
-
-    *context* is None without TLS. *trust* is the hint for a certificate of an unknown authority.
+class Connected(NamedTuple):
+    """The results of a connection, whether it was made, and the protocol that TLS has agreed on
+    (ALPN, RFC 7301).
     """
 
-    host: str
-    port: int
-    context: ssl.SSLContext | None
-    limit: float
-    trust: str = "trust its authority (ca_file)"
-    # Whether all steps have succeeded, and the protocol that TLS has agreed on (ALPN, RFC 7301).
+    results: list[Result]
     reached: bool = False
     protocol: str = ""
 
-    @classmethod
-    def at(cls, url: URL, limit: float, default_port: int = 0) -> Peer:
-        """Return the peer at *url*, with TLS if its scheme asks for it."""
-        context = ssl.create_default_context() if url.scheme in {"https", "rediss"} else None
-        return cls(url.host or "", url.port or default_port, context, limit)
 
-    async def steps(self, problem: Problem = fail) -> AsyncIterator[Result]:
-        """Look the name up, connect, and make a TLS handshake.
+def context_for(url: URL) -> ssl.SSLContext | None:
+    """Return a context for *url*; None if its scheme has no TLS."""
+    return ssl.create_default_context() if url.scheme == "https" else None
 
-        *problem* makes the result of a step that fails.
-        """
-        loop, began = asyncio.get_running_loop(), time.perf_counter()
-        try:
-            async with asyncio.timeout(self.limit):
-                infos = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            yield problem(
-                f"the name {self.host} is not found: {_reason(error)}",
-                "check its spelling, and the DNS servers of this machine (/etc/resolv.conf)",
-            )
-            return
-        addresses = [*dict.fromkeys(str(info[4][0]) for info in infos)]
-        # If the host is an address, nothing was looked up.
-        if addresses != [self.host]:
-            took = time.perf_counter() - began
-            yield ok(f"DNS: {self.host} is {', '.join(addresses)}", seconds=took)
-        began = time.perf_counter()
-        try:
-            async with asyncio.timeout(self.limit):
-                _, writer = await asyncio.open_connection(self.host, self.port)
-        except OSError as error:
-            hint = "nothing listens there, or a firewall is in the way"
-            where = f"{', '.join(addresses)} port {self.port}"
-            yield problem(f"no connection: {where}: {_reason(error)}", hint)
-            return
-        try:
-            took = time.perf_counter() - began
-            address, port = writer.get_extra_info("peername")[:2]
-            yield ok(f"connected to {address} port {port}", seconds=took)
-            if self.context is None:
-                self.reached = True
-            else:
-                yield await self._secure(writer, self.context, problem)
-        finally:
-            writer.transport.abort()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
 
-    async def _secure(
-        self, writer: asyncio.StreamWriter, context: ssl.SSLContext, problem: Problem
-    ) -> Result:
-        """Make a TLS handshake, and check the certificate."""
-        began = time.perf_counter()
-        try:
-            async with asyncio.timeout(self.limit):
-                await writer.start_tls(context, server_hostname=self.host)
-        except ssl.SSLCertVerificationError as error:
-            text = f"TLS: the certificate is refused: {error.verify_message}"
-            return problem(text, f"renew it, use the name that it has, or {self.trust}")
-        except OSError as error:
-            text = f"TLS: no handshake: {_reason(error)}"
-            return problem(text, "is there TLS on this port at all?")
-        took = time.perf_counter() - began
-        tls: ssl.SSLObject = writer.get_extra_info("ssl_object")
-        self.reached, self.protocol = True, tls.selected_alpn_protocol() or ""
-        ends = ssl.cert_time_to_seconds(str((tls.getpeercert() or {})["notAfter"]))
+async def connect(
+    url: URL,
+    context: ssl.SSLContext | None,
+    limit: float,
+    problem: Callable[[str, str], Result] = fail,
+    trust: str = TRUST,
+) -> Connected:
+    """Connect to the host of *url* within *limit* seconds, with TLS if there is a *context*.
+
+    *problem* makes the result of a failure. *trust* is the hint for a certificate of an unknown
+    authority.
+    """
+    began = time.perf_counter()
+    try:
+        async with asyncio.timeout(limit):
+            _, writer = await asyncio.open_connection(url.host, url.port, ssl=context)
+    except (OSError, UnicodeError) as error:
+        text, hint = next(row[1:] for row in FAULTS if isinstance(error, row[0]))
+        text = text.format(host=url.host, port=url.port, reason=_reason(error))
+        return Connected([problem(text, hint.format(trust=trust))])
+    took = time.perf_counter() - began
+    try:
+        address, port = writer.get_extra_info("peername")[:2]
+        results = [ok(f"connected to {address} port {port}", seconds=took)]
+        tls: ssl.SSLObject | None = writer.get_extra_info("ssl_object")
+        if tls is None:
+            return Connected(results, reached=True)
+        certificate: Any = tls.getpeercert()
+        ends = ssl.cert_time_to_seconds(certificate["notAfter"])
         days = (ends - time.time()) / SECONDS_A_DAY
         text = f"TLS: {tls.version()}, and a certificate that is valid for {days:.0f} days"
-        if days < SOON:
-            return warn(text, "renew it: once it has ended, nobody connects")
-        return ok(text, seconds=took)
+        soon = warn(text, "renew it: once it has ended, nobody connects")
+        results.append(ok(text) if days >= SOON else soon)
+        return Connected(results, reached=True, protocol=tls.selected_alpn_protocol() or "")
+    finally:
+        writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 def _reason(error: BaseException) -> str:
-    """Return the reason of a failed step in a few words; the texts of asyncio are long."""
+    """Return the reason of a failure in a few words; the texts of asyncio are long."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
     if isinstance(error, ssl.SSLError):
         return str(error.reason or "the connection was closed")
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:

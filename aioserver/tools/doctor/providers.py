@@ -36,7 +36,7 @@ from aioserver.providers.request import CHAT, ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.stream import Stream
 from aioserver.tools.doctor import agents
-from aioserver.tools.doctor.network import Peer
+from aioserver.tools.doctor.network import connect, context_for
 from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ SAID, FOLLOWING = "one two three four", "five"
 MAX_TOKENS = 16
 # Bytes of an answer or of a list of models at most: the list of OpenRouter has 500 KiB.
 MAX_BYTES = 1 << 22
-# The path below which most providers have the API, and their status for any other path.
-USUAL_PATH, NOT_FOUND = "v1", 404
 # The text and the hint for each class of fault: the first row that fits counts.
 FAULTS: tuple[tuple[type[ProviderFault] | tuple[type[ProviderFault], ...], str, str], ...] = (
     (
@@ -121,22 +119,23 @@ async def _provider(facts: Facts, provider: Provider, *, needed: bool) -> AsyncI
         url = URL(settings.base_url)
         if proxy := URL(settings.proxy) if settings.proxy else environment_proxy(url):
             yield ok(f"reached through the proxy {proxy.host}:{proxy.port}")
-        peer = Peer.at(proxy or url, settings.http_client.connect_timeout)
-        if peer.context is not None and not proxy:
+        context = context_for(proxy or url)
+        if context is not None and not proxy:
             # The settings are not for a proxy, which aiohttp trusts by the system's certificates.
             pair = settings.client_cert_file, settings.client_key_file
-            peer.context, _ = client_context(settings.ca_file, *pair)
-        async for result in peer.steps(problem):
+            context, _ = client_context(settings.ca_file, *pair)
+        seconds = settings.http_client.connect_timeout
+        connected = await connect(proxy or url, context, seconds, problem)
+        for result in connected.results:
             yield result
-        if not peer.reached:
+        if not connected.reached:
             return
     if settings.simulated or (needed and facts.ask):
         asked, _ = await _chat(provider, _short(settings, QUESTION, streamed=True), streamed=True)
         if asked.fault is None:
             yield ok(f"answers: the first token of {settings.model} came", seconds=asked.took)
         else:
-            wrong = await _wrong_base(provider, asked)
-            yield problem(*(wrong or _meaning(settings, asked.fault, asked.status)))
+            yield problem(*_meaning(settings, asked.fault, asked.status))
         if settings.continuation != NO_CONTINUATION:
             yield await _continuation(provider)
         if facts.only is not None and asked.fault is None and not settings.simulated:
@@ -148,8 +147,6 @@ async def _provider(facts: Facts, provider: Provider, *, needed: bool) -> AsyncI
         yield ok("GET /models is answered: the key is not refused", seconds=asked.took)
     elif not isinstance(asked.fault, ProviderRefused):
         yield problem(*_meaning(settings, asked.fault, asked.status))
-    elif wrong := await _wrong_base(provider, asked):
-        yield problem(*wrong)
     else:
         yield skip(f"GET /models: HTTP {asked.status}: it may have no such list")
     reason = "--no-ask" if needed else "it is neither active nor a fallback"
@@ -216,20 +213,6 @@ def _meaning(settings: settings.Provider, fault: ProviderFault, status: int) -> 
     )
 
 
-async def _wrong_base(provider: Provider, asked: Asked) -> tuple[str, str] | None:
-    """Return the text and the hint if `base_url` lacks the path of the API; None otherwise."""
-    if asked.status != NOT_FOUND:
-        return None
-    models, _ = await _models(provider, f"{USUAL_PATH}/models")
-    if models is None:
-        return None
-    listed = f"{len(models)} model{'' if len(models) == 1 else 's'}"
-    return (
-        f"nothing of its API is there: HTTP {NOT_FOUND}; below /{USUAL_PATH} it has {listed}",
-        f"set base_url: {provider.settings.base_url.rstrip('/')}/{USUAL_PATH}",
-    )
-
-
 async def _continuation(provider: Provider) -> Result:
     """Check that the provider continues an answer that broke off, in the configured form.
 
@@ -268,16 +251,16 @@ def _rest_found(form: str, text: str) -> str:
 
 
 async def _models(
-    provider: Provider, path: str = "models"
+    provider: Provider,
 ) -> tuple[dict[str, int | None] | None, Asked]:
-    """Ask for the list of models at *path* below the base URL of *provider*.
+    """Ask for the list of models of *provider*.
 
     The list costs nothing, and most providers check the key for it. Return the `max_model_len` (or
     None) of each model, and the outcome. Instead of a list that cannot be read, return None.
     """
     # Anthropic demands the version here, too.
     headers = {"anthropic-version": "2023-06-01"} if provider.settings.messages is True else {}
-    request = PassedRequest("GET", path, lambda *_: b"", headers)
+    request = PassedRequest("GET", "models", lambda *_: b"", headers)
     body = bytearray()
 
     async def read() -> None:
@@ -315,35 +298,30 @@ async def groups(facts: Facts) -> AsyncIterator[Result]:
         for member in group.members:
             provider = known[member.provider]
             settings, model = provider.settings, member.model or provider.settings.model
-            if settings.simulated or not settings.usable:
-                why = "is simulated: it has any model" if settings.usable else "is off"
-                yield skip(f"{provider.name} {why}", subject=subject)
-                continue
-            if provider.name not in lists:
+            if settings.usable and not settings.simulated and provider.name not in lists:
                 lists[provider.name], _ = await _models(provider)
-            models = lists[provider.name]
-            if models is None:
-                text = f"{provider.name} shows no list of models that can be read"
-                yield skip(text, subject=subject)
-                continue
-            # Ollama's names have a tag, and Gemini's a folder, which requests may leave out.
-            fitting = [
-                length
-                for listed, length in models.items()
-                if listed in {model, f"{model}:latest"} or listed.endswith(f"/{model}")
-            ]
-            if fitting:
-                yield ok(f"{provider.name} lists {model}", subject=subject)
-                lengths[member.provider, member.max_context] = fitting[0]
+            if not settings.usable:
+                result = skip(f"{provider.name} is off")
+            elif settings.simulated:
+                result = skip(f"{provider.name} is simulated: it has any model")
+            elif (models := lists[provider.name]) is None:
+                result = skip(f"{provider.name} shows no list of models that can be read")
+            elif not (fitting := [each for each in models if _names(each, model)]):
+                result = warn(f"{provider.name} does not list {model} under /v1/models")
             else:
-                text = f"{provider.name} does not list {model} under /v1/models"
-                yield warn(text, subject=subject)
-        most = max((length for length in lengths.values() if length is not None), default=0)
+                result = ok(f"{provider.name} lists {model}")
+                if (length := models[fitting[0]]) is not None:
+                    lengths[member.provider, member.max_context] = length
+            yield dataclasses.replace(result, subject=subject)
         for (provider_name, bound), length in lengths.items():
-            if length is not None and length < most and bound is None:
-                yield warn(
-                    f"{provider_name} takes {length:,} tokens, and others take {most:,} "
-                    "(max_model_len)",
-                    f"set max_context: {length} there, so that longer prompts go to the others",
-                    subject=subject,
-                )
+            if bound is None and length < (most := max(lengths.values())):
+                text = f"{provider_name} takes {length:,} tokens, and others take {most:,}"
+                hint = f"set max_context: {length} there, so that longer prompts go to the others"
+                yield warn(f"{text} (max_model_len)", hint, subject=subject)
+
+
+def _names(listed: str, model: str) -> bool:
+    """Return whether *listed* is the name of *model*: Ollama's names have a tag, and Gemini's a
+    folder, which requests may leave out.
+    """
+    return listed in {model, f"{model}:latest"} or listed.endswith(f"/{model}")

@@ -17,7 +17,7 @@ from aioserver.monitoring.findings import FINDINGS
 from aioserver.protocol import frames
 from aioserver.tools import remote
 from aioserver.tools.doctor.arrivals import noting
-from aioserver.tools.doctor.network import Peer
+from aioserver.tools.doctor.network import connect, context_for
 from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
 
 if TYPE_CHECKING:
@@ -43,19 +43,20 @@ PING = '{"action": "ping", "request_id": "doctor"}'
 
 async def reach(facts: Facts) -> AsyncIterator[Result]:
     """Connect to the server, and open the session that the other checks use."""
-    peer = Peer.at(URL(facts.url), TIMEOUT)
-    peer.trust = TRUST
-    if peer.context is not None:
-        peer.context.set_alpn_protocols(["h2", "http/1.1"])
-    async for result in peer.steps():
+    url = URL(facts.url)
+    context = context_for(url)
+    if context is not None:
+        context.set_alpn_protocols(["h2", "http/1.1"])
+    connected = await connect(url, context, TIMEOUT, trust=TRUST)
+    for result in connected.results:
         yield result
-    if not peer.reached:
+    if not connected.reached:
         return
     session = remote.session(facts.key, noting(facts.encodings))
     facts.session = await facts.stack.enter_async_context(session)
-    if peer.protocol == "h2":
+    if connected.protocol == "h2":
         yield ok("HTTP/2 is offered: a page may follow many streams at once")
-    elif peer.context is not None:
+    elif context is not None:
         yield warn(
             "HTTP/2 is not offered: a browser opens six connections for all tabs, "
             "one for each EventSource",

@@ -158,9 +158,20 @@ def _bars(connections: dict[str, Any]) -> Table:
     return grid
 
 
-def _providers(providers: dict[str, Any]) -> Table:
+def _table(first: str, width: int) -> Table:
+    """Return a table whose *first* column, of names, has *width* columns of the screen at most."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("provider", no_wrap=True, max_width=14, overflow="ellipsis")
+    table.add_column(first, no_wrap=True, max_width=width, overflow="ellipsis")
+    return table
+
+
+def _below(table: Table, more: int, noun: str) -> list[RenderableType]:
+    """Return *table* below a blank line, and how many rows *more* there would be."""
+    return ["", table, *([Text(f" and {count(more, noun)} more", style="dim")] * (more > 0))]
+
+
+def _providers(providers: dict[str, Any]) -> Table:
+    table = _table("provider", 14)
     # One column less, if no answer was continued, keeps the table within 80.
     seams = {
         name: total
@@ -197,8 +208,7 @@ def _groups(groups: dict[str, Any]) -> list[RenderableType]:
     """Return a table of *groups*, whose members have their places and their faults."""
     if not groups:
         return []
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("group", no_wrap=True, max_width=14, overflow="ellipsis")
+    table = _table("group", 14)
     table.add_column("members: places")
     for name in ("waiting", "cached"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -218,16 +228,14 @@ def _groups(groups: dict[str, Any]) -> list[RenderableType]:
             Text(str(waiting), style="yellow" if waiting else "none"),
             _share(group.get("cached_share")),
         )
-    more = len(groups) - MAX_GROUPS
-    return ["", table, *([Text(f" and {count(more, 'group')} more", style="dim")] * (more > 0))]
+    return _below(table, len(groups) - MAX_GROUPS, "group")
 
 
 def _callers(keys: dict[str, Any]) -> list[RenderableType]:
     """Return a table of callers: usage today, rest of the budget, running and waiting requests."""
     if not keys:
         return []
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("caller", no_wrap=True, max_width=20, overflow="ellipsis")
+    table = _table("caller", 20)
     for name in ("tokens today", "of the day", "left of the minute", "running", "waiting"):
         table.add_column(name, justify="right", no_wrap=True)
     most = sorted(keys.items(), key=lambda item: -item[1].get("tokens_today", 0))
@@ -245,8 +253,7 @@ def _callers(keys: dict[str, Any]) -> list[RenderableType]:
             f"{key.get('running', 0)}/{key.get('limit', 0)}",
             Text(str(waiting), style="yellow" if waiting else "none"),
         )
-    more = len(keys) - MAX_CALLERS
-    return ["", table, *([Text(f" and {count(more, 'caller')} more", style="dim")] * (more > 0))]
+    return _below(table, len(keys) - MAX_CALLERS, "caller")
 
 
 def _use_style(used: float | None) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.process import WITHOUT_RICH
-from tests.support.server import ENDLESS
+from tests.support.server import CONCURRENCY, ENDLESS
 from tests.support.terminal import CTRL_C, CTRL_D, terminal
 from tests.support.waiting import ticks, until
 
@@ -41,9 +41,23 @@ async def test_a_dialog_goes_on_with_its_conversation_until_it_is_left(
     telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     async with dialog(telling_server.base) as shown:
+        # Commands ask the server nothing.
+        shown.type("/help\n")
+        await shown.shows("/new")
+        shown.type("/nonsense \n")
+        await shown.shows("There is no command /nonsense")
+        await shown.shows("> ")
+        shown.type("\n")
+        await shown.shows("> ")
         for question in ("One", "Two", "/new", "Three", "/model m3", "Four"):
             shown.type(f"{question}\n")
             await shown.shows("> ")
+        shown.type('"""a\n  b\n\nc"""\n')
+        await shown.shows("Hello")
+        await shown.shows("> ")
+        shown.type("d\\\ne\n")
+        await shown.shows("Hello")
+        await shown.shows("> ")
         shown.type(CTRL_D)
 
         assert await shown.ended() == 0
@@ -54,6 +68,8 @@ async def test_a_dialog_goes_on_with_its_conversation_until_it_is_left(
         ["One", "Hello", "Two"],
         ["Three"],
         ["Three", "Hello", "Four"],
+        ["Three", "Hello", "Four", "Hello", "a\n  b\n\nc"],
+        ["Three", "Hello", "Four", "Hello", "a\n  b\n\nc", "Hello", "d\ne"],
     ]
     assert provider.models[3] == "m3"
 
@@ -74,38 +90,9 @@ async def test_a_system_prompt_keeps_the_conversation_here(
     ]
 
 
-async def test_a_question_of_several_lines(
+async def test_markdown_is_drawn_and_cannot_make_the_terminal_obey(
     telling_server: RunningServer, provider: TellingProvider
 ) -> None:
-    async with dialog(telling_server.base) as shown:
-        shown.type('"""a\n  b\n\nc"""\n')
-        await shown.shows("Hello")
-        await shown.shows("> ")
-        shown.type("d\\\ne\n")
-        await shown.shows("Hello")
-
-    assert provider.questions[0][0]["content"] == "a\n  b\n\nc"
-    assert provider.questions[1][-1]["content"] == "d\ne"
-
-
-async def test_commands_ask_the_server_nothing(
-    telling_server: RunningServer, provider: TellingProvider
-) -> None:
-    async with dialog(telling_server.base) as shown:
-        shown.type("/help\n")
-        await shown.shows("/new")
-        shown.type("/nonsense \n")
-        await shown.shows("There is no command /nonsense")
-        shown.type("\n")
-        await shown.shows("> ")
-        shown.type("/quit\n")
-
-        assert await shown.ended() == 0
-
-    assert provider.questions == []
-
-
-async def test_markdown_is_drawn(telling_server: RunningServer, provider: TellingProvider) -> None:
     provider.pieces = [*MARKDOWN]
     async with dialog(telling_server.base) as shown:
         shown.type("Hi\n")
@@ -115,6 +102,20 @@ async def test_markdown_is_drawn(telling_server: RunningServer, provider: Tellin
         assert "\x1b[1mbold\x1b[0m" in shown.seen
         assert "# Head" not in shown.text
         assert " • one\n • two\n\n> " in shown.text
+
+        provider.pieces = [
+            "a\x1b]0;title\x07",
+            "<http://x/%1b%5b2J>",
+            "&#13;&#155;",
+            "\n\n**end**",
+        ]
+        provider.reasoning = ["\x1b[5mthinking"]
+        shown.type("Hi\n")
+        await shown.shows("end")
+        await shown.shows("> ")
+
+        for sequence in ("\x1b]0;", "\x07", "\x1b[2J", "\x1b[5m", "\x9b"):
+            assert sequence not in shown.seen
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,7 @@ async def test_no_color_is_honoured(
     telling_server: RunningServer, provider: TellingProvider
 ) -> None:
     provider.pieces = ["```python\nx = 'a'\n```\n`c`"]
+    provider.afterthought = "hm"
     async with dialog(telling_server.base, environ={"NO_COLOR": "1"}) as shown:
         shown.type("Hi\n")
         await shown.shows("x = 'a'")
@@ -149,6 +151,8 @@ async def test_no_color_is_honoured(
 
         assert "\x1b[3" not in shown.seen
         assert "\x1b[9" not in shown.seen
+        # What the model thinks later does not write over its text.
+        assert "thinking" not in shown.text
 
 
 async def test_text_is_wrapped_at_the_width_and_encoded_as_the_terminal_can(
@@ -159,20 +163,6 @@ async def test_text_is_wrapped_at_the_width_and_encoded_as_the_terminal_can(
     async with dialog(telling_server.base, columns=30, environ=environ) as shown:
         shown.type("Hi\n")
         await shown.shows("Gr??e Gr??e Gr??e Gr??e Gr??e\nGr??e Gr??e Gr??e\n")
-
-
-async def test_a_model_cannot_make_the_terminal_obey(
-    telling_server: RunningServer, provider: TellingProvider
-) -> None:
-    provider.pieces = ["a\x1b]0;title\x07", "<http://x/%1b%5b2J>", "&#13;&#155;", "\n\n**end**"]
-    provider.reasoning = ["\x1b[5mthinking"]
-    async with dialog(telling_server.base) as shown:
-        shown.type("Hi\n")
-        await shown.shows("end")
-        await shown.shows("> ")
-
-        for sequence in ("\x1b]0;", "\x07", "\x1b[2J", "\x1b[5m", "\x9b"):
-            assert sequence not in shown.seen
 
 
 async def test_ctrl_c_stops_the_answer_at_the_server_and_a_second_one_leaves(
@@ -213,8 +203,17 @@ async def test_keys_pressed_meanwhile_are_not_shown_and_are_the_next_question(
         assert shown.as_before
 
 
-async def test_the_position_in_the_queue_is_shown(make_server: MakeServer) -> None:
-    limits = {"llm.providers.sim.http_client.concurrent_requests": 1}
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"llm.providers.sim.http_client.concurrent_requests": 1},
+        {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 30.0},
+    ],
+    ids=["provider", "server"],
+)
+async def test_the_position_in_the_queue_is_shown(
+    make_server: MakeServer, limits: dict[str, float]
+) -> None:
     server = await make_server(ENDLESS, **limits)
     async with dialog(server.base) as first, dialog(server.base) as second:
         first.type("Hi\n")
@@ -238,17 +237,6 @@ async def test_what_a_model_thinks_is_on_a_line_that_the_answer_replaces(
         await shown.shows("thinking: I wonder, and wonder")
         await shown.shows("Hello")
         assert "wonder\r\x1b[2KHello" in shown.seen
-
-
-async def test_thoughts_behind_a_text_do_not_write_over_it(
-    telling_server: RunningServer, provider: TellingProvider
-) -> None:
-    provider.afterthought = "hm"
-    async with dialog(telling_server.base, environ={"TERM": "xterm", "NO_COLOR": "1"}) as shown:
-        shown.type("Hi\n")
-        await shown.shows("Hello")
-        await shown.shows("> ")
-        assert "thinking" not in shown.text
 
 
 async def test_a_silence_in_the_middle_of_an_answer_is_reported(
@@ -292,18 +280,15 @@ async def test_a_closed_terminal_ends_the_answer(server: RunningServer) -> None:
         await server.nothing_held(2.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-async def test_a_signal_leaves_the_terminal_as_it_was(
-    server: RunningServer, number: signal.Signals
-) -> None:
+async def test_a_signal_leaves_the_terminal_as_it_was(server: RunningServer) -> None:
     server.simulator.behaviour = ENDLESS
     async with dialog(server.base) as shown:
         shown.type("Hi\n")
         await until(lambda: server.held()["running"] == 1)
         assert not shown.as_before
-        shown.process.send_signal(number)
+        shown.process.send_signal(signal.SIGTERM)
 
-        assert await shown.ended(10.0) == -number
+        assert await shown.ended(10.0) == -signal.SIGTERM
         assert shown.as_before
         assert "Traceback" not in shown.text
         await server.nothing_held(2.0)
@@ -344,25 +329,6 @@ async def test_stdin_of_a_pipe_in_a_terminal_is_one_question(
         assert await shown.ended() == 0
         await shown.shows("Hello\n")
     assert provider.questions[0][0]["content"] == "Hi"
-
-
-async def test_the_position_in_front_of_a_full_server_is_shown(make_server: MakeServer) -> None:
-    limits = {
-        "chat.websocket.concurrency.max_connections": 1,
-        "chat.websocket.concurrency.connection_queue_size": 5,
-        "chat.websocket.concurrency.queue_timeout": 30.0,
-    }
-    server = await make_server(ENDLESS, **limits)
-    async with dialog(server.base) as first, dialog(server.base) as second:
-        first.type("Hi\n")
-        await until(lambda: server.held()["running"] == 1)
-        second.type("Hi\n")
-        await second.shows("position 1 in the queue")
-        first.type(CTRL_C)
-        await second.shows("sim/sim-model has begun")
-        second.type(CTRL_C)
-        await second.shows("(stopped)")
-    await server.nothing_held()
 
 
 async def test_a_file_for_the_answer_makes_one_question_of_what_is_typed(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import signal
 
-import pytest
-
 from tests.support.process import Process
 
 WORK = """
@@ -31,19 +29,6 @@ except Interrupted as interrupted:
 """
 WORKING = re.compile("working\n")
 CLEANING = re.compile("working\ncleaning up\n")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-async def test_a_signal_cancels_the_work_and_a_shell_sees_the_signal(
-    number: signal.Signals,
-) -> None:
-    async with await Process.start("-c", WORK, "quick") as process:
-        await process.prints(WORKING)
-        process.signal(number)
-
-        assert await process.ended() == -number
-        assert process.out == "working\ncleaning up\nended\n"
-        assert process.log == ""
 
 
 async def test_a_second_signal_does_not_wait_for_the_work() -> None:

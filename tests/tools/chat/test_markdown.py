@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from aioserver.tools.chat import markdown
 from aioserver.tools.chat.markdown import AnswerConsole, DrawnDisplay
@@ -21,39 +23,14 @@ PAGES = ["README.md", "docs/faces.md", "docs/clients.md", "docs/install.md", "do
 # What a display may send: colours, the cursor up, erase below.
 CONTROL = re.compile(r"\x1b\[[\d;]*[mAK]|\r")
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+TOKENS = (
+    *("# ", "\n", "\n\n", "- ", "  ", "1. ", "```", "```python\n", "~~~\n", "> ", "| a | b |\n"),
+    *("|---|---|\n", "word ", "\t", "    ", "---\n", "中"),
+)
 HOSTILE = (
-    *(
-        "# ",
-        "\n",
-        "\n\n",
-        "- ",
-        "1. ",
-        "```",
-        "```python\n",
-        "> ",
-        "> > > > > > > ",
-        "**",
-        "`",
-        "    ",
-    ),
-    *(
-        "| a | b |\n|---|---|\n",
-        "[x](http://a/%1b%5b2J)",
-        "<http://a/%1b]0;x%07>",
-        "<http://a/%9b2J>",
-    ),
-    *(
-        "![i](http://b/%1b)",
-        "</kbd>",
-        "<kbd>",
-        "<div>",
-        "&#13;",
-        "&#27;",
-        "&#155;",
-        "\x1b[2J",
-        "\x9b2J",
-    ),
-    *("\u202e", "[a]: http://x\n", "---\n", "===\n", "word ", "中文", "🎉", "a" * 300),
+    *(*TOKENS, "> > > > > > > ", "**", "`", "[x](http://a/%1b%5b2J)", "<http://a/%1b]0;x%07>"),
+    *("<http://a/%9b2J>", "![i](http://b/%1b)", "</kbd>", "<kbd>", "<div>", "&#13;", "&#27;"),
+    *("&#155;", "\x1b[2J", "\x9b2J", "\u202e", "[a]: http://x\n", "===\n", "🎉", "a" * 300),
 )
 
 
@@ -103,6 +80,45 @@ def words(lines: list[str]) -> list[str]:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw in each turn of the loop, not ten times a second."""
     monkeypatch.setattr(markdown, "DRAW_INTERVAL", 0.0)
+    monkeypatch.setattr(markdown, "PAUSES", 0)
+
+
+def cut(text: str, *ends: int) -> list[str]:
+    """The blocks of *text*, which comes in pieces that end at *ends*."""
+    blocks, rest, start = list[str](), "", 0
+    for end in (*sorted(ends), len(text)):
+        finished, rest = markdown.split(rest + text[start:end])
+        blocks, start = [*blocks, *finished], max(start, end)
+    return [*blocks, rest]
+
+
+@given(
+    text=st.lists(st.sampled_from(TOKENS), max_size=60).map("".join),
+    ends=st.lists(st.integers(0, 200), max_size=8),
+)
+@example(text="a\n#tag\n", ends=[3])  # half a line may still become another one
+def test_blocks_are_the_text_and_do_not_depend_on_how_it_comes(text: str, ends: list[int]) -> None:
+    whole = cut(text)
+
+    assert "".join(whole) == text
+    assert cut(text, *ends) == whole
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        ["one\ntwo\n\n", "three\n"],
+        ["one\n", "# Head\n", "two\n"],
+        ["one\n", "```py\na\n\nb\n```\n", "two\n"],
+        ["````\n```\n````\n", "x\n"],
+        ["- a\n\n  more\n\n- b\n\n", "end\n"],
+        ["1. a\n   ```\n   x\n\n   y\n   ```\n1. b\n"],
+        ["- a\n", "# Head\n"],
+        ["\n\n\none\n\n"],
+    ],
+)
+def test_blocks_end_where_a_reader_expects_it(blocks: list[str]) -> None:
+    assert cut("".join(blocks)) == blocks
 
 
 @pytest.mark.parametrize("page", PAGES)

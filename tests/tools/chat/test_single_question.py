@@ -109,6 +109,16 @@ def test_stdin_may_be_as_large_as_the_bound(tmp_path: Path) -> None:
         asking.read(stdin)
 
 
+def test_a_conversation_that_is_kept_here_is_sent_whole_however_long_it_is() -> None:
+    history = asking.History(system="Be brief.")
+    for _ in range(3):
+        history.add("q" * 400_000, "a" * 400_000)
+
+    messages = history.content("Hi")
+    assert isinstance(messages, list)
+    assert [len(message["content"]) for message in messages] == [9, *6 * [400_000], 2]
+
+
 async def test_nothing_that_listens_is_one_line() -> None:
     code, out, err = await run("127.0.0.1:1", "Hello")
 

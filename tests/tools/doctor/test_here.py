@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 import yaml
+from click.testing import CliRunner
 from yarl import URL
 
-from aioserver import __version__
+from aioserver.__main__ import cli
 from aioserver.config.shipped import SHIPPED
 from aioserver.tools.doctor import machine
-from aioserver.tools.doctor.network import Peer
+from aioserver.tools.doctor.network import connect
 from tests.support.doctor import Examined
 from tests.support.doctor import examined as ask_doctor
-from tests.support.keys import keys_of
 from tests.support.process import run_command
 from tests.support.scripted_provider import (
     DONE,
@@ -39,8 +39,6 @@ from tests.support.simulator import Simulator
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
-
-    from tests.support.server import MakeServer
 
 CANARY = "sk-canary-0123456789"
 SIMULATED = {"simulated": True, "model": "demo", "http_client": HTTP_CLIENT}
@@ -160,32 +158,6 @@ async def test_the_question_is_that_of_a_chat_but_short(
     assert "provider_disconnected" in found.of("fail")[0]
 
 
-@pytest.mark.parametrize("keyed", [False, True])
-async def test_a_server_that_runs_already_is_no_trouble(
-    make_server: MakeServer, tmp_path: Path, keyed: bool
-) -> None:
-    server = await make_server(**(keys_of("web") if keyed else {}))
-    changes = {"chat.websocket.host": "127.0.0.1", "chat.websocket.port": server.port}
-
-    found = await examined(tmp_path, NOWHERE, changes)
-
-    version = "" if keyed else f" {__version__}"
-    said = f"machine: aioserver{version} already serves http://127.0.0.1:{server.port}: "
-    assert any(line.startswith(said) for line in found.of("ok")), found
-
-
-async def test_another_program_at_the_port_is_reported(tmp_path: Path) -> None:
-    play, asked = refusing("404 Not Found")
-    async with ScriptedProvider(play) as other:
-        url = URL(other.url)
-        changes = {"chat.websocket.host": url.host, "chat.websocket.port": url.port}
-
-        found = await examined(tmp_path, NOWHERE, changes)
-
-    assert any("Address already in use" in line for line in found.of("warn")), found
-    assert asked == ["GET /health HTTP/1.1"]
-
-
 async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(tmp_path: Path) -> None:
     play, _ = refusing("404 Not Found")
     async with ScriptedProvider(play) as provider:
@@ -194,17 +166,6 @@ async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(tmp_pat
     (failed,) = found.of("fail")
     assert "HTTP 404" in failed
     assert "whether there is a model sim-model" in found.hint("HTTP 404")
-
-
-@pytest.mark.parametrize("ask", [True, False])
-async def test_a_base_url_without_the_usual_path_is_found_out(ask: bool, tmp_path: Path) -> None:
-    async with Simulator(QUICK) as simulator:
-        base = simulator.base_url.removesuffix("/v1")
-        found = await examined(tmp_path, f"{base}/", ask=ask)
-
-    text = "nothing of its API is there: HTTP 404; below /v1 it has 2 models"
-    assert found.of("fail") == [f"provider sim: {text}"]
-    assert found.hint(text) == f"set base_url: {base}/v1"
 
 
 async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(tmp_path: Path) -> None:
@@ -252,11 +213,6 @@ async def test_a_proxy_is_what_is_reached_and_its_password_is_not_shown(tmp_path
     assert "no connection: 127.0.0.1 port 9: Connection refused" in failed
 
 
-async def steps(peer: Peer) -> list[str]:
-    """What the steps to *peer* tell."""
-    return [f"{step.level} {step.text}" async for step in peer.steps()]
-
-
 @pytest.mark.parametrize(
     ("name", "days", "trusted", "told"),
     [
@@ -280,26 +236,28 @@ async def test_the_certificate_is_read(name: str, days: float, trusted: bool, to
         await peer.left()
 
     async with ScriptedProvider(play, ssl=theirs) as listener:
-        peer = Peer("127.0.0.1", listener.port, ours, 20.0)
-        connected, secured = await steps(peer)
+        connected = await connect(URL(f"https://127.0.0.1:{listener.port}"), ours, 20.0)
 
-    assert connected == f"ok connected to 127.0.0.1 port {peer.port}"
+    *before, secured = (f"{result.level} {result.text}" for result in connected.results)
     assert secured.startswith(told)
-    assert peer.reached == (not told.startswith("fail"))
+    assert connected.reached == (not told.startswith("fail"))
+    said = f"ok connected to 127.0.0.1 port {listener.port}"
+    assert before == ([said] if connected.reached else [])
 
 
 async def test_tls_where_there_is_none_and_names_that_cannot_be_are_reported() -> None:
     async def play(peer: Connection) -> None:
         await peer.send(b"SSH-2.0-x\r\n")
 
+    context = ssl.create_default_context()
     async with ScriptedProvider(play) as listener:
-        peer = Peer("127.0.0.1", listener.port, ssl.create_default_context(), 20.0)
-        _, tls = await steps(peer)
-    (name,) = await steps(Peer("a" * 64, 1, None, 20.0))
+        tls = await connect(URL(f"https://127.0.0.1:{listener.port}"), context, 20.0)
+    name = await connect(URL(f"http://{'a' * 64}:1"), None, 20.0)
 
-    assert tls.startswith("fail TLS: no handshake: ")
-    assert not peer.reached
-    assert name.startswith("fail the name aaa")
+    assert tls.results[0].text.startswith("TLS: no handshake: ")
+    assert name.results[0].text.startswith("the name aaa")
+    assert not tls.reached
+    assert not name.reached
 
 
 def written(path: Path, text: str) -> None:
@@ -360,44 +318,28 @@ def test_the_limit_of_a_group_above_counts(tmp_path: Path) -> None:
 async def test_a_package_that_the_settings_want_is_missed_as_the_server_would_miss_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("uvloop", "redis"):
-        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "redis", None)
 
     found = await examined(tmp_path, NOWHERE, {"cluster.redis_url": "redis://127.0.0.1:9"})
 
     assert found.code == 2
     assert "redis is not installed" in found.of("fail", "configuration")[0]
-    assert "machine: uvloop is not installed" in found.of("warn")
-    (away,) = found.of("warn", "cluster")
-    assert away == "cluster: no connection: 127.0.0.1 port 9: Connection refused"
 
 
-async def test_a_hook_or_an_issuer_that_is_away_is_a_fault_but_an_open_hook_is_not(
-    tmp_path: Path,
-) -> None:
-    away = "http://127.0.0.1:9/hook"
-    hooks = [
-        {"name": "guard", "url": away},
-        {"name": "watch", "url": away, "fail": "open"},
-    ]
-    jwt = {"issuer": "https://issuer", "audience": "a", "jwks_url": "http://127.0.0.1:9/keys"}
-
-    found = await examined(tmp_path, NOWHERE, {"hooks": hooks, "auth.jwt": jwt})
-
-    refused = "no connection: 127.0.0.1 port 9: Connection refused"
-    assert found.of("fail", "hook") == [f"hook guard: {refused}"]
-    assert found.of("warn", "hook") == [f"hook watch: {refused}"]
-    assert found.of("fail", "tokens") == [f"tokens: {refused}"]
+# The command.
 
 
-# A process.
+def commanded(*arguments: str) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of `aioserver doctor` with *arguments*."""
+    result = CliRunner().invoke(cli, ["doctor", *arguments])
+    return result.exit_code, result.stdout, result.stderr
 
 
-async def test_a_bad_configuration_is_reported_whole_with_exit_code_2(tmp_path: Path) -> None:
+def test_a_bad_configuration_is_reported_whole_with_exit_code_2(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:"))
 
-    code, out, err = await run_command("doctor", "--config", str(file))
+    code, out, err = commanded("--config", str(file))
 
     assert (code, err) == (2, "")
     assert "chat.websocket.prot: unknown key (did you mean port?)" in out
@@ -405,7 +347,7 @@ async def test_a_bad_configuration_is_reported_whole_with_exit_code_2(tmp_path: 
     assert "Traceback" not in out
 
 
-async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_all_the_same(
+def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_all_the_same(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "c.yaml"
@@ -415,7 +357,7 @@ async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_
         file,
     )
 
-    code, out, _ = await run_command("doctor", "--config", str(file), "--json")
+    code, out, _ = commanded("--config", str(file), "--json")
 
     report = json.loads(out)
     texts = {
@@ -428,14 +370,14 @@ async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_
     assert texts["provider demo: answers: the first token of demo came"] == "ok"
 
 
-async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path) -> None:
+def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
     del data["llm"]["providers"]["local"]
     data["chat"]["websocket"]["port"] = 0
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(data))
 
-    code, out, err = await run_command("doctor", "--config", str(file))
+    code, out, err = commanded("--config", str(file))
 
     assert (code, err) == (0, ""), out
     assert "ok    provider demo: answers: the first token of demo came" in out
@@ -463,8 +405,8 @@ async def test_what_a_server_would_log_of_a_provider_is_not_printed(tmp_path: Pa
 @pytest.mark.parametrize(
     "arguments", [["--idle", "5"], ["http://x", "--config", "c.yaml"], ["ftp://x"]]
 )
-async def test_bad_usage_is_2(arguments: list[str]) -> None:
-    code, out, err = await run_command("doctor", *arguments)
+def test_bad_usage_is_2(arguments: list[str]) -> None:
+    code, out, err = commanded(*arguments)
 
     assert (code, out) == (2, "")
     assert "Usage: " in err
@@ -691,12 +633,12 @@ async def test_an_engine_without_messages_that_is_said_to_have_them_is_told(
     assert "`messages: auto`" in found.hint("/v1/messages")
 
 
-async def test_a_name_is_that_of_a_provider(tmp_path: Path) -> None:
+def test_a_name_is_that_of_a_provider(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     write(NOWHERE, {"llm.providers.demo": SIMULATED}, file)
 
-    code, out, _err = await run_command("doctor", "demo", "--config", str(file))
-    unknown, told, _err = await run_command("doctor", "nobody", "--config", str(file))
+    code, out, _err = commanded("demo", "--config", str(file))
+    unknown, told, _err = commanded("nobody", "--config", str(file))
 
     assert code == 0, out
     assert "provider demo: answers" in out
