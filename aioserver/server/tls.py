@@ -18,8 +18,8 @@ needs no more (RFC 8446, 6.1).
 
 This file is one concept: the whole way of a connection's bytes through TLS.
 
-Private names of the standard library used here, guarded by `tests/server/test_tls.py`: `_sslobj`
-of `ssl.SSLObject`, whose methods are those of C without a call of Python around each.
+Private names of the standard library used here: `_sslobj` of `ssl.SSLObject`, whose methods are
+those of C without a call of Python around each.
 """
 
 from __future__ import annotations
