@@ -263,7 +263,11 @@ async def test_a_waiter_whose_callback_raises_does_not_stay_in_the_queue() -> No
     assert line.resource.inside == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"bare": True}, {"classes": BOTH_CLASSES}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bare": True}, {"classes": BOTH_CLASSES}],
+    ids=["one class", "bare", "both classes"],
+)
 @pytest.mark.parametrize("queue_timeout", [30.0, 0.003])
 async def test_a_storm_in_which_everybody_may_give_up_at_any_tick_leaves_zero(
     queue_timeout: float, options: dict[str, Any]
