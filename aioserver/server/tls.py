@@ -117,17 +117,6 @@ class Handshake(asyncio.Protocol):
     counts it as a connection to be made. No OpenSSL object is made before the first byte has come.
     """
 
-    __slots__ = (
-        "_incoming",
-        "_lower",
-        "_object",
-        "_outgoing",
-        "_server",
-        "_unfinished",
-        "_writing_paused",
-        "address",
-    )
-
     def __init__(self, unfinished: Handshakes, server: ConnectionServer) -> None:
         self._unfinished = unfinished
         self._server = server
