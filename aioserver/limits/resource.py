@@ -405,23 +405,14 @@ class Resource:
         self._early: dict[Grant, None] = {}
         # The slots that are taken, of all and of each class.
         self.slots, self.class_slots = 0, [0 for _ in classes]
-        # Whether a start needs nothing but a place.
-        self._plain = False
-        self._note_plain()
 
     def attach(self, supply: Supply | None) -> None:
         """Take the capacity from *supply* from now on; None: from our own settings."""
         self.supply = supply
-        self._note_plain()
 
     def close(self, error: Callable[[], BaseException], *, finishes: bool) -> None:
         """Refuse all arrivals from now on; see `Scheduler.shut`."""
         self.closed, self.finishes = error, finishes
-        self._note_plain()
-
-    def _note_plain(self) -> None:
-        others = self.supply, self.closed, self.rate, self.within, *self.limits
-        self._plain = self.bare and not any(others)
 
     @property
     def inside(self) -> int:
@@ -446,15 +437,9 @@ class Resource:
 
     def try_start(self, ticket: Ticket, cost: int = 0) -> Grant | None:
         """Return a grant if a place is free and no ticket waits for it."""
-        places = self.places
-        if self._plain:
-            if places.inside >= places.limit or self.queue.size:
-                return None
-            places.take()
-            return Grant(self, ticket)
         if self.supply is not None:
             self.supply.check()
-        queue = self.queue
+        places, queue = self.places, self.queue
         if places.inside >= places.limit or self.closed is not None:
             return None
         if queue.size and queue.queues[0].size:
@@ -552,14 +537,6 @@ class Resource:
     def leave(self, grant: Grant, work: int | None, *, serve: bool = True) -> None:
         """Take *grant* back; its request has cost so much *work*; None: as estimated."""
         places = self.places
-        if self._plain:
-            if places.inside >= places.limit and (self.queue.size or not self.idle):
-                places.free()
-            else:
-                places.inside -= 1
-            if serve and self.queue.size:
-                self.serve(self)
-            return
         if self.supply is not None:
             self.supply.freed()
         ticket, index = grant.ticket, grant.index

@@ -38,8 +38,6 @@ class Shares(Generic[O]):
     Always: `total` is their sum; an owner that keeps nothing is not remembered.
     """
 
-    __slots__ = ("_sizes", "total")
-
     def __init__(self) -> None:
         self._sizes: dict[O, int] = {}
         self.total = 0
@@ -83,8 +81,6 @@ class ByOwner(Generic[O, K, V]):
     Each change takes constant time.
     """
 
-    __slots__ = ("_owned", "_size")
-
     def __init__(self) -> None:
         self._owned: dict[O, OrderedDict[K, V]] = {}
         self._size = 0
@@ -123,8 +119,6 @@ class Bounded(ByOwner[O, K, V]):
     """At most *limit* entries of all owners together: if there is no room, the owner that has most
     loses its oldest.
     """
-
-    __slots__ = ("_limit", "_shares")
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -178,8 +172,6 @@ class Places(Shares[O]):
     Always: no more places are taken than there are, unless *limit* was lowered since; a waiting
     owner could not take one. The waiting owner that has fewest is next.
     """
-
-    __slots__ = ("_waiting", "limit")
 
     def __init__(self, limit: int) -> None:
         super().__init__()

@@ -124,18 +124,6 @@ class WriteWatchdog:
     when the buffer is empty.
     """
 
-    __slots__ = (
-        "_alarm",
-        "_handle",
-        "_least",
-        "_loop",
-        "_period",
-        "_progress",
-        "_stalled",
-        "_timeout",
-        "_transport",
-    )
-
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,

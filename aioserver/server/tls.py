@@ -18,8 +18,8 @@ needs no more (RFC 8446, 6.1).
 
 This file is one concept: the whole way of a connection's bytes through TLS.
 
-Private names of the standard library used here, guarded by `tests/server/test_tls.py`: `_sslobj`
-of `ssl.SSLObject`, whose methods are those of C without a call of Python around each.
+Private names of the standard library used here: `_sslobj` of `ssl.SSLObject`, whose methods are
+those of C without a call of Python around each.
 """
 
 from __future__ import annotations
@@ -116,17 +116,6 @@ class Handshake(asyncio.Protocol):
     Always: it is counted once, by its outcome. Until then it is one of *unfinished*, and *server*
     counts it as a connection to be made. No OpenSSL object is made before the first byte has come.
     """
-
-    __slots__ = (
-        "_incoming",
-        "_lower",
-        "_object",
-        "_outgoing",
-        "_server",
-        "_unfinished",
-        "_writing_paused",
-        "address",
-    )
 
     def __init__(self, unfinished: Handshakes, server: ConnectionServer) -> None:
         self._unfinished = unfinished

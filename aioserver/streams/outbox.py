@@ -34,8 +34,6 @@ class Outbox:
     before it is closed.
     """
 
-    __slots__ = ("_loop", "_pending", "_waiting")
-
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._pending: list[tuple[Writable, bytes]] = []

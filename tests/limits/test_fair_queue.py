@@ -7,8 +7,6 @@ import weakref
 from collections import Counter
 from typing import Any
 
-import pytest
-
 from aioserver.limits.fair_queue import LENGTH, MAX_STALE, MAX_WEIGHT, FairQueue
 from tests.support.fair_model import History
 
@@ -66,28 +64,6 @@ def test_a_caller_whose_requests_are_dear_has_fewer_starts() -> None:
     ]
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_callers_with_requests_of_100_and_5000_tokens_have_equal_shares(*, wrong: bool) -> None:
-    dice = random.Random(3)
-    queue: FairQueue[tuple[str, int]] = FairQueue()
-    cost, started, running = Counter[str](), 0, []
-    for number in range(300):
-        for name, tokens in (("short", 100), ("long", 5000)):
-            work = round(tokens * dice.uniform(0.5, 1.5)) if wrong else tokens
-            queue.add((name, number), name, "", 1, work)
-
-    while started < 200:
-        popped = queue.pop()
-        started += 1
-        cost[popped[0][0]] += 5000 if popped[0][0] == "long" else 100
-        running.append(popped)
-        if len(running) == 4:
-            (name, _), charge = running.pop(dice.randrange(4) if wrong else 0)
-            charge.settle(5000 if name == "long" else 100)
-
-    assert 0.9 <= cost["long"] / cost["short"] <= (1.3 if wrong else 1.1)
-
-
 def test_a_weight_of_three_has_three_times_the_work() -> None:
     queue = filled(*(f"a{n}" for n in range(9)), *(f"b{n}" for n in range(9)), weights={"a": 3})
 
@@ -113,15 +89,6 @@ def test_a_weight_that_has_changed_holds_for_those_who_wait() -> None:
     ]
 
 
-def test_a_start_without_a_wait_counts() -> None:
-    queue: FairQueue[str] = FairQueue()
-    queue.start("a", "", 1, 10)
-    for name in ("a1", "b1", "b2", "b3"):
-        queue.add(name, name[0], "", 1, 5)
-
-    assert drained(queue) == ["b1", "b2", "a1", "b3"]
-
-
 def test_what_was_estimated_is_corrected_by_what_it_has_cost() -> None:
     queue: FairQueue[str] = FairQueue()
     running = queue.start("a", "", 1, 1000)
@@ -135,34 +102,6 @@ def test_what_was_estimated_is_corrected_by_what_it_has_cost() -> None:
     assert drained(queue) == ["b1", "a1", "b2"]
 
 
-def test_what_has_cost_nothing_gives_its_estimate_back() -> None:
-    queue: FairQueue[str] = FairQueue()
-    queue.add("b1", "b", "", 1, 10)
-    first = queue.pop()
-    for name in ("a1", "b2"):
-        queue.add(name, name[0], "", 1, 10)
-    assert order_of(queue) == ["a1", "b2"]
-
-    first[1].settle(0)
-    queue.add("c1", "c", "", 1, 10)
-
-    assert drained(queue) == ["a1", "b2", "c1"]
-
-
-def test_a_correction_finds_a_caller_that_has_left_and_come_back() -> None:
-    queue: FairQueue[str] = FairQueue()
-    running = queue.start("a", "", 1, 1)
-    queue.add("b1", "b", "", 1, 10)
-    served(queue)
-    assert not queue.size
-
-    running.settle(10_000)
-    for name in ("a1", "b2", "b3"):
-        queue.add(name, name[0], "", 1, 10)
-
-    assert drained(queue) == ["b2", "b3", "a1"]
-
-
 def test_the_flows_of_a_caller_share_what_it_has() -> None:
     queue: FairQueue[str] = FairQueue()
     for name in ("ann1", "ann2", "ann3", "bob1"):
@@ -171,39 +110,6 @@ def test_the_flows_of_a_caller_share_what_it_has() -> None:
         queue.add(name, "night", "", 1, 1)
 
     assert drained(queue) == ["ann1", "x1", "bob1", "x2", "ann2", "x3", "ann3", "x4"]
-
-
-def test_the_flows_of_a_caller_share_its_work() -> None:
-    queue: FairQueue[str] = FairQueue()
-    for number in range(6):
-        queue.add(f"ann{number}", "web", "ann", 1, 30)
-        queue.add(f"bob{number}", "web", "bob", 1, 10)
-
-    assert [name[:3] for name in drained(queue)[:8]] == [
-        *("ann", "bob", "bob", "bob"),
-        *("ann", "bob", "bob", "bob"),
-    ]
-
-
-def test_a_caller_that_was_away_for_a_moment_gains_nothing() -> None:
-    queue = filled("a1", "b1", "b2", "b3")
-    order = [served(queue), served(queue)]  # a1, b1: a waits no more
-
-    queue.add("a2", "a", "", 1, 1)
-    order += drained(queue)
-
-    assert order == ["a1", "b1", "b2", "a2", "b3"]
-
-
-def test_a_late_caller_has_no_turns_in_store() -> None:
-    queue = filled(*(f"a{n}" for n in range(8)))
-    for _ in range(4):
-        served(queue)
-
-    for name in ("b1", "b2", "b3"):
-        queue.add(name, "b", "", 1, 1)
-
-    assert drained(queue) == ["b1", "a4", "b2", "a5", "b3", "a6", "a7"]
 
 
 def test_a_returning_item_is_its_callers_next() -> None:
@@ -256,19 +162,6 @@ def test_an_item_at_the_front_may_leave() -> None:
     assert (queue.size, queue.work) == (1, 3)
 
 
-def test_when_all_who_wait_have_left_the_counters_of_those_who_run_stay() -> None:
-    queue = filled("a1", "a2", "b1")
-    first = queue.pop()
-
-    for name in order_of(queue):
-        assert queue.remove(name, name[0], "")
-    first[1].settle(100)
-    for name in ("a3", "b2", "b3"):
-        queue.add(name, name[0], "", 1, 1)
-
-    assert drained(queue) == ["b2", "b3", "a3"]
-
-
 def test_callers_that_left_are_forgotten() -> None:
     queue: FairQueue[int] = FairQueue()
     queue.add(-1, "stays", "", 1, 1)
@@ -287,7 +180,7 @@ def test_callers_that_left_are_forgotten() -> None:
 
 def test_callers_that_come_once_are_forgotten_though_each_is_ahead() -> None:
     queue: FairQueue[int] = FairQueue()
-    for caller in range(100 * MAX_STALE):
+    for caller in range(20 * MAX_STALE):
         queue.start(caller, "", 1, 1000).settle(2000)
         for flow in range(3):
             queue.start("one", (caller, flow), 1, 1).settle()
@@ -296,10 +189,22 @@ def test_callers_that_come_once_are_forgotten_though_each_is_ahead() -> None:
     assert len(queue.callers.counters["one"].flows.counters) <= MAX_STALE
 
 
+def test_a_caller_that_is_far_ahead_is_remembered_among_many_that_come_once() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.start("dear", "", 1, 1).settle(10**6)
+    for caller in range(10 * MAX_STALE):
+        queue.start(caller, "", 1, 1).settle()
+
+    queue.add("dear again", "dear", "", 1, 1)
+    queue.add("another", "another", "", 1, 1)
+
+    assert drained(queue) == ["another", "dear again"]
+
+
 def test_flows_that_come_once_are_forgotten_while_their_caller_runs() -> None:
     queue: FairQueue[int] = FairQueue()
     queue.start("one", "long", 1, 1)
-    for flow in range(100 * MAX_STALE):
+    for flow in range(20 * MAX_STALE):
         queue.start("one", flow, 1, 1000).settle(2000)
 
     assert len(queue.callers.counters["one"].flows.counters) <= MAX_STALE + 1
@@ -319,7 +224,7 @@ def test_the_bound_holds_and_the_order_is_that_of_the_plain_model() -> None:
     """Callers, and the flows of one, which both wait differ by 2 (U + N E) at most in what they
     have started, each divided by its weight; without errors that is the paper's 2 U.
     """
-    for seed in range(60):
+    for seed in range(25):
         history = History(seed)
 
         history.run()
@@ -328,7 +233,7 @@ def test_the_bound_holds_and_the_order_is_that_of_the_plain_model() -> None:
 
 
 def test_positions_and_the_order_are_those_in_which_they_are_served() -> None:
-    for run in range(40):
+    for run in range(10):
         dice = random.Random(run)
         queue: FairQueue[tuple[int, str, int]] = FairQueue()
         weights = {caller: dice.randint(1, MAX_WEIGHT) for caller in "abcde"}
@@ -361,7 +266,7 @@ def test_positions_and_the_order_are_those_in_which_they_are_served() -> None:
 
 
 def test_the_order_is_that_in_which_items_of_any_work_are_served() -> None:
-    for run in range(20):
+    for run in range(5):
         dice = random.Random(run)
         queue: FairQueue[int] = FairQueue()
         for number in range(200):

@@ -1,15 +1,13 @@
-"""The wheel on a clock that is moved by hand, and once on a real loop."""
+"""The wheel on a clock that is moved by hand."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 from typing import TYPE_CHECKING
 
 import pytest
 
 from aioserver.limits.timer_wheel import TimerWheel
-from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -225,19 +223,3 @@ def test_a_closed_wheel_visits_nobody(clock: FakeClock, wheel: TimerWheel) -> No
     assert all(member.visits == [] for member in members)
     for member in members:
         wheel.remove(member)
-
-
-async def test_on_a_real_loop_members_are_visited_in_time() -> None:
-    loop = asyncio.get_running_loop()
-    wheel = TimerWheel(loop, 0.01)
-    start = loop.time()
-    members = [Visited() for _ in range(200)]
-    for at, member in enumerate(members):
-        wheel.add(member, at / 4000)
-
-    await until(lambda: all(member.visits for member in members))
-
-    for at, member in enumerate(members):
-        assert len(member.visits) == 1
-        assert member.visits[0] >= start + at / 4000 - 0.002  # uvloop counts milliseconds
-    wheel.close()

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
-pytestmark = pytest.mark.both_loops
-
 GRACE = "chat.websocket.shutdown_timeout"
 KEEPS = "chat.websocket.replace_timeout"
 
@@ -39,6 +37,7 @@ async def no_more_accepted(server: RunningServer) -> None:
     await until(lambda: not server.runner.sites)
 
 
+@pytest.mark.both_loops
 async def test_requests_on_open_connections_are_served_and_end_them(
     make_server: MakeServer,
 ) -> None:
@@ -65,26 +64,23 @@ async def test_requests_on_open_connections_are_served_and_end_them(
         await end
 
 
-async def test_what_waits_for_a_place_gets_it(make_server: MakeServer) -> None:
-    changes = {
-        f"{CONCURRENCY}.max_connections": 1,
-        f"{CONCURRENCY}.queue_timeout": 60.0,
-        GRACE: 60.0,
-    }
-    server = await make_server(Behaviour(ttft=0, interval=0.1, tokens=8), **changes)
-    await all_are_served(server)
-
-
-async def test_what_waits_for_a_provider_gets_it(make_server: MakeServer) -> None:
-    changes = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1, GRACE: 60.0}
-    server = await make_server(Behaviour(ttft=0, interval=0.1, tokens=8), **changes)
-    await all_are_served(server)
-
-
-async def all_are_served(server: RunningServer) -> None:
+@pytest.mark.virtual_time
+@pytest.mark.parametrize(
+    "one_at_a_time",
+    [
+        {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 60.0},
+        {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1},
+    ],
+    ids=["at the door", "for a provider"],
+)
+async def test_what_waits_is_served(
+    make_server: MakeServer, one_at_a_time: dict[str, float]
+) -> None:
     """Three requests of a second, of which two have to wait, are answered after a hand-over has
     begun.
     """
+    behaviour = Behaviour(ttft=0, interval=0.1, tokens=8)
+    server = await make_server(behaviour, **one_at_a_time, **{GRACE: 60.0})
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(Raw(server)) for _ in range(3)]
         for raw in clients:
@@ -99,6 +95,7 @@ async def all_are_served(server: RunningServer) -> None:
         await end
 
 
+@pytest.mark.virtual_time
 async def test_what_is_between_two_queues_gets_its_turn() -> None:
     """One look finds nobody waiting: a request has just left one queue, and comes to the next."""
     looks = iter([1, 0, 1, 0, 0])
@@ -108,6 +105,7 @@ async def test_what_is_between_two_queues_gets_its_turn() -> None:
     assert [*looks] == []
 
 
+@pytest.mark.virtual_time
 async def test_queue_that_does_not_empty_is_waited_for_no_longer_than_it_may() -> None:
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -146,6 +144,7 @@ async def test_what_waits_longer_than_half_of_the_grace_is_refused(
         await end
 
 
+@pytest.mark.both_loops
 async def test_sockets_close_when_no_answer_runs_on_them(make_server: MakeServer) -> None:
     server = await make_server(Behaviour(ttft=0, interval=0.1, tokens=18))
     async with Raw(server) as idle, Raw(server) as busy:

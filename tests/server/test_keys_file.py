@@ -113,7 +113,7 @@ async def test_other_limits_hold_in_place(make_server: MakeServer, tmp_path: Pat
     assert texts(server) == [f"keys of {file} applied: changed web"]
 
 
-@pytest.mark.parametrize("how", ["half", "empty", "folder", "gone", "twice"])
+@pytest.mark.parametrize("how", ["half", "empty", "gone"])
 async def test_what_cannot_be_used_changes_nothing_until_it_can(
     make_server: MakeServer,
     tmp_path: Path,
@@ -124,18 +124,10 @@ async def test_what_cannot_be_used_changes_nothing_until_it_can(
     add(file, "web")
     server = await make_server(**{"auth.keys_file": str(file)})
     text = file.read_text()
-    match how:
-        case "half":
-            file.write_text(text[:40])
-        case "empty":
-            file.write_text("")
-        case "folder":
-            file.unlink()
-            file.mkdir()
-        case "gone":
-            file.unlink()
-        case "twice":
-            file.write_text(text + text)
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_text(text[:40] if how == "half" else "")
     await until_told(server)
     # Some more looks.
     await asyncio.sleep(7)
@@ -147,8 +139,6 @@ async def test_what_cannot_be_used_changes_nothing_until_it_can(
     warnings = [r.getMessage() for r in caplog.records if r.name == "aioserver.files"]
     assert warnings == [f"keys_file: {told}"]
 
-    if how == "folder":
-        file.rmdir()
     file.write_text(text.replace("name: ", "name:  ") + f"- {{name: b, sha256: {'0' * 64}}}\n")
     await until_let_in(server, "web", "b")
 

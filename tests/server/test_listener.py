@@ -119,7 +119,7 @@ async def test_localhost_is_every_loopback_address_with_one_port(tmp_path: Path)
     assert len({address.port for address in listening}) == 1
 
 
-@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("turns", range(4))
 async def test_a_client_that_connects_as_the_server_stops_is_answered_or_refused(
     tmp_path: Path, turns: int
 ) -> None:

@@ -61,12 +61,7 @@ async def test_a_path_that_is_there_is_405_by_another_method(server: RunningServ
             assert response.headers["Allow"] == "POST", path
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "/v1/v1", "/api/v1", "/api", "/openai/v1", "/v1/chat/completions"]
-)
-async def test_the_message_names_the_path_of_a_right_base_url(
-    server: RunningServer, prefix: str
-) -> None:
+async def test_the_message_names_the_path_of_a_right_base_url(server: RunningServer) -> None:
     calls: list[tuple[str, Callable[[AsyncOpenAI], Awaitable[Any]]]] = [
         ("chat/completions", lambda sdk: sdk.chat.completions.create(model="sim", messages=[])),
         ("embeddings", lambda sdk: sdk.embeddings.create(model="sim", input="x")),
@@ -74,33 +69,32 @@ async def test_the_message_names_the_path_of_a_right_base_url(
         ("models/sim", lambda sdk: sdk.models.retrieve("sim")),
         ("responses/r/cancel", lambda sdk: sdk.responses.cancel("r")),
     ]
-    base_url = server.base + prefix
-    async with AsyncOpenAI(api_key="unused", base_url=base_url, max_retries=0) as sdk:
-        for path, call in calls:
-            with pytest.raises(openai.NotFoundError) as caught:
-                await call(sdk)
-            assert isinstance(caught.value.body, dict)
-            message = caught.value.body["message"]
-            assert f"path for {'GET' if 'models' in path else 'POST'}: {prefix}/{path};" in message
-            assert message.endswith(
-                f"; the base URL must end in /v1, so that the path is /v1/{path}"
-            )
+    for prefix in ("", "/v1/v1", "/api/v1", "/api", "/openai/v1", "/v1/chat/completions"):
+        base_url = server.base + prefix
+        async with AsyncOpenAI(api_key="unused", base_url=base_url, max_retries=0) as sdk:
+            for path, call in calls:
+                with pytest.raises(openai.NotFoundError) as caught:
+                    await call(sdk)
+                assert isinstance(caught.value.body, dict)
+                message = caught.value.body["message"]
+                method = "GET" if "models" in path else "POST"
+                assert f"path for {method}: {prefix}/{path};" in message
+                assert message.endswith(
+                    f"; the base URL must end in /v1, so that the path is /v1/{path}"
+                )
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1//chat/completions", "//v1/chat/completions", "/v1/chat/completions/"]
-)
-async def test_a_slash_too_many_is_a_wrong_base_url(server: RunningServer, path: str) -> None:
-    status, message = await message_of(server, "POST", path)
+async def test_a_slash_too_many_and_azures_path_are_wrong_base_urls(server: RunningServer) -> None:
+    for path in [
+        "/v1//chat/completions",
+        "//v1/chat/completions",
+        "/v1/chat/completions/",
+        "/openai/deployments/gpt-4o/chat/completions",
+    ]:
+        status, message = await message_of(server, "POST", path)
 
-    assert status == 404
-    assert message.endswith("so that the path is /v1/chat/completions")
-
-
-async def test_azures_path_is_understood(server: RunningServer) -> None:
-    _, message = await message_of(server, "POST", "/openai/deployments/gpt-4o/chat/completions")
-
-    assert message.endswith("so that the path is /v1/chat/completions")
+        assert status == 404, path
+        assert message.endswith("so that the path is /v1/chat/completions"), path
 
 
 async def test_another_path_is_no_wrong_base_url(server: RunningServer) -> None:

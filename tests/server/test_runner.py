@@ -4,15 +4,13 @@ find.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import ClientSession, ServerDisconnectedError, http_parser, web
+from aiohttp import ClientSession, ServerDisconnectedError, web
 from aiohttp.test_utils import make_mocked_request
-from aiohttp.web_protocol import RequestHandler
 
 from aioserver.config.validators import TAKEN
 from aioserver.faces.http import Request
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.server import RunningServer
-
-pytestmark = pytest.mark.both_loops
 
 
 async def test_every_option_reaches_the_connections(tmp_path: Path) -> None:
@@ -68,6 +64,7 @@ async def test_an_option_that_aiohttp_does_not_know_is_an_error(tmp_path: Path) 
             runner.server()
 
 
+@pytest.mark.both_loops
 async def test_a_connection_is_idle_once_the_unread_body_of_its_last_request_has_come(
     make_server: MakeServer,
 ) -> None:
@@ -76,6 +73,7 @@ async def test_a_connection_is_idle_once_the_unread_body_of_its_last_request_has
         await until(lambda: len(server.http_server.connections) == 1)
         (connection,) = server.http_server.connections
         assert isinstance(connection, Connection)
+        assert UPGRADED, "this aiohttp has other private names"
         assert connection.idle
         await raw.send(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
         assert (await raw.answer()).status == 404
@@ -132,6 +130,7 @@ async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
 
 
 # At the client's end, the transport closes by itself.
+@pytest.mark.both_loops
 @pytest.mark.parametrize("close", ["force_close", "close", "eof_received"])
 async def test_what_is_left_on_a_connection_that_is_closed_is_watched(
     make_server: MakeServer, close: str
@@ -306,44 +305,3 @@ async def test_an_id_in_a_path_may_have_any_character(server: RunningServer) -> 
     for path, pattern in paths.items():
         for name in ("{6F96}", "}{", "a%2Fb", "...", "é"):
             assert pattern.fullmatch(re.sub(r"\{\w+\}", name, path)), (path, name)
-
-
-# What this takes for granted.
-
-
-def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
-    """See the head of `connection.py`."""
-    assert UPGRADED
-    # A connection that has become a WebSocket has neither a parser nor requests that wait.
-    assert "self._parser = None" in inspect.getsource(RequestHandler.connection_lost)
-    for method, condition in {
-        "data_received": "if self._payload_parser is None and not self._upgraded:",
-        "finish_response": "and self._payload_parser is None",
-        "_resume_reading_if_drained": "if not self._upgraded:",
-        "pause_reading": "if not self._upgraded:",
-    }.items():
-        assert condition in inspect.getsource(getattr(RequestHandler, method))
-    assert "self._messages: deque" in inspect.getsource(RequestHandler.__init__)
-    parameters = inspect.signature(RequestHandler.__init__).parameters
-    for name in (
-        "access_log",
-        "keepalive_timeout",
-        "max_line_size",
-        "max_field_size",
-        "max_headers",
-        "lingering_time",
-        "auto_decompress",
-        "timeout_ceil_threshold",
-    ):
-        assert name in parameters
-    assert inspect.signature(RequestHandler.handle_error).parameters.keys() == {
-        "self",
-        "request",
-        "status",
-        "exc",
-        "message",
-    }
-
-
-def test_the_parser_is_the_one_in_c() -> None:
-    assert http_parser.HttpRequestParser is not http_parser.HttpRequestParserPy

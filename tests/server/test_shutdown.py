@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
 
 from aioserver.server.connections import FAREWELL
-from tests.support.chat import CHAT, STREAMED, big, chat, frames_of, resume, to_end
+from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end
 from tests.support.logs import without_lateness
 from tests.support.process import serving
-from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing
+from tests.support.raw import CLOSE, Raw, closing
 from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT
 from tests.support.simulator import Behaviour, Simulator
 
@@ -148,8 +146,8 @@ async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace:
 async def test_answers_finish_within_the_grace_or_end_with_server_shutdown(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    # 60 answers that end in time, 60 that do not: takes as long as the grace.
-    await stop_with_many(tmp_path, simulator, each=15, grace=4.0)
+    # 20 answers that end in time, 20 that do not: takes as long as the grace.
+    await stop_with_many(tmp_path, simulator, each=5, grace=2.0)
 
 
 @pytest.mark.stress
@@ -158,10 +156,7 @@ async def test_a_thousand_are_told(tmp_path: Path, simulator: Simulator) -> None
     await stop_with_many(tmp_path, simulator, each=125, grace=30.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_an_idle_server_ends_at_once(
-    tmp_path: Path, simulator: Simulator, number: signal.Signals
-) -> None:
+async def test_an_idle_server_ends_at_once(tmp_path: Path, simulator: Simulator) -> None:
     changes = {GRACE: 600.0}
     async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process:
         await process.ready()
@@ -171,7 +166,7 @@ async def test_an_idle_server_ends_at_once(
             assert (await kept.answer()).status == 200
             asked = asyncio.get_running_loop().time()
 
-            process.signal(number)
+            process.signal(signal.SIGINT)
 
             opcode, payload = await idle.frame()
             assert (opcode, closing(payload)) == (CLOSE, (1012, b"server is stopping"))
@@ -180,175 +175,6 @@ async def test_an_idle_server_ends_at_once(
                 assert await raw.to_the_end() == b""
             assert await process.ended() == 0
             assert asyncio.get_running_loop().time() - asked < FAREWELL + 30
-        assert clean(process)
-
-
-async def test_a_request_on_its_way_when_it_ends_is_answered(
-    tmp_path: Path, simulator: Simulator
-) -> None:
-    """A client that asks again the moment an answer ends cannot know that the connection ends,
-    too.
-    """
-    simulator.behaviour = Behaviour(ttft=0, interval=0.01, tokens=20)
-    async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
-        await process.ready()
-        async with Raw(process) as streamed, Raw(process) as kept:
-            await kept.get("/health")
-            assert (await kept.answer()).status == 200
-            await streamed.post("/v1/chat/completions", STREAMED)
-            await simulator.until(lambda stats: stats.tokens_sent > 2)
-
-            process.signal()
-            await process.logs("stopping")
-            for raw in (kept, streamed):
-                if raw is streamed:
-                    answer = await raw.answer()
-                    assert (answer.status, "connection" in answer.headers) == (200, False)
-                await raw.post("/v1/chat/completions", STREAMED)
-                refused = await raw.answer()
-                assert (refused.status, refused.headers["connection"]) == (503, "close")
-                assert refused.code == "server_shutdown"
-                assert await raw.to_the_end() == b""
-            assert await process.ended() == 0
-        assert clean(process)
-
-
-async def test_waiters_get_server_shutdown_and_no_client_comes_in(
-    tmp_path: Path, simulator: Simulator
-) -> None:
-    changes = {
-        f"{CONCURRENCY}.max_connections": 1,
-        f"{CONCURRENCY}.queue_timeout": 60,
-        GRACE: 20.0,
-    }
-    async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process:
-        await process.ready()
-        async with AsyncExitStack() as stack:
-            busy, *sockets, poster, late, probe = [
-                await stack.enter_async_context(Raw(process)) for _ in range(6)
-            ]
-            for raw in (busy, *sockets):
-                await raw.upgrade()
-                if raw is not busy:
-                    assert (await raw.json_frame())["status"] == "queued"
-            await busy.send_json(chat("r1"))
-            await poster.post("/v1/chat/completions", CHAT)
-            await simulator.until(lambda stats: stats.active == 1)
-
-            process.signal()
-
-            for raw in sockets:
-                frame = await raw.json_frame()
-                while frame["status"] == "queued":
-                    frame = await raw.json_frame()
-                assert frame["chunk"]["code"] == "server_shutdown"
-                opcode, payload = await raw.frame()
-                assert (opcode, closing(payload)[0]) == (CLOSE, 1012)
-                await raw.send_frame(CLOSE, payload)
-            answer = await poster.answer()
-            assert (answer.status, answer.code) == (503, "server_shutdown")
-            assert answer.headers["connection"] == "close"
-            # The connections that were open already may still bring a request.
-            await late.post("/v1/chat/completions", CHAT)
-            answer = await late.answer()
-            assert (answer.status, answer.code) == (503, "server_shutdown")
-            assert answer.headers["connection"] == "close"
-            await probe.get("/ready")
-            answer = await probe.answer()
-            assert (answer.status, answer.headers["connection"]) == (503, "close")
-            with pytest.raises(ConnectionError):
-                await asyncio.open_connection("127.0.0.1", process.port)
-            await busy.send_json({"action": "cancel", "request_id": "r1"})
-            while (got := await busy.frame())[0] == TEXT:
-                pass
-            assert closing(got[1])[0] == 1012, "with its last answer, not at the end of the grace"
-            await busy.send_frame(CLOSE, got[1])
-            assert await process.ended(10) == 0
-        assert clean(process)
-
-
-async def test_waiters_for_a_provider_get_server_shutdown_at_once(
-    tmp_path: Path, simulator: Simulator
-) -> None:
-    changes = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1, GRACE: 1.0}
-    async with (
-        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process,
-        aiohttp.ClientSession() as session,
-    ):
-        await process.ready()
-        running = asyncio.ensure_future(on_openai(process, "runs", session))
-        await simulator.until(lambda stats: stats.active == 1)
-        async with Raw(process) as waiting:
-            await waiting.upgrade()
-            await waiting.send_json(chat("waits"))
-            assert (await waiting.json_frame())["status"] == "queued"
-
-            process.signal()
-
-            frame = await waiting.json_frame()
-            while frame["status"] == "queued":
-                frame = await waiting.json_frame()
-            assert frame["chunk"]["code"] == "server_shutdown"
-            assert not running.done()
-            assert closing((await waiting.frame())[1])[0] == 1012
-        assert await running == "server_shutdown"
-        assert await process.ended() == 0
-        assert clean(process)
-
-
-async def test_an_answer_can_be_resumed_while_the_server_stops(
-    tmp_path: Path, simulator: Simulator
-) -> None:
-    async with (
-        serving(tmp_path / "c.yaml", simulator.base_url, changes={GRACE: 1.0}) as process,
-        Raw(await process.ready()) as lost,
-        Raw(process) as other,
-    ):
-        await lost.upgrade()
-        await lost.send_json(chat("lost"))
-        await other.upgrade()
-        await other.send_json(chat("other"))
-        await simulator.until(lambda stats: stats.tokens_sent > 4)
-
-        process.signal()
-        await process.logs("stopping")
-
-        await other.send_json(resume("lost", 1))
-        frames = [await other.json_frame()]
-        while frames[-1]["request_id"] != "lost" or frames[-1]["status"] != "error":
-            frames.append(await other.json_frame())
-        resumed = [frame["event_id"] for frame in frames if frame["request_id"] == "lost"]
-        assert resumed == [*range(2, len(resumed) + 2)]
-        assert frames[-1]["chunk"]["code"] == "server_shutdown"
-        assert await process.ended() == 0
-        assert clean(process)
-
-
-async def test_clients_that_read_nothing_do_not_delay_the_end(tmp_path: Path) -> None:
-    changes = {GRACE: 1.0, "chat.streams.send_timeout": 60.0}
-    async with (
-        Simulator(QUICK) as simulator,
-        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process,
-        contextlib.AsyncExitStack() as stack,
-    ):
-        await process.ready()
-        clients = [
-            await stack.enter_async_context(Raw(process, receive_buffer=SMALL)) for _ in range(3)
-        ]
-        socket, events, sdk = clients
-        much = big(20_000, 200)
-        await socket.upgrade()
-        await socket.send_json({"action": "chat", "request_id": "r1", "payload": much})
-        await events.ask_sse("r2", **much)
-        body = {**STREAMED, **much.pop("options"), "messages": CHAT["messages"]}
-        await sdk.post("/v1/chat/completions", body)
-        await simulator.until(lambda stats: stats.completed == 3)
-        asked = asyncio.get_running_loop().time()
-
-        process.signal()
-
-        assert await process.ended() == 0
-        assert asyncio.get_running_loop().time() - asked < 1.0 + 30
         assert clean(process)
 
 
@@ -409,36 +235,9 @@ async def test_a_second_signal_ends_it_at_once(tmp_path: Path, simulator: Simula
         assert "Traceback" not in process.log
 
 
-async def test_new_work_is_taken_until_the_delay_is_over(
-    tmp_path: Path, simulator: Simulator
-) -> None:
-    simulator.behaviour = QUICK
-    changes = {"chat.websocket.drain_delay": 1.5}
-    async with (
-        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process,
-        aiohttp.ClientSession() as session,
-    ):
-        await process.ready()
-        asked = asyncio.get_running_loop().time()
-        process.signal()
-
-        statuses = [200]
-        while statuses[-1] == 200:
-            async with session.get(f"{process.base}/ready") as response:
-                statuses.append(response.status)
-        assert statuses[-1] == 503
-        async with aiohttp.ClientSession() as newcomer:  # on a connection of its own
-            url = f"{process.base}/v1/chat/completions"
-            async with newcomer.post(url, json=CHAT) as response:
-                assert response.status == 200
-        assert await process.ended() == 0
-        assert asyncio.get_running_loop().time() - asked >= 1.5
-        assert clean(process)
-
-
 async def test_a_signal_while_it_starts_ends_it(tmp_path: Path, simulator: Simulator) -> None:
     codes = set()
-    for delay in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6):
+    for delay in (0.0, 0.15, 0.3):
         async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
             # Wherever it is by then: still importing, reading its file, or listening.
             await asyncio.sleep(delay)
@@ -449,20 +248,7 @@ async def test_a_signal_while_it_starts_ends_it(tmp_path: Path, simulator: Simul
     assert codes <= {0, -signal.SIGTERM}
 
 
-async def test_a_reload_under_way_does_not_delay_the_end(
-    tmp_path: Path, simulator: Simulator
-) -> None:
-    async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
-        await process.ready()
-        for _ in range(5):
-            process.signal(signal.SIGHUP)
-        process.signal()
-
-        assert await process.ended(15) == 0
-        assert clean(process)
-
-
-async def test_sighup_applies_the_file_and_its_options(
+async def test_sighup_applies_the_file_with_its_options_and_delays_no_end(
     tmp_path: Path, simulator: Simulator
 ) -> None:
     simulator.behaviour = QUICK
@@ -482,6 +268,9 @@ async def test_sighup_applies_the_file_and_its_options(
         process.change({f"{CONCURRENCY}.max_connections": 0})
         process.signal(signal.SIGHUP)
         await process.logs("max_connections: ")
+        for _ in range(5):
+            process.signal(signal.SIGHUP)
         process.signal()
-        assert await process.ended() == 0
+        assert await process.ended(15) == 0
+        assert "Traceback" not in process.log
         assert "until a restart" not in process.log, "--port holds, then as now"

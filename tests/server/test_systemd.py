@@ -21,7 +21,7 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.server import listener, systemd
 from aioserver.server.systemd import Notifier
 from aioserver.telemetry import kernel
-from tests.support.process import Process, ServerProcess, serving
+from tests.support.process import ServerProcess, serving
 from tests.support.server import NOWHERE, QUICK, UVICORN, runner_of
 from tests.support.simulator import Simulator
 from tests.support.systemd import Systemd
@@ -240,43 +240,6 @@ async def test_no_beat_comes_after_the_end(watching: Systemd) -> None:
         await asyncio.wait_for(watching.message(), 0.2)
 
 
-BLOCKED = """
-import asyncio, faulthandler, os, sys, time
-from aioserver.server.systemd import Notifier
-
-def blocked_for_ever():
-    time.sleep(1000)
-
-async def main():
-    Notifier.take(os.environ).ready()
-    await asyncio.sleep(0)
-    blocked_for_ever()
-
-faulthandler.enable(2)
-asyncio.run(main())
-"""
-
-
-async def test_a_blocked_loop_is_in_the_stacks_before_systemd_kills_and_when_it_does(
-    watching: Systemd,
-) -> None:
-    environ = {"NOTIFY_SOCKET": watching.address, "WATCHDOG_USEC": "500000"}
-    async with await Process.start("-c", BLOCKED, environ=environ) as process:
-        await process.living(watching.message_with("WATCHDOG"))
-        await process.logs("in main")
-        first = process.log
-
-        process.signal(signal.SIGABRT)  # as systemd does
-        code = await process.ended()
-
-    second = process.log.removeprefix(first)
-    assert "in blocked_for_ever" in first
-    assert "in blocked_for_ever" in second
-    assert "Aborted" in second
-    assert code == -signal.SIGABRT
-    assert not watching.unread()
-
-
 # Sockets that are passed.
 
 
@@ -452,12 +415,14 @@ async def fetched(port: socket.socket, path: str = "/health") -> tuple[int, Any]
         return response.status, await response.json()
 
 
-async def test_a_service_serves_the_passed_socket_says_so_and_ends_well(
+async def test_a_service_serves_the_passed_socket_feeds_its_watchdog_and_ends_well(
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
     async with (
         Simulator(QUICK) as simulator,
-        serving_for(watching, tmp_path, simulator.base_url, [port]) as process,
+        serving_for(
+            watching, tmp_path, simulator.base_url, [port], WATCHDOG_USEC="2000000"
+        ) as process,
     ):
         url = f"http://127.0.0.1:{port.getsockname()[1]}/v1/chat/completions"
         body = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -467,6 +432,12 @@ async def test_a_service_serves_the_passed_socket_says_so_and_ends_well(
         ):
             assert response.status == 200
             assert (await response.json())["choices"]
+            async with (
+                session.ws_connect(f"http://127.0.0.1:{port.getsockname()[1]}/ws/chat"),
+                asyncio.timeout(30),
+            ):
+                while "1 of 50" not in (await watching.message_with("WATCHDOG"))["STATUS"]:
+                    pass
 
         process.signal()
         await process.living(watching.message_with("STOPPING"))
@@ -523,21 +494,6 @@ def waiting_in(port: socket.socket) -> int:
     return queue.waiting
 
 
-async def test_a_service_feeds_its_watchdog_and_says_how_full_it_is(
-    tmp_path: Path, watching: Systemd, port: socket.socket
-) -> None:
-    async with serving_for(
-        watching, tmp_path, NOWHERE, [port], WATCHDOG_USEC="2000000"
-    ) as process:
-        url = f"ws://127.0.0.1:{port.getsockname()[1]}/ws/chat"
-        async with aiohttp.ClientSession() as session, session.ws_connect(url):
-            async with asyncio.timeout(30):
-                while "1 of 50" not in (await watching.message_with("WATCHDOG"))["STATUS"]:
-                    pass
-        process.signal()
-        assert await process.ended() == 0
-
-
 # Python runs a module of this name at its start. A signal's handler runs in the thread of the
 # event loop.
 BLOCKABLE = """
@@ -588,12 +544,3 @@ async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_doe
 
     assert code == 2
     assert "0.0.0.0 is open to others" in process.log
-
-
-async def test_a_socket_that_cannot_be_served_is_one_clear_line(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
-        async with serving(tmp_path / "config.yaml", NOWHERE, sockets=[datagrams]) as process:
-            code = await process.ended()
-
-    assert code == 2
-    assert process.log == "LISTEN_FDS: descriptor 3 is no stream socket (ListenStream=)\n"

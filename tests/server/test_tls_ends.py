@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
-pytestmark = pytest.mark.both_loops
-
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -39,6 +37,7 @@ async def begun(stack: AsyncExitStack, server: RunningServer) -> TlsClient:
     return client
 
 
+@pytest.mark.both_loops
 async def test_hand_over_loses_no_handshake(make_server: MakeServer, tmp_path: Path) -> None:
     server = await make_server(**{TLS: pair(tmp_path)})
     async with AsyncExitStack() as stack:
@@ -57,6 +56,7 @@ async def test_hand_over_loses_no_handshake(make_server: MakeServer, tmp_path: P
         await end
 
 
+@pytest.mark.virtual_time
 async def test_hand_over_does_not_wait_for_ever(make_server: MakeServer, tmp_path: Path) -> None:
     """A silent socket holds it up for half of `shutdown_timeout` at most."""
     grace = {"chat.websocket.shutdown_timeout": 2.0}
@@ -67,6 +67,7 @@ async def test_hand_over_does_not_wait_for_ever(make_server: MakeServer, tmp_pat
         assert await silent.to_the_end() == b""
 
 
+@pytest.mark.virtual_time
 async def test_stop_lets_handshakes_end_as_a_new_connection_does(
     make_server: MakeServer, tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ async def test_stop_lets_handshakes_end_as_a_new_connection_does(
         assert await silent.to_the_end() == b""
 
 
+@pytest.mark.virtual_time
 async def test_handshake_is_a_connection_for_the_balance(tmp_path: Path) -> None:
     """From accept on: a worker with silent sockets takes fewer of the others."""
     loads = Loads.create(1)

@@ -30,16 +30,13 @@ from aioserver.streams.writer import WRITE_BYTES
 from tests.support.chat import (
     CHAT,
     STREAMED,
-    cancel,
     chat,
     frames_of,
     numbers,
-    resume,
     text_of,
     to_end,
-    until_status,
 )
-from tests.support.raw import CLOSE, PONG, Raw
+from tests.support.raw import Raw
 from tests.support.road import (
     END,
     FACES,
@@ -77,10 +74,9 @@ if TYPE_CHECKING:
 
     from aioserver.providers.connections import PooledConnection
     from aioserver.streams.stream import Stream
-    from tests.support.server import RunningServer
 
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "30"))  # more by hand
+EXAMPLES = int(os.environ.get("EXAMPLES", "10"))  # more by hand
 
 
 # What is taken.
@@ -212,9 +208,8 @@ async def test_every_habit_of_a_provider_gives_the_same_on_both_ways(habit: str)
         assert len(taken) == (passed if face == "openai" else framed) or framed is None
         assert (seen.status, seen.kept) == (b"complete", True)
         assert_same(face, seen, await play_bytes(face, data))
-        for _ in range(2):
-            places = dice.sample(range(1, len(data)), 9)
-            assert_same(face, seen, await play(face, cut(data, places)))
+        places = dice.sample(range(1, len(data)), 9)
+        assert_same(face, seen, await play(face, cut(data, places)))
 
 
 BEHIND: dict[str, tuple[bytes, ...]] = {
@@ -333,7 +328,7 @@ async def test_anything_behind_texts_has_the_same_effect_on_both_ways(name: str)
 
         assert taken[:2] == front[2:]
         assert_same(face, seen, await play_bytes(face, b"".join((*front, behind))))
-        for count in (1,) * 10 + (5, 5):
+        for count in (1, 1, 1, 1, 5):
             places = [dice.randrange(1, len(behind)) for _ in range(count if behind else 0)]
             assert_same(face, seen, await play(face, [*front, *cut(behind, places)]))
 
@@ -406,6 +401,7 @@ ugly = st.sampled_from(
     ("content", "choices", "finish_reason", '"finish_reason":"stop"', "\u2028", "😀", "é" * 1000)
 )
 texts = plain | ugly | st.text(max_size=20)
+ESCAPES = (rb"\u00e9", rb"\ud83d\ude00", rb"\ud83d", rb"\/")
 
 
 @st.composite
@@ -417,11 +413,6 @@ def events(draw: st.DrawFn) -> tuple[list[bytes], bytes]:
     field = draw(st.sampled_from((b"data: ",) * 6 + (b"data:",)))
     end = draw(st.sampled_from((b"\n",) * 8 + (b"\r\n", b"\r")))
     more = draw(st.sampled_from(({}, {}, {"usage": None}, {"error": None})))
-    kinds = st.sampled_from(
-        ("text",) * 12
-        + ("role", "reasoning", "tools", "finish", "usage", "other", "both", "null", "no index")
-        + ("comment", "error", "bytes", "escape")
-    )
 
     def written(*choices: dict[str, Any], **replaced: Any) -> bytes:
         ordered = [{key: fields[key] for key in inner if key in fields} for fields in choices]
@@ -433,44 +424,29 @@ def events(draw: st.DrawFn) -> tuple[list[bytes], bytes]:
         made = json.dumps(answer, ensure_ascii=ascii_only, separators=separators)
         return b"".join((field, made.encode("utf-8", "replace"), end, end))
 
-    written_events = []
-    for kind in draw(st.lists(kinds, min_size=1, max_size=9)):
-        text = draw(texts)
-        match kind:
-            case "text":
-                written_events.append(written(choice({"content": text})))
-            case "role":
-                written_events.append(written(choice({"role": "assistant", "content": text})))
-            case "reasoning":
-                written_events.append(
-                    written(choice({"reasoning_content": text, "content": None}))
-                )
-            case "tools":
-                written_events.append(written(choice({"tool_calls": [{"index": 0, "id": text}]})))
-            case "finish":
-                written_events.append(written(choice({"content": text}, "length")))
-            case "usage":
-                written_events.append(written(usage={"total_tokens": 7}))
-            case "other":
-                written_events.append(written(choice({"content": text}, index=1)))
-            case "both":
-                written_events.append(
-                    written(choice({"content": text}), choice({"content": "b"}, index=1))
-                )
-            case "null":
-                written_events.append(written(choice({"content": None})))
-            case "no index":
-                written_events.append(written({"delta": {"content": text}}))
-            case "comment":
-                written_events.append(b": hm" + end * 2)
-            case "error":
-                written_events.append(event({"error": {"message": "no"}}).replace(b"\n", end))
-            case "bytes":
-                junk = b"?" + draw(st.binary(max_size=5)).translate(None, b"\r\n")
-                written_events.append(written(choice({"content": "?"})).replace(b"?", junk))
-            case "escape":
-                escape = draw(st.sampled_from((rb"\u00e9", rb"\ud83d\ude00", rb"\ud83d", rb"\/")))
-                written_events.append(written(choice({"content": "?"})).replace(b"?", escape))
+    def spoilt(junk: bytes) -> bytes:
+        return written(choice({"content": "?"})).replace(b"?", junk)
+
+    says: dict[str, Callable[[str], bytes]] = {
+        "text": lambda text: written(choice({"content": text})),
+        "role": lambda text: written(choice({"role": "assistant", "content": text})),
+        "reasoning": lambda text: written(choice({"reasoning_content": text, "content": None})),
+        "tools": lambda text: written(choice({"tool_calls": [{"index": 0, "id": text}]})),
+        "finish": lambda text: written(choice({"content": text}, "length")),
+        "usage": lambda _: written(usage={"total_tokens": 7}),
+        "other": lambda text: written(choice({"content": text}, index=1)),
+        "both": lambda text: written(choice({"content": text}), choice({"content": "b"}, index=1)),
+        "null": lambda _: written(choice({"content": None})),
+        "no index": lambda text: written({"delta": {"content": text}}),
+        "comment": lambda _: b": hm" + end * 2,
+        "error": lambda _: event({"error": {"message": "no"}}).replace(b"\n", end),
+        "bytes": lambda _: spoilt(b"?" + draw(st.binary(max_size=5)).translate(None, b"\r\n")),
+        "escape": lambda _: spoilt(draw(st.sampled_from(ESCAPES))),
+    }
+    kinds = st.sampled_from(("text",) * 11 + tuple(says))
+    written_events = [
+        says[kind](draw(texts)) for kind in draw(st.lists(kinds, min_size=1, max_size=9))
+    ]
     return written_events, end
 
 
@@ -572,23 +548,6 @@ def test_a_shape_is_what_is_around_the_text(name: str) -> None:
     assert_true(shape.prefix, shape.suffix, "another", index)
 
 
-TWICE = {
-    "its model's name": chunk_of("m"),
-    "a key in front": chunk_of("choices"),
-    "its own key": chunk_of("content"),
-    "a key behind": chunk_of("finish_reason"),
-    "another text behind": chunk_of("a", p="a"),
-    "itself, of which the second counts": raw(b'a","content":"a'),
-    "inside another text": chunk_of("a", p='"a"', q="\\a"),
-}
-
-
-@pytest.mark.parametrize("name", TWICE)
-def test_lessons_from_a_text_that_is_there_twice_are_true(name: str) -> None:
-    if (shape := learn(TWICE[name], Reading())) is not None:
-        assert_true(shape.prefix, shape.suffix, "another", 0)
-
-
 def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
     """Assert that the fast path makes of *text* there what the long way makes of it."""
     reading = Reading(index)
@@ -605,7 +564,7 @@ def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
     assert (reading.finish_reason, reading.usage) == (None, None)
 
 
-@settings(max_examples=150)
+@settings(max_examples=5 * EXAMPLES)
 @given(events(), st.lists(plain, min_size=1, max_size=4), st.integers(0, 1))
 def test_lessons_are_true_for_every_text(
     texts: tuple[list[bytes], bytes], others: list[str], index: int
@@ -651,7 +610,7 @@ crossed = st.recursive(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=5 * EXAMPLES)
 @given(
     *[st.lists(st.tuples(few_keys, crossed), max_size=3) for _ in range(4)],
     st.sampled_from(("a", "b", "content", "error", "<a>", "delta")),
@@ -934,11 +893,11 @@ async def test_a_log_fed_by_the_fast_path_is_bounded(face: str) -> None:
 async def test_reads_that_were_taken_are_there_for_later_readers(face: str, text: str) -> None:
     """From every event on, and the same bytes that the first one got."""
     async with under_way(face) as (road, taken):
-        reads = [chunk(chunk_of(text % number)) for number in range(2, 300)]
+        reads = [chunk(chunk_of(text % number)) for number in range(2, 120)]
         reads[77] = chunk(chunk_of('a "quote" and\na line end'))  # the long way: between two runs
         await road.say(*reads)
-        assert len(taken) == 298
-        parts = list(road.body.partition(b'"event_id":150,'))
+        assert len(taken) == 118
+        parts = list(road.body.partition(b'"event_id":60,'))
 
         for after in range(road.stream.last):
             back = FakeTransport()
@@ -948,12 +907,12 @@ async def test_reads_that_were_taken_are_there_for_later_readers(face: str, text
             body = joined(back.written) if road.chunked else back.written
             assert road.body.endswith(body)
             assert body.count(b'"event_id":') == road.stream.last - after
-            assert (parts[1] in body) == (after < 150)
+            assert (parts[1] in body) == (after < 60)
             writer.close()
 
         await road.say(word(1000), word(1001))
         assert in_order(road.body, b"w1000 ", b"w1001 ")
-        assert road.reading.text.count(text.partition("%")[0]) >= 297
+        assert road.reading.text.count(text.partition("%")[0]) >= 117
 
 
 async def test_all_faces_resume_what_the_fast_path_has_taken() -> None:
@@ -1221,30 +1180,6 @@ def staged(provider: ScriptedProvider, **http_client: Any) -> dict[str, Any]:
     }
 
 
-async def test_an_answer_that_comes_at_once_passes_whole_and_the_next_one_starts_clean(
-    make_server: MakeServer, stage: Stage, played: ScriptedProvider
-) -> None:
-    server = await make_server(**staged(played))
-    broken = event({"error": {"message": "the model has crashed"}})
-    ends = {"well": chunk(END + DONE), "by an error": chunk(broken), "early": b""}
-    async with Raw(server) as client:
-        for turn, end in enumerate(ends.values()):
-            await client.post("/v1/chat/completions", STREAMED)
-            peer = await stage.asked()
-            await peer.send(EVENT_STREAM + word(0) + word(1) + end + LAST_CHUNK)
-            head = await client.head()
-            body = joined((await client.until(LAST_CHUNK))[: -len(LAST_CHUNK)])
-
-            assert head.status == 200
-            assert body.startswith(chunk_of("w0 ") + chunk_of("w1 "))
-            rest = body.removeprefix(chunk_of("w0 ") + chunk_of("w1 "))
-            assert rest == (END + DONE, broken)[turn] if turn < 2 else b'"error"' in rest
-            await until(lambda: not server.owners.streams.running())
-            assert not server.owners.streams.finished()
-            assert server.owners.streams.stats().bytes == 0
-    assert len(stage.requests) == 3
-
-
 async def test_openais_bytes_come_one_by_one_and_the_next_answer_starts_clean(
     make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
@@ -1303,82 +1238,6 @@ async def test_an_sse_client_gets_every_event_at_once_and_the_next_answer_starts
     assert played.accepted == 1
 
 
-async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
-    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
-) -> None:
-    server = await make_server(**staged(played))
-    async with server.connect() as first, server.connect() as second:
-        await first.send_json(chat("r1"))
-        peer = await stage.asked()
-        await peer.send(EVENT_STREAM, word(0), word(1), word(2))
-        assert len(taken) == 2
-
-        await second.send_json(resume("r1", 2))
-        joined_frames = await until_status(second, "chunk")
-        await peer.send(word(3), word(4))
-        assert len(taken) == 2
-        await second.close()
-        await until(lambda: len(readers(server)) == 1)
-        await peer.send(word(5), word(6), word(7), chunk(DONE) + LAST_CHUNK)
-        frames = await to_end(first)
-
-        assert len(taken) == 4
-        assert numbers(frames) == list(range(1, 11))
-        assert text_of(frames) == "".join(f"w{n} " for n in range(8))
-        assert numbers(joined_frames) == [3]
-
-
-def readers(server: RunningServer) -> list[Any]:
-    """The readers of the only answer under way."""
-    (stream,) = server.owners.streams.running()
-    return list(stream.readers)
-
-
-async def test_a_returning_client_gets_the_events_that_came_meanwhile(
-    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
-) -> None:
-    server = await make_server(**staged(played))
-    async with server.connect() as first:
-        await first.send_json(chat("r1"))
-        peer = await stage.asked()
-        await peer.send(EVENT_STREAM, word(0), word(1), word(2))
-        seen = [await first.receive_json() for _ in range(4)]
-    await until(lambda: not readers(server))
-    await peer.send(word(3), word(4))
-    async with server.connect() as second:
-        await second.send_json(resume("r1", 4))
-        seen += [await second.receive_json() for _ in range(2)]
-        await peer.send(word(5), word(6), chunk(DONE) + LAST_CHUNK)
-        seen += await to_end(second)
-
-    assert numbers(seen) == list(range(1, 10))
-    assert text_of(seen) == "".join(f"w{n} " for n in range(7))
-    assert len(taken) == 3
-
-
-async def test_a_cancelled_answer_closes_its_providers_connection(
-    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
-) -> None:
-    server = await make_server(**staged(played))
-    async with server.connect() as ws:
-        await ws.send_json(chat("r1"))
-        peer = await stage.asked()
-        await peer.send(EVENT_STREAM, word(0), word(1), word(2))
-        seen = [await ws.receive_json() for _ in range(4)]
-        await ws.send_json(cancel("r1"))
-        seen += await to_end(ws)
-        await peer.left()
-
-        assert seen[-1]["status"] == "cancelled"
-        assert numbers(seen) == [1, 2, 3, 4, 5]
-        assert len(taken) == 2
-        await ws.send_json(chat("r2"))
-        peer = await stage.asked()
-        await peer.send(EVENT_STREAM, word(0), word(1), chunk(DONE) + LAST_CHUNK)
-        assert text_of(await to_end(ws, "r2")) == "w0 w1 "
-    assert played.accepted == 2
-
-
 @pytest.mark.parametrize("window", [0, 30])
 async def test_two_answers_on_one_socket(
     window: int,
@@ -1410,72 +1269,3 @@ async def test_two_answers_on_one_socket(
             assert numbers(frames) == list(range(1, count + 3))
             assert text_of(frames) == "".join(f"w{n} " for n in range(count))
         assert len(taken) == 2
-
-
-async def test_pongs_and_the_close_frame_come_between_events_whole(
-    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
-) -> None:
-    server = await make_server(**staged(played))
-    async with Raw(server) as client:
-        await client.upgrade()
-        await client.send_json(chat("r1"))
-        peer = await stage.asked()
-        await peer.send(EVENT_STREAM, word(0), word(1))
-        for number in range(2, 30):
-            await client.send_frame(9, b"%d" % number)
-            await peer.send(word(number))
-        await client.send_frame(CLOSE, b"\x03\xe8")
-        frames = await client.frames()
-
-    assert [data for opcode, data in frames if opcode == PONG] == [
-        b"%d" % number for number in range(2, 30)
-    ]
-    events_seen = [json.loads(data) for opcode, data in frames if opcode == 1]
-    assert numbers(events_seen) == list(range(1, len(events_seen) + 1))
-    assert frames[-1][0] == CLOSE
-    assert len(taken) > 10
-    peer.close()
-
-
-@pytest.mark.parametrize("face", ["openai", "sse"])
-async def test_a_client_that_reads_late_gets_all(
-    face: str, make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
-) -> None:
-    server = await make_server(**staged(played))
-    count = 1500
-    async with Raw(server, receive_buffer=4096) as client:
-        if face == "openai":
-            await client.post("/v1/chat/completions", STREAMED)
-        else:
-            await client.ask_sse("r1", text="Hello")
-        peer = await stage.asked()
-        await peer.send(EVENT_STREAM)
-        await peer.send(*map(large, range(20)))
-        for number in range(20, count):
-            peer.write(large(number))
-            await peer.writer.drain()
-        await peer.send(chunk(END), chunk(DONE) + LAST_CHUNK)
-        client.widen()
-        await client.head()
-        body = await client.until(b"\r\n" + LAST_CHUNK)
-
-    assert in_order(body, b"v0 x", b"v1 x", b"v%d x" % (count // 2), b"v%d x" % (count - 1))
-    assert body.count(b" x") == count
-    assert taken
-
-
-async def test_a_provider_that_falls_silent_after_reads_that_were_taken_is_reported(
-    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
-) -> None:
-    server = await make_server(**staged(played, read_timeout=0.2))
-    async with server.connect() as ws:
-        await ws.send_json(chat("r1"))
-        peer = await stage.asked()
-        await peer.send(EVENT_STREAM, word(0), word(1), word(2))
-        frames = await to_end(ws)
-        await peer.left()
-
-    assert len(taken) == 2
-    assert text_of(frames) == "w0 w1 w2 "
-    assert frames[-1]["status"] == "error"
-    assert "nothing for 0.2 s" in str(frames[-1]["chunk"])

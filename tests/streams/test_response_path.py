@@ -27,7 +27,7 @@ from tests.support.road import (
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, chunk
 from tests.support.waiting import ticks
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "30"))  # more by hand
+EXAMPLES = int(os.environ.get("EXAMPLES", "10"))  # more by hand
 DELTA = "response.output_text.delta"
 RESPONSE = {"id": "resp_1", "object": "response", "status": "in_progress", "output": []}
 

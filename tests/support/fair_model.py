@@ -164,7 +164,6 @@ class History:
         self._pairs, self._flow_pairs = Pairs(), {name: Pairs() for name in self.names}
         # The dearest request, and the largest error of an estimate.
         self.dearest = self.error = 0
-        self.most_known = 0
 
     def job(self) -> Job:
         dice = self.dice
@@ -208,7 +207,6 @@ class History:
                     assert queue.remove(job, job.caller, job.flow)
             self._serve()
             assert queue.size == len(model.waiting)
-            self.most_known = max(self.most_known, len(queue.callers.counters))
         while model.running:
             self._end(next(iter(model.running)))
             self._serve()
