@@ -161,9 +161,8 @@ class SharedRate(Gcra):
     a part of the rate.
 
     *waiting* returns the number of requests that wait for a start. *on_slots* is called when more
-    requests may start than before. If *rested* is set, a server that does not know the rate yet
-    allows the whole burst at once, instead of one start after another. All instances together
-    prefetch *share_kept* of the burst, which is then not available to others at once.
+    requests may start than before. All instances together prefetch *share_kept* of the burst,
+    which is then not available to others at once.
 
     *ask_at* is the time at which it asks for slots; inf: it needs none.
     """
@@ -179,7 +178,6 @@ class SharedRate(Gcra):
         horizon: float = 0.1,
         waiting: Callable[[], int] = lambda: 1,
         on_slots: Callable[[], None] = lambda: None,
-        rested: bool = False,
         share_kept: float = SHARE_KEPT,
     ) -> None:
         super().__init__(interval, tolerance, clock)
@@ -188,7 +186,6 @@ class SharedRate(Gcra):
         self._calls = calls
         self._waiting = waiting
         self._on_slots = on_slots
-        self._rested = rested
         self._share_kept = share_kept
         self._horizon = horizon
         # Slots of the burst have no expiry; all others have one.
@@ -326,7 +323,6 @@ class SharedRate(Gcra):
             self._step * SECOND,
             slack * SECOND,
             self._horizon * SECOND,
-            slack * SECOND if self._rested else 0.0,
             (self._next_at - now) * SECOND if restate else UNKNOWN_PACE,
         )
 
