@@ -19,31 +19,28 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
-
-import msgspec
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.sessions import SECRET_BYTES
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import Cluster
-from aioserver.gateway.contracts.commands import Commands, Connection
+from aioserver.gateway.contracts.commands import Commands
 from aioserver.wings.cluster.answers import peer_network
-from aioserver.wings.cluster.answers.peer_network import Gone, Network, PeerNetwork, Unreachable
+from aioserver.wings.cluster.answers.peer_network import Gone, PeerNetwork, Unreachable
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
 from aioserver.wings.cluster.limits.grants import State
 from aioserver.wings.cluster.limits.lease_messages import TIMES
 from aioserver.wings.cluster.limits.leases import Leases
 from aioserver.wings.cluster.limits.limits import SharedLimits
-from aioserver.wings.cluster.limits.renewer import MakeListening, MakeRenewing, Renewer
-from aioserver.wings.cluster.limits.subscription import Subscription
+from aioserver.wings.cluster.limits.renewer import Renewer, Subscription
 from aioserver.wings.cluster.redis_commands import RedisCommands
 from aioserver.wings.cluster.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
     from pathlib import Path
 
     from aioserver.auth.sessions import Sessions
@@ -76,21 +73,15 @@ _GLOB = re.compile(r"[*?\[\]\\^-]")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 
 
-class ClosableConnection(Connection, Protocol):
-    """A connection for commands: see `RedisCommands`."""
-
-    async def close(self) -> None:
-        """Close it."""
-
-
-class Ways(msgspec.Struct, frozen=True):
-    """The classes of all connections to the cluster's server; the arguments are those of the
-    defaults.
+@dataclass(frozen=True)
+class Ways:
+    """The classes of all connections to the cluster's server; tests have others, with the same
+    arguments.
     """
 
-    renewals: MakeRenewing = ScriptConnection
-    words: MakeListening = Subscription
-    commands: Callable[[str], ClosableConnection] = RedisCommands
+    renewals: Callable[..., ScriptConnection] = ScriptConnection
+    words: Callable[..., Subscription] = Subscription
+    commands: Callable[[str], RedisCommands] = RedisCommands
 
 
 # The connections to a Redis or Valkey server.
@@ -112,7 +103,7 @@ class Membership:
         url: str,
         name: str,
         instance: str,
-        network: Network,
+        network: PeerNetwork,
         fixed: tuple[int, int] | None,
         times: Times = TIMES,
         scope: Scope | None = None,
