@@ -6,8 +6,8 @@ new process before the old one ends, and former processes keep their answers. Ev
 number of 8 bytes with one writer at a time: the worker of its slot, or the parent, for a slot
 whose process it has reaped. Every process may read. No cell is a limit: a wrong value costs
 balance, and the places of the workers are leases
-(wings/cluster/limits/grants.py). The page is mapped by the parent and by all workers (a memfd, or an
-unlinked file); it has no lock.
+(wings/cluster/limits/grants.py). The page is mapped by the parent and by all workers (a memfd); it has
+no lock.
 
 A store through a memoryview of format `q` is a memcpy of 8 bytes in CPython (`PACK_SINGLE` in
 Objects/memoryobject.c), which compilers turn into one store. Aligned stores of 8 bytes are atomic
@@ -19,7 +19,6 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-import tempfile
 import time
 import zlib
 from enum import IntEnum
@@ -98,11 +97,7 @@ class Loads:
         """
         slots = SLOTS_PER_WORKER * workers
         size = _WORD * (_HEAD + len(_Column) * slots)
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("aioserver-loads")
-        else:
-            with tempfile.TemporaryFile() as file:
-                fd = os.dup(file.fileno())
+        fd = os.memfd_create("aioserver-loads")
         os.ftruncate(fd, size)
         with mmap.mmap(fd, size) as memory, memoryview(memory).cast("q") as cells:
             cells[0], cells[1] = _LAYOUT, slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import aiohttp
 import pytest
@@ -51,13 +52,13 @@ def posts(path: str, **body: Any) -> Way:
 
 async def by_websocket(server: RunningServer, model: str | None) -> str:
     async with server.connect(headers=bearer("web")) as ws:
-        await ws.send_json(chat(f"r-{model}", **with_model({}, model)))
+        await ws.send_json(chat(uuid4().hex, **with_model({}, model)))
         frame = (await to_end(ws))[-1]
         return "" if frame["status"] == "complete" else str(frame["chunk"]["code"])
 
 
 async def by_sse(server: RunningServer, model: str | None) -> str:
-    body = with_model({"request_id": f"r-{model}", **CHAT}, model)
+    body = with_model({"request_id": uuid4().hex, **CHAT}, model)
     async with server.session.post(server.sse, json=body, headers=bearer("web")) as response:
         if response.status != 200:
             return await code_of(response)
@@ -100,51 +101,47 @@ WAYS: dict[str, Way] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-async def test_a_key_asks_for_its_models_only_on_every_way_in(
-    make_server: MakeServer, way: str
-) -> None:
-    ask = WAYS[way]
+async def test_a_key_asks_for_its_models_only_on_every_way_in(make_server: MakeServer) -> None:
     server = await make_server(**MODELS, **keys_of("web", models=["fast", "gpt-*"]))
+    for way, ask in WAYS.items():
+        for model in ("fast", "gpt-5"):
+            assert await ask(server, model) == "", way
+        asked = len(server.simulator.requests)
+        names = ["sim", "sim/small", "sim/gpt-5", "small", "same", "unknown", "fas", "faster"]
+        for refused in (*names, *([None] if way != "page" else [])):
+            assert await ask(server, refused) == REFUSED, way
+        assert len(server.simulator.requests) == asked, way
 
-    for model in ("fast", "gpt-5"):
-        assert await ask(server, model) == ""
-    asked = len(server.simulator.requests)
-    names = ["sim", "sim/small", "sim/gpt-5", "small", "same", "unknown", "fas", "faster"]
-    for refused in (*names, *([None] if way != "page" else [])):
-        assert await ask(server, refused) == REFUSED
-    assert len(server.simulator.requests) == asked
+
+# The models of a key, and each provider and model of a chat that pass.
+PASSES: list[tuple[list[str], set[tuple[str | None, ...]]]] = [
+    (["sim"], {(None, None), ("sim", None), ("sim", "sim-model"), (None, "sim")}),
+    (["sim/*"], {(None, None), ("sim", None), ("sim", "sim-model"), *SIM}),
+    (["sim/x"], {("sim", "x")}),
+    (["fast"], {("fast", None), ("fast", "sim-model"), *FAST, (None, "fast")}),
+    (["x"], {(None, "x")}),
+]
 
 
-@pytest.mark.parametrize(
-    ("models", "passes"),
-    [
-        (["sim"], {(None, None), ("sim", None), ("sim", "sim-model"), (None, "sim")}),
-        (["sim/*"], {(None, None), ("sim", None), ("sim", "sim-model"), *SIM}),
-        (["sim/x"], {("sim", "x")}),
-        (["fast"], {("fast", None), ("fast", "sim-model"), *FAST, (None, "fast")}),
-        (["x"], {(None, "x")}),
-    ],
-)
-@pytest.mark.parametrize("face", ["websocket", "sse"])
-async def test_the_provider_of_a_chat_counts_with_its_model(
-    make_server: MakeServer, face: str, models: list[str], passes: set[tuple[str | None, ...]]
-) -> None:
-    server = await make_server(**MODELS, **keys_of("web", models=models))
-    for provider in (None, "sim", "fast"):
-        for model in (None, "sim", "sim-model", "x", "fast"):
-            fields = with_model({} if provider is None else {"provider": provider}, model)
-            if face == "sse":
-                body = {"request_id": f"{provider}-{model}", **CHAT, **fields}
-                async with server.session.post(
-                    server.sse, json=body, headers=bearer("web")
-                ) as response:
-                    passed = response.status == 200
-            else:
-                async with server.connect(headers=bearer("web")) as ws:
-                    await ws.send_json(chat(f"{provider}-{model}", **fields))
-                    passed = (await to_end(ws))[-1]["status"] == "complete"
-            assert passed == ((provider, model) in passes), (provider, model)
+async def test_the_provider_of_a_chat_counts_with_its_model(make_server: MakeServer) -> None:
+    keys = [entry(f"key{number}", models=models) for number, (models, _) in enumerate(PASSES)]
+    server = await make_server(**MODELS, **{"auth.keys": keys})
+    chats = [
+        (provider, model)
+        for provider in (None, "sim", "fast")
+        for model in (None, "sim", "sim-model", "x", "fast")
+    ]
+    for number, (models, passes) in enumerate(PASSES):
+        headers = bearer(f"key{number}")
+        async with server.connect(headers=headers) as ws:
+            for provider, model in chats:
+                fields = with_model({} if provider is None else {"provider": provider}, model)
+                await ws.send_json(chat(uuid4().hex, **fields))
+                passed = (await to_end(ws))[-1]["status"] == "complete"
+                assert passed == ((provider, model) in passes), (models, provider, model)
+                body = {"request_id": uuid4().hex, **CHAT, **fields}
+                async with server.session.post(server.sse, json=body, headers=headers) as response:
+                    assert passed == (response.status == 200), (models, provider, model)
 
 
 # Bodies that some engine reads as one for another model: it takes the first of several keys, looks
@@ -169,9 +166,8 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("doubtful", DOUBTFUL)
 async def test_a_body_that_may_be_read_as_one_for_another_model_is_refused(
-    make_server: MakeServer, doubtful: str
+    make_server: MakeServer,
 ) -> None:
     changes = {"auth.keys": [entry("web", models=["fast"]), entry("all")]}
     server = await make_server(**MODELS, **changes)
@@ -186,13 +182,14 @@ async def test_a_body_that_may_be_read_as_one_for_another_model_is_refused(
             return response.status
 
     for path in BODIES:
-        assert await status("web", path, doubtful) == 400, path
+        for doubtful in DOUBTFUL:
+            assert await status("web", path, doubtful) == 400, (path, doubtful)
     assert not server.simulator.requests
     for path in BODIES:
         # What stands below is no key of the body, and a key for all models may ask as it likes.
         below = '"model": "fast", "metadata": {"model": "x", "Models": "y"}'
         assert await status("web", path, below) != 400, path
-        assert await status("all", path, doubtful) != 400, path
+        assert await status("all", path, DOUBTFUL[0]) != 400, path
 
 
 @pytest.mark.parametrize("name", ["Model", "MODELS", "models"])
@@ -233,60 +230,59 @@ async def test_what_an_account_keeps_may_name_any_model(make_server: MakeServer)
         assert len(account.passed) == 1
 
 
-@pytest.mark.parametrize(
-    ("models", "provider", "body_model", "status"),
-    [
-        # By JSON the model is read.
-        (["sim/x"], "sim", "x", 200),
-        (["sim/x"], "sim", "y", 404),
-        (["fast"], "fast", "y", 200),
-        (["fast"], None, "fast", 200),
-        (["fast"], None, "sim/x", 404),
-        # Nobody has read it in an upload, nor is it known where there is none.
-        (["sim/x"], "sim", None, 404),
-        (["sim"], "sim", None, 404),
-        (["fast"], "fast", None, 404),
-        (["fast", "sim"], None, None, 404),
-        (["sim/*"], "sim", None, 200),
-        (["sim/*"], "fast", None, 200),
-        (["si*"], None, None, 200),
-        (["sim/*"], "other", None, 404),
-    ],
-)
+# The models of a key, the provider and the model of a request that is passed on, and its status.
+PASSED_ON: list[tuple[list[str], str | None, str | None, int]] = [
+    # By JSON the model is read.
+    (["sim/x"], "sim", "x", 200),
+    (["sim/x"], "sim", "y", 404),
+    (["fast"], "fast", "y", 200),
+    (["fast"], None, "fast", 200),
+    (["fast"], None, "sim/x", 404),
+    # Nobody has read it in an upload, nor is it known where there is none.
+    (["sim/x"], "sim", None, 404),
+    (["sim"], "sim", None, 404),
+    (["fast"], "fast", None, 404),
+    (["fast", "sim"], None, None, 404),
+    (["sim/*"], "sim", None, 200),
+    (["sim/*"], "fast", None, 200),
+    (["si*"], None, None, 200),
+    (["sim/*"], "other", None, 404),
+]
+
+
 @pytest.mark.parametrize("kind", ["json", "upload"])
 async def test_what_is_passed_on_goes_where_its_model_is_known_to_be_allowed(
-    make_server: MakeServer,
-    models: list[str],
-    provider: str | None,
-    body_model: str | None,
-    status: int,
-    kind: str,
+    make_server: MakeServer, kind: str
 ) -> None:
-    if kind == "upload" and body_model is not None:
-        # Whatever is written in it.
-        status = 404
     async with Account() as account, Account() as other:
+        keys = [entry(f"key{number}", models=row[0]) for number, row in enumerate(PASSED_ON)]
         server = await make_server(
             **MODELS,
             **{
                 "llm.providers.sim.base_url": account.url,
                 "llm.providers.other": provider_entry(other.url),
+                "auth.keys": keys,
             },
-            **keys_of("web", models=models),
         )
-        form = aiohttp.FormData(with_model({"input": "x"}, body_model))
-        form.add_field("file", b"x" * 99, filename="a.wav")
-        body: dict[str, Any] = {"data": form}
-        if kind == "json":
-            body = {"json": with_model({"input": "x"}, body_model)}
-        named = {} if provider is None else {"x-aioserver-provider": provider}
-        async with server.session.post(
-            f"{server.v1}/audio/transcriptions", headers=bearer("web") | named, **body
-        ) as response:
-            text = await response.text()
-        refused = "this key may not use" in text
-        assert refused == (status == 404), text
-        assert bool(account.passed) == (status == 200)
+        for number, (models, provider, body_model, by_json) in enumerate(PASSED_ON):
+            # Whatever is written in an upload, it may be another model.
+            status = 404 if kind == "upload" and body_model is not None else by_json
+            form = aiohttp.FormData(with_model({"input": "x"}, body_model))
+            form.add_field("file", b"x" * 99, filename="a.wav")
+            body: dict[str, Any] = {"data": form}
+            if kind == "json":
+                body = {"json": with_model({"input": "x"}, body_model)}
+            named = {} if provider is None else {"x-aioserver-provider": provider}
+            before = len(account.passed)
+            async with server.session.post(
+                f"{server.v1}/audio/transcriptions",
+                headers=bearer(f"key{number}") | named,
+                **body,
+            ) as response:
+                text = await response.text()
+            row = models, provider, body_model, text
+            assert ("this key may not use" in text) == (status == 404), row
+            assert (len(account.passed) > before) == (status == 200), row
         assert not other.passed
 
 

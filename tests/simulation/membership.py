@@ -9,10 +9,10 @@ import random
 from collections import defaultdict
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from aioserver.limits.fixed_share import Scope
-from aioserver.wings.cluster.answers.peer_network import CONNECT, Gone, Unreachable
+from aioserver.wings.cluster.answers.peer_network import CONNECT, Gone, PeerNetwork, Unreachable
 from aioserver.wings.cluster.limits.grants import State
 from aioserver.wings.cluster.membership import Membership, Ways
 from tests.simulation.dials import draw_dial
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
+    from aioserver.wings.cluster.redis_commands import RedisCommands
     from tests.simulation.network import Listener
     from tests.simulation.shared_server import SharedServer
 
@@ -40,18 +41,18 @@ if TYPE_CHECKING:
 KEEPALIVE = 1.5
 
 
-class SimulatedNetwork:
+class SimulatedNetwork(PeerNetwork):
     """The ways of instance *number*, called *name*, to the other ones."""
 
     def __init__(self, server: SharedServer, number: int, name: str) -> None:
-        self._server, self._number, self._name = server, number, name
+        self._shared, self._number, self._name = server, number, name
         self._dice = random.Random(f"network {name}")
         self._listener: Listener | None = None
 
     async def listen(self, make: Callable[[], asyncio.Protocol]) -> None:
         """Accept connections."""
-        self._listener = self._server.loop.network.listen(make, self._number)
-        self._server.ports[self._name] = self._listener.port
+        self._listener = self._shared.loop.network.listen(make, self._number)
+        self._shared.ports[self._name] = self._listener.port
 
     async def dial(self, name: str, make: Callable[[], P]) -> tuple[asyncio.Transport, P]:
         """Return a new connection to the instance *name*.
@@ -59,10 +60,10 @@ class SimulatedNetwork:
         Raises:
             Gone: nobody listens there.
         """
-        if (port := self._server.ports.get(name)) is None:
+        if (port := self._shared.ports.get(name)) is None:
             raise Gone(name)
         dial = draw_dial(
-            self._server.faults.links, self._dice, owner=self._number, patience=CONNECT
+            self._shared.faults.links, self._dice, owner=self._number, patience=CONNECT
         )
         address = FakeSocket(("127.0.0.1", port), dial)
         made: list[P] = []
@@ -71,7 +72,7 @@ class SimulatedNetwork:
             made.append(make())
             return made[0]
 
-        loop = self._server.loop
+        loop = self._shared.loop
         try:
             async with asyncio.timeout(CONNECT):
                 transport, _protocol = await loop.network.connect(note, address)
@@ -93,7 +94,7 @@ class SimulatedNetwork:
             near.peer.abort()
             return
         lost = near.lost_in_black_hole or near.peer.lost_in_black_hole
-        self._server.loop.call_later(KEEPALIVE, partial(self._keep_alive, near, lost=lost))
+        self._shared.loop.call_later(KEEPALIVE, partial(self._keep_alive, near, lost=lost))
 
     def forget(self, token: str) -> None:
         """Do nothing: there is no file."""
@@ -122,7 +123,7 @@ class Member(Membership):
         ways = Ways(
             renewals=partial(SimulatedConnection, server, number),
             words=SimulatedSubscription,
-            commands=lambda _url: SimulatedStore(server, number, name),
+            commands=lambda _url: cast("RedisCommands", SimulatedStore(server, number, name)),
         )
         # Instances that know how many they are, are the workers of one host, and share
         # connections. None waits until the server gives something: what begins before is a part of

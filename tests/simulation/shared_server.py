@@ -16,8 +16,9 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aioserver.wings.cluster.connection import CallFailed
+from aioserver.wings.cluster.connection import CallFailed, ScriptConnection
 from aioserver.wings.cluster.limits.lease_messages import SECOND
+from aioserver.wings.cluster.limits.renewer import Subscription
 from tests.simulation.clock import Clock
 from tests.support.instances import MemoryStore, World
 from tests.support.renew_script import Script, Stale
@@ -331,7 +332,7 @@ for _name in (
     setattr(SimulatedStore, _name, _asking(_name))
 
 
-class SimulatedConnection:
+class SimulatedConnection(ScriptConnection):
     """What carries the calls of `Leases`: as `ScriptConnection`, with the same *bound*."""
 
     def __init__(
@@ -359,7 +360,7 @@ class SimulatedConnection:
         """Whether calls are sent at once."""
         return self._open and self.run == self._server.run
 
-    async def execute(self, *command: bytes | float | str) -> Any:
+    async def execute(self, *command: bytes | float | str, bound: float | None = None) -> Any:
         """Raise an error: only conversations are cleared by it, which no run asks for."""
         raise AssertionError(command)
 
@@ -386,7 +387,7 @@ class SimulatedConnection:
         """
         await self.ready()
 
-    async def call(self, script: LuaScript, _prefix: str, request: bytes, run: str) -> bytes:
+    async def call(self, script: LuaScript, prefix: str, request: bytes, run: str) -> bytes:
         """Return the answer of *script* to *request*, which is meant for the process *run*.
 
         Raises:
@@ -406,13 +407,14 @@ class SimulatedConnection:
         """Do nothing: there is nothing to close."""
 
 
-class SimulatedSubscription:
+class SimulatedSubscription(Subscription):
     """Stands for the connection on which `Leases` is woken: see `SharedServer.join`."""
 
     def __init__(
         self,
         url: str,
-        handlers: dict[str, Callable[[bytes], None]],
+        channel: str,
+        handler: Callable[[bytes], None],
         *,
         bound: float,
         on_open: Callable[[], None],

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from aioserver.providers.capacity import Capacity
     from aioserver.providers.provider import Provider
     from aioserver.streams.stream import Stream
+    from aioserver.wings.cluster.limits.leases import Leases
     from tests.simulation.instance import Instance
     from tests.simulation.network import Network
 
@@ -421,12 +422,12 @@ def delay_of(resource: Resource, cost: int) -> float:
     rate = resource.rate._pace._starts
     if not isinstance(rate, SharedRate):
         return resource.rate.delay(cost)
-    caller, ask_at = rate._calls, rate.ask_at
-    rate._calls = _Silence(caller.instances, caller.round_trip)
+    caller, ask_at = rate._leases, rate.ask_at
+    rate._leases = cast("Leases", _Silence(caller.instances, caller.round_trip))
     try:
         return resource.rate.delay(cost)
     finally:
-        rate._calls, rate.ask_at = caller, ask_at
+        rate._leases, rate.ask_at = caller, ask_at
 
 
 @dataclass

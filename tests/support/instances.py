@@ -27,10 +27,11 @@ from aioserver.wings.conversations import redis as turns
 from aioserver.wings.conversations.redis import Listed
 from aioserver.wings.conversations.turn import Position
 from aioserver.wings.responses import redis as chains
+from tests.support.chat import chat, to_end, until_status
 from tests.support.server import QUICK, RunningServer, running
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from pathlib import Path
 
     from aioserver.config.settings import ClientKey
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from tests.support.simulator import Behaviour
 
     P = TypeVar("P", bound=asyncio.Protocol)
+    # `a, b = await make(2, behaviour, **changes)`
+    Make = Callable[..., Awaitable[list["Instance"]]]
     MakeQuota = Callable[[ClientKey], Quota]
 
 # What all instances of a test know.
@@ -573,3 +576,23 @@ async def instances(
             await instance_of(world, stack, path, name, behaviour, changes)
             for name in "abcdefgh"[:count]
         ]
+
+
+async def asked(instance: Instance, stack: AsyncExitStack, name: str = "r1") -> Any:
+    """Ask over WebSocket, and return the socket, with the answer under way."""
+    ws = await stack.enter_async_context(instance.server.connect())
+    await ws.send_json(chat(name))
+    await until_status(ws, "chunk")
+    return ws
+
+
+async def answered(instance: Instance, name: str = "r1", **payload: Any) -> list[Any]:
+    """Ask over WebSocket, and read the answer."""
+    async with instance.server.connect() as ws:
+        await ws.send_json(chat(name, **payload))
+        return await to_end(ws)
+
+
+def read_by(instance: Instance) -> int:
+    """How many readers the answers of *instance* have."""
+    return sum(len(stream.readers) for stream in instance.server.owners.streams.running())

@@ -39,7 +39,6 @@ or a stopped process would collect all places.
 
 from __future__ import annotations
 
-import copy
 import functools
 from importlib.resources import files
 from typing import Any
@@ -64,6 +63,29 @@ def _lua() -> Any:
 
 
 @functools.cache
+def _packing() -> Any:
+    """What the scripts call `cmsgpack`: what they pack stays a table, of which nobody has another
+    part; so the state is not converted with each call.
+    """
+    return _lua().eval(
+        b"""function(unpack_bytes)
+          local function copied(value)
+            if type(value) ~= 'table' then return value end
+            local copy = {}
+            for key, item in pairs(value) do copy[key] = copied(item) end
+            return copy
+          end
+          return {
+            pack = copied,
+            unpack = function(data)
+              return type(data) == 'table' and copied(data) or unpack_bytes(data)
+            end,
+          }
+        end"""
+    )(_unpack)
+
+
+@functools.cache
 def _script(name: str) -> Any:
     """The script *name*, as a function of what Redis gives it."""
     script = (files("aioserver") / "wings/cluster/limits" / name).read_bytes()
@@ -78,10 +100,10 @@ class Script:
         self.keys: dict[bytes, Any] = {}
         self._now = 0.0
         self.wakes: dict[str, list[str]] = {}
-        self._world: Any = None
+        # What was read of the state since the last call.
+        self._known: dict[str, Any] = {}
         self._redis = _to_lua({"call": self._call})
         self._redis[b"error_reply"] = lambda text: _to_lua({"err": text})
-        self._msgpack = _to_lua({"pack": _pack, "unpack": _unpack})
         self._key = _to_lua([PREFIX])
 
     def renew(self, request: bytes, now: float) -> tuple[bytes, dict[str, list[str]]]:
@@ -98,18 +120,16 @@ class Script:
         Raises:
             Stale: it is an error.
         """
-        self._now, self.wakes, self._world = now, {}, None
-        answer = _script(name)(self._key, _to_lua([request]), self._redis, self._msgpack)
-        if not isinstance(answer, bytes):
-            raise Stale(answer[b"err"].decode())
-        return answer
+        self._now, self.wakes, self._known = now, {}, {}
+        answer = _script(name)(self._key, _to_lua([request]), self._redis, _packing())
+        if (error := answer[b"err"]) is not None:
+            raise Stale(error.decode())
+        return _pack(answer)
 
     @property
     def world(self) -> dict[str, Any]:
         """What is kept of the members and of time; {} if nothing is."""
-        if self._world is None:
-            self._world = self._read("world")
-        return self._world  # type: ignore[no-any-return]
+        return self._read("world")
 
     @property
     def members(self) -> dict[str, list[float]]:
@@ -123,15 +143,22 @@ class Script:
 
     def snapshot(self) -> dict[bytes, Any]:
         """Return all that is kept, for `restore`."""
-        return copy.deepcopy(self.keys)
+        # A table that was packed is never changed.
+        return {
+            key: dict(kept) if isinstance(kept, dict) else kept for key, kept in self.keys.items()
+        }
 
     def restore(self, keys: dict[bytes, Any]) -> None:
         """Keep what was kept then."""
-        self.keys, self._world = copy.deepcopy(keys), None
+        self.keys, self._known = keys, {}
+        self.keys = self.snapshot()
 
     def _read(self, key: str) -> dict[str, Any]:
-        kept = self.keys.get((PREFIX + key).encode())
-        return msgspec.msgpack.decode(kept) if kept else {}
+        if key not in self._known:
+            kept = self.keys.get((PREFIX + key).encode())
+            self._known[key] = {} if kept is None else _from_lua(kept)
+        known: dict[str, Any] = self._known[key]
+        return known
 
     def _call(self, command: bytes, key: bytes = b"", *arguments: Any) -> Any:
         keys = self.keys
@@ -156,7 +183,7 @@ class Script:
                 keys.setdefault(key, {})[arguments[1]] = arguments[0]
             case b"PUBLISH":
                 instance = key.decode().removeprefix(f"{PREFIX}wake:")
-                self.wakes[instance] = msgspec.msgpack.decode(arguments[0])
+                self.wakes[instance] = _from_lua(arguments[0])
             case b"EXPIRE":
                 # A day, which nobody waits for.
                 pass

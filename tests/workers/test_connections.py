@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from tests.support.workers import Workers
 
-pytestmark = pytest.mark.both_loops
-
 QUEUE_TIMEOUT = f"{CONCURRENCY}.queue_timeout"
 QUEUE_SIZE = f"{CONCURRENCY}.connection_queue_size"
 

@@ -252,7 +252,6 @@ async def _opened(
     return None
 
 
-@pytest.mark.both_loops
 async def test_every_limit_of_http_reaches_each_worker(
     tmp_path: Path, simulator: Simulator
 ) -> None:

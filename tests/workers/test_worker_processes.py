@@ -19,7 +19,6 @@ import pytest
 
 from aioserver.workers.balance import AT_ONCE, STOP
 from aioserver.workers.loads import Loads
-from tests.support.keys import bearer, keys_of
 from tests.support.redis_server import RedisServer
 from tests.support.server import CONCURRENCY, NOWHERE, UVICORN, write
 from tests.support.waiting import until, until_result
@@ -27,7 +26,6 @@ from tests.support.waiting import until, until_result
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
-    from typing import Any
 
 # Several processes start, which on a busy machine takes long.
 pytestmark = [pytest.mark.real_time, pytest.mark.timeout(150)]
@@ -48,9 +46,7 @@ class State(NamedTuple):
 class Parent:
     """The parent of *count* workers, which share *places*; they run the loop of the test."""
 
-    def __init__(
-        self, path: Path, count: int, places: int, url: str, changes: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, path: Path, count: int, places: int, url: str) -> None:
         self.count, self.places, self.config, self.url = count, places, path / "config.yaml", url
         sizes = {
             f"{CONCURRENCY}.max_connections": places,
@@ -58,7 +54,7 @@ class Parent:
             f"{CONCURRENCY}.queue_timeout": 30,
             f"{UVICORN}.backlog": 1024,
         }
-        write(NOWHERE, {**sizes, **(changes or {})}, self.config)
+        write(NOWHERE, sizes, self.config)
         self.loads = Loads.create(count)
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.address = f"ws://127.0.0.1:{self.socket.getsockname()[1]}/ws/chat"
@@ -135,20 +131,10 @@ class Parent:
         await worker.wait()
         self.loads.reaped(slot)
 
-    async def kill_all(self) -> None:
-        """Kill all workers, and reap them: none sees another one's end."""
-        workers, self.workers = self.workers, {}
-        for worker in workers.values():
-            worker.send_signal(signal.SIGKILL)
-        for slot, worker in workers.items():
-            await worker.wait()
-            self.loads.reaped(slot)
-
-    async def client(self, key: str = "") -> aiohttp.ClientWebSocketResponse:
+    async def client(self) -> aiohttp.ClientWebSocketResponse:
         """A WebSocket that has its place."""
         began = time.perf_counter()
-        headers = bearer(key) if key else None
-        client = await self.session.ws_connect(self.address, headers=headers)
+        client = await self.session.ws_connect(self.address)
         self.seconds.append(time.perf_counter() - began)
         self.clients.append(client)
         await client.send_json({"action": "ping"})
@@ -156,24 +142,9 @@ class Parent:
             assert frame["status"] == "queued", frame
         return client
 
-    async def open(self, number: int, key: str = "") -> None:
+    async def open(self, number: int) -> None:
         """Open *number* WebSockets that have their places."""
-        await asyncio.gather(*(self.client(key) for _ in range(number)))
-
-    async def admitted(self, key: str) -> None:
-        """Open a WebSocket of *key*; on a machine that is late it is refused while a place is on
-        its way.
-        """
-        await until_result(lambda: self.status(key), lambda status: status != 429, 2 * SOON)
-        await self.client(key)
-
-    async def status(self, key: str) -> int:
-        """The status of a request with *key*: 429 where its connections are too many."""
-        address = self.address.replace("ws://", "http://").replace(
-            "/ws/chat", "/v1/responses/none"
-        )
-        async with self.session.get(address, headers=bearer(key)) as response:
-            return response.status
+        await asyncio.gather(*(self.client() for _ in range(number)))
 
     async def alive(self) -> int:
         """How many clients are still connected; those of a killed process hear of its end."""
@@ -183,20 +154,28 @@ class Parent:
 
 @asynccontextmanager
 async def parent_of(
-    path: Path, count: int, places: int, **changes: Any
+    path: Path, count: int, places: int
 ) -> AsyncIterator[tuple[Parent, RedisServer]]:
     """A parent whose workers share their places through a server."""
     with RedisServer(path) as server:
-        async with Parent(path, count, places, server.url, changes) as parent:
+        async with Parent(path, count, places, server.url) as parent:
             await parent.joined()
             yield parent, server
 
 
-async def test_the_places_of_a_killed_worker_are_free_for_its_siblings_and_its_successor(
+async def test_the_places_of_a_killed_worker_are_free_for_others_and_a_killed_server_costs_none(
     tmp_path: Path,
 ) -> None:
-    async with parent_of(tmp_path, 2, 9) as (parent, _server):
-        await parent.open(9)
+    async with parent_of(tmp_path, 2, 9) as (parent, server):
+        await parent.open(3)
+        server.kill()
+        # What was granted is used without the server.
+        async with asyncio.timeout(SOON):
+            await parent.open(1)
+        server.start()
+        async with asyncio.timeout(2 * SOON):
+            await parent.open(5)
+        assert await parent.alive() == 9
         inside = await parent.inside()
         assert sum(inside) == 9
 
@@ -210,24 +189,6 @@ async def test_the_places_of_a_killed_worker_are_free_for_its_siblings_and_its_s
         async with asyncio.timeout(SOON):
             await parent.open(1)
         assert sum(await parent.inside()) == 9
-
-
-async def test_the_places_of_workers_that_were_all_killed_are_free_when_others_serve(
-    tmp_path: Path,
-) -> None:
-    async with parent_of(tmp_path, 2, 9, **{f"{CONCURRENCY}.queue_timeout": 0}) as (parent, _):
-        for _ in range(9):
-            await parent.client()
-        assert sum(await parent.inside()) == 9
-
-        await parent.kill_all()
-        await parent.start(1)
-
-        # Nobody waits for a place.
-        for _ in range(9):
-            await parent.client()
-        assert (await parent.state(1)).inside == 9
-        await parent.start(0)
 
 
 async def test_a_worker_that_is_stopped_keeps_its_places_and_no_one_is_refused(
@@ -252,38 +213,6 @@ async def test_a_worker_that_is_stopped_keeps_its_places_and_no_one_is_refused(
         states = await parent.states()
         assert sum(state.inside for state in states) == 20
         assert states[0].inside >= mine
-
-
-async def test_a_server_that_was_killed_and_started_again_costs_no_connection(
-    tmp_path: Path,
-) -> None:
-    async with parent_of(tmp_path, 2, 20) as (parent, server):
-        await parent.open(6)
-
-        server.kill()
-        # What was granted is used without the server.
-        async with asyncio.timeout(SOON):
-            await parent.open(2)
-        server.start()
-        async with asyncio.timeout(2 * SOON):
-            await parent.open(12)
-
-        assert sum(await parent.inside()) == 20
-        assert await parent.alive() == 20
-
-
-async def test_a_key_has_its_connections_over_all_processes(tmp_path: Path) -> None:
-    async with parent_of(tmp_path, 2, 40, **keys_of("web", max_connections=7)) as (parent, _):
-        async with asyncio.timeout(2 * SOON):
-            for _ in range(7):
-                await parent.admitted("web")
-
-        for _ in range(4):
-            assert await parent.status("web") == 429
-        await parent.clients[0].close()
-        await until(lambda: parent.clients[0].closed)
-        async with asyncio.timeout(SOON):
-            await parent.admitted("web")
 
 
 async def test_without_a_server_each_worker_has_a_fixed_share(tmp_path: Path) -> None:

@@ -19,31 +19,28 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
-
-import msgspec
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.sessions import SECRET_BYTES
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import Cluster
-from aioserver.gateway.contracts.commands import Commands, Connection
+from aioserver.gateway.contracts.commands import Commands
 from aioserver.wings.cluster.answers import peer_network
-from aioserver.wings.cluster.answers.peer_network import Gone, Network, PeerNetwork, Unreachable
+from aioserver.wings.cluster.answers.peer_network import Gone, PeerNetwork, Unreachable
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
 from aioserver.wings.cluster.limits.grants import State
 from aioserver.wings.cluster.limits.lease_messages import TIMES
-from aioserver.wings.cluster.limits.leases import Leases
+from aioserver.wings.cluster.limits.leases import Leases, token_of
 from aioserver.wings.cluster.limits.limits import SharedLimits
-from aioserver.wings.cluster.limits.renewer import MakeListening, MakeRenewing, Renewer
-from aioserver.wings.cluster.limits.subscription import Subscription
+from aioserver.wings.cluster.limits.renewer import Renewer, Subscription
 from aioserver.wings.cluster.redis_commands import RedisCommands
 from aioserver.wings.cluster.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
     from pathlib import Path
 
     from aioserver.auth.sessions import Sessions
@@ -58,8 +55,9 @@ logger = logging.getLogger("aioserver.cluster")
 # Seconds for notifying the others that this instance has left; an unreachable server is not
 # notified.
 LEAVE_TIMEOUT = 1.0
-# Seconds to free the places of killed instances before this one serves.
-SETTLE_TIMEOUT = 1.0
+# Seconds to free the places of killed instances before this one serves, and between two looks at
+# whether they are free.
+SETTLE_TIMEOUT, SETTLE_LOOK = 1.0, 0.01
 # Seconds for the instances' agreement on their secrets; until the next one, which restores the
 # secrets at a server that has lost them; and until the next one after a failure.
 AGREE_TIMEOUT, AGREE_EVERY, AGREE_AGAIN = 1.0, 60.0, 5.0
@@ -76,21 +74,15 @@ _GLOB = re.compile(r"[*?\[\]\\^-]")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 
 
-class ClosableConnection(Connection, Protocol):
-    """A connection for commands: see `RedisCommands`."""
-
-    async def close(self) -> None:
-        """Close it."""
-
-
-class Ways(msgspec.Struct, frozen=True):
-    """The classes of all connections to the cluster's server; the arguments are those of the
-    defaults.
+@dataclass(frozen=True)
+class Ways:
+    """The classes of all connections to the cluster's server; tests have others, with the same
+    arguments.
     """
 
-    renewals: MakeRenewing = ScriptConnection
-    words: MakeListening = Subscription
-    commands: Callable[[str], ClosableConnection] = RedisCommands
+    renewals: Callable[..., ScriptConnection] = ScriptConnection
+    words: Callable[..., Subscription] = Subscription
+    commands: Callable[[str], RedisCommands] = RedisCommands
 
 
 # The connections to a Redis or Valkey server.
@@ -112,7 +104,7 @@ class Membership:
         url: str,
         name: str,
         instance: str,
-        network: Network,
+        network: PeerNetwork,
         fixed: tuple[int, int] | None,
         times: Times = TIMES,
         scope: Scope | None = None,
@@ -148,24 +140,18 @@ class Membership:
         self._tasks: set[asyncio.Task[None]] = set()
         # The members that were dialled, or are about to be.
         self._met = {instance}
-        # The tokens of instances that have ended, until the members are known; and whether all
-        # their places are free.
-        self._gone: set[int] = set()
-        self._freed = asyncio.Event()
-        self._freed.set()
-        self._streams: RemoteStreams | None = None
-        self._totals: Totals | None = None
-
-    def streams(self) -> RemoteStreams:
-        """Return the streams of other instances."""
         self._streams = RemoteStreams(
-            self.instance,
+            instance,
             self.commands,
-            self._network,
+            network,
             lambda: self._peer_secret,
             self._look,
             lambda: self.leases.members,
         )
+        self._totals: Totals | None = None
+
+    def streams(self) -> RemoteStreams:
+        """Return the streams of other instances."""
         return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
@@ -174,7 +160,6 @@ class Membership:
         """
         self.limits.serve(providers)
         self._incidents = monitor
-        assert self._streams is not None, "`streams` was called before"
         self._totals = Totals(
             self.instance,
             self._streams.fan_out,
@@ -236,7 +221,6 @@ class Membership:
 
     def standing(self) -> ClusterState:
         """Return the state of this instance in the cluster."""
-        assert self._streams is not None, "`streams` was called before"
         streams = self._streams.stats()
         return {
             "state": self.leases.state.value,
@@ -250,16 +234,14 @@ class Membership:
     @property
     def token(self) -> int:
         """The number at the end of this instance's name."""
-        return int(_token_of(self.instance), 16)
+        return int(token_of(self.instance), 16)
 
     def ended(self, token: int) -> None:
         """Note that the instance with *token* has certainly ended: its places are free now, and
         not only when its lease expires.
         """
-        self._gone.add(token)
         self._network.forget(f"{token:08x}")
-        self._freed.clear()
-        self._tell_ends()
+        self.leases.ended(f"{token:08x}")
 
     async def settled(self) -> None:
         """Wait until the places of ended instances are free, for at most SETTLE_TIMEOUT: the
@@ -267,29 +249,15 @@ class Membership:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_TIMEOUT):
-                await self._freed.wait()
-
-    def _tell_ends(self) -> None:
-        """Report the members that have ended to the server, once the members are known."""
-        members = self.leases.members
-        if not members:
-            return
-        gone, self._gone = {f"{token:08x}" for token in self._gone}, set()
-        ended = [name for name in members if _token_of(name) in gone]
-        for name in ended:
-            self.leases.ended(name)
-        if not ended and not self.leases.freeing:
-            self._freed.set()
+                while self.leases.freeing:  # noqa: ASYNC110 - for a moment, at a start
+                    await asyncio.sleep(SETTLE_LOOK)
 
     def _members_changed(self) -> None:
-        if self._gone:
-            self._tell_ends()
         self.limits.instances_changed()
         self._meet_members()
         standing = self.leases.standing
         if (
             self._incidents is not None
-            and self._streams is not None
             and standing.state is State.JOINED
             # A server that has lost its state does not know all of them yet.
             and not standing.grace
@@ -306,7 +274,6 @@ class Membership:
 
     async def _meet(self, name: str) -> None:
         """Say so if the member *name* cannot be reached."""
-        assert self._streams is not None, "`streams` was called before"
         why = ""
         for pause in MEETING_PAUSES:
             await asyncio.sleep(pause)
@@ -376,7 +343,6 @@ class Membership:
             on_due=on_due,
             on_state=self._state_changed,
             on_members=self._members_changed,
-            on_freed=lambda: self._freed.set(),
             on_announced=lambda *news: self.limits.announced(*news),
             ask=lambda budget: self.renewer.ask(budget),
             later=asyncio.get_running_loop().call_later,
@@ -407,7 +373,7 @@ class Membership:
     def _state_changed(self, _old: State, new: State, why: str) -> None:
         if new is State.JOINED:
             self._joined.set()
-            if self._incidents is not None and self._streams is not None:
+            if self._incidents is not None:
                 # A server that has come back may have lost them.
                 self._streams.renew()
         if self.leases.standing.leaving:
@@ -483,8 +449,3 @@ def instance_name(token: str, end: str) -> str:
     """
     host = _NOT_IN_NAMES.sub("-", socket.gethostname())[:MAX_HOST]
     return f"{host}-{os.getpid()}-{token}@{end}"
-
-
-def _token_of(name: str) -> str:
-    """Return the token in the name of an instance."""
-    return name.partition("@")[0].rpartition("-")[2]

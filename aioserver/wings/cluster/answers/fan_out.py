@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aioserver.wings.cluster.answers.greeting import Question
-    from aioserver.wings.cluster.answers.peer_network import Network
+    from aioserver.wings.cluster.answers.peer_network import PeerNetwork
 
 logger = logging.getLogger("aioserver.cluster")
 
@@ -47,7 +47,7 @@ class Answers(NamedTuple):
 class FanOut:
     """Asks other instances by *network*; *secret* returns what all of them know."""
 
-    def __init__(self, network: Network, secret: Callable[[], bytes]) -> None:
+    def __init__(self, network: PeerNetwork, secret: Callable[[], bytes]) -> None:
         self._network, self._secret = network, secret
 
     async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
@@ -82,7 +82,7 @@ class FanOut:
         """Return the answer of *target* to the greeting *line*.
 
         Raises:
-            Gone: as `Network.dial`.
+            Gone: as `PeerNetwork.dial`.
             Unreachable: as that, or there was no answer in time, or not all of it.
         """
         reader = asyncio.StreamReader()

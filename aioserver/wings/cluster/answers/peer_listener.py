@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from aioserver.gateway.gateway import Gateway
     from aioserver.wings.cluster.answers.greeting import Greeting, Question
-    from aioserver.wings.cluster.answers.peer_network import Network
+    from aioserver.wings.cluster.answers.peer_network import PeerNetwork
 
 logger = logging.getLogger("aioserver.cluster")
 
@@ -66,7 +66,7 @@ class PeerListener:
     def __init__(
         self,
         gateway: Gateway,
-        network: Network,
+        network: PeerNetwork,
         secret: Callable[[], bytes],
         look: Callable[[str], bytes],
         refused: Callable[[], object],

@@ -16,7 +16,7 @@ import os
 import socket
 import ssl
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from aioserver.config.faults import ConfigurationError
@@ -47,27 +47,6 @@ class Gone(Exception):
 
 class Unreachable(Exception):
     """No connection to an instance could be made: nothing is known of it."""
-
-
-class Network(Protocol):
-    """The ways between instances: see `PeerNetwork`."""
-
-    async def listen(self, make: Callable[[], asyncio.Protocol]) -> None:
-        """Accept connections of others, each with a protocol that *make* returns."""
-
-    async def dial(self, name: str, make: Callable[[], P]) -> tuple[asyncio.Transport, P]:
-        """Return a new connection to the instance *name*, with the protocol that *make* returns.
-
-        Raises:
-            Gone: the instance has ended.
-            Unreachable: nothing is known of it.
-        """
-
-    def forget(self, token: str) -> None:
-        """Note that the instance with *token* has certainly ended."""
-
-    def close(self) -> None:
-        """Accept nothing any more; a second call does nothing."""
 
 
 class Address(NamedTuple):
@@ -164,12 +143,12 @@ class PeerNetwork:
         return address
 
     def forget(self, token: str) -> None:
-        """Remove the UNIX socket of an instance that has certainly ended, which was killed."""
+        """Note that the instance with *token* has certainly ended: remove its UNIX socket."""
         if self._folder is not None:
             socket_of(self._folder, token).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Accept nothing any more."""
+        """Accept nothing any more; a second call does nothing."""
         if self._server is None:
             self._sock.close()
         else:

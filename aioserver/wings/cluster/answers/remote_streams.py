@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.wings.cluster.answers.claims import Claim
     from aioserver.wings.cluster.answers.greeting import Question
-    from aioserver.wings.cluster.answers.peer_network import Network
+    from aioserver.wings.cluster.answers.peer_network import PeerNetwork
 
 # Seconds within which the id of a response that has begun is claimed.
 UNCLAIMED = 0.02
@@ -86,7 +86,7 @@ class RemoteStreams:
         self,
         me: str,
         commands: Commands,
-        network: Network,
+        network: PeerNetwork,
         secret: Callable[[], bytes],
         on_look: Callable[[str], bytes],
         members: Callable[[], Sequence[str]],

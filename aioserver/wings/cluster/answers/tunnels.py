@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import Admission
     from aioserver.gateway.contracts.instances import Elsewhere, RenderError, Start
     from aioserver.streams.store import HeldBytes
-    from aioserver.wings.cluster.answers.peer_network import Network
+    from aioserver.wings.cluster.answers.peer_network import PeerNetwork
 
 # Seconds in which the owner says that it has the answer, and the bytes of a body that reach it in
 # one of them, at least.
@@ -252,7 +252,7 @@ class Tunnels:
 
     def __init__(
         self,
-        network: Network,
+        network: PeerNetwork,
         secret: Callable[[], bytes],
         admission: Admission,
         hold: Callable[[], HeldBytes],

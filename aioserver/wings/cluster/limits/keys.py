@@ -174,7 +174,6 @@ class SharedKey:
             clock,
             waiting=self._waiting,
             on_slots=self._serve,
-            rested=True,
             share_kept=SHARE_KEPT,
         )
         self._quota = self.quota = quota = Quota(

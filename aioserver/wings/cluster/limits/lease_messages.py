@@ -76,9 +76,9 @@ class PaceOp(NamedTuple):
     """Asks for *slots* of a pace; a negative number gives slots back.
 
     Slots are *step* microseconds apart; after a rest `slack / step` more slots follow at once. The
-    server grants only slots that begin within *horizon*. It assumes that a pace that it does not
-    know has rested for *rested*. *known* are the microseconds from now at which the next slot
-    begins at the earliest; a negative number means that it could have begun before.
+    server grants only slots that begin within *horizon*. A pace that it does not know has rested.
+    *known* are the microseconds from now at which the next slot begins at the earliest; a negative
+    number means that it could have begun before.
     """
 
     name: str
@@ -86,7 +86,6 @@ class PaceOp(NamedTuple):
     step: float
     slack: float
     horizon: float
-    rested: float
     known: float = UNKNOWN_PACE
 
 

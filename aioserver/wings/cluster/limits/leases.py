@@ -75,8 +75,7 @@ class Leases:
     when `due`, the time of the next call, becomes earlier. *on_state* is called with the former
     state and the reason when the state has changed, *on_members* when the number of known
     instances has changed. *on_announced* is called with the provider, the word and the seconds
-    left of each announcement (provider_states.py), and *on_freed* when all instances that have
-    `ended` are no members any more. `ask` sends the question of a budget, and lets it be
+    left of each announcement (provider_states.py). `ask` sends the question of a budget, and lets it be
     `answered`; `later` calls a function after so many seconds.
     """
 
@@ -91,13 +90,11 @@ class Leases:
         on_state: Callable[[State, State, str], None] = lambda _old, _new, _why: None,
         on_members: Callable[[], None] = lambda: None,
         on_announced: Callable[[str, str, float], None] = lambda _name, _word, _seconds: None,
-        on_freed: Callable[[], None] = lambda: None,
         ask: Callable[[SharedBudget], None] = lambda _budget: None,
         later: Callable[[float, Callable[[], None]], object] = lambda _seconds, _action: None,
     ) -> None:
         self.instance = instance
         self.times = times
-        self._on_freed = on_freed
         self.ask, self.later = ask, later
         self._on_due, self._on_state, self._on_members = on_due, on_state, on_members
         self._clock = clock
@@ -133,8 +130,8 @@ class Leases:
         self._sent = 0.0
         self._ops: list[tuple[Grant, Op]] = []
         self._pace_ops: list[SharedRate] = []
+        # The tokens of instances that have ended, as far as they may be members.
         self._ended: set[str] = set()
-        self._ended_said: list[str] = []
         self.announcements = Announcements(self.call_soon, on_announced)
         self.calls = self.failures = 0
         # Whether the server knows that this instance has left.
@@ -208,17 +205,21 @@ class Leases:
         """The number of instances that have fixed shares; 0 if it is not known."""
         return self._fixed.instances
 
-    def ended(self, instance: str) -> None:
-        """Note that another instance has certainly ended, so that its lease need not
+    def ended(self, token: str) -> None:
+        """Note that the instance with *token* has certainly ended, so that its lease need not
         expire first.
         """
-        self._ended.add(instance)
+        self._ended.add(token)
         self.call_soon()
 
     @property
     def freeing(self) -> bool:
-        """Whether the server does not yet know of all instances that have `ended`."""
-        return bool(self._ended)
+        """Whether the server may not know yet of an instance that has `ended`."""
+        return bool(self._ended) and (not self.members or bool(self._ended_members()))
+
+    def _ended_members(self) -> list[str]:
+        """Return the names of the members that have ended."""
+        return [name for name in self.members if token_of(name) in self._ended]
 
     def use_fixed(self) -> None:
         """Use the fixed shares now: no other instance has more than its own.
@@ -321,7 +322,6 @@ class Leases:
             if (slots := user.op(restate=self._restates)) is not None
         ]
         self._pace_ops = [user for user, _slots in asked]
-        self._ended_said = sorted(self._ended)
         tells = self.announcements.take()
         standing.busy = True
         self.due = inf
@@ -337,7 +337,7 @@ class Leases:
                 version=self.announcements.version,
                 times=self.times.for_server(),
                 known=[name for name in self.members if name != self.instance],
-                ended=self._ended_said,
+                ended=self._ended_members(),
                 bye=self._bye,
                 ops=[op for _grant, op in self._ops],
                 paces=[slots for _user, slots in asked],
@@ -391,9 +391,7 @@ class Leases:
         for user, slots in zip(self._pace_ops, answer.slots, strict=True):
             user.answered(slots, self._sent)
         self._pace_ops = []
-        self._ended.difference_update(self._ended_said)
-        if self._ended_said and not self._ended:
-            self._on_freed()
+        self._ended.intersection_update(map(token_of, self.members))
         self.announcements.answered(answer)
         self._asking.update(grant for grant, _op in self._ops)
         self._asking = {grant for grant in self._asking if grant.wants_call()}
@@ -479,3 +477,8 @@ class Leases:
     def _use_share(self) -> None:
         for grant in self._grants.values():
             grant.partitioned(grant.share)
+
+
+def token_of(name: str) -> str:
+    """Return the token in the *name* of an instance: HOST-PID-TOKEN@END."""
+    return name.partition("@")[0].rpartition("-")[2]

@@ -32,7 +32,7 @@ from collections import deque
 from heapq import merge
 from itertools import chain, islice
 from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aioserver.limits.gcra import ROUNDING, Gcra
 from aioserver.wings.cluster.limits.grants import State
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.wings.cluster.limits.lease_messages import Slots
+    from aioserver.wings.cluster.limits.leases import Leases
 
 
 class PrefetchedSlots:
@@ -136,24 +137,6 @@ LOOK_AGAIN = 0.05
 UNKNOWN = 1.0
 
 
-class LeaseCalls(Protocol):
-    """The object that carries the calls: `Leases`."""
-
-    def pace(self, user: SharedRate) -> None:
-        """Share the pace of *user*."""
-
-    def call_by(self, moment: float) -> None:
-        """Make the next call at *moment* at the latest."""
-
-    @property
-    def instances(self) -> int:
-        """The number of instances that are members."""
-
-    @property
-    def round_trip(self) -> float:
-        """The seconds of the quickest recent call."""
-
-
 class SharedRate(Gcra):
     """A rate that is shared under *name*; it replaces a `Gcra` of the whole rate.
 
@@ -161,16 +144,15 @@ class SharedRate(Gcra):
     a part of the rate.
 
     *waiting* returns the number of requests that wait for a start. *on_slots* is called when more
-    requests may start than before. If *rested* is set, a server that does not know the rate yet
-    allows the whole burst at once, instead of one start after another. All instances together
-    prefetch *share_kept* of the burst, which is then not available to others at once.
+    requests may start than before. All instances together prefetch *share_kept* of the burst,
+    which is then not available to others at once.
 
     *ask_at* is the time at which it asks for slots; inf: it needs none.
     """
 
     def __init__(
         self,
-        calls: LeaseCalls,
+        leases: Leases,
         name: str,
         interval: float,
         tolerance: float,
@@ -179,16 +161,14 @@ class SharedRate(Gcra):
         horizon: float = 0.1,
         waiting: Callable[[], int] = lambda: 1,
         on_slots: Callable[[], None] = lambda: None,
-        rested: bool = False,
         share_kept: float = SHARE_KEPT,
     ) -> None:
         super().__init__(interval, tolerance, clock)
         self.name = name
         self.ask_at = inf
-        self._calls = calls
+        self._leases = leases
         self._waiting = waiting
         self._on_slots = on_slots
-        self._rested = rested
         self._share_kept = share_kept
         self._horizon = horizon
         # Slots of the burst have no expiry; all others have one.
@@ -211,7 +191,7 @@ class SharedRate(Gcra):
         self._state = State.ALONE
         self._instances = 0
         self._local = Gcra(interval, 0.0, clock)
-        calls.pace(self)
+        leases.pace(self)
 
     # The interface for the pace of a provider, and for a quota.
 
@@ -306,7 +286,7 @@ class SharedRate(Gcra):
         restate = restate and self._next_at > now - self._tolerance
         if not (asks or restate):
             return None
-        members, kept = max(1, self._calls.instances), self._kept()
+        members, kept = max(1, self._leases.instances), self._kept()
         count = 0
         if asks:
             self.ask_at = inf
@@ -326,7 +306,6 @@ class SharedRate(Gcra):
             self._step * SECOND,
             slack * SECOND,
             self._horizon * SECOND,
-            slack * SECOND if self._rested else 0.0,
             (self._next_at - now) * SECOND if restate else UNKNOWN_PACE,
         )
 
@@ -385,12 +364,12 @@ class SharedRate(Gcra):
         """Ask at *moment* at the latest."""
         if moment < self.ask_at:
             self.ask_at = moment
-            self._calls.call_by(moment)
+            self._leases.call_by(moment)
 
     @property
     def _late(self) -> float:
         """The seconds by which a start may be later than its slot."""
-        return max(self._horizon, 2 * self._calls.round_trip)
+        return max(self._horizon, 2 * self._leases.round_trip)
 
     def _used(self, now: float) -> float:
         """Return the number of starts in a horizon, at the present rate."""
@@ -404,5 +383,5 @@ class SharedRate(Gcra):
         """Return the number of slots of the burst that this instance may keep."""
         burst = (self._tolerance - self._horizon) / self.interval
         return max(
-            0, min(MOST_KEPT, int(burst * self._share_kept / max(1, self._calls.instances)))
+            0, min(MOST_KEPT, int(burst * self._share_kept / max(1, self._leases.instances)))
         )

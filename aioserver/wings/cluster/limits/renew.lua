@@ -268,11 +268,11 @@ end
 -- Paces: GCRA. While starts may be forgotten that the instances know of, nothing has rested.
 local slots = {}
 for _, pace in ipairs(paces) do
-  local name, count, step, slack, horizon, rested, known = unpack(pace)
+  local name, count, step, slack, horizon, known = unpack(pace)
   local lost, first = world.lost or 0, 0
   -- Slots that were given before, and are forgotten, begin within a horizon.
   if now < lost then slack, first = 0, lost - BLIND + horizon end
-  local due = tonumber(redis.call('GET', PREFIX .. 'pace:' .. name)) or now - rested
+  local due = tonumber(redis.call('GET', PREFIX .. 'pace:' .. name)) or 0
   due = math.max(due, now - slack, now + known, first)
   local delays = {}
   if count < 0 then due = math.max(due + count * step, now - slack) end

@@ -5,82 +5,54 @@ wake-up messages.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aioserver.wings.cluster.connection import (
     BUDGET,
     RENEW,
     AccessDenied,
     CallFailed,
+    Connection,
     ScriptConnection,
 )
 from aioserver.wings.cluster.limits.lease_messages import decode_words
-from aioserver.wings.cluster.limits.subscription import Subscription
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.wings.cluster.connection import Reply, Script
+    from redis.asyncio.connection import AbstractConnection
+
+    from aioserver.wings.cluster.connection import Reply
     from aioserver.wings.cluster.limits.leases import Leases
     from aioserver.wings.cluster.limits.shared_budget import SharedBudget
 
 
-class Listening(Protocol):
-    """A connection that receives messages: see `Subscription`."""
+class Subscription(Connection):
+    """A connection for messages: *handler* is called with each that comes on *channel*.
 
-    async def open(self) -> None:
-        """Connect: see `Connection`."""
+    A message that comes while there is no connection is lost, so *on_open* has to look for what
+    was missed.
+    """
 
-    async def close(self) -> None:
-        """Close the connection."""
-
-
-class Renewing(Listening, Protocol):
-    """A connection that calls scripts: see `ScriptConnection`."""
-
-    address: str
-    run: str
-
-    @property
-    def connected(self) -> bool:
-        """Whether calls are sent at once."""
-
-    async def ready(self) -> None:
-        """Wait until calls are sent at once."""
-
-    async def call(self, script: Script, prefix: str, request: bytes, run: str) -> bytes:
-        """Return the answer of *script* to *request*."""
-
-    async def execute(self, *command: bytes | str | float) -> Reply:
-        """Return the answer to *command*."""
-
-
-class MakeRenewing(Protocol):
-    """Makes a connection that carries renewals to the server at *url*: see `Connection`."""
-
-    def __call__(
+    def __init__(
         self,
         url: str,
+        channel: str,
+        handler: Callable[[bytes], None],
         *,
         bound: float,
         on_open: Callable[[], None],
-        on_loss: Callable[[CallFailed], None],
-    ) -> Renewing:
-        """Return the connection."""
+    ) -> None:
+        super().__init__(url, bound=bound, on_open=on_open)
+        self._channel, self._handler = channel, handler
 
+    async def _greet(self, connection: AbstractConnection) -> None:
+        await connection.send_command("SUBSCRIBE", self._channel, check_health=False)
+        await connection.read_response()
 
-class MakeListening(Protocol):
-    """Makes a connection on which *handlers* are called: see `Subscription`."""
-
-    def __call__(
-        self,
-        url: str,
-        handlers: dict[str, Callable[[bytes], None]],
-        *,
-        bound: float,
-        on_open: Callable[[], None],
-    ) -> Listening:
-        """Return the connection."""
+    def _take(self, reply: Reply) -> None:
+        _kind, _channel, data = reply
+        self._handler(data)
 
 
 class Renewer:
@@ -89,8 +61,8 @@ class Renewer:
 
     *make_leases* makes the leases; its argument is a function that they call when a renewal is due
     earlier. The creator must `open` the renewer, and `close` it in the end. `leave` before `close`
-    gives everything back. *connect* makes `connection`, which takes other commands as well, and
-    *listen* makes the connection for wake-up messages. Keys and channels begin with `prefix`.
+    gives everything back. *connect* makes `connection`, as `ScriptConnection`, which takes other
+    commands as well, and *listen* the connection for wake-up messages, as `Subscription`. Keys and channels begin with `prefix`.
 
     Raises:
         ValueError: *url* cannot be used.
@@ -101,8 +73,8 @@ class Renewer:
         make_leases: Callable[[Callable[[], None]], Leases],
         url: str,
         name: str,
-        connect: MakeRenewing = ScriptConnection,
-        listen: MakeListening = Subscription,
+        connect: Callable[..., ScriptConnection] = ScriptConnection,
+        listen: Callable[..., Subscription] = Subscription,
     ) -> None:
         self._task: asyncio.Task[None] | None = None
         self._due = asyncio.Event()
@@ -116,7 +88,8 @@ class Renewer:
         self.connection = connect(url, bound=bound, on_open=self._tell_all, on_loss=self._lost)
         self.subscription = listen(
             url,
-            {f"{self.prefix}wake:{leases.instance}": self._woken},
+            f"{self.prefix}wake:{leases.instance}",
+            self._woken,
             bound=bound,
             # Messages that were published while the subscription was closed are lost.
             on_open=self._tell_all,

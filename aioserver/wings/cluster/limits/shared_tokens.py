@@ -22,7 +22,7 @@ from aioserver.wings.cluster.limits.rates import SharedRate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.wings.cluster.limits.rates import LeaseCalls
+    from aioserver.wings.cluster.limits.leases import Leases
 
 # Seconds of the rate that a slot is worth. An instance that vanishes takes one slot with it, and its
 # prefetched slots.
@@ -41,7 +41,7 @@ class SharedTokens(Gcra):
 
     def __init__(
         self,
-        calls: LeaseCalls,
+        leases: Leases,
         name: str,
         interval: float,
         tolerance: float,
@@ -52,7 +52,7 @@ class SharedTokens(Gcra):
         # The seconds that were counted and not paid; below 0: the seconds that were paid in advance.
         self._debt = 0.0
         self.rate = SharedRate(
-            calls,
+            leases,
             name,
             CHUNK,
             tolerance - CHUNK,

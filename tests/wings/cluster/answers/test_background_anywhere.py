@@ -5,46 +5,23 @@ have half of the places for them together.
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.instances import World, instances
-from tests.support.server import PACED, SLOW
+from tests.support.server import SLOW
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
-    from pathlib import Path
+    from tests.support.instances import Instance, Make, World
 
-    from tests.support.instances import Instance
-    from tests.support.simulator import Behaviour
-
-    Make = Callable[..., Awaitable[list[Instance]]]
 
 BRIDGED: dict[str, Any] = {"llm.providers.sim.responses": False}
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
-
-
-@pytest.fixture
-async def make(tmp_path: Path, world: World) -> AsyncIterator[Make]:
-    """Start instances: `a, b = await make(2, behaviour, **changes)`."""
-    async with AsyncExitStack() as stack:
-
-        async def start(
-            count: int = 2, behaviour: Behaviour = PACED, **changes: Any
-        ) -> list[Instance]:
-            changes = {**BRIDGED, **changes}
-            return await stack.enter_async_context(
-                instances(tmp_path, count, behaviour, world, **changes)
-            )
-
-        yield start
+def settings_of_all() -> dict[str, Any]:
+    return BRIDGED
 
 
 async def asked(at: Instance) -> str:

@@ -122,7 +122,7 @@ NOT_STREAMED: list[Ask] = [by_whole_response, by_prepared_response]
 async def test_next_question_finds_the_last_answer_at_any_instance(pair: Pair, ask: Ask) -> None:
     expected: list[str] = []
     name: str | None = None
-    for number in range(12):
+    for number in range(6):
         server, text = pair.servers[number % 2], f"q{number}"
         expected.append(text)
         name = await ask(server, text, name)
@@ -146,13 +146,12 @@ async def test_next_question_waits_elsewhere_for_an_answer_that_is_written_late(
     assert asked_last(there) == ["one", "two"]
 
 
-@pytest.mark.parametrize("late", [0.0, LATE])
 @pytest.mark.parametrize("ask", [by_websocket, by_sse])
 async def test_a_conversation_is_deleted_elsewhere_as_soon_as_its_answer_has_ended(
-    pair: Pair, ask: Ask, late: float
+    pair: Pair, ask: Ask
 ) -> None:
     here, there = pair.servers
-    write_late(pair, late)
+    write_late(pair, LATE)
 
     name = await ask(here, "one", None)
     url = "/conversations/" + name
@@ -161,7 +160,7 @@ async def test_a_conversation_is_deleted_elsewhere_as_soon_as_its_answer_has_end
 
     write_late(pair, 0.0)
     # What was on its way has come.
-    await asyncio.sleep(2 * late)
+    await asyncio.sleep(2 * LATE)
     for server in (there, here):
         async with server.session.get(server.base + url) as response:
             assert response.status == 404
@@ -169,13 +168,12 @@ async def test_a_conversation_is_deleted_elsewhere_as_soon_as_its_answer_has_end
     assert asked_last(there) == ["two"]
 
 
-@pytest.mark.parametrize("late", [0.0, LATE])
 @pytest.mark.parametrize("ask", [by_streamed_response, by_response_socket])
 async def test_a_response_is_deleted_elsewhere_as_soon_as_it_has_ended(
-    pair: Pair, ask: Ask, late: float
+    pair: Pair, ask: Ask
 ) -> None:
     here, there = pair.servers
-    write_late(pair, late)
+    write_late(pair, LATE)
 
     name = await ask(here, "one", None)
     url = "/responses/" + name
@@ -183,7 +181,7 @@ async def test_a_response_is_deleted_elsewhere_as_soon_as_it_has_ended(
         assert response.status == 200
 
     write_late(pair, 0.0)
-    await asyncio.sleep(2 * late)
+    await asyncio.sleep(2 * LATE)
     for server in (there, here):
         async with server.session.get(server.v1 + url) as response:
             assert response.status == 404

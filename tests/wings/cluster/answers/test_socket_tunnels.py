@@ -26,19 +26,18 @@ from aioserver.wings.cluster.answers.greeting import (
 from aioserver.wings.cluster.answers.socket_tunnels import SocketTunnel
 from tests.support import responses
 from tests.support.chat import big, cancel, chat, numbers, resume, to_end, until_status
-from tests.support.instances import SECRET, World, instance_of, instances
+from tests.support.instances import SECRET, World, answered, asked, instance_of, read_by
 from tests.support.keys import bearer, keys_of
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, QUICK
 from tests.support.waiting import ticks, until, within
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from aioserver.errors import AioserverError
-    from tests.support.instances import Instance
+    from tests.support.instances import Instance, Make
 
-    Make = Callable[..., Awaitable[list[Instance]]]
 
 # The bytes.
 
@@ -215,43 +214,6 @@ async def test_a_refusal_is_understood_however_its_bytes_are_cut() -> None:
 
 
 # Both ends.
-
-
-@pytest.fixture
-def world() -> World:
-    return World()
-
-
-@pytest.fixture
-async def make(tmp_path: Path, world: World) -> AsyncIterator[Make]:
-    """Start instances: `a, b = await make(2, behaviour, **changes)`."""
-    async with AsyncExitStack() as stack:
-
-        async def start(count: int = 2, behaviour: Any = PACED, **changes: Any) -> list[Instance]:
-            return await stack.enter_async_context(
-                instances(tmp_path, count, behaviour, world, **changes)
-            )
-
-        yield start
-
-
-async def asked(instance: Instance, stack: AsyncExitStack, name: str = "r1") -> Any:
-    """Ask, and return the socket, with the answer under way."""
-    ws = await stack.enter_async_context(instance.server.connect())
-    await ws.send_json(chat(name))
-    await until_status(ws, "chunk")
-    return ws
-
-
-async def answered(instance: Instance, name: str = "r1", **payload: Any) -> list[Any]:
-    async with instance.server.connect() as ws:
-        await ws.send_json(chat(name, **payload))
-        return await to_end(ws)
-
-
-def read_by(instance: Instance) -> int:
-    """How many readers the answers of *instance* have."""
-    return sum(len(stream.readers) for stream in instance.server.owners.streams.running())
 
 
 def by_id(frames: list[Any], name: str) -> list[Any]:

@@ -29,19 +29,18 @@ from tests.support.chat import (
     to_end,
     until_status,
 )
-from tests.support.instances import SECRET, NamedNetwork, World, instance_of, instances
+from tests.support.instances import SECRET, NamedNetwork, World, asked, instance_of, read_by
 from tests.support.jumping_loop import block
 from tests.support.keys import bearer, keys_of
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, QUICK, UVICORN
 from tests.support.waiting import until, within
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from tests.support.instances import Instance
+    from tests.support.instances import Instance, Make
 
-    Make = Callable[..., Awaitable[list[Instance]]]
 
 RESPONSE = {"model": "sim", "input": "Hello", "store": True, "stream": True}
 QUESTION = {"request_id": "r1", "text": "Hello"}
@@ -171,24 +170,6 @@ async def test_an_owner_that_does_not_have_the_answer_says_nothing_to_the_client
 # Both ends.
 
 
-@pytest.fixture
-def world() -> World:
-    return World()
-
-
-@pytest.fixture
-async def make(tmp_path: Path, world: World) -> AsyncIterator[Make]:
-    """Start instances: `a, b = await make(2, behaviour, **changes)`."""
-    async with AsyncExitStack() as stack:
-
-        async def start(count: int = 2, behaviour: Any = PACED, **changes: Any) -> list[Instance]:
-            return await stack.enter_async_context(
-                instances(tmp_path, count, behaviour, world, **changes)
-            )
-
-        yield start
-
-
 def at(instance: Instance, after: int = 0, name: str = "r1", **options: Any) -> Any:
     """A request for the answer *name*."""
     return instance.server.session.get(
@@ -196,20 +177,7 @@ def at(instance: Instance, after: int = 0, name: str = "r1", **options: Any) -> 
     )
 
 
-async def asked(instance: Instance, stack: AsyncExitStack, **payload: Any) -> Any:
-    """Ask, and return the socket, with the answer under way."""
-    ws = await stack.enter_async_context(instance.server.connect())
-    await ws.send_json(chat("r1", **payload))
-    await until_status(ws, "chunk")
-    return ws
-
-
-def read_by(instance: Instance) -> int:
-    """How many readers the answers of *instance* have."""
-    return sum(len(stream.readers) for stream in instance.server.owners.streams.running())
-
-
-@pytest.mark.parametrize("after", [0, 1, 12])
+@pytest.mark.parametrize("after", [0, 12])
 async def test_a_stream_elsewhere_is_passed_on_and_no_log_is_made_of_it(
     make: Make, after: int
 ) -> None:
@@ -877,6 +845,7 @@ async def test_a_request_with_a_key_has_one_answer_at_all_instances(
     for instance in (a, b, b):
         async with complete(instance, body, path) as response:
             assert response.status == 200
+            assert response.headers["x-aioserver-provider"] == "sim"
             answers.append(await response.read())
     async with complete(b, body | {"temperature": 0}, path) as response:
         assert response.status == 409
@@ -885,19 +854,24 @@ async def test_a_request_with_a_key_has_one_answer_at_all_instances(
     assert (a.requests, b.requests) == (1, 0)
 
 
-async def test_a_reader_of_openais_api_is_told_of_a_killed_owner_in_its_form(
-    make: Make, world: World
+@pytest.mark.parametrize("path", ["chat/completions", "messages"])
+async def test_a_reader_of_another_api_is_told_of_a_killed_owner_in_its_form(
+    make: Make, world: World, path: str
 ) -> None:
     a, b = await make(2, ENDLESS)
-    async with complete(a) as first:
+    body = {"model": "sim", "max_tokens": 100_000, "stream": True, **CHAT}
+    async with complete(a, body, path) as first, complete(b, body, path) as second:
         await first.content.readline()
-        async with complete(b) as second:
-            await second.content.readline()
-            world.kill("a")
-            events = eventstream.parse(b"\n" + await second.read())
+        await second.content.readuntil(b"text_delta" if path == "messages" else b"data: ")
+        await second.content.readline()
+        world.kill("a")
+        events = eventstream.parse(b"\n" + await second.read())
     await a.server.context.gateway.close()
 
-    assert json.loads(events[-1].data)["error"]["code"] == "server_shutdown"
+    error = json.loads(events[-1].data)["error"]
+    assert error["code"] == "server_shutdown"
+    if path == "messages":
+        assert (events[-1].event, error["type"]) == (b"error", "overloaded_error")
     assert b.requests == 0
 
 

@@ -272,10 +272,10 @@ def test_lone_request_beside_two_floods_has_its_turn() -> None:
     for _ in range(2):
         simulation.add(Load(100.0, 0.1, patience=1000.0))
     lone = simulation.add(Load(2.0, 0.1))
-    simulation.advance(10.0)
+    simulation.advance(6.0)
     lone.longest_wait = 0.0
 
-    simulation.advance(25.0)
+    simulation.advance(8.0)
 
     # A turn is 0.1 s / 8 places; one of each of the others may come before it.
     assert lone.longest_wait < 0.1

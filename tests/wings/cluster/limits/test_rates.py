@@ -30,7 +30,6 @@ class Paced:
         burst: int,
         load: float,
         *,
-        rested: bool = False,
         share_kept: float = rates.SHARE_KEPT,
     ) -> None:
         interval = 60.0 / per_minute
@@ -45,7 +44,6 @@ class Paced:
             lambda: simulation.now,
             waiting=lambda: self.waiting,
             on_slots=self.serve,
-            rested=rested,
             share_kept=share_kept,
         )
         self.arrive()
@@ -107,13 +105,13 @@ def test_all_instances_together_keep_the_rate(per_minute: int, burst: int, delay
     for each in all_paced:
         each.starts.clear()
 
-    simulation.advance(20.0)
+    simulation.advance(10.0)
 
     starts = starts_of(all_paced)
     assert excess(starts, per_minute, burst) <= 0.5 + 2 * delay * per_minute / 60
-    assert len(starts) >= 0.9 * per_minute / 60 * 20
+    assert len(starts) >= 0.9 * per_minute / 60 * 10
     assert min(len(each.starts) for each in all_paced) >= 0.2 * len(starts)
-    assert simulation.calls - calls < 3 * 20 * 25
+    assert simulation.calls - calls < 3 * 10 * 25
 
 
 def starts_of(all_paced: list[Paced]) -> list[float]:
@@ -165,14 +163,27 @@ def test_burst_after_a_rest_is_that_of_all_together(per_minute: int, burst: int)
     assert excess(starts_of(all_paced), per_minute, burst) <= 0.5
 
 
+@pytest.mark.parametrize("instances", [1, 3])
+def test_burst_of_a_pace_that_is_new_is_there_at_once(instances: int) -> None:
+    simulation, burst = Simulation(8), 100
+    new, *_others = [
+        Paced(simulation, simulation.add(IDLE), 600, burst, 0.0) for _ in range(instances)
+    ]
+    simulation.advance(10.0)
+
+    new.waiting = burst
+    new.serve()
+    simulation.advance(0.2)
+
+    assert len(new.starts) >= 0.5 * burst
+    assert excess(new.starts, 600, burst) <= 0.5
+
+
 @pytest.mark.parametrize("fault", ["emptied", "restarted", "put back"])
-@pytest.mark.parametrize("rested", [False, True])
-def test_a_server_that_has_forgotten_starts_allows_no_second_burst(
-    fault: str, rested: bool
-) -> None:
+def test_a_server_that_has_forgotten_starts_allows_no_second_burst(fault: str) -> None:
     per_minute, burst = 600, 100
     # The rate of a key keeps little in hand.
-    simulation, all_paced = paced(4, per_minute, burst, rested=rested, share_kept=keys.SHARE_KEPT)
+    simulation, all_paced = paced(4, per_minute, burst, share_kept=keys.SHARE_KEPT)
     for each in all_paced:
         each.load = 0.0
         each.waiting = 0

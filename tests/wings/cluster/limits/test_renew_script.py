@@ -76,7 +76,6 @@ class Caller:
                 100_000.5,
                 250_000.0,
                 100_000.0,
-                chance.choice((0.0, 250_000.0)),
                 chance.choice((UNKNOWN_PACE, UNKNOWN_PACE, -50_000.5, 70_000.25)),
             )
             for _ in range(chance.choice((0, 0, 1)))

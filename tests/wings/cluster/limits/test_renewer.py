@@ -1,12 +1,8 @@
-"""Instances with a real server between them: whatever happens to it, no more is in flight than the
-limit.
-"""
+"""The renewer carries what `Leases` says to a real server, and notices when it is gone."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -18,7 +14,7 @@ from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.limits.leased import LeasedCapacity
 from aioserver.wings.cluster.limits.leases import Leases
 from aioserver.wings.cluster.limits.renewer import Renewer
-from tests.support.redis_server import RedisServer, away, full, paused, replica
+from tests.support.redis_server import RedisServer
 from tests.support.resources import Line
 from tests.support.waiting import ticks, until
 
@@ -26,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.both_loops, pytest.mark.real_time]
+pytestmark = pytest.mark.real_time
 LIMIT = 8
 # A tenth of the real times, but for the bound of a call: the machine may be busy.
 TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
@@ -140,28 +136,6 @@ async def test_place_of_an_instance_that_leaves_is_free_at_once(redis: RedisServ
         assert referee.peak == LIMIT
 
 
-async def test_places_of_a_killed_instance_are_free_after_its_lease(redis: RedisServer) -> None:
-    async with three(redis.url) as (referee, instances):
-        killed, *others = instances
-        await killed.close()
-
-        await until(lambda: sum(each.resource.limit for each in others) == LIMIT)
-        assert referee.peak == LIMIT
-
-
-async def test_instances_work_through_whatever_happens_to_the_server(redis: RedisServer) -> None:
-    async with three(redis.url) as (referee, instances):
-        redis.call("SCRIPT", "FLUSH")
-        await work_again(instances)
-        redis.call("FLUSHALL")
-        await work_again(instances)
-        redis.kill()
-        redis.start()
-        await work_again(instances)
-
-        assert referee.peak == LIMIT
-
-
 async def test_nothing_is_given_away_while_there_is_no_connection(redis: RedisServer) -> None:
     async with three(redis.url) as (referee, instances):
         redis.kill()
@@ -175,143 +149,25 @@ async def test_nothing_is_given_away_while_there_is_no_connection(redis: RedisSe
         assert referee.peak == LIMIT
 
 
-async def test_instances_go_on_with_what_they_have_while_calls_fail(redis: RedisServer) -> None:
-    async with three(redis.url) as (referee, instances):
-        for fault in (full, replica):
-            undo = fault(redis)
-            await until(lambda: all(each.leases.state is State.UNHEARD for each in instances))
-            before = referee.starts
-            await until(lambda before=before: referee.starts > before + LIMIT)  # type: ignore[misc]
-
-            undo()
-            await work_again(instances)
-
-        assert referee.peak == LIMIT
-
-
-async def test_instances_go_on_alone_while_the_server_is_away_and_come_back(
-    redis: RedisServer,
-) -> None:
-    async with three(redis.url) as (referee, instances):
-        # The shares are those of three.
-        await asyncio.sleep(2 * TIMES.beat)
-        for fault in (paused, away):
-            undo = fault(redis)
-            await until(lambda: all(each.leases.state is State.ALONE for each in instances))
-            await until(lambda: sum(each.resource.limit for each in instances) == LIMIT)
-            before = referee.starts
-            await until(lambda before=before: referee.starts > before + LIMIT)  # type: ignore[misc]
-
-            undo()
-            await work_again(instances)
-
-        assert referee.peak == LIMIT
-
-
-async def test_stopped_process_costs_what_it_had_and_starts_nothing_when_it_goes_on(
-    redis: RedisServer,
-) -> None:
-    referee = Referee()
-    here = Instance(redis.url, 1, referee)
-    process = await asyncio.create_subprocess_exec(
-        *(
-            sys.executable,
-            "-m",
-            "tests.support.cluster_instance",
-            redis.url,
-            str(LIMIT),
-            str(LIMIT),
+@pytest.mark.parametrize(
+    ("command", "user", "error"),
+    [
+        (("CONFIG", "SET", "requirepass", "right"), ":wrong", "WRONGPASS"),
+        (
+            ("ACL", "SETUSER", "little", "on", ">right", "~*", "&*", "+info", "+subscribe"),
+            "little:right",
+            "NOPERM",
         ),
-        *map(str, TIMES),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    counts: list[int] = []
-    # Ends that it was not answered keep their places.
-    inside = unanswered = 0
-    answering = True
+    ],
+    ids=["wrong password", "no permission for the script"],
+)
+async def test_server_that_refuses_the_user_ends_the_start(
+    redis: RedisServer, command: tuple[str, ...], user: str, error: str
+) -> None:
+    redis.call(*command)
+    instance = Instance(f"unix://{user}@{redis.path}", 0, Referee())
 
-    async def follow() -> None:
-        nonlocal inside, unanswered
-        assert process.stdout is not None
-        while line := await process.stdout.readline():
-            change = 1 if line == b"+\n" else -1
-            inside += change
-            referee.inside += change
-            referee.peak = max(referee.peak, referee.inside)
-            if change > 0:
-                counts.append(referee.inside)
-            if change < 0:
-                unanswered += 1
-                answer()
-
-    def answer() -> None:
-        nonlocal unanswered
-        assert process.stdin is not None
-        if answering and not process.stdin.is_closing():
-            process.stdin.write(b"\n" * unanswered)
-            unanswered = 0
-
-    following = asyncio.create_task(follow())
-    try:
-        await here.open()
-        await until(lambda: len(counts) > 5 and working(here))
-        assert referee.peak == LIMIT
-
-        process.send_signal(signal.SIGSTOP)
-        await until(lambda: here.resource.inside == LIMIT)
-        stopped = inside
-        assert referee.peak <= LIMIT + stopped
-        counts.clear()
-        answering = False
-        process.send_signal(signal.SIGCONT)
-        # The server knows of it again, and so the others have given way.
-        await until(lambda: here.resource.inside <= LIMIT - inside - unanswered)
-        # One start may have been under way already; alone, an instance has its share.
-        assert max(counts, default=0) <= LIMIT + max(stopped + 1, LIMIT // 2)
-        counts.clear()
-        answering = True
-        answer()
-        await until(lambda: len(counts) > 5)
-
-        # Each start after that was within the limit.
-        assert max(counts) <= LIMIT
-    finally:
-        # A loop of uvloop does not close before its child has ended.
-        process.kill()
-        await process.wait()
-        await following
-        await here.close()
-
-
-async def test_stranger_starts_nothing_before_the_server_has_answered(tmp_path: Path) -> None:
-    redis = RedisServer(tmp_path)
-    referee = Referee()
-    instance = Instance(redis.url, 0, referee)
-    await instance.open()
-    await asyncio.sleep(TIMES.lease + TIMES.beat)
-    assert referee.starts == 0
-
-    with redis:
-        await work_again([instance])
-        await instance.close()
-
-
-async def test_wrong_password_ends_the_start(redis: RedisServer) -> None:
-    redis.call("CONFIG", "SET", "requirepass", "right")
-    instance = Instance(f"unix://:wrong@{redis.path}", 0, Referee())
-
-    with pytest.raises(AccessDenied, match="WRONGPASS"):
-        await instance.open()
-
-    await instance.close()
-
-
-async def test_user_who_may_not_run_the_script_ends_the_start(redis: RedisServer) -> None:
-    redis.call("ACL", "SETUSER", "little", "on", ">right", "~*", "&*", "+info", "+subscribe")
-    instance = Instance(f"unix://little:right@{redis.path}", 0, Referee())
-
-    with pytest.raises(AccessDenied, match="NOPERM"):
+    with pytest.raises(AccessDenied, match=error):
         await instance.open()
 
     await instance.close()

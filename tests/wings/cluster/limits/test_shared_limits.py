@@ -303,18 +303,18 @@ async def test_tokens_a_minute_are_those_of_all_instances_together(
     # A burst of 10 s is free: what one has not used of it the other may use.
     a.capacity.pace.charge(500)
     await until(lambda: not a.capacity.pace.delay())
-    a.capacity.pace.charge(3000)
-    b.capacity.pace.charge(3000)
-    # Both pay by turns: 6,000 tokens take a minute less the rest of the burst.
+    a.capacity.pace.charge(1500)
+    b.capacity.pace.charge(1500)
+    # Both pay by turns: 3,000 tokens take half a minute less the rest of the burst.
     began = asyncio.get_running_loop().time()
-    for _ in range(5000):
+    for _ in range(2500):
         if not (a.capacity.pace.delay() or b.capacity.pace.delay()):
             break
         # As often as requests ask, which come and go.
         await asyncio.sleep(0.02)
     took = asyncio.get_running_loop().time() - began
 
-    assert 50 <= took <= 66
+    assert 20 <= took <= 36
     await close(a, b)
 
 

@@ -124,6 +124,21 @@ def test_all_instances_together_spend_what_one_would(
     assert simulation.calls - calls < 120 * 25 * len(loads)
 
 
+@pytest.mark.parametrize("instances", [1, 3])
+def test_the_burst_of_a_provider_that_is_new_is_there_at_once(instances: int) -> None:
+    simulation = Simulation(6)
+    new, *_others = [Spender(simulation, simulation.add(IDLE), 0.0) for _ in range(instances)]
+    simulation.advance(10.0)
+
+    new.waiting = 1000
+    new.serve()
+    simulation.advance(0.05)
+
+    expected = sum(cost for _, cost in new.spent)
+    assert expected >= 0.5 * TOKEN_BURST * RATE
+    assert excess(spent_by([new])) <= allowed(1)
+
+
 def test_an_instance_that_owes_nothing_asks_nobody() -> None:
     simulation, spenders = spending(2, 0.0, 0.0)
     for each in spenders:
