@@ -90,34 +90,12 @@ def patience(code: str) -> dict[str, Any]:
 # connection is good for another.
 BEFORE = {
     "fault-status-401": (502, AUTH, "http_4xx", True),
-    "fault-status-402": (502, AUTH, "http_4xx", True),
-    "fault-status-403": (502, AUTH, "http_4xx", True),
     "fault-quota": (502, AUTH, "http_4xx", True),
-    "fault-credits": (502, AUTH, "http_4xx", True),
-    "fault-status-408": (502, ERROR, "http_5xx", False),
     "fault-status-500": (502, ERROR, "http_5xx", True),
-    "fault-status-502": (502, ERROR, "http_5xx", True),
-    "fault-status-503": (502, ERROR, "http_5xx", True),
-    "fault-status-529": (502, ERROR, "http_5xx", True),
-    "fault-slow-down": (502, ERROR, "http_5xx", True),
-    "fault-flap-9": (502, ERROR, "http_5xx", True),
     "fault-status-429": (429, LIMITED, "http_429", True),
-    "fault-status-498": (429, LIMITED, "http_429", True),
-    "fault-capacity": (429, LIMITED, "http_429", True),
-    "fault-day-over": (429, LIMITED, "http_429", True),
     "fault-retry-after-7": (429, LIMITED, "http_429", True),
-    "fault-retry-after-ms": (429, LIMITED, "http_429", True),
-    "fault-retry-after-date": (429, LIMITED, "http_429", True),
-    "fault-retry-after-absurd": (429, LIMITED, "http_429", True),
     "fault-html": (502, BAD, "bad_response", True),
-    "fault-type-html": (502, BAD, "bad_response", True),
-    "fault-type-text": (502, BAD, "bad_response", True),
-    "fault-empty": (502, BAD, "bad_response", False),
-    "fault-json-under-200-stream": (502, BAD, "bad_response", True),
-    "fault-redirect": (502, BAD, "bad_response", True),
     "fault-not-http": (502, BAD, "bad_response", False),
-    "fault-headers": (502, BAD, "bad_response", False),
-    "fault-gzip": (502, BAD, "bad_response", False),
     "fault-drop": (502, CUT, "disconnected", False),
     "fault-silent": (504, SILENT, "timeout", False),
 }
@@ -179,11 +157,10 @@ async def test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code(
     await server.nothing_held()
     tries, ends = await counts(server)
     assert (tries, ends) == (Counter({(outcome,): 1}), Counter({("openai", code): 1}))
-    if model != "fault-empty":  # a body of nothing is whole, and no event stream's end
-        assert (server.provider.stats().pool.idle > 0) == kept
+    assert (server.provider.stats().pool.idle > 0) == kept
 
 
-@pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
+@pytest.mark.parametrize("status", [400, 404])
 async def test_the_callers_own_fault_passes_with_status_and_body(
     status: int, server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,13 +188,10 @@ async def test_the_callers_own_fault_passes_with_status_and_body(
 WITHIN = {
     "fault-stall-3": (SILENT, "timeout"),
     "fault-half-line-3": (SILENT, "timeout"),
-    "fault-cut-3": (CUT, "disconnected"),
     "fault-cut-mid-3": (CUT, "disconnected"),
     "fault-end-3": (CUT, "disconnected"),
     "fault-bad-chunk-3": (BAD, "bad_response"),
-    "fault-bad-json-3": (BAD, "bad_response"),
     "fault-bad-utf8-3": (BAD, "bad_response"),
-    "fault-long-line": (BAD, "bad_response"),
     "fault-endless-line": (BAD, "bad_response"),
 }
 
@@ -263,11 +237,7 @@ async def test_an_error_object_in_the_stream_is_its_end(model: str, server: Runn
     ("model", "status", "code"),
     [
         ("fault-head-only", 504, "read_timeout"),
-        ("fault-stall-3", 504, "read_timeout"),
-        ("fault-half-line-3", 504, "read_timeout"),
         ("fault-cut-3", 502, "provider_disconnected"),
-        ("fault-cut-mid-3", 502, "provider_disconnected"),
-        ("fault-wrong-length", 502, "provider_disconnected"),
         ("fault-end-3", 502, "provider_bad_response"),
         ("fault-bad-utf8-3", 502, "provider_bad_response"),
     ],
@@ -315,33 +285,34 @@ GOOD = {  # whether the connection is kept; None: that depends on how the bytes 
     "fault-1xx": True,
     "fault-http10": False,
     "fault-close-idle": False,
-    "fault-close-next": True,
     "fault-slices": False,
     "fault-slow-1": True,
-    "fault-limits-spent": True,
-    "fault-limits-day": True,
-    "fault-limits-nonsense": True,
     "fault-no-usage": True,
     "fault-usage-x-groq": True,
+    # The last ones: they change the pace.
+    "fault-limits-nonsense": True,
+    "fault-limits-day": True,
+    "fault-limits-spent": True,
 }
 SHORT = {"fault-slices", "fault-early-done-4"}
 
 
-@pytest.mark.parametrize("model", GOOD)
 async def test_unusual_but_good_answers_read_the_same_on_every_face(
-    model: str, server: RunningServer
+    server: RunningServer,
 ) -> None:
     text = await expected_text(server)
 
-    ws, sse, v1 = await ask_and_count(server, model, kept=GOOD[model])
+    for model, kept in GOOD.items():
+        server.provider.pools.pool.drop_idle()
+        ws, sse, v1 = await ask_and_count(server, model, kept=kept)
 
-    for answer in (ws, sse, v1):
-        assert (answer.end, answer.error) == ("complete", {})
-        assert answer.text == text if model not in SHORT else text.startswith(answer.text)
-        assert answer.text
-    assert ws.text == sse.text == v1.text
-    assert "set-cookie" not in v1.headers
-    assert b'"error"' not in v1.raw.replace(b'"error":null', b"")
+        for answer in (ws, sse, v1):
+            assert (answer.end, answer.error) == ("complete", {}), model
+            assert answer.text == text if model not in SHORT else text.startswith(answer.text)
+            assert answer.text, model
+        assert ws.text == sse.text == v1.text
+        assert "set-cookie" not in v1.headers
+        assert b'"error"' not in v1.raw.replace(b'"error":null', b"")
 
 
 @pytest.mark.parametrize(
