@@ -90,8 +90,6 @@ class RecentValues:
     Always: there are at most RECENT_VALUES since the last read.
     """
 
-    __slots__ = ("_new", "_times", "_values")
-
     def __init__(self) -> None:
         self._new: deque[tuple[float, float]] = deque(maxlen=RECENT_VALUES)
         self._times, self._values = array("d"), array("d")
@@ -149,8 +147,6 @@ class RecentShare:
 
     A part may be unknown: its whole counts as soon as another part is known.
     """
-
-    __slots__ = ("_slices",)
 
     def __init__(self) -> None:
         # For each: its beginning, the sums of the parts and the wholes, and the number of known

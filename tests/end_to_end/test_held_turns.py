@@ -382,7 +382,7 @@ async def test_turn_of_several_choices_is_whole_when_each_that_has_begun_has_its
             peer.write(LAST_CHUNK)
 
     async with ScriptedProvider(play) as scripted:
-        limits = {"max_retries": 2, "backoff_factor": 0.0}
+        limits: dict[str, Any] = {"max_retries": 2, "backoff_factor": 0.0}
         # Providers of their own, so that none of them is found to be sick.
         cases = [*product(_TURNS, ("end", "usage", "cut"))]
         server = await make_server(
