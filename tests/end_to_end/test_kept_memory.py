@@ -73,8 +73,10 @@ async def response(server: RunningServer, number: int) -> None:
         assert b"response.completed" in await answer.read(), number
 
 
-@pytest.mark.parametrize("headers", [(), HEADERS], ids=["plain", "headers"])
-@pytest.mark.parametrize("ask", [frames, passed_on, whole, response])
+@pytest.mark.parametrize(
+    ("ask", "headers"),
+    [(frames, HEADERS), (passed_on, ()), (whole, HEADERS), (response, ())],
+)
 async def test_many_small_answers_cost_little_more_than_is_counted(
     make_server: MakeServer,
     ask: Callable[[RunningServer, int], Awaitable[None]],
@@ -301,7 +303,7 @@ async def test_running_answers_that_nobody_takes_stay_within_the_bound(
     assert largest < most * (5 if ask is ask_in_conversation else 1.05)
 
 
-@pytest.mark.parametrize(("size", "count"), [(10, 800), (5000, 200), (100_000, 20)])
+@pytest.mark.parametrize(("size", "count"), [(10, 800), (5000, 200)])
 @pytest.mark.parametrize("passed_on", [False, True], ids=["frames", "passed on"])
 def test_running_logs_that_were_cut_cost_little_more_than_is_counted(
     size: int, count: int, passed_on: bool

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from aiohttp import web
 
-from aioserver.gateway.bridging import MAX_NAMES, ChatCapabilities
+from aioserver.gateway.bridging import ChatCapabilities
 from aioserver.gateway.continuation import ContinuationCapabilities
 from aioserver.protocol.request_headers import HOP, MAX_HOPS
-from aioserver.providers.request import Capabilities
-from aioserver.providers.verdicts import MAX_VERDICTS, VERDICT_FOR, Verdicts
+from aioserver.providers.verdicts import MAX_VERDICTS, VERDICT_FOR
 from aioserver.wings.anthropic.attempt import CountingCapabilities
 from aioserver.wings.anthropic.attempt import MessagesCapabilities as MessagesPath
 from aioserver.wings.responses.attempt import ResponsesCapabilities as ResponsesPath
@@ -28,6 +27,7 @@ from tests.support.simulator import Simulator
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from aioserver.providers.request import Capabilities
     from tests.support.server import MakeServer, RunningServer
 
 ANSWER: dict[str, Any] = {
@@ -287,23 +287,6 @@ async def test_what_one_answer_has_shown_is_bounded_and_soon_forgotten(
         learn(capabilities, f"m{number}")
     assert known(capabilities, f"m{3 * MAX_VERDICTS - 1}")
     assert known(capabilities, "m0") is not keyed
-
-
-def kinds_of(kind: type[Capabilities]) -> list[type[Capabilities]]:
-    return [kind, *(each for one in kind.__subclasses__() for each in kinds_of(one))]
-
-
-async def test_whatever_is_learned_of_a_provider_is_a_verdict(make_server: MakeServer) -> None:
-    server = await make_server()
-    # What the provider itself chooses, or is bounded by MAX_NAMES and only logged.
-    others = {"name", "_name", "never", "learns", "reasoning_field", "_left_out"}
-    for kind in kinds_of(Capabilities):
-        capabilities = kind(settings_of(server))
-        for name, value in vars(capabilities).items():
-            assert isinstance(value, Verdicts) or name in others, (kind, name)
-    capabilities = ChatCapabilities(settings_of(server))
-    capabilities.note_left_out(dict.fromkeys(f"t{number}" for number in range(3 * MAX_NAMES)))
-    assert len(vars(capabilities)["_left_out"]) == MAX_NAMES
 
 
 async def test_what_was_learned_of_one_model_says_nothing_of_another(
