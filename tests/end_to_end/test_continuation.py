@@ -19,6 +19,7 @@ from aioserver.protocol import eventstream
 from aioserver.providers.attempt import Attempt
 from tests.support.chat import CHAT
 from tests.support.faces import over_anthropic, over_openai, over_sse, over_websocket
+from tests.support.logs import fields_of
 from tests.support.scripted_provider import (
     EVENT_STREAM,
     LAST_CHUNK,
@@ -593,9 +594,7 @@ async def test_each_attempt_has_its_line_and_is_counted_where_it_was_sent(
         with caplog.at_level("INFO", logger="aioserver.requests"):
             await over_websocket(server, "fault-cut-9")
             await until(lambda: "request finished" in caplog.messages)
-        lines = [(each.message, getattr(each, "fields", {})) for each in caplog.records]
-        parts = [fields for message, fields in lines if message == "attempt finished"]
-        (request,) = (fields for message, fields in lines if message == "request finished")
+        parts, (request,) = fields_of(caplog, "attempt finished"), fields_of(caplog)
 
         assert [part["attempt"] for part in parts] == [1, 2]
         assert [part["provider"] for part in parts] == ["sim", "other"]
@@ -620,12 +619,6 @@ async def test_each_attempt_has_its_line_and_is_counted_where_it_was_sent(
         assert "provider_disconnected" in incident["text"]
 
 
-def parts_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    """Return what the log says of each attempt."""
-    lines = [each for each in caplog.records if each.message == "attempt finished"]
-    return [getattr(each, "fields", {}) for each in lines]
-
-
 async def test_rest_that_is_not_shown_is_paid_for(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -636,7 +629,7 @@ async def test_rest_that_is_not_shown_is_paid_for(
             await until(lambda: "request finished" in caplog.messages)
 
     assert seen.end == "error"
-    first, second = parts_of(caplog)
+    first, second = fields_of(caplog, "attempt finished")
     assert (first["provider"], first["outcome"]) == ("sim", "cut")
     assert (second["provider"], second["outcome"]) == ("other", "cut")
     assert second["tokens_out"] > 0
@@ -673,8 +666,8 @@ async def test_refusal_costs_nothing_that_comes_while_the_client_leaves(
             asking.cancel()
             await until(lambda: "request finished" in caplog.messages)
 
-    assert not parts_of(caplog)
-    (line,) = (getattr(each, "fields", {}) for each in caplog.records)
+    assert not fields_of(caplog, "attempt finished")
+    (line,) = fields_of(caplog)
     assert line["attempts"] == 2
     assert not {"tokens_in", "tokens_out", "tokens_source"} & line.keys()
 
