@@ -18,7 +18,7 @@ from tests.support.scripted_provider import (
 )
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT
 from tests.support.waiting import until
-from tests.support.whole_answers import PATH, SIZE, provider, unsent
+from tests.support.whole_answers import PATH, SIZE, provider, unsent, until_dropped
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer
@@ -45,19 +45,9 @@ async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are
         for _ in range(clients):
             raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
             await raw.post(PATH, CHAT, *lines)
-        most = 0
-
-        def dropped() -> bool:
-            nonlocal most
-            most = max(most, unsent(server))
-            assert server.held()["places"] <= places
-            return server.context.metrics.slow_clients.value == clients
-
-        await until(dropped, 30, server.held)
-        await server.nothing_held()
-        assert most > 0
         # For each a piece, and what was in the transport before it.
-        assert most <= places * 3 * 65536
+        assert 0 < await until_dropped(server, clients) <= places * 3 * 65536
+        await server.nothing_held()
         assert server.owners.streams.stats().bytes == 0
         async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
             assert len(await response.read()) > SIZE
@@ -85,15 +75,7 @@ async def test_clients_that_do_not_read_a_large_refusal_hold_places_until_they_a
         for _ in range(clients):
             raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
             await raw.post(PATH, CHAT, *lines)
-        most = 0
-
-        def dropped() -> bool:
-            nonlocal most
-            most = max(most, unsent(server))
-            return server.context.metrics.slow_clients.value == clients
-
-        await until(dropped, 30, server.held)
-        assert 0 < most <= places * 3 * 65536
+        assert 0 < await until_dropped(server, clients) <= places * 3 * 65536
 
 
 @pytest.mark.parametrize(
