@@ -36,7 +36,7 @@ SHORTEST = 1e-6
 
 
 class Counter:
-    """A number that grows; one that serves as a gauge goes up and down."""
+    """A number that grows. A counter that serves as a gauge goes up and down."""
 
     __slots__ = ("value",)
 

@@ -127,8 +127,7 @@ class RequestRecord(msgspec.Struct, eq=False):
             return
         self.first_event_at = now
         self.prefill = now - self.outcome.sent_at if self.outcome.sent_at else 0.0
-        # SilenceMeter before the answer do not count: in a head, between comments, in a failed
-        # attempt.
+        # Silences before the answer do not count: in a head, between comments, in a failed attempt.
         self.silence = 0.0
         if self.log is not None:
             self.log.count_first_token(self)
