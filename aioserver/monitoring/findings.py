@@ -312,7 +312,7 @@ OF_SERVER = _table(
     ),
     Finding(
         "not_usable",
-        "The active provider {name} is not usable",
+        "the active provider {name} is not usable",
         "`aioserver check` says what is missing.",
         ERROR,
         word="Not usable",

@@ -186,13 +186,13 @@ class Fold:
         others = [report.snapshot for name, report in reports.items() if name != own]
         total = cast("Snapshot", {**first, **fold(self._rules, [first, *others])})
         total["connections"]["limit"] = connections
-        recent = _Recent(reports.values())
-        total["first_token"] = recent.percentiles(FIRST_TOKEN)
-        total["delay"] = {cause: recent.percentiles(DELAY, cause) for cause in first["delay"]}
+        percentiles = partial(_percentiles, reports.values())
+        total["first_token"] = percentiles(FIRST_TOKEN)
+        total["delay"] = {cause: percentiles(DELAY, cause) for cause in first["delay"]}
         for name, provider in total["providers"].items():
             provider["limit"] = places.get(name, provider["limit"])
-            provider["first_token"] = recent.percentiles(PROVIDER_FIRST_TOKEN, name)
-            provider["silence"] = recent.percentiles(PROVIDER_SILENCE, name)
+            provider["first_token"] = percentiles(PROVIDER_FIRST_TOKEN, name)
+            provider["silence"] = percentiles(PROVIDER_SILENCE, name)
             provider["trouble"] = _worst_trouble(name, own, reports)
         for name, group in total["groups"].items():
             known, cached = (
@@ -213,18 +213,10 @@ class Fold:
         return total
 
 
-class _Recent:
-    """The values of all reports from which percentiles are computed."""
-
-    def __init__(self, reports: Iterable[Report]) -> None:
-        self._reports = list(reports)
-
-    def percentiles(self, name: str, detail: str = "") -> Percentiles | None:
-        """Return the percentiles of one kind of values over all reports."""
-        key = name, detail
-        return percentiles_of(
-            report.recent[key] for report in self._reports if key in report.recent
-        )
+def _percentiles(reports: Iterable[Report], name: str, detail: str = "") -> Percentiles | None:
+    """Return the percentiles of one kind of recent values over all *reports*."""
+    key = name, detail
+    return percentiles_of(report.recent[key] for report in reports if key in report.recent)
 
 
 def _instance(snapshot: Snapshot) -> InstanceState:

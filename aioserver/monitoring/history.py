@@ -45,8 +45,6 @@ def _percentile(percentiles: Percentiles | None, name: str) -> float | None:
 class Series:
     """The values of one number at the last HISTORY ticks; None for a tick without a value."""
 
-    __slots__ = ("_values",)
-
     def __init__(self) -> None:
         self._values = array("d", [math.nan]) * HISTORY
 

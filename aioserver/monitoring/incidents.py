@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import msgspec
 
 from aioserver.monitoring.alerts import count, most, of_rejections, span
 from aioserver.monitoring.findings import (
@@ -103,7 +102,8 @@ class Subject(NamedTuple):
     provider: str | None = None
 
 
-class Gathered(msgspec.Struct):
+@dataclass
+class Gathered:
     """The count of one subject since the tick *since*; *well* counts the successes meanwhile."""
 
     since: float
@@ -114,16 +114,14 @@ class Gathered(msgspec.Struct):
 class Standing(NamedTuple):
     """A fault with a beginning and an end, as it is at one tick.
 
-    *about* identifies it from tick to tick. *kind* is None if the fault is not there now, else
-    *begins* is the incident of its beginning. After it there is a quiet time for *subject*. *ends*
-    makes the incident of the end, from the kind that was reported.
+    *about* identifies it from tick to tick. *now* is None if the fault is not there now, else its
+    subject, and the incident of its beginning; after it there is a quiet time for the subject.
+    *ends* makes the incident of the end, from the subject that was reported.
     """
 
     about: tuple[str, str]
-    ends: Callable[[str], Incident]
-    kind: str | None = None
-    subject: Subject | None = None
-    begins: Incident | None = None
+    ends: Callable[[Subject], Incident]
+    now: tuple[Subject, Incident] | None = None
 
 
 class Detector:
@@ -136,8 +134,8 @@ class Detector:
         self._gathered: dict[Subject, Gathered] = {}
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
-        # The kinds of the faults that were reported and have not ended, by their subjects.
-        self._reported: dict[tuple[str, str], str] = {}
+        # The faults that were reported and have not ended, by what they are about.
+        self._reported: dict[tuple[str, str], Subject] = {}
 
     def detect(
         self,
@@ -161,17 +159,16 @@ class Detector:
         A fault does not end because the provider or the section that it is about is gone.
         """
         before, self._reported = self._reported, {}
-        for about, ends, kind, subject, begins in standing:
+        for about, ends, fault in standing:
             reported = before.get(about)
-            if kind is None:
+            if fault is None:
                 if reported is not None:
                     yield ends(reported)
                 continue
-            assert subject is not None
-            assert begins is not None
-            if kind != reported and self._quiet_until.get(subject, 0.0) <= now:
+            subject, begins = fault
+            if subject != reported and self._quiet_until.get(subject, 0.0) <= now:
                 self._quiet_until[subject] = now + QUIET
-                reported = kind
+                reported = subject
                 yield begins
             if reported is not None:
                 self._reported[about] = reported
@@ -227,11 +224,12 @@ def _alerts(providers: Mapping[str, ProviderState]) -> Iterator[Standing]:
         else:
             kind = alert["kind"]
             begins = incident(kind, alert["text"], alert["severity"], name, alert["advice"])
-            yield Standing(about, ends, kind, Subject(kind, provider=name), begins)
+            yield Standing(about, ends, (Subject(kind, provider=name), begins))
 
 
-def _ended(name: str, kind: str) -> Incident:
-    return incident(kind, OF_PROVIDERS[kind].past.format(name=name), "info", name)
+def _ended(name: str, subject: Subject) -> Incident:
+    past = OF_PROVIDERS[subject.kind].past
+    return incident(subject.kind, past.format(name=name), "info", name)
 
 
 def _troubles(sections: Iterable[tuple[Section[Any], Any]]) -> Iterator[Standing]:
@@ -243,10 +241,10 @@ def _troubles(sections: Iterable[tuple[Section[Any], Any]]) -> Iterator[Standing
             yield Standing(about, ends)
         else:
             begins = incident(key, trouble.text, ERROR, None, trouble.advice)
-            yield Standing(about, ends, trouble.kind, Subject(key, trouble.kind), begins)
+            yield Standing(about, ends, (Subject(key, trouble.kind), begins))
 
 
-def _recovered(section: Section[Any], state: Any, _kind: str) -> Incident:
+def _recovered(section: Section[Any], state: Any, _subject: Subject) -> Incident:
     return incident(section.key, section.recovery(state), "info")
 
 
@@ -266,10 +264,10 @@ def _members(groups: Mapping[str, GroupState]) -> Iterator[Standing]:
         else:
             subject = Subject("group_degraded", provider=provider)
             begins = _degraded(provider, state, names[provider], groups)
-            yield Standing(about, ends, subject.kind, subject, begins)
+            yield Standing(about, ends, (subject, begins))
 
 
-def _restored(provider: str, names: Iterable[str], _kind: str) -> Incident:
+def _restored(provider: str, names: Iterable[str], _subject: Subject) -> Incident:
     return incident("group_restored", f"{provider} is back in {listing(names)}", "info", provider)
 
 
@@ -283,7 +281,7 @@ def _degraded(
         [f"{listing(go_on)} {'go' if len(go_on) > 1 else 'goes'} on without it"] if go_on else []
     )
     if shut:
-        parts.append(f"no member of {listing(shut)} can start anything now")
+        parts.append(f"{FINDINGS['group_out'].text.format(name=listing(shut))} now")
     text = f"{provider} {OUT[state]}: {', and '.join(parts)}"
     return incident("group_degraded", text, ERROR if shut else WARNING, provider)
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
-
-import msgspec
 
 from aioserver.telemetry.metrics import CONTINUED, OK
 
@@ -57,7 +56,8 @@ class Total(NamedTuple):
     provider: str | None = None
 
 
-class Interval(msgspec.Struct):
+@dataclass
+class Interval:
     """The measurements of one interval.
 
     *growth* has only the totals that have grown. *rates* are per second, by kind and provider.
@@ -73,7 +73,7 @@ class Interval(msgspec.Struct):
     cpu: float
     tasks: int
     bugs: int = 0
-    continued: dict[str, int] = msgspec.field(default_factory=dict)
+    continued: dict[str, int] = field(default_factory=dict)
 
     def rate(self, kind: str, provider: str | None = None) -> float:
         """Return the growth per second of the totals of *kind*, of all providers or of one."""

@@ -9,50 +9,36 @@ The meaning of each field is in docs/monitoring.md.
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
-
-import msgspec
 
 from aioserver import __version__
 from aioserver.config.llm import AUTO, BRIDGE
-from aioserver.config.settings import Chat
-from aioserver.gateway.router import Router
 from aioserver.limits.fair_queue import BATCH, INTERACTIVE
-from aioserver.limits.resource import Resource
 from aioserver.monitoring.groups import member_state
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
-from aioserver.monitoring.section import Section
-from aioserver.monitoring.state import (
-    FormerState,
-    KeyState,
-)
-from aioserver.streams.lifetime import Lifetime
-from aioserver.streams.store import StreamStore
 from aioserver.telemetry.counters import quotient_of
-from aioserver.telemetry.ended_requests import EndedRequests
 from aioserver.telemetry.kernel import process_usage
-from aioserver.telemetry.loop_lag import LoopLag
-from aioserver.telemetry.metrics import (
-    CACHED_SHARE,
-    CANCELLED,
-    CONTINUED,
-    KNOWN_SHARE,
-    OK,
-    Metrics,
-)
+from aioserver.telemetry.metrics import CACHED_SHARE, CANCELLED, CONTINUED, KNOWN_SHARE, OK
 from aioserver.telemetry.outcome import HOME, NEW, OTHER
-from aioserver.usage.accounting import Usage
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
+
+    from aioserver.config.settings import Chat
     from aioserver.gateway.groups import Group
+    from aioserver.gateway.router import Router
+    from aioserver.limits.resource import Resource
     from aioserver.monitoring.interval import Interval
+    from aioserver.monitoring.section import Section
     from aioserver.monitoring.state import (
         Alert,
         ConnectionsState,
+        FormerState,
         GroupState,
+        KeyState,
         LearnedState,
         MemberState,
         ProviderState,
@@ -62,8 +48,13 @@ if TYPE_CHECKING:
     )
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Capabilities
+    from aioserver.streams.lifetime import Lifetime
+    from aioserver.streams.store import StreamStore
     from aioserver.telemetry.counters import Counter
-    from aioserver.telemetry.metrics import GroupMeter
+    from aioserver.telemetry.ended_requests import EndedRequests
+    from aioserver.telemetry.loop_lag import LoopLag
+    from aioserver.telemetry.metrics import GroupMeter, Metrics
+    from aioserver.usage.accounting import Usage
 
 # The word of `learned.messages` for each value of the setting, before anything was learned.
 MESSAGES_WORDS: Mapping[bool | str, str] = {
@@ -77,7 +68,8 @@ MESSAGES_WORDS: Mapping[bool | str, str] = {
 NO_FAULTS = frozenset((OK, CANCELLED))
 
 
-class Sources(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Sources:
     """The objects from which the state is read; they live as long as the server.
 
     *chat* returns the section of the configuration in effect. *gate* admits connections, *running*
@@ -103,7 +95,7 @@ class Sources(msgspec.Struct, frozen=True):
     keys: Callable[[], dict[str, KeyState]] = dict
     former_since: Callable[[], float | None] = lambda: None
     sections: Sequence[Section[Any]] = ()
-    endpoints: Mapping[str, str] = msgspec.field(default_factory=dict)
+    endpoints: Mapping[str, str] = field(default_factory=dict)
 
 
 class Snapshots:

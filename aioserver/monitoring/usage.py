@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from aioserver.monitoring.alerts import count
+from aioserver.monitoring.findings import FINDINGS
 from aioserver.monitoring.section import Gauge, Section, SectionTrouble
 from aioserver.monitoring.state import ANY, OWN, SUM
 from aioserver.usage.ledger import MAX_LINES
@@ -72,7 +73,7 @@ class UsageSection(Section[UsageState]):
             "No ledger",
             f"the ledger in {state['path']} cannot be written: {state['trouble']}",
             f"Answers go on; {waiting} to be written{gone}",
-            "Make the directory of usage.path writable, and see that its disk has room.",
+            FINDINGS["ledger"].remedy,
         )
 
     def recovery(self, state: UsageState) -> str:

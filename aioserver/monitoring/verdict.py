@@ -86,11 +86,11 @@ def judge(snapshot: Snapshot, lately: Lately, sections: Sequence[Section[Any]] =
 
     *lately* has the events before it.
     """
-    return _Judge(snapshot, lately, sections).verdict()
+    return next(_Judge(snapshot, lately, sections).findings())
 
 
 class _Judge:
-    """Finds the worst finding that is true of one snapshot and of the events before it."""
+    """Finds what is true of one snapshot and of the events before it."""
 
     def __init__(
         self, snapshot: Snapshot, lately: Lately, sections: Sequence[Section[Any]]
@@ -98,16 +98,10 @@ class _Judge:
         self._snapshot = snapshot
         self._sections = sections
         self._covered = covering(snapshot)
+        self._lately = lately
         self._rejected = Counter(lately.rejected)
-        self._answered = lately.answered
-        self._failed = lately.failed
-        self._lag = lately.lag
 
-    def verdict(self) -> Verdict:
-        """Return the worst finding."""
-        return next(self._findings())
-
-    def _findings(self) -> Iterator[Verdict]:
+    def findings(self) -> Iterator[Verdict]:
         """Yield every finding, the worst first; the last one is always true."""
         yield from self._not_ready()
         yield from self._bugs()
@@ -153,10 +147,11 @@ class _Judge:
                 continue
             cooling = any(member["state"] == COOLING for member in group["members"])
             waiting = _queue(group["waiting"], "request", name, group["oldest_wait"])
+            text = _capital(FINDINGS["group_out"].text.format(name=name))
             yield _verdict(
                 "group_out",
                 "rejecting" if self._rejections() else "trouble",
-                f"No member of {name} can start anything: {listing(self._reasons(group))}",
+                f"{text}: {listing(self._reasons(group))}",
                 detail=_sentences(waiting if group["waiting"] else "", *self._rejections()),
                 level=ERROR if active and not cooling else WARNING,
                 advice="" if cooling else None,
@@ -208,8 +203,8 @@ class _Judge:
         """Yield the effects on clients of the trouble of the provider *name*."""
         if provider["waiting"]:
             yield _queue(provider["waiting"], "request", name, provider["oldest_wait"])
-        if self._failed:
-            yield f"{count(self._failed, 'answer')} failed in {RECENT} s"
+        if self._lately.failed:
+            yield f"{count(self._lately.failed, 'answer')} failed in {RECENT} s"
         yield from self._rejections()
 
     def _rejections(self) -> list[str]:
@@ -231,7 +226,7 @@ class _Judge:
             for code, each in self._rejected.items()
             if code not in REJECTED or REJECTED[code].severity != WARNING
         )
-        return number >= MANY_REJECTED and most(number, number + self._answered) == ERROR
+        return number >= MANY_REJECTED and most(number, number + self._lately.answered) == ERROR
 
     def _rejecting(self) -> Iterator[Verdict]:
         if rejections := self._rejections():
@@ -255,8 +250,8 @@ class _Judge:
     def _resources(self) -> Iterator[Verdict]:
         for name, provider in self._snapshot["providers"].items():
             if provider["active"] and not provider["usable"]:
-                text = f"The active provider {name} is not usable"
-                yield _verdict("not_usable", "trouble", text, about=name)
+                text = FINDINGS["not_usable"].text.format(name=name)
+                yield _verdict("not_usable", "trouble", _capital(text), about=name)
         process = self._snapshot["process"]
         files, max_files = process["open_fds"], process["max_fds"]
         if files and max_files and files > FEW_FILES * max_files:
@@ -270,7 +265,7 @@ class _Judge:
                 yield _verdict(
                     "section",
                     "trouble",
-                    trouble.text[0].upper() + trouble.text[1:],
+                    _capital(trouble.text),
                     detail=_sentences(trouble.detail, self._places()),
                     advice=trouble.advice,
                     about=section.key,
@@ -297,9 +292,9 @@ class _Judge:
             if cooling := provider["pace"]["cooling"]:
                 text = f"{room}, but {name} cools down for {span(cooling)} more, as it asked"
                 yield self._calm("busy", text, about=name)
-        if self._lag >= NOTICEABLE_LAG:
-            text = f"{room}, but the event loop was {round(self._lag * 1000):,} ms late"
-            yield self._calm("loop_lag", text, about="loop")
+        if self._lately.lag >= NOTICEABLE_LAG:
+            late = FINDINGS["loop_lag"].past.format(count=f"{round(self._lately.lag * 1000):,}")
+            yield self._calm("loop_lag", f"{room}, but {late}", about="loop")
         for reason, name in self._limits():
             yield self._calm("busy", f"{room}, but {reason}", about=name)
         connections = self._snapshot["connections"]
@@ -397,6 +392,10 @@ def _verdict(
         "advice": row.remedy if advice is None else advice,
         "about": about,
     }
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _sentences(*texts: str) -> str:

@@ -36,7 +36,7 @@ SHORTEST = 1e-6
 
 
 class Counter:
-    """A number that grows; one that serves as a gauge goes up and down."""
+    """A number that grows. A counter that serves as a gauge goes up and down."""
 
     __slots__ = ("value",)
 
@@ -89,8 +89,6 @@ class RecentValues:
 
     Always: there are at most RECENT_VALUES since the last read.
     """
-
-    __slots__ = ("_new", "_times", "_values")
 
     def __init__(self) -> None:
         self._new: deque[tuple[float, float]] = deque(maxlen=RECENT_VALUES)
@@ -149,8 +147,6 @@ class RecentShare:
 
     A part may be unknown: its whole counts as soon as another part is known.
     """
-
-    __slots__ = ("_slices",)
 
     def __init__(self) -> None:
         # For each: its beginning, the sums of the parts and the wholes, and the number of known

@@ -110,28 +110,6 @@ HELD_TURNS = [(hold, result) for hold in (CALLS, TURN) for result in TURNS]
 class ProviderMeter:
     """The counts of one provider; *events* are those of its answers, about one a token."""
 
-    __slots__ = (
-        "attempts",
-        "bridged",
-        "cache_lost",
-        "continuations",
-        "events",
-        "failovers",
-        "first_token",
-        "gap",
-        "interval",
-        "key_refused",
-        "learnt",
-        "left_out",
-        "recent_first_tokens",
-        "recent_silences",
-        "rescued",
-        "retries",
-        "retries_refused",
-        "seams",
-        "wait",
-    )
-
     def __init__(self) -> None:
         self.events = 0
         self.wait = Histogram()

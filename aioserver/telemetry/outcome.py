@@ -68,9 +68,10 @@ class AttemptCost(msgspec.Struct, frozen=True, gc=False):
         return self.source in (ESTIMATE, MIXED)
 
 
-def comment(word: str, told: Mapping[str, object]) -> bytes:
-    """Return a comment in an event stream, which says *word* and what is *told*."""
-    return f": {word} {' '.join(f'{name}={value}' for name, value in told.items())}\n\n".encode()
+def comment(word: str, fields: Mapping[str, object]) -> bytes:
+    """Return a comment of an event stream: *word*, and each of the *fields* as `name=value`."""
+    values = " ".join(f"{name}={value}" for name, value in fields.items())
+    return f": {word} {values}\n\n".encode()
 
 
 class CacheLoss(NamedTuple):

@@ -127,8 +127,7 @@ class RequestRecord(msgspec.Struct, eq=False):
             return
         self.first_event_at = now
         self.prefill = now - self.outcome.sent_at if self.outcome.sent_at else 0.0
-        # SilenceMeter before the answer do not count: in a head, between comments, in a failed
-        # attempt.
+        # Silences before the answer do not count: in a head, between comments, in a failed attempt.
         self.silence = 0.0
         if self.log is not None:
             self.log.count_first_token(self)
@@ -329,8 +328,8 @@ def _fields_of(
         "model": record.outcome.model[:MAX_NAME],
         "status": status,
         "outcome": outcome,
-        "duration_ms": round((now - record.admitted_at) * 1000, 1),
-        "wait_ms": round(record.queue_wait * 1000, 1),
+        "duration_ms": _ms(now - record.admitted_at),
+        "wait_ms": _ms(record.queue_wait),
         "attempts": record.outcome.attempts,
     }
     if record.caller.name:
@@ -338,14 +337,14 @@ def _fields_of(
     if record.batch:
         fields["class"] = "batch"
     if record.key_wait:
-        fields["key_wait_ms"] = round(record.key_wait * 1000, 1)
+        fields["key_wait_ms"] = _ms(record.key_wait)
         fields["key_place"], fields["key_waiting"] = record.key_place
-    if record.door:
-        fields["door_ms"] = round(record.door * 1000, 1)
-    if record.connecting:
-        fields["connect_ms"] = round(record.connecting * 1000, 1)
-    if record.prefill:
-        fields["prefill_ms"] = round(record.prefill * 1000, 1)
+    waits = {
+        "door_ms": record.door,
+        "connect_ms": record.connecting,
+        "prefill_ms": record.prefill,
+    }
+    fields |= {name: _ms(seconds) for name, seconds in waits.items() if seconds}
     if record.target:
         fields["target"] = record.target[:MAX_NAME]
     if (start := record.outcome.start) is not None:
@@ -357,13 +356,13 @@ def _fields_of(
     if code:
         fields["code"] = code
     if record.first_event_at:
-        fields["first_token_ms"] = round((record.first_event_at - record.admitted_at) * 1000, 1)
-    if record.silence > THRESHOLD:
-        fields["provider_gap_ms"] = round(record.silence * 1000, 1)
-    if record.delay > THRESHOLD:
-        fields["our_gap_ms"] = round(record.delay * 1000, 1)
-    if record.client_stall > THRESHOLD:
-        fields["client_gap_ms"] = round(record.client_stall * 1000, 1)
+        fields["first_token_ms"] = _ms(record.first_event_at - record.admitted_at)
+    gaps = {
+        "provider_gap_ms": record.silence,
+        "our_gap_ms": record.delay,
+        "client_gap_ms": record.client_stall,
+    }
+    fields |= {name: _ms(seconds) for name, seconds in gaps.items() if seconds > THRESHOLD}
     if record.outcome.costs:
         fields |= _bill(record.outcome)
     if record.outcome.seams:
@@ -374,13 +373,13 @@ def _fields_of(
             {
                 "provider": fault.provider,
                 "code": fault.code,
-                "at_ms": round((fault.began - record.admitted_at) * 1000, 1),
-                "ms": round((fault.ended - fault.began) * 1000, 1),
+                "at_ms": _ms(fault.began - record.admitted_at),
+                "ms": _ms(fault.ended - fault.began),
             }
             for fault in record.outcome.faults[-NEWEST:]
         ]
     if (held_for := record.outcome.held_for) is not None:
-        fields |= {"hold": record.outcome.hold, "held_ms": round(held_for * 1000, 1)}
+        fields |= {"hold": record.outcome.hold, "held_ms": _ms(held_for)}
     if record.outcome.bridge:
         fields |= _bridged(record.outcome)
     if (lost := record.outcome.cache_lost) is not None:
@@ -391,6 +390,10 @@ def _fields_of(
     if record.outcome.hooks:
         fields["hook"] = ",".join(record.outcome.hooks)
     return fields
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)
 
 
 def _bridged(outcome: Outcome) -> dict[str, object]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,22 +52,18 @@ SWEEP, FIRST_LINE, NEXT_LINE = 1.0, 1.0, 30.0
 PROCESS_BYTES = 4
 
 
+@dataclass(eq=False, slots=True)
 class _Sent:
     """An attempt that was sent; *so_far* returns its present cost, *due* is the time of its next
     `running` line.
     """
 
-    __slots__ = ("attempt", "due", "number", "record", "so_far", "told")
-
-    def __init__(
-        self, record: RequestRecord, number: int, attempt: int, so_far: Callable[[], AttemptCost]
-    ) -> None:
-        self.record = record
-        self.number = number
-        self.attempt = attempt
-        self.so_far = so_far
-        self.due = 0.0
-        self.told = False
+    record: RequestRecord
+    number: int
+    attempt: int
+    so_far: Callable[[], AttemptCost]
+    due: float = 0.0
+    told: bool = False
 
 
 class Usage:

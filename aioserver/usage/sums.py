@@ -7,6 +7,7 @@ and begin at 0 with the process.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypedDict
 
@@ -87,16 +88,14 @@ class _Row:
         return self.requests, self.requests + self.repeats, *self.kinds, estimated
 
 
+@dataclass
 class _Total:
     """All rows of one caller on the present day, and the number of rows for models that are not
     configured.
     """
 
-    __slots__ = ("rows", "unknown")
-
-    def __init__(self) -> None:
-        self.rows: list[_Row] = []
-        self.unknown = 0
+    rows: list[_Row] = field(default_factory=list)
+    unknown: int = 0
 
 
 _NOTHING: tuple[dict[tuple[str, str, str], _Row], dict[str, object]] = {}, {}

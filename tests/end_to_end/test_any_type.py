@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # What may stand in place of a value, as it is written.
 VALUES = (
-    *("null", "true", "0", "-1", "1.5", "1e999", "1" + 40 * "0", '""', '"x"'),
-    *("[]", "[1]", "[[]]", "[{}]", "{}", '{"a":1}', 600 * '[{"":' + "0" + 600 * "}]"),
+    *("null", "true", "-1", "1e999", "1" + 40 * "0", '"x"'),
+    *("[1]", "[{}]", '{"a":1}', 600 * '[{"":' + "0" + 600 * "}]"),
 )
 COMMON = (
     *("model", "stream", "user", "store", "background", "metadata", "previous_response_id"),

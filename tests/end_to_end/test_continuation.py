@@ -1,4 +1,8 @@
-"""An answer that breaks off after text, and whose rest another attempt says, on each face."""
+"""An answer that breaks off after text, and whose rest another attempt says.
+
+That the text is whole wherever and however it breaks off is in test_continued_cuts.py, and which
+provider is asked, and how often, in tests/support/board.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from aioserver.protocol import eventstream
 from aioserver.providers.attempt import Attempt
 from tests.support.chat import CHAT
 from tests.support.faces import over_anthropic, over_openai, over_sse, over_websocket
+from tests.support.logs import fields_of
 from tests.support.scripted_provider import (
     EVENT_STREAM,
     LAST_CHUNK,
@@ -83,18 +88,10 @@ async def response(server: RunningServer, model: str) -> tuple[str, list[Any], b
 
 
 @pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize(
-    "fault", ["cut-9", "cut-mid-9", "end-9", "error-event-9", "bad-json-9", "half-line-9"]
-)
-async def test_other_provider_says_the_rest(
-    make_server: MakeServer, face: str, fault: str
-) -> None:
-    changes: dict[str, Any] = (
-        {"llm.providers.sim.http_client.read_timeout": 0.5} if "half" in fault else {}
-    )
-    async with two(make_server, **changes) as (server, other):
+async def test_other_provider_says_the_rest(make_server: MakeServer, face: str) -> None:
+    async with two(make_server) as (server, other):
         whole = (await FACES[face](server, "plain")).text
-        seen = await FACES[face](server, f"fault-{fault}")
+        seen = await FACES[face](server, "fault-cut-9")
 
         assert seen.end == "complete"
         assert seen.text == whole
@@ -140,33 +137,6 @@ async def test_same_provider_is_asked_first(make_server: MakeServer) -> None:
         assert seen.code == "provider_disconnected"
         assert seen.error["retryable"] is True
         assert other.stats().requests == 1
-
-
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("fault", ["cut-9", "bad-json-9"])
-async def test_provider_that_breaks_off_the_rest_as_well_is_asked_last(
-    make_server: MakeServer, face: str, fault: str
-) -> None:
-    async with two(make_server, own="prefill") as (server, other):
-        whole = (await FACES[face](server, "plain")).text
-        seen = await FACES[face](server, f"fault-{fault}")
-
-        assert seen.end == "complete"
-        assert seen.text == whole
-        # The first question was answered.
-        assert server.simulator.stats().requests == 1 + 2
-        assert other.stats().requests == 1
-
-
-async def test_provider_that_was_silent_is_asked_last(make_server: MakeServer) -> None:
-    changes: dict[str, Any] = {"llm.providers.sim.http_client.read_timeout": 0.5}
-    async with two(make_server, own="prefill", **changes) as (server, other):
-        whole = (await over_openai(server, "plain")).text
-        seen = await over_openai(server, "fault-stall-9")
-
-        assert seen.text == whole
-        assert other.stats().requests == 1
-        assert server.simulator.stats().requests == 2
 
 
 async def test_refused_hop_shows_nothing_and_the_next_provider_is_asked(
@@ -220,61 +190,45 @@ async def test_event_that_reports_an_error_ends_the_answer_where_nobody_says_the
         assert b'"server_error"' in seen.raw
 
 
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "words"),
     [
-        {"n": 2},
-        {"logprobs": True},
-        {"response_format": {"type": "json_object"}},
-        {"guided_regex": ".*"},
-        {"structured_outputs": {"regex": ".*"}},
-        {"add_generation_prompt": False},
+        # More than one free text.
+        ({"n": 2}, 9),
+        ({"logprobs": True}, 9),
+        ({"response_format": {"type": "json_object"}}, 9),
+        ({"guided_regex": ".*"}, 9),
+        ({"structured_outputs": {"regex": ".*"}}, 9),
+        ({"add_generation_prompt": False}, 9),
+        # A beginning of the client's own.
+        ({"messages": [*CHAT["messages"], {"role": "assistant", "content": "Well, "}]}, 9),
+        # A call of a tool.
+        ({"tools": [TOOL], "tool_choice": "required"}, 1),
     ],
 )
-async def test_request_for_more_than_one_free_text_is_not_continued(
-    make_server: MakeServer, options: dict[str, Any]
+async def test_what_is_not_one_free_text_is_not_continued(
+    make_server: MakeServer, options: dict[str, Any], words: int
 ) -> None:
     async with two(make_server) as (server, other):
-        body = {**CHAT, "model": "fault-cut-9", "stream": True, **options}
+        body = {**CHAT, "model": f"fault-cut-{words}", "stream": True, **options}
         async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
             raw = await response.read()
 
         assert b'"provider_disconnected"' in raw
+        assert (b'"tool_calls"' in raw) is ("tools" in options)
         assert other.stats().requests == 0
 
 
-async def test_beginning_of_the_clients_own_is_not_continued(make_server: MakeServer) -> None:
-    async with two(make_server) as (server, other):
-        messages = [*CHAT["messages"], {"role": "assistant", "content": "Well, "}]
-        body = {"messages": messages, "model": "fault-cut-9", "stream": True}
-        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
-            raw = await response.read()
-
-        assert b'"provider_disconnected"' in raw
-        assert other.stats().requests == 0
-
-
-async def test_tool_call_is_not_continued(make_server: MakeServer) -> None:
-    async with two(make_server) as (server, other):
-        tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
-        body = {**CHAT, "model": "fault-cut-1", "stream": True, "tools": [tool]}
-        body["tool_choice"] = "required"
-        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
-            raw = await response.read()
-
-        assert b'"tool_calls"' in raw
-        assert b'"provider_disconnected"' in raw
-        assert other.stats().requests == 0
-
-
-@pytest.mark.parametrize("fault", ["cut-9", "cut-mid-9", "error-event-9", "stall-9"])
-async def test_response_over_the_bridge_goes_on_as_it_began(
-    make_server: MakeServer, fault: str
-) -> None:
-    changes: dict[str, Any] = {"llm.providers.sim.http_client.read_timeout": 0.5}
-    changes |= {"llm.providers.sim.responses": False, "llm.providers.other.responses": False}
+async def test_response_over_the_bridge_goes_on_as_it_began(make_server: MakeServer) -> None:
+    changes: dict[str, Any] = {
+        "llm.providers.sim.responses": False,
+        "llm.providers.other.responses": False,
+    }
     async with two(make_server, **changes) as (server, other):
-        responses = [await response(server, model) for model in ("plain", f"fault-{fault}")]
+        responses = [await response(server, model) for model in ("plain", "fault-cut-9")]
         (whole, *_), (text, events, raw) = responses
 
         assert text == whole
@@ -640,9 +594,7 @@ async def test_each_attempt_has_its_line_and_is_counted_where_it_was_sent(
         with caplog.at_level("INFO", logger="aioserver.requests"):
             await over_websocket(server, "fault-cut-9")
             await until(lambda: "request finished" in caplog.messages)
-        lines = [(each.message, getattr(each, "fields", {})) for each in caplog.records]
-        parts = [fields for message, fields in lines if message == "attempt finished"]
-        (request,) = (fields for message, fields in lines if message == "request finished")
+        parts, (request,) = fields_of(caplog, "attempt finished"), fields_of(caplog)
 
         assert [part["attempt"] for part in parts] == [1, 2]
         assert [part["provider"] for part in parts] == ["sim", "other"]
@@ -667,12 +619,6 @@ async def test_each_attempt_has_its_line_and_is_counted_where_it_was_sent(
         assert "provider_disconnected" in incident["text"]
 
 
-def parts_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    """Return what the log says of each attempt."""
-    lines = [each for each in caplog.records if each.message == "attempt finished"]
-    return [getattr(each, "fields", {}) for each in lines]
-
-
 async def test_rest_that_is_not_shown_is_paid_for(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -683,7 +629,7 @@ async def test_rest_that_is_not_shown_is_paid_for(
             await until(lambda: "request finished" in caplog.messages)
 
     assert seen.end == "error"
-    first, second = parts_of(caplog)
+    first, second = fields_of(caplog, "attempt finished")
     assert (first["provider"], first["outcome"]) == ("sim", "cut")
     assert (second["provider"], second["outcome"]) == ("other", "cut")
     assert second["tokens_out"] > 0
@@ -720,8 +666,8 @@ async def test_refusal_costs_nothing_that_comes_while_the_client_leaves(
             asking.cancel()
             await until(lambda: "request finished" in caplog.messages)
 
-    assert not parts_of(caplog)
-    (line,) = (getattr(each, "fields", {}) for each in caplog.records)
+    assert not fields_of(caplog, "attempt finished")
+    (line,) = fields_of(caplog)
     assert line["attempts"] == 2
     assert not {"tokens_in", "tokens_out", "tokens_source"} & line.keys()
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # At once.
 TOGETHER = 20
-SOME, ALL = 200, 10_000
+SOME, ALL = 100, 10_000
 # Providers whose answers break off: with fewer of them each would be found to be sick.
 PROVIDERS = 50
 

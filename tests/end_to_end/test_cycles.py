@@ -16,7 +16,7 @@ import pytest
 from tests.support.chat import CHAT, STREAMED, cancel, chat, resume, to_end, until_status
 from tests.support.cycles import cycles
 from tests.support.keys import bearer, keys_of
-from tests.support.server import ENDLESS, QUICK, SILENT
+from tests.support.server import ENDLESS, QUICK, SILENT, SIM_HTTP_CLIENT
 from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 WEB = bearer("web")
 LATE = {"x-aioserver-deadline": "0.05"}
+LANE = {"type": "response.create", "stream_id": "a", "model": "sim"}
 CUT = Behaviour(ttft=0, interval=0, cut_after=2)
 REFUSED = Behaviour(fail_rate=1.0, fail_status=400)
 FAILED = Behaviour(fail_rate=1.0, fail_status=500)
@@ -48,6 +49,19 @@ async def completed(server: RunningServer, number: int) -> None:
     await _post(server, "sse", {"request_id": f"{number}", "text": "?"})
     await _post(server, "responses", {"input": "?", "stream": True})
     await _post(server, "messages", {**STREAMED, "max_tokens": 9})
+
+
+async def closed(server: RunningServer, number: int) -> None:
+    """Each connection ends, also those to the provider."""
+    last = {"Connection": "close"}
+    await _post(server, "chat/completions", CHAT, last)
+    await _post(server, "chat/completions", CHAT, {**last, "Idempotency-Key": f"k{number}"})
+    await _post(server, "responses", {"input": "?", "store": True}, last)
+    async with server.session.ws_connect(f"{server.v1}/responses", headers=WEB) as ws:
+        await ws.send_json({**LANE, "input": "?"})
+        while (await ws.receive_json())["type"] != "response.completed":
+            pass
+    await until(lambda: server.provider.pools.stats().open == 0)
 
 
 async def late(server: RunningServer, _number: int) -> None:
@@ -144,6 +158,7 @@ async def passed(server: RunningServer, _number: int) -> None:
 
 WAYS: list[tuple[Callable[[RunningServer, int], Awaitable[None]], Behaviour]] = [
     (completed, QUICK),
+    (closed, QUICK),
     (failed, FAILED),
     (failed, REFUSED),
     (failed, CUT),
@@ -161,6 +176,7 @@ WAYS: list[tuple[Callable[[RunningServer, int], Awaitable[None]], Behaviour]] = 
     (slow, Behaviour(ttft=0, interval=0, tokens=200_000)),
 ]
 MORE: dict[Any, dict[str, Any]] = {
+    closed: {f"{SIM_HTTP_CLIENT}.keepalive_expiry": 0.05},
     continued: {"llm.providers.sim.continuation": "prefill"},
     # Nobody answers there, so that the requests are refused.
     at_a_hook: {"hooks": [{"name": "h", "url": "http://127.0.0.1:9/"}]},

@@ -5,7 +5,6 @@ learns that it is too long.
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,10 +13,9 @@ from aiohttp import web
 from aioserver.gateway.bridging import MIN_LEFT, SPARE
 from tests.support.engine_refusals import EVERY, Refused
 from tests.support.server import HTTP_CLIENT, QUICK
+from tests.support.web_app import served
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from tests.support.server import MakeServer
 
 WANTED = 32_000
@@ -63,21 +61,6 @@ class Engines:
         return web.Response(body=CHUNKS, content_type="text/event-stream")
 
 
-@asynccontextmanager
-async def running(engines: Engines) -> AsyncIterator[str]:
-    app = web.Application()
-    app.router.add_post("/{number}/v1/chat/completions", engines.complete)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = runner.addresses[0][1]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        await runner.cleanup()
-
-
 def expected(refused: Refused, sent: dict[str, Any]) -> dict[str, Any] | None:
     """The request that is sent once more, where the first was *sent*; None: none is."""
     again = dict(sent)
@@ -98,7 +81,9 @@ def expected(refused: Refused, sent: dict[str, Any]) -> dict[str, Any] | None:
 @pytest.mark.parametrize("path", ASKED)
 async def test_what_an_engine_refuses_is_learned(make_server: MakeServer, path: str) -> None:
     engines = Engines()
-    async with running(engines) as url:
+    app = web.Application()
+    app.router.add_post("/{number}/v1/chat/completions", engines.complete)
+    async with served(app) as url:
         entries = {
             f"llm.providers.p{number}": {
                 "base_url": f"{url}/{number}/v1",

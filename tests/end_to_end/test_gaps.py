@@ -14,6 +14,7 @@ from aioserver.telemetry.loop_lag import INTERVAL
 from aioserver.telemetry.request_log import RequestRecord
 from tests.support.chat import CHAT
 from tests.support.jumping_loop import block
+from tests.support.logs import fields_of
 from tests.support.simulator import Behaviour
 from tests.support.transport import BIG, client, say, stream_of
 from tests.support.waiting import ticks, until
@@ -39,11 +40,7 @@ def test_the_longest_silence_is_kept() -> None:
 def finished(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """The fields of the log lines of finished requests."""
     with caplog.at_level(logging.INFO, logger="aioserver.requests"):
-        yield lambda: [
-            getattr(line, "fields")  # noqa: B009 - the type checker knows no such attribute
-            for line in caplog.records
-            if line.getMessage() == "request finished"
-        ]
+        yield lambda: fields_of(caplog)
 
 
 async def ask(server: RunningServer, face: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from aioserver.wings.simulator.engine import EngineOptions
 from tests.support.chat import CHAT, chat, read_frames, to_end
+from tests.support.logs import fields_of
 from tests.support.passing import Account, answer
 from tests.support.server import QUICK, MakeServer, provider_entry
 from tests.support.simulator import Behaviour, Simulator
@@ -281,14 +282,6 @@ CACHED = {
 }
 
 
-def of_requests(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    return [
-        record.__dict__["fields"]
-        for record in caplog.records
-        if record.getMessage() == "request finished"
-    ]
-
-
 async def metrics(server: RunningServer, *names: str) -> dict[tuple[str, ...], float]:
     """The numbers of a metric, by the values of its labels in their order there."""
     async with server.session.get(f"{base(server)}/metrics") as response:
@@ -331,8 +324,8 @@ async def test_what_came_from_a_cache_is_seen_in_the_form_of_each_api(
                 await response.read()
                 assert response.status == 200
 
-        await until(lambda: len(of_requests(caplog)) == 2)
-        first, again = of_requests(caplog)
+        await until(lambda: len(fields_of(caplog)) == 2)
+        first, again = fields_of(caplog)
         assert first["cached_tokens"] == 0
         assert 0.9 * again["tokens_in"] < again["cached_tokens"] <= again["tokens_in"]
         assert (again["group"], again["tokens_in"]) == ("pair", first["tokens_in"])
@@ -366,8 +359,8 @@ async def test_what_came_from_a_cache_is_seen_on_own_faces(
                 async with server.session.post(server.sse, json=body) as response:
                     await read_frames(response)
 
-        await until(lambda: len(of_requests(caplog)) == 2)
-        first, again = of_requests(caplog)
+        await until(lambda: len(fields_of(caplog)) == 2)
+        first, again = fields_of(caplog)
         assert first["cached_tokens"] == 0
         assert again["cached_tokens"] > 0.9 * again["tokens_in"]
         assert again["home"] == "new"
@@ -392,8 +385,8 @@ async def test_a_group_shows_where_its_requests_have_started_and_what_was_known(
                 answer = (await response.json())["choices"][0]["message"]
             messages += [answer, {"role": "user", "content": "And then?"}]
 
-        await until(lambda: len(of_requests(caplog)) == 3)
-        lines = of_requests(caplog)
+        await until(lambda: len(fields_of(caplog)) == 3)
+        lines = fields_of(caplog)
         assert [line["home"] for line in lines] == ["new", "home", "home"]
         pair = server.context.monitor.fresh()["groups"]["pair"]
         assert pair["homes"] == {"home": 2, "other": 0, "new": 1}
@@ -423,8 +416,8 @@ async def test_a_request_counts_once_for_its_last_start(
                 assert response.status == 200
                 await response.read()
 
-        await until(lambda: len(of_requests(caplog)) == 3)
-        shown = [(line.get("group"), line.get("home")) for line in of_requests(caplog)]
+        await until(lambda: len(fields_of(caplog)) == 3)
+        shown = [(line.get("group"), line.get("home")) for line in fields_of(caplog)]
         assert shown == [("pair", "none"), ("other-name", "none"), (None, None)]
         starts = await metrics(server, "aioserver_group_starts_total")
         assert starts == {
@@ -444,8 +437,8 @@ async def test_what_is_passed_on_is_a_start_of_its_group(
             async with server.session.post(f"{server.v1}/rerank", json=body) as response:
                 await response.read()
 
-        await until(lambda: len(of_requests(caplog)) == 2)
-        shown = [(line["group"], line["home"]) for line in of_requests(caplog)]
+        await until(lambda: len(fields_of(caplog)) == 2)
+        shown = [(line["group"], line["home"]) for line in fields_of(caplog)]
         assert shown == [("pair", "none"), ("other-name", "none")]
         starts = await metrics(server, "aioserver_group_starts_total")
         assert sum(starts.values()) == 2.0
@@ -463,8 +456,8 @@ async def test_a_request_that_no_member_takes_has_a_group_and_no_start(
         await until(lambda: simulators[1].stats().active == 1)
         async with server.session.post(url, json=body) as response:
             assert response.status == 503
-        await until(lambda: len(of_requests(caplog)) == 1)
-        (refused,) = of_requests(caplog)
+        await until(lambda: len(fields_of(caplog)) == 1)
+        (refused,) = fields_of(caplog)
         assert (refused["group"], refused.get("home")) == ("other-name", None)
         starts = await metrics(server, "aioserver_group_starts_total")
         assert sum(starts.values()) == 0.0

@@ -41,10 +41,9 @@ KEPT = frozenset(ENDS[:2])
 CLOSES = frozenset({"its client leaves", "its key"})
 # Each with a conversation that has a name, and with the socket's own.
 CASES = [(end, own) for end in ENDS for own in (False, True) if not (own and end in CLOSES)]
-STORAGES: dict[str, dict[str, Any]] = {
-    "memory": {},
-    "a file": {"chat.service.repository.type": "sql"},
-}
+# In memory; and in a file, to which the ends are the same.
+STORED = {"chat.service.repository.type": "sql"}
+CASES_IN_A_FILE = [(end, False) for end in ("cancelled", "deleted", "its deadline")]
 
 
 async def judge(line: dict[str, Any]) -> Any:
@@ -125,14 +124,18 @@ async def goes_on_with(server: RunningServer, ws: Any, **payload: Any) -> str:
     return json.dumps(messages[:-1])
 
 
-@pytest.mark.parametrize(("end", "own"), CASES)
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    ("stored", "end", "own"),
+    [
+        *(({}, end, own) for end, own in CASES),
+        *((STORED, end, own) for end, own in CASES_IN_A_FILE),
+    ],
+)
 async def test_only_what_a_client_has_cancelled_stays_of_half_an_answer(
-    make_server: MakeServer, tmp_path: Path, storage: str, end: str, *, own: bool
+    make_server: MakeServer, tmp_path: Path, stored: dict[str, Any], end: str, *, own: bool
 ) -> None:
     payload: dict[str, Any] = {} if own else {"conversation_id": "talk"}
     async with hook_for(end) as program:
-        stored = STORAGES[storage]
         if stored:
             stored = {**stored, "chat.service.repository.path": str(tmp_path / "talk.db")}
         changes = settings(program, **stored)

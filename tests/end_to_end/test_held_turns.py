@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -58,6 +59,11 @@ def _count(turn: Turn, path: str, *, bridged: bool) -> tuple[int, int]:
     asked = CHAT if bridged else path
     count = len(turn.events(asked, 1))
     return count, count - {CHAT: 2, MESSAGES: 1, RESPONSES: 0}[asked]
+
+
+def _first_call(events: list[bytes]) -> int:
+    """Where the first call of a turn begins."""
+    return next(number for number, event in enumerate(events) if b"call_1_0" in event)
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -137,11 +143,7 @@ async def test_calls_cut_behind_text_come_once_where_the_text_is_continued(
     path, bridged = FACES[face]
     turn = Turn(text=TEXT)
     count, whole = _count(turn, path, bridged=bridged)
-    first = next(
-        number
-        for number, event in enumerate(turn.events(CHAT if bridged else path, 1))
-        if b"call_1_0" in event
-    )
+    first = _first_call(turn.events(CHAT if bridged else path, 1))
     provider = CuttingProvider(turn)
     async with cutting(
         make_server, provider, count, bridged=bridged, continuation="prefill"
@@ -166,11 +168,7 @@ async def test_turn_cut_behind_text_shows_no_piece_of_a_call_and_an_error(
     path, bridged = FACES[face]
     turn = Turn(text=TEXT)
     count, whole = _count(turn, path, bridged=bridged)
-    first = next(
-        number
-        for number, event in enumerate(turn.events(CHAT if bridged else path, 1))
-        if b"call_1_0" in event
-    )
+    first = _first_call(turn.events(CHAT if bridged else path, 1))
     provider = CuttingProvider(turn)
     async with cutting(make_server, provider, count, bridged=bridged) as server:
         for cut in range(first, whole):
@@ -275,8 +273,15 @@ def _json(content: Any) -> bytes:
     return json.dumps(content).encode()
 
 
-@pytest.mark.parametrize("ending", [_garbage, _overloaded, _reset, _silence])
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize(
+    ("face", "ending"),
+    [
+        *((face, _reset) for face in FACES),
+        *(("chat completions", ending) for ending in (_garbage, _overloaded, _silence)),
+        ("Messages", _overloaded),
+        ("Responses", _overloaded),
+    ],
+)
 async def test_turn_that_breaks_off_in_any_way_is_asked_for_again_and_counted(
     make_server: MakeServer, face: str, ending: Callable[[Peer], Awaitable[None]]
 ) -> None:
@@ -310,6 +315,10 @@ async def test_what_is_too_much_to_be_held_comes_as_it_comes(
         assert seen.calls["call_1_0"] == ARGUMENTS
 
 
+def _event(kind: str, **members: Any) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), _json({"type": kind, **members}))
+
+
 def _choice(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "finish_reason": finish}
 
@@ -329,73 +338,75 @@ _ALONE = [[_choice(0, {"role": "assistant"})], [_piece(0, "{}", id="a")]]
 _USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
 
 
+# Turns of two choices, and whether each of them is whole.
+_TURNS: list[tuple[list[list[dict[str, Any]]], bool]] = [
+    ([*_CALLED, [_choice(0, {}, "tool_calls"), _choice(1, {}, "tool_calls")]], True),
+    ([*_CALLED, [_choice(1, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], True),
+    (
+        [
+            *_BEGUN,
+            [_choice(0, {"content": "No."})],
+            [_choice(0, {}, "stop")],
+            [_piece(1, "{}", id="b")],
+            [_choice(1, {}, "tool_calls")],
+        ],
+        True,
+    ),
+    # An engine that makes one, whatever is asked for.
+    ([*_ALONE, [_choice(0, {}, "tool_calls")]], True),
+    ([*_ALONE, [_choice(0, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], True),
+    ([*_CALLED, [_choice(0, {}, "tool_calls")]], False),
+    ([*_CALLED, [_choice(0, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], False),
+    ([*_CALLED, [_choice(0, {}, "tool_calls")], [_piece(1, "}")]], False),
+]
+
+
 @pytest.mark.parametrize("hold", ["preamble", "calls", "turn"])
-@pytest.mark.parametrize("ending", ["end", "usage", "cut"])
-@pytest.mark.parametrize(
-    ("events", "whole"),
-    [
-        ([*_CALLED, [_choice(0, {}, "tool_calls"), _choice(1, {}, "tool_calls")]], True),
-        ([*_CALLED, [_choice(1, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], True),
-        (
-            [
-                *_BEGUN,
-                [_choice(0, {"content": "No."})],
-                [_choice(0, {}, "stop")],
-                [_piece(1, "{}", id="b")],
-                [_choice(1, {}, "tool_calls")],
-            ],
-            True,
-        ),
-        # An engine that makes one, whatever is asked for.
-        ([*_ALONE, [_choice(0, {}, "tool_calls")]], True),
-        ([*_ALONE, [_choice(0, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], True),
-        ([*_CALLED, [_choice(0, {}, "tool_calls")]], False),
-        ([*_CALLED, [_choice(0, {}, "tool_calls")], [_choice(0, {}, "tool_calls")]], False),
-        ([*_CALLED, [_choice(0, {}, "tool_calls")], [_piece(1, "}")]], False),
-    ],
-)
 async def test_turn_of_several_choices_is_whole_when_each_that_has_begun_has_its_finish(
-    make_server: MakeServer,
-    events: list[list[dict[str, Any]]],
-    ending: str,
-    hold: str,
-    whole: bool,
+    make_server: MakeServer, hold: str
 ) -> None:
-    asked = 0
-    first = _chunks(*events)
+    asked, first, ending = 0, list[bytes](), ""
     again = [*_chunks(*_CALLED, [_choice(0, {}, "stop"), _choice(1, {}, "stop")]), DONE]
 
     async def play(peer: Peer) -> None:
         nonlocal asked
-        await peer.request()
-        asked += 1
-        shown = first if asked == 1 else again
-        await peer.send(EVENT_STREAM, *map(chunk, shown))
-        if asked == 1 and ending == "cut":
-            peer.abort()
-            return
-        if ending == "usage":
-            peer.write(chunk(_USAGE))
-        peer.write(LAST_CHUNK)
+        while True:
+            await peer.request()
+            asked += 1
+            await peer.send(EVENT_STREAM, *map(chunk, first if asked == 1 else again))
+            if asked == 1 and ending == "cut":
+                peer.abort()
+                return
+            if ending == "usage":
+                peer.write(chunk(_USAGE))
+            peer.write(LAST_CHUNK)
 
     async with ScriptedProvider(play) as scripted:
-        entry = provider_entry(scripted.url, max_retries=2, backoff_factor=0.0)
-        server = await make_server(**{"llm.providers.p": entry})
-        body = {"model": "p/m", "stream": True, "messages": [], "n": 2}
-        headers = {"x-aioserver-hold": hold}
-        url = f"{server.v1}/chat/completions"
-        async with server.session.post(url, json=body, headers=headers) as response:
-            raw = await response.read()
+        limits: dict[str, Any] = {"max_retries": 2, "backoff_factor": 0.0}
+        # Providers of their own, so that none of them is found to be sick.
+        cases = [*product(_TURNS, ("end", "usage", "cut"))]
+        server = await make_server(
+            **{
+                f"llm.providers.p{number}": provider_entry(scripted.url, **limits)
+                for number in range(len(cases))
+            }
+        )
+        for number, ((events, whole), how) in enumerate(cases):
+            asked, first, ending = 0, _chunks(*events), how
+            body = {"model": f"p{number}/m", "stream": True, "messages": [], "n": 2}
+            url, headers = f"{server.v1}/chat/completions", {"x-aioserver-hold": hold}
+            async with server.session.post(url, json=body, headers=headers) as response:
+                raw = await response.read()
 
-        if whole:
-            assert (asked, raw) == (1, b"".join([*first, DONE]))
-        elif hold == "preamble":
-            assert asked == 1
-            assert raw.startswith(b"".join(first))
-            assert raw.endswith(DONE) is False
-            assert b'"code":"provider_disconnected"' in raw
-        else:
-            assert (asked, raw) == (2, b"".join(again))
+            if whole:
+                assert (asked, raw) == (1, b"".join([*first, DONE])), (number, how)
+            elif hold == "preamble":
+                assert asked == 1
+                assert raw.startswith(b"".join(first))
+                assert not raw.endswith(DONE)
+                assert b'"code":"provider_disconnected"' in raw
+            else:
+                assert (asked, raw) == (2, b"".join(again)), (number, how)
 
 
 async def test_json_that_was_asked_for_is_asked_for_again(make_server: MakeServer) -> None:
@@ -434,43 +445,40 @@ async def test_text_in_front_of_a_call_comes_at_once(make_server: MakeServer) ->
         assert raw == b"".join((*whole[:-2], whole[-1]))
 
 
-@pytest.mark.parametrize(
-    ("headers", "word"),
-    [
-        ({}, None),
-        ({"x-session-id": "s"}, "calls"),
-        ({"x-claude-code-session-id": "s"}, "calls"),
-        ({"session-id": "s", "x-codex-parent-thread-id": "t"}, "turn"),
-        ({"x-session-id": "s", "x-parent-session-id": "t"}, "turn"),
-        ({"x-session-id": "s", "x-aioserver-hold": "preamble"}, None),
-    ],
-)
 async def test_an_agents_turn_is_held_by_the_headers_that_it_sends(
-    make_server: MakeServer, headers: dict[str, str], word: str | None
+    make_server: MakeServer,
 ) -> None:
     provider = CuttingProvider(CALLS, cuts=0)
     async with cutting(make_server, provider, 1, {"chat.streams.hold": "agents"}) as server:
-        seen = await ask(server, CHAT, "p0", "", headers)
+        for headers, word in (
+            ({}, None),
+            ({"x-session-id": "s"}, "calls"),
+            ({"x-claude-code-session-id": "s"}, "calls"),
+            ({"session-id": "s", "x-codex-parent-thread-id": "t"}, "turn"),
+            ({"x-session-id": "s", "x-parent-session-id": "t"}, "turn"),
+            ({"x-session-id": "s", "x-aioserver-hold": "preamble"}, None),
+        ):
+            seen = await ask(server, CHAT, "p0", "", headers)
 
-        assert seen.headers.get("x-aioserver-hold") == word
+            assert seen.headers.get("x-aioserver-hold") == word, headers
 
 
-@pytest.mark.parametrize("word", ["agents", "all", ""])
 async def test_a_word_that_is_none_is_refused_and_nobody_is_asked(
-    make_server: MakeServer, word: str
+    make_server: MakeServer,
 ) -> None:
     provider = CuttingProvider(CALLS)
     async with cutting(make_server, provider, 1) as server:
-        headers = {"x-aioserver-hold": word}
-        url = f"{server.v1}/chat/completions"
-        async with server.session.post(url, json={"model": "p0/m"}, headers=headers) as response:
-            assert response.status == 400
-            error = (await response.json())["error"]
-        assert (error["code"], error["param"]) == ("invalid_request", "x-aioserver-hold")
-        question = {"request_id": "q", "text": "Go", "model": "p0/m", "hold": word}
-        async with server.session.post(server.sse, json=question) as response:
-            assert response.status == 400
-            assert (await response.json())["error"]["param"] == "hold"
+        for word in ("agents", "all", ""):
+            headers = {"x-aioserver-hold": word}
+            url, body = f"{server.v1}/chat/completions", {"model": "p0/m"}
+            async with server.session.post(url, json=body, headers=headers) as response:
+                assert response.status == 400
+                error = (await response.json())["error"]
+            assert (error["code"], error["param"]) == ("invalid_request", "x-aioserver-hold")
+            question = {"request_id": "q", "text": "Go", "model": "p0/m", "hold": word}
+            async with server.session.post(server.sse, json=question) as response:
+                assert response.status == 400
+                assert (await response.json())["error"]["param"] == "hold"
         assert not provider.asked
 
 
@@ -545,7 +553,7 @@ async def test_a_client_with_heartbeats_is_told_that_a_turn_is_asked_for_again(
 ) -> None:
     path, bridged = FACES[face]
     events = CALLS.events(CHAT if bridged else path, 1)[:7]
-    first = next(number for number, event in enumerate(events) if b"call_1_0" in event)
+    first = _first_call(events)
 
     async def wait(_peer: Peer) -> None:
         await asyncio.sleep(0.5)
@@ -603,11 +611,8 @@ async def test_what_is_held_counts_for_the_bytes_that_are_kept(make_server: Make
 
 
 async def test_a_tool_of_the_provider_is_never_run_twice(make_server: MakeServer) -> None:
-    def event(kind: str, **members: Any) -> bytes:
-        return b"event: %b\ndata: %b\n\n" % (kind.encode(), _json({"type": kind, **members}))
-
     use = {"type": "server_tool_use", "id": "srv_1", "name": "web_search", "input": {}}
-    hosted = event("content_block_start", index=1, content_block=use)
+    hosted = _event("content_block_start", index=1, content_block=use)
 
     async def search(peer: Peer) -> None:
         peer.write(chunk(hosted))
@@ -752,14 +757,11 @@ async def test_text_after_a_turn_of_calls_that_was_cut_has_made_it_good(
 
 
 async def test_calls_behind_a_tool_of_the_provider_are_held(make_server: MakeServer) -> None:
-    def event(kind: str, **members: Any) -> bytes:
-        return b"event: %b\ndata: %b\n\n" % (kind.encode(), _json({"type": kind, **members}))
-
     def block(index: int, start: dict[str, Any], *deltas: dict[str, Any]) -> list[bytes]:
         return [
-            event("content_block_start", index=index, content_block=start),
-            *(event("content_block_delta", index=index, delta=delta) for delta in deltas),
-            event("content_block_stop", index=index),
+            _event("content_block_start", index=index, content_block=start),
+            *(_event("content_block_delta", index=index, delta=delta) for delta in deltas),
+            _event("content_block_stop", index=index),
         ]
 
     use = {"type": "server_tool_use", "id": "srv_1", "name": "web_search", "input": {}}

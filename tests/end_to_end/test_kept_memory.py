@@ -32,7 +32,7 @@ from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from tests.support.server import MakeServer, RunningServer
 
@@ -43,6 +43,20 @@ MULTIPLE = 1.5
 OTHERS = 50_000
 # Headers that pass, and a usage that is large: neither was counted.
 HEADERS = tuple((f"x-ratelimit-{number}", "9" * 200) for number in range(40))
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[list[int]]:
+    """Trace allocations; at the end of the block the list has the bytes of it that are left."""
+    left: list[int] = []
+    gc.collect()
+    tracemalloc.start()
+    try:
+        yield left
+        gc.collect()
+        left.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
 
 
 async def frames(server: RunningServer, number: int) -> None:
@@ -73,8 +87,10 @@ async def response(server: RunningServer, number: int) -> None:
         assert b"response.completed" in await answer.read(), number
 
 
-@pytest.mark.parametrize("headers", [(), HEADERS], ids=["plain", "headers"])
-@pytest.mark.parametrize("ask", [frames, passed_on, whole, response])
+@pytest.mark.parametrize(
+    ("ask", "headers"),
+    [(frames, HEADERS), (passed_on, ()), (whole, HEADERS), (response, ())],
+)
 async def test_many_small_answers_cost_little_more_than_is_counted(
     make_server: MakeServer,
     ask: Callable[[RunningServer, int], Awaitable[None]],
@@ -87,19 +103,13 @@ async def test_many_small_answers_cost_little_more_than_is_counted(
     for number in range(10):
         await ask(server, -1 - number)
     before = store.stats()
-    gc.collect()
-    tracemalloc.start()
-    try:
+    with traced() as real:
         for number in range(COUNT):
             await ask(server, number)
         await until(lambda: store.stats().finished == before.finished + COUNT)
-        gc.collect()
-        real = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
 
     counted = store.stats().bytes - before.bytes
-    assert real < MULTIPLE * counted + OTHERS
+    assert real[0] < MULTIPLE * counted + OTHERS
 
 
 @pytest.mark.parametrize("ask", [frames, response])
@@ -301,16 +311,14 @@ async def test_running_answers_that_nobody_takes_stay_within_the_bound(
     assert largest < most * (5 if ask is ask_in_conversation else 1.05)
 
 
-@pytest.mark.parametrize(("size", "count"), [(10, 800), (5000, 200), (100_000, 20)])
+@pytest.mark.parametrize(("size", "count"), [(10, 800), (5000, 200)])
 @pytest.mark.parametrize("passed_on", [False, True], ids=["frames", "passed on"])
 def test_running_logs_that_were_cut_cost_little_more_than_is_counted(
     size: int, count: int, passed_on: bool
 ) -> None:
     most = 1 << 20
     store = StreamStore(max_stream_bytes=most, max_kept_bytes=most)
-    gc.collect()
-    tracemalloc.start()
-    try:
+    with traced() as real:
         logs = [store.open(f"r{number}", "anybody", window=30.0) for number in range(COUNT)]
         for number in range(count):
             for stream in logs:
@@ -319,14 +327,10 @@ def test_running_logs_that_were_cut_cost_little_more_than_is_counted(
                     stream.append(CHUNK, data=b"data: {%b}\n\n" % text)
                 else:
                     stream.append(CHUNK, [b'{"data":"%b"}' % text])
-        gc.collect()
-        real = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
 
     counted = store.stats().bytes
     assert any(stream.offset for stream in logs)
-    assert real < MULTIPLE * counted
+    assert real[0] < MULTIPLE * counted
 
 
 async def test_a_usage_of_any_size_costs_little(make_server: MakeServer) -> None:
@@ -348,19 +352,13 @@ async def test_a_usage_of_any_size_costs_little(make_server: MakeServer) -> None
             await to_end(ws)
             before = server.owners.streams.stats().bytes
             ends = []
-            gc.collect()
-            tracemalloc.start()
-            try:
+            with traced() as real:
                 for number in range(10):
                     await ws.send_json(chat(f"r{number}"))
                     ends.append((await to_end(ws))[-1])
-                gc.collect()
-                real = tracemalloc.get_traced_memory()[0]
-            finally:
-                tracemalloc.stop()
         counted = server.owners.streams.stats().bytes - before
 
     for end in ends:
         assert end["chunk"]["metadata"]["usage"] == {"total_tokens": 3}
     assert counted < 200_000  # ten logs of a few events, and not ten usages of 600 KB
-    assert real < 4_000_000  # ten usages are a hundred million bytes as objects
+    assert real[0] < 4_000_000  # ten usages are a hundred million bytes as objects

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer
 
-PLACES, CROWD, ROUNDS = 4, 30, 2
+PLACES, CROWD, ROUNDS = 4, 20, 2
 NAMES = ("one", "two")
 MESSAGES = {**CHAT, "model": "sim", "max_tokens": 100}
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
 
-@pytest.mark.parametrize("window", [0, 30.0])
-@pytest.mark.parametrize("again", ["repeated", "found"])
+@pytest.mark.parametrize(
+    ("window", "again"),
+    [(0, "repeated"), (30.0, "repeated"), (30.0, "found"), (30.0, "cancelled")],
+)
 async def test_a_kept_answer_counts_until_it_is_written(
     make_server: MakeServer, window: float, again: str
 ) -> None:
@@ -38,10 +40,13 @@ async def test_a_kept_answer_counts_until_it_is_written(
         kept = server.owners.streams.stats
         async with Raw(server, receive_buffer=SMALL) as slow, Raw(server) as raw:
             body = {"input": "Hello", "store": True}
-            await (slow if again == "repeated" or not window else raw).post("/v1/responses", body)
-            if window and again == "found":
+            await (slow if again == "repeated" else raw).post("/v1/responses", body)
+            if again != "repeated":
                 assert (await raw.answer()).status == 200
-                await slow.send(b"GET /v1/responses/resp_1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            if again == "found":
+                await slow.get("/v1/responses/resp_1")
+            elif again == "cancelled":
+                await slow.post("/v1/responses/resp_1/cancel", b"")
             await until(lambda: unsent(server) > 0)
             async with Raw(server, receive_buffer=SMALL) as other:
                 await other.post(PATH, CHAT)

@@ -108,9 +108,8 @@ async def test_two_servers_that_lead_to_each_other(make_server: MakeServer) -> N
 @pytest.mark.parametrize(
     "entry", [{"headers": {str(HOP): "forged"}}, {"pass_headers": [str(HOP)]}]
 )
-@pytest.mark.parametrize("values", [(), ("a",), ("a, b",), ("a", "b,c , d"), ("é", "a b", "c")])
 async def test_a_request_says_through_which_servers_it_has_come(
-    make_server: MakeServer, values: tuple[str, ...], entry: dict[str, Any]
+    make_server: MakeServer, entry: dict[str, Any]
 ) -> None:
     heads: list[bytes] = []
 
@@ -125,25 +124,17 @@ async def test_a_request_says_through_which_servers_it_has_come(
         return [text.strip() for text in texts.split(",")]
 
     async with ScriptedProvider(play) as provider:
-        server = await make_server(
-            **{
-                "llm.active": "there",
-                "llm.providers.there": provider_entry(provider.url, "m") | entry,
-            }
-        )
-        headers = [(HOP, value) for value in values]
-        url, body = f"{server.v1}/chat/completions", {"model": "m", **CHAT}
-        async with server.session.post(url, json=body, headers=headers) as response:
-            assert response.status == 200
-        first = hops()
-        async with server.session.post(
-            f"{server.v1}/rerank", json={"model": "m"}, headers=headers
-        ) as response:
-            assert response.status == 200
-
-    sound = [part.strip() for part in ",".join(values).split(",")]
-    sound = [part for part in sound if part.isascii() and " " not in part and part]
-    assert first == hops() == [server.context.hop, *sound]
+        there = provider_entry(provider.url, "m") | entry
+        server = await make_server(**{"llm.active": "there", "llm.providers.there": there})
+        for values in ((), ("a",), ("a, b",), ("a", "b,c , d"), ("é", "a b", "c")):
+            sound = [part.strip() for part in ",".join(values).split(",")]
+            sound = [part for part in sound if part.isascii() and " " not in part and part]
+            headers = [(HOP, value) for value in values]
+            for path, body in (("chat/completions", {"model": "m", **CHAT}), ("rerank", {})):
+                url = f"{server.v1}/{path}"
+                async with server.session.post(url, json=body, headers=headers) as response:
+                    assert response.status == 200
+                assert hops() == [server.context.hop, *sound], path
 
 
 async def test_a_request_that_has_come_through_many_servers_asks_nobody(

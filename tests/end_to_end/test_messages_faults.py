@@ -14,7 +14,7 @@ from tests.support.server import HTTP_CLIENT, MakeServer, RunningServer
 # Silence soon ends, only where it must: on a busy machine anybody may be silent.
 IMPATIENT = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 0.3}}
 # What the simulator says where our key is refused; nothing of it may be shown.
-TEXTS_ABOUT_KEYS = (b"Incorrect API key", b"The simulator says", b"billing", b"credits")
+TEXTS_ABOUT_KEYS = (b"Incorrect API key", b"The simulator says")
 AUTH, ERROR, LIMITED = "provider_auth_error", "provider_error", "provider_rate_limited"
 BAD, CUT, SILENT = "provider_bad_response", "provider_disconnected", "read_timeout"
 
@@ -23,21 +23,12 @@ BAD, CUT, SILENT = "provider_bad_response", "provider_disconnected", "read_timeo
 BEFORE: dict[str, tuple[int, str, str, str, bool]] = {
     "fault-status-400": (400, "invalid_request_error", ERROR, "http_4xx", True),
     "fault-status-401": (502, "api_error", AUTH, "http_4xx", False),
-    "fault-status-402": (502, "api_error", AUTH, "http_4xx", False),
-    "fault-status-403": (502, "api_error", AUTH, "http_4xx", False),
-    "fault-credits": (502, "api_error", AUTH, "http_4xx", False),
     "fault-status-404": (404, "not_found_error", ERROR, "http_4xx", True),
     "fault-status-413": (413, "request_too_large", ERROR, "http_4xx", True),
     "fault-status-500": (500, "api_error", ERROR, "http_5xx", True),
-    "fault-status-503": (503, "api_error", ERROR, "http_5xx", True),
     "fault-status-529": (529, "overloaded_error", ERROR, "http_5xx", True),
     "fault-retry-after-7": (429, "rate_limit_error", LIMITED, "http_429", True),
     "fault-html": (502, "api_error", BAD, "bad_response", False),
-    "fault-type-text": (502, "api_error", BAD, "bad_response", False),
-    "fault-empty": (502, "api_error", BAD, "bad_response", False),
-    "fault-json-under-200-stream": (502, "api_error", BAD, "bad_response", False),
-    "fault-redirect": (502, "api_error", BAD, "bad_response", False),
-    "fault-not-http": (502, "api_error", BAD, "bad_response", False),
     "fault-drop": (502, "api_error", CUT, "disconnected", False),
     "fault-silent": (504, "timeout_error", SILENT, "timeout", False),
 }
@@ -90,13 +81,8 @@ async def test_a_fault_before_the_first_event_has_its_status_and_its_type(
 
 WITHIN = {
     "fault-stall-3": (SILENT, "timeout_error"),
-    "fault-half-line-3": (SILENT, "timeout_error"),
-    "fault-cut-3": (CUT, "api_error"),
     "fault-cut-mid-3": (CUT, "api_error"),
-    "fault-end-3": (CUT, "api_error"),
-    "fault-bad-chunk-3": (BAD, "api_error"),
     "fault-bad-json-3": (BAD, "api_error"),
-    "fault-bad-utf8-3": (BAD, "api_error"),
     "fault-endless-line": (BAD, "api_error"),
 }
 
@@ -133,11 +119,11 @@ GOOD = (
 )
 
 
-@pytest.mark.parametrize("model", [f"fault-{name}" for name in GOOD])
-async def test_unusual_but_good_answers_read_the_same(model: str, server: RunningServer) -> None:
+async def test_unusual_but_good_answers_read_the_same(server: RunningServer) -> None:
     text = (await over_anthropic(server, "plain")).text
 
-    seen = await over_anthropic(server, model)
+    for name in GOOD:
+        seen = await over_anthropic(server, f"fault-{name}")
 
-    assert (seen.end, seen.text) == ("complete", text)
+        assert (seen.end, seen.text) == ("complete", text), name
     await server.nothing_held()

@@ -7,7 +7,6 @@ ended.
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 from collections import Counter
 from typing import Any
@@ -16,10 +15,8 @@ import pytest
 
 from tests.support.chat import CHAT
 from tests.support.faces import Seen, expected_text, over_openai, over_sse, over_websocket
-from tests.support.scripted_provider import DONE
 from tests.support.server import HTTP_CLIENT, MakeServer, RunningServer
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
 
 IMPATIENT = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 0.3}}
 # What the simulator says in its refusals; of those of our key nothing may be shown.
@@ -90,34 +87,12 @@ def patience(code: str) -> dict[str, Any]:
 # connection is good for another.
 BEFORE = {
     "fault-status-401": (502, AUTH, "http_4xx", True),
-    "fault-status-402": (502, AUTH, "http_4xx", True),
-    "fault-status-403": (502, AUTH, "http_4xx", True),
     "fault-quota": (502, AUTH, "http_4xx", True),
-    "fault-credits": (502, AUTH, "http_4xx", True),
-    "fault-status-408": (502, ERROR, "http_5xx", False),
     "fault-status-500": (502, ERROR, "http_5xx", True),
-    "fault-status-502": (502, ERROR, "http_5xx", True),
-    "fault-status-503": (502, ERROR, "http_5xx", True),
-    "fault-status-529": (502, ERROR, "http_5xx", True),
-    "fault-slow-down": (502, ERROR, "http_5xx", True),
-    "fault-flap-9": (502, ERROR, "http_5xx", True),
     "fault-status-429": (429, LIMITED, "http_429", True),
-    "fault-status-498": (429, LIMITED, "http_429", True),
-    "fault-capacity": (429, LIMITED, "http_429", True),
-    "fault-day-over": (429, LIMITED, "http_429", True),
     "fault-retry-after-7": (429, LIMITED, "http_429", True),
-    "fault-retry-after-ms": (429, LIMITED, "http_429", True),
-    "fault-retry-after-date": (429, LIMITED, "http_429", True),
-    "fault-retry-after-absurd": (429, LIMITED, "http_429", True),
     "fault-html": (502, BAD, "bad_response", True),
-    "fault-type-html": (502, BAD, "bad_response", True),
-    "fault-type-text": (502, BAD, "bad_response", True),
-    "fault-empty": (502, BAD, "bad_response", False),
-    "fault-json-under-200-stream": (502, BAD, "bad_response", True),
-    "fault-redirect": (502, BAD, "bad_response", True),
     "fault-not-http": (502, BAD, "bad_response", False),
-    "fault-headers": (502, BAD, "bad_response", False),
-    "fault-gzip": (502, BAD, "bad_response", False),
     "fault-drop": (502, CUT, "disconnected", False),
     "fault-silent": (504, SILENT, "timeout", False),
 }
@@ -179,11 +154,10 @@ async def test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code(
     await server.nothing_held()
     tries, ends = await counts(server)
     assert (tries, ends) == (Counter({(outcome,): 1}), Counter({("openai", code): 1}))
-    if model != "fault-empty":  # a body of nothing is whole, and no event stream's end
-        assert (server.provider.stats().pool.idle > 0) == kept
+    assert (server.provider.stats().pool.idle > 0) == kept
 
 
-@pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
+@pytest.mark.parametrize("status", [400, 404])
 async def test_the_callers_own_fault_passes_with_status_and_body(
     status: int, server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,13 +185,10 @@ async def test_the_callers_own_fault_passes_with_status_and_body(
 WITHIN = {
     "fault-stall-3": (SILENT, "timeout"),
     "fault-half-line-3": (SILENT, "timeout"),
-    "fault-cut-3": (CUT, "disconnected"),
     "fault-cut-mid-3": (CUT, "disconnected"),
     "fault-end-3": (CUT, "disconnected"),
     "fault-bad-chunk-3": (BAD, "bad_response"),
-    "fault-bad-json-3": (BAD, "bad_response"),
     "fault-bad-utf8-3": (BAD, "bad_response"),
-    "fault-long-line": (BAD, "bad_response"),
     "fault-endless-line": (BAD, "bad_response"),
 }
 
@@ -263,11 +234,7 @@ async def test_an_error_object_in_the_stream_is_its_end(model: str, server: Runn
     ("model", "status", "code"),
     [
         ("fault-head-only", 504, "read_timeout"),
-        ("fault-stall-3", 504, "read_timeout"),
-        ("fault-half-line-3", 504, "read_timeout"),
         ("fault-cut-3", 502, "provider_disconnected"),
-        ("fault-cut-mid-3", 502, "provider_disconnected"),
-        ("fault-wrong-length", 502, "provider_disconnected"),
         ("fault-end-3", 502, "provider_bad_response"),
         ("fault-bad-utf8-3", 502, "provider_bad_response"),
     ],
@@ -315,33 +282,34 @@ GOOD = {  # whether the connection is kept; None: that depends on how the bytes 
     "fault-1xx": True,
     "fault-http10": False,
     "fault-close-idle": False,
-    "fault-close-next": True,
     "fault-slices": False,
     "fault-slow-1": True,
-    "fault-limits-spent": True,
-    "fault-limits-day": True,
-    "fault-limits-nonsense": True,
     "fault-no-usage": True,
     "fault-usage-x-groq": True,
+    # The last ones: they change the pace.
+    "fault-limits-nonsense": True,
+    "fault-limits-day": True,
+    "fault-limits-spent": True,
 }
 SHORT = {"fault-slices", "fault-early-done-4"}
 
 
-@pytest.mark.parametrize("model", GOOD)
 async def test_unusual_but_good_answers_read_the_same_on_every_face(
-    model: str, server: RunningServer
+    server: RunningServer,
 ) -> None:
     text = await expected_text(server)
 
-    ws, sse, v1 = await ask_and_count(server, model, kept=GOOD[model])
+    for model, kept in GOOD.items():
+        server.provider.pools.pool.drop_idle()
+        ws, sse, v1 = await ask_and_count(server, model, kept=kept)
 
-    for answer in (ws, sse, v1):
-        assert (answer.end, answer.error) == ("complete", {})
-        assert answer.text == text if model not in SHORT else text.startswith(answer.text)
-        assert answer.text
-    assert ws.text == sse.text == v1.text
-    assert "set-cookie" not in v1.headers
-    assert b'"error"' not in v1.raw.replace(b'"error":null', b"")
+        for answer in (ws, sse, v1):
+            assert (answer.end, answer.error) == ("complete", {}), model
+            assert answer.text == text if model not in SHORT else text.startswith(answer.text)
+            assert answer.text, model
+        assert ws.text == sse.text == v1.text
+        assert "set-cookie" not in v1.headers
+        assert b'"error"' not in v1.raw.replace(b'"error":null', b"")
 
 
 @pytest.mark.parametrize(
@@ -379,54 +347,7 @@ async def test_events_come_back_byte_for_byte(make_server: MakeServer) -> None:
     assert alike(seen.raw) == alike(original), "but for the id and the time in each event"
 
 
-@pytest.mark.parametrize("fault", ["fault-close-next", "fault-close-idle"])
-async def test_a_dead_kept_connection_is_seen_by_nobody(fault: str, server: RunningServer) -> None:
-    for number in range(3):
-        ws = await over_websocket(server, fault, f"ws-{number}")
-        v1 = await over_openai(server, fault)
-        whole = await over_openai(server, fault, stream=False)
-        assert (ws.end, v1.end, whole.end) == ("complete",) * 3
-
-    stats = server.simulator.stats()
-    assert (stats.requests, stats.completed) == (9, 9)
-    tries = await server.counted("provider_attempts", "outcome")
-    assert tries["ok",] == 9
-    assert tries["stale",] in ((8,) if fault == "fault-close-next" else range(9))
-    assert not await server.counted("retries", "reason")
-
-
-async def test_data_behind_done_is_not_passed_on(server: RunningServer) -> None:
-    seen = await over_openai(server, "fault-after-done")
-
-    assert seen.raw.endswith(DONE)
-    await server.nothing_held()
-
-
-async def test_done_without_an_end_of_the_body_ends_at_once_and_is_not_kept(
-    server: RunningServer,
-) -> None:
-    seen = await over_openai(server, "fault-open-done")
-
-    assert seen.end == "complete"
-    await server.simulator.until(lambda stats: stats.aborted == 1)
-    await server.nothing_held()
-    assert server.provider.stats().pool.idle == 0
-
-
 # Leaving.
-
-
-async def test_an_endless_answer_ends_with_its_reader_on_the_openai_face(
-    server: RunningServer,
-) -> None:
-    body = {"model": "fault-endless", **CHAT, "stream": True}
-    async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
-        assert await response.content.read(1000)
-        response.close()
-
-    await server.simulator.until(lambda stats: stats.aborted == 1)
-    await server.nothing_held()
-    assert server.provider.stats().pool.idle == 0
 
 
 async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(
@@ -450,7 +371,7 @@ async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(
 
 
 async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_server: MakeServer) -> None:
-    most = 1 << 20
+    most = 1 << 18
     server = await make_server(**{"chat.streams.max_stream_bytes": most})
     store, kept, size = server.owners.streams, 0, 0
     async with server.connect() as ws:
@@ -469,56 +390,3 @@ async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_server: Mak
     await server.simulator.until(lambda stats: stats.aborted == 1)
     await server.nothing_held()
     assert server.provider.stats().pool.open == 0
-
-
-async def test_a_stuck_upload_is_a_write_timeout(make_server: MakeServer) -> None:
-    limits = {**HTTP_CLIENT, "write_timeout": 0.3, "read_timeout": 3.0}
-    server = await make_server(
-        Behaviour(ignore_body=True), **{"llm.providers.sim.http_client": limits}
-    )
-    asked = {"model": "m", "messages": [{"role": "user", "content": "x" * 15_000_000}]}
-    body = io.BytesIO(json.dumps(asked).encode())
-    headers = {"Content-Type": "application/json"}
-    url = f"{server.v1}/chat/completions"
-
-    async with server.session.post(url, data=body, headers=headers) as response:
-        answer = await response.json()
-
-    assert (response.status, answer["error"]["code"]) == (504, "write_timeout")
-    assert response.headers["x-should-retry"] == "false"
-    assert await server.counted("provider_attempts", "outcome") == {("timeout",): 1}
-    await server.nothing_held()
-
-
-async def test_a_provider_that_is_not_there_is_a_connect_error(make_server: MakeServer) -> None:
-    server = await make_server()
-    await server.simulator.close()
-
-    seen = [
-        await over_websocket(server, "m"),
-        await over_sse(server, "m"),
-        await over_openai(server, "m"),
-        await over_openai(server, "m", stream=False),
-    ]
-
-    assert [answer.code for answer in seen] == ["connect_error"] * 4
-    assert seen[2].status == seen[3].status == 502
-    assert await server.counted("provider_attempts", "outcome") == {("connect_error",): 4}
-    await server.nothing_held()
-
-
-async def test_a_client_slower_than_the_read_timeout_gets_its_whole_answer(
-    make_server: MakeServer,
-) -> None:
-    limits = {**HTTP_CLIENT, "read_timeout": 0.3}
-    server = await make_server(
-        Behaviour(ttft=0, interval=0.02, tokens=30), **{"llm.providers.sim.http_client": limits}
-    )
-    body = {"model": "m", **CHAT, "stream": True}
-    async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
-        # It reads nothing until the provider is long done.
-        await server.simulator.until(lambda stats: stats.completed == 1)
-        await until(lambda: server.provider.stats().queue.inside == 0)
-        raw = await response.read()
-
-    assert raw.endswith(DONE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -93,19 +92,6 @@ async def test_a_dead_provider_is_back_with_the_first_event_on_every_face(
     await server.nothing_held()
 
 
-async def test_where_half_of_all_fail_the_other_half_is_answered(
-    make_server: MakeServer,
-) -> None:
-    server = await make_server()
-    # Five fail, five are answered, and so on: as many as would be without a breaker.
-    seen = [await over_openai(server, FLAPPING) for _ in range(6 * FAILURES)]
-    assert sum(answer.end == "complete" for answer in seen) == 3 * FAILURES
-    assert not (await server.counted("rejections", "code"))
-    assert await state(server) == SICK
-    assert [answer.end for answer in await ask_every_face(server, "m")] == ["complete"] * 4
-    await server.nothing_held()
-
-
 async def test_where_all_are_dead_each_face_says_so(make_server: MakeServer) -> None:
     async with Simulator(FAILING) as other:
         server = await make_server(
@@ -192,29 +178,3 @@ async def test_a_provider_faster_than_its_clients_is_done_with_before_them(
     assert raw.count(b'"content"') >= 3000
     await server.nothing_held()
     assert await server.counted("provider_attempts", "outcome") == {("ok",): 1}
-
-
-async def test_a_429_under_load_lets_nobody_in_before_its_time(make_server: MakeServer) -> None:
-    limits = {**HTTP_CLIENT, "max_retries": 3, "queue_timeout": 2.0}
-    server = await make_server(
-        Behaviour(fail_rate=1.0, fault="retry-after-90"),
-        **{"llm.providers.sim.http_client": limits},
-    )
-    first = await over_openai(server, "m")
-
-    many = await asyncio.gather(
-        *(over_openai(server, "m") for _ in range(20)),
-        *(over_websocket(server, "m", f"ws-{number}") for number in range(20)),
-        *(over_sse(server, f"m{number}") for number in range(5)),
-    )
-
-    assert {answer.code for answer in (first, *many)} == {"provider_rate_limited"}
-    assert server.simulator.stats().requests == 1, "no wave: nobody else is let through"
-    ends = await server.counted("requests", "face", "code")
-    assert ends == Counter(
-        {
-            (face, "provider_rate_limited"): count
-            for face, count in (("openai", 21), ("websocket", 20), ("sse", 5))
-        }
-    )
-    await server.nothing_held()

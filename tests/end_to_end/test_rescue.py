@@ -1,5 +1,5 @@
-"""What is made good where a provider fails: each fault on each face, streamed and whole, with what
-the caller sees, and how often each provider is asked.
+"""What is made good where a provider fails, and no answer can be continued: what the caller sees, and
+how often each provider is asked. tests/support/board.py has the faults with `continuation`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tests.support.scripted_faults import (
     cut,
     error_event,
     good,
-    no_done,
     nonsense,
+    over_responses,
     reset,
     silent,
     status,
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer
 
-LIMITED = status(429)
-LIMITED_FOR = status(429, b"Retry-After: 7")
-UNAVAILABLE = status(503)
-FILTERED = status(400, code="content_policy_violation")
 SILENCE = {"read_timeout": 0.3}
 CUT, MUTE, BAD = "provider_disconnected", "read_timeout", "provider_bad_response"
 
@@ -62,13 +58,9 @@ class Row(NamedTuple):
 
 
 FAULTS: dict[str, Row] = {
-    "429 with Retry-After": Row((LIMITED_FOR,), (1, 1)),
-    "429 without": Row((LIMITED,), (1, 1)),
     "500 once": Row((status(500), good), (2, 0)),
-    "503 always": Row((UNAVAILABLE,), (2, 1)),
-    "reset before the head, a new connection, once": Row((reset, good), (2, 0)),
+    "503 always": Row((status(503),), (2, 1)),
     "reset before the head, new connections, always": Row((reset,), (2, 1)),
-    "no answer": Row((silent,), (1, 1), limits=SILENCE),
     "no answer, a head": Row((after(None, silent),), (1, 1), limits=SILENCE),
     "no answer, a role": Row((after(0, silent),), (1, 1), limits=SILENCE),
     "cut before the first word": Row((after(0, cut),), (1, 1)),
@@ -85,23 +77,24 @@ FAULTS: dict[str, Row] = {
     "cut after 40 of 60 words": Row((after(40, cut),), (1, 0), CUT, ((1, 1), "")),
     "silent after 20 words": Row((after(20, silent),), (1, 0), MUTE, ((1, 1), ""), SILENCE),
     "an event that is no JSON": Row((after(20, nonsense),), (1, 0), BAD, ((1, 1), "")),
-    "no [DONE]": Row((no_done,), (1, 0)),
-    "context too long": Row((status(400, code="context_length_exceeded"),), (1, 1)),
-    "content policy": Row((FILTERED,), (1, 0), "provider_error"),
 }
 
 
-# Every fault on the face that all others stand on, streamed and whole; and on each face one of those
-# that are told apart there: a retry, a fallback, an error and a verdict before the first word, and
-# an answer that breaks off. The board has all faults on all faces, with `continuation`.
+# Every fault on the face that all others stand on, streamed and whole; on each face one of those
+# that are told apart there: an error and a verdict before the first word, and an answer that
+# breaks off; and on the face that the board lacks a retry and a fallback. The board has faults on
+# all other faces, with `continuation`.
 SHOWN = (
-    "500 once",
-    "503 always",
     "an error before the first word",
     "a verdict before the first word",
     "cut after 40 of 60 words",
 )
-CELLS = {*product(FAULTS, ("v1 streamed", "v1 whole")), *product(SHOWN, FACES)}
+ONLY_HERE = ("500 once", "503 always")
+CELLS = {
+    *product([name for name in FAULTS if name not in ONLY_HERE], ("v1 streamed", "v1 whole")),
+    *product(SHOWN, FACES),
+    *product(ONLY_HERE, ["responses"]),
+}
 
 
 @pytest.mark.parametrize(("name", "face"), sorted(CELLS))
@@ -128,36 +121,14 @@ async def test_each_fault_on_each_face(name: str, face: str, make_server: MakeSe
         assert seen.code == code or "No." in json.dumps(seen.error)
 
 
-@pytest.mark.parametrize("face", FACES)
-async def test_a_kept_connection_that_is_reset_is_seen_by_nobody(
-    face: str, make_server: MakeServer
-) -> None:
+async def test_a_kept_connection_that_is_reset_is_seen_by_nobody(make_server: MakeServer) -> None:
     first, second = Scripted(good, reset, good), Scripted(good)
     async with two(make_server, first, second, max_retries=0) as server:
         await over_openai(server, "m")
-        seen = await FACES[face][1](server, "m")
+        seen = await over_responses(server, "m")
 
     assert (seen.end, seen.text) == ("complete", TEXT)
     assert (first.asked, second.asked) == (3, 0)
-
-
-@pytest.mark.parametrize("face", [face for face in FACES if not face.startswith("responses")])
-async def test_an_outage_costs_nobody_an_answer_and_who_has_worked_is_paid(
-    face: str, make_server: MakeServer
-) -> None:
-    first, second = Scripted(UNAVAILABLE, UNAVAILABLE, good), Scripted(good)
-    async with two(make_server, first, second) as server:
-        seen = await FACES[face][1](server, "m")
-        back = await over_openai(server, "m")
-        attempts = [counted(server, each) for each in ("first", "second")]
-        tokens = await server.counted("tokens", "provider", "type")
-
-    assert (seen.text, back.text) == (TEXT, TEXT)
-    assert (first.asked, second.asked) == (3, 1)
-    assert attempts == [{"http_5xx": 2, "ok": 1}, {"ok": 1}]
-    # Nothing of the two attempts that were refused.
-    assert tokens["first", "input"] == 5
-    assert tokens["first", "output"] == 60
 
 
 async def test_a_slow_first_word_is_waited_for_and_comes_with_its_preamble(

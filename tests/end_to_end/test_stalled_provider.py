@@ -13,6 +13,7 @@ from rich.console import Console
 from aioserver.tools.top.feed import State
 from aioserver.tools.top.screen import render
 from tests.support.chat import STREAMED, chat, until_status
+from tests.support.logs import fields_of
 from tests.support.server import SILENT, SIM_HTTP_CLIENT
 from tests.support.simulator import Behaviour
 from tests.support.waiting import until
@@ -102,11 +103,6 @@ def drawn(stats: Any) -> str:
     return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
-def fields_of(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
-    lines: list[Any] = [line for line in caplog.records if line.getMessage() == event]
-    return [line.fields for line in lines]
-
-
 @pytest.mark.parametrize("face", FACES)
 async def test_a_silence_that_goes_on_is_shown_everywhere(
     face: str, make_server: MakeServer, caplog: pytest.LogCaptureFixture
@@ -158,9 +154,9 @@ async def test_a_silence_counts_until_the_answer_ends(
     async with asking(server, face):
         await stalled(server, FACES[face])
         lengthen_silences(server)
-    await until(lambda: len(fields_of(caplog, "request finished")) == CLIENTS)
+    await until(lambda: len(fields_of(caplog)) == CLIENTS)
 
-    finished = fields_of(caplog, "request finished")
+    finished = fields_of(caplog)
     assert all(fields["provider_gap_ms"] >= LATER * 1000 * 0.9 for fields in finished)
     assert all(fields.get("our_gap_ms", 0.0) < LATER * 1000 * 0.1 for fields in finished)
     assert shown(server)["providers"]["sim"]["silence"]["p50"] >= LATER * 0.9
@@ -204,10 +200,10 @@ async def test_a_provider_that_never_begins_to_answer_is_silent_as_well(
         await stalled(server, 0)
         lengthen_silences(server)
         trouble = shown(server)["providers"]["sim"]["trouble"]
-    await until(lambda: len(fields_of(caplog, "request finished")) == CLIENTS)
+    await until(lambda: len(fields_of(caplog)) == CLIENTS)
 
     assert trouble["text"] == f"sim has said nothing for 6 min to {CLIENTS} requests"
-    finished = fields_of(caplog, "request finished")
+    finished = fields_of(caplog)
     assert all(fields["provider_gap_ms"] >= LATER * 1000 * 0.9 for fields in finished)
     assert not any({"our_gap_ms", "first_token_ms"} & fields.keys() for fields in finished)
 

@@ -156,10 +156,13 @@ async def read_steadily(raw: Raw, mark: bytes) -> int:
     return count
 
 
-@pytest.mark.parametrize("buffer", BUFFERS)
 async def test_steady_readers_have_their_answers_to_the_end_on_each_face(
-    make_server: MakeServer, buffer: int | None
+    make_server: MakeServer,
 ) -> None:
+    await asyncio.gather(*(_read_all(make_server, buffer) for buffer in BUFFERS))
+
+
+async def _read_all(make_server: MakeServer, buffer: int | None) -> None:
     async with ScriptedProvider(play) as provider:
         server = await make_server(**changes(provider))
 
@@ -180,10 +183,13 @@ def _enough(count: int | BaseException) -> bool:
     return isinstance(count, int) and count >= SIZE * 0.9
 
 
-@pytest.mark.parametrize("passed_on", [False, True])
 async def test_a_provider_that_takes_an_upload_steadily_gets_all_of_it(
-    make_server: MakeServer, *, passed_on: bool
+    make_server: MakeServer,
 ) -> None:
+    await asyncio.gather(*(_upload(make_server, passed_on=each) for each in (False, True)))
+
+
+async def _upload(make_server: MakeServer, *, passed_on: bool) -> None:
     """Each step in which the kernel takes what is sent to it lasts longer than the timeout."""
     size, speed = 6_000_000, 3 << 18
     received = 0

@@ -14,6 +14,7 @@ from aioserver.auth.callers import Caller
 from tests.support.chat import CHAT, STREAMED, chat, resume, to_end, until_status, whole
 from tests.support.collector import collecting
 from tests.support.keys import bearer, key_of, keys_of
+from tests.support.logs import fields_of
 from tests.support.passing import answer
 from tests.support.raw import Raw
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
@@ -264,8 +265,8 @@ async def test_the_provider_gets_the_attempt_as_its_parent_and_the_log_names_the
     assert failed.attributes["http.response.status_code"] == 500
     assert not good.failed
     assert request.attributes["aioserver.attempts"] == 2
-    [line] = [record for record in caplog.records if record.getMessage() == "request finished"]
-    assert line.fields["trace_id"] == request.trace_id  # type: ignore[attr-defined]
+    [fields] = fields_of(caplog)
+    assert fields["trace_id"] == request.trace_id
 
 
 async def test_a_client_that_samples_no_trace_gets_none(tmp_path: Path) -> None:

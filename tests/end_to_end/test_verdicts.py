@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from aiohttp import web
 
-from aioserver.gateway.bridging import MAX_NAMES, ChatCapabilities
+from aioserver.gateway.bridging import ChatCapabilities
 from aioserver.gateway.continuation import ContinuationCapabilities
 from aioserver.protocol.request_headers import HOP, MAX_HOPS
-from aioserver.providers.request import Capabilities
-from aioserver.providers.verdicts import MAX_VERDICTS, VERDICT_FOR, Verdicts
+from aioserver.providers.verdicts import MAX_VERDICTS, VERDICT_FOR
 from aioserver.wings.anthropic.attempt import CountingCapabilities
 from aioserver.wings.anthropic.attempt import MessagesCapabilities as MessagesPath
 from aioserver.wings.responses.attempt import ResponsesCapabilities as ResponsesPath
@@ -24,10 +23,12 @@ from tests.support.clock import FakeClock
 from tests.support.faces import over_openai
 from tests.support.server import QUICK, provider_entry
 from tests.support.simulator import Simulator
+from tests.support.web_app import served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from aioserver.providers.request import Capabilities
     from tests.support.server import MakeServer, RunningServer
 
 ANSWER: dict[str, Any] = {
@@ -66,22 +67,14 @@ class Engine:
 
 
 @asynccontextmanager
-async def served(make_server: MakeServer) -> AsyncIterator[tuple[RunningServer, Engine]]:
+async def asking(make_server: MakeServer) -> AsyncIterator[tuple[RunningServer, Engine]]:
     """A server whose active provider is an engine."""
     engine, app = Engine(), web.Application()
     app.router.add_post("/v1/chat/completions", engine.complete)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-        entry = provider_entry(url, "m") | {"messages": "bridge", "responses": False}
-        yield (
-            await make_server(**{"llm.active": "engine", "llm.providers.engine": entry}),
-            engine,
-        )
-    finally:
-        await runner.cleanup()
+    async with served(app) as base:
+        entry = provider_entry(f"{base}/v1", "m") | {"messages": "bridge", "responses": False}
+        changes = {"llm.active": "engine", "llm.providers.engine": entry}
+        yield await make_server(**changes), engine
 
 
 async def ask(server: RunningServer, question: str, **headers: str) -> int:
@@ -118,7 +111,7 @@ async def test_a_request_that_is_refused_takes_the_provider_from_nobody_else(
         "402 Pay",
         "403 Moderated",
     }
-    async with served(make_server) as (server, _engine):
+    async with asking(make_server) as (server, _engine):
         if accepted:
             assert await ask(server, "Hello") == 200
 
@@ -132,7 +125,7 @@ async def test_a_request_that_is_refused_takes_the_provider_from_nobody_else(
 async def test_a_circle_that_no_client_has_made_is_the_provider_s(
     make_server: MakeServer,
 ) -> None:
-    async with served(make_server) as (server, _engine):
+    async with asking(make_server) as (server, _engine):
         assert await ask(server, "508 loop_detected") == 508
 
         assert server.provider_of("engine").stats().flagged
@@ -176,7 +169,7 @@ async def test_a_question_that_is_too_long_to_go_on_leaves_continuation_on_for_o
 async def test_a_value_that_an_engine_refuses_takes_the_word_from_nobody_else(
     make_server: MakeServer, first: str
 ) -> None:
-    async with served(make_server) as (server, engine):
+    async with asking(make_server) as (server, engine):
 
         async def effort(value: str) -> str | None:
             body = {"model": "m", "input": "Hello", "reasoning": {"effort": value}}
@@ -287,23 +280,6 @@ async def test_what_one_answer_has_shown_is_bounded_and_soon_forgotten(
         learn(capabilities, f"m{number}")
     assert known(capabilities, f"m{3 * MAX_VERDICTS - 1}")
     assert known(capabilities, "m0") is not keyed
-
-
-def kinds_of(kind: type[Capabilities]) -> list[type[Capabilities]]:
-    return [kind, *(each for one in kind.__subclasses__() for each in kinds_of(one))]
-
-
-async def test_whatever_is_learned_of_a_provider_is_a_verdict(make_server: MakeServer) -> None:
-    server = await make_server()
-    # What the provider itself chooses, or is bounded by MAX_NAMES and only logged.
-    others = {"name", "_name", "never", "learns", "reasoning_field", "_left_out"}
-    for kind in kinds_of(Capabilities):
-        capabilities = kind(settings_of(server))
-        for name, value in vars(capabilities).items():
-            assert isinstance(value, Verdicts) or name in others, (kind, name)
-    capabilities = ChatCapabilities(settings_of(server))
-    capabilities.note_left_out(dict.fromkeys(f"t{number}" for number in range(3 * MAX_NAMES)))
-    assert len(vars(capabilities)["_left_out"]) == MAX_NAMES
 
 
 async def test_what_was_learned_of_one_model_says_nothing_of_another(

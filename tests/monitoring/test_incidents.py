@@ -156,6 +156,15 @@ def test_trouble_is_reported_when_it_begins_and_when_it_ends() -> None:
     assert by_tick == [[], [("error", "groq is silent")], [], [("info", "groq speaks again")]]
 
 
+def test_trouble_that_lasts_is_reported_once() -> None:
+    detector = Detector()
+
+    by_tick = [troubled(detector, float(now), "groq") for now in range(3 * int(QUIET))]
+
+    assert by_tick[0] == [("error", "groq is silent")]
+    assert not any(by_tick[1:])
+
+
 @pytest.mark.parametrize(
     ("kind", "severity", "end"),
     [

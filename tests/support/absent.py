@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from tests.support.writing import write
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 
 class AbsentProvider:
@@ -30,12 +27,7 @@ class AbsentProvider:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         self._socket.close()
         if self._server is not None:
             self._server.close()

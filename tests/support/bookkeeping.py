@@ -27,6 +27,7 @@ from aioserver.usage.ledger_reader import RUNNING
 from tests.support.ledgers import entries_of
 from tests.support.process import serving
 from tests.support.server import provider_entry
+from tests.support.web_app import served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -140,14 +141,8 @@ class Books:
         """Serve the providers `first` and `second`; yield the address in front of their names."""
         app = web.Application()
         app.router.add_post("/{name}/v1/chat/completions", self.answer)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        try:
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-        finally:
-            await runner.cleanup()
+        async with served(app, shutdown_timeout=1.0) as base:
+            yield base
 
 
 def _event(choices: list[dict[str, Any]], **more: Any) -> bytes:

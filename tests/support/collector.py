@@ -18,6 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as WrittenSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from tests.support.waiting import until
+from tests.support.web_app import served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -134,12 +135,5 @@ async def collecting() -> AsyncIterator[Collector]:
     collector = Collector()
     app = web.Application(client_max_size=1 << 24)
     app.router.add_post("/v1/traces", collector.take)
-    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    collector.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    try:
+    async with served(app) as collector.url:
         yield collector
-    finally:
-        await runner.cleanup()

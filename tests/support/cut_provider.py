@@ -18,6 +18,7 @@ import orjson
 from aiohttp import web
 
 from aioserver.wings.simulator.exchange import reset
+from tests.support.web_app import served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -197,12 +198,5 @@ async def cut_provider() -> AsyncIterator[CutProvider]:
     provider = CutProvider()
     app = web.Application()
     app.router.add_post("/{name}/v1/{path:.+}", provider.answer)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    try:
-        await site.start()
-        provider.base = f"http://127.0.0.1:{site.port}"
+    async with served(app, shutdown_timeout=1.0) as provider.base:
         yield provider
-    finally:
-        await runner.cleanup()

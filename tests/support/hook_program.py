@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from tests.support.web_app import served
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -97,16 +99,9 @@ async def hook_program(**behaviour: Any) -> AsyncIterator[HookProgram]:
     program = HookProgram(**behaviour)
     app = web.Application(client_max_size=1 << 26)
     app.router.add_post("/hook", program.serve)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0][:2]
-        program.url = f"http://{host}:{port}/hook"
+    async with served(app) as base:
+        program.url = f"{base}/hook"
         yield program
-    finally:
-        await runner.cleanup()
 
 
 def entry(program: HookProgram | str, name: str = "guard", **more: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
+from tests.support.web_app import served
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -97,16 +99,9 @@ async def issuer_server(*keys: SigningKey) -> AsyncIterator[IssuerServer]:
     issuer = IssuerServer(*keys)
     app = web.Application()
     app.router.add_get("/jwks", issuer.answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    assert runner.addresses
-    issuer.url = f"http://127.0.0.1:{runner.addresses[0][1]}/jwks"
-    try:
+    async with served(app) as base:
+        issuer.url = f"{base}/jwks"
         yield issuer
-    finally:
-        await runner.cleanup()
 
 
 def jwt_settings(url: str, **changes: Any) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    import pytest
 
 # A machine with other work makes the loop late, which is an error in the log of a server.
 LATE = "the event loop was "
@@ -24,3 +26,11 @@ def errors(records: Iterable[logging.LogRecord]) -> list[logging.LogRecord]:
 def without_lateness(log: str) -> str:
     """Return the lines of *log* that say nothing of a loop that was late."""
     return "\n".join(line for line in log.splitlines() if LATE not in line)
+
+
+def fields_of(
+    caplog: pytest.LogCaptureFixture, event: str = "request finished"
+) -> list[dict[str, Any]]:
+    """Return the fields of each line of *event*."""
+    lines = [record for record in caplog.records if record.getMessage() == event]
+    return [record.__dict__.get("fields", {}) for record in lines]

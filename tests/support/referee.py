@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import orjson
 from aiohttp import web
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 CHUNKS = 4
 
@@ -38,12 +35,7 @@ class Referee:
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
         return self
 
-    async def __aexit__(
-        self,
-        _kind: type[BaseException] | None,
-        _exc: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         await self._runner.cleanup()
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:

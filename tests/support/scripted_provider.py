@@ -19,7 +19,6 @@ from tests.support.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-    from types import TracebackType
 
     from aioserver.providers.connections import PooledConnection
 
@@ -129,12 +128,7 @@ class ScriptedProvider:
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         assert self._server is not None
         self._server.close()
         self._closing = True

@@ -20,7 +20,6 @@ from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
-    from types import TracebackType
 
     SocketScript = Callable[["SocketPeer"], Awaitable[None]]
     ResponseScript = Callable[["ResponsePeer"], Awaitable[web.StreamResponse | None]]
@@ -178,12 +177,7 @@ class ScriptedServer:
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         assert self._runner is not None
         await self._runner.cleanup()
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from tests.support.web_app import served
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
@@ -67,15 +69,8 @@ async def telling() -> AsyncIterator[TellingProvider]:
     """Run such a provider, which does not pause."""
     provider = TellingProvider()
     provider.go_on.set()
-    app = web.Application(handler_args={"handler_cancellation": True})
+    app = web.Application()
     app.router.add_post("/v1/chat/completions", provider.answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0][:2]
-        provider.base_url = f"http://{host}:{port}/v1"
+    async with served(app) as base:
+        provider.base_url = f"{base}/v1"
         yield provider
-    finally:
-        await runner.cleanup()

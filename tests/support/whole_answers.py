@@ -13,6 +13,7 @@ from tests.support.scripted_provider import (
     ScriptedProvider,
     chunk,
 )
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -56,3 +57,18 @@ def unsent(server: RunningServer) -> int:
     return sum(
         transport.get_write_buffer_size() for transport in transports if transport is not None
     )
+
+
+async def until_dropped(server: RunningServer, clients: int) -> int:
+    """Wait until so many *clients* were dropped that read nothing; return the most bytes that have
+    waited in our transports meanwhile.
+    """
+    most = 0
+
+    def dropped() -> bool:
+        nonlocal most
+        most = max(most, unsent(server))
+        return server.context.metrics.slow_clients.value == clients
+
+    await until(dropped, 30, server.held)
+    return most

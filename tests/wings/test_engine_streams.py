@@ -54,7 +54,7 @@ RESPONSE: Any = {
 }
 GOOD = [stream for stream in STREAMS if not stream.fault]
 # Runs with random ends of reads, beside one where each byte is a read.
-RUNS = 10
+RUNS = 3
 
 
 def message_request() -> Any:
