@@ -45,7 +45,6 @@ class Place:
             self.health,
             self.scheduler,
             loop.time,
-            lambda _bid: None,
         )
 
     @property
@@ -184,7 +183,7 @@ async def test_a_trial_is_told_to_the_breaker_though_nobody_has_heard_of_its_sta
 
 async def test_both_classes_wait_as_long_for_a_place_in_the_background() -> None:
     place = Place(queue_timeout=30.0)
-    inside = [place.capacity.resource.try_start(Ticket()) for _ in range(place.capacity.limit)]
+    inside = [place.capacity.resource.try_start(Ticket()) for _ in range(place.capacity.places[1])]
     part = place.capacity.part(background=True)
     half = [part.try_start(Ticket()) for _ in range(part.limit)]
     assert None not in inside
@@ -230,7 +229,7 @@ async def test_places_in_the_background_are_fair_by_work() -> None:
 async def test_a_rest_of_the_pace_tells_those_whom_it_makes_too_late() -> None:
     place = Place(queue_timeout=30.0)
     capacity = place.capacity
-    inside = [capacity.resource.try_start(Ticket()) for _ in range(capacity.limit)]
+    inside = [capacity.resource.try_start(Ticket()) for _ in range(capacity.places[1])]
     patient, _ = place.wait()
     hasty, _ = place.wait(waited=25.0)
     movable, _ = place.wait(movable=True)
