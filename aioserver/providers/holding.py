@@ -33,6 +33,7 @@ from aioserver.protocol.eventstream import Splitter, utf8
 from aioserver.protocol.json_body import ANYTHING
 from aioserver.protocol.parts import Choices, Part
 from aioserver.protocol.request_headers import TURN
+from aioserver.protocol.transcript import loaded
 from aioserver.streams.fast_path import (
     ERROR_NAME,
     FINISH,
@@ -105,6 +106,7 @@ class Holding(Splitter):
 
         Raises:
             EventTooLong: as there.
+            BadEvent: an event is not JSON, and those before it are held.
             AioserverError: the sink has failed at events that were let go.
         """
         if self._fault is not None:
@@ -202,6 +204,10 @@ class Holding(Splitter):
             if choices is not None:
                 choices.note(data)
             if part is Part.ERROR:
+                if self.held:
+                    # An event that is not JSON ends the attempt here: a sink that passes bytes may
+                    # not notice, and would show the rest of a turn without its beginning.
+                    loaded(data)
                 # The sink gets it alone, and ends the answer by it.
                 self.drop()
                 self._passes = True
