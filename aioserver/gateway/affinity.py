@@ -139,13 +139,13 @@ def _first_fit(members: Sequence[Member], ranked: Sequence[Member]) -> Member | 
     """
     under_way = limits = 0
     for member in members:
-        inside, limit = member.provider.places
+        inside, limit = member.provider.capacity.places
         under_way += inside
         limits += limit
     share = OVERLOAD * under_way / max(1, limits)
     for member in ranked:
-        inside, limit = member.provider.places
-        if inside <= share * limit + SPARE and member.provider.well:
+        inside, limit = member.provider.capacity.places
+        if inside <= share * limit + SPARE and member.provider.capacity.well:
             return member
     return None
 

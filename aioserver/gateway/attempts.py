@@ -49,8 +49,7 @@ from aioserver.provider_errors import (
     RequestNotBridged,
 )
 from aioserver.providers.breaker import TRIAL_INTERVAL
-from aioserver.providers.health import KEY_FAULTS
-from aioserver.providers.provider import WAIT
+from aioserver.providers.health import KEY_FAULTS, WAIT
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from aioserver.provider_errors import (
     ProviderFault,
     ProviderPaced,
 )
-from aioserver.providers.provider import WAIT, enter, granted, leave
+from aioserver.providers.health import WAIT
+from aioserver.providers.provider import enter, granted, leave
 from aioserver.telemetry.outcome import NONE, GroupStart
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class Candidates:
             if only is not None and self._settled:
                 member, provider = only, only.provider
                 attempt = self._attempt(only, self.model, again=again, fallback=fallback)
-                provider.look_at(attempt)
+                provider.capacity.check(movable=attempt.fallback)
                 if (grant := enter(attempt, (provider.bid(attempt, parked),))) is None:
                     grant = await granted(attempt, (provider,))
             else:
@@ -327,7 +328,7 @@ class Candidates:
         cooling: list[Member] = []
         for member, attempt in self._attempts.items():
             try:
-                member.provider.look_at(attempt)
+                member.provider.capacity.check(movable=attempt.fallback)
             except ProviderFault as refusal:
                 refusals.append(refusal)
                 if isinstance(refusal, ProviderPaced):
@@ -356,7 +357,7 @@ class Candidates:
             attempt = self._attempt(member, member.asked_model, again=False, fallback=True)
             self._attempts[member] = attempt
             with suppress(ProviderFault):
-                member.provider.look_at(attempt)
+                member.provider.capacity.check(movable=attempt.fallback)
                 bid = member.provider.bid(attempt)
                 self._bids[bid] = member
                 member.provider.join(attempt, bid)
@@ -447,8 +448,8 @@ class Candidates:
         """Whether the request waits for its only provider, which is away, to come back."""
         if not self.left:
             return False
-        provider = self.left[0].provider
-        return provider.health.breaker.dead and provider.kept_until_back
+        health = self.left[0].provider.health
+        return health.breaker.dead and health.away
 
     def awaited(self, fault: ProviderFault) -> Member | None:
         """Return the member for whose return the request may wait, if no member is available now;

@@ -574,8 +574,7 @@ def _candidates(
         (provider, model)
         for provider, model in order
         if provider.settings.usable
-        and not provider.health.breaker.dead
-        and not provider.health.flagged
+        and provider.health.available
         and (anew or _continues(provider, model))
     ]
     same = [each for each in able if each[0].name == broken]

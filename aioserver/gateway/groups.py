@@ -326,7 +326,7 @@ def load(member: Member) -> tuple[float, float]:
     """Return the sort key of the least busy member: its share of taken places, then the time of
     its newest start.
     """
-    inside, limit = member.provider.places
+    inside, limit = member.provider.capacity.places
     return inside / max(1, limit), member.started_at
 
 
@@ -340,5 +340,4 @@ def well(member: Member) -> bool:
     """Return whether the provider of *member* is available: neither sick nor dead, with its key
     accepted.
     """
-    health = member.provider.health
-    return health.available and not health.breaker.sick
+    return member.provider.health.well

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.parts import Parts
     from aioserver.protocol.transcript import Tokens, Transcript
     from aioserver.providers.backpressure import Backpressure
+    from aioserver.providers.capacity import Capacity
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import Api, Capabilities, ProviderRequest
     from aioserver.providers.upload import Body
@@ -88,14 +89,11 @@ class AttemptedProvider(Protocol):
     max_response_bytes: int
     backpressure: Backpressure
     scheduler: Scheduler
+    capacity: Capacity
 
     @property
     def costs(self) -> Estimating:
         """The estimator of costs there."""
-
-    @property
-    def waiting(self) -> int:
-        """The number of requests that wait for a place that other requests hold."""
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer; *attempt* has its status and headers."""
@@ -237,7 +235,7 @@ class Attempt:
     @property
     def waiting(self) -> int:
         """The number of requests that wait there for a place that others hold."""
-        return self.provider.waiting
+        return self.provider.capacity.held_up
 
     @property
     def unread(self) -> bool:

@@ -335,7 +335,6 @@ class Capacity:
         health: Health,
         scheduler: Scheduler,
         clock: Callable[[], float],
-        look: Callable[[Bid], ProviderFault | None],
         shared: SharedCapacity | None = None,
     ) -> None:
         self._name, self._limits, self._health = name, limits, health
@@ -351,7 +350,7 @@ class Capacity:
             serve=scheduler.serve,
             clock=scheduler.time,
             keeps=self._is_dead,
-            look=look,
+            look=self._look,
             reopens=lambda: health.retry_after,
             classes=BOTH_CLASSES,
         )
@@ -395,6 +394,52 @@ class Capacity:
             self._background = self._make_background()
         return self._background
 
+    def check(self, *, movable: bool) -> None:
+        """Refuse a request if the provider is not asked now; *movable*: another one can answer it.
+
+        Raises:
+            ProviderFault: the provider is not healthy, and the request cannot be its next trial.
+            ProviderPaced: the provider is cooling down for longer than a *movable* request waits
+                before it fails over.
+        """
+        health = self._health
+        if not (movable or health.breaker.dead or health.flagged_until):
+            return
+        if health.away and not movable:
+            return
+        health.check(alternative=movable)
+        if health.breaker.dead and self.waiting:
+            # The request that has waited longest is the next trial.
+            raise health.refusal()
+        if movable and self.cooling:
+            raise self.paced_fault(self.pace.cooling)
+
+    @property
+    def cooling(self) -> bool:
+        """Whether the provider is cooling down for longer than FAILOVER_WAIT."""
+        return self.pace.cooling > FAILOVER_WAIT
+
+    @property
+    def well(self) -> bool:
+        """Whether the provider is healthy, and not cooling down."""
+        return self._health.well and not self.cooling
+
+    def told_dead(self, *, unreachable: bool) -> None:
+        """Learn that another instance has found the provider dead."""
+        if self._health.breaker.told_dead(unreachable=unreachable):
+            self.refuse_waiting()
+
+    def told_alive(self) -> None:
+        """Learn that the provider has answered another instance."""
+        if self._health.breaker.told_alive():
+            self.resume()
+
+    def refuse_waiting(self) -> None:
+        """Refuse the requests that cannot wait for the return of the provider, since none may start
+        now.
+        """
+        self.refuse(self._health.refusal, movable_only=self._health.away)
+
     def paced_fault(self, wait: float) -> ProviderPaced:
         """Return the fault of a request that cannot wait for *wait* seconds until its start."""
         limits = self._limits
@@ -420,6 +465,11 @@ class Capacity:
             lambda: self.paced_fault(delay),
             lambda bid: bid.until < earliest_start or (bid.movable and delay > FAILOVER_WAIT),
         )
+
+    def cool_down(self, seconds: float) -> None:
+        """Start nothing for *seconds*, since the provider has asked for a pause."""
+        self.pace.cool_down(seconds)
+        self.refuse_late()
 
     def told_cooling(self, seconds: float) -> None:
         """Start nothing for *seconds*, since the provider has asked another instance for a pause."""
@@ -454,9 +504,10 @@ class Capacity:
         return self.resource.places.inside
 
     @property
-    def limit(self) -> int:
-        """The number of places."""
-        return self.resource.places.limit
+    def places(self) -> tuple[int, int]:
+        """The number of taken places, and the number of all places."""
+        places = self.resource.places
+        return places.inside, places.limit
 
     @property
     def waiting(self) -> int:
@@ -475,6 +526,14 @@ class Capacity:
         here.
         """
         return int(self._shared is not None and self.full and self._shared.starving)
+
+    @property
+    def held_up(self) -> int:
+        """The number of requests that wait for a place that other requests hold; requests in other
+        instances are included, as far as they are known. A place of another instance that may be
+        free is nobody's.
+        """
+        return self.waiting + self.waiting_elsewhere if self.full else 0
 
     @property
     def background(self) -> tuple[int, int]:
@@ -505,6 +564,14 @@ class Capacity:
         """Return a snapshot."""
         return self.resource.stats()
 
+    def _look(self, bid: Bid) -> ProviderFault | None:
+        """Return the fault of *bid* if the provider is not asked any more, else None."""
+        try:
+            self.check(movable=bid.movable)
+        except ProviderFault as fault:
+            return fault
+        return None
+
     def _is_dead(self) -> bool:
         return self._health.breaker.dead
 
@@ -519,7 +586,7 @@ class Capacity:
             serve=self._scheduler.serve,
             clock=self._scheduler.time,
             keeps=self._is_dead,
-            look=outer.look,
+            look=self._look,
             classes=BACKGROUND_CLASSES,
             within=outer,
         )

@@ -1,9 +1,22 @@
 """Whether a provider is asked: not while it is dead or refuses our key, and not after it was
 removed.
 
-The breaker of a dead provider keeps requests away from it, except for trials. A provider that
-refuses our key is flagged, for 5 minutes or until a reload: no client's request would fare better.
-So is a provider whose certificate is invalid, or whose address leads back to this server.
+The states in which a provider is not well, each with the object that knows it, and what becomes of
+a request:
+
+    removed     `Health`            refused: the configuration does not name the provider any more
+    flagged     `Health`            refused, for 5 minutes or until a reload
+    dead        `Health.breaker`    refused, except for trials
+    away        `Health`            dead, since it cannot be reached; with `when_down: wait` a
+                                    request that no other provider can answer waits
+    cooling     `Capacity.pace`     waits, or goes elsewhere if another provider can answer it
+    sick        `Health.breaker`    goes elsewhere if another provider can answer it, except for
+                                    trials
+    silent      `SilenceMeter`      as ever: a silence is reported, and ends in a timeout at most
+
+`Capacity.check` decides by all of them. A provider that refuses our key is flagged: no client's
+request would fare better. So is a provider whose certificate is invalid, or whose address leads
+back to this server.
 
 A refusal that may be about one request does not flag a provider that has accepted its key:
 otherwise one client could stop the provider for all. Such refusals are a 403 (a text that
@@ -38,6 +51,8 @@ if TYPE_CHECKING:
 
     from aioserver.telemetry.metrics import ProviderMeter
 
+# The value of `when_down` with which requests wait.
+WAIT = "wait"
 KEY_FAULTS = (ProviderAuthError, CertificateFault, ProviderLeadsBack)
 
 
@@ -63,6 +78,7 @@ class Health:
     Always: a provider that was removed is not asked, whatever its breaker says.
 
     *observer* is called with what this instance learns, not with what others report to `breaker`.
+    *waits*: requests may wait for the return of a provider that is away.
     """
 
     def __init__(
@@ -71,7 +87,10 @@ class Health:
         meter: ProviderMeter,
         clock: Callable[[], float] = time.monotonic,
         observer: ProviderObserver = ALONE,
+        *,
+        waits: bool = False,
     ) -> None:
+        self.waits = waits
         self._name = name
         self._meter = meter
         self._clock = clock
@@ -96,6 +115,19 @@ class Health:
     def available(self) -> bool:
         """Whether the provider is asked like any other: it is not dead, flagged or removed."""
         return not (self.breaker.dead or self.flagged)
+
+    @property
+    def well(self) -> bool:
+        """Whether the provider is available, and not sick."""
+        return self.available and not self.breaker.sick
+
+    @property
+    def away(self) -> bool:
+        """Whether requests that no other provider can answer wait for the return of the provider,
+        which is dead.
+        """
+        dead = self.breaker.dead and self.breaker.unreachable
+        return dead and self.waits and not self.flagged
 
     @property
     def state(self) -> str:
@@ -132,7 +164,7 @@ class Health:
             ProviderFlagged, LoopFlagged: the provider has refused our key, or led back to us.
             CircuitOpen: the provider is dead, and no trial may start now.
         """
-        if self.flagged_until and self.flagged:
+        if self.flagged:
             raise self.refusal()
         if self.breaker.dead:
             self._alternative = alternative
@@ -192,8 +224,11 @@ class Health:
             self.observer.died(unreachable=self.breaker.unreachable)
         return died
 
-    def reset(self, *, new_address: bool, new_key: bool) -> None:
-        """Forget what new settings make doubtful; a key that was refused is tried again."""
+    def reset(self, *, new_address: bool, new_key: bool, waits: bool) -> None:
+        """Forget what new settings make doubtful; a key that was refused is tried again. *waits*:
+        see the class.
+        """
+        self.waits = waits
         self._removed, self.flagged_until = False, 0.0
         if new_address:
             # The failures belong to another address.

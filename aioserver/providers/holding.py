@@ -25,13 +25,15 @@ import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING, Self
 
-import orjson
+import msgspec
 
 from aioserver.errors import AioserverError, ServerAtCapacity
 from aioserver.protocol import eventstream
-from aioserver.protocol.eventstream import Splitter
+from aioserver.protocol.eventstream import Splitter, utf8
+from aioserver.protocol.json_body import ANYTHING
 from aioserver.protocol.parts import Choices, Part
 from aioserver.protocol.request_headers import TURN
+from aioserver.protocol.transcript import loaded
 from aioserver.streams.fast_path import (
     ERROR_NAME,
     FINISH,
@@ -104,6 +106,7 @@ class Holding(Splitter):
 
         Raises:
             EventTooLong: as there.
+            BadEvent: an event is not JSON, and those before it are held.
             AioserverError: the sink has failed at events that were let go.
         """
         if self._fault is not None:
@@ -201,6 +204,10 @@ class Holding(Splitter):
             if choices is not None:
                 choices.note(data)
             if part is Part.ERROR:
+                if self.held:
+                    # An event that is not JSON ends the attempt here: a sink that passes bytes may
+                    # not notice, and would show the rest of a turn without its beginning.
+                    loaded(data)
                 # The sink gets it alone, and ends the answer by it.
                 self.drop()
                 self._passes = True
@@ -240,26 +247,28 @@ class Holding(Splitter):
 
     def _goes_on(self, block: bytes) -> bool:
         """Hold *block* if it is one event that goes on with what is held, as most are, and return
-        whether it is. It costs a third of `_take`.
+        whether it is. It costs a tenth of `_take`.
         """
         opening = self._parts.opening.match(block)
         size = len(self.held) + len(block)
         if opening is None or size > self.max_held or size - self._counted_size >= COUNT_STEP:
             return False
         # Not a regular expression: over all bytes it takes ten times as long.
-        find, begin, end = block.find, opening.end() - 1, len(block) - 2
+        find, begin = block.find, opening.end() - 1
         if (
             not block.endswith(b"}\n\n")
-            or find(b"\n", begin) != end
+            or find(b"\n", begin) != len(block) - 2
             or find(b"\r", begin) >= 0
             or find(ERROR_NAME, begin) >= 0
             or find(FINISH, begin) >= 0
             or find(FINISH_SPACED, begin) >= 0
+            or not (block.isascii() or utf8(block))
         ):
             return False
         try:
-            orjson.loads(block[begin:end])
-        except orjson.JSONDecodeError:
+            # It makes no object of what is in the event: to load it takes ten times as long.
+            ANYTHING.decode(block[begin:])
+        except (msgspec.DecodeError, RecursionError):
             return False
         self.held += block
         self.unseen += 1

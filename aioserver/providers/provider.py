@@ -43,17 +43,11 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.breaker import Trials
-from aioserver.providers.capacity import (
-    FAILOVER_WAIT,
-    Capacity,
-    RetryBudget,
-    RetryBudgetStats,
-    Trial,
-)
+from aioserver.providers.capacity import Capacity, RetryBudget, RetryBudgetStats, Trial
 from aioserver.providers.connections import PooledConnection
 from aioserver.providers.costs import Costs, paced_tokens
 from aioserver.providers.exchange import Exchange
-from aioserver.providers.health import ALONE, Health
+from aioserver.providers.health import ALONE, WAIT, Health
 from aioserver.providers.pool import PoolStats
 from aioserver.providers.pools import Pools
 from aioserver.providers.request import Capabilities
@@ -80,8 +74,6 @@ if TYPE_CHECKING:
     from aioserver.telemetry.outcome import Outcome
 
 M = TypeVar("M", bound="Capabilities")
-# The value of `when_down` with which requests wait.
-WAIT = "wait"
 
 
 class PaceStats(msgspec.Struct, frozen=True):
@@ -149,19 +141,19 @@ class Provider:
         # Its capabilities, as each API has learned them.
         self._capabilities: dict[type[Capabilities], Capabilities] = {}
         self.clock = clock
-        self.health = Health(settings.name, self.meter, clock, observer)
+        self.health = Health(
+            settings.name, self.meter, clock, observer, waits=settings.when_down == WAIT
+        )
         self.capacity = Capacity(
             settings.name,
             settings.http_client,
             self.health,
             self.scheduler,
             clock,
-            self._look_again,
             None
             if share is None
             else share(self.scheduler, self.name, self.health, clock, self.make_room),
         )
-        self._pace = self.capacity.pace
         self._usage = Usage() if usage is None else usage
         self.costs = Costs(
             self.name,
@@ -171,7 +163,8 @@ class Provider:
             clock,
         )
         self.backpressure = Backpressure(
-            lambda: self.capacity.waiting + self.capacity.waiting_elsewhere, lambda: self.waiting
+            lambda: self.capacity.waiting + self.capacity.waiting_elsewhere,
+            lambda: self.capacity.held_up,
         )
         # Attempts that run.
         self._running = 0
@@ -210,28 +203,17 @@ class Provider:
             self.max_response_bytes = max_response_bytes
             self._drained = None
             self._capabilities.clear()
-            self.health.reset(new_address=new_address, new_key=new_key)
+            waits = settings.when_down == WAIT
+            self.health.reset(new_address=new_address, new_key=new_key, waits=waits)
             if new_address or new_key:
-                self._pace.forget()
+                self.capacity.pace.forget()
             self.capacity.apply_limits(settings.http_client)
-            if self.health.breaker.dead and settings.when_down != WAIT:
+            if self.health.breaker.dead and not waits:
                 self.capacity.refuse(self.health.refusal)
             if new_address:
                 self.capacity.resume()
 
         return apply
-
-    def look_at(self, attempt: Attempt) -> None:
-        """Refuse *attempt* if the provider is not asked now.
-
-        Raises:
-            ProviderFault: the provider is not healthy, and the attempt cannot be its next trial.
-            ProviderPaced: the provider is cooling down for longer than *attempt* waits before it
-                fails over.
-        """
-        health = self.health
-        if health.breaker.dead or health.flagged_until or attempt.fallback:
-            self._check(fallback=attempt.fallback)
 
     def bid(self, attempt: Attempt, parked: float | None = None) -> Bid:
         """Return a bid of *attempt* for a place here. *parked*: the seconds until the bid joins the
@@ -252,14 +234,10 @@ class Provider:
                 bid.not_before = self.scheduler.time() + parked
         return bid
 
-    def waits(self) -> None:
-        """Note that a request begins to wait for a place here."""
-        self.make_room()
-
     def join(self, attempt: Attempt, bid: Bid) -> None:
         """Let the request of *attempt*, which waits elsewhere already, *bid* here, too."""
         self.scheduler.join(attempt.request.ticket, bid)
-        self.waits()
+        self.make_room()
 
     async def run(self, attempt: Attempt, grant: Grant | None = None) -> None:
         """Run *attempt*: send the request, and receive the answer.
@@ -274,7 +252,7 @@ class Provider:
         error: BaseException | None = None
         try:
             if grant is None:
-                self.look_at(attempt)
+                self.capacity.check(movable=attempt.fallback)
                 bids = (self.bid(attempt),)
                 if (grant := enter(attempt, bids)) is None:
                     grant = await granted(attempt, (self,))
@@ -288,8 +266,12 @@ class Provider:
             # A connection may have been kept for this request.
             self.pools.pool.trim()
             # A fault without an outcome comes from our own pace, not from the provider.
-            if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:
-                self._rate_limited(attempt, exc)
+            if (
+                isinstance(exc, ProviderRateLimited)
+                and exc.attempt_outcome
+                and not self._outdated(attempt)
+            ):
+                self.capacity.cool_down(exc.retry_after or 0.0)
             raise
         finally:
             try:
@@ -324,13 +306,13 @@ class Provider:
             # It may have died, or begun to limit us, during the wait.
             if self.health.breaker.dead:
                 raise self.health.refusal()
-            self.look_at(attempt)
+            self.capacity.check(movable=attempt.fallback)
         attempt.began = self.clock()
         attempt.started()
         if attempt.unread and self._lifetime is not None:
             # A retry or a failover of an answer without a reader: another request may wait for the
             # place.
-            self._lifetime.make_room(self.name, self.waiting)
+            self._lifetime.make_room(self.name, self.capacity.held_up)
 
     def _end(self, attempt: Attempt, grant: Grant | None, error: BaseException | None) -> None:
         """Give the place back, record the attempt's cost, and learn from its end, in this order:
@@ -357,7 +339,7 @@ class Provider:
                         spent, attempt.expected_tokens = paced_tokens(attempt, cost), 0
                     elif not request.estimated and cost is not None and cost.source == PROVIDER:
                         # These tokens were not expected.
-                        self._pace.charge(paced_tokens(attempt, cost))
+                        self.capacity.pace.charge(paced_tokens(attempt, cost))
                     grant.release(0 if cost is None else cost.work, spent)
             finally:
                 if self._drained is not None and not self.capacity.inside:
@@ -370,7 +352,7 @@ class Provider:
         """
         if self._outdated(attempt):
             return
-        if self._pace.learn(attempt.headers) and self.capacity.waiting:
+        if self.capacity.pace.learn(attempt.headers) and self.capacity.waiting:
             self.capacity.refuse_late()
 
     def answered(self, attempt: Attempt) -> None:
@@ -402,13 +384,13 @@ class Provider:
     def stats(self) -> ProviderStats:
         """Return a snapshot."""
         now = asyncio.get_running_loop().time()
-        pace = PaceStats(self._pace.per_minute, self._pace.left, self._pace.cooling)
+        pace = self.capacity.pace
         return ProviderStats(
             self.name,
             self.settings.usable,
             self.capacity.stats(),
             self.pools.stats(),
-            pace,
+            PaceStats(pace.per_minute, pace.left, pace.cooling),
             self.health.state,
             self.health.flagged,
             self.health.next_try(waited_for=self.capacity.waiting > 0),
@@ -427,44 +409,6 @@ class Provider:
         """
         closing = error or (lambda: NoProvider(f"{self.name} is closing"))
         self.capacity.close(closing, finishes=error is not None)
-
-    @property
-    def waiting(self) -> int:
-        """The number of requests that wait for a place that other requests hold; requests in other
-        instances are included, as far as they are known. A place of another instance that may be
-        free is nobody's.
-        """
-        capacity = self.capacity
-        return capacity.waiting + capacity.waiting_elsewhere if capacity.full else 0
-
-    @property
-    def background(self) -> tuple[int, int]:
-        """The number of background answers that have a place or are the next to get one, and the
-        number of background answers that wait for others to end.
-        """
-        return self.capacity.background
-
-    @property
-    def places(self) -> tuple[int, int]:
-        """The number of taken places, and the number of all places."""
-        return self.capacity.inside, self.capacity.limit
-
-    @property
-    def well(self) -> bool:
-        """Whether it is healthy: not sick, not dead, its key accepted, not cooling down."""
-        health = self.health
-        breaker = health.breaker
-        return not (breaker.sick or breaker.dead or health.flagged or self.cooling)
-
-    @property
-    def cooling(self) -> bool:
-        """Whether it is cooling down for longer than FAILOVER_WAIT."""
-        return self._pace.cooling > FAILOVER_WAIT
-
-    @property
-    def busy(self) -> bool:
-        """Whether an attempt has a place at this provider."""
-        return self.capacity.inside > 0
 
     def remove(self) -> None:
         """Refuse the waiting attempts and all later attempts, since the configuration dropped the
@@ -557,51 +501,8 @@ class Provider:
         for a place that others hold, here or in another instance.
         """
         if self._lifetime is not None:
-            self._lifetime.make_room(self.name, self.waiting)
+            self._lifetime.make_room(self.name, self.capacity.held_up)
         self.backpressure.end()
-
-    def _check(self, *, fallback: bool) -> None:
-        """Refuse an attempt, as `look_at`; *fallback*: another provider can answer it."""
-        health = self.health
-        dead = health.breaker.dead
-        if dead and not fallback and self.kept_until_back:
-            return
-        health.check(alternative=fallback)
-        if dead and self.capacity.waiting:
-            # The request that has waited longest is the next trial.
-            raise health.refusal()
-        if fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
-            raise self.capacity.paced_fault(wait)
-
-    def _look_again(self, bid: Bid) -> ProviderFault | None:
-        """Return the fault of *bid* if the provider is not asked any more, else None."""
-        try:
-            self._check(fallback=bid.movable)
-        except ProviderFault as fault:
-            return fault
-        return None
-
-    @property
-    def kept_until_back(self) -> bool:
-        """Whether requests that no other provider can answer wait here, though it is dead."""
-        waits = self.settings.when_down == WAIT and self.health.breaker.unreachable
-        return waits and not self.health.flagged
-
-    def told_dead(self, *, unreachable: bool) -> None:
-        """Learn that another instance has found the provider dead."""
-        if self.health.breaker.told_dead(unreachable=unreachable):
-            self._refuse_waiting()
-
-    def told_alive(self) -> None:
-        """Learn that the provider has answered another instance."""
-        if self.health.breaker.told_alive():
-            self.capacity.resume()
-
-    def _refuse_waiting(self) -> None:
-        """Refuse the waiting requests that cannot wait for its return, since no attempt may start
-        now.
-        """
-        self.capacity.refuse(self.health.refusal, movable_only=self.kept_until_back)
 
     async def unsend(self, stream: Stream | None, outcome: Outcome) -> None:
         """Note that the request of *stream* waits, and that no attempt is under way any more.
@@ -621,14 +522,6 @@ class Provider:
         """Return the number of attempts that wait for a place, or have one and do not run yet."""
         capacity = self.capacity
         return capacity.waiting + capacity.inside - self._running
-
-    def _rate_limited(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
-        """Start no attempt for the seconds that the provider asks for: it has refused *attempt* for
-        its rate.
-        """
-        if not self._outdated(attempt):
-            self._pace.cool_down(fault.retry_after or 0.0)
-            self.capacity.refuse_late()
 
     def _ended(
         self, attempt: Attempt, exc: BaseException | None, cost: AttemptCost | None
@@ -653,7 +546,7 @@ class Provider:
         elif self.health.attempt_failed(
             exc, attempt.began, trial=trial, answered=attempt.answered
         ):
-            self._refuse_waiting()
+            self.capacity.refuse_waiting()
         if trial:
             # Another trial may start now.
             self.scheduler.serve(self.capacity.resource)
@@ -742,7 +635,7 @@ async def granted(attempt: Attempt, providers: Sequence[Provider]) -> Grant:
     request, clock = attempt.request, providers[0].clock
     began = clock()
     for provider in providers:
-        provider.waits()
+        provider.make_room()
     grant: Grant | None = None
     try:
         grant = await providers[0].scheduler.granted(request.ticket)

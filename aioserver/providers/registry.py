@@ -191,7 +191,11 @@ class ProviderRegistry:
         """Return the provider *name* that is configured, or was removed and is still busy."""
         provider = self.providers.get(name)
         if provider is None:
-            busy = (removed for removed in self._draining if removed.name == name and removed.busy)
+            busy = (
+                removed
+                for removed in self._draining
+                if removed.name == name and removed.capacity.inside
+            )
             provider = next(busy, None)
         return provider
 

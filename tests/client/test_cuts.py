@@ -15,7 +15,7 @@ from tests.support.simulator import Behaviour
 if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
-CUTS = 300
+CUTS = 100
 ANSWERS = 6
 LONG = Behaviour(ttft=0, interval=0.002, tokens=300)
 TRANSPORTS = ("websocket", "sse")

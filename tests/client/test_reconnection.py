@@ -267,7 +267,7 @@ async def impatient(client: Client) -> None:
     """Ask on and on, whatever becomes of it: nobody reads when the server answers."""
     while True:
         await ask(client, 0.03)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.7)
 
 
 async def leaving(client: Client) -> None:
@@ -277,7 +277,7 @@ async def leaving(client: Client) -> None:
         await asyncio.sleep(0.02)
         task.cancel()
         await asyncio.wait([task])
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.7)
 
 
 PROGRAMS = {work.__name__: work for work in (one, many, impatient, leaving)}

@@ -208,7 +208,7 @@ async def test_large_answer_read_slowly_is_whole(
 ) -> None:
     """Another answer on the socket is not held up."""
     server = await make_server(QUICK, **{"chat.streams.max_stream_bytes": 1 << 26})
-    fields = big(300_000, 40)
+    fields = big(300_000, 20)
     async with client_of(server, transport) as client:
         options = {"tools": fields["options"]["tools"]}
         slow = client.chat(fields["text"], options=options)
@@ -220,7 +220,7 @@ async def test_large_answer_read_slowly_is_whole(
                     assert await client.chat("Hi").text()
 
     assert slow.complete is not None
-    assert count >= 40
+    assert count >= 20
 
 
 @pytest.mark.virtual_time
@@ -360,7 +360,7 @@ async def test_questions_of_one_client_keep_the_places_of_a_full_server_taken(
     make_server: MakeServer, transport: Transport, full: str
 ) -> None:
     seconds, places, questions = 4.8, 4, 20
-    behaviour = Behaviour(ttft=0, interval=seconds / 48, tokens=48)
+    behaviour = Behaviour(ttft=0, interval=seconds / 12, tokens=12)
     server = await make_server(behaviour, **FULL[full])
     loop = asyncio.get_running_loop()
     key = key_of("ann") if full == "a key" else None

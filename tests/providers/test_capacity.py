@@ -5,6 +5,7 @@ whom its pace refuses, and the part for the background.
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,13 @@ from aioserver.limits.fair_queue import BATCH
 from aioserver.limits.gcra import ROUNDING
 from aioserver.limits.resource import Bid, Grant, Ticket
 from aioserver.limits.scheduler import Scheduler
-from aioserver.provider_errors import CircuitOpen, ProviderPaced
+from aioserver.provider_errors import (
+    CircuitOpen,
+    NoProvider,
+    ProviderFault,
+    ProviderFlagged,
+    ProviderPaced,
+)
 from aioserver.providers.breaker import MAX_TRIALS, TRIAL_INTERVAL
 from aioserver.providers.capacity import FAILOVER_WAIT, Capacity, Pace, ProviderRate
 from aioserver.providers.health import Health
@@ -45,7 +52,6 @@ class Place:
             self.health,
             self.scheduler,
             loop.time,
-            lambda _bid: None,
         )
 
     @property
@@ -85,6 +91,44 @@ class Place:
     def leave(self, *tickets: Ticket) -> None:
         for ticket in tickets:
             self.scheduler.close(ticket)
+
+
+def place_in(state: str) -> Place:
+    """The capacity of a provider in one of the states that health.py names."""
+    place = Place()
+    place.health.reset(new_address=False, new_key=False, waits=state != "dead")
+    if state == "cooling":
+        place.capacity.cool_down(2 * FAILOVER_WAIT)
+    elif state != "well":
+        place.kill()
+    if state == "flagged":
+        place.health.flagged_until = place.scheduler.time() + 60.0
+    elif state == "removed":
+        place.health.remove()
+    return place
+
+
+@pytest.mark.parametrize(
+    ("state", "fault", "movable_fault"),
+    [
+        ("well", None, None),
+        ("cooling", None, ProviderPaced),
+        ("away", None, CircuitOpen),
+        ("dead", CircuitOpen, CircuitOpen),
+        ("flagged", ProviderFlagged, ProviderFlagged),
+        ("removed", NoProvider, NoProvider),
+    ],
+)
+async def test_each_state_of_a_provider_says_who_is_refused(
+    state: str, fault: type[ProviderFault] | None, movable_fault: type[ProviderFault] | None
+) -> None:
+    capacity = place_in(state).capacity
+
+    for movable, refusal in ((False, fault), (True, movable_fault)):
+        with nullcontext() if refusal is None else pytest.raises(refusal):
+            capacity.check(movable=movable)
+
+    assert capacity.well == (state == "well")
 
 
 def hearing(heard: list[tuple[int, float]]) -> Callable[[object, int, float], None]:
@@ -184,7 +228,7 @@ async def test_a_trial_is_told_to_the_breaker_though_nobody_has_heard_of_its_sta
 
 async def test_both_classes_wait_as_long_for_a_place_in_the_background() -> None:
     place = Place(queue_timeout=30.0)
-    inside = [place.capacity.resource.try_start(Ticket()) for _ in range(place.capacity.limit)]
+    inside = [place.capacity.resource.try_start(Ticket()) for _ in range(place.capacity.places[1])]
     part = place.capacity.part(background=True)
     half = [part.try_start(Ticket()) for _ in range(part.limit)]
     assert None not in inside
@@ -230,7 +274,7 @@ async def test_places_in_the_background_are_fair_by_work() -> None:
 async def test_a_rest_of_the_pace_tells_those_whom_it_makes_too_late() -> None:
     place = Place(queue_timeout=30.0)
     capacity = place.capacity
-    inside = [capacity.resource.try_start(Ticket()) for _ in range(capacity.limit)]
+    inside = [capacity.resource.try_start(Ticket()) for _ in range(capacity.places[1])]
     patient, _ = place.wait()
     hasty, _ = place.wait(waited=25.0)
     movable, _ = place.wait(movable=True)

@@ -21,7 +21,6 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers import exchange as exchange_module
 from aioserver.providers.backpressure import Backpressure
-from aioserver.providers.exchange import Exchange
 from tests.support.scripted_provider import (
     DONE,
     OK,
@@ -168,10 +167,11 @@ async def test_a_body_that_ends_with_its_connection_is_whole(name: str) -> None:
     async with ScriptedProvider(closing(answer)) as whole:
         expected = await oracle(whole.url)
 
-    for at in range(0, len(answer), 3):
-        async with ScriptedProvider(closing(answer, cut=at)) as server, pooled(server.url) as pool:
+    pieces = [(answer[:at], answer[at:]) for at in range(0, len(answer), 3)]
+    async with ScriptedProvider(closing(*pieces)) as server, pooled(server.url) as pool:
+        for cut in pieces:
             got = await ask(pool)
-            assert (seen(got), got.ended) == (expected, True), at
+            assert (seen(got), got.ended) == (expected, True), cut
             assert pool.stats().open == 0
 
 
@@ -189,15 +189,23 @@ async def test_only_a_clean_end_keeps_the_connection(name: str) -> None:
 async def test_bytes_that_are_no_http_are_refused_at_every_cut(name: str) -> None:
     answer = BROKEN[name]
     outcomes = set()
-    for pieces in cuts(answer):
-        async with ScriptedProvider(answering(pieces)) as server, pooled(server.url) as pool:
+    every_cut = cuts(answer)
+    pieces = iter(every_cut)
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(*next(pieces))
+        await peer.left()
+
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+        for _ in every_cut:
             got = Got()
             with pytest.raises(ProviderBadResponse):
                 await ask(pool, got)
             outcomes.add((got.status, got.body, got.ended))
 
             assert pool.stats().open == 0
-            await until(lambda server=server: server.open == 0, 2.0)  # type: ignore[misc]
+            await until(lambda: server.open == 0, 2.0)
 
     assert len(outcomes) == 1, "what was good before the fault comes through, however it was cut"
 
@@ -787,13 +795,8 @@ async def test_a_paused_exchange_reads_nothing_and_its_deadline_rests() -> None:
 
     async with ScriptedProvider(play) as provider, pooled(provider.url) as pool:
         loop, got = asyncio.get_running_loop(), Got()
-        paused = Exchange(
-            await pool.connect(),
-            read_timeout=0.1,
-            write_timeout=5.0,
-            on_head=got.on_head,
-            backpressure=backpressure,
-        )
+        connection = await pool.connect()
+        paused = exchange(connection, got, backpressure, read_timeout=0.1)
         running = asyncio.ensure_future(paused.run([request()]))
         await until(lambda: got.body == b"first")
 
@@ -825,13 +828,7 @@ async def test_an_exchange_is_not_paused_while_a_request_waits() -> None:
         pooled(provider.url) as pool,
     ):
         got = Got()
-        busy = Exchange(
-            await pool.connect(),
-            read_timeout=5.0,
-            write_timeout=5.0,
-            on_head=got.on_head,
-            backpressure=backpressure,
-        )
+        busy = exchange(await pool.connect(), got, backpressure)
         running = asyncio.ensure_future(busy.run([request()]))
         busy.pause()
         await running
@@ -848,13 +845,7 @@ async def test_leaving_a_paused_exchange_closes_its_connection() -> None:
         pooled(provider.url) as pool,
     ):
         got = Got()
-        paused = Exchange(
-            await pool.connect(),
-            read_timeout=5.0,
-            write_timeout=5.0,
-            on_head=got.on_head,
-            backpressure=backpressure,
-        )
+        paused = exchange(await pool.connect(), got, backpressure)
         running = asyncio.ensure_future(paused.run([request()]))
         await until(lambda: got.body == b"first")
         paused.pause()

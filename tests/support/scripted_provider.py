@@ -20,6 +20,7 @@ from tests.support.writing import write
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
+    from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.connections import PooledConnection
 
 
@@ -182,12 +183,16 @@ def answering(*answers: bytes | tuple[bytes, ...]) -> Callable[[Peer], Awaitable
     return play
 
 
-def closing(answer: bytes, *, cut: int | None = None) -> Callable[[Peer], Awaitable[None]]:
-    """A script that answers one request, in two pieces if there is a *cut*, and closes."""
+def closing(*answers: bytes | tuple[bytes, ...]) -> Callable[[Peer], Awaitable[None]]:
+    """A script that answers one request on each connection, and closes it: with the next of
+    *answers*, and with the last of them from then on.
+    """
+    left = list(answers)
 
     async def play(peer: Peer) -> None:
         await peer.request()
-        await peer.send(*((answer,) if cut is None else (answer[:cut], answer[cut:])))
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        await peer.send(*((answer,) if isinstance(answer, bytes) else answer))
 
     return play
 
@@ -239,7 +244,12 @@ def request(body: bytes = b"{}", path: str = "/v1/chat/completions") -> bytes:
     return head.encode() + body
 
 
-def exchange(connection: PooledConnection, got: Got, **timeouts: float) -> Exchange:
+def exchange(
+    connection: PooledConnection,
+    got: Got,
+    backpressure: Backpressure | None = None,
+    **timeouts: float,
+) -> Exchange:
     """Make an exchange on *connection*, with 5 s for each timeout that is not passed."""
     times = {"read_timeout": 5.0, "write_timeout": 5.0, **timeouts}
     return Exchange(
@@ -247,6 +257,7 @@ def exchange(connection: PooledConnection, got: Got, **timeouts: float) -> Excha
         read_timeout=times["read_timeout"],
         write_timeout=times["write_timeout"],
         on_head=got.on_head,
+        backpressure=backpressure,
     )
 
 
@@ -255,7 +266,7 @@ async def ask(
 ) -> Got:
     """Make one request over *pool*; returns the answer."""
     got = got or Got()
-    await exchange(await pool.connect(), got, **timeouts).run([request(body)])
+    await exchange(await pool.connect(), got, None, **timeouts).run([request(body)])
     return got
 
 

@@ -190,9 +190,9 @@ def _why(request: Request, providers: Mapping[str, Provider], name: str) -> str:
         return GONE
     if all(member.provider is not provider for member in group.members):
         return GONE
-    if not provider.well:
+    if not provider.capacity.well:
         return SICK
-    inside, limit = provider.places
+    inside, limit = provider.capacity.places
     return FULL if inside >= limit else OTHER
 
 

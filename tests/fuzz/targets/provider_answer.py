@@ -7,6 +7,7 @@ or closed, and what clients get does not depend on the reads.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import orjson
@@ -17,7 +18,9 @@ from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.backpressure import Backpressure
+from aioserver.providers.capacity import Capacity
 from aioserver.providers.exchange import Exchange
+from aioserver.providers.health import Health
 from aioserver.providers.http1 import MAX_HEAD_BYTES
 from aioserver.providers.request import CHAT, Capabilities, ProviderRequest
 from aioserver.streams.store import StreamStore
@@ -102,7 +105,6 @@ class Provider:
     """The provider of an attempt, which learns nothing."""
 
     name = "sim"
-    waiting = 0
     meter = NO_METER
     settings = settings.Provider(
         name="sim", base_url="http://127.0.0.1:9/v1", model="m", http_client=LIMITS
@@ -112,6 +114,8 @@ class Provider:
 
     def __init__(self) -> None:
         self.scheduler, self.costs = scheduler(), Costs()
+        health = Health(self.name, NO_METER)
+        self.capacity = Capacity(self.name, LIMITS, health, self.scheduler, time.monotonic)
 
     def head_received(self, attempt: Attempt) -> None:
         pass

@@ -104,7 +104,7 @@ async def test_it_is_waited_for_though_another_has_a_place(make_server: MakeServ
         pair.simulators[0].behaviour = replace(QUICK, stall_after=0)
         busy = asyncio.create_task(pair.ask("slow"))
         provider = pair.server.context.router.providers["e0"]
-        await until(lambda: provider.busy)
+        await until(lambda: provider.capacity.inside > 0)
         waiting = asyncio.create_task(pair.ask("two", previous_response_id=first.id))
         await until(lambda: provider.stats().queue.waiting == 1)
         assert pair.server.context.router.providers["e1"].stats().queue.waiting == 0

@@ -226,9 +226,9 @@ class SharedLimits:
         if word == COOLING:
             provider.capacity.told_cooling(seconds)
         elif word == ALIVE:
-            provider.told_alive()
+            provider.capacity.told_alive()
         elif word in {DEAD, AWAY}:
-            provider.told_dead(unreachable=word == AWAY)
+            provider.capacity.told_dead(unreachable=word == AWAY)
 
     def instances_changed(self) -> None:
         """Note that the number of instances has changed."""

@@ -224,7 +224,7 @@ async def test_answers_that_nobody_reads_give_way_to_the_requests_of_another_ins
 
         @property
         def waiting(self) -> int:
-            return a.provider.waiting
+            return a.provider.capacity.held_up
 
         def let_go(self) -> None:
             pass
