@@ -326,7 +326,7 @@ class Together:
             # Its part of the rate, of which the server does not know.
             local = rate._local
             interval, tolerance = local.interval, local._tolerance
-            key = name, rate._calls.instance  # type: ignore[attr-defined]
+            key = name, rate._leases.instance
             forgotten = 0
         # GCRA allows the burst and one that is due.
         burst = 1 + tolerance / interval

@@ -32,7 +32,7 @@ from collections import deque
 from heapq import merge
 from itertools import chain, islice
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aioserver.limits.gcra import ROUNDING, Gcra
 from aioserver.wings.cluster.limits.grants import State
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.wings.cluster.limits.lease_messages import Slots
-    from aioserver.wings.cluster.limits.leases import Leases
 
 
 class PrefetchedSlots:
@@ -137,6 +136,26 @@ LOOK_AGAIN = 0.05
 UNKNOWN = 1.0
 
 
+class LeaseCalls(Protocol):
+    """The object that carries the calls: `Leases`, which imports this module."""
+
+    instance: str
+
+    def pace(self, user: SharedRate) -> None:
+        """Share the pace of *user*."""
+
+    def call_by(self, moment: float) -> None:
+        """Make the next call at *moment* at the latest."""
+
+    @property
+    def instances(self) -> int:
+        """The number of instances that are members."""
+
+    @property
+    def round_trip(self) -> float:
+        """The seconds of the quickest recent call."""
+
+
 class SharedRate(Gcra):
     """A rate that is shared under *name*; it replaces a `Gcra` of the whole rate.
 
@@ -152,7 +171,7 @@ class SharedRate(Gcra):
 
     def __init__(
         self,
-        leases: Leases,
+        leases: LeaseCalls,
         name: str,
         interval: float,
         tolerance: float,

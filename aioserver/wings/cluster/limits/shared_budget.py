@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import time
 from math import ceil, inf
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
@@ -45,8 +45,6 @@ from aioserver.wings.cluster.limits.lease_messages import SECOND
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from aioserver.wings.cluster.limits.leases import Leases
 
 # Seconds for which a request waits for an answer: less than `keys.PATIENCE`. Seconds after which
 # corrections are reported, and after which a server is asked again that does not answer.
@@ -101,6 +99,23 @@ encode = msgspec.msgpack.Encoder().encode
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
 
 
+class BudgetCalls(Protocol):
+    """The object that carries the questions: `Leases`, which imports this module."""
+
+    instance: str
+    #: Asks the server for a budget, soon.
+    ask: Callable[[SharedBudget], None]
+    #: Calls a function after so many seconds.
+    later: Callable[[float, Callable[[], None]], object]
+
+    @property
+    def sharing(self) -> int:
+        """The number of instances that have fixed shares; 0 if it is not known."""
+
+    def share_budget(self, budget: SharedBudget) -> None:
+        """Share the tokens of *budget*."""
+
+
 class SharedReservation(Reservation):
     """The tokens of one request: the tokens *taken* for it, also from a *part* that an instance has
     while the server does not answer.
@@ -135,7 +150,7 @@ class SharedBudget(Budget):
 
     def __init__(
         self,
-        leases: Leases,
+        leases: BudgetCalls,
         name: str,
         per_minute: int,
         per_day: int,

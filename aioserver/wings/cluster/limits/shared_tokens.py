@@ -22,7 +22,7 @@ from aioserver.wings.cluster.limits.rates import SharedRate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver.wings.cluster.limits.leases import Leases
+    from aioserver.wings.cluster.limits.rates import LeaseCalls
 
 # Seconds of the rate that a slot is worth. An instance that vanishes takes one slot with it, and its
 # prefetched slots.
@@ -41,7 +41,7 @@ class SharedTokens(Gcra):
 
     def __init__(
         self,
-        leases: Leases,
+        leases: LeaseCalls,
         name: str,
         interval: float,
         tolerance: float,
