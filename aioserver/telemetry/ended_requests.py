@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from datetime import UTC, datetime
+from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,17 +33,21 @@ class EndedRequests:
 
     def __init__(self) -> None:
         # By caller and id, the oldest first: when the request has ended, in Unix time.
-        self._kept: dict[tuple[str, str], tuple[float, Describe]] = {}
+        self._kept: dict[str, dict[str, tuple[float, Describe]]] = {}
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return self._count
 
     def keep(self, caller: str, request_id: str, describe: Describe) -> None:
         """Keep a request of *caller* that has ended now; a later one of the same id replaces it."""
-        kept, key = self._kept, (caller, request_id[:MAX_NAME])
-        kept.pop(key, None)
-        kept[key] = time.time(), describe
-        if len(kept) > MAX_KEPT:
+        name = request_id[:MAX_NAME]
+        if (kept := self._kept.get(caller)) is None:
+            kept = self._kept[caller] = {}
+        if kept.pop(name, None) is None:
+            self._count += 1
+        kept[name] = time.time(), describe
+        if self._count > MAX_KEPT:
             self._make_room()
 
     def find(self, caller: str | None, request_id: str) -> bytes | None:
@@ -50,26 +55,25 @@ class EndedRequests:
         it is not kept.
         """
         name = request_id[:MAX_NAME]
-        if caller is None:
-            owners = [key for key in self._kept if key[1] == name]
-            key = owners[-1] if owners else ("", name)
-        else:
-            key = caller, name
-        if (found := self._kept.get(key)) is None:
+        callers = self._kept.values() if caller is None else (self._kept.get(caller, {}),)
+        found = [kept[name] for kept in callers if name in kept]
+        if not found:
             return None
-        ended, describe = found
+        ended, describe = max(found, key=itemgetter(0))
         moment = f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
         return msgspec.json.encode({"ts": moment, **describe()})
 
     def _make_room(self) -> None:
-        """Drop DROPPED requests, in one pass: half of those of whoever has most, and so on."""
-        dropped, left = dict[str, int](), DROPPED
-        for caller, count in Counter(caller for caller, _name in self._kept).most_common():
-            dropped[caller] = most = min(left, (count + 1) // 2)
+        """Drop DROPPED requests: half of those of whoever has most, and so on."""
+        left = DROPPED
+        for caller in sorted(self._kept, key=lambda name: len(self._kept[name]), reverse=True):
+            kept = self._kept[caller]
+            most = min(left, (len(kept) + 1) // 2)
+            for name in list(islice(kept, most)):
+                del kept[name]
+            if not kept:
+                del self._kept[caller]
             left -= most
             if not left:
                 break
-        for key in list(self._kept):
-            if dropped.get(key[0]):
-                dropped[key[0]] -= 1
-                del self._kept[key]
+        self._count -= DROPPED
