@@ -1,12 +1,13 @@
-"""The limits of this machine, beside what a server with these settings may need."""
+"""The limits of this machine, beside what a server with these settings may need.
+
+A server itself warns at its start where open files are few, or its accept queue is short.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.server.preflight import wanted_files
-from aioserver.telemetry.kernel import file_limit
 from aioserver.tools.doctor.results import Result, ok, skip, warn
 
 if TYPE_CHECKING:
@@ -19,20 +20,8 @@ MIB = 1 << 20
 # MiB of a process before its first client, measured.
 PROCESS_MIB = 64
 # The files in which Linux shows its limits: proc(5), cgroups(7).
-BACKLOG, PORTS = "proc/sys/net/core/somaxconn", "proc/sys/net/ipv4/ip_local_port_range"
+PORTS = "proc/sys/net/ipv4/ip_local_port_range"
 MEMORY, OWN_CGROUP, CGROUPS = "proc/meminfo", "proc/self/cgroup", "sys/fs/cgroup"
-
-
-def files(facts: Facts) -> tuple[int, int]:
-    """Return the limit of open files, which is raised, and the descriptors of all limits together."""
-    wanted = wanted_files(facts.here)
-    return file_limit(wanted), wanted
-
-
-def backlog(facts: Facts) -> tuple[int, int]:
-    """Return the kernel's limit of connections that wait to be accepted, and the backlog."""
-    wanted = facts.here.chat.websocket.concurrency.uvicorn.backlog
-    return int((facts.root / BACKLOG).read_text()), wanted
 
 
 def ports(facts: Facts) -> tuple[int, int]:
@@ -93,16 +82,6 @@ class Limit(NamedTuple):
 
 LIMITS = (
     Limit(
-        files,
-        "open files: {have} are allowed, and all limits together may take {want}",
-        "ulimit -Hn {want} (systemd: LimitNOFILE={want})",
-    ),
-    Limit(
-        backlog,
-        "somaxconn: the kernel lets {have} connections wait, and backlog asks for {want}",
-        "sysctl -w net.core.somaxconn={want}",
-    ),
-    Limit(
         ports,
         "local ports: {have}, and up to {want} connections to one address may need one each",
         'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
@@ -124,4 +103,4 @@ async def limits(facts: Facts) -> AsyncIterator[Result]:
             yield skip(f"{limit.text.partition(':')[0]}: this system does not show it")
         else:
             text = limit.text.format(have=have, want=want)
-            yield ok(text) if have >= want else warn(text, limit.remedy.format(want=want))
+            yield ok(text) if have >= want else warn(text, limit.remedy)
