@@ -33,7 +33,6 @@ SHOWN = {  # module: why it may know what time people have
     "server.tls": "whether the certificate of a client has expired since its last handshake",
     "wings.jwt.token_callers": "when a token expires",
     "wings.responses.redis": "the age of responses that another instance has stored",
-    "tools.doctor.arrivals": "compares the stamps of events with the time of this machine",
     "tools.doctor.network": "the days for which a certificate is still valid",
     "tools.doctor.server": "compares the server's Date with the time of this machine",
     "wings.responses.socket": "`created_at` in OpenAI's objects",

@@ -232,9 +232,9 @@ def still_run(answers: int, longest: float, processes: int, until: float) -> str
     return f"{runs} in {where}, longest {span(longest)}, until {at} at the latest"
 
 
-def met_a_bug(number: int, when: str = "in the last minute") -> str:
-    """Return a sentence that says how many requests met a bug, and when."""
-    return f"{count(number, 'request')} met a bug of the server {when}"
+def met_a_bug(number: int) -> str:
+    """Return a sentence that says how many requests met a bug."""
+    return f"{count(number, 'request')} met a bug of the server in the last minute"
 
 
 def of_rejections(code: str) -> tuple[str, str]:

@@ -78,9 +78,8 @@ key_option = click.option(
 )
 
 
-def session(key: str | None, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSession:
+def session(key: str | None) -> aiohttp.ClientSession:
     """Open a session without a limit of connections and without a deadline: callers set their own.
-    *traces* see its requests.
 
     The caller must close it.
     """
@@ -89,7 +88,6 @@ def session(key: str | None, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSess
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"Authorization": f"Bearer {key}"} if key else None,
         timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT),
-        trace_configs=[*traces],
     )
 
 

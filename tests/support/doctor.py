@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.tools.doctor.checks import examine
 from aioserver.tools.doctor.facts import Facts
-from aioserver.tools.doctor.results import Report
 
 if TYPE_CHECKING:
     from aioserver.tools.doctor.results import Result
@@ -37,7 +36,6 @@ class Examined:
 
 async def examined(**question: Any) -> Examined:
     """Ask the doctor a question: see `Facts`."""
-    report = Report(lambda _result: None)
-    code = await examine(report, Facts(**question))
-    assert report.failed == any(result.level == "fail" for result in report.results)
-    return Examined(report.results, code)
+    results: list[Result] = []
+    code = await examine(Facts(**question), results.append)
+    return Examined(results, code)

@@ -13,6 +13,7 @@ complete when its events are numbered without a gap or a repetition and the last
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -39,6 +40,8 @@ LIMITS = {"openai": "max_tokens", "anthropic": "max_tokens", "responses_ws": "ma
 NO_END = {"openai": "no_done", "anthropic": "no_message_stop"}
 NO_REASON = {"openai": "no_finish_reason", "anthropic": "no_stop_reason"}
 ENDS = {"[DONE]", "message_stop", "response.completed", "response.incomplete"}
+# The reason for which an answer ends. A text of a model has its quotation marks escaped.
+REASON = re.compile(rb'"(?:finish|stop)_reason":\s*"')
 # Seconds for the server to answer a close frame.
 CLOSE_TIMEOUT = 2.0
 # Tokens of an answer on Anthropic's face, where a request must name a limit.
@@ -163,8 +166,10 @@ class FaceClient:
                 raise _failure(await remote.read_error(response))
             if self._question.streamed:
                 await self._read(attempt, (event.data async for event in remote.events(response)))
-            elif not _reason(_object(await response.read())):
-                raise AnswerError(NO_REASON[self._face], "")
+            else:
+                _object(data := await response.read())
+                if not REASON.search(data):
+                    raise AnswerError(NO_REASON[self._face], "")
 
     async def _messages(self, url: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
         """Send *body* on a socket, and yield the messages of the answer."""
@@ -204,7 +209,7 @@ class FaceClient:
                 raise AnswerError("events_missing", f"event {number} came after event {last}")
             last = number
             attempt.event(token=_speaks(content, kind))
-            ended, reason = kind in ENDS, reason or _reason(content)
+            ended, reason = kind in ENDS, reason or bool(REASON.search(data))
             if ended and self._face == "responses_ws":
                 return
         if not (ended and reason):
@@ -241,17 +246,6 @@ def _speaks(content: dict[str, Any], kind: str) -> bool:
         return True
     delta = _part(content, "delta") if "choices" in content else {}
     return any(value for name, value in delta.items() if name != "role")
-
-
-def _reason(content: dict[str, Any]) -> bool:
-    """Return whether an event, or a whole answer, says why the answer ends."""
-    choices = content.get("choices")
-    places = [content, _part(content, "delta"), *(choices if isinstance(choices, list) else ())]
-    return any(
-        place.get("finish_reason") or place.get("stop_reason")
-        for place in places
-        if isinstance(place, dict)
-    )
 
 
 def _reported(content: dict[str, Any]) -> AnswerError:

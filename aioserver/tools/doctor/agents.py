@@ -2,7 +2,7 @@
 
 Each question wants one call of a tool. It goes to a server in this process, which translates it for
 a provider that has chat completions only. The check finds models that answer with text instead of a
-call, engines that leave calls in the text, and the parameters that an engine refuses.
+call, and engines that leave calls in the text.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from aioserver.gateway.bridging import ABSENT_STATUSES, ChatCapabilities
+from aioserver.gateway.bridging import ABSENT_STATUSES
 from aioserver.protocol import eventstream
-from aioserver.protocol.bridging.accepted_parameters import MAX_COMPLETION_TOKENS as NEWER_BOUND
-from aioserver.protocol.bridging.accepted_parameters import MAX_TOKENS as MAX_BOUND
 from aioserver.server.runner import Runner
 from aioserver.tools.doctor.results import Result, ok, skip, warn
 
@@ -61,10 +59,8 @@ HINT = (
 
 
 async def agents(server: Server, provider: Provider) -> AsyncIterator[Result]:
-    """Ask each question, and yield what the server has learned about *provider* meanwhile."""
+    """Ask *provider* each question over *server*."""
     model, bridged = f"{provider.name}/{provider.settings.model}", provider.meter.bridged
-    usage = server.context.usage.sums
-    guessed = sum(counter.value for counter in usage.estimated.values())
     runner = Runner(server)
     await runner.setup()
     try:
@@ -95,11 +91,6 @@ async def agents(server: Server, provider: Provider) -> AsyncIterator[Result]:
                     yield warn(f"{shown}, translated: {text}", HINT)
     finally:
         await runner.cleanup()
-    if any(counter.value for counter in bridged.values()):
-        if sum(counter.value for counter in usage.estimated.values()) > guessed:
-            yield warn("no usage came with what was translated: tokens are estimated")
-        for text in _learned(provider.capabilities(ChatCapabilities)):
-            yield ok(f"learned: {text}")
 
 
 def _calls(data: bytes) -> list[str] | None:
@@ -118,19 +109,3 @@ def _calls(data: bytes) -> list[str] | None:
             case {"type": "response.completed" | "response.incomplete" | "message_stop"}:
                 return calls
     return None
-
-
-def _learned(capabilities: ChatCapabilities) -> list[str]:
-    """Return what the bridges have learned. A server learns the same from an agent's requests."""
-    learned = [
-        f"it refuses {word}, which is left out" for word in sorted(capabilities.refused_words)
-    ]
-    if capabilities.renaming:
-        learned.append(f"it has {NEWER_BOUND} in place of {MAX_BOUND}")
-    for model, tokens in capabilities.context_limits.items():
-        learned.append(f"{model} has {tokens:,} tokens in its context")
-    for model, tokens in capabilities.most.items():
-        learned.append(f"{model} has {tokens:,} tokens in an answer at most")
-    if capabilities.reasoning_field:
-        learned.append(f"its reasoning is in {capabilities.reasoning_field}")
-    return learned or ["it takes every word that the bridges send"]

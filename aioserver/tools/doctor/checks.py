@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,8 +11,7 @@ from aioserver.config.settings import Cluster, Repository, Tracing, Usage
 from aioserver.server.app import open_server
 from aioserver.server.wings import WINGS, faults
 from aioserver.tools.doctor import arrivals, machine, providers, server
-from aioserver.tools.doctor.arrivals import answer
-from aioserver.tools.doctor.results import Report, Result, fail, ok, warn
+from aioserver.tools.doctor.results import Result, fail, ok, warn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -22,46 +19,30 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Settings
     from aioserver.tools.doctor.facts import Facts
 
-GATHERED = (
-    "switch buffering off for this path in the proxy (nginx: proxy_buffering off; "
-    "docs/proxies.md has the others)"
-)
-
 
 async def configuration(facts: Facts) -> AsyncIterator[Result]:
     """Read the configuration. If it is valid but not usable, the other checks still run."""
-    configuration = Configuration.load(facts.config)
-    yield ok(f"{configuration.source} is valid")
-    for warning in configuration.warnings:
-        yield warn(warning)
-    settings = configuration.settings
-    known = settings.llm.providers
-    if facts.only is None:
-        facts.here = settings
-    elif facts.only not in known:
-        text = f"no provider is named {facts.only} (one of {', '.join(known)})"
-        raise ConfigurationError([text])
-    facts.settings = settings
-    facts.server = await facts.stack.enter_async_context(open_server(_alone(settings)))
-    if unfit := [*faults(settings, [wing() for wing in WINGS])]:
-        raise ConfigurationError(unfit)
-    configuration.check_usable()
-
-
-async def turns(facts: Facts) -> AsyncIterator[Result]:
-    """Say what of their streamed answers is held for whom."""
-    here = facts.here
-    yield ok(f"chat.streams.hold: {here.chat.streams.hold}")
-    if here.auth is None:
-        return
-    words = {
-        f"key {key.name}": key.hold for key in (*(here.auth.keys or ()), *here.auth.file_keys)
-    }
-    if here.auth.jwt is not None:
-        words |= {f"role {role}": each.hold for role, each in here.auth.jwt.limits.items()}
-    for whom, word in words.items():
-        if word is not None:
-            yield ok(f"{whom}: {word}")
+    try:
+        configuration = Configuration.load(facts.config)
+        yield ok(f"{configuration.source} is valid")
+        for warning in configuration.warnings:
+            yield warn(warning)
+        settings = configuration.settings
+        known = settings.llm.providers
+        if facts.only is None:
+            facts.here = settings
+        elif facts.only not in known:
+            text = f"no provider is named {facts.only} (one of {', '.join(known)})"
+            raise ConfigurationError([text])
+        facts.settings = settings
+        facts.server = await facts.stack.enter_async_context(open_server(_alone(settings)))
+        if unfit := [*faults(settings, [wing() for wing in WINGS])]:
+            raise ConfigurationError(unfit)
+        configuration.check_usable()
+    except ConfigurationError as error:
+        facts.usable = False
+        for fault in error.faults:
+            yield fail(fault)
 
 
 def _alone(settings: Settings) -> Settings:
@@ -76,29 +57,26 @@ def _alone(settings: Settings) -> Settings:
 
 
 class Check(NamedTuple):
-    """A row of the table: *look* yields the results about *subject*, if the fact *needs* is known;
-    if that is empty, where no URL is given.
+    """A row of the table: *look* yields the results about *subject*, if the fact *needs* is known
+    and true; if that is empty, where no URL is given.
 
-    *remedy* is the hint of its warnings and failures that have no hint themselves. Neighbouring
-    rows with *together* run at the same time.
+    *remedy* is the hint of its warnings and failures that have no hint themselves.
     """
 
     subject: str
     needs: str
     look: Callable[[Facts], AsyncIterator[Result]]
     remedy: str = ""
-    together: bool = False
 
 
 # In the order of the report.
 CHECKS = (
     Check("configuration", "", configuration),
     Check("machine", "here", machine.limits),
-    Check("held turns", "here", turns),
     Check("providers", "server", providers.providers),
     Check(
         "groups",
-        "here.llm.models",
+        "here",
         providers.groups,
         "check `model` of the member, and the name by which its engine serves the model",
     ),
@@ -117,7 +95,7 @@ CHECKS = (
         "clients with long tokens or cookies fail (nginx: large_client_header_buffers)",
     ),
     Check("key", "healthy", server.key),
-    Check("server", "accepted", server.state),
+    Check("server", "accepted", server.verdict),
     Check(
         "WebSocket",
         "accepted",
@@ -130,17 +108,13 @@ CHECKS = (
         server.body,
         "conversations with pictures fail there: allow more than "
         "chat.websocket.max_message_size (nginx: client_max_body_size)",
-        together=True,
     ),
-    Check("WebSocket", "upgraded", answer("websocket"), GATHERED, together=True),
-    Check("SSE", "accepted", answer("sse"), GATHERED, together=True),
-    Check("OpenAI", "accepted", answer("openai"), GATHERED, together=True),
-    Check("/events", "accepted", arrivals.snapshots, GATHERED, together=True),
     Check(
         "streams",
-        "encodings",
-        arrivals.compression,
-        "a compressor may hold events back: leave text/event-stream out (nginx: gzip off)",
+        "accepted",
+        arrivals.answers,
+        "switch buffering and compression off for this path in the proxy (nginx: proxy_buffering "
+        "off; gzip off; docs/proxies.md has the others)",
     ),
     Check(
         "idle WebSocket",
@@ -152,29 +126,13 @@ CHECKS = (
 )
 
 
-async def examine(report: Report, facts: Facts) -> int:
-    """Run the checks, and add their results to *report*. Return the exit code."""
-
-    async def results(check: Check) -> list[Result]:
-        return [result async for result in check.look(facts)]
-
+async def examine(facts: Facts, tell: Callable[[Result], None]) -> int:
+    """Run the checks, and call *tell* with each result. Return the exit code."""
+    failed = False
     async with facts.stack:
-        for together, rows in itertools.groupby(CHECKS, lambda check: check.together):
-            if together:
-                due = [check for check in rows if facts.known(check.needs)]
-                found = await asyncio.gather(*map(results, due))
-                for check, those in zip(due, found, strict=True):
-                    for result in those:
-                        report.add(result, check.subject, check.remedy)
-                continue
-            for check in rows:
-                if not (facts.known(check.needs) if check.needs else not facts.url):
-                    continue
-                try:
-                    async for result in check.look(facts):
-                        report.add(result, check.subject, check.remedy)
-                except ConfigurationError as error:
-                    facts.usable = False
-                    for fault in error.faults:
-                        report.add(fail(fault), check.subject)
-    return int(report.failed) if facts.usable else 2
+        for check in CHECKS:
+            if getattr(facts, check.needs, None) if check.needs else not facts.url:
+                async for result in check.look(facts):
+                    failed |= result.level == "fail"
+                    tell(result.shown(check.subject, check.remedy))
+    return int(failed) if facts.usable else 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -14,10 +13,12 @@ from aioserver.client.client import base_url
 from aioserver.commands import options
 from aioserver.tools import remote
 from aioserver.tools.doctor.facts import Facts
-from aioserver.tools.doctor.results import Report
+from aioserver.tools.doctor.results import summary
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from aioserver.tools.doctor.results import Result
 
 # Seconds: somewhat more than the usual longest timeout of a proxy, an hour.
 MAX_IDLE = 3700.0
@@ -75,14 +76,22 @@ def command(
 
     # The log of the server in this process is not part of the report.
     logging.getLogger("aioserver").addHandler(logging.NullHandler())
-    # Each line is flushed, since a person waits, and the next check may take long.
-    report = Report((lambda _result: None) if as_json else partial(print, flush=True))
     facts = Facts(url=url, key=key, config=config, only=provider, ask=not no_ask, idle=idle)
-    code = asyncio.run(examine(report, facts))
+    results: list[Result] = []
+
+    def tell(result: Result) -> None:
+        results.append(result)
+        if not as_json:
+            # Flushed, since a person waits, and the next check may take long.
+            print(result, flush=True)
+
+    code = asyncio.run(examine(facts, tell))
     if as_json:
-        print(orjson.dumps(report.plain(), option=orjson.OPT_INDENT_2).decode())
+        failed = any(result.level == "fail" for result in results)
+        report = {"failed": failed, "findings": results}
+        print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
     else:
-        print(report.summary())
+        print(summary(results))
     return code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,15 +49,6 @@ class Facts:
     healthy: bool = field(default=False, init=False)
     accepted: bool = field(default=False, init=False)
     upgraded: bool = field(default=False, init=False)
-    # The paths of the faces at the URL, a model there whose answers cost nothing, and the
-    # `Content-Encoding`s of the streams that have come.
+    # The paths of the faces at the URL, and a model there whose answers cost nothing.
     paths: dict[str, str] = field(default_factory=remote.PATHS.copy, init=False)
     simulated: str | None = field(default=None, init=False)
-    encodings: set[str] = field(default_factory=set, init=False)
-
-    def known(self, fact: str) -> bool:
-        """Return whether *fact*, a dotted name, is known, and neither empty nor false."""
-        try:
-            return bool(operator.attrgetter(fact)(self))
-        except AttributeError:
-            return False

@@ -1,16 +1,17 @@
-"""The limits of this machine, beside what a server with these settings may need."""
+"""The limits of this machine, beside what a server with these settings may need.
+
+A server itself warns at its start where open files are few, or its accept queue is short.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from aioserver.server.preflight import wanted_files
-from aioserver.telemetry.kernel import file_limit
 from aioserver.tools.doctor.results import Result, ok, skip, warn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from aioserver.tools.doctor.facts import Facts
@@ -19,25 +20,22 @@ MIB = 1 << 20
 # MiB of a process before its first client, measured.
 PROCESS_MIB = 64
 # The files in which Linux shows its limits: proc(5), cgroups(7).
-BACKLOG, PORTS = "proc/sys/net/core/somaxconn", "proc/sys/net/ipv4/ip_local_port_range"
+PORTS = "proc/sys/net/ipv4/ip_local_port_range"
 MEMORY, OWN_CGROUP, CGROUPS = "proc/meminfo", "proc/self/cgroup", "sys/fs/cgroup"
 
 
-def files(facts: Facts) -> tuple[int, int]:
-    """Return the limit of open files, which is raised, and the descriptors of all limits together."""
-    wanted = wanted_files(facts.here)
-    return file_limit(wanted), wanted
+async def limits(facts: Facts) -> AsyncIterator[Result]:
+    """Compare what the machine gives with what the settings may need."""
+    for name, measured in (("local ports", ports), ("memory", memory)):
+        try:
+            yield measured(facts)
+        except (OSError, ValueError):
+            yield skip(f"{name}: this system does not show it")
 
 
-def backlog(facts: Facts) -> tuple[int, int]:
-    """Return the kernel's limit of connections that wait to be accepted, and the backlog."""
-    wanted = facts.here.chat.websocket.concurrency.uvicorn.backlog
-    return int((facts.root / BACKLOG).read_text()), wanted
-
-
-def ports(facts: Facts) -> tuple[int, int]:
-    """Return the number of local ports, and the most connections to one address, which need a port
-    each: connections to a provider, or of a proxy on this machine to the server.
+def ports(facts: Facts) -> Result:
+    """Compare the local ports with the most connections to one address, which need a port each:
+    connections to a provider, or of a proxy on this machine to the server.
     """
     concurrency = facts.here.chat.websocket.concurrency
     clients = concurrency.max_connections + concurrency.connection_queue_size
@@ -47,15 +45,21 @@ def ports(facts: Facts) -> tuple[int, int]:
         if provider.usable
     )
     low, high = map(int, (facts.root / PORTS).read_text().split())
-    return high - low + 1, max(clients, *pools)
+    have, wanted = high - low + 1, max(clients, *pools)
+    text = f"local ports: {have}, and up to {wanted} connections to one address may need one each"
+    remedy = 'sysctl -w net.ipv4.ip_local_port_range="1024 65535"'
+    return ok(text) if have >= wanted else warn(text, remedy)
 
 
-def memory(facts: Facts) -> tuple[int, int]:
-    """Return the free MiB, and the MiB that answers, bodies and processes may take together."""
+def memory(facts: Facts) -> Result:
+    """Compare the free MiB with those that answers, bodies and processes may take together."""
     concurrency = facts.here.chat.websocket.concurrency
     kept = (facts.here.chat.streams.max_kept_bytes + concurrency.max_body_bytes) // MIB
+    have = available_memory(facts.root) // MIB
     wanted = (kept + PROCESS_MIB) * concurrency.uvicorn.workers
-    return available_memory(facts.root) // MIB, wanted
+    text = f"memory: {have} MiB are free, and kept answers and bodies may take {wanted}"
+    remedy = "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory"
+    return ok(text) if have >= wanted else warn(text, remedy)
 
 
 def available_memory(root: Path) -> int:
@@ -79,49 +83,3 @@ def available_memory(root: Path) -> int:
                 used = int((level / "memory.current").read_text())
                 available = min(available, max(0, bound - used))
     return available
-
-
-class Limit(NamedTuple):
-    """A limit: a *text* with both numbers that *measured* returns, available and wanted, and the
-    *remedy* where too little is available. The text begins with the name of the limit.
-    """
-
-    measured: Callable[[Facts], tuple[int, int]]
-    text: str
-    remedy: str
-
-
-LIMITS = (
-    Limit(
-        files,
-        "open files: {have} are allowed, and all limits together may take {want}",
-        "ulimit -Hn {want} (systemd: LimitNOFILE={want})",
-    ),
-    Limit(
-        backlog,
-        "somaxconn: the kernel lets {have} connections wait, and backlog asks for {want}",
-        "sysctl -w net.core.somaxconn={want}",
-    ),
-    Limit(
-        ports,
-        "local ports: {have}, and up to {want} connections to one address may need one each",
-        'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
-    ),
-    Limit(
-        memory,
-        "memory: {have} MiB are free, and kept answers and bodies may take {want}",
-        "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
-    ),
-)
-
-
-async def limits(facts: Facts) -> AsyncIterator[Result]:
-    """Compare what the machine gives with what the settings may need."""
-    for limit in LIMITS:
-        try:
-            have, want = limit.measured(facts)
-        except (OSError, ValueError):
-            yield skip(f"{limit.text.partition(':')[0]}: this system does not show it")
-        else:
-            text = limit.text.format(have=have, want=want)
-            yield ok(text) if have >= want else warn(text, limit.remedy.format(want=want))

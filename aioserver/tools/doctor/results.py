@@ -1,17 +1,16 @@
-"""The results of checks, the report, and their texts."""
+"""The results of checks, and their texts."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from aioserver.tools.remote import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
 
 Level = Literal["ok", "warn", "fail", "skip"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -39,43 +38,24 @@ class Result:
         line = f"{self.level:<{INDENT}}{self.subject}: {self.text}{took}"
         return f"{line}\n{'':{INDENT}}  {self.hint}" if self.hint else line
 
+    def shown(self, subject: str, remedy: str) -> Self:
+        """Return it with *subject* and *remedy* in place of its own if these are empty, and without
+        control characters: a text may be that of a server.
+        """
+        hint = self.hint or (remedy if self.level in {"warn", "fail"} else "")
+        return replace(
+            self,
+            text=printable(self.text),
+            hint=printable(hint),
+            seconds=None if self.seconds is None else round(self.seconds, 6),
+            subject=printable(self.subject or subject),
+        )
+
 
 ok, warn, fail, skip = (partial(Result, level) for level in LEVELS)
 
 
-@dataclass
-class Report:
-    """The results so far; *tell* is called with each new result.
-
-    Always: no text in it has a control character, not even a text of a server.
-    """
-
-    tell: Callable[[Result], None]
-    results: list[Result] = field(default_factory=list)
-
-    def add(self, result: Result, subject: str, remedy: str = "") -> None:
-        """Add *result*, with *subject* and *remedy* in place of its own if these are empty."""
-        hint = result.hint or (remedy if result.level in {"warn", "fail"} else "")
-        shown = Result(
-            result.level,
-            printable(result.text),
-            printable(hint),
-            None if result.seconds is None else round(result.seconds, 6),
-            printable(result.subject or subject),
-        )
-        self.results.append(shown)
-        self.tell(shown)
-
-    @property
-    def failed(self) -> bool:
-        """Whether a result has the level `fail`."""
-        return any(result.level == "fail" for result in self.results)
-
-    def summary(self) -> str:
-        """Return the number of results of each level, as a line."""
-        counts = Counter(result.level for result in self.results)
-        return ", ".join(f"{counts[level]} {level}" for level in LEVELS if counts[level])
-
-    def plain(self) -> dict[str, Any]:
-        """Return the report as plain data."""
-        return {"failed": self.failed, "findings": [*map(dataclasses.asdict, self.results)]}
+def summary(results: Iterable[Result]) -> str:
+    """Return the number of *results* of each level, as a line."""
+    counts = Counter(result.level for result in results)
+    return ", ".join(f"{counts[level]} {level}" for level in LEVELS if counts[level])

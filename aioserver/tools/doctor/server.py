@@ -12,11 +12,8 @@ from yarl import URL
 
 from aioserver import __version__
 from aioserver.client import faults
-from aioserver.monitoring.alerts import met_a_bug
-from aioserver.monitoring.findings import FINDINGS
 from aioserver.protocol import frames
 from aioserver.tools import remote
-from aioserver.tools.doctor.arrivals import noting
 from aioserver.tools.doctor.network import connect, context_for
 from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
 
@@ -52,7 +49,7 @@ async def reach(facts: Facts) -> AsyncIterator[Result]:
         yield result
     if not connected.reached:
         return
-    session = remote.session(facts.key, noting(facts.encodings))
+    session = remote.session(facts.key)
     facts.session = await facts.stack.enter_async_context(session)
     if connected.protocol == "h2":
         yield ok("HTTP/2 is offered: a page may follow many streams at once")
@@ -147,24 +144,16 @@ async def key(facts: Facts) -> AsyncIterator[Result]:
         facts.accepted = True
 
 
-async def state(facts: Facts) -> AsyncIterator[Result]:
-    """Report the bugs that requests have met, and the verdict of the server, from `/stats`."""
+async def verdict(facts: Facts) -> AsyncIterator[Result]:
+    """Report the verdict of the server on itself."""
     answer = await remote.get(facts.session, f"{facts.url}/stats")
-    remedy = FINDINGS["bug"].remedy
-    match answer.content:
-        case {"bugs": {"last_minute": int(recent)}} if recent:
-            yield fail(met_a_bug(recent), remedy)
-        case {"bugs": {"total": int(total)}} if total:
-            yield warn(met_a_bug(total, "since its start"), remedy)
-        case {"bugs": _}:
-            yield ok("no request has met a bug of it since its start")
-        case _:
-            yield skip(f"its bugs: /stats: HTTP {answer.status} {answer.code}")
     match answer.content.get("verdict"):
-        case {"about": "bug"} | {"state": "open" | "busy"}:
-            pass
-        case {"word": word, "text": text, "advice": advice}:
-            yield warn(f"{word}: {text}", str(advice))
+        case {"word": word, "text": text, "state": "open" | "busy"}:
+            yield ok(f"{word}: {text}")
+        case {"word": word, "text": text, "advice": advice, **more}:
+            yield (fail if more.get("about") == "bug" else warn)(f"{word}: {text}", str(advice))
+        case _:
+            yield skip(f"its verdict: /stats: HTTP {answer.status} {answer.code}")
 
 
 async def body(facts: Facts) -> AsyncIterator[Result]:

@@ -59,8 +59,8 @@ async def test_a_client_of_a_server_with_keys_sees_each_event_of_an_answer_that_
         assert any("an answer came whole" in line for line in found.of("ok", face)), found
     assert "key: accepted" in found.of("ok")
     assert any("a page of" in line for line in found.of("ok"))
-    # No admin's key: the snapshots are not for it.
-    assert "/events: not followed: HTTP 403" in found.of("skip")
+    # No admin's key: the verdict is not for it.
+    assert any("its verdict: /stats: HTTP 403" in line for line in found.of("skip"))
     assert server.simulator.stats().requests == 0
 
 
@@ -104,7 +104,7 @@ async def test_what_the_server_finds_wrong_with_itself_is_told_to_an_admin(
     async def state() -> list[str]:
         facts = Facts(url=server.base)
         async with remote.session(key_of("root")) as facts.session:
-            return [str(result) async for result in doctor.state(facts) if result.level != "ok"]
+            return [str(result) async for result in doctor.verdict(facts) if result.level != "ok"]
 
     assert await state() == []
 
@@ -134,7 +134,6 @@ async def test_a_page_of_the_servers_own_address_may_always_connect(
 
 
 async def test_a_server_that_is_stopping_is_not_ready(server: RunningServer) -> None:
-    """It takes four seconds: without keys the snapshots are followed, one each second."""
     server.owners.context.lifecycle.ready = False
     try:
         found = await examined(server.base)
@@ -142,7 +141,6 @@ async def test_a_server_that_is_stopping_is_not_ready(server: RunningServer) -> 
         server.owners.context.lifecycle.ready = True
 
     assert found.of("fail") == ["server: not ready: starting or stopping"]
-    assert "/events: each event arrives as it comes" in found.of("ok")
 
 
 # Answers of something else, or through something that spoils them.
@@ -215,7 +213,6 @@ async def test_a_proxy_without_upgrades_and_a_clock_that_is_wrong_are_reported()
 
     assert found.of("fail") == ["WebSocket: /ws/chat is not upgraded: HTTP 200"]
     assert any("differs from ours by -" in line for line in found.of("warn"))
-    assert "/events: not followed: HTTP 200" in found.of("skip")
 
 
 async def test_a_page_of_an_address_that_the_server_does_not_know_may_not_connect() -> None:
