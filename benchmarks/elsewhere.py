@@ -3,6 +3,7 @@
     python benchmarks/elsewhere.py                     200 streams of 20 events/s
     python benchmarks/elsewhere.py --streams 1000 --rate 10 --trees . ../before
     python benchmarks/elsewhere.py --pause 0           readers that come all at once
+    python benchmarks/elsewhere.py --tls               TLS between the instances
 
 Answers run at instance A without a reader of their own, one reader each at B, over one Redis. CPU is
 that of the processes in /proc, in µs an event; *local* is the same with all readers at A. Latency is
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import aiohttp
 from aiohttp import web
+from certificate import Encrypted
 
 from tests.support.redis_server import RedisServer
 
@@ -107,6 +109,15 @@ async def instance(tree: Path, config: Path) -> AsyncIterator[tuple[int, str]]:
         await process.wait()
 
 
+def tls(folder: Path, *, made: bool) -> dict[str, object]:
+    """Return the settings of TLS between instances, if it is to be *made*."""
+    if not made:
+        return {}
+    encrypted = Encrypted.made_in(folder)
+    files = {"cert_file": encrypted.certificate, "ca_file": encrypted.authority}
+    return {"tls": {name: str(file) for name, file in files.items()}}
+
+
 async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str, float]:
     """Run one round; return CPU an event of each process, latencies, and silent readers."""
     provider = web.AppRunner(Provider(given.rate).app)
@@ -135,7 +146,7 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
                     "active": "sim",
                     "providers": {"sim": {"base_url": base, "model": "m", "http_client": client}},
                 },
-                "cluster": {"redis_url": redis.url},
+                "cluster": {"redis_url": redis.url, **tls(Path(folder), made=given.tls)},
                 "logging": {"level": "WARNING"},
             }
             config = Path(folder) / "config.yaml"
@@ -196,6 +207,7 @@ async def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pause", type=float, default=0.01)
+    parser.add_argument("--tls", action="store_true")
     parser.add_argument("--trees", type=Path, nargs="+", default=[ROOT])
     given = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {}

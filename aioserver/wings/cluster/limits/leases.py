@@ -31,11 +31,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from aioserver.gateway.contracts.commands import LATE
 from aioserver.limits.fixed_share import FixedShare
 from aioserver.wings.cluster.limits.grants import Grant, Standing, State
 from aioserver.wings.cluster.limits.lease_messages import (
@@ -63,6 +65,9 @@ ROUND_TRIPS = 8
 # the last call, and for this many seconds at most. An instance then has a place in transit for a
 # fifth of the time.
 KEPT, MOST_KEPT = 4.0, 0.5
+# Seconds, and multiples of the quickest recent call, after which a call is overdue: starts then wait
+# no longer for its slots.
+OVERDUE, TIMES_ROUND_TRIP = 0.2, 4.0
 
 
 class Leases:
@@ -327,6 +332,7 @@ class Leases:
         self.due = inf
         self._seq += 1
         self.calls += 1
+        self._watch(self._seq)
         return encode(
             Request(
                 instance=self.instance,
@@ -425,6 +431,24 @@ class Leases:
         elif standing.state is State.ALONE and now >= self._raise_at:
             self._use_share()
         self._set_due(now + self.times.bound / 10)
+
+    def _watch(self, number: int) -> None:
+        """Look after a while whether the call *number* is still under way."""
+        wait = max(OVERDUE, TIMES_ROUND_TRIP * self.round_trip)
+        self.later(wait, partial(self._look, number, self._clock() + wait))
+
+    def _look(self, number: int, due: float) -> None:
+        """Let starts be counted on a part of each rate, if the call *number* is overdue: a server
+        that hangs grants no slots, and the call fails only after its bound.
+        """
+        if not self.standing.busy or self._seq != number:
+            return
+        if self._clock() > due + LATE:
+            # This process was suspended, and the answer may have come meanwhile.
+            self._watch(number)
+        elif self.standing.state is State.JOINED:
+            for pace in self._paces.values():
+                pace.stand(State.UNHEARD, self._fixed.instances)
 
     def _more_to_say(self) -> bool:
         if self._dirty or self._asking or self.announcements.pending or self._ended:

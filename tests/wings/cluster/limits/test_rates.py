@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.limits.gcra import ROUNDING
-from aioserver.wings.cluster.limits import keys, rates
+from aioserver.wings.cluster.limits import keys, leases, rates
 from aioserver.wings.cluster.limits.rates import SharedRate
 from tests.support.cluster_simulation import Load, Simulation
 
@@ -303,6 +303,30 @@ def test_without_the_server_each_keeps_its_part_of_the_rate(
     assert excess(starts, per_minute, burst) <= 3.5
     late = [start for start in starts if start > simulation.now - 15.0]
     assert len(late) >= 0.85 * per_minute / 60 * 15
+
+
+def test_no_start_waits_for_longer_than_a_moment_for_a_server_that_hangs() -> None:
+    per_minute, burst = 600, 10
+    simulation, all_paced = paced(8, per_minute, burst)
+    for each in all_paced:
+        each.load = each.waiting = 0
+    simulation.advance(10.0)
+    simulation.pause()
+    for each in all_paced:
+        each.starts.clear()
+        each.waiting = 2 * burst
+        each.serve()
+    hung = simulation.now
+
+    simulation.advance(1.0)
+
+    for each in all_paced:
+        late = [start for start in each.starts if start > hung + leases.OVERDUE - ROUNDING]
+        assert late[0] <= hung + leases.OVERDUE + 0.05
+        assert len(late) >= 0.6 * (1.0 - leases.OVERDUE) * per_minute / 60 / len(all_paced)
+    simulation.go_on()
+    simulation.advance(10.0)
+    assert excess(starts_of(all_paced), per_minute, burst) <= 3
 
 
 def resting(count: int) -> tuple[Simulation, list[Paced]]:
