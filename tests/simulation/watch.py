@@ -123,7 +123,8 @@ class Watch:
         ended = self._server.context.monitor.ended
         if len(ended) > MAX_KEPT:
             self._broken(f"{len(ended)} requests are remembered")
-        for name, request_id in list(ended._kept)[-1:]:
+        for name, kept in ended._kept.items():
+            request_id = next(reversed(kept))
             newest = ended.find(name, request_id)
             fields = msgspec.json.decode(newest or b"{}")
             if (fields.get("caller", ""), fields["request_id"]) != (name, request_id):
