@@ -10,6 +10,7 @@ both: the middleware adds the CORS headers.
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,13 +61,17 @@ def routes(context: Context) -> list[web.RouteDef]:
             return await chat.serve(request)
         return web.json_response(overview(context))
 
+    async def asset(request: web.Request) -> web.StreamResponse:
+        return await assets[request.match_info["path"]].serve(request)
+
+    paths = "|".join(map(re.escape, assets))
     return [
         web.get("/", index),
         web.get("/dashboard", dashboard.serve),
         web.get("/client.js", client.serve),
         web.get("/client.d.ts", types.serve),
         web.get("/client/{version}.js", partial(versioned, client)),
-        *(web.get(f"/assets/{path}", asset.serve) for path, asset in assets.items()),
+        web.get(f"/assets/{{path:{paths}}}", asset),
     ]
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer
 
-CUTS = 80
+CUTS = 40
 # A browser has six connections to a host at most.
 ANSWERS = 5
 # Slow enough that a browser has read most of it when a connection ends: fetch drops what it has

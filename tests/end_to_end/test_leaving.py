@@ -143,8 +143,9 @@ WAYS: dict[str, tuple[Any, Any]] = {
 
 
 def provider_side(server: RunningServer) -> dict[str, int]:
+    held = server.held()
     names = ("running", "detached", "sim places", "sim waiting", "sim busy")
-    return {name: server.held()[name] for name in names}
+    return {name: held[name] for name in names}
 
 
 def connected(port: int) -> int:
