@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import uvloop
 
 from aioserver.config import Configuration
+from tests.support import zygote
+from tests.support.jumping_loop import JumpingLoop
 from tests.support.server import write
 from tests.support.waiting import until
 
@@ -49,7 +51,7 @@ class Process:
     the exception shows what the process has written.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | zygote.Forked) -> None:
         self._process = process
         self._out, self._log = bytearray(), bytearray()
         assert process.stdout is not None
@@ -67,16 +69,24 @@ class Process:
     ) -> Self:
         """Start *program*, arguments of the interpreter, with *sockets* as descriptors 3, 4, ….
 
-        *environ* is put over the environment of the tests.
+        *environ* is put over the environment of the tests. `aioserver` is forked if it can be:
+        see `zygote`.
         """
+        arguments, inherited = tuple(map(str, program)), {**os.environ, **(environ or {})}
         descriptors = [sock.fileno() for sock in sockets]
+        if zygote.can_fork(arguments, inherited):
+            loop = asyncio.get_running_loop()
+            if isinstance(loop, JumpingLoop):
+                loop.real_time = True
+            return cls(await zygote.fork(arguments, inherited, descriptors))
         # Without it a process starts sooner.
         launcher = ("-IS", "-c", LAUNCHER, len(descriptors), *descriptors) if descriptors else ()
         return cls(
             await asyncio.create_subprocess_exec(
                 sys.executable,
-                *map(str, (*launcher, *program)),
-                env={**os.environ, **(environ or {})},
+                *map(str, launcher),
+                *arguments,
+                env=inherited,
                 pass_fds=descriptors,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,

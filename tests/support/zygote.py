@@ -1,0 +1,205 @@
+"""`aioserver` forked from a process that has imported it, which takes a sixth of the CPU time that
+it takes to execute it.
+
+Each process of the tests starts one such process when it needs it first, and that one ends with
+it. A forked `aioserver` differs from an executed one in `/proc/PID/cmdline`, in what was read from
+the environment before the fork, and in modules that it has and does not need: see `can_fork`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import fcntl
+import functools
+import gc
+import os
+import pickle
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ROOT = Path(__file__).parents[2]
+# The interpreter and the libraries read these variables once, at their start or import.
+READ_ONCE = ("PYTHON", "LD_", "MALLOC_", "SSL_", "OPENSSL_", "AIOHTTP_", "LANG", "LC_")
+# The most bytes of a request, and the least descriptor that no request has.
+LIMIT, FREE = 1 << 17, 200
+
+
+class Request(NamedTuple):
+    """What to run: the arguments of the interpreter, which begin with `-m aioserver`."""
+
+    program: tuple[str, ...]
+    environ: dict[str, str]
+    folder: str
+
+
+class Forked:
+    """A forked process, with what `Process` uses of `asyncio.subprocess.Process`."""
+
+    def __init__(self, out: asyncio.StreamReader, err: asyncio.StreamReader) -> None:
+        self.stdout, self.stderr = out, err
+        self.pid = 0
+        self._end: asyncio.Future[bytes]
+
+    async def begin(self, state: asyncio.StreamReader) -> None:
+        """Wait until it is forked. *state* has its process id, and later its wait status."""
+        self.pid = int.from_bytes(await state.readexactly(4), "little")
+        self._end = asyncio.ensure_future(state.read())
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, or the signal that has ended it, negative; None while it lives."""
+        if not self._end.done():
+            return None
+        return os.waitstatus_to_exitcode(int.from_bytes(self._end.result(), "little"))
+
+    async def wait(self) -> int:
+        """Wait for its end; returns its `returncode`."""
+        await asyncio.shield(self._end)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it *number*, if it lives."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it, if it lives."""
+        self.send_signal(signal.SIGKILL)
+
+
+class _Reading(asyncio.StreamReaderProtocol):
+    """Closes its pipe at the end of the stream, on either event loop."""
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return False
+
+
+def can_fork(program: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether *program* can be forked: it is `aioserver` itself, with the variables that are read
+    once as the tests have them, on Linux.
+    """
+    read_once = {name: text for name, text in environ.items() if name.startswith(READ_ONCE)}
+    return (
+        program[:2] == ("-m", "aioserver")
+        and hasattr(os, "pidfd_open")
+        and read_once == _zygote()[1]
+    )
+
+
+async def fork(
+    program: Sequence[str], environ: Mapping[str, str], sockets: Sequence[int]
+) -> Forked:
+    """Fork to run *program*, with *sockets* as descriptors 3, 4, …, as systemd passes them."""
+    loop = asyncio.get_running_loop()
+    request = pickle.dumps(Request(tuple(program), dict(environ), str(Path.cwd())))
+    pipes = [os.pipe() for _ in range(3)]
+    try:
+        socket.send_fds(_zygote()[0], [request], [*(write for _, write in pipes), *sockets])
+    finally:
+        for _, write in pipes:
+            os.close(write)
+    streams = [asyncio.StreamReader() for _ in pipes]
+    for stream, (read, _) in zip(streams, pipes, strict=True):
+        pipe = os.fdopen(read, "rb", 0)
+        await loop.connect_read_pipe(functools.partial(_Reading, stream), pipe)
+    process = Forked(*streams[:2])
+    await process.begin(streams[2])
+    return process
+
+
+@functools.cache
+def _zygote() -> tuple[socket.socket, dict[str, str]]:
+    """Start the process; returns the socket to it, and what its libraries read once."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with its:
+        # Tests know the processes of a server by the word aioserver in the command line.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.zygote", str(its.fileno()), "aioserver"],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[its.fileno()],
+        )
+
+    @atexit.register
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    return ours, {name: os.environ[name] for name in os.environ if name.startswith(READ_ONCE)}
+
+
+def _serve(control: socket.socket) -> bool:
+    """Fork for each request until the tests have ended; returns whether this is a fork."""
+    selector = selectors.DefaultSelector()
+    selector.register(control, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.data is not None:
+                pid, state = key.data
+                selector.unregister(key.fd)
+                os.close(key.fd)
+                os.write(state, os.waitpid(pid, 0)[1].to_bytes(4, "little"))
+                os.close(state)
+                continue
+            message, descriptors, _, _ = socket.recv_fds(control, LIMIT, 100)
+            if not message:
+                return False
+            request: Request = pickle.loads(message)
+            out, err, state, *sockets = descriptors
+            if request.program[2:] and request.program[2] in COMMANDS:
+                load(request.program[2])
+            gc.freeze()
+            pid = os.fork()
+            if pid == 0:
+                selector.close()
+                control.detach()
+                _become(request, (out, err), sockets)
+                return True
+            os.write(state, pid.to_bytes(4, "little"))
+            for descriptor in (out, err, *sockets):
+                os.close(descriptor)
+            selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, state))
+
+
+def _become(request: Request, outputs: Sequence[int], sockets: Sequence[int]) -> None:
+    """Have the descriptors, the environment and the arguments of an executed process."""
+    for number, descriptor in enumerate(outputs, 1):
+        os.dup2(descriptor, number)
+    copies = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, FREE) for descriptor in sockets]
+    os.closerange(3, FREE)
+    for number, copy in enumerate(copies, 3):
+        os.dup2(copy, number)
+        os.close(copy)
+    os.environ.clear()
+    os.environ.update(request.environ)
+    if sockets:
+        pid = str(os.getpid())
+        os.environ.update(LISTEN_PID=pid, LISTEN_FDS=str(len(sockets)), WATCHDOG_PID=pid)
+    time.tzset()
+    os.chdir(request.folder)
+    sys.path[0] = request.folder
+    sys.argv = [str(ROOT / "aioserver/__main__.py"), *request.program[2:]]
+    sys.orig_argv = [sys.executable, *request.program]
+
+
+if __name__ == "__main__":
+    import aioserver.commands.serve
+    import aioserver.workers.parent  # noqa: F401 - a server with workers needs it
+    from aioserver.__main__ import COMMANDS, load, main
+
+    gc.collect()
+    if _serve(socket.socket(fileno=int(sys.argv[1]))):
+        main()
