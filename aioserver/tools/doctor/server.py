@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from yarl import URL
@@ -13,7 +13,7 @@ from yarl import URL
 from aioserver import __version__
 from aioserver.client import faults
 from aioserver.monitoring.alerts import met_a_bug
-from aioserver.monitoring.findings import FINDINGS
+from aioserver.monitoring.findings import CHANGED_PROMPTS, FINDINGS, REORDERED
 from aioserver.protocol import frames
 from aioserver.tools import remote
 from aioserver.tools.doctor.arrivals import noting
@@ -21,7 +21,7 @@ from aioserver.tools.doctor.network import connect, context_for
 from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator, Mapping
 
     from aioserver.tools.doctor.facts import Facts
 
@@ -148,7 +148,9 @@ async def key(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def state(facts: Facts) -> AsyncIterator[Result]:
-    """Report the bugs that requests have met, and the verdict of the server, from `/stats`."""
+    """Report, from `/stats`, the bugs that requests have met, the verdict of the server, and the
+    habits of clients that lose the caches of providers.
+    """
     answer = await remote.get(facts.session, f"{facts.url}/stats")
     remedy = FINDINGS["bug"].remedy
     match answer.content:
@@ -165,6 +167,25 @@ async def state(facts: Facts) -> AsyncIterator[Result]:
             pass
         case {"word": word, "text": text, "advice": advice}:
             yield warn(f"{word}: {text}", str(advice))
+    match answer.content.get("cache_losses"):
+        case {"last_hour": dict(verdicts), "regions": dict(regions)}:
+            for result in _lost_caches(verdicts, regions):
+                yield result
+
+
+def _lost_caches(verdicts: Mapping[str, Any], regions: Mapping[str, Any]) -> Iterator[Result]:
+    """Yield a warning for each habit by which the caches of providers were lost in the last hour:
+    the tokens by verdict, and by region.
+    """
+    rows = {**CHANGED_PROMPTS} if verdicts.get("changed") else {}
+    if isinstance(tokens := verdicts.get("reordered"), int):
+        yield warn(REORDERED.text.format(count=f"{tokens:,}"), REORDERED.remedy)
+        # The tokens of their regions are these.
+        rows.pop("tools[", None)
+    for name, tokens in regions.items():
+        for start, row in rows.items():
+            if name.startswith(start) and isinstance(tokens, int):
+                yield warn(row.text.format(name=name, count=f"{tokens:,}"), row.remedy)
 
 
 async def body(facts: Facts) -> AsyncIterator[Result]:
