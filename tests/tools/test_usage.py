@@ -88,7 +88,9 @@ def test_csv_has_all_columns_and_no_total(ledger: Path) -> None:
 
 
 def test_the_tokens_that_caches_have_lost_have_a_column_by_verdict(tmp_path: Path) -> None:
-    lost: list[dict[str, Any]] = [{"cache_lost": name, "cache_lost_tokens": 1000} for name in ("moved", "changed")]
+    lost: list[dict[str, Any]] = [
+        {"cache_lost": name, "cache_lost_tokens": 1000} for name in ("moved", "changed")
+    ]
     entries = [entry(number, **fields) for number, fields in enumerate([{}, *lost, lost[1]])]
     (tmp_path / "usage-2026-11-28.jsonl").write_text("".join(entries))
     asked = (tmp_path, "--by", "caller,cache_lost")
