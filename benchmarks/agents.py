@@ -10,7 +10,8 @@ The agents get nothing but a base URL and a key. A turn is well formed if the en
 nothing of it, and the task is done if the results of all four calls have come back to the engine,
 and each command has run once. The tasks of an agent on an engine have one server, so that they
 share its budget of retries. *attempts a turn* is what the engine was asked, by the three turns that
-a task needs. The agents have a folder of their own as home.
+a task needs. *losses* are the conversations that were compared, and the verdicts on the prefix cache of the
+engine, with the tokens that it has read again, and where (docs/slow.md). The agents have a folder of their own as home.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import yaml
-from aiohttp import web
+from aiohttp import ClientSession, web
 from engines import started
 
 from tests.support.chat_engine import DONE, HABITS, RAN, ROUNDS, ChatEngine, words
@@ -158,6 +159,7 @@ async def served(engine: ChatEngine, messages: str, *, second: bool) -> AsyncIte
             "llm": {
                 "active": "engine",
                 "fallbacks": names[1:],
+                "cache_losses": True,
                 "providers": dict.fromkeys(names, provider),
             }
         }
@@ -175,11 +177,26 @@ async def served(engine: ChatEngine, messages: str, *, second: bool) -> AsyncIte
         await runner.cleanup()
 
 
+async def losses(url: str) -> str:
+    """Return what the server at *url* has found to be lost of the engine's cache."""
+    # `/stats` is made once a second.
+    await asyncio.sleep(1.5)
+    async with ClientSession() as session, session.get(f"{url}/stats") as response:
+        state = (await response.json())["cache_losses"]
+    verdicts, where = state["verdicts"], {**state["last_hour"], **state["regions"]}
+    words = [f"{state['conversations']} conversations"]
+    words += [f"{number} {verdict}" for verdict, number in verdicts.items()]
+    return ", ".join([*words, *(f"{name}: {tokens:,}" for name, tokens in where.items())])
+
+
 async def run(given: argparse.Namespace) -> int:
     """Run all tasks, and print them as a table; return how many have failed."""
     failed, deadline = 0, time.monotonic() + given.minutes * 60
-    print("| agent | engine | tasks | done | turns | cut | attempts a turn | refused | seconds |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| agent | engine | tasks | done | turns | cut | attempts a turn | refused | seconds "
+        "| losses |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     for name, habit in product(given.only.split(","), HABITS):
         engine = ChatEngine(habit, given.cut, f"{given.seed} {name} {habit}")
         results: list[Result] = []
@@ -190,6 +207,7 @@ async def run(given: argparse.Namespace) -> int:
                 if given.show or not result.done:
                     lines = [*result.shown.splitlines()[-40:], f"ran: {' '.join(result.ran)}"]
                     print("\n".join(f"    {line}" for line in lines), file=sys.stderr, flush=True)
+            lost = await losses(url) if results else ""
         if not results:
             continue
         done = sum(result.done for result in results)
@@ -197,7 +215,8 @@ async def run(given: argparse.Namespace) -> int:
         print(
             f"| {name} | {habit} | {len(results)} | {done} | {engine.turns} | {engine.cuts} | "
             f"{engine.turns / (TURNS * len(results)):.3f} | {len(engine.faults)} | "
-            f"{statistics.median(result.seconds for result in results):.1f} |",
+            f"{statistics.median(result.seconds for result in results):.1f} | "
+            f"{lost} |",
             flush=True,
         )
         for fault in sorted(set(engine.faults)):

@@ -1,14 +1,16 @@
 """Takes the pictures of docs/images: a real server under load, seen by a headless Chromium.
 
-    .venv/bin/python docs/take_pictures.py [--seconds 75] [--folder docs/images] [--only queue]
+    .venv/bin/python docs/take_pictures.py [--seconds 75] [--folder docs/images] [--only queue|lost]
 
 Starts two simulated engines and `aioserver serve` with two workers on free ports of loopback. The
 engines are a group. Loads the server with `aioserver bench` on three faces for that many seconds,
 and takes a picture of the dashboard near the end of the load. What is shown is what the server said
 at that moment. Then a program that answers with a text of this file is asked on the chat page. Of the
 queue there is a picture of its own: a provider of one place, whose answers take five seconds, has
-seven programs as its clients when a person asks it on the chat page. Everything that was started
-here is ended at the end.
+seven programs as its clients when a person asks it on the chat page. So has the card of lost caches:
+three programs talk to an engine with a prefix cache, of which one has the time in its system prompt,
+one sends its tools in another order each time, and one comes back when the cache is full of other
+prompts. Everything that was started here is ended at the end.
 
 Needs the test extras, and Debian's `chromium` or `chromium-headless-shell`.
 """
@@ -27,14 +29,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from aiohttp import web
+from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 from playwright.async_api import async_playwright
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from playwright.async_api import Page, ViewportSize
+    from playwright.async_api import FloatRect, Page, ViewportSize
 
 ROOT = Path(__file__).parents[1]
 AIOSERVER = (sys.executable, "-m", "aioserver")
@@ -48,6 +50,7 @@ FLAGS = (
     "--disable-sync",
 )
 DASHBOARD, CHAT, QUEUE = (1280, 900), (1280, 800), (960, 420)  # pixels of the pictures
+MARGIN = 12  # pixels around a card
 START = 30.0  # seconds for a process to say where it serves
 # Small limits, so that a load which one machine makes beside the server meets them.
 PLACES = {"demo": 60, "gpu1": 8, "busy": 1}
@@ -62,6 +65,11 @@ LOADS = (
 SLOW = ("provider", "--port", "0", "--ttft", "1", "--interval", "0.05", "--tokens", "80")
 PROGRAMS = "--face openai --clients 7 --model busy"
 LEARNING = 40.0  # seconds after which the server knows how long a place is taken
+# An engine with a prefix cache that holds some of the prompts, and tokens that it reads quickly.
+ENGINE = "prefill=40000,decode=400,cache=49152"
+CACHING = ("provider", "--port", "0", "--tokens", "20", "--engine", ENGINE)
+PAUSE = 5.0  # seconds, more than all other turns take
+RULES = "Answer in one sentence, and name the page that says it. " * 300
 QUESTION = "How long do people wait for one of c places?"
 # What the chat page shows of Markdown: a table, code, and a formula, which stays as it is written.
 ANSWER = """\
@@ -254,6 +262,68 @@ async def take_queue(folder: Path) -> None:
             programs.cancel()
 
 
+async def converse(server: str) -> None:
+    """Have conversations with *server* whose caches are lost."""
+    names = ("read_file", "search", "edit", "run")
+    tools = [
+        {"type": "function", "function": {"name": name, "description": f"{name} {RULES}"}}
+        for name in names
+    ]
+    async with ClientSession() as session:
+
+        async def ask(who: str, system: str, turn: int, **more: Any) -> None:
+            talk = [
+                {"role": "system", "content": system},
+                {"role": "user", "content": f"{RULES}{QUESTION}"},
+            ]
+            for number in range(turn):
+                talk += [{"role": "assistant", "content": f"It depends, {number}."}]
+                talk += [{"role": "user", "content": f"On what, {number}?"}]
+            async with session.post(
+                f"{server}/v1/chat/completions",
+                json={"model": "caching", "messages": talk, **more},
+                headers={"x-session-id": who},
+            ) as response:
+                response.raise_for_status()
+
+        await ask("steady", "Be kind.", 0)
+        await asyncio.sleep(PAUSE)
+        # From now on it is known that the engine keeps a prompt for so long.
+        await ask("steady", "Be kind.", 1)
+        for turn in range(4):
+            await ask("dated", f"It is 9:0{turn}.", turn)
+            await ask("sorted", "Be brief.", turn, tools=tools[turn:] + tools[:turn])
+        await ask("steady", "Be kind.", 2)
+        for turn in range(4, 6):
+            kept, turned = tools[: turn - 3], tools[turn - 3 :]
+            await ask("sorted", "Be brief.", turn, tools=[*kept, *turned[::-1]])
+        await ask("steady", "Be kind.", 3)
+
+
+async def take_lost(folder: Path) -> None:
+    """Write `lost.png` into *folder*: the card of the dashboard that shows lost caches."""
+    async with AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(running(*CACHING))
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
+        settings = yaml.safe_load(configuration([engine, engine], engine, workers=1))
+        settings["llm"]["cache_losses"] = True
+        settings["llm"]["providers"]["caching"] = {"like": "gpu1", "model": "caching"}
+        file.write_text(yaml.safe_dump(settings))
+        server = await stack.enter_async_context(
+            running("serve", "--config", str(file), "--port", "0")
+        )
+        await converse(server.rstrip("/"))
+        page = await stack.enter_async_context(opened(stack))
+        await page.set_viewport_size(size(QUEUE))
+        await page.goto(f"{server}/dashboard")
+        await page.locator("#losses").get_by_text("evicted").wait_for()
+        box = await page.locator("#losses").bounding_box()
+        assert box is not None
+        top, height = box["y"] - MARGIN, box["height"] + 2 * MARGIN
+        clip: FloatRect = {"x": 0, "y": top, "width": QUEUE[0], "height": height}
+        await page.screenshot(path=folder / "lost.png", clip=clip, full_page=True)
+
+
 def main() -> None:
     """Take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -261,10 +331,13 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(__file__).parent / "images", help="where to write"
     )
-    parser.add_argument("--only", choices=["queue"], help="take this picture alone")
+    parser.add_argument("--only", choices=["queue", "lost"], help="take this picture alone")
     options = parser.parse_args()
     options.folder.mkdir(exist_ok=True)
-    asyncio.run(take_queue(options.folder))
+    if options.only != "lost":
+        asyncio.run(take_queue(options.folder))
+    if options.only != "queue":
+        asyncio.run(take_lost(options.folder))
     if options.only is None:
         asyncio.run(take(options.folder, options.seconds))
 

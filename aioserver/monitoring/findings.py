@@ -435,7 +435,40 @@ HAPPENED = _table(
     ),
 )
 
-FINDINGS = {**FAULTS, **REJECTED, **OF_PROVIDERS, **OF_SERVER, **HAPPENED}
+# Habits of clients that lose the caches of providers (docs/slow.md). Only `doctor` shows them: the
+# server is well. Those of changes are found by the beginning of a region's name.
+REORDERED = Finding(
+    "reordered_prompt",
+    "prompts have the same regions in another order: in the last hour {count} tokens were read "
+    "again for it",
+    "Have the client sort its tools.",
+    WARNING,
+)
+_HEAD = Finding(
+    "changed_head",
+    "prompts differ at {name}: in the last hour {count} tokens were read again for it",
+    "Does the client begin its prompt with a date, a counter or an id? It belongs at the end. "
+    "Claude Code's billing line is left out with CLAUDE_CODE_ATTRIBUTION_HEADER=0.",
+    WARNING,
+)
+CHANGED_PROMPTS = {
+    **dict.fromkeys(("system[", "instructions[", "messages[0]", "input[0]"), _HEAD),
+    "tools[": Finding(
+        "changed_tools",
+        _HEAD.text,
+        "Does the client add tools while it goes on, or describe one by a date?",
+        WARNING,
+    ),
+}
+
+FINDINGS = {
+    **FAULTS,
+    **REJECTED,
+    **OF_PROVIDERS,
+    **OF_SERVER,
+    **HAPPENED,
+    **_table(REORDERED, *CHANGED_PROMPTS.values()),
+}
 
 
 def rules() -> Iterator[dict[str, Any]]:

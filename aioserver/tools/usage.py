@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import click
 
 from aioserver.commands import options
-from aioserver.usage.ledger_reader import COLUMNS, Reading, files_of
+from aioserver.usage.ledger_reader import CACHE_LOST_TOKENS, COLUMNS, Reading, files_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from aioserver.usage.ledger_reader import Sums
 
-KEYS = ("caller", "provider", "model", "day", "face", "path", "class", "outcome")
+KEYS = ("caller", "provider", "model", "day", "face", "path", "class", "outcome", "cache_lost")
 DEFAULT_KEYS = "caller,model"
 SPANS = {"d": timedelta(days=1), "h": timedelta(hours=1)}
 # Characters that a spreadsheet takes for the beginning of a formula (CWE-1236): a model's name may
@@ -169,8 +169,12 @@ def _text(moment: datetime | None) -> str | None:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _numbers(sums: Sums) -> list[int]:
-    return [getattr(sums, column) for column in COLUMNS]
+def _columns(by: Sequence[str]) -> list[str]:
+    return [*COLUMNS, *([CACHE_LOST_TOKENS] if "cache_lost" in by else [])]
+
+
+def _numbers(by: Sequence[str], sums: Sums) -> list[int]:
+    return [getattr(sums, column) for column in _columns(by)]
 
 
 def _print_json(
@@ -185,7 +189,7 @@ def _print_json(
         "until": until,
         "by": list(by),
         "rows": [
-            dict(zip((*by, *COLUMNS), (*names, *_numbers(sums)), strict=True))
+            dict(zip((*by, *_columns(by)), (*names, *_numbers(by, sums)), strict=True))
             for names, sums in rows
         ],
         "skipped_lines": reading.skipped,
@@ -196,21 +200,21 @@ def _print_json(
 
 def _print_csv(by: Sequence[str], rows: Iterable[tuple[tuple[str, ...], Sums]]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow((*by, *COLUMNS))
+    writer.writerow((*by, *_columns(by)))
     for names, sums in rows:
         cells = [f"'{name}" if name.startswith(FORMULAS) else name for name in names]
-        writer.writerow((*cells, *_numbers(sums)))
+        writer.writerow((*cells, *_numbers(by, sums)))
 
 
 def _print_table(
     by: Sequence[str], rows: Sequence[tuple[tuple[str, ...], Sums]], total: Sums
 ) -> None:
-    head = [*by, *(column.removesuffix("_tokens") for column in COLUMNS)]
+    head = [*by, *(column.removesuffix("_tokens") for column in _columns(by))]
     table = [head]
     for names, sums in rows:
         shown = [_printable(name) or "-" for name in names]
-        table.append([*shown, *(f"{number:,}" for number in _numbers(sums))])
-    totals = ["total", *([""] * (len(by) - 1)), *(f"{number:,}" for number in _numbers(total))]
+        table.append([*shown, *(f"{number:,}" for number in _numbers(by, sums))])
+    totals = ["total", *([""] * (len(by) - 1)), *(f"{number:,}" for number in _numbers(by, total))]
     table.append(totals)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:

@@ -212,6 +212,8 @@ class Usage:
                 record.batch,
                 outcome,
                 cost,
+                # Another attempt may still end well.
+                record.outcome.find_loss() if outcome == OK else None,
             )
         )
 

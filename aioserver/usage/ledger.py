@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
-from aioserver.telemetry.outcome import NOBODY, AttemptCost
+from aioserver.telemetry.outcome import NOBODY, AttemptCost, CacheLoss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,9 @@ SECONDS_OF_A_DAY = 86_400
 
 
 class Line(NamedTuple):
-    """One line: the cost of the attempt *attempt* of the request *number*, at *time* (Unix)."""
+    """One line: the cost of the attempt *attempt* of the request *number*, at *time* (Unix), and
+    what its provider's cache has *lost*, if that is known.
+    """
 
     time: float
     number: int
@@ -65,6 +67,7 @@ class Line(NamedTuple):
     batch: bool
     outcome: str
     cost: AttemptCost
+    lost: CacheLoss | None = None
 
 
 class _Piece(NamedTuple):
@@ -302,6 +305,8 @@ class Ledger:
                 f'"reasoning":{tokens.reasoning},"audio_in":{tokens.audio_in},'
                 f'"audio_out":{tokens.audio_out},'
             )
+        if line.lost is not None:
+            counts += f'"cache_lost":"{line.lost.verdict}","cache_lost_tokens":{line.lost.tokens},'
         if cost.first:
             first = f'"first_ms":{_ms(cost.first)},'
         text = (

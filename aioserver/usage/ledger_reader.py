@@ -52,6 +52,8 @@ class Entry(msgspec.Struct, gc=False):
     reasoning: int = 0
     audio_in: int = 0
     audio_out: int = 0
+    cache_lost: str = ""
+    cache_lost_tokens: int = 0
     lost: int = 0
 
     @property
@@ -66,12 +68,13 @@ class Sums:
     __slots__ = (
         *("requests", "attempts", "input_tokens", "cached_tokens", "cache_write_tokens"),
         *("output_tokens", "reasoning_tokens", "audio_tokens", "estimated_tokens"),
+        "cache_lost_tokens",
     )
 
     def __init__(self) -> None:
         self.requests = self.attempts = self.input_tokens = self.cached_tokens = 0
         self.cache_write_tokens = self.output_tokens = self.reasoning_tokens = 0
-        self.audio_tokens = self.estimated_tokens = 0
+        self.audio_tokens = self.estimated_tokens = self.cache_lost_tokens = 0
 
     def add(self, entry: Entry) -> None:
         """Count an attempt."""
@@ -82,13 +85,15 @@ class Sums:
         self.output_tokens += entry.out
         self.reasoning_tokens += entry.reasoning
         self.audio_tokens += entry.audio_in + entry.audio_out
+        self.cache_lost_tokens += entry.cache_lost_tokens
         if entry.source == "estimate":
             self.estimated_tokens += entry.in_ + entry.out
         elif entry.source == "mixed":
             self.estimated_tokens += entry.out
 
 
-COLUMNS = Sums.__slots__
+# The columns of each row, and one that only a table of lost caches has.
+*COLUMNS, CACHE_LOST_TOKENS = Sums.__slots__
 
 
 class Reading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -13,7 +14,8 @@ from aioserver.telemetry.ended_requests import MAX_KEPT
 from tests.support.chat import CHAT, STREAMED, chat, to_end
 from tests.support.keys import bearer, keys_of
 from tests.support.pairs import pair_in
-from tests.support.simulator import Behaviour
+from tests.support.server import CONCURRENCY, QUICK, provider_entry
+from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ async def ask(server: RunningServer, face: str, request_id: str, **headers: str)
         url = f"{server.v1}/chat/completions"
         async with server.session.post(url, json=body, headers=headers) as response:
             await response.read()
-    await until(lambda: len(server.context.monitor.ended) == before + 1)
+    await until(lambda: len(server.context.monitor.ended) > before)
 
 
 async def look(server: RunningServer, request_id: str, **headers: str) -> tuple[int, Any]:
@@ -69,8 +71,13 @@ async def test_a_request_is_shown_to_its_caller_and_to_admins_and_is_unknown_to_
     assert ("prefill_ms" in own) == (face != "whole")
     assert await look(server, "r1", **bearer("root")) == (200, own)
     others = await look(server, "r1", **bearer("app"))
-    assert others == await look(server, "nobody-has-this", **bearer("app"))
     assert (others[0], others[1]["error"]["code"]) == (404, "request_not_found")
+    bodies = []
+    for name in ("r1", "nobody-has-this"):
+        url = f"{server.base}/requests/{name}"
+        async with server.session.get(url, headers=bearer("app")) as response:
+            bodies.append((response.status, await response.read()))
+    assert bodies[0] == bodies[1]
     assert (await look(server, "r1"))[0] == 401
 
 
@@ -136,6 +143,46 @@ async def test_the_place_in_the_queue_of_a_key_is_shown(make_server: MakeServer)
     places = sorted((s["key_place"], s["key_waiting"]) for s in shown if "key_place" in s)
     assert places == [(1, 1), (2, 2)]
     assert all(s["key_wait_ms"] > 0 for s in shown if "key_place" in s)
+
+
+async def test_the_wait_at_the_door_is_shown(make_server: MakeServer) -> None:
+    changes = {f"{CONCURRENCY}.max_connections": 1}
+    server = await make_server(Behaviour(ttft=0.1, interval=0), **changes)
+
+    await asyncio.gather(*(ask(server, "sse", f"r{number}") for number in range(2)))
+    await until(lambda: len(server.context.monitor.ended) == 2)
+
+    shown = [(await look(server, f"r{number}"))[1] for number in range(2)]
+    first, second = sorted(shown, key=lambda fields: fields.get("door_ms", 0.0))
+    assert "door_ms" not in first
+    assert second["door_ms"] > 0
+
+
+async def test_a_new_connection_to_the_provider_is_shown(server: RunningServer) -> None:
+    await ask(server, "sse", "new")
+    await ask(server, "sse", "kept")
+
+    shown = (await look(server, "new"))[1]
+    assert 0 < shown["connect_ms"] < shown["duration_ms"]
+    assert "connect_ms" not in (await look(server, "kept"))[1]
+
+
+async def test_who_has_continued_an_answer_is_shown(make_server: MakeServer) -> None:
+    async with Simulator(QUICK) as other:
+        entry = {**provider_entry(other.base_url), "continuation": "prefill"}
+        changes = {"llm.fallbacks": ["other"], "llm.providers.other": entry}
+        server = await make_server(replace(QUICK, cut_after=9), **changes)
+        await ask(server, "sse", "r1")
+
+        shown = (await look(server, "r1"))[1]
+        assert (shown["outcome"], shown["seams"]) == ("ok", 1)
+        (seam,) = shown["continued"]
+        assert seam == {
+            "at": len(other.bodies[-1]["messages"][-1]["content"]),
+            "from": "sim",
+            "to": "other",
+            "code": "provider_disconnected",
+        }
 
 
 async def test_a_typical_request_takes_less_than_a_kilobyte(server: RunningServer) -> None:

@@ -63,10 +63,17 @@ def test_the_identity_is_the_first_message_of_a_user() -> None:
         {"model": "m"},
         {"messages": [{}] * MAX_ELEMENTS},
         {"messages": [{"role": "user", "content": "data:image/png;base64,AAAA"}]},
+        {"messages": [{"role": "user", "content": [{"source": {"type": "base64", "data": ""}}]}]},
     ],
 )
 def test_a_prompt_without_text_alone_is_not_read(body: dict[str, Any]) -> None:
     assert at_once(reading(body)) is None
+
+
+def test_a_prompt_that_only_speaks_of_pictures_is_read() -> None:
+    words = 'In "base64" a picture is longer; base64, or 64", is no secret.'
+
+    assert len(of({"messages": [{"role": "user", "content": words}]}).digests) == 1
 
 
 def test_a_long_prompt_is_read_in_steps() -> None:

@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import uuid
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiohttp import web
 
+from tests.support.prefix_cache import PrefixCache
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 ROUNDS = 2
+# The blocks of its prefix cache, and the seconds that it keeps one.
+CACHE_BLOCKS, CACHE_LIFE = 16_384, 300.0
 # The file of the agent's folder to which each command appends what it prints.
 RAN = "ran"
 DONE, LOST = "DONE: all four results have come.", "LOST:"
@@ -76,6 +81,7 @@ class ChatEngine:
         self.faults: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.turns = 0
+        self._cache = PrefixCache(CACHE_BLOCKS, CACHE_LIFE)
         self.app = web.Application(client_max_size=1 << 26)
         self.app.router.add_post("/v1/chat/completions", self._complete)
         self.app.router.add_get("/v1/models", self._models)
@@ -105,10 +111,11 @@ class ChatEngine:
         self.bodies.append(body)
         shell = shell_of(body.get("tools") or [])
         self.turns += shell is not None
+        used = self._usage(body)
         message, finish = self._answer(body["messages"], shell)
         if not body.get("stream"):
             choice = {"index": 0, "message": message, "finish_reason": finish}
-            return web.json_response(self._object("chat.completion", [choice], usage(body)))
+            return web.json_response(self._object("chat.completion", [choice], used))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         asked = (body.get("stream_options") or {}).get("include_usage")
@@ -127,9 +134,15 @@ class ChatEngine:
             )
         await response.write(self._event([{"index": 0, "delta": {}, "finish_reason": finish}]))
         if asked:
-            await response.write(self._event([], usage(body)))
+            await response.write(self._event([], used))
         await response.write(b"data: [DONE]\n\n")
         return response
+
+    def _usage(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Read the prompt of *body*, and return the tokens of an answer to it."""
+        asked, cached = self._cache.read(body, time.monotonic())
+        used = {"prompt_tokens": asked, "completion_tokens": 12, "total_tokens": asked + 12}
+        return {**used, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def _answer(
         self, messages: list[dict[str, Any]], shell: dict[str, Any] | None
@@ -185,12 +198,12 @@ class ChatEngine:
                 yield {"tool_calls": [{"index": index, "function": piece}]}
 
     def _object(
-        self, kind: str, choices: list[dict[str, Any]], used: dict[str, int] | None = None
+        self, kind: str, choices: list[dict[str, Any]], used: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         fields = {"id": "chatcmpl-1", "object": kind, "created": 1, "model": "m"}
         return {**fields, "choices": choices, **({"usage": used} if used else {})}
 
-    def _event(self, choices: list[dict[str, Any]], used: dict[str, int] | None = None) -> bytes:
+    def _event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
         chunk = self._object("chat.completion.chunk", choices, used)
         return b"data: %b\n\n" % json.dumps(chunk).encode()
 
@@ -198,12 +211,6 @@ class ChatEngine:
 def words(number: int) -> tuple[str, str]:
     """What the two commands of a round print."""
     return f"round-{number}-a", f"round-{number}-b"
-
-
-def usage(body: dict[str, Any]) -> dict[str, int]:
-    """The tokens of an answer to *body*."""
-    asked = len(json.dumps(body["messages"])) // 4
-    return {"prompt_tokens": asked, "completion_tokens": 12, "total_tokens": asked + 12}
 
 
 def shell_of(tools: list[dict[str, Any]]) -> dict[str, Any] | None:

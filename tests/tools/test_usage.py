@@ -87,6 +87,29 @@ def test_csv_has_all_columns_and_no_total(ledger: Path) -> None:
     ]
 
 
+def test_the_tokens_that_caches_have_lost_have_a_column_by_verdict(tmp_path: Path) -> None:
+    lost: list[dict[str, Any]] = [
+        {"cache_lost": name, "cache_lost_tokens": 1000} for name in ("moved", "changed")
+    ]
+    entries = [entry(number, **fields) for number, fields in enumerate([{}, *lost, lost[1]])]
+    (tmp_path / "usage-2026-11-28.jsonl").write_text("".join(entries))
+    asked = (tmp_path, "--by", "caller,cache_lost")
+
+    table = [" ".join(line.split()) for line in run(*asked).stdout.splitlines()]
+    rows = json.loads(run(*asked, "--json").stdout)["rows"]
+    head = run(*asked, "--csv").stdout.splitlines()[0].split(",")
+
+    assert table[0].endswith("audio estimated cache_lost")
+    assert [(row.split()[1], row.split()[-1]) for row in table[1:-1]] == [
+        ("-", "0"),
+        ("changed", "2,000"),
+        ("moved", "1,000"),
+    ]
+    assert table[-1].endswith(" 3,000")
+    assert [row["cache_lost_tokens"] for row in rows] == [0, 2000, 1000]
+    assert head == ["caller", "cache_lost", *COLUMNS, "cache_lost_tokens"]
+
+
 def test_json_says_what_it_is_of(ledger: Path) -> None:
     asked = ("--json", "--by", "outcome", "--since", "2026-11-28", "--until", "2026-11-29")
 

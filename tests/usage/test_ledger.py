@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from msgspec.structs import replace
 
-from aioserver.telemetry.outcome import NOBODY
+from aioserver.telemetry.outcome import NOBODY, CacheLoss
 from aioserver.usage.ledger import MAX_LINES, Ledger
 from tests.support.ledgers import DAY, NOON, PART, line, lines_of, wait_until
 
@@ -82,6 +82,18 @@ def test_what_nobody_knows_is_absent(opened: Callable[..., Ledger], tmp_path: Pa
     [[only]] = lines_of(tmp_path / "usage").values()
     assert only["source"] == "none"
     assert not only.keys() & {"in", "out", "cached", "reasoning", "first_ms"}
+
+
+def test_a_lost_cache_is_in_the_line_of_its_attempt(
+    opened: Callable[..., Ledger], tmp_path: Path
+) -> None:
+    ledger = opened()
+
+    ledger.put(line(lost=CacheLoss("moved", "full", None, 4485)))
+    ledger.close()
+
+    [[only]] = lines_of(tmp_path / "usage").values()
+    assert (only["cache_lost"], only["cache_lost_tokens"]) == ("moved", 4485)
 
 
 def test_names_of_clients_are_cut_and_cannot_begin_a_line(

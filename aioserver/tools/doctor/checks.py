@@ -95,7 +95,7 @@ CHECKS = (
         "clients with long tokens or cookies fail (nginx: large_client_header_buffers)",
     ),
     Check("key", "healthy", server.key),
-    Check("server", "accepted", server.verdict),
+    Check("server", "accepted", server.state),
     Check(
         "WebSocket",
         "accepted",

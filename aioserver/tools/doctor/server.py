@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from yarl import URL
 
 from aioserver import __version__
 from aioserver.client import faults
+from aioserver.monitoring.findings import CHANGED_PROMPTS, REORDERED
 from aioserver.protocol import frames
 from aioserver.tools import remote
 from aioserver.tools.doctor.network import connect, context_for
 from aioserver.tools.doctor.results import Result, fail, ok, skip, warn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator, Mapping
 
     from aioserver.tools.doctor.facts import Facts
 
@@ -144,8 +145,10 @@ async def key(facts: Facts) -> AsyncIterator[Result]:
         facts.accepted = True
 
 
-async def verdict(facts: Facts) -> AsyncIterator[Result]:
-    """Report the verdict of the server on itself."""
+async def state(facts: Facts) -> AsyncIterator[Result]:
+    """Report, from `/stats`, the verdict of the server on itself, and the habits of clients that
+    lose the caches of providers.
+    """
     answer = await remote.get(facts.session, f"{facts.url}/stats")
     match answer.content.get("verdict"):
         case {"word": word, "text": text, "state": "open" | "busy"}:
@@ -154,6 +157,25 @@ async def verdict(facts: Facts) -> AsyncIterator[Result]:
             yield (fail if more.get("about") == "bug" else warn)(f"{word}: {text}", str(advice))
         case _:
             yield skip(f"its verdict: /stats: HTTP {answer.status} {answer.code}")
+    match answer.content.get("cache_losses"):
+        case {"last_hour": dict(verdicts), "regions": dict(regions)}:
+            for result in _lost_caches(verdicts, regions):
+                yield result
+
+
+def _lost_caches(verdicts: Mapping[str, Any], regions: Mapping[str, Any]) -> Iterator[Result]:
+    """Yield a warning for each habit by which the caches of providers were lost in the last hour:
+    the tokens by verdict, and by region.
+    """
+    rows = {**CHANGED_PROMPTS} if verdicts.get("changed") else {}
+    if isinstance(tokens := verdicts.get("reordered"), int):
+        yield warn(REORDERED.text.format(count=f"{tokens:,}"), REORDERED.remedy)
+        # The tokens of their regions are these.
+        rows.pop("tools[", None)
+    for name, tokens in regions.items():
+        for start, row in rows.items():
+            if name.startswith(start) and isinstance(tokens, int):
+                yield warn(row.text.format(name=name, count=f"{tokens:,}"), row.remedy)
 
 
 async def body(facts: Facts) -> AsyncIterator[Result]:

@@ -24,8 +24,7 @@ from array import array
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.protocol.prefix import DIGEST_BYTES
-from aioserver.protocol.regions import HEAD, folded
+from aioserver.protocol.regions import HEAD, REGION_BYTES, folded
 from aioserver.telemetry.outcome import CacheLoss
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ LEAST, SHARE = 1024, 0.1
 WEIGHT = 4
 # Regions that are kept of a turn, so that a conversation takes 4 KB at most; of more, those in the
 # middle are one.
-MAX_REGIONS = 170
+MAX_REGIONS = 200
 # What is kept of `Sent` but the provider: and the regions of each part of the head, and the fold.
 _SENT, _SHAPE = struct.Struct("<dQQI"), struct.Struct("<3HII")
 _MOST = (1 << 16) - 1
@@ -107,9 +106,9 @@ def unpacked(data: bytes) -> LastTurn:
     provider = data[_SENT.size + 1 : end].decode(errors="replace")
     *counts, start, stop = _SHAPE.unpack_from(data, end)
     rest = data[end + _SHAPE.size :]
-    number = len(rest) // (DIGEST_BYTES + 4)
-    digests = [rest[each * DIGEST_BYTES : (each + 1) * DIGEST_BYTES] for each in range(number)]
-    lengths = array("I", rest[number * DIGEST_BYTES :])
+    number = len(rest) // (REGION_BYTES + 4)
+    digests = [rest[each * REGION_BYTES : (each + 1) * REGION_BYTES] for each in range(number)]
+    lengths = array("I", rest[number * REGION_BYTES :])
     sent = Sent(at, provider, model, prompt, kept)
     return LastTurn(sent, tuple(counts), (start, stop), digests, lengths)
 

@@ -17,11 +17,13 @@ from aioserver.tools import remote
 from aioserver.tools.doctor import arrivals
 from aioserver.tools.doctor import server as doctor
 from aioserver.tools.doctor.facts import Facts
+from aioserver.wings.simulator.engine import EngineOptions
 from tests.support.doctor import examined as ask_doctor
 from tests.support.keys import key_of, keys_of
 from tests.support.ledgers import line, wait_until
 from tests.support.process import run_command
 from tests.support.server import HTTP_CLIENT, QUICK
+from tests.support.simulator import Behaviour
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -119,6 +121,42 @@ async def test_what_the_server_finds_wrong_with_itself_is_told_to_an_admin(
     assert "cannot be written: " in warned
     assert "Make the directory of usage.path writable" in warned
     (tmp_path / "usage").unlink()
+
+
+async def test_habits_of_clients_that_lose_caches_are_told_with_their_regions(
+    make_server: MakeServer,
+) -> None:
+    engine = EngineOptions(prefill=1e7, decode=1e4)
+    server = await make_server(Behaviour(tokens=3, engine=engine), **{"llm.cache_losses": True})
+
+    async def told(session: str, system: str, tools: str = "", more: str = "") -> list[str]:
+        """Ask, and return what the doctor says then."""
+        functions = [{"name": name, "description": name * 18_000} for name in tools]
+        contents = {"system": system, "user": f"Hello {more}"}
+        body = {
+            "messages": [{"role": role, "content": text} for role, text in contents.items()],
+            "tools": [{"type": "function", "function": function} for function in functions],
+        }
+        url, headers = f"{server.v1}/chat/completions", {"session-id": session}
+        async with server.session.post(url, json=body, headers=headers) as response:
+            assert response.status == 200, await response.text()
+        server.context.monitor.tick()
+        facts = Facts(url=server.base)
+        async with remote.session(None) as facts.session:
+            return [result.text async for result in doctor.state(facts) if result.level == "warn"]
+
+    long = "and say something. " * 900
+    assert await told("s1", "It is 9:00.", more=long) == []
+    (head,) = await told("s1", "It is 9:01.", more=long)
+    assert "prompts differ at messages[0]: in the last hour " in head
+    assert await told("s2", "Be brief.", "abc") == [head]
+    tools, *others = await told("s2", "Be brief.", "dbc")
+    assert "prompts differ at tools[0]: " in tools
+    assert others == [head]
+    assert await told("s3", "Be brief.", "efg") == [tools, head]
+    reordered, *others = await told("s3", "Be brief.", "gef")
+    assert "prompts have the same regions in another order: " in reordered
+    assert others == [head]
 
 
 async def test_a_page_of_the_servers_own_address_may_always_connect(

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.providers.breaker import MIN_ATTEMPTS
 from aioserver.wings.simulator.engine import EngineOptions
 from tests.support.chat import to_end as frames_to_end
 from tests.support.keys import bearer, keys_of
+from tests.support.ledgers import written
 from tests.support.responses import connect, create, to_end
-from tests.support.server import provider_entry
+from tests.support.server import SILENT, SIM_HTTP_CLIENT, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.support.server import MakeServer, RunningServer
 
 ENGINE = Behaviour(tokens=3, engine=EngineOptions(prefill=1e7, decode=1e4))
@@ -70,11 +76,15 @@ REGIONS = {
 
 @pytest.mark.parametrize("path", REGIONS)
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_changed_prompt_is_told_to_its_client_and_in_the_log(
-    make_server: MakeServer, caplog: pytest.LogCaptureFixture, path: str, streamed: bool
+async def test_a_changed_prompt_is_told_to_its_client_and_in_log_and_ledger(
+    make_server: MakeServer,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    path: str,
+    streamed: bool,
 ) -> None:
     caplog.set_level(logging.INFO, "aioserver.requests")
-    server = await make_server(ENGINE, **ON)
+    server = await make_server(ENGINE, **ON, **{"usage.path": str(tmp_path / "usage")})
 
     for first in ("It is 9:00.", "It is 9:00."):
         header, text = await ask(server, path, turn(path, first, "Well", "On.", streamed=streamed))
@@ -94,6 +104,9 @@ async def test_a_changed_prompt_is_told_to_its_client_and_in_the_log(
     else:
         assert header == told
         json.loads(text)
+    *others, entry = written(server)
+    assert not any("cache_lost" in other for other in others)
+    assert (entry["cache_lost"], entry["cache_lost_tokens"]) == ("changed", tokens)
     async with server.session.get(f"{server.base}/metrics") as response:
         metrics = await response.text()
     assert (
@@ -236,6 +249,50 @@ async def test_a_conversation_that_went_elsewhere_says_why(
         assert header.startswith("lost at=sick tokens=")
         assert header.endswith(" by=moved")
     await until(lambda: len(lines(caplog)) == 2)
+
+
+@pytest.mark.parametrize("why", ["full", "sick", "gone"])
+async def test_a_turn_whose_home_is_full_sick_or_gone_has_moved_for_that_reason(
+    make_server: MakeServer, why: str
+) -> None:
+    path = "chat/completions"
+    async with Simulator(ENGINE) as other:
+        entry = provider_entry(other.base_url, concurrent_requests=1)
+        members = ["sim", "other"]
+        pair = {"members": members, "choose": "least_busy", "affinity": "prefix"}
+        changes: dict[str, Any] = {
+            **ON,
+            "llm.providers.other": entry,
+            f"{SIM_HTTP_CLIENT}.concurrent_requests": 1,
+            "llm.models": {"pair": pair},
+        }
+        server = await make_server(ENGINE, **changes)
+        body = {**turn(path, "Be brief."), "model": "pair"}
+        assert (await ask(server, path, body))[0] == ""
+        simulators = {"sim": server.simulator, "other": other}
+        names = sorted(simulators, key=lambda name: simulators[name].stats().requests)
+        home = names[-1]
+        pinned = {"model": home, "messages": [{"role": "user", "content": "hi"}]}
+        asking = contextlib.AsyncExitStack()
+        if why == "full":
+            simulators[home].behaviour = SILENT
+            task = asyncio.create_task(ask(server, path, pinned))
+            asking.callback(task.cancel)
+            await simulators[home].until(lambda stats: stats.active == 1)
+        elif why == "sick":
+            simulators[home].behaviour = Behaviour(fail_rate=1.0, fail_status=503)
+            for _ in range(2 * MIN_ATTEMPTS):
+                async with server.session.post(f"{server.v1}/{path}", json=pinned) as response:
+                    assert response.status in {502, 503}
+        else:
+            members.remove(home)
+            assert await server.change(**changes)
+
+        async with asking:
+            header, _ = await ask(server, path, body)
+
+        assert header.startswith(f"lost at={why} tokens=")
+        assert header.endswith(" by=moved")
 
 
 async def test_nothing_is_read_while_the_setting_is_off(

@@ -131,7 +131,7 @@ def test_the_regions_in_the_middle_of_many_are_one() -> None:
     assert at(3, more=2) == "messages[3]"
     assert at(490, more=2) == "messages[490]"
     # Five regions stand in front of the messages.
-    assert at(200, more=2) == "messages[80:416]"
+    assert at(200, more=2) == "messages[95:401]"
     assert compare(last, of(messages=many[:40])).at == ""
 
 
@@ -139,6 +139,7 @@ def test_a_conversation_takes_four_kilobytes_at_most() -> None:
     many = [{"role": "user", "content": f"{number}"} for number in range(500)]
     turn = packed(LAST._replace(provider="p" * 300), packed_regions(of(messages=many)))
 
+    assert MAX_REGIONS == 200
     # The key, and the entries of an ordered dictionary, which are some 250 bytes.
     assert sys.getsizeof(turn) + sys.getsizeof(b"k" * 16) + 250 < 4096
     assert unpacked(turn).sent.provider == "p" * 255
