@@ -1,5 +1,5 @@
-"""Each wing can be deleted: a copy of the package without it imports, and its core does what it
-did (tests/core).
+"""Each wing can be deleted: a copy of the package without it serves, and its core does what it did
+(tests/core).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from aioserver.server.wings import WINGS
 from tests.support.command import serving
 from tests.support.package import PACKAGE, TESTS, TREES
-from tests.support.without_wing import copy_package_without
+from tests.support.without_wing import COMMANDS, copy_package_without
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,27 +72,42 @@ def test_the_table_has_each_wing_once() -> None:
     assert set(NAMES) == folders
 
 
-def test_nothing_but_the_table_names_a_wing_in_the_server() -> None:
+def test_nothing_but_the_table_names_a_wing() -> None:
+    """Beside the commands that go with their wings. Wings import the core alone: test_imports.py."""
+    goes = {
+        path.removesuffix(".py").replace("/", ".") for paths in COMMANDS.values() for path in paths
+    }
     namers = {
         name
         for name, tree in TREES.items()
-        if name.partition(".")[0] in {"server", "workers", "commands"} and name != "server.wings"
+        if not name.startswith("wings")
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aioserver.wings")
+        for module in names_in(node)
+        if module.startswith("aioserver.wings.")
     }
 
-    assert not namers
+    assert namers - goes == {"server.wings"}
+
+
+def names_in(node: ast.AST) -> list[str]:
+    """The modules that *node* imports from."""
+    match node:
+        case ast.ImportFrom(module=str(module), names=names):
+            return [f"{module}.{alias.name}" for alias in names]
+        case ast.Import(names=names):
+            return [alias.name for alias in names]
+    return []
 
 
 @pytest.mark.timeout(2 * PATIENCE)
-@pytest.mark.parametrize("wing", NAMES)
-def test_the_others_are_imported_and_served_without_a_wing(wing: str, tmp_path: Path) -> None:
-    copy_package_without([wing], tmp_path)
+@pytest.mark.parametrize("wings", [*([name] for name in NAMES), NAMES], ids=[*NAMES, "all"])
+def test_the_others_are_served_without_a_wing(wings: list[str], tmp_path: Path) -> None:
+    copy_package_without(wings, tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIGURATION)
-    package = tmp_path / "aioserver"
+    # What is no wing is imported once, where none is there.
     left = [
         ".".join(path.relative_to(tmp_path).with_suffix("").parts)
-        for path in sorted(package.rglob("*.py"))
+        for path in sorted((tmp_path / "aioserver").rglob("*.py") if wings == NAMES else ())
         if path.stem not in {"__init__", "__main__"}
     ]
 

@@ -51,10 +51,10 @@ def draw_terms(seed: int, number: int, share: float) -> dict[str, str]:
 class Hurry:
     """Follows all that has a deadline, and calls *broken* with what comes too late.
 
-    *alive* says of the number of an instance whether it runs.
+    *alive* returns the numbers of the instances that run.
     """
 
-    def __init__(self, broken: Callable[[str], None], alive: Callable[[int], bool]) -> None:
+    def __init__(self, broken: Callable[[str], None], alive: Callable[[], set[int]]) -> None:
         self._broken = broken
         self._alive = alive
         self._sent: dict[Exchange, Deadline] = {}
@@ -64,25 +64,26 @@ class Hurry:
 
     def look(self) -> None:
         """Look at what is under way."""
+        now, alive = Clock.now, self._alive()
         for exchange, deadline in list(self._sent.items()):
             transport: Any = exchange.protocol.transport
             # Where all is said, the last chunk may still be to come.
             over = exchange.protocol.exchange is not exchange or exchange._done.done()
-            if over or not self._alive(transport.owner):
+            if over or transport.owner not in alive:
                 del self._sent[exchange]
-            elif Clock.now > deadline.deadline + LATE:
+            elif now > deadline.deadline + LATE:
                 del self._sent[exchange]
-                self._broken(f"an answer runs {Clock.now - deadline.deadline:.3f} s too long")
+                self._broken(f"an answer runs {now - deadline.deadline:.3f} s too long")
         for guard, instance in list(self._guards.items()):
             deadline = guard._deadline
-            if not self._alive(instance):
+            if instance not in alive:
                 del self._guards[guard]
                 continue
             # What was said so far may first be written down.
             bound = LATE if guard._error is None else LATE + COMMIT_TIMEOUT
-            if Clock.now > deadline.next + bound and not (guard._over() or guard._task.done()):
+            if now > deadline.next + bound and not (guard._over() or guard._task.done()):
                 del self._guards[guard]
-                late = Clock.now - deadline.next
+                late = now - deadline.next
                 self._broken(f"{deadline.wait} goes on for {late:.3f} s after its deadline")
 
     def sending(self, attempt: Attempt, exchange: Source | None = None) -> None:

@@ -64,9 +64,9 @@ class Question:
     @functools.cached_property
     def answers(self) -> tuple[str, ...]:
         """The whole texts, of which one is that of the answer."""
-        texts = (speech(self.text, turn) for turn in self.turns)
+        texts = (model.tokens(speech(self.text, turn)) for turn in self.turns)
         bounds = range(self.tokens, self.tokens + 1 + self.hops)
-        own = ("".join(model.tokens(text)[:bound]) for text in texts for bound in bounds)
+        own = ("".join(text[:bound]) for text in texts for bound in bounds)
         return (*own, *(answer for other in self.others for answer in other.answers))
 
     def rewrite(self, text: str, tokens: int, turns: tuple[int, ...]) -> None:

@@ -108,7 +108,7 @@ class World:
         self._outcome = outcome
         self._watches: list[Watch] = []
         self._links = random.Random(f"links {plan.seed}")
-        self._hurry = Hurry(self.broken, self._runs)
+        self._hurry = Hurry(self.broken, self._running)
         self.doors = Doors(plan, self.broken)
         self.sums = Sums(plan, self.instances, self.calls, self.broken)
         network.on_made = self.sums.made
@@ -181,12 +181,13 @@ class World:
         alone = len(self._watches) == 1 and not self.plan.hurried
         self.network.loop.on_pause = self._watches[0].look if alone else self.look
 
-    def _runs(self, number: int) -> bool:
-        """Return whether instance *number* runs."""
-        return any(
-            each.number == number and not (each.killed or each.stopped or each.stopped_for)
+    def _running(self) -> set[int]:
+        """Return the numbers of the instances that run."""
+        return {
+            each.number
             for each in self.instances
-        )
+            if not (each.killed or each.stopped or each.stopped_for)
+        }
 
     def stop_looking(self) -> None:
         """Look at nothing any more: the servers are being closed."""

@@ -25,6 +25,23 @@ PROGRAM = (
     or shutil.which("chromium-browser")
 )
 LOCAL = {"127.0.0.1", "localhost"}
+# Reports each text that a script of a page makes markup of.
+WATCH_MARKUP = """
+for (const [kind, name] of [
+  [Element, "innerHTML"], [Element, "outerHTML"], [ShadowRoot, "innerHTML"],
+  [Element, "insertAdjacentHTML"], [Document, "write"], [Document, "writeln"],
+  [Range, "createContextualFragment"],
+]) {
+  const own = Object.getOwnPropertyDescriptor(kind.prototype, name);
+  const called = own.set ? "set" : "value";
+  const original = own[called];
+  own[called] = function (...texts) {
+    console.error(`${name} is written: ${texts}`);
+    return original.apply(this, texts);
+  };
+  Object.defineProperty(kind.prototype, name, own);
+}
+"""
 
 
 class Chromium:
@@ -67,13 +84,14 @@ class Chromium:
         """Open a page of 1280 x 800; `page.context` makes more of them, watched as well.
 
         Raises:
-            AssertionError: a page reported an error, or asked anything but this machine; raised at
-                the end of the block.
+            AssertionError: a page reported an error, made markup of a text, or asked anything but
+                this machine; raised at the end of the block.
         """
         faults: list[str] = []
         browser = await self.browser()
         context = await browser.new_context(viewport={"width": 1280, "height": 800})
         context.on("page", lambda page: _watch(page, faults))
+        await context.add_init_script(WATCH_MARKUP)
         page = await context.new_page()
         yield page
         for each in browser.contexts:

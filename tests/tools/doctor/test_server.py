@@ -106,7 +106,7 @@ async def test_what_the_server_finds_wrong_with_itself_is_told_to_an_admin(
     async def state() -> list[str]:
         facts = Facts(url=server.base)
         async with remote.session(key_of("root")) as facts.session:
-            return [str(result) async for result in doctor.verdict(facts) if result.level != "ok"]
+            return [str(result) async for result in doctor.state(facts) if result.level != "ok"]
 
     assert await state() == []
 

@@ -193,6 +193,24 @@ async def test_what_waits_on_a_connection_is_bounded_counted_and_let_go(
     assert server.simulator.stats().requests == 2
 
 
+async def test_what_waits_for_an_end_on_other_lanes_is_bounded_too(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(SILENT)
+    async with connect(server) as ws:
+        for number in range(MAX_RUNNING):
+            await ws.send_json(create(lane=f"l{number}"))
+        await server.simulator.until(lambda stats: stats.active == MAX_RUNNING)
+        for _ in range(MAX_WAITING):
+            await ws.send_json(create(lane="l0"))
+        await ws.send_json(create(lane="idle"))
+        await ws.send_json({"type": "response.cancel", "stream_id": "l1"})
+        event = await next_event(ws)
+
+    assert (event["status"], event["stream_id"]) == (429, "idle")
+    assert event["error"]["code"] == "concurrency_exceeded"
+
+
 async def test_only_so_many_bytes_wait_on_a_connection(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,8 @@ class SharedBudget(Budget):
         self._recent, self._recent_at = 0.0, -inf
         # Whether the server does not answer. Always: then a question is under way, or will be.
         self._away = False
+        # After a call that failed: until when nothing is reported by another one.
+        self._again_at = -inf
         # The part of the budget that is used then.
         self._part: Budget | None = None
         super().__init__(per_minute, per_day, clock, wall_clock)
@@ -302,7 +304,8 @@ class SharedBudget(Budget):
     def leave(self) -> None:
         """Give back the granted tokens, and report all corrections."""
         self._release()
-        self._report()
+        if self._corrections:
+            self._ask()
 
     def question(self, run: str) -> bytes:
         """Return the question (budget.lua) that is sent now to the server's process *run*."""
@@ -338,8 +341,10 @@ class SharedBudget(Budget):
             # twice.
             for each in reported:
                 self._correct(each._replace(minute=max(0, each.minute), day=max(0, each.day)))
+            self._again_at = now + AGAIN
             self._stay_away(AGAIN)
         else:
+            self._again_at = -inf
             self._answer, self._answered_at = decode_answer(data), self._sent
             self._take_in(self._answer, asked, now)
         self._on_tokens()
@@ -378,8 +383,8 @@ class SharedBudget(Budget):
             self._leases.ask(self)
 
     def _report(self) -> None:
-        """Report the corrections."""
-        if self._corrections:
+        """Report the corrections; after a call that failed, the next question reports them."""
+        if self._corrections and self._clock() >= self._again_at - ROUNDING:
             self._ask()
 
     def _correct(self, correction: Charge) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.limits.budget import DAY, MINUTE, PER_DAY, PER_MINUTE, Budget
-from aioserver.wings.cluster.limits.shared_budget import SharedBudget
+from aioserver.wings.cluster.limits.shared_budget import AGAIN, SharedBudget
 from tests.support.cluster_simulation import Load, Simulation
 
 if TYPE_CHECKING:
@@ -447,6 +447,20 @@ def test_a_server_that_is_away_or_forgets_gives_nothing_twice(fault: str, per_da
         print(f"{late / (RATE * 170):.3f} afterwards, {excess(started):.0f} beyond a full one")
         assert late >= 0.9 * RATE * 170
         assert excess(started) <= RATE * 4 * simulation.delay
+
+
+@pytest.mark.parametrize("per_day", [0, 300_000])
+def test_a_server_that_is_away_is_asked_again_in_peace(per_day: int) -> None:
+    simulation, spenders = spending(21, 2.0, 0.2, 2.0, per_day=per_day)
+    simulation.advance(30.0)
+    simulation.kill_server()
+    simulation.advance(1.0)
+    questions, started = simulation.questions, len(started_by(spenders))
+
+    simulation.advance(10.0)
+
+    assert len(started_by(spenders)) > started, "there is something to report"
+    assert 0 < simulation.questions - questions <= len(spenders) * (10.0 / AGAIN + 1)
 
 
 def test_an_instance_that_is_cut_off_has_a_part_and_pays_for_it_later() -> None:
