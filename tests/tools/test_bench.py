@@ -296,6 +296,7 @@ STOP = b'data: {"type":"message_stop"}\n\n'
         ("sse", [PROPER[0], *PROPER], "protocol_error"),
         ("sse", [b"data: what\n\n"], "protocol_error"),
         ("openai", [SAID, DONE], "no_finish_reason"),
+        ("openai", [SAID, STOPPED.replace(b"stop", b""), DONE], "no_finish_reason"),
         ("openai", [SAID, STOPPED], "no_done"),
         ("openai", [SAID, STOPPED, DONE, SAID], "events_after_the_end"),
         ("openai", [b"data: what\n\n"], "not_understood"),

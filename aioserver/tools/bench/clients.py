@@ -41,7 +41,7 @@ NO_END = {"openai": "no_done", "anthropic": "no_message_stop"}
 NO_REASON = {"openai": "no_finish_reason", "anthropic": "no_stop_reason"}
 ENDS = {"[DONE]", "message_stop", "response.completed", "response.incomplete"}
 # The reason for which an answer ends. A text of a model has its quotation marks escaped.
-REASON = re.compile(rb'"(?:finish|stop)_reason":\s*"')
+REASON = re.compile(rb'"(?:finish|stop)_reason":\s*"[^"]')
 # Seconds for the server to answer a close frame.
 CLOSE_TIMEOUT = 2.0
 # Tokens of an answer on Anthropic's face, where a request must name a limit.

@@ -81,7 +81,7 @@ class Lane:
 
     def __init__(self, name: str | None, on_end: Callable[[Lane], None]) -> None:
         self.name = name
-        self.on_end = on_end
+        self._on_end = on_end
         self.format = response_messages(name)
         self.turns: deque[Turn] = deque()
         self.stream: Stream | None = None
@@ -94,7 +94,19 @@ class Lane:
 
     def ended(self, _task: object) -> None:
         """Note that `asked` has ended."""
-        self.on_end(self)
+        self._on_end(self)
+
+    def close(self) -> None:
+        """Drop the waiting commands; `on_end` is not called any more."""
+        if self.reading is not None:
+            self.reading.leave()
+        if self.asked is not None:
+            self.asked.remove_done_callback(self.ended)
+        # Otherwise the socket and its lanes would be a reference cycle.
+        self._on_end = _ignore
+        for turn in self.turns:
+            turn.hold.release()
+        self.turns.clear()
 
 
 class Lanes:
@@ -246,15 +258,7 @@ class Lanes:
         """Drop the waiting commands and the kept responses."""
         for lane in self._lanes.values():
             self._held.drop(lane)
-            if lane.reading is not None:
-                lane.reading.leave()
-            if lane.asked is not None:
-                lane.asked.remove_done_callback(lane.ended)
-            # Otherwise the socket and its lanes would be a reference cycle.
-            lane.on_end = _ignore
-            for turn in lane.turns:
-                turn.hold.release()
-            lane.turns.clear()
+            lane.close()
         self._due.clear()
         self._waiting = self._waiting_bytes = 0
         self._on_end = _ignore
