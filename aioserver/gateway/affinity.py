@@ -23,6 +23,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.gateway.groups import PRIME
+from aioserver.protocol.regions import RegionReader
 from aioserver.telemetry.outcome import HOME, NEW, OTHER
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.groups import Member
     from aioserver.protocol.prefix import Prefix
 
-# Digests kept in one process: some 1,000 conversations, in 8 MB at most.
+# Digests kept in one process: some 1,000 conversations, in 5 MB at most.
 MAX_DIGESTS = 1 << 15
 # A request waits at its home for at most PATIENCE times the cost of reading the unknown part, and
 # for at most this share of its queue's deadline.
@@ -78,8 +79,9 @@ class Affinity:
 
     def __init__(self, *, alone: bool = True) -> None:
         self._alone = alone
+        self.reader = RegionReader()
         # Members, a bit for each mark, by digest. Each group has digests of its own.
-        self._members: OrderedDict[bytes, int] = OrderedDict()
+        self._members: OrderedDict[int, int] = OrderedDict()
 
     def place(self, prefix: Prefix, members: Sequence[Member]) -> Placement:
         """Return the placement of the request with this *prefix* among *members*."""

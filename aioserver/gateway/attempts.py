@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.groups import Group
     from aioserver.gateway.request import Request
     from aioserver.limits.resource import Grant
-    from aioserver.protocol.prefix import Parts
+    from aioserver.protocol.regions import Regions
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.breaker import Breaker
     from aioserver.providers.provider import Provider
@@ -112,7 +112,8 @@ class Attempts:
     Always: once an event of an answer is in *stream*, no further attempt is made.
 
     *model* is asked for where the first group is one provider. *random_number* returns numbers from
-    0.0 to 1.0, for the jitter of backoffs. *parts* are those of the prompt, if they were read.
+    0.0 to 1.0, for the jitter of backoffs. *regions* are those of the prompt, if they were
+    read.
     """
 
     def __init__(
@@ -122,14 +123,14 @@ class Attempts:
         groups: list[Group],
         affinity: Affinity,
         random_number: Callable[[], float],
-        parts: Parts | None = None,
+        regions: Regions | None = None,
     ) -> None:
         self._request, self._stream, self._groups = request, stream, groups
         self._first_group = groups[0]
         self._outcome = request.provider_request.outcome
         self._affinity, self._random_number = affinity, random_number
         # They refer to the body, and are dropped at the first start.
-        self._parts = parts
+        self._regions = regions
         # The group that is asked now, its candidates, and the provider of the first of them.
         self._group: Group
         self._candidates: Candidates
@@ -208,8 +209,8 @@ class Attempts:
         """
         candidates = self._candidates
         if candidates.placeable:
-            await candidates.find_prefix(self._parts)
-        self._parts = None
+            await candidates.find_prefix(self._regions)
+        self._regions = None
         if candidates.alone and not self._fallback and candidates.away:
             await self._unsend(0.0)
         attempt, grant = await candidates.start(self._again, self._fallback, parked)

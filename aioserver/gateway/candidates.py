@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from aioserver.gateway.groups import Group, Member
     from aioserver.gateway.request import Request
     from aioserver.limits.resource import Bid, Grant
-    from aioserver.protocol.prefix import Parts, Prefix
+    from aioserver.protocol.prefix import Prefix
+    from aioserver.protocol.regions import Regions
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
     from aioserver.streams.stream import Stream
@@ -112,14 +113,19 @@ class Candidates:
             group.affinity == PREFIX and len(group.members) > 1 and not request.route.pinned
         )
 
-    async def find_prefix(self, parts: Parts | None = None) -> None:
-        """Read the beginning of the prompt, which determines the home of the request. *parts* are
-        the parts of the prompt, if they were read already.
+    async def find_prefix(self, regions: Regions | None = None) -> None:
+        """Read the beginning of the prompt, which determines the home of the request. *regions*
+        are those of the prompt, if they were read already.
         """
         self.placeable = False
-        member = self.left[0]
-        body = self._request.provider_request.body(member.settings, member.asked_model)
-        self.prefix = await prefix_of(body, self._group.name, parts)
+        if regions is None:
+            member, asked = self.left[0], self._request.provider_request
+            regions = await self.affinity.reader.read(
+                asked.body(member.settings, member.asked_model)
+            )
+            asked.pictures = regions is not None and regions.picture
+        if regions is not None:
+            self.prefix = prefix_of(regions, self._group.name)
 
     def _usable(self) -> list[Member]:
         """Return the members that can answer the request, by the group's present settings."""

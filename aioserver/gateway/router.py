@@ -533,15 +533,15 @@ class Router:
         Raises:
             ProviderFault: no provider answered.
         """
-        route, parts = request.route, None
+        route, regions = request.route, None
         if self._caches is not None:
             conversation = None if stream is None else stream.conversation_id
-            parts = await self._caches.read(request, conversation, self.providers)
+            regions = await self._caches.read(request, conversation, self.providers)
         groups = [route.group]
         if route.then or (self._fallbacks and route.fallbacks):
             # A fallback uses its own model.
             groups += self._after(route, request.provider_request.api)
-        attempts = Attempts(request, stream, groups, self._affinity, self._random_number, parts)
+        attempts = Attempts(request, stream, groups, self._affinity, self._random_number, regions)
         return await attempts.answer()
 
 

@@ -319,8 +319,8 @@ class Attempt:
         """Return the pieces of a request for *path*, that of *api*, with this *body*, and record it
         in the trace.
         """
-        self.body_bytes, self.text_bytes = len(body), text_bytes(body)
         request = self.request
+        self.body_bytes, self.text_bytes = len(body), text_bytes(body, request.pictures)
         client_headers, trace = request.client_headers, request.record.trace
         if api is not request.api:
             # The request is translated: headers of one API mean nothing in the other.
@@ -472,13 +472,15 @@ class Attempt:
         return None
 
 
-def text_bytes(body: bytes) -> int:
+def text_bytes(body: bytes, pictures: bool | None) -> int:
     """Return the bytes of *body* if all of it may be text. Return 0 if it is too large to search,
-    or has a picture or a file, whose tokens are unrelated to its bytes.
+    or has *pictures* or files, whose tokens are unrelated to its bytes; None: that is not known.
     """
     size = len(body)
-    # `base64` occurs in a `data:` URL (RFC 2397) and in Anthropic's objects.
     if size > MAX_SEARCHED:
         return 0
+    if pictures is not None:
+        return 0 if pictures else size
+    # `base64` occurs in a `data:` URL (RFC 2397) and in Anthropic's objects.
     # Most bodies have not even its end, which is found five times as fast.
     return 0 if b"se64" in body and b"base64" in body else size

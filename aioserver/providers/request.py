@@ -314,6 +314,8 @@ class ProviderRequest:
         self.estimate: Estimate | None = None
         self.bound: Deadline | None = None
         self.keeps_body = self.background = self.structured = self.continues = False
+        # Whether the prompt has pictures or files; None: that was not read.
+        self.pictures: bool | None = None
         # The part of a streamed answer that is held, once the gateway has said it.
         self.hold = PREAMBLE
         batch = caller.batch

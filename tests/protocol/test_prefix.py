@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import random
-from typing import Any
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.protocol.prefix import LENGTHS, MAX_LOOKED_AT, Prefix, parts_of, prefix_of
-from aioserver.protocol.steps import at_once
+from aioserver.protocol.prefix import LENGTHS
+from aioserver.protocol.regions import MAX_ELEMENTS, MAX_LOOKED_AT, PIECE_BYTES
+from tests.support.regions import prefix_in as of
 
-
-def of(body: Any, seed: str = "group") -> Prefix:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    found = at_once(prefix_of(data, seed))
-    assert found is not None
-    return found
+if TYPE_CHECKING:
+    from aioserver.protocol.prefix import Prefix
 
 
 def user(text: str, **more: Any) -> dict[str, Any]:
@@ -41,15 +40,7 @@ def test_lengths_go_up_by_an_eighth_and_are_fifty_at_most() -> None:
     assert len(LENGTHS) <= 50
     assert LENGTHS[-1] <= 1 << 20
     found = of(talk("x" * 3_000_000))
-    assert len(found.digests) <= 51
-
-
-def test_parts_that_were_read_before_give_the_same_prefix() -> None:
-    body = json.dumps({**talk("q" * 5000, "a"), "tools": [{"cache_control": {}}]}).encode()
-
-    parts = at_once(parts_of(body))
-
-    assert at_once(prefix_of(body, "group", parts)) == of(body)
+    assert len(found.digests) <= 52
 
 
 def test_a_later_turn_has_the_identity_and_the_beginning_of_the_one_before() -> None:
@@ -61,12 +52,9 @@ def test_a_later_turn_has_the_identity_and_the_beginning_of_the_one_before() -> 
     assert one.identity == two.identity
     assert (one.has_history, two.has_history) == (False, True)
     assert one.identity_length == two.identity_length
-    # All that was there, but for the brackets at the end.
-    assert {*two.digests} > {
-        digest
-        for digest, length in zip(one.digests, one.lengths, strict=True)
-        if length <= one.identity_length
-    }
+    # All that was there.
+    assert {*two.digests} > {*one.digests}
+    assert one.lengths[-1] == one.size
     assert two.size > one.size
     assert list(two.lengths) == sorted(two.lengths)
 
@@ -79,7 +67,8 @@ def test_another_first_question_system_prompt_or_group_is_another_conversation()
     # A shared system prompt is a shared beginning, and no shared identity.
     long = "s" * 9000
     one, two = of(talk("one", system=long)), of(talk("two", system=long))
-    assert alike(one, two) == 8
+    # At the end of two pieces.
+    assert alike(one, two) == 2
     assert one.identity != two.identity
 
 
@@ -141,10 +130,6 @@ def test_every_api_has_a_beginning(body: dict[str, Any], has_history: bool) -> N
     assert len(found.identity) == 16
 
 
-def test_a_body_without_a_prompt_has_none() -> None:
-    assert at_once(prefix_of(b'{"model":"m"}', "g")) is None
-
-
 def test_tools_come_first_whatever_the_order_of_the_body_is() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": "x" * 3000}}}]
     one = of({"tools": tools, "messages": [user("a" * 2000)]})
@@ -162,19 +147,71 @@ def test_nothing_looks_for_the_user_behind_hundreds_of_messages() -> None:
 
 
 @pytest.mark.parametrize("size", [100, 10_000, 900_000])
-def test_digests_are_those_of_the_bytes_also_where_they_are_read_in_steps(size: int) -> None:
+def test_a_digest_is_that_of_all_before_it_also_in_steps(size: int) -> None:
     dice = random.Random(size)
     texts = [dice.randbytes(size // 18).hex() for _ in range(9)]
-    messages = json.dumps(talk(*texts)["messages"]).encode()
+    found = of(talk(*texts))
+    # A byte of the last text is changed, and then one of each text before it.
+    for changed in range(8, -1, -1):
+        texts[changed] = "!" + texts[changed][1:]
+        other = of(talk(*texts))
+        shared = [
+            length
+            for length, one, two in zip(found.lengths, found.digests, other.digests, strict=True)
+            if one == two
+        ]
 
-    found = of(b'{"model":"m","messages":%b}' % messages)
+        known = sum(
+            len(json.dumps(message)) for message in talk(*texts)["messages"][: changed + 1]
+        )
+        assert other.lengths == found.lengths
+        assert shared == [length for length in found.lengths if length <= known]
+    assert found.size == found.lengths[-1]
 
-    key = hashlib.blake2b(b"group", digest_size=32).digest()
-    for length, digest in zip(found.lengths, found.digests, strict=True):
-        assert digest == hashlib.blake2b(messages[:length], key=key, digest_size=16).digest()
-    assert {*found.lengths} == {
-        found.identity_length,
-        *(length for length in LENGTHS if length <= len(messages)),
-    }
-    assert messages[: found.identity_length].endswith(b'"}')
-    assert found.size == len(messages)
+
+def test_the_known_part_of_a_long_text_is_measured_to_a_piece_or_to_a_ninth() -> None:
+    text = random.Random(1).randbytes(200_000).hex()
+    for size in (2_000, 10_000, 100_000, 390_000):
+        other = text[:size] + "!" + text[size + 1 :]
+        one, two = of({"prompt": text}), of({"prompt": other})
+        known = max((each for each in one.lengths[: alike(one, two)]), default=0)
+
+        assert 0 <= size + 1 - known <= max(PIECE_BYTES, size / 9 + PIECE_BYTES)
+
+
+def test_a_conversation_keeps_its_identity_when_it_is_longer_than_is_read() -> None:
+    messages = [user("a" * 3000), *({"role": "assistant", "content": f"{n}"} for n in range(1500))]
+    short, long = of({"messages": messages[:900]}), of({"messages": messages})
+
+    assert short.identity == long.identity
+    assert alike(short, long) >= 2
+    assert of({"messages": messages[: MAX_ELEMENTS + 1]}) != of({"messages": messages})
+
+
+def test_all_processes_give_a_conversation_the_same_identity() -> None:
+    code = (
+        "from tests.support.regions import prefix_in as of\n"
+        "print(of({'tools': ['t'], 'messages': [{'role': 'user', 'content': 'x' * 9000}]})"
+        ".identity.hex(), hash('x'))"
+    )
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for seed in ("1", "2")
+    ]
+
+    assert printed[0][0] == printed[1][0]
+    assert printed[0][1] != printed[1][1]
+
+
+def test_what_stands_in_front_of_the_question_is_a_part_of_the_identity() -> None:
+    def identity(tool: str = "t", system: str = "s", said: str = "q") -> bytes:
+        return of({"tools": [tool], "system": system, "messages": [user(said)]}).identity
+
+    others = {identity(), identity(tool="longer"), identity(system="z"), identity(said="z")}
+    assert len(others) == 4

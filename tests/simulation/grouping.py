@@ -177,7 +177,7 @@ class Remembered:
 
     def __init__(self, broken: Callable[[str], None]) -> None:
         self._broken = broken
-        self._sent: defaultdict[Hashable, set[bytes]] = defaultdict(set)
+        self._sent: defaultdict[Hashable, set[int]] = defaultdict(set)
         self._deaths: Counter[int] = Counter()
         self._removals: Counter[Hashable] = Counter()
 

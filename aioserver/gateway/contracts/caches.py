@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aioserver.gateway.request import Request
-    from aioserver.protocol.prefix import Parts
+    from aioserver.protocol.regions import Regions
     from aioserver.providers.provider import Provider
 
 
@@ -19,8 +19,8 @@ class Caches(Protocol):
 
     async def read(
         self, request: Request, conversation_id: str | None, providers: Mapping[str, Provider]
-    ) -> Parts | None:
+    ) -> Regions | None:
         """Read the prompt of *request*, which goes to one of *providers* now, and set the
-        `turn_read` of its outcome, if it is a turn that can be compared. Return the parts of the
-        prompt, if there are any. Cancelling is safe.
+        `turn_read` of its outcome, if it is a turn that can be compared. Return the regions of
+        the prompt, if it has any. Cancelling is safe.
         """

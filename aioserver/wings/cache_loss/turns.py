@@ -15,8 +15,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from aioserver.protocol.prefix import DIGEST_BYTES, parts_of
-from aioserver.protocol.regions import regions_of
+from aioserver.protocol.regions import RegionReader
 from aioserver.protocol.request_headers import TURN
 from aioserver.protocol.tokens import CACHE_WRITTEN, tokens_of
 from aioserver.providers.request import WordlessApi
@@ -40,12 +39,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
 
     from aioserver.gateway.request import Request
-    from aioserver.protocol.prefix import Parts
     from aioserver.protocol.regions import Regions
     from aioserver.providers.provider import Provider
     from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.outcome import CacheLoss, Outcome
 
+# The length of what names a conversation.
+KEY_BYTES = 16
 # Conversations that are kept, and the seconds since their last turn.
 MAX_CONVERSATIONS, LIFE = 4096, 3600.0
 # Losses of one minute that are told apart by their region.
@@ -141,6 +141,7 @@ class Reader:
 
     def __init__(self, bugs: Bugs, clock: Callable[[], float] = time.monotonic) -> None:
         self.bugs, self.clock = bugs, clock
+        self._regions = RegionReader()
         self.conversations = Conversations()
         self.losses = Losses(clock)
         # By provider, the longest pause after which it has still had a prompt.
@@ -148,7 +149,7 @@ class Reader:
 
     async def read(
         self, request: Request, conversation_id: str | None, providers: Mapping[str, Provider]
-    ) -> Parts | None:
+    ) -> Regions | None:
         """Read the prompt of *request*, as the contract has it."""
         asked, route = request.provider_request, request.route
         if isinstance(asked.api, WordlessApi) or not asked.api.costs:
@@ -157,18 +158,22 @@ class Reader:
         body = asked.body(route.provider.settings, route.model)
         model = name or f"{route.provider.name}/{route.model or ''}"
         seed = f"{len(str(caller))} {caller} {model}"
-        parts = await parts_of(body)
-        regions = None if parts is None else await regions_of(body, parts, seed)
+        regions = await self._regions.read(body)
         if regions is None:
-            return parts
-        key, session = regions.first_user, asked.options.session
-        if named := session or conversation_id:
-            again = key if asked.options.agent == TURN else b""
-            whole = b"%b %b" % (f"{bool(session)} {seed} {named}".encode(), again)
-            key = blake2b(whole, digest_size=DIGEST_BYTES).digest()
+            return None
+        asked.pictures = regions.picture
+        if regions.picture or regions.cut:
+            return regions
+        first = regions.start if regions.user is None else regions.user
+        session, said = asked.options.session, f"{regions.digests[first]}"
+        named = session or conversation_id
+        if named and asked.options.agent != TURN:
+            said = ""
+        whole = f"{bool(session)} {seed} {named or ''} {said}".encode()
+        key = blake2b(whole, digest_size=KEY_BYTES).digest()
         why = partial(_why, request, providers)
         asked.outcome.turn_read = self.turn(caller, key, regions, why)
-        return parts
+        return regions
 
     @bookkeeping(nothing)
     def turn(

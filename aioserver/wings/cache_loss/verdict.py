@@ -24,7 +24,7 @@ from array import array
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.protocol.regions import HEAD, REGION_BYTES, folded
+from aioserver.protocol.regions import HEAD
 from aioserver.telemetry.outcome import CacheLoss
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class LastTurn(NamedTuple):
     sent: Sent
     counts: tuple[int, ...]
     fold: tuple[int, int]
-    digests: Sequence[bytes]
+    digests: Sequence[int]
     lengths: Sequence[int]
 
 
@@ -96,7 +96,7 @@ def packed_regions(regions: Regions) -> bytes:
     start, end = fold = _fold_of(len(regions.digests))
     digests, lengths = _folded(regions, fold)
     counts = [min(count, _MOST) for count in regions.counts]
-    return b"".join((_SHAPE.pack(*counts, start, end), *digests, array("I", lengths)))
+    return b"".join((_SHAPE.pack(*counts, start, end), array("q", digests), array("I", lengths)))
 
 
 def unpacked(data: bytes) -> LastTurn:
@@ -106,9 +106,9 @@ def unpacked(data: bytes) -> LastTurn:
     provider = data[_SENT.size + 1 : end].decode(errors="replace")
     *counts, start, stop = _SHAPE.unpack_from(data, end)
     rest = data[end + _SHAPE.size :]
-    number = len(rest) // (REGION_BYTES + 4)
-    digests = [rest[each * REGION_BYTES : (each + 1) * REGION_BYTES] for each in range(number)]
-    lengths = array("I", rest[number * REGION_BYTES :])
+    # Eight bytes of each region are its digest, and four its length.
+    size = len(rest) // 12 * 8
+    digests, lengths = array("q", rest[:size]), array("I", rest[size:])
     sent = Sent(at, provider, model, prompt, kept)
     return LastTurn(sent, tuple(counts), (start, stop), digests, lengths)
 
@@ -127,13 +127,13 @@ def _fold_of(number: int) -> tuple[int, int]:
     return start, number - (MAX_REGIONS - start - 1)
 
 
-def _folded(regions: Regions, fold: tuple[int, int]) -> tuple[Sequence[bytes], Sequence[int]]:
+def _folded(regions: Regions, fold: tuple[int, int]) -> tuple[Sequence[int], Sequence[int]]:
     """Return the digests and the lengths of *regions*, of which the *fold* is one."""
     (start, end), digests, lengths = fold, regions.digests, regions.lengths
     if not end or len(digests) <= start:
         return digests, lengths
     return (
-        [*digests[:start], folded(digests[start:end]), *digests[end:]],
+        [*digests[:start], hash(tuple(digests[start:end])), *digests[end:]],
         [*lengths[:start], sum(lengths[start:end]), *lengths[end:]],
     )
 

@@ -75,8 +75,10 @@ class Conversation:
 
     def turn(self) -> CacheLoss | None:
         """Ask, and get an answer; return what was found to be lost."""
-        regions = regions_in(self.body, self.caller)
-        turn = self.reader.turn(self.caller, regions.first_user, regions, lambda _name: "sick")
+        regions = regions_in(self.body)
+        assert regions.user is not None
+        key = b"%d" % regions.digests[regions.user]
+        turn = self.reader.turn(self.caller, key, regions, lambda _name: "sick")
         prompt, cached = self.engines[self.engine].read(self.body, self.clock.now)
         usage = {
             "prompt_tokens": prompt,
