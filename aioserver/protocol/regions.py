@@ -18,7 +18,8 @@ digests of two processes cannot be compared.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import msgspec
@@ -29,11 +30,13 @@ from aioserver.protocol.json_body import ABSENT, raw_members
 from aioserver.protocol.steps import LARGE_BYTES, pause, pause_after
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Sequence
 
 # The parts of a prompt in front of the conversation, and the names of that: a body has one of them.
 HEAD = ("tools", "system", "instructions")
 _TALK = ("messages", "input", "prompt")
+# Those that are long lists in nearly all bodies.
+_LONG = ("tools", "messages", "input")
 # The elements of a list that are regions: the last one stands for all behind it, too.
 MAX_ELEMENTS = 1024
 # Messages that are searched for the first one of a user, and the bytes of the conversation that
@@ -51,52 +54,59 @@ _KEY = rb'(?<!\\)"(?:cache_control|cachePoint|prompt_cache_breakpoint)"'
 _MARKER = re.compile(rb",\s*" + _KEY + _VALUE + rb"|" + _KEY + _VALUE + rb"\s*,?\s*")
 # The words with which a marker begins, which are searched for first: that is ten times as fast.
 _WORDS = (b'"cache_control"', b'"cachePoint"', b'"prompt_cache_breakpoint"')
-_TOP = raw_members(*HEAD, *_TALK)
 _ROLE = raw_members("role")
-
-
-# The decoders of the first elements of a list, which skip all others. To read few with the second
-# one takes as long as to read them all.
-FEW_ELEMENTS = 128
-_FIRST: list[msgspec.json.Decoder[Any]] = [
-    msgspec.json.Decoder(
-        msgspec.defstruct(
-            "First", [(f"_{each}", Raw, ABSENT) for each in range(number)], array_like=True
-        )
+# The elements that are read at once with the body. A list of more is read once more: to read few by
+# a decoder of many takes as long as to read many.
+FEW_ELEMENTS = 256
+_FEW, _MOST = (
+    msgspec.defstruct(
+        f"First{number}", [(f"_{each}", Raw, ABSENT) for each in range(number)], array_like=True
     )
     for number in (FEW_ELEMENTS, MAX_ELEMENTS)
-]
+)
+_FIRST_FEW: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_FEW)
+_FIRST: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_MOST)
+# The parts of any prompt; and of one whose long parts are lists, which are read in the same pass.
+_TOP = raw_members(*HEAD, *_TALK)
+_LISTS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    msgspec.defstruct(
+        "Lists",
+        [(name, _FEW if name in _LONG else Raw, ABSENT) for name in (*HEAD, *_TALK)],
+        gc=False,
+    )
+)
 
 
-class Regions(NamedTuple):
+@dataclass(slots=True)
+class Regions:
     """The regions of one prompt, in order: a digest and a length in bytes for each.
 
     *counts* has the number of regions of each part of HEAD; those from *start* on are of *talk*, the
     conversation. *pieces* has the digests of the pieces of longer regions. *user* is the position
     of the first user message, None if there is none that was found. *opening* is a checksum of the
-    regions behind the tools and up to that message, or up to the first KiB of the conversation; it
-    is the same in all processes.
+    regions behind the tools up to that message, or else of the first KiB of the conversation; it is
+    the same in all processes.
 
     *cut*: a list is longer than is read. *picture*: the prompt has a picture or a file, whose bytes
     say nothing of its tokens.
     """
 
-    counts: tuple[int, ...]
-    start: int
-    talk: str
-    digests: Sequence[int]
-    lengths: Sequence[int]
-    pieces: Mapping[int, Sequence[int]]
-    user: int | None
-    opening: int
-    cut: bool
-    picture: bool
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(HEAD, 0))
+    start: int = 0
+    talk: str = ""
+    digests: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    pieces: dict[int, Sequence[int]] = field(default_factory=dict)
+    user: int | None = None
+    opening: int = 0
+    cut: bool = False
+    picture: bool = False
 
 
 class RegionReader:
     """Reads the regions of prompts, and remembers those that have no marker.
 
-    Always: it remembers fewer than 2 * MAX_REMEMBERED.
+    Always: it remembers at most 2 * MAX_REMEMBERED.
     """
 
     def __init__(self) -> None:
@@ -108,68 +118,57 @@ class RegionReader:
         """Return the regions of the prompt in *body*, valid JSON; None if there is no prompt. A
         long body is read in steps.
         """
-        parts = dict(_parts(_TOP.decode(body)))
-        await pause_after(body)
+        parts = await _parts(body)
         if not parts:
             return None
-        digests: list[int] = []
-        lengths: list[int] = []
-        pieces: dict[int, Sequence[int]] = {}
-        counts, user, opening, cut, picture = dict.fromkeys(HEAD, 0), None, 0, False, False
-        talk, start, taken = next(reversed(parts)), 0, 0
-        for name, part in parts.items():
-            start = len(digests)
-            elements: Sequence[bytes | Raw] = _first_elements(part)
-            await pause_after(part)
+        regions = Regions(talk=parts[-1][0])
+        for name, elements, cut in parts:
+            regions.start = len(regions.digests)
+            regions.cut |= cut
             # The opening has so many of these regions, and so many bytes of each.
-            opened, most = 0 if name == "tools" else len(elements) or 1, None
-            if name == talk:
+            opened, most = 0 if name == "tools" else len(elements), None
+            if name == regions.talk:
                 index = _first_user(elements)
                 if index is None:
                     opened, most = 1, OPENING_BYTES
                 else:
-                    opened, user = index + 1, start + index
-            if len(elements) >= MAX_ELEMENTS:
-                elements, cut = _with_rest(elements, bytes(part)), True
-            for element in elements or (part,):
-                data = bytes(element)
-                size = len(data)
-                digest = hash(data) if size <= PIECE_BYTES else hash(_pieces(data))
-                pictured = self._newest.get(digest)
-                if pictured is None:
-                    pictured, clean = self._searched(data, digest)
-                    if clean is not data:
-                        data, size = clean, len(clean)
-                        digest = hash(data) if size <= PIECE_BYTES else hash(_pieces(data))
-                if pictured:
-                    picture = True
-                if size > PIECE_BYTES:
-                    pieces[len(digests)] = _pieces(data)
-                if opened:
-                    opened -= 1
-                    opening = crc32(data[:most], opening)
-                digests.append(digest)
-                lengths.append(size)
-                taken += size
-                if taken > LARGE_BYTES:
-                    taken = 0
-                    await pause()
-            if name in counts:
-                counts[name] = len(digests) - start
-        return Regions(
-            tuple(counts.values()),
-            start,
-            talk,
-            digests,
-            lengths,
-            pieces,
-            user,
-            opening,
-            cut,
-            picture,
-        )
+                    opened, regions.user = index + 1, regions.start + index
+            await self._read(regions, elements, opened, most)
+            if name in HEAD:
+                regions.counts[name] = len(elements)
+        return regions
 
-    def _searched(self, data: bytes, digest: int) -> tuple[bool, bytes]:
+    async def _read(
+        self, regions: Regions, elements: Sequence[bytes | Raw], opened: int, most: int | None
+    ) -> None:
+        """Add *elements* to *regions*: *most* bytes of each of the first *opened* are a part of the
+        opening.
+        """
+        taken = 0
+        for element in elements:
+            data = bytes(element)
+            digest, pieces = _digests(data)
+            pictured = self._newest.get(digest)
+            if pictured is None:
+                pictured, clean = self._search(data, digest)
+                if clean is not data:
+                    data = clean
+                    digest, pieces = _digests(data)
+            if pictured:
+                regions.picture = True
+            if pieces:
+                regions.pieces[len(regions.digests)] = pieces
+            if opened:
+                opened -= 1
+                regions.opening = crc32(data[:most], regions.opening)
+            regions.digests.append(digest)
+            regions.lengths.append(len(data))
+            taken += len(data)
+            if taken > LARGE_BYTES:
+                taken = 0
+                await pause()
+
+    def _search(self, data: bytes, digest: int) -> tuple[bool, bytes]:
         """Return whether the region *data* with *digest* has a picture, and it without markers. It
         is not among the newest.
         """
@@ -184,27 +183,53 @@ class RegionReader:
         return pictured, data
 
 
-def _parts(top: Any) -> Iterator[tuple[str, Raw]]:
-    """Yield the parts of the prompt, in the order in which an engine reads them."""
-    for name in HEAD:
-        if part := getattr(top, name):
-            yield name, part
-    for name in _TALK:
-        if part := getattr(top, name):
-            yield name, part
-            return
-
-
-def _first_elements(part: Raw) -> list[Raw]:
-    """Return the first MAX_ELEMENTS of *part*; none if it is no list."""
-    if bytes(memoryview(part)[:1]) != b"[":
-        return []
-    elements: list[Raw] = []
-    for few in _FIRST:
-        elements = [each for each in astuple(few.decode(part)) if each is not ABSENT]
-        if len(elements) < FEW_ELEMENTS:
+async def _parts(body: bytes) -> list[tuple[str, Sequence[bytes | Raw], bool]]:
+    """Return the parts of the prompt in *body*, in the order in which an engine reads them: the
+    name, the regions, and whether these are cut.
+    """
+    try:
+        top = _LISTS.decode(body)
+    except msgspec.ValidationError:
+        top = None
+    await pause_after(body)
+    if top is None or any(_is_full(getattr(top, name)) for name in _LONG):
+        top = _TOP.decode(body)
+        await pause_after(body)
+    parts: list[tuple[str, Sequence[bytes | Raw], bool]] = []
+    for name in (*HEAD, *_TALK):
+        part = getattr(top, name)
+        if part is ABSENT:
+            continue
+        if isinstance(part, Raw):
+            parts.append((name, *_elements(part)))
+            await pause_after(part)
+        else:
+            parts.append((name, _present(part) or [b"[]"], False))
+        if name in _TALK:
             break
-    return elements
+    return parts
+
+
+def _elements(part: Raw) -> tuple[Sequence[bytes | Raw], bool]:
+    """Return the regions of *part*, and whether they are cut."""
+    if bytes(memoryview(part)[:1]) != b"[":
+        return [part], False
+    first = _FIRST_FEW.decode(part)
+    if _is_full(first):
+        first = _FIRST.decode(part)
+    elements = _present(first)
+    if len(elements) >= MAX_ELEMENTS:
+        return _with_rest(elements, bytes(part)), True
+    return elements or [part], False
+
+
+def _present(first: Any) -> list[Raw]:
+    return [each for each in astuple(first) if each is not ABSENT]
+
+
+def _is_full(first: Any) -> bool:
+    """Return whether there may be more elements than those of *first*."""
+    return isinstance(first, _FEW) and astuple(first)[-1] is not ABSENT
 
 
 def _with_rest(elements: Sequence[bytes | Raw], part: bytes) -> list[bytes | Raw]:
@@ -227,10 +252,13 @@ def _first_user(messages: Sequence[bytes | Raw]) -> int | None:
     return None
 
 
-def _pieces(data: bytes) -> tuple[int, ...]:
-    """Return the digests of the pieces of *data*."""
+def _digests(data: bytes) -> tuple[int, Sequence[int]]:
+    """Return the digest of *data*, and those of its pieces if it has several."""
+    if len(data) <= PIECE_BYTES:
+        return hash(data), ()
     view = memoryview(data)
-    return tuple([hash(view[at : at + PIECE_BYTES]) for at in range(0, len(data), PIECE_BYTES)])
+    pieces = [hash(view[at : at + PIECE_BYTES]) for at in range(0, len(data), PIECE_BYTES)]
+    return hash(tuple(pieces)), pieces
 
 
 def unmarked(data: bytes) -> bytes:

@@ -95,7 +95,7 @@ def packed_regions(regions: Regions) -> bytes:
     """Return *regions* in the form that is kept."""
     start, end = fold = _fold_of(len(regions.digests))
     digests, lengths = _folded(regions, fold)
-    counts = [min(count, _MOST) for count in regions.counts]
+    counts = [min(count, _MOST) for count in regions.counts.values()]
     return b"".join((_SHAPE.pack(*counts, start, end), array("q", digests), array("I", lengths)))
 
 
@@ -176,7 +176,7 @@ def _name(position: int, last: LastTurn, regions: Regions) -> str:
     elif position > start and end:
         position += end - start - 1
     name = regions.talk
-    for part, one, other in zip(HEAD, last.counts, regions.counts, strict=True):
+    for part, one, other in zip(HEAD, last.counts, regions.counts.values(), strict=True):
         # A region that is only in one of them stands behind the others of its part.
         if position < max(one, other):
             name = part
