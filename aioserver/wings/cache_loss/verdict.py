@@ -10,7 +10,8 @@ more than LEAST, the first row that fits counts:
     reordered   the same, and all regions of the last turn are still there, in another order
     moved       the last turn went to another provider or model
     unknown     this provider has never been seen to keep a prompt
-    expired     the pause was longer than any after which this provider has still had a prompt
+    expired     the pause was longer than any after which this provider has still had a prompt, and
+                longer than SHORTEST
     evicted     what is left
 
 Nothing here has a clock or a socket. This file is one concept: a turn as it is kept, its
@@ -41,6 +42,8 @@ LEAST, SHARE = 1024, 0.1
 # A change is the cause if what stands behind it is at least one part in so many of the loss: the
 # ratio of tokens to bytes differs from region to region.
 WEIGHT = 4
+# The seconds for which every provider keeps a prompt that it has room for.
+SHORTEST = 60.0
 # Regions that are kept of a turn, so that a conversation takes 4 KB at most; of more, those in the
 # middle are one.
 MAX_REGIONS = 200
@@ -228,4 +231,4 @@ def judge(
         return CacheLoss(MOVED, why, None, tokens)
     if longest is None:
         return CacheLoss(UNKNOWN, "", None, tokens)
-    return CacheLoss(EXPIRED if pause > longest else EVICTED, "", None, tokens)
+    return CacheLoss(EXPIRED if pause > max(longest, SHORTEST) else EVICTED, "", None, tokens)

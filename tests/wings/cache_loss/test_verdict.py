@@ -84,6 +84,7 @@ OTHER_MODEL = SAME._replace(model=2)
         ({"messages": MORE}, 0, {"sent": OTHER_MODEL}, ("moved", "sick")),
         ({"messages": MORE}, 0, {"pause": 61.0}, ("expired", "")),
         ({"messages": MORE}, 0, {"pause": 60.0}, ("evicted", "")),
+        ({"messages": MORE}, 0, {"pause": 60.0, "longest": 1.0}, ("evicted", "")),
         ({"messages": MORE}, 0, {"longest": None}, ("unknown", "")),
         ({"messages": MORE}, None, {}, ("unknown", "")),
     ],
