@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.protocol.regions import MAX_ELEMENTS
 from aioserver.providers.breaker import MIN_ATTEMPTS
 from aioserver.wings.simulator.engine import EngineOptions
 from tests.support.chat import to_end as frames_to_end
@@ -293,6 +294,24 @@ async def test_a_turn_whose_home_is_full_sick_or_gone_has_moved_for_that_reason(
 
         assert header.startswith(f"lost at={why} tokens=")
         assert header.endswith(" by=moved")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["data:image/png;base64,AAAA"], ["on"] * MAX_ELEMENTS],
+    ids=["a picture", "more messages than are read"],
+)
+async def test_a_prompt_is_not_judged_whose_regions_do_not_say_its_tokens(
+    make_server: MakeServer, more: list[str]
+) -> None:
+    server = await make_server(ENGINE, **ON)
+
+    for first in ("It is 9:00.", "It is 9:01."):
+        body = turn("chat/completions", first, "Well", *more)
+        assert (await ask(server, "chat/completions", body))[0] == ""
+
+    state = server.context.monitor.fresh()["cache_losses"]  # type: ignore[typeddict-item]
+    assert state["conversations"] == 0
 
 
 async def test_nothing_is_read_while_the_setting_is_off(
