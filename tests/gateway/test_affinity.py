@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from aioserver.gateway.affinity import MAX_DIGESTS, Affinity, measured
 from aioserver.gateway.groups import READING
 from aioserver.gateway.request import Request
 from aioserver.provider_errors import ProviderError
+from aioserver.providers.attempt import text_bytes
 from aioserver.providers.request import CHAT, ProviderRequest
 from tests.support.engines import Engine, nothing_is_held
 from tests.support.regions import prefix_in
@@ -41,6 +43,10 @@ def chat(name: str, turns: int = 1, size: int = 4000) -> bytes:
 
 def prefix(body: bytes, group: str = "all") -> Prefix:
     return prefix_in(body, group)
+
+
+def _body(body: bytes, _settings: object, _model: str | None) -> bytes:
+    return body
 
 
 def router_over(
@@ -80,6 +86,24 @@ async def test_the_turns_of_a_conversation_stay_where_its_first_one_was() -> Non
             assert await ask(router, chat(name, turn), homes=homes) == first
     assert homes == {"new": 10, "home": 40}
     assert router.groups["all"].held_back == 0
+
+
+@virtually
+async def test_a_prompt_that_was_read_is_not_searched_for_pictures_again() -> None:
+    router = router_over(engines_of(2))
+    for text, pictures in (("an image is long in base64", False), ("data:a/b;base64,AA", True)):
+        body = chat(text)
+        asked = ProviderRequest(CHAT, partial(_body, body), streamed=False)
+        assert asked.pictures is None
+
+        await router.call(Request(router.route("all", caller=NO_CALLER), asked, "openai", "r"))
+
+        assert asked.pictures is pictures
+        assert text_bytes(body, pictures) == (0 if pictures else len(body))
+        assert text_bytes(body, not pictures) == (len(body) if pictures else 0)
+        # A search takes the word alone for a picture.
+        assert text_bytes(body, None) == 0
+    assert text_bytes(b"some text", None) == 9
 
 
 @virtually
