@@ -4,11 +4,12 @@
                                [--loop uvloop|asyncio] [--peers] [--loaded] [--json FILE]
 
 The load is that of a public board of gateways: a question of 16 tokens at most, an answer of some
-250 bytes at once, and streams of a role and 64 pieces of 16 bytes, the first at once and the others
-each 20 ms. `lanes` asks the same by the faces whose requests are translated. What is added is a percentile through the server less the same percentile without it, in
-turns. Every time is kept as it is, since a histogram hides rare gaps. A window with a failure says
-nothing. While others use the cores, it waits for a minute and then ends; `--loaded` measures
-nevertheless. Printed are the medians of all runs.
+250 bytes at once, and streams of a role and 64 pieces of 16 bytes, the first at once and the
+others each 20 ms. `lanes` asks the same by the faces whose requests are translated. What is added
+is a percentile through the server less the same percentile without it, in turns. Every time is
+kept as it is, since a histogram hides rare gaps. A window with a failure says nothing. While
+others use the cores, it waits for a minute and then ends; `--loaded` measures nevertheless.
+Printed are the medians of all runs.
 
 A server has the first core alone, and the provider and the load the second; several workers have
 both. Exit code: 0 done, 1 something is INVALID, 2 wrong usage.
@@ -390,7 +391,7 @@ def known_columns() -> dict[str, Peer]:
     """Return every column: aioserver with 1, 2 and 4 workers, and the others."""
     # Responses are translated, though the provider speaks them, too.
     bridged = AIOSERVER.replace(
-        "model: mock-model\n", "model: mock-model\n      responses: bridge\n"
+        "model: mock-model\n", "model: mock-model\n      responses: false\n"
     )
     aioserver = dataclasses.replace(PEERS["aioserver"], config=bridged)
     ours: dict[str, Peer] = {"aioserver": aioserver}
