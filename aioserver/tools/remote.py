@@ -94,7 +94,7 @@ def session(key: str | None) -> aiohttp.ClientSession:
 class Answered(NamedTuple):
     """The answer to a small request: its status, its headers, and its JSON object, or {}.
 
-    If there was no answer, the status is 0, and *reason* says why.
+    *reason* says why it is none: nothing came, and the status is 0, or it leads to another address.
     """
 
     status: int
@@ -106,8 +106,8 @@ class Answered(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Why there was no answer from which path; empty if there was one."""
-        return f"GET {self.path}: {self.reason}" if self.reason else ""
+        """The path, and why it gave no answer, or else the status and the error code."""
+        return f"GET {self.path}: {self.reason or f'HTTP {self.status} {self.code}'.rstrip()}"
 
     @property
     def code(self) -> str:
@@ -130,7 +130,7 @@ async def get(
     **options: Any,
 ) -> Answered:
     """GET *url*, and read the answer, within *limit* seconds; follow *redirects* if wanted."""
-    began = time.perf_counter()
+    began, path = time.perf_counter(), URL(url).path
     try:
         async with (
             asyncio.timeout(limit),
@@ -138,13 +138,19 @@ async def get(
         ):
             body = await faults.read_body(response, MAX_EVENT_BYTES)
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        return Answered(0, {}, {}, path=URL(url).path, reason=describe(error))
+        return Answered(0, {}, {}, path=path, reason=describe(error))
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError:
         content = None
-    content = content if isinstance(content, dict) else {}
-    return Answered(response.status, response.headers, content, time.perf_counter() - began)
+    content, reason = content if isinstance(content, dict) else {}, ""
+    if response.status == HTTPStatus.BAD_REQUEST and SPEAK_TLS in str(content):
+        reason = SPEAK_TLS
+    elif 300 <= response.status < 400:
+        target = response.headers.get("Location", "")
+        reason = f"redirects to {target}: give that address, as a POST is not redirected"
+    took = time.perf_counter() - began
+    return Answered(response.status, response.headers, content, took, path, reason)
 
 
 async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | None:
@@ -155,10 +161,8 @@ async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | No
         Unreachable: nothing answered in time.
     """
     answer = await get(session, f"{url}/", redirects=True, headers=JSON)
-    if not answer.status:
+    if answer.reason:
         raise Unreachable(f"{url} cannot be reached: {answer.reason}")
-    if answer.status == HTTPStatus.BAD_REQUEST and SPEAK_TLS in str(answer.content):
-        raise Unreachable(f"{url} cannot be reached: {SPEAK_TLS}")
     endpoints = answer.content.get("endpoints")
     if not isinstance(endpoints, dict):
         return None

@@ -36,7 +36,8 @@ class Samples:
     def __init__(self, limit: int = MAX_SAMPLES) -> None:
         self.count = 0
         self._limit = limit
-        self._kept: list[float] = []
+        # All values, unless they are *thinned*.
+        self.kept: list[float] = []
         self._random = random.Random(1)  # noqa: S311 - a choice of samples, no secret
 
     @property
@@ -48,15 +49,15 @@ class Samples:
         """Add a value."""
         self.count += 1
         if self.count <= self._limit:
-            self._kept.append(seconds)
+            self.kept.append(seconds)
         elif (index := self._random.randrange(self.count)) < self._limit:
-            self._kept[index] = seconds
+            self.kept[index] = seconds
 
     def summary(self) -> dict[str, float] | None:
         """Return p50, p95, p99 (nearest rank) and the count; None if there are no values."""
-        if not self._kept:
+        if not self.kept:
             return None
-        ordered = sorted(self._kept)
+        ordered = sorted(self.kept)
         summary: dict[str, float] = {
             f"p{percent}": round(ordered[-(-len(ordered) * percent // 100) - 1], 6)
             for percent in PERCENTILES
