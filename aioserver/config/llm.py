@@ -42,6 +42,7 @@ from aioserver.config.validators import (
     one_of,
     optional,
     passed_header,
+    passed_path,
     proxy,
     ratio,
     seconds,
@@ -268,6 +269,11 @@ class Provider(SettingsClass):
         "whether admins may use the objects of the account that the API key belongs to: files, "
         "batches, vector_stores and every other path of the API",
         False,
+    )
+    pass_paths: tuple[str, ...] = setting(
+        list_of(passed_path),
+        "paths below /v1, with all below them, that are passed on for every key: decisions, videos",
+        (),
     )
     http_client: HttpClient = group(HttpClient)
 

@@ -9,7 +9,8 @@ message.
 A digest is a running BLAKE2b, read at 1, 2, 3 … 8 KiB and then at each eighth further, up to 1
 MiB. So any body has at most 50 digests, and its known part is measured to a ninth of its length.
 One more digest is read at the end of the first user message: it is the *identity* of a
-conversation, which all later turns share.
+conversation, which all later turns share. A client may name the identity itself, by OpenAI's
+`prompt_cache_key`: that of a conversation stays the same then when its beginning changes.
 
 A digest reveals nothing of the text, and two groups have different digests for the same text.
 """
@@ -37,6 +38,8 @@ DIGEST_BYTES = 16
 MAX_BYTES = 1 << 20
 # Messages that are searched for the first one of a user.
 MAX_LOOKED_AT = 256
+# The most bytes of a `prompt_cache_key`, as JSON; a longer one names nothing.
+MAX_KEY_BYTES = 1024
 # Seeds whose hash is kept at its beginning.
 MAX_SEEDS = 1024
 
@@ -60,8 +63,10 @@ _MORE = re.compile(rb"[^ \t\r\n\]},]")
 _WORDS = (b'"cache_control"', b'"cachePoint"', b'"prompt_cache_breakpoint"')
 
 
-# The members of a body that make up its prompt, in order.
-_TOP = raw_members("tools", "system", "instructions", "messages", "input", "prompt")
+# The members of a body that make up its prompt, in order, and the name of its identity.
+_TOP = raw_members(
+    *("tools", "system", "instructions", "messages", "input", "prompt"), "prompt_cache_key"
+)
 _ROLE = raw_members("role")
 # The first elements of a list: all others are skipped.
 MAX_ELEMENTS = 1024
@@ -76,8 +81,8 @@ class Prefix(NamedTuple):
     """The beginning of one prompt of *size* bytes.
 
     *digests* has the digest of its first *lengths* bytes each, in ascending order. *identity* is
-    the digest up to the end of the first user message; the prompt *has_history* if anything
-    follows that.
+    the digest up to the end of the first user message, or that of the body's `prompt_cache_key`;
+    the prompt *has_history* if anything follows that message, at *identity_length*.
     """
 
     size: int
@@ -91,25 +96,28 @@ class Prefix(NamedTuple):
 class Parts(NamedTuple):
     """The parts of one prompt, by their names in the body, in the order in which an engine reads
     them; the last is the conversation. *elements* are the first MAX_ELEMENTS of that, if it is a
-    list; *marked*: the body may have markers.
+    list; *marked*: the body may have markers. *key* is its
+    `prompt_cache_key` as it is written, empty without one.
     """
 
     parts: Mapping[str, Raw]
     elements: Sequence[Raw]
     marked: bool
+    key: bytes
 
 
 async def parts_of(body: bytes) -> Parts | None:
     """Return the parts of the prompt in *body*, valid JSON; None if there is no prompt. They refer
     to the body.
     """
-    parts = {name: part for name, part in _parts(_TOP.decode(body)) if part}
+    top = _TOP.decode(body)
+    parts = {name: part for name, part in _parts(top) if part}
     await pause_after(body)
     if not parts:
         return None
     elements = first_elements(next(reversed(parts.values())))
     await pause_after(body)
-    return Parts(parts, elements, unmarked(body) is not body)
+    return Parts(parts, elements, unmarked(body) is not body, _key_in(top.prompt_cache_key))
 
 
 async def prefix_of(body: bytes, seed: str, parts: Parts | None = None) -> Prefix | None:
@@ -140,7 +148,7 @@ async def prefix_of(body: bytes, seed: str, parts: Parts | None = None) -> Prefi
         hashed.size,
         hashed.lengths,
         hashed.digests,
-        hashed.identity,
+        _named(seed, parts.key) if parts.key else hashed.identity,
         identity_length,
         has_history,
     )
@@ -196,6 +204,20 @@ def seeded(seed: str) -> hashlib.blake2b:
     """Return an empty hash, different for each *seed*."""
     key = hashlib.blake2b(seed.encode(), digest_size=32).digest()
     return hashlib.blake2b(digest_size=DIGEST_BYTES, key=key)
+
+
+def _key_in(raw: Raw) -> bytes:
+    """Return *raw* as it is written, if it is a text that names an identity; empty otherwise."""
+    view = memoryview(raw)
+    return bytes(view) if 2 < len(view) <= MAX_KEY_BYTES and view[0] == 0x22 else b""
+
+
+def _named(seed: str, key: bytes) -> bytes:
+    """Return the identity of the prompts with this *key*; it is that of no other prompt."""
+    hashed = seeded(seed).copy()
+    # UTF-8 has no such byte, so no prompt begins in this way.
+    hashed.update(b"\xff" + key)
+    return hashed.digest()
 
 
 class _Running:

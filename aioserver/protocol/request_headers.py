@@ -326,7 +326,8 @@ AGENTS = "agents"
 
 
 class RequestOptions(msgspec.Struct, frozen=True):
-    """*start_within* and *deadline* are seconds from the arrival, inf without such a bound. *hold*
+    """*start_within* and *deadline* are seconds from the arrival, inf without such a bound; and a
+    *patient* request waits until then, however short the waits of the server are. *hold*
     is the request's own word for what is held, empty without one; and *agent* is what AGENTS
     stands for, by its headers, of which *session* is the id of the agent's session, "" without one.
     """
@@ -337,6 +338,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
     hold: str = ""
     agent: str = PREAMBLE
     session: str = ""
+    patient: bool = False
 
     @property
     def bounding(self) -> bool:
@@ -354,6 +356,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
             other.hold or self.hold,
             self.agent if other.agent == PREAMBLE else other.agent,
             other.session or self.session,
+            self.patient or other.patient,
         )
 
 

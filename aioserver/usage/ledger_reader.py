@@ -48,10 +48,15 @@ class Entry(msgspec.Struct, gc=False):
     in_: int = msgspec.field(default=0, name="in")
     cached: int = 0
     cache_write: int = 0
+    cache_write_5m: int = 0
+    cache_write_30m: int = 0
+    cache_write_1h: int = 0
+    cache_write_12h: int = 0
     out: int = 0
     reasoning: int = 0
     audio_in: int = 0
     audio_out: int = 0
+    service_tier: str = ""
     cache_lost: str = ""
     cache_lost_tokens: int = 0
     lost: int = 0
@@ -69,19 +74,28 @@ class Sums:
         *("requests", "attempts", "input_tokens", "cached_tokens", "cache_write_tokens"),
         *("output_tokens", "reasoning_tokens", "audio_tokens", "estimated_tokens"),
         "cache_lost_tokens",
+        *("cache_write_5m_tokens", "cache_write_30m_tokens"),
+        *("cache_write_1h_tokens", "cache_write_12h_tokens"),
     )
 
     def __init__(self) -> None:
         self.requests = self.attempts = self.input_tokens = self.cached_tokens = 0
         self.cache_write_tokens = self.output_tokens = self.reasoning_tokens = 0
         self.audio_tokens = self.estimated_tokens = self.cache_lost_tokens = 0
+        self.cache_write_5m_tokens = self.cache_write_30m_tokens = 0
+        self.cache_write_1h_tokens = self.cache_write_12h_tokens = 0
 
     def add(self, entry: Entry) -> None:
         """Count an attempt."""
         self.attempts += 1
         self.input_tokens += entry.in_
         self.cached_tokens += entry.cached
-        self.cache_write_tokens += entry.cache_write
+        if entry.cache_write:
+            self.cache_write_tokens += entry.cache_write
+            self.cache_write_5m_tokens += entry.cache_write_5m
+            self.cache_write_30m_tokens += entry.cache_write_30m
+            self.cache_write_1h_tokens += entry.cache_write_1h
+            self.cache_write_12h_tokens += entry.cache_write_12h
         self.output_tokens += entry.out
         self.reasoning_tokens += entry.reasoning
         self.audio_tokens += entry.audio_in + entry.audio_out
@@ -92,8 +106,10 @@ class Sums:
             self.estimated_tokens += entry.out
 
 
-# The columns of each row, and one that only a table of lost caches has.
-*COLUMNS, CACHE_LOST_TOKENS = Sums.__slots__
+# The columns of each row; one that only a table of lost caches has; and those of the parts of
+# `cache_write_tokens` by their lifetimes, which only providers with such caches report.
+*COLUMNS, CACHE_LOST_TOKENS = Sums.__slots__[:-4]
+LIFETIME_COLUMNS = Sums.__slots__[-4:]
 
 
 class Reading:

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from aioserver.protocol.prefix import LENGTHS, MAX_LOOKED_AT, Prefix, parts_of, prefix_of
+from aioserver.protocol.prefix import (
+    LENGTHS,
+    MAX_KEY_BYTES,
+    MAX_LOOKED_AT,
+    Prefix,
+    parts_of,
+    prefix_of,
+)
 from aioserver.protocol.steps import at_once
 
 
@@ -45,7 +52,8 @@ def test_lengths_go_up_by_an_eighth_and_are_fifty_at_most() -> None:
 
 
 def test_parts_that_were_read_before_give_the_same_prefix() -> None:
-    body = json.dumps({**talk("q" * 5000, "a"), "tools": [{"cache_control": {}}]}).encode()
+    more = {"tools": [{"cache_control": {}}], "prompt_cache_key": "k"}
+    body = json.dumps({**talk("q" * 5000, "a"), **more}).encode()
 
     parts = at_once(parts_of(body))
 
@@ -69,6 +77,29 @@ def test_a_later_turn_has_the_identity_and_the_beginning_of_the_one_before() -> 
     }
     assert two.size > one.size
     assert list(two.lengths) == sorted(two.lengths)
+
+
+@pytest.mark.parametrize(
+    "key", [None, "", 7, 1.5, True, ["k"], {"k": 1}, "k" * (MAX_KEY_BYTES - 1)]
+)
+def test_a_cache_key_that_is_no_text_or_too_long_names_nothing(key: object) -> None:
+    plain = of(talk("q" * 5000, "a"))
+
+    assert of({**talk("q" * 5000, "a"), "prompt_cache_key": key}) == plain
+
+
+def test_a_cache_key_is_the_identity_whatever_the_prompt_is() -> None:
+    one = of({**talk("q" * 5000, "a"), "prompt_cache_key": "session-1"})
+    other = of({"input": "compacted", "prompt_cache_key": "session-1"})
+
+    assert one.identity == other.identity
+    # What is known of a cache is a matter of its prompt alone.
+    assert one._replace(identity=b"") == of(talk("q" * 5000, "a"))._replace(identity=b"")
+    again = {**talk("q" * 5000, "a"), "prompt_cache_key": "session-2"}
+    assert len({one.identity, of(again).identity, of(again, "another").identity}) == 3
+    # A key is no prompt.
+    assert of({"input": "session-1"}).identity != one.identity
+    assert at_once(prefix_of(b'{"prompt_cache_key":"session-1"}', "group")) is None
 
 
 def test_another_first_question_system_prompt_or_group_is_another_conversation() -> None:
