@@ -82,6 +82,21 @@ def test_every_metric_has_its_row_and_no_other(server: str) -> None:
     assert named ^ exposed == set()
 
 
+def test_every_attribute_of_a_span_has_its_row_and_no_other() -> None:
+    code = (ROOT / "aioserver" / "wings" / "tracing" / "spans.py").read_text()
+    page = (DOCS / "tracing.md").read_text()
+    name = r"(?:gen_ai|aioserver|http|server|error)\.[a-z_.]+"
+
+    written = set(re.findall(f'"({name})"', code))
+    rows = re.findall(
+        r"^\| (`.+?) \| .*\|$", section(page, "The spans of a request"), re.MULTILINE
+    )
+    described = {each for row in rows for each in re.findall(f"`({name})`", row)}
+
+    assert written
+    assert described ^ written == set()
+
+
 def fields(state: dict[str, Any], skip: frozenset[str]) -> Iterator[str]:
     """The names of all fields of *state*, but for what is below those in *skip*."""
     for name, value in state.items():

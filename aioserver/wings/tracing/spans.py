@@ -9,8 +9,8 @@ They are made of the record of the request, and of its trace.
                 this one links
 
 Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and for generative
-AI (in development), where these conventions have names; all other names begin with `aioserver.`. A
-span has no content of a question or an answer, no key, and no text of an error.
+AI (in development, v0.1.0), where these conventions have names; all other names begin with
+`aioserver.`. A span has no content of a question or an answer, no key, and no text of an error.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ OPERATIONS = {
     "messages": "chat",
     "responses": "chat",
 }
+# Those whose answers have a reason why they end, and the reason of one that broke off before it.
+GENERATING, CUT = ("chat", "text_completion"), "error"
 # The faces with a protocol of our own, and the face that passes requests on.
 OWN_FACES, PASSED_ON = ("websocket", "sse"), "other"
 # An HTTP status that exists in logs and metrics only: the client has left, or the answer was
@@ -233,6 +235,8 @@ def _of_attempt(end: RequestEnd, trace: Trace, attempt: AttemptTrace, zero: int)
         model = _text(_MODEL.search(attempt.head) or _MODEL.search(attempt.tail))
         reasons = _FINISH.findall(attempt.tail)[:MAX_REASONS]
         reason = b"\n".join(reasons).decode("utf-8", "replace")
+        if attempt.error and not reason and OPERATIONS.get(trace.path) in GENERATING:
+            reason = CUT
         if response_id:
             attributes.append(attribute("gen_ai.response.id", response_id))
     if attempt.first_chunk:
@@ -243,9 +247,7 @@ def _of_attempt(end: RequestEnd, trace: Trace, attempt: AttemptTrace, zero: int)
     if tokens.cached is not None:
         attributes.append(attribute("gen_ai.usage.cache_read.input_tokens", tokens.cached))
     if tokens.cache_write:
-        attributes.append(
-            attribute("gen_ai.usage.cache_creation.input_tokens", tokens.cache_write)
-        )
+        attributes.append(attribute("gen_ai.usage.cache_write.input_tokens", tokens.cache_write))
     if tokens.answer is not None:
         attributes.append(attribute("gen_ai.usage.output_tokens", tokens.answer))
     if tokens.reasoning:
@@ -292,7 +294,8 @@ def _attempt(
     if operation := OPERATIONS.get(path, ""):
         name = f"{operation} {model}"
         attributes["gen_ai.operation.name"] = operation
-        attributes["gen_ai.request.stream"] = streamed
+        if streamed:
+            attributes["gen_ai.request.stream"] = True
     if model:
         attributes["gen_ai.request.model"] = model
     if max_tokens is not None:
