@@ -25,7 +25,9 @@ from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.ended_requests import MAX_NAME
 from aioserver.telemetry.metrics import CLIENT_LEFT, OK
 from aioserver.wings.tracing import otlp
+from aioserver.wings.tracing.gen_ai_metrics import OPERATIONS
 from aioserver.wings.tracing.otlp import Context, attribute
+from aioserver.wings.tracing.trace import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,14 +37,6 @@ if TYPE_CHECKING:
     from aioserver.wings.tracing.otlp import Value
     from aioserver.wings.tracing.trace import AttemptTrace, Trace, Wait
 
-# gen_ai.operation.name, by the path below the provider's base URL.
-OPERATIONS = {
-    "chat/completions": "chat",
-    "completions": "text_completion",
-    "embeddings": "embeddings",
-    "messages": "chat",
-    "responses": "chat",
-}
 # Those whose answers have a reason why they end, and the reason of one that broke off before it.
 GENERATING, CUT = ("chat", "text_completion"), "error"
 # The faces with a protocol of our own, and the face that passes requests on.
@@ -56,7 +50,6 @@ MAX_KEPT = 512
 # Facts that an answer states about itself. A quote inside a JSON string is escaped, so none of it
 # is a text of the model.
 _ID = re.compile(rb'"id": ?"([^"\\]{1,200})"')
-_MODEL = re.compile(rb'"model": ?"([^"\\]{1,200})"')
 _FINISH = re.compile(rb'"(?:finish_reason|stop_reason)": ?"([^"\\]{1,64})"')
 MAX_REASONS = 8
 
@@ -231,8 +224,8 @@ def _of_attempt(end: RequestEnd, trace: Trace, attempt: AttemptTrace, zero: int)
     model = reason = ""
     attributes = []
     if attempt.status == 200:
-        response_id = _text(_ID.search(attempt.head))
-        model = _text(_MODEL.search(attempt.head) or _MODEL.search(attempt.tail))
+        response_id = text_of(_ID.search(attempt.head))
+        model = attempt.response_model
         reasons = _FINISH.findall(attempt.tail)[:MAX_REASONS]
         reason = b"\n".join(reasons).decode("utf-8", "replace")
         if attempt.error and not reason and OPERATIONS.get(trace.path) in GENERATING:
@@ -315,7 +308,3 @@ def _attempt(
 
 def _below(parent: Context, span_id: bytes) -> Context:
     return Context(parent.trace_id, span_id, parent.span_id, state=parent.state)
-
-
-def _text(match: re.Match[bytes] | None) -> str:
-    return "" if match is None else match[1].decode("utf-8", "replace")
