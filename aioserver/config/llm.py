@@ -473,6 +473,8 @@ def _broken_members(llm: Llm, path: tuple[str | int, ...], one: Group) -> Iterat
                 yield at, f"{entry.written} is a group, a member with `choose: ordered` only"
             elif entry.max_context is not None:
                 yield at, f"{entry.written} is a group, whose members have a max_context each"
+            elif entry.input_modalities or entry.output_modalities:
+                yield at, f"{entry.written} is a group, whose members have modalities each"
             asked = entry.written, ""
         elif provider is None:
             known = llm.providers

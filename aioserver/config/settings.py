@@ -383,6 +383,11 @@ class Tracing(SettingsClass):
         "`service.name` of the spans, by which a tracing system lists this server",
         "aioserver",
     )
+    gen_ai_metrics: bool = setting(
+        boolean,
+        "/metrics has those of OpenTelemetry's conventions for generative AI, too",
+        False,
+    )
 
 
 class Hook(SettingsClass):

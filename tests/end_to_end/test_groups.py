@@ -195,6 +195,49 @@ async def test_a_client_hears_how_long_a_prompt_may_be_where_it_is_known(
     assert listed["demo"] == 200_000
 
 
+async def test_a_client_hears_what_a_prompt_and_an_answer_may_have_where_it_is_known(
+    make_server: MakeServer,
+) -> None:
+    def seeing() -> dict[str, Any]:
+        return {"provider": "e0", "input_modalities": ["text", "image", "audio"]}
+
+    def hearing(provider: str) -> dict[str, Any]:
+        ways = {"input_modalities": ["audio", "text"], "output_modalities": ["text"]}
+        return {"provider": provider, **ways}
+
+    groups = {
+        "seeing": [seeing()],
+        "both": [seeing(), hearing("e1")],
+        "half": [seeing(), "e1"],
+    }
+    demo = provider_entry("") | {"simulated": True, "base_url": ""}
+    changes = {"llm.models": groups, "llm.providers.demo": demo}
+    async with engines(make_server, QUICK, QUICK, changes=changes) as (server, simulators):
+
+        async def listed() -> dict[str, Any]:
+            async with server.session.get(f"{server.v1}/models") as response:
+                entries = (await response.json())["data"]
+            return {entry["id"]: entry.get("architecture") for entry in entries}
+
+        before = await listed()
+        groups["seeing"] = [hearing("e0")]
+        assert await server.change(**entries(simulators), **{"llm.models": groups})
+        after = await listed()
+
+    assert before["seeing"] == {"input_modalities": ["text", "image", "audio"]}
+    # What each member takes; nothing is known of the answers of one.
+    assert before["both"] == {"input_modalities": ["text", "audio"]}
+    assert before["half"] is before["e0"] is None
+    assert before["demo"] == {
+        "input_modalities": ["text", "image"],
+        "output_modalities": ["text"],
+    }
+    assert after["seeing"] == {
+        "input_modalities": ["audio", "text"],
+        "output_modalities": ["text"],
+    }
+
+
 async def test_what_is_passed_on_goes_to_one_member_and_account_paths_to_none(
     make_server: MakeServer,
 ) -> None:
