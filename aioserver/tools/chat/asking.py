@@ -196,6 +196,8 @@ def explain(error: AnswerError, url: str) -> str:
         return f"{url} is no aioserver, or a proxy in front of it is not set up: {error.message}"
     if error.code == "connect_error" and not error.text:
         return error.message
+    if error.code == "cancelled":
+        return "somebody else has cancelled the answer"
     return f"{'the answer broke off: ' if error.text else ''}{error}"
 
 
