@@ -212,7 +212,7 @@ async def test_texts_of_chance_grow_into_the_whole(blank: Page, repeats: int) ->
     chance = random.Random(repeats)
     texts = [
         "".join(chance.choice(PARTS) * chance.choice((1, 1, repeats)) for _ in range(40))
-        for _ in range(30 if repeats == 1 else 3)
+        for _ in range(10 if repeats == 1 else 2)
     ]
 
     for text in texts:
