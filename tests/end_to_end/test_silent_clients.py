@@ -65,8 +65,9 @@ POSTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-@pytest.mark.parametrize("name", POSTS)
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "tcp") for name in POSTS), ("ordinary", "unix"), ("last", "unix")]
+)
 async def test_a_client_that_reads_nothing_of_a_whole_answer_is_dropped(
     make_server: MakeServer, tmp_path: Path, name: str, kind: str
 ) -> None:
