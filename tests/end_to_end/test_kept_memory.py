@@ -313,7 +313,7 @@ async def test_running_answers_that_nobody_takes_stay_within_the_bound(
 
 @pytest.mark.parametrize(
     ("size", "count", "passed_on"),
-    [(10, 800, False), (5000, 200, True)],
+    [(10, 400, False), (5000, 200, True)],
     ids=["frames", "passed on"],
 )
 def test_running_logs_that_were_cut_cost_little_more_than_is_counted(
