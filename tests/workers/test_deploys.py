@@ -84,7 +84,7 @@ class SlowProvider(ScriptedProvider):
             await peer.request()
             self.asked += 1
             peer.write(EVENT_STREAM + chunk(FIRST))
-            await asyncio.sleep(self._dice.uniform(0.0, 6.0))
+            await asyncio.sleep(self._dice.uniform(0.0, 3.0))
             peer.write(chunk(SECOND) + chunk(FINISH) + chunk(DONE) + LAST_CHUNK)
 
 
@@ -217,7 +217,7 @@ async def test_deploys_at_any_moment_cut_and_refuse_nothing(tmp_path: Path, seed
     dice = random.Random(seed)
 
     async def ask(process: ServerProcess) -> bytes:
-        await asyncio.sleep(dice.uniform(0.0, 8.0))
+        await asyncio.sleep(dice.uniform(0.0, 4.0))
         url = f"{process.base}/v1/chat/completions"
         async with aiohttp.ClientSession() as session, session.post(url, json=STREAMED) as found:
             assert found.status == 200, await found.text()
@@ -225,7 +225,7 @@ async def test_deploys_at_any_moment_cut_and_refuse_nothing(tmp_path: Path, seed
 
     async def deploy(process: ServerProcess) -> None:
         for times in (1, 2):
-            await asyncio.sleep(dice.uniform(0.0, 2.0))
+            await asyncio.sleep(dice.uniform(0.0, 1.0))
             await replace(process, times)
 
     async with (
