@@ -25,7 +25,7 @@ from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, Scri
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, UVICORN
 from tests.support.systemd import Systemd
 from tests.support.waiting import until, until_result
-from tests.support.worker_processes import workers
+from tests.support.worker_processes import command, workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -342,7 +342,10 @@ async def test_a_single_worker_is_replaced_and_has_three_generations_at_most(
         provider.released.set()
         for body in await answers.rest(1):
             assert body.endswith(DONE)
-        await until(lambda: len(workers(process)) == 1, 30.0, lambda: process.log)
+        await until(
+            lambda: len(workers(process)) == 1,
+            state=lambda: (process.log, [(pid, command(pid)) for pid in workers(process)]),
+        )
         await until_result(partial(replaced_of, process), lambda texts: counted(texts) == (2, 1))
         process.signal()
         assert await process.ended() == 0

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from tests.support.server import RunningServer
 
 pytestmark = pytest.mark.real_time
-LIMIT, CLIENTS = 6, 12
+LIMIT, CLIENTS = 6, 8
+# Seconds that an answer takes: so long that the load is no load of the machine.
+ANSWER = 0.04
 # A tenth of the real times, but for the bound of a call: the machine may be busy.
 TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
 SLOW = 0.03
@@ -110,7 +112,7 @@ class World:
 
 @asynccontextmanager
 async def two(url: str, path: Path, times: Times = TIMES, **changes: Any) -> AsyncIterator[World]:
-    async with Referee() as referee, AsyncExitStack() as stack:
+    async with Referee(ANSWER) as referee, AsyncExitStack() as stack:
         world = World(referee)
         all_changes = {
             "llm.providers.sim.base_url": referee.url,
@@ -364,7 +366,7 @@ async def test_the_tokens_of_a_key_are_those_of_both_together_whatever_the_serve
 async def test_all_that_clients_let_grow_fills_the_server_and_every_limit_stays_exact(
     tmp_path: Path,
 ) -> None:
-    most = 8 << 20
+    most = 5 << 20
     options = ("--maxmemory", str(most), "--maxmemory-policy", "noeviction")
     with RedisServer(tmp_path, *options) as redis:
         async with two(redis.url, tmp_path) as world:
