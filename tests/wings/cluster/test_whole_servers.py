@@ -32,7 +32,7 @@ from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT, UVICORN, r
 from tests.support.waiting import until, until_result
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
     from typing import Any
 
@@ -46,12 +46,6 @@ ANSWER = 0.04
 # A tenth of the real times, but for the bound of a call: the machine may be busy.
 TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
 SLOW = 0.03
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path) as server:
-        yield server
 
 
 class World:
@@ -298,7 +292,6 @@ async def test_the_limit_of_a_key_holds_for_both_together(
         assert all("concurrency_exceeded" in text for text in refused)
 
 
-@pytest.mark.timeout(150)
 async def test_the_tokens_of_a_key_are_those_of_both_together_whatever_the_server_forgets(
     redis: RedisServer, tmp_path: Path
 ) -> None:

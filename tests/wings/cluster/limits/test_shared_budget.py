@@ -11,7 +11,8 @@ import pytest
 
 from aioserver.limits.budget import DAY, MINUTE, PER_DAY, PER_MINUTE, Budget
 from aioserver.wings.cluster.limits.shared_budget import AGAIN, SharedBudget
-from tests.support.cluster_simulation import Load, Simulation
+from tests.support import cluster_simulation
+from tests.support.cluster_simulation import Asker, Load, Simulation
 
 if TYPE_CHECKING:
     from aioserver.wings.cluster.limits.shared_budget import SharedReservation
@@ -60,7 +61,7 @@ class Used:
                 del self.bucket[first]
 
 
-class Spender:
+class Spender(Asker):
     """Requests of one key at an instance, *load* a second; they wait for nothing but tokens, and
     each costs *error* times what it is estimated to, at most.
     """
@@ -75,13 +76,11 @@ class Spender:
         per_day: int = 0,
         tokens: tuple[int, int] = (100, MOST),
     ) -> None:
-        self.simulation, self.load, self.error = simulation, load, error
-        self.tokens = tokens
-        self.instance = simulation.add(IDLE)
+        super().__init__(simulation, simulation.add(IDLE))
+        self.load, self.error, self.tokens = load, error, tokens
         self.waiting: list[int] = []
         self.patience = 600.0
         self.asked: list[SharedReservation] = []
-        self.timer = 0
         # When something was started, its estimate, and what it has cost in the end.
         self.started: list[tuple[float, int, int]] = []
         self.used: Used | None = None
@@ -130,13 +129,6 @@ class Spender:
             self.used.end(place, max(0, reservation.tokens - cost))
         self.serve()
 
-    def look_again(self, delay: float) -> None:
-        self.timer += 1
-        timer = self.timer
-        self.simulation.later(
-            delay, lambda: self.serve() if timer == self.timer else None, self.instance
-        )
-
 
 def spending(
     seed: int,
@@ -157,12 +149,8 @@ def spending(
 
 def excess(started: list[tuple[float, int, int]]) -> float:
     """By how many tokens the worst span exceeds what a bucket allows."""
-    worst, lowest, total = 0.0, float("inf"), 0
-    for moment, tokens, _cost in sorted(started):
-        lowest = min(lowest, total - moment * RATE)
-        total += tokens
-        worst = max(worst, total - moment * RATE - lowest)
-    return worst - BUDGET
+    taken = [(moment, tokens) for moment, tokens, _cost in sorted(started)]
+    return cluster_simulation.excess(taken, RATE) - BUDGET
 
 
 def started_by(spenders: list[Spender]) -> list[tuple[float, int, int]]:
