@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from aioserver.telemetry.metrics import Family
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-PREFIX = OURS
 # The kinds of alerts for the numbers of `provider_trouble` from 1 on; 0 means no alert.
 TROUBLES = tuple(reversed(OF_PROVIDERS))
 
@@ -344,7 +343,7 @@ def _gauge(
     label: str = "",
 ) -> Metric:
     labels = label.split(",") if label else ()
-    family = GaugeMetricFamily(PREFIX + name, about, labels=labels)
+    family = GaugeMetricFamily(OURS + name, about, labels=labels)
     if isinstance(value, Mapping):
         for values, number in value.items():
             family.add_metric((values,) if isinstance(values, str) else values, float(number))
@@ -360,7 +359,7 @@ def _build_info() -> Metric:
         "python": platform.python_version(),
         "aiohttp": aiohttp.__version__,
     }
-    family = GaugeMetricFamily(PREFIX + "build_info", "Versions of this build", labels=[*versions])
+    family = GaugeMetricFamily(OURS + "build_info", "Versions of this build", labels=[*versions])
     family.add_metric([*versions.values()], 1.0)
     return family
 

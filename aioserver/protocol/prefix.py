@@ -96,8 +96,8 @@ class Prefix(NamedTuple):
 class Parts(NamedTuple):
     """The parts of one prompt, by their names in the body, in the order in which an engine reads
     them; the last is the conversation. *elements* are the first MAX_ELEMENTS of that, if it is a
-    list; *marked*: the body may have markers. *key* is its
-    `prompt_cache_key` as it is written, empty without one.
+    list; *marked*: the body may have markers. *key* is its `prompt_cache_key` as it is written,
+    empty without one.
     """
 
     parts: Mapping[str, Raw]

@@ -326,10 +326,11 @@ AGENTS = "agents"
 
 
 class RequestOptions(msgspec.Struct, frozen=True):
-    """*start_within* and *deadline* are seconds from the arrival, inf without such a bound; and a
-    *patient* request waits until then, however short the waits of the server are. *hold*
-    is the request's own word for what is held, empty without one; and *agent* is what AGENTS
-    stands for, by its headers, of which *session* is the id of the agent's session, "" without one.
+    """*start_within* and *deadline* are seconds from the arrival, inf without such a bound. A
+    *patient* request waits until these bounds, even where the server's own waits are shorter.
+
+    *hold* is the request's own word for what is held, empty without one. *agent* is what AGENTS
+    stands for, by the headers; *session* is the id of the agent's session, "" without one.
     """
 
     start_within: float = inf

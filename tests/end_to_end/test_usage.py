@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from tests.support.server import ENDLESS, NOWHERE, QUICK, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from tests.support.server import MakeServer, RunningServer
@@ -116,32 +117,26 @@ async def test_the_tier_of_a_chat_is_in_the_line_and_the_events_stay_as_they_are
     ] * 3
 
 
-@pytest.mark.parametrize("stream", [True, False])
-async def test_what_was_written_to_a_cache_is_in_the_line_by_its_lifetime(
-    make_ledger: MakeLedger, stream: bool
-) -> None:
-    counts = {"input_tokens": 3, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 6}
-    lifetimes = {"ephemeral_5m_input_tokens": 4, "ephemeral_1h_input_tokens": 2}
-    begun = {**counts, "cache_creation": lifetimes, "service_tier": "priority"}
+@asynccontextmanager
+async def messages_provider(
+    begun: dict[str, Any], last: dict[str, Any], whole: dict[str, Any], *, stream: bool
+) -> AsyncIterator[ScriptedProvider]:
+    """Run a provider that answers "Hello" over Messages: a stream with the usage *begun* in its first
+    event and *last* near its end, or an answer with the usage *whole*.
+    """
     message: dict[str, Any] = {"id": "m", "type": "message", "role": "assistant", "model": "m"}
     block = {"type": "text", "text": "Hello"}
-    started = {**message, "content": [], "usage": {**begun, "output_tokens": 1}}
     delta = {"type": "text_delta", "text": "Hello"}
     events: list[dict[str, Any]] = [
-        {"type": "message_start", "message": started},
+        {"type": "message_start", "message": {**message, "content": [], "usage": begun}},
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
         {"type": "content_block_delta", "index": 0, "delta": delta},
         {"type": "content_block_stop", "index": 0},
-        # The counts so far, and neither a lifetime nor a tier.
-        {
-            "type": "message_delta",
-            "delta": {"stop_reason": "end_turn"},
-            "usage": {**counts, "output_tokens": 5},
-        },
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": last},
         {"type": "message_stop"},
     ]
-    whole = {**message, "content": [block], "usage": {**begun, "output_tokens": 5}}
-    body = json.dumps(whole | {"stop_reason": "end_turn"}).encode()
+    ended = {"content": [block], "stop_reason": "end_turn", "usage": whole}
+    body = json.dumps(message | ended).encode()
 
     async def play(peer: Peer) -> None:
         while b"POST" in await peer.request():
@@ -153,6 +148,21 @@ async def test_what_was_written_to_a_cache_is_in_the_line_by_its_lifetime(
                 await peer.send(head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
 
     async with ScriptedProvider(play) as provider:
+        yield provider
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_was_written_to_a_cache_is_in_the_line_by_its_lifetime(
+    make_ledger: MakeLedger, stream: bool
+) -> None:
+    counts = {"input_tokens": 3, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 6}
+    lifetimes = {"ephemeral_5m_input_tokens": 4, "ephemeral_1h_input_tokens": 2}
+    begun = {**counts, "cache_creation": lifetimes, "service_tier": "priority"}
+    started, whole = {**begun, "output_tokens": 1}, {**begun, "output_tokens": 5}
+    # At the end come the counts so far, and neither a lifetime nor a tier.
+    last = {**counts, "output_tokens": 5}
+
+    async with messages_provider(started, last, whole, stream=stream) as provider:
         server = await make_ledger(
             **{f"{SIM}.base_url": provider.url, f"{SIM}.messages": True, f"{SIM}.model": "m"}
         )
@@ -298,33 +308,9 @@ async def test_all_passes_of_a_message_are_paid_for(
 ) -> None:
     usage = pass_of("", *counts) | {"iterations": [pass_of(*each) for each in passes]}
     del usage["type"], usage["model"]
-    message: dict[str, Any] = {"id": "m", "type": "message", "role": "assistant", "model": "m"}
     begun = {"input_tokens": counts[0], "output_tokens": 1}
-    block = {"type": "text", "text": "Hello"}
-    events: list[dict[str, Any]] = [
-        {"type": "message_start", "message": {**message, "content": [], "usage": begun}},
-        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-        {
-            "type": "content_block_delta",
-            "index": 0,
-            "delta": {"type": "text_delta", "text": "Hello"},
-        },
-        {"type": "content_block_stop", "index": 0},
-        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage},
-        {"type": "message_stop"},
-    ]
-    whole = json.dumps({**message, "content": [block], "usage": usage}).encode()
 
-    async def play(peer: Peer) -> None:
-        while b"POST" in await peer.request():
-            if stream:
-                texts = [f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events]
-                await peer.send(EVENT_STREAM, chunk("".join(texts).encode()), LAST_CHUNK)
-            else:
-                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-                await peer.send(head + b"Content-Length: %d\r\n\r\n%b" % (len(whole), whole))
-
-    async with ScriptedProvider(play) as provider:
+    async with messages_provider(begun, usage, usage, stream=stream) as provider:
         server = await make_ledger(
             **{f"{SIM}.base_url": provider.url, f"{SIM}.messages": True, f"{SIM}.model": "m"}
         )

@@ -28,7 +28,7 @@ async def test_the_ledger_is_what_the_provider_has_counted_whenever_it_is_killed
     tmp_path: Path,
 ) -> None:
     """The full number is in benchmarks/ledger.py."""
-    result = await keep_books(tmp_path, answers=150, kills=2)
+    result = await keep_books(tmp_path, answers=300, kills=2)
 
     assert result.wrong == []
     assert result.ledger == result.provider

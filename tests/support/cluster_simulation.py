@@ -17,6 +17,7 @@ import functools
 import heapq
 import itertools
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -430,16 +431,16 @@ class Simulation:
         assert self.in_flight <= self.limit + excess, (self.in_flight, excess)
 
 
-class Asker:
+class Asker(ABC):
     """Requests that wait for what several instances share; `serve` starts those that may."""
 
     def __init__(self, simulation: Simulation, instance: Instance) -> None:
         self.simulation, self.instance = simulation, instance
         self._timer = 0
 
+    @abstractmethod
     def serve(self) -> None:
         """Start those that may."""
-        raise NotImplementedError
 
     def look_again(self, delay: float) -> None:
         """Serve in *delay* seconds, and not when that was to be before."""

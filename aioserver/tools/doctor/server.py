@@ -49,7 +49,7 @@ COSTLY = Question(prompt="Count from 1 to 40, with a space between.", max_tokens
 TOGETHER, MIN_GAPS, MAX_BURSTS = 0.005, 11, 3
 GATHERED = "switch buffering and gzip off in the proxy (nginx: proxy_buffering): docs/proxies.md"
 # Seconds for which `/events` is watched. The first event comes at once, and one in each second.
-WATCHED = 3.5
+WATCHED = 4.5
 # The seconds in which the server pings twice with the default of chat.websocket.ping_interval.
 TWO_PINGS = 41.0
 
