@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.real_time
 
 REPLACED = "all workers are replaced"
+FORMER = "replaced: this process accepts no more connections"
 # The provider says nothing until its answers are released.
 ONE = {"chat.websocket.shutdown_timeout": 0.5, f"{SIM_HTTP_CLIENT}.read_timeout": 600}
 TWO = {f"{UVICORN}.workers": 2, **ONE}
@@ -119,9 +120,14 @@ class Answers:
 
 
 async def replace(process: ServerProcess, times: int = 1) -> None:
-    """Replace all workers, for the time number *times*."""
+    """Replace all workers, for the time number *times*. Each that was replaced knows it then."""
+    seats = int(process.log.partition(" workers: ")[2].partition(",")[0])
     process.signal(signal.SIGUSR2)
-    await until(lambda: process.log.count(REPLACED) == times, 60.0, lambda: process.log)
+    await until(
+        lambda: (process.log.count(REPLACED), process.log.count(FORMER)) == (times, times * seats),
+        60.0,
+        lambda: process.log,
+    )
 
 
 async def former_of(process: ServerProcess) -> list[dict[str, Any]]:
