@@ -467,8 +467,8 @@ class TokensExceeded(RateLimitExceeded):
 
     # The setting of the budget.
     period = ""
-    # A day's budget may be that far away.
-    max_retry_after = 86400.0
+    # A month's budget may be that far away.
+    max_retry_after = 31 * 86400.0
 
     def headers(self) -> dict[str, str]:
         """Return the headers of the HTTP answer; SDKs wait for no more than SOON, and would try

@@ -48,7 +48,9 @@ class Form:
         """Return the headers that report the limits of a key with budgets."""
         limit, left, reset = quota.starts
         headers = _limit_headers("requests", limit, left, reset)
-        for name, budget in zip(("tokens", "tokens-day"), quota.budgets().values(), strict=False):
+        for number, (setting, budget) in enumerate(quota.budgets().items()):
+            # The shortest period is the limit of which SDKs know.
+            name = f"tokens-{setting.removeprefix('tokens_per_')}" if number else "tokens"
             headers |= _limit_headers(name, budget.limit, budget.remaining, budget.reset)
         return headers
 

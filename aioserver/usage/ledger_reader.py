@@ -11,14 +11,15 @@ Files are read as a stream: of a line that was counted, only its number stays in
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 # The fates of an attempt, beside "ok", "cut", "cancelled" and "failed".
@@ -151,6 +152,13 @@ class Reading:
             except (msgspec.MsgspecError, ValueError):
                 self.skipped += bool(line.strip())
 
+    def forget(self) -> None:
+        """Forget the numbers of the attempts that were counted, since there are no further lines of
+        theirs: each file of a later day has those that end later.
+        """
+        self._known.clear()
+        self._several.clear()
+
     def finish(self, now: float | None = None) -> None:
         """Count the attempts that have not ended: they are lost, or still run at *now*."""
         newest = (time.time() if now is None else now) - STILL_RUNNING
@@ -232,17 +240,32 @@ def files_of(directory: Path, first: str = "", last: str = "~") -> list[Path]:
     return sorted(path for path in found if first <= path.name[6:16] <= last)
 
 
-def spent(directory: Path, day: str) -> dict[str, int]:
-    """Return the tokens of each caller on *day*, from the ledger in *directory*.
+def spent(directory: Path, since: Mapping[str, int], until: int) -> dict[str, dict[str, int]]:
+    """Return the tokens of each caller from the ledger in *directory*: for each name in *since* those
+    from this day to the day *until*. Days are numbers, counted from 1970-01-01.
 
     Running attempts count with their estimates. A file that cannot be read counts nothing.
     """
-    reading = Reading(["caller"], since=day, until=f"{day}~")
-    for path in files_of(directory, day, day):
-        try:
-            with path.open("rb") as file:
-                reading.read(file)
-        except OSError:
-            continue
+    days = {name: _date(day) for name, day in since.items()}
+    first, last = min(days.values()), _date(until)
+    reading = Reading(["caller", "day"], since=first, until=f"{last}~")
+    for _, files in groupby(files_of(directory, first, last), lambda path: path.name[6:16]):
+        for path in files:
+            try:
+                with path.open("rb") as file:
+                    reading.read(file)
+            except OSError:
+                continue
+        reading.forget()
     reading.finish()
-    return {name[0]: sums.input_tokens + sums.output_tokens for name, sums in reading.rows.items()}
+    callers: dict[str, dict[str, int]] = {}
+    for (caller, day), sums in reading.rows.items():
+        tokens = callers.setdefault(caller, dict.fromkeys(days, 0))
+        for name, begin in days.items():
+            if day >= begin:
+                tokens[name] += sums.input_tokens + sums.output_tokens
+    return callers
+
+
+def _date(day: int) -> str:
+    return (datetime.fromtimestamp(0, UTC) + timedelta(days=day)).strftime("%Y-%m-%d")

@@ -150,6 +150,8 @@ class SharedKey:
         queue_size: int = 0,
         tokens_per_minute: int = 0,
         tokens_per_day: int = 0,
+        tokens_per_week: int = 0,
+        tokens_per_month: int = 0,
         leases: Leases,
         name: str,
         scope: Scope | None = None,
@@ -164,6 +166,8 @@ class SharedKey:
             tokens_per_minute,
             tokens_per_day,
             clock,
+            per_week=tokens_per_week,
+            per_month=tokens_per_month,
             head=self._first,
             on_tokens=self._serve,
         )

@@ -4,12 +4,21 @@ much less, wherever the requests come.
 
 from __future__ import annotations
 
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.limits.budget import DAY, MINUTE, PER_DAY, PER_MINUTE, Budget
+from aioserver.limits.budget import (
+    DAY,
+    MINUTE,
+    PER_DAY,
+    PER_MINUTE,
+    PER_MONTH,
+    PER_WEEK,
+    Budget,
+)
 from aioserver.wings.cluster.limits.shared_budget import AGAIN, SharedBudget
 from tests.support import cluster_simulation
 from tests.support.cluster_simulation import Asker, Load, Simulation
@@ -24,6 +33,10 @@ RATE = BUDGET / MINUTE
 MOST = 3000
 # A moment of the wall clock at noon.
 NOON = 1_700_000_000 // DAY * DAY + DAY / 2
+
+
+def at(moment: str) -> float:
+    return datetime.fromisoformat(f"{moment}+00:00").timestamp()
 
 
 class Used:
@@ -74,6 +87,8 @@ class Spender(Asker):
         error: float = 1.0,
         per_minute: int = BUDGET,
         per_day: int = 0,
+        per_week: int = 0,
+        per_month: int = 0,
         tokens: tuple[int, int] = (100, MOST),
     ) -> None:
         super().__init__(simulation, simulation.add(IDLE))
@@ -92,6 +107,8 @@ class Spender(Asker):
             per_day,
             lambda: simulation.now,
             lambda: simulation.now,
+            per_week=per_week,
+            per_month=per_month,
             head=lambda: (self.waiting[0] if self.waiting else 0, self.patience),
             on_tokens=self.serve,
         )
@@ -136,12 +153,22 @@ def spending(
     delay: float = 0.0005,
     error: float = 1.0,
     per_day: int = 0,
+    per_week: int = 0,
+    per_month: int = 0,
     now: float = NOON,
 ) -> tuple[Simulation, list[Spender]]:
     simulation = Simulation(seed, delay=delay, now=now)
-    per_minute = 0 if per_day else BUDGET
+    per_minute = 0 if per_day or per_week or per_month else BUDGET
     spenders = [
-        Spender(simulation, load, error=error, per_minute=per_minute, per_day=per_day)
+        Spender(
+            simulation,
+            load,
+            error=error,
+            per_minute=per_minute,
+            per_day=per_day,
+            per_week=per_week,
+            per_month=per_month,
+        )
         for load in loads
     ]
     return simulation, spenders
@@ -473,7 +500,7 @@ def test_the_day_begins_at_what_the_ledger_knows_if_that_is_more() -> None:
     simulation, (one, other) = spending(9, 0.0, 0.0, per_day=10_000)
     for each, known in ((one, 6000), (other, 4000)):
         assert each.budget is not None
-        each.budget.begin_day(known)
+        each.budget.begin({PER_DAY: known})
     simulation.advance(10.0)
 
     for _ in range(50):
@@ -506,6 +533,97 @@ def test_a_day_ends_for_all_and_its_answers_count_no_more() -> None:
     other.budget.states()
     simulation.advance(5.0)
     assert other.budget.states()[PER_DAY].remaining == 400
+
+
+# Budgets, twenty seconds before the end of a period, the one that is named, and whether there is
+# room for 600 tokens then, where 700 are used.
+LONGER = [
+    ({"per_week": 1000}, "2026-12-06T23:59:40", PER_WEEK, True),
+    ({"per_day": 1000, "per_week": 1000}, "2026-12-06T23:59:40", PER_DAY, True),
+    ({"per_month": 1000}, "2026-12-31T23:59:40", PER_MONTH, True),
+    ({"per_week": 1000, "per_month": 1000}, "2024-02-29T23:59:40", PER_WEEK, False),
+    ({"per_day": 700, "per_month": 1000}, "2024-02-28T23:59:40", PER_MONTH, False),
+    ({"per_day": 700, "per_month": 1000}, "2024-02-29T23:59:40", PER_DAY, True),
+]
+
+
+@pytest.mark.parametrize(("limits", "moment", "named", "ends"), LONGER, ids=range(len(LONGER)))
+def test_a_longer_period_is_spent_and_ends_for_all(
+    limits: dict[str, int], moment: str, named: str, *, ends: bool
+) -> None:
+    simulation, (one, other) = spending(15, 0.0, 0.0, now=at(moment), **limits)
+    simulation.advance(15.0)
+    for each in (one, other):
+        each.ask(350)
+    simulation.advance(1.0)
+    assert len(started_by([one, other])) == 2
+    one.ask(600)
+    simulation.advance(0.01)
+    assert one.budget is not None
+    shortage = one.budget.shortage(600)
+    assert shortage is not None
+    assert shortage.period == named
+    simulation.advance(2.0)
+    assert len(one.started) == 1
+
+    simulation.advance(30.0)
+
+    assert len(one.started) == 1 + ends
+    assert other.budget is not None
+    other.budget.states()
+    simulation.advance(5.0)
+    state = other.budget.states()[named]
+    assert state.remaining == state.limit - (600 if ends else 700)
+
+
+def test_longer_periods_begin_at_what_the_ledger_knows_beside_the_day() -> None:
+    simulation, (one, other) = spending(16, 0.0, 0.0, per_day=5000, per_month=10_000)
+    for each, known in ((one, 8000), (other, 4000)):
+        assert each.budget is not None
+        each.budget.begin({PER_DAY: 1000, PER_MONTH: known})
+    simulation.advance(10.0)
+
+    for _ in range(50):
+        other.ask(100)
+        simulation.advance(0.2)
+
+    assert len(other.started) == 20
+    assert other.budget is not None
+    states = other.budget.states()
+    assert (states[PER_DAY].remaining, states[PER_MONTH].remaining) == (2000, 0)
+
+
+def test_an_answer_that_ends_after_its_day_gives_back_to_its_month() -> None:
+    evening = at("2026-12-02T23:59:40")
+    limits = {"per_day": 5000, "per_month": 9000}
+    simulation, (one, other) = spending(17, 0.0, 0.0, error=0.25, now=evening, **limits)
+    simulation.advance(18.5)
+    one.ask(2000)
+    simulation.advance(2.0)
+    assert one.budget is not None
+    assert one.budget.reserved == 2000, "it still runs, on the next day"
+    assert other.budget is not None
+
+    simulation.advance(25.0)
+    other.budget.states()
+    simulation.advance(3.0)
+
+    states = other.budget.states()
+    assert (states[PER_DAY].remaining, states[PER_MONTH].remaining) == (5000, 8500)
+
+
+def test_a_part_of_a_month_is_no_more_on_the_next_day() -> None:
+    """While the server is away, and days go by."""
+    simulation, spenders = spending(18, 0.5, 0.5, 0.5, per_month=300_000, now=NOON + DAY / 2 - 60)
+    simulation.advance(30.0)
+    simulation.pause()
+    simulation.advance(400.0)
+    simulation.go_on()
+
+    simulation.advance(600.0)
+
+    total = sum(cost for _, _, cost in started_by(spenders))
+    assert 0.9 * 300_000 <= total <= 300_000
 
 
 def test_all_instances_show_what_all_of_them_have_used() -> None:
