@@ -54,8 +54,8 @@ def load(name: str) -> click.Command:
 class CommandGroup(click.Group):
     """Imports the module of a command only to run, explain or complete that command.
 
-    The commands that click itself lists, completes and suggests are stubs with a name and one line
-    of help: the modules behind them take ten times as long to import as the list takes to print.
+    click lists, completes and suggests commands from stubs with a name and one line of help. To
+    import the modules behind them takes ten times as long as to print the list.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature

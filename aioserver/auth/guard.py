@@ -20,9 +20,9 @@ The value of such a header may be a guess: it is compared, and never shown or lo
 come in several of these headers, but a request with two keys is refused, since each would mean
 another caller.
 
-Keys alone do not protect a server without keys, and a page may send some requests without a
-preflight (Fetch, 4.10), such as a POST without a body. So on every route, before its key, the
-`Origin` is checked for each upgrade and each method that may change something.
+A server may have no keys, and a page may send some requests without a preflight (Fetch, 4.10),
+such as a POST without a body. So on every route the guard checks the `Origin` before the key, for
+each upgrade and each method that may change something.
 """
 
 from __future__ import annotations

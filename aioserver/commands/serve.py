@@ -182,7 +182,7 @@ def _collect_garbage() -> None:
     """Begin to collect garbage, except the objects that exist now, which live as long as the
     server.
 
-    A full pass before would find 0.4 MB, and take 20 ms.
+    A full collection before this would free only 0.4 MB, and take 20 ms.
     """
     gc.freeze()
     gc.set_threshold(YOUNG, OLD)

@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     # The providers that may be asked for an answer, in their order, with the model of each.
     Order = Sequence[tuple[Provider, str | None]]
 
-# Attempts at most that say the rest of one answer.
+# The most attempts to get the rest of one answer.
 MAX_HOPS = 2
 # The faults that break an answer off; a fault that is an event is excluded if it is a verdict.
 BREAKS = (
@@ -314,7 +314,7 @@ class Hop:
         broken: Provider,
     ) -> None:
         self.seam = seam
-        # Behind reasoning alone the whole turn is that of one attempt.
+        # If only reasoning was shown, this attempt gives the whole turn.
         self.earlier = Tokens(*stream.outcome.spent) if text else Tokens()
         self.rest = transcript.rest(self.earlier)
         # Whether any of the rest is shown, and how many events of text have come.
@@ -434,7 +434,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
     former = ""
     while True:
         broken = outcome.provider, outcome.model, outcome.headers
-        # It must not lead back to the frames of the attempt, which lead to the body.
+        # Its traceback would keep the frames of the attempt, and with them the body.
         forget_frames(fault)
         text = await _text(request, stream, fault)
         last = isinstance(fault, ReadTimeout) or broken[0] == former
@@ -566,9 +566,9 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
 def _candidates(
     order: Order, broken: str, *, last: bool, anew: bool
 ) -> list[tuple[Provider, str | None]]:
-    """Return the providers that are asked for the rest, in order. The one that has *broken* off the
-    answer is the first of them, or the *last*. *anew*: they are asked for the whole turn, which each
-    of them can give, and the same one only if it may be asked again at all.
+    """Return the providers that are asked for the rest, in order. The one that has *broken* off
+    the answer is the first of them, or the *last*. *anew*: they are asked for the whole turn. Each
+    provider can give that, and the same one is asked only if it allows a retry.
     """
     able = [
         (provider, model)

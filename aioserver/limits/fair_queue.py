@@ -8,9 +8,9 @@ ends. The counter that was served last is the *virtual time*. A caller that begi
 if its own counter is smaller, as in start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): it
 saves nothing up while it is away.
 
-    With N starts under way at most, U the dearest item (its work or its estimate) and E the
-    largest error of an estimate, two callers of one class that both wait throughout a span have
-    started work that differs by 2 (U + N E) at most, each divided by its weight.
+    Let N be the most starts under way, U the dearest item (its work or its estimate), and E the
+    largest error of an estimate. Two callers of one class that both wait throughout a span have
+    then started work that differs by 2 (U + N E) at most, each divided by its weight.
 
 The counters of two waiting callers are never further apart than U + N E: the larger one was the
 smaller when it was served last. Since then it has grown by one item, and both have been corrected.

@@ -212,7 +212,9 @@ class Scheduler:
                     self._withdraw(bid, error)
 
     def recover(self, resource: Resource) -> None:
-        """Let parked tickets return to the queue of *resource* now, and of those within it."""
+        """Let parked tickets return now to the queue of *resource*, and to the queues of the
+        resources within it.
+        """
         parked = [each[2] for each in self._later if each[2].parked]
         for bid in parked:
             if _leads_to(bid, resource) and _comes(bid):
@@ -223,8 +225,8 @@ class Scheduler:
     def shut(
         self, resource: Resource, error: Callable[[], BaseException], *, finishes: bool = False
     ) -> None:
-        """Refuse all waiting and future tickets of *resource*, each with an error of its own; if
-        it *finishes* answers, except those that go on with one.
+        """Refuse all waiting and future tickets of *resource*, each with an error of its own. With
+        *finishes*, tickets that continue an answer are still admitted.
         """
         resource.close(error, finishes=finishes)
         self.refuse(resource, error, lambda bid: not (finishes and bid.ticket.goes_on))

@@ -118,7 +118,7 @@ def count(raw: Raw) -> int | None:
 
 
 def meant(raw: Raw) -> int | None:
-    """Return the number as which *raw* counts for an engine that accepts a text, a fraction or
+    """Return the number that a lenient engine reads from *raw*, which may be a text, a fraction or
     `true`; None if there is none.
     """
     if raw is ABSENT:

@@ -41,10 +41,10 @@ class Part(IntEnum):
 class Parts(NamedTuple):
     """How an API writes the parts of a turn.
 
-    An event that is held with `calls` has one of *marks*. An event that begins with *opening*, up to
-    the brace of its data, and has no finish, only goes on with what the events before it have begun.
-    *words* yields the words of an event's content, and *pattern* has a group for each part, by
-    which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
+    Each event that `calls` holds has one of *marks*. An event that begins with *opening*, up to
+    the brace of its data, and has no finish only continues the parts that earlier events have
+    begun. *words* yields the words of an event's content, and *pattern* has a group for each part,
+    by which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
     that it must stay with what follows it.
     """
 

@@ -1,4 +1,5 @@
-"""Holding: what of a streamed turn waits for its finish, in front of the sink.
+"""Holding: the part of a streamed turn that waits for the turn's finish before it goes to the
+sink.
 
 An agent acts when a call is whole, and the client has not seen what is held. So a turn that breaks
 off before its finish can be asked for again, from any provider, without a seam
@@ -14,9 +15,9 @@ With `preamble` this object does not exist. A tool that runs at the provider mus
 when one begins, the held events are *let go*, and the rest of the turn passes as it comes. The same
 happens when they exceed half of `max_stream_bytes`, or when there is no room for them.
 
-A `Holding` takes the place of its sink's splitter. So the sink never sees an event that is dropped,
-and none of its state has to be rolled back. It is the path of the exchange, too, while events go on
-with what is held, as most of them do: see streams/fast_path.py.
+A `Holding` takes the place of its sink's splitter. So the sink never sees an event that is
+dropped, and none of its state has to be rolled back. While events only continue held content, as
+most do, it also is the fast path of the exchange: see streams/fast_path.py.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ COUNT_STEP = 4096
 class Holding(Splitter):
     """Splits an answer to *request*, by *parts*, for *sink*, which fills *stream*.
 
-    Always: what `feed` has returned is a beginning of what has come, cut between two events,
-    unless an error has dropped what was held. *on_content* is called when content has come, held or
-    not, and *on_show* before any event is shown.
+    Always: the bytes that `feed` has returned are a prefix of the bytes that have come, cut
+    between two events, unless an error has dropped the held ones. *on_content* is called when
+    content has come, held or not, and *on_show* before any event is shown.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Holding(Splitter):
         self._reads_all = request.structured or self._choices is not None
         # Since when content is held.
         self._since = 0.0
-        # The fault of the sink at what was let go.
+        # The fault that the sink raised when the held events were let go.
         self._fault: AioserverError | None = None
         self._counting = False
         # As a path: see `Path`. The longest silence noted so far, in seconds.
@@ -242,7 +243,7 @@ class Holding(Splitter):
 
     @property
     def _going_on(self) -> bool:
-        """Whether content is held, and any more is."""
+        """Whether content is held, and any further event is held, too."""
         return self._since > 0 and not self._until_text and self._choices is None
 
     def _goes_on(self, block: bytes) -> bool:

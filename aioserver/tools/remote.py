@@ -94,7 +94,8 @@ def session(key: str | None) -> aiohttp.ClientSession:
 class Answered(NamedTuple):
     """The answer to a small request: its status, its headers, and its JSON object, or {}.
 
-    *reason* says why it is none: nothing came, and the status is 0, or it leads to another address.
+    *reason* says why there is no answer: nothing came (the status is then 0), or the server
+    redirects to another address.
     """
 
     status: int

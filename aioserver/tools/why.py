@@ -186,7 +186,7 @@ def _rows(fields: dict[str, Any]) -> Iterator[Row]:
         yield Row("key", 0, key, f"place {place} of {waiting}" if place else "")
     if wait:
         yield Row("queue", key, wait, f"of {_text(fields.get('provider'))}")
-    # The end of what is shown so far, but for attempts that failed behind the first content.
+    # The end of the steps so far, except attempts that failed after the first content.
     at = key + wait
     for fault in _objects(fields, "faults"):
         began, ms = _ms(fault, "at_ms"), _ms(fault, "ms")
@@ -216,7 +216,7 @@ def _rows(fields: dict[str, Any]) -> Iterator[Row]:
 
 
 def _notes(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what has no length."""
+    """Yield the facts about a request that are no steps of it."""
     if fields.get("group"):
         home = HOMES.get(_text(fields.get("home")), "")
         yield "home", f"{_text(fields['group'])}{home and ': ' + home}"

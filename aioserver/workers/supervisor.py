@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 START_TIMEOUT = 60.0
 # A worker that lived for less counts as short-lived.
 SHORT_LIFE = 10.0
-# Replaced processes of a seat that still run: with its worker they are three generations.
+# The most replaced processes of a seat that still run: with its worker there are three
+# generations.
 MOST_REPLACED = 2
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
@@ -51,8 +52,8 @@ class Processes(Protocol):
     """Starts processes, and sends them signals."""
 
     def start(self, slot: int, configuration: int, deaths: tuple[str, ...] = ()) -> int:
-        """Start a worker in *slot* with the configuration of that number, which counts these
-        *deaths* of others. Return its process id.
+        """Start a worker in *slot* with the configuration of that number, and return its process
+        id. The worker counts these *deaths* of other workers in its metrics.
 
         Raises:
             OSError: the system starts no process.
@@ -84,8 +85,8 @@ class Phase(Enum):
 class Process:
     """One worker process. Times are of the supervisor's clock.
 
-    *generation*: the replacement that started it. *configuration*: the number of the one it has,
-    and *asked_for* of the one that it was asked to read.
+    *generation*: the replacement that started it. *configuration*: the number of its
+    configuration; *asked_for*: the number of the configuration that it was asked to read.
     """
 
     pid: int
@@ -273,8 +274,8 @@ class Supervisor:
         return [process.status for process in self._serving()]
 
     def former(self) -> list[tuple[str, float]]:
-        """Return of each former process what it has said of its state, and in how many seconds
-        its answers end at the latest.
+        """Return for each former process the last status text that it has sent, and the seconds
+        after which its answers end at the latest.
         """
         now = self._clock()
         return [

@@ -43,7 +43,8 @@ class Start(NamedTuple):
 class Reading(Protocol):
     """An answer of another instance that a WebSocket reads; `start` or `leave` must be called.
 
-    *last* is the message that was passed on last, and *passed* counts how often any were.
+    *last* is the message that was passed on last, and *passed* the number of times that messages
+    were passed on.
     """
 
     last: bytes
@@ -61,9 +62,9 @@ class Reading(Protocol):
 class Elsewhere(Exception):
     """A request is for the *owner* of its answer, another instance.
 
-    *body* is what the client has sent. *forward* is called by the method of that name. *follow*
-    returns the answer from a start on for a WebSocket, as messages of chats, or as those of an API
-    on the lane of that name.
+    *body* has the bytes that the client has sent. *forward* is called by the method of that name.
+    *follow* returns the `Reading` of the answer for a WebSocket, from a `Start` on. Its messages
+    are those of chats, or those of an API on the lane of the given name.
 
         Lost, InstanceUnavailable: as `forward`.
         RequestConflict, ResumeGap: the owner has another answer, or not all of the rest.

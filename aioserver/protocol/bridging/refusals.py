@@ -2,7 +2,7 @@
 
 Each engine has its own texts; tests/support/engine_refusals.py has them, by engine and version.
 The tokens of a prompt may be a lower bound: vLLM counts only as many as would fit beside the
-requested answer, and one more. Then the prompt is known to be longer, and nothing else.
+requested answer, and one more. From such a number we know only that the prompt is longer.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class Follow(msgspec.Struct, frozen=True, tag_field="kind", tag="follow"):
 
 
 class Forward(msgspec.Struct, frozen=True, tag_field="kind", tag="forward"):
-    """A request of a client follows, of whom only this is believed: the *address*, and whether the
-    client is connected *secure*ly.
+    """A client's request follows. The owner trusts only this about the client: its *address*, and
+    whether its connection is *secure*.
     """
 
     address: str
@@ -103,7 +103,7 @@ def encode(greeting: Greeting) -> bytes:
 
 
 def decode(line: bytes) -> Greeting | None:
-    """Return the greeting in *line*; None if it is none of this version."""
+    """Return the greeting in *line*; None if the line is not a greeting of this version."""
     if not line.startswith(VERSION):
         return None
     try:

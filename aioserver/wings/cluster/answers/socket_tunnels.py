@@ -1,8 +1,9 @@
 """The reader's side of an answer that a client reads here on a WebSocket, and whose owner is
 another instance (peer_reader.py).
 
-The owner's bytes are messages of the client's socket, which other answers share, and pings. So
-they are passed on whole: a tunnel looks at the heads of the frames (RFC 6455, 5.2), and no further.
+The owner's bytes are messages for the client's socket, and pings. Other answers share that socket,
+so only whole messages are passed on: a tunnel reads the heads of the frames (RFC 6455, 5.2), and
+no more.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ LEFT_OUT = frozenset(
         *("content-length", "transfer-encoding", "expect", "x-request-id"),
     )
 )
-# Bytes that came last and are kept even if the last read has fewer: what says that an answer has
-# ended may be cut anywhere.
+# The last bytes that are kept, even if the last read was shorter: a read may end within the mark
+# by which an answer ends.
 KEPT = 64
 # What comes first of a response.
 STATUS_LINE = b"HTTP/1.1 200 "
