@@ -273,7 +273,7 @@ class Connection:
         except frames.BadFrame as error:
             end = protocol_error(str(error))
         except (OSError, aiohttp.ClientError):
-            # The socket was lost with the first ping.
+            # The first ping has failed: the socket is lost already.
             pass
         finally:
             self.leaving = self.closed = True
@@ -291,7 +291,7 @@ class Connection:
             if frame.event_id is not None:
                 reconnection.progressed()
             elif frame.status == "error" and frame.chunk.code == SHUTDOWN and not self.leaving:
-                # The next question is for another process, which has to start.
+                # The server is stopping: the next question waits for its successor.
                 self.leaving = True
                 self._transport.lost(fault_of(frame), RESTART)
             if reading is not None:
@@ -339,8 +339,8 @@ class Connection:
     def _finish(self, end: Interrupted | None) -> None:
         """Interrupt the readings: the socket is closed, by the server if *end* is None.
 
-        Without a reading it is a loss, too: a full server may close a socket before its first
-        question.
+        The end of a socket without a reading counts as a loss, too: a full server may close a
+        socket before its first question.
         """
         self._sender.cancel()
         self._forget_outbox()

@@ -120,7 +120,7 @@ def _worker() -> Worker | None:
         # As a separate process it would serve the same sockets, with limits that others already
         # use.
         raise preflight.Unfit(
-            "AIOSERVER_WORKER is set, but not all that belongs to it: "
+            "AIOSERVER_WORKER is set, but other variables of a worker are missing: "
             "the parent process is of another version; restart it",
             1,
         )
@@ -316,7 +316,7 @@ async def _balance(worker: Worker, loads: Loads, server: Server) -> Balance:
         server.context.monitor.incident("replaced", text, severity="info")
 
     if any(kept := loads.kept(loads.slot)):
-        # No other worker may serve that could have seen it.
+        # This worker reports it: perhaps no other worker was serving at that time.
         replaced(*kept)
     loads.tell_instance(sharing.token)
     balance = worker.balance(loads, sharing.ended, replaced)

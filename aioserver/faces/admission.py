@@ -636,7 +636,7 @@ def counted(
         try:
             return await prepare(request, hold)
         except Elsewhere as elsewhere:
-            # Its frames have the body, while an answer is passed on.
+            # The frames of the traceback would keep the body while the answer is passed on.
             forget_frames(elsewhere)
             return elsewhere
 

@@ -1,16 +1,17 @@
 """Continuation: another attempt generates the rest of an answer that broke off after text.
 
-    the fault            a break, no verdict: `breaks`
-    what was shown       text alone, perhaps after reasoning: `Transcript.text`
-    what was asked for   one choice of free text, without a message of the assistant at the end,
-                         which would be a beginning by the client itself: `continuable`
-    the readers          there is one, or one may come back
-    how often            MAX_HOPS attempts for one answer, a *hop* each
+The rest is requested if all of this holds:
 
-If all of these hold, the same provider is asked first, then the others of the request's order. A
-provider that has gone silent, or has broken off the rest as well, is asked last. Each is asked in
-its own *form*, the setting `continuation`, which says what follows the messages of the request
-(`continued`):
+    the fault      has broken the answer off, and is no verdict on the request: `breaks`
+    the answer     has shown text alone, perhaps after reasoning: `Transcript.text`
+    the request    asks for one choice of free text, and does not end with a message of the
+                   assistant, which would be a beginning by the client itself: `continuable`
+    the readers    there is one, or one may come back
+    the attempts   for the rest, a *hop* each, are at most MAX_HOPS
+
+The same provider is asked first, then the others of the request's order. A provider that has gone
+silent, or has broken off the rest as well, is asked last. Each is asked in its own *form*, the
+setting `continuation`, which says what follows the messages of the request (`continued`):
 
     prefill         the assistant's message so far
     prefix          the same, with `"prefix": true` in it
@@ -22,9 +23,9 @@ through the same sink, rewritten as the first answer would have gone on (protoco
 If a hop fails before any of its output was sent, the next provider is tried. When no provider is
 left, the answer ends with the fault that broke it.
 
-Where calls are held (providers/holding.py) and the client has seen nothing but reasoning, there is
-no text to continue: the request is sent again as it was, whatever the `continuation` of its
-provider is, and the new reasoning is dropped. Held events are no part of the text so far.
+Where calls are held (providers/holding.py) and the client has seen only reasoning, there is no
+text to continue. The request is then sent again as it was, with any setting of `continuation`, and
+the new reasoning is dropped. Held events are no part of the text so far.
 
 This file is one concept: which answers may be continued, in which form, and by which provider.
 """
@@ -366,7 +367,7 @@ class SeamSink:
         self._hop = hop
         self._attempt = attempt
         self._sink = sink
-        # Parts that are fed are shown at once, or when the holding says so.
+        # The sink shows the parts that it is fed at once, unless the holding keeps them back.
         self._holding = attempt.holding
         self._splitter = eventstream.Splitter(max_bytes)
         # The number of events that have come.
@@ -547,14 +548,14 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
         or not (stream.readers or stream.window > 0)
     ):
         return None
-    # The texts that the fast path has passed on come first.
+    # The transcript must include the texts that the fast path has passed on.
     stream.close_fast_path()
     text = transcript.text()
     if text is None or not provider_request.keeps_body:
         return None
     if not text and (provider_request.hold != CALLS or provider_request.choices > 1):
         return None
-    # It may have to wait for a place.
+    # The rest may have to wait for a place, and needs the body then.
     provider_request.need_body()
     if not text:
         return text
@@ -568,7 +569,7 @@ def _candidates(
 ) -> list[tuple[Provider, str | None]]:
     """Return the providers that are asked for the rest, in order. The one that has *broken* off
     the answer is the first of them, or the *last*. *anew*: they are asked for the whole turn. Each
-    provider can give that, and the same one is asked only if it allows a retry.
+    provider can give that, and the same one is asked only if its settings allow retries.
     """
     able = [
         (provider, model)

@@ -204,7 +204,7 @@ class Stream:
         self.end_status = b""
         # The error with which the stream ended.
         self.error: AioserverError | None = None
-        # What has become of its request so far.
+        # The outcome of its request so far.
         self.outcome = Outcome() if outcome is None else outcome
         # The last reported place in which its request waits; None if it does not wait.
         self.queued: Queued | None = None
@@ -368,7 +368,7 @@ class Stream:
     def close_fast_path(self) -> None:
         """Close the fast path, so that the log has everything that was forwarded.
 
-        This must come before any code that reads `entries` or adds to them.
+        Code that reads `entries`, or adds to them, must call this before.
         """
         if (path := self.path) is not None:
             self.path = None

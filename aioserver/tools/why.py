@@ -59,10 +59,10 @@ class Row(NamedTuple):
 @remote.key_option
 @options.version
 def command(request_id: str, logs: tuple[str, ...], *, url: str, key: str | None) -> int:
-    """Show where the time of one request went.
+    """Show where the time of one request went, and what it cost.
 
-    It also shows what the request cost. The server at --url is asked, which remembers the last 1,000 requests. With LOGs, files of JSON
-    lines (also .gz; `-` is stdin), these are read, and no server is asked.
+    The server at --url remembers the last 1,000 requests. With LOGs, files of JSON lines (also
+    .gz; `-` is stdin), these are read, and no server is asked.
     """
     try:
         if logs:
@@ -81,7 +81,8 @@ def command(request_id: str, logs: tuple[str, ...], *, url: str, key: str | None
         print("\n".join(picture(fields)))
     if not found:
         print(
-            f"nobody has the request {printable(request_id)}: looked in {where}", file=sys.stderr
+            f"the request {printable(request_id)} was not found: looked in {where}",
+            file=sys.stderr,
         )
         if not logs:
             last = "the last 1,000 requests, of your own key unless it is an admin's"
@@ -111,7 +112,7 @@ async def _at_server(request_id: str, url: str, key: str | None) -> list[dict[st
         raise remote.Unreachable(f"{url} cannot be reached: {remote.describe(error)}") from None
     if fault.code == "request_not_found":
         return []
-    raise remote.Unreachable(f"{url} does not say: {fault.code}: {fault.message}")
+    raise remote.Unreachable(f"{url} has refused: {fault.code}: {fault.message}")
 
 
 def _in_logs(request_id: str, paths: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -223,9 +223,10 @@ class Supervisor:
         slots = SLOTS_PER_WORKER * workers
         self._seats = [Seat(rank, range(rank, slots, workers)) for rank in range(workers)]
         self._by_pid: dict[int, tuple[Seat, Process]] = {}
-        # Why workers have died that nobody had told to end; the next one that starts counts them.
+        # The causes of the deaths of workers that were not asked to end. The next worker that
+        # starts counts them in its metrics.
         self._deaths: tuple[str, ...] = ()
-        # Whether all workers have served at the same time.
+        # Whether there was a moment at which all workers served.
         self.started = False
         self._any_served = False
         # Whether the end has begun.

@@ -47,9 +47,11 @@ end
 # belongs to an owner, and all owners share the room. If there is none, the owner that keeps most
 # loses the items that expire first. ARGV[1] is the prefix of the keys, which are:
 #
-#   PREFIX items       hash: the owner and the bytes of each    PREFIX ends   when each ends
-#   PREFIX ends:OWNER  when each of an owner ends               PREFIX owners  how much each keeps
-#   PREFIX kept        how much all of them keep
+#   PREFIX items        hash: the owner of each item, and its bytes
+#   PREFIX ends         sorted set: the time at which each item expires
+#   PREFIX ends:OWNER   the same for the items of one owner
+#   PREFIX owners       sorted set: the bytes that each owner keeps
+#   PREFIX kept         the bytes that all owners keep
 ITEMS = (
     FULL
     + """

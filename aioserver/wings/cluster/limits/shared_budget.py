@@ -7,10 +7,10 @@ then. So small requests of other instances cannot overtake a large request for e
 waiting request of an instance asks; a request that cannot wait so long is refused.
 
 The corrections of ended requests are reported together. An instance that starts many requests
-prefetches tokens with a question, and uses them within a second: before they drain, or, while the
-bucket is less than half full, charges those that have drained once more. Whatever the server grants
-is charged there. So in any span of t seconds all instances together start no more than
-a single instance would.
+prefetches tokens with a question, and uses them within a second. Tokens that have drained before
+their use are charged once more; this is possible only while the bucket is less than half full.
+Whatever the server grants is charged there. So in any span of t seconds all instances together
+start no more than a single instance would.
 
 If the server does not answer within WAIT seconds, the instance uses an equal part of the minute,
 which begins used up, and of the rest of the day. It asks until there is an answer, and then reports
