@@ -8,7 +8,7 @@ loop, so that a refusal charges nothing.
              whole minute's tokens. After a rest a minute's tokens may be used at once; there is no
              edge at which a second burst starts
     day      a count from 00:00 UTC. If the clock goes back to an earlier day, the count goes on
-             as it was on that day: a clock that was wrong for a moment neither brings a second
+             as it was on that day. So a clock that was wrong for a moment neither brings a second
              budget nor takes one away
 
 A settled reservation returns to the bucket only the tokens that are still in it; the oldest tokens

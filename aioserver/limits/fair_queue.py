@@ -115,7 +115,7 @@ class _Caller(_Counter, Generic[T]):
         flows.idle = len(flows.counters)
 
     def order(self) -> Iterator[tuple[T, int]]:
-        """Iterate over its items in their order, each with its work."""
+        """Iterate over its items in the order of service, each with its work."""
         ahead: dict[Hashable, int] = {}
         for _, _, item, flow, work in self.front:
             ahead[flow] = ahead.get(flow, 0) + work * LENGTH

@@ -73,7 +73,9 @@ class KeyRate:
         self.queued = False
 
     def delay(self, cost: int, ahead: int = 0) -> float:
-        """Return the seconds until a start of *cost* is allowed that has so many others *ahead*."""
+        """Return the seconds until a start of *cost*, with *ahead* other starts before it, is
+        allowed.
+        """
         starts = self.starts
         delay = starts.delay(ahead * starts.interval if self.queued else 0.0)
         if self.budget.limited and (shortage := self.budget.shortage(cost)) is not None:
@@ -161,7 +163,7 @@ class Quota:
         self.revoked = False
         # The tasks that are bound to the key, and the watcher of those that need an admin key.
         self._held: dict[asyncio.Task[object], object | None] = {}
-        # The cancelled ones among them, and the error that each of those raises instead.
+        # The cancelled tasks among them, each with the error that it raises instead.
         self._denials: dict[asyncio.Task[object], Denied] = {}
         self._use_queue(queue_size)
 

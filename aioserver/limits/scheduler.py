@@ -556,8 +556,8 @@ class Scheduler:
             self._report_later()
 
     def _tell(self, ticket: Ticket) -> None:
-        """Report the best position, and the seconds until the start if all resources serve the
-        ticket side by side.
+        """Report the best of the ticket's positions. The estimate of its start takes all resources
+        to serve it in parallel.
         """
         known = [bid for bid in ticket.bids if bid.at is not None and bid.standing]
         if not known or ticket.on_position is None:

@@ -12,7 +12,7 @@ a request:
     cooling     `Capacity.pace`     waits, or goes elsewhere if another provider can answer it
     sick        `Health.breaker`    goes elsewhere if another provider can answer it, except for
                                     trials
-    silent      `SilenceMeter`      as ever: a silence is reported, and ends in a timeout at most
+    silent      `SilenceMeter`      sent as usual: a silence is reported, until a timeout ends it
 
 `Capacity.check` decides by all of them. A provider that refuses our key is flagged: no client's
 request would fare better. So is a provider whose certificate is invalid, or whose address leads

@@ -1,5 +1,4 @@
-"""Holding: the part of a streamed turn that waits for the turn's finish before it goes to the
-sink.
+"""Holding: the part of a streamed turn that waits for its finish, in front of the sink.
 
 An agent acts when a call is whole, and the client has not seen what is held. So a turn that breaks
 off before its finish can be asked for again, from any provider, without a seam

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 MAX_TEXT = 2000
 # Lines that may wait to be written.
 MAX_LINES = 10_000
-# Kinds of lines that a rate limit distinguishes; beyond, it forgets all kinds and begins anew.
+# The most kinds of lines that a rate limit distinguishes; at one more, it forgets all kinds and
+# begins anew.
 MAX_KINDS = 1000
 # Seconds in which the same error is written once.
 SAME_ERROR = 10.0

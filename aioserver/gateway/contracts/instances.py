@@ -87,8 +87,8 @@ class Elsewhere(Exception):
     def forward(
         self, request: web.Request, render_error: RenderError, on_accept: Callable[[], None]
     ) -> Awaitable[web.StreamResponse]:
-        """Pass *request* on to the owner, and what it answers to the client. Return the response,
-        which is written then.
+        """Pass *request* on to the owner, and the owner's answer to the client. Return the
+        response, which has been written.
 
         *render_error* renders an error behind the bytes that the client has got last; b"": they do
         not end with a whole event. *on_accept* is called once the owner has the answer: the body is
@@ -96,7 +96,7 @@ class Elsewhere(Exception):
 
         Raises:
             Lost: the owner does not have the answer any more. Nothing was written.
-            InstanceUnavailable: nothing is known of it. Nothing was written.
+            InstanceUnavailable: the owner cannot be reached. Nothing was written.
             ServerShutdown: it has ended before it has answered. Nothing was written.
         """
         return self._forward(self, request, render_error, on_accept)
@@ -140,8 +140,8 @@ class Instances(Protocol):
         """
 
     def claiming(self, caller: Caller, request_id: str) -> AbstractContextManager[object]:
-        """Let other instances wait within the `with`: a request with a claimed id waits here, and
-        has no stream yet.
+        """Let other instances wait for a stream within the `with`: the request with the claimed id
+        waits here, and has no stream yet.
         """
 
     async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:

@@ -94,9 +94,9 @@ class Membership:
 
     The others reach it by *network*. *fixed*: the rank of this instance and the number of all, if
     a parent knows them. *times* are those of the cluster. *scope* is this instance among the
-    workers of its host, which share connections; None if it has no parent. *classes* are the
-    connections to the server. *patient*: its start waits until the server grants
-    something, unless it has a fixed share at once.
+    workers of its host, which share connections; None if it has no parent. *classes* are those of
+    its connections to the server. *patient*: its start waits until the server grants something,
+    unless it has a fixed share at once.
     """
 
     def __init__(

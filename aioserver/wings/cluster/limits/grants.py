@@ -123,7 +123,7 @@ class Grant:
         self.granted = 0
         self.recorded = 0
         self.starving = False
-        # Whether the limit is not shared any more: all of its places are given back.
+        # Whether the limit is no longer shared: all of its places are given back.
         self.dropped = False
         # Whether no more places are taken: each is given back as it ends.
         self.left = False

@@ -433,7 +433,7 @@ class Leases:
         self._set_due(now + self.times.bound / 10)
 
     def _watch(self, number: int) -> None:
-        """Look after a while whether the call *number* is still under way."""
+        """Check after a while whether the call *number* is still under way."""
         wait = max(OVERDUE, TIMES_ROUND_TRIP * self.round_trip)
         self.later(wait, partial(self._look, number, self._clock() + wait))
 

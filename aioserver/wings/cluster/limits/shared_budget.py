@@ -202,7 +202,9 @@ class SharedBudget(Budget):
             self._on_tokens()
 
     def take_over(self, old: Budget) -> None:
-        """Know what *old* does, a budget of the same name, which settles its own reservations."""
+        """Take over the knowledge of *old*, a budget of the same name, which settles its own
+        reservations.
+        """
         assert isinstance(old, SharedBudget)
         self._answer, self._answered_at = old._answer, old._answered_at
 
@@ -213,7 +215,9 @@ class SharedBudget(Budget):
 
     @property
     def whole(self) -> bool:
-        """Whether another budget of this name would allow no more: the server knows everything."""
+        """Whether a new budget of this name would allow no more than this one, since the server
+        knows all that was used.
+        """
         return not (
             self.reserved or self._granted or self._corrections or self._reported or self._away
         )
