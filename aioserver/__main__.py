@@ -162,7 +162,7 @@ def main() -> None:
             cli(prog_name="aioserver")
         finally:
             # After EPIPE, click has put a stream there that hides the error; but Python would meet
-            # it again at its end, with what is still in the buffer.
+            # it again at its end, with the rest of the buffer.
             sys.stdout = stdout
             if stdout is not None:
                 # Small results reach the descriptor only now.

@@ -1,4 +1,4 @@
-"""What a hook in Python imports: the call that it is shown, and its refusal.
+"""The module that a hook in Python imports: the call that it is shown, and its refusal.
 
 A hook is a class of somebody else's, named by `hooks: - python: "package.module:Class"`. This file
 stands alone, so that such a class can be imported where nothing runs that would ask it.

@@ -63,7 +63,7 @@ KEY_PROTOCOLS = (KEY_PROTOCOL, "openai-insecure-api-key.")
 MAX_SESSIONS = 4
 # Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS, hdrs.METH_TRACE})
-# What another instance may pass on.
+# The methods of requests that another instance may pass on.
 PASSED_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_POST})
 KEY_NEEDED = (
     "this server wants an API key: "

@@ -124,7 +124,7 @@ class Keys:
             else:
                 quota = self._make_quota(settings)
                 if old_key is not None:
-                    # The caller has another key now: what it has used today stays counted.
+                    # The caller has another key now: its use of today stays counted.
                     quota.take_over(old_key.quota)
             expires = settings.expires_at
             # Both times are by our own clock, so connections need no SKEW.

@@ -9,7 +9,7 @@ out of a handler gives the place back, once, and not before its response is in t
 An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
 WebSocket has to go on reading while it waits, so it waits in a task of its own (upgrade.py).
 
-This file is one concept: a place, and what is counted with it from its request to its end.
+This file is one concept: a place, and all counts that change with it from a request to its end.
 """
 
 from __future__ import annotations

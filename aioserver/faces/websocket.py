@@ -295,7 +295,7 @@ class ChatSocket(Socket):
         try:
             await super().finish()
         finally:
-            # Only answers that had not ended are left: what reads them refers to this socket.
+            # Only answers that had not ended are left: their readers refer to this socket.
             for request_id in tuple(self._following):
                 self._leave(request_id)
             for cursor in tuple(self._visits or ()):

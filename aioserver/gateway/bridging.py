@@ -1,5 +1,5 @@
 """Attempts whose request is translated to a chat completion, since their provider lacks the API,
-and what is learned about such providers.
+and the learned capabilities of such providers.
 
 Either a provider's settings or its answer can say that it lacks the API. If the path is missing,
 the attempt goes on at once, in the same place, with the request translated to a chat completion.

@@ -117,7 +117,7 @@ REFUSALS = frozenset({400, 404, 422, 501})
 
 
 class _Asked(msgspec.Struct, gc=False):
-    """What a request asks for, as far as it can forbid a continuation, or ask for JSON."""
+    """The members of a request that may forbid a continuation, or ask for JSON."""
 
     messages: Raw = ABSENT
     n: Raw = ABSENT
@@ -220,7 +220,7 @@ async def structured(body: bytes) -> bool:
             return True
         return not _asks_for_text(asked)
     except (InvalidRequest, orjson.JSONDecodeError):
-        # Its provider says what is wrong with it.
+        # Its provider will report the fault.
         return False
 
 
@@ -392,7 +392,7 @@ class SeamSink:
         except (EventTooLong, BadEvent, ErrorEvent) as exc:
             raise event_fault(exc) from exc
         finally:
-            # What came before a fault passes, as if it had come in a read of its own.
+            # The events before a fault pass, as if they had come in a read of their own.
             if parts:
                 if self._holding is None:
                     self._hop.show(self._attempt)
@@ -501,7 +501,9 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
 
 
 def remark(request: ProviderRequest, stream: Stream, data: bytes) -> None:
-    """Show *data*, a comment, to those who read *stream* as an event stream; it is no event."""
+    """Show *data*, a comment, to the readers that get *stream* as an event stream. A comment is
+    not an event.
+    """
     if request.reading is None:
         stream.forward(data, 0)
     else:

@@ -70,15 +70,14 @@ class _Slot(NamedTuple):
 class _Minute:
     """The bucket of a minute.
 
-    Always: `0 <= _drained <= _charged`; what is between the two is in the bucket.
+    Always: `0 <= _drained <= _charged`; the tokens between the two are in the bucket.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float]) -> None:
         self.limit = limit
         self._clock = clock
         self._then = clock()
-        # The tokens that were ever put in, less those that were given back; and those that have
-        # drained.
+        # All tokens that were put in, less the returned ones; and all tokens that have drained.
         self._charged = self._drained = 0.0
         # The tokens that were ever given back.
         self._returned = 0.0

@@ -130,7 +130,7 @@ class _Level(Generic[C]):
     """Counters by name; the smallest counter that waits is next.
 
     Always: `_heap` has a valid entry for each counter that waits; its other entries are stale, and
-    skipped. `virtual` never falls. At most MAX_STALE counters more than those that wait or run are
+    skipped. `virtual` never falls. Beside the counters that wait or run, at most MAX_STALE are
     known.
     """
 

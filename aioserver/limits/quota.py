@@ -17,7 +17,7 @@ among the users of the key.
 This file is one concept: an answer is counted in all limits of its key, or in none.
 """
 
-# ruff: noqa: SLF001 - a quota and what is bound to it are one concept
+# ruff: noqa: SLF001 - a quota and the tasks bound to it are one concept
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MINUTE = 60.0
 # Seconds that a request may wait at its key: the timeout of the SDKs themselves.
 MAX_WAIT = 600.0
 REVOKED = "this API key is no longer valid"
-# What the rate returns for a start that has reserved no tokens.
+# The result of the rate for a start that has reserved no tokens.
 START = object()
 
 

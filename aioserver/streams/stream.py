@@ -402,7 +402,9 @@ class Stream:
 
     @property
     def kept_bytes(self) -> int:
-        """The bytes that count for `max_kept_bytes`: the entries, and what is kept beside them."""
+        """The bytes that count for `max_kept_bytes`: the entries, and the data kept
+        beside them.
+        """
         return self.bytes + self.extra_bytes
 
     def shed(self) -> bool:
@@ -440,7 +442,7 @@ class Stream:
         """Discard entries beyond `max_stream_bytes`; if no client can come back, also those that
         every reader has passed.
 
-        In the latter case the source pauses, or goes on, according to what the readers have read.
+        In the latter case the source pauses, or goes on, according to the progress of the readers.
         """
         if self.window > 0:
             if self.bytes > self.max_bytes:

@@ -148,8 +148,8 @@ def _shorten(line: dict[str, Any], excess: int) -> None:
 
 
 def whole(text: str) -> str:
-    """Return *text*, cut to what several processes can write to one pipe in one piece with a line
-    end.
+    """Return *text*, cut to the length that several processes can write to one pipe in one piece,
+    with a line end.
     """
     data = text.encode(errors="backslashreplace")
     if len(data) < MAX_WHOLE:

@@ -1,4 +1,4 @@
-"""Tools: commands that look at a server from outside, and one that is a simulated provider.
+"""Tools: commands that look at a server from outside, and a simulated provider.
 
 **top**, **bench**, **chat** and **doctor** are clients of a running server. **remote** is their
 common part: the URL and the key, a session, and the errors of a server. **provider** is a

@@ -44,7 +44,7 @@ PATHS = {
     "responses_ws": "/v1/responses",
     "anthropic": "/v1",
 }
-# What a server says about our key, by its error code.
+# The faults of our key, by the error code of the server.
 KEY_FAULTS = {
     "invalid_api_key": "does not know this key: see --key and AIOSERVER_KEY",
     "missing_api_key": "wants an API key: give it by --key or AIOSERVER_KEY",

@@ -1,4 +1,5 @@
-"""The decisions of the parent, without its processes: which workers run, and what happens to each.
+"""The decisions of the parent, without its processes: which workers run, and the next step for
+each.
 
 This file is one concept: the seats of the workers, the state of each process, and each decision
 that follows from it.
@@ -192,8 +193,7 @@ LAST_WORDS = 2.0
 # If the parent wakes later than intended by more than this, it was itself stopped or had no
 # processor.
 OVERSLEPT = 1.0
-# Seconds after its deadline during which a worker does not yet count as one that even SIGKILL does
-# not end.
+# Seconds after its deadline that a killed worker may take to end; after them SIGKILL has failed.
 UNKILLABLE = 2 * LAST_WORDS
 # The signal for a worker to retire while its siblings go on; a second one lets it end.
 HAND_OVER = signal.SIGUSR1
@@ -606,7 +606,7 @@ class Supervisor:
                 self._replaced()
 
     def _replace_one(self, seat: Seat) -> None:
-        # The worker becomes one more of those that are replaced.
+        # The worker becomes one more replaced process.
         if seat.successor is None and len(seat.replaced()) < MOST_REPLACED:
             seat.successor = self._start(seat)
             if seat.successor is None:

@@ -189,8 +189,8 @@ class Worker:
         """Return the function that divides the places in front of the handlers, if there is no
         server for that.
         """
-        # Those of its rank that were there before it: one that is gone does not come back, and
-        # its slot may be a successor's.
+        # The earlier workers of its rank. A worker that is gone does not come back, and its slot
+        # may belong to a successor.
         before = set(range(self.rank, self.slots, self.workers)) - {self.slot}
 
         def predecessors() -> list[int]:

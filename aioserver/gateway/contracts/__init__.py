@@ -1,4 +1,4 @@
-"""Contracts: what wings add to the gateway, as protocols that the gateway calls.
+"""Contracts: the additions of wings to the gateway, as protocols that the gateway calls.
 
 The *histories* have, by conversation, the turns before a question, each with its *answer*. A
 *keeper* loads what one request continues, and stores its answer. *Hooks* may refuse or change

@@ -114,8 +114,8 @@ class Lost(Exception):
 
 # The id of the answer that a request asks for, by which any instance finds it.
 ASKED = web.RequestKey("asked", str)
-# Set once an owner that the request was passed on to has lost the answer, and what the client has
-# sent, until it is read again.
+# The first is set once an owner to which the request was passed on has lost the answer. The second
+# is the client's body until it is read again.
 LOST = web.RequestKey("lost", Lost)
 BODY = web.RequestKey("body", bytes)
 # Set once the id is claimed here: returns `Instances.claiming` of it.

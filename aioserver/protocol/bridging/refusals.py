@@ -63,7 +63,7 @@ _OF_VALUE = (
 
 
 class Refusal(NamedTuple):
-    """What the *text* of a refusal says about its model: *limit* is the context length, *asked*
+    """The facts about a model in the *text* of a refusal: *limit* is the context length, *asked*
     the tokens of the prompt, None if they are not known, and *most* the bound of an answer. *code*
     is the engine's own, empty if it has none.
     """

@@ -1,4 +1,4 @@
-"""What the checks share: the facts that they find, and the results that they yield."""
+"""The data of the checks: the facts that they find, and the results that they yield."""
 
 from __future__ import annotations
 

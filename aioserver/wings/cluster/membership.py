@@ -131,7 +131,8 @@ class Membership:
         # Empty until all instances agree on it.
         self._peer_secret = b""
         proposed = secrets.token_bytes(SECRET_BYTES)
-        # The secrets on which they agree, by their keys: what is proposed, and what uses a secret.
+        # The secrets on which they agree, by their keys: each with a function that proposes a
+        # secret, and one that puts a secret into use.
         self._secrets: dict[str, tuple[Callable[[], bytes], Callable[[bytes], object]]] = {
             "peer_secret": (lambda: self._peer_secret or proposed, self._use_peer_secret)
         }

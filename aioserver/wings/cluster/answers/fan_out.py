@@ -55,7 +55,9 @@ class FanOut:
         return (await self.ask(targets, Look(what))).answers
 
     async def ask(self, targets: Iterable[str], question: Question) -> Answers:
-        """Return what the instances *targets* answer to *question*, all within ANSWER_TIMEOUT."""
+        """Return the answers of the instances *targets* to *question*, all within
+        ANSWER_TIMEOUT.
+        """
         line, targets = encode(Greeting(self._secret(), question)), list(targets)
         outcomes = await asyncio.gather(
             *(self._ask(target, line) for target in targets), return_exceptions=True

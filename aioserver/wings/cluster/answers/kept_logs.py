@@ -62,7 +62,7 @@ class KeptAnswer(msgspec.Struct, array_like=True):
 
 
 class KeptLog(msgspec.Struct, array_like=True):
-    """A log, and what is known of its answer beside the events.
+    """A log, and the facts about its answer beside the events.
 
     It is found by *request_id* and *alias*. *path* is that of its API, and *after* the event before
     the first one that is kept. *runs* and *newest* come from `AnswerEvents.state`; None if it

@@ -132,8 +132,8 @@ class PeerListener:
     def greeted(
         self, connection: PeerConnection, greeting: Greeting | None
     ) -> bytes | asyncio.Protocol | None:
-        """Return the answer to *greeting*, which *connection* has brought, or the protocol of what
-        follows; None: it was refused.
+        """Return the answer to *greeting*, which *connection* has brought, or the protocol of the
+        bytes behind it; None: the connection was refused.
         """
         secret = self._secret()
         if greeting is None or not secret or not compare_digest(greeting.secret, secret):

@@ -236,8 +236,8 @@ class Leases:
         self._use_share()
 
     def retire(self) -> None:
-        """Give back what is granted and not used, now and from now on: others serve in place of
-        this instance, which needs places for what it has alone.
+        """Give back all unused places, now and from now on: others serve in place of this
+        instance, which needs places only for its present answers.
         """
         self.standing.retired = True
         for grant in self._grants.values():

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Subscription(Connection):
     """A connection for messages: *handler* is called with each that comes on *channel*.
 
-    A message that comes while there is no connection is lost, so *on_open* has to look for what
-    was missed.
+    A message that comes while there is no connection is lost, so *on_open* has to look for its
+    effects.
     """
 
     def __init__(

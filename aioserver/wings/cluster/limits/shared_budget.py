@@ -8,13 +8,13 @@ waiting request of an instance asks; a request that cannot wait so long is refus
 
 The corrections of ended requests are reported together. An instance that starts many requests
 prefetches tokens with a question, and uses them within a second. Tokens that have drained before
-their use are charged once more; this is possible only while the bucket is less than half full.
-Whatever the server grants is charged there. So in any span of t seconds all instances together
-start no more than a single instance would.
+their use are charged once more; this is possible only while the bucket is less than half full. All
+granted tokens are charged at the server. So in any span of t seconds all instances together start
+no more than a single instance would.
 
 If the server does not answer within WAIT seconds, the instance uses an equal part of the minute,
-which begins used up, and of the rest of the day. It asks until there is an answer, and then reports
-what it has used. A server that may have lost its state grants nothing until all living instances
+which begins used up, and of the rest of the day. It asks until there is an answer, and then
+reports its use. A server that may have lost its state grants nothing until all living instances
 have told it what they know: the day goes on, and the minute begins used up.
 
 This file is one concept: one budget as its instance sees it, beside budget.lua at the server.
@@ -169,7 +169,8 @@ class SharedBudget(Budget):
         self._answered_at = -inf
         # A day, and the least number of its tokens that are used.
         self._least = 0, 0
-        # Whether a question is under way, when it was sent, and what it asks for and reports.
+        # Whether a question is under way, when it was sent, the tokens that it asks for, and the
+        # correction that it reports.
         self._asking, self._sent = False, -inf
         self._asked, self._reported = 0, list[Charge]()
         self._corrections: list[Charge] = []
@@ -472,7 +473,7 @@ class SharedBudget(Budget):
         self._part.apply(*parts)
         return self._part
 
-    # What is known of all instances.
+    # The known use of all instances.
 
     @property
     def _today(self) -> int:
