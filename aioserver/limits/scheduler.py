@@ -5,10 +5,11 @@
                 ▲         │
                 └─ again ─┘      a retry, a failover, a provider that is away
 
-A request asks for its resources in order: first its key, whose grant it holds until its answer has
-ended; then any of the providers that may answer, whose grant it holds for one attempt. At each
-step it stands in the queues of all its bids, and leaves all of them at the moment at which it
-starts at one. A ticket that comes back keeps its first arrival, and the time that it has waited.
+A request asks for its resources in order. The first is its key, whose grant it holds until its
+answer has ended. Then it asks for any of the providers that may answer, and holds that grant for
+one attempt. At each step it stands in the queues of all its bids, and leaves all of them at the
+moment at which it starts at one. A ticket that comes back keeps its first arrival, and the time
+that it has waited.
 
 Nothing here blocks, and no call is re-entrant: resources whose queue has changed are noted, and
 served one after the other.

@@ -64,8 +64,8 @@ _OF_VALUE = (
 
 class Refusal(NamedTuple):
     """The facts about a model in the *text* of a refusal: *limit* is the context length, *asked*
-    the tokens of the prompt, None if they are not known, and *most* the bound of an answer. *code*
-    is the engine's own, empty if it has none.
+    the tokens of the prompt, and *most* the bound of an answer; None stands for an unknown number.
+    *code* is the engine's own, empty if it has none.
     """
 
     text: str

@@ -1,5 +1,5 @@
-"""Logs that have ended and are handed over: an instance that stops stores them in Redis, and the
-first instance that is asked for one of them adopts it, as a stream of its own.
+"""Logs that have ended and are handed over: an instance that stops stores them in Redis. The first
+instance that is asked for such a log adopts it, as a stream of its own.
 
 A log is stored as bytes (`KeptLog`, in msgpack), for the rest of its window.
 """
