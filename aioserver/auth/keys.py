@@ -134,7 +134,7 @@ class Keys:
             else:
                 quota = self._make_quota(settings)
                 if old_key is not None:
-                    # The caller has another key now: what it has used stays counted.
+                    # The caller has another key now: its use so far stays counted.
                     quota.take_over(old_key.quota)
             expires = settings.expires_at
             # Both times are by our own clock, so connections need no SKEW.

@@ -1,8 +1,8 @@
 """The contract of tokens for access and guard, which a wing implements (wings/jwt).
 
 A token may come wherever a key may. Its validity is known at once, unless it names a key of its
-issuer that has not been fetched yet: that is `Undecided`, and its request waits in the middleware,
-before its body is read.
+issuer that has not been fetched yet. Such a token is `Undecided`, and its request waits in the
+middleware, before its body is read.
 """
 
 from __future__ import annotations

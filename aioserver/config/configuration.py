@@ -88,8 +88,8 @@ class Configuration:
         Args:
             path: the file to read.
             environ: the environment; None stands for that of the process.
-            again: whether the file was loaded before. A pipe with a key is refused then, because
-                its content is gone and reading it would never end.
+            again: whether the file was loaded before. A pipe with a key is refused then: its
+                content is gone, and reading it would never end.
             content: the content of that file, if it was read before and is not to be read again.
 
         Raises:

@@ -9,8 +9,8 @@ that a refusal charges nothing.
              edge at which a second burst starts
     day      a count from 00:00 UTC; that of a week is from Monday (ISO 8601), that of a month from
     week     its first day. If the clock goes back to an earlier period, the count goes on as it was
-    month    in that period: a clock that was wrong for a moment neither brings a second budget nor
-             takes one away
+    month    in that period. So a clock that was wrong for a moment neither brings a second budget
+             nor takes one away
 
 A settled reservation returns to the bucket only the tokens that are still in it; the oldest tokens
 drain first. Otherwise a long answer that cost nothing would return tokens that have drained
@@ -77,15 +77,14 @@ class _Slot(NamedTuple):
 class _Minute:
     """The bucket of a minute.
 
-    Always: `0 <= _drained <= _charged`; what is between the two is in the bucket.
+    Always: `0 <= _drained <= _charged`; the tokens between the two are in the bucket.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float]) -> None:
         self.limit = limit
         self._clock = clock
         self._then = clock()
-        # The tokens that were ever put in, less those that were given back; and those that have
-        # drained.
+        # All tokens that were put in, less the returned ones; and all tokens that have drained.
         self._charged = self._drained = 0.0
         # The tokens that were ever given back.
         self._returned = 0.0

@@ -399,7 +399,9 @@ def _open_context(
 
 
 async def _add_faces(app: web.Application, context: Context, plugged: Plugged) -> Middleware:
-    """Add the routes of all faces to *app*, and what stands in front of them, which is returned."""
+    """Add the routes of all faces to *app*, and the middleware in front of them; return the
+    middleware.
+    """
     border = Border(context.settings, context.guard, context.origins, context.admission)
     app.middlewares.append(border.handle)
     app.on_response_prepare.append(border.add_headers)

@@ -44,7 +44,7 @@ PATHS = {
     "responses_ws": "/v1/responses",
     "anthropic": "/v1",
 }
-# What a server says about our key, by its error code.
+# The faults of our key, by the error code of the server.
 KEY_FAULTS = {
     "invalid_api_key": "does not know this key: see --key and AIOSERVER_KEY",
     "missing_api_key": "wants an API key: give it by --key or AIOSERVER_KEY",
@@ -94,7 +94,8 @@ def session(key: str | None) -> aiohttp.ClientSession:
 class Answered(NamedTuple):
     """The answer to a small request: its status, its headers, and its JSON object, or {}.
 
-    *reason* says why it is none: nothing came, and the status is 0, or it leads to another address.
+    *reason* says why there is no answer: nothing came (the status is then 0), or the server
+    redirects to another address.
     """
 
     status: int

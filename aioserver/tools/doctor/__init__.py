@@ -6,6 +6,6 @@
 - Without a URL, the checks concern a server that would start here: the configuration, the limits of
   this machine, and the **network** between it and each of its **providers**.
 - With the URL of a running **server**, the checks concern the connection from a client to it,
-  through any proxy: the requests that pass, the bursts in which events arrive, and the time for
-  which a silent connection stays open.
+  through any proxy. They find the requests that pass, the bursts in which events arrive, and the
+  time for which a silent connection stays open.
 """

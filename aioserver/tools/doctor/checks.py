@@ -67,7 +67,7 @@ def _alone(llm: Llm) -> Settings:
 
 
 async def limits(facts: Facts) -> AsyncIterator[Result]:
-    """Compare what the machine gives with what the settings may need."""
+    """Compare the limits of this machine with the needs of the settings."""
     chat, bounds = facts.here.chat, facts.here.chat.websocket.concurrency
     workers = bounds.uvicorn.workers
     # Each connection to one address needs a port: those to a provider, and those of a proxy on

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from yarl import URL
 
-# Days that a certificate is still valid, below which the doctor warns.
+# The doctor warns of a certificate that is valid for fewer days than this.
 SOON = 14.0
 SECONDS_A_DAY = 86400.0
 
@@ -55,7 +55,7 @@ async def connect(
         ends = ssl.cert_time_to_seconds(tls.getpeercert()["notAfter"])
         days = (ends - time.time()) / SECONDS_A_DAY
         text = f"TLS: {tls.version()}, and a certificate that is valid for {days:.0f} days"
-        soon = warn(text, "renew it: once it has ended, nobody connects")
+        soon = warn(text, "renew it: no client connects once it has expired")
         results.append(ok(text) if days >= SOON else soon)
         return results, tls.selected_alpn_protocol() or ""
     finally:

@@ -46,8 +46,8 @@ SAID, FOLLOWING = "one two three four", "five"
 MAX_TOKENS = 16
 # Bytes of a list of models at most: that of OpenRouter has 500 KiB.
 MAX_BYTES = 1 << 22
-# Questions as agents ask them, for each path below `/v1`, which want one call of a tool. They have
-# every parameter that an engine may not know, and room for models that think first.
+# Questions as agents ask them, for each path below `/v1`. Each asks for one call of a tool, has
+# every parameter that an engine may not know, and leaves room for models that think first.
 QUESTIONS = orjson.loads("""{
   "responses": {
     "input": "Call the tool `note` once, with the word ready. Say nothing else.",
@@ -223,7 +223,7 @@ async def _agents(url: str, provider: Provider) -> AsyncIterator[Result]:
                 hint = "`messages: auto` has its requests translated, if it has no such path"
             yield warn(f"{shown}: no whole answer: HTTP {response.status}", hint)
         elif bridged[path].value == before:
-            yield ok(f"{shown}: it has that, and answers", seconds=took)
+            yield ok(f"{shown}: the provider has it, and answers", seconds=took)
         elif calls == 1 and rb"\"word\"" in arguments:
             yield ok(f"{shown}, translated: its tool was called", seconds=took)
         else:
@@ -268,7 +268,7 @@ async def groups(facts: Facts) -> AsyncIterator[Result]:
         for member in group.members:
             owner, settings = member.provider, known[member.provider].settings
             model = member.model or settings.model
-            # One that is off is reported above, and the simulated one has any model.
+            # A provider that is off is reported above, and the simulated provider has any model.
             if not settings.usable or settings.simulated:
                 continue
             if owner not in lists:

@@ -1,4 +1,4 @@
-"""What the checks share: the facts that they find, and the results that they yield."""
+"""The data of the checks: the facts that they find, and the results that they yield."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LEVELS = ("ok", "warn", "fail", "skip")
 
 @dataclass(slots=True)
 class Result:
-    """A result of a check. *hint* says what to do. *seconds* is the time that a step took, if it
-    says something. If *subject* is empty, it is that of the check.
+    """A result of a check. *hint* says what to do. *seconds* is the time that a step took; None if
+    it is of no interest. An empty *subject* stands for that of the check.
 
     The level `warn` means that some clients fail or are slow, `fail` that answers fail, and `skip`
     that nothing was checked.
@@ -35,7 +35,7 @@ class Result:
     subject: str = ""
 
     def __post_init__(self) -> None:
-        # A text may be that of a server.
+        # A server may have written the text.
         self.text, self.hint = remote.printable(self.text), remote.printable(self.hint)
 
     def __str__(self) -> str:

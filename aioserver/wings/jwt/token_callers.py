@@ -65,7 +65,7 @@ class TokenCallers(Tokens):
     """The callers of tokens, by the settings `auth.jwt`.
 
     Always: at most MAX_TOKENS tokens and MAX_CALLERS callers are remembered; a forgotten caller
-    has nothing running, open or waiting, and its limits are as those of a new one.
+    has nothing running, open or waiting, and its limits are those of a new caller.
     """
 
     def __init__(

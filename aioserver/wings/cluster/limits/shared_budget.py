@@ -7,14 +7,14 @@ then. So small requests of other instances cannot overtake a large request for e
 waiting request of an instance asks; a request that cannot wait so long is refused.
 
 The corrections of ended requests are reported together. An instance that starts many requests
-prefetches tokens with a question, and uses them within a second: before they drain, or, while the
-bucket is less than half full, charges those that have drained once more. Whatever the server grants
-is charged there. So in any span of t seconds all instances together start no more than
-a single instance would.
+prefetches tokens with a question, and uses them within a second. Tokens that have drained before
+their use are charged once more; this is possible only while the bucket is less than half full. All
+granted tokens are charged at the server. So in any span of t seconds all instances together start
+no more than a single instance would.
 
 If the server does not answer within WAIT seconds, the instance uses an equal part of the minute,
-which begins used up, and of the rest of each period. It asks until there is an answer, and then reports
-what it has used. A server that may have lost its state grants nothing until all living instances
+which begins used up, and of the rest of each period. It asks until there is an answer, and then
+reports its use. A server that may have lost its state grants nothing until all living instances
 have told it what they know: the counts go on, and the minute begins used up.
 
 A request counts alike in every period of the calendar: an estimate above the smallest of these
@@ -182,7 +182,8 @@ class SharedBudget(Budget):
         self._answered_at = -inf
         # A day, and the least numbers of tokens that are used of it, its week and its month.
         self._least = 0, (0, 0, 0)
-        # Whether a question is under way, when it was sent, and what it asks for and reports.
+        # Whether a question is under way, when it was sent, the tokens that it asks for, and the
+        # correction that it reports.
         self._asking, self._sent = False, -inf
         self._asked, self._reported = 0, list[Charge]()
         self._corrections: list[Charge] = []
@@ -221,7 +222,9 @@ class SharedBudget(Budget):
             self._on_tokens()
 
     def take_over(self, old: Budget) -> None:
-        """Know what *old* does, a budget of the same name, which settles its own reservations."""
+        """Take over the knowledge of *old*, a budget of the same name, which settles its own
+        reservations.
+        """
         assert isinstance(old, SharedBudget)
         self._answer, self._answered_at = old._answer, old._answered_at
 
@@ -232,7 +235,9 @@ class SharedBudget(Budget):
 
     @property
     def whole(self) -> bool:
-        """Whether another budget of this name would allow no more: the server knows everything."""
+        """Whether a new budget of this name would allow no more than this one, since the server
+        knows all that was used.
+        """
         return not (
             self.reserved or self._granted or self._corrections or self._reported or self._away
         )
@@ -504,7 +509,7 @@ class SharedBudget(Budget):
         self._part.apply(part, *of_periods)
         return self._part
 
-    # What is known of all instances.
+    # The known use of all instances.
 
     @property
     def _today(self) -> int:
