@@ -54,8 +54,8 @@ def load(name: str) -> click.Command:
 class CommandGroup(click.Group):
     """Imports the module of a command only to run, explain or complete that command.
 
-    The commands that click itself lists, completes and suggests are stubs with a name and one line
-    of help: the modules behind them take ten times as long to import as the list takes to print.
+    click lists, completes and suggests commands from stubs with a name and one line of help. To
+    import the modules behind them takes ten times as long as to print the list.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
@@ -162,7 +162,7 @@ def main() -> None:
             cli(prog_name="aioserver")
         finally:
             # After EPIPE, click has put a stream there that hides the error; but Python would meet
-            # it again at its end, with what is still in the buffer.
+            # it again at its end, with the rest of the buffer.
             sys.stdout = stdout
             if stdout is not None:
                 # Small results reach the descriptor only now.

@@ -467,8 +467,8 @@ class TokensExceeded(RateLimitExceeded):
 
     # The setting of the budget.
     period = ""
-    # A day's budget may be that far away.
-    max_retry_after = 86400.0
+    # A month's budget may be that far away.
+    max_retry_after = 31 * 86400.0
 
     def headers(self) -> dict[str, str]:
         """Return the headers of the HTTP answer; SDKs wait for no more than SOON, and would try
@@ -527,7 +527,7 @@ class ServerShutdown(AioserverError):
 
 
 class InstanceUnavailable(AioserverError):
-    """Whether another instance has what was asked for is not known now."""
+    """It is not known now whether another instance has the requested object."""
 
     outcome = "rejected"
     code, status, retryable = "instance_unavailable", 503, True
@@ -543,8 +543,8 @@ class HistoryUnavailable(AioserverError):
 
 
 class HookUnavailable(AioserverError):
-    """A hook that must decide has not: it cannot be reached, is too slow, or says what is no
-    decision.
+    """A hook that must decide has made no decision: it cannot be reached, is too slow, or its
+    answer is not a decision.
     """
 
     outcome = "rejected"

@@ -1,4 +1,4 @@
-"""What can go wrong between us and a provider's answer, and what each fault allows.
+"""The faults between us and a provider's answer, and the next attempts that each fault allows.
 
 How errors look on the faces is described in errors.py. A fault also states whether the same
 provider may be asked again (retry), whether the next one may be (failover), and whether the
@@ -51,7 +51,7 @@ ErrorClass = TypeVar("ErrorClass", bound=AioserverError)
 
 
 class RequestOutcome(Protocol):
-    """What became of a request (telemetry/outcome.py), as its faults see it."""
+    """The outcome of a request (telemetry/outcome.py), as its faults see it."""
 
     provider: str
     attempts: int
@@ -59,7 +59,7 @@ class RequestOutcome(Protocol):
 
 
 class ProviderFault(AioserverError):
-    """There is no good answer, because of the provider or of what lies between it and us."""
+    """There is no good answer, because of the provider or of the network between it and us."""
 
     outcome = "provider_error"
     # The outcome of the attempt, a metric label; empty if no attempt was made.
@@ -84,7 +84,7 @@ class ProviderFault(AioserverError):
     # For how many seconds the request would have to wait for its next attempt, which is more than
     # its deadline leaves; 0.0 if that is not the reason why there is none.
     backoff: float = 0.0
-    # What became of the request that it has ended; None if it went to no provider.
+    # The outcome of the request that it has ended; None if it went to no provider.
     request_outcome: RequestOutcome | None = None
 
     def headers(self) -> dict[str, str]:
@@ -193,7 +193,7 @@ class ProviderBadResponse(ProviderFault):
 
 
 class ContinuationFailed(ProviderBadResponse):
-    """What was to be the rest of an answer that broke off is not."""
+    """The continuation is not the rest of the answer that broke off."""
 
     breaker_failure = False
 

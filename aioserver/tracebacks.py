@@ -1,11 +1,11 @@
-"""The traceback of an exception: its last line, and an end to what it holds."""
+"""The traceback of an exception: its last line, and the release of the objects that it holds."""
 
 from __future__ import annotations
 
 
 def last_line(fault: BaseException) -> str:
-    """Return what *fault* is and where it was raised: "AttributeError at faces/socket.py:128 in
-    close".
+    """Return the class of *fault*, and the place where it was raised: "AttributeError at
+    faces/socket.py:128 in close".
 
     Everybody may read it. The message is left out, of whatever class: that of a KeyError is the
     key, and an attribute may have been looked up by what a client sent. Types, files and functions
@@ -27,9 +27,9 @@ def last_line(fault: BaseException) -> str:
 def forget_frames(fault: BaseException) -> None:
     """Drop the traceback of *fault*, and the exceptions that have led to it with theirs.
 
-    A traceback holds the frames that it names, with all that a request has: its body, and what has
-    come of its answer. An exception that one of these frames holds in turn would keep them until
-    the collector of cycles happens to run.
+    A traceback holds the frames that it names, with everything of a request: its body, and the
+    answer so far. An exception that one of these frames holds in turn would keep them until the
+    collector of cycles happens to run.
     """
     exc: BaseException | None = fault
     while exc is not None:

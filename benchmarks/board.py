@@ -1,13 +1,15 @@
 """What a relay adds, how much it carries, and what it keeps: the columns that people compare.
 
     python benchmarks/board.py [--quick] [--only aioserver,bare] [--steps latency,memory] [--runs 5]
-                               [--loop uvloop|asyncio] [--peers] [--json FILE]
+                               [--loop uvloop|asyncio] [--peers] [--loaded] [--json FILE]
 
 The load is that of a public board of gateways: a question of 16 tokens at most, an answer of some
-250 bytes at once, and streams of a role and 64 pieces of 16 bytes, the first at once and the others
-each 20 ms. What is added is a percentile through the server less the same percentile without it, in
-turns. Every time is kept as it is, since a histogram hides rare gaps. A window with a failure says
-nothing. Printed are the medians of all runs.
+250 bytes at once, and streams of a role and 64 pieces of 16 bytes, the first at once and the
+others each 20 ms. `lanes` asks the same by the faces whose requests are translated. What is added
+is a percentile through the server less the same percentile without it, in turns. Every time is
+kept as it is, since a histogram hides rare gaps. A window with a failure says nothing. While
+others use the cores, it waits for a minute and then ends; `--loaded` measures nevertheless.
+Printed are the medians of all runs.
 
 A server has the first core alone, and the provider and the load the second; several workers have
 both. Exit code: 0 done, 1 something is INVALID, 2 wrong usage.
@@ -20,6 +22,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -37,13 +40,13 @@ import virtual
 from certificate import HARNESS
 from loads import Load
 from measure import Bench, Result, Server, StepFailed, faults
-from peers import DIRECT, PEERS, Peer
-from process import tree
+from peers import AIOSERVER, DIRECT, PEERS, Peer
+from process import QUIET, tree, wait_for_quiet
 from table import machine
 from workers import peer as with_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 QUESTION = {
     "model": "mock-model",
@@ -78,10 +81,13 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All numbers of one run: the rows of each column, and the curves of each step and column."""
+    """All numbers of one run: the rows of each column, the curves of each step and column, and the
+    columns of which a step has failed.
+    """
 
     rows: dict[str, Numbers]
     curves: dict[str, dict[str, list[tuple[float, float]]]]
+    invalid: list[str]
 
 
 def whole(connections: int, seconds: float) -> Load:
@@ -111,6 +117,36 @@ def streams(connections: int, seconds: float) -> Load:
         mock=("--text-bytes", "16"),
         options=("--max-gap", str(WIDEST)),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """A face whose requests are translated for the provider: its *path*, a *question*, the *key*
+    of the texts in its events, and the *end* that stands in the last one.
+    """
+
+    name: str
+    path: str
+    question: Mapping[str, object]
+    key: str
+    end: str
+
+    def takes(self, load: Load) -> Load:
+        """Return *load* as this face takes it."""
+        options = ("--path", self.path, "--seq-key", self.key, "--marker", self.end)
+        return dataclasses.replace(load, body=self.question, options=(*load.options, *options))
+
+
+LANES = (
+    Lane("Messages", "/v1/messages", QUESTION, "text", '"message_stop"'),
+    Lane(
+        "Responses",
+        "/v1/responses",
+        {"model": "mock-model", "input": "hello", "max_output_tokens": 16, "store": False},
+        "delta",
+        '"response.completed"',
+    ),
+)
 
 
 class Board:
@@ -190,6 +226,30 @@ class Board:
             }
         )
 
+    def lanes(self, server: Server) -> Found:
+        """Return what a translated answer costs beside one that passes: requests/s and the CPU of
+        a request as ratios, and what a first event takes more, in ms. The lanes take turns.
+        """
+        if not server.peer.responses:
+            return Found({})
+        plain, _ = self._measured(server, whole(8, 4.0 * self._scale))
+        _, passing = self._measured(server, streams(BESIDE, 5.0 * self._scale))
+        rows: Numbers = {}
+        for lane in LANES:
+            told, _ = self._measured(server, lane.takes(whole(8, 4.0 * self._scale)))
+            _, through = self._measured(server, lane.takes(streams(BESIDE, 5.0 * self._scale)))
+            rows |= {
+                f"{lane.name}, requests/s by passing": told["per_second"] / plain["per_second"],
+                f"{lane.name}, CPU of a request by passing": told["cpu_us"] / plain["cpu_us"],
+            }
+            rows |= {
+                f"{lane.name}, first event p{share} beside passing, ms": added(
+                    passing[FIRST], through[FIRST], share
+                )
+                for share in (50, 99)
+            }
+        return Found(rows)
+
     def streams(self, server: Server) -> Found:
         """Return how many streams run with every event there and no gap above WIDEST, and the
         share, in percent, of each number of streams that had such a gap.
@@ -237,6 +297,7 @@ STEPS: dict[str, Callable[[Board, Server], Found]] = {
     "frontier": Board.frontier,
     "cpu": Board.cpu,
     "events": Board.events,
+    "lanes": Board.lanes,
     "streams": Board.streams,
     "memory": Board.memory,
 }
@@ -274,21 +335,34 @@ def serving(bench: Bench, peer: Peer, *, both: bool) -> Iterator[Server]:
         yield server
 
 
-def one_run(bench: Bench, columns: dict[str, Peer], steps: Sequence[str], scale: float) -> Run:
-    """Return the numbers of each column. Every step goes over all servers in turn."""
+def one_run(
+    bench: Bench, columns: dict[str, Peer], steps: Sequence[str], scale: float, *, loaded: bool
+) -> Run:
+    """Return the numbers of each column. Every step goes over all servers, in an order of its own.
+    *loaded*: also beside other programs.
+    """
+    cores = (bench.server_core, bench.load_core)
     board = Board(bench, scale)
-    run = Run({name: {} for name in columns}, {})
+    run = Run({name: {} for name in columns}, {}, [])
     with contextlib.ExitStack() as stack:
         servers = {
             name: stack.enter_context(serving(bench, peer, both="workers" in name))
             for name, peer in columns.items()
         }
         for step in steps:
-            for name, server in servers.items():
+            order = list(servers.items())
+            random.shuffle(order)
+            for name, server in order:
+                if not loaded and (share := wait_for_quiet(cores)) > QUIET:
+                    raise SystemExit(
+                        f"others use {share:.0%} of the two cores: this would measure them, too "
+                        "(--loaded measures nevertheless)"
+                    )
                 try:
                     found = STEPS[step](board, server)
                 except StepFailed as fault:
                     print(f"  {step:9} {name:20} INVALID: {fault}", file=sys.stderr)
+                    run.invalid.append(name)
                     continue
                 shown = ", ".join(f"{key} {value:.4g}" for key, value in found.rows.items())
                 print(f"  {step:9} {name:20} {shown}", file=sys.stderr)
@@ -306,15 +380,21 @@ def table(runs: Sequence[Run]) -> str:
     for row in rows:
         cells = []
         for column in columns:
+            missing = "INVALID" if any(column in run.invalid for run in runs) else ""
             values = [run.rows[column][row] for run in runs if row in run.rows[column]]
-            cells.append(f"{statistics.median(values):,.4g}" if values else "INVALID")
+            cells.append(f"{statistics.median(values):,.4g}" if values else missing)
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def known_columns() -> dict[str, Peer]:
     """Return every column: aioserver with 1, 2 and 4 workers, and the others."""
-    ours: dict[str, Peer] = {"aioserver": PEERS["aioserver"]}
+    # Responses are translated, though the provider speaks them, too.
+    bridged = AIOSERVER.replace(
+        "model: mock-model\n", "model: mock-model\n      responses: false\n"
+    )
+    aioserver = dataclasses.replace(PEERS["aioserver"], config=bridged)
+    ours: dict[str, Peer] = {"aioserver": aioserver}
     ours |= {f"aioserver, {count} workers": with_workers(count) for count in (2, 4)}
     return ours | {name: peer for name, peer in PEERS.items() if name not in {*ours, "haproxy"}}
 
@@ -323,6 +403,7 @@ def options() -> argparse.Namespace:
     """Return what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a quarter of the time, and one run")
+    parser.add_argument("--loaded", action="store_true", help="measure beside other programs, too")
     parser.add_argument("--only", help="comma-separated servers (aioserver: with 1, 2, 4 workers)")
     parser.add_argument("--peers", action="store_true", help="install and measure LiteLLM, too")
     parser.add_argument("--steps", default=",".join(STEPS), help="comma-separated steps")
@@ -369,7 +450,14 @@ def main() -> int:
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="aioserver-board-") as folder:
         bench = Bench.create(Path(folder), chosen.loop, *cores)
-        measure = partial(one_run, bench, columns, chosen.steps, 0.25 if chosen.quick else 1.0)
+        measure = partial(
+            one_run,
+            bench,
+            columns,
+            chosen.steps,
+            0.25 if chosen.quick else 1.0,
+            loaded=chosen.loaded,
+        )
         for number in range(1, chosen.runs + 1):
             print(f"run {number} of {chosen.runs}", file=sys.stderr)
             runs.append(measure())
@@ -378,7 +466,7 @@ def main() -> int:
     if chosen.json:
         everything = {"machine": where, "runs": [dataclasses.asdict(run) for run in runs]}
         chosen.json.write_text(json.dumps(everything, indent=1) + "\n")
-    return int("INVALID" in table(runs))
+    return int(any(run.invalid for run in runs))
 
 
 if __name__ == "__main__":

@@ -260,12 +260,13 @@ class Bench:
         command = [HARNESS / "loadgen", "--json", "--mode", mode, "--port", server.port]
         command += ["--path", path, "--body-file", body, "--connections", load.connections]
         command += ["--ramp", load.ramp, "--warmup", load.warmup, "--duration", load.duration]
-        command += ["--drain", load.drain, "--timeout", max(load.drain, 10.0), *load.options]
+        command += ["--drain", load.drain, "--timeout", max(load.drain, 10.0)]
         if load.mode != "http":
             command += ["--expect", load.chunks]
             command += ["--seq-key", TEXTS[load.mode]]
         if load.mode == "rws":
             command += RESPONSE_ENDS
+        command += load.options
         if peer.tls:
             command += ["--tls"]
         for header in peer.headers:

@@ -29,7 +29,7 @@ FIXED = {"_cache", "_format_a", "_format_t", "_replace", "_serialize_headers"}
 PRIVATE = re.compile(r"(?<!\bsys)(?<!\bos)(?<!\basyncio)\.(_[a-z]\w*)")
 LISTED = re.compile(r"Private names of aiohttp used here[^:]*:([^.]*)\.")
 # Seconds for the tests of the core.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 def private_names() -> set[str]:

@@ -32,14 +32,14 @@ SKEW = 30.0
 class Caller(msgspec.Struct, frozen=True, eq=False):
     """The owner of streams and conversations. Two objects of one name are the same caller.
 
-    *models*: the names of models that it may use, which may end with `*`; None: all. *hold*: what
-    is held of its answers, empty for the server's setting. *subflow*: the caller's queue within
-    `flow`; *priority*: the weight of the flow, 1 to 10. *batch*: whether its requests use what
-    others leave; *admin*: whether the caller may see the operating pages. *quota*: the limits of
-    the caller's key, None without keys. *role*: that of its token, "" for a key. *expires*: the
-    end of its token or key, by the monotonic clock; its connections are closed SKEW later. *exp*:
-    the end of a token in Unix time, as the token has it; *signer*: the identity of the key that
-    has signed it. The fields below are derived from these.
+    *models*: the names of models that it may use, which may end with `*`; None: all. *hold*: which
+    events of its answers are held (`hold` in the settings), empty for the server's setting.
+    *subflow*: the caller's queue within `flow`; *priority*: the weight of the flow, 1 to 10.
+    *batch*: whether its requests use what others leave; *admin*: whether the caller may see the
+    operating pages. *quota*: the limits of the caller's key, None without keys. *role*: that of
+    its token, "" for a key. *expires*: the end of its token or key, by the monotonic clock; its
+    connections are closed SKEW later. *exp*: the end of a token in Unix time, as the token has it;
+    *signer*: the identity of the key that has signed it. The fields below are derived from these.
     """
 
     name: str = ""
@@ -110,8 +110,8 @@ CALLER = web.RequestKey("caller", Caller)
 
 
 class Peer(msgspec.Struct, frozen=True):
-    """The instance that passes a request on, as it vouches for its client: the client's *address*,
-    and whether it is connected *secure*ly.
+    """The client of a request that another instance has passed on, by the word of that instance:
+    the client's *address*, and whether its connection is *secure*.
     """
 
     address: str

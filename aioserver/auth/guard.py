@@ -20,9 +20,9 @@ The value of such a header may be a guess: it is compared, and never shown or lo
 come in several of these headers, but a request with two keys is refused, since each would mean
 another caller.
 
-Keys alone do not protect a server without keys, and a page may send some requests without a
-preflight (Fetch, 4.10), such as a POST without a body. So on every route, before its key, the
-`Origin` is checked for each upgrade and each method that may change something.
+A server may have no keys, and a page may send some requests without a preflight (Fetch, 4.10),
+such as a POST without a body. So on every route the guard checks the `Origin` before the key, for
+each upgrade and each method that may change something.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ KEY_PROTOCOLS = (KEY_PROTOCOL, "openai-insecure-api-key.")
 MAX_SESSIONS = 4
 # Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS, hdrs.METH_TRACE})
-# What another instance may pass on.
+# The methods of requests that another instance may pass on.
 PASSED_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_POST})
 KEY_NEEDED = (
     "this server wants an API key: "

@@ -54,7 +54,12 @@ def quota_of(key: ClientKey, scheduler: Scheduler | None = None) -> Quota:
         key.requests_per_minute,
         max_connections=key.max_connections,
         queue_size=key.queue_size,
-        budget=Budget(key.tokens_per_minute, key.tokens_per_day),
+        budget=Budget(
+            key.tokens_per_minute,
+            key.tokens_per_day,
+            per_week=key.tokens_per_week,
+            per_month=key.tokens_per_month,
+        ),
         scheduler=scheduler,
     )
 
@@ -67,7 +72,12 @@ def limit(quota: Quota, limits: Limits) -> None:
         limits.max_connections,
         limits.queue_size,
     )
-    quota.budget.apply(limits.tokens_per_minute, limits.tokens_per_day)
+    quota.budget.apply(
+        limits.tokens_per_minute,
+        limits.tokens_per_day,
+        limits.tokens_per_week,
+        limits.tokens_per_month,
+    )
     quota.serve()
 
 
@@ -124,7 +134,7 @@ class Keys:
             else:
                 quota = self._make_quota(settings)
                 if old_key is not None:
-                    # The caller has another key now: what it has used today stays counted.
+                    # The caller has another key now: its use so far stays counted.
                     quota.take_over(old_key.quota)
             expires = settings.expires_at
             # Both times are by our own clock, so connections need no SKEW.

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class Origins:
     """The pages of `allow_origins`, and our own.
 
-    CORS protects neither a WebSocket, which a browser opens to any host, nor a request without a
-    preflight, of which a page only cannot read the answer. `check` refuses both if another page
-    sends them, before they have any effect.
+    CORS does not protect WebSockets: a browser opens them to any host. Nor does it stop a request
+    without a preflight: the page cannot read the answer, but the request takes effect. `check`
+    refuses both if another page sends them.
     """
 
     def __init__(self, allowed: tuple[str, ...], *, credentials: bool) -> None:

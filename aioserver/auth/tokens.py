@@ -1,8 +1,8 @@
 """The contract of tokens for access and guard, which a wing implements (wings/jwt).
 
 A token may come wherever a key may. Its validity is known at once, unless it names a key of its
-issuer that has not been fetched yet: that is `Undecided`, and its request waits in the middleware,
-before its body is read.
+issuer that has not been fetched yet. Such a token is `Undecided`, and its request waits in the
+middleware, before its body is read.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Mapping
 
     from aioserver.auth.callers import Caller
     from aioserver.auth.keys import MakeQuota
     from aioserver.config.settings import Jwt
+    from aioserver.limits.budget import Period
     from aioserver.limits.quota import Quota
 
 # The prefix of the names of callers with a token; the name of a key has no colon.
@@ -73,14 +74,14 @@ class Tokens(Protocol):
     def quotas(self) -> Mapping[str, Quota]:
         """Return the quotas of all known callers, by their names."""
 
-    def begin_day(self, day: str, spent: Mapping[str, int]) -> None:
-        """Begin the budgets of *day* with the tokens that these callers have *spent* by the
-        ledger.
+    def begin(self, now: float, spent: Mapping[str, Mapping[str, int]]) -> None:
+        """Begin the budgets with the tokens that callers have *spent* by the ledger at the time
+        *now*: by their names, and by the settings of the budgets.
         """
 
     @property
-    def counts_days(self) -> bool:
-        """Whether a role has a budget of a day."""
+    def periods(self) -> Collection[Period]:
+        """The periods for which a role has a budget."""
 
     @property
     def binding(self) -> bytes:

@@ -4,8 +4,8 @@ A question is a POST. The rest of an answer is a GET with the number of the last
 cancels it. The response is read when the program reads the answer, so that nothing is kept here.
 The server waits for a slow program, which resumes if it was too slow.
 
-After a loss one request is the trial, and the others wait until it has its response: a client asks
-a full or unreachable server with one request at a time, as on a WebSocket.
+After a loss one request is the trial, and the others wait until it has its response. So a client
+asks a full or unreachable server with one request at a time, as on a WebSocket.
 """
 
 from __future__ import annotations

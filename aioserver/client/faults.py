@@ -219,7 +219,7 @@ FULL = frozenset(
         "concurrency_exceeded",
     }
 )
-# The subset of codes that mean that all places are taken.
+# The codes that mean that all places are taken.
 NO_ROOM = FULL - {"circuit_open", "no_provider", "provider_rate_limited", "rate_limit_exceeded"}
 # Codes of faults that come before a provider has received the question.
 UNPAID = frozenset({"request_timeout", "connect_error", "connect_timeout"})

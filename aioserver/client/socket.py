@@ -63,7 +63,7 @@ class SocketReading(Reading):
         self._transport = transport
         self._frames: list[Frame] = []
         self._unread = 0
-        # The interruption that came after the frames that wait.
+        # The interruption that `frames` raises once the waiting frames were read.
         self._interrupted: Interrupted | None = None
         self._waiter: asyncio.Future[None] | None = None
         # Whether frames were dropped; and whether they were asked for again.
@@ -157,8 +157,8 @@ class SocketReading(Reading):
             self._waiter.set_result(None)
 
 
-# Answers at once on one socket. The server's bound is 32; the others are for answers whose
-# `cancel` is on its way.
+# Answers at once on one socket. The server allows 32; the rest is left to answers whose `cancel`
+# is on its way.
 MAX_ANSWERS = 28
 # Seconds to send waiting commands when the client is closed.
 FLUSH_TIMEOUT = 2.0
@@ -172,7 +172,7 @@ _PING = b'{"action":"ping","request_id":"place"}'
 
 
 class Connection:
-    """A socket. Always: its at most MAX_ANSWERS `readings` have it as their `connection`."""
+    """A socket. Always: it has at most MAX_ANSWERS `readings`, and is the `connection` of each."""
 
     def __init__(
         self, transport: SocketTransport, ws: aiohttp.ClientWebSocketResponse[bool]
@@ -273,7 +273,7 @@ class Connection:
         except frames.BadFrame as error:
             end = protocol_error(str(error))
         except (OSError, aiohttp.ClientError):
-            # The socket was lost with the first ping.
+            # The first ping has failed: the socket is lost already.
             pass
         finally:
             self.leaving = self.closed = True
@@ -291,7 +291,7 @@ class Connection:
             if frame.event_id is not None:
                 reconnection.progressed()
             elif frame.status == "error" and frame.chunk.code == SHUTDOWN and not self.leaving:
-                # The next question is for another process, which has to start.
+                # The server is stopping: the next question waits for its successor.
                 self.leaving = True
                 self._transport.lost(fault_of(frame), RESTART)
             if reading is not None:
@@ -339,8 +339,8 @@ class Connection:
     def _finish(self, end: Interrupted | None) -> None:
         """Interrupt the readings: the socket is closed, by the server if *end* is None.
 
-        Without a reading it is a loss, too: a full server may close a socket before its first
-        question.
+        The end of a socket without a reading counts as a loss, too: a full server may close a
+        socket before its first question.
         """
         self._sender.cancel()
         self._forget_outbox()
@@ -390,8 +390,8 @@ REASON_TIMEOUT = 5.0
 CLOSE_TIMEOUT = 2.0
 # Seconds of silence before a ping; the answer may take half as long.
 HEARTBEAT = 30.0
-# Seconds for which the server keeps an answer without a reader running, by default: after them no
-# `cancel` is needed.
+# Seconds for which an answer without a reader runs on at the server, by default. After that time
+# no `cancel` is needed.
 CANCEL_WINDOW = 30.0
 INVALID_KEY = "invalid_api_key"
 CLOSED = Fault("connect_error", "the client is closed")

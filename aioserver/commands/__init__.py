@@ -5,8 +5,8 @@
   the module of a command only when that command is typed.
 - **Options** that several commands take are in `options`.
 - **serve** is the server itself: it reads the **configuration**, listens, and runs until a signal.
-  **init** writes a configuration to start from, **check** validates one, **key** makes a client
-  key.
+  **init** writes a configuration to start from, perhaps from one of LiteLLM (`litellm`); **check**
+  validates a configuration, and **key** makes a client key.
 - Commands that look at a server from outside are in the folder `tools`.
 
 Results go to stdout, explanations and errors to stderr. An error is one line without a traceback,

@@ -195,6 +195,7 @@ class _Deployment(NamedTuple):
     order: int
     weight: int | None
     max_context: int | None
+    sees: bool
 
     @property
     def pattern(self) -> bool:
@@ -261,7 +262,7 @@ def _deployments(file: _File, shared: Mapping[str, Any]) -> Iterator[_Deployment
             outer.remark(None, f"{name}: list the models; * stands for all of a provider only")
             continue
         order, weight = parameters.take("order"), parameters.take("weight")
-        context = info.take("max_input_tokens")
+        context, sees = info.take("max_input_tokens"), info.take("supports_vision")
         # What LiteLLM knows of a model, and how clients see it, costs nothing here.
         for key in ("id", "mode", "base_model", "description", "supports_function_calling"):
             info.take(key)
@@ -276,6 +277,7 @@ def _deployments(file: _File, shared: Mapping[str, Any]) -> Iterator[_Deployment
             order if isinstance(order, int) else 1,
             weight if isinstance(weight, int) and 1 <= weight <= 100 else None,
             context if isinstance(context, int) and context > 0 else None,
+            sees is True,
         )
 
 
@@ -392,6 +394,7 @@ def _llm(file: _File, deployments: Sequence[_Deployment], choose: str) -> dict[s
                 "model": each.model,
                 "weight": each.weight,
                 "max_context": each.max_context,
+                "input_modalities": ["text", "image"] if each.sees else None,
             }
             # Two deployments that differ by what has no counterpart are one.
             same = [(one["provider"], one["model"]) for _, one in members.get(each.name, [])]

@@ -120,7 +120,7 @@ def _worker() -> Worker | None:
         # As a separate process it would serve the same sockets, with limits that others already
         # use.
         raise preflight.Unfit(
-            "AIOSERVER_WORKER is set, but not all that belongs to it: "
+            "AIOSERVER_WORKER is set, but other variables of a worker are missing: "
             "the parent process is of another version; restart it",
             1,
         )
@@ -182,7 +182,7 @@ def _collect_garbage() -> None:
     """Begin to collect garbage, except the objects that exist now, which live as long as the
     server.
 
-    A full pass before would find 0.4 MB, and take 20 ms.
+    A full collection before this would free only 0.4 MB, and take 20 ms.
     """
     gc.freeze()
     gc.set_threshold(YOUNG, OLD)
@@ -316,7 +316,7 @@ async def _balance(worker: Worker, loads: Loads, server: Server) -> Balance:
         server.context.monitor.incident("replaced", text, severity="info")
 
     if any(kept := loads.kept(loads.slot)):
-        # No other worker may serve that could have seen it.
+        # This worker reports it: perhaps no other worker was serving at that time.
         replaced(*kept)
     loads.tell_instance(sharing.token)
     balance = worker.balance(loads, sharing.ended, replaced)

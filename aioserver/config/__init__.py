@@ -10,9 +10,10 @@ section        a mapping of the document, and the settings class that it becomes
 setting        one key of a section: a validator, a meaning and a default
 validator      checks and converts one value; all of them are in `validators.py`
 rule           what must hold between settings, such as `max_keepalive <= max_connections`
-fault          a place, a path and a message; all faults of a document are reported at once
+fault          a place, a path and a message; all faults of a document are reported together
 settings       frozen objects, one for each section: `chat.py`, `llm.py`, `settings.py`
 credentials    the keys that settings name; `credentials.py` finds them in files and variables
+keys file      the file of client keys that `auth.keys_file` names; commands may change it
 models         names that lead to groups: each group has members, and each member a provider
 inheritance    `like`: a provider has the settings of another one
 hint           what to write instead of a wrong value, in a fault

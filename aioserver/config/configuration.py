@@ -29,7 +29,15 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.config.inheritance import Inheritance
 from aioserver.config.llm import AUTO
 from aioserver.config.schema import FAULTY, Faults, WrongShape
-from aioserver.config.settings import SETTINGS, Auth, ClientKey, Limits, Provider, Settings
+from aioserver.config.settings import (
+    CALENDAR,
+    SETTINGS,
+    Auth,
+    ClientKey,
+    Limits,
+    Provider,
+    Settings,
+)
 from aioserver.config.shipped import SHIPPED, fill
 from aioserver.files.reading import UnreadableFile, read_file
 from aioserver.protocol.addresses import loopback
@@ -80,8 +88,8 @@ class Configuration:
         Args:
             path: the file to read.
             environ: the environment; None stands for that of the process.
-            again: whether the file was loaded before. A pipe with a key is refused then, because
-                its content is gone and reading it would never end.
+            again: whether the file was loaded before. A pipe with a key is refused then: its
+                content is gone, and reading it would never end.
             content: the content of that file, if it was read before and is not to be read again.
 
         Raises:
@@ -354,13 +362,15 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
         *((("auth", "keys", index), key) for index, key in enumerate(auth.keys or ())),
         *((("auth", "jwt", "limits", name), role) for name, role in roles.items()),
     ]
+    remembered = settings.usage.path is not None or settings.cluster.redis_url is not None
     for path, client in limits:
-        if client.tokens_per_day and settings.cluster.redis_url is None:
-            message = (
-                "what is used of the day is forgotten at a restart: only a cluster (redis_url) "
-                "remembers it"
-            )
-            yield document.fault((*path, "tokens_per_day"), message)
+        for name in CALENDAR:
+            if getattr(client, name) and not remembered:
+                message = (
+                    "what is used is forgotten at a restart: a ledger (usage.path) or a cluster "
+                    "(redis_url) remembers it"
+                )
+                yield document.fault((*path, name), message)
         if client.queue_size > waiting:
             message = (
                 f"{client.queue_size} cannot wait over HTTP: at all keys together {waiting} can, "

@@ -1,7 +1,7 @@
 """The correct way to write a wrong value: the hints behind the messages of validators.
 
-A hint repeats a part of the value only where no secret can be meant: a number, a short word of a
-list, or an address without a user, a query or a long label.
+A hint repeats a part of the value only if that cannot be a secret. It may be a number, a short
+word of a list, or an address without a user, a query or a long label.
 """
 
 from __future__ import annotations

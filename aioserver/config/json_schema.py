@@ -1,9 +1,9 @@
 """The JSON Schema (draft 7) of the configuration, made of the declarations of the settings.
 
 An editor that understands it (most use the YAML language server) completes keys, shows their
-meanings, and marks faults while the file is written. It accepts what `aioserver check` accepts,
-and refuses faults that are visible in one value alone: it knows neither the rules between two
-settings, nor the environment, nor the files that the configuration names.
+meanings, and marks faults while the file is written. It accepts every configuration that
+`aioserver check` accepts, and refuses faults that are visible in one value alone. It knows neither
+the rules between two settings, nor the environment, nor the files that the configuration names.
 """
 
 from __future__ import annotations

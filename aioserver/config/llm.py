@@ -42,6 +42,7 @@ from aioserver.config.validators import (
     one_of,
     optional,
     passed_header,
+    passed_path,
     proxy,
     ratio,
     seconds,
@@ -269,6 +270,11 @@ class Provider(SettingsClass):
         "batches, vector_stores and every other path of the API",
         False,
     )
+    pass_paths: tuple[str, ...] = setting(
+        list_of(passed_path),
+        "paths below /v1, with all below them, that are passed on for every key: decisions, videos",
+        (),
+    )
     http_client: HttpClient = group(HttpClient)
 
     def __post_init__(self) -> None:
@@ -467,6 +473,8 @@ def _broken_members(llm: Llm, path: tuple[str | int, ...], one: Group) -> Iterat
                 yield at, f"{entry.written} is a group, a member with `choose: ordered` only"
             elif entry.max_context is not None:
                 yield at, f"{entry.written} is a group, whose members have a max_context each"
+            elif entry.input_modalities or entry.output_modalities:
+                yield at, f"{entry.written} is a group, whose members have modalities each"
             asked = entry.written, ""
         elif provider is None:
             known = llm.providers

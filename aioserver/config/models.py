@@ -34,6 +34,8 @@ MAX_MEMBERS = 64
 MAX_DEPTH = 8
 ORDERED, LEAST_BUSY, WEIGHTED = "ordered", "least_busy", "weighted"
 PREFIX = "prefix"
+# Kinds of input and output, as OpenRouter names them.
+MODALITIES = ("text", "image", "file", "audio", "video")
 # What happens to requests for a model that no provider has.
 PASS, REFUSE = "pass", "refuse"
 
@@ -57,6 +59,16 @@ class Member(SettingsClass):
         optional(count),
         "tokens of prompt that it takes; a prompt that is certainly longer goes to another member; null: not known",
         None,
+    )
+    input_modalities: tuple[str, ...] = setting(
+        list_of(one_of(*MODALITIES)),
+        "what a prompt may have, for GET /v1/models alone; empty: not known",
+        (),
+    )
+    output_modalities: tuple[str, ...] = setting(
+        list_of(one_of(*MODALITIES)),
+        "what an answer may have, for GET /v1/models alone; empty: not known",
+        (),
     )
 
     @property

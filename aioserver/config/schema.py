@@ -72,9 +72,9 @@ class Faults(vol.MultipleInvalid):
 
 
 class WrongShape(vol.Invalid):
-    """Another value where a list or a section of keys belongs.
+    """A value that is not the list, or the section of keys, that was expected.
 
-    *written* is how to write that in one line.
+    *written* shows how to write the list or the section in one line.
     """
 
     def __init__(self, message: str, written: str) -> None:
@@ -345,7 +345,7 @@ def _reworded(error: vol.Invalid, cls: type[Any]) -> vol.Invalid:
         elif word != key and (place := word if word in known else _path(cls, word)) is not None:
             hint = f"write {place}"
         elif (inner := _inside(cls, key)) is not None:
-            hint = f"it belongs into {inner}: indent it further, below that key"
+            hint = f"it belongs in {inner}: indent it further, below that key"
         elif meant is not None:
             hint = f"did you mean {meant}?"
         else:

@@ -115,6 +115,10 @@ CLOSED, OPEN = "closed", "open"
 MAX_HOOKS = 4
 
 
+# The budgets of a caller for periods of the calendar, the shortest first.
+CALENDAR = ("tokens_per_day", "tokens_per_week", "tokens_per_month")
+
+
 class Limits(SettingsClass):
     """The limits of one caller."""
 
@@ -139,6 +143,16 @@ class Limits(SettingsClass):
     tokens_per_day: int = setting(
         count_or_0,
         "the same for a day from 00:00 UTC; >= tokens_per_minute; 0: no budget",
+        0,
+    )
+    tokens_per_week: int = setting(
+        count_or_0,
+        "the same for a week from Monday; 0: no budget",
+        0,
+    )
+    tokens_per_month: int = setting(
+        count_or_0,
+        "the same for a month of the calendar; 0: no budget",
         0,
     )
     queue_size: int = setting(
@@ -185,10 +199,14 @@ class Limits(SettingsClass):
         return inf if self.expires is None else datetime.fromisoformat(self.expires).timestamp()
 
     def __post_init__(self) -> None:
-        message = f"must be 0 or >= tokens_per_minute ({self.tokens_per_minute}), not "
         broken: list[BrokenRule] = []
-        if 0 < self.tokens_per_day < self.tokens_per_minute:
-            broken.append((("tokens_per_day",), f"{message}{self.tokens_per_day}"))
+        shorter, least = "tokens_per_minute", self.tokens_per_minute
+        for name in CALENDAR:
+            if limit := getattr(self, name):
+                if limit < least:
+                    message = f"must be 0 or >= {shorter} ({least}), not {limit}"
+                    broken.append(((name,), message))
+                shorter, least = name, limit
         if self.models == ():
             broken.append(
                 (("models",), "needs a name (without this list the caller may ask for all)")
@@ -382,6 +400,11 @@ class Tracing(SettingsClass):
         line,
         "`service.name` of the spans, by which a tracing system lists this server",
         "aioserver",
+    )
+    gen_ai_metrics: bool = setting(
+        boolean,
+        "/metrics has those of OpenTelemetry's conventions for generative AI, too",
+        False,
     )
 
 

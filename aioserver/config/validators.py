@@ -28,7 +28,7 @@ from aioserver.config.schema import (
     refuse,
     show,
 )
-from aioserver.protocol import addresses
+from aioserver.protocol import addresses, passable
 from aioserver.protocol.request_headers import CREDENTIALS, NEVER_PASSED, TRACE_HEADERS
 
 if TYPE_CHECKING:
@@ -369,6 +369,12 @@ python_class = text(
     shown=True,
 )
 header = text("header name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "the name of an HTTP header")
+passed_path = text(
+    "path below /v1",
+    passable.OPENED,
+    "a path of OpenAI's API below /v1, as videos, that this server does not answer itself",
+    shown=True,
+)
 passed_header = Validator("header name", _passed_header, json=header.json)
 digest = text("SHA-256 in hex", r"[0-9A-Fa-f]{64}", "64 hexadecimal digits", masked=True)
 secret = Validator("secret", _secret, json=matching(r"[\x21-\x7e]+"))

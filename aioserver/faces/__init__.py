@@ -2,15 +2,16 @@
 
 A *face* is a protocol that we show to clients: WebSocket, SSE, and OpenAI's API in two files. A
 *wing*, a feature that the core does not need, may bring a face of its own. The operating pages,
-the session of a browser and the web pages are handlers like theirs. Each file has
-`routes(context)`, whose handlers are bound to the *context*: the objects of the server that a face
-may use.
+the session of a browser and the web pages, whose files are `assets`, are handlers like theirs.
+Each file has `routes(context)`, whose handlers are bound to the *context*: the objects of the
+server that a face may use.
 
 *Admission* bounds how many connections are open at once. A handler first *prepares*: it reads the
 request and checks it, while a *hold* counts the bytes of its body. Then it *enters*: it gets a
 *place*, or queues for one. With its place it *serves*. A WebSocket queues for its place after its
 handshake, the *upgrade* of its connection, and keeps it until it closes; an *idle* one may have to
-give way. The *intake* of a body bounds how much of it is in memory.
+give way. The *intake* of a body bounds how much of it is in memory; *client messages* are counted
+on a WebSocket, frame by frame.
 
 Beyond our own faces, other paths below `/v1` *pass through* to a provider. *Polling* is to ask now
 and then how far an answer is. The operating pages tell the *status* of the server.

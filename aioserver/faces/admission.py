@@ -9,7 +9,7 @@ out of a handler gives the place back, once, and not before its response is in t
 An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
 WebSocket has to go on reading while it waits, so it waits in a task of its own (upgrade.py).
 
-This file is one concept: a place, and what is counted with it from its request to its end.
+This file is one concept: a place, and all counts that change with it from a request to its end.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ REFUSAL_LINES_PER_SECOND = 1
 NOTHING: AbstractContextManager[object] = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
-# What an instance answers to a request that another one has passed on: in front of its response
-# once it has the answer (RFC 2518, 10.1), and if it does not have it (RFC 9110, 15.5.20).
+# The statuses by which an instance answers a request that another one has passed on. The first
+# stands in front of the response, and says that the answer is here (RFC 2518, 10.1); the second
+# says that it is not (RFC 9110, 15.5.20).
 ACCEPTED, MISDIRECTED = b"HTTP/1.1 102 Processing\r\n\r\n", 421
-# Owners of an answer that are asked for it, one after the other, each having lost it.
+# The most owners that are asked for one answer, one after the other, if each has lost it.
 MAX_OWNERS = 3
 # The class of requests that wait for the limits of their keys, and whose places others use
 # meanwhile. They may fill half of the queue, go before new connections, and wait until their keys
@@ -579,8 +580,8 @@ def counted(
     the refusal is raised: a plain 503 or 429. *broken* renders an error behind the last events of
     an answer that another instance has broken off; b"": there is no such event.
 
-    A request whose answer is elsewhere is passed on, once it has its place here. One that another
-    instance has passed on needs no place: it has one there.
+    A request whose answer is elsewhere is passed on, once it has its place here. A request that
+    another instance has passed on needs no place here, since it has one there.
     """
     meter = admission.metrics.faces[face]
 
@@ -635,7 +636,7 @@ def counted(
         try:
             return await prepare(request, hold)
         except Elsewhere as elsewhere:
-            # Its frames have the body, while an answer is passed on.
+            # The frames of the traceback would keep the body while the answer is passed on.
             forget_frames(elsewhere)
             return elsewhere
 
@@ -646,7 +647,7 @@ def counted(
             except (StreamNotFound, Elsewhere):
                 return web.Response(status=MISDIRECTED)
             if ASKED not in request:
-                # Nobody passes on what has no id.
+                # No instance passes on a request without an id.
                 return web.Response(status=MISDIRECTED)
             if request.transport is not None:
                 request.transport.write(ACCEPTED)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from aioserver.errors import AioserverError
+    from aioserver.gateway.groups import Modalities
     from aioserver.limits.quota import Quota
     from aioserver.providers.request import Api
 
@@ -47,21 +48,34 @@ class Form:
         """Return the headers that report the limits of a key with budgets."""
         limit, left, reset = quota.starts
         headers = _limit_headers("requests", limit, left, reset)
-        for name, budget in zip(("tokens", "tokens-day"), quota.budgets().values(), strict=False):
+        for number, (setting, budget) in enumerate(quota.budgets().items()):
+            # The shortest period is the limit of which SDKs know.
+            name = f"tokens-{setting.removeprefix('tokens_per_')}" if number else "tokens"
             headers |= _limit_headers(name, budget.limit, budget.remaining, budget.reset)
         return headers
 
     def model(
-        self, name: str, owner: str, context: int | None, *, simulated: bool
+        self,
+        name: str,
+        owner: str,
+        context: int | None,
+        modalities: Modalities,
+        *,
+        simulated: bool,
     ) -> dict[str, Any]:
         """Return the model *name* of *owner*, which leads to a provider that may be *simulated*, and
         takes *context* tokens of prompt; None: their number is not known.
         """
         entry: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": owner}
-        # These fields are not OpenAI's. The first is OpenRouter's, which agents read; by the second
-        # the chat page says that no real model answers.
+        # These fields are not OpenAI's. The first two are OpenRouter's, which agents read; by the
+        # last one the chat page says that no real model answers.
         if context is not None:
             entry["context_length"] = context
+        architecture = {
+            f"{way}_modalities": kinds for way, kinds in modalities._asdict().items() if kinds
+        }
+        if architecture:
+            entry["architecture"] = architecture
         if simulated:
             entry["simulated"] = True
         return entry

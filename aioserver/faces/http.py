@@ -1,4 +1,6 @@
-"""What the HTTP handlers share: the id of a request, writing an error, announcing an end."""
+"""The common parts of the HTTP handlers: the id of a request, writing an error,
+announcing an end.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import ModelNotFound
+from aioserver.gateway.groups import Modalities
 from aioserver.provider_errors import NoProvider
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
 # The owner that is shown for the names of `llm.models`.
 OURS = "aioserver"
-# The context that clients hear of a simulated model. It takes a prompt of any length, but without
-# one agents take a model for one of a million tokens.
+# What clients hear of a simulated model, which takes a prompt of any length: without a context some
+# agents take a model for one of a million tokens.
 SIMULATED_CONTEXT = 200_000
+SIMULATED_MODALITIES = Modalities(("text", "image"), ("text",))
 
 
 async def listing(context: Context, request: web.Request) -> web.Response:
@@ -46,9 +48,13 @@ async def listing(context: Context, request: web.Request) -> web.Response:
 
 def _model(form: Form, route: Route, name: str, owner: str | None) -> dict[str, Any]:
     """Return the entry of the model *name*, which *route* leads to."""
-    settings = route.provider.settings
-    context = route.group.max_context or (SIMULATED_CONTEXT if settings.simulated else None)
-    return form.model(name, owner or settings.name, context, simulated=settings.simulated)
+    settings, group = route.provider.settings, route.group
+    context, modalities = group.max_context, group.modalities
+    if settings.simulated:
+        context = context or SIMULATED_CONTEXT
+        modalities = modalities if any(modalities) else SIMULATED_MODALITIES
+    owner = owner or settings.name
+    return form.model(name, owner, context, modalities, simulated=settings.simulated)
 
 
 async def model(context: Context, request: web.Request) -> web.Response:

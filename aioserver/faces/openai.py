@@ -3,9 +3,9 @@
 The body is passed on as it came, with two exceptions: `model` is replaced if it names a provider,
 and a lone surrogate is replaced by U+FFFD. The provider's events come back byte for byte, each as
 soon as it arrives. The head of a streamed answer is sent with the provider's first bytes, so that
-a fault before them has its HTTP status; after `ping_interval` of silence it is sent alone, and
-heartbeat comments follow. A fault after the head is one error event, then the end: an answer never
-ends silently, and never with a false `[DONE]`.
+a fault before them has its HTTP status. After `ping_interval` of silence the head is sent alone,
+and heartbeat comments follow. A fault after the head is one error event, then the end: an answer
+never ends silently, and never with a false `[DONE]`.
 """
 
 from __future__ import annotations

@@ -97,12 +97,16 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     passage = passable.passage(path)
     if passage is None or request.method not in passage.methods or not passable.sound_query(query):
         raise web.HTTPNotFound
-    if passage is not Passage.EVERY_KEY:
+    closed = passage is not Passage.EVERY_KEY
+    openers = _openers(context, path) if closed else []
+    if closed and not openers:
         _check_admin(context, request, path)
     pace = ClientPace()
     upload, body = await _take_body(context, request, hold, pace)
     model = body.model if body is not None else None
     provider = request.headers.get(PROVIDER)
+    if model is None and provider is None and openers:
+        provider = openers[0]
     caller = caller_of(request, None if body is None else body.user)
     written = b"{}" if body is None else body.data
     unread = model is None
@@ -110,14 +114,17 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     # Members of a group get their own models, whether the body or the header named the group.
     name = provider if provider in context.router.groups else route.group.name
     by_group = bool(name)
-    if passage is not Passage.EVERY_KEY and by_group:
+    if closed and by_group:
         raise InvalidRequest(
             f"/v1/{path} belongs to one provider's account, and {name} may have several: "
             f"name the provider in {PROVIDER}"
         )
-    if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
-        raise NotFound(_closed(path, route.provider.name))
-    if passage is not Passage.EVERY_KEY:
+    opened = route.provider.name in openers
+    if closed and not opened:
+        if not route.provider.settings.account_paths:
+            raise NotFound(_closed(path, route.provider.name))
+        _check_admin(context, request, path)
+    if closed and (not opened or passable.names_account(path)):
         # An account's object, such as the file of a batch, names models inside, which are not
         # checked here.
         context.router.route(None, route.provider.name, caller=caller, unread=True)
@@ -222,6 +229,17 @@ def _path(request: web.Request) -> tuple[str, str]:
     return url.raw_path.removeprefix(API), url.raw_query_string
 
 
+def _openers(context: Context, path: str) -> list[str]:
+    """Return the providers that have opened *path* to every key, the active one first."""
+    active = context.router.active.name
+    names = [
+        name
+        for name, provider in context.router.providers.items()
+        if passable.below(path, provider.settings.pass_paths)
+    ]
+    return sorted(names, key=active.__ne__)
+
+
 def _check_admin(context: Context, request: web.Request, path: str) -> None:
     """Refuse a path that names objects of a provider's account, unless a provider shares them and
     the caller may use them.
@@ -250,7 +268,7 @@ def _closed(path: str, provider: str) -> str:
     """Return the message for a *path* of the account of a *provider* without `account_paths`."""
     return (
         f"/v1/{path.partition('/')[0]} belongs to the provider's account: "
-        f"it is passed on if llm.providers.{provider}.account_paths is true"
+        f"it is passed on if llm.providers.{provider}.account_paths is true, or pass_paths has it"
     )
 
 

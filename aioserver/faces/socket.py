@@ -185,8 +185,8 @@ class Socket(ABC):
         self._unreadable = False
         self._refused_closing = False
         self._close_code = ABNORMAL_CLOSURE
-        # Runs until the key or token of the caller has expired, and then until answers have to be
-        # over.
+        # The timer of the moment at which the caller's key or token expires, and then of the
+        # moment at which its answers must have ended.
         self._expiry: asyncio.TimerHandle | None = None
         self.admit(caller)
         context.wheel.add(self, settings.websocket.ping_interval)

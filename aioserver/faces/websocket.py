@@ -48,9 +48,9 @@ def routes(context: Context) -> list[web.RouteDef]:
 class ChatSocket(Socket):
     """One client's socket on this face.
 
-    Always: the writer follows the streams in `_following`, and passes the answers of other
-    instances on that are there, and other instances are asked for the ids in `_asking`: at most
-    MAX_ANSWERS in all. Commands of one id are carried out in order.
+    Always: the writer follows the streams in `_following`, and passes on the answers of other
+    instances in it. Other instances are asked for the ids in `_asking`. Both together have at most
+    MAX_ANSWERS. Commands of one id are carried out in order.
     """
 
     __slots__ = ("_asking", "_conversation", "_following", "_visits")
@@ -295,7 +295,7 @@ class ChatSocket(Socket):
         try:
             await super().finish()
         finally:
-            # Only answers that had not ended are left: what reads them refers to this socket.
+            # Only answers that had not ended are left: their readers refer to this socket.
             for request_id in tuple(self._following):
                 self._leave(request_id)
             for cursor in tuple(self._visits or ()):

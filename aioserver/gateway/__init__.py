@@ -13,8 +13,8 @@ a client reads it. A request whose id is known gets the stream that is there alr
 neither: without streaming, if no client can come back for the answer, the handler's task waits for
 it.
 
-The gateway knows what wings add here by the *contracts* alone, which have a folder of their own.
-*Bridging* makes *bridged* attempts: their request is translated, since the provider has chat
+The gateway knows the additions of wings by the *contracts* alone, which have a folder of their
+own. *Bridging* makes *bridged* attempts: their request is translated, since the provider has chat
 completions only. A streamed attempt may ask for *stream usage* that its client has not asked for.
 
 The producer has the router make *attempts*. The *candidates* of an attempt are the members that

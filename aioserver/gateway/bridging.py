@@ -1,11 +1,11 @@
 """Attempts whose request is translated to a chat completion, since their provider lacks the API,
-and what is learned about such providers.
+and the learned capabilities of such providers.
 
 Either a provider's settings or its answer can say that it lacks the API. If the path is missing,
 the attempt goes on at once, in the same place, with the request translated to a chat completion.
 If that is answered, the path counts as missing for five minutes after the newest such answer. A
-404 about a model proves nothing, since the path is there then. Nor does any 404 of a provider that
-has answered on the path within five minutes.
+404 about a model proves nothing, since the path is there then. A 404 also proves nothing if the
+provider has answered on the path within five minutes.
 
 Named refusals of an engine are learned, too: of a parameter that only the bridge has added, or of
 a bound of the answer that exceeds the context. The request is sent once more without it, at once

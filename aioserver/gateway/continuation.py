@@ -1,16 +1,17 @@
 """Continuation: another attempt generates the rest of an answer that broke off after text.
 
-    the fault            a break, no verdict: `breaks`
-    what was shown       text alone, perhaps after reasoning: `Transcript.text`
-    what was asked for   one choice of free text, without a message of the assistant at the end,
-                         which would be a beginning by the client itself: `continuable`
-    the readers          there is one, or one may come back
-    how often            MAX_HOPS attempts for one answer, a *hop* each
+The rest is requested if all of this holds:
 
-If all of these hold, the same provider is asked first, then the others of the request's order. A
-provider that has gone silent, or has broken off the rest as well, is asked last. Each is asked in
-its own *form*, the setting `continuation`, which says what follows the messages of the request
-(`continued`):
+    the fault      has broken the answer off, and is no verdict on the request: `breaks`
+    the answer     has shown text alone, perhaps after reasoning: `Transcript.text`
+    the request    asks for one choice of free text, and does not end with a message of the
+                   assistant, which would be a beginning by the client itself: `continuable`
+    the readers    there is one, or one may come back
+    the attempts   for the rest, a *hop* each, are at most MAX_HOPS
+
+The same provider is asked first, then the others of the request's order. A provider that has gone
+silent, or has broken off the rest as well, is asked last. Each is asked in its own *form*, the
+setting `continuation`, which says what follows the messages of the request (`continued`):
 
     prefill         the assistant's message so far
     prefix          the same, with `"prefix": true` in it
@@ -22,9 +23,9 @@ through the same sink, rewritten as the first answer would have gone on (protoco
 If a hop fails before any of its output was sent, the next provider is tried. When no provider is
 left, the answer ends with the fault that broke it.
 
-Where calls are held (providers/holding.py) and the client has seen nothing but reasoning, there is
-no text to continue: the request is sent again as it was, whatever the `continuation` of its
-provider is, and the new reasoning is dropped. Held events are no part of the text so far.
+Where calls are held (providers/holding.py) and the client has seen only reasoning, there is no
+text to continue. The request is then sent again as it was, with any setting of `continuation`, and
+the new reasoning is dropped. Held events are no part of the text so far.
 
 This file is one concept: which answers may be continued, in which form, and by which provider.
 """
@@ -94,7 +95,7 @@ if TYPE_CHECKING:
     # The providers that may be asked for an answer, in their order, with the model of each.
     Order = Sequence[tuple[Provider, str | None]]
 
-# Attempts at most that say the rest of one answer.
+# The most attempts to get the rest of one answer.
 MAX_HOPS = 2
 # The faults that break an answer off; a fault that is an event is excluded if it is a verdict.
 BREAKS = (
@@ -116,7 +117,7 @@ REFUSALS = frozenset({400, 404, 422, 501})
 
 
 class _Asked(msgspec.Struct, gc=False):
-    """What a request asks for, as far as it can forbid a continuation, or ask for JSON."""
+    """The members of a request that may forbid a continuation, or ask for JSON."""
 
     messages: Raw = ABSENT
     n: Raw = ABSENT
@@ -219,7 +220,7 @@ async def structured(body: bytes) -> bool:
             return True
         return not _asks_for_text(asked)
     except (InvalidRequest, orjson.JSONDecodeError):
-        # Its provider says what is wrong with it.
+        # Its provider will report the fault.
         return False
 
 
@@ -314,7 +315,7 @@ class Hop:
         broken: Provider,
     ) -> None:
         self.seam = seam
-        # Behind reasoning alone the whole turn is that of one attempt.
+        # If only reasoning was shown, this attempt gives the whole turn.
         self.earlier = Tokens(*stream.outcome.spent) if text else Tokens()
         self.rest = transcript.rest(self.earlier)
         # Whether any of the rest is shown, and how many events of text have come.
@@ -366,7 +367,7 @@ class SeamSink:
         self._hop = hop
         self._attempt = attempt
         self._sink = sink
-        # Parts that are fed are shown at once, or when the holding says so.
+        # The sink shows the parts that it is fed at once, unless the holding keeps them back.
         self._holding = attempt.holding
         self._splitter = eventstream.Splitter(max_bytes)
         # The number of events that have come.
@@ -391,7 +392,7 @@ class SeamSink:
         except (EventTooLong, BadEvent, ErrorEvent) as exc:
             raise event_fault(exc) from exc
         finally:
-            # What came before a fault passes, as if it had come in a read of its own.
+            # The events before a fault pass, as if they had come in a read of their own.
             if parts:
                 if self._holding is None:
                     self._hop.show(self._attempt)
@@ -434,7 +435,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
     former = ""
     while True:
         broken = outcome.provider, outcome.model, outcome.headers
-        # It must not lead back to the frames of the attempt, which lead to the body.
+        # Its traceback would keep the frames of the attempt, and with them the body.
         forget_frames(fault)
         text = await _text(request, stream, fault)
         last = isinstance(fault, ReadTimeout) or broken[0] == former
@@ -500,7 +501,9 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
 
 
 def remark(request: ProviderRequest, stream: Stream, data: bytes) -> None:
-    """Show *data*, a comment, to those who read *stream* as an event stream; it is no event."""
+    """Show *data*, a comment, to the readers that get *stream* as an event stream. A comment is
+    not an event.
+    """
     if request.reading is None:
         stream.forward(data, 0)
     else:
@@ -547,14 +550,14 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
         or not (stream.readers or stream.window > 0)
     ):
         return None
-    # The texts that the fast path has passed on come first.
+    # The transcript must include the texts that the fast path has passed on.
     stream.close_fast_path()
     text = transcript.text()
     if text is None or not provider_request.keeps_body:
         return None
     if not text and (provider_request.hold != CALLS or provider_request.choices > 1):
         return None
-    # It may have to wait for a place.
+    # The rest may have to wait for a place, and needs the body then.
     provider_request.need_body()
     if not text:
         return text
@@ -566,9 +569,9 @@ async def _text(request: Request, stream: Stream, fault: ProviderFault) -> str |
 def _candidates(
     order: Order, broken: str, *, last: bool, anew: bool
 ) -> list[tuple[Provider, str | None]]:
-    """Return the providers that are asked for the rest, in order. The one that has *broken* off the
-    answer is the first of them, or the *last*. *anew*: they are asked for the whole turn, which each
-    of them can give, and the same one only if it may be asked again at all.
+    """Return the providers that are asked for the rest, in order. The one that has *broken* off
+    the answer is the first of them, or the *last*. *anew*: they are asked for the whole turn. Each
+    provider can give that, and the same one is asked only if its settings allow retries.
     """
     able = [
         (provider, model)

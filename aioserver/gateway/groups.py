@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from operator import attrgetter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
@@ -48,6 +48,13 @@ class Waiting(Protocol):
         """Wait for new members of the group as well, and no longer for removed members."""
 
 
+class Modalities(NamedTuple):
+    """What a prompt and an answer of a model may have, as OpenRouter names it; empty: not known."""
+
+    input: Sequence[str] = ()
+    output: Sequence[str] = ()
+
+
 class Member(msgspec.Struct, eq=False):
     """One provider of a group, and the model that it is asked for; None: the provider's model.
 
@@ -65,6 +72,7 @@ class Member(msgspec.Struct, eq=False):
     model: str | None = None
     weight: int = 1
     max_context: int | None = None
+    modalities: Modalities = Modalities()
     starts: int = 0
     started_at: float = 0.0
     credit: int = 0
@@ -158,6 +166,7 @@ class Group:
             member.marks = self._marks
             member.model, member.factor = new.model, new.factor
             member.weight, member.max_context = new.weight, new.max_context
+            member.modalities = new.modalities
             kept.append(member)
         self._parts, self.choose, self.affinity = kept, choose, affinity
         members: dict[tuple[Provider, str], Member] = {}
@@ -206,6 +215,14 @@ class Group:
                 return None
             most = max(most, member.max_context)
         return most or None
+
+    @property
+    def modalities(self) -> Modalities:
+        """What a prompt and an answer of every member may have."""
+        return Modalities(
+            _common([member.modalities.input for member in self.members]),
+            _common([member.modalities.output for member in self.members]),
+        )
 
     def usable(self, api: Api, *, one_model: bool = False) -> list[Member]:
         """Return the members that can serve a request of *api*, in order.
@@ -341,3 +358,8 @@ def well(member: Member) -> bool:
     accepted.
     """
     return member.provider.health.well
+
+
+def _common(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Return what all of *lists* have; nothing if one of them is empty."""
+    return [each for each in lists[0] if all(each in other for other in lists)] if lists else []

@@ -39,7 +39,7 @@ class Prompt:
 
     *conversation_id* is None if it belongs to no conversation.
 
-    Always: *reading* belongs to *request*, and so has the text that came so far.
+    Always: *reading* is that of *request*, and has the text that came so far.
 
     *late* loads the history, if that has to be done first, and returns the question's handle in
     the storage. *sent* holds the sizes of the messages and options that were sent, as soon as they

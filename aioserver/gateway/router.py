@@ -39,7 +39,7 @@ from aioserver.gateway.affinity import Affinity
 from aioserver.gateway.attempts import Attempts
 from aioserver.gateway.candidates import Candidates
 from aioserver.gateway.continuation import say_rest, structured
-from aioserver.gateway.groups import Group, Member
+from aioserver.gateway.groups import Group, Member, Modalities
 from aioserver.gateway.request import Route
 from aioserver.protocol.model_body import check_sole
 from aioserver.protocol.request_headers import CALLS
@@ -140,7 +140,8 @@ class Router:
                 parts.append(self._group(llm.aliased(inner), made))
                 continue
             provider, weight = self.providers[entry.provider], entry.weight or 1
-            parts.append(Member(provider, entry.model, weight, entry.max_context))
+            modalities = Modalities(entry.input_modalities, entry.output_modalities)
+            parts.append(Member(provider, entry.model, weight, entry.max_context, modalities))
         group = self.groups.get(name)
         if group is None or group.name != name:
             group = Group(name, parts, configured.choose, configured.affinity)

@@ -16,9 +16,9 @@ The *fair queue* decides which ticket is next: classes by their weights, then ca
 that they have had, then the *flows* of a caller, its users.
 
 A key is a resource whose rate counts starts and tokens: its *quota*. The tokens that it may spend
-in a minute and in a day are its *budget*, from which an *estimate* is reserved before the start. A
-rate of starts follows GCRA: two starts are an *interval* apart, and a *tolerance* allows a *burst*
-after a rest.
+in a minute, and in *periods* of the calendar (a day, a week, a month), are its *budget*, from which
+an *estimate* is reserved before the start. A rate of starts follows GCRA: two starts are an
+*interval* apart, and a *tolerance* allows a *burst* after a rest.
 
 A *supply* owns the capacity of a resource that several processes share. While no supply divides
 it, each process has a *fixed share*. *Shares* bound how much of a common store each owner fills.

@@ -1,33 +1,40 @@
-"""The tokens that one key may use in a minute and in a day.
+"""The tokens that one key may use in a minute, in a day, in a week and in a month.
 
 Tokens are reserved by an estimate before a request starts, and corrected once the cost of its
-attempts is known. Both budgets are checked before either is charged, in one step of the event
-loop, so that a refusal charges nothing.
+attempts is known. All budgets are checked before any is charged, in one step of the event loop, so
+that a refusal charges nothing.
 
     minute   a GCRA (ITU-T I.371) whose unit is a token: a bucket that drains evenly, and holds a
              whole minute's tokens. After a rest a minute's tokens may be used at once; there is no
              edge at which a second burst starts
-    day      a count from 00:00 UTC. If the clock goes back to an earlier day, the count goes on
-             as it was on that day: a clock that was wrong for a moment neither brings a second
-             budget nor takes one away
+    day      a count from 00:00 UTC; that of a week is from Monday (ISO 8601), that of a month from
+    week     its first day. If the clock goes back to an earlier period, the count goes on as it was
+    month    in that period. So a clock that was wrong for a moment neither brings a second budget
+             nor takes one away
 
 A settled reservation returns to the bucket only the tokens that are still in it; the oldest tokens
 drain first. Otherwise a long answer that cost nothing would return tokens that have drained
 already, and the tokens of other requests would be undercounted.
+
+This file is one concept: a reservation is counted in all budgets of its key, or in none.
 """
 
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-MINUTE, DAY = 60.0, 86400
+MINUTE, DAY, WEEK = 60.0, 86400, 7 * 86400
 PER_MINUTE, PER_DAY = "tokens_per_minute", "tokens_per_day"
-# Days whose counts are remembered, for a clock that is set back.
-MAX_DAYS = 4
+PER_WEEK, PER_MONTH = "tokens_per_week", "tokens_per_month"
+# The first Monday was the fourth day after 1970-01-01.
+MONDAY = 4 * DAY
+# Periods whose counts are remembered, for a clock that is set back.
+MAX_PERIODS = 4
 # Tokens that may be missing by the rounding of sums: a client that comes back after exactly the
 # delay of its refusal is not refused again.
 ROUNDING = 1e-6
@@ -70,15 +77,14 @@ class _Slot(NamedTuple):
 class _Minute:
     """The bucket of a minute.
 
-    Always: `0 <= _drained <= _charged`; what is between the two is in the bucket.
+    Always: `0 <= _drained <= _charged`; the tokens between the two are in the bucket.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float]) -> None:
         self.limit = limit
         self._clock = clock
         self._then = clock()
-        # The tokens that were ever put in, less those that were given back; and those that have
-        # drained.
+        # All tokens that were put in, less the returned ones; and all tokens that have drained.
         self._charged = self._drained = 0.0
         # The tokens that were ever given back.
         self._returned = 0.0
@@ -137,8 +143,61 @@ class _Minute:
         )
 
 
-class _DayCount:
-    """The tokens that are used and reserved on one day, and how many of them are reserved."""
+def day_at(number: int) -> int:
+    """Return when the day *number*, counted from 1970-01-01, begins, in seconds since then."""
+    return number * DAY
+
+
+def week_at(number: int) -> int:
+    """Return when the week *number* begins, on a Monday; week 0 is the first whole one of 1970."""
+    return MONDAY + number * WEEK
+
+
+def month_at(number: int) -> int:
+    """Return when the month *number* begins; month 1 is January of the year 1."""
+    year, month = divmod(number - 1, 12)
+    return int(datetime(year + 1, month + 1, 1, tzinfo=UTC).timestamp())
+
+
+def day_of(now: float) -> int:
+    """Return the number of the day of *now*, which is in seconds since 1970."""
+    return int(now // DAY)
+
+
+def week_of(now: float) -> int:
+    """Return the number of the week of *now*."""
+    return int((now - MONDAY) // WEEK)
+
+
+def month_of(now: float) -> int:
+    """Return the number of the month of *now*."""
+    date = datetime.fromtimestamp(now, UTC)
+    return 12 * (date.year - 1) + date.month
+
+
+class Period(NamedTuple):
+    """A kind of period of the calendar, in UTC: the *setting* with its limit; `number_of(now)` is the
+    number of the period at that time, and `begins(number)` the time at which a period begins.
+    """
+
+    setting: str
+    number_of: Callable[[float], int]
+    begins: Callable[[int], int]
+
+    def since(self, now: float) -> int:
+        """Return when the period of *now* began."""
+        return self.begins(self.number_of(now))
+
+
+PERIODS = (
+    Period(PER_DAY, day_of, day_at),
+    Period(PER_WEEK, week_of, week_at),
+    Period(PER_MONTH, month_of, month_at),
+)
+
+
+class _Count:
+    """The tokens that are used and reserved in one period, and how many of them are reserved."""
 
     __slots__ = ("count", "reserved")
 
@@ -146,93 +205,91 @@ class _DayCount:
         self.count, self.reserved = count, 0
 
 
-class _Day:
-    """The counts of the days that the clock has shown most recently.
+class _Calendar:
+    """The counts of the days, weeks or months that the clock has shown most recently.
 
-    Always: tokens that were reserved on one day count on that day alone, however their request
-    ends.
+    Always: tokens that were reserved in one period count in that period alone, however their
+    request ends.
     """
 
-    def __init__(self, limit: int, wall_clock: Callable[[], float]) -> None:
-        self.limit = limit
+    def __init__(self, period: Period, limit: int, wall_clock: Callable[[], float]) -> None:
+        self.period, self.limit = period, limit
         self._wall_clock = wall_clock
-        # The day by its number, counted from 1970.
-        self._number = int(wall_clock() // DAY)
-        # Counts by the number of the day; the day that was begun last comes last.
-        self._counts = {self._number: _DayCount()}
+        self._enter(period.number_of(wall_clock()))
+        # Counts by the number of the period; the one that was begun last comes last.
+        self._counts = {self._number: _Count()}
+
+    def _enter(self, number: int) -> None:
+        self._number = number
+        self._begin, self._end = self.period.begins(number), self.period.begins(number + 1)
 
     def _turn(self) -> float:
-        """Turn to the current day; return the seconds until the next one."""
+        """Turn to the current period; return the seconds until the next one."""
         now = self._wall_clock()
-        number = int(now // DAY)
-        if number != self._number:
+        if not self._begin <= now < self._end:
+            number = self.period.number_of(now)
             if number not in self._counts:
-                # The clock was ahead until now: tokens that were used then were used on this day.
-                used = self._today.count if number < self._number else 0
-                self._counts[number] = _DayCount(used)
-                if len(self._counts) > MAX_DAYS:
+                # The clock was ahead until now: tokens that were used then were used in this period.
+                used = self._current.count if number < self._number else 0
+                self._counts[number] = _Count(used)
+                if len(self._counts) > MAX_PERIODS:
                     del self._counts[next(iter(self._counts))]
-            self._number = number
-        return (number + 1) * DAY - now
+            self._enter(number)
+        return self._end - now
 
     @property
-    def _today(self) -> _DayCount:
+    def _current(self) -> _Count:
         return self._counts[self._number]
 
     def shortage(self, tokens: int) -> Shortage | None:
         """Return the shortage for a request of *tokens*, None if it fits."""
-        rest, used = self._turn(), self._today.count
+        rest, used = self._turn(), self._current.count
         if used + min(tokens, self.limit) <= self.limit:
             return None
-        return Shortage(PER_DAY, self.limit, used, tokens, rest)
+        return Shortage(self.period.setting, self.limit, used, tokens, rest)
 
-    def reserve(self, tokens: int) -> tuple[int, _DayCount]:
-        """Reserve *tokens*; return the tokens reserved, and the day."""
+    def reserve(self, tokens: int) -> tuple[int, _Count]:
+        """Reserve *tokens*; return the tokens reserved, and the count of the period."""
         self._turn()
-        tokens, today = min(tokens, self.limit), self._today
-        today.count += tokens
-        today.reserved += tokens
-        return tokens, today
-
-    def settle(self, reserved: tuple[int, _DayCount], tokens: int) -> None:
-        """Replace what was *reserved* by the real cost, *tokens*."""
-        estimate, day = reserved
-        day.reserved -= estimate
-        day.count += tokens - estimate
+        tokens, current = min(tokens, self.limit), self._current
+        current.count += tokens
+        current.reserved += tokens
+        return tokens, current
 
     def begin(self, used: int) -> None:
-        """Count at least *used* tokens for today."""
+        """Count at least *used* tokens in the current period."""
         self._turn()
-        self._today.count = max(self._today.count, used)
+        self._current.count = max(self._current.count, used)
 
     def state(self) -> BudgetState:
-        rest, today = self._turn(), self._today
+        rest, current = self._turn(), self._current
         return BudgetState(
             self.limit,
-            today.count - today.reserved,
-            today.reserved,
-            max(0, self.limit - today.count),
-            rest if today.count else 0.0,
+            current.count - current.reserved,
+            current.reserved,
+            max(0, self.limit - current.count),
+            rest if current.count else 0.0,
         )
 
 
 class Reservation:
     """The tokens that one request has reserved; the first of `settle` and `release` counts."""
 
-    __slots__ = ("_budget", "_day", "_minute", "tokens")
+    __slots__ = ("_budget", "_counted", "_minute", "tokens")
 
     def __init__(self, budget: Budget, tokens: int) -> None:
         self.tokens = tokens
         self._budget: Budget | None = budget
         self._minute: tuple[_Minute, _Slot] | None = None
-        self._day: tuple[_Day, tuple[int, _DayCount]] | None = None
+        # What is reserved in periods of the calendar.
+        self._counted: list[tuple[int, _Count]] = []
 
-    def take(self, minute: _Minute | None, day: _Day | None) -> None:
+    def take(self, minute: _Minute | None, calendars: tuple[_Calendar, ...]) -> None:
         """Reserve its tokens in these budgets."""
         if minute is not None:
             self._minute = minute, minute.reserve(self.tokens)
-        if day is not None:
-            self._day = day, day.reserve(self.tokens)
+        for calendar in calendars:
+            self._counted.append(calendar.reserve(self.tokens))
 
     def settle(self, tokens: int) -> None:
         """Replace the reservation by the real cost, *tokens*, since the request has ended."""
@@ -242,9 +299,9 @@ class Reservation:
         if self._minute is not None:
             minute, slot = self._minute
             minute.settle(slot, tokens)
-        if self._day is not None:
-            day, reserved = self._day
-            day.settle(reserved, tokens)
+        for estimate, count in self._counted:
+            count.reserved -= estimate
+            count.count += tokens - estimate
         budget.reserved -= self.tokens
 
     def release(self) -> None:
@@ -253,10 +310,11 @@ class Reservation:
 
 
 class Budget:
-    """The tokens that one key may use in a minute and in a day; a limit of 0 bounds nothing.
+    """The tokens that one key may use in a minute, and in a day, a week and a month; a limit of 0
+    bounds nothing.
 
     Always: `reserved` is the sum of the estimates of the requests that have reserved and not
-    ended. Tokens used and reserved fit both budgets, except where requests have cost more than
+    ended. Tokens used and reserved fit every budget, except where requests have cost more than
     their estimates, or limits were lowered since. An estimate above a whole budget counts as that
     budget, so that the request starts once nothing of it is used.
 
@@ -269,16 +327,22 @@ class Budget:
         per_day: int = 0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        *,
+        per_week: int = 0,
+        per_month: int = 0,
     ) -> None:
         # Whether there is any limit.
         self.limited = False
         self.reserved = 0
         self._clock, self._wall_clock = clock, wall_clock
         self._minute: _Minute | None = None
-        self._day: _Day | None = None
-        self.apply(per_minute, per_day)
+        # Those that have a limit, the shortest period first.
+        self._calendars: tuple[_Calendar, ...] = ()
+        self.apply(per_minute, per_day, per_week, per_month)
 
-    def apply(self, per_minute: int, per_day: int) -> None:
+    def apply(
+        self, per_minute: int, per_day: int = 0, per_week: int = 0, per_month: int = 0
+    ) -> None:
         """Set other limits; tokens that are used and reserved stay counted."""
         if not per_minute:
             self._minute = None
@@ -286,24 +350,27 @@ class Budget:
             self._minute = _Minute(per_minute, self._clock)
         else:
             self._minute.apply(per_minute)
-        if not per_day:
-            self._day = None
-        elif self._day is None:
-            self._day = _Day(per_day, self._wall_clock)
-        else:
-            self._day.limit = per_day
-        self.limited = per_minute > 0 or per_day > 0
+        known = {calendar.period: calendar for calendar in self._calendars}
+        calendars = []
+        for period, limit in zip(PERIODS, (per_day, per_week, per_month), strict=True):
+            if limit:
+                calendar = known.get(period) or _Calendar(period, limit, self._wall_clock)
+                calendar.limit = limit
+                calendars.append(calendar)
+        self._calendars = tuple(calendars)
+        self.limited = per_minute > 0 or bool(calendars)
 
     def take_over(self, old: Budget) -> None:
         """Continue the counts of *old* under our own limits; *old* settles its own reservations."""
-        minute, day = self._minute, self._day
-        self._minute, self._day = old._minute, old._day
-        self.apply(0 if minute is None else minute.limit, 0 if day is None else day.limit)
+        minute = 0 if self._minute is None else self._minute.limit
+        limits = {calendar.period: calendar.limit for calendar in self._calendars}
+        self._minute, self._calendars = old._minute, old._calendars
+        self.apply(minute, *(limits.get(period, 0) for period in PERIODS))
 
     @property
-    def counts_days(self) -> bool:
-        """Whether a day has a limit."""
-        return self._day is not None
+    def periods(self) -> Sequence[Period]:
+        """The periods of the calendar that have a limit."""
+        return [calendar.period for calendar in self._calendars]
 
     @property
     def whole(self) -> bool:
@@ -314,35 +381,38 @@ class Budget:
         """Return the shortage of the budget that delays a request of *tokens* longest, None if it
         can start now.
         """
-        minute = None if self._minute is None else self._minute.shortage(tokens)
-        day = None if self._day is None else self._day.shortage(tokens)
-        if minute is None or (day is not None and day.delay > minute.delay):
-            return day
-        return minute
+        longest = None if self._minute is None else self._minute.shortage(tokens)
+        for calendar in self._calendars:
+            shortage = calendar.shortage(tokens)
+            if shortage is not None and (longest is None or shortage.delay > longest.delay):
+                longest = shortage
+        return longest
 
     def reserve(self, tokens: int) -> Reservation:
-        """Reserve *tokens* in both budgets, whether they fit or not: call `shortage` first,
+        """Reserve *tokens* in all budgets, whether they fit or not: call `shortage` first,
         without an `await` between the two.
         """
         reservation = Reservation(self, tokens)
         self.reserved += tokens
         try:
-            reservation.take(self._minute, self._day)
+            reservation.take(self._minute, self._calendars)
         except BaseException:
             reservation.release()
             raise
         return reservation
 
-    def begin_day(self, used: int) -> None:
-        """Count at least *used* tokens, those in the ledger, for today."""
-        if self._day is not None:
-            self._day.begin(used)
+    def begin(self, used: Mapping[str, int]) -> None:
+        """Count at least the tokens *used* by the ledger in the current periods, by the names of
+        their settings.
+        """
+        for calendar in self._calendars:
+            calendar.begin(used.get(calendar.period.setting, 0))
 
     def states(self) -> dict[str, BudgetState]:
         """Return the states of the limited budgets, by the names of their settings."""
         states = {}
         if self._minute is not None:
             states[PER_MINUTE] = self._minute.state()
-        if self._day is not None:
-            states[PER_DAY] = self._day.state()
+        for calendar in self._calendars:
+            states[calendar.period.setting] = calendar.state()
         return states

@@ -28,7 +28,7 @@ ROUNDING = 0.002
 
 
 class Wait(NamedTuple):
-    """What a request waits for, in words, and an estimate of the wait in seconds."""
+    """The wait of a request: its object in words, and an estimate in seconds."""
 
     text: str
     eta: float = 0.0

@@ -46,8 +46,8 @@ LEAST_PER_BYTE, MOST_PER_BYTE = 1 / 16, 1.0
 # with a bound. The first burst of a new key must not be underestimated, and a bound that a client
 # always sends says little.
 UNBOUNDED, LARGEST_FIRST = 1000, 4096
-# The most tokens of a prompt: a body with a picture has far fewer than its bytes suggest. And the
-# most of an answer, whatever its request allows.
+# The most tokens of a prompt: a body with a picture has far fewer than its bytes suggest. The
+# second number is the most tokens of an answer, whatever its request allows.
 MAX_INPUT, MAX_ANSWER = 128_000, 1 << 40
 # The units of work of a request whose tokens cannot be estimated.
 UNKNOWN_WORK = 1000

@@ -8,9 +8,9 @@ ends. The counter that was served last is the *virtual time*. A caller that begi
 if its own counter is smaller, as in start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): it
 saves nothing up while it is away.
 
-    With N starts under way at most, U the dearest item (its work or its estimate) and E the
-    largest error of an estimate, two callers of one class that both wait throughout a span have
-    started work that differs by 2 (U + N E) at most, each divided by its weight.
+    Let N be the most starts under way, U the dearest item (its work or its estimate), and E the
+    largest error of an estimate. Two callers of one class that both wait throughout a span have
+    then started work that differs by 2 (U + N E) at most, each divided by its weight.
 
 The counters of two waiting callers are never further apart than U + N E: the larger one was the
 smaller when it was served last. Since then it has grown by one item, and both have been corrected.
@@ -115,7 +115,7 @@ class _Caller(_Counter, Generic[T]):
         flows.idle = len(flows.counters)
 
     def order(self) -> Iterator[tuple[T, int]]:
-        """Iterate over its items in their order, each with its work."""
+        """Iterate over its items in the order of service, each with its work."""
         ahead: dict[Hashable, int] = {}
         for _, _, item, flow, work in self.front:
             ahead[flow] = ahead.get(flow, 0) + work * LENGTH
@@ -130,7 +130,7 @@ class _Level(Generic[C]):
     """Counters by name; the smallest counter that waits is next.
 
     Always: `_heap` has a valid entry for each counter that waits; its other entries are stale, and
-    skipped. `virtual` never falls. At most MAX_STALE counters more than those that wait or run are
+    skipped. `virtual` never falls. Beside the counters that wait or run, at most MAX_STALE are
     known.
     """
 

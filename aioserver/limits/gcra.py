@@ -78,8 +78,9 @@ class Gcra:
     def apply(self, interval: float, tolerance: float, *, scale: float = 1.0) -> None:
         """Set another rate.
 
-        The time that is counted ahead of now is multiplied by *scale*: 1 keeps the seconds until
-        the next start, and the new interval divided by the old one keeps the number of starts.
+        The time that is counted ahead of now is multiplied by *scale*. A scale of 1 keeps the
+        seconds until the next start; the new interval divided by the old one keeps the number of
+        starts.
         """
         now = self._clock()
         if self._tat > now:

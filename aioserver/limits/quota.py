@@ -17,7 +17,7 @@ among the users of the key.
 This file is one concept: an answer is counted in all limits of its key, or in none.
 """
 
-# ruff: noqa: SLF001 - a quota and what is bound to it are one concept
+# ruff: noqa: SLF001 - a quota and the tasks bound to it are one concept
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MINUTE = 60.0
 # Seconds that a request may wait at its key: the timeout of the SDKs themselves.
 MAX_WAIT = 600.0
 REVOKED = "this API key is no longer valid"
-# What the rate returns for a start that has reserved no tokens.
+# The result of the rate for a start that has reserved no tokens.
 START = object()
 
 
@@ -73,7 +73,9 @@ class KeyRate:
         self.queued = False
 
     def delay(self, cost: int, ahead: int = 0) -> float:
-        """Return the seconds until a start of *cost* is allowed that has so many others *ahead*."""
+        """Return the seconds until a start of *cost*, with *ahead* other starts before it, is
+        allowed.
+        """
         starts = self.starts
         delay = starts.delay(ahead * starts.interval if self.queued else 0.0)
         if self.budget.limited and (shortage := self.budget.shortage(cost)) is not None:
@@ -161,7 +163,7 @@ class Quota:
         self.revoked = False
         # The tasks that are bound to the key, and the watcher of those that need an admin key.
         self._held: dict[asyncio.Task[object], object | None] = {}
-        # The cancelled ones among them, and the error that each of those raises instead.
+        # The cancelled tasks among them, each with the error that it raises instead.
         self._denials: dict[asyncio.Task[object], Denied] = {}
         self._use_queue(queue_size)
 

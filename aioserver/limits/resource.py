@@ -197,7 +197,8 @@ class Ticket(msgspec.Struct, eq=False):
     *kind* names its class. *work* is the estimate that is charged to its caller; 0: *estimate*
     returns it, and is called once a ticket waits. *arrived* is a time of the clock: a ticket that
     comes back stands where it would have stood. A ticket that *goes_on* continues an answer, and
-    may enter while a resource closes.
+    may enter while a resource closes. A *patient* one waits until its *deadline*, whatever the
+    resource says.
     """
 
     caller: Hashable = None
@@ -208,6 +209,7 @@ class Ticket(msgspec.Struct, eq=False):
     arrived: float = 0.0
     deadline: float = inf
     goes_on: bool = False
+    patient: bool = False
     estimate: Callable[[], int] | None = None
     # The grants that it holds.
     grants: dict[Grant, None] = msgspec.field(default_factory=dict)
@@ -599,9 +601,7 @@ class Resource:
         Raises:
             BaseException: made by *refuse*; it may not wait, or could not start in time.
         """
-        ticket, patience = bid.ticket, self.classes[bid.index].patience
-        if patience < inf:
-            patience *= self.queue_timeout
+        ticket, patience = bid.ticket, self.patience(bid.ticket, bid.index)
         if self.closed is not None and not (ticket.goes_on and self.finishes):
             raise self.closed()
         if ticket.deadline <= now:
@@ -622,6 +622,11 @@ class Resource:
             delay = max(delay, self.rate.delay(bid.cost, self.first_position(bid) - 1))
         if left < delay < inf:
             raise self.refusal(Reason.SLOW, bid, delay)
+
+    def patience(self, ticket: Ticket, index: int) -> float:
+        """Return the seconds for which *ticket* may wait here, in the class at *index*."""
+        patience = inf if ticket.patient else self.classes[index].patience
+        return patience * self.queue_timeout if patience < inf else inf
 
     def _no_wait(self, bid: Bid, seconds: float, patience: float) -> BaseException:
         if seconds <= 0 < patience:

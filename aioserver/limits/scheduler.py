@@ -5,10 +5,11 @@
                 ▲         │
                 └─ again ─┘      a retry, a failover, a provider that is away
 
-A request asks for its resources in order: first its key, whose grant it holds until its answer has
-ended; then any of the providers that may answer, whose grant it holds for one attempt. At each
-step it stands in the queues of all its bids, and leaves all of them at the moment at which it
-starts at one. A ticket that comes back keeps its first arrival, and the time that it has waited.
+A request asks for its resources in order. The first is its key, whose grant it holds until its
+answer has ended. Then it asks for any of the providers that may answer, and holds that grant for
+one attempt. At each step it stands in the queues of all its bids, and leaves all of them at the
+moment at which it starts at one. A ticket that comes back keeps its first arrival, and the time
+that it has waited.
 
 Nothing here blocks, and no call is re-entrant: resources whose queue has changed are noted, and
 served one after the other.
@@ -212,7 +213,9 @@ class Scheduler:
                     self._withdraw(bid, error)
 
     def recover(self, resource: Resource) -> None:
-        """Let parked tickets return to the queue of *resource* now, and of those within it."""
+        """Let parked tickets return now to the queue of *resource*, and to the queues of the
+        resources within it.
+        """
         parked = [each[2] for each in self._later if each[2].parked]
         for bid in parked:
             if _leads_to(bid, resource) and _comes(bid):
@@ -223,8 +226,8 @@ class Scheduler:
     def shut(
         self, resource: Resource, error: Callable[[], BaseException], *, finishes: bool = False
     ) -> None:
-        """Refuse all waiting and future tickets of *resource*, each with an error of its own; if
-        it *finishes* answers, except those that go on with one.
+        """Refuse all waiting and future tickets of *resource*, each with an error of its own. With
+        *finishes*, tickets that continue an answer are still admitted.
         """
         resource.close(error, finishes=finishes)
         self.refuse(resource, error, lambda bid: not (finishes and bid.ticket.goes_on))
@@ -554,8 +557,8 @@ class Scheduler:
             self._report_later()
 
     def _tell(self, ticket: Ticket) -> None:
-        """Report the best position, and the seconds until the start if all resources serve the
-        ticket side by side.
+        """Report the best of the ticket's positions. The estimate of its start takes all resources
+        to serve it in parallel.
         """
         known = [bid for bid in ticket.bids if bid.at is not None and bid.standing]
         if not known or ticket.on_position is None:

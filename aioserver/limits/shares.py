@@ -46,11 +46,11 @@ class Shares(Generic[O]):
         return len(self._sizes)
 
     def of(self, owner: O) -> int:
-        """Return what *owner* keeps."""
+        """Return the size of everything that *owner* keeps."""
         return self._sizes.get(owner, 0)
 
     def add(self, owner: O, size: int) -> None:
-        """Add *size* to what *owner* keeps; a negative *size* takes away."""
+        """Add *size* to the share of *owner*; a negative *size* subtracts."""
         self.total += size
         kept = self._sizes.get(owner, 0) + size
         if kept:

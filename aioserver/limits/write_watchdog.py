@@ -6,9 +6,9 @@ many bytes the peer has taken. When it is gone, the watchdog calls *alarm*, whic
 transport, and the blocked write ends by itself. The watchdog runs only while a write is blocked.
 
 *Progress* is the number of bytes that the peer has acknowledged (`tcpi_bytes_acked` of
-`TCP_INFO`), not what has left the transport's buffer: the kernel takes from there in steps of 64
-KiB and more. If the kernel does not report it, as for UNIX sockets, progress is what has left both
-buffers (`SIOCOUTQ`).
+`TCP_INFO`). It is not the number that has left the transport's buffer: the kernel takes from there
+in steps of 64 KiB and more. If the kernel does not report it, as for UNIX sockets, progress is
+what has left both buffers (`SIOCOUTQ`).
 
 *Slow, not gone.* Bytes that a peer has acknowledged lie in its kernel until its program reads
 them. Once that buffer is full, the window is shut, and opens only when a whole buffer has been

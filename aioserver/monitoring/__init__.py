@@ -1,9 +1,9 @@
 """Monitoring: the state of the server, shown to people and to programs.
 
 Once a second, at a *tick*, the monitor builds one *snapshot*: the state of the places, streams and
-providers, the *totals* so far, and what was measured during the *interval* since the last tick,
-such as rates and the lag of the event loop. The *sources* are the objects from which all this is
-read.
+providers, and the *totals* so far. It also has the measurements of the *interval* since the last
+tick, such as rates and the lag of the event loop. The *sources* are the objects from which all
+this is read.
 
 `/stats` shows the newest snapshot. The *history* keeps the main numbers of each snapshot for ten
 minutes. A *watcher* is a client of `/events`: it gets the history, then each new snapshot.

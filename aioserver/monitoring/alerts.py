@@ -1,4 +1,4 @@
-"""Alerts: what is wrong with a provider and since when, in words that every display shows.
+"""Alerts: the present fault of a provider and its beginning, in words that every display shows.
 
 `/stats`, the dashboard, `top` and the log show the same texts, which are made here from the table
 of findings. An alert is the `trouble` of a provider in `/stats`. Its *text* is a whole sentence,

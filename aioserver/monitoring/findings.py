@@ -395,7 +395,7 @@ OF_SERVER = _table(
     Finding(
         "log_lines",
         "it loses log lines, and serves on",
-        "See whether the disk is full, or whoever reads its output too slow.",
+        "See whether the disk is full, or the reader of its output is too slow.",
         rule=Rule(
             "AioserverLogLinesDropped",
             "increase(aioserver_log_lines_dropped_total[15m]) > 0",

@@ -134,7 +134,7 @@ class Detector:
         self._gathered: dict[Subject, Gathered] = {}
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
-        # The faults that were reported and have not ended, by what they are about.
+        # The faults that were reported and have not ended, by their subjects.
         self._reported: dict[tuple[str, str], Subject] = {}
 
     def detect(
@@ -287,7 +287,7 @@ def _degraded(
 
 
 def _words(subject: Subject) -> tuple[str, str]:
-    """Return the detail of *subject* in words, and what to do about it."""
+    """Return the detail of *subject* in words, and the remedy."""
     kind, detail, provider = subject
     if kind == "rejections":
         return of_rejections(detail)

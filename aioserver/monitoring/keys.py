@@ -1,4 +1,4 @@
-"""The state of the keys: their running and waiting requests, and what they have spent."""
+"""The state of the keys: their running and waiting requests, and their spent tokens."""
 
 from __future__ import annotations
 

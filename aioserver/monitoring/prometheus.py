@@ -32,6 +32,7 @@ from aioserver.monitoring.section import Gauge, State
 from aioserver.monitoring.state import STANDINGS, STATES
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.kernel import accept_queue
+from aioserver.telemetry.metrics import OURS
 
 if TYPE_CHECKING:
     import socket
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from aioserver.telemetry.metrics import Family
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-PREFIX = "aioserver_"
 # The kinds of alerts for the numbers of `provider_trouble` from 1 on; 0 means no alert.
 TROUBLES = tuple(reversed(OF_PROVIDERS))
 
@@ -305,7 +305,7 @@ class _OneMetric:
 
 def _counted(family: Family) -> Metric:
     """Return the metric of a family of counters or histograms."""
-    name = PREFIX + family.name
+    name = family.prefix + family.name
     counters = CounterMetricFamily(name, family.help, labels=family.labels)
     histograms = HistogramMetricFamily(name, family.help, labels=family.labels)
     for labels, child in family.children.items():
@@ -313,8 +313,12 @@ def _counted(family: Family) -> Metric:
             counters.add_metric(labels, child.value)
         else:
             histograms.add_metric(labels, _buckets(child), child.sum)
-    # The suffix gives the type of a family that has no child yet.
-    return histograms if family.name.endswith("_seconds") else counters
+    if family.grows is not None:
+        timed = not isinstance(family.grows(), Counter)
+    else:
+        # The suffix gives the type of a family that has no child yet.
+        timed = family.name.endswith("_seconds")
+    return histograms if timed else counters
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
@@ -339,7 +343,7 @@ def _gauge(
     label: str = "",
 ) -> Metric:
     labels = label.split(",") if label else ()
-    family = GaugeMetricFamily(PREFIX + name, about, labels=labels)
+    family = GaugeMetricFamily(OURS + name, about, labels=labels)
     if isinstance(value, Mapping):
         for values, number in value.items():
             family.add_metric((values,) if isinstance(values, str) else values, float(number))
@@ -355,7 +359,7 @@ def _build_info() -> Metric:
         "python": platform.python_version(),
         "aiohttp": aiohttp.__version__,
     }
-    family = GaugeMetricFamily(PREFIX + "build_info", "Versions of this build", labels=[*versions])
+    family = GaugeMetricFamily(OURS + "build_info", "Versions of this build", labels=[*versions])
     family.add_metric([*versions.values()], 1.0)
     return family
 

@@ -1,4 +1,4 @@
-"""A section: the part of a wing in what operators see.
+"""A section: the part of a wing in the pages for operators.
 
 A section has a key of `/stats`, gauges of `/metrics`, and at most one trouble at a time. The
 beginning and the end of a trouble are incidents, and the verdict may show it while it lasts. In a
@@ -58,7 +58,7 @@ class Section(ABC, Generic[State]):
         """Return the state of this moment."""
 
     def trouble(self, state: State) -> SectionTrouble | None:
-        """Return what is wrong at *state*."""
+        """Return the trouble that *state* shows."""
         del state
         return None
 

@@ -321,7 +321,7 @@ def _provider_state(
 
 
 def _learned(provider: Provider, memories: Sequence[Capabilities]) -> LearnedState:
-    """Return what the server knows of the APIs of *provider*, from its settings and answers."""
+    """Return the known state of each API of *provider*, from its settings and answers."""
     settings = provider.settings
     words = [word for capabilities in memories if (word := capabilities.messages) is not None]
     return {

@@ -106,7 +106,7 @@ class Chat(msgspec.Struct, frozen=True, kw_only=True):
     default. *max_answer* is their bound of the answer in tokens, None if there is none, and
     *choices* the number of answers that they ask for. If *streaming* is None, the configuration
     decides. *original* is empty unless something in the question was replaced: it is then a hash
-    of what the client has sent. *hashed* is the `digest`, if it was made in steps. The
+    of the bytes that the client has sent. *hashed* is the `digest`, if it was made in steps. The
     *client_headers* go on to the provider. They are not part of the question, nor are its
     *request_options*: two questions that differ only in these are the same.
     """

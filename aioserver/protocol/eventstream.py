@@ -52,7 +52,7 @@ class ServerEvent(NamedTuple):
 class Splitter:
     """Bytes in, blocks of whole events out, byte for byte.
 
-    Always: what was fed is what was returned plus what is pending, except for a byte order mark at
+    Always: the bytes fed are the bytes returned and the bytes pending, except a byte order mark at
     the start; a block ends with a blank line.
     """
 

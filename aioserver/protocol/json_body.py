@@ -118,7 +118,7 @@ def count(raw: Raw) -> int | None:
 
 
 def meant(raw: Raw) -> int | None:
-    """Return the number as which *raw* counts for an engine that accepts a text, a fraction or
+    """Return the number that a lenient engine reads from *raw*, which may be a text, a fraction or
     `true`; None if there is none.
     """
     if raw is ABSENT:
@@ -144,7 +144,7 @@ def check_values(body: bytes, limit: int = 0) -> None:
             FEW_VALUES of fewer than MIN_VALUE_BYTES each on the average.
     """
     limit = limit or min(MAX_VALUES, max(FEW_VALUES, len(body) // MIN_VALUE_BYTES))
-    # Each of them has at least two bytes, with the one before it.
+    # A value takes at least two bytes, with the comma or bracket before it.
     if len(body) <= 2 * limit:
         return
     # This also counts bytes within strings, so that few bodies take the slow way.

@@ -204,6 +204,7 @@ class Fields(msgspec.Struct, gc=False):
     safety_identifier: str | None = None
     store: bool | None = None
     background: bool | None = None
+    background_options: Raw = ABSENT
     metadata: Raw = ABSENT
     previous_response_id: str | None = None
     max_tokens: int | None = None
@@ -218,6 +219,7 @@ class Fields(msgspec.Struct, gc=False):
 _DECODER = msgspec.json.Decoder(Fields)
 # The same fields, whatever their types are.
 _RAW_DECODER = json_body.raw_members(*Fields.__struct_fields__)
+_BACKGROUND = json_body.raw_members("completion_window")
 # The longest body that may be read twice: first in the form that nearly all clients send, then in
 # any other.
 MAX_READ_TWICE = 1 << 16
@@ -284,6 +286,24 @@ class ModelBody:
     def background(self) -> bool:
         """Whether the answer is to be made in the background."""
         return self._fields.background is True
+
+    @property
+    def completion_window(self) -> str | None:
+        """The time within which an answer in the background is to be complete; "" if it is no
+        text.
+
+        Raises:
+            InvalidRequest: the member that has it is not an object.
+        """
+        options = self._fields.background_options
+        if json_body.null(options):
+            return None
+        if memoryview(options)[0] != 0x7B:
+            raise InvalidRequest(
+                "background_options must be an object", param="background_options"
+            )
+        window = _BACKGROUND.decode(options).completion_window
+        return None if json_body.null(window) else json_body.text(window, MAX_ID_BYTES) or ""
 
     @property
     def previous_response_id(self) -> str | None:
@@ -368,6 +388,7 @@ def _checked(fields: Any) -> Fields:
         safety_identifier=json_body.text(fields.safety_identifier),
         store=json_body.flag(fields.store),
         background=json_body.flag(fields.background),
+        background_options=fields.background_options,
         metadata=_short(fields.metadata),
         previous_response_id=json_body.text(fields.previous_response_id, MAX_ID_BYTES),
         max_tokens=json_body.count(fields.max_tokens),

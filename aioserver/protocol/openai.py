@@ -20,6 +20,7 @@ import msgspec
 import orjson
 
 from aioserver.protocol.eventstream import utf8
+from aioserver.protocol.tokens import tiered
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -405,7 +406,7 @@ def only_names(fields: Mapping[str, object], names: Collection[str]) -> bool:
 
 
 def usage_of(answer: object) -> dict[str, Any] | None:
-    """Return the usage in a chunk, a whole answer or an event of a response.
+    """Return the usage in a chunk, a whole answer or an event of a response, with its tier.
 
     Groq's chunks have the usage in `x_groq`, Kimi's in the last choice, events of the Responses
     API in `response`.
@@ -413,12 +414,12 @@ def usage_of(answer: object) -> dict[str, Any] | None:
     if not isinstance(answer, dict):
         return None
     if isinstance(usage := answer.get("usage"), dict):
-        return usage
+        return tiered(usage, answer)
     choices = answer.get("choices")
     last = choices[-1] if isinstance(choices, list) and choices else None
     for holder in (answer.get("x_groq"), last, answer.get("response")):
         if isinstance(holder, dict) and isinstance(usage := holder.get("usage"), dict):
-            return usage
+            return tiered(tiered(usage, holder), answer)
     return None
 
 

@@ -1,4 +1,4 @@
-"""The parts of a turn: what one event of a streamed answer contains.
+"""The parts of a turn: the kinds of content that one event of a streamed answer can have.
 
 A *turn* is one answer of a model to an agent: its reasoning, its text, its calls of tools, and a
 finish. The part of an event decides whether it is held (providers/holding.py). An API reduces an
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Part(IntEnum):
-    """What an event contains."""
+    """The content of an event."""
 
     # A role, an id, the beginning or the end of a block, a comment.
     PREAMBLE = auto()
@@ -41,11 +41,11 @@ class Part(IntEnum):
 class Parts(NamedTuple):
     """How an API writes the parts of a turn.
 
-    An event that is held with `calls` has one of *marks*. An event that begins with *opening*, up to
-    the brace of its data, and has no finish, only goes on with what the events before it have begun.
-    *words* yields the words of an event's content, and *pattern* has a group for each part, by
-    which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
-    that it must stay with what follows it.
+    Each event that `calls` holds has one of *marks*. An event that begins with *opening*, up to
+    the brace of its data, and has no finish only continues the parts that earlier events have
+    begun. *words* yields the words of an event's content, and *pattern* has a group for each part,
+    by which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
+    that it must stay with the content behind it.
     """
 
     marks: tuple[bytes, ...]
@@ -55,7 +55,7 @@ class Parts(NamedTuple):
     signs_reasoning: bool = False
 
     def part(self, data: bytes) -> Part:
-        """Return what an event with this *data* contains; without data it is a comment."""
+        """Return the part of an event with this *data*; without data it is a comment."""
         if not data:
             return Part.PREAMBLE
         if data.strip() == b"[DONE]":

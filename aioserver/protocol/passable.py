@@ -11,6 +11,9 @@ them.
     organization, messages,           never pass: the account's administration, and paths that
     other responses                   this server answers itself
 
+A provider may open further paths to every key, by their names in its `pass_paths`: such as
+`decisions`, which is a question by itself, or `videos`, whose objects all keys share then.
+
 A path is compared as it stands on the wire, and only a path that can be read in one way is
 allowed. With an escape (`%2e`, `%2f`), an empty segment, a dot segment, a backslash or a
 semicolon, a provider or a proxy in front of it may read another path than was allowed here
@@ -21,6 +24,10 @@ from __future__ import annotations
 
 import re
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Segments of letters, digits and the characters of ids; none is `.` or `..`.
 _PATH = re.compile(r"(?!.*\.\.)(?:(?!\.(?:/|$))[A-Za-z0-9._~:@+=,-]+(?:/|$))+(?<!/)")
@@ -49,6 +56,10 @@ ACCOUNT = frozenset(
         *("threads", "uploads", "vector_stores", "videos"),
     }
 )
+# First segments of paths that cannot be opened: they never pass, or this server has them.
+SERVED = NEVER | {"chat", "completions", "embeddings", "models"}
+# A path that a setting may open, with all paths below it.
+OPENED = rf"(?!(?:{'|'.join(sorted(SERVED))})(?:/|$))[a-z0-9_-]+(?:/[a-z0-9_-]+)*"
 # The methods of OpenAI's API.
 METHODS = ("GET", "POST", "DELETE")
 
@@ -84,6 +95,11 @@ def passage(path: str) -> Passage | None:
 def names_account(path: str) -> bool:
     """Return whether *path* is one of OpenAI's that name objects of an account."""
     return path.partition("/")[0] in ACCOUNT
+
+
+def below(path: str, opened: Sequence[str]) -> bool:
+    """Return whether *path* is one of those that are *opened*, or below one."""
+    return any(path == name or path.startswith(f"{name}/") for name in opened)
 
 
 def sound_query(query: str) -> bool:

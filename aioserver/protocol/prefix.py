@@ -11,7 +11,9 @@ read at the end of the first user message, which all later turns of a conversati
 
 The *identity* of a conversation is what its home is chosen by where nothing is known. It has to be
 the same in all processes, so it is a digest of the checksum of the conversation's opening, and of
-the lengths of the regions there. The digests of the beginnings are those of this process.
+the lengths of the regions there. A client may name the identity itself, by OpenAI's
+`prompt_cache_key`: then it stays the same when the conversation's beginning changes. The digests of
+the beginnings are those of this process.
 
 Neither reveals anything of the text, and two groups have different ones for the same text.
 """
@@ -48,8 +50,8 @@ class Prefix(NamedTuple):
     """The beginning of one prompt of *size* bytes.
 
     *digests* has the digest of its first *lengths* bytes each, in ascending order. *identity* is
-    that of the conversation, whose opening has *identity_length* bytes; the prompt *has_history* if
-    anything follows that.
+    that of the conversation, whose opening has *identity_length* bytes, or that of the body's
+    `prompt_cache_key`; the prompt *has_history* if anything follows the opening.
     """
 
     size: int
@@ -70,10 +72,9 @@ def prefix_of(regions: Regions, seed: str) -> Prefix:
     else:
         opened = user + 1
         identity_length = sum(regions.lengths[:opened])
-    opened_lengths = regions.lengths[:opened]
-    identity = blake2b(
-        f"{regions.opening} {opened_lengths} {seed}".encode(), digest_size=IDENTITY_BYTES
-    )
+    # A key begins with a quotation mark, so no opening is taken for one.
+    name = regions.key or f"{regions.opening} {regions.lengths[:opened]}".encode()
+    identity = blake2b(b"%b %b" % (name, seed.encode()), digest_size=IDENTITY_BYTES)
     lengths: list[int] = []
     digests: list[int] = []
     stops = iter(LENGTHS)

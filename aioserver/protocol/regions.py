@@ -42,6 +42,8 @@ MAX_ELEMENTS = 1024
 # Messages that are searched for the first one of a user, and the bytes of the conversation that
 # stand for that if there is none.
 MAX_LOOKED_AT, OPENING_BYTES = 256, 1024
+# The most bytes of a `prompt_cache_key`, as JSON; a longer one names nothing.
+MAX_KEY_BYTES = 1024
 # The bytes of a piece: of a longer region, each piece has a digest as well.
 PIECE_BYTES = 4096
 # Regions without a marker that are remembered, of some 100 bytes each, until they become the older
@@ -66,12 +68,14 @@ _FEW, _MOST = (
 )
 _FIRST_FEW: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_FEW)
 _FIRST: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_MOST)
-# The parts of any prompt; and of one whose long parts are lists, which are read in the same pass.
-_TOP = raw_members(*HEAD, *_TALK)
+# The parts of any prompt, and the name of its conversation; and those of one whose long parts are
+# lists, which are read in the same pass.
+_MEMBERS = (*HEAD, *_TALK, "prompt_cache_key")
+_TOP = raw_members(*_MEMBERS)
 _LISTS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     msgspec.defstruct(
         "Lists",
-        [(name, _FEW if name in _LONG else Raw, ABSENT) for name in (*HEAD, *_TALK)],
+        [(name, _FEW if name in _LONG else Raw, ABSENT) for name in _MEMBERS],
         gc=False,
     )
 )
@@ -85,7 +89,7 @@ class Regions:
     conversation. *pieces* has the digests of the pieces of longer regions. *user* is the position
     of the first user message, None if there is none that was found. *opening* is a checksum of the
     regions behind the tools up to that message, or else of the first KiB of the conversation; it is
-    the same in all processes.
+    the same in all processes. *key* is the `prompt_cache_key` as it is written, empty without one.
 
     *cut*: a list is longer than is read. *picture*: the prompt has a picture or a file, whose bytes
     say nothing of its tokens.
@@ -99,6 +103,7 @@ class Regions:
     pieces: dict[int, Sequence[int]] = field(default_factory=dict)
     user: int | None = None
     opening: int = 0
+    key: bytes = b""
     cut: bool = False
     picture: bool = False
 
@@ -118,10 +123,10 @@ class RegionReader:
         """Return the regions of the prompt in *body*, valid JSON; None if there is no prompt. A
         long body is read in steps.
         """
-        parts = await _parts(body)
+        parts, key = await _parts(body)
         if not parts:
             return None
-        regions = Regions(talk=parts[-1][0])
+        regions = Regions(talk=parts[-1][0], key=key)
         for name, elements, cut in parts:
             regions.start = len(regions.digests)
             regions.cut |= cut
@@ -183,9 +188,9 @@ class RegionReader:
         return pictured, data
 
 
-async def _parts(body: bytes) -> list[tuple[str, Sequence[bytes | Raw], bool]]:
+async def _parts(body: bytes) -> tuple[list[tuple[str, Sequence[bytes | Raw], bool]], bytes]:
     """Return the parts of the prompt in *body*, in the order in which an engine reads them: the
-    name, the regions, and whether these are cut.
+    name, the regions, and whether these are cut. Return its `prompt_cache_key`, too.
     """
     try:
         top = _LISTS.decode(body)
@@ -207,7 +212,13 @@ async def _parts(body: bytes) -> list[tuple[str, Sequence[bytes | Raw], bool]]:
             parts.append((name, _present(part) or [b"[]"], False))
         if name in _TALK:
             break
-    return parts
+    return parts, _key_in(top.prompt_cache_key)
+
+
+def _key_in(raw: Raw) -> bytes:
+    """Return *raw* as it is written, if it is a text that names a conversation; empty otherwise."""
+    view = memoryview(raw)
+    return bytes(view) if 2 < len(view) <= MAX_KEY_BYTES and view[0] == 0x22 else b""
 
 
 def _elements(part: Raw) -> tuple[Sequence[bytes | Raw], bool]:

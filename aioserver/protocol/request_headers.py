@@ -326,9 +326,11 @@ AGENTS = "agents"
 
 
 class RequestOptions(msgspec.Struct, frozen=True):
-    """*start_within* and *deadline* are seconds from the arrival, inf without such a bound. *hold*
-    is the request's own word for what is held, empty without one; and *agent* is what AGENTS
-    stands for, by its headers, of which *session* is the id of the agent's session, "" without one.
+    """*start_within* and *deadline* are seconds from the arrival, inf without such a bound. A
+    *patient* request waits until these bounds, even where the server's own waits are shorter.
+
+    *hold* is the request's own word for what is held, empty without one. *agent* is what AGENTS
+    stands for, by the headers; *session* is the id of the agent's session, "" without one.
     """
 
     start_within: float = inf
@@ -337,6 +339,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
     hold: str = ""
     agent: str = PREAMBLE
     session: str = ""
+    patient: bool = False
 
     @property
     def bounding(self) -> bool:
@@ -354,6 +357,7 @@ class RequestOptions(msgspec.Struct, frozen=True):
             other.hold or self.hold,
             self.agent if other.agent == PREAMBLE else other.agent,
             other.session or self.session,
+            self.patient or other.patient,
         )
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 PIECE_BYTES = 1 << 15
 _HIGH = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
 # A high half without a low half behind it, or a low half without a high half before it. A high
-# half is never the second of a pair, so its neighbours decide, as long as no backslash is itself
-# escaped.
+# half never ends a pair, so the escapes beside a half decide whether it is lone, unless a
+# backslash is itself escaped.
 _LONE = re.compile(
     rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
     rb"|[c-fC-F][0-9a-fA-F]{2}(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))"

@@ -5,6 +5,9 @@
     answer        all tokens written, including reasoning, which some count apart
     the others    parts of these two
 
+What was written to a cache has a price by its *lifetime*, and all of an answer one by the *tier*
+that has served it: both are noted as the provider names them.
+
 Only the last usage of an answer counts, never a sum: a provider that reports one with each event
 reports the total so far.
 """
@@ -34,6 +37,18 @@ CACHE_READ, CACHE_WRITTEN = "cache_read_input_tokens", "cache_creation_input_tok
 CACHE_HITS = "prompt_cache_hit_tokens"
 # The keys about caches outside of details.
 OF_CACHES = frozenset({CACHE_READ, CACHE_WRITTEN, CACHE_HITS, CACHED})
+# The members that break down what was written, by its lifetime: Anthropic's, then OpenAI's.
+CACHE_CREATION, CACHE_WRITE_DETAILS = "cache_creation", "cache_write_tokens_details"
+# Their members, and the names of these lifetimes.
+LIFETIMES = {
+    "ephemeral_5m_input_tokens": "5m",
+    "ephemeral_1h_input_tokens": "1h",
+    "ttl_30m_tokens": "30m",
+    "ttl_12h_tokens": "12h",
+}
+# The tier that has served an answer; its name has at most so many characters.
+SERVICE_TIER = "service_tier"
+MAX_TIER = 32
 # A number of tokens with more bits is ignored.
 MAX_BITS = 40
 MAX_TOKENS = 1 << MAX_BITS
@@ -43,8 +58,9 @@ class Tokens(msgspec.Struct, frozen=True, gc=False):
     """The tokens of the whole *prompt*, the *cached* ones among them, and those of the *answer*;
     None for each that is not known.
 
-    *cache_write* tokens of the prompt were written to a cache, and *audio_in* are audio.
-    *reasoning* tokens of the answer are reasoning, and *audio_out* are audio.
+    *cache_write* tokens of the prompt were written to a cache, for these *lifetimes* as far as that
+    is known, and *audio_in* are audio. *reasoning* tokens of the answer are reasoning, and
+    *audio_out* are audio.
     """
 
     prompt: int | None = None
@@ -54,6 +70,7 @@ class Tokens(msgspec.Struct, frozen=True, gc=False):
     reasoning: int = 0
     audio_in: int = 0
     audio_out: int = 0
+    lifetimes: tuple[tuple[str, int], ...] = ()
 
 
 NO_TOKENS = Tokens()
@@ -72,9 +89,9 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
         if answer is None and prompt is not None and usage.get(TOTAL) == prompt:
             # Embeddings have no answer.
             answer = 0
-    cached, written = None, 0
+    cached, written, by_lifetime = None, 0, None
     if not OF_CACHES.isdisjoint(usage):
-        written = plausible(usage.get(CACHE_WRITTEN)) or 0
+        written, by_lifetime = plausible(usage.get(CACHE_WRITTEN)) or 0, usage.get(CACHE_CREATION)
         cached = plausible(usage.get(CACHE_READ))
         if cached is None and prompt is not None:
             cached = plausible(usage.get(CACHE_HITS))
@@ -97,6 +114,7 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
         # Many details are empty.
         if any(asked.values()):
             written = plausible(asked.get(CACHE_WRITE)) or written
+            by_lifetime = asked.get(CACHE_WRITE_DETAILS) or by_lifetime
             audio_in = plausible(asked.get(AUDIO)) or 0
     if answered and isinstance(answered, dict) and answer is not None and any(answered.values()):
         reasoning = plausible(answered.get(REASONING)) or 0
@@ -115,7 +133,32 @@ def tokens_of(usage: Mapping[str, Any] | None) -> Tokens:
         min(reasoning, answer or 0),
         min(audio_in, prompt),
         audio_out,
+        _lifetimes(by_lifetime, min(written, prompt)),
     )
+
+
+def _lifetimes(details: object, written: int) -> tuple[tuple[str, int], ...]:
+    """Return each lifetime in *details* and its tokens; none if they are more than were *written*."""
+    if not isinstance(details, dict):
+        return ()
+    counts = [(name, plausible(details.get(member)) or 0) for member, name in LIFETIMES.items()]
+    known = tuple((name, count) for name, count in counts if count)
+    return known if sum(count for _, count in known) <= written else ()
+
+
+def tiered(usage: dict[str, Any], holder: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *usage* with the tier that its *holder* names beside it, as OpenAI's answers do; in
+    Anthropic's it is a part of the usage.
+    """
+    if SERVICE_TIER not in usage and (tier := tier_of(holder)):
+        usage[SERVICE_TIER] = tier
+    return usage
+
+
+def tier_of(holder: Mapping[str, Any] | None) -> str:
+    """Return the tier that *holder*, such as a usage, names; "" if there is none."""
+    tier = None if holder is None else holder.get(SERVICE_TIER)
+    return tier if isinstance(tier, str) and len(tier) <= MAX_TIER else ""
 
 
 def several(usage: Mapping[str, Any] | None) -> bool:

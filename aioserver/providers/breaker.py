@@ -22,7 +22,7 @@ get every request at once. A provider that falls sick again soon needs more succ
 A success counts at the first event of an answer, and a failure at its end. An answer that breaks
 off after its beginning counts as a failure for the share of a sick provider. It does not count for
 a dead one: while long answers hold all places, nothing begins for minutes. A breaker that opens at
-a share of failures would refuse requests that retries can still answer: if half of all attempts
+a share of failures would refuse requests that retries can still answer. If half of all attempts
 fail, a request with three retries is answered 15 times out of 16.
 """
 

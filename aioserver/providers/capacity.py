@@ -558,7 +558,7 @@ class Capacity:
     def patience(self, ticket: Ticket) -> float:
         """Return the seconds for which *ticket* may wait here, in all its attempts together."""
         part = self.resource
-        return part.queue_timeout * part.classes[part.index(ticket)].patience
+        return part.patience(ticket, part.index(ticket))
 
     def stats(self) -> QueueStats:
         """Return a snapshot."""
@@ -613,7 +613,7 @@ class Capacity:
         if reason is Reason.FULL:
             text = f"{limits.queue_size} requests wait for {name} already"
             return ProviderQueueFull(text, retry_after=seconds)
-        patience = resource.queue_timeout * resource.classes[bid.index].patience
+        patience = resource.patience(bid.ticket, bid.index)
         if self._health.breaker.dead:
             text = f"{name} was not back within {patience} s"
         elif resource is not self.resource:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aioserver.limits.estimate import OUTPUT_FACTOR, UNKNOWN_WORK
-from aioserver.protocol.tokens import MAX_TOKENS, TOTAL, several, tokens_of
+from aioserver.protocol.tokens import MAX_TOKENS, TOTAL, several, tier_of, tokens_of
 from aioserver.providers.sinks import BodySink, StreamSink
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.outcome import COUNTED, ESTIMATE, MIXED, NOBODY, PROVIDER, AttemptCost
@@ -172,6 +172,7 @@ class Costs:
             first - began if first > began else 0.0,
             self._clock() - began,
             work if work > 0 else 1,
+            tier_of(outcome.usage),
         )
 
     def _unreported(self, attempt: Attempt, result: str) -> Estimate:

@@ -1,8 +1,8 @@
 """Whether a provider is asked: not while it is dead or refuses our key, and not after it was
 removed.
 
-The states in which a provider is not well, each with the object that knows it, and what becomes of
-a request:
+The states in which a provider is not well, each with the object that knows it, and its effect on a
+request:
 
     removed     `Health`            refused: the configuration does not name the provider any more
     flagged     `Health`            refused, for 5 minutes or until a reload
@@ -12,7 +12,7 @@ a request:
     cooling     `Capacity.pace`     waits, or goes elsewhere if another provider can answer it
     sick        `Health.breaker`    goes elsewhere if another provider can answer it, except for
                                     trials
-    silent      `SilenceMeter`      as ever: a silence is reported, and ends in a timeout at most
+    silent      `SilenceMeter`      sent as usual: a silence is reported, until a timeout ends it
 
 `Capacity.check` decides by all of them. A provider that refuses our key is flagged: no client's
 request would fare better. So is a provider whose certificate is invalid, or whose address leads
@@ -77,7 +77,7 @@ class Health:
 
     Always: a provider that was removed is not asked, whatever its breaker says.
 
-    *observer* is called with what this instance learns, not with what others report to `breaker`.
+    *observer* is told the findings of this instance, not those that others report to `breaker`.
     *waits*: requests may wait for the return of a provider that is away.
     """
 

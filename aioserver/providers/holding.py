@@ -1,4 +1,4 @@
-"""Holding: what of a streamed turn waits for its finish, in front of the sink.
+"""Holding: the part of a streamed turn that waits for its finish, in front of the sink.
 
 An agent acts when a call is whole, and the client has not seen what is held. So a turn that breaks
 off before its finish can be asked for again, from any provider, without a seam
@@ -14,9 +14,9 @@ With `preamble` this object does not exist. A tool that runs at the provider mus
 when one begins, the held events are *let go*, and the rest of the turn passes as it comes. The same
 happens when they exceed half of `max_stream_bytes`, or when there is no room for them.
 
-A `Holding` takes the place of its sink's splitter. So the sink never sees an event that is dropped,
-and none of its state has to be rolled back. It is the path of the exchange, too, while events go on
-with what is held, as most of them do: see streams/fast_path.py.
+A `Holding` takes the place of its sink's splitter. So the sink never sees an event that is
+dropped, and none of its state has to be rolled back. While events only continue held content, as
+most do, it also is the fast path of the exchange: see streams/fast_path.py.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ if TYPE_CHECKING:
     from aioserver.streams.contracts import Held
     from aioserver.streams.stream import Stream
 
-# Bytes by which what is held grows before it is counted.
+# Bytes by which the held events grow before they are counted again.
 COUNT_STEP = 4096
 
 
 class Holding(Splitter):
     """Splits an answer to *request*, by *parts*, for *sink*, which fills *stream*.
 
-    Always: what `feed` has returned is a beginning of what has come, cut between two events,
-    unless an error has dropped what was held. *on_content* is called when content has come, held or
-    not, and *on_show* before any event is shown.
+    Always: the bytes that `feed` has returned are a prefix of the bytes that have come, cut
+    between two events, unless an error has dropped the held ones. *on_content* is called when
+    content has come, held or not, and *on_show* before any event is shown.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Holding(Splitter):
         self._request, self._stream, self._sink, self._parts = request, stream, sink, parts
         self._on_content, self._on_show = on_content, on_show
         self.max_held = stream.max_bytes // 2
-        # The count of what is held, and how much of it is counted.
+        # The count of held bytes, and the part of the held bytes that it includes.
         self._counted: Held | None = None
         self._counted_size = 0
         # Whether events are held now; whether only until text, as signed reasoning is; and whether
@@ -89,7 +89,7 @@ class Holding(Splitter):
         self._reads_all = request.structured or self._choices is not None
         # Since when content is held.
         self._since = 0.0
-        # The fault of the sink at what was let go.
+        # The fault that the sink raised when the held events were let go.
         self._fault: AioserverError | None = None
         self._counting = False
         # As a path: see `Path`. The longest silence noted so far, in seconds.
@@ -119,8 +119,8 @@ class Holding(Splitter):
         return block
 
     def finish(self) -> bytes:
-        """Return what is held if each choice that has begun has its finish: the provider may have
-        made fewer than were asked for.
+        """Return the held events if each choice that has begun has its finish. The provider may
+        have made fewer choices than the request asks for.
         """
         if not self.held or self._choices is None or self._choices.open:
             return b""
@@ -154,7 +154,7 @@ class Holding(Splitter):
         """Do nothing: each read that was forwarded is held."""
 
     def let_go(self) -> None:
-        """Show what is held before the finish: no other attempt follows."""
+        """Show the held events before the finish: no other attempt follows."""
         if not self.held or self._counting:
             return
         self._request.let_body_go()
@@ -169,7 +169,7 @@ class Holding(Splitter):
         self._stream.drop_said()
 
     def drop(self) -> None:
-        """Drop what is held, since the turn has broken off; a second call does nothing."""
+        """Drop the held events, since the turn has broken off; a second call does nothing."""
         # They were paid for.
         unseen = self.unseen
         if self.held:
@@ -192,7 +192,7 @@ class Holding(Splitter):
         return self._reads_all
 
     def _take(self, block: bytes) -> bytes:
-        """Return what may be shown, now that *block* has come."""
+        """Return the events that may be shown, now that *block* has come."""
         choices = self._choices
         if self._going_on and self._goes_on(block):
             return b""
@@ -242,12 +242,12 @@ class Holding(Splitter):
 
     @property
     def _going_on(self) -> bool:
-        """Whether content is held, and any more is."""
+        """Whether content is held, and any further event is held, too."""
         return self._since > 0 and not self._until_text and self._choices is None
 
     def _goes_on(self, block: bytes) -> bool:
-        """Hold *block* if it is one event that goes on with what is held, as most are, and return
-        whether it is. It costs a tenth of `_take`.
+        """Hold *block* if it is one event that only continues held content, as most are, and
+        return whether it is. This costs a tenth of `_take`.
         """
         opening = self._parts.opening.match(block)
         size = len(self.held) + len(block)
@@ -266,7 +266,7 @@ class Holding(Splitter):
         ):
             return False
         try:
-            # It makes no object of what is in the event: to load it takes ten times as long.
+            # The event is not loaded as JSON: that takes ten times as long.
             ANYTHING.decode(block[begin:])
         except (msgspec.DecodeError, RecursionError):
             return False
@@ -275,13 +275,13 @@ class Holding(Splitter):
         return True
 
     def _release(self, *, let_go: bool) -> bytes:
-        """Return what is held, and let everything pass from now on."""
+        """Return the held events, and let everything pass from now on."""
         self._passes = True
         self._stream.outcome.let_go |= let_go
         return self._clear()
 
     def _clear(self) -> bytes:
-        """Hold nothing any more; return what was held."""
+        """Hold nothing any more; return the events that were held."""
         held, outcome = bytes(self.held), self._stream.outcome
         self.held.clear()
         self.unseen = 0
@@ -297,7 +297,7 @@ class Holding(Splitter):
         return held
 
     def _count(self) -> bool:
-        """Count what is held; return False if there is no room for it."""
+        """Count the held bytes; return False if there is no room for them."""
         self._counted_size = size = len(self.held)
         self._counted = counted = self._counted or self._stream.hold()
         if counted is None:

@@ -1,9 +1,9 @@
 """The sockets to one provider: one TCPConnector, with httpx's limits and timeouts.
 
 `max_connections` is the cap on open sockets, and aiohttp's `limit`. At most `max_keepalive` idle
-connections are kept; but while requests wait for this provider, its connections are handed on
-instead of closed, however many they are. httpx would close them, and open 24 sockets for the work
-of 6. `keepalive_expiry` is aiohttp's `keepalive_timeout`, checked on reuse and by a sweep.
+connections are kept. While requests wait for this provider, its connections are handed on instead
+of closed, however many they are. httpx would close them, and open 24 sockets for the work of 6.
+`keepalive_expiry` is aiohttp's `keepalive_timeout`, checked on reuse and by a sweep.
 connections.py has the idle connections.
 
 `pool_timeout` bounds the wait for a connection and nothing else: our capacity stands in front, so

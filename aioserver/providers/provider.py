@@ -363,7 +363,7 @@ class Provider:
             # The request does not come back.
             ticket.free_slot()
         if attempt.pool is not self.pools.pool:
-            # As for `_outdated`: the attempt was sent.
+            # As in `_outdated`: the attempt was sent by former settings.
             self.health.breaker.unsure(trial=trial)
             # Another trial may start now.
             self.scheduler.serve(self.capacity.resource)

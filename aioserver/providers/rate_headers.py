@@ -1,4 +1,4 @@
-"""The response headers by which a provider reports what is left of its limits.
+"""The response headers by which a provider reports the rest of its limits.
 
 x-ratelimit-{remaining,reset}-{requests,tokens}
     OpenAI, Groq and others. A window: the remainder is for the time until the reset, a duration

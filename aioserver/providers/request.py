@@ -353,9 +353,10 @@ class ProviderRequest:
             BATCH if batch else "",
             asyncio.get_running_loop().time() if hold is None else hold.arrived,
         )
+        self._hold = hold
         if self.bound is not None:
             self.ticket.deadline = self.bound.next
-        self._hold = hold
+            self.ticket.patient = self.options.patient
         self._kept_bytes = kept_bytes
 
     @property

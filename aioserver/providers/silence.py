@@ -30,8 +30,8 @@ USUAL = 2.0
 
 # Up to so many exchanges are all checked.
 FEW = 100
-# If there are more than FEW, an exchange that received something in the last HEARD seconds before a
-# check is skipped for REST seconds: it is checked again before it has been silent for IN_ANSWER.
+# If there are more than FEW, an exchange that received something in the last HEARD seconds before
+# a check is skipped for REST seconds. It is checked again before it has been silent for IN_ANSWER.
 HEARD, REST = 1.0, 3.5
 # The carrier of an exchange.
 C = TypeVar("C")

@@ -48,6 +48,7 @@ import orjson
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import EventTooLong, Splitter
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, is_content, usage_of
+from aioserver.protocol.tokens import tiered
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -576,7 +577,7 @@ def _only_usage(data: bytes) -> dict[str, Any] | None:
     if not isinstance(content, dict) or content.get("choices") != [] or content.get("error"):
         return None
     usage = content.get("usage")
-    return usage if isinstance(usage, dict) else None
+    return tiered(usage, content) if isinstance(usage, dict) else None
 
 
 def before_error(block: bytes, kind: str = "") -> tuple[bytes, bytes]:

@@ -1,7 +1,7 @@
-"""Verdicts: what single answers have shown about a provider, bounded and short-lived.
+"""Verdicts: facts about a provider that single answers have shown, bounded and short-lived.
 
-One answer proves little: what it shows may be the fault of its request, or over in a minute. So a
-verdict counts for a while only, and the next request that could show the same checks it anew.
+One answer proves little: its fact may be due to its request, or over in a minute. So a verdict
+counts for a while only, and the next request that could show the same checks it anew.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ import asyncio
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +45,7 @@ from aioserver.gateway.contracts.sharing import Sharing
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.request import shutdown_error
 from aioserver.gateway.router import Router
+from aioserver.limits.budget import day_of
 from aioserver.limits.scheduler import Scheduler
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
@@ -230,7 +231,7 @@ def _open_usage(
 
 
 async def _make_access(core: Core, plugged: Plugged, sessions: Sessions) -> Access:
-    """Return the access rules, with today's budgets."""
+    """Return the access rules; the budgets go on as the ledger knows them."""
     scope, sharing = core.scope, plugged.sharing
     if sharing is not None:
         await sharing.agree_on_sessions(sessions)
@@ -240,7 +241,7 @@ async def _make_access(core: Core, plugged: Plugged, sessions: Sessions) -> Acce
     access = Access(core.settings.auth, sessions, make_quota, plugged.callers)
     if scope is not None and sharing is None:
         access.part_of = scope.share
-    await begin_days(access, core.settings)
+    await begin_budgets(access, core.settings)
     return access
 
 
@@ -398,7 +399,9 @@ def _open_context(
 
 
 async def _add_faces(app: web.Application, context: Context, plugged: Plugged) -> Middleware:
-    """Add the routes of all faces to *app*, and what stands in front of them, which is returned."""
+    """Add the routes of all faces to *app*, and the middleware in front of them; return the
+    middleware.
+    """
     border = Border(context.settings, context.guard, context.origins, context.admission)
     app.middlewares.append(border.handle)
     app.on_response_prepare.append(border.add_headers)
@@ -417,25 +420,31 @@ def _begin(server: Server) -> None:
     context.monitor.tick()
 
 
-async def begin_days(access: Access, settings: Settings) -> None:
-    """Start the daily budgets at the sums that the ledger has for today.
+async def begin_budgets(access: Access, settings: Settings) -> None:
+    """Start the budgets of the day, the week and the month at the sums that the ledger has for them.
 
     If instances share the budgets, the shared count may be higher, and holds. A worker that has a
     part of each limit starts at its part of the total.
     """
     path, tokens = settings.usage.path, access.tokens
     quotas = access.keys.quotas()
-    roles = tokens is not None and tokens.counts_days
-    if path is None or not (roles or any(each.budget.counts_days for each in quotas.values())):
-        return
-    day = f"{datetime.now(UTC):%Y-%m-%d}"
-    today = await asyncio.to_thread(spent, Path(path), day)
-    part = {name: access.part_of(used) for name, used in today.items()}
-    for name, used in part.items():
-        if name in quotas:
-            quotas[name].budget.begin_day(used)
+    periods = {period for quota in quotas.values() for period in quota.budget.periods}
     if tokens is not None:
-        tokens.begin_day(day, part)
+        periods.update(tokens.periods)
+    if path is None or not periods:
+        return
+    now = time.time()
+    days = {period.setting: day_of(period.since(now)) for period in periods}
+    sums = await asyncio.to_thread(spent, Path(path), days, day_of(now))
+    parts = {
+        name: {setting: access.part_of(used) for setting, used in used_by.items()}
+        for name, used_by in sums.items()
+    }
+    for name, part in parts.items():
+        if name in quotas:
+            quotas[name].budget.begin(part)
+    if tokens is not None:
+        tokens.begin(now, parts)
 
 
 def make_app(configuration: Configuration) -> web.Application:

@@ -119,7 +119,7 @@ class Dispatcher:
 
 
 class Border:
-    """What stands between aiohttp and every handler, as the methods of one middleware.
+    """The steps between aiohttp and every handler, as the methods of one middleware.
 
     `handle` is the middleware; `add_headers` handles the signal `on_response_prepare`.
     """

@@ -26,7 +26,7 @@ from aioserver.config import Configuration, keys_file
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.views import changes
 from aioserver.server import preflight
-from aioserver.server.app import begin_days, log_limits, log_routes
+from aioserver.server.app import begin_budgets, log_limits, log_routes
 from aioserver.server.wings import faults
 from aioserver.telemetry import logs
 
@@ -138,7 +138,7 @@ class Reload:
             self._whole, self._current = whole, settings
             use_ledger()
             await apply_auth(self._server, settings.auth)
-            await begin_days(self._server.context.access, settings)
+            await begin_budgets(self._server.context.access, settings)
             # The file names may have changed, and the result replaces that of an earlier check
             # which took effect while the configuration was read.
             await self._server.watched.look(again=True)
@@ -195,7 +195,7 @@ class Reload:
         self._current = settings
         context.settings.apply(settings)
         await apply_auth(self._server, settings.auth)
-        await begin_days(context.access, settings)
+        await begin_budgets(context.access, settings)
         changed = _changed(auth.file_keys, keys)
         logger.info("keys of %s applied: %s", auth.keys_file, changed)
         text = f"keys of {auth.keys_file} applied: {changed}"

@@ -92,9 +92,9 @@ class Runner:
         """Accept no more connections, since other processes do, and otherwise serve until nothing
         runs or waits here, `replace_timeout` is over, or *stop* is set; `end` follows.
 
-        Idle connections end, each other one with its answers. Nothing is refused: what comes on
-        open connections is served, and what waits gets its turn, for half of `shutdown_timeout`
-        at least.
+        An idle connection ends; any other connection ends with its answers. No request is refused:
+        requests on open connections are served, and waiting requests get their turn, for half of
+        `shutdown_timeout` at least.
         """
         context, owner, connections = self._owner.context, self._owner, self.server
         context.lifecycle.former_since = time.time()
@@ -107,19 +107,20 @@ class Runner:
         loop = asyncio.get_running_loop()
         began = loop.time()
         if (tls := owner.tls) is not None:
-            # Each is a connection then, whose client has still to bring its request.
+            # After its handshake each is a connection, which is about to bring a request.
             grace = context.settings.chat.websocket.shutdown_timeout
             await until_empty(lambda: not tls.handshakes, grace / 2, stop)
         owner.retire()
         connections.drain(silent=True)
         await _pause(stop, LAST_CALL + LAST_REQUESTS)
-        # Its siblings are ready, which a load balancer asks on connections that it has kept.
+        # Only now: a load balancer asks on a kept connection, and must be told that this address
+        # is ready, as the siblings are.
         context.lifecycle.ready = False
 
         def over() -> bool:
             if self._done():
                 return True
-            # As a reload may have changed them.
+            # Read each time, since a reload may change them.
             settings, passed = context.settings.chat.websocket, loop.time() - began
             return passed >= settings.replace_timeout and not (
                 owner.waiting and passed < settings.shutdown_timeout / 2
@@ -158,7 +159,8 @@ class Runner:
             connections.drain()
             sharing = self._owner.sharing
             if not at_once and sharing is not None and await sharing.others_serve():
-                # Those who come back are answered there, so that nobody has to be refused here.
+                # Other instances answer clients that come back, so no request has to be refused
+                # here.
                 self._owner.retire()
                 grace -= await until_empty(self._done, grace, asyncio.Event())
         self._owner.drain()

@@ -18,8 +18,8 @@ logger = logging.getLogger("aioserver.serve")
 class Stop:
     """Whether this process was asked to end, and how.
 
-    *asked* is set by each request, *now* by one that lets running answers have no more than
-    `shutdown_timeout`. *orphaned*: whether the parent is gone.
+    Each request sets *asked*. *now* is set by a request after which running answers have
+    `shutdown_timeout` at most. *orphaned*: whether the parent is gone.
     """
 
     def __init__(self) -> None:

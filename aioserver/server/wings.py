@@ -76,6 +76,7 @@ def faults(settings: Settings, wings: Iterable[Wing]) -> Iterator[str]:
         ("cache_loss", "llm.cache_losses", settings.llm.cache_losses),
         ("jwt", "auth.jwt", settings.auth is not None and settings.auth.jwt is not None),
         ("tracing", "tracing.otlp_endpoint", settings.tracing.otlp_endpoint is not None),
+        ("tracing", "tracing.gen_ai_metrics", settings.tracing.gen_ai_metrics),
     )
     for name, setting, needed in needs:
         if needed and name not in there:

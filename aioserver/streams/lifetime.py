@@ -10,8 +10,8 @@ that loses its last reader while others wait is cancelled at once. A request tha
 provider to come back counts as not sent, so it ends if its client has left. A stream that has
 ended is kept for its window.
 
-A stream in the *background* runs to its end with or without readers: its client has asked for
-that, and comes back for the answer later. None of the above ends it, so it has bounds of its own:
+A stream in the *background* runs to its end with or without readers, as its client has asked. The
+client comes back for the answer later. None of the above ends it, so it has bounds of its own:
 there are at most half as many as `max_detached`, and they have at most half of a provider's places
 (providers/capacity.py). None of them is cancelled for another one, so the owner that has most of
 them is refused first (limits/shares.py).

@@ -123,7 +123,7 @@ class StreamStore:
         # its last reader does not.
         self._finished: OrderedDict[Stream, Hashable] = OrderedDict()
         self._finished_of: ByOwner[Hashable, Stream, None] = ByOwner()
-        # The bytes of what may be dropped to make room: finished logs, and stored responses.
+        # The bytes that may be dropped to make room: finished logs, and stored responses.
         self._shares: Shares[Hashable] = Shares()
         self._running: set[Stream] = set()
         self._bytes = 0

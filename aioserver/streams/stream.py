@@ -204,7 +204,7 @@ class Stream:
         self.end_status = b""
         # The error with which the stream ended.
         self.error: AioserverError | None = None
-        # What has become of its request so far.
+        # The outcome of its request so far.
         self.outcome = Outcome() if outcome is None else outcome
         # The last reported place in which its request waits; None if it does not wait.
         self.queued: Queued | None = None
@@ -368,7 +368,7 @@ class Stream:
     def close_fast_path(self) -> None:
         """Close the fast path, so that the log has everything that was forwarded.
 
-        This must come before any code that reads `entries` or adds to them.
+        Code that reads `entries`, or adds to them, must call this before.
         """
         if (path := self.path) is not None:
             self.path = None
@@ -402,7 +402,9 @@ class Stream:
 
     @property
     def kept_bytes(self) -> int:
-        """The bytes that count for `max_kept_bytes`: the entries, and what is kept beside them."""
+        """The bytes that count for `max_kept_bytes`: the entries, and the data kept
+        beside them.
+        """
         return self.bytes + self.extra_bytes
 
     def shed(self) -> bool:
@@ -440,7 +442,7 @@ class Stream:
         """Discard entries beyond `max_stream_bytes`; if no client can come back, also those that
         every reader has passed.
 
-        In the latter case the source pauses, or goes on, according to what the readers have read.
+        In the latter case the source pauses, or goes on, according to the progress of the readers.
         """
         if self.window > 0:
             if self.bytes > self.max_bytes:

@@ -97,8 +97,8 @@ class Writer:
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
         self._watchdog: WriteWatchdog | None = None
-        # What goes on, one after the other, once a client reads that has not: each may block the
-        # writer again, and comes last then.
+        # The callbacks that continue, one after the other, once a blocked client reads again. A
+        # callback that blocks the writer once more goes to the end.
         self._turns: list[Callable[[], None]] = []
         # The monotonic time at which the client last stopped reading.
         self._blocked_at = 0.0

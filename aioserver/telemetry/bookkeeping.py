@@ -20,7 +20,7 @@ logger = logging.getLogger("aioserver.bookkeeping")
 
 
 class Bookkeeper(Protocol):
-    """An object with such methods."""
+    """An object with methods that are marked with `bookkeeping`."""
 
     @property
     def bugs(self) -> Bugs:

@@ -64,7 +64,7 @@ class EndedRequests:
         return msgspec.json.encode({"ts": moment, **describe()})
 
     def _make_room(self) -> None:
-        """Drop DROPPED requests: half of those of whoever has most, and so on."""
+        """Drop DROPPED requests: half of the requests of the caller that has most, and so on."""
         left = DROPPED
         for caller in sorted(self._kept, key=lambda name: len(self._kept[name]), reverse=True):
             kept = self._kept[caller]

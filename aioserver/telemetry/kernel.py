@@ -1,10 +1,11 @@
-"""The kernel's data about a listening socket (Linux: tcp(7), TCP_INFO) and this process, and the
-process's limit of open files.
+"""The kernel's data about a listening socket (Linux: tcp(7), TCP_INFO), this process and what it may
+still take, and the process's limit of open files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import socket
 import struct
@@ -19,6 +20,10 @@ QUEUE_OFFSET = 24
 # Up to `tcpi_min_rtt`, in microseconds, which Linux has since 4.6.
 ROUND_TRIP_BYTES, ROUND_TRIP_OFFSET = 152, 148
 DESCRIPTORS, MEMORY = Path("/proc/self/fd"), Path("/proc/self/statm")
+# Files below the root: the range of local ports, the memory of the machine (proc(5)), and the groups
+# of processes with bounds of their own (cgroups(7)).
+PORTS, MACHINE = "proc/sys/net/ipv4/ip_local_port_range", "proc/meminfo"
+OWN_CGROUP, CGROUPS = "proc/self/cgroup", "sys/fs/cgroup"
 
 
 class AcceptQueue(NamedTuple):
@@ -81,6 +86,41 @@ def process_usage() -> ProcessUsage:
         pass
     max_fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return {"open_fds": open_fds, "max_fds": max_fds, "rss_bytes": rss_bytes}
+
+
+def local_ports(root: Path) -> int | None:
+    """Return the number of local ports for connections to one address; None if the system does not
+    show it.
+    """
+    if not (numbers := _text(root / PORTS).split()):
+        return None
+    low, high = map(int, numbers)
+    return high - low + 1
+
+
+def free_memory(root: Path) -> int | None:
+    """Return the bytes that this process could take: those of the machine, or of its cgroup (v2)
+    if that has less; None if the system does not show them.
+    """
+    if (available := re.search(r"MemAvailable:\s+(\d+)", _text(root / MACHINE))) is None:
+        return None
+    free = int(available[1]) * 1024
+    folder = root / CGROUPS / _text(root / OWN_CGROUP).strip().rpartition(":")[2].lstrip("/")
+    # The limit of a group holds for all groups in it.
+    for level in (folder, *folder.parents):
+        # A group without a limit has the word `max`, or no such file.
+        with contextlib.suppress(ValueError):
+            bound, used = (int(_text(level / f"memory.{name}")) for name in ("max", "current"))
+            free = min(free, max(0, bound - used))
+    return free
+
+
+def _text(file: Path) -> str:
+    """Return the text of *file*, empty if it cannot be read."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def file_limit(wanted: int) -> int:

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 MAX_TEXT = 2000
 # Lines that may wait to be written.
 MAX_LINES = 10_000
-# Kinds of lines that a rate limit distinguishes; beyond, it forgets all kinds and begins anew.
+# The most kinds of lines that a rate limit distinguishes; at one more, it forgets all kinds and
+# begins anew.
 MAX_KINDS = 1000
 # Seconds in which the same error is written once.
 SAME_ERROR = 10.0
@@ -147,8 +148,8 @@ def _shorten(line: dict[str, Any], excess: int) -> None:
 
 
 def whole(text: str) -> str:
-    """Return *text*, cut to what several processes can write to one pipe in one piece with a line
-    end.
+    """Return *text*, cut to the length that several processes can write to one pipe in one piece,
+    with a line end.
     """
     data = text.encode(errors="backslashreplace")
     if len(data) < MAX_WHOLE:

@@ -1,7 +1,8 @@
 """Every metric of the server: its counter, its name, its help text and its labels.
 
 This file is one concept: all metrics stand here, so that no name or label is made elsewhere,
-except for the callers' spending (usage/accounting.py).
+except for the callers' spending (usage/accounting.py) and for those that OpenTelemetry names
+(wings/tracing/gen_ai_metrics.py).
 
 Events are counted in attributes of `Metrics` and of its meters, one for each face, provider and
 group. The four tables at the end of the file make metrics of these attributes, one row each; names
@@ -137,6 +138,8 @@ class ProviderMeter:
         self.recent_silences = RecentValues()
 
 
+# The prefix of our names.
+OURS = "aioserver_"
 # The names of a group's shares in its state.
 KNOWN_SHARE, CACHED_SHARE = "known_share", "cached_share"
 NO_GROUPS: Mapping[str, settings.Group] = MappingProxyType({})
@@ -242,6 +245,8 @@ class Metrics:
         self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
         self.delay = {cause: Histogram() for cause in ("ours", "client")}
         self.loop_lag = Histogram(SHORT_BOUNDS)
+        # Functions that yield the metrics of wings in use.
+        self.of_wings: list[Callable[[], Iterable[Family]]] = []
         # From admission, on all faces.
         self.recent_first_tokens = RecentValues()
         self.recent_delays = {cause: RecentValues() for cause in self.delay}
@@ -319,11 +324,13 @@ class Metrics:
         self.resumes[outcome].value += 1
 
     def families(self) -> Iterator[Family]:
-        """Yield every metric of the four tables below, with its present value."""
+        """Yield every metric of the four tables below, and of wings, with its present value."""
         yield from (family_of(row, {"": self}) for row in SERVER_FAMILIES)
         yield from (family_of(row, self.faces, "face") for row in FACE_FAMILIES)
         yield from (family_of(row, self.providers, "provider") for row in PROVIDER_FAMILIES)
         yield from (family_of(row, self.groups, "group") for row in GROUP_FAMILIES)
+        for families in self.of_wings:
+            yield from families()
 
 
 def _counters_for(outcome: str) -> dict[str, Counter]:
@@ -346,15 +353,16 @@ Owner = TypeVar("Owner")
 class Family(NamedTuple):
     """One metric: a child for each set of labels, all of one type.
 
-    *grows*: a child is made when it is first counted, so that each instance of a cluster has
-    different ones.
+    *grows* makes a child, if children are made when they are first counted, so that each instance
+    of a cluster has different ones. *prefix* stands before the name.
     """
 
     name: str
     help: str
     labels: tuple[str, ...]
     children: Mapping[tuple[str, ...], Child]
-    grows: bool = False
+    grows: Callable[[], Child] | None = None
+    prefix: str = OURS
 
 
 class Row(NamedTuple, Generic[Owner]):
@@ -368,7 +376,7 @@ class Row(NamedTuple, Generic[Owner]):
     children: Callable[[Owner], Child | Mapping[str, Child] | Mapping[tuple[str, ...], Child]]
     help: str
     labels: tuple[str, ...] = ()
-    grows: bool = False
+    grows: Callable[[], Child] | None = None
 
 
 def family_of(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Family:
@@ -439,7 +447,7 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         lambda m: m.budget_refusals,
         "Requests refused since a budget of their key has too little left",
         ("caller", "period"),
-        grows=True,
+        grows=Counter,
     ),
     Row(
         "key_wait_seconds",
@@ -451,7 +459,7 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         lambda m: m.hook_calls,
         "Calls to a hook with a request or an answer, by result",
         ("hook", "event", "outcome"),
-        grows=True,
+        grows=Counter,
     ),
     Row(
         "hook_seconds",
@@ -521,7 +529,7 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
         lambda m: m.cache_lost,
         "Tokens of prompts that the provider's cache has lost since the last turn, by verdict",
         ("verdict",),
-        grows=True,
+        grows=Counter,
     ),
     Row(
         "provider_attempts",

@@ -45,9 +45,10 @@ class AttemptCost(msgspec.Struct, frozen=True, gc=False):
 
     *outcome* is that of the ledger (usage/accounting.py), *source* the source of the counts. The
     two sums are those of this attempt alone, and *tokens* has further counts; *work* is the cost
-    for the caller's share. Durations are in seconds: *wait* in the provider's queue, *first* from
-    sending to the first content, 0.0 if there was none or the answer was not streamed, and
-    *duration* from sending to the end.
+    for the caller's share. *tier* is the service tier that the provider reports, "" without one.
+    Durations are in seconds: *wait* in the provider's queue, *first* from sending to the first
+    content, 0.0 if there was none or the answer was not streamed, and *duration* from sending to
+    the end.
     """
 
     provider: str
@@ -61,6 +62,7 @@ class AttemptCost(msgspec.Struct, frozen=True, gc=False):
     first: float = 0.0
     duration: float = 0.0
     work: int = 0
+    tier: str = ""
 
     @property
     def estimated(self) -> bool:

@@ -85,8 +85,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if it
     # has none.
     trace_id: str = ""
-    # The trace from which spans are made; None if there is no tracer, or the client does not
-    # sample.
+    # The notes from which spans are made, and by which attempts are counted; None without either.
     trace: RequestTrace | None = None
     # The method and the path of a request that is passed on as it is, without its query.
     target: str = ""

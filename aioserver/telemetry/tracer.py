@@ -92,11 +92,13 @@ class RequestTrace(Protocol):
 
     @property
     def trace_id(self) -> str:
-        """The id of the trace, 32 hex digits."""
+        """The id of the trace, 32 hex digits; "" if there is none."""
 
     @property
-    def link(self) -> tuple[bytes, bytes]:
-        """The ids of the trace and of the request's span, for links from later readers."""
+    def link(self) -> tuple[bytes, bytes] | None:
+        """The ids of the trace and of the request's span, for links from later readers; None if it
+        has no span.
+        """
 
     def waited(self, provider: str, began: float, ended: float) -> None:
         """Note that a wait for a place at *provider* is over."""
@@ -135,7 +137,7 @@ class Tracer(Protocol):
     ) -> RequestTrace | None:
         """Begin the trace of a request that goes to *path* at its provider.
 
-        None if its client does not sample. The request was admitted at the monotonic time
+        None if its client does not sample, unless attempts are counted. The request was admitted at the monotonic time
         *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
         """
 

@@ -44,7 +44,7 @@ PATHS = {
     "responses_ws": "/v1/responses",
     "anthropic": "/v1",
 }
-# What a server says about our key, by its error code.
+# The faults of our key, by the error code of the server.
 KEY_FAULTS = {
     "invalid_api_key": "does not know this key: see --key and AIOSERVER_KEY",
     "missing_api_key": "wants an API key: give it by --key or AIOSERVER_KEY",
@@ -94,7 +94,8 @@ def session(key: str | None) -> aiohttp.ClientSession:
 class Answered(NamedTuple):
     """The answer to a small request: its status, its headers, and its JSON object, or {}.
 
-    If there was no answer, the status is 0, and *reason* says why.
+    *reason* says why there is no answer: nothing came (the status is then 0), or the server
+    redirects to another address.
     """
 
     status: int
@@ -106,8 +107,8 @@ class Answered(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Why there was no answer from which path; empty if there was one."""
-        return f"GET {self.path}: {self.reason}" if self.reason else ""
+        """The path, and why it gave no answer, or else the status and the error code."""
+        return f"GET {self.path}: {self.reason or f'HTTP {self.status} {self.code}'.rstrip()}"
 
     @property
     def code(self) -> str:
@@ -130,7 +131,7 @@ async def get(
     **options: Any,
 ) -> Answered:
     """GET *url*, and read the answer, within *limit* seconds; follow *redirects* if wanted."""
-    began = time.perf_counter()
+    began, path = time.perf_counter(), URL(url).path
     try:
         async with (
             asyncio.timeout(limit),
@@ -138,13 +139,19 @@ async def get(
         ):
             body = await faults.read_body(response, MAX_EVENT_BYTES)
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        return Answered(0, {}, {}, path=URL(url).path, reason=describe(error))
+        return Answered(0, {}, {}, path=path, reason=describe(error))
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError:
         content = None
-    content = content if isinstance(content, dict) else {}
-    return Answered(response.status, response.headers, content, time.perf_counter() - began)
+    content, reason = content if isinstance(content, dict) else {}, ""
+    if response.status == HTTPStatus.BAD_REQUEST and SPEAK_TLS in str(content):
+        reason = SPEAK_TLS
+    elif 300 <= response.status < 400:
+        target = response.headers.get("Location", "")
+        reason = f"redirects to {target}: give that address, as a POST is not redirected"
+    took = time.perf_counter() - began
+    return Answered(response.status, response.headers, content, took, path, reason)
 
 
 async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | None:
@@ -155,10 +162,8 @@ async def paths(session: aiohttp.ClientSession, url: str) -> dict[str, str] | No
         Unreachable: nothing answered in time.
     """
     answer = await get(session, f"{url}/", redirects=True, headers=JSON)
-    if not answer.status:
+    if answer.reason:
         raise Unreachable(f"{url} cannot be reached: {answer.reason}")
-    if answer.status == HTTPStatus.BAD_REQUEST and SPEAK_TLS in str(answer.content):
-        raise Unreachable(f"{url} cannot be reached: {SPEAK_TLS}")
     endpoints = answer.content.get("endpoints")
     if not isinstance(endpoints, dict):
         return None

@@ -17,14 +17,23 @@ from typing import TYPE_CHECKING
 import click
 
 from aioserver.commands import options
-from aioserver.usage.ledger_reader import CACHE_LOST_TOKENS, COLUMNS, Reading, files_of
+from aioserver.usage.ledger_reader import (
+    CACHE_LOST_TOKENS,
+    COLUMNS,
+    LIFETIME_COLUMNS,
+    Reading,
+    files_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from aioserver.usage.ledger_reader import Sums
 
-KEYS = ("caller", "provider", "model", "day", "face", "path", "class", "outcome", "cache_lost")
+KEYS = (
+    *("caller", "provider", "model", "day", "face", "path", "class", "service_tier", "outcome"),
+    "cache_lost",
+)
 DEFAULT_KEYS = "caller,model"
 SPANS = {"d": timedelta(days=1), "h": timedelta(hours=1)}
 # Characters that a spreadsheet takes for the beginning of a formula (CWE-1236): a model's name may
@@ -117,13 +126,13 @@ def command(
             print(f"{path} cannot be read: {error.strerror}", file=sys.stderr)
             return 1
     reading.finish()
-    rows = sorted(reading.rows.items())
+    rows, columns = sorted(reading.rows.items()), _columns(by, reading.total)
     if as_json:
-        _print_json(by, rows, reading, _text(since), _text(until))
+        _print_json(by, columns, rows, reading, _text(since), _text(until))
     elif as_csv:
-        _print_csv(by, rows)
+        _print_csv(by, columns, rows)
     else:
-        _print_table(by, rows, reading.total)
+        _print_table(by, columns, rows, reading.total)
     if reading.skipped:
         print(f"skipped {reading.skipped} lines that are torn, or no JSON", file=sys.stderr)
     if reading.lost:
@@ -169,16 +178,19 @@ def _text(moment: datetime | None) -> str | None:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _columns(by: Sequence[str]) -> list[str]:
-    return [*COLUMNS, *([CACHE_LOST_TOKENS] if "cache_lost" in by else [])]
+def _columns(by: Sequence[str], total: Sums) -> list[str]:
+    """Return the columns of rows for *by* whose sum is *total*."""
+    lost = [CACHE_LOST_TOKENS] if "cache_lost" in by else []
+    return [*COLUMNS, *lost, *(name for name in LIFETIME_COLUMNS if getattr(total, name))]
 
 
-def _numbers(by: Sequence[str], sums: Sums) -> list[int]:
-    return [getattr(sums, column) for column in _columns(by)]
+def _numbers(columns: Sequence[str], sums: Sums) -> list[int]:
+    return [getattr(sums, column) for column in columns]
 
 
 def _print_json(
     by: Sequence[str],
+    columns: Sequence[str],
     rows: Iterable[tuple[tuple[str, ...], Sums]],
     reading: Reading,
     since: str | None,
@@ -189,7 +201,7 @@ def _print_json(
         "until": until,
         "by": list(by),
         "rows": [
-            dict(zip((*by, *_columns(by)), (*names, *_numbers(by, sums)), strict=True))
+            dict(zip((*by, *columns), (*names, *_numbers(columns, sums)), strict=True))
             for names, sums in rows
         ],
         "skipped_lines": reading.skipped,
@@ -198,24 +210,29 @@ def _print_json(
     print(json.dumps(answer, indent=2))
 
 
-def _print_csv(by: Sequence[str], rows: Iterable[tuple[tuple[str, ...], Sums]]) -> None:
+def _print_csv(
+    by: Sequence[str], columns: Sequence[str], rows: Iterable[tuple[tuple[str, ...], Sums]]
+) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow((*by, *_columns(by)))
+    writer.writerow((*by, *columns))
     for names, sums in rows:
         cells = [f"'{name}" if name.startswith(FORMULAS) else name for name in names]
-        writer.writerow((*cells, *_numbers(by, sums)))
+        writer.writerow((*cells, *_numbers(columns, sums)))
 
 
 def _print_table(
-    by: Sequence[str], rows: Sequence[tuple[tuple[str, ...], Sums]], total: Sums
+    by: Sequence[str],
+    columns: Sequence[str],
+    rows: Sequence[tuple[tuple[str, ...], Sums]],
+    total: Sums,
 ) -> None:
-    head = [*by, *(column.removesuffix("_tokens") for column in _columns(by))]
+    head = [*by, *(column.removesuffix("_tokens") for column in columns)]
     table = [head]
     for names, sums in rows:
         shown = [_printable(name) or "-" for name in names]
-        table.append([*shown, *(f"{number:,}" for number in _numbers(by, sums))])
-    totals = ["total", *([""] * (len(by) - 1)), *(f"{number:,}" for number in _numbers(by, total))]
-    table.append(totals)
+        table.append([*shown, *(f"{number:,}" for number in _numbers(columns, sums))])
+    totals = [f"{number:,}" for number in _numbers(columns, total)]
+    table.append(["total", *([""] * (len(by) - 1)), *totals])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         texts = [cell.ljust(width) for cell, width in zip(cells[: len(by)], widths, strict=False)]

@@ -61,8 +61,9 @@ class Row(NamedTuple):
 def command(request_id: str, logs: tuple[str, ...], *, url: str, key: str | None) -> int:
     """Show where the time of one request went.
 
-    It also shows what the request cost. The server at --url is asked, which remembers the last 1,000 requests. With LOGs, files of JSON
-    lines (also .gz; `-` is stdin), these are read, and no server is asked.
+    It also shows what the request cost. The server at --url is asked, which remembers the last
+    1,000 requests. With LOGs, files of JSON lines (also .gz; `-` is stdin), these are read, and no
+    server is asked.
     """
     try:
         if logs:
@@ -81,7 +82,8 @@ def command(request_id: str, logs: tuple[str, ...], *, url: str, key: str | None
         print("\n".join(picture(fields)))
     if not found:
         print(
-            f"nobody has the request {printable(request_id)}: looked in {where}", file=sys.stderr
+            f"the request {printable(request_id)} was not found: looked in {where}",
+            file=sys.stderr,
         )
         if not logs:
             last = "the last 1,000 requests, of your own key unless it is an admin's"
@@ -111,7 +113,7 @@ async def _at_server(request_id: str, url: str, key: str | None) -> list[dict[st
         raise remote.Unreachable(f"{url} cannot be reached: {remote.describe(error)}") from None
     if fault.code == "request_not_found":
         return []
-    raise remote.Unreachable(f"{url} does not say: {fault.code}: {fault.message}")
+    raise remote.Unreachable(f"{url} has refused: {fault.code}: {fault.message}")
 
 
 def _in_logs(request_id: str, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -186,7 +188,7 @@ def _rows(fields: dict[str, Any]) -> Iterator[Row]:
         yield Row("key", 0, key, f"place {place} of {waiting}" if place else "")
     if wait:
         yield Row("queue", key, wait, f"of {_text(fields.get('provider'))}")
-    # The end of what is shown so far, but for attempts that failed behind the first content.
+    # The end of the steps so far, except attempts that failed after the first content.
     at = key + wait
     for fault in _objects(fields, "faults"):
         began, ms = _ms(fault, "at_ms"), _ms(fault, "ms")
@@ -216,7 +218,7 @@ def _rows(fields: dict[str, Any]) -> Iterator[Row]:
 
 
 def _notes(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what has no length."""
+    """Yield the facts about a request that are no steps of it."""
     if fields.get("group"):
         home = HOMES.get(_text(fields.get("home")), "")
         yield "home", f"{_text(fields['group'])}{home and ': ' + home}"

@@ -278,14 +278,14 @@ FAMILIES: tuple[Row[Usage], ...] = (
         lambda usage: usage.sums.tokens,
         "Tokens of all attempts by caller, reported or estimated; of input and output",
         ("caller", "provider", "model", "kind"),
-        grows=True,
+        grows=Counter,
     ),
     Row(
         "usage_estimated_tokens",
         lambda usage: usage.sums.estimated,
         "The part of these tokens that is estimated",
         ("caller",),
-        grows=True,
+        grows=Counter,
     ),
     Row(
         "usage_lines",

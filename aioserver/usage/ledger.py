@@ -305,6 +305,10 @@ class Ledger:
                 f'"reasoning":{tokens.reasoning},"audio_in":{tokens.audio_in},'
                 f'"audio_out":{tokens.audio_out},'
             )
+            for lifetime, written in tokens.lifetimes:
+                counts += f'"cache_write_{lifetime}":{written},'
+        if cost.tier:
+            counts += f'"service_tier":{_text(cost.tier)},'
         if line.lost is not None:
             counts += f'"cache_lost":"{line.lost.verdict}","cache_lost_tokens":{line.lost.tokens},'
         if cost.first:

@@ -11,14 +11,15 @@ Files are read as a stream: of a line that was counted, only its number stays in
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 # The fates of an attempt, beside "ok", "cut", "cancelled" and "failed".
@@ -48,10 +49,15 @@ class Entry(msgspec.Struct, gc=False):
     in_: int = msgspec.field(default=0, name="in")
     cached: int = 0
     cache_write: int = 0
+    cache_write_5m: int = 0
+    cache_write_30m: int = 0
+    cache_write_1h: int = 0
+    cache_write_12h: int = 0
     out: int = 0
     reasoning: int = 0
     audio_in: int = 0
     audio_out: int = 0
+    service_tier: str = ""
     cache_lost: str = ""
     cache_lost_tokens: int = 0
     lost: int = 0
@@ -69,19 +75,28 @@ class Sums:
         *("requests", "attempts", "input_tokens", "cached_tokens", "cache_write_tokens"),
         *("output_tokens", "reasoning_tokens", "audio_tokens", "estimated_tokens"),
         "cache_lost_tokens",
+        *("cache_write_5m_tokens", "cache_write_30m_tokens"),
+        *("cache_write_1h_tokens", "cache_write_12h_tokens"),
     )
 
     def __init__(self) -> None:
         self.requests = self.attempts = self.input_tokens = self.cached_tokens = 0
         self.cache_write_tokens = self.output_tokens = self.reasoning_tokens = 0
         self.audio_tokens = self.estimated_tokens = self.cache_lost_tokens = 0
+        self.cache_write_5m_tokens = self.cache_write_30m_tokens = 0
+        self.cache_write_1h_tokens = self.cache_write_12h_tokens = 0
 
     def add(self, entry: Entry) -> None:
         """Count an attempt."""
         self.attempts += 1
         self.input_tokens += entry.in_
         self.cached_tokens += entry.cached
-        self.cache_write_tokens += entry.cache_write
+        if entry.cache_write:
+            self.cache_write_tokens += entry.cache_write
+            self.cache_write_5m_tokens += entry.cache_write_5m
+            self.cache_write_30m_tokens += entry.cache_write_30m
+            self.cache_write_1h_tokens += entry.cache_write_1h
+            self.cache_write_12h_tokens += entry.cache_write_12h
         self.output_tokens += entry.out
         self.reasoning_tokens += entry.reasoning
         self.audio_tokens += entry.audio_in + entry.audio_out
@@ -92,8 +107,10 @@ class Sums:
             self.estimated_tokens += entry.out
 
 
-# The columns of each row, and one that only a table of lost caches has.
-*COLUMNS, CACHE_LOST_TOKENS = Sums.__slots__
+# The columns of each row; one that only a table of lost caches has; and those of the parts of
+# `cache_write_tokens` by their lifetimes, which only providers with such caches report.
+*COLUMNS, CACHE_LOST_TOKENS = Sums.__slots__[:-4]
+LIFETIME_COLUMNS = Sums.__slots__[-4:]
 
 
 class Reading:
@@ -134,6 +151,13 @@ class Reading:
                 count(decode(line))
             except (msgspec.MsgspecError, ValueError):
                 self.skipped += bool(line.strip())
+
+    def forget(self) -> None:
+        """Forget the numbers of the attempts that were counted, since there are no further lines of
+        theirs: each file of a later day has those that end later.
+        """
+        self._known.clear()
+        self._several.clear()
 
     def finish(self, now: float | None = None) -> None:
         """Count the attempts that have not ended: they are lost, or still run at *now*."""
@@ -216,17 +240,32 @@ def files_of(directory: Path, first: str = "", last: str = "~") -> list[Path]:
     return sorted(path for path in found if first <= path.name[6:16] <= last)
 
 
-def spent(directory: Path, day: str) -> dict[str, int]:
-    """Return the tokens of each caller on *day*, from the ledger in *directory*.
+def spent(directory: Path, since: Mapping[str, int], until: int) -> dict[str, dict[str, int]]:
+    """Return the tokens of each caller from the ledger in *directory*: for each name in *since* those
+    from this day to the day *until*. Days are numbers, counted from 1970-01-01.
 
     Running attempts count with their estimates. A file that cannot be read counts nothing.
     """
-    reading = Reading(["caller"], since=day, until=f"{day}~")
-    for path in files_of(directory, day, day):
-        try:
-            with path.open("rb") as file:
-                reading.read(file)
-        except OSError:
-            continue
+    days = {name: _date(day) for name, day in since.items()}
+    first, last = min(days.values()), _date(until)
+    reading = Reading(["caller", "day"], since=first, until=f"{last}~")
+    for _, files in groupby(files_of(directory, first, last), lambda path: path.name[6:16]):
+        for path in files:
+            try:
+                with path.open("rb") as file:
+                    reading.read(file)
+            except OSError:
+                continue
+        reading.forget()
     reading.finish()
-    return {name[0]: sums.input_tokens + sums.output_tokens for name, sums in reading.rows.items()}
+    callers: dict[str, dict[str, int]] = {}
+    for (caller, day), sums in reading.rows.items():
+        tokens = callers.setdefault(caller, dict.fromkeys(days, 0))
+        for name, begin in days.items():
+            if day >= begin:
+                tokens[name] += sums.input_tokens + sums.output_tokens
+    return callers
+
+
+def _date(day: int) -> str:
+    return (datetime.fromtimestamp(0, UTC) + timedelta(days=day)).strftime("%Y-%m-%d")

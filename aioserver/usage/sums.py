@@ -182,16 +182,7 @@ class CallerSums:
         self, providers: Mapping[str, settings.Provider], groups: Mapping[str, settings.Group]
     ) -> None:
         """Apply the models of *providers* and *groups*, by their names."""
-        self.configured = {
-            (name, model)
-            for name, provider in providers.items()
-            for model in (provider.model, *provider.models)
-        } | {
-            (member.provider, model)
-            for group in groups.values()
-            for member in group.members
-            if (model := member.model) is not None
-        }
+        self.configured = configured_models(providers, groups)
         for name, provider in providers.items():
             for model in dict.fromkeys((provider.model, *provider.models, OTHER)):
                 for kind, source in OF_PROVIDERS:
@@ -294,6 +285,22 @@ class CallerSums:
         if labels not in self._tokens and len(self._tokens) >= MAX_CHILDREN:
             labels = OTHER, provider, model, kind
         return self._tokens.setdefault(labels, Counter())
+
+
+def configured_models(
+    providers: Mapping[str, settings.Provider], groups: Mapping[str, settings.Group]
+) -> set[tuple[str, str]]:
+    """Return the names of *providers*, each with a model that it or a member of *groups* names."""
+    return {
+        (name, model)
+        for name, provider in providers.items()
+        for model in (provider.model, *provider.models)
+    } | {
+        (member.provider, model)
+        for group in groups.values()
+        for member in group.members
+        if (model := member.model) is not None
+    }
 
 
 def together(several: Iterable[Sequence[Day]]) -> list[Day]:

@@ -213,7 +213,7 @@ class Balance:
             sock.close()
 
     def _bound(self, share: float, beyond: int) -> float:
-        """Return *share* of the mean of all that accept, and *beyond*."""
+        """Return *share* times the mean of the workers that accept, plus *beyond*."""
         loads = self._loads
         connections = loads.connections()
         others = [connections[slot] for slot in loads.accepting() if slot != loads.slot]

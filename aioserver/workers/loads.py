@@ -5,9 +5,8 @@ Each worker process has a slot; there are four for each worker, since a rolling 
 new process before the old one ends, and former processes keep their answers. Every cell is a
 number of 8 bytes with one writer at a time: the worker of its slot, or the parent, for a slot
 whose process it has reaped. Every process may read. No cell is a limit: a wrong value costs
-balance, and the places of the workers are leases
-(wings/cluster/limits/grants.py). The page is mapped by the parent and by all workers (a memfd); it has
-no lock.
+balance, and the places of the workers are leases (wings/cluster/limits/grants.py). The page is
+mapped by the parent and by all workers (a memfd); it has no lock.
 
 A store through a memoryview of format `q` is a memcpy of 8 bytes in CPython (`PACK_SINGLE` in
 Objects/memoryobject.c), which compilers turn into one store. Aligned stores of 8 bytes are atomic

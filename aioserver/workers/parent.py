@@ -7,9 +7,9 @@ workers that end.
 It has no event loop, no threads and no application: it waits for one signal after the other, with
 all of them blocked (sigtimedwait(2)). A worker's message is a signal, too (O_ASYNC; fcntl(2)). A
 worker is `serve` in a forked process, and shares what the parent has imported (fork_server.py). If
-other code is installed by then, it is another program, started by fork and exec, and so are all
-later ones. A worker tells its parent what a service tells systemd, over a socket of its own, and
-the parent reports the state of all to systemd.
+other code was installed meanwhile, the worker and all later workers are executed as a new program
+(fork and exec). A worker reports to its parent, over a socket of its own, as a service reports to
+systemd; the parent reports the state of all workers to systemd.
 
 Linux only, as the files in memory are.
 

@@ -1,4 +1,5 @@
-"""The decisions of the parent, without its processes: which workers run, and what happens to each.
+"""The decisions of the parent, without its processes: which workers run, and the next step for
+each.
 
 This file is one concept: the seats of the workers, the state of each process, and each decision
 that follows from it.
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 START_TIMEOUT = 60.0
 # A worker that lived for less counts as short-lived.
 SHORT_LIFE = 10.0
-# Replaced processes of a seat that still run: with its worker they are three generations.
+# The most replaced processes of a seat that still run: with its worker there are three
+# generations.
 MOST_REPLACED = 2
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
@@ -51,8 +53,8 @@ class Processes(Protocol):
     """Starts processes, and sends them signals."""
 
     def start(self, slot: int, configuration: int, deaths: tuple[str, ...] = ()) -> int:
-        """Start a worker in *slot* with the configuration of that number, which counts these
-        *deaths* of others. Return its process id.
+        """Start a worker in *slot* with the configuration of that number, and return its process
+        id. The worker counts these *deaths* of other workers in its metrics.
 
         Raises:
             OSError: the system starts no process.
@@ -84,8 +86,8 @@ class Phase(Enum):
 class Process:
     """One worker process. Times are of the supervisor's clock.
 
-    *generation*: the replacement that started it. *configuration*: the number of the one it has,
-    and *asked_for* of the one that it was asked to read.
+    *generation*: the replacement that started it. *configuration*: the number of its
+    configuration; *asked_for*: the number of the configuration that it was asked to read.
     """
 
     pid: int
@@ -191,8 +193,7 @@ LAST_WORDS = 2.0
 # If the parent wakes later than intended by more than this, it was itself stopped or had no
 # processor.
 OVERSLEPT = 1.0
-# Seconds after its deadline during which a worker does not yet count as one that even SIGKILL does
-# not end.
+# Seconds after its deadline that a killed worker may take to end; after them SIGKILL has failed.
 UNKILLABLE = 2 * LAST_WORDS
 # The signal for a worker to retire while its siblings go on; a second one lets it end.
 HAND_OVER = signal.SIGUSR1
@@ -222,9 +223,10 @@ class Supervisor:
         slots = SLOTS_PER_WORKER * workers
         self._seats = [Seat(rank, range(rank, slots, workers)) for rank in range(workers)]
         self._by_pid: dict[int, tuple[Seat, Process]] = {}
-        # Why workers have died that nobody had told to end; the next one that starts counts them.
+        # The causes of the deaths of workers that were not asked to end. The next worker that
+        # starts counts them in its metrics.
         self._deaths: tuple[str, ...] = ()
-        # Whether all workers have served at the same time.
+        # Whether there was a moment at which all workers served.
         self.started = False
         self._any_served = False
         # Whether the end has begun.
@@ -273,8 +275,8 @@ class Supervisor:
         return [process.status for process in self._serving()]
 
     def former(self) -> list[tuple[str, float]]:
-        """Return of each former process what it has said of its state, and in how many seconds
-        its answers end at the latest.
+        """Return for each former process the last status text that it has sent, and the seconds
+        after which its answers end at the latest.
         """
         now = self._clock()
         return [
@@ -604,7 +606,7 @@ class Supervisor:
                 self._replaced()
 
     def _replace_one(self, seat: Seat) -> None:
-        # The worker becomes one more of those that are replaced.
+        # The worker becomes one more replaced process.
         if seat.successor is None and len(seat.replaced()) < MOST_REPLACED:
             seat.successor = self._start(seat)
             if seat.successor is None:

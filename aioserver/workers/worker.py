@@ -12,11 +12,11 @@ variables:
 
 | name | what it is |
 | --- | --- |
-| ear | a socket on which this worker alone tells its parent what a service tells systemd |
+| ear | a socket for this worker's messages to its parent, by the protocol of systemd |
 | lifeline | a pipe that ends with the parent |
 | configuration | the content of the configuration file that is in effect |
-| session_secret | what signs browser sessions, the same in each worker |
-| loads | shared memory, by which the workers balance what they accept (loads.py) |
+| session_secret | the secret that signs browser sessions, the same in each worker |
+| loads | shared memory, by which the workers balance their connections (loads.py) |
 
 A worker that is replaced, and its successors, have different slots of the same rank: there are
 four times as many slots as workers (loads.py).
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from aioserver.server.app import Server
 
 OfCaller = TypeVar("OfCaller", bound=Limits)
-# The numbers of a caller that are no limits, and the limits that no server shares.
+# The numbers of a caller that are not limits, and the limits that instances do not share.
 NO_LIMITS, OF_EACH = frozenset({"priority"}), frozenset({"queue_size"})
 WORKER = "AIOSERVER_WORKER"
 DESCRIPTORS = "AIOSERVER_FDS"
@@ -62,9 +62,9 @@ SERVER = "AIOSERVER_PRIVATE_SERVER"
 FIRST = "AIOSERVER_FIRST"
 # The seconds within which the parent wants to hear from the worker.
 PERIOD = "AIOSERVER_PERIOD"
-# The name under which the workers of one parent share what other hosts do not.
+# The name under which the workers of one parent share limits that other hosts have no part of.
 HOST = "AIOSERVER_HOST"
-# Why workers have died since the last one was started.
+# The causes of the workers' deaths since the last worker was started.
 DEATHS = "AIOSERVER_DEATHS"
 # Seconds after which a worker without a server checks again how many connections its predecessors
 # have.
@@ -81,7 +81,8 @@ class Worker:
     *period*: the seconds within which its parent expects a message. *server_url*: the parent's
     private server, through which the workers share limits and streams; None if it has none.
     *first*: whether it was started with the parent, so that no worker was there before. *host*:
-    the common name of this parent's workers. *deaths*: why others have died, which it counts.
+    the common name of this parent's workers. *deaths*: the causes of the deaths of other workers,
+    which it counts.
     """
 
     slot: int
@@ -188,8 +189,8 @@ class Worker:
         """Return the function that divides the places in front of the handlers, if there is no
         server for that.
         """
-        # Those of its rank that were there before it: one that is gone does not come back, and
-        # its slot may be a successor's.
+        # The earlier workers of its rank. A worker that is gone does not come back, and its slot
+        # may belong to a successor.
         before = set(range(self.rank, self.slots, self.workers)) - {self.slot}
 
         def predecessors() -> list[int]:
@@ -306,7 +307,7 @@ def share_out(settings: Settings, scope: Scope, *, clustered: bool = False) -> S
             max_body_bytes=memory(
                 websocket.concurrency.max_body_bytes, websocket.max_message_size
             ),
-            # Nothing is left to be shared out.
+            # The limits are divided already.
             uvicorn=replace(websocket.concurrency.uvicorn, workers=1),
         )
         kept = max(streams.max_stream_bytes, streams.max_response_bytes)

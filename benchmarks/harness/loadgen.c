@@ -1,7 +1,7 @@
 /* loadgen - a closed-loop load generator: one thread, epoll.
  *
  *   --mode http   POST the body, read the whole answer, again
- *   --mode sse    POST the body, read an SSE stream up to "data: [DONE]", again
+ *   --mode sse    POST the body, read an SSE stream up to "data: [DONE]", or to data that holds a --marker, again
  *   --mode ws     WebSocket handshake; then send the body as one text frame, read text frames until one
  *                 holds a --marker (good) or a --fail-marker (counted as truncated), again
  *   --mode idle   open --connections of --idle-proto (tcp, http, sse, ws), hold them --duration seconds, answer
@@ -44,7 +44,7 @@ typedef struct conn {
     int measured, asking, done, tokens, digit, acc_dig, bad;
 } conn;
 
-static int mode = M_HTTP, proto = M_SSE, conns = 1, expect = 0, drop_after = 0, stamp = 0, once = 0, json = 0, nmark = 0, nfail = 0;
+static int mode = M_HTTP, proto = M_SSE, conns = 1, expect = 0, drop_after = 0, stamp = 0, once = 0, json = 0, nmark = 0, nfail = 0, marked = 0;
 static long count = 0;
 #ifdef TLS
 static SSL_CTX *tls;
@@ -241,6 +241,12 @@ static int maybe_drop(conn *c) {
     return 0;
 }
 
+/* Whether data that holds one of the --marker ends a stream. */
+static int ends(const char *p, size_t n) {
+    for (int i = 0; marked && i < nmark; i++) if (memmem(p, n, marks[i], strlen(marks[i]))) return 1;
+    return 0;
+}
+
 static void on_line(conn *c, const char *p, size_t n) {
     if (n && p[n - 1] == '\r') n--;
     if (n < 6 || memcmp(p, "data:", 5)) return;
@@ -251,6 +257,7 @@ static void on_line(conn *c, const char *p, size_t n) {
         c->t_event = now;
     }
     if (n <= 14 && memmem(p, n, "[DONE]", 6)) c->done = 1;
+    else if (ends(p, n)) c->done = 1;
     else on_event(c, p, n);
 }
 
@@ -519,6 +526,7 @@ int main(int argc, char **argv) {
             "  [--body-file F] [--connections C] [--duration S] [--count N] [--ramp S] [--warmup S] [--timeout S] [--drain S] [--expect TOKENS]\n"
             "  [--marker TEXT]... [--fail-marker TEXT]... [--seq-key content] [--drop-after K] [--idle-proto tcp|http|sse|ws] [--stamp] [--samples FILE] [--max-gap MS] [--once] [--json]\n  [--tls]");
     }
+    marked = nmark > 0;
     if (!nmark) marks[nmark++] = "\"status\":\"complete\"", marks[nmark++] = "\"status\": \"complete\"";
     if (!nfail) fails[nfail++] = "\"status\":\"error\"", fails[nfail++] = "\"status\": \"error\"";
     if (!body) {

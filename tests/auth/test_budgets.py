@@ -142,6 +142,32 @@ async def test_a_day_says_the_whole_time_and_that_no_sdk_should_wait(
         assert not ws.closed
 
 
+async def test_a_month_that_is_spent_is_named_with_its_whole_time(make_server: MakeServer) -> None:
+    limits = {"tokens_per_day": 10**6, "tokens_per_week": 10**6, "tokens_per_month": 10**6}
+    server = await make_server(QUICK, **keys_of("web", **limits))
+    # 2025-12-01, the first moment of a month of 31 days.
+    began = 1_764_547_200.0
+    spent = Budget(0, 10**6, wall_clock=partial(float, began), per_month=1000)
+    spent.reserve(1000).settle(1000)
+    quota(server).budget = spent
+
+    status, headers, body = await post(server, "whole")
+
+    assert status == 429
+    assert headers["Retry-After"] == str(31 * 86_400)
+    assert headers["x-should-retry"] == "false"
+    message = json.loads(body)["error"]["message"]
+    assert message.startswith("tokens_per_month of this key: limit 1000, used 1000,")
+    assert headers["x-ratelimit-limit-tokens"] == "1000000"
+    assert headers["x-ratelimit-limit-tokens-month"] == "1000"
+    assert headers["x-ratelimit-remaining-tokens-month"] == "0"
+    assert headers["x-ratelimit-reset-tokens-month"] == "744h0m0s"
+    refusals = server.context.metrics.budget_refusals
+    assert {labels: counter.value for labels, counter in refusals.items()} == {
+        ("web", "tokens_per_month"): 1
+    }
+
+
 @pytest.mark.parametrize("face", POSTS)
 async def test_a_day_that_ends_soon_or_has_begun_says_to_the_second_when_the_next_one_comes(
     make_server: MakeServer, face: str

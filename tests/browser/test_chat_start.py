@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 from playwright.async_api import expect
 
 from tests.support.chat_page import answer, box, enter, is_now
@@ -41,14 +40,11 @@ async def test_a_prompt_is_asked_by_a_click(server: RunningServer, page: Page) -
     await expect(link).to_have_attribute("target", "_blank")
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-async def test_the_dashboard_is_one_link_away(
-    server: RunningServer, page: Page, width: int
-) -> None:
-    await page.set_viewport_size({"width": width, "height": 844})
+async def test_the_dashboard_is_one_link_away(server: RunningServer, page: Page) -> None:
     await enter(page, server)
-    if width == 390:
-        await page.get_by_role("button", name="Conversations").click()
+    await expect(page.get_by_role("link", name="Dashboard")).to_be_visible()
+    await page.set_viewport_size({"width": 390, "height": 844})
+    await page.get_by_role("button", name="Conversations").click()
 
     await page.get_by_role("link", name="Dashboard").click()
 

@@ -111,7 +111,12 @@ def test_a_pattern_leads_to_all_models_of_a_provider() -> None:
 def test_weights_orders_and_contexts_are_those_of_members() -> None:
     assert llm_of("engines")["models"]["qwen"] == {
         "members": [
-            {"provider": "hosted_vllm", "model": "Qwen/Qwen3-8B", "max_context": 32768},
+            {
+                "provider": "hosted_vllm",
+                "model": "Qwen/Qwen3-8B",
+                "max_context": 32768,
+                "input_modalities": ["text", "image"],
+            },
             {"provider": "hosted_vllm-1", "model": "Qwen/Qwen3-8B", "weight": 3},
         ],
         "choose": "weighted",

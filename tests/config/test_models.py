@@ -375,6 +375,17 @@ def test_a_name_leads_to_a_member_a_list_or_a_section(file: Path) -> None:
             {"a": [{"provider": "b", "max_context": 9}], "b": ["gpu1", "gpu2"]},
             "a[0]: b is a group, whose members have a max_context each",
         ),
+        (
+            {"a": [{"provider": "b", "input_modalities": ["text"]}], "b": ["gpu1", "gpu2"]},
+            "a[0]: b is a group, whose members have modalities each",
+        ),
+        (
+            {"a": [{"provider": "gpu1", "output_modalities": ["sound"]}]},
+            (
+                "a[0].output_modalities[0]: expected one of text, image, file, audio, video, not "
+                'text "sound"'
+            ),
+        ),
         ({"a": ["b", "gpu1", "b"], "b": "gpu2"}, "a[2]: this member appears twice"),
         (
             {f"a{n}": f"a{n + 1}" for n in range(8)} | {"a8": "gpu1"},

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DIGEST = "a" * 64
 TIGHT = {"tokens_per_minute": 1000, "tokens_per_day": 10}
+LONGER = {"tokens_per_day": 100, "tokens_per_week": 70, "tokens_per_month": 90}
 BELOW = "must be 0 or >= tokens_per_minute (1000), not 10"
 JWT = {"issuer": "i", "audience": "a", "jwks_url": "https://issuer.example/keys"}
 GROUPS: dict[str, Any] = {"choose": "ordered", "affinity": "prefix", "members": ["demo"]}
@@ -25,6 +26,7 @@ RULES: list[tuple[str, dict[str, Any], str, str]] = [
     ("Limits", {"auth": {"jwt": {**JWT, "limits": {"staff": TIGHT}}}}, "auth.jwt.limits.staff.tokens_per_day", BELOW),
     ("Limits", {"auth": {"keys": [{"name": "k", "sha256": DIGEST, **TIGHT}]}}, "auth.keys[0].tokens_per_day", BELOW),
     ("Limits", {"auth": {"keys": [{"name": "k", "key_env": "K", **TIGHT}]}}, "auth.keys[0].tokens_per_day", BELOW),
+    ("Limits", {"auth": {"keys": [{"name": "k", "sha256": DIGEST, **LONGER}]}}, "auth.keys[0].tokens_per_week", "must be 0 or >= tokens_per_day (100), not 70"),
     ("Auth", {"auth": {"keys": [{"name": "k"}]}}, "auth.keys[0]", "needs exactly one of key_env, key_file, sha256"),
     ("Jwt", {"auth": {"jwt": {**JWT, "limits": {}}}}, "auth.jwt.limits", "without any role every token is refused"),
     ("Hook", {"hooks": [{"name": "h"}]}, "hooks[0]", "needs exactly one of url, python"),

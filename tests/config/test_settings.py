@@ -279,6 +279,41 @@ def test_a_header_that_must_stay_here_is_not_passed_on(name: Any) -> None:
     assert list(refusals) == ["llm.providers.openai.pass_headers.1"]
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        # What this server answers itself, and what never passes.
+        *("chat", "chat/completions", "models/x", "embeddings", "completions", "responses/x"),
+        *("messages", "organization", "organization/usage", "organizations", "v1/videos"),
+        # Further spellings, and what is no path.
+        *("Videos", "/videos", "videos/", "a//b", "..", "a/../b", ".", "v%69deos", "a;b", "a?b"),
+        *("*", "videos/*", "videos\n", "a b", "", 7, None, True, ["videos"]),
+    ],
+    ids=repr,
+)
+def test_a_path_that_cannot_be_opened_is_refused(path: Any) -> None:
+    paths = ["decisions", path]
+    refusals = faults(SETTINGS, changed(llm__providers__openai__pass_paths=paths))
+
+    assert list(refusals) == ["llm.providers.openai.pass_paths.1"]
+
+
+@pytest.mark.parametrize("paths", ["videos", {"videos": True}, 7], ids=str)
+def test_paths_that_are_opened_are_a_list(paths: Any) -> None:
+    refusals = faults(SETTINGS, changed(llm__providers__openai__pass_paths=paths))
+
+    assert list(refusals) == ["llm.providers.openai.pass_paths"]
+
+
+def test_paths_are_opened_at_the_provider_that_names_them() -> None:
+    # No name but the first segment itself is taken.
+    paths = ["decisions", "videos", "audio/voices", "chats", "fine_tuning/jobs"]
+    made: Settings = SETTINGS(changed(llm__providers__openai__pass_paths=paths))
+
+    assert made.llm.providers["openai"].pass_paths == tuple(paths)
+    assert made.llm.providers["groq"].pass_paths == ()
+
+
 def test_headers_that_are_passed_on_are_kept_in_lower_case() -> None:
     names = ["X-Tenant", "user-agent"]
     made: Settings = SETTINGS(changed(llm__providers__openai__pass_headers=names))

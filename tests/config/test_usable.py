@@ -246,7 +246,7 @@ def test_a_variable_that_is_not_replaced_is_warned_of(written: str, file: Path) 
         (("base_url: http://h/v1", "modell: m"), "(did you mean model?)"),
         (
             ("base_url: http://h/v1", "queue_size: 5"),
-            "(it belongs into http_client: indent it further, below that key)",
+            "(it belongs in http_client: indent it further, below that key)",
         ),
     ],
 )

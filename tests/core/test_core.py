@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.core, pytest.mark.real_time]
 
-# Seconds for the server to start, and to end.
+# Seconds for whatever a busy machine does late.
 PATIENCE = 30.0
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 WORDS = ("Good", " morning", ".")
@@ -44,10 +44,10 @@ HTTP_CLIENT = {
     "max_connections": 4,
     "max_keepalive": 4,
     "keepalive_expiry": 30.0,
-    "connect_timeout": 5.0,
-    "read_timeout": 5.0,
-    "write_timeout": 5.0,
-    "pool_timeout": 5.0,
+    "connect_timeout": PATIENCE,
+    "read_timeout": PATIENCE,
+    "write_timeout": PATIENCE,
+    "pool_timeout": PATIENCE,
     "requests_per_minute": 100_000,
     "concurrent_requests": 4,
     "max_retries": 0,
@@ -91,7 +91,7 @@ def configuration(provider: str, places: int) -> dict[str, Any]:
     concurrency = {
         "max_connections": places,
         "connection_queue_size": 100,
-        "queue_timeout": 5.0,
+        "queue_timeout": PATIENCE,
         "uvicorn": uvicorn,
     }
     model = {"base_url": provider, "model": "m", "http_client": HTTP_CLIENT}

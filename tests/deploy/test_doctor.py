@@ -29,29 +29,49 @@ GATHERS = {
 }
 
 
+async def examined(
+    path: Path, name: str, port: int, changes: dict[str, str], *options: str
+) -> tuple[int, dict[str, list[str]]]:
+    """The exit code of the doctor at a server behind nginx, and what it says, by its level."""
+    folder = path / name
+    folder.mkdir()
+    async with (
+        running("nginx", folder, port, changes) as proxy,
+        await Process.start(
+            *("-m", "aioserver", "doctor", proxy.base, "--json", *options),
+            environ={"SSL_CERT_FILE": str(folder / AUTHORITY)},
+        ) as process,
+    ):
+        code = await process.ended()
+    findings: dict[str, list[str]] = {"ok": [], "warn": [], "fail": [], "skip": []}
+    for finding in json.loads(process.out)["findings"]:
+        findings[finding["level"]].append(f"{finding['subject']}: {finding['text']}")
+    return code, findings
+
+
+async def test_what_gathers_events_is_found_where_nothing_may_be_asked(
+    tmp_path: Path, make_server: MakeServer
+) -> None:
+    server = await make_server(**{"auth.open": True})
+
+    (good, well), (bad, ill) = await asyncio.gather(
+        examined(tmp_path, "sample", server.port, {}, "--no-ask"),
+        examined(tmp_path, "gathers", server.port, GATHERS, "--no-ask"),
+    )
+
+    assert (good, bad, well["warn"]) == (0, 0, []), well
+    (streams,) = (line for line in ill["warn"] if line.startswith("streams: "))
+    assert streams.startswith("streams: the snapshots of /events came in ")
+
+
 async def test_doctor_passes_the_sample_of_nginx_and_finds_what_gathers_events(
     tmp_path: Path, make_server: MakeServer
 ) -> None:
     server = await make_server(**{"llm.providers.demo": SIMULATED, "auth.open": True})
 
-    async def examined(name: str, changes: dict[str, str]) -> tuple[int, dict[str, list[str]]]:
-        folder = tmp_path / name
-        folder.mkdir()
-        async with (
-            running("nginx", folder, server.port, changes) as proxy,
-            await Process.start(
-                *("-m", "aioserver", "doctor", proxy.base, "--json"),
-                environ={"SSL_CERT_FILE": str(folder / AUTHORITY)},
-            ) as process,
-        ):
-            code = await process.ended()
-        findings: dict[str, list[str]] = {"ok": [], "warn": [], "fail": [], "skip": []}
-        for finding in json.loads(process.out)["findings"]:
-            findings[finding["level"]].append(f"{finding['subject']}: {finding['text']}")
-        return code, findings
-
     (good, well), (bad, ill) = await asyncio.gather(
-        examined("sample", {}), examined("gathers", GATHERS)
+        examined(tmp_path, "sample", server.port, {}),
+        examined(tmp_path, "gathers", server.port, GATHERS),
     )
 
     assert (good, well["warn"], well["fail"]) == (0, [], []), well
@@ -65,5 +85,5 @@ async def test_doctor_passes_the_sample_of_nginx_and_finds_what_gathers_events(
     assert bad == 1
     assert [line.partition(":")[0] for line in ill["fail"]] == ["SSE", "OpenAI"], ill
     assert all("gathers" in line for line in ill["fail"])
-    assert "server: the proxy refuses a body of 16 MiB" in ill["warn"]
+    assert "server: a body of 16 MiB is refused by the proxy" in ill["warn"]
     assert any(line.startswith("server: HTTP/2 is not offered") for line in ill["warn"])

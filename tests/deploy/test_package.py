@@ -2,9 +2,10 @@
 wheel brings its pages and their assets along.
 
 Both are built as a release is, from a copy of the repository's files: the wheel from the sdist.
-Without an index of packages the dependencies are those of the tests' environment, by a `.pth` file:
-such a file makes packages importable, but not the editable installation, which has a `.pth` of its
-own. Nothing here sees the tree, which PYTHONPATH may name: the interpreter is isolated (`-I`).
+With CI=true its dependencies are installed with it. Otherwise they are those of the tests'
+environment, which has them by the same list, by a `.pth` file: such a file makes packages
+importable, but not the editable installation, which has a `.pth` of its own. Nothing here sees the
+tree, which PYTHONPATH may name: the interpreter is isolated (`-I`).
 """
 
 from __future__ import annotations
@@ -85,16 +86,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture(scope="module")
 def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an environment into which the built package is installed, with what it needs;
-    without an index of packages, beside the dependencies of the tests.
-    """
+    """The folder of an environment into which the built package is installed."""
     environment = tmp_path_factory.mktemp("installed") / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
-    install = (*PIP, "--python", str(environment / "bin" / "python"), "install")
-    done = attempt(*install, "--only-binary", ":all:", str(built.wheel))
-    if done.returncode:
-        assert os.environ.get("CI") != "true", done.stdout
-        run(*install, "--no-deps", "--no-index", str(built.wheel))
+    install = (*PIP, "--python", str(environment / "bin" / "python"), "install", str(built.wheel))
+    if os.environ.get("CI") == "true":
+        run(*install, "--only-binary", ":all:")
+    else:
+        run(*install, "--no-deps", "--no-index", "--no-compile")
         (purelib,) = environment.glob("lib/python*/site-packages")
         (purelib / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return environment
@@ -102,15 +101,8 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*command: str) -> str:
     """Run *command*; its failure is the test's. Returns what it wrote."""
-    done = attempt(*command)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def attempt(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run *command*, which may fail; its stderr is in its stdout."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
+    done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -118,6 +110,8 @@ def attempt(*command: str) -> subprocess.CompletedProcess[str]:
         env=environ,
         check=False,
     )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def test_nothing_is_ignored_while_building(built: Built) -> None:

@@ -9,12 +9,15 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
 import pytest
 
 from aioserver.__main__ import cli
+from aioserver.telemetry.counters import Counter
+from aioserver.wings.tracing.gen_ai_metrics import GenAiMeter
 from tests.support.command import serving
 
 if TYPE_CHECKING:
@@ -80,6 +83,36 @@ def test_every_metric_has_its_row_and_no_other(server: str) -> None:
 
     assert exposed
     assert named ^ exposed == set()
+
+
+def test_every_attribute_of_a_span_has_its_row_and_no_other() -> None:
+    code = (ROOT / "aioserver" / "wings" / "tracing" / "spans.py").read_text()
+    page = (DOCS / "tracing.md").read_text()
+    name = r"(?:gen_ai|aioserver|http|server|error)\.[a-z_.]+"
+
+    written = set(re.findall(f'"({name})"', code))
+    rows = re.findall(
+        r"^\| (`.+?) \| .*\|$", section(page, "The spans of a request"), re.MULTILINE
+    )
+    described = {each for row in rows for each in re.findall(f"`({name})`", row)}
+
+    assert written
+    assert described ^ written == set()
+
+
+def test_every_metric_of_the_conventions_has_its_row_and_no_other() -> None:
+    llm: Any = SimpleNamespace(providers={}, models={})
+    suffixes = {
+        family.name: "_total" * (family.grows is Counter) for family in GenAiMeter(llm).families()
+    }
+    page = (DOCS / "tracing.md").read_text()
+
+    rows = re.findall(
+        r"^\| (`.+?) \| .*\|$", section(page, "Metrics by the same conventions"), re.MULTILINE
+    )
+    described = {each for row in rows for each in re.findall(r"`(\w+)`", row)}
+
+    assert described == {name + suffix for name, suffix in suffixes.items()}
 
 
 def fields(state: dict[str, Any], skip: frozenset[str]) -> Iterator[str]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # What may stand in place of a value, as it is written.
 VALUES = (
-    *("null", "true", "-1", "1e999", "1" + 40 * "0", '"x"'),
-    *("[1]", "[{}]", '{"a":1}', 600 * '[{"":' + "0" + 600 * "}]"),
+    *("null", "-1", "1e999", "1" + 40 * "0", '"x"', "[{}]", '{"a":1}'),
+    600 * '[{"":' + "0" + 600 * "}]",
 )
 COMMON = (
     *("model", "stream", "user", "store", "background", "metadata", "previous_response_id"),
@@ -108,7 +108,8 @@ async def refuses(peer: Peer) -> None:
 @pytest.mark.parametrize(
     ("path", "play", "native"),
     [
-        *((path, play, True) for path in APIS for play in (breaks_off, refuses)),
+        *((path, refuses, True) for path in APIS),
+        *((path, breaks_off, True) for path in ("chat/completions", "messages")),
         *((path, breaks_off, False) for path in ("responses", "messages")),
     ],
 )

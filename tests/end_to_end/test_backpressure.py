@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from tests.support.server import RunningServer
 
-pytestmark = pytest.mark.both_loops
-
 SIZE, COUNT = 30_000, 200  # 6 MB
 MAX_STREAM_BYTES = 1 << 20
 # What may be unread in a log whose provider is paused: the bound, and the reads that crossed it.
@@ -65,6 +63,7 @@ def paused(server: RunningServer) -> int:
     return count
 
 
+@pytest.mark.both_loops
 @pytest.mark.parametrize(("ask", "read"), FRAMES)
 async def test_a_slow_reader_that_cannot_come_back_gets_its_whole_answer(
     make_server: MakeServer,

@@ -10,15 +10,33 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.board import ASKED, AWAY, FAULTS, PARTIAL, PASS, expected, row, run
+from tests.support.board import (
+    ASKED,
+    AWAY,
+    BROKEN,
+    FAULTS,
+    PARTIAL,
+    PASS,
+    POLICY,
+    expected,
+    row,
+    run,
+)
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
-# One minute of virtual time is three seconds.
-SOME = {(AWAY, face) for face in ("v1 streamed", "messages whole")}
+# The face that all others stand on has every fault; each other face those that are told apart
+# there: a refusal, a verdict, an answer that breaks off, one that nobody goes on with, and a wait.
+# The rest is for `stress`: one minute of virtual time is three seconds.
+SHOWN = {
+    *product(FAULTS.keys() - {AWAY}, ("v1 streamed", "v1 whole")),
+    *product(("429 with `Retry-After`", POLICY, *BROKEN, "the first word after 20 s"), ASKED),
+    *((AWAY, face) for face in ("v1 streamed", "messages whole")),
+}
 CELLS = [
-    (name, face) for name, face in product(FAULTS, ASKED) if name != AWAY or (name, face) in SOME
+    cell if cell in SHOWN else pytest.param(*cell, marks=pytest.mark.stress)
+    for cell in product(FAULTS, ASKED)
 ]
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
-SIZE = 2 << 20
+SIZE = 5 << 18  # more than is read at once
 QUESTION = "y" * SIZE
 MESSAGES = [{"role": "user", "content": QUESTION}]
 DELTA = chunk(b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n')
@@ -93,15 +93,15 @@ ENDS = {
     "too large": End(
         LARGE,
         changes={
-            "chat.streams.max_response_bytes": 1 << 20,
-            "chat.streams.max_stream_bytes": 1 << 20,
+            "chat.streams.max_response_bytes": SIZE // 2,
+            "chat.streams.max_stream_bytes": SIZE // 2,
         },
     ),
     "no room": End(
         LARGE,
         changes={
-            "chat.streams.max_kept_bytes": 1 << 20,
-            "chat.streams.max_stream_bytes": 1 << 20,
+            "chat.streams.max_kept_bytes": SIZE // 2,
+            "chat.streams.max_stream_bytes": SIZE // 2,
         },
     ),
     "left": End(leaves=True),

@@ -1,7 +1,7 @@
 """An answer that breaks off after text, and whose rest another attempt says.
 
-That the text is whole wherever and however it breaks off is in test_continued_cuts.py, and which
-provider is asked, and how often, in tests/support/board.py.
+That the text is whole wherever it breaks off is in tests/simulation, and which provider is asked,
+and how often, in tests/support/board.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tests.support.chat import CHAT
 from tests.support.faces import over_anthropic, over_openai, over_sse, over_websocket
 from tests.support.logs import fields_of
 from tests.support.scripted_provider import (
+    DONE,
     EVENT_STREAM,
     LAST_CHUNK,
     Peer,
@@ -161,6 +162,30 @@ async def test_engine_that_begins_anew_is_cut_at_the_seam(make_server: MakeServe
         other.behaviour = replace(QUICK, prefill="repeats")
 
         assert (await over_openai(server, "fault-cut-12")).text == whole
+
+
+async def test_short_rest_that_reads_like_a_new_beginning_is_shown_whole(
+    make_server: MakeServer,
+) -> None:
+    async def go_on(peer: Peer) -> None:
+        body = (await peer.request()).partition(b"\r\n\r\n")[2]
+        word = json.loads(body)["messages"][-1]["content"][:5]
+        choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
+        end = {"index": 0, "delta": {}, "finish_reason": "stop"}
+        events = [b"data: %b\n\n" % orjson.dumps({"choices": [each]}) for each in (choice, end)]
+        await peer.send(EVENT_STREAM, *map(chunk, (*events, DONE)), LAST_CHUNK)
+
+    async with two(make_server) as (server, _), ScriptedProvider(go_on) as other:
+        whole = (await over_openai(server, "plain")).text
+        entry = provider_entry(other.url, "other-model") | {"continuation": "prefill"}
+        assert await server.change(
+            **{"llm.fallbacks": ["other"], "llm.providers.other": entry, "llm.active": "sim"}
+        )
+        seen = await over_openai(server, "fault-cut-12")
+
+        shown = seen.text[:-5]
+        assert (seen.end, seen.text) == ("complete", shown + whole[:5])
+        assert whole.startswith(shown)
 
 
 @pytest.mark.parametrize(("form", "habit"), [("prefill", "anew"), ("instruct", "turn")])

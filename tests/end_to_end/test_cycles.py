@@ -10,12 +10,12 @@ import gc
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import orjson
 import pytest
 
 from tests.support.chat import CHAT, STREAMED, cancel, chat, resume, to_end, until_status
 from tests.support.cycles import cycles
 from tests.support.keys import bearer, keys_of
+from tests.support.raw import SMALL, Raw
 from tests.support.server import ENDLESS, QUICK, SILENT, SIM_HTTP_CLIENT
 from tests.support.simulator import Behaviour
 from tests.support.waiting import until
@@ -133,15 +133,11 @@ async def at_a_hook(server: RunningServer, number: int) -> None:
 
 async def slow(server: RunningServer, _number: int) -> None:
     dropped = server.context.metrics.slow_clients.value
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
-    body = orjson.dumps(STREAMED)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-    head += f"Authorization: {WEB['Authorization']}\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    # It reads nothing more.
-    await reader.read(1)
-    await until(lambda: server.context.metrics.slow_clients.value > dropped)
-    writer.transport.abort()
+    async with Raw(server, receive_buffer=SMALL) as raw:
+        key = f"Authorization: {WEB['Authorization']}"
+        await raw.post("/v1/chat/completions", STREAMED, key)
+        # It reads nothing.
+        await until(lambda: server.context.metrics.slow_clients.value > dropped)
 
 
 async def background(server: RunningServer, number: int) -> None:

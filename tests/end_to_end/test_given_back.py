@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # The calls of an answer are traced, and each of its events costs the same.
 BRIEF = Behaviour(ttft=0, interval=0, tokens=3)
 # Calls of each face that raise, chosen by this seed; `stress` has all of them.
-SAMPLE, SEED = 8, 1
+SAMPLE, SEED = 4, 1
 # Whoever gives a place of a key back wakes the next one by these: if they fail, that one waits on,
 # until its time is over.
 WAKING = {
@@ -190,7 +190,7 @@ async def fail_once_each(server: RunningServer, face: Any, most: int | None) -> 
     server.provider.pools.pool.drop_idle()
     with calls_of_taking(held) as calls:
         await ask(server, face, "look")
-    assert len(calls) > 3 * SAMPLE or face is session, "otherwise this test would show nothing"
+    assert len(calls) > 24 or face is session, "otherwise this test would show nothing"
 
     for number, call in enumerate(faults_among(calls, most)):
         server.provider.pools.pool.drop_idle()

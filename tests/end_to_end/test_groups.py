@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.providers.capacity import MAX_COOLING
 from aioserver.wings.simulator.engine import EngineOptions
 from tests.support.chat import CHAT, chat, read_frames, to_end
 from tests.support.logs import fields_of
@@ -193,6 +194,49 @@ async def test_a_client_hears_how_long_a_prompt_may_be_where_it_is_known(
 
     assert (listed["known"], listed["half"], listed["e0"]) == (32_000, None, None)
     assert listed["demo"] == 200_000
+
+
+async def test_a_client_hears_what_a_prompt_and_an_answer_may_have_where_it_is_known(
+    make_server: MakeServer,
+) -> None:
+    def seeing() -> dict[str, Any]:
+        return {"provider": "e0", "input_modalities": ["text", "image", "audio"]}
+
+    def hearing(provider: str) -> dict[str, Any]:
+        ways = {"input_modalities": ["audio", "text"], "output_modalities": ["text"]}
+        return {"provider": provider, **ways}
+
+    groups = {
+        "seeing": [seeing()],
+        "both": [seeing(), hearing("e1")],
+        "half": [seeing(), "e1"],
+    }
+    demo = provider_entry("") | {"simulated": True, "base_url": ""}
+    changes = {"llm.models": groups, "llm.providers.demo": demo}
+    async with engines(make_server, QUICK, QUICK, changes=changes) as (server, simulators):
+
+        async def listed() -> dict[str, Any]:
+            async with server.session.get(f"{server.v1}/models") as response:
+                entries = (await response.json())["data"]
+            return {entry["id"]: entry.get("architecture") for entry in entries}
+
+        before = await listed()
+        groups["seeing"] = [hearing("e0")]
+        assert await server.change(**entries(simulators), **{"llm.models": groups})
+        after = await listed()
+
+    assert before["seeing"] == {"input_modalities": ["text", "image", "audio"]}
+    # What each member takes; nothing is known of the answers of one.
+    assert before["both"] == {"input_modalities": ["text", "audio"]}
+    assert before["half"] is before["e0"] is None
+    assert before["demo"] == {
+        "input_modalities": ["text", "image"],
+        "output_modalities": ["text"],
+    }
+    assert after["seeing"] == {
+        "input_modalities": ["audio", "text"],
+        "output_modalities": ["text"],
+    }
 
 
 async def test_what_is_passed_on_goes_to_one_member_and_account_paths_to_none(
@@ -589,3 +633,43 @@ async def test_what_is_passed_on_is_tried_once_with_the_members_own_model(
         assert len(failing.passed) == 1
         assert second.passed == []
         await server.nothing_held()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("retry-after-86400", "provider_rate_limited"),
+        ("retry-after-604800", "provider_rate_limited"),
+        ("quota", "provider_auth_error"),
+    ],
+)
+async def test_a_member_whose_quota_is_spent_is_asked_once_and_the_next_one_answers(
+    make_server: MakeServer, fault: str, code: str, *, stream: bool
+) -> None:
+    spent = Behaviour(fail_rate=1.0, fault=fault)
+    async with engines(make_server, spent, QUICK, choose="ordered") as (server, simulators):
+
+        async def ask(model: str) -> aiohttp.ClientResponse:
+            body = {**CHAT, "model": model, "stream": stream}
+            async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+                await response.read()
+                return response
+
+        for _ in range(3):
+            response = await ask("pair")
+            assert response.status == 200
+            assert response.headers["x-aioserver-provider"] == "e1"
+        assert [len(each.requests) for each in simulators] == [1, 3]
+
+        # Nobody else may answer for this name. The time is bounded, so that a provider's mistake
+        # is found out within minutes, and other requests ask no sooner.
+        response = await ask("e0")
+        error = (await response.json())["error"]
+        assert error["code"] == code
+        assert len(simulators[0].requests) == 1
+        if code == "provider_rate_limited":
+            assert response.status == 429
+            assert MAX_COOLING - 5 < int(response.headers["Retry-After"]) <= 1.1 * MAX_COOLING + 1
+            pace = server.context.monitor.fresh()["providers"]["e0"]["pace"]
+            assert MAX_COOLING - 5 < pace["cooling"] <= 1.1 * MAX_COOLING

@@ -37,13 +37,14 @@ ENDS = [
 ]
 # How an answer ends whose client has cancelled it.
 KEPT = frozenset(ENDS[:2])
-# With these the history of a socket ends, too.
-CLOSES = frozenset({"its client leaves", "its key"})
-# Each with a conversation that has a name, and with the socket's own.
-CASES = [(end, own) for end in ENDS for own in (False, True) if not (own and end in CLOSES)]
+# Each with a conversation that has a name, and some with the socket's own.
+CASES = [
+    *((end, False) for end in ENDS),
+    *((end, True) for end in ("cancelled", "refused by a hook", "its provider breaks off")),
+]
 # In memory; and in a file, to which the ends are the same.
 STORED = {"chat.service.repository.type": "sql"}
-CASES_IN_A_FILE = [(end, False) for end in ("cancelled", "deleted", "its deadline")]
+CASES_IN_A_FILE = [(end, False) for end in ("cancelled", "its deadline")]
 
 
 async def judge(line: dict[str, Any]) -> Any:
@@ -159,7 +160,7 @@ async def test_only_what_a_client_has_cancelled_stays_of_half_an_answer(
 
 
 @pytest.mark.real_time
-@pytest.mark.parametrize("end", ["cancelled", "deleted", "refused by a hook", "its deadline"])
+@pytest.mark.parametrize("end", ["deleted", "its deadline"])
 async def test_another_instance_knows_no_more_of_half_an_answer(tmp_path: Path, end: str) -> None:
     payload: dict[str, Any] = {"conversation_id": "talk"}
     async with hook_for(end) as program:
@@ -177,9 +178,16 @@ async def test_another_instance_knows_no_more_of_half_an_answer(tmp_path: Path, 
             assert ("assistant" in before) == (end in KEPT)
 
 
-@pytest.mark.parametrize("bridged", [False, True], ids=["native", "bridged"])
-@pytest.mark.parametrize("end", ["cancelled", "refused by a hook", "a hook fails", "its deadline"])
-@pytest.mark.parametrize("lane", [False, True], ids=["http", "lane"])
+@pytest.mark.parametrize(
+    ("end", "bridged", "lane"),
+    [
+        *(("cancelled", bridged, lane) for bridged in (False, True) for lane in (False, True)),
+        ("refused by a hook", True, True),
+        ("a hook fails", True, False),
+        ("its deadline", True, False),
+        ("its deadline", False, True),
+    ],
+)
 async def test_half_a_response_is_continued_by_nobody(
     make_server: MakeServer, end: str, *, bridged: bool, lane: bool
 ) -> None:

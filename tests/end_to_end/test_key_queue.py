@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
     from tests.support.server import RunningServer
 
+# Time passes at once where nobody has anything to do.
+pytestmark = pytest.mark.virtual_time
+
 PING = "chat.websocket.ping_interval"
 WAITS = re.compile(rb": queued at=key position=(\d+) eta=(\d+\.\d)\n\n")
 BRIEF = Behaviour(ttft=0.05, interval=0.005, tokens=10)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from tests.support.scripted_provider import Peer
     from tests.support.server import MakeServer
 
-pytestmark = pytest.mark.both_loops
-
 BLOCK = b"\xa5" * (1 << 16)
 # What a request may cost: what waits on either side of it, one read of each, and the other sides,
 # which are here.

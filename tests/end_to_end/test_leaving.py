@@ -142,6 +142,9 @@ WAYS: dict[str, tuple[Any, Any]] = {
 }
 
 
+OTHERS = ("openai streamed", "messages", "sse", "websocket close")
+
+
 def provider_side(server: RunningServer) -> dict[str, int]:
     held = server.held()
     names = ("running", "detached", "sim places", "sim waiting", "sim busy")
@@ -157,10 +160,11 @@ def connected(port: int) -> int:
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        (name, way)
-        for name in PHASES
-        for way in WAYS
-        if (name, way) != ("admission", "websocket cancel")  # who has no place is not heard: below
+        *((name, "openai whole") for name in PHASES),
+        # A client that has no place is not heard: below.
+        *((name, "websocket cancel") for name in PHASES if name != "admission"),
+        *((name, way) for name in ("queue", "first byte", "mid-stream") for way in OTHERS),
+        *(("admission", way) for way in ("openai streamed", "websocket close")),
     ],
 )
 async def test_leaving_gives_everything_back(make_server: MakeServer, name: str, way: str) -> None:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from tests.support.scripted_provider import Peer
     from tests.support.server import MakeServer, RunningServer
 
-pytestmark = pytest.mark.both_loops
-
 ANSWER = b'{"choices":[{"index":0,"message":{"role":"assistant","content":"Hi"}}]}'
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 

@@ -24,6 +24,9 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+# Time passes at once where nobody has anything to do.
+pytestmark = pytest.mark.virtual_time
+
 LOADING = Behaviour(fail_rate=1.0, fail_status=503)
 NOT_READY = (
     b"HTTP/1.1 503 Service Unavailable\r\n"

@@ -141,7 +141,9 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
     assert server.simulator.stats().requests in ((1, 2, 3) if left_alone else (3,))
 
 
-@pytest.mark.parametrize("model", BEFORE)
+@pytest.mark.parametrize(
+    "model", ["fault-quota", "fault-status-500", "fault-drop", "fault-silent"]
+)
 async def test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code(
     model: str, make_server: MakeServer
 ) -> None:

@@ -79,8 +79,8 @@ def check_visible(headers: dict[str, str], visible: dict[str, str] = VISIBLE) ->
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        *product(["chat/completions"], [302, 400, 401, 403, 404, 408, 413, 422, 429, 498, 503]),
-        *product([*QUESTIONS][1:], [422, 503]),
+        *product(["chat/completions"], [302, 400, 401, 429, 503]),
+        *((path, 422) for path in [*QUESTIONS][1:]),
     ],
 )
 async def test_a_fault_has_the_headers_of_its_response(

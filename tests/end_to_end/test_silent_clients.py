@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioserver.auth.callers import anonymous
+from aioserver.streams.entries import COMPLETE
 from tests.support.chat import CHAT
 from tests.support.raw import SMALL
 from tests.support.server import CONCURRENCY
@@ -65,8 +67,9 @@ POSTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-@pytest.mark.parametrize("name", POSTS)
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "tcp") for name in POSTS), ("ordinary", "unix"), ("last", "unix")]
+)
 async def test_a_client_that_reads_nothing_of_a_whole_answer_is_dropped(
     make_server: MakeServer, tmp_path: Path, name: str, kind: str
 ) -> None:
@@ -94,14 +97,9 @@ async def test_a_client_that_reads_nothing_of_a_long_list_is_dropped(
     """What needs no place is watched, too: the metrics, the pages, and the answers of a face."""
     server = await make_server(**{"chat.streams.send_timeout": 0.2})
     for number in range(600):
-        body = {
-            "request_id": f"{number:04}" + "€" * 200,
-            "text": "Hi",
-            "options": {"max_tokens": 1},
-        }
-        async with server.session.post(server.sse, json=body) as response:
-            assert response.status == 200
-            await response.read()
+        name = f"{number:04}" + "€" * 200
+        stream = server.owners.streams.open(name, anonymous("127.0.0.1"), window=600.0)
+        stream.end(COMPLETE, {})
     async with silent_client(server, tmp_path, "tcp") as client:
         listing = b"GET /sse/chat HTTP/1.1\r\nHost: x\r\n\r\n"
         await asyncio.get_running_loop().sock_sendall(client, listing)

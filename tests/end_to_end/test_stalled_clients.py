@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # The kernel has clocks of its own for what nobody reads.
-pytestmark = [pytest.mark.both_loops, pytest.mark.real_time]
+pytestmark = pytest.mark.real_time
 
 SEND_TIMEOUT = {"chat.streams.send_timeout": 0.5}
 SIZE, COUNT = 30_000, 200  # 6 MB: more than the kernel keeps for a reader with a small buffer
@@ -117,6 +117,7 @@ async def test_a_client_that_floods_and_leaves_is_noticed(make_server: MakeServe
     await server.simulator.until(lambda stats: stats.aborted == 1)
 
 
+@pytest.mark.both_loops
 async def test_a_client_that_half_closes_counts_as_gone(make_server: MakeServer) -> None:
     server = await make_server(SILENT, **{"chat.streams.resume_window": 0})
 
@@ -132,6 +133,7 @@ async def test_a_client_that_half_closes_counts_as_gone(make_server: MakeServer)
         await server.nothing_held()
 
 
+@pytest.mark.both_loops
 async def test_a_flood_behind_an_answered_close_does_not_keep_the_socket(
     make_server: MakeServer,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from tests.support.ledgers import entries_of, lines_of, wait_until, written
 from tests.support.responses import connect, create
 from tests.support.responses import to_end as response_to_end
 from tests.support.scripted_provider import (
+    DONE,
     EVENT_STREAM,
     LAST_CHUNK,
     Peer,
@@ -28,7 +30,7 @@ from tests.support.server import ENDLESS, NOWHERE, QUICK, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from tests.support.server import MakeServer, RunningServer
@@ -71,6 +73,106 @@ async def test_each_answer_on_each_face_is_one_line(
     assert {(line["provider"], line["model"]) for line in lines} == {("sim", "sim-model")}
     assert len({line["id"] for line in lines}) == 6
     assert all(line["in"] > 0 and line["out"] > 0 for line in lines)
+    tiers = {(line["path"], line.get("service_tier")) for line in lines}
+    assert tiers == {
+        ("chat/completions", None),
+        ("messages", "standard"),
+        ("responses", "default"),
+    }
+
+
+async def test_the_tier_of_a_chat_is_in_the_line_and_the_events_stay_as_they_are(
+    make_ledger: MakeLedger,
+) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
+    said = {"index": 0, "delta": {"content": "Hello"}, "finish_reason": "stop"}
+    base = {"id": "c", "object": "chat.completion.chunk", "service_tier": "flex"}
+    answer = [{**base, "choices": [said]}, {**base, "choices": [], "usage": usage}]
+    texts = [b"data: %b\n\n" % json.dumps(each).encode() for each in answer]
+    message = {"role": "assistant", "content": "Hello"}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    whole = json.dumps({**base, "choices": [choice], "usage": usage}).encode()
+
+    async def play(peer: Peer) -> None:
+        while b"POST" in (request := await peer.request()):
+            if b'"stream": true' in request or b'"stream":true' in request:
+                await peer.send(EVENT_STREAM, chunk(b"".join(texts) + DONE), LAST_CHUNK)
+            else:
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                await peer.send(head + b"Content-Length: %d\r\n\r\n%b" % (len(whole), whole))
+
+    async with ScriptedProvider(play) as provider:
+        server = await make_ledger(**{f"{SIM}.base_url": provider.url})
+        for stream in (True, False):
+            seen = await over_openai(server, "sim-model", stream=stream)
+            assert seen.text == "Hello"
+            assert (texts[0] if stream else whole) in seen.raw
+            # Nobody has asked for the usage of the stream.
+            assert (texts[1] in seen.raw) is False
+        await over_websocket(server, "sim-model")
+        lines = written(server)
+
+    assert [(line["service_tier"], line["in"], line["out"]) for line in lines] == [
+        ("flex", 9, 3)
+    ] * 3
+
+
+@asynccontextmanager
+async def messages_provider(
+    begun: dict[str, Any], last: dict[str, Any], whole: dict[str, Any], *, stream: bool
+) -> AsyncIterator[ScriptedProvider]:
+    """Run a provider that answers "Hello" over Messages: a stream with the usage *begun* in its first
+    event and *last* near its end, or an answer with the usage *whole*.
+    """
+    message: dict[str, Any] = {"id": "m", "type": "message", "role": "assistant", "model": "m"}
+    block = {"type": "text", "text": "Hello"}
+    delta = {"type": "text_delta", "text": "Hello"}
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": {**message, "content": [], "usage": begun}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": delta},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": last},
+        {"type": "message_stop"},
+    ]
+    ended = {"content": [block], "stop_reason": "end_turn", "usage": whole}
+    body = json.dumps(message | ended).encode()
+
+    async def play(peer: Peer) -> None:
+        while b"POST" in await peer.request():
+            if stream:
+                texts = [f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events]
+                await peer.send(EVENT_STREAM, chunk("".join(texts).encode()), LAST_CHUNK)
+            else:
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                await peer.send(head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+
+    async with ScriptedProvider(play) as provider:
+        yield provider
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_was_written_to_a_cache_is_in_the_line_by_its_lifetime(
+    make_ledger: MakeLedger, stream: bool
+) -> None:
+    counts = {"input_tokens": 3, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 6}
+    lifetimes = {"ephemeral_5m_input_tokens": 4, "ephemeral_1h_input_tokens": 2}
+    begun = {**counts, "cache_creation": lifetimes, "service_tier": "priority"}
+    started, whole = {**begun, "output_tokens": 1}, {**begun, "output_tokens": 5}
+    # At the end come the counts so far, and neither a lifetime nor a tier.
+    last = {**counts, "output_tokens": 5}
+
+    async with messages_provider(started, last, whole, stream=stream) as provider:
+        server = await make_ledger(
+            **{f"{SIM}.base_url": provider.url, f"{SIM}.messages": True, f"{SIM}.model": "m"}
+        )
+        seen = await over_anthropic(server, "m", stream=stream)
+        assert (seen.end, seen.text) == ("complete", "Hello")
+        [line] = written(server)
+
+    assert (line["in"], line["cache_write"], line["out"]) == (9, 6, 5)
+    assert (line["cache_write_5m"], line["cache_write_1h"]) == (4, 2)
+    assert line["service_tier"] == "priority"
 
 
 async def test_a_known_answer_is_not_paid_for_again(
@@ -206,33 +308,9 @@ async def test_all_passes_of_a_message_are_paid_for(
 ) -> None:
     usage = pass_of("", *counts) | {"iterations": [pass_of(*each) for each in passes]}
     del usage["type"], usage["model"]
-    message: dict[str, Any] = {"id": "m", "type": "message", "role": "assistant", "model": "m"}
     begun = {"input_tokens": counts[0], "output_tokens": 1}
-    block = {"type": "text", "text": "Hello"}
-    events: list[dict[str, Any]] = [
-        {"type": "message_start", "message": {**message, "content": [], "usage": begun}},
-        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-        {
-            "type": "content_block_delta",
-            "index": 0,
-            "delta": {"type": "text_delta", "text": "Hello"},
-        },
-        {"type": "content_block_stop", "index": 0},
-        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage},
-        {"type": "message_stop"},
-    ]
-    whole = json.dumps({**message, "content": [block], "usage": usage}).encode()
 
-    async def play(peer: Peer) -> None:
-        while b"POST" in await peer.request():
-            if stream:
-                texts = [f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events]
-                await peer.send(EVENT_STREAM, chunk("".join(texts).encode()), LAST_CHUNK)
-            else:
-                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-                await peer.send(head + b"Content-Length: %d\r\n\r\n%b" % (len(whole), whole))
-
-    async with ScriptedProvider(play) as provider:
+    async with messages_provider(begun, usage, usage, stream=stream) as provider:
         server = await make_ledger(
             **{f"{SIM}.base_url": provider.url, f"{SIM}.messages": True, f"{SIM}.model": "m"}
         )

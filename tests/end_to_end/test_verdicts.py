@@ -86,20 +86,22 @@ async def ask(server: RunningServer, question: str, **headers: str) -> int:
         return response.status
 
 
-@pytest.mark.parametrize("accepted", [True, False])
 @pytest.mark.parametrize(
-    ("question", "seen", "headers"),
+    ("question", "seen", "headers", "accepted"),
     [
-        ("508 loop_detected", 508, {HOP: "a, b"}),
-        (f"402 {AFFORD}", 502, {}),
-        (f"429 {LARGE}", 429, {}),
-        (f"413 {LARGE}", 413, {}),
-        ("401 The key may not use this model", 502, {}),
-        ("402 Pay", 502, {}),
-        ("403 Moderated", 502, {}),
-        ("400 This model's maximum context length is 100 tokens", 400, {}),
-        ("404 no such model", 404, {}),
-        ("422 what?", 422, {}),
+        ("508 loop_detected", 508, {HOP: "a, b"}, False),
+        (f"402 {AFFORD}", 502, {}, False),
+        (f"429 {LARGE}", 429, {}, False),
+        (f"413 {LARGE}", 413, {}, False),
+        ("401 The key may not use this model", 502, {}, True),
+        ("401 The key may not use this model", 502, {}, False),
+        ("402 Pay", 502, {}, True),
+        ("402 Pay", 502, {}, False),
+        ("403 Moderated", 502, {}, True),
+        ("403 Moderated", 502, {}, False),
+        ("400 This model's maximum context length is 100 tokens", 400, {}, True),
+        ("404 no such model", 404, {}, True),
+        ("422 what?", 422, {}, False),
     ],
 )
 async def test_a_request_that_is_refused_takes_the_provider_from_nobody_else(

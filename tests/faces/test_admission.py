@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import random
 import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ from aioserver.telemetry.logs import RateLimit
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, SILENT, MakeServer
-from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:
@@ -423,66 +421,6 @@ async def test_the_body_of_a_waiter_counts_and_that_of_a_request_not_answered_ye
         await until(lambda: waiting(server) == 1)
         assert server.held()["body_bytes"] == 2 * len(json.dumps(CHAT))
     await server.nothing_held()
-
-
-# The count.
-
-
-async def test_the_count_never_drifts(
-    make_server: MakeServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = await make_server(
-        Behaviour(ttft=0.001, interval=0.001, tokens=10), **limits(places=8, line=8, timeout=0.1)
-    )
-    dice = random.Random(7)
-
-    async def churn(number: int) -> None:
-        async with Raw(server) as raw:
-            kind = dice.randrange(4)
-            with contextlib.suppress(EOFError, ConnectionError, TimeoutError):
-                if kind < 2:
-                    if (await raw.upgrade()).status == 101 and kind:
-                        await raw.send_json(chat(f"churn-{number}"))
-                elif kind == 2:
-                    await raw.ask_sse(f"churn-{number}", text="x")
-                else:
-                    await raw.post("/v1/chat/completions", {**CHAT, "stream": True})
-                for _ in range(dice.randrange(3)):
-                    await asyncio.wait_for(raw.exactly(dice.randrange(1, 40)), 0.2)
-            if dice.randrange(2):
-                raw.reset()
-            else:
-                raw.close()
-
-    peak = 0
-
-    async def watch() -> None:
-        nonlocal peak
-        while True:
-            peak = max(peak, server.held()["places"])
-            await asyncio.sleep(0)
-
-    async with asyncio.TaskGroup() as group:
-        watching = group.create_task(watch())
-        await asyncio.wait([group.create_task(churn(number)) for number in range(160)])
-        watching.cancel()
-
-    assert 0 < peak <= 8
-    await until(lambda: server.held()["places"] == server.held()["waiting"] == 0)
-    async with full(server) as sockets:  # all places can be taken again, and no more
-        async with server.connect() as ws:
-            frames = await until_status(ws, "error")
-            assert frames[-1]["chunk"]["code"] == "server_at_capacity"
-        for ws in sockets:
-            await ws.send_json({"action": "ping"})
-            assert (await ws.receive_json())["status"] == "pong"
-    assert server.context.admission.refused_closing == 0
-    async with server.session.get(server.sse) as response:
-        for stream in (await response.json())["streams"]:
-            async with server.session.delete(f"{server.sse}/{stream['request_id']}"):
-                pass
-    bugs = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert [bug for bug in bugs if "bug" in bug] == []
 
 
 async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_out(

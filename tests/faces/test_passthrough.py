@@ -150,6 +150,109 @@ async def test_the_providers_account_is_closed_unless_it_is_configured(
     assert account.passed == []
 
 
+async def test_a_path_that_a_provider_opens_passes_for_every_key(
+    make_server: MakeServer, account: Account
+) -> None:
+    opened = {
+        "llm.providers.sim.account_paths": False,
+        "llm.providers.sim.pass_paths": ["decisions", "videos", "fine_tuning/jobs"],
+    }
+    server = await make_server(**settings_for(account, **opened), **keys_of("web", "root"))
+    for method in ("GET", "POST", "DELETE"):
+        for path in (
+            "decisions",
+            "videos",
+            "videos/v_1/content?variant=video",
+            "fine_tuning/jobs/j",
+        ):
+            assert (await send(server, method, path))[0] == 401
+            assert (await send(server, method, path, "web"))[:2] == (200, ANSWER), path
+            passed = account.passed.pop()
+            assert (passed.method, passed.target) == (method, f"/v1/{path}")
+            assert passed.headers["authorization"] == "Bearer provider-key"
+    # Nothing but these paths, by no other spelling, and nothing beside them.
+    for path in (
+        *("files", "fine_tuning", "fine_tuning/alpha", "decisions2", "video", "Videos"),
+        *("videos/../files", "videos/%2e%2e/files", "videos//x", "organization/videos"),
+        *("audio/voices", "chat/completions/c_1", "responses/r/x"),
+    ):
+        for caller in ("web", "root"):
+            status, content, _ = await send(server, "GET", path, caller)
+            assert (status, json.loads(content)["error"]["code"]) == (404, "not_found"), path
+    assert account.passed == []
+
+
+async def test_an_open_path_leads_to_a_provider_that_has_opened_it(
+    make_server: MakeServer, account: Account
+) -> None:
+    async with Account() as second:
+        server = await make_server(
+            **settings_for(account),
+            **keys_of("web", "root"),
+            **{
+                "llm.providers.plain": provider_entry(NOWHERE),
+                "llm.providers.other": provider_entry(second.url, "m")
+                | {"pass_paths": ["videos"]},
+                "llm.models": {"group": ["other", "sim"]},
+            },
+        )
+
+        async def asked(caller: str, **kwargs: Any) -> tuple[int, str]:
+            status, content, shown = await send(server, "POST", "videos", caller, **kwargs)
+            error = json.loads(content).get("error", {}).get("code", "")
+            return status, error or shown["x-aioserver-provider"]
+
+        # The active provider has not opened it, to those who are no admins.
+        for caller in ("web", "root"):
+            assert await asked(caller, data=b"form") == (200, "other")
+            assert await asked(caller, json={}) == (200, "other")
+            assert await asked(caller, json={"model": "other/sora"}) == (200, "other")
+        for model, name in (("sim/sora", "sim"), ("plain/sora", "plain")):
+            header = {"x-aioserver-provider": name}
+            refused = (403, "permission_denied") if name == "sim" else (404, "not_found")
+            assert await asked("web", json={"model": model}) == refused
+            assert await asked("web", data=b"form", headers=header) == refused
+        assert await asked("root", json={"model": "sim/sora"}) == (200, "sim")
+        # Its objects belong to one provider.
+        assert await asked("web", json={"model": "group"}) == (400, "invalid_request")
+        assert [passed.body for passed in second.passed[-1:]] == [b'{"model": "sora"}']
+    assert len(account.passed) == 1
+
+
+async def test_a_key_for_some_models_gets_of_an_open_path_what_names_one_of_them(
+    make_server: MakeServer, account: Account
+) -> None:
+    opened = {"llm.providers.sim.pass_paths": ["decisions", "videos"]}
+    keys = keys_of("web", models=["sim/luna"])
+    server = await make_server(**settings_for(account, **opened), **keys)
+
+    async def asked(method: str, path: str, **kwargs: Any) -> int:
+        return (await send(server, method, path, "web", **kwargs))[0]
+
+    assert await asked("POST", "decisions", json={"model": "sim/luna"}) == 200
+    for method, path, kwargs in (
+        ("POST", "decisions", {"json": {"model": "sim/other"}}),
+        ("POST", "decisions", {"json": {}}),
+        ("POST", "decisions", {"data": b"form"}),
+        ("GET", "decisions/d_1", {}),
+        # Objects may name any model.
+        ("POST", "videos", {"json": {"model": "sim/luna"}}),
+        ("GET", "videos/v_1", {}),
+    ):
+        assert await asked(method, path, **kwargs) == 404, path
+    assert len(account.passed) == 1
+
+
+async def test_a_reload_opens_a_path_and_closes_it(
+    make_server: MakeServer, account: Account
+) -> None:
+    server = await make_server(**settings_for(account), **{"auth.open": True})
+    for paths, status in (([], 403), (["videos"], 200), ([], 403)):
+        changes = settings_for(account, **{"llm.providers.sim.pass_paths": paths})
+        assert await server.change(**changes, **{"auth.open": True})
+        assert (await send(server, "GET", "videos"))[0] == status
+
+
 async def test_without_keys_this_machine_is_admin_and_an_open_server_has_none(
     make_server: MakeServer, account: Account
 ) -> None:

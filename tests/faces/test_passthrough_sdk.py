@@ -46,6 +46,27 @@ STORE = {
     "status": "completed",
     "file_counts": {"in_progress": 0, "completed": 0, "failed": 0, "cancelled": 0, "total": 0},
 }
+VIDEO = {
+    "id": "video_1",
+    "object": "video",
+    "created_at": 1,
+    "model": "sora-2",
+    "progress": 0,
+    "seconds": "4",
+    "size": "720x1280",
+    "status": "queued",
+}
+DECISION = {
+    "model": "gpt-6-luna",
+    "answers": [{"type": "predicate", "probability": 0.75}],
+    "usage": {
+        "input_tokens": 9,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": 1,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 10,
+    },
+}
 CONTENT = bytes(range(256)) * 400
 ANSWERS: dict[str, object] = {
     "POST files": FILE,
@@ -59,6 +80,11 @@ ANSWERS: dict[str, object] = {
     "POST audio/transcriptions": {"text": "hello"},
     "POST images/generations": {"created": 1, "data": [{"b64_json": "eA=="}]},
     "POST images/edits": {"created": 1, "data": [{"b64_json": "eA=="}]},
+    "POST decisions": DECISION,
+    "POST videos": VIDEO,
+    "GET videos/video_1": {**VIDEO, "status": "completed", "progress": 100},
+    "GET videos": {"object": "list", "data": [VIDEO], "has_more": False},
+    "DELETE videos/video_1": {"id": "video_1", "object": "video.deleted", "deleted": True},
     "POST moderations": {"id": "m", "model": "omni", "results": []},
 }
 
@@ -66,7 +92,7 @@ ANSWERS: dict[str, object] = {
 def reply(passed: Passed) -> bytes:
     path = passed.target.partition("?")[0].removeprefix("/v1/")
     name = f"{passed.method} {path}"
-    if name == "GET files/file-1/content":
+    if name in {"GET files/file-1/content", "GET videos/video_1/content"}:
         return answer(CONTENT, 200, "Content-Type: application/octet-stream")
     if name == "POST audio/speech":
         return answer(CONTENT, 200, "Content-Type: audio/mpeg")
@@ -152,6 +178,39 @@ async def test_questions_of_every_kind_pass_for_a_key_that_is_no_admin(
     assert json.loads(account.passed[0].body)["model"] == "tts-1"
     assert CONTENT in account.passed[1].body
     assert json.loads(account.passed[4].body) == {"input": "Hello"}
+
+
+# OpenAI's own videos are over; others have the path.
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+async def test_decisions_and_videos_pass_where_the_provider_has_opened_them(
+    make_server: MakeServer, account: Account
+) -> None:
+    opened = {
+        "llm.providers.sim.account_paths": False,
+        "llm.providers.sim.pass_paths": ["decisions", "videos"],
+    }
+    server = await make_server(**settings_for(account, **opened), **keys_of("web"))
+    async with AsyncOpenAI(api_key=key_of("web"), base_url=server.v1, max_retries=0) as web:
+        decision = await web.decisions.create(
+            model="gpt-6-luna",
+            input="A refund, please.",
+            questions=[{"type": "predicate", "instructions": "Is it about money?"}],
+            safety_identifier="u",
+        )
+        video = await web.videos.create(prompt="A house", model="sora-2", seconds="4")
+        polled = await web.videos.retrieve(video.id)
+        content = await web.videos.download_content(video.id)
+        listed = [each.id async for each in web.videos.list()]
+        deleted = await web.videos.delete(video.id)
+        with pytest.raises(openai.NotFoundError):
+            await web.files.list()
+
+    assert decision.answers[0].type == "predicate"
+    assert json.loads(account.passed[0].body)["safety_identifier"] == "u"
+    assert (video.status, polled.status) == ("queued", "completed")
+    assert content.content == CONTENT
+    assert listed == [video.id]
+    assert deleted.deleted
 
 
 async def test_refusals_are_the_sdks_own_exceptions(

@@ -813,13 +813,3 @@ async def test_a_foreign_origin_is_refused_before_the_upgrade(make_server: MakeS
             assert (await raw.upgrade(f"Origin: {origin}")).status == 101
     async with Raw(server) as raw:
         assert (await raw.upgrade()).status == 101  # no browser
-
-
-async def test_a_plain_get_of_the_endpoint_is_a_clear_error(server: RunningServer) -> None:
-    async with Raw(server) as raw:
-        await raw.get("/ws/chat")
-        answer = await raw.answer()
-
-    assert answer.status == 426
-    assert answer.code == "upgrade_required"
-    await server.nothing_held()

@@ -127,6 +127,22 @@ async def test_all_instances_agree_on_the_home_of_a_conversation() -> None:
 
 
 @virtually
+@pytest.mark.parametrize("alone", [True, False])
+async def test_a_cache_key_keeps_a_conversation_at_home_though_its_beginning_has_changed(
+    alone: bool,
+) -> None:
+    router, moved = router_over(engines_of(4), alone=alone), 0
+    for name in "abcdefghijkl":
+        named = {"prompt_cache_key": f"session-{name}"}
+        bodies = [json.loads(chat(f"{name}{number}", number)) | named for number in (1, 2, 3)]
+        where = {await ask(router, json.dumps(body).encode()) for body in bodies}
+        assert len(where) == 1
+        moved += len({await ask(router, chat(f"{name}{number}", number)) for number in (4, 5)}) > 1
+
+    assert moved > 0
+
+
+@virtually
 async def test_without_a_member_only_its_own_conversations_have_another_home() -> None:
     names = [f"c{number}" for number in range(100)]
     engines = engines_of(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from dataclasses import replace
@@ -29,6 +30,7 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     ProviderRefused,
 )
+from aioserver.providers.capacity import MAX_COOLING
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 from aioserver.providers.request import CHAT, ProviderRequest
 from tests.support.engines import Engine, nothing_is_held
@@ -483,6 +485,26 @@ async def test_a_member_that_cools_is_left_out_and_the_others_go_on() -> None:
     assert answer.outcome.provider == "a"
     # A second until `a` had refused, 20 more and some jitter, and one for the answer.
     assert 22 <= loop.time() - providers["a"].asked[0][1] < 24
+
+
+@virtually
+async def test_a_member_whose_day_is_spent_is_tried_again_every_two_minutes() -> None:
+    loop = asyncio.get_running_loop()
+    providers = engines("a", "b")
+    providers["a"].fault = lambda _model: ProviderRateLimited("spent", retry_after=86_400.0)
+    router = router_over(providers, pair=group("a", "b"))
+    end = loop.time() + 3600
+
+    while loop.time() < end:
+        assert (await ask(router, "pair")).outcome.provider == "b"
+        await asyncio.sleep(1.0)
+    asked = [moment for _, moment, *_ in providers["a"].asked]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
+
+    # As often as is needed to learn within minutes that the account has more again.
+    assert len(pauses) >= 3600 / (1.1 * MAX_COOLING + 5) - 1
+    assert min(pauses) >= MAX_COOLING
+    nothing_is_held(router)
 
 
 @virtually

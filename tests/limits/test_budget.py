@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.limits.budget import DAY, MINUTE, PER_DAY, PER_MINUTE, Budget
+from aioserver.limits.budget import (
+    DAY,
+    MINUTE,
+    PER_DAY,
+    PER_MINUTE,
+    PER_MONTH,
+    PER_WEEK,
+    PERIODS,
+    WEEK,
+    Budget,
+    Period,
+)
 
 if TYPE_CHECKING:
     from aioserver.limits.budget import Reservation
@@ -16,6 +27,13 @@ if TYPE_CHECKING:
 
 # A second before a day ends.
 LATE = datetime(2026, 11, 28, 23, 59, 59, tzinfo=UTC).timestamp()
+
+
+DAYS, WEEKS, MONTHS = PERIODS
+
+
+def at(text: str) -> float:
+    return datetime.fromisoformat(f"{text}+00:00").timestamp()
 
 
 def used(budget: Budget, period: str = PER_MINUTE) -> int:
@@ -189,8 +207,8 @@ def test_a_clock_that_was_ahead_at_the_start_ends_no_day(clock: FakeClock) -> No
 
 def test_a_day_begins_with_what_the_ledger_knows(clock: FakeClock) -> None:
     budget = Budget(0, 1000, clock, lambda: LATE)
-    budget.begin_day(700)
-    budget.begin_day(600)
+    budget.begin({PER_DAY: 700})
+    budget.begin({PER_DAY: 600})
 
     assert budget.shortage(300) is None
     assert budget.shortage(301) is not None
@@ -222,6 +240,142 @@ def test_a_reservation_outlives_its_limit(clock: FakeClock) -> None:
 
     assert budget.reserved == 0
     assert budget.states()[PER_MINUTE].remaining == 1000
+
+
+# A moment, when its period began, and when the next one begins.
+TURNS = [
+    (DAYS, "2026-12-31T23:59:59", "2026-12-31", "2027-01-01"),
+    (DAYS, "1970-01-01T00:00:00", "1970-01-01", "1970-01-02"),
+    (WEEKS, "2026-12-06T23:59:59", "2026-11-30", "2026-12-07"),
+    (WEEKS, "2026-12-07T00:00:00", "2026-12-07", "2026-12-14"),
+    (WEEKS, "2027-01-01T12:00:00", "2026-12-28", "2027-01-04"),
+    (WEEKS, "2024-02-29T12:00:00", "2024-02-26", "2024-03-04"),
+    (WEEKS, "1970-01-02T12:00:00", "1969-12-29", "1970-01-05"),
+    (MONTHS, "2024-02-29T23:59:59", "2024-02-01", "2024-03-01"),
+    (MONTHS, "2026-02-28T23:59:59", "2026-02-01", "2026-03-01"),
+    (MONTHS, "2000-02-29T00:00:00", "2000-02-01", "2000-03-01"),
+    (MONTHS, "2026-12-31T23:59:59", "2026-12-01", "2027-01-01"),
+    (MONTHS, "2027-01-01T00:00:00", "2027-01-01", "2027-02-01"),
+    (MONTHS, "1970-01-01T00:00:00", "1970-01-01", "1970-02-01"),
+]
+
+
+@pytest.mark.parametrize(("period", "moment", "began", "ends"), TURNS, ids=range(len(TURNS)))
+def test_a_period_is_that_of_the_calendar(
+    period: Period, moment: str, began: str, ends: str
+) -> None:
+    number = period.number_of(at(moment))
+
+    assert period.begins(number) == period.since(at(moment)) == at(began)
+    assert period.begins(number + 1) == at(ends)
+    assert period.number_of(at(ends)) == number + 1
+    assert period.number_of(at(ends) - 0.001) == number
+
+
+@pytest.mark.parametrize(("period", "moment", "began", "ends"), TURNS, ids=range(len(TURNS)))
+def test_a_period_that_is_spent_says_when_the_next_one_begins(
+    period: Period, moment: str, began: str, ends: str
+) -> None:
+    now = at(moment)
+    budget = Budget(wall_clock=lambda: now)
+    budget.apply(0, *(1000 if each is period else 0 for each in PERIODS))
+    running = budget.reserve(1000)
+
+    shortage = budget.shortage(1)
+    assert shortage is not None
+    assert shortage[:4] == (period.setting, 1000, 1000, 1)
+    now += shortage.delay - 0.001
+    assert budget.shortage(1) is not None
+    now += 0.001
+    assert now == pytest.approx(at(ends))
+    assert budget.shortage(1000) is None
+    budget.reserve(400)
+    # What was reserved in the former period is given back there.
+    running.settle(0)
+    state = budget.states()[period.setting]
+    assert (state.used, state.reserved, state.remaining) == (0, 400, 600)
+    now = at(began)
+    assert budget.states()[period.setting].remaining == 1000
+
+
+def test_a_start_needs_room_in_each_period_and_the_one_that_ends_last_is_named(
+    clock: FakeClock,
+) -> None:
+    now = at("2026-11-28T12:00")
+    limits = {"per_week": 200, "per_month": 300}
+    budget = Budget(0, 100, clock, lambda: now, **limits)
+
+    def named() -> tuple[str, float] | None:
+        shortage = budget.shortage(50)
+        return None if shortage is None else (shortage.period, now + shortage.delay)
+
+    assert named() is None
+    budget.reserve(100).settle(100)
+    assert named() == (PER_DAY, at("2026-11-29"))
+    now += DAY
+    assert named() is None
+    budget.reserve(100).settle(100)
+    # The week has 200 of 200, and ends in the same moment as the day: the shorter one is named.
+    assert named() == (PER_DAY, at("2026-11-30"))
+    now += DAY
+    assert named() is None
+    budget.reserve(100).settle(100)
+    assert named() == (PER_DAY, at("2026-12-01"))
+    budget.begin({PER_WEEK: 151})
+    assert named() == (PER_WEEK, at("2026-12-07"))
+    now += DAY
+    assert named() == (PER_WEEK, at("2026-12-07"))
+    assert budget.states()[PER_MONTH].remaining == 300, "a month has begun"
+    assert not budget.states()[PER_DAY].used
+
+
+def test_a_month_goes_on_when_days_and_weeks_have_turned(clock: FakeClock) -> None:
+    now = at("2024-02-01T12:00")
+    budget = Budget(0, 100, clock, lambda: now, per_week=300, per_month=1000)
+    spent = 0
+    while now < at("2024-03-01"):
+        if budget.shortage(60) is None:
+            budget.reserve(60).settle(60)
+            spent += 60
+        now += DAY / 4
+
+    # Five weeks have a day of February 2024, and none takes more than five times 60.
+    assert 900 < spent <= 1000
+    assert budget.shortage(60) is None, "it is March"
+
+
+def test_a_restart_goes_on_with_every_period(clock: FakeClock) -> None:
+    now = at("2026-12-02T12:00")
+    old = Budget(0, 1000, clock, lambda: now, per_month=3000)
+    old.reserve(700).settle(700)
+    new = Budget(0, 1000, clock, lambda: now, per_week=2000, per_month=3000)
+    new.reserve(10)
+
+    new.begin({PER_DAY: 700, PER_WEEK: 900, PER_MONTH: 700})
+
+    assert [state.remaining for state in new.states().values()] == [300, 1100, 2300]
+    new.take_over(old)
+    assert {name: state.remaining for name, state in new.states().items()} == {
+        PER_DAY: 300,
+        PER_WEEK: 2000,
+        PER_MONTH: 2300,
+    }
+
+
+@pytest.mark.parametrize("period", PERIODS, ids=lambda period: period.setting)
+@pytest.mark.parametrize("back", [DAY, WEEK, 31 * DAY])
+def test_a_clock_that_was_ahead_for_a_moment_takes_nothing_from_any_period(
+    clock: FakeClock, period: Period, back: int
+) -> None:
+    now = at("2026-12-31T23:59:30")
+    budget = Budget(0, 100, clock, lambda: now, per_week=100, per_month=100)
+    budget.reserve(60).settle(60)
+
+    now += back
+    budget.shortage(1)
+    now -= back
+
+    assert budget.states()[period.setting].used == 60
 
 
 @pytest.mark.parametrize("seed", range(20))

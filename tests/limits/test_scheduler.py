@@ -117,6 +117,23 @@ def test_patience_is_over_all_waits_at_one_resource_and_each_has_its_own(world: 
         each.release()
 
 
+def test_a_patient_ticket_waits_until_its_deadline_and_no_longer(world: World) -> None:
+    one = world.resource(1, queue_timeout=5.0, queue_size=1)
+    grant = world.start(world.ticket(), one)
+    patient = world.ticket()
+    patient.patient, patient.deadline = True, world.clock() + 7200.0
+    world.wait(patient, one)
+    # It needs room as any other.
+    other = world.ticket()
+    other.patient = True
+    assert world.refused(other, one).reason is Reason.FULL
+    world.clock.advance(7000.0)
+    assert patient.outcome is None
+    world.clock.advance(200.0)
+    assert error(patient).reason is Reason.DEADLINE
+    grant.release()
+
+
 def test_a_rate_that_is_too_slow_refuses_at_once_with_the_true_time(world: World) -> None:
     rate = Spaced(world, 10.0)
     slow = world.resource(9, rate=rate, queue_timeout=25.0)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from aioserver.monitoring import prometheus
-from aioserver.monitoring.prometheus import GAUGES, PREFIX, ServerCollector
-from aioserver.telemetry.metrics import Metrics
+from aioserver.monitoring.prometheus import GAUGES, ServerCollector
+from aioserver.telemetry.metrics import OURS, Metrics
 
 CONFIGURED: Any = {"groq": SimpleNamespace(model="m", models=())}
 
@@ -73,7 +73,7 @@ def gauges(collected: ServerCollector) -> dict[str, Any]:
     for metric in collected.collect():
         if metric.type == "gauge":
             values = {tuple(sample.labels.items()): sample.value for sample in metric.samples}
-            shown[metric.name.removeprefix(PREFIX)] = values.get((), values)
+            shown[metric.name.removeprefix(OURS)] = values.get((), values)
     return shown
 
 

@@ -30,6 +30,28 @@ def test_a_safety_identifier_is_the_user_where_there_is_none(first: str) -> None
     assert body(f'{{{first}"user":"u","safety_identifier":"s"}}').user == "u"
 
 
+# The second form is that of a body whose other members make it be read again.
+@pytest.mark.parametrize("first", ["", '"stream":null,"n":"1",'])
+def test_the_window_of_an_answer_in_the_background(first: str) -> None:
+    for options, window in (
+        ("null", None),
+        ("{}", None),
+        ('{"completion_window":null}', None),
+        ('{"continuation_id":"c","completion_window":"2h"}', "2h"),
+        ('{"completion_window":""}', ""),
+        ('{"completion_window":7200}', ""),
+        ('{"completion_window":["2h"]}', ""),
+        ('{"completion_window":{"2h":true}}', ""),
+        (f'{{"completion_window":"{"x" * 2000}"}}', ""),
+    ):
+        assert body(f'{{{first}"background_options":{options}}}').completion_window == window
+    for options in ("[]", '"2h"', "7", "true"):
+        with pytest.raises(InvalidRequest) as refused:
+            _ = body(f'{{{first}"background_options":{options}}}').completion_window
+        assert refused.value.param == "background_options"
+    assert body("{}").completion_window is None
+
+
 def test_what_is_absent_or_null_is_not_set() -> None:
     for text in (
         "{}",

@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.protocol.prefix import LENGTHS
-from aioserver.protocol.regions import MAX_ELEMENTS, MAX_LOOKED_AT, PIECE_BYTES
+from aioserver.protocol.regions import (
+    FEW_ELEMENTS,
+    MAX_ELEMENTS,
+    MAX_KEY_BYTES,
+    MAX_LOOKED_AT,
+    PIECE_BYTES,
+)
+from aioserver.protocol.steps import at_once
 from tests.support.regions import prefix_in as of
+from tests.support.regions import reading
 
 if TYPE_CHECKING:
     from aioserver.protocol.prefix import Prefix
@@ -57,6 +65,31 @@ def test_a_later_turn_has_the_identity_and_the_beginning_of_the_one_before() -> 
     assert one.lengths[-1] == one.size
     assert two.size > one.size
     assert list(two.lengths) == sorted(two.lengths)
+
+
+@pytest.mark.parametrize(
+    "key", [None, "", 7, 1.5, True, ["k"], {"k": 1}, "k" * (MAX_KEY_BYTES - 1)]
+)
+def test_a_cache_key_that_is_no_text_or_too_long_names_nothing(key: object) -> None:
+    plain = of(talk("q" * 5000, "a"))
+
+    assert of({**talk("q" * 5000, "a"), "prompt_cache_key": key}) == plain
+
+
+def test_a_cache_key_is_the_identity_whatever_the_prompt_is() -> None:
+    one = of({**talk("q" * 5000, "a"), "prompt_cache_key": "session-1"})
+    other = of({"input": "compacted", "prompt_cache_key": "session-1"})
+
+    assert one.identity == other.identity
+    # What is known of a cache is a matter of its prompt alone.
+    assert one._replace(identity=b"") == of(talk("q" * 5000, "a"))._replace(identity=b"")
+    again = {**talk("q" * 5000, "a"), "prompt_cache_key": "session-2"}
+    assert len({one.identity, of(again).identity, of(again, "another").identity}) == 3
+    # A key is no prompt.
+    assert of({"input": "session-1"}).identity != one.identity
+    assert at_once(reading(b'{"prompt_cache_key":"session-1"}')) is None
+    many = {"messages": [user("q")] * (FEW_ELEMENTS + 1), "prompt_cache_key": "session-1"}
+    assert of(many).identity == one.identity
 
 
 def test_another_first_question_system_prompt_or_group_is_another_conversation() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from aioserver.protocol.openai import MAX_USAGE_BYTES, bounded
-from aioserver.protocol.tokens import Tokens, tokens_of
+from aioserver.protocol.openai import MAX_USAGE_BYTES, bounded, usage_of
+from aioserver.protocol.tokens import Tokens, tier_of, tokens_of
 
 CHAT = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
 RESPONSE = {"input_tokens": 100, "output_tokens": 7}
@@ -47,6 +47,72 @@ def test_what_came_from_a_cache_is_a_part_of_the_prompt(
     usage: dict[str, Any], cached: int | None
 ) -> None:
     assert three(tokens_of(usage)) == (100, cached, 7)
+
+
+def written_for(usage: dict[str, Any]) -> dict[str, int]:
+    return dict(tokens_of(usage).lifetimes)
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        None,
+        [],
+        "5m",
+        {},
+        {"ephemeral_5m_input_tokens": "4"},
+        {"ephemeral_5m_input_tokens": True, "ephemeral_1h_input_tokens": None},
+        {"ephemeral_5m_input_tokens": -1, "ephemeral_7d_input_tokens": 2},
+        # More than was written.
+        {"ephemeral_5m_input_tokens": 4, "ephemeral_1h_input_tokens": 3},
+        {"ephemeral_5m_input_tokens": 1 << 70},
+    ],
+)
+def test_lifetimes_that_mean_nothing_leave_the_sum_alone(details: object) -> None:
+    plain = tokens_of(MESSAGE)
+
+    assert tokens_of({**MESSAGE, "cache_creation": details}) == plain
+    assert (plain.cache_write, plain.lifetimes) == (6, ())
+    # Nothing was written.
+    assert written_for({**RESPONSE, "cache_creation": {"ephemeral_5m_input_tokens": 1}}) == {}
+
+
+def test_what_was_written_to_a_cache_is_known_by_its_lifetime() -> None:
+    creation = {"ephemeral_5m_input_tokens": 4, "ephemeral_1h_input_tokens": 2}
+    assert written_for({**MESSAGE, "cache_creation": creation}) == {"5m": 4, "1h": 2}
+    only = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 6}
+    assert written_for({**MESSAGE, "cache_creation": only}) == {"1h": 6}
+
+    details = {"ttl_30m_tokens": 1, "ttl_12h_tokens": 5}
+    written = {"cache_write_tokens": 6, "cache_write_tokens_details": details}
+    assert written_for({**RESPONSE, "input_tokens_details": written}) == {"30m": 1, "12h": 5}
+
+
+@pytest.mark.parametrize("tier", [None, 1, True, {}, ["flex"], "x" * 33])
+def test_a_tier_that_is_no_name_is_none(tier: object) -> None:
+    for answer in (
+        {"usage": CHAT, "service_tier": tier},
+        {"usage": {**CHAT, "service_tier": tier}},
+        {"response": {"usage": RESPONSE, "service_tier": tier}},
+    ):
+        assert tier_of(usage_of(answer)) == ""
+    assert tier_of(None) == ""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"usage": dict(CHAT), "service_tier": "flex"},
+        {"choices": [], "x_groq": {"usage": dict(CHAT)}, "service_tier": "flex"},
+        {"choices": [{"usage": dict(CHAT)}], "service_tier": "flex"},
+        {"type": "response.completed", "response": {"usage": RESPONSE, "service_tier": "flex"}},
+        # Anthropic's own word counts.
+        {"usage": {**MESSAGE, "service_tier": "flex"}, "service_tier": "other"},
+    ],
+    ids=["chat", "groq", "kimi", "response", "message"],
+)
+def test_the_tier_is_what_the_answer_says(answer: dict[str, Any]) -> None:
+    assert tier_of(usage_of(answer)) == "flex"
 
 
 def test_nothing_is_known_of_no_usage_or_without_the_prompt() -> None:

@@ -25,6 +25,7 @@ from tests.support.server import (
     CONCURRENCY,
     ENDLESS,
     NOWHERE,
+    SILENT,
     SIM_HTTP_CLIENT,
     UVICORN,
     configured,
@@ -173,7 +174,7 @@ async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(
     settings = configured("http://127.0.0.1/v1", changes, tmp_path / "c.yaml").settings
     files = wanted_files(settings)
     async with (
-        Simulator(ENDLESS) as simulator,
+        Simulator(SILENT) as simulator,
         serving(
             tmp_path / "c.yaml",
             simulator.base_url,

@@ -367,7 +367,7 @@ breaks("the limit of a key", "limits.quota:Quota.__init__", then(_widen), KEY)
 breaks("the bound of what is kept", "streams.store:StreamStore._drop_unread", left_out(), seed=21)
 breaks("that half is for others", "providers.capacity:half", _same, BACKGROUND)
 breaks("the places that batch leaves", "providers.capacity:BOTH_CLASSES", _all_for_batch, seed=4)
-breaks("who waits while a place is free", f"{SCHEDULER}.serve", _idle, seed=6)
+breaks("who waits while a place is free", f"{SCHEDULER}.serve", _idle, seed=9)
 breaks("that a request stands elsewhere", f"{SCHEDULER}._take_away", _standing, GROUPED)
 REGROUP = "gateway.candidates:Candidates.regroup"
 breaks("that who waits follows its group", REGROUP, left_out(), REGROUPED)
@@ -398,7 +398,7 @@ REFUSE = "gateway.bridging:ChatCapabilities.refuse gateway.bridging:ChatCapabili
 FAILOVER = "provider_errors:ProviderRefused.failover"
 JUDGED = SPARED | {"continued": True, "verdicts": 0.5}
 breaks("an answer that is known", "gateway.gateway:Gateway._existing", left_out(), TWICE)
-breaks("that content commits an attempt", COMMIT, constant(_is_ended), SPARED)
+breaks("that content commits an attempt", COMMIT, constant(_is_ended), SPARED, 4)
 breaks("that a verdict is final", FAILOVER, constant(value=True), JUDGED)
 breaks("what an engine refuses", REFUSE, left_out(), BRIDGED)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from aioserver.limits.fixed_share import Scope
 from aioserver.wings.cluster.answers.peer_network import CONNECT, Gone, PeerNetwork, Unreachable
 from aioserver.wings.cluster.limits.grants import State
-from aioserver.wings.cluster.membership import Membership, Ways
+from aioserver.wings.cluster.membership import ConnectionClasses, Membership
 from tests.simulation.dials import draw_dial
 from tests.simulation.shared_server import (
     NAME,
@@ -120,7 +120,7 @@ class Member(Membership):
         self.alone = 0
         self.known: RemoteStreams | None = None
         name = f"i{number}"
-        ways = Ways(
+        classes = ConnectionClasses(
             renewals=partial(SimulatedConnection, server, number),
             words=SimulatedSubscription,
             commands=lambda _url: cast("RedisCommands", SimulatedStore(server, number, name)),
@@ -131,7 +131,7 @@ class Member(Membership):
         scope = None if fixed is None else Scope("host", *fixed)
         self.network = SimulatedNetwork(server, number, name)
         super().__init__(
-            URL, NAME, name, self.network, fixed, scope=scope, ways=ways, patient=False
+            URL, NAME, name, self.network, fixed, scope=scope, classes=classes, patient=False
         )
         server.join(number, self.leases)
 

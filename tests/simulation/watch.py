@@ -230,12 +230,13 @@ class Watch:
         assert places is not None
         if places.inside > limit:
             self._broken(f"{places.inside} of {limit} places of batch are taken")
+        slots = resource.class_slots[1]
+        if slots <= -(-resource.queue_size // 2):
+            return
         # Those of a group may have their room elsewhere.
         router = self._server.context.router
         groups = *router.groups.values(), *router.listed.values()
-        grouped = any(len(group.members) > 1 for group in groups)
-        if not grouped and resource.class_slots[1] > -(-resource.queue_size // 2):
-            slots = resource.class_slots[1]
+        if not any(len(group.members) > 1 for group in groups):
             self._broken(f"{slots} of {resource.queue_size} in the queue are batch")
 
     def _look_at_slots(self) -> None:

@@ -180,7 +180,7 @@ async def probe(
     # The faces share their results, whose samples are then those of all of them.
     results = Results()
     *runs, direct = (Run(plan, results if plan.url == base else Results()) for plan in plans)
-    await asyncio.gather(*(run.execute(asyncio.Event()) for run in (*runs, direct)))
+    await asyncio.gather(*(run.execute() for run in (*runs, direct)))
     return {
         "requests": results.begun,
         "ok": results.ok,

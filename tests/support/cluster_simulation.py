@@ -17,9 +17,11 @@ import functools
 import heapq
 import itertools
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.wings.cluster.limits.grants import State
@@ -28,7 +30,7 @@ from aioserver.wings.cluster.limits.leases import Leases
 from tests.support.renew_script import Script, Stale, decode_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from aioserver.wings.cluster.limits.shared_budget import SharedBudget
 
@@ -427,3 +429,33 @@ class Simulation:
             else:
                 excess += each.left_over
         assert self.in_flight <= self.limit + excess, (self.in_flight, excess)
+
+
+class Asker(ABC):
+    """Requests that wait for what several instances share; `serve` starts those that may."""
+
+    def __init__(self, simulation: Simulation, instance: Instance) -> None:
+        self.simulation, self.instance = simulation, instance
+        self._timer = 0
+
+    @abstractmethod
+    def serve(self) -> None:
+        """Start those that may."""
+
+    def look_again(self, delay: float) -> None:
+        """Serve in *delay* seconds, and not when that was to be before."""
+        self._timer += 1
+        timer = self._timer
+        self.simulation.later(
+            delay, lambda: self.serve() if timer == self._timer else None, self.instance
+        )
+
+
+def excess(taken: Iterable[tuple[float, float]], rate: float) -> float:
+    """By how much of what was *taken*, in the order of its moments, the worst span exceeds *rate*."""
+    worst, lowest, total = 0.0, inf, 0.0
+    for moment, amount in taken:
+        lowest = min(lowest, total - moment * rate)
+        total += amount
+        worst = max(worst, total - moment * rate - lowest)
+    return worst

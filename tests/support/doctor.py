@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aioserver.tools.doctor.checks import examine
-from aioserver.tools.doctor.facts import Facts
+from aioserver.tools.doctor.results import Facts
 
 if TYPE_CHECKING:
     from aioserver.tools.doctor.results import Result

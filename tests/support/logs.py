@@ -23,9 +23,14 @@ def errors(records: Iterable[logging.LogRecord]) -> list[logging.LogRecord]:
     ]
 
 
-def without_lateness(log: str) -> str:
-    """Return the lines of *log* that say nothing of a loop that was late."""
-    return "\n".join(line for line in log.splitlines() if LATE not in line)
+def without_lateness(log: str, *expected: str) -> str:
+    """Return the lines of *log* that say nothing of a loop that was late, nor have *expected*
+    words.
+    """
+    lines = log.splitlines()
+    return "\n".join(
+        line for line in lines if not any(words in line for words in (LATE, *expected))
+    )
 
 
 def fields_of(

@@ -20,6 +20,7 @@ from aioserver.commands.serve import loop_factory
 from aioserver.config import Configuration
 from aioserver.server.app import open_server
 from aioserver.server.runner import Runner
+from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.membership import join
 from aioserver.workers.loads import Loads
 from aioserver.workers.worker import Worker
@@ -27,6 +28,9 @@ from tests.support.members import wings_of
 
 if TYPE_CHECKING:
     from aioserver.faces.admission import ShareDoor
+
+# Half of the usual times, or less.
+TIMES = Times(lease=4.0, margin=0.5, beat=0.3, bound=0.5, pause=1.5, grace=0.9, gone=6.0)
 
 
 async def serve(
@@ -47,7 +51,14 @@ async def serve(
         else:
             fixed = worker.rank, workers
             cluster = await stack.enter_async_context(
-                join(url, "workers", fixed=fixed, first=worker.first, scope=worker.scope)
+                join(
+                    url,
+                    "workers",
+                    times=TIMES,
+                    fixed=fixed,
+                    first=worker.first,
+                    scope=worker.scope,
+                )
             )
             loads.tell_instance(cluster.token)
             balance = worker.balance(loads, cluster.ended)

@@ -17,6 +17,7 @@ from aioserver.gateway.contracts.commands import Commands
 from aioserver.limits.fixed_share import Scope
 from aioserver.server.listener import ListeningSocket, Site
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
+from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.limits.limits import SharedLimits
 from aioserver.workers.balance import Balance
 from aioserver.workers.loads import Loads
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
     from aioserver.limits.resource import Resource
     from aioserver.wings.cluster.limits.leases import Leases
+
+# A new server shares the limits after a tenth of the usual time, in which all are there; calls come
+# as ever, since a place that ends behind one is used at once.
+TIMES = Times(grace=0.35)
 
 
 class Workers:
@@ -87,7 +92,7 @@ class Workers:
         block.callback(loads.close)
         self._started += 1
         name, rank = f"i{self._started}", slot % self.count
-        leases = self.reference.join(name, fixed=(rank, self.count))
+        leases = self.reference.join(name, fixed=(rank, self.count), times=TIMES)
         limits = SharedLimits(leases, Scope("host", rank, self.count, first))
         commands, balance = Commands(MemoryStore(self._world, name), ""), Balance(loads)
         world = self._world

@@ -53,7 +53,7 @@ def planned(url: str, **fields: Any) -> Plan:
 async def ran(url: str, **fields: Any) -> dict[str, Any]:
     """The report of a run to its end."""
     run = Run(planned(url, **fields))
-    await run.execute(asyncio.Event())
+    await run.execute()
     return run.report()
 
 
@@ -225,7 +225,7 @@ def test_several_codes_are_told_the_most_frequent_first() -> None:
         results.count(results.refused, code, "so it is")
 
     assert find_limit(results, Peaks())["text"] == (
-        "the provider's queue was full: 2 of 9 refused with provider_queue_full (so it is);"
+        "the queue of a provider was full: 2 of 9 refused with provider_queue_full (so it is);"
         " also 1 with server_at_capacity"
     )
 

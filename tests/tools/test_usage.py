@@ -110,6 +110,29 @@ def test_the_tokens_that_caches_have_lost_have_a_column_by_verdict(tmp_path: Pat
     assert head == ["caller", "cache_lost", *COLUMNS, "cache_lost_tokens"]
 
 
+def test_writes_by_lifetime_have_columns_where_a_provider_reports_them(tmp_path: Path) -> None:
+    entries = [
+        entry(1, service_tier="flex", cache_write=6, cache_write_5m=4, cache_write_1h=2),
+        entry(2, cache_write=5),
+        entry(3, service_tier="flex", cache_write=2, cache_write_1h=2),
+    ]
+    (tmp_path / "usage-2026-11-28.jsonl").write_text("".join(entries))
+    asked = (tmp_path, "--by", "service_tier")
+
+    rows = json.loads(run(*asked, "--json").stdout)["rows"]
+    table = [" ".join(line.split()) for line in run(*asked).stdout.splitlines()]
+    head = run(*asked, "--csv").stdout.splitlines()[0].split(",")
+    plain = run(*asked, "--csv", "--until", "2026-11-01").stdout.splitlines()[0].split(",")
+
+    known = ["cache_write_5m_tokens", "cache_write_1h_tokens"]
+    assert head == ["service_tier", *COLUMNS, *known]
+    assert plain == ["service_tier", *COLUMNS]
+    names = ("service_tier", "cache_write_tokens", *known)
+    assert [[row[name] for name in names] for row in rows] == [["", 5, 0, 0], ["flex", 8, 4, 4]]
+    assert table[0].endswith("estimated cache_write_5m cache_write_1h")
+    assert table[-1].endswith(" 4 4")
+
+
 def test_json_says_what_it_is_of(ledger: Path) -> None:
     asked = ("--json", "--by", "outcome", "--since", "2026-11-28", "--until", "2026-11-29")
 

@@ -206,7 +206,7 @@ def test_an_id_that_no_log_has_names_the_logs(tmp_path: Path) -> None:
     result = run("r2", tmp_path / "log")
 
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == f"nobody has the request r2: looked in {tmp_path / 'log'}\n"
+    assert result.stderr == f"the request r2 was not found: looked in {tmp_path / 'log'}\n"
 
 
 async def test_a_server_shows_a_request_to_its_caller_alone(make_server: MakeServer) -> None:
@@ -224,7 +224,7 @@ async def test_a_server_shows_a_request_to_its_caller_alone(make_server: MakeSer
     assert "tokens written" in out
     code, out, err = await run_command(*args, key_of("app"))
     assert (code, out) == (1, "")
-    assert err.startswith(f"nobody has the request a b/ü: looked in {server.base}\n")
+    assert err.startswith(f"the request a b/ü was not found: looked in {server.base}\n")
     code, out, err = await run_command(*args, "aio-nobody")
     assert (code, out) == (1, "")
     assert "invalid_api_key" in err

@@ -84,6 +84,24 @@ def test_what_nobody_knows_is_absent(opened: Callable[..., Ledger], tmp_path: Pa
     assert not only.keys() & {"in", "out", "cached", "reasoning", "first_ms"}
 
 
+def test_a_tier_and_writes_by_their_lifetime_are_in_the_line_if_they_are_known(
+    opened: Callable[..., Ledger], tmp_path: Path
+) -> None:
+    ledger = opened()
+    tokens = replace(PART.tokens, cache_write=6, lifetimes=(("5m", 4), ("1h", 2)))
+
+    ledger.put(line(1, cost=replace(PART, tokens=tokens, tier='fl"ex\n')))
+    ledger.put(line(2, cost=replace(PART, source=NOBODY, tokens=tokens, tier="flex")))
+    ledger.close()
+
+    [[one, unknown]] = lines_of(tmp_path / "usage").values()
+    assert (one["cache_write"], one["cache_write_5m"], one["cache_write_1h"]) == (6, 4, 2)
+    assert one["service_tier"] == 'fl"ex\n'
+    assert not one.keys() & {"cache_write_30m", "cache_write_12h"}
+    assert unknown["service_tier"] == "flex"
+    assert not unknown.keys() & {"cache_write", "cache_write_5m"}
+
+
 def test_a_lost_cache_is_in_the_line_of_its_attempt(
     opened: Callable[..., Ledger], tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NOON = 20_785.5 * 86_400
+# 2026-11-28, counted from 1970-01-01.
+TODAY = 20_785
 
 
 def entry(number: int = 1, attempt: int = 1, outcome: str = "ok", **changes: Any) -> bytes:
@@ -130,6 +132,25 @@ def test_what_was_spent_on_a_day_is_the_sum_of_all_its_files(tmp_path: Path) -> 
     (tmp_path / "usage-2026-11-28.w3.jsonl").write_bytes(entry(4, outcome="running"))
     (tmp_path / "notes.txt").write_bytes(entry(5))
 
-    assert spent(tmp_path, "2026-11-28") == {"web": 22, "x": 11}
-    assert spent(tmp_path / "none", "2026-11-28") == {}
+    assert spent(tmp_path, {"day": TODAY}, TODAY) == {"web": {"day": 22}, "x": {"day": 11}}
+    assert spent(tmp_path / "none", {"day": TODAY}, TODAY) == {}
     assert len(files_of(tmp_path)) == 3
+
+
+def test_longer_spans_are_counted_beside_the_day_in_one_reading(tmp_path: Path) -> None:
+    days = ("2026-10-31", "2026-11-01", "2026-11-22", "2026-11-23", "2026-11-28", "2026-11-29")
+    for number, day in enumerate(days):
+        line = entry(number, ts=f"{day}T12:00:00.000Z", out=10**number)
+        (tmp_path / f"usage-{day}.jsonl").write_bytes(line)
+
+    sums = spent(tmp_path, {"day": TODAY, "week": TODAY - 5, "month": TODAY - 27}, TODAY)
+
+    assert sums == {"web": {"day": 10_010, "week": 11_020, "month": 11_150}}
+
+
+def test_an_attempt_over_midnight_is_counted_once_in_a_longer_span(tmp_path: Path) -> None:
+    running = entry(ts="2026-11-27T23:59:40.000Z", outcome="running", out=500)
+    (tmp_path / "usage-2026-11-27.jsonl").write_bytes(running + entry(2, ts="2026-11-27T23:00"))
+    (tmp_path / "usage-2026-11-28.jsonl").write_bytes(entry(ts="2026-11-28T00:00:10.000Z"))
+
+    assert spent(tmp_path, {"week": TODAY - 5}, TODAY) == {"web": {"week": 22}}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tests.support.process import ServerProcess
 
-pytestmark = [pytest.mark.real_time, pytest.mark.timeout(150)]
+pytestmark = pytest.mark.real_time
 QUESTION: dict[str, Any] = {"model": "sim", "messages": [{"role": "user", "content": "Hello"}]}
 ASKED = 6
 

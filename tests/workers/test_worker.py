@@ -47,6 +47,8 @@ SHARED = {
     "queue_size",
     "tokens_per_minute",
     "tokens_per_day",
+    "tokens_per_week",
+    "tokens_per_month",
     "max_concurrent",
     "workers",
 }
@@ -72,7 +74,7 @@ KEY_ALONE = {"name", "sha256"}
 MOVED = {"max_connections", "connection_queue_size"}
 IN_HAND = {
     *("concurrent_requests", "requests_per_minute", "max_concurrent"),
-    *("tokens_per_minute", "tokens_per_day"),
+    *("tokens_per_minute", "tokens_per_day", "tokens_per_week", "tokens_per_month"),
 }
 
 

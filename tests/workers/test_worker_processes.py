@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-# Several processes start, which on a busy machine takes long.
-pytestmark = [pytest.mark.real_time, pytest.mark.timeout(150)]
+pytestmark = pytest.mark.real_time
 # Seconds for places to move, after a fault: a few, but for a busy machine.
 SOON = 30.0
 
@@ -228,7 +227,6 @@ async def test_without_a_server_each_worker_has_a_fixed_share(tmp_path: Path) ->
 
 
 @pytest.mark.stress
-@pytest.mark.timeout(120)
 async def test_600_sockets_are_all_held_and_spread_over_four_workers(tmp_path: Path) -> None:
     """Prints the spread: `pytest -m stress -s tests/workers/test_worker_processes.py`."""
     async with parent_of(tmp_path, 4, 600) as (parent, _server):

@@ -22,9 +22,9 @@ logger = logging.getLogger("aioserver.cluster")
 # Seconds to wait for the server: for an answer that a request can do without, and for an answer
 # whose absence must not be taken for "no such thing".
 TIMEOUT, KNOWN_TIMEOUT = 0.05, 1.0
-# Seconds for which the end of an answer waits until it is stored, as long as a look-up at another
-# instance waits for it. A server that has answered nothing for so long hangs, and nobody waits for
-# it until it has answered something.
+# Seconds for which the end of an answer waits until the answer is stored. A look-up at another
+# instance waits for as long. A server that has answered nothing for so long hangs, and no request
+# waits for it until it has answered something.
 WRITE_TIMEOUT = 0.5
 # The growing pauses, in seconds, of a look-up that waits for another instance's write; and the
 # seconds after which the mark of such a write expires if its instance is killed.
@@ -47,9 +47,11 @@ end
 # belongs to an owner, and all owners share the room. If there is none, the owner that keeps most
 # loses the items that expire first. ARGV[1] is the prefix of the keys, which are:
 #
-#   PREFIX items       hash: the owner and the bytes of each    PREFIX ends   when each ends
-#   PREFIX ends:OWNER  when each of an owner ends               PREFIX owners  how much each keeps
-#   PREFIX kept        how much all of them keep
+#   PREFIX items        hash: the owner of each item, and its bytes
+#   PREFIX ends         sorted set: the time at which each item expires
+#   PREFIX ends:OWNER   the same for the items of one owner
+#   PREFIX owners       sorted set: the bytes that each owner keeps
+#   PREFIX kept         the bytes that all owners keep
 ITEMS = (
     FULL
     + """
@@ -187,7 +189,9 @@ class Commands:
         return answered[0] if answered else None
 
     async def tell(self, call: Coroutine[Any, Any, T]) -> T | None:
-        """Do as `ask` for a *call* for which no client waits, also where the server hangs."""
+        """Do the same as `ask` for a *call* for which no client waits; it is made even if the
+        server hangs.
+        """
         answered = await self._answered(call, KNOWN_TIMEOUT)
         return answered[0] if answered else None
 
@@ -273,9 +277,9 @@ def unknown(subject: str) -> InstanceUnavailable:
 
 
 class Timer:
-    """Calls *on_end* after *seconds*. Time by which our own event loop was late does not count: a
-    busy instance would otherwise take another one, or the server, for away though its answer has
-    arrived, and waits in a buffer until the loop reads it.
+    """Calls *on_end* after *seconds*. Time by which our own event loop was late does not count.
+    Otherwise a busy instance could take the server, or another instance, for away, although the
+    answer has arrived and only waits in a buffer.
     """
 
     def __init__(self, seconds: float, on_end: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""The contract of hooks: the operator's programs that are asked about each request, and shown each
+"""The contract of hooks: programs of the operator that decide about each request, and see each
 answer.
 
     ask       once the request's conversation is known, and before a provider is asked

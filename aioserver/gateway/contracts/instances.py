@@ -43,7 +43,8 @@ class Start(NamedTuple):
 class Reading(Protocol):
     """An answer of another instance that a WebSocket reads; `start` or `leave` must be called.
 
-    *last* is the message that was passed on last, and *passed* counts how often any were.
+    *last* is the message that was passed on last, and *passed* the number of times that messages
+    were passed on.
     """
 
     last: bytes
@@ -61,9 +62,9 @@ class Reading(Protocol):
 class Elsewhere(Exception):
     """A request is for the *owner* of its answer, another instance.
 
-    *body* is what the client has sent. *forward* is called by the method of that name. *follow*
-    returns the answer from a start on for a WebSocket, as messages of chats, or as those of an API
-    on the lane of that name.
+    *body* has the bytes that the client has sent. *forward* is called by the method of that name.
+    *follow* returns the `Reading` of the answer for a WebSocket, from a `Start` on. Its messages
+    are those of chats, or those of an API on the lane of the given name.
 
         Lost, InstanceUnavailable: as `forward`.
         RequestConflict, ResumeGap: the owner has another answer, or not all of the rest.
@@ -86,8 +87,8 @@ class Elsewhere(Exception):
     def forward(
         self, request: web.Request, render_error: RenderError, on_accept: Callable[[], None]
     ) -> Awaitable[web.StreamResponse]:
-        """Pass *request* on to the owner, and what it answers to the client. Return the response,
-        which is written then.
+        """Pass *request* on to the owner, and the owner's answer to the client. Return the
+        response, which has been written.
 
         *render_error* renders an error behind the bytes that the client has got last; b"": they do
         not end with a whole event. *on_accept* is called once the owner has the answer: the body is
@@ -95,7 +96,7 @@ class Elsewhere(Exception):
 
         Raises:
             Lost: the owner does not have the answer any more. Nothing was written.
-            InstanceUnavailable: nothing is known of it. Nothing was written.
+            InstanceUnavailable: the owner cannot be reached. Nothing was written.
             ServerShutdown: it has ended before it has answered. Nothing was written.
         """
         return self._forward(self, request, render_error, on_accept)
@@ -113,8 +114,8 @@ class Lost(Exception):
 
 # The id of the answer that a request asks for, by which any instance finds it.
 ASKED = web.RequestKey("asked", str)
-# Set once an owner that the request was passed on to has lost the answer, and what the client has
-# sent, until it is read again.
+# The first is set once an owner to which the request was passed on has lost the answer. The second
+# is the client's body until it is read again.
 LOST = web.RequestKey("lost", Lost)
 BODY = web.RequestKey("body", bytes)
 # Set once the id is claimed here: returns `Instances.claiming` of it.
@@ -139,8 +140,8 @@ class Instances(Protocol):
         """
 
     def claiming(self, caller: Caller, request_id: str) -> AbstractContextManager[object]:
-        """Let other instances wait within the `with`: a request with a claimed id waits here, and
-        has no stream yet.
+        """Let other instances wait for a stream within the `with`: the request with the claimed id
+        waits here, and has no stream yet.
         """
 
     async def route(self, caller: Caller, request_id: str, lost: Lost | None) -> Stream:

@@ -25,7 +25,7 @@ class Keeper(Protocol):
     """Loads what one request continues, and stores its answer; each `Request` has its own.
 
     Always: at most one of `keep` and `cut` is called, and only once; nothing is called after
-    `release`. A failed answer is not stored, whatever has ended it.
+    `release`. A failed answer is not stored, for whatever reason it has failed.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""What several instances share: the places of providers, the quotas of keys, and the secret of
+"""The contract of shared limits: the places of providers, the quotas of keys, and the secret of
 sessions.
 """
 

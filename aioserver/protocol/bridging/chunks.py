@@ -74,12 +74,12 @@ class ChunkReader(Reading, ABC, Generic[C]):
         # Whether a whole answer is read, in which each call stands once.
         self.in_one_piece = False
         self._max_bytes = max_bytes
-        # The kept bytes, and those of them that are neither text of the answer nor there from the
-        # start.
+        # The kept bytes; and the part of them that is overhead: it is no text of the answer, and
+        # was not there at the start.
         self._size, self._overhead = size, 0
         # The calls by the provider's index; those without one by a number below 0.
         self._calls: dict[int, C] = {}
-        # The first key in it of each id that the provider gives its calls.
+        # By the provider's id of a call: the key in `_calls` of the first call with that id.
         self._ids: dict[str, int] = {}
         # Pieces of calls whose name has not come yet: the provider's id and the arguments.
         self._nameless: dict[int, tuple[str, str]] = {}
@@ -92,7 +92,9 @@ class ChunkReader(Reading, ABC, Generic[C]):
     @property
     @abstractmethod
     def plain(self) -> bool:
-        """Whether a text can come as `add_text`: nothing but a text is under way or wanted."""
+        """Whether a text may be passed to `add_text`: only a text is under way, and no logprobs
+        are wanted.
+        """
 
     @property
     @abstractmethod

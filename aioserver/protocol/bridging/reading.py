@@ -94,9 +94,9 @@ def string(raw: Raw, param: str) -> bytes:
     return bytes(raw)
 
 
-def no_form(kind: str, param: str, hint: str = "") -> InvalidRequest:
-    """Return the error of a request with something of this *kind*, at *param*, that has no
-    equivalent.
+def untranslatable(kind: str, param: str, hint: str = "") -> InvalidRequest:
+    """Return the error of a request whose element of this *kind*, at *param*, has no equivalent in
+    chat completions.
     """
     hint = hint or ", which are all that the provider has"
     return InvalidRequest(f"{kind[:64]!r} has no form in chat completions{hint}", param=param)

@@ -2,7 +2,7 @@
 
 Each engine has its own texts; tests/support/engine_refusals.py has them, by engine and version.
 The tokens of a prompt may be a lower bound: vLLM counts only as many as would fit beside the
-requested answer, and one more. Then the prompt is known to be longer, and nothing else.
+requested answer, and one more. From such a number we know only that the prompt is longer.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ _OF_VALUE = (
 
 
 class Refusal(NamedTuple):
-    """What the *text* of a refusal says about its model: *limit* is the context length, *asked*
-    the tokens of the prompt, None if they are not known, and *most* the bound of an answer. *code*
-    is the engine's own, empty if it has none.
+    """The facts about a model in the *text* of a refusal: *limit* is the context length, *asked*
+    the tokens of the prompt, and *most* the bound of an answer; None stands for an unknown number.
+    *code* is the engine's own, empty if it has none.
     """
 
     text: str

@@ -200,7 +200,7 @@ class Turns:
         """Pause if that is due, since a piece of *size* bytes was added."""
         if self._steps.over(size):
             if self._messages:
-                # So few pieces are left to be joined at the end.
+                # Joining now leaves few pieces for the end.
                 self._joined.append(b",".join(self._messages))
                 self._messages.clear()
             await pause()

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import aiohttp
+import msgspec
 import orjson
-from aiohttp import WSMsgType
 
 from aioserver.client import AnswerError, Client, Complete, Processing, Queued
 from aioserver.client.faults import refusal
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
     from aioserver.client.faults import Fault
     from aioserver.tools.bench.results import Attempt
 
-FACES = ("websocket", "sse", "openai", "responses_ws", "anthropic")
+
 # For each other API: its path, the name of its limit of tokens, and the missing part of an answer
 # that has no end, or no reason for it.
-PATHS = {"openai": "/chat/completions", "anthropic": "/messages", "responses_ws": ""}
-LIMITS = {"openai": "max_tokens", "anthropic": "max_tokens", "responses_ws": "max_output_tokens"}
+PATHS = {"openai": "/chat/completions", "responses_ws": "", "anthropic": "/messages"}
+LIMITS = {"openai": "max_tokens", "responses_ws": "max_output_tokens", "anthropic": "max_tokens"}
 NO_END = {"openai": "no_done", "anthropic": "no_message_stop"}
 NO_REASON = {"openai": "no_finish_reason", "anthropic": "no_stop_reason"}
+FACES = ("websocket", "sse", *PATHS)
 ENDS = {"[DONE]", "message_stop", "response.completed", "response.incomplete"}
 # The reason for which an answer ends. A text of a model has its quotation marks escaped.
 REASON = re.compile(rb'"(?:finish|stop)_reason":\s*"[^"]')
@@ -46,6 +47,29 @@ REASON = re.compile(rb'"(?:finish|stop)_reason":\s*"[^"]')
 CLOSE_TIMEOUT = 2.0
 # Tokens of an answer on Anthropic's face, where a request must name a limit.
 DEFAULT_MAX_TOKENS = 4096
+
+
+class _Error(msgspec.Struct):
+    code: str | int | None = None
+    type: str | None = None
+    message: str | None = None
+    headers: dict[str, Any] = {}
+
+
+class _Choice(msgspec.Struct):
+    delta: dict[str, Any] | None = None
+
+
+class _Event(msgspec.Struct):
+    """The parts of an event, or of a whole answer, that matter here."""
+
+    type: str = ""
+    sequence_number: int | None = None
+    choices: list[_Choice] | None = None
+    error: _Error | None = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +91,8 @@ class Question:
 
     def body(self, face: str) -> dict[str, Any]:
         """Return the body that asks the question by the API of *face*."""
-        default = DEFAULT_MAX_TOKENS if face == "anthropic" else None
-        choices = {"model": self.model, LIMITS[face]: self.max_tokens or default}
+        limit = self.max_tokens or (DEFAULT_MAX_TOKENS if face == "anthropic" else None)
+        choices = {"model": self.model, LIMITS[face]: limit}
         chosen = {name: value for name, value in choices.items() if value is not None}
         if face == "responses_ws":
             return {"type": "response.create", "input": self.prompt, "store": False, **chosen}
@@ -98,17 +122,14 @@ class FaceClient:
         """
         try:
             async with asyncio.timeout(seconds):
-                if self._face in PATHS:
-                    await self._ask(attempt, self._url + self._path + PATHS[self._face])
-                else:
-                    await self._chat(attempt)
+                await (self._ask(attempt) if self._face in PATHS else self._chat(attempt))
         except AnswerError as error:
             failure = error
         except (aiohttp.ClientError, OSError) as error:
             failure = AnswerError("connect_error", remote.describe(error))
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
                 failure = AnswerError("timeout", f"no end within {seconds:g} s")
-        except EventTooLong as error:
+        except (EventTooLong, msgspec.DecodeError) as error:
             failure = AnswerError("not_understood", str(error))
         else:
             attempt.complete()
@@ -155,8 +176,9 @@ class FaceClient:
                     case _:
                         attempt.event(token=not isinstance(event, Complete))
 
-    async def _ask(self, attempt: Attempt, url: str) -> None:
+    async def _ask(self, attempt: Attempt) -> None:
         """Ask by the API of the face."""
+        url = self._url + self._path + PATHS[self._face]
         body = self._question.body(self._face)
         if self._face == "responses_ws":
             await self._read(attempt, self._messages(url, body))
@@ -167,7 +189,7 @@ class FaceClient:
             if self._question.streamed:
                 await self._read(attempt, (event.data async for event in remote.events(response)))
             else:
-                _object(data := await response.read())
+                _decode(data := await response.read())
                 if not REASON.search(data):
                     raise AnswerError(NO_REASON[self._face], "")
 
@@ -184,77 +206,50 @@ class FaceClient:
             except aiohttp.WSServerHandshakeError as error:
                 raise _failure(refusal(error.status, error.headers or {}, b"")[0]) from None
         await self._ws.send_str(orjson.dumps(body).decode())
-        while (message := await self._ws.receive()).type is WSMsgType.TEXT:
+        while (message := await self._ws.receive()).type is aiohttp.WSMsgType.TEXT:
             yield cast("bytes", message.data)
         raise AnswerError("closed", f"close code {self._ws.close_code}")
 
     async def _read(self, attempt: Attempt, events: AsyncIterator[bytes]) -> None:
         """Read an answer; each of *events* is a JSON object, or `[DONE]`."""
-        ended = reason = False
-        last = -1
+        ended, reason, last = False, False, -1
         async for data in events:
-            content = {"type": "[DONE]"} if data == b"[DONE]" else _object(data)
-            kind = str(content.get("type"))
-            if kind == "ping":
+            event = _Event("[DONE]") if data == b"[DONE]" else _decode(data)
+            if event.type == "ping":
                 continue
-            if kind == "aioserver:queued":
+            if event.type == "aioserver:queued":
                 attempt.queued()
                 continue
-            if content.get("error") or kind in {"error", "response.failed"}:
-                raise _reported(content)
+            if event.error or event.type in {"error", "response.failed"}:
+                raise _reported(event.error or _Error())
             if ended:
                 raise AnswerError("events_after_the_end", "")
-            number = content.get("sequence_number", last + 1)
+            number = last + 1 if event.sequence_number is None else event.sequence_number
             if number != last + 1:
                 raise AnswerError("events_missing", f"event {number} came after event {last}")
             last = number
-            attempt.event(token=_speaks(content, kind))
-            ended, reason = kind in ENDS, reason or bool(REASON.search(data))
+            attempt.event(token=_speaks(event))
+            ended, reason = event.type in ENDS, reason or bool(REASON.search(data))
             if ended and self._face == "responses_ws":
                 return
         if not (ended and reason):
             raise AnswerError((NO_REASON if ended else NO_END)[self._face], "")
 
 
-def _object(data: bytes) -> dict[str, Any]:
-    """Decode an event, or a whole answer.
-
-    Raises:
-        AnswerError: *data* is not JSON, or no object.
-    """
-    try:
-        content = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        content = None
-    if not isinstance(content, dict):
-        raise AnswerError("not_understood", "an event that is no JSON object")
-    return content
-
-
-def _part(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the object *name* of an event, or of its first choice."""
-    choices = content.get("choices")
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        content = choices[0]
-    part = content.get(name)
-    return part if isinstance(part, dict) else {}
-
-
-def _speaks(content: dict[str, Any], kind: str) -> bool:
+def _speaks(event: _Event) -> bool:
     """Return whether an event has a part of the model's answer."""
-    if kind.endswith(("block_delta", ".delta")):
-        return True
-    delta = _part(content, "delta") if "choices" in content else {}
-    return any(value for name, value in delta.items() if name != "role")
+    delta = event.choices[0].delta if event.choices else None
+    content = any(value for name, value in (delta or {}).items() if name != "role")
+    return content or event.type.endswith(("block_delta", ".delta"))
 
 
-def _reported(content: dict[str, Any]) -> AnswerError:
-    """Return the error in an event."""
-    fields = _part(content, "error")
-    code = str(fields.get("code") or fields.get("type") or "provider_error")
-    wait = _part(fields, "headers").get("retry-after")
-    seconds = float(wait) if isinstance(wait, str) and wait.isdigit() else None
-    return AnswerError(code, str(fields.get("message") or ""), retry_after=seconds)
+def _reported(error: _Error) -> AnswerError:
+    code, wait = (
+        error.code or error.type or "provider_error",
+        str(error.headers.get("retry-after")),
+    )
+    retry_after = float(wait) if wait.isdecimal() else None
+    return AnswerError(str(code), error.message or "", retry_after=retry_after)
 
 
 def _failure(fault: Fault) -> AnswerError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,12 @@ from aioserver.tools.bench.load import Plan, Run
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from aioserver.tools.bench.load import Show
+
 # Files that this process opens beside the sockets of its clients.
 OWN_FILES = 64
 DEFAULT_REQUESTS = 4
+COUNT, SECONDS = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 
 
 @click.command("bench")
@@ -33,24 +37,20 @@ DEFAULT_REQUESTS = 4
     show_default=True,
     help="Protocol that the clients speak.",
 )
-@options.number("--clients", click.IntRange(min=1), "Clients at the same time.", 50)
+@options.number("--clients", COUNT, "Clients at the same time.", 50)
 @options.number(
     "--requests",
-    click.IntRange(min=1),
+    COUNT,
     "Requests of each client, one after the other."
     f"  [default: {DEFAULT_REQUESTS}, unless --duration is set]",
 )
 @options.number(
-    "--duration",
-    click.FloatRange(min=0, min_open=True),
-    "Seconds in which every client sends one request after the other.",
+    "--duration", SECONDS, "Seconds in which every client sends one request after the other."
 )
 @click.option("--model", help="Model to ask for.  [default: the server's choice]")
 @click.option("--prompt", default="Hello", show_default=True, help="Message in every request.")
 @options.number(
-    "--max-tokens",
-    click.IntRange(min=1),
-    "Limit for the tokens of an answer.  [default: the server's choice]",
+    "--max-tokens", COUNT, "Limit for the tokens of an answer.  [default: the server's choice]"
 )
 @click.option(
     "--no-stream",
@@ -63,12 +63,7 @@ DEFAULT_REQUESTS = 4
     default=0.0,
     help="Seconds over which the clients start.  [default: all at once]",
 )
-@options.number(
-    "--timeout",
-    click.FloatRange(min=0, min_open=True),
-    "Seconds after which a request counts as incomplete.",
-    120.0,
-)
+@options.number("--timeout", SECONDS, "Seconds after which a request counts as incomplete.", 120.0)
 @remote.key_option
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the report as JSON; rich is not needed."
@@ -110,7 +105,11 @@ def bench(plan: Plan, *, as_json: bool) -> int:
     is 2 if rich is missing, if the server wants another key, or if the clients need more open
     files than this process may have.
     """
-    drawing = _drawing()
+    drawing: ModuleType | None = None
+    with contextlib.suppress(ModuleNotFoundError):
+        from aioserver.tools.bench import table  # noqa: PLC0415 - optional
+
+        drawing = table
     if drawing is None and not as_json:
         print(remote.RICH_MISSING, file=sys.stderr)
         return 2
@@ -122,32 +121,21 @@ def bench(plan: Plan, *, as_json: bool) -> int:
             file=sys.stderr,
         )
         return 2
-    return asyncio.run(_run(plan, drawing, as_json=as_json))
-
-
-def _drawing() -> ModuleType | None:
-    """Import the module that draws with rich; None if that optional package is not installed."""
-    try:
-        from aioserver.tools.bench import table  # noqa: PLC0415 - optional
-    except ModuleNotFoundError:
-        return None
-    return table
-
-
-async def _run(plan: Plan, drawing: ModuleType | None, *, as_json: bool) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
     run = Run(plan)
     try:
-        await run.execute(stop, drawing.show_progress if drawing else None)
+        asyncio.run(_execute(run, drawing.show_progress if drawing else None))
     except remote.Unreachable as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, remote.KeyNeeded) else 1
     report = run.report()
-    if as_json:
+    if as_json or drawing is None:
         print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
-    elif drawing is not None:
+    else:
         drawing.show(report)
     return 0 if report["complete"] else 1
+
+
+async def _execute(run: Run, show: Show | None) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, run.stop)
+    await run.execute(show)

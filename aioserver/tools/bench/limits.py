@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from aioserver.monitoring.findings import REJECTED
 from aioserver.tools import remote
 
 if TYPE_CHECKING:
@@ -15,47 +16,26 @@ if TYPE_CHECKING:
     from aioserver.tools.bench.results import Results
 
 # Seconds before the first reading: the server updates its numbers once a second, and earlier ones
-# are older than the run.
-FIRST_READING = 1.0
-# Seconds between two readings.
-READING_INTERVAL = 0.5
-# Seconds for one reading.
-READING_TIMEOUT = 5.0
+# are older than the run. Seconds between two readings, and for one.
+FIRST_READING, READING_INTERVAL, READING_TIMEOUT = 1.0, 0.5, 5.0
 # The second path has the queues, too, and needs no admin key.
 PATHS = ("/stats", "/")
 
-MEANINGS = {
-    "server_at_capacity": "the server was full",
-    "server_shutdown": "the server was stopping",
-    "rate_limit_exceeded": "this client's own rate limit was met",
-    "concurrency_exceeded": "this client had as many requests running as it may",
-    "provider_queue_full": "the provider's queue was full",
-    "provider_queue_timeout": "requests waited too long at the provider",
-    "provider_rate_limited": "the provider's rate limit was met",
-    "pool_timeout": "the provider's connection pool was full",
-    "circuit_open": "the provider was dead",
-    "no_provider": "no provider was usable",
-}
 
-
-@dataclass
 class Peaks:
-    """The server's own numbers from the moment when most requests were waiting.
-
-    *connections* and each of *providers*, by name, have a moment of their own.
+    """The server's own numbers from the moment when most requests were waiting: those of the
+    *connections*, and of each of *providers* by its name.
     """
 
-    connections: dict[str, Any] = field(default_factory=dict)
-    providers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.connections: dict[str, Any] = {}
+        self.providers: dict[str, dict[str, Any]] = {}
 
     def update(self, state: dict[str, Any]) -> None:
         """Take a reading into account: the JSON of `/stats`, or of `/`."""
-        connections = state.get("connections", {})
-        if _waiting(connections) >= _waiting(self.connections):
-            self.connections = connections
+        self.connections = max(state.get("connections", {}), self.connections, key=_waiting)
         for name, provider in state.get("providers", {}).items():
-            if _waiting(provider) >= _waiting(self.providers.get(name, {})):
-                self.providers[name] = provider
+            self.providers[name] = max(provider, self.providers.get(name, {}), key=_waiting)
 
     async def watch(self, session: aiohttp.ClientSession, url: str) -> None:
         """Read the numbers until cancelled; returns early if the server does not publish them."""
@@ -80,41 +60,40 @@ def find_limit(results: Results, peaks: Peaks) -> dict[str, str | None]:
     """Return the limit that was met: `text` in one line, and `code`, None if none was met."""
     if results.refused:
         (code, count), *others = results.refused.most_common()
+        meaning = REJECTED[code].text if code in REJECTED else "refused"
+        message = results.messages.get(code, "")
+        # The message of a full server has its limit in brackets.
+        limit = re.search(r"\(([^()]*)\)$", message)
         text = (
-            f"{MEANINGS.get(code, 'refused')}: {count} of {results.begun} refused with {code}"
-            f"{_in_brackets(results.messages.get(code))}"
+            f"{meaning}: {count} of {results.begun} refused with {code}"
+            f"{_in_brackets(limit[1] if limit else message)}"
         )
         if others:
             text += "; also " + ", ".join(f"{count} with {code}" for code, count in others)
         return {"code": code, "text": text}
-    admission, providers = peaks.connections, peaks.providers
-    queues = (
+    met: dict[str, str] = {}
+    for code, what, waits, limits in (
         (
             "connections_waiting",
             "clients waited for admission",
             results.admission_waits,
-            {f"max_connections={admission.get('limit')}": _waiting(admission)},
+            {f"max_connections={peaks.connections.get('limit')}": peaks.connections},
         ),
         (
             "provider_waiting",
             "requests waited at the provider",
             results.provider_waits,
-            {_limit_of(name, state): _waiting(state) for name, state in providers.items()},
+            {_limit_of(name, state): state for name, state in peaks.providers.items()},
         ),
-    )
-    met = []
-    for code, what, waits, limits in queues:
-        full = {limit: waiting for limit, waiting in limits.items() if waiting}
-        reached = _in_brackets(f"{', '.join(full)} reached" if full else "")
+    ):
+        full = {limit: waiting for limit, state in limits.items() if (waiting := _waiting(state))}
+        # The clients' `queued` frames say more than the numbers of the server.
+        extent = f"{sum(full.values())} at once" if full else ""
         if waits.count:
-            # The clients' `queued` frames say more than the numbers of the server.
             extent = f"{waits.count} of {results.begun}, the longest for {waits.longest:.2f} s"
-            met.append((code, f"{what}: {extent}{reached}"))
-        elif full:
-            met.append((code, f"{what}: {sum(full.values())} at once{reached}"))
-    if met:
-        return {"code": met[0][0], "text": "; ".join(text for _code, text in met)}
-    return {"code": None, "text": "no limit was met"}
+        if extent:
+            met[code] = f"{what}: {extent}" + _in_brackets(full and f"{', '.join(full)} reached")
+    return {"code": next(iter(met), None), "text": "; ".join(met.values()) or "no limit was met"}
 
 
 def _limit_of(name: str, state: dict[str, Any]) -> str:
@@ -127,10 +106,5 @@ def _limit_of(name: str, state: dict[str, Any]) -> str:
     return f"{name}: concurrent_requests={places}"
 
 
-def _in_brackets(text: str | None) -> str:
-    """Return *text* in brackets. If it ends with brackets, return the limit in these in
-    brackets.
-    """
-    if text and text.endswith(")"):
-        text = text[:-1].rpartition("(")[2]
+def _in_brackets(text: object) -> str:
     return f" ({text})" if text else ""

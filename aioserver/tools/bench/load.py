@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from aioserver.tools.bench.clients import Question
 
+    Show = Callable[["Run"], Coroutine[Any, Any, None]]
+
 # The most seconds that a refused client waits, even if the server asks for more: the run must go
-# on.
-MAX_DELAY = 1.0
-# Seconds that a refused client waits if the server names no time: it must not spin.
-DEFAULT_DELAY = 0.1
+# on. And the seconds that it waits if the server names no time: it must not spin.
+MAX_DELAY, DEFAULT_DELAY = 1.0, 0.1
 # The share of a core above which the run measures this process and not the server.
 BUSY = 0.9
 
@@ -48,7 +48,7 @@ class Plan:
 
 @dataclass
 class Run:
-    """One run of a plan: `await run.execute(stop)`, then `run.report()`."""
+    """One run of a plan: `await run.execute()`, then `run.report()`."""
 
     plan: Plan
     results: Results = field(default_factory=Results)
@@ -56,18 +56,24 @@ class Run:
     stopped: bool = False
     _begun: float = 0.0
     _ended: float = 0.0
-    # Seconds of CPU that this process used.
+    # Seconds of CPU that this process has used: before the run, then in it.
     _cpu: float = 0.0
+    _clients: asyncio.Task[None] | None = None
 
     @property
     def seconds(self) -> float:
         """Seconds since the first client started, until the last one ended."""
         return (self._ended or time.perf_counter()) - self._begun if self._begun else 0.0
 
-    async def execute(
-        self, stop: asyncio.Event, show: Callable[[Run], Coroutine[Any, Any, None]] | None = None
-    ) -> None:
-        """Run until every client is done, or *stop* is set: requests that run then are cancelled.
+    def stop(self) -> None:
+        """End the run early: requests that run are cancelled."""
+        self.stopped = True
+        if self._clients is not None:
+            self._end()
+            self._clients.cancel()
+
+    async def execute(self, show: Show | None = None) -> None:
+        """Run until every client is done, or the run is stopped.
 
         *show* runs meanwhile, in a task that starts after the first answer of the server and is
         cancelled at the end.
@@ -78,27 +84,23 @@ class Run:
         async with remote.session(self.plan.key) as session:
             paths = await remote.paths(session, self.plan.url) or remote.PATHS
             await remote.check_key(session, self.plan.url, self.plan.key)
-            self._begun, cpu = time.perf_counter(), time.process_time()
-            work = asyncio.create_task(self._run_clients(session, paths[self.plan.face]))
-            background = [
-                asyncio.create_task(self.peaks.watch(session, self.plan.url)),
-                *([asyncio.create_task(show(self))] if show else []),
-            ]
-            stopping = asyncio.create_task(stop.wait())
-            try:
-                await asyncio.wait((work, stopping), return_when=asyncio.FIRST_COMPLETED)
-                self.stopped = not work.done()
-            finally:
-                self._ended = time.perf_counter()
-                self._cpu = time.process_time() - cpu
-                tasks = (work, stopping, *background)
-                for task in tasks:
+            if self.stopped:
+                return
+            self._begun, self._cpu = time.perf_counter(), time.process_time()
+            async with asyncio.TaskGroup() as group:
+                beside = [group.create_task(self.peaks.watch(session, self.plan.url))]
+                if show is not None:
+                    beside.append(group.create_task(show(self)))
+                clients = self._run_clients(session, paths[self.plan.face])
+                self._clients = group.create_task(clients)
+                await asyncio.wait([self._clients])
+                self._end()
+                for task in beside:
                     task.cancel()
-                await asyncio.wait(tasks)
-            for task in (work, *background):
-                if not task.cancelled():
-                    # An exception that a bug has raised must not be lost.
-                    task.result()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended, self._cpu = time.perf_counter(), time.process_time() - self._cpu
 
     async def _run_clients(self, session: aiohttp.ClientSession, path: str) -> None:
         plan = self.plan
@@ -109,46 +111,40 @@ class Run:
 
     async def _run_client(self, client: FaceClient, delay: float) -> None:
         await asyncio.sleep(delay)
+        finished, plan = 0, self.plan
         try:
-            finished = 0
             while True:
-                error = await client.request(Attempt(self.results), self.plan.timeout)
+                error = await client.request(Attempt(self.results), plan.timeout)
                 finished += 1
                 delay = (
                     0.0 if error is None else min(error.retry_after or DEFAULT_DELAY, MAX_DELAY)
                 )
-                if self._last(finished, delay):
+                if plan.duration is None:
+                    if finished == plan.requests:
+                        return
+                elif self.seconds + delay >= plan.duration:
                     return
                 await asyncio.sleep(delay)
         finally:
             await client.close()
 
-    def _last(self, finished: int, delay: float) -> bool:
-        if self.plan.duration is not None:
-            return self.seconds + delay >= self.plan.duration
-        return finished == self.plan.requests
-
     def report(self) -> dict[str, Any]:
         """Return the report: what `--json` prints and the table shows."""
-        plan = self.plan
-        return {
-            "url": plan.url,
-            "face": plan.face,
-            "clients": plan.clients,
-            **self.results.numbers(self.seconds),
-            "limit": find_limit(self.results, self.peaks),
-            "notes": [*self._notes()],
-        }
-
-    def _notes(self) -> list[str]:
-        notes = []
+        plan, results, notes = self.plan, self.results, list[str]()
         if self.stopped:
-            under_way = self.results.begun - self.results.finished
+            under_way = results.begun - results.finished
             notes.append(f"stopped early, with {under_way} requests under way")
-        if thinned := self.results.thinned():
+        if thinned := results.thinned():
             notes.append(f"percentiles of {', '.join(thinned)} are those of a random sample")
         if self.seconds > 1.0 and self._cpu / self.seconds > BUSY:
             notes.append(
                 "this client used a whole core: the numbers show its own limit, not the server's"
             )
-        return notes
+        return {
+            "url": plan.url,
+            "face": plan.face,
+            "clients": plan.clients,
+            **results.numbers(self.seconds),
+            "limit": find_limit(results, self.peaks),
+            "notes": notes,
+        }

@@ -15,11 +15,8 @@ from aioserver.tools.remote import printable
 if TYPE_CHECKING:
     from aioserver.client import AnswerError
 
-# Statuses that mean "not now". An answer that fails in any other way is incomplete.
-REFUSING_STATUSES = frozenset({429, 503})
-REFUSALS = {
-    error.code for error in subclasses(AioserverError) if error.status in REFUSING_STATUSES
-}
+# The codes that mean "not now". An answer that fails in any other way is incomplete.
+REFUSALS = {error.code for error in subclasses(AioserverError) if error.status in {429, 503}}
 # Samples of one measure: 2.4 MB, and a thousand samples above p99.
 MAX_SAMPLES = 100_000
 # Codes that are counted separately; a provider's own codes are passed on, and may be many.
@@ -36,7 +33,8 @@ class Samples:
     def __init__(self, limit: int = MAX_SAMPLES) -> None:
         self.count = 0
         self._limit = limit
-        self._kept: list[float] = []
+        # All values, unless they are *thinned*.
+        self.kept: list[float] = []
         self._random = random.Random(1)  # noqa: S311 - a choice of samples, no secret
 
     @property
@@ -48,20 +46,17 @@ class Samples:
         """Add a value."""
         self.count += 1
         if self.count <= self._limit:
-            self._kept.append(seconds)
+            self.kept.append(seconds)
         elif (index := self._random.randrange(self.count)) < self._limit:
-            self._kept[index] = seconds
+            self.kept[index] = seconds
 
     def summary(self) -> dict[str, float] | None:
         """Return p50, p95, p99 (nearest rank) and the count; None if there are no values."""
-        if not self._kept:
+        if not self.kept:
             return None
-        ordered = sorted(self._kept)
-        summary: dict[str, float] = {
-            f"p{percent}": round(ordered[-(-len(ordered) * percent // 100) - 1], 6)
-            for percent in PERCENTILES
-        }
-        return {**summary, "count": self.count}
+        ordered = sorted(self.kept)
+        ranks = {f"p{n}": ordered[-(-len(ordered) * n // 100) - 1] for n in PERCENTILES}
+        return {name: round(value, 6) for name, value in ranks.items()} | {"count": self.count}
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Seconds. It is drawn on the event loop, since a thread of its own would take time from the
 # clients.
 DRAW_INTERVAL = 0.25
+MEASURES = {"latency": "latency", "first token": "first_token", "gap between events": "gap"}
 
 
 class ProgressConsole(Console):
@@ -28,43 +29,38 @@ class ProgressConsole(Console):
 
 async def show_progress(run: Run) -> None:
     """Draw the progress of *run* on stderr, until cancelled."""
-    plan = run.plan
-    total = float(plan.duration or plan.clients * (plan.requests or 0))
-    columns = (
+    plan, results = run.plan, run.results
+    columns = ("{task.percentage:>3.0f} %", "{task.description}")
+    with Progress(
         BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.description}"),
+        *map(TextColumn, columns),
         TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=ProgressConsole(stderr=True), auto_refresh=False) as progress:
-        bar = progress.add_task("", total=total)
+        console=ProgressConsole(stderr=True),
+        auto_refresh=False,
+    ) as progress:
+        bar = progress.add_task("", total=plan.duration or plan.clients * (plan.requests or 0))
+
+        def draw() -> None:
+            done = run.seconds if plan.duration else results.finished
+            text = (
+                f"{results.ok} ok, {results.refused.total()} refused,"
+                f" {results.incomplete.total()} incomplete"
+            )
+            progress.update(bar, completed=done, description=text, refresh=True)
+
         try:
             while True:
-                _draw(progress, bar, run)
+                draw()
                 await asyncio.sleep(DRAW_INTERVAL)
         finally:
-            _draw(progress, bar, run)
-
-
-def _draw(progress: Progress, bar: Any, run: Run) -> None:
-    results = run.results
-    done = run.seconds if run.plan.duration else results.finished
-    text = (
-        f"{results.ok} ok, {results.refused.total()} refused,"
-        f" {results.incomplete.total()} incomplete"
-    )
-    progress.update(bar, completed=done, description=text, refresh=True)
+            draw()
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Print *report* on stdout."""
     console = console or Console()
     requests, events = report["requests"], report["events"]
-    head = f"{report['url']}  {report['face']}, {report['clients']} clients, {report['seconds']} s"
-    counts = Table.grid(padding=(0, 2))
-    counts.add_column()
-    counts.add_column(justify="right")
-    counts.add_column()
+    counts = Table.grid("", Column(justify="right"), "", padding=(0, 2))
     counts.add_row("requests", str(requests["total"]), f"{requests['per_second']:.1f} ok a second")
     counts.add_row("ok", str(requests["ok"]))
     for name, style in (("refused", "yellow"), ("incomplete", "red")):
@@ -73,45 +69,37 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     if requests["unfinished"]:
         counts.add_row("unfinished", str(requests["unfinished"]))
     counts.add_row("events", str(events["total"]), f"{events['per_second']:.1f} a second")
-
+    head = f"{report['url']}  {report['face']}, {report['clients']} clients, {report['seconds']} s"
     console.print(Text(head, style="bold"))
     console.print(counts)
-    if (times := _times(report)).row_count:
+    names = ("p50", "p95", "p99")
+    heads = (Column(name, justify="right") for name in (*names, "samples"))
+    times = Table("", *heads, box=None, padding=(0, 2, 0, 0))
+    for label, key in MEASURES.items():
+        if (summary := report[key]) is not None:
+            times.add_row(label, *(duration(summary[n]) for n in names), str(summary["count"]))
+    if times.row_count:
         console.print(times)
     console.print(_completeness(report))
-    for code in report["incomplete"]:
-        if message := report["messages"].get(code):
-            console.print(Text(f"  {code}: {message}"), soft_wrap=True)
-    console.print(Text(f"limit: {report['limit']['text']}"), soft_wrap=True)
-    for note in report["notes"]:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
-
-
-def _times(report: dict[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for name in ("p50", "p95", "p99", "samples"):
-        table.add_column(name, justify="right")
-    rows = {"latency": "latency", "first token": "first_token", "gap between events": "gap"}
-    for label, key in rows.items():
-        if (summary := report[key]) is not None:
-            times = (duration(summary[name]) for name in ("p50", "p95", "p99"))
-            table.add_row(label, *times, str(summary["count"]))
-    return table
+    messages = report["messages"]
+    for line in (
+        *(f"  {code}: {messages[code]}" for code in report["incomplete"] if code in messages),
+        f"limit: {report['limit']['text']}",
+        *(f"note: {note}" for note in report["notes"]),
+    ):
+        console.print(Text(line), soft_wrap=True)
 
 
 def _completeness(report: dict[str, Any]) -> Text:
     requests = report["requests"]
-    if not requests["ok"] + requests["incomplete"]:
-        return Text("complete: no answer has begun, so none is incomplete")
-    if report["complete"]:
-        proofs = {"openai": "a finish_reason", "anthropic": "a stop_reason"}
-        proof = proofs.get(report["face"], "every event, once, in order")
-        return Text(
-            f"complete: {requests['ok']} of {requests['ok']} answers have their end, {proof}"
-        )
     served = requests["ok"] + requests["incomplete"]
-    return Text(f"incomplete: {requests['incomplete']} of {served} answers", style="red")
+    if not served:
+        return Text("complete: no answer has begun, so none is incomplete")
+    if not report["complete"]:
+        return Text(f"incomplete: {requests['incomplete']} of {served} answers", style="red")
+    proofs = {"openai": "a finish_reason", "anthropic": "a stop_reason"}
+    proof = proofs.get(report["face"], "every event, once, in order")
+    return Text(f"complete: {served} of {served} answers have their end, {proof}")
 
 
 def duration(seconds: float) -> str:

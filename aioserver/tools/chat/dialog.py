@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import signal
 import sys
@@ -11,15 +10,13 @@ import termios
 from typing import TYPE_CHECKING
 
 from aioserver import __version__
-from aioserver.client import AnswerError
-from aioserver.tools.chat import asking
-from aioserver.tools.chat.asking import BadQuestion, Interrupted
+from aioserver.tools.chat.asking import Interrupted, NoAnswer, warn
 from aioserver.tools.remote import RICH_MISSING, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from aioserver.tools.chat.asking import History, Interrupts, Settings
+    from aioserver.tools.chat.asking import Chat, Interrupts
 
 # The index of the local modes among the attributes of a terminal (termios).
 LOCAL_MODES = 3
@@ -39,9 +36,8 @@ or has a \\ at the end of each line but the last.
 class Dialog:
     """Reads questions from the terminal, and shows the answers, until the person leaves."""
 
-    def __init__(self, settings: Settings, history: History, interrupts: Interrupts) -> None:
-        self._settings = settings
-        self._history = history
+    def __init__(self, chat: Chat, interrupts: Interrupts) -> None:
+        self._chat = chat
         self._interrupts = interrupts
 
     def run(self) -> None:
@@ -54,7 +50,7 @@ class Dialog:
         # Line editing and a history of the questions in memory, where Python has them.
         with contextlib.suppress(ModuleNotFoundError):
             import readline  # noqa: F401, PLC0415 - optional
-        print(f"aioserver {__version__}, {self._settings.url}. /help explains, Ctrl-D leaves.")
+        print(f"aioserver {__version__}, {self._chat.url}. /help explains, Ctrl-D leaves.")
         if importlib.util.find_spec("rich") is None:
             print(f"{RICH_MISSING}; without it, answers are plain text, and waits are not shown.")
         print()
@@ -99,15 +95,11 @@ class Dialog:
             case "/quit" | "/exit":
                 return False
             case "/new":
-                self._history.begin_anew()
+                self._chat.begin_anew()
                 print("This is another conversation.\n")
             case "/model":
-                self._settings = dataclasses.replace(
-                    self._settings, model=argument.strip() or None
-                )
-                print(
-                    f"{self._settings.model or 'The model of the server'} is asked from now on.\n"
-                )
+                self._chat.model = argument.strip() or None
+                print(f"{self._chat.model or 'The model of the server'} is asked from now on.\n")
             case "/help":
                 print(HELP)
             case _:
@@ -117,11 +109,9 @@ class Dialog:
     def _ask(self, question: str) -> None:
         try:
             with _no_echo():
-                self._interrupts.run(asking.ask(self._settings, self._history, question))
-        except BadQuestion as error:
-            asking.warn(str(error))
-        except AnswerError as error:
-            asking.warn(asking.explain(error, self._settings))
+                self._interrupts.run(self._chat.ask(question))
+        except NoAnswer as error:
+            warn(error)
         except Interrupted as interrupted:
             if interrupted.forced or interrupted.number != signal.SIGINT:
                 raise

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -102,14 +103,12 @@ class DrawnDisplay(Display):
             redirect_stderr=False,
             vertical_overflow="crop",
         )
-        # The text that is not printed yet, and whether it has grown since the last drawing.
-        self._rest, self._grown = "", False
-        self._anything = False
-        # The current wait, and since when, if that is shown; and its line as drawn.
-        self._note, self._line = "", ""
-        self._since = float("inf")
-        # The time of the last text.
-        self._heard = float("inf")
+        # The text that is not printed yet, and whether any was printed above it.
+        self._rest, self._printed = "", False
+        # The current wait, and the time from which its duration counts, or that of a silence.
+        self._note, self._since = "", math.inf
+        # The text and the line of the current wait, as they were last drawn.
+        self._shown = "", ""
         self._drawing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -121,7 +120,7 @@ class DrawnDisplay(Display):
         assert self._drawing is not None
         self._drawing.cancel()
         await asyncio.wait([self._drawing])
-        self._note, self._heard = "", float("inf")
+        self._note, self._since = "", math.inf
         self._draw(end=True)
         self._live.stop()
         await super().__aexit__()
@@ -132,20 +131,20 @@ class DrawnDisplay(Display):
         Raises:
             OSError: the terminal could not be written.
         """
-        self._note = ""
+        self._note, self._since = "", math.inf
         if self._plain:
             self._draw()
             super().text(piece)
             return
-        self._heard = time.monotonic()
-        self._rest, self._grown = self._rest + safe(piece), True
+        self._since = time.monotonic()
+        self._rest += safe(piece)
         if self._drawing is not None and self._drawing.done():
             self._drawing.result()
 
     def note(self, text: str, *, progress: bool = False) -> None:
         """Show *text* on a line below the answer, until more of the answer comes."""
         self._note = printable(text)
-        self._since = float("inf") if progress else time.monotonic()
+        self._since = math.inf if progress else time.monotonic()
         self._draw()
 
     async def _draw_on(self) -> None:
@@ -157,32 +156,29 @@ class DrawnDisplay(Display):
             took = time.perf_counter() - began
 
     def _draw(self, *, end: bool = False) -> None:
-        """Print the finished blocks in place of what was shown, and show the last block below
-        them.
+        """If anything has changed, print the finished blocks in place of what was shown, and show
+        the last block below them. At the *end* all blocks are finished.
         """
-        line, grown, self._grown = self._wait(), self._grown, False
-        if not (end or grown or line != self._line):
+        waited = time.monotonic() - self._since
+        line = self._note
+        if self._note and waited >= LONG:
+            line += f" ({waited:.0f} s)"
+        elif not self._note and waited >= SILENCE:
+            line = f"nothing has come for {waited:.0f} s; Ctrl-C stops the answer"
+        if not end and self._shown == (self._rest, line):
             return
-        self._line = line
         finished, self._rest = split(self._rest)
         if end:
             finished, self._rest = [*finished, self._rest], ""
-        drawn: list[Segment] = []
+        self._shown = self._rest, line
+        lines: list[list[Segment]] = []
         for block in finished:
-            drawn += _joined(self._drawn(block))
-            self._anything = bool(drawn) or self._anything
-        if drawn:
-            self._console.print(Segments(drawn), end="")
+            lines += self._drawn(block)
+            self._printed = self._printed or bool(lines)
+        if lines:
+            self._console.print(_joined(lines), end="")
         else:
             self._live.refresh()
-
-    def _wait(self) -> str:
-        """Return the line of the current wait."""
-        now = time.monotonic()
-        if (silence := now - self._heard) >= SILENCE and not self._note:
-            return f"nothing has come for {silence:.0f} s; Ctrl-C stops the answer"
-        long = self._note and now - self._since >= LONG
-        return f"{self._note} ({now - self._since:.0f} s)" if long else self._note
 
     def __rich_console__(self, console: Console, _options: ConsoleOptions) -> RenderResult:
         """Draw the end of the last block, and the current wait.
@@ -190,18 +186,31 @@ class DrawnDisplay(Display):
         One line stays free: a full screen would scroll, and lines that scrolled away cannot be
         replaced.
         """
-        room = max(1, console.height - 1 - bool(self._line))
-        yield Segments(_joined(self._drawn(self._rest)[-room:]))
-        if self._line:
-            yield Text(self._line, no_wrap=True, overflow="crop", end="")
+        rest, line = self._shown
+        yield _joined(self._drawn(rest)[-max(1, console.height - 1 - bool(line)) :])
+        if line:
+            yield Text(line, no_wrap=True, overflow="crop", end="")
 
     def _drawn(self, block: str) -> list[list[Segment]]:
-        """Return the lines of *block*, after a blank one below another block."""
+        """Return the lines of *block*, after a blank one below another block. They are without
+        control functions that are not rich's own, and without the trailing spaces that rich adds,
+        which a person would copy.
+        """
         if not block.strip():
             return []
         options = self._console.options.update(height=None)
-        rendered = self._console.render_lines(AnswerMarkdown(block), options, pad=False)
-        lines = [_safe_line(line) for line in rendered]
+        lines: list[list[Segment]] = []
+        for rendered in self._console.render_lines(AnswerMarkdown(block), options, pad=False):
+            line = [
+                Segment(safe(text).replace("\n", " ").replace("\t", " "), style)
+                for text, style, control in rendered
+                if not control
+            ]
+            while line and not line[-1].text.strip():
+                line.pop()
+            if line:
+                line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
+            lines.append(line)
         if not block.lstrip().startswith(("```", "~~~")):
             # rich puts blank lines around lists, quotes and tables; blank lines of code belong to
             # the code.
@@ -209,24 +218,8 @@ class DrawnDisplay(Display):
                 lines.pop()
             while lines and not lines[0]:
                 del lines[0]
-        return [[], *lines] if self._anything else lines
+        return [[], *lines] if self._printed else lines
 
 
-def _joined(lines: list[list[Segment]]) -> list[Segment]:
-    return [segment for line in lines for segment in (*line, Segment.line())]
-
-
-def _safe_line(segments: list[Segment]) -> list[Segment]:
-    """Return a line without control functions that are not rich's own, and without the trailing
-    spaces that rich adds, which a person would copy.
-    """
-    clean = [
-        Segment(safe(segment.text).replace("\n", " ").replace("\t", " "), segment.style)
-        for segment in segments
-        if not segment.control
-    ]
-    while clean and not clean[-1].text.rstrip():
-        clean.pop()
-    if clean:
-        clean[-1] = Segment(clean[-1].text.rstrip(), clean[-1].style)
-    return clean
+def _joined(lines: list[list[Segment]]) -> Segments:
+    return Segments(segment for line in lines for segment in (*line, Segment.line()))

@@ -1,23 +1,37 @@
-"""The table of checks, and the function that runs them."""
+"""The checks of a configuration and of this machine; the table of all checks, and the function that
+runs them.
+
+A server itself warns at its start where open files are few, or its accept queue is short.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import aiohttp
 
 from aioserver.config import Configuration
+from aioserver.config.chat import Chat, WebSocket
 from aioserver.config.faults import ConfigurationError
-from aioserver.config.settings import Cluster, Repository, Tracing, Usage
+from aioserver.config.settings import Settings
+from aioserver.protocol.eventstream import EventTooLong
+from aioserver.protocol.frames import BadFrame
 from aioserver.server.app import open_server
 from aioserver.server.wings import WINGS, faults
-from aioserver.tools.doctor import arrivals, machine, providers, server
-from aioserver.tools.doctor.results import Result, fail, ok, warn
+from aioserver.telemetry import kernel
+from aioserver.tools import remote
+from aioserver.tools.doctor import providers, server
+from aioserver.tools.doctor.results import Facts, Result, fail, ok, skip, warn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from aioserver.config.settings import Settings
-    from aioserver.tools.doctor.facts import Facts
+    from aioserver.config.llm import Llm
+
+MIB = 1 << 20
+# Bytes of a process before its first client, measured.
+PROCESS = 64 * MIB
 
 
 async def configuration(facts: Facts) -> AsyncIterator[Result]:
@@ -28,111 +42,102 @@ async def configuration(facts: Facts) -> AsyncIterator[Result]:
         for warning in configuration.warnings:
             yield warn(warning)
         settings = configuration.settings
-        known = settings.llm.providers
         if facts.only is None:
             facts.here = settings
-        elif facts.only not in known:
-            text = f"no provider is named {facts.only} (one of {', '.join(known)})"
+        elif facts.only not in settings.llm.providers:
+            names = ", ".join(settings.llm.providers)
+            text = f"no provider is named {facts.only} (one of {names})"
             raise ConfigurationError([text])
-        facts.settings = settings
-        facts.server = await facts.stack.enter_async_context(open_server(_alone(settings)))
+        facts.server = await facts.stack.enter_async_context(open_server(_alone(settings.llm)))
         if unfit := [*faults(settings, [wing() for wing in WINGS])]:
             raise ConfigurationError(unfit)
         configuration.check_usable()
     except ConfigurationError as error:
-        facts.usable = False
         for fault in error.faults:
             yield fail(fault)
 
 
-def _alone(settings: Settings) -> Settings:
-    """Return *settings* with their providers, and with the defaults of everything else."""
-    chat = settings.chat
-    websocket = replace(chat.websocket, host="127.0.0.1", port=0, tls=None)
-    chat = replace(
-        chat, websocket=websocket, service=replace(chat.service, repository=Repository())
+def _alone(llm: Llm) -> Settings:
+    """Return settings with the providers of *llm*, which are asked once, and with defaults."""
+    once = {
+        name: replace(provider, http_client=replace(provider.http_client, max_retries=0))
+        for name, provider in llm.providers.items()
+    }
+    return Settings(chat=Chat(websocket=WebSocket(port=0)), llm=replace(llm, providers=once))
+
+
+async def limits(facts: Facts) -> AsyncIterator[Result]:
+    """Compare the limits of this machine with the needs of the settings."""
+    chat, bounds = facts.here.chat, facts.here.chat.websocket.concurrency
+    workers = bounds.uvicorn.workers
+    # Each connection to one address needs a port: those to a provider, and those of a proxy on
+    # this machine to the server.
+    pools = (
+        provider.http_client.max_connections * workers
+        for provider in facts.here.llm.providers.values()
+        if provider.usable
     )
-    settings = replace(settings, chat=chat, auth=None, cluster=Cluster())
-    return replace(settings, hooks=(), tracing=Tracing(), usage=Usage())
+    connections = max(bounds.max_connections + bounds.connection_queue_size, *pools)
+    kept = (chat.streams.max_kept_bytes + bounds.max_body_bytes + PROCESS) * workers // MIB
+    free = kernel.free_memory(facts.root)
+    for have, wanted, text, remedy in (
+        (
+            kernel.local_ports(facts.root),
+            connections,
+            "local ports: {}, and up to {} connections to one address may need one each",
+            'sysctl -w net.ipv4.ip_local_port_range="1024 65535"',
+        ),
+        (
+            free and free // MIB,
+            kept,
+            "memory: {} MiB are free, and kept answers and bodies may take {}",
+            "lower chat.streams.max_kept_bytes and concurrency.max_body_bytes, or add memory",
+        ),
+    ):
+        shown = text.format(have, wanted)
+        if have is None:
+            yield skip(f"{text.partition(':')[0]}: this system does not show it")
+        else:
+            yield ok(shown) if have >= wanted else warn(shown, remedy)
 
 
-class Check(NamedTuple):
-    """A row of the table: *look* yields the results about *subject*, if the fact *needs* is known
-    and true; if that is empty, where no URL is given.
-
-    *remedy* is the hint of its warnings and failures that have no hint themselves.
-    """
-
-    subject: str
-    needs: str
-    look: Callable[[Facts], AsyncIterator[Result]]
-    remedy: str = ""
-
-
-# In the order of the report.
-CHECKS = (
-    Check("configuration", "", configuration),
-    Check("machine", "here", machine.limits),
-    Check("providers", "server", providers.providers),
-    Check(
-        "groups",
-        "here",
-        providers.groups,
-        "check `model` of the member, and the name by which its engine serves the model",
-    ),
-    Check("server", "url", server.reach),
-    Check("server", "session", server.health),
-    Check(
-        "server",
-        "healthy",
-        server.ready,
-        "`aioserver doctor` on its machine says what is wrong with its providers",
-    ),
-    Check(
-        "server",
-        "healthy",
-        server.headers,
-        "clients with long tokens or cookies fail (nginx: large_client_header_buffers)",
-    ),
-    Check("key", "healthy", server.key),
-    Check("server", "accepted", server.state),
-    Check(
-        "WebSocket",
-        "accepted",
-        server.websocket,
-        "the proxy must pass Upgrade and Connection on this path, by HTTP/1.1: docs/proxies.md",
-    ),
-    Check(
-        "server",
-        "accepted",
-        server.body,
-        "conversations with pictures fail there: allow more than "
-        "chat.websocket.max_message_size (nginx: client_max_body_size)",
-    ),
-    Check(
-        "streams",
-        "accepted",
-        arrivals.answers,
-        "switch buffering and compression off for this path in the proxy (nginx: proxy_buffering "
-        "off; gzip off; docs/proxies.md has the others)",
-    ),
-    Check(
-        "idle WebSocket",
-        "upgraded",
-        arrivals.silence,
-        "raise the proxy's timeout for reading (nginx: proxy_read_timeout) above 4 x "
-        "ping_interval, or see chat.websocket.idle_timeout",
-    ),
+# The subject of each check; the fact without which it is not made, or empty if that is a URL that
+# must not be given; and the function that yields its results. They have the order of the report.
+CHECKS: tuple[tuple[str, str, Callable[[Facts], AsyncIterator[Result]]], ...] = (
+    ("configuration", "", configuration),
+    ("machine", "here", limits),
+    ("providers", "server", providers.providers),
+    ("groups", "server", providers.groups),
+    ("server", "url", server.reach),
+    ("server", "session", server.health),
+    ("key", "healthy", server.key),
+    ("server", "accepted", server.state),
+    ("server", "accepted", server.body),
+    ("streams", "accepted", server.answers),
+    ("WebSocket", "accepted", server.websocket),
 )
+# A server that does not answer, or whose answer is none.
+NO_ANSWER = (aiohttp.ClientError, OSError, BadFrame, EventTooLong, remote.Unreachable)
 
 
 async def examine(facts: Facts, tell: Callable[[Result], None]) -> int:
     """Run the checks, and call *tell* with each result. Return the exit code."""
-    failed = False
+    failed = set[str]()
     async with facts.stack:
-        for check in CHECKS:
-            if getattr(facts, check.needs, None) if check.needs else not facts.url:
-                async for result in check.look(facts):
-                    failed |= result.level == "fail"
-                    tell(result.shown(check.subject, check.remedy))
-    return int(failed) if facts.usable else 2
+        for subject, needs, look in CHECKS:
+            if getattr(facts, needs, None) if needs else not facts.url:
+                async for result in _answered(look(facts)):
+                    if result.level == "fail":
+                        failed.add(subject)
+                    result.subject = result.subject or subject
+                    tell(result)
+    # 2: `serve` would refuse the configuration.
+    return 2 if "configuration" in failed else int(bool(failed))
+
+
+async def _answered(results: AsyncIterator[Result]) -> AsyncIterator[Result]:
+    try:
+        async for result in results:
+            yield result
+    except NO_ANSWER as error:
+        yield fail(f"no answer: {remote.describe(error)}", "docs/proxies.md: what must pass")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -12,8 +13,7 @@ import orjson
 from aioserver.client.client import base_url
 from aioserver.commands import options
 from aioserver.tools import remote
-from aioserver.tools.doctor.facts import Facts
-from aioserver.tools.doctor.results import summary
+from aioserver.tools.doctor.results import LEVELS, Facts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,20 +54,19 @@ def command(
     """Find what stands between a client and an answer.
 
     Without an argument, the doctor looks at a server that would start here: its configuration, the
-    limits of this machine, and DNS, connection, TLS, key and first token of each provider. URL is
-    the address of a running server, direct or through a proxy: the doctor then looks at the way to
-    it, as a client meets it. PROVIDER is the name of one in the configuration: the doctor then
-    looks at that alone, and asks it for a call of a tool as agents ask, over the bridges. Keys and
-    texts are not shown. Exit code 1: something failed; 2: the configuration is bad.
+    limits of this machine, and DNS, connection, TLS, key and first token of each provider. With the
+    URL of a running server, it looks at the way to that, through any proxy. With the name of a
+    PROVIDER in the configuration, it looks at that alone, and asks it for a call of a tool as agents
+    ask. Keys and texts are not shown. Exit code 1: something failed; 2: the configuration is bad.
     """
-    url, provider = "", None
-    if target is not None and _address(target, config):
+    url, provider = "", target
+    # A name alone is that of a provider, and so is one with a dot beside --config.
+    bare = config is not None or (target != "localhost" and not set(target or "") & set(".:/["))
+    if target is not None and ("://" in target or not bare):
         try:
-            url = base_url(target)
+            url, provider = base_url(target), None
         except ValueError as error:
             raise click.UsageError(str(error)) from None
-    else:
-        provider = target
     if not url and idle:
         raise click.UsageError("--idle goes with a URL")
     if url and config is not None:
@@ -86,16 +85,10 @@ def command(
             print(result, flush=True)
 
     code = asyncio.run(examine(facts, tell))
+    counts = Counter(result.level for result in results)
     if as_json:
-        failed = any(result.level == "fail" for result in results)
-        report = {"failed": failed, "findings": results}
+        report = {"failed": counts["fail"] > 0, "findings": results}
         print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
     else:
-        print(summary(results))
+        print(", ".join(f"{counts[level]} {level}" for level in LEVELS if counts[level]))
     return code
-
-
-def _address(target: str, config: Path | None) -> bool:
-    """Return whether *target* is the address of a server, and not the name of a provider."""
-    bare = target != "localhost" and not any(mark in target for mark in ".:/[")
-    return "://" in target or (config is None and not bare)

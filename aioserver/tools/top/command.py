@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from aioserver.tools.top.screen import Screen
 
-# Seconds. Each event draws the screen too, but a lost server sends none, while the displayed time
+# Seconds. Each event draws the screen, too; but a lost server sends none, and the displayed time
 # must go on.
 DRAW_INTERVAL = 1.0
 # The key that ends the program, and the most bytes of keys that are read at once.

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 # The header of a count of tokens that is an estimate.
 ESTIMATED = {"x-aioserver-estimated": "input_tokens"}
 _THINKING = Member("thinking")
-# What the API refuses from the version of 2026 on.
+# The members that the API refuses from the version of 2026 on.
 _SAMPLING = Member("temperature"), Member("top_p"), Member("top_k")
 
 

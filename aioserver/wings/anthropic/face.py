@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.gateway.groups import Modalities
     from aioserver.limits.quota import Quota
     from aioserver.providers.request import Api
 
@@ -171,6 +172,7 @@ class MessagesForm(Form):
         name: str,
         owner: str,  # noqa: ARG002
         context: int | None,
+        modalities: Modalities,  # noqa: ARG002
         *,
         simulated: bool,  # noqa: ARG002
     ) -> dict[str, Any]:

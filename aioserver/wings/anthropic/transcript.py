@@ -3,7 +3,7 @@
 
 The text behind the seam goes to the open block, or to a new one if the answer broke off between
 two. All other blocks of the second answer come behind that, with the next indexes. A `fallback`
-block is none of what is said; one in front of the second answer's text is left out.
+block is no part of the text; a `fallback` block in front of the second answer's text is left out.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class CacheLossState(TypedDict):
 
 
 class CacheLossSection(Section[CacheLossState]):
-    """What *reader* has found."""
+    """The findings of *reader*."""
 
     key = "cache_losses"
     shape = CacheLossState
@@ -57,7 +57,7 @@ class CacheLossSection(Section[CacheLossState]):
 
 
 class CacheLossWing(Wing):
-    """What the caches of providers have lost, if `llm.cache_losses` is on."""
+    """The losses of providers' caches, if `llm.cache_losses` is on."""
 
     name: ClassVar = "cache_loss"
     _section: CacheLossSection

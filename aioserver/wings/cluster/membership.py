@@ -75,9 +75,9 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 
 
 @dataclass(frozen=True)
-class Ways:
-    """The classes of all connections to the cluster's server; tests have others, with the same
-    arguments.
+class ConnectionClasses:
+    """The classes of the connections to the cluster's server: for renewals, for messages, and for
+    commands. Tests pass other classes with the same arguments.
     """
 
     renewals: Callable[..., ScriptConnection] = ScriptConnection
@@ -86,7 +86,7 @@ class Ways:
 
 
 # The connections to a Redis or Valkey server.
-REDIS = Ways()
+REDIS = ConnectionClasses()
 
 
 class Membership:
@@ -94,9 +94,9 @@ class Membership:
 
     The others reach it by *network*. *fixed*: the rank of this instance and the number of all, if
     a parent knows them. *times* are those of the cluster. *scope* is this instance among the
-    workers of its host, which share connections; None if it has no parent. *ways* are the
-    connections to the server. *patient*: its start waits until the server grants
-    something, unless it has a fixed share at once.
+    workers of its host, which share connections; None if it has no parent. *classes* are those of
+    its connections to the server. *patient*: its start waits until the server grants something,
+    unless it has a fixed share at once.
     """
 
     def __init__(
@@ -109,19 +109,19 @@ class Membership:
         times: Times = TIMES,
         scope: Scope | None = None,
         *,
-        ways: Ways = REDIS,
+        classes: ConnectionClasses = REDIS,
         patient: bool = True,
     ) -> None:
         self.instance = instance
         self._numbers, self._times = fixed, times
-        self.renewer = Renewer(self._make_leases, url, name, ways.renewals, ways.words)
+        self.renewer = Renewer(self._make_leases, url, name, classes.renewals, classes.words)
         self.leases = self.renewer.leases
         self.limits = limits = SharedLimits(self.leases, scope)
         # The interface `Sharing`.
         self.retire = self.leases.retire
         self.share_provider, self.observe = limits.share_provider, limits.observe
         self.make_quota, self.share_door = limits.make_quota, limits.share_door
-        self._connection = ways.commands(url)
+        self._connection = classes.commands(url)
         self.commands = Commands(self._connection, self.renewer.prefix)
         self.address = self.renewer.connection.address
         self._incidents: Monitor | None = None
@@ -131,7 +131,8 @@ class Membership:
         # Empty until all instances agree on it.
         self._peer_secret = b""
         proposed = secrets.token_bytes(SECRET_BYTES)
-        # The secrets on which they agree, by their keys: what is proposed, and what uses a secret.
+        # The secrets on which they agree, by their keys: each with a function that proposes a
+        # secret, and one that puts a secret into use.
         self._secrets: dict[str, tuple[Callable[[], bytes], Callable[[bytes], object]]] = {
             "peer_secret": (lambda: self._peer_secret or proposed, self._use_peer_secret)
         }
@@ -300,8 +301,8 @@ class Membership:
     async def open(self, *, clear: bool = False, first: bool = False) -> None:
         """Connect, and share. An unreachable server is retried in the background.
 
-        *first*: its fixed share is in use. *clear*: delete the existing conversations, if this is the first instance; otherwise others
-        may use them.
+        *first*: the fixed share of this instance is in use. *clear*: delete the existing
+        conversations if this is the first instance; otherwise other instances may use them.
 
         Raises:
             ConfigurationError: the server refuses the password, or the user lacks a permission.

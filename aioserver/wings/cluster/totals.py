@@ -250,7 +250,7 @@ def _add(family: Family, labels: tuple[str, ...], value: Any) -> None:
     children = family.children
     if family.grows and labels not in children and len(children) < MAX_CHILDREN:
         assert isinstance(children, dict)
-        children[labels] = Counter()
+        children[labels] = family.grows()
     # A child that only the other instance has is one of a provider that is configured there alone.
     child = children.get(labels)
     if isinstance(child, Counter):

@@ -96,7 +96,7 @@ class ClusterWing(Wing):
             self._others.listen(accept)
 
     async def finish(self, seconds: float) -> None:
-        """Wait for what other instances read here."""
+        """Wait for the answers that other instances read here."""
         if self._others is not None:
             await self._others.finish(seconds)
 

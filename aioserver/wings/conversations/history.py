@@ -34,7 +34,7 @@ RETRY_AFTER = 5.0
 
 
 class Trouble(NamedTuple):
-    """A fault of a storage: its kind, in words, and what an operator can do."""
+    """A fault of a storage: its kind, in words, and its remedy."""
 
     kind: str
     text: str

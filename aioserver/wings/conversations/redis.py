@@ -450,7 +450,7 @@ class RedisHistories:
         name = name_of(caller.name, conversation_id)
         kept = self._turns.keep_turn(name, data, (size, turns, KEPT), listed, mark)
         if await self._commands.tell(kept) is None and mark:
-            # Its coming is not known any more.
+            # Redis may not have received the turn, so the mark is removed separately.
             await self._unmark(name, mark)
 
     async def _unmark(self, name: str, mark: str) -> None:

@@ -1,7 +1,7 @@
 """The SQLite file of conversations: its tables, their versions, its statements and its faults.
 
 The file is in WAL mode, so that readers and the writer of several processes do not wait for each
-other, with `synchronous=NORMAL`: a committed turn survives a process that is killed at any moment.
+other. With `synchronous=NORMAL` a committed turn survives a process that is killed at any moment.
 A machine that loses its power may lose the last turns before that, but not the file. Deleted text
 is overwritten (`secure_delete`).
 

@@ -202,7 +202,7 @@ class Lines:
         self._ended = False
 
     async def begin(self) -> None:
-        """Do nothing: the first line is there."""
+        """Do nothing: the first line needs no preparation."""
 
     async def read(self) -> bytes:
         """Return the next lines; empty at the end. Cancelling is safe."""
@@ -218,7 +218,7 @@ class Lines:
         return orjson.dumps({"end": self._shown.end_status.decode() or "error"}) + b"\n"
 
     def rewind(self) -> bool:
-        """Return False: the events before are gone."""
+        """Return False: the earlier events are not kept."""
         return False
 
 

@@ -127,7 +127,7 @@ class Tap:
         self.behind = True
         self.close()
         if not self._started:
-            # There is nothing to show, but a fault to report.
+            # There is no event to show, but there is a fault to report.
             self._started = True
             self._start(self)
         if self.task is not None:

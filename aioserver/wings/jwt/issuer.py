@@ -59,9 +59,9 @@ class Issuer:
     Always: one fetch runs at a time; two that tokens have forced begin FORCED seconds apart; the
     present keys stay until a fetch brings another set; at most MAX_WAITING requests wait.
 
-    *fetch* returns the set as bytes, or raises Unreachable, or as `from_url` and `from_file`.
-    *report* is called with a text and its severity when the keys cannot be fetched, and when they
-    can be again. *on_withdrawn* is called when former keys are missing in a new set.
+    *fetch* returns the set as bytes; it raises Unreachable, or the errors of `from_url` and
+    `from_file`. *report* is called with a text and its severity when the keys cannot be fetched,
+    and when they can be again. *on_withdrawn* is called when former keys are missing in a new set.
     """
 
     def __init__(

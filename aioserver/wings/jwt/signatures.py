@@ -62,7 +62,7 @@ class UselessKeys(ValueError):
 
 
 class _Jwk(msgspec.Struct, gc=False, omit_defaults=True):
-    """The part of a key that is read: its public one."""
+    """The public part of a key; nothing else of it is read."""
 
     kty: str
     kid: str | None = None

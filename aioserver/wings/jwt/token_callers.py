@@ -21,15 +21,16 @@ from aioserver.auth.tokens import PREFIX, Tokens, Undecided
 from aioserver.config.schema import fields
 from aioserver.config.settings import ClientKey, Limits
 from aioserver.errors import AuthUnavailable, ServerAtCapacity, SessionEnded, TokenRefused
-from aioserver.files.certificates import day
+from aioserver.limits.budget import PERIODS
 from aioserver.wings.jwt.token import Claims, read, refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from aioserver.auth.callers import Caller
     from aioserver.auth.keys import MakeQuota
     from aioserver.config.settings import Jwt, Role
+    from aioserver.limits.budget import Period
     from aioserver.limits.quota import Quota
     from aioserver.wings.jwt.issuer import Issuer
 
@@ -64,7 +65,7 @@ class TokenCallers(Tokens):
     """The callers of tokens, by the settings `auth.jwt`.
 
     Always: at most MAX_TOKENS tokens and MAX_CALLERS callers are remembered; a forgotten caller
-    has nothing running, open or waiting, and its limits are as those of a new one.
+    has nothing running, open or waiting, and its limits are those of a new caller.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class TokenCallers(Tokens):
         self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
         # By name; the most recent one is the last.
         self._people: OrderedDict[str, _Person] = OrderedDict()
-        self._begun_day, self._spent = "", dict[str, int]()
+        # What the ledger knew at a time, by callers and settings.
+        self._begun = 0.0
+        self._spent: Mapping[str, Mapping[str, int]] = {}
 
     def use(self, make_quota: MakeQuota) -> None:
         """Make quotas by *make_quota* from now on."""
@@ -192,8 +195,8 @@ class TokenCallers(Tokens):
             # Not the name itself: instances share no personal data.
             shared = f"{PREFIX}{hashlib.sha256(name.encode()).hexdigest()[:32]}"
             person = _Person(self._make_quota(_as_key(shared, limits)), role)
-            if (spent := self._spent.get(name)) and self._begun_day == day(self._clock()):
-                person.quota.budget.begin_day(spent)
+            if spent := self._spent.get(name):
+                person.quota.budget.begin(self._still(spent))
             self._people[name] = person
         elif person.role != role:
             person.role = role
@@ -281,19 +284,29 @@ class TokenCallers(Tokens):
         """Return the quotas of all remembered callers, by their names."""
         return {name: person.quota for name, person in self._people.items()}
 
-    def begin_day(self, day: str, spent: Mapping[str, int]) -> None:
-        """Start the budgets of *day* with the tokens that callers have *spent*."""
-        self._begun_day = day
+    def begin(self, now: float, spent: Mapping[str, Mapping[str, int]]) -> None:
+        """Start the budgets with the tokens that callers have *spent*; see `Tokens.begin`."""
+        self._begun = now
         self._spent = {name: used for name, used in spent.items() if name.startswith(PREFIX)}
         for name, person in self._people.items():
-            person.quota.budget.begin_day(self._spent.get(name, 0))
+            person.quota.budget.begin(self._still(self._spent.get(name, {})))
+
+    def _still(self, spent: Mapping[str, int]) -> dict[str, int]:
+        """Return what was *spent* in the periods that have not ended since."""
+        now, begun = self._clock(), self._begun
+        return {
+            period.setting: spent[period.setting]
+            for period in PERIODS
+            if period.setting in spent and period.since(begun) == period.since(now)
+        }
 
     @property
-    def counts_days(self) -> bool:
-        """Whether a role has a daily budget."""
-        return self._jwt is not None and any(
-            role.tokens_per_day for role in self._jwt.limits.values()
-        )
+    def periods(self) -> Collection[Period]:
+        """The periods for which a role has a budget."""
+        roles = () if self._jwt is None else self._jwt.limits.values()
+        return {
+            period for period in PERIODS if any(getattr(role, period.setting) for role in roles)
+        }
 
     @property
     def binding(self) -> bytes:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
 
 PATH = "/openapi.json"
-# Routes that are left out, by the beginning of their paths, and why.
+# The routes that are left out: the beginning of each path, and the reason.
 LEFT_OUT = {
     "/assets/": "a file of the pages",
     "/client": "the pages' client library, a module",

@@ -8,6 +8,7 @@ settings or from answers.
 A response may be *continued* by its id. The *draft* of a response keeps the content of its request
 until the response has ended; it is then a *stored response*, which refers to the response that it
 continued. *Shared responses* are those of other instances, in chains of keys in Redis.
+*Compaction* replaces a conversation by its summary.
 
 The *face* serves a response from its log, the *stored face* serves a stored one. Over a WebSocket,
 requests come as *frames*; a *lane* of a connection has one response under way, and *holds* its

@@ -233,7 +233,7 @@ class ResponseAttempt(BridgedAttempt):
 
     @property
     def _learned(self) -> ResponsesCapabilities:
-        # Asked for anew each time, since a reload makes another.
+        # Looked up each time, since a reload makes another object.
         return self.provider.capabilities(ResponsesCapabilities)
 
     def body_to_send(self) -> bytes:

@@ -11,21 +11,50 @@ Otherwise the response is made here:
 From its first event on it has its id, and is asked for as a chat completion at any provider. Its
 chunks are streamed, whether or not its client reads them: so the provider is never silent for as
 long as the whole answer takes.
+
+A client that is in no hurry says so by a *window* (`background_options`). Its request is batch
+then, waits for as long as the window is open, and fails when it closes.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aioserver.errors import InvalidRequest
+from aioserver.protocol.request_headers import NO_REQUEST_OPTIONS, RequestOptions
 from aioserver.streams.cursor import ConditionReader
 from aioserver.wings.responses.bridge.events import opening_event
 from aioserver.wings.responses.bridge.output import IN_PROGRESS, QUEUED
 from aioserver.wings.responses.events import remember
 
 if TYPE_CHECKING:
+    from aioserver.protocol.model_body import ModelBody
     from aioserver.streams.contracts import Queued
     from aioserver.streams.stream import Stream
     from aioserver.wings.responses.bridge.output import Frame
+
+
+# The windows of OpenAI's API, in seconds.
+SOONEST, WINDOWS = "soonest", {"2h": 7200.0, "8h": 28_800.0}
+# The member of a body that names one.
+WINDOW = "background_options.completion_window"
+
+
+def options_of(body: ModelBody) -> RequestOptions:
+    """Return what the window of *body* says about its request.
+
+    Raises:
+        InvalidRequest: there is no such window, or *body* does not ask for the background.
+    """
+    window = body.completion_window
+    if window in {None, SOONEST}:
+        return NO_REQUEST_OPTIONS
+    if window not in WINDOWS:
+        names = ", ".join((SOONEST, *WINDOWS))
+        raise InvalidRequest(f"{WINDOW} must be one of {names}", param=WINDOW)
+    if not body.background:
+        raise InvalidRequest(f"{WINDOW}={window} needs background: true", param=WINDOW)
+    return RequestOptions(deadline=WINDOWS[window], batch=True, patient=True)
 
 
 class Background:

@@ -2,7 +2,7 @@
 form.
 
 An error between the events of a response is a `response.failed` event with the response object
-that came last, its status `failed`, and the next `sequence_number`; our error object, with our
+that came last, its status `failed`, and the next `sequence_number`. Our error object, with our
 code, stands beside it. Of the forms that were tried, only this one is understood by openai for
 Python and Node, the AI SDK and Codex.
 

@@ -44,7 +44,7 @@ from aioserver.wings.responses.attempt import (
     ResponsesCapabilities,
     frame_of,
 )
-from aioserver.wings.responses.background import Background, OpeningReader
+from aioserver.wings.responses.background import Background, OpeningReader, options_of
 from aioserver.wings.responses.bridge.request import chat_request
 from aioserver.wings.responses.draft import draft_of
 from aioserver.wings.responses.events import ResponseEvents
@@ -230,8 +230,10 @@ def make_request(
     *face*, *name*, *key*: as `gateway.Request`. *running*: how it runs in the background.
 
     Raises:
+        InvalidRequest: as `options_of`.
         ModelNotFound, NoProvider: no provider can be asked for its model.
     """
+    hold.request_options = hold.request_options.joined(options_of(body))
     route = context.router.route(body.model, caller=caller, body=body.data)
     provider_request = ResponseRequest(
         partial(openai.body_for, body),

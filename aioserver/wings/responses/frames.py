@@ -368,7 +368,9 @@ def not_steered(command: Steer) -> bytes:
         "code": "steering_not_supported",
         "message": "a response cannot be changed while it comes: cancel it, and send another one",
     }
-    steer = {"previous_response_id": command.previous, "input": orjson.Fragment(command.input)}
+    # Clients expect both, also of a frame that lacked one.
+    previous, given = command.previous or "", orjson.Fragment(command.input)
+    steer = {"previous_response_id": previous, "input": given}
     return orjson.dumps(
         {"type": "response.steer.failed", "sequence_number": 0, "steer": steer, "error": fault}
     )

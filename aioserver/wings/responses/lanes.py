@@ -70,10 +70,10 @@ class Turn:
 class Lane:
     """One lane of a connection; *name* is None for the one without a `stream_id`.
 
-    *stream* is the log of the response that is read, or was read last; None until the response
-    under way has begun, or if it is that of another instance: then *reading* reads it.
-    *response_id* is its id, once it is known, and *continues* the id of its predecessor. *asked* is
-    the task that fills the last response requested here; a resumed response has no such task.
+    *stream* is the log of the response that is read, or was read last. It is None until the
+    response under way has begun, and for a response of another instance, which *reading* reads.
+    *response_id* is its id, once it is known, and *continues* the id of its predecessor. *asked*
+    is the task that fills the last response requested here; a resumed response has no such task.
     *on_end* is called at the end of that task. *under_way* counts what the end of the turn still
     waits for, such as events that are not written, and was first more than 0 at *began*. The lane
     has been silent since *silent_since*, after *events* events.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # The first bytes of a response object, and of the type of each event.
 _RESPONSE = b'"response'
-# The first bytes of an event that only adds to a text, and changes nothing that is remembered.
+# The first bytes of an event that only adds to a text, and changes no remembered state.
 _DELTA = re.compile(rb"event: (response\.[a-z_.]{1,64}\.delta)\ndata: \{")
 
 
@@ -82,7 +82,7 @@ class ResponsePath(FastPath):
         ):
             return False
         if (found := find(_RESPONSE, begin)) >= 0:
-            # The event has a type, as it should, and changes nothing that is remembered.
+            # The event has a type, as it must, and changes no remembered state.
             kind = self._type
             if not read.startswith(kind, found) or find(_RESPONSE, found + len(kind)) >= 0:
                 return False

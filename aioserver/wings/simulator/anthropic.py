@@ -2,7 +2,7 @@
 
 They have the words of the other answers (shapes.py), and so do the errors. In a stream, the first
 block begins with a `ping`, as Anthropic sends it. With `thinking` enabled the answer begins with a
-block of it. A request is refused for what Anthropic refuses in its version of the API (`check`).
+block of it. A request is refused if Anthropic would refuse it in its version of the API (`check`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The times of an inference engine with a prefix cache: some slots, one prompt read at a time, and
-cached blocks of prompts and answers.
+"""The timing of an inference engine with a prefix cache. It has some slots, reads one prompt at a
+time, and caches blocks of prompts and answers.
 
 vLLM and llama.cpp work like this. A token stands for 4 bytes of text. The cache holds blocks of
 tokens, each by the hash of itself and all before it, and evicts the least recently used one first.

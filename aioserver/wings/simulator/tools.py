@@ -1,11 +1,11 @@
 r"""The tool that the simulated model calls, and its arguments. No I/O, no clock, no randomness.
 
 A tool is called if the request demands it (`tool_choice`), or if the user's last message asks for
-it. It asks by the words "call a tool", by the name of a tool, by asking what that is which a tool
-`get_…` gets, or by asking to run a command in backticks, if there is a tool for that. The arguments are valid by
-the tool's schema. They are, in this order: a JSON object in the message; the quotes of the
-message; the message itself. A command for a shell is the text in backticks if it only reads, else
-`ls`.
+it. The words "call a tool" and the name of a tool do so. A question for the thing that a tool
+`get_…` gets does so as well, and so does a request to run a command in backticks, if there is a
+tool for that. The arguments are valid by the tool's schema. They are, in this order: a JSON object
+in the message; the quotes of the message; the message itself. A command for a shell is the text in
+backticks if it only reads, else `ls`.
 
     Run `ls -1` with the shell.
     What is the weather in Rome?

@@ -9,8 +9,8 @@ They are made of the record of the request, and of its trace.
                 this one links
 
 Names and attributes are those of OpenTelemetry's semantic conventions for HTTP and for generative
-AI (in development), where these conventions have names; all other names begin with `aioserver.`. A
-span has no content of a question or an answer, no key, and no text of an error.
+AI (in development, v0.1.0), where these conventions have names; all other names begin with
+`aioserver.`. A span has no content of a question or an answer, no key, and no text of an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.telemetry.ended_requests import MAX_NAME
 from aioserver.telemetry.metrics import CLIENT_LEFT, OK
 from aioserver.wings.tracing import otlp
+from aioserver.wings.tracing.gen_ai_metrics import OPERATIONS
 from aioserver.wings.tracing.otlp import Context, attribute
+from aioserver.wings.tracing.trace import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,14 +37,8 @@ if TYPE_CHECKING:
     from aioserver.wings.tracing.otlp import Value
     from aioserver.wings.tracing.trace import AttemptTrace, Trace, Wait
 
-# gen_ai.operation.name, by the path below the provider's base URL.
-OPERATIONS = {
-    "chat/completions": "chat",
-    "completions": "text_completion",
-    "embeddings": "embeddings",
-    "messages": "chat",
-    "responses": "chat",
-}
+# Those whose answers have a reason why they end, and the reason of one that broke off before it.
+GENERATING, CUT = ("chat", "text_completion"), "error"
 # The faces with a protocol of our own, and the face that passes requests on.
 OWN_FACES, PASSED_ON = ("websocket", "sse"), "other"
 # An HTTP status that exists in logs and metrics only: the client has left, or the answer was
@@ -54,7 +50,6 @@ MAX_KEPT = 512
 # Facts that an answer states about itself. A quote inside a JSON string is escaped, so none of it
 # is a text of the model.
 _ID = re.compile(rb'"id": ?"([^"\\]{1,200})"')
-_MODEL = re.compile(rb'"model": ?"([^"\\]{1,200})"')
 _FINISH = re.compile(rb'"(?:finish_reason|stop_reason)": ?"([^"\\]{1,64})"')
 MAX_REASONS = 8
 
@@ -229,10 +224,12 @@ def _of_attempt(end: RequestEnd, trace: Trace, attempt: AttemptTrace, zero: int)
     model = reason = ""
     attributes = []
     if attempt.status == 200:
-        response_id = _text(_ID.search(attempt.head))
-        model = _text(_MODEL.search(attempt.head) or _MODEL.search(attempt.tail))
+        response_id = text_of(_ID.search(attempt.head))
+        model = attempt.response_model
         reasons = _FINISH.findall(attempt.tail)[:MAX_REASONS]
         reason = b"\n".join(reasons).decode("utf-8", "replace")
+        if attempt.error and not reason and OPERATIONS.get(trace.path) in GENERATING:
+            reason = CUT
         if response_id:
             attributes.append(attribute("gen_ai.response.id", response_id))
     if attempt.first_chunk:
@@ -243,9 +240,7 @@ def _of_attempt(end: RequestEnd, trace: Trace, attempt: AttemptTrace, zero: int)
     if tokens.cached is not None:
         attributes.append(attribute("gen_ai.usage.cache_read.input_tokens", tokens.cached))
     if tokens.cache_write:
-        attributes.append(
-            attribute("gen_ai.usage.cache_creation.input_tokens", tokens.cache_write)
-        )
+        attributes.append(attribute("gen_ai.usage.cache_write.input_tokens", tokens.cache_write))
     if tokens.answer is not None:
         attributes.append(attribute("gen_ai.usage.output_tokens", tokens.answer))
     if tokens.reasoning:
@@ -292,7 +287,8 @@ def _attempt(
     if operation := OPERATIONS.get(path, ""):
         name = f"{operation} {model}"
         attributes["gen_ai.operation.name"] = operation
-        attributes["gen_ai.request.stream"] = streamed
+        if streamed:
+            attributes["gen_ai.request.stream"] = True
     if model:
         attributes["gen_ai.request.model"] = model
     if max_tokens is not None:
@@ -312,7 +308,3 @@ def _attempt(
 
 def _below(parent: Context, span_id: bytes) -> Context:
     return Context(parent.trace_id, span_id, parent.span_id, state=parent.state)
-
-
-def _text(match: re.Match[bytes] | None) -> str:
-    return "" if match is None else match[1].decode("utf-8", "replace")

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -26,8 +28,6 @@ from aioserver.telemetry.tracer import Fast_co
 from aioserver.wings.tracing.otlp import Context
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from aioserver.protocol.request_headers import ClientHeaders
     from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.tracer import AttemptEnd, RequestEnd, WatchedSink
@@ -43,6 +43,7 @@ HEAD_BYTES, TAIL_BYTES = 512, 1024
 MAX_CHILDREN = 32
 # The flag of a trace that is sampled.
 SAMPLED = 1
+_MODEL = re.compile(rb'"model": ?"([^"\\]{1,200})"')
 
 
 class _Parameters(msgspec.Struct, gc=False):
@@ -117,6 +118,17 @@ class AttemptTrace:
         if end.body:
             self.head, self.tail = end.body[:HEAD_BYTES], end.body[-TAIL_BYTES:]
 
+    @property
+    def response_model(self) -> str:
+        """The model that has answered, as the answer says; "" without one."""
+        if self.status != 200:
+            return ""
+        return text_of(_MODEL.search(self.head) or _MODEL.search(self.tail))
+
+
+# It counts an attempt that has ended, of a request to this path.
+Count = Callable[[str, AttemptTrace], None]
+
 
 class NotingSink(Generic[Fast_co]):
     """Another sink; the first and the last bytes that it is fed are noted."""
@@ -156,7 +168,8 @@ class Trace:
 
     *context* is that of its SERVER span. *attempt* is under way, or about to be sent. *wait* is the
     newest wait, whose end is not known yet. *followed* says that a client reads the answer, or has
-    read it, so that any other client is a visit. *finish* is called at the end.
+    read it, so that any other client is a visit. *count* is called for each attempt that has ended,
+    if attempts are counted, and *finish* at the end.
     """
 
     def __init__(
@@ -165,8 +178,10 @@ class Trace:
         path: str,
         finish: Callable[[Trace, RequestEnd], None],
         bugs: Bugs,
+        count: Count | None = None,
     ) -> None:
         self._finish = finish
+        self._count = count
         self.bugs = bugs
         self.context = context
         # The path of the request to the provider, below its base URL.
@@ -224,6 +239,8 @@ class Trace:
         if end.began:
             attempt.note_end(end)
             self._keep(self.attempts, attempt)
+            if self._count is not None:
+                self._count(self.path, attempt)
         elif wait is not None:
             wait.error = _code(end.error)
 
@@ -242,6 +259,46 @@ class Trace:
         """Drop everything but the context, to which the spans of later readers link."""
         self.waits, self.attempts = [], []
         self.attempt = self.wait = None
+
+
+class CountedRequest:
+    """The notes about a request that has no spans: its attempts are counted alone.
+
+    *trace_id* is that of its client. *followed* is as in a trace.
+    """
+
+    link = None
+
+    def __init__(self, trace_id: str, path: str, count: Count, bugs: Bugs) -> None:
+        self.trace_id = trace_id
+        self.followed = False
+        self.bugs = bugs
+        self._path = path
+        self._count = count
+        self._attempt = AttemptTrace()
+
+    def waited(self, provider: str, began: float, ended: float) -> None:
+        """Note nothing."""
+
+    def sending(self, client_headers: ClientHeaders, body: bytes = b"") -> ClientHeaders:  # noqa: ARG002
+        """Return *client_headers* as they came."""
+        return client_headers
+
+    @bookkeeping(first)
+    def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
+        """Return a sink that notes the first and the last bytes that *sink* is fed."""
+        return NotingSink(sink, self._attempt)
+
+    @bookkeeping(nothing)
+    def attempt_ended(self, end: AttemptEnd) -> None:
+        """Count the attempt that has ended."""
+        attempt, self._attempt = self._attempt, AttemptTrace()
+        if end.began:
+            attempt.note_end(end)
+            self._count(self._path, attempt)
+
+    def ended(self, end: RequestEnd) -> None:
+        """Note nothing."""
 
 
 def new_context(client_headers: ClientHeaders) -> Context | None:
@@ -275,6 +332,11 @@ def _code(error: BaseException | None) -> str:
     if error is None or isinstance(error, asyncio.CancelledError):
         return ""
     return error.code if isinstance(error, AioserverError) else "internal_error"
+
+
+def text_of(match: re.Match[bytes] | None) -> str:
+    """Return the first group of *match*; "" without one."""
+    return "" if match is None else match[1].decode("utf-8", "replace")
 
 
 @lru_cache(256)

@@ -8,7 +8,8 @@ would take at the end of each, because between two ends a thousand other things 
 processor's caches.
 
 A client whose trace is not sampled gets no spans here, and its headers are passed on unchanged. If
-`tracing` has no endpoint there is no tracer, and a request has no trace.
+`tracing` has no endpoint there are no spans at all. Attempts are counted (gen_ai_metrics.py) with or
+without spans, if the settings ask for it. Without both there is no tracer.
 """
 
 from __future__ import annotations
@@ -17,20 +18,26 @@ from typing import TYPE_CHECKING
 
 from aioserver.telemetry.bookkeeping import bookkeeping, nothing
 from aioserver.wings.tracing.spans import EndedRequest, Visit
-from aioserver.wings.tracing.trace import Trace, new_context
+from aioserver.wings.tracing.trace import CountedRequest, Trace, new_context
 
 if TYPE_CHECKING:
     from aioserver.protocol.request_headers import ClientHeaders
     from aioserver.telemetry.bugs import Bugs
     from aioserver.telemetry.tracer import RequestEnd, RequestTrace
     from aioserver.wings.tracing.export import SpanExporter
+    from aioserver.wings.tracing.gen_ai_metrics import GenAiMeter
 
 
 class Tracer:
-    """Makes the traces of requests, and gives the spans of those that have ended to *exporter*."""
+    """Makes the traces of requests, and gives the spans of those that have ended to *exporter*, if
+    there is one. *meter* counts all attempts, if there is one.
+    """
 
-    def __init__(self, exporter: SpanExporter, bugs: Bugs) -> None:
+    def __init__(
+        self, exporter: SpanExporter | None, bugs: Bugs, meter: GenAiMeter | None = None
+    ) -> None:
         self._exporter = exporter
+        self._count = None if meter is None else meter.count
         self.bugs = bugs
 
     @bookkeeping(nothing)
@@ -40,16 +47,20 @@ class Tracer:
         path: str,
         admitted_at: float,
         waited_since: float = 0.0,
-    ) -> Trace | None:
+    ) -> RequestTrace | None:
         """Begin the trace of a request that goes to *path* at its provider.
 
-        None if its client's trace is not sampled. The request was admitted at the monotonic time
-        *admitted_at*, and had waited for a place since *waited_since*; 0.0 if it has not.
+        None if its client's trace is not sampled, unless attempts are counted. The request was
+        admitted at the monotonic time *admitted_at*, and had waited for a place since
+        *waited_since*; 0.0 if it has not.
         """
-        context = new_context(client_headers)
+        path, count = path.partition("?")[0], self._count
+        context = None if self._exporter is None else new_context(client_headers)
         if context is None:
-            return None
-        trace = Trace(context, path.partition("?")[0], self._finish, self.bugs)
+            if count is None:
+                return None
+            return CountedRequest(client_headers.trace_id, path, count, self.bugs)
+        trace = Trace(context, path, self._finish, self.bugs, count)
         if waited_since:
             trace.waited("", waited_since, admitted_at)
             trace.wait = None
@@ -71,6 +82,8 @@ class Tracer:
         if trace is not None and not trace.followed:
             trace.followed = True
             return None
+        if self._exporter is None:
+            return None
         context = new_context(client_headers)
         if context is None:
             return None
@@ -79,6 +92,7 @@ class Tracer:
 
     def _finish(self, trace: Trace, end: RequestEnd) -> None:
         """Give the spans of *trace*, whose request has ended, to the exporter."""
+        assert self._exporter is not None, "spans are made for an exporter"
         if trace.left_out:
             self._exporter.drop(trace.left_out)
         self._exporter.take(EndedRequest(trace, end))

@@ -11,15 +11,17 @@ import os
 import re
 import ssl
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import unquote
 
 from aioserver import __version__
 from aioserver.config.faults import ConfigurationError
 from aioserver.faces.wing import Wing
+from aioserver.wings.tracing.gen_ai_metrics import GenAiMeter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from contextlib import AsyncExitStack
 
     from aioserver.config.settings import Settings
@@ -38,9 +40,12 @@ _VALUE = re.compile(r"[\t\x20-\x7e]*")
 
 
 class TracingWing(Wing):
-    """The traces of requests, if `tracing` names a destination of spans."""
+    """The traces of requests, if `tracing` names a destination of spans, and the metrics of their
+    attempts, if it asks for these.
+    """
 
     name: ClassVar = "tracing"
+    _meter: GenAiMeter | None = None
 
     async def open(self, core: Core, stack: AsyncExitStack) -> None:
         """Make the tracer.
@@ -48,7 +53,17 @@ class TracingWing(Wing):
         Raises:
             ConfigurationError: a variable of the environment is invalid.
         """
-        self.tracer = open_tracer(stack, core.settings, core.metrics)
+        settings, metrics = core.settings, core.metrics
+        if settings.tracing.gen_ai_metrics:
+            self._meter = GenAiMeter(settings.llm)
+            metrics.of_wings.append(self._meter.families)
+        self.tracer = open_tracer(stack, settings, metrics, meter=self._meter)
+
+    def prepare(self, settings: Settings) -> Callable[[], None]:
+        """Return the function that takes the models of *settings*."""
+        if self._meter is None:
+            return super().prepare(settings)
+        return partial(self._meter.apply, settings.llm)
 
 
 def open_tracer(
@@ -56,20 +71,24 @@ def open_tracer(
     settings: Settings,
     metrics: Metrics,
     environ: Mapping[str, str] | None = None,
+    meter: GenAiMeter | None = None,
 ) -> Tracer | None:
-    """Return the tracer, whose exporter *stack* closes; None if `tracing` has no endpoint.
+    """Return the tracer, whose exporter *stack* closes; None if `tracing` has no endpoint, and no
+    *meter* counts attempts.
 
     Raises:
         ConfigurationError: a variable of the environment is invalid.
     """
     tracing = settings.tracing
-    if tracing.otlp_endpoint is None:
+    if tracing.otlp_endpoint is None and meter is None:
         return None
     # Few servers make spans.
     from aioserver.wings.tracing.export import SpanExporter  # noqa: PLC0415
     from aioserver.wings.tracing.otlp import key_value  # noqa: PLC0415
     from aioserver.wings.tracing.tracer import Tracer  # noqa: PLC0415
 
+    if tracing.otlp_endpoint is None:
+        return Tracer(None, metrics.bugs, meter)
     environ = os.environ if environ is None else environ
     attributes = {
         "service.version": settings.logging.service_version or __version__,
@@ -87,7 +106,7 @@ def open_tracer(
     )
     exporter.start()
     stack.push_async_callback(exporter.close)
-    return Tracer(exporter, metrics.bugs)
+    return Tracer(exporter, metrics.bugs, meter)
 
 
 def traces_url(endpoint: str) -> str:

@@ -21,8 +21,8 @@ async def work():
             await asyncio.sleep(100)
 
 try:
-    with asyncio.Runner() as runner, Interrupts(runner) as interrupts:
-        interrupts.run(work())
+    with asyncio.Runner() as runner:
+        Interrupts(runner).run(work())
 except Interrupted as interrupted:
     print("forced" if interrupted.forced else "ended", flush=True)
     end_by(interrupted.number)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from aiohttp import web
 
-from aioserver.tools.chat import asking
-from aioserver.tools.chat.asking import MAX_BYTES, BadQuestion
+from aioserver.tools.chat import command
+from aioserver.tools.chat.asking import BadQuestion, Chat
+from aioserver.tools.chat.command import MAX_BYTES
 from tests.support.keys import key_of, keys_of
 from tests.support.server import ENDLESS
 from tests.support.waiting import until
@@ -93,28 +94,27 @@ def test_the_first_word_is_an_address_if_it_looks_like_one() -> None:
         "[::1]:8000",
         "10.0.0.1:80",
     ):
-        assert asking.split([address, "a", "b"]) == (address, "a b")
+        assert command.split([address, "a", "b"]) == (address, "a b")
     for text in ("Hello", "localhosts", "Why: 8", "http://x is down", "a:b", "x.y", "note:123456"):
-        assert asking.split([text, "b"]) == (None, f"{text} b")
-    assert asking.split([]) == (None, "")
+        assert command.split([text, "b"]) == (None, f"{text} b")
+    assert command.split([]) == (None, "")
 
 
 def test_stdin_may_be_as_large_as_the_bound(tmp_path: Path) -> None:
     file = tmp_path / "question"
     file.write_bytes(b"x" * MAX_BYTES)
     with file.open("rb") as stdin:
-        assert len(asking.read(stdin)) == MAX_BYTES
+        assert len(command.read(stdin)) == MAX_BYTES
     file.write_bytes(b"x" * MAX_BYTES + b"\n")
     with file.open("rb") as stdin, pytest.raises(BadQuestion):
-        asking.read(stdin)
+        command.read(stdin)
 
 
 def test_a_conversation_that_is_kept_here_is_sent_whole_however_long_it_is() -> None:
-    history = asking.History(system="Be brief.")
-    for _ in range(3):
-        history.add("q" * 400_000, "a" * 400_000)
+    turns = 3 * [{"role": role, "content": role[0] * 400_000} for role in ("user", "assistant")]
+    chat = Chat(url="http://x", system="Be brief.", timeout=60.0, turns=turns)
 
-    messages = history.content("Hi")
+    messages = chat.content("Hi")
     assert isinstance(messages, list)
     assert [len(message["content"]) for message in messages] == [9, *6 * [400_000], 2]
 

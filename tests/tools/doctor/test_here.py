@@ -19,7 +19,7 @@ from yarl import URL
 
 from aioserver.__main__ import cli
 from aioserver.config.shipped import SHIPPED
-from aioserver.tools.doctor import machine
+from aioserver.telemetry import kernel
 from aioserver.tools.doctor.network import connect
 from tests.support.doctor import Examined
 from tests.support.doctor import examined as ask_doctor
@@ -94,7 +94,7 @@ async def test_the_active_provider_is_asked_for_its_first_token_and_no_more(
         ("prefill", "repeats", "says the beginning again"),
         ("final_message", "turn", "begins a new turn"),
         ("instruct", "turn", "begins a new turn"),
-        ("prefill", "refuses", "refuses to go on with an answer: HTTP 400"),
+        ("prefill", "refuses", "does not go on with an answer: provider_error: sim answered 400"),
     ],
 )
 async def test_a_form_of_continuation_is_tried_and_what_came_is_told(
@@ -117,11 +117,11 @@ async def test_a_form_of_continuation_is_tried_and_what_came_is_told(
 @pytest.mark.parametrize(
     ("status", "text"),
     [
-        ("401 Unauthorized", "the key is refused: HTTP 401"),
-        ("403 Forbidden", "the key is refused: HTTP 403"),
-        ("429 Too Many Requests", "refuses requests for their rate"),
-        ("500 Internal Server Error", "provider_error: HTTP 500"),
-        ("302 Found", "provider_bad_response: HTTP 302"),
+        ("401 Unauthorized", "provider_auth_error: sim refuses our key"),
+        ("403 Forbidden", "provider_auth_error: sim does not allow this"),
+        ("429 Too Many Requests", "provider_rate_limited: sim limits our rate"),
+        ("500 Internal Server Error", "provider_error: sim answered 500"),
+        ("302 Found", "provider_bad_response: sim answered 302"),
     ],
 )
 async def test_what_the_provider_answers_is_explained_without_its_words(
@@ -137,6 +137,20 @@ async def test_what_the_provider_answers_is_explained_without_its_words(
     assert text in failed
     # Without --no-ask the only request is the question; with it, only what costs nothing.
     assert [line.split()[0] for line in asked] == ["POST" if ask else "GET"]
+
+
+async def test_an_error_in_a_stream_is_told_without_its_words(tmp_path: Path) -> None:
+    error = json.dumps({"error": {"message": f"no room, {CANARY}", "code": 500}}).encode()
+
+    async def play(peer: Connection) -> None:
+        await peer.request()
+        await peer.send(EVENT_STREAM + chunk(b"data: %b\n\n" % error) + LAST_CHUNK)
+
+    async with ScriptedProvider(play) as provider:
+        found = await examined(tmp_path, provider.url)
+
+    (failed,) = found.of("fail")
+    assert failed == "provider sim: provider_error: the provider reported an error"
 
 
 @pytest.mark.parametrize(("configured_tokens", "sent"), [(None, None), (4096, 16), (5, 5)])
@@ -163,8 +177,8 @@ async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(tmp_pat
         found = await examined(tmp_path, provider.url)
 
     (failed,) = found.of("fail")
-    assert "HTTP 404" in failed
-    assert "whether there is a model sim-model" in found.hint("HTTP 404")
+    assert "sim answered 404" in failed
+    assert "whether there is a model sim-model" in found.hint("answered 404")
 
 
 async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(tmp_path: Path) -> None:
@@ -179,7 +193,7 @@ async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(tmp_path
 
     assert found.code == 0
     away, refused = found.of("warn", "provider")
-    assert "provider refusing: the key is refused: HTTP 401" in refused
+    assert "provider refusing: provider_auth_error: refusing refuses our key" in refused
     assert "provider away: no connection: 127.0.0.1 port 9: Connection refused" in away
     assert "provider keyless: off: NOT_SET is not set" in found.of("skip")
     assert [line.split()[:2] for line in asked] == [["GET", "/v1/models"]]
@@ -235,13 +249,15 @@ async def test_the_certificate_is_read(name: str, days: float, trusted: bool, to
         await peer.left()
 
     async with ScriptedProvider(play, ssl=theirs) as listener:
-        connected = await connect(URL(f"https://127.0.0.1:{listener.port}"), ours, 20.0)
+        url = URL(f"https://127.0.0.1:{listener.port}")
+        results, protocol = await connect(url, 20.0, ours)
 
-    *before, secured = (f"{result.level} {result.text}" for result in connected.results)
+    *before, secured = (f"{result.level} {result.text}" for result in results)
     assert secured.startswith(told)
-    assert connected.reached == (not told.startswith("fail"))
+    reached = not told.startswith("fail")
+    assert protocol == ("" if reached else None)
     said = f"ok connected to 127.0.0.1 port {listener.port}"
-    assert before == ([said] if connected.reached else [])
+    assert before == ([said] if reached else [])
 
 
 async def test_tls_where_there_is_none_and_names_that_cannot_be_are_reported() -> None:
@@ -250,13 +266,13 @@ async def test_tls_where_there_is_none_and_names_that_cannot_be_are_reported() -
 
     context = ssl.create_default_context()
     async with ScriptedProvider(play) as listener:
-        tls = await connect(URL(f"https://127.0.0.1:{listener.port}"), context, 20.0)
-    name = await connect(URL(f"http://{'a' * 64}:1"), None, 20.0)
+        url = URL(f"https://127.0.0.1:{listener.port}")
+        (tls,), secured = await connect(url, 20.0, context)
+    (name,), reached = await connect(URL(f"http://{'a' * 64}:1"), 20.0)
 
-    assert tls.results[0].text.startswith("TLS: no handshake: ")
-    assert name.results[0].text.startswith("the name aaa")
-    assert not tls.reached
-    assert not name.reached
+    assert tls.text.startswith("TLS: no handshake: ")
+    assert name.text.startswith("the name aaa")
+    assert secured is reached is None
 
 
 def written(path: Path, text: str) -> None:
@@ -265,8 +281,8 @@ def written(path: Path, text: str) -> None:
 
 
 async def test_this_machine_is_measured_against_the_settings(tmp_path: Path) -> None:
-    written(tmp_path / machine.PORTS, "40000 40009")
-    written(tmp_path / machine.MEMORY, "MemTotal: 9 kB\nMemAvailable: 1024 kB\n")
+    written(tmp_path / kernel.PORTS, "40000 40009")
+    written(tmp_path / kernel.MACHINE, "MemTotal: 9 kB\nMemAvailable: 1024 kB\n")
 
     found = await examined(tmp_path, NOWHERE, root=tmp_path)
 
@@ -286,14 +302,14 @@ async def test_a_system_that_does_not_show_its_limits_is_not_measured(tmp_path: 
 
 
 def test_the_limit_of_a_group_above_counts(tmp_path: Path) -> None:
-    written(tmp_path / machine.MEMORY, "MemAvailable: 1024 kB\n")
-    written(tmp_path / machine.OWN_CGROUP, "0::/outer/inner\n")
-    outer = tmp_path / machine.CGROUPS / "outer"
+    written(tmp_path / kernel.MACHINE, "MemAvailable: 10240 kB\n")
+    written(tmp_path / kernel.OWN_CGROUP, "0::/outer/inner\n")
+    outer = tmp_path / kernel.CGROUPS / "outer"
     written(outer / "inner" / "memory.max", "max\n")
-    written(outer / "memory.max", "3000\n")
-    written(outer / "memory.current", "1000\n")
+    written(outer / "memory.max", f"{5 << 20}\n")
+    written(outer / "memory.current", f"{3 << 20}\n")
 
-    assert machine.available_memory(tmp_path) == 2000
+    assert kernel.free_memory(tmp_path) == 2 << 20
 
 
 async def test_a_package_that_the_settings_want_is_missed_as_the_server_would_miss_it(
@@ -305,6 +321,19 @@ async def test_a_package_that_the_settings_want_is_missed_as_the_server_would_mi
 
     assert found.code == 2
     assert "redis is not installed" in found.of("fail", "configuration")[0]
+
+
+async def test_a_provider_that_no_server_could_use_leaves_the_machine_to_be_examined(
+    tmp_path: Path,
+) -> None:
+    written(tmp_path / "ca.pem", "no certificate")
+    changes = {"llm.providers.sim.ca_file": str(tmp_path / "ca.pem")}
+
+    found = await examined(tmp_path, "https://provider.example/v1", changes)
+
+    assert found.code == 2
+    assert "holds no certificates" in found.of("fail", "configuration")[0]
+    assert {result.subject for result in found.results} == {"configuration", "machine"}
 
 
 # The command.
@@ -380,7 +409,7 @@ async def test_what_a_server_would_log_of_a_provider_is_not_printed(tmp_path: Pa
         code, out, err = await run_command("doctor", "--config", str(file))
 
     assert (code, err) == (1, ""), out
-    assert out.count("provider_error: HTTP 500") == 2
+    assert out.count("answered 500") == 2
 
 
 @pytest.mark.parametrize(
@@ -442,7 +471,6 @@ async def test_each_member_of_a_group_lists_its_model(tmp_path: Path) -> None:
         "ok    group qwen: tagged lists qwen3",
         f"warn  group qwen: wrong does not list qwen3 under /v1/models{hint}",
         f"warn  group qwen: large does not list qwen3 under /v1/models{hint}",
-        "skip  group qwen: demo is simulated: it has any model",
         "ok    group small: tagged lists small",
     ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,8 @@ import pytest
 from aiohttp import web
 
 from aioserver.tools import remote
-from aioserver.tools.doctor import arrivals
 from aioserver.tools.doctor import server as doctor
-from aioserver.tools.doctor.facts import Facts
+from aioserver.tools.doctor.results import Facts
 from aioserver.wings.simulator.engine import EngineOptions
 from tests.support.doctor import examined as ask_doctor
 from tests.support.keys import key_of, keys_of
@@ -62,7 +62,7 @@ async def test_a_client_of_a_server_with_keys_sees_each_event_of_an_answer_that_
     assert "key: accepted" in found.of("ok")
     assert any("a page of" in line for line in found.of("ok"))
     # No admin's key: the verdict is not for it.
-    assert any("its verdict: /stats: HTTP 403" in line for line in found.of("skip"))
+    assert any("its verdict: GET /stats: HTTP 403" in line for line in found.of("skip"))
     assert server.simulator.stats().requests == 0
 
 
@@ -94,6 +94,17 @@ async def test_one_question_is_asked_of_a_server_without_a_simulated_model_unles
     forms = (*found.of("warn"), *found.of("ok"))
     assert any(line.startswith("SSE: an answer came whole, ") for line in forms), found
     assert found.of("fail") == []
+
+
+async def test_a_short_answer_proves_nothing_although_it_comes_at_once(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(replace(QUICK, tokens=5), **keys_of("web"))
+
+    found = await examined(server.base, key_of("web"), ask=True)
+
+    assert found.of("warn") == []
+    assert any(line.startswith("SSE: an answer came whole, each") for line in found.of("ok"))
 
 
 async def test_what_the_server_finds_wrong_with_itself_is_told_to_an_admin(
@@ -223,7 +234,7 @@ DENIED = json.dumps({"error": {"code": "host_not_allowed", "message": "x"}})
     [
         ((200, "<html>"), "GET /health: HTTP 200, and no aioserver's answer"),
         ((502, "<html>"), "GET /health: HTTP 502"),
-        ((403, DENIED, "application/json"), "it does not answer to the name 127.0.0.1"),
+        ((403, DENIED, "application/json"), "GET /health: HTTP 403 host_not_allowed"),
         ((200, "[1]", "application/json"), "no aioserver's answer"),
     ],
 )
@@ -241,7 +252,8 @@ async def test_a_redirect_is_reported_with_its_target_and_no_control_character()
     async with standing_in(308, "", headers={"Location": "https://chat.example/\u202e"}) as url:
         found = await examined(url)
 
-    assert found.of("fail") == ["server: redirects to https://chat.example/ "]
+    (failed,) = found.of("fail")
+    assert failed.startswith("server: GET /health: redirects to https://chat.example/ : give")
 
 
 async def test_a_proxy_without_upgrades_and_a_clock_that_is_wrong_are_reported() -> None:
@@ -276,7 +288,7 @@ async def silence(server: RunningServer, seconds: float) -> str:
     """What is told of a WebSocket that is silent for so many seconds."""
     facts = Facts(url=server.base, idle=seconds)
     facts.session = server.session
-    (result,) = [each async for each in arrivals.silence(facts)]
+    (_opened, result) = [each async for each in doctor.websocket(facts)]
     return f"{result.level} {result.text}"
 
 
@@ -285,7 +297,7 @@ async def test_an_idle_socket_that_is_closed_is_reported(make_server: MakeServer
     server = await make_server(**{f"chat.websocket.{name}": n for name, n in changes.items()})
 
     assert (await silence(server, 20.0)).startswith("fail was closed after ")
-    assert (await silence(server, 0.01)).startswith("ok lives for 0.01 s")
+    assert (await silence(server, 0.01)).startswith("ok lives for 0 s of silence")
 
 
 async def test_pings_are_counted_and_answered(make_server: MakeServer) -> None:
@@ -302,18 +314,15 @@ async def test_pings_are_counted_and_answered(make_server: MakeServer) -> None:
 
 
 def test_gathered_events_are_told_from_events_that_come_one_by_one() -> None:
-    steady = [0.03 * number for number in range(40)]
+    steady = [0.03] * 39
     # A busy server sends what has come in a quarter of a second at once.
-    busy = [0.25 * (number // 8) for number in range(40)]
-    at_the_end = [1.2 + 0.0001 * number for number in range(40)]
+    busy = [*[0.0] * 7, 0.25] * 5
+    at_the_end = [0.0001] * 39
     # A buffer of 4 KiB that fills once, and the rest.
-    in_two = [0.7] * 25 + [1.2] * 15
+    in_two = [*[0.0] * 24, 0.5, *[0.0] * 14]
 
-    assert [arrivals.gathered(times) for times in (steady, busy)] == [False, False]
-    assert [arrivals.gathered(times) for times in (at_the_end, in_two)] == [True, True]
-    # Too few to say anything.
-    assert not arrivals.gathered([0.0] * 5)
-    assert arrivals.bursts([]) == 0
+    assert all(doctor.bursts(gaps) > doctor.MAX_BURSTS for gaps in (steady, busy))
+    assert [doctor.bursts(gaps) for gaps in (at_the_end, in_two)] == [1, 2]
 
 
 async def test_an_answer_that_fails_is_reported_by_its_code_alone(make_server: MakeServer) -> None:

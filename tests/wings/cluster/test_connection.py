@@ -24,18 +24,11 @@ from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.both_loops, pytest.mark.real_time]
 PREFIX = "aio:{test}:"
 SECRET = "never-shown"
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path) as server:
-        yield server
 
 
 def request(seq: int = 1) -> bytes:

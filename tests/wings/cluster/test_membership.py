@@ -15,15 +15,14 @@ from aioserver.wings.cluster import membership
 from aioserver.wings.cluster.limits.grants import State
 from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.membership import instance_name, join
-from tests.support.redis_server import RedisServer
 from tests.support.server import running
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from aioserver.wings.cluster.membership import Membership
+    from tests.support.redis_server import RedisServer
 
 pytestmark = pytest.mark.real_time
 BOUND = bytes(BOUND_BYTES)
@@ -31,12 +30,6 @@ BOUND = bytes(BOUND_BYTES)
 TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
 # Where each call must have its answer, however busy the machine is.
 PATIENT = Times(lease=60.0, margin=0.1, beat=0.15, bound=30.0, pause=0.4, grace=0.4, gone=90.0)
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path) as server:
-        yield server
 
 
 async def test_instances_agree_on_the_first_secret(redis: RedisServer) -> None:

@@ -16,14 +16,12 @@ from aioserver.wings.jwt.issuer import Issuer
 from aioserver.wings.jwt.signatures import read_keys
 from aioserver.wings.jwt.token_callers import IDLE, TokenCallers
 from tests.support.issuer import AUDIENCE, ISSUER, SigningKey, claims, jwks
-from tests.support.reference_server import ReferenceServer
 from tests.support.turns import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from aioserver.auth.callers import Caller
     from aioserver.limits.quota import Quota
+    from tests.support.reference_server import ReferenceServer
 
 pytestmark = pytest.mark.virtual_time
 KEY = SigningKey("EdDSA")
@@ -33,13 +31,6 @@ JWT = Jwt(
     jwks_url="x",
     limits={"default": Role(max_concurrent=2, requests_per_minute=600)},
 )
-
-
-@pytest.fixture
-async def reference() -> AsyncIterator[ReferenceServer]:
-    reference = ReferenceServer()
-    yield reference
-    reference.close()
 
 
 async def never() -> bytes:

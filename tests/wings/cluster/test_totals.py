@@ -425,3 +425,15 @@ async def test_a_group_of_all_instances_is_of_what_each_has_counted(
         assert [member["limit"] for member in group["members"]] == limits
     starts = 'aioserver_group_starts_total{group="pair"'
     assert await metric(a, starts) == await metric(b, starts) == 4
+
+
+async def test_metrics_that_grow_are_those_of_all_instances(tmp_path: Path) -> None:
+    name = "gen_ai_client_inference_"
+    async with pages_of_both(tmp_path, QUICK, **{"tracing.gen_ai_metrics": True}) as (a, b):
+        await answer(b, 3)
+
+        # a has answered nothing, and makes the children for what b has.
+        for asked in (a, b):
+            assert await metric(asked, f"{name}duration_seconds_count") == 3
+            assert await metric(asked, f"{name}operation_output_tokens_count") == 3
+            assert await metric(asked, f"{name}usage_output_tokens_total") > 0

@@ -236,7 +236,7 @@ def test_what_has_something_to_lose_is_not_forgotten(what: str) -> None:
             server.clock.now += IDLE + 1
             caller.quota.budget.reserve(50).settle(50)
         case _:
-            caller.quota.budget.begin_day(400)
+            caller.quota.budget.begin({"tokens_per_day": 400})
     if what in {"running", "connected", "day"}:
         server.clock.now += IDLE + 1
 
@@ -261,13 +261,13 @@ def test_a_flood_of_names_looks_at_few_callers_and_lets_those_who_are_known_in()
 
 def test_the_day_of_a_caller_begins_at_what_the_ledger_knows() -> None:
     server = Server(limits={"default": Role(tokens_per_day=500)})
-    today = time.strftime("%Y-%m-%d", time.gmtime())
-    assert server.tokens.counts_days
+    now = time.time()
+    assert [period.setting for period in server.tokens.periods] == ["tokens_per_day"]
 
-    server.tokens.begin_day(today, {"jwt:a": 400, "web": 5})
+    server.tokens.begin(now, {"jwt:a": {"tokens_per_day": 400}, "web": {"tokens_per_day": 5}})
     old = server.caller(token("a")).quota.budgets()["tokens_per_day"]
     assert old.used == 400
-    server.tokens.begin_day("2020-01-01", {"jwt:b": 400})
+    server.tokens.begin(now - 86_400, {"jwt:b": {"tokens_per_day": 400}})
     assert server.caller(token("b")).quota.budgets()["tokens_per_day"].used == 0
 
 

@@ -10,8 +10,12 @@ import orjson
 import pytest
 
 from aioserver.protocol import eventstream
+from aioserver.protocol.model_body import ModelBody
+from aioserver.protocol.request_headers import NO_REQUEST_OPTIONS, RequestOptions
 from aioserver.wings.responses.attempt import ResponsesCapabilities
+from aioserver.wings.responses.background import options_of
 from tests.support.keys import key_of, keys_of
+from tests.support.ledgers import written
 from tests.support.scripted_provider import Peer, ScriptedProvider
 from tests.support.sdk import openai_of
 from tests.support.server import (
@@ -28,6 +32,7 @@ from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from openai import AsyncOpenAI
     from openai.types.responses import Response
@@ -264,6 +269,84 @@ async def test_one_that_shall_not_be_stored_is_refused(
     assert not bridged.simulator.requests
 
 
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"completion_window": "24h"}, "background_options.completion_window"),
+        ({"completion_window": ""}, "background_options.completion_window"),
+        ({"completion_window": 7200}, "background_options.completion_window"),
+        ({"completion_window": ["2h"]}, "background_options.completion_window"),
+        (["2h"], "background_options"),
+        ("2h", "background_options"),
+    ],
+    ids=str,
+)
+async def test_a_window_that_is_none_is_refused_by_its_name(
+    bridged: RunningServer, sdk: AsyncOpenAI, options: object, param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        await ask(sdk, background_options=options)
+
+    assert refused.value.param == param
+    assert not bridged.simulator.requests
+
+
+@pytest.mark.parametrize("background", [False, None])
+async def test_a_window_needs_the_background(
+    bridged: RunningServer, sdk: AsyncOpenAI, *, background: bool | None
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="needs background: true") as refused:
+        await ask(sdk, background=background, background_options={"completion_window": "2h"})
+    soon = await ask(
+        sdk, background=background, background_options={"completion_window": "soonest"}
+    )
+
+    assert refused.value.param == "background_options.completion_window"
+    assert soon.status == "completed"
+    assert len(bridged.simulator.bodies) == 1
+
+
+def test_a_window_is_a_class_and_a_deadline() -> None:
+    def options(window: object) -> RequestOptions:
+        asked = {"background": True, "background_options": {"completion_window": window}}
+        return options_of(ModelBody(orjson.dumps(asked)))
+
+    assert options("2h") == RequestOptions(deadline=7200.0, batch=True, patient=True)
+    assert options("8h") == RequestOptions(deadline=28_800.0, batch=True, patient=True)
+    assert options("soonest") is options(None) is NO_REQUEST_OPTIONS
+    # A header may still shorten it.
+    header = RequestOptions(deadline=60.0)
+    assert header.joined(options("8h")) == RequestOptions(deadline=60.0, batch=True, patient=True)
+
+
+async def test_a_window_waits_longer_than_the_queue_and_is_batch(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    queue = {f"{SIM_HTTP_CLIENT}.queue_timeout": 0.05, "usage.path": str(tmp_path / "usage")}
+    server = await make_server(SILENT, **BRIDGED, **queue, **{PLACES: 1})
+    window: Any = {"completion_window": "2h", "continuation_id": "c"}
+    async with openai_of(server.v1) as sdk:
+        running = await ask(sdk)
+        patient = await ask(sdk, background_options=window)
+        late = await ask(
+            sdk, background_options=window, extra_headers={"x-aioserver-start-within": "1"}
+        )
+        plain = await ask(sdk)
+        failed = await polled(sdk, plain.id)
+        refused = await polled(sdk, late.id)
+        waiting = await sdk.responses.retrieve(patient.id)
+        server.simulator.behaviour = QUICK
+        await ended(sdk, running)
+        final = await polled(sdk, patient.id)
+
+    assert (failed.status, refused.status) == ("failed", "failed")
+    assert "no place for an answer in the background" in str(failed.error)
+    assert "could not start within 1 s" in str(refused.error)
+    assert (waiting.status, final.status) == ("queued", "completed")
+    classes = [(line["class"], line["outcome"]) for line in written(server)]
+    assert sorted(classes) == [("batch", "ok"), ("interactive", "cancelled")]
+
+
 async def test_what_cannot_be_asked_is_refused_at_once(
     bridged: RunningServer, sdk: AsyncOpenAI
 ) -> None:
@@ -362,6 +445,12 @@ async def test_a_provider_that_turns_out_to_have_no_responses(make_server: MakeS
 async def test_a_native_provider_runs_it_by_itself(make_server: MakeServer) -> None:
     body = {"id": "resp_theirs", "object": "response", "status": "queued", "output": []}
     asked: list[dict[str, Any]] = []
+    more: dict[str, Any] = {
+        "input": "Hello",
+        "background": True,
+        "prompt_cache_key": "k",
+        "background_options": {"completion_window": "8h"},
+    }
 
     async def answer(peer: Peer) -> None:
         request = await peer.request()
@@ -380,12 +469,9 @@ async def test_a_native_provider_runs_it_by_itself(make_server: MakeServer) -> N
             }
         )
         async with openai_of(server.v1) as sdk:
-            responses = [
-                await sdk.responses.create(model="native", input="Hello", background=True)
-                for _ in range(3)
-            ]
+            responses = [await sdk.responses.create(model="native", **more) for _ in range(3)]
     assert [response.id for response in responses] == ["resp_theirs"] * 3
-    assert asked == [{"model": "other-model", "input": "Hello", "background": True}] * 3
+    assert asked == [{"model": "other-model", **more}] * 3
 
 
 async def test_a_fallback_answers_under_the_same_id(make_server: MakeServer) -> None:

@@ -292,6 +292,41 @@ def test_a_prepared_response_repeats_what_is_short() -> None:
     assert (last["previous_response_id"], last["store"]) == ("r0", False)
 
 
+@pytest.mark.parametrize(
+    ("members", "previous", "given"),
+    [
+        ({}, "", ""),
+        ({"previous_response_id": None, "input": None}, "", None),
+        ({"previous_response_id": "r", "input": 7}, "r", 7),
+        ({"previous_response_id": "r", "input": "x" * 10_000}, "r", ""),
+        ({"previous_response_id": "r", "stream_id": "no lane!"}, "r", ""),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_steering_is_refused_whatever_the_frame_has(
+    members: dict[str, Any], previous: str, given: object
+) -> None:
+    command = parse(json.dumps({"type": "response.steer", **members}).encode())
+    assert isinstance(command, Steer)
+
+    frame = json.loads(response_frames.not_steered(command))
+
+    assert frame["steer"] == {"previous_response_id": previous, "input": given}
+    assert frame["error"].keys() == {"type", "code", "message"}
+    assert frame["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "previous", [7, True, ["r"], {"id": "r"}, "r" * 5000], ids=lambda value: str(value)[:9]
+)
+def test_steering_by_what_is_no_id_is_an_error(previous: object) -> None:
+    frame = {"type": "response.steer", "previous_response_id": previous, "input": "Shorter!"}
+    with pytest.raises(BadFrame) as refused:
+        parse(json.dumps(frame).encode())
+
+    assert refused.value.error.param == "previous_response_id"
+
+
 def test_input_that_cannot_steer_is_given_back() -> None:
     command = parse(b'{"type":"response.steer","previous_response_id":"r","input":"Shorter!"}')
     assert isinstance(command, Steer)

@@ -59,7 +59,8 @@ async def test_two_lanes_of_the_official_client(server: RunningServer, sdk: Asyn
         await connection.response.steer(input="Shorter!", previous_response_id=previous)
         failed = await connection.recv()
         assert failed.type == "response.steer.failed"
-        assert failed.steer.input == "Shorter!"
+        assert (failed.steer.input, failed.steer.previous_response_id) == ("Shorter!", previous)
+        assert failed.error.code == "steering_not_supported"
 
         await connection.response.create(
             model="fault-status-429", input="Hello", previous_response_id=previous

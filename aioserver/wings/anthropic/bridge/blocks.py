@@ -22,10 +22,10 @@ from aioserver.errors import InvalidRequest
 from aioserver.protocol.bridging.reading import (
     elements,
     is_string,
-    no_form,
     quoted,
     reading,
     string,
+    untranslatable,
 )
 from aioserver.protocol.bridging.turns import LINE, PARAGRAPH, Piece, Turns
 from aioserver.protocol.json_body import ABSENT, flag, null
@@ -164,7 +164,7 @@ class BlockReader:
                 return [Piece(string(block.tool_name, f"{param}.tool_name"))]
         if self._left_out(block):
             return []
-        raise no_form(block.type, param)
+        raise untranslatable(block.type, param)
 
     async def _document(self, block: _Block, param: str) -> list[Piece]:
         source = await reading(_SOURCE, block.source, f"{param}.source")
@@ -176,7 +176,7 @@ class BlockReader:
             return [Piece(form % (name, *_data(source)), text=False)]
         if source.type == "content":
             return await self._pieces(source.content, f"{param}.source.content")
-        raise no_form(f"document of a {source.type}", param)
+        raise untranslatable(f"document of a {source.type}", param)
 
     async def _add_answered(self, block: _Block, param: str, between: bytes) -> None:
         match block.type:
@@ -196,7 +196,7 @@ class BlockReader:
                 pass
             case _:
                 if not self._left_out(block):
-                    raise no_form(block.type, param)
+                    raise untranslatable(block.type, param)
 
     def _left_out(self, block: _Block) -> bool:
         """Return whether *block* belongs to a tool that ran at another provider, and note it."""
@@ -215,7 +215,7 @@ async def _image(block: _Block, param: str) -> Piece:
     if source.type == "url" and is_string(source.url):
         form = b'{"type":"image_url","image_url":{"url":%b}}'
         return Piece(form % bytes(source.url), text=False)
-    raise no_form(f"image of a {source.type}", param)
+    raise untranslatable(f"image of a {source.type}", param)
 
 
 def _data(source: _Source) -> tuple[bytes, memoryview]:

@@ -1,5 +1,5 @@
-"""Claims: each says which instance answers a request id, so that no request is sent to a provider
-twice, and whoever asks for the answer is led to it.
+"""Claims: each says which instance answers a request id. So no request is sent to a provider
+twice, and a client that asks for the answer is led to its owner.
 
 A claim is the name of the id's owner, in Redis. Its key has a digest of the caller and the id,
 since ids are unique only within a caller, and neither may stand in a key. A claim is taken before

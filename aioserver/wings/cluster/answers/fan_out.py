@@ -31,7 +31,7 @@ ANSWER_TIMEOUT = 1.0
 
 
 class Answers(NamedTuple):
-    """What instances have answered, by their names; *missing*: those of which it is not known.
+    """The answers of instances, by their names; *missing*: the instances whose answer is unknown.
 
     An instance that has ended is in neither.
     """
@@ -51,11 +51,13 @@ class FanOut:
         self._network, self._secret = network, secret
 
     async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
-        """Return what those instances say of *what* that answer in time: see `Look`."""
+        """Return the page *what* of each of *targets* that answers in time: see `Look`."""
         return (await self.ask(targets, Look(what))).answers
 
     async def ask(self, targets: Iterable[str], question: Question) -> Answers:
-        """Return what the instances *targets* answer to *question*, all within ANSWER_TIMEOUT."""
+        """Return the answers of the instances *targets* to *question*, all within
+        ANSWER_TIMEOUT.
+        """
         line, targets = encode(Greeting(self._secret(), question)), list(targets)
         outcomes = await asyncio.gather(
             *(self._ask(target, line) for target in targets), return_exceptions=True

@@ -11,7 +11,7 @@ from aioserver.telemetry.outcome import Outcome
 
 
 class Fault(msgspec.Struct, array_like=True):
-    """An error: its class by name, and what an object of it has of its own."""
+    """An error: the name of its class, and the attributes that one object sets for itself."""
 
     kind: str
     message: str
@@ -31,7 +31,7 @@ _CLASSES = {cls.__name__: cls for cls in provider_errors.subclasses(AioserverErr
 
 
 def fault_of(error: AioserverError) -> Fault:
-    """Return what is sent of *error*."""
+    """Return *error* in the form in which it is sent."""
     fault = Fault(
         type(error).__name__, error.message, error.retry_after, error.param, paid=error.paid
     )
@@ -52,7 +52,7 @@ def error_of(fault: Fault) -> AioserverError:
     if cls is None or not issubclass(cls, AioserverError):
         return InternalError("internal error")
     if issubclass(cls, ProviderRefused):
-        # The text of the exception lacks the reason that the provider gave, as at the owner.
+        # As at the owner, the text of the exception does not quote the provider's reason.
         text = f"{fault.provider or 'a provider'} answered {fault.status}"
         refused = cls(text, fault.status, fault.body)
         refused.message = fault.message

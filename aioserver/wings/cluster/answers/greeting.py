@@ -17,7 +17,7 @@ from aioserver.errors import AioserverError, InternalError
 from aioserver.streams.formats import WS_CLOSE, ws_frame
 from aioserver.wings.cluster.answers.faults import Fault, error_of, fault_of
 
-# What a line of this version begins with: an instance of another version closes the connection.
+# The beginning of a line of this version: an instance of another version closes the connection.
 VERSION = b"aioserver-peer/1 "
 # Bytes of the line, and seconds in which it comes.
 MAX_GREETING, GREETING_TIMEOUT = 1 << 13, 1.0
@@ -74,8 +74,8 @@ class Follow(msgspec.Struct, frozen=True, tag_field="kind", tag="follow"):
 
 
 class Forward(msgspec.Struct, frozen=True, tag_field="kind", tag="forward"):
-    """A request of a client follows, of whom only this is believed: the *address*, and whether the
-    client is connected *secure*ly.
+    """A client's request follows. The owner trusts only this about the client: its *address*, and
+    whether its connection is *secure*.
     """
 
     address: str
@@ -86,7 +86,9 @@ Question = Look | Listing | Cancel | Forget
 
 
 class Greeting(msgspec.Struct, frozen=True):
-    """The line: the *secret* of all instances, and a *word*: what is asked, or what follows."""
+    """The line: the *secret* of all instances, and a *word*: the question, or the kind of bytes
+    that follow.
+    """
 
     secret: bytes
     word: Question | Follow | Forward
@@ -103,7 +105,7 @@ def encode(greeting: Greeting) -> bytes:
 
 
 def decode(line: bytes) -> Greeting | None:
-    """Return the greeting in *line*; None if it is none of this version."""
+    """Return the greeting in *line*; None if the line is not a greeting of this version."""
     if not line.startswith(VERSION):
         return None
     try:

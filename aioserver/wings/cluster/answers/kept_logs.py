@@ -1,5 +1,5 @@
-"""Logs that have ended and are handed over: an instance that stops stores them in Redis, and the
-first instance that is asked for one of them adopts it, as a stream of its own.
+"""Logs that have ended and are handed over: an instance that stops stores them in Redis. The first
+instance that is asked for such a log adopts it, as a stream of its own.
 
 A log is stored as bytes (`KeptLog`, in msgpack), for the rest of its window.
 """
@@ -62,7 +62,7 @@ class KeptAnswer(msgspec.Struct, array_like=True):
 
 
 class KeptLog(msgspec.Struct, array_like=True):
-    """A log, and what is known of its answer beside the events.
+    """A log, and the facts about its answer beside the events.
 
     It is found by *request_id* and *alias*. *path* is that of its API, and *after* the event before
     the first one that is kept. *runs* and *newest* come from `AnswerEvents.state`; None if it

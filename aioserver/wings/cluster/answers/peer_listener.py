@@ -1,9 +1,10 @@
 """The peer listener: where other instances ask this one, and pass requests on.
 
-Nobody gets a byte without the secret of all instances. It lets a question through that names its
-caller: the instance that asks has checked who that is. No question leads to a provider. A request
-that is passed on comes with its client's own credentials, and is checked as any other one. An
-answer that exists is read for a WebSocket of another instance, too (peer_reader.py).
+A connection without the secret of all instances gets no byte. A question with the secret may name
+any caller, since the asking instance has authenticated that caller. No question leads to a
+provider. A request that is passed on comes with its client's own credentials, and is checked as
+any other one. An answer that exists is read for a WebSocket of another instance, too
+(peer_reader.py).
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ class PeerListener:
     def greeted(
         self, connection: PeerConnection, greeting: Greeting | None
     ) -> bytes | asyncio.Protocol | None:
-        """Return the answer to *greeting*, which *connection* has brought, or the protocol of what
-        follows; None: it was refused.
+        """Return the answer to *greeting*, which *connection* has brought, or the protocol of the
+        bytes behind it; None: the connection was refused.
         """
         secret = self._secret()
         if greeting is None or not secret or not compare_digest(greeting.secret, secret):
@@ -174,13 +175,13 @@ class PeerListener:
 
 
 class PeerConnection(asyncio.Protocol):
-    """A connection of another instance to *listener*, which ends with its answer, or what follows
-    the greeting.
+    """A connection of another instance to *listener*. It ends behind the answer to its question,
+    or with the protocol that follows the greeting.
     """
 
     def __init__(self, listener: PeerListener) -> None:
         self._listener = listener
-        # What follows the greeting is its business.
+        # The protocol that gets all bytes behind the greeting.
         self._serving: asyncio.Protocol | None = None
         self._line = b""
         self._transport: asyncio.Transport | None = None

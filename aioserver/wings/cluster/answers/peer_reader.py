@@ -58,8 +58,8 @@ class PeerReader(asyncio.Protocol):
         self._begin()
 
     def _begin(self, _claiming: object = None) -> None:
-        """Begin with the messages, or refuse, once there is an answer, or nobody is about to begin
-        one here.
+        """Begin with the messages once there is an answer; refuse once it is clear that no answer
+        is about to begin here.
         """
         if (to := self._transport) is None:
             return

@@ -55,8 +55,8 @@ MAX_RENEWED = 1_000
 
 
 class InstancesStats(msgspec.Struct, frozen=True):
-    """A snapshot: links (answers that others read here), and tunnels (those of others that are
-    read).
+    """A snapshot: links (answers of this instance that others read), and tunnels (answers of
+    others that clients read here).
 
     *unclaimed* counts requests that were answered without a claim, since Redis did not answer in
     time.
@@ -141,7 +141,7 @@ class RemoteStreams:
         )
 
     def keep(self, members: Collection[str]) -> None:
-        """Read no answer any more of an owner that is none of *members*, those of now."""
+        """Stop reading the answers of owners that are not among *members*, the present members."""
         self._tunnels.keep(members)
 
     # The owner of an id.
@@ -180,8 +180,8 @@ class RemoteStreams:
                 del self._claiming[name]
 
     def _claims_under_way(self, caller: Caller, request_id: str) -> asyncio.Future[None] | None:
-        """Return what is done once a request with an id is claimed, and has a place here; None if
-        there is none.
+        """Return a future that is done once a request with this id is claimed, and has a place
+        here; None if there is no such request.
         """
         requests = self._claiming.get(name_of(caller.name, request_id))
         return requests[-1] if requests else None

@@ -1,8 +1,9 @@
 """The reader's side of an answer that a client reads here on a WebSocket, and whose owner is
 another instance (peer_reader.py).
 
-The owner's bytes are messages of the client's socket, which other answers share, and pings. So
-they are passed on whole: a tunnel looks at the heads of the frames (RFC 6455, 5.2), and no further.
+The owner's bytes are messages for the client's socket, and pings. Other answers share that socket,
+so only whole messages are passed on: a tunnel reads the heads of the frames (RFC 6455, 5.2), and
+no more.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class SocketTunnel(asyncio.Protocol):
     def __init__(self, held: HeldBytes, on_lost: Callable[[SocketTunnel], None]) -> None:
         # Whether the owner has the answer, once it has said so.
         self.accepted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        # What the owner has said if it does not have it.
+        # The error that the owner has sent if it does not have the answer.
         self.refusal = b""
         self.last, self.passed = b"", 0
         self._held, self._on_lost = held, on_lost
@@ -98,7 +99,7 @@ class SocketTunnel(asyncio.Protocol):
             self._owner.abort()
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        """Note that nothing more comes; what is kept is passed on first."""
+        """Note that nothing more comes; the kept bytes are passed on first."""
         self._lost, self._owner = True, None
         if not self.accepted.done():
             self.accepted.set_result(False)
@@ -140,7 +141,7 @@ class SocketTunnel(asyncio.Protocol):
         held, size = self._held, len(self._kept)
         if size < held.size:
             held.reset()
-        # What comes before anybody reads is one read.
+        # The bytes that come before the client reads are those of one read.
         if size > held.size and self._on_end is not None:
             try:
                 held.grow(size - held.size)

@@ -57,10 +57,10 @@ LEFT_OUT = frozenset(
         *("content-length", "transfer-encoding", "expect", "x-request-id"),
     )
 )
-# Bytes that came last and are kept even if the last read has fewer: what says that an answer has
-# ended may be cut anywhere.
+# The last bytes that are kept, even if the last read was shorter: a read may end within the mark
+# by which an answer ends.
 KEPT = 64
-# What comes first of a response.
+# The first bytes of a response.
 STATUS_LINE = b"HTTP/1.1 200 "
 ACCEPTING = int(ACCEPTED[9:12])
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
@@ -277,7 +277,7 @@ class Tunnels:
         render_error: RenderError,
         on_accept: Callable[[], None],
     ) -> web.StreamResponse:
-        """Answer *request* with what its owner answers: see `Elsewhere`.
+        """Answer *request* with the answer of its owner: see `Elsewhere`.
 
         Raises:
             Lost, InstanceUnavailable, ServerShutdown: as `Elsewhere.forward`.
@@ -389,7 +389,7 @@ class Tunnels:
         end = b"\n\n\r\n" if tunnel.chunked else b"\n\n"
         event = render_error(error, tunnel.last) if tunnel.last.endswith(end) else b""
         if not event:
-            # What has come last is no whole event, or has no place for another one.
+            # The last bytes are not a whole event, or no event may follow them.
             transport.abort()
         elif tunnel.chunked:
             transport.write(b"%x\r\n%b\r\n%b" % (len(event), event, LAST_CHUNK))

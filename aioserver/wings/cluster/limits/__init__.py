@@ -4,7 +4,7 @@ An instance is a *member* while its *lease* lasts, which each of its calls renew
 *renewal*, carries everything that an instance reports about limits: a script in Lua that the
 server runs in one piece. The tests have a *reference model* of it in Python.
 
-What is shared are the places of a provider, and the concurrent answers of a key. The server
+The instances share the places of a provider, and the concurrent answers of a key. The server
 *grants* an instance a number of places of each: a request that finds a granted one free starts at
 once, without a call. An instance whose requests wait *wants* places; the others *give* back unused
 places, and while others *starve*, each place that ends as well. A rate is shared in the same way:

@@ -16,11 +16,11 @@ starve. Spares are granted from unclaimed places only, and no instance waits for
 two idle instances would pass a place to and fro.
 
 While others starve, the next request here does not take a place that ends: the place goes back,
-with this instance's own want, in the same call, and the server grants in turn. But no two places
-are given back unconfirmed: while a call is under way, or after one that failed, a place that ends
-is used at once. Otherwise a paused server would drain all places within moments. The same holds
-for some multiple of a call's duration after each call: a place that changes hands is idle for that
-long, and a distant server would keep many of them idle.
+with this instance's own want, in the same call, and the server grants in turn. But at most one
+place is given back without a confirmation. While a call is under way, or after a failed call, a
+place that ends is used here at once: otherwise a paused server would drain all places within
+moments. The same holds for a multiple of a call's duration after each call. A place that changes
+hands is idle for that long, and a distant server would keep many of them idle.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Grant:
         self.granted = 0
         self.recorded = 0
         self.starving = False
-        # Whether the limit is not shared any more: all of its places are given back.
+        # Whether the limit is no longer shared: all of its places are given back.
         self.dropped = False
         # Whether no more places are taken: each is given back as it ends.
         self.left = False

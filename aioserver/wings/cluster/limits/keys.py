@@ -1,9 +1,10 @@
 """The limits of one key (limits/quota.py), shared with other instances.
 
 Its answers are a resource whose places are leased (grants.py), and its starts and tokens are rates
-that instances share. An answer that finds a place, a slot and tokens granted here begins at once. Otherwise it waits. If the key has no queue, it waits at most PATIENCE seconds: until then
-the server has said whether another instance gives a place, when the next slot begins, or whether
-there are tokens.
+that instances share. An answer that finds a place, a slot and tokens granted here begins at once.
+Otherwise it waits. If the key has no queue, it waits at most PATIENCE seconds. By then the server
+has answered: another instance gives a place or does not, and the next slot and the tokens are
+known.
 
 The connections of a key are such a resource, too, if the workers of one host share them.
 """
@@ -34,7 +35,7 @@ PATIENCE = 0.25
 # The share of the burst that all instances together prefetch. For a key of 300 a minute these are
 # 3 slots, so that its clients find nearly all of the burst at any instance.
 SHARE_KEPT = 0.01
-# Seconds by which the start of a request may be late that asks for tokens.
+# Seconds by which a request that asks for tokens may start late.
 LATE = 0.1
 # The number of places of unbounded connections.
 UNBOUNDED = 1 << 30
@@ -150,6 +151,8 @@ class SharedKey:
         queue_size: int = 0,
         tokens_per_minute: int = 0,
         tokens_per_day: int = 0,
+        tokens_per_week: int = 0,
+        tokens_per_month: int = 0,
         leases: Leases,
         name: str,
         scope: Scope | None = None,
@@ -164,6 +167,8 @@ class SharedKey:
             tokens_per_minute,
             tokens_per_day,
             clock,
+            per_week=tokens_per_week,
+            per_month=tokens_per_month,
             head=self._first,
             on_tokens=self._serve,
         )

@@ -236,8 +236,8 @@ class Leases:
         self._use_share()
 
     def retire(self) -> None:
-        """Give back what is granted and not used, now and from now on: others serve in place of
-        this instance, which needs places for what it has alone.
+        """Give back all unused places, now and from now on: others serve in place of this
+        instance, which needs places only for its present answers.
         """
         self.standing.retired = True
         for grant in self._grants.values():
@@ -433,7 +433,7 @@ class Leases:
         self._set_due(now + self.times.bound / 10)
 
     def _watch(self, number: int) -> None:
-        """Look after a while whether the call *number* is still under way."""
+        """Check after a while whether the call *number* is still under way."""
         wait = max(OVERDUE, TIMES_ROUND_TRIP * self.round_trip)
         self.later(wait, partial(self._look, number, self._clock() + wait))
 

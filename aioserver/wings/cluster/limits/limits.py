@@ -210,6 +210,8 @@ class SharedLimits:
             queue_size=key.queue_size,
             tokens_per_minute=key.tokens_per_minute,
             tokens_per_day=key.tokens_per_day,
+            tokens_per_week=key.tokens_per_week,
+            tokens_per_month=key.tokens_per_month,
             leases=self._leases,
             name=key.name,
             scope=self._scope,

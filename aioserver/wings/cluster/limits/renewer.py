@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Subscription(Connection):
     """A connection for messages: *handler* is called with each that comes on *channel*.
 
-    A message that comes while there is no connection is lost, so *on_open* has to look for what
-    was missed.
+    A message that comes while there is no connection is lost, so *on_open* has to look for its
+    effects.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class Renewer:
     *make_leases* makes the leases; its argument is a function that they call when a renewal is due
     earlier. The creator must `open` the renewer, and `close` it in the end. `leave` before `close`
     gives everything back. *connect* makes `connection`, as `ScriptConnection`, which takes other
-    commands as well, and *listen* the connection for wake-up messages, as `Subscription`. Keys and channels begin with `prefix`.
+    commands as well, and *listen* the connection for wake-up messages, as `Subscription`. Keys and
+    channels begin with `prefix`.
 
     Raises:
         ValueError: *url* cannot be used.

@@ -1,11 +1,11 @@
 """The tokens a minute of a provider, which all instances share.
 
 The cost of a request is known only after the end of its answer, so an instance runs into debt. A
-start is counted with its expected cost, and nothing more starts until this debt is paid. It is paid
-with slots of a shared rate (wings/cluster/limits/rates.py), each worth CHUNK seconds of the rate, which
-the server grants to all instances together. So in any span of t seconds all instances together pay
-for at most the tokens of t seconds and the burst. They may owe the cost of one request of each
-instance beyond that. An instance without a debt makes no call.
+start is counted with its expected cost, and nothing more starts until this debt is paid. It is
+paid with slots of a shared rate (wings/cluster/limits/rates.py), each worth CHUNK seconds of the
+rate, which the server grants to all instances together. So in any span of t seconds all instances
+together pay for at most the tokens of t seconds and the burst. They may owe the cost of one
+request of each instance beyond that. An instance without a debt makes no call.
 
 All amounts are in seconds of the rate, as in `Gcra`.
 """

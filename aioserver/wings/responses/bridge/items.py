@@ -25,10 +25,10 @@ from aioserver.protocol.bridging.reading import (
     is_string,
     join,
     members,
-    no_form,
     quoted,
     reading,
     string,
+    untranslatable,
 )
 from aioserver.protocol.bridging.turns import LINE, PARAGRAPH, Piece, Turns
 from aioserver.protocol.json_body import ABSENT, null
@@ -113,7 +113,7 @@ class ItemReader:
             case kind if kind.startswith("mcp_") or kind.endswith(_OF_HOSTED):
                 self._tools.hosted.note(kind.partition("_call")[0])
             case kind:
-                raise no_form(kind, f"{param}.type")
+                raise untranslatable(kind, f"{param}.type")
         await self._turns.step(len(memoryview(raw)))
 
     async def _add_message(self, item: _Item, param: str) -> None:
@@ -188,4 +188,4 @@ def _other(part: _Part, param: str) -> bytes:
         "input_image": ": it must have an image_url",
         "input_file": ": it must have file_data",
     }.get(part.type, "")
-    raise no_form(part.type, param, hint)
+    raise untranslatable(part.type, param, hint)

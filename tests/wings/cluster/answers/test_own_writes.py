@@ -118,70 +118,68 @@ STREAMED: list[Ask] = [by_websocket, by_sse, by_streamed_response, by_response_s
 NOT_STREAMED: list[Ask] = [by_whole_response, by_prepared_response]
 
 
-@pytest.mark.parametrize("ask", [*STREAMED, *NOT_STREAMED])
-async def test_next_question_finds_the_last_answer_at_any_instance(pair: Pair, ask: Ask) -> None:
-    expected: list[str] = []
-    name: str | None = None
-    for number in range(6):
-        server, text = pair.servers[number % 2], f"q{number}"
-        expected.append(text)
-        name = await ask(server, text, name)
-        if ask is not by_prepared_response:
-            assert asked_last(server) == expected
-    last = by_whole_response if ask is by_prepared_response else ask
-    await last(pair.servers[0], "last", name)
-    assert asked_last(pair.servers[0]) == [*expected, "last"]
+async def test_next_question_finds_the_last_answer_at_any_instance(pair: Pair) -> None:
+    for ask in (*STREAMED, *NOT_STREAMED):
+        expected: list[str] = []
+        name: str | None = None
+        for number in range(6):
+            server, text = pair.servers[number % 2], f"q{number}"
+            expected.append(text)
+            name = await ask(server, text, name)
+            if ask is not by_prepared_response:
+                assert asked_last(server) == expected
+        last = by_whole_response if ask is by_prepared_response else ask
+        await last(pair.servers[0], "last", name)
+        assert asked_last(pair.servers[0]) == [*expected, "last"]
 
 
-@pytest.mark.parametrize("ask", STREAMED)
 async def test_next_question_waits_elsewhere_for_an_answer_that_is_written_late(
-    pair: Pair, ask: Ask
+    pair: Pair,
 ) -> None:
     here, there = pair.servers
-    write_late(pair, LATE)
+    for ask in STREAMED:
+        write_late(pair, LATE)
 
-    name = await ask(here, "one", None)
-    await ask(there, "two", name)
+        name = await ask(here, "one", None)
+        await ask(there, "two", name)
 
-    assert asked_last(there) == ["one", "two"]
+        assert asked_last(there) == ["one", "two"], ask
 
 
-@pytest.mark.parametrize("ask", [by_websocket, by_sse])
 async def test_a_conversation_is_deleted_elsewhere_as_soon_as_its_answer_has_ended(
-    pair: Pair, ask: Ask
+    pair: Pair,
 ) -> None:
     here, there = pair.servers
-    write_late(pair, LATE)
+    for ask in (by_websocket, by_sse):
+        write_late(pair, LATE)
 
-    name = await ask(here, "one", None)
-    url = "/conversations/" + name
-    async with there.session.delete(there.base + url) as response:
-        assert response.status == 204
+        name = await ask(here, "one", None)
+        url = "/conversations/" + name
+        async with there.session.delete(there.base + url) as response:
+            assert response.status == 204
 
-    write_late(pair, 0.0)
-    # What was on its way has come.
-    await asyncio.sleep(2 * LATE)
-    for server in (there, here):
-        async with server.session.get(server.base + url) as response:
-            assert response.status == 404
-    await ask(there, "two", name)
-    assert asked_last(there) == ["two"]
+        write_late(pair, 0.0)
+        # What was on its way has come.
+        await asyncio.sleep(2 * LATE)
+        for server in (there, here):
+            async with server.session.get(server.base + url) as response:
+                assert response.status == 404
+        await ask(there, "two", name)
+        assert asked_last(there) == ["two"]
 
 
-@pytest.mark.parametrize("ask", [by_streamed_response, by_response_socket])
-async def test_a_response_is_deleted_elsewhere_as_soon_as_it_has_ended(
-    pair: Pair, ask: Ask
-) -> None:
+async def test_a_response_is_deleted_elsewhere_as_soon_as_it_has_ended(pair: Pair) -> None:
     here, there = pair.servers
-    write_late(pair, LATE)
+    for ask in (by_streamed_response, by_response_socket):
+        write_late(pair, LATE)
 
-    name = await ask(here, "one", None)
-    url = "/responses/" + name
-    async with there.session.delete(there.v1 + url) as response:
-        assert response.status == 200
+        name = await ask(here, "one", None)
+        url = "/responses/" + name
+        async with there.session.delete(there.v1 + url) as response:
+            assert response.status == 200
 
-    write_late(pair, 0.0)
-    await asyncio.sleep(2 * LATE)
-    for server in (there, here):
-        async with server.session.get(server.v1 + url) as response:
-            assert response.status == 404
+        write_late(pair, 0.0)
+        await asyncio.sleep(2 * LATE)
+        for server in (there, here):
+            async with server.session.get(server.v1 + url) as response:
+                assert response.status == 404

@@ -74,38 +74,6 @@ async def test_a_finished_stream_is_resumed_elsewhere_without_a_gap(
     assert asked_once(a, b)
 
 
-@pytest.mark.parametrize("after", [0, 12])
-async def test_a_running_stream_is_resumed_elsewhere_without_a_gap(make: Make, after: int) -> None:
-    a, b = await make()
-    async with a.server.connect() as first, b.server.connect() as second:
-        await first.send_json(chat("r1"))
-        seen = [await first.receive_json() for _ in range(12)]
-
-        await second.send_json(resume("r1", after))
-        rest = await to_end(second)
-        whole = seen + await to_end(first)
-
-    assert rest == whole[after:]
-    assert asked_once(a, b)
-
-
-async def test_many_sse_requests_with_one_id_read_all_of_it_at_any_instance(make: Make) -> None:
-    a, b = await make()
-
-    async def read(instance: Instance) -> list[Any]:
-        body = {"request_id": "r1", "text": "Hello"}
-        url = f"{instance.server.base}/sse/chat"
-        async with instance.server.session.post(url, json=body) as response:
-            assert response.status == 200, await response.text()
-            return list(await read_frames(response))
-
-    answers = await asyncio.gather(*(read(instance) for instance in (a, b, b, a, b, b)))
-
-    assert numbers(answers[0]) == list(range(1, len(answers[0]) + 1))
-    assert all(answer == answers[0] for answer in answers)
-    assert asked_once(a, b)
-
-
 async def test_a_client_that_leaves_while_its_id_is_claimed_finds_the_answer_again(
     make: Make,
 ) -> None:
@@ -566,21 +534,6 @@ async def test_a_plain_relay_asks_the_cluster_nothing(make: Make, world: World) 
             await response.read()
 
     assert world.calls == 0
-
-
-async def test_a_reader_elsewhere_that_leaves_is_one_reader_less_at_the_owner(make: Make) -> None:
-    a, b = await make(2, ENDLESS, **{"chat.streams.resume_window": 0.5})
-    async with a.server.connect() as first:
-        await first.send_json(chat("r1"))
-        await until_status(first, "chunk")
-        async with b.server.connect() as second:
-            await second.send_json(resume("r1"))
-            await until_status(second, "chunk")
-            assert a.cluster.stats().links == 1
-        await until(lambda: a.cluster.stats().links == 0)
-        assert b.server.held()["running"] == 0
-    # Nobody reads it any more.
-    await a.server.simulator.until(lambda stats: stats.active == 0)
 
 
 async def test_an_answer_that_is_read_elsewhere_is_kept_alive(make: Make) -> None:

@@ -145,7 +145,7 @@ def recover(simulation: Simulation) -> None:
         assert each.starts > starts or not each.waiting, each.number
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_place_is_idle_for_longer_than_a_few_calls_take_while_somebody_waits(seed: int) -> None:
     chance = random.Random(seed)
     simulation = cluster(chance, (0.0005, 0.01))
@@ -175,7 +175,7 @@ def test_no_fault_breaks_an_invariant(seed: int) -> None:
     any_faults(seed, 5)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 5])  # 4 takes as long as all of these
 def test_no_fault_of_the_server_lets_more_start_than_the_limit(seed: int) -> None:
     server_faults(seed, 5)
 

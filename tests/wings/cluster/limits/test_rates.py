@@ -11,7 +11,8 @@ import pytest
 from aioserver.limits.gcra import ROUNDING
 from aioserver.wings.cluster.limits import keys, leases, rates
 from aioserver.wings.cluster.limits.rates import SharedRate
-from tests.support.cluster_simulation import Load, Simulation
+from tests.support import cluster_simulation
+from tests.support.cluster_simulation import Asker, Load, Simulation
 
 if TYPE_CHECKING:
     from tests.support.cluster_simulation import Instance
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 IDLE = Load(rate=0.0)
 
 
-class Paced:
+class Paced(Asker):
     """Requests of an instance that wait for nothing but the rate."""
 
     def __init__(
@@ -33,8 +34,8 @@ class Paced:
         share_kept: float = rates.SHARE_KEPT,
     ) -> None:
         interval = 60.0 / per_minute
-        self.simulation, self.instance, self.load = simulation, instance, load
-        self.waiting = self.timer = 0
+        super().__init__(simulation, instance)
+        self.load, self.waiting = load, 0
         self.starts: list[float] = []
         self.rate = SharedRate(
             instance.leases,
@@ -65,23 +66,13 @@ class Paced:
             self.waiting -= 1
             self.starts.append(self.simulation.now)
 
-    def look_again(self, delay: float) -> None:
-        """Serve in *delay* seconds, and not when that was to be before."""
-        self.timer += 1
-        timer = self.timer
-        self.simulation.later(
-            delay, lambda: self.serve() if timer == self.timer else None, self.instance
-        )
-
 
 def excess(starts: list[float], per_minute: int, burst: int) -> float:
     """By how many starts the worst window exceeds its share and the burst."""
-    rate = per_minute / 60.0
-    worst, lowest = 0.0, float("inf")
-    for number, start in enumerate(sorted(starts)):
-        lowest = min(lowest, number - start * rate)
-        worst = max(worst, number + 1 - start * rate - lowest)
-    return worst - burst
+    return (
+        cluster_simulation.excess([(start, 1) for start in sorted(starts)], per_minute / 60)
+        - burst
+    )
 
 
 def paced(

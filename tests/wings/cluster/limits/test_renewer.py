@@ -14,24 +14,18 @@ from aioserver.wings.cluster.limits.lease_messages import Times
 from aioserver.wings.cluster.limits.leased import LeasedCapacity
 from aioserver.wings.cluster.limits.leases import Leases
 from aioserver.wings.cluster.limits.renewer import Renewer
-from tests.support.redis_server import RedisServer
 from tests.support.resources import Line
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator
+
+    from tests.support.redis_server import RedisServer
 
 pytestmark = pytest.mark.real_time
 LIMIT = 8
 # A tenth of the real times, but for the bound of a call: the machine may be busy.
 TIMES = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, grace=0.4, gone=3.0)
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path) as server:
-        yield server
 
 
 class Referee:

@@ -24,18 +24,17 @@ from aioserver.streams.entries import CANCELLED
 from aioserver.streams.lifetime import Lifetime
 from aioserver.wings.cluster.limits.limits import SharedLimits
 from tests.support.failing import kill
-from tests.support.reference_server import ReferenceServer
 from tests.support.resources import Line
 from tests.support.server import NOWHERE, configured
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from aioserver.config.settings import Provider as ProviderSettings
     from aioserver.limits.resource import Grant, Resource
     from aioserver.providers.capacity import Capacity
+    from tests.support.reference_server import ReferenceServer
 
 # Waits for long times.
 pytestmark = [pytest.mark.virtual_time, pytest.mark.timeout(2000)]
@@ -77,13 +76,6 @@ class One:
     @property
     def breaker(self) -> Any:
         return self.provider.health.breaker
-
-
-@pytest.fixture
-async def reference() -> AsyncIterator[ReferenceServer]:
-    reference = ReferenceServer()
-    yield reference
-    reference.close()
 
 
 def settings_of(tmp_path: Path, **limits: Any) -> ProviderSettings:

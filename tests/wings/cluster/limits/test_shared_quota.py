@@ -17,24 +17,17 @@ from aioserver.errors import (
 )
 from aioserver.limits.fixed_share import Scope
 from aioserver.wings.cluster.limits.keys import PATIENCE, SharedKey
-from tests.support.reference_server import ReferenceServer
 from tests.support.turns import Turn
 from tests.support.waiting import patience, until
 
 pytestmark = pytest.mark.virtual_time
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from aioserver.limits.quota import Quota
     from aioserver.wings.cluster.limits.leases import Leases
-
-
-@pytest.fixture
-async def reference() -> AsyncIterator[ReferenceServer]:
-    reference = ReferenceServer()
-    yield reference
-    reference.close()
+    from tests.support.reference_server import ReferenceServer
 
 
 async def joined(reference: ReferenceServer, count: int) -> list[Leases]:
