@@ -143,8 +143,9 @@ async def test_a_day_says_the_whole_time_and_that_no_sdk_should_wait(
 
 
 async def test_a_month_that_is_spent_is_named_with_its_whole_time(make_server: MakeServer) -> None:
-    limits = {"tokens_per_day": 10**6, "tokens_per_week": 10**6, "tokens_per_month": 10**6}
+    limits = {"tokens_per_day": 10**6, "tokens_per_week": 2 * 10**6, "tokens_per_month": 3 * 10**6}
     server = await make_server(QUICK, **keys_of("web", **limits))
+    assert {name: each.limit for name, each in quota(server).budgets().items()} == limits
     # 2025-12-01, the first moment of a month of 31 days.
     began = 1_764_547_200.0
     spent = Budget(0, 10**6, wall_clock=partial(float, began), per_month=1000)

@@ -604,12 +604,26 @@ def test_an_answer_that_ends_after_its_day_gives_back_to_its_month() -> None:
     assert one.budget.reserved == 2000, "it still runs, on the next day"
     assert other.budget is not None
 
+    other.ask(2000)
+
     simulation.advance(25.0)
     other.budget.states()
     simulation.advance(3.0)
 
     states = other.budget.states()
-    assert (states[PER_DAY].remaining, states[PER_MONTH].remaining) == (5000, 8500)
+    assert (states[PER_DAY].remaining, states[PER_MONTH].remaining) == (4500, 8000)
+
+
+def test_an_estimate_above_a_longer_period_starts_once_nothing_of_it_is_used() -> None:
+    simulation, (one, other) = spending(19, 0.0, 0.0, per_day=1000, per_month=4000)
+    simulation.advance(10.0)
+
+    one.ask(MOST)
+    simulation.advance(1.0)
+    other.ask(MOST)
+    simulation.advance(1.0)
+
+    assert (len(one.started), len(other.started)) == (1, 0)
 
 
 def test_a_part_of_a_month_is_no_more_on_the_next_day() -> None:
