@@ -118,8 +118,6 @@ class Peer(msgspec.Struct, frozen=True):
     secure: bool
 
 
-# Set only for a request that another instance of the cluster has passed on.
-PEER = web.RequestKey("peer", Peer)
 # The client's address; set only if proxies are trusted, otherwise `request.remote` holds it.
 ADDRESS = web.RequestKey("address", str)
 

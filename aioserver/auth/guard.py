@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 from multidict import istr
 
-from aioserver.auth.callers import ADDRESS, CALLER, PEER, Caller, anonymous
+from aioserver.auth.callers import ADDRESS, CALLER, Caller, anonymous
 from aioserver.errors import (
     Denied,
     InvalidApiKey,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from aiohttp.web_urldispatcher import AbstractRoute
 
     from aioserver.auth.access import Access
+    from aioserver.auth.callers import Peer
     from aioserver.auth.origins import Origins
 
 COOKIE = "aioserver_session"
@@ -106,10 +107,10 @@ class Guard:
         """
         access, headers = self._access, request.headers
         keyed, address = access.keyed, None
-        if PEER in request:
+        if (peer := peer_of(request)) is not None:
             if request.method not in PASSED_METHODS:
                 raise MethodNotAllowed("instances pass on no request of this method")
-            request[ADDRESS] = address = request[PEER].address
+            request[ADDRESS] = address = peer.address
         elif access.proxies.trusted:
             request[ADDRESS] = address = access.proxies.address(request.remote, headers)
         if not keyed and (hosts := access.hosts) is not None:
@@ -182,6 +183,13 @@ class Guard:
         host = request.headers.get("Host")
         if origin is not None and not self._origins.trusts(origin, host, secure=request.secure):
             raise OriginNotAllowed("this page may not use the session: see allow_origins")
+
+
+def peer_of(request: web.BaseRequest) -> Peer | None:
+    """Return the client of *request* if another instance of the cluster has passed it on; None if
+    the client has sent it here.
+    """
+    return getattr(request.protocol, "peer", None)
 
 
 def offered_protocols(request: web.Request) -> list[str]:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 import msgspec
 from aiohttp import web
 
-from aioserver.auth.callers import CALLER, PEER
+from aioserver.auth.callers import CALLER
+from aioserver.auth.guard import peer_of
 from aioserver.errors import (
     AioserverError,
     ConcurrencyExceeded,
@@ -586,7 +587,7 @@ def counted(
     meter = admission.metrics.faces[face]
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        if PEER in request:
+        if peer_of(request) is not None:
             return await answer_peer(request)
         caller = request[CALLER]
         request_options = request_options_of(request.headers)
@@ -613,23 +614,8 @@ def counted(
                     raise
                 return await refuse(request, error)
             visit.enter(place)
-            for _ in range(MAX_OWNERS):
-                if not isinstance(prepared, Elsewhere):
-                    break
-                owner, render = prepared.owner, partial(broken, request)
-                try:
-                    response = await prepared.forward(request, render, visit.release)
-                except Lost as lost:
-                    request[LOST] = lost
-                else:
-                    request[FORWARDED] = owner
-                    return response
-                # Meanwhile another instance may have the answer, or none: then it begins here.
-                visit.release()
-                request[BODY] = prepared.body
-                prepared = await find(request, visit)
             if isinstance(prepared, Elsewhere):
-                raise request[LOST].error
+                return await pass_on(request, visit, prepared)
             return await answer(request, prepared)
 
     async def find(request: web.Request, hold: BodyHold) -> T | Elsewhere:
@@ -639,6 +625,26 @@ def counted(
             # The frames of the traceback would keep the body while the answer is passed on.
             forget_frames(elsewhere)
             return elsewhere
+
+    async def pass_on(
+        request: web.Request, hold: BodyHold, elsewhere: Elsewhere
+    ) -> web.StreamResponse:
+        for _ in range(MAX_OWNERS):
+            try:
+                response = await elsewhere.forward(request, partial(broken, request), hold.release)
+            except Lost as lost:
+                request[LOST] = lost
+            else:
+                request[FORWARDED] = elsewhere.owner
+                return response
+            # Meanwhile another instance may have the answer, or none: then it begins here.
+            hold.release()
+            request[BODY] = elsewhere.body
+            prepared = await find(request, hold)
+            if not isinstance(prepared, Elsewhere):
+                return await answer(request, prepared)
+            elsewhere = prepared
+        raise request[LOST].error
 
     async def answer_peer(request: web.Request) -> web.StreamResponse:
         with BodyHold(admission, admission.now(), request_options_of(request.headers)) as hold:

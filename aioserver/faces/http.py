@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 
-from aioserver.auth.callers import PEER
+from aioserver.auth.guard import peer_of
 from aioserver.faces.form import OPENAI
 from aioserver.protocol.request_headers import log_id_of
 
@@ -48,7 +48,8 @@ class Request(web.Request):
     @property
     def secure(self) -> bool:
         """Whether the client speaks TLS, also with another instance that has passed this on."""
-        return self[PEER].secure if PEER in self else super().secure
+        peer = peer_of(self)
+        return super().secure if peer is None else peer.secure
 
 
 def request_id(request: web.BaseRequest) -> str:

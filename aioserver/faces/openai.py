@@ -164,26 +164,17 @@ def body_for(body: ModelBody, provider: settings.Provider, model: str | None) ->
 async def serve(
     context: Context, request: web.Request, prepared: Request, dialect: Dialect = OPENAI
 ) -> web.StreamResponse:
-    """Answer a POST."""
-    if prepared.provider_request.streamed:
-        stream = context.gateway.relay(prepared)
-        return await follow_stream(context, request, stream, dialect=dialect)
-    return await write_answer(context, request, prepared, dialect)
-
-
-async def write_answer(
-    context: Context, request: web.Request, prepared: Request, dialect: Dialect = OPENAI
-) -> web.StreamResponse:
-    """Answer a POST whose answer is not streamed; with an `Idempotency-Key`, from the kept answer.
+    """Answer a POST; with an `Idempotency-Key`, from the kept answer.
 
     Raises:
-        AioserverError: as `Gateway.call` and `write_kept`.
+        AioserverError: as `follow_stream`, `write_kept` and `Gateway.call`.
         ConnectionError: as `whole.write`.
     """
-    gateway = context.gateway
+    gateway, asked = context.gateway, prepared.provider_request
+    if asked.streamed:
+        return await follow_stream(context, request, gateway.relay(prepared), dialect=dialect)
     if prepared.resumable:
         return await write_kept(context, request, gateway.keep(prepared), dialect)
-    asked = prepared.provider_request
     asked.hold_answer = gateway.hold
     try:
         answer = await gateway.call(prepared)

@@ -17,7 +17,8 @@ import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aioserver.auth.callers import CALLER, PEER
+from aioserver.auth.callers import CALLER
+from aioserver.auth.guard import peer_of
 from aioserver.errors import (
     InvalidApiKey,
     RequestConflict,
@@ -247,7 +248,7 @@ class Gateway:
             return self.find(caller, request_id, digest)
         except StreamNotFound:
             # An instance that has passed it on knows that it is here.
-            if self.instances is None or PEER in request:
+            if self.instances is None or peer_of(request) is not None:
                 raise
         try:
             await self.instances.route(caller, request_id, request.get(LOST))
@@ -267,7 +268,7 @@ class Gateway:
         """
         caller, request[ASKED] = request[CALLER], key
         stream = self._kept(caller, key)
-        if self._stopping and PEER in request:
+        if self._stopping and peer_of(request) is not None:
             if stream is None or isinstance(stream.error, ServerShutdown):
                 raise StreamNotFound(NOT_FOUND)
         elif stream is None and self.instances is not None and not self._stopping:

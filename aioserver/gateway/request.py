@@ -193,10 +193,14 @@ class Request(msgspec.Struct, eq=False):
 
     def release(self) -> None:
         """Release the body and all other resources: the request is over."""
-        steps = [self.provider_request.release, self._release_grant]
-        if self.keeper is not None:
-            steps.append(self.keeper.release)
-        run_all(steps)
+        try:
+            self.provider_request.release()
+        finally:
+            try:
+                self._release_grant()
+            finally:
+                if self.keeper is not None:
+                    self.keeper.release()
 
     def _release_grant(self) -> None:
         self._leave_key()

@@ -285,7 +285,7 @@ class Router:
             prefix, _, rest = model.partition("/")
             if rest and prefix in self.providers:
                 return self._pinned(prefix, rest)
-        if (group := self._group_of(model)) is not None:
+        if self.groups and (group := self._group_of(model)) is not None:
             return self._to(group, api)
         active = self._llm.providers.get(self._llm.active)
         if active is not None and (model == active.model or model in active.models):

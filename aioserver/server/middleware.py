@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 
-from aioserver.auth.callers import ADDRESS, PEER
+from aioserver.auth.callers import ADDRESS
 from aioserver.auth.tokens import Undecided
 from aioserver.errors import (
     AioserverError,
@@ -216,8 +216,6 @@ class Border:
         limits = self._settings.chat.websocket.concurrency.uvicorn
         if connection is not None:
             connection.begin(request)
-            if connection.peer is not None:
-                request[PEER] = connection.peer
             if connection.requests >= limits.max_keepalive_requests:
                 connection.last = True
         if request.version not in VERSIONS:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import msgspec
 from aiohttp import web
 
-from aioserver.auth.callers import CALLER, PEER
+from aioserver.auth.callers import CALLER
+from aioserver.auth.guard import peer_of
 from aioserver.errors import InvalidRequest, NotFound, PermissionDenied, StreamNotFound
 from aioserver.faces import http, openai, passthrough, whole
 from aioserver.faces.admission import counted
@@ -130,7 +131,7 @@ async def prepare_passed(context: Context, request: web.Request, hold: BodyHold)
         StreamNotFound: no provider's account is open to its caller, or another instance has
             passed the request on.
     """
-    if PEER in request:
+    if peer_of(request) is not None:
         raise StreamNotFound(NOT_FOUND)
     try:
         return await passthrough.prepare(context, request, hold)
