@@ -23,8 +23,8 @@ logger = logging.getLogger("aioserver.cluster")
 # whose absence must not be taken for "no such thing".
 TIMEOUT, KNOWN_TIMEOUT = 0.05, 1.0
 # Seconds for which the end of an answer waits until the answer is stored. A look-up at another
-# instance waits for as long. A server that has answered nothing for so long hangs, and no request
-# waits for it until it has answered something.
+# instance waits for as long. A server that has answered nothing for so long hangs: no request waits
+# for it until it has answered something, and the waits that have begun before end at once.
 WRITE_TIMEOUT = 0.5
 # The growing pauses, in seconds, of a look-up that waits for another instance's write; and the
 # seconds after which the mark of such a write expires if its instance is killed.
@@ -151,6 +151,8 @@ class Commands:
         # that.
         self._hangs = False
         self._probe: asyncio.Task[object] | None = None
+        # Each function ends a wait of a client.
+        self._waits: set[Callable[[], None]] = set()
         self._connection = connection
 
     @property
@@ -165,9 +167,22 @@ class Commands:
         """Return a future that is done when *writing* is, or after WRITE_TIMEOUT: see
         `Keeper.keep`.
 
-        A server that hangs delays the ends of answers only in its first second.
+        A server that hangs delays the ends of answers only until it is known to hang.
         """
-        return awaited(writing, 0.0 if self._hangs else WRITE_TIMEOUT)
+        done = awaited(writing, 0.0 if self._hangs else WRITE_TIMEOUT)
+
+        def end() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        def ended(_done: object) -> None:
+            self._waits.discard(end)
+            if not writing.done():
+                self._look()
+
+        self._waits.add(end)
+        done.add_done_callback(ended)
+        return done
 
     async def execute(self, *command: bytes | str | float) -> Any:
         """Return the answer to one command: see `Connection`."""
@@ -192,7 +207,7 @@ class Commands:
         """Do the same as `ask` for a *call* for which no client waits; it is made even if the
         server hangs.
         """
-        answered = await self._answered(call, KNOWN_TIMEOUT)
+        answered = await self._answered(call, KNOWN_TIMEOUT, set())
         return answered[0] if answered else None
 
     async def know(self, call: Coroutine[Any, Any, T], subject: str) -> T:
@@ -212,7 +227,7 @@ class Commands:
         is made, and none is waited for.
         """
         if not self._hangs:
-            return await self._answered(call, seconds)
+            return await self._answered(call, seconds, self._waits)
         if self._probe is None or self._probe.done():
             self._probe = asyncio.get_running_loop().create_task(self.tell(call))
         else:
@@ -220,21 +235,40 @@ class Commands:
         return ()
 
     async def _answered(
-        self, call: Coroutine[Any, Any, T], seconds: float
+        self,
+        call: Coroutine[Any, Any, T],
+        seconds: float,
+        waits: set[Callable[[], None]],
     ) -> tuple[T] | tuple[()]:
+        """Return the result of *call*; without an answer in time, or before this wait among
+        *waits* is ended, nothing.
+        """
         loop = asyncio.get_running_loop()
         self._silent_since = min(self._silent_since, loop.time())
         try:
-            async with timeout(seconds):
-                result = await call
+            async with timeout(seconds) as end:
+                waits.add(end)
+                try:
+                    result = await call
+                finally:
+                    waits.discard(end)
         except Exception as exc:  # noqa: BLE001 - whatever the server says, this instance goes on
-            self._hangs = self._hangs or loop.time() >= self._silent_since + WRITE_TIMEOUT
+            self._look()
             if not self.away:
                 self.away = True
                 logger.warning("no answer of the cluster's server: %r", exc)
             return ()
         self.away, self._hangs, self._silent_since = False, False, inf
         return (result,)
+
+    def _look(self) -> None:
+        """End all waits if the server hangs, after a wait that was in vain."""
+        # The command of a wait is sent a moment after the wait has begun.
+        silence = asyncio.get_running_loop().time() - self._silent_since
+        if not self._hangs and silence >= WRITE_TIMEOUT - LATE:
+            self._hangs = True
+            for end in tuple(self._waits):
+                end()
 
 
 class Writes:
@@ -303,19 +337,24 @@ class Timer:
 
 
 @asynccontextmanager
-async def timeout(seconds: float) -> AsyncIterator[None]:
-    """Do as `asyncio.timeout`, with a `Timer`.
+async def timeout(seconds: float) -> AsyncIterator[Callable[[], None]]:
+    """Do as `asyncio.timeout`, with a `Timer`. Yield a function that ends the time at once.
 
     Raises:
         TimeoutError: the block has not ended in time.
     """
     scope = asyncio.timeout(None)
+
+    def end() -> None:
+        if not scope.expired():
+            # A time in the past is now.
+            scope.reschedule(0.0)
+
     try:
         async with scope:
-            # A time in the past is now.
-            timer = Timer(seconds, lambda: scope.reschedule(0.0))
+            timer = Timer(seconds, end)
             try:
-                yield
+                yield end
             finally:
                 timer.cancel()
     except TimeoutError:

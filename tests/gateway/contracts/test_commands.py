@@ -86,6 +86,44 @@ async def test_nobody_waits_for_a_server_that_hangs_until_it_has_answered_someth
 
 
 @pytest.mark.virtual_time
+async def test_waits_that_have_begun_end_once_the_server_is_known_to_hang() -> None:
+    writer = Writer()
+    writer.world.slow = 1000.0
+    began, ends = writer.loop.time(), []
+
+    async def end(kind: str, after: float) -> None:
+        await asyncio.sleep(after)
+        if kind == "written":
+            await writer.delay()
+        elif kind == "asked":
+            assert await writer.ask(KNOWN_TIMEOUT) is None
+        else:
+            with pytest.raises(InstanceUnavailable):
+                await writer.commands.know(writer.commands.execute("DEL", "next:a"), "stream")
+        ends.append(writer.loop.time() - began)
+
+    kinds = ("written", "asked", "known")
+    await asyncio.gather(*(end(kind, tenths / 10) for tenths in range(5) for kind in kinds))
+
+    assert ends == [pytest.approx(WRITE_TIMEOUT, abs=0.02)] * 15
+
+
+@pytest.mark.virtual_time
+async def test_one_answer_lets_all_others_be_awaited_as_ever() -> None:
+    writer = Writer()
+    writer.world.slow = 0.45
+    writing = writer.loop.create_task(writer.tell())
+    writer.world.slow = 0.6
+    await asyncio.sleep(0.3)
+
+    asked = writer.loop.create_task(writer.ask(KNOWN_TIMEOUT))
+    began = writer.loop.time()
+    await writing
+    assert await asked is not None
+    assert writer.loop.time() - began == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.virtual_time
 async def test_a_slow_server_is_waited_for_though_some_do_not_wait_so_long() -> None:
     writer = Writer()
     writer.world.slow = 0.3
