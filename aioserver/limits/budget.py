@@ -281,7 +281,7 @@ class Reservation:
         self.tokens = tokens
         self._budget: Budget | None = budget
         self._minute: tuple[_Minute, _Slot] | None = None
-        # What is reserved in periods of the calendar.
+        # The tokens reserved in each period of the calendar.
         self._counted: list[tuple[int, _Count]] = []
 
     def take(self, minute: _Minute | None, calendars: tuple[_Calendar, ...]) -> None:
@@ -336,7 +336,7 @@ class Budget:
         self.reserved = 0
         self._clock, self._wall_clock = clock, wall_clock
         self._minute: _Minute | None = None
-        # Those that have a limit, the shortest period first.
+        # The calendar periods that have a limit, the shortest first.
         self._calendars: tuple[_Calendar, ...] = ()
         self.apply(per_minute, per_day, per_week, per_month)
 

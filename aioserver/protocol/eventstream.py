@@ -58,8 +58,8 @@ class Splitter:
 
     __slots__ = ("_cr", "_max", "_rest", "_started", "_whole")
 
-    # Whole events that a subclass keeps back, and how many of them have content; those that it has
-    # dropped count as well.
+    # A subclass may keep whole events back: these bytes, and how many of the events have content
+    # (dropped ones count as well).
     held: bytes | bytearray = b""
     unseen = 0
 

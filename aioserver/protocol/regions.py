@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # The parts of a prompt in front of the conversation, and the names of that: a body has one of them.
 HEAD = ("tools", "system", "instructions")
 _TALK = ("messages", "input", "prompt")
-# Those that are long lists in nearly all bodies.
+# The parts that are long lists in nearly all bodies.
 _LONG = ("tools", "messages", "input")
 # The elements of a list that are regions: the last one stands for all behind it, too.
 MAX_ELEMENTS = 1024

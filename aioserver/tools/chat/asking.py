@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from aioserver.client import Event
 
-# What is said of a whole answer with this finish reason.
+# The remark under a whole answer, by its finish reason.
 REMARKS = {
     "length": "the answer was cut: it is as long as max_tokens allows",
     "tool_calls": "the model called a tool, and chat has none",

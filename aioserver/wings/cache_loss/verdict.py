@@ -47,7 +47,8 @@ SHORTEST = 60.0
 # Regions that are kept of a turn, so that a conversation takes 4 KB at most; of more, those in the
 # middle are one.
 MAX_REGIONS = 200
-# What is kept of `Sent` but the provider: and the regions of each part of the head, and the fold.
+# The packed forms of `Sent` without its provider, and of the shape of its regions: their number in
+# each part of the head, and where the fold begins and ends.
 _SENT, _SHAPE = struct.Struct("<dQQI"), struct.Struct("<3HII")
 _MOST = (1 << 16) - 1
 

@@ -79,7 +79,7 @@ class PeerListener:
         self._secret, self._refused = secret, refused
         # Returns the protocol that serves a request.
         self.accept: Callable[[Peer], asyncio.Protocol] | None = None
-        # Those that have not greeted, the oldest first, each with the timer that ends it.
+        # The connections that have not greeted, the oldest first, each with the timer that ends it.
         self._unknown: dict[PeerConnection, Timer] = {}
         self._open: set[PeerConnection] = set()
         # Set once nothing is served any more, while that is awaited.
