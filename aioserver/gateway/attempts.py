@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from aioserver.errors import AioserverError, ResponseNotFound
 from aioserver.gateway.candidates import Candidates
-from aioserver.gateway.continuation import breaks, say_again
+from aioserver.gateway.continuation import announce_repeat, breaks
 from aioserver.gateway.groups import sick
 from aioserver.limits.deadline import Wait
 from aioserver.protocol.request_headers import PREAMBLE
@@ -220,7 +220,7 @@ class Attempts:
         self._was_trial = attempt.trial
         if self._cut is not None and self._stream is not None:
             try:
-                say_again(attempt, self._stream, *self._cut)
+                announce_repeat(attempt, self._stream, *self._cut)
             except BaseException:
                 candidates.give_up(attempt, grant)
                 raise

@@ -424,7 +424,9 @@ class SeamSink:
             parts.append(rest.event(content))
 
 
-async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order: Order) -> None:
+async def request_rest(
+    request: Request, stream: Stream, fault: ProviderFault, order: Order
+) -> None:
     """Get the rest of the answer in *stream*, which *fault* has broken off, from one of *order*.
     Cancelling ends it.
 
@@ -473,7 +475,7 @@ async def say_rest(request: Request, stream: Stream, fault: ProviderFault, order
             attempt.hop = hop
             request.provider_request.begin_attempt(provider.name, attempt.asked_model)
             if not text:
-                say_again(attempt, stream, broken[0], fault.code)
+                announce_repeat(attempt, stream, broken[0], fault.code)
             try:
                 await provider.run(attempt)
             except AioserverError as failed:
@@ -510,7 +512,7 @@ def remark(request: ProviderRequest, stream: Stream, data: bytes) -> None:
         stream.append(entries.CHUNK, data=data, count=0)
 
 
-def say_again(attempt: Attempt, stream: Stream, broken: str, code: str) -> None:
+def announce_repeat(attempt: Attempt, stream: Stream, broken: str, code: str) -> None:
     """Tell readers whose answers have begun, if only with heartbeats, that *attempt* asks for a
     held turn again, which the provider *broken* has broken off for the reason of this *code*.
     """

@@ -38,7 +38,7 @@ from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.gateway.affinity import Affinity
 from aioserver.gateway.attempts import Attempts
 from aioserver.gateway.candidates import Candidates
-from aioserver.gateway.continuation import say_rest, structured
+from aioserver.gateway.continuation import request_rest, structured
 from aioserver.gateway.groups import Group, Member, Modalities
 from aioserver.gateway.request import Route
 from aioserver.protocol.model_body import check_sole
@@ -456,7 +456,7 @@ class Router:
             if stream.transcript is None or not stream.answered:
                 raise
             try:
-                await say_rest(request, stream, fault, self._order(request))
+                await request_rest(request, stream, fault, self._order(request))
             except ProviderFault as broken:
                 if not broken.event or stream.ended:
                     raise

@@ -406,7 +406,7 @@ def _read_options(options: bytes) -> tuple[frozenset[str], int | None, int]:
     names = frozenset(name for name in _DEFAULTED if getattr(fields, name) is not ABSENT)
     bounds = fields.max_tokens, fields.max_completion_tokens
     largest = max(filter(None, map(json_body.count, bounds)), default=None)
-    choices = (json_body.meant(getattr(fields, name)) or 1 for name in CHOICES)
+    choices = (json_body.lenient_count(getattr(fields, name)) or 1 for name in CHOICES)
     return names, largest, min(max(1, *choices), MAX_CHOICES)
 
 

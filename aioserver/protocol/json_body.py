@@ -117,7 +117,7 @@ def count(raw: Raw) -> int | None:
     return int(digits) if digits.isdigit() and len(digits) < 19 else None
 
 
-def meant(raw: Raw) -> int | None:
+def lenient_count(raw: Raw) -> int | None:
     """Return the number that a lenient engine reads from *raw*, which may be a text, a fraction or
     `true`; None if there is none.
     """

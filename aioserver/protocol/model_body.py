@@ -394,8 +394,8 @@ def _checked(fields: Any) -> Fields:
         max_tokens=json_body.count(fields.max_tokens),
         max_completion_tokens=json_body.count(fields.max_completion_tokens),
         max_output_tokens=json_body.count(fields.max_output_tokens),
-        n=json_body.meant(fields.n),
-        best_of=json_body.meant(fields.best_of),
+        n=json_body.lenient_count(fields.n),
+        best_of=json_body.lenient_count(fields.best_of),
         prompt=fields.prompt,
     )
 

@@ -304,8 +304,8 @@ MAX_SECONDS = 86_400.0
 # The most characters of a number of seconds.
 MAX_CHARACTERS = 32
 HOLD: str = istr("x-aioserver-hold")
-# Ids of sessions, which agents send: Claude Code, Codex, opencode; and what says of a request that
-# an agent above has begun it.
+# The headers in which agents name their session (Claude Code, Codex, opencode); and those that mark
+# a request as one of a subagent.
 SESSIONS: tuple[str, ...] = (
     istr("x-claude-code-session-id"),
     istr("session-id"),
@@ -319,8 +319,8 @@ SUBAGENTS: tuple[str, ...] = (
 )
 _NAMES = (START_WITHIN, DEADLINE, CLASS)
 _ALL_NAMES = (*_NAMES, HOLD, *SESSIONS, *SUBAGENTS)
-# What of a streamed answer is held: what comes before its content; from the first piece of a call
-# on, all until the finish; the whole turn. AGENTS stands for one of them, by who asks.
+# The parts of a streamed answer that can be held: the events before its content; all from the first
+# piece of a call to the finish; the whole turn. AGENTS stands for one of them, by who asks.
 PREAMBLE, CALLS, TURN = HOLDS = ("preamble", "calls", "turn")
 AGENTS = "agents"
 

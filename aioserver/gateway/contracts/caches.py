@@ -1,5 +1,5 @@
-"""The contract of what finds the losses of providers' caches: which turns of a conversation were
-read anew, and from which byte on.
+"""The contract of the wing that finds out which turns of a conversation a provider has read anew,
+without its cache, and from which byte on.
 """
 
 from __future__ import annotations
