@@ -16,6 +16,9 @@ from peers import BASELINE, DIRECT, OURS
 
 # The best median that each ratio ever had in a full run, and the commit of that table.
 BEST = Path(__file__).with_name("best.json")
+# The requests a second of the baseline on the machines on which these were measured; and the part of
+# them below which, or the multiple above which, a machine is another one, or is slowed down.
+CLASS_PER_SECOND, SAME_CLASS = 10_263, (0.75, 1.33)
 Run = dict[str, dict[str, dict[str, Any]]]  # {peer: {step: result}}
 
 
@@ -37,8 +40,9 @@ class Row:
     absolute: bool = False
 
 
+FIRST = "requests/s, not streamed, 64 connections"
 ROWS = (
-    Row("plain", "per_second", "requests/s, not streamed, 64 connections", "more", goal=1.35),
+    Row("plain", "per_second", FIRST, "more", goal=1.35),
     Row("fast", "per_second", "streams/s of 100 events, 64 connections", "more", goal=0.9),
     Row("fast", "chunks_per_second", "events/s of these", "more"),
     Row("fast10", "per_second", "streams/s of 10 events, 64 connections", "more", goal=0.9),
@@ -289,8 +293,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 def distances(rows: Sequence[dict[str, Any]]) -> list[str]:
     """How far the median of each ratio is from the best that it ever had, those that are worse by
-    a tenth first.
+    a tenth first. On another class of machine they cannot be compared.
     """
+    per_second = next((row["values"].get(BASELINE) for row in rows if row["title"] == FIRST), None)
+    if per_second is not None:
+        speed = per_second / CLASS_PER_SECOND
+        if not SAME_CLASS[0] <= speed <= SAME_CLASS[1]:
+            return [
+                f"Not compared with the best: {BASELINE} has {speed:.2f} of the requests/s that it has "
+                "on the machines of best.json, so this is another machine, or others slow it down."
+            ]
     best: dict[str, dict[str, Any]] = json.loads(BEST.read_text())
     lines = []
     for row in rows:
