@@ -299,10 +299,11 @@ def distances(rows: Sequence[dict[str, Any]]) -> list[str]:
     if per_second is not None:
         speed = per_second / CLASS_PER_SECOND
         if not SAME_CLASS[0] <= speed <= SAME_CLASS[1]:
-            return [
-                f"Not compared with the best: {BASELINE} has {speed:.2f} of the requests/s that it has "
-                "on the machines of best.json, so this is another machine, or others slow it down."
-            ]
+            line = (
+                f"Not compared with the best: {BASELINE} has {speed:.2f} of the requests/s that it "
+                "has on the machines of best.json; others slow this one down, or it is another class"
+            )
+            return [line]
     best: dict[str, dict[str, Any]] = json.loads(BEST.read_text())
     lines = []
     for row in rows:
