@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil, inf
 from time import monotonic
-from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeAlias, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -567,15 +567,9 @@ def _no_event(_request: web.Request, _error: AioserverError, _last: bytes) -> by
     return b""
 
 
-def counted(
-    admission: Admission,
-    face: str,
-    prepare: Callable[[web.Request, BodyHold], Awaitable[T]],
-    serve: Callable[[web.Request, T], Awaitable[web.StreamResponse]],
-    refuse: Callable[[web.Request, AioserverError], Awaitable[web.StreamResponse]] | None = None,
-    broken: Callable[[web.Request, AioserverError, bytes], bytes] = _no_event,
-) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """Return an HTTP handler that prepares, enters, and serves the prepared request.
+class CountedHandler(Generic[T]):
+    """An HTTP handler that prepares a request, enters, and serves the prepared request; `handle` is
+    the handler.
 
     *refuse* answers a request that got no place, or whose key has too many connections. Without it
     the refusal is raised: a plain 503 or 429. *broken* renders an error behind the last events of
@@ -584,15 +578,30 @@ def counted(
     A request whose answer is elsewhere is passed on, once it has its place here. A request that
     another instance has passed on needs no place here, since it has one there.
     """
-    meter = admission.metrics.faces[face]
 
-    async def handler(request: web.Request) -> web.StreamResponse:
+    def __init__(
+        self,
+        admission: Admission,
+        face: str,
+        prepare: Callable[[web.Request, BodyHold], Awaitable[T]],
+        serve: Callable[[web.Request, T], Awaitable[web.StreamResponse]],
+        refuse: Callable[[web.Request, AioserverError], Awaitable[web.StreamResponse]]
+        | None = None,
+        broken: Callable[[web.Request, AioserverError, bytes], bytes] = _no_event,
+    ) -> None:
+        self._admission, self._face, self._meter = admission, face, admission.metrics.faces[face]
+        self._prepare, self._serve, self._refuse = prepare, serve, refuse
+        self._broken = broken
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer *request*."""
         if peer_of(request) is not None:
-            return await answer_peer(request)
+            return await self._answer_peer(request)
+        admission, face, refuse = self._admission, self._face, self._refuse
         caller = request[CALLER]
         request_options = request_options_of(request.headers)
         with Visit(
-            admission, admission.now(), request_options, meter=meter, name=caller.name
+            admission, admission.now(), request_options, meter=self._meter, name=caller.name
         ) as visit:
             try:
                 if caller.quota is not None:
@@ -601,7 +610,7 @@ def counted(
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-            prepared = await find(request, visit)
+            prepared = await self._find(request, visit)
             try:
                 if (place := admission.try_enter()) is None:
                     with request.get(CLAIMED, nullcontext)():
@@ -615,23 +624,26 @@ def counted(
                 return await refuse(request, error)
             visit.enter(place)
             if isinstance(prepared, Elsewhere):
-                return await pass_on(request, visit, prepared)
-            return await answer(request, prepared)
+                return await self._pass_on(request, visit, prepared)
+            return await self._answer(request, prepared)
 
-    async def find(request: web.Request, hold: BodyHold) -> T | Elsewhere:
+    async def _find(self, request: web.Request, hold: BodyHold) -> T | Elsewhere:
+        """Return what `prepare` does, or where the answer is."""
         try:
-            return await prepare(request, hold)
+            return await self._prepare(request, hold)
         except Elsewhere as elsewhere:
             # The frames of the traceback would keep the body while the answer is passed on.
             forget_frames(elsewhere)
             return elsewhere
 
-    async def pass_on(
-        request: web.Request, hold: BodyHold, elsewhere: Elsewhere
+    async def _pass_on(
+        self, request: web.Request, hold: BodyHold, elsewhere: Elsewhere
     ) -> web.StreamResponse:
+        """Let the instance that has the answer serve *request*, or serve it if none has it now."""
+        broken = partial(self._broken, request)
         for _ in range(MAX_OWNERS):
             try:
-                response = await elsewhere.forward(request, partial(broken, request), hold.release)
+                response = await elsewhere.forward(request, broken, hold.release)
             except Lost as lost:
                 request[LOST] = lost
             else:
@@ -640,16 +652,18 @@ def counted(
             # Meanwhile another instance may have the answer, or none: then it begins here.
             hold.release()
             request[BODY] = elsewhere.body
-            prepared = await find(request, hold)
+            prepared = await self._find(request, hold)
             if not isinstance(prepared, Elsewhere):
-                return await answer(request, prepared)
+                return await self._answer(request, prepared)
             elsewhere = prepared
         raise request[LOST].error
 
-    async def answer_peer(request: web.Request) -> web.StreamResponse:
+    async def _answer_peer(self, request: web.Request) -> web.StreamResponse:
+        """Answer a request that another instance has passed on."""
+        admission = self._admission
         with BodyHold(admission, admission.now(), request_options_of(request.headers)) as hold:
             try:
-                prepared = await prepare(request, hold)
+                prepared = await self._prepare(request, hold)
             except (StreamNotFound, Elsewhere):
                 return web.Response(status=MISDIRECTED)
             if ASKED not in request:
@@ -657,11 +671,13 @@ def counted(
                 return web.Response(status=MISDIRECTED)
             if request.transport is not None:
                 request.transport.write(ACCEPTED)
-            return await answer(request, prepared)
+            return await self._answer(request, prepared)
 
-    async def answer(request: web.Request, prepared: T) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, prepared: T) -> web.StreamResponse:
+        """Serve the *prepared* request, and write the response if that was not done."""
+        admission = self._admission
         try:
-            response = await serve(request, prepared)
+            response = await self._serve(request, prepared)
         except ProviderFault as fault:
             started = isinstance(request, Request) and request.started
             if fault.request_outcome is None or started:
@@ -671,7 +687,5 @@ def counted(
             forget_frames(fault)
         if not response.prepared:
             timeout, drop = admission.send_timeout, admission.dropped
-            await whole.write(request, response, timeout, drop, face)
+            await whole.write(request, response, timeout, drop, self._face)
         return response
-
-    return handler

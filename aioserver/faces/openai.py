@@ -20,7 +20,7 @@ from aiohttp import web
 
 from aioserver.errors import StreamNotFound
 from aioserver.faces import http, models, whole
-from aioserver.faces.admission import counted
+from aioserver.faces.admission import CountedHandler
 from aioserver.faces.intake import (
     begin_visit,
     caller_of,
@@ -86,13 +86,13 @@ def routes(context: Context) -> list[web.RouteDef]:
         *(
             web.post(
                 f"/v1/{api.path}",
-                counted(
+                CountedHandler(
                     context.admission,
                     OPENAI.face,
                     prepare_for(context, api),
                     serving,
                     broken=partial(broken, api),
-                ),
+                ).handle,
             )
             for api in APIS
         ),

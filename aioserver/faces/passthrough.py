@@ -28,7 +28,7 @@ from aioserver.errors import (
     PermissionDenied,
 )
 from aioserver.faces import http, openai, whole
-from aioserver.faces.admission import counted
+from aioserver.faces.admission import CountedHandler
 from aioserver.faces.intake import BodyStream, caller_of, client_headers, read_start, refuse_coded
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.request import Request
@@ -73,7 +73,9 @@ def routes(context: Context) -> list[web.RouteDef]:
     """Return the routes of this face, which match every path below `/v1` that has no handler of
     its own.
     """
-    handler = counted(context.admission, FACE, partial(prepare, context), partial(serve, context))
+    handler = CountedHandler(
+        context.admission, FACE, partial(prepare, context), partial(serve, context)
+    ).handle
     return [
         web.route(
             method, f"{API}{{path:.+}}", handler, name=ROUTE_NAME, expect_handler=expect_later

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from aioserver.auth.callers import CALLER, Caller
 from aioserver.faces import http, polling
-from aioserver.faces.admission import BodyHold, counted
+from aioserver.faces.admission import BodyHold, CountedHandler
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
 from aioserver.gateway.contracts.instances import ASKED
@@ -43,27 +43,27 @@ def routes(context: Context) -> list[web.RouteDef]:
     admission = context.admission
     endpoint = context.settings.chat.sse.endpoint
     stream = f"{endpoint}/{http.REQUEST_ID}"
-    follow = counted(
+    follow = CountedHandler(
         admission,
         "sse",
         partial(prepare_resume, context),
         partial(resume, context),
         partial(busy, context),
         broken,
-    )
-    answer_state = counted(
+    ).handle
+    answer_state = CountedHandler(
         admission, "sse", partial(polling.prepare, context), partial(polling.answer, context)
-    )
+    ).handle
     return [
         web.post(
             endpoint,
-            counted(
+            CountedHandler(
                 admission,
                 "sse",
                 partial(prepare, context),
                 partial(start, context),
                 broken=broken,
-            ),
+            ).handle,
         ),
         web.get(endpoint, partial(listing, context)),
         web.get(stream, partial(get, follow, answer_state)),

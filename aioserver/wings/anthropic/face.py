@@ -25,7 +25,7 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.faces import http, openai
-from aioserver.faces.admission import counted
+from aioserver.faces.admission import CountedHandler
 from aioserver.faces.form import Form
 from aioserver.faces.intake import client_headers, idempotency_key, read_model_body, session_of
 from aioserver.faces.openai import Dialect
@@ -65,13 +65,13 @@ def routes(context: Context) -> list[web.RouteDef]:
     return [
         web.post(
             f"/v1/{api.path}",
-            counted(
+            CountedHandler(
                 context.admission,
                 ANTHROPIC.face,
                 prepare_for(context, api),
                 serve,
                 broken=partial(openai.broken, api),
-            ),
+            ).handle,
         )
         for api, serve in ((MESSAGES, serving), (COUNT_TOKENS, partial(count, context)))
     ]

@@ -28,7 +28,7 @@ from aiohttp import web
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InstanceUnavailable, InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import http, openai, passthrough
-from aioserver.faces.admission import counted
+from aioserver.faces.admission import CountedHandler
 from aioserver.faces.intake import caller_of, client_headers, idempotency_key, read_model_body
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.contracts.instances import Elsewhere
@@ -75,32 +75,32 @@ CODEX = openai.OPENAI._replace(
 
 def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
     """Return the routes of this part of OpenAI's API."""
-    writing = counted(
+    writing = CountedHandler(
         context.admission,
         "openai",
         partial(route, context),
         partial(write_cancelled, context),
-    )
+    ).handle
     return [
         web.post(
             "/v1/responses",
-            counted(
+            CountedHandler(
                 context.admission,
                 openai.OPENAI.face,
                 partial(prepare_new, context, stored),
                 partial(serve, context),
                 broken=broken,
-            ),
+            ).handle,
         ),
         web.get(
             f"/v1/responses/{http.ID}",
-            counted(
+            CountedHandler(
                 context.admission,
                 "openai",
                 partial(prepare_retrieval, context, stored),
                 partial(retrieve, context, stored),
                 broken=broken,
-            ),
+            ).handle,
             # aiohttp does not write the body, and so would not leave it out for HEAD.
             allow_head=False,
         ),
@@ -116,12 +116,12 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
         ),
         web.post(
             "/v1/responses/compact",
-            counted(
+            CountedHandler(
                 context.admission,
                 passthrough.FACE,
                 partial(compaction.prepare, context, stored, make_request),
                 partial(compaction.serve, context),
-            ),
+            ).handle,
             expect_handler=passthrough.expect_later,
         ),
         *stored_face.routes(context, stored),

@@ -25,7 +25,7 @@ from aioserver.auth.callers import CALLER
 from aioserver.auth.guard import peer_of
 from aioserver.errors import InvalidRequest, NotFound, PermissionDenied, StreamNotFound
 from aioserver.faces import http, openai, passthrough, whole
-from aioserver.faces.admission import counted
+from aioserver.faces.admission import CountedHandler
 from aioserver.wings.responses.attempt import ResponsesCapabilities
 from aioserver.wings.responses.items import Page, paging
 
@@ -56,12 +56,12 @@ def routes(context: Context, stored: StoredResponses) -> list[web.RouteDef]:
         ),
         web.get(
             f"/v1/responses/{http.ID}/input_items",
-            counted(
+            CountedHandler(
                 context.admission,
                 "openai",
                 partial(prepare_items, context, stored),
                 partial(write_items, context, stored),
-            ),
+            ).handle,
             # aiohttp does not write the body, and so would not leave it out for HEAD.
             allow_head=False,
         ),
@@ -73,12 +73,12 @@ def passing(
     prepare: Callable[[Context, web.Request, BodyHold], Awaitable[Request]],
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Return the handler that passes a request on, which *prepare* has prepared."""
-    return counted(
+    return CountedHandler(
         context.admission,
         passthrough.FACE,
         partial(prepare, context),
         partial(passthrough.serve, context),
-    )
+    ).handle
 
 
 async def prepare_question(context: Context, request: web.Request, hold: BodyHold) -> Request:
