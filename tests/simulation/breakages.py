@@ -414,7 +414,9 @@ SKEW = "wings.jwt.token:SKEW wings.jwt.token_callers:SKEW"
 ERROR = "providers.costs:MIN_ERROR_STATUS"
 breaks("that a hook has to decide", "wings.hooks.hook_set:HookSet._failed", left_out(), CLOSED)
 breaks("when a token is over", SKEW, constant(1e6), GOOD | one_key(token=True))
-breaks("whose the last turn was", "wings.cache_loss.turns:Conversations.last", _of_anybody, TALKED)
+breaks(
+    "whose the last turn was", "wings.cache_loss.turns:Conversations.last", _of_anybody, TALKED, 1
+)
 breaks("whose a request is", "telemetry.ended_requests:EndedRequests.find", _found_for_all, LOOKED)
 breaks("a usage", "providers.costs:tokens_of", _fewer_tokens)
 breaks("that a refusal costs nothing", ERROR, constant(1000))

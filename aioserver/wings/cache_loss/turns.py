@@ -157,7 +157,6 @@ class Reader:
         caller, name = asked.caller.flow, route.group.name
         body = asked.body(route.provider.settings, route.model)
         model = name or f"{route.provider.name}/{route.model or ''}"
-        seed = f"{len(str(caller))} {caller} {model}"
         regions = await self._regions.read(body)
         if regions is None:
             return None
@@ -169,7 +168,7 @@ class Reader:
         named = session or conversation_id
         if named and asked.options.agent != TURN:
             said = ""
-        whole = f"{bool(session)} {seed} {named or ''} {said}".encode()
+        whole = f"{bool(session)} {model} {named or ''} {said}".encode()
         key = blake2b(whole, digest_size=KEY_BYTES).digest()
         why = partial(_why, request, providers)
         asked.outcome.turn_read = self.turn(caller, key, regions, why)
