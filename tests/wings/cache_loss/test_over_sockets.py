@@ -214,6 +214,23 @@ async def test_no_caller_sees_anything_of_another(
     assert header.startswith("lost at=messages[0] ")
 
 
+async def test_a_provider_that_says_it_has_written_nothing_is_known_by_what_it_has(
+    make_server: MakeServer,
+) -> None:
+    # As engines do that keep all prompts, whose clients mark nothing.
+    server = await make_server(ENGINE, **ON)
+
+    async def lost(*system: str) -> str:
+        blocks = [{"type": "text", "text": text} for text in (LONG, *system)]
+        body = turn("messages", "", "Well", "On.") | {"system": blocks}
+        return (await ask(server, "messages", body))[0]
+
+    assert await lost("number 1") == ""
+    # Its cache has more than it has written.
+    assert await lost("number 1", "Be brief.") == ""
+    assert (await lost("number 2", "Be brief.")).startswith("lost at=system[1] byte=")
+
+
 async def test_an_agent_s_session_is_a_conversation_and_its_subagents_are_others(
     make_server: MakeServer,
 ) -> None:
