@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -141,9 +141,16 @@ def test_a_conversation_takes_four_kilobytes_at_most() -> None:
     turn = packed(LAST._replace(provider="p" * 300), packed_regions(of(messages=many)))
 
     assert MAX_REGIONS == 200
-    # The key, and the entries of an ordered dictionary, which are some 250 bytes.
-    assert sys.getsizeof(turn) + sys.getsizeof(b"k" * 16) + 250 < 4096
     assert unpacked(turn).sent.provider == "p" * 255
+    # Each is of another caller, so that each has a dictionary of its own.
+    kept, most = Conversations(), 4096
+    tracemalloc.start()
+    for number in range(most + 50):
+        kept.keep(number, b"%016d" % number, bytes(bytearray(turn)), 100.0)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(kept) == most
+    assert size < 4096 * most
 
 
 def turn_at(time: float) -> bytes:
