@@ -234,8 +234,8 @@ def _notes(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if gap := _ms(fields, name):
             yield "gap", f"{words} {_seconds(gap)}"
     if lost := _text(fields.get("cache_lost")):
-        at, tokens = _text(fields.get("cache_lost_at")), _count(fields, "cache_lost_tokens")
-        words = f"lost: {lost} ({at})" if at else f"lost: {lost}"
+        where, tokens = _text(fields.get("cache_lost_at")), _count(fields, "cache_lost_tokens")
+        words = f"lost: {lost} ({where})" if where else f"lost: {lost}"
         yield "cache", f"{words}, {tokens:,} tokens read again" if tokens else words
     if "tokens_in" in fields:
         guess = " (estimated)" if fields.get("tokens_source") else ""
