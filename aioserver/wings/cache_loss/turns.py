@@ -238,6 +238,7 @@ class Turn:
             _, _, _, prompt, kept = last.sent
             if kept + LEAST < min(tokens.cached or 0, prompt):
                 reader.automatic.add(outcome.provider)
+                last = last._replace(sent=last.sent._replace(kept=prompt))
         kept = tokens.prompt
         says_written = (outcome.usage or {}).get(CACHE_WRITTEN) is not None
         if tokens.cache_write or (says_written and outcome.provider not in reader.automatic):

@@ -220,15 +220,15 @@ async def test_a_provider_that_says_it_has_written_nothing_is_known_by_what_it_h
     # As engines do that keep all prompts, whose clients mark nothing.
     server = await make_server(ENGINE, **ON)
 
-    async def lost(*system: str) -> str:
-        blocks = [{"type": "text", "text": text} for text in (LONG, *system)]
+    async def lost(second: str) -> str:
+        blocks = [{"type": "text", "text": text} for text in (LONG, second)]
         body = turn("messages", "", "Well", "On.") | {"system": blocks}
         return (await ask(server, "messages", body))[0]
 
     assert await lost("number 1") == ""
     # Its cache has more than it has written.
-    assert await lost("number 1", "Be brief.") == ""
-    assert (await lost("number 2", "Be brief.")).startswith("lost at=system[1] byte=")
+    assert (await lost("number 2")).startswith("lost at=system[1] byte=")
+    assert await lost("number 2") == ""
 
 
 async def test_an_agent_s_session_is_a_conversation_and_its_subagents_are_others(
