@@ -5,13 +5,15 @@ with two calls at once, on each of three engines (tests/support/chat_engine.py).
     python benchmarks/agents.py DIR/node_modules/.bin [--only claude,codex,opencode] [--show]
     python benchmarks/agents.py DIR/node_modules/.bin --cut 0.02 --tasks 33    # calls that break off
     python benchmarks/agents.py DIR/node_modules/.bin --cut 0.2 --tasks 33 --second
+    python benchmarks/agents.py DIR/node_modules/.bin --only claude,opencode --plant
 
 The agents get nothing but a base URL and a key. A turn is well formed if the engine has refused
 nothing of it, and the task is done if the results of all four calls have come back to the engine,
 and each command has run once. The tasks of an agent on an engine have one server, so that they
 share its budget of retries. *attempts a turn* is what the engine was asked, by the three turns that
 a task needs. *losses* are the conversations that were compared, and the verdicts on the prefix cache of the
-engine, with the tokens that it has read again, and where (docs/slow.md). The agents have a folder of their own as home.
+engine, with the tokens that it has read again, and where (docs/slow.md). With --plant each system
+prompt begins with another number. The agents have a folder of their own as home.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import product
+from itertools import count, product
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import yaml
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession, ClientTimeout, web
 from engines import started
 
 from tests.support.chat_engine import DONE, HABITS, RAN, ROUNDS, ChatEngine, words
@@ -177,6 +179,61 @@ async def served(engine: ChatEngine, messages: str, *, second: bool) -> AsyncIte
         await runner.cleanup()
 
 
+class Planter:
+    """Stands between an agent and the server at *url*: each system prompt begins with the number of
+    its request.
+    """
+
+    def __init__(self, url: str, session: ClientSession) -> None:
+        self._url, self._session = url, session
+        self._numbers = count(1)
+
+    async def pass_on(self, request: web.Request) -> web.StreamResponse:
+        """Pass *request* on, and its answer back."""
+        body = await request.read()
+        if body:
+            body = json.dumps(self._planted(json.loads(body))).encode()
+        left_out = {"Host", "Content-Length", "Accept-Encoding"}
+        headers = {name: text for name, text in request.headers.items() if name not in left_out}
+        url = f"{self._url}{request.path_qs}"
+        async with self._session.request(
+            request.method, url, data=body, headers=headers
+        ) as answer:
+            kind = answer.headers.get("Content-Type", "text/plain")
+            response = web.StreamResponse(status=answer.status, headers={"Content-Type": kind})
+            await response.prepare(request)
+            async for data in answer.content.iter_any():
+                await response.write(data)
+            return response
+
+    def _planted(self, body: dict[str, Any]) -> dict[str, Any]:
+        first = f"Request {next(self._numbers)}. "
+        system = body.get("system")
+        messages = body.get("messages") or [{}]
+        if isinstance(system, list):
+            return {**body, "system": [{"type": "text", "text": first}, *system]}
+        if messages[0].get("role") == "system":
+            # The content is a text.
+            message = {**messages[0], "content": first + messages[0]["content"]}
+            return {**body, "messages": [message, *messages[1:]]}
+        return body
+
+
+@contextlib.asynccontextmanager
+async def planted(url: str) -> AsyncIterator[str]:
+    """Run a planter in front of *url* for the block; give its address."""
+    async with ClientSession(timeout=ClientTimeout(total=None)) as session:
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_route("*", "/{path:.*}", Planter(url, session).pass_on)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
+
+
 async def losses(url: str) -> str:
     """Return what the server at *url* has found to be lost of the engine's cache."""
     # `/stats` is made once a second.
@@ -200,9 +257,12 @@ async def run(given: argparse.Namespace) -> int:
     for name, habit in product(given.only.split(","), HABITS):
         engine = ChatEngine(habit, given.cut, f"{given.seed} {name} {habit}")
         results: list[Result] = []
-        async with served(engine, given.messages, second=given.second) as url:
+        async with (
+            served(engine, given.messages, second=given.second) as url,
+            planted(url) if given.plant else contextlib.nullcontext(url) as asked,
+        ):
             while len(results) < given.tasks and time.monotonic() < deadline:
-                result = await ask(name, given.programs, url)
+                result = await ask(name, given.programs, asked)
                 results.append(result)
                 if given.show or not result.done:
                     lines = [*result.shown.splitlines()[-40:], f"ran: {' '.join(result.ran)}"]
@@ -236,6 +296,7 @@ def main() -> None:
     parser.add_argument("--cut", type=float, default=0.0, help="share of the calls that break off")
     parser.add_argument("--seed", type=int, default=0, help="what decides where they break off")
     parser.add_argument("--second", action="store_true", help="a second provider, as a fallback")
+    parser.add_argument("--plant", action="store_true", help="change each system prompt")
     parser.add_argument("--tasks", type=int, default=1, help="tasks of each agent on each engine")
     parser.add_argument("--minutes", type=float, default=inf, help="no task begins after these")
     sys.exit(bool(asyncio.run(run(parser.parse_args()))))

@@ -233,9 +233,10 @@ def _notes(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, words in GAPS.items():
         if gap := _ms(fields, name):
             yield "gap", f"{words} {_seconds(gap)}"
-    for name in sorted(fields):
-        if name.startswith("cache_lost"):
-            yield "cache", f"{name.replace('_', ' ')}: {_text(fields[name])}"
+    if lost := _text(fields.get("cache_lost")):
+        where, tokens = _text(fields.get("cache_lost_at")), _count(fields, "cache_lost_tokens")
+        words = f"lost: {lost} ({where})" if where else f"lost: {lost}"
+        yield "cache", f"{words}, {tokens:,} tokens read again" if tokens else words
     if "tokens_in" in fields:
         guess = " (estimated)" if fields.get("tokens_source") else ""
         written = f"{_count(fields, 'tokens_out'):,} tokens written"

@@ -18,7 +18,8 @@ What holds of all of them is in together.py; how methods are noted, in noting.py
 violation: a promise of the server that was broken. What a client may read is in truth.py; what a
 server may hold in watch.py, how long it may wait in deadlines.py, whom it serves next in
 fairness.py, whom it lets in in doors.py (sick_hook.py), what holds of all servers together in
-sums.py, and what attempts cost in bills.py; book: the ledger of a server (book.py).
+sums.py, what attempts cost in bills.py, and what is told of prompts in prompts.py; book: the ledger
+of a server (book.py).
 breakage: a server that breaks a promise, as proof that it is noticed (breakages.py).
 
 swarm: the command (swarm.py); shrink.py finds the smallest part of a run that still fails.

@@ -109,11 +109,20 @@ def places(number: int, **more: Any) -> dict[str, Any]:
     return {f"{HTTP}.{name}": value for name, value in (same | more).items()}
 
 
+def keys_of(*names: str, token: bool = False, **limits: Any) -> Needs:
+    """Return what a run needs in which all clients have keys, or tokens, of these *limits*."""
+    limits = {"class": "interactive", "queue_size": 0} | limits
+    limits = {"max_concurrent": 1000, "requests_per_minute": 100_000} | limits
+    digests = {name: hashlib.sha256(f"aio-{name}".encode()).hexdigest() for name in names}
+    return {
+        "keys": tuple((name, 1 / len(names), 1, token) for name in names),
+        "entries": [{"name": name, "sha256": digests[name]} | limits for name in names],
+    }
+
+
 def one_key(*, token: bool = False, **limits: Any) -> Needs:
-    """Return what a run needs in which all clients have one key, or tokens, of these *limits*."""
-    entry: dict[str, Any] = {"name": "only", "sha256": hashlib.sha256(b"aio-only").hexdigest()}
-    entry |= {"max_concurrent": 1000, "requests_per_minute": 100_000, "class": "interactive"}
-    return {"keys": (("only", 1.0, 1, token),), "entries": [entry | {"queue_size": 0} | limits]}
+    """Return what a run needs in which all clients have one key, or a token, of these *limits*."""
+    return keys_of("only", token=token, **limits)
 
 
 def cluster(*events: tuple[float, str, float], **more: Any) -> Needs:
@@ -163,6 +172,11 @@ PACED: Needs = {"clients": 15, "spread": 0.1, "changes": {f"{HTTP}.requests_per_
 SPENT = one_key(queue_size=200, tokens_per_minute=20_000) | cluster(
     **GOOD | {"clients": 300, "spread": 30.0, "faces": ("stream", "whole"), **FIVE}
 )
+# Two callers, of whom each says what the other one says, or asks how its requests have ended.
+TWO = GOOD | keys_of("one", "two") | {"changes": ROOMY | KEPT, "habits": {}}
+TALKED = TWO | {"faces": ("stream", "whole"), "talks": 1.0}
+TALKED["changes"] = TWO["changes"] | {"llm.cache_losses": True}
+LOOKED = TWO | {"faces": ("sse", "websocket"), "curious": 1.0}
 TALKS = LANES | {"faces": ("conversation",), "sql": True}
 GROUPED = SPARE | {"grouped": "least_busy"}
 HURRIED = {"hurried": 0.5}
@@ -328,6 +342,18 @@ def _widen(quota):
     quota.resource.places.limit = 1000
 
 
+def _of_anybody(last):
+    def of_anybody(self, _caller, key, now):
+        turns = (last(self, caller, key, now) for caller in self._turns)
+        return next((turn for turn in turns if turn is not None), None)
+
+    return of_anybody
+
+
+def _found_for_all(find):
+    return lambda self, _caller, request_id: find(self, None, request_id)
+
+
 class _Stack(deque[Any]):
     """Gives the newest first."""
 
@@ -388,6 +414,10 @@ SKEW = "wings.jwt.token:SKEW wings.jwt.token_callers:SKEW"
 ERROR = "providers.costs:MIN_ERROR_STATUS"
 breaks("that a hook has to decide", "wings.hooks.hook_set:HookSet._failed", left_out(), CLOSED)
 breaks("when a token is over", SKEW, constant(1e6), GOOD | one_key(token=True))
+breaks(
+    "whose the last turn was", "wings.cache_loss.turns:Conversations.last", _of_anybody, TALKED, 1
+)
+breaks("whose a request is", "telemetry.ended_requests:EndedRequests.find", _found_for_all, LOOKED)
 breaks("a usage", "providers.costs:tokens_of", _fewer_tokens)
 breaks("that a refusal costs nothing", ERROR, constant(1000))
 breaks("a line of the ledger", "usage.accounting:Usage._put", left_out(5))
@@ -450,7 +480,7 @@ def noticed(name: str) -> str:
             plan = draw(seed, CLIENTS, needs.get("instances", 1), groups=False)
             changes = plan.changes | needs.pop("changes", {})
             if (entries := needs.pop("entries", None)) is not None:
-                needs["keys"] = (key,) = [Key(*each) for each in needs["keys"]]
+                needs["keys"] = (key, *_) = tuple(Key(*each) for each in needs["keys"])
                 changes["auth.keys"] = [] if key.token else entries
                 limits = {key.name: {"class": "interactive", "queue_size": 0}}
                 if key.token:

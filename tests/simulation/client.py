@@ -186,6 +186,10 @@ class Client:
         # Whether its answer is the call of a tool.
         called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
         self.calls = called and self.face == "stream"
+        # Whether its chat is a turn of a talk of several callers; and whether it asks for the request
+        # of another client.
+        self.talks = random.Random(f"talk {plan.seed} {number}").random() < plan.talks
+        self.curious = random.Random(f"curious {plan.seed} {number}").random() < plan.curious
         # The instance that all its connections lead to, where the balancer is sticky.
         self.home = dice.randrange(1 << 16)
         # Whether a connection of it has suffered anything.
@@ -349,6 +353,8 @@ class Client:
                 raise Violation("a deadline that was not set has ended it")
             if self.outcome == "complete" and self.has("keep alive"):
                 await self._ask_again()
+            if self.curious:
+                await self._look_at_another()
 
     async def _ask(self) -> None:
         ask = ASK[self.face]
@@ -396,6 +402,16 @@ class Client:
                 await ASK[second.face](second)
         except GONE as exc:
             second.outcome = f"gone: {type(exc).__name__}"
+
+    async def _look_at_another(self) -> None:
+        """Ask how the request of another client has ended, which only its caller may know."""
+        url = f"{self.base}/requests/r{(self.number + 1) % self.plan.clients}"
+        with contextlib.suppress(*GONE), self.patience:
+            async with self.session.get(url, headers=self.headers) as response:
+                shown = orjson.loads(await response.read())
+                own = self.key.caller if self.key else ""
+                if response.status == 200 and shown.get("caller", "") != own:
+                    raise Violation(f"{own!r} sees a request of another caller: {shown}")
 
     async def refused(self, response: aiohttp.ClientResponse) -> None:
         """Note a refusal, which must say what it is, and when to come back if that is soon."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.protocol.request_headers import TURN
+from tests.simulation import prompts
 from tests.simulation.clock import Clock
 from tests.simulation.events import events
 from tests.simulation.grouping import talk_of
@@ -34,6 +35,9 @@ def _chat(client: Client, *, stream: bool) -> dict[str, Any]:
     if client.plan.grouping is not None and client.group:
         before = talk_of(client.number)
         client.question.turns = (2,) if before else (1,)
+    elif client.talks:
+        before = prompts.talk_of(client)
+        client.question.turns = (3,)
     arguments = client.body(
         {
             "model": client.model(client.question),

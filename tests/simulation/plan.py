@@ -153,6 +153,11 @@ class Plan:
     calls: float = 0.0
     # The share of clients that name an agent's session, so that their calls, or turns, are held.
     sessions: float = 0.0
+    # The share of clients whose chat is a turn of a talk that other callers have, too (prompts.py).
+    # Without any, nobody looks for what the caches of providers have lost.
+    talks: float = 0.0
+    # The share of clients that ask how the request of another one has ended.
+    curious: float = 0.0
     # The share of clients that upload something, most of them slowly (uploads.py).
     uploads: float = 0.0
     # The share of clients that ask for an answer in the background (background.py).
@@ -237,6 +242,8 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
     continued = random.Random(f"continued {seed}").random() < 0.5
     if continued:
         changes["llm.providers.sim.continuation"] = "prefill"
+    talks_share = random.Random(f"talks {seed}").choice((0.0, 0.0, 0.1, 0.5))
+    changes["llm.cache_losses"] = talks_share > 0
     plan = Plan(
         seed=seed,
         clients=clients,
@@ -265,6 +272,8 @@ def draw(seed: int, clients: int, instances: int = 1, *, groups: bool = True) ->
         verdicts=random.Random(f"verdicts {seed}").choice((0.0, 0.0, 0.05, 0.2)),
         calls=random.Random(f"calls {seed}").choice((0.0, 0.0, 0.1, 0.3)),
         sessions=random.Random(f"sessions {seed}").choice((0.0, 0.2, 1.0)),
+        talks=talks_share,
+        curious=random.Random(f"curious {seed}").choice((0.0, 0.0, 0.1, 0.3)),
         uploads=random.Random(f"uploads {seed}").choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.2)),
         background=random.Random(f"background {seed}").choice((0.0, 0.0, 0.1, 0.4)),
         hurried=random.Random(f"hurry {seed}").choice((0.0, 0.0, 0.1, 0.5)),

@@ -43,6 +43,7 @@ from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import INSTANCE, Network
 from tests.simulation.noting import noted, together
 from tests.simulation.plan import BRIDGED, FORGETS, LACKS, MESSAGE_SETTINGS, provider_dial
+from tests.simulation.prompts import Prompts
 from tests.simulation.provider import Calls, NotingSimulator, note_answer
 from tests.simulation.silence import be_silent
 from tests.simulation.sums import Sums
@@ -142,14 +143,15 @@ class World:
 
     def patches(self) -> AbstractContextManager[object]:
         """Let the starts of instances that share their limits be noted, in the block, what
-        attempts cost, and what the members of groups are sent.
+        attempts cost, what callers are told of their prompts, and what the members of groups are
+        sent.
         """
         patches = [
             self._hurry.patches(),
             self.doors.patches(),
             noted(Bugs, "note", before=self._bug),
         ]
-        patches.append(Bills(self.calls, self.broken).patches())
+        patches += [Bills(self.calls, self.broken).patches(), Prompts(self.broken).patches()]
         if self.cluster is not None:
             patches.append(self.cluster.together.patches())
         if self.plan.grouping is not None:

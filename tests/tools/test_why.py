@@ -62,6 +62,8 @@ NEW: dict[str, Any] = OLD | {
     "cached_tokens": 1024,
     "tokens_in": 1200,
     "cache_lost": "changed",
+    "cache_lost_at": "messages[3]",
+    "cache_lost_tokens": 31200,
 }
 
 
@@ -106,7 +108,7 @@ def test_a_log_shows_each_step_and_the_cost(tmp_path: Path) -> None:
         "home big: the member whose cache has its conversation",
         "continued after 812 characters of demo by groq: provider_disconnected",
         "attempts 2",
-        "cache cache lost: changed",
+        "cache lost: changed (messages[3]), 31,200 tokens read again",
         "cost 176 tokens read anew, 1,024 from the cache, 31 tokens written",
         "attempt 1 demo demo cut: 9 tokens read, 1 written",
         "attempt 2 demo demo cut: 9 tokens read, 2 written",

@@ -146,6 +146,8 @@ class Reader:
         self.losses = Losses(clock)
         # By provider, the longest pause after which it has still had a prompt.
         self.longest: dict[str, float] = {}
+        # Providers that say that nothing was written to their cache, and have it all the same.
+        self.automatic: set[str] = set()
 
     async def read(
         self, request: Request, conversation_id: str | None, providers: Mapping[str, Provider]
@@ -157,7 +159,6 @@ class Reader:
         caller, name = asked.caller.flow, route.group.name
         body = asked.body(route.provider.settings, route.model)
         model = name or f"{route.provider.name}/{route.model or ''}"
-        seed = f"{len(str(caller))} {caller} {model}"
         regions = await self._regions.read(body)
         if regions is None:
             return None
@@ -169,7 +170,7 @@ class Reader:
         named = session or conversation_id
         if named and asked.options.agent != TURN:
             said = ""
-        whole = f"{bool(session)} {seed} {named or ''} {said}".encode()
+        whole = f"{bool(session)} {model} {named or ''} {said}".encode()
         key = blake2b(whole, digest_size=KEY_BYTES).digest()
         why = partial(_why, request, providers)
         asked.outcome.turn_read = self.turn(caller, key, regions, why)
@@ -232,14 +233,20 @@ class Turn:
         if tokens.prompt is None or outcome.seams:
             # The usage is unknown, or is that of two requests.
             return None
-        kept, usage = tokens.prompt, outcome.usage or {}
-        if tokens.cache_write or usage.get(CACHE_WRITTEN) is not None:
+        last, difference = self._last, self._difference
+        if last is not None and last.sent.provider == outcome.provider:
+            _, _, _, prompt, kept = last.sent
+            if kept + LEAST < min(tokens.cached or 0, prompt):
+                reader.automatic.add(outcome.provider)
+                last = last._replace(sent=last.sent._replace(kept=prompt))
+        kept = tokens.prompt
+        says_written = (outcome.usage or {}).get(CACHE_WRITTEN) is not None
+        if tokens.cache_write or (says_written and outcome.provider not in reader.automatic):
             # The provider keeps only what its client has marked.
             kept = min(kept, (tokens.cached or 0) + tokens.cache_write)
         model = crc32(outcome.model.encode())
         sent = Sent(now, outcome.provider, model, tokens.prompt, kept)
         reader.conversations.keep(self._caller, self._key, packed(sent, self._regions), now)
-        last, difference = self._last, self._difference
         if last is None or difference is None:
             return None
         pause = max(0.0, outcome.sent_at - last.sent.ended_at)

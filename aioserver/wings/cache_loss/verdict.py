@@ -25,7 +25,7 @@ from array import array
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.protocol.regions import HEAD
+from aioserver.protocol.regions import HEAD, PIECE_BYTES
 from aioserver.telemetry.outcome import CacheLoss
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ LEAST, SHARE = 1024, 0.1
 WEIGHT = 4
 # The seconds for which every provider keeps a prompt that it has room for.
 SHORTEST = 60.0
-# Regions that are kept of a turn, so that a conversation takes 4 KB at most; of more, those in the
+# Regions, and pieces of some, that are kept of a turn, so that a conversation takes 4 KB at most; of more, those in the
 # middle are one.
 MAX_REGIONS = 200
 # The packed forms of `Sent` without its provider, and of the shape of its regions: their number in
@@ -66,7 +66,9 @@ class Sent(NamedTuple):
 
 
 class LastTurn(NamedTuple):
-    """The last turn of a conversation: its regions, of which the *fold* is one."""
+    """The last turn of a conversation: its regions, of which long ones at the beginning are pieces,
+    and the *fold* is one.
+    """
 
     sent: Sent
     counts: tuple[int, ...]
@@ -97,8 +99,9 @@ def packed(sent: Sent, regions: bytes) -> bytes:
 
 def packed_regions(regions: Regions) -> bytes:
     """Return *regions* in the form that is kept."""
-    start, end = fold = _fold_of(len(regions.digests))
-    digests, lengths = _folded(regions, fold)
+    digests, lengths = _split(regions)
+    start, end = fold = _fold_of(len(digests))
+    digests, lengths = _folded(digests, lengths, fold)
     counts = [min(count, _MOST) for count in regions.counts.values()]
     return b"".join((_SHAPE.pack(*counts, start, end), array("q", digests), array("I", lengths)))
 
@@ -131,9 +134,27 @@ def _fold_of(number: int) -> tuple[int, int]:
     return start, number - (MAX_REGIONS - start - 1)
 
 
-def _folded(regions: Regions, fold: tuple[int, int]) -> tuple[Sequence[int], Sequence[int]]:
-    """Return the digests and the lengths of *regions*, of which the *fold* is one."""
-    (start, end), digests, lengths = fold, regions.digests, regions.lengths
+def _split(regions: Regions) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the digests and the lengths of *regions*, of which long ones in front of the first
+    answer are as many as they have pieces: where one byte of a system prompt has changed, the rest
+    of it is equal.
+    """
+    digests, lengths = [*regions.digests], [*regions.lengths]
+    last = regions.start if regions.user is None else regions.user
+    for index in sorted(regions.pieces, reverse=True):
+        if index <= last:
+            pieces, length = regions.pieces[index], lengths[index]
+            digests[index : index + 1] = pieces
+            whole = len(pieces) - 1
+            lengths[index : index + 1] = [*[PIECE_BYTES] * whole, length - whole * PIECE_BYTES]
+    return digests, lengths
+
+
+def _folded(
+    digests: Sequence[int], lengths: Sequence[int], fold: tuple[int, int]
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return *digests* and *lengths*, of which the *fold* is one."""
+    start, end = fold
     if not end or len(digests) <= start:
         return digests, lengths
     return (
@@ -146,7 +167,7 @@ def compare(last: LastTurn, regions: Regions) -> Difference:
     """Return how *regions* differ from those of the *last* turn. More of them at the end are no
     difference, nor are fewer: that is how a conversation goes on, or goes back.
     """
-    digests, lengths = _folded(regions, last.fold)
+    digests, _ = _folded(*_split(regions), last.fold)
     first = 0
     for one, other in zip(last.digests, digests, strict=False):
         if one != other:
@@ -168,25 +189,38 @@ def compare(last: LastTurn, regions: Regions) -> Difference:
         # What was only inserted leaves the others in their order.
         behind = iter(digests[first:])
         reordered = not all(digest in behind for digest in last.digests[first:])
-    at = _name(first, last, regions)
-    return Difference(equal, before, at, sum(lengths[:first]), reordered)
+    at, byte = _place(first, last, regions)
+    return Difference(equal, before, at, byte, reordered)
 
 
-def _name(position: int, last: LastTurn, regions: Regions) -> str:
-    """Return the name of the region at *position*, the first that differs."""
+def _place(first: int, last: LastTurn, regions: Regions) -> tuple[str, int]:
+    """Return the name of the region with the piece *first*, the first that differs, and the byte
+    with which the region begins.
+    """
     (start, end), number = last.fold, 1
-    if position == start and end:
-        number = end - start
-    elif position > start and end:
-        position += end - start - 1
-    name = regions.talk
+    position = _region_at(first if not end or first <= start else first + end - start - 1, regions)
+    if end and first == start:
+        number = _region_at(end, regions) - position
+    byte, name, index = sum(regions.lengths[:position]), regions.talk, position
     for part, one, other in zip(HEAD, last.counts, regions.counts.values(), strict=True):
         # A region that is only in one of them stands behind the others of its part.
-        if position < max(one, other):
+        if index < max(one, other):
             name = part
             break
-        position -= other
-    return f"{name}[{position}]" if number == 1 else f"{name}[{position}:{position + number}]"
+        index -= other
+    if number == 1:
+        return f"{name}[{index}]", byte
+    return f"{name}[{index}:{index + number}]", byte
+
+
+def _region_at(first: int, regions: Regions) -> int:
+    """Return the position of the region with the piece *first*."""
+    last = regions.start if regions.user is None else regions.user
+    for index in sorted(regions.pieces):
+        if index > last or first <= index:
+            break
+        first = max(index, first - len(regions.pieces[index]) + 1)
+    return first
 
 
 def expected(last: LastTurn, difference: Difference) -> tuple[float, float]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.protocol import prefix, regions
 from aioserver.protocol.regions import MAX_ELEMENTS
 from aioserver.providers.breaker import MIN_ATTEMPTS
+from aioserver.wings.cache_loss import turns, verdict
 from aioserver.wings.simulator.engine import EngineOptions
 from tests.support.chat import to_end as frames_to_end
 from tests.support.keys import bearer, keys_of
@@ -22,6 +24,7 @@ from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.support.server import MakeServer, RunningServer
@@ -211,6 +214,23 @@ async def test_no_caller_sees_anything_of_another(
     assert header.startswith("lost at=messages[0] ")
 
 
+async def test_a_provider_that_says_it_has_written_nothing_is_known_by_what_it_has(
+    make_server: MakeServer,
+) -> None:
+    # As engines do that keep all prompts, whose clients mark nothing.
+    server = await make_server(ENGINE, **ON)
+
+    async def lost(second: str) -> str:
+        blocks = [{"type": "text", "text": text} for text in (LONG, second)]
+        body = turn("messages", "", "Well", "On.") | {"system": blocks}
+        return (await ask(server, "messages", body))[0]
+
+    assert await lost("number 1") == ""
+    # Its cache has more than it has written.
+    assert (await lost("number 2")).startswith("lost at=system[1] byte=")
+    assert await lost("number 2") == ""
+
+
 async def test_an_agent_s_session_is_a_conversation_and_its_subagents_are_others(
     make_server: MakeServer,
 ) -> None:
@@ -312,6 +332,63 @@ async def test_a_prompt_is_not_judged_whose_regions_do_not_say_its_tokens(
 
     state = server.context.monitor.fresh()["cache_losses"]  # type: ignore[typeddict-item]
     assert state["conversations"] == 0
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The functions that have hashed something of a prompt."""
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return function(*args, **options)
+
+        return counting
+
+    for module in (regions, prefix, turns, verdict):
+        for name in ("hash", "blake2b", "crc32"):
+            if (function := getattr(module, name, hash if name == "hash" else None)) is not None:
+                monkeypatch.setattr(module, name, counted(name, function), raising=False)
+    return calls
+
+
+PAIR = {"members": ["sim", "other"], "choose": "least_busy"}
+
+
+@pytest.mark.parametrize(
+    ("cache_losses", "affinity", "functions"),
+    [
+        (False, {}, set()),
+        (True, {}, {"hash", "crc32", "blake2b"}),
+        (False, {"affinity": "prefix"}, {"hash", "crc32", "blake2b"}),
+    ],
+    ids=["off", "cache losses", "affinity"],
+)
+@pytest.mark.parametrize("path", REGIONS)
+async def test_prompts_are_hashed_for_these_settings_alone(
+    make_server: MakeServer,
+    hashed: list[str],
+    path: str,
+    cache_losses: bool,
+    affinity: dict[str, str],
+    functions: set[str],
+) -> None:
+    async with Simulator(ENGINE) as other:
+        settings = ON | {
+            "llm.cache_losses": cache_losses,
+            "llm.models": {"pair": PAIR | affinity},
+            "llm.providers.other": provider_entry(other.base_url)
+            | {"messages": True, "responses": True},
+        }
+        server = await make_server(ENGINE, **settings)
+        hashed.clear()
+
+        for streamed in (False, True):
+            body = turn(path, "It is 9:00.", "Well", streamed=streamed) | {"model": "pair"}
+            assert (await ask(server, path, body))[0] == ""
+
+    assert set(hashed) == functions
 
 
 async def test_nothing_is_read_while_the_setting_is_off(

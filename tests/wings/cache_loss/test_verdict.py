@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.protocol.regions import PIECE_BYTES
 from aioserver.telemetry.bugs import Bugs
 from aioserver.telemetry.outcome import CacheLoss
 from aioserver.wings.cache_loss.turns import LIFE, MAX_KINDS, Conversations, Losses, Reader
@@ -100,6 +101,40 @@ def test_each_cause_has_its_verdict(
     assert (None if loss is None else (loss.verdict, loss.at)) == expected
 
 
+def test_one_byte_of_a_long_system_prompt_leaves_the_rest_of_it_equal() -> None:
+    long = "".join(f"{number:08}" for number in range(5000))
+
+    def prompt(first: str, *more: str, tool: str = "T", **changes: Any) -> Regions:
+        tools = [{"name": "a", "description": 1125 * f"{tool}{number}"} for number in range(8)]
+        system = [{"type": "text", "text": f"{text}{long}"} for text in (first, *more)]
+        messages = [{"role": "user", "content": str(number)} for number in range(9)]
+        parts = {"tools": tools, "system": system, "messages": messages}
+        return regions_in(parts | changes)
+
+    last = unpacked(packed(LAST, packed_regions(prompt("It is 9:00", "B"))))
+
+    def at(regions: Regions) -> tuple[str, int]:
+        difference = compare(last, regions)
+        return difference.at, difference.byte
+
+    assert at(prompt("It is 9:00", "B")) == ("", 0)
+    changed = prompt("It is 9:01", "B")
+    difference = compare(last, changed)
+    tools, block = sum(changed.lengths[:8]), changed.lengths[8]
+    assert (difference.at, difference.byte, difference.before) == ("system[0]", tools, tools)
+    # All but its first piece, of 4 KiB.
+    assert difference.equal == sum(changed.lengths) - PIECE_BYTES
+    loss = judge(last, difference, SAME, 1500, 10.0, 60.0)
+    assert loss is not None
+    assert (loss.verdict, loss.at, loss.byte) == ("changed", "system[0]", tools)
+    assert at(prompt("It is 9:00", "C")) == ("system[1]", tools + block)
+    assert at(prompt("It is 9:00", "B", tool="U")) == ("tools[0]", 0)
+    assert at(prompt("It is 9:00")) == ("system[1]", tools + block)
+    messages = [{"role": "user", "content": "0"}, {"role": "user", "content": "else"}]
+    before = sum(changed.lengths[:11])
+    assert at(prompt("It is 9:00", "B", messages=messages)) == ("messages[1]", before)
+
+
 def test_a_loss_says_its_byte_and_the_tokens_that_were_equal() -> None:
     changed = [{"type": "text", "text": "T" * 4000}]
     regions = of(system=changed)
@@ -134,6 +169,19 @@ def test_the_regions_in_the_middle_of_many_are_one() -> None:
     # Five regions stand in front of the messages.
     assert at(200, more=2) == "messages[95:401]"
     assert compare(last, of(messages=many[:40])).at == ""
+    # Of a long one so many more are kept.
+    system = [{"type": "text", "text": "S" * 3 * PIECE_BYTES}]
+    last = unpacked(packed(LAST, packed_regions(of(messages=many, system=system))))
+    assert len(last.digests) == MAX_REGIONS
+
+    def with_system(changed: int) -> str:
+        messages = [*many, many[0]]
+        messages[changed] = {"role": "user", "content": "else"}
+        return compare(last, of(messages=messages, system=system)).at
+
+    assert with_system(91) == "messages[91]"
+    assert with_system(92) == with_system(400) == "messages[92:401]"
+    assert with_system(401) == "messages[401]"
 
 
 def test_a_conversation_takes_four_kilobytes_at_most() -> None:
@@ -141,9 +189,16 @@ def test_a_conversation_takes_four_kilobytes_at_most() -> None:
     turn = packed(LAST._replace(provider="p" * 300), packed_regions(of(messages=many)))
 
     assert MAX_REGIONS == 200
-    # The key, and the entries of an ordered dictionary, which are some 250 bytes.
-    assert sys.getsizeof(turn) + sys.getsizeof(b"k" * 16) + 250 < 4096
     assert unpacked(turn).sent.provider == "p" * 255
+    # Each is of another caller, so that each has a dictionary of its own.
+    kept, most = Conversations(), 4096
+    tracemalloc.start()
+    for number in range(most + 50):
+        kept.keep(number, b"%016d" % number, bytes(bytearray(turn)), 100.0)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(kept) == most
+    assert size < 4096 * most
 
 
 def turn_at(time: float) -> bytes:
