@@ -397,7 +397,7 @@ class Attempt:
             self.holding = Holding(
                 self.request, stream, sink, parts, self.received_content, on_show
             )
-            sink.hold(self.holding, self.holding.path)
+            sink.hold(self.holding, self.holding)
         if self.hop is not None:
             return self.hop.sink(self, sink)
         stream.transcript = self.transcript() if self.request.keeps_body else None

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 from time import monotonic
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -31,7 +31,7 @@ from aioserver.errors import AioserverError, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import Splitter, utf8
 from aioserver.protocol.json_body import ANYTHING
-from aioserver.protocol.parts import Choices, Part
+from aioserver.protocol.parts import ESCAPE, Choices, Part
 from aioserver.protocol.request_headers import TURN
 from aioserver.protocol.transcript import loaded
 from aioserver.streams.fast_path import (
@@ -85,14 +85,19 @@ class Holding(Splitter):
         self._holds, self._until_text, self._passes = request.hold == TURN, False, False
         # The choices, if there are several: the finish of one is not that of another.
         self._choices = Choices() if request.choices > 1 else None
-        # Whether every event is read: a text may have to be held, or any choice may begin or end.
+        # While nothing is held, an event is read if it has one of these: any event, if a text may
+        # have to be held, or any choice may begin or end.
         self._reads_all = request.structured or self._choices is not None
+        self._marks = (b"",) if self._reads_all else parts.marks
+        # An event that begins like this passes while nothing is held, if there is no seam in front.
+        self._plain = None if self._reads_all or on_show is not None else parts.plain
         # Since when content is held.
         self._since = 0.0
         # The fault that the sink raised when the held events were let go.
         self._fault: AioserverError | None = None
         self._counting = False
-        # As a path: see `Path`. The longest silence noted so far, in seconds.
+        # As a path: see `HoldingPath`. The longest silence noted so far, in seconds.
+        self.ready = False
         self._clock = asyncio.get_running_loop().time
         self.forwarded_at = self.read_at = self._silence = 0.0
 
@@ -111,9 +116,32 @@ class Holding(Splitter):
         """
         if self._fault is not None:
             raise self._fault
+        holds, plain = self._holds, self._plain
+        if (
+            plain is not None
+            and not holds
+            and chunk.startswith(plain)
+            and chunk.startswith(self._whole)
+            and chunk.endswith(b"\n\n")
+            and chunk.count(b"\n") == 3
+            and len(chunk) <= self._max
+        ):
+            # As `Splitter.feed` does, without a call: each event of a text comes here.
+            return chunk
         block = super().feed(chunk)
-        if block and not self._passes and (self._holds or self._looks(block)):
-            block = self._take(block)
+        if not (holds or self._passes):
+            find = block.find
+            # Not `any`, nor a method: each costs more than the searches.
+            for mark in self._marks:
+                if find(mark) >= 0:
+                    holds = True
+                    break
+            else:
+                # One byte is found faster, and most texts have no backslash.
+                holds = find(b"\\") >= 0 and find(ESCAPE) >= 0
+        if holds:
+            block = self._take(block) if block else block
+            self.ready = self._going_on and super().idle
         if block and self._on_show is not None:
             self._on_show()
         return block
@@ -128,14 +156,10 @@ class Holding(Splitter):
             self._on_show()
         return self._release(let_go=False)
 
-    def path(self) -> Self | None:
-        """Return this object as the path of the next read, if that may only be held."""
-        return self if self._going_on and super().idle else None
-
     def forward(self, read: bytes) -> bool:
         """Hold *read*; return False, with nothing done, if it must take the slow path."""
         size = len(read)
-        if size > MAX_CHUNK_BYTES or not self._going_on:
+        if size > MAX_CHUNK_BYTES or not self.ready:
             return False
         line = FIRST_LINES[size]
         if not (
@@ -183,14 +207,6 @@ class Holding(Splitter):
         choices, wanted = self._choices, self._request.choices
         return choices is None or (len(choices.begun) >= wanted and not choices.open)
 
-    def _looks(self, block: bytes) -> bool:
-        """Return whether *block* may have an event that is held."""
-        # Not `any`: it costs more than the searches.
-        for mark in self._parts.marks:
-            if block.find(mark) >= 0:
-                return True
-        return self._reads_all
-
     def _take(self, block: bytes) -> bytes:
         """Return the events that may be shown, now that *block* has come."""
         choices = self._choices
@@ -210,7 +226,7 @@ class Holding(Splitter):
                     loaded(data)
                 # The sink gets it alone, and ends the answer by it.
                 self.drop()
-                self._passes = True
+                self._pass()
                 return b"".join((*shown, *pieces[number:]))
             if part is Part.CALL or (part is Part.TEXT and self._request.structured):
                 self._holds, self._until_text = True, False
@@ -276,14 +292,19 @@ class Holding(Splitter):
 
     def _release(self, *, let_go: bool) -> bytes:
         """Return the held events, and let everything pass from now on."""
-        self._passes = True
+        self._pass()
         self._stream.outcome.let_go |= let_go
         return self._clear()
+
+    def _pass(self) -> None:
+        """Let everything pass from now on."""
+        self._holds, self._passes = False, True
 
     def _clear(self) -> bytes:
         """Hold nothing any more; return the events that were held."""
         held, outcome = bytes(self.held), self._stream.outcome
         self.held.clear()
+        self.ready = False
         self.unseen = 0
         self._counted_size = 0
         if self._counted is not None:

@@ -13,6 +13,7 @@ from aioserver.protocol.openai import TEXT_START, BadEvent, Shape, is_content, l
 from aioserver.providers.error_mapping import event_fault
 from aioserver.providers.sinks import TEXT_STEP, StreamSink, complete
 from aioserver.streams import entries
+from aioserver.streams.fast_path import MAX_CHUNK_BYTES
 
 if TYPE_CHECKING:
     from aioserver.protocol.bridging.chunks import ChunkReader
@@ -136,21 +137,34 @@ class BridgingSink(ReadingSink, Generic[C]):
         # Whether the first chunk has come, which has the model's name.
         self._named = False
 
+    def feed(self, data: bytes) -> bool:
+        """Append the events for *data*, as `StreamSink.feed`."""
+        writer, shape = self._writes, self._shape
+        if (
+            shape is not None
+            and self._splitter.idle
+            and writer.plain
+            and len(data) <= MAX_CHUNK_BYTES
+            and (text := shape.text_in(data)) is not None
+        ):
+            # Most reads are one text.
+            try:
+                self._append_texts(writer.add_text(text), 1)
+            except BadEvent as exc:
+                raise event_fault(exc) from exc
+            return True
+        return super().feed(data)
+
     def _take(self, block: bytes) -> bool:
         writer, shape = self._writes, self._shape
-        if shape is not None and writer.plain:
-            text = shape.text_in(block)
-            if text is not None:
-                self._append_texts(writer.add_text(text), 1)
-                return True
-            if texts := shape.texts_in(block):
-                events: list[bytes] = []
-                try:
-                    # Events before a fault stay.
-                    events.extend(map(writer.add_text, texts))
-                finally:
-                    self._append_texts(b"".join(events), len(events))
-                return True
+        if shape is not None and writer.plain and (texts := shape.texts_in(block)):
+            events: list[bytes] = []
+            try:
+                # Events before a fault stay.
+                events.extend(map(writer.add_text, texts))
+            finally:
+                self._append_texts(b"".join(events), len(events))
+            return True
         return super()._take(block)
 
     def _begin(self, data: bytes) -> list[bytes]:

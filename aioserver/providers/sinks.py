@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from aioserver.protocol.parts import Choices
-    from aioserver.streams.contracts import Held, Path
+    from aioserver.streams.contracts import Held, HoldingPath, Path
     from aioserver.streams.stream import Stream
 
 
@@ -103,8 +103,8 @@ class StreamSink(ABC):
         self.patience: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._splitter = Splitter(stream.max_bytes)
-        # Returns the path of what holds events, if anything does.
-        self._holding_path: Callable[[], Path | None] | None = None
+        # The path of what holds events, if anything does.
+        self._holding_path: HoldingPath | None = None
 
     @property
     def progress(self) -> int:
@@ -116,9 +116,9 @@ class StreamSink(ABC):
         """How many pieces of the answer have come that are not shown."""
         return self._splitter.unseen
 
-    def hold(self, splitter: Splitter, path: Callable[[], Path | None]) -> None:
-        """Get events from *splitter*, which keeps some of them back: those that take what *path*
-        returns. An id that a client may need comes with these.
+    def hold(self, splitter: Splitter, path: HoldingPath) -> None:
+        """Get events from *splitter*, which keeps some of them back: those that take *path*. An id
+        that a client may need comes with these.
         """
         self._splitter, self._holding_path, self.patience = splitter, path, None
 
@@ -179,7 +179,8 @@ class StreamSink(ABC):
         """Return the path by which the next event may go: that of the stream, or of what holds
         it. None if this sink has to see it.
         """
-        return None if self._holding_path is None else self._holding_path()
+        path = self._holding_path
+        return path if path is not None and path.ready else None
 
     def let_go(self) -> None:
         """Show the preamble that is held, if there is one: no other attempt follows."""

@@ -63,6 +63,12 @@ class Path(Protocol):
         """Stop forwarding; the log has everything that was forwarded when this returns."""
 
 
+class HoldingPath(Path, Protocol):
+    """The path of reads that are held; it is *ready* if the next one may only be held."""
+
+    ready: bool
+
+
 class Reader(Protocol):
     """A reader of a log. All its methods are called synchronously and must not raise.
 

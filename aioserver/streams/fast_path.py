@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.eventstream import utf8
 from aioserver.protocol.openai import PLAIN
-from aioserver.protocol.parts import CALL_MARK
+from aioserver.protocol.parts import CALL_MARK, ESCAPE
 from aioserver.protocol.request_headers import CALLS
 from aioserver.protocol.transcript import PassedTranscript
 from aioserver.streams.contracts import AnswerApi
@@ -160,7 +160,11 @@ class FastPath:
             or find(ERROR_NAME) >= 0
             or find(FINISH) >= 0
             or find(FINISH_SPACED) >= 0
-            or (self._calls_wait and find(CALL_MARK) >= 0)
+            or (
+                self._calls_wait
+                # Not ESCAPE alone: most texts have no backslash, and one byte is found faster.
+                and (find(CALL_MARK) >= 0 or (find(b"\\") >= 0 and find(ESCAPE) >= 0))
+            )
             or not (read.isascii() or utf8(read))
         ):
             return False

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,16 @@ FACES = {
 }
 CALLS = Turn()
 ARGUMENTS = "".join(PIECES)
+
+
+class EscapedTurn(Turn):
+    """A turn whose provider writes a letter of each word that makes a call as an escape."""
+
+    def events(self, path: str, attempt: int) -> list[bytes]:
+        return [
+            re.sub(rb'"(tool|function)_(calls?|use)"', rb'"\1\\u005f\2"', event)
+            for event in super().events(path, attempt)
+        ]
 
 
 def _count(turn: Turn, path: str, *, bridged: bool) -> tuple[int, int]:
@@ -178,6 +189,28 @@ async def test_turn_cut_behind_text_shows_no_piece_of_a_call_and_an_error(
             assert (seen.text, seen.end) == ("Let me look. ", "provider_disconnected")
             assert not seen.calls
             assert b"call_1_" not in seen.raw
+
+
+@pytest.mark.parametrize("face", FACES)
+async def test_no_piece_of_a_call_is_shown_early_where_its_letters_are_escaped(
+    make_server: MakeServer, face: str
+) -> None:
+    path, bridged = FACES[face]
+    asked = CHAT if bridged else path
+    turn = EscapedTurn(text=TEXT)
+    count, whole = _count(turn, path, bridged=bridged)
+    first = _first_call(turn.events(asked, 1))
+    assert b"\\u005f" in turn.events(asked, 1)[first]
+    provider = CuttingProvider(turn)
+    async with cutting(make_server, provider, count, bridged=bridged) as server:
+        for cut in range(first, count):
+            seen = await ask(server, path, f"p{cut}")
+
+            assert provider.asked[f"p{cut}"] == 1
+            assert seen.text == "Let me look. "
+            assert list(seen.calls.values()) == ([ARGUMENTS] * 2 if cut >= whole else [])
+            assert (b"call_1_" in seen.raw) == (cut >= whole)
+            assert seen.end == ("complete" if cut >= whole else "provider_disconnected")
 
 
 @pytest.mark.parametrize("face", FACES)

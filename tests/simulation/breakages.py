@@ -369,7 +369,12 @@ breaks("an event", ADD, _lossy)
 breaks("whose answer it is", ADD, _swapped, {"faces": ("websocket", "sse")})
 breaks("that an answer has failed", "streams.stream:Stream.fail", constant(_ends_well))
 breaks("what was said last", SAID, _cut, CONTINUED)
-breaks("that calls wait for the finish", f"{HOLDING}._looks", left_out(), CALLED)
+breaks(
+    "that calls wait for the finish",
+    f"{HOLDING}.__init__",
+    then(lambda held: setattr(held, "_marks", ())),
+    CALLED,
+)
 breaks("that a turn which fails is dropped", f"{HOLDING}.drop", _let_go, CALLED)
 breaks("a turn of a conversation", "wings.conversations.history:History.keep", left_out(5), TALKS)
 breaks("a stored response", f"{STORED}StoredResponses.add", left_out(5), CHAINS)

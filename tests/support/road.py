@@ -19,16 +19,23 @@ import pytest
 from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
+from aioserver.protocol.request_headers import PREAMBLE
+from aioserver.protocol.steps import at_once
 from aioserver.providers.connections import ConnectionProtocol
 from aioserver.providers.exchange import Exchange
+from aioserver.providers.holding import Holding
 from aioserver.providers.reading_sinks import ChatSink
-from aioserver.providers.request import CHAT
+from aioserver.providers.request import CHAT, ProviderRequest
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import FastPath, TextPath
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW
 from aioserver.streams.outbox import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.streams.writer import Writer
+from aioserver.wings.anthropic.api import MESSAGES as MESSAGE_API
+from aioserver.wings.anthropic.bridge.events import MessageWriter
+from aioserver.wings.anthropic.bridge.request import chat_request
+from aioserver.wings.anthropic.sink import BridgeSink
 from aioserver.wings.responses.api import RESPONSES
 from aioserver.wings.responses.path import RESPONSES as RESPONSE_MESSAGES
 from aioserver.wings.responses.path import ResponsePath, response_messages
@@ -40,8 +47,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from aioserver.providers.connections import PooledConnection
+    from aioserver.providers.sinks import StreamSink
 
 FACES = ("openai", "sse", "websocket")
+# Beside them there are Messages, as "messages", and Messages that are translated, as "bridge".
+QUESTION = b'{"model":"m","max_tokens":100,"messages":[{"role":"user","content":"Hello"}]}'
 # The faces of the Responses API: over HTTP, and on a WebSocket without and with a lane.
 RESPONSES_FACES = ("responses", "responses_ws", "lane")
 
@@ -125,11 +135,13 @@ class Road:
         window: float = 30.0,
         most: int = 1 << 30,
         slow: bool = False,
+        hold: str = PREAMBLE,
     ) -> None:
         self.wire = wire or Wire()
         self.protocol = self.wire.protocol
         responses = face in RESPONSES_FACES
-        private = face == "openai" or responses
+        messages, bridged = face in {"messages", "bridge"}, face == "bridge"
+        private = responses or messages or face == "openai"
         self.streams = StreamStore(max_stream_bytes=most, max_kept_bytes=1 << 30)
         self.stream = self.streams.open(
             "r1", "me", window=0.0 if private else window, private=private
@@ -137,13 +149,28 @@ class Road:
         self.stream.outcome.provider, self.stream.outcome.model = "sim", "m"
         self.stream.append_processing()
         self.reading = Reading()
-        self.stream.api = api = RESPONSES if responses else CHAT
-        self.sink = api.sink(self.stream) if private else ChatSink(self.stream, self.reading)
+        self.stream.api = api = RESPONSES if responses else MESSAGE_API if messages else CHAT
+        self.sink: StreamSink = (
+            BridgeSink(self.stream, MessageWriter(at_once(chat_request(QUESTION)), "0" * 32, most))
+            if bridged
+            else api.sink(self.stream)
+            if private
+            else ChatSink(self.stream, self.reading)
+        )
+        self.held: Holding | None = None
+        if hold != PREAMBLE:
+            request = ProviderRequest(api, lambda *_: b"{}", streamed=True)
+            request.hold = self.stream.outcome.hold = hold
+            parts = CHAT.parts if bridged else api.parts
+            self.held = Holding(request, self.stream, self.sink, parts, lambda: None, None)
+            self.sink.hold(self.held, self.held)
         self.stream.events = self.events = api.events()
         self.outbox = Outbox(asyncio.get_running_loop())
         self.dropped: list[str] = []
         self.look = {
             "openai": RAW,
+            "messages": RAW,
+            "bridge": RAW,
             "sse": EVENTS,
             "websocket": MESSAGES,
             "responses": RAW,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import aiohttp
 
 from tests.support.waiting import until
 
@@ -20,6 +23,21 @@ def workers(process: ServerProcess) -> list[int]:
     """The process ids of the workers that live, in the order of their start."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [pid for pid in map(int, children) if not gone(pid) and b"aioserver" in command(pid)]
+
+
+async def incidents_of(
+    process: ServerProcess, kind: str, headers: dict[str, str] | None = None
+) -> list[str]:
+    """The incidents of this *kind*, as a dashboard gets them."""
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.get(f"{process.base}/events") as events,
+    ):
+        async for line in events.content:
+            if line.startswith(b'data: {"interval"') or b'"incidents"' in line:
+                incidents = json.loads(line.removeprefix(b"data: "))["incidents"]
+                return [each["text"] for each in incidents if each["kind"] == kind]
+    raise AssertionError("the events have ended")
 
 
 def command(pid: int) -> bytes:

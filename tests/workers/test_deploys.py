@@ -25,7 +25,7 @@ from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, Scri
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, UVICORN
 from tests.support.systemd import Systemd
 from tests.support.waiting import until, until_result
-from tests.support.worker_processes import command, workers
+from tests.support.worker_processes import command, incidents_of, workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -140,16 +140,6 @@ async def former_of(process: ServerProcess) -> list[dict[str, Any]]:
         return former
 
 
-async def replaced_of(process: ServerProcess) -> list[str]:
-    """The incidents of former processes that have ended, as a dashboard gets them."""
-    async with aiohttp.ClientSession() as session, session.get(f"{process.base}/events") as events:
-        async for line in events.content:
-            if line.startswith(b'data: {"interval"') or b'"incidents"' in line:
-                incidents = json.loads(line.removeprefix(b"data: "))["incidents"]
-                return [each["text"] for each in incidents if each["kind"] == "replaced"]
-    raise AssertionError("the events have ended")
-
-
 def counted(texts: list[str]) -> tuple[int, int]:
     """The answers that have come to their end, and those that were cut, by these incidents."""
     numbers = [[int(word) for word in text.split() if word.isdigit()] for text in texts]
@@ -207,7 +197,8 @@ async def test_two_deploys_cut_no_answer_and_ask_for_none_twice(
         assert not {*first} & {*workers(process)}
         # All but those of the newest processes.
         await until_result(
-            partial(replaced_of, process), lambda texts: counted(texts) == (2 * count + 2, 0)
+            partial(incidents_of, process, "replaced"),
+            lambda texts: counted(texts) == (2 * count + 2, 0),
         )
         process.signal()
         assert await process.ended() == 0
@@ -352,7 +343,9 @@ async def test_a_single_worker_is_replaced_and_has_three_generations_at_most(
             lambda: len(workers(process)) == 1,
             state=lambda: (process.log, [(pid, command(pid)) for pid in workers(process)]),
         )
-        await until_result(partial(replaced_of, process), lambda texts: counted(texts) == (2, 1))
+        await until_result(
+            partial(incidents_of, process, "replaced"), lambda texts: counted(texts) == (2, 1)
+        )
         process.signal()
         assert await process.ended() == 0
     assert "Traceback" not in process.log

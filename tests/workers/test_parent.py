@@ -28,7 +28,7 @@ from tests.support.simulator import Simulator
 from tests.support.systemd import Systemd
 from tests.support.tls import TLS, TlsClient, pair
 from tests.support.waiting import until, until_result
-from tests.support.worker_processes import alone, gone, workers
+from tests.support.worker_processes import alone, gone, incidents_of, workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 TWO = {f"{UVICORN}.workers": 2}
 REPLACED = "all workers are replaced"
+DIED = 'aioserver_worker_deaths_total{cause="signal"} 1.0'
 LIMIT = f"{CONCURRENCY}.max_connections"
 
 
@@ -117,6 +118,13 @@ class Load:
         await asyncio.gather(*self._tasks)
 
 
+async def metrics_of(process: ServerProcess) -> str:
+    """The page `/metrics`, as an admin gets it."""
+    async with Raw(process) as raw:
+        await raw.get("/metrics", f"x-api-key: {key_of('root')}")
+        return (await raw.answer()).body.decode()
+
+
 async def test_a_replacement_loses_and_refuses_nothing(
     tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -177,6 +185,11 @@ async def test_a_killed_worker_is_followed_and_a_reload_reaches_all(
                 assert (await raw.answer()).status == 200, "its sibling goes on"
             await process.logs("worker 0 serves")
             assert "worker 0 was ended by SIGKILL" in process.log
+            # Whichever worker is asked.
+            await until_result(partial(metrics_of, process), lambda text: DIED in text)
+            told = partial(incidents_of, process, "worker_died", bearer("root"))
+            (text,) = await until_result(told, bool)
+            assert text.startswith("a worker has died (signal)")
             assert second in workers(process)
             assert len(workers(process)) == 2
             for worker in workers(process):

@@ -101,11 +101,24 @@ async def limits(facts: Facts) -> AsyncIterator[Result]:
             yield ok(shown) if have >= wanted else warn(shown, remedy)
 
 
+async def held(facts: Facts) -> AsyncIterator[Result]:
+    """Say what is held of whose streamed answers."""
+    auth = facts.here.auth
+    roles = auth.jwt.limits if auth is not None and auth.jwt is not None else {}
+    words = [
+        ("chat.streams.hold", facts.here.chat.streams.hold),
+        *((f"key {key.name}", key.hold) for key in (() if auth is None else auth.all_keys)),
+        *((f"role {name}", role.hold) for name, role in roles.items()),
+    ]
+    yield ok("; ".join(f"{whose}: {word}" for whose, word in words if word is not None))
+
+
 # The subject of each check; the fact without which it is not made, or empty if that is a URL that
 # must not be given; and the function that yields its results. They have the order of the report.
 CHECKS: tuple[tuple[str, str, Callable[[Facts], AsyncIterator[Result]]], ...] = (
     ("configuration", "", configuration),
     ("machine", "here", limits),
+    ("streams", "here", held),
     ("providers", "server", providers.providers),
     ("groups", "server", providers.groups),
     ("server", "url", server.reach),

@@ -172,6 +172,7 @@ PARTS = Parts(
         "|(?P<FINISH>stop_reason)|(?P<END>message_stop)|(?P<ERROR>error)"
     ),
     signs_reasoning=True,
+    plain=b'event: content_block_delta\ndata: {"type":"content_block_delta",',
 )
 
 

@@ -81,11 +81,14 @@ class ResponsePath(FastPath):
             or not (read.isascii() or utf8(read))
         ):
             return False
-        if (found := find(_RESPONSE, begin)) >= 0:
-            # The event has a type, as it must, and changes no remembered state.
-            kind = self._type
-            if not read.startswith(kind, found) or find(_RESPONSE, found + len(kind)) >= 0:
-                return False
+        # The event has that type, as it must, and changes no remembered state.
+        kind, found = self._type, find(_RESPONSE, begin)
+        if (
+            found < 0
+            or not read.startswith(kind, found)
+            or find(_RESPONSE, found + len(kind)) >= 0
+        ):
+            return False
         stream = self._stream
         if not self._events.follows(read, stream.last + 1):
             return False

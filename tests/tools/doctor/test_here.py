@@ -333,7 +333,23 @@ async def test_a_provider_that_no_server_could_use_leaves_the_machine_to_be_exam
 
     assert found.code == 2
     assert "holds no certificates" in found.of("fail", "configuration")[0]
-    assert {result.subject for result in found.results} == {"configuration", "machine"}
+    assert {result.subject for result in found.results} == {"configuration", "machine", "streams"}
+
+
+async def test_doctor_says_what_is_held_of_whose_answers(tmp_path: Path) -> None:
+    keys = [
+        {"name": "web", "sha256": "0" * 64},
+        {"name": "batch", "sha256": "1" * 64, "hold": "turn"},
+        {"name": "canvas", "sha256": "2" * 64, "hold": "preamble"},
+    ]
+
+    found = await examined(
+        tmp_path, NOWHERE, {"chat.streams.hold": "calls", "auth.keys": keys}, ask=False
+    )
+
+    assert found.of("ok", "streams") == [
+        "streams: chat.streams.hold: calls; key batch: turn; key canvas: preamble"
+    ]
 
 
 # The command.
