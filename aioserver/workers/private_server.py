@@ -344,6 +344,11 @@ class SharedServer:
             logger.warning(
                 "each worker has a fixed share of every limit, and streams of its own: %s", why
             )
+            if settings.chat.websocket.replace_timeout:
+                logger.warning(
+                    "while workers are replaced, a provider may get up to three times its "
+                    "concurrent_requests, unless replace_timeout is 0"
+                )
             return cls()
         logger.info(
             "the workers share limits and streams through a server of their own: %s", program

@@ -216,6 +216,8 @@ def test_where_no_folder_can_be_written_one_line_says_so_and_the_workers_go_on()
         "WARNING each worker has a fixed share of every limit, and streams of its own: "
         "no folder for the socket of the private server can be written: "
         "set TMPDIR to a short path of one\n"
+        "WARNING while workers are replaced, a provider may get up to three times its "
+        "concurrent_requests, unless replace_timeout is 0\n"
     )
 
 

@@ -7,14 +7,14 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 from aioserver.workers.private_server import LIVED, PAUSE, PrivateServer, SharedServer
 from tests.support.redis_server import program_of_server
 from tests.support.server import NOWHERE, configured
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
     from tests.support.clock import FakeClock
 
@@ -89,10 +89,12 @@ def test_a_server_of_the_configuration_needs_no_other_one(tmp_path: Path) -> Non
     assert SharedServer.open(settings, os.environ, nothing).url is None
 
 
+@pytest.mark.parametrize("replace_timeout", [0.0, 600.0])
 def test_without_a_program_that_runs_the_shares_are_fixed_and_that_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    replace_timeout: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = configured(NOWHERE, {}, tmp_path / "c.yaml").settings
+    changes = {"chat.websocket.replace_timeout": replace_timeout}
+    settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
     program = tmp_path / "valkey-server"
     version = "import sys; print('v=8.1.1 ') if '--version' in sys.argv else sys.exit(3)"
     program.write_text(f"#!{sys.executable}\n{version}")
@@ -102,6 +104,8 @@ def test_without_a_program_that_runs_the_shares_are_fixed_and_that_is_said(
 
     assert server.url is None
     assert "each worker has a fixed share of every limit, and streams of its own: " in caplog.text
+    thrice = "up to three times its concurrent_requests" in caplog.text
+    assert thrice == (replace_timeout > 0)
     server.ended(1)
     server.turn()
     server.stop()
