@@ -109,7 +109,8 @@ async def play_program(section: str, server: RunningServer, home: Path) -> Ended
     file.write_text(configuration.replace(ADDRESS, server.base))
     (home / "notes.txt").write_text("a note")
     await run("git", "init", "-q", ".", home=home)
-    return await run("bash", "-c", line, home=home, environ=QUIET)
+    # opencode takes most of a minute to start on a busy machine.
+    return await run("bash", "-c", line, home=home, environ=QUIET, within=150.0)
 
 
 async def play(section: str, server: RunningServer, home: Path) -> Ended:
