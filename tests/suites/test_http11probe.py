@@ -1,13 +1,13 @@
 r"""The scored probes of Http11Probe (github.com/MDA2AV/Http11Probe): what a server must answer to
 requests that are malformed, or that two servers could read differently.
 
-`http11probe.txt` has a line for each: its name, the answers that pass, and its bytes. `{a*9}` in
+`http11probe.txt` has a line for each, whose requests with a body go to /session: its name, the answers that pass, and its bytes. `{a*9}` in
 these repeats a text. An answer is a status, or the first digit of it and `xx`, with what it must
 have: a header, `-` and one that it must not have, `empty`, `body=TEXT`, and `closed` for the
 connection. `close` and `silence` pass where no answer comes. The second of two requests in one
 line must not be answered.
 
-The score is in docs/testing.md.
+The score is in docs/testing.md: 149 of 161, with what its own program counts as a warning.
 """
 
 from __future__ import annotations
@@ -26,9 +26,24 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.suites, pytest.mark.real_time]
 
 PROBES = 161
-# The probes whose server must send a body back, or answer any request to `/`.
-NEED_AN_ECHO: set[str] = set()
-OTHERWISE: set[str] = set()
+# A server would have to send a body back, or to answer any path.
+NEED_AN_ECHO = {
+    "COMP-POST-CL-BODY",
+    "COMP-CHUNKED-BODY",
+    "COMP-CHUNKED-MULTI",
+    "COMP-CHUNKED-EXTENSION",
+    "COMP-CHUNKED-TRAILER-VALID",
+    "COMP-CHUNKED-HEX-UPPERCASE",
+    "RFC9112-3.2-FRAGMENT-IN-TARGET",
+}
+# /session answers without its body, and closes the connection where that does not come.
+ANSWERED_BEFORE_THE_BODY = {
+    "COMP-POST-CL-UNDERSEND",
+    "COMP-CHUNKED-NO-FINAL",
+    "MAL-POST-CL-HUGE-NO-BODY",
+}
+# An empty Host is one that is not allowed (403); OPTIONS without CORS is 405, with `Allow`.
+OTHERWISE = {"COMP-HOST-EMPTY-VALUE", "COMP-OPTIONS-ALLOW"}
 # Seconds without a byte after which a server waits for more.
 QUIET = 1.0
 AT_ONCE = 10
@@ -36,7 +51,7 @@ AT_ONCE = 10
 
 def probes() -> list[tuple[str, str, bytes]]:
     lines = (Path(__file__).parent / "http11probe.txt").read_text().splitlines()
-    rows = [tuple(line.split("\t")) for line in lines]
+    rows = [line.split("\t") for line in lines]
     return [(name, passing, payload(text)) for name, passing, text in rows]
 
 
@@ -81,17 +96,17 @@ def passes(passing: str, received: bytes, closed: bool) -> bool:
     return False
 
 
-async def test_all_pass_that_need_no_echo(make_server: MakeServer) -> None:
-    server = await make_server()
+async def test_all_pass_but_those_that_are_known(make_server: MakeServer) -> None:
+    server = await make_server(**{"auth.allowed_hosts": ["example.com"]})
     room = asyncio.Semaphore(AT_ONCE)
 
-    async def failed(name: str, passing: str, sent: bytes) -> str | None:
+    async def fails(passing: str, sent: bytes) -> bool:
         async with room:
-            received, closed = await answer(server.port, sent)
-        print(name, passing, received[:60], closed) if not passes(passing, received, closed) else 0
-        return None if passes(passing, received, closed) else name
+            return not passes(passing, *await answer(server.port, sent))
 
-    results = await asyncio.gather(*(failed(*probe) for probe in probes()))
+    rows = probes()
+    results = await asyncio.gather(*(fails(passing, sent) for _, passing, sent in rows))
 
-    assert len(results) == PROBES
-    assert {name for name in results if name} == NEED_AN_ECHO | OTHERWISE
+    failed = {name for (name, _, _), failing in zip(rows, results, strict=True) if failing}
+    assert failed == NEED_AN_ECHO | ANSWERED_BEFORE_THE_BODY | OTHERWISE
+    assert len(rows) == PROBES
