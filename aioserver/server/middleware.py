@@ -224,6 +224,10 @@ class Border:
             raise VersionNotSupported("this server speaks HTTP/1.1 and HTTP/1.0")
         if not _well_formed(request.headers.get(hdrs.HOST, "")):
             raise InvalidRequest("the Host header is no name with or without a port")
+        codings = request.headers.get(hdrs.TRANSFER_ENCODING)
+        if codings is not None and (request.version < HttpVersion11 or not codings.strip()):
+            # RFC 9112, 6.1: two servers could read this body differently.
+            raise InvalidRequest("Transfer-Encoding is empty, or in a request of HTTP/1.0")
         line = len(request.method) + len(request.raw_path) + LINE_REST
         if line > (limit := limits.h11_max_request_line_size):
             raise UriTooLong(f"a request line of {line} bytes, at most {limit}")

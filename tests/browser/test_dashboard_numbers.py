@@ -86,20 +86,23 @@ async def test_each_caller_has_a_row_with_what_it_has_spent(stand: Stand, page: 
     day = {"limit": 50_000, "used": 40_000, "reserved": 6_000, "remaining": 4_000, "reset": 9.0}
     minute = {"limit": 9_000, "used": 0, "reserved": 0, "remaining": 8_000, "reset": 0.0}
     budgets = {"tokens_per_day": day, "tokens_per_minute": minute}
+    month = {"limit": 60_000, "used": 60_000, "reserved": 0, "remaining": 0, "reset": 9.0}
     key = {"running": 2, "limit": 20, "waiting": 0, "queue_size": 9, "budgets": {}}
     keys = {
         "quiet": {**key, "tokens_today": 7},
+        "job": {**key, "tokens_today": 9, "budgets": {**budgets, "tokens_per_month": month}},
         "<b>web": {**key, "waiting": 3, "tokens_today": 46_000, "budgets": budgets},
     }
     stand.say(keys=keys)
     rows = section.locator("tbody tr")
-    await expect(rows).to_have_count(2)
-    first, second = [
+    await expect(rows).to_have_count(3)
+    first, spent, quiet = [
         [cell.replace("\u00a0", " ") for cell in await row.locator("th, td").all_inner_texts()]
         for row in await rows.all()
     ]
-    assert first == ["<b>web", "46,000", "92 % of 50,000", "8,000", "2 of 20", "3"]
-    assert second == ["quiet", "7", DASH, DASH, "2 of 20", "0"]
+    assert first == ["<b>web", "46,000", "92 % of 50,000 a day", "8,000", "2 of 20", "3"]
+    assert spent == ["job", "9", "100 % of 60,000 a month", "8,000", "2 of 20", "0"]
+    assert quiet == ["quiet", "7", DASH, DASH, "2 of 20", "0"]
 
     stand.say(keys={f"k{number}": {**key, "tokens_today": number} for number in range(60)})
     await expect(rows).to_have_count(50)

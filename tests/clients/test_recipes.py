@@ -51,6 +51,8 @@ PROGRAMS = {
     "Codex": (".codex/config.toml", LISTED),
     "Claude Code": (".claude/settings.json", LISTED),
     "opencode": ("opencode.json", LISTED),
+    "Qwen Code": (".qwen/.env", LISTED),
+    "pi": (".pi/agent/models.json", LISTED),
     "aider": (".aider.conf.yml", SPEECH),
 }
 # What keeps a program from asking a person, or the network.
@@ -103,11 +105,12 @@ async def play_node(section: str, server: RunningServer, home: Path) -> Ended:
 async def play_program(section: str, server: RunningServer, home: Path) -> Ended:
     (_, configuration), (_, line) = blocks(section)
     file = home / PROGRAMS[section][0]
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(configuration.replace(ADDRESS, server.base))
     (home / "notes.txt").write_text("a note")
     await run("git", "init", "-q", ".", home=home)
-    return await run("bash", "-c", line, home=home, environ=QUIET)
+    # opencode takes most of a minute to start on a busy machine.
+    return await run("bash", "-c", line, home=home, environ=QUIET, within=150.0)
 
 
 async def play(section: str, server: RunningServer, home: Path) -> Ended:

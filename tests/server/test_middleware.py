@@ -168,6 +168,25 @@ async def test_a_host_that_is_none_is_refused_whoever_may_ask(
         assert (answer.status, answer.code) == (400, "invalid_request"), host
 
 
+@pytest.mark.parametrize("path", ["/session", "/", "/nowhere"])
+@pytest.mark.parametrize(
+    ("version", "codings"), [("1.0", "chunked"), ("1.0", ""), ("1.1", ""), ("1.1", " \t")]
+)
+async def test_a_body_that_two_servers_could_read_differently_is_refused_at_any_path(
+    server: RunningServer, path: str, version: str, codings: str
+) -> None:
+    coding = f"Transfer-Encoding: {codings}\r\n"
+    length = "" if codings == "chunked" else "Content-Length: 5\r\n"
+
+    async with Raw(server) as raw:
+        head = f"POST {path} HTTP/{version}\r\nHost: x\r\nConnection: keep-alive\r\n"
+        await raw.send(f"{head}{coding}{length}\r\n0\r\n\r\n".encode())
+        answer = await raw.answer()
+
+        assert (answer.status, answer.code) == (400, "invalid_request")
+        assert await raw.to_the_end() == b""
+
+
 async def test_a_name_or_an_address_with_or_without_a_port_is_a_host(
     server: RunningServer,
 ) -> None:

@@ -498,6 +498,8 @@ def test_each_group_has_a_row_with_its_members() -> None:
 def test_each_caller_has_a_row_with_what_it_has_spent_and_has_left() -> None:
     day = {"limit": 50_000, "used": 40_000, "reserved": 6_000, "remaining": 4_000, "reset": 9.0}
     minute = {"limit": 9_000, "used": 0, "reserved": 0, "remaining": 9_000, "reset": 0.0}
+    spent = {"limit": 60_000, "used": 60_000, "reserved": 0, "remaining": 0, "reset": 9.0}
+    longer = {"tokens_per_day": day, "tokens_per_month": spent, "tokens_per_week": day}
     key = {"running": 2, "limit": 20, "waiting": 3, "queue_size": 9}
     keys = {
         "quiet": {**key, "waiting": 0, "tokens_today": 0, "budgets": {}},
@@ -506,15 +508,19 @@ def test_each_caller_has_a_row_with_what_it_has_spent_and_has_left() -> None:
             "tokens_today": 46_000,
             "budgets": {"tokens_per_day": day, "tokens_per_minute": minute},
         },
+        "job": {**key, "tokens_today": 45_000, "budgets": longer},
         **{f"k{n}": {**key, "tokens_today": 1, "budgets": {}} for n in range(10)},
     }
 
     text = drawn(State("http://127.0.0.1:1", stats={**STATS, "keys": keys}))
 
     (row,) = [line for line in text.splitlines() if "web[bold]" in line]
-    assert row.split() == ["web[bold]", "46,000", "92%", "9,000", "2/20", "3"]
-    # The one that has spent least is left out.
+    assert row.split() == ["web[bold]", "46,000", "92%", "day", "9,000", "2/20", "3"]
+    # Of several periods the one of which most is used is shown.
+    (row,) = [line for line in text.splitlines() if "job" in line]
+    assert row.split() == ["job", "45,000", "100%", "month", "-", "2/20", "3"]
+    # The ones that have spent least are left out.
     assert "quiet" not in text
-    assert "and 2 callers more" in text
+    assert "and 3 callers more" in text
     assert max(map(len, text.splitlines())) <= 80
     assert "tokens today" not in drawn(State("http://127.0.0.1:1", stats=STATS))

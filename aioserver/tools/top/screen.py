@@ -8,6 +8,7 @@ This file is one concept: the layout of one screen.
 from __future__ import annotations
 
 import time
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -232,28 +233,41 @@ def _groups(groups: dict[str, Any]) -> list[RenderableType]:
 
 
 def _callers(keys: dict[str, Any]) -> list[RenderableType]:
-    """Return a table of callers: usage today, rest of the budget, running and waiting requests."""
+    """Return a table of callers: usage today, budgets, running and waiting requests."""
     if not keys:
         return []
     table = _table("caller", 20)
-    for name in ("tokens today", "of the day", "left of the minute", "running", "waiting"):
+    for name in ("tokens today", "of budget", "left of the minute", "running", "waiting"):
         table.add_column(name, justify="right", no_wrap=True)
     most = sorted(keys.items(), key=lambda item: -item[1].get("tokens_today", 0))
     for name, key in most[:MAX_CALLERS]:
         budgets = key.get("budgets", {})
-        day, minute = budgets.get("tokens_per_day"), budgets.get("tokens_per_minute")
-        used = None if day is None else (day["used"] + day["reserved"]) / day["limit"]
+        used, period = _fullest(budgets)
+        minute = budgets.get("tokens_per_minute")
         left = None if minute is None else minute["remaining"]
         waiting = key.get("waiting", 0)
         table.add_row(
             Text(printable(name)),
             f"{key.get('tokens_today', 0):,}",
-            Text("-" if used is None else f"{used:.0%}", style=_use_style(used)),
+            Text("-" if used is None else f"{used:.0%} {period}", style=_use_style(used)),
             Text("-" if left is None else f"{left:,}", style="none" if left != 0 else "yellow"),
             f"{key.get('running', 0)}/{key.get('limit', 0)}",
             Text(str(waiting), style="yellow" if waiting else "none"),
         )
     return _below(table, len(keys) - MAX_CALLERS, "caller")
+
+
+def _fullest(budgets: dict[str, Any]) -> tuple[float | None, str]:
+    """Return the largest used share of the budgets of a day and longer, and its period.
+
+    None: there is no such budget.
+    """
+    shares = [
+        ((budget["used"] + budget["reserved"]) / budget["limit"], period)
+        for period in ("day", "week", "month")
+        if (budget := budgets.get(f"tokens_per_{period}"))
+    ]
+    return max(shares, key=itemgetter(0), default=(None, ""))
 
 
 def _use_style(used: float | None) -> str:

@@ -95,16 +95,25 @@ function setCells(row, texts) {
 }
 
 function showCaller(row, { running, limit, waiting, tokens_today: tokens, budgets }) {
-  const { tokens_per_day: day, tokens_per_minute: minute } = budgets;
-  const used = day && (day.used + day.reserved) / day.limit;
+  const minute = budgets.tokens_per_minute;
+  const [period, most, used] = fullest(budgets);
   row.classList.toggle("rising", waiting > 0 || used >= 1);
   setCells(row, [
     numbers.count(tokens),
-    day ? `${numbers.share(used)} of ${numbers.count(day.limit)}` : numbers.text(),
+    period ? `${numbers.share(used)} of ${numbers.count(most)} a ${period}` : numbers.text(),
     numbers.count(minute?.remaining),
     `${numbers.count(running)} of ${numbers.count(limit)}`,
     numbers.count(waiting),
   ]);
+}
+
+/** The period of a day or longer of whose budget the largest share is used, its limit and that share. */
+function fullest(budgets) {
+  const shares = ["day", "week", "month"].flatMap((period) => {
+    const budget = budgets[`tokens_per_${period}`];
+    return budget ? [[period, budget.limit, (budget.used + budget.reserved) / budget.limit]] : [];
+  });
+  return shares.reduce((most, next) => (next[2] > most[2] ? next : most), shares[0] ?? []);
 }
 
 /** Say what runs in processes that were replaced. */
