@@ -124,6 +124,12 @@ class Connection(Protocol):
     def connected(self) -> bool:
         """Whether commands can be sent."""
 
+    @property
+    def heard(self) -> float:
+        """When the server last answered anything, an error too, by the clock of the event loop;
+        -inf: never.
+        """
+
     async def execute(self, *command: bytes | str | float) -> Any:
         """Return the answer to one command; the commands of one connection run in order.
 
@@ -145,11 +151,10 @@ class Commands:
         self.me = secrets.token_hex(6)
         # Whether the last `ask` had no answer.
         self.away = False
-        # When the first command was sent since the last answer; inf: none was.
-        self._silent_since = inf
-        # Whether the server has answered nothing for WRITE_TIMEOUT; and the call whose answer ends
-        # that.
-        self._hangs = False
+        # When the first command was sent since the server was last heard.
+        self._silent_since = -inf
+        # When the server was last found to hang; and the call whose answer ends that.
+        self._hung = -inf
         self._probe: asyncio.Task[object] | None = None
         # Each function ends a wait of a client.
         self._waits: set[Callable[[], None]] = set()
@@ -162,6 +167,10 @@ class Commands:
         While the server is known to be away, the wait is short.
         """
         return WRITE_TIMEOUT if self._connection.connected else TIMEOUT
+
+    @property
+    def _hangs(self) -> bool:
+        return self._connection.heard < self._hung
 
     def written(self, writing: asyncio.Future[Any]) -> asyncio.Future[None]:
         """Return a future that is done when *writing* is, or after WRITE_TIMEOUT: see
@@ -177,7 +186,8 @@ class Commands:
 
         def ended(_done: object) -> None:
             self._waits.discard(end)
-            if not writing.done():
+            # A wait that its client gives up is not one in vain.
+            if not writing.done() and not done.cancelled():
                 self._look()
 
         self._waits.add(end)
@@ -244,7 +254,8 @@ class Commands:
         *waits* is ended, nothing.
         """
         loop = asyncio.get_running_loop()
-        self._silent_since = min(self._silent_since, loop.time())
+        if self._silent_since <= self._connection.heard:
+            self._silent_since = loop.time()
         try:
             async with timeout(seconds) as end:
                 waits.add(end)
@@ -258,15 +269,17 @@ class Commands:
                 self.away = True
                 logger.warning("no answer of the cluster's server: %r", exc)
             return ()
-        self.away, self._hangs, self._silent_since = False, False, inf
+        self.away = False
         return (result,)
 
     def _look(self) -> None:
         """End all waits if the server hangs, after a wait that was in vain."""
+        now = asyncio.get_running_loop().time()
+        # A late answer to a call that was given up is one, too.
+        silent = self._connection.heard < self._silent_since
         # The command of a wait is sent a moment after the wait has begun.
-        silence = asyncio.get_running_loop().time() - self._silent_since
-        if not self._hangs and silence >= WRITE_TIMEOUT - LATE:
-            self._hangs = True
+        if silent and not self._hangs and now - self._silent_since >= WRITE_TIMEOUT - LATE:
+            self._hung = now
             for end in tuple(self._waits):
                 end()
 

@@ -124,6 +124,56 @@ async def test_one_answer_lets_all_others_be_awaited_as_ever() -> None:
 
 
 @pytest.mark.virtual_time
+async def test_an_answer_that_came_too_late_ends_a_silence() -> None:
+    writer = Writer()
+    writer.world.slow = 0.1
+    assert await writer.ask(TIMEOUT) is None
+    await asyncio.sleep(60.0)
+
+    writer.world.slow = 0.3
+    known = writer.loop.create_task(
+        writer.commands.know(writer.commands.execute("DEL", "next:a"), "stream")
+    )
+    assert await writer.ask(TIMEOUT) is None
+
+    assert await known == 0
+
+
+@pytest.mark.virtual_time
+async def test_a_command_that_is_refused_has_been_answered() -> None:
+    writer = Writer()
+
+    async def refused() -> object:
+        await writer.commands.execute("GET", "log:a")
+        raise RuntimeError("OOM")
+
+    for _ in range(2):
+        assert await writer.commands.ask(refused()) is None
+        await asyncio.sleep(1.0)
+
+    assert await writer.ask(TIMEOUT) is not None
+
+
+@pytest.mark.virtual_time
+async def test_a_client_that_leaves_ends_no_wait_of_another() -> None:
+    writer = Writer()
+    writer.world.slow = 1000.0
+    assert await writer.ask(TIMEOUT) is None
+    leaving = writer.loop.create_task(writer.delay())
+    asked = writer.loop.create_task(writer.ask(KNOWN_TIMEOUT))
+    await asyncio.sleep(0.2)
+    # An answer may wait in a buffer while the loop is late.
+    block(0.6)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+
+    assert not asked.done()
+    began = writer.loop.time()
+    assert await asked is None
+    assert writer.loop.time() - began > 0.1
+
+
+@pytest.mark.virtual_time
 async def test_a_slow_server_is_waited_for_though_some_do_not_wait_so_long() -> None:
     writer = Writer()
     writer.world.slow = 0.3
