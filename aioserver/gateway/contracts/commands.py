@@ -141,12 +141,15 @@ class Connection(Protocol):
 class Commands:
     """The shared store, as the wings use it.
 
-    Each key begins with *prefix*. *me* is a name that no other instance has.
+    Each key begins with *prefix*. *me* is a name that no other instance has. *on_hang* is called
+    when the server is found to hang.
 
     Always: while the server does not answer, the log says so once.
     """
 
-    def __init__(self, connection: Connection, prefix: str) -> None:
+    def __init__(
+        self, connection: Connection, prefix: str, on_hang: Callable[[], object] = lambda: None
+    ) -> None:
         self.prefix = prefix
         self.me = secrets.token_hex(6)
         # Whether the last `ask` had no answer.
@@ -158,7 +161,7 @@ class Commands:
         self._probe: asyncio.Task[object] | None = None
         # Each function ends a wait of a client.
         self._waits: set[Callable[[], None]] = set()
-        self._connection = connection
+        self._connection, self._on_hang = connection, on_hang
 
     @property
     def patience(self) -> float:
@@ -282,6 +285,7 @@ class Commands:
             self._hung = now
             for end in tuple(self._waits):
                 end()
+            self._on_hang()
 
 
 class Writes:

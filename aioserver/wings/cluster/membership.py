@@ -122,7 +122,7 @@ class Membership:
         self.share_provider, self.observe = limits.share_provider, limits.observe
         self.make_quota, self.share_door = limits.make_quota, limits.share_door
         self._connection = classes.commands(url)
-        self.commands = Commands(self._connection, self.renewer.prefix)
+        self.commands = Commands(self._connection, self.renewer.prefix, self.leases.hangs)
         self.address = self.renewer.connection.address
         self._incidents: Monitor | None = None
         self._patient = patient

@@ -25,8 +25,12 @@ class Writer:
 
     def __init__(self) -> None:
         self.world = World()
-        self.commands = Commands(MemoryStore(self.world, "me"), "")
         self.loop = asyncio.get_running_loop()
+        # When the server was found to hang.
+        self.hangs: list[float] = []
+        self.commands = Commands(
+            MemoryStore(self.world, "me"), "", lambda: self.hangs.append(self.loop.time())
+        )
 
     async def ask(self, seconds: float) -> object:
         return await self.commands.ask(self.commands.execute("DEL", "next:a"), seconds)
@@ -106,6 +110,7 @@ async def test_waits_that_have_begun_end_once_the_server_is_known_to_hang() -> N
     await asyncio.gather(*(end(kind, tenths / 10) for tenths in range(5) for kind in kinds))
 
     assert ends == [pytest.approx(WRITE_TIMEOUT, abs=0.02)] * 15
+    assert [at - began for at in writer.hangs] == [pytest.approx(WRITE_TIMEOUT, abs=0.02)]
 
 
 @pytest.mark.virtual_time
