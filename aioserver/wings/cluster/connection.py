@@ -33,7 +33,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from aioserver.gateway.contracts.commands import timeout
+from aioserver.gateway.contracts.timeouts import timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

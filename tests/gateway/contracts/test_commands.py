@@ -7,15 +7,8 @@ import asyncio
 import pytest
 
 from aioserver.errors import InstanceUnavailable
-from aioserver.gateway.contracts.commands import (
-    KNOWN_TIMEOUT,
-    MAX_LONGER,
-    TIMEOUT,
-    WRITE_TIMEOUT,
-    Commands,
-    awaited,
-    timeout,
-)
+from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, TIMEOUT, WRITE_TIMEOUT, Commands
+from aioserver.gateway.contracts.timeouts import MAX_LONGER, awaited, timeout
 from tests.support.instances import MemoryStore, World
 from tests.support.jumping_loop import block
 

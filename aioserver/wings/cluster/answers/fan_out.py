@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from aioserver.gateway.contracts.commands import timeout
+from aioserver.gateway.contracts.timeouts import timeout
 from aioserver.wings.cluster.answers.greeting import (
     MAX_ANSWER,
     SIZE,

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aioserver.gateway.contracts.commands import LATE
+from aioserver.gateway.contracts.timeouts import LATE
 from aioserver.limits.fixed_share import FixedShare
 from aioserver.wings.cluster.limits.grants import Grant, Standing, State
 from aioserver.wings.cluster.limits.lease_messages import (
