@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from aioserver.config.faults import ConfigurationError
 from aioserver.wings.cluster.answers import peer_network
 from aioserver.wings.cluster.answers.fan_out import FanOut
-from aioserver.wings.cluster.answers.peer_network import Gone, Unreachable
 from aioserver.wings.cluster.connection import CallFailed, Connection
 
 if TYPE_CHECKING:
@@ -72,13 +71,7 @@ def _memory(info: str, address: str) -> Examined:
 
 
 async def _meet(fan_out: FanOut, name: str) -> Examined:
-    try:
-        await fan_out.meet(name)
-    except Gone:
-        why = "the connection is refused"
-    except Unreachable as exc:
-        why = str(exc)
-    else:
+    if not (why := await fan_out.meet(name)):
         return "ok", f"the instance {name} can be reached", ""
     text = f"the instance {name} cannot be reached: {why}"
     return "warn", text, "cluster.listen, cluster.advertise, and the firewall between"
