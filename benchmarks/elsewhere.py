@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 # Seconds that are measured, and those before.
 MEASURED, BEFORE = 8.0, 4.0
+# The default of `backlog`.
+BACKLOG = 2048
 # The events of an answer that has ended.
 ENDED = 20
 TICK = os.sysconf("SC_CLK_TCK")
@@ -169,7 +171,7 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
     """Run one round; return CPU an event of each process, latencies, and silent readers."""
     provider = web.AppRunner(Provider(0.0 if given.attaches else given.rate).app)
     await provider.setup()
-    await web.TCPSite(provider, "127.0.0.1", 0, backlog=2048).start()
+    await web.TCPSite(provider, "127.0.0.1", 0, backlog=BACKLOG).start()
     base = f"http://127.0.0.1:{provider.addresses[0][1]}/v1"
     count = given.attaches or given.streams
     most = 4 * count
@@ -186,7 +188,10 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
             "chat": {
                 "websocket": {
                     "shutdown_timeout": 0.1,
-                    "concurrency": {"max_connections": most, "connection_queue_size": most},
+                    "concurrency": {
+                        "max_connections": most,
+                        "connection_queue_size": min(most, BACKLOG),
+                    },
                 },
                 "streams": {"max_detached": most, "resume_window": 600},
             },
