@@ -46,7 +46,10 @@ INSIDE_FUNCTIONS = {
     "config.credentials": {"aioserver.files.certificates"},
     "config.hints": {"difflib"},
     "wings.simulator.wing": {"aioserver.wings.simulator.server"},
-    "wings.cluster.wing": {"aioserver.wings.cluster.membership"},
+    "wings.cluster.wing": {
+        "aioserver.wings.cluster.examination",
+        "aioserver.wings.cluster.membership",
+    },
     "commands.serve": {
         "uvloop",
         "aioserver.workers.fork_server",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
     from contextlib import AsyncExitStack
 
     from aiohttp import web
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from aioserver.streams.store import StreamStore
     from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracer import Tracer
+
+    # What a check of the doctor has found: `ok`, `warn` or `fail`, a text, and what to do.
+    Examined = tuple[str, str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,11 @@ class Wing:
         a reload.
         """
         return ()
+
+    async def examine(self, settings: Settings) -> AsyncIterator[Examined]:  # noqa: ARG002
+        """Yield what the doctor says of the wing for a server that would start with *settings*."""
+        return
+        yield
 
     @staticmethod
     def before_workers(settings: Settings) -> None:

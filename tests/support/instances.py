@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
 import random
 import socket
@@ -22,7 +23,7 @@ from aioserver.providers.health import ALONE
 from aioserver.wings.cluster.answers import claims
 from aioserver.wings.cluster.answers.peer_network import Address, PeerNetwork
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
-from aioserver.wings.cluster.connection import CallFailed
+from aioserver.wings.cluster.connection import BOUND, CallFailed
 from aioserver.wings.conversations import redis as turns
 from aioserver.wings.conversations.redis import Listed
 from aioserver.wings.conversations.turn import Position
@@ -153,8 +154,29 @@ class MemoryStore:
         self._world = world
         self._me = me
         self.connected = True
+        self.heard = -math.inf
+        self._carried_out: set[asyncio.Task[Any]] = set()
 
     async def execute(self, *command: Any) -> Any:
+        # It is carried out, and its answer heard, though nobody may wait for it any more.
+        asked = asyncio.ensure_future(self._bounded(*command))
+        self._carried_out.add(asked)
+        asked.add_done_callback(self._hear)
+        return await asyncio.shield(asked)
+
+    def _hear(self, asked: asyncio.Task[Any]) -> None:
+        self._carried_out.discard(asked)
+        if not asked.cancelled() and not isinstance(asked.exception(), CallFailed):
+            self.heard = asyncio.get_running_loop().time()
+
+    async def _bounded(self, *command: Any) -> Any:
+        try:
+            async with asyncio.timeout(BOUND):
+                return await self._carry_out(*command)
+        except TimeoutError:
+            raise CallFailed("no answer") from None
+
+    async def _carry_out(self, *command: Any) -> Any:
         match command:
             case ("EVAL", script, count, *rest):
                 names = [_name(key) for key in rest[:count]]

@@ -8,14 +8,14 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from contextlib import asynccontextmanager
 from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aioserver.errors import InstanceUnavailable
+from aioserver.gateway.contracts.timeouts import LATE, awaited, timeout
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 logger = logging.getLogger("aioserver.cluster")
 
@@ -31,16 +31,22 @@ WRITE_TIMEOUT = 0.5
 BUSY_PAUSES, MARKED = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.185), 120.0
 # Seconds after which a client may ask again if the answer is not known.
 RETRY_AFTER = 1.0
-# The lateness of a timer, in seconds, above which the event loop counts as late, and the most
-# seconds by which an answer is then awaited longer.
-LATE, MAX_LONGER = 0.01, 1.0
 # The head of the scripts that store what clients let grow. Beyond its `maxmemory` a server refuses
-# every write, the renewal of leases as well, so these scripts leave the last quarter free.
+# every write, the renewal of leases as well, so these scripts leave the last quarter free. INFO
+# takes longer than all else that such a script does. So an answer to it that is not near the bound
+# counts for a tenth of a second, for small writes.
 FULL = """
 local function full(more)
+  local key = (KEYS[1]:match('^aio:{.-}:') or '') .. 'memory'
+  local used, most = (redis.call('GET', key) or ''):match('(%d+) (%d+)')
+  if used and more < 4096 and (most == '0' or used + more < most * 0.65) then return false end
   local memory = redis.call('INFO', 'memory')
-  local most = tonumber(memory:match('maxmemory:(%d+)'))
-  return most > 0 and tonumber(memory:match('used_memory:(%d+)')) + more > most * 0.75
+  used, most = memory:match('used_memory:(%d+)'), memory:match('maxmemory:(%d+)')
+  if most == '0' or used + more < most * 0.65 then
+    redis.call('SET', key, used .. ' ' .. most, 'PX', 100)
+    return false
+  end
+  return used + more > most * 0.75
 end
 """
 # The head of the scripts that store items which may also be evicted: each item is a key that
@@ -124,6 +130,12 @@ class Connection(Protocol):
     def connected(self) -> bool:
         """Whether commands can be sent."""
 
+    @property
+    def heard(self) -> float:
+        """When the server last answered anything, an error too, by the clock of the event loop;
+        -inf: never.
+        """
+
     async def execute(self, *command: bytes | str | float) -> Any:
         """Return the answer to one command; the commands of one connection run in order.
 
@@ -135,25 +147,27 @@ class Connection(Protocol):
 class Commands:
     """The shared store, as the wings use it.
 
-    Each key begins with *prefix*. *me* is a name that no other instance has.
+    Each key begins with *prefix*. *me* is a name that no other instance has. *on_hang* is called
+    when the server is found to hang.
 
     Always: while the server does not answer, the log says so once.
     """
 
-    def __init__(self, connection: Connection, prefix: str) -> None:
+    def __init__(
+        self, connection: Connection, prefix: str, on_hang: Callable[[], object] = lambda: None
+    ) -> None:
         self.prefix = prefix
         self.me = secrets.token_hex(6)
         # Whether the last `ask` had no answer.
         self.away = False
-        # When the first command was sent since the last answer; inf: none was.
-        self._silent_since = inf
-        # Whether the server has answered nothing for WRITE_TIMEOUT; and the call whose answer ends
-        # that.
-        self._hangs = False
+        # When the first command was sent since the server was last heard.
+        self._silent_since = -inf
+        # When the server was last found to hang; and the call whose answer ends that.
+        self._hung = -inf
         self._probe: asyncio.Task[object] | None = None
         # Each function ends a wait of a client.
         self._waits: set[Callable[[], None]] = set()
-        self._connection = connection
+        self._connection, self._on_hang = connection, on_hang
 
     @property
     def patience(self) -> float:
@@ -162,6 +176,10 @@ class Commands:
         While the server is known to be away, the wait is short.
         """
         return WRITE_TIMEOUT if self._connection.connected else TIMEOUT
+
+    @property
+    def _hangs(self) -> bool:
+        return self._connection.heard < self._hung
 
     def written(self, writing: asyncio.Future[Any]) -> asyncio.Future[None]:
         """Return a future that is done when *writing* is, or after WRITE_TIMEOUT: see
@@ -177,7 +195,8 @@ class Commands:
 
         def ended(_done: object) -> None:
             self._waits.discard(end)
-            if not writing.done():
+            # A wait that its client gives up is not one in vain.
+            if not writing.done() and not done.cancelled():
                 self._look()
 
         self._waits.add(end)
@@ -244,7 +263,8 @@ class Commands:
         *waits* is ended, nothing.
         """
         loop = asyncio.get_running_loop()
-        self._silent_since = min(self._silent_since, loop.time())
+        if self._silent_since <= self._connection.heard:
+            self._silent_since = loop.time()
         try:
             async with timeout(seconds) as end:
                 waits.add(end)
@@ -258,17 +278,20 @@ class Commands:
                 self.away = True
                 logger.warning("no answer of the cluster's server: %r", exc)
             return ()
-        self.away, self._hangs, self._silent_since = False, False, inf
+        self.away = False
         return (result,)
 
     def _look(self) -> None:
         """End all waits if the server hangs, after a wait that was in vain."""
+        now = asyncio.get_running_loop().time()
+        # A late answer to a call that was given up is one, too.
+        silent = self._connection.heard < self._silent_since
         # The command of a wait is sent a moment after the wait has begun.
-        silence = asyncio.get_running_loop().time() - self._silent_since
-        if not self._hangs and silence >= WRITE_TIMEOUT - LATE:
-            self._hangs = True
+        if silent and not self._hangs and now - self._silent_since >= WRITE_TIMEOUT - LATE:
+            self._hung = now
             for end in tuple(self._waits):
                 end()
+            self._on_hang()
 
 
 class Writes:
@@ -308,76 +331,6 @@ def unknown(subject: str) -> InstanceUnavailable:
     """Return the error of a request for *subject*, whose presence is not known."""
     text = f"it is not known at the moment whether another process has this {subject}"
     return InstanceUnavailable(text, retry_after=RETRY_AFTER)
-
-
-class Timer:
-    """Calls *on_end* after *seconds*. Time by which our own event loop was late does not count.
-    Otherwise a busy instance could take the server, or another instance, for away, although the
-    answer has arrived and only waits in a buffer.
-    """
-
-    def __init__(self, seconds: float, on_end: Callable[[], object]) -> None:
-        self._loop = loop = asyncio.get_running_loop()
-        self._seconds, self._on_end = seconds, on_end
-        due = loop.time() + seconds
-        self._last = due + MAX_LONGER
-        self._timer = loop.call_at(due, self._look, due)
-
-    def cancel(self) -> None:
-        """Call nothing; a second call does nothing."""
-        self._timer.cancel()
-
-    def _look(self, due: float) -> None:
-        now = self._loop.time()
-        if now - due < LATE or now >= self._last:
-            self._on_end()
-        else:
-            due = now + self._seconds
-            self._timer = self._loop.call_at(due, self._look, due)
-
-
-@asynccontextmanager
-async def timeout(seconds: float) -> AsyncIterator[Callable[[], None]]:
-    """Do as `asyncio.timeout`, with a `Timer`. Yield a function that ends the time at once.
-
-    Raises:
-        TimeoutError: the block has not ended in time.
-    """
-    scope = asyncio.timeout(None)
-
-    def end() -> None:
-        if not scope.expired():
-            # A time in the past is now.
-            scope.reschedule(0.0)
-
-    try:
-        async with scope:
-            timer = Timer(seconds, end)
-            try:
-                yield end
-            finally:
-                timer.cancel()
-    except TimeoutError:
-        if scope.expired():
-            raise TimeoutError(f"no answer within {seconds:g} s") from None
-        raise
-
-
-def awaited(writing: asyncio.Future[Any], seconds: float) -> asyncio.Future[None]:
-    """Return a future that is done when *writing* is, or after *seconds*, by a `Timer`: see
-    `Keeper.keep`.
-    """
-    # Not *writing* itself: a task that awaits a future cancels it when it is cancelled.
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def tell(_writing: object = None) -> None:
-        if not done.done():
-            done.set_result(None)
-
-    timer = Timer(seconds, tell)
-    writing.add_done_callback(tell)
-    done.add_done_callback(lambda _done: timer.cancel())
-    return done
 
 
 def name_of(caller: str, request_id: str) -> str:

@@ -113,12 +113,20 @@ async def held(facts: Facts) -> AsyncIterator[Result]:
     yield ok("; ".join(f"{whose}: {word}" for whose, word in words if word is not None))
 
 
+async def wings(facts: Facts) -> AsyncIterator[Result]:
+    """Let each wing look at what it needs outside of this process."""
+    for wing in WINGS:
+        async for level, text, hint in wing().examine(facts.here):
+            yield Result(level, text, hint, subject=wing.name)
+
+
 # The subject of each check; the fact without which it is not made, or empty if that is a URL that
 # must not be given; and the function that yields its results. They have the order of the report.
 CHECKS: tuple[tuple[str, str, Callable[[Facts], AsyncIterator[Result]]], ...] = (
     ("configuration", "", configuration),
     ("machine", "here", limits),
     ("streams", "here", held),
+    ("wings", "here", wings),
     ("providers", "server", providers.providers),
     ("groups", "server", providers.groups),
     ("server", "url", server.reach),

@@ -18,6 +18,7 @@ import hashlib
 import random
 from collections import deque
 from importlib.resources import files
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from redis.asyncio.connection import Connection as RedisConnection
@@ -32,7 +33,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from aioserver.gateway.contracts.commands import timeout
+from aioserver.gateway.contracts.timeouts import timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,6 +103,8 @@ class Connection:
         self._failure = CallFailed(f"{self.address}: not connected yet")
         # The id of the server's process, if it is known. Another process may have an older state.
         self.run = ""
+        # When the server last answered anything, by the clock of the event loop.
+        self.heard = -inf
 
     @property
     def connected(self) -> bool:
@@ -245,6 +248,7 @@ class Connection:
         if connection is None:
             connection = await self._connect()
         self._connection = connection
+        self.heard = asyncio.get_running_loop().time()
         self._was_open = True
         self._opened.set()
         try:
@@ -264,6 +268,7 @@ class Connection:
             await connection.disconnect(nowait=True)
 
     def _take(self, reply: Reply) -> None:
+        self.heard = asyncio.get_running_loop().time()
         call = self._calls.popleft()
         if call.done():
             return

@@ -28,7 +28,6 @@ from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import Cluster
 from aioserver.gateway.contracts.commands import Commands
 from aioserver.wings.cluster.answers import peer_network
-from aioserver.wings.cluster.answers.peer_network import Gone, PeerNetwork, Unreachable
 from aioserver.wings.cluster.answers.remote_streams import RemoteStreams
 from aioserver.wings.cluster.connection import AccessDenied, CallFailed, ScriptConnection
 from aioserver.wings.cluster.limits.grants import State
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.monitor import Monitor
     from aioserver.monitoring.state import ClusterState
     from aioserver.providers.provider import Provider
+    from aioserver.wings.cluster.answers.peer_network import PeerNetwork
     from aioserver.wings.cluster.limits.lease_messages import Times
 
 logger = logging.getLogger("aioserver.cluster")
@@ -122,7 +122,7 @@ class Membership:
         self.share_provider, self.observe = limits.share_provider, limits.observe
         self.make_quota, self.share_door = limits.make_quota, limits.share_door
         self._connection = classes.commands(url)
-        self.commands = Commands(self._connection, self.renewer.prefix)
+        self.commands = Commands(self._connection, self.renewer.prefix, self.leases.hangs)
         self.address = self.renewer.connection.address
         self._incidents: Monitor | None = None
         self._patient = patient
@@ -280,13 +280,7 @@ class Membership:
             await asyncio.sleep(pause)
             if name not in self.leases.members:
                 return
-            try:
-                await self._streams.fan_out.meet(name)
-            except Gone:
-                why = "the connection is refused"
-            except Unreachable as exc:
-                why = str(exc)
-            else:
+            if not (why := await self._streams.fan_out.meet(name)):
                 return
         text = f"the instance {name} cannot be reached: {why} (cluster.listen, cluster.advertise)"
         logger.warning("cluster: %s", text)

@@ -29,6 +29,11 @@ class RedisCommands:
         """Whether commands are carried out."""
         return self._connection.connected
 
+    @property
+    def heard(self) -> float:
+        """When the server last answered anything."""
+        return self._connection.heard
+
     def ask(self, *args: bytes | str | float) -> asyncio.Future[Any]:
         """Return the future answer to a command."""
         if len(self._asked) >= MAX_COMMANDS:

@@ -13,13 +13,13 @@ from aioserver.gateway.contracts.sharing import Sharing
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
     from contextlib import AsyncExitStack
 
     from aioserver.auth.callers import Peer
     from aioserver.config.settings import Settings
     from aioserver.faces.context import Context
-    from aioserver.faces.wing import Core
+    from aioserver.faces.wing import Core, Examined
     from aioserver.gateway.contracts.commands import Commands
     from aioserver.monitoring.monitor import Monitor
     from aioserver.providers.provider import Provider
@@ -62,6 +62,15 @@ class ClusterWing(Wing):
             yield (
                 "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
             )
+
+    async def examine(self, settings: Settings) -> AsyncIterator[Examined]:
+        """Yield what the doctor says of the cluster of `cluster.redis_url`."""
+        url = settings.cluster.redis_url
+        if url is not None and find_spec("redis") is not None:
+            from aioserver.wings.cluster.examination import examine  # noqa: PLC0415 - as in `_join`
+
+            async for examined in examine(settings.cluster, url):
+                yield examined
 
     @staticmethod
     def before_workers(settings: Settings) -> None:  # noqa: ARG004

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
-from aioserver.gateway.contracts.commands import awaited
+from aioserver.gateway.contracts.timeouts import awaited
 from aioserver.wings.conversations import sqlite_file
 from aioserver.wings.conversations.history import Loaded, StorageStats, Trouble
 from aioserver.wings.conversations.sqlite_file import UNREADABLE, Broken, trouble, trouble_of

@@ -7,15 +7,8 @@ import asyncio
 import pytest
 
 from aioserver.errors import InstanceUnavailable
-from aioserver.gateway.contracts.commands import (
-    KNOWN_TIMEOUT,
-    MAX_LONGER,
-    TIMEOUT,
-    WRITE_TIMEOUT,
-    Commands,
-    awaited,
-    timeout,
-)
+from aioserver.gateway.contracts.commands import KNOWN_TIMEOUT, TIMEOUT, WRITE_TIMEOUT, Commands
+from aioserver.gateway.contracts.timeouts import MAX_LONGER, awaited, timeout
 from tests.support.instances import MemoryStore, World
 from tests.support.jumping_loop import block
 
@@ -25,8 +18,12 @@ class Writer:
 
     def __init__(self) -> None:
         self.world = World()
-        self.commands = Commands(MemoryStore(self.world, "me"), "")
         self.loop = asyncio.get_running_loop()
+        # When the server was found to hang.
+        self.hangs: list[float] = []
+        self.commands = Commands(
+            MemoryStore(self.world, "me"), "", lambda: self.hangs.append(self.loop.time())
+        )
 
     async def ask(self, seconds: float) -> object:
         return await self.commands.ask(self.commands.execute("DEL", "next:a"), seconds)
@@ -106,6 +103,7 @@ async def test_waits_that_have_begun_end_once_the_server_is_known_to_hang() -> N
     await asyncio.gather(*(end(kind, tenths / 10) for tenths in range(5) for kind in kinds))
 
     assert ends == [pytest.approx(WRITE_TIMEOUT, abs=0.02)] * 15
+    assert [at - began for at in writer.hangs] == [pytest.approx(WRITE_TIMEOUT, abs=0.02)]
 
 
 @pytest.mark.virtual_time
@@ -121,6 +119,56 @@ async def test_one_answer_lets_all_others_be_awaited_as_ever() -> None:
     await writing
     assert await asked is not None
     assert writer.loop.time() - began == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.virtual_time
+async def test_an_answer_that_came_too_late_ends_a_silence() -> None:
+    writer = Writer()
+    writer.world.slow = 0.1
+    assert await writer.ask(TIMEOUT) is None
+    await asyncio.sleep(60.0)
+
+    writer.world.slow = 0.3
+    known = writer.loop.create_task(
+        writer.commands.know(writer.commands.execute("DEL", "next:a"), "stream")
+    )
+    assert await writer.ask(TIMEOUT) is None
+
+    assert await known == 0
+
+
+@pytest.mark.virtual_time
+async def test_a_command_that_is_refused_has_been_answered() -> None:
+    writer = Writer()
+
+    async def refused() -> object:
+        await writer.commands.execute("GET", "log:a")
+        raise RuntimeError("OOM")
+
+    for _ in range(2):
+        assert await writer.commands.ask(refused()) is None
+        await asyncio.sleep(1.0)
+
+    assert await writer.ask(TIMEOUT) is not None
+
+
+@pytest.mark.virtual_time
+async def test_a_client_that_leaves_ends_no_wait_of_another() -> None:
+    writer = Writer()
+    writer.world.slow = 1000.0
+    assert await writer.ask(TIMEOUT) is None
+    leaving = writer.loop.create_task(writer.delay())
+    asked = writer.loop.create_task(writer.ask(KNOWN_TIMEOUT))
+    await asyncio.sleep(0.2)
+    # An answer may wait in a buffer while the loop is late.
+    block(0.6)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+
+    assert not asked.done()
+    began = writer.loop.time()
+    assert await asked is None
+    assert writer.loop.time() - began > 0.1
 
 
 @pytest.mark.virtual_time

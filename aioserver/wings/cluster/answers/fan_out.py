@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from aioserver.gateway.contracts.commands import timeout
+from aioserver.gateway.contracts.timeouts import timeout
 from aioserver.wings.cluster.answers.greeting import (
     MAX_ANSWER,
     SIZE,
@@ -72,13 +72,15 @@ class FanOut:
                 raise outcome
         return Answers(answers, missing)
 
-    async def meet(self, name: str) -> None:
-        """Do nothing if the instance *name* can be reached, and answers.
-
-        Raises:
-            Gone, Unreachable: it cannot.
-        """
-        await self._ask(name, encode(Greeting(self._secret(), Look(""))))
+    async def meet(self, name: str) -> str:
+        """Return why the instance *name* cannot be reached; empty if it answers."""
+        try:
+            await self._ask(name, encode(Greeting(self._secret(), Look(""))))
+        except Gone:
+            return "the connection is refused"
+        except Unreachable as exc:
+            return str(exc)
+        return ""
 
     async def _ask(self, target: str, line: bytes) -> bytes:
         """Return the answer of *target* to the greeting *line*.

@@ -20,7 +20,7 @@ import msgspec
 
 from aioserver.auth.callers import Caller, Peer
 from aioserver.errors import StreamNotFound
-from aioserver.gateway.contracts.commands import Timer
+from aioserver.gateway.contracts.timeouts import Timer
 from aioserver.wings.cluster.answers.greeting import (
     GREETING_TIMEOUT,
     MAX_ANSWER,

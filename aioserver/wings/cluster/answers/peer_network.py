@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.files.certificates import load_authorities, load_pair
-from aioserver.gateway.contracts.commands import timeout
+from aioserver.gateway.contracts.timeouts import timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -29,8 +29,8 @@ from aioserver.faces.admission import ACCEPTED, MISDIRECTED
 from aioserver.faces.http import request_id
 from aioserver.faces.ready import HIGH_WATER, LAST_CHUNK
 from aioserver.faces.whole import drained
-from aioserver.gateway.contracts.commands import timeout
 from aioserver.gateway.contracts.instances import NOT_FOUND, Lost
+from aioserver.gateway.contracts.timeouts import timeout
 from aioserver.wings.cluster.answers.greeting import Follow, Forward, Greeting, encode, refused
 from aioserver.wings.cluster.answers.peer_network import Gone, Unreachable
 from aioserver.wings.cluster.answers.socket_tunnels import GONE, SocketTunnel

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aioserver.gateway.contracts.commands import LATE
+from aioserver.gateway.contracts.timeouts import LATE
 from aioserver.limits.fixed_share import FixedShare
 from aioserver.wings.cluster.limits.grants import Grant, Standing, State
 from aioserver.wings.cluster.limits.lease_messages import (
@@ -289,6 +289,14 @@ class Leases:
             self.due = -inf
             self._on_due()
 
+    def hangs(self) -> None:
+        """Let starts be counted on a part of each rate until the next answer: a server that hangs
+        grants no slots.
+        """
+        if self.standing.state is State.JOINED:
+            for pace in self._paces.values():
+                pace.stand(State.UNHEARD, self._fixed.instances)
+
     # The interface for the connection.
 
     def check(self) -> None:
@@ -438,17 +446,16 @@ class Leases:
         self.later(wait, partial(self._look, number, self._clock() + wait))
 
     def _look(self, number: int, due: float) -> None:
-        """Let starts be counted on a part of each rate, if the call *number* is overdue: a server
-        that hangs grants no slots, and the call fails only after its bound.
+        """Note that the server hangs if the call *number* is overdue: it fails only after its
+        bound.
         """
         if not self.standing.busy or self._seq != number:
             return
         if self._clock() > due + LATE:
             # This process was suspended, and the answer may have come meanwhile.
             self._watch(number)
-        elif self.standing.state is State.JOINED:
-            for pace in self._paces.values():
-                pace.stand(State.UNHEARD, self._fixed.instances)
+        else:
+            self.hangs()
 
     def _more_to_say(self) -> bool:
         if self._dirty or self._asking or self.announcements.pending or self._ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -294,6 +295,33 @@ def test_without_the_server_each_keeps_its_part_of_the_rate(
     assert excess(starts, per_minute, burst) <= 3.5
     late = [start for start in starts if start > simulation.now - 15.0]
     assert len(late) >= 0.85 * per_minute / 60 * 15
+
+
+def test_no_start_waits_for_a_server_that_is_known_to_hang() -> None:
+    per_minute, burst = 6000, 10
+    simulation, all_paced = paced(8, per_minute, burst)
+    for each in all_paced:
+        each.load = 0
+    simulation.advance(10.0)
+    simulation.pause()
+    hung = simulation.now
+    for each in all_paced:
+        each.starts.clear()
+        # Requests have waited for another answer in vain.
+        each.instance.leases.hangs()
+        each.waiting = 2 * per_minute
+        each.serve()
+
+    simulation.advance(1.0)
+
+    interval = len(all_paced) * 60 / per_minute
+    for each in all_paced:
+        starts = [hung, *each.starts]
+        pauses = [later - start for start, later in itertools.pairwise(starts)]
+        assert max(pauses) <= interval + ROUNDING
+    simulation.go_on()
+    simulation.advance(10.0)
+    assert excess(starts_of(all_paced), per_minute, burst) <= 3
 
 
 def test_no_start_waits_for_longer_than_a_moment_for_a_server_that_hangs() -> None:
