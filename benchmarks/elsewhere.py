@@ -190,7 +190,8 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
                     "shutdown_timeout": 0.1,
                     "concurrency": {
                         "max_connections": most,
-                        "connection_queue_size": min(most, BACKLOG),
+                        "connection_queue_size": most,
+                        "uvicorn": {"backlog": max(most, BACKLOG)},
                     },
                 },
                 "streams": {"max_detached": most, "resume_window": 600},

@@ -333,8 +333,10 @@ async def test_who_keeps_most_makes_room_and_nothing_is_counted_twice(join: Any)
     # All that is said of items goes with them, and lives no longer.
     for number in range(200):
         await chains.delete_response(f"r{number}")
-    for key in await member.commands.execute("KEYS", f"{PREFIX}*"):
-        assert key == f"{PREFIX}m".encode() or await member.commands.execute("TTL", key) > 0
+    # But for the members, and for how much memory is used, which lives for a moment.
+    others = {f"{PREFIX}{name}".encode() for name in ("m", "memory")}
+    for key in set(await member.commands.execute("KEYS", f"{PREFIX}*")) - others:
+        assert await member.commands.execute("TTL", key) > 0
     assert int(await member.commands.execute("GET", f"{PREFIX}kept")) == 12800
 
 
