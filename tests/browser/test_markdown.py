@@ -13,8 +13,6 @@ import pytest
 if TYPE_CHECKING:
     from playwright.async_api import Page
 
-    from tests.support.dashboard import Stand
-
 WHOLE = """async (text) => {
   const { MarkdownView } = await import("/assets/chat/markdown.js");
   const box = document.createElement("div");
@@ -41,15 +39,6 @@ def code(text: str, language: str = "") -> str:
 
 LINK = ' target="_blank" rel="noopener noreferrer"'
 BARE = f'<a href="http://b.org/"{LINK}>http://b.org/</a>'
-
-
-@pytest.fixture
-async def blank(stand: Stand, page: Page) -> Page:
-    """A page that can import the scripts of the server, and does nothing itself."""
-    body = '<!doctype html><link rel="icon" href="data:,">'
-    await page.route("**/blank", lambda route: route.fulfill(body=body, content_type="text/html"))
-    await page.goto(stand.base + "/blank")
-    return page
 
 
 TASK = '<input type="checkbox" disabled="" aria-label="Done"'
