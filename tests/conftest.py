@@ -92,8 +92,8 @@ def pytest_asyncio_loop_factories(
     both = {"asyncio": asyncio_loop, "uvloop": uvloop.new_event_loop}
     if "both_loops" in marks or config.getoption("both_loops"):
         return both
-    folders = set(item.path.relative_to(config.rootpath).parts)
-    name = "uvloop" if "real_time" in marks or ON_UVLOOP & folders else "asyncio"
+    folders = item.nodeid.partition("::")[0].split("/")
+    name = "uvloop" if "real_time" in marks or not ON_UVLOOP.isdisjoint(folders) else "asyncio"
     return {name: both[name]}
 
 

@@ -84,3 +84,12 @@ async def stand() -> AsyncIterator[Stand]:
     """A stand-in for a server, before whose dashboard the page is."""
     async with standing() as stand:
         yield stand
+
+
+@pytest.fixture
+async def blank(stand: Stand, page: Page) -> Page:
+    """A page that can import the scripts of the server, and does nothing itself."""
+    body = '<!doctype html><link rel="icon" href="data:,">'
+    await page.route("**/blank", lambda route: route.fulfill(body=body, content_type="text/html"))
+    await page.goto(stand.base + "/blank")
+    return page

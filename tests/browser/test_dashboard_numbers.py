@@ -109,9 +109,8 @@ async def test_each_caller_has_a_row_with_what_it_has_spent(stand: Stand, page: 
     await expect(page.locator("#callers-summary")).to_have_text("the first 50 of 60")
 
 
-async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) -> None:
-    await opened(page, stand)
-    children = await page.evaluate("""async () => {
+async def test_numbers_are_short_and_carry_their_unit(blank: Page) -> None:
+    children = await blank.evaluate("""async () => {
       const { count, rate, seconds, bytes, share } = await import("/assets/dashboard/numbers.js");
       return [
         [0, 1990, 99999, 100000, 1234567, 9e15, null, NaN].map(count),
@@ -131,11 +130,8 @@ async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) 
     ]
 
 
-async def test_all_counts_of_a_young_server_are_of_the_last_minute(
-    stand: Stand, page: Page
-) -> None:
-    await opened(page, stand)
-    grown = await page.evaluate("""async () => {
+async def test_all_counts_of_a_young_server_are_of_the_last_minute(blank: Page) -> None:
+    grown = await blank.evaluate("""async () => {
       const { Recent } = await import("/assets/dashboard/recent.js");
       return [[12, 10], [100, 99]].map(([uptime, before]) => {
         const recent = new Recent();

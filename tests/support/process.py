@@ -66,32 +66,38 @@ class Process:
         *program: str | Path,
         sockets: Sequence[socket.socket] = (),
         environ: Mapping[str, str] | None = None,
+        stdin: bytes = b"",
     ) -> Self:
         """Start *program*, arguments of the interpreter, with *sockets* as descriptors 3, 4, ….
 
-        *environ* is put over the environment of the tests. `aioserver` is forked if it can be:
-        see `zygote`.
+        *environ* is put over the environment of the tests. *stdin* is what is read there, at most
+        64 KiB. `aioserver` is forked if it can be: see `zygote`.
         """
         arguments, inherited = tuple(map(str, program)), {**os.environ, **(environ or {})}
         descriptors = [sock.fileno() for sock in sockets]
-        if zygote.can_fork(arguments, inherited):
-            loop = asyncio.get_running_loop()
-            if isinstance(loop, JumpingLoop):
-                loop.real_time = True
-            return cls(await zygote.fork(arguments, inherited, descriptors))
-        # Without it a process starts sooner.
-        launcher = ("-IS", "-c", LAUNCHER, len(descriptors), *descriptors) if descriptors else ()
-        return cls(
-            await asyncio.create_subprocess_exec(
-                sys.executable,
-                *map(str, launcher),
-                *arguments,
-                env=inherited,
-                pass_fds=descriptors,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
+        read, write = os.pipe()
+        with os.fdopen(read), os.fdopen(write, "wb") as pipe:
+            pipe.write(stdin)
+            pipe.close()
+            if zygote.can_fork(arguments, inherited):
+                loop = asyncio.get_running_loop()
+                if isinstance(loop, JumpingLoop):
+                    loop.real_time = True
+                return cls(await zygote.fork(arguments, inherited, descriptors, read))
+            # Without it a process starts sooner.
+            launcher = ("-IS", "-c", LAUNCHER, len(descriptors), *descriptors)
+            return cls(
+                await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *map(str, launcher if descriptors else ()),
+                    *arguments,
+                    env=inherited,
+                    pass_fds=descriptors,
+                    stdin=read,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                )
             )
-        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -13,6 +13,7 @@ import termios
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from tests.support import zygote
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ class Terminal:
     """A pseudo-terminal, and the process whose controlling terminal it is."""
 
     def __init__(
-        self, ours: int, theirs: int, settings: list[Any], process: asyncio.subprocess.Process
+        self,
+        ours: int,
+        theirs: int,
+        settings: list[Any],
+        process: asyncio.subprocess.Process | zygote.Forked,
     ) -> None:
         self._ours = ours
         # It stays open, so that the terminal is there when the process has ended.
@@ -114,7 +119,7 @@ async def terminal(
     stdout: int | None = None,
 ) -> AsyncIterator[Terminal]:
     """Start the interpreter with *program* on a terminal, in a session of its own; kill it at the
-    end.
+    end. `aioserver` is forked if it can be: see `zygote`.
 
     *environ* is put over the environment of the tests; *stdin* and *stdout* are descriptors in the
     terminal's place.
@@ -125,15 +130,21 @@ async def terminal(
     others = [-1 if descriptor is None else descriptor for descriptor in (stdin, stdout)]
     drawing = {"COLUMNS", "LINES", "NO_COLOR"}
     inherited = {name: value for name, value in os.environ.items() if name not in drawing}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-IS", "-c", LAUNCHER, *map(str, others), *program),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**inherited, "TERM": "xterm-256color", **(environ or {})},
-        start_new_session=True,
-        pass_fds=[descriptor for descriptor in others if descriptor >= 0],
-    )
+    inherited.update({"TERM": "xterm-256color", **(environ or {})})
+    process: asyncio.subprocess.Process | zygote.Forked
+    if zygote.can_fork(program, inherited):
+        standard = [theirs if descriptor is None else descriptor for descriptor in (stdin, stdout)]
+        process = await zygote.fork_on(theirs, program, inherited, *standard)
+    else:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-IS", "-c", LAUNCHER, *map(str, others), *program),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=inherited,
+            start_new_session=True,
+            pass_fds=[descriptor for descriptor in others if descriptor >= 0],
+        )
     os.set_blocking(ours, False)
     shown = Terminal(ours, theirs, settings, process)
     try:

@@ -13,6 +13,7 @@ import atexit
 import fcntl
 import functools
 import gc
+import importlib
 import os
 import pickle
 import selectors
@@ -20,9 +21,10 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,18 +36,31 @@ READ_ONCE = ("PYTHON", "LD_", "MALLOC_", "SSL_", "OPENSSL_", "AIOHTTP_", "LANG",
 LIMIT, FREE = 1 << 17, 200
 
 
+# What draws, and is imported by a command that draws.
+DRAWING = {
+    "bench": "aioserver.tools.bench.table",
+    "chat": "aioserver.tools.chat.markdown",
+    "top": "aioserver.tools.top.screen",
+}
+
+
 class Request(NamedTuple):
-    """What to run: the arguments of the interpreter, which begin with `-m aioserver`."""
+    """What to run: the arguments of the interpreter, which begin with `-m aioserver`, and whether
+    stderr is the terminal of a session of its own.
+    """
 
     program: tuple[str, ...]
     environ: dict[str, str]
     folder: str
+    terminal: bool
 
 
 class Forked:
-    """A forked process, with what `Process` uses of `asyncio.subprocess.Process`."""
+    """A forked process, with what tests use of `asyncio.subprocess.Process`."""
 
-    def __init__(self, out: asyncio.StreamReader, err: asyncio.StreamReader) -> None:
+    def __init__(
+        self, out: asyncio.StreamReader | None = None, err: asyncio.StreamReader | None = None
+    ) -> None:
         self.stdout, self.stderr = out, err
         self.pid = 0
         self._end: asyncio.Future[bytes]
@@ -99,24 +114,42 @@ def can_fork(program: Sequence[str], environ: Mapping[str, str]) -> bool:
 
 
 async def fork(
-    program: Sequence[str], environ: Mapping[str, str], sockets: Sequence[int]
+    program: Sequence[str], environ: Mapping[str, str], sockets: Sequence[int], stdin: int
 ) -> Forked:
     """Fork to run *program*, with *sockets* as descriptors 3, 4, …, as systemd passes them."""
-    loop = asyncio.get_running_loop()
-    request = pickle.dumps(Request(tuple(program), dict(environ), str(Path.cwd())))
-    pipes = [os.pipe() for _ in range(3)]
+    (out, its_out), (err, its_err) = os.pipe(), os.pipe()
     try:
-        socket.send_fds(_zygote()[0], [request], [*(write for _, write in pipes), *sockets])
+        process = Forked(await _stream(out), await _stream(err))
+        request = Request(tuple(program), dict(environ), str(Path.cwd()), terminal=False)
+        return await _begun(process, request, (stdin, its_out, its_err, *sockets))
     finally:
-        for _, write in pipes:
-            os.close(write)
-    streams = [asyncio.StreamReader() for _ in pipes]
-    for stream, (read, _) in zip(streams, pipes, strict=True):
-        pipe = os.fdopen(read, "rb", 0)
-        await loop.connect_read_pipe(functools.partial(_Reading, stream), pipe)
-    process = Forked(*streams[:2])
-    await process.begin(streams[2])
+        os.close(its_out)
+        os.close(its_err)
+
+
+async def fork_on(
+    terminal: int, program: Sequence[str], environ: Mapping[str, str], stdin: int, stdout: int
+) -> Forked:
+    """Fork to run *program* in a session of its own, whose controlling terminal *terminal* is."""
+    request = Request(tuple(program), dict(environ), str(Path.cwd()), terminal=True)
+    return await _begun(Forked(), request, (stdin, stdout, terminal))
+
+
+async def _begun(process: Forked, request: Request, descriptors: Sequence[int]) -> Forked:
+    state, its_state = os.pipe()
+    try:
+        socket.send_fds(_zygote()[0], [pickle.dumps(request)], [its_state, *descriptors])
+    finally:
+        os.close(its_state)
+    await process.begin(await _stream(state))
     return process
+
+
+async def _stream(pipe: int) -> asyncio.StreamReader:
+    stream = asyncio.StreamReader()
+    protocol = functools.partial(_Reading, stream)
+    await asyncio.get_running_loop().connect_read_pipe(protocol, os.fdopen(pipe, "rb", 0))
+    return stream
 
 
 @functools.cache
@@ -158,26 +191,36 @@ def _serve(control: socket.socket) -> bool:
             if not message:
                 return False
             request: Request = pickle.loads(message)
-            out, err, state, *sockets = descriptors
+            state, *others = descriptors
             if request.program[2:] and request.program[2] in COMMANDS:
                 load(request.program[2])
+                if request.program[2] in DRAWING:
+                    importlib.import_module(DRAWING[request.program[2]])
             gc.freeze()
             pid = os.fork()
             if pid == 0:
                 selector.close()
                 control.detach()
-                _become(request, (out, err), sockets)
+                _become(request, others[:3], others[3:])
                 return True
             os.write(state, pid.to_bytes(4, "little"))
-            for descriptor in (out, err, *sockets):
+            for descriptor in others:
                 os.close(descriptor)
             selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, state))
 
 
-def _become(request: Request, outputs: Sequence[int], sockets: Sequence[int]) -> None:
+def _become(request: Request, standard: Sequence[int], sockets: Sequence[int]) -> None:
     """Have the descriptors, the environment and the arguments of an executed process."""
-    for number, descriptor in enumerate(outputs, 1):
+    for number, descriptor in enumerate(standard):
         os.dup2(descriptor, number)
+    if request.terminal:
+        os.setsid()
+        fcntl.ioctl(2, termios.TIOCSCTTY, 0)
+    # These were made for what the zygote has, in which one may seek.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        text = _text(number, getattr(sys, name))
+        setattr(sys, name, text)
+        setattr(sys, f"__{name}__", text)
     copies = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, FREE) for descriptor in sockets]
     os.closerange(3, FREE)
     for number, copy in enumerate(copies, 3):
@@ -193,6 +236,14 @@ def _become(request: Request, outputs: Sequence[int], sockets: Sequence[int]) ->
     sys.path[0] = request.folder
     sys.argv = [str(ROOT / "aioserver/__main__.py"), *request.program[2:]]
     sys.orig_argv = [sys.executable, *request.program]
+
+
+def _text(number: int, like: TextIO) -> IO[Any]:
+    """Open the descriptor *number* as the interpreter does at its start."""
+    # stderr has lines even where it is no terminal.
+    buffering = 1 if number == 2 or os.isatty(number) else -1
+    mode = "w" if number else "r"
+    return open(number, mode, buffering, like.encoding, like.errors, closefd=False)
 
 
 if __name__ == "__main__":

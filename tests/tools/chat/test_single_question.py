@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from aioserver.tools.chat import command
 from aioserver.tools.chat.asking import BadQuestion, Chat
 from aioserver.tools.chat.command import MAX_BYTES
 from tests.support.keys import key_of, keys_of
+from tests.support.process import Process
 from tests.support.server import ENDLESS
 from tests.support.waiting import until
 
@@ -27,21 +29,12 @@ if TYPE_CHECKING:
 # The client is a process of its own, whatever the loop of the test.
 
 
-async def started(*words: str, **environ: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "aioserver", "chat", *words),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, **environ},
-    )
-
-
 async def run(*words: str, stdin: bytes = b"", **environ: str) -> tuple[int | None, str, str]:
     """Run `chat` to its end: exit code, stdout, stderr."""
-    process = await started(*words, **environ)
-    out, err = await process.communicate(stdin)
-    return process.returncode, out.decode(), err.decode()
+    command = ("-m", "aioserver", "chat", *words)
+    async with await Process.start(*command, stdin=stdin, environ=environ) as process:
+        code = await process.ended()
+    return code, process.out, process.log
 
 
 async def test_stdout_has_the_answer_byte_for_byte_and_nothing_else(
@@ -262,17 +255,12 @@ async def test_a_signal_ends_the_answer_and_then_the_process(
     server: RunningServer, number: signal.Signals
 ) -> None:
     server.simulator.behaviour = ENDLESS
-    process = await started(server.base, "Hello")
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.close()
-    await process.stdout.read(10)
+    async with await Process.start("-m", "aioserver", "chat", server.base, "Hello") as process:
+        await process.prints(re.compile("."))
+        process.signal(number)
 
-    process.send_signal(number)
-    _, err = await process.communicate()
-
-    assert process.returncode == -number
-    assert err == b""
+        assert await process.ended() == -number
+        assert process.log == ""
     await server.nothing_held(2.0)
 
 
