@@ -2,8 +2,8 @@
 `python -m tests.simulation.breakages`.
 
 Each stands for a class of faults that one of the watchers notices, so that each watcher has one.
-A server is broken in a process of its own, which is forked once all is imported. It prints a line:
-the server's name, and what was noticed, which is nothing if all seeds pass.
+A server is broken in a process of its own, which is forked once all is imported. It ends as soon as
+something is noticed, and prints that behind the server's name; nothing if all seeds pass.
 """
 
 # What a server does is replaced, whatever its type is.
@@ -18,6 +18,7 @@ import os
 import pkgutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections import deque
 from itertools import count
@@ -465,17 +466,31 @@ breaks("whose an id is", CLAIM, _ours, cluster(**TWICE, clients=15))
 breaks("that a response was not written", f"{STORED}_note_written", _released, UNWRITTEN)
 
 
-def noticed(name: str) -> str:
-    """Return what is noticed of the server that has forgotten *name*."""
+def look(name: str) -> None:
+    """Print what is noticed of the server that has forgotten *name*, and end the process then."""
     from tests.simulation import agents
     from tests.simulation.configuration import Key
     from tests.simulation.grouping import Grouping
     from tests.simulation.plan import Shared, draw
-    from tests.simulation.world import play
+    from tests.simulation.world import World, play
     from tests.support.issuer import jwt_settings
+    from tests.support.virtual_loop import START
 
     breakage = BREAKAGES[name]
     breakage.damage()
+    seed = breakage.seed
+
+    def broken(self: World, what: str) -> None:
+        try:
+            counts = _counts(name, what)
+        except AssertionError:
+            traceback.print_exc()
+            os._exit(1)
+        if counts:
+            print(f"{name}\tseed {seed}: at {clock.Clock.now - START:.3f} s: {what}", flush=True)
+            os._exit(0)
+
+    World.broken = broken  # type: ignore[method-assign]
     for seed in range(breakage.seed, breakage.seed + SEEDS):
         # A few agents in each run would be a few others less.
         needs = {"messages": 0.0, "refuses": (), **breakage.needs}
@@ -496,21 +511,17 @@ def noticed(name: str) -> str:
                 if field in needs:
                     needs[field] = kind(**needs[field])
             plan = dataclasses.replace(plan, **{**needs, "changes": changes})
-        if violations := _counting(name, play(plan).violations):
-            return f"seed {seed}: {violations[0]}"
-    return ""
+        play(plan)
 
 
-def _counting(name: str, violations: list[str]) -> list[str]:
-    """Return those of *violations* that count as a notice of the server that has forgotten
-    *name*.
-    """
-    assert not any("ConfigurationError" in violation for violation in violations), violations
+def _counts(name: str, violation: str) -> bool:
+    """Return whether *violation* is a notice of the server that has forgotten *name*."""
+    assert "ConfigurationError" not in violation, violation
     if name in CRASHES:
-        return violations
+        return True
     # Code that fits the server no more breaks no promise: what it raises is no notice.
-    assert not any(f"raised in {__file__}" in each for each in violations), violations
-    return [each for each in violations if BUG not in each]
+    assert f"raised in {__file__}" not in violation, violation
+    return BUG not in violation
 
 
 def main() -> None:
@@ -520,19 +531,21 @@ def main() -> None:
     from tests.simulation.swarm import prepare
 
     prepare()
-    for name in sys.argv[1:] or BREAKAGES:
-        sys.stdout.flush()
-        if child := os.fork():
-            os.waitpid(child, 0)
-        else:
+    # A process that ends in the middle of a run leaves its files there.
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:
+        for name in sys.argv[1:] or BREAKAGES:
+            sys.stdout.flush()
+            if child := os.fork():
+                os.waitpid(child, 0)
+                continue
             # An end, if the broken server goes on for ever.
             signal.alarm(LONGEST)
             try:
-                print(f"{name}\t{noticed(name)}", flush=True)
+                look(name)
             except Exception:  # noqa: BLE001 - the process ends without a word otherwise
                 traceback.print_exc()
             finally:
-                os._exit(0)
+                os._exit(1)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,15 @@ pytestmark = pytest.mark.timeout(600)
 # As many as take some seconds. More: `python -m tests.simulation --seeds 0-999 --jobs 2`.
 SEEDS, CLIENTS = "0-7", "40"
 # With three instances that share a server.
-SHARED_SEEDS = "0-2"
+SHARED_SEEDS = "0,2"
 # The last seeds that have failed, by the numbers of clients and instances. What is drawn for a seed
 # changes with the simulation: an old one shows no more than any other, and makes room for a new one.
-FAILED = {("100", "1"): "6200031,7200783,46200166", ("60", "3"): "7100083,7100194"}
+FAILED = {("100", "1"): "46200166", ("60", "3"): "7100194"}
+# The broken servers whose faults some server had; and of all others every eighth, `stress` has all.
+HAPPENED = {
+    *("a full house with keys", "whose answer it is", "that an answer has failed"),
+    *("the order of a fair queue", "a permit"),
+}
 # What looks broken at first sight, each in a run that has much of it.
 SCENES = """
 from tests.simulation import clock
@@ -43,8 +48,8 @@ from tests.simulation.world import play
 def played(name, plan):
     outcome = play(plan)
     print(json.dumps([name, outcome.violations, dict(outcome.ends), outcome.most_inside]))
-def scene(name, seed, changes, **fields):
-    plan = draw(seed, 60, groups=False)
+def scene(name, seed, changes, clients=60, **fields):
+    plan = draw(seed, clients, groups=False)
     calm = {
         "faults": {}, "habits": {}, "operations": {}, "provider_links": {}, "silent": 0.0, "large": 0.0, "verdicts": 0.0,
         "calls": 0.0, "messages": 0.0, "background": 0.0, "uploads": 0.0, "hurried": 0.0, "continued": False,
@@ -72,7 +77,7 @@ few = {f"{GATE}.max_connections": 10, f"{GATE}.connection_queue_size": 60, f"{GA
 few |= {f"{HTTP}.{name}": 2 for name in ("concurrent_requests", "max_connections", "max_keepalive")}
 for name, longest in (("a return", deadlines.RETURN_WAIT), ("a return that may not wait", 0.5)):
     deadlines.RETURN_WAIT = longest
-    scene(name, 8, {**few, **changes}, keys=keys, faces=("stream", "response lanes"), spread=20.0)
+    scene(name, 8, {**few, **changes}, 30, keys=keys, faces=("stream", "response lanes"), spread=10.0)
 deadlines.RETURN_WAIT = deadlines.MAX_WAIT
 keys, changes = limited({"requests_per_minute": 60, "queue_size": 200}, {})
 few |= {f"{HTTP}.{name}": 100 for name in ("concurrent_requests", "max_connections", "max_keepalive")}
@@ -220,12 +225,11 @@ def noticed(names: Iterable[str]) -> tuple[set[str], str]:
 
 
 def test_servers_that_forget_something_are_noticed() -> None:
-    # Every eighth; `stress` has all.
-    some = list(BREAKAGES)[::8]
+    some = HAPPENED | set(list(BREAKAGES)[::8])
 
-    names, printed = noticed(some)
+    names, printed = noticed(sorted(some))
 
-    assert names == set(some), printed
+    assert names == some, printed
 
 
 @pytest.mark.stress

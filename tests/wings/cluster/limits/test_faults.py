@@ -170,12 +170,12 @@ def test_no_place_is_idle_for_longer_than_a_few_calls_take_while_somebody_waits(
     assert all(each.starts for each in simulation.instances)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [1, 2, 5])  # the others take twice as long, each
 def test_no_fault_breaks_an_invariant(seed: int) -> None:
     any_faults(seed, 5)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3, 5])  # 4 takes as long as all of these
+@pytest.mark.parametrize("seed", [0, 1, 5])  # the others take twice as long, each, or more
 def test_no_fault_of_the_server_lets_more_start_than_the_limit(seed: int) -> None:
     server_faults(seed, 5)
 
