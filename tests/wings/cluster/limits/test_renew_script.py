@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -144,24 +145,66 @@ def test_script_answers_here_as_in_the_server(server: RedisServer, seed: int) ->
     run(server, seed, 150)
 
 
+def asked(
+    script: Script, name: str, seq: int, epoch: str, now: int, want: int = 3, run: str = "run1"
+) -> Answer:
+    """Return the answer of the server's process *run* to *name*, which holds nothing and wants so
+    many places.
+    """
+    op = Op("p:one", have=0, give=0, want=want, weight=1, limit=20, spare=0)
+    times = TIMES.for_server()
+    request = Request(name, epoch, run, seq, 0, 0, times, [], [], False, [op], [], [])
+    return decode_answer(script.renew(encode(request), now)[0])
+
+
+def given_from(
+    script: Script, answer: Answer, now: int, run: str = "run1"
+) -> list[tuple[bool, int]]:
+    """Return for *answer*, the first one to `a`, and for those of the next beats whether nothing is
+    granted yet, and how many places `a` has.
+    """
+    given = []
+    for beat in range(1, 30):
+        given.append((answer.grace > 0, answer.results[0].recorded))
+        later = now + beat * round(TIMES.beat * SECOND)
+        answer = asked(script, "a", 100 + beat, answer.epoch, later, run=run)
+    return given
+
+
 def test_server_that_has_just_begun_gives_nothing_before_all_have_said_what_they_have() -> None:
     script, now = Script(), 1_700_000_000 * SECOND
 
-    def ask(seq: int, epoch: str, now: int) -> Answer:
-        op = Op("p:one", have=0, give=0, want=3, weight=1, limit=20, spare=0)
-        request = Request(
-            "a", epoch, "run1", seq, 0, 0, TIMES.for_server(), [], [], False, [op], [], []
-        )
-        return decode_answer(script.renew(encode(request), now)[0])
-
-    answer, given = ask(1, "", now), []
-    for beat in range(2, 30):
-        given.append((answer.grace > 0, answer.results[0].recorded))
-        answer = ask(beat, answer.epoch, now + beat * round(TIMES.beat * SECOND))
+    given = given_from(script, asked(script, "a", 1, "", now), now)
 
     assert given[0] == (True, 0)
     assert given[-1] == (False, 3)
     assert set(given) == {given[0], given[-1]}
+
+
+@pytest.mark.parametrize(
+    ("run", "seconds"),
+    [
+        pytest.param("run1", TIMES.grace, id="it was away"),
+        # It may have forgotten what it granted last, to instances whose leases it has renewed.
+        pytest.param("run2", TIMES.lease, id="it is another process"),
+    ],
+)
+def test_server_that_comes_back_gives_nothing_before_all_may_have_said_what_they_have(
+    run: str, seconds: float
+) -> None:
+    script, now = Script(), 1_700_000_000 * SECOND
+    for seq in range(1, 4):
+        # The others hold nothing, but may serve alone with their fixed shares by now.
+        for name in "abc":
+            epoch = asked(script, name, seq, "", now, want=0).epoch
+        now += round(TIMES.beat * SECOND)
+    now += round(TIMES.pause * SECOND)
+
+    given = given_from(script, asked(script, "a", 4, epoch, now, run=run), now, run)
+
+    blind = math.ceil(seconds / TIMES.beat)
+    assert given[:blind] == [(True, 0)] * blind
+    assert set(given[blind:]) == {(False, 3)}
 
 
 @pytest.mark.stress
