@@ -232,7 +232,13 @@ class LoopThread:
             coroutine.close()
             raise
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        running = threading.Lock()
+        running.acquire()
+        future.add_done_callback(lambda _future: running.release())
         try:
+            # An interrupt while `Future.result` waits can come out as another error: the condition
+            # with which it waits is Python, and a lock is not.
+            running.acquire()
             return future.result()
         except BaseException:
             future.cancel()

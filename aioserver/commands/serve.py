@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import faulthandler
 import gc
 import json
@@ -45,9 +44,6 @@ THREADS_TIMEOUT = 1.0
 # the young generation, and the number of such passes after which it scans older ones. A log is
 # many new objects: with 10,000 a pass takes twice as long.
 YOUNG, OLD = 2_000, 100
-# Two options of glibc's `mallopt`, with our values: the bytes from which on a block is mapped by
-# itself, and the freed bytes at the end of the heap that are kept. An agent's body has 0.1 to 2 MB.
-MAPPED_FROM, KEPT_FREE = (-3, 4 << 20), (-1, 8 << 20)
 
 
 def serve(
@@ -96,7 +92,7 @@ def serve(
     except preflight.Unfit as unfit:
         print(unfit, file=sys.stderr)
         return unfit.code
-    _keep_freed_memory()
+    preflight.keep_freed_memory()
     # After a crash, or the SIGABRT of systemd's watchdog, the stacks of all threads are on stderr.
     faulthandler.enable(2)
     logs.set_up(settings.logging, None if worker is None else worker.slot)
@@ -181,19 +177,6 @@ def _serve_with_workers(
     code = parent.run()
     output.give_up()
     return code
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep some freed memory for the next bodies.
-
-    By default glibc gives the memory of a large body back to the kernel after each request, and the
-    next body costs as many page faults again: 140 for 1 MB, a sixth of the request's CPU time.
-    """
-    library = ctypes.CDLL(None)
-    # Other C libraries have no such function.
-    if hasattr(library, "mallopt"):
-        for option, value in (MAPPED_FROM, KEPT_FREE):
-            library.mallopt(option, value)
 
 
 def _collect_garbage() -> None:

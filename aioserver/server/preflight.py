@@ -3,11 +3,14 @@
 Python must run without `-O`, since asserts state our invariants. aiohttp must have its parser in
 C: the parser in Python is slow, and has had security holes that the one in C had not. There must
 be enough descriptors for all limits of the configuration together.
+
+Then the kernel and the C library are told what this process will need.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 SPARE_FILES = 64
 # The most entries of the kernel's table of descriptors that are made at the start: half a MiB.
 MOST_ENTRIES = 1 << 16
+# Two options of glibc's `mallopt`, with our values: the bytes from which on a block is mapped by
+# itself, and the freed bytes at the end of the heap that are kept. An agent's body has 0.1 to 2 MB.
+MAPPED_FROM, KEPT_FREE = (-3, 4 << 20), (-1, 8 << 20)
 
 
 class Unfit(Exception):
@@ -132,6 +138,19 @@ def make_room_for_files(settings: Settings) -> None:
         entries = min(entries, soft)
     with contextlib.suppress(OSError):
         os.close(fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, entries - 1))
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep some freed memory for the next bodies.
+
+    By default glibc gives the memory of a large body back to the kernel after each request, and the
+    next body costs as many page faults again: 140 for 1 MB, a sixth of the request's CPU time.
+    """
+    library = ctypes.CDLL(None)
+    # Other C libraries have no such function.
+    if hasattr(library, "mallopt"):
+        for option, value in (MAPPED_FROM, KEPT_FREE):
+            library.mallopt(option, value)
 
 
 def cannot_listen(host: str, port: int, exc: OSError) -> str:

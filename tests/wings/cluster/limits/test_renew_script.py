@@ -192,7 +192,7 @@ def test_server_that_has_just_begun_gives_nothing_before_all_have_said_what_they
 def test_server_that_comes_back_gives_nothing_before_all_may_have_said_what_they_have(
     run: str, seconds: float
 ) -> None:
-    script, now = Script(), 1_700_000_000 * SECOND
+    script, now, epoch = Script(), 1_700_000_000 * SECOND, ""
     for seq in range(1, 4):
         # The others hold nothing, but may serve alone with their fixed shares by now.
         for name in "abc":
