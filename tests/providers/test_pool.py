@@ -263,7 +263,6 @@ async def test_a_wait_for_a_connection_ends_with_the_pool_timeout() -> None:
             max_keepalive=1,
             concurrent_requests=1,
             pool_timeout=0.1,
-            connect_timeout=0.05,
         ) as pool,
     ):
         first = asyncio.ensure_future(ask(pool))
