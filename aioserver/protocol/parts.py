@@ -41,9 +41,9 @@ class Part(IntEnum):
 class Parts(NamedTuple):
     """How an API writes the parts of a turn.
 
-    Each event that `calls` holds has one of *marks*, or ESCAPE. An event that begins with *opening*, up to
-    the brace of its data, and has no finish only continues the parts that earlier events have
-    begun. *words* yields the words of an event's content, and *pattern* has a group for each part,
+    Each event that `calls` holds has one of *marks*, or ESCAPE. An event that begins with
+    *opening*, up to the brace of its data, and has no finish only continues the parts that earlier
+    events have begun. *words* yields the words of an event's content, and *pattern* has a group for each part,
     by which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
     that it must stay with the content behind it. An event of two lines that begins with
     *plain* begins no part: while nothing is held, it passes.
@@ -114,7 +114,8 @@ def _chat_words(content: dict[str, Any]) -> Iterator[str]:
                 yield name
 
 
-# JSON may write any letter of a word as an escape (RFC 8259, 7); those of our words begin like this.
+# JSON may write any letter as an escape (RFC 8259, 7); those of the letters in our words begin like
+# this.
 ESCAPE = b"\\u00"
 # `"tool_calls"` and `"function_call"` both have this.
 CALL_MARK = b"_call"

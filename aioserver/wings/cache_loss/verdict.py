@@ -44,8 +44,8 @@ LEAST, SHARE = 1024, 0.1
 WEIGHT = 4
 # The seconds for which every provider keeps a prompt that it has room for.
 SHORTEST = 60.0
-# Regions, and pieces of some, that are kept of a turn, so that a conversation takes 4 KB at most; of more, those in the
-# middle are one.
+# The most regions, and pieces of long ones, that are kept of a turn: a conversation takes 4 KB at
+# most. If there are more, those in the middle become one.
 MAX_REGIONS = 200
 # The packed forms of `Sent` without its provider, and of the shape of its regions: their number in
 # each part of the head, and where the fold begins and ends.
