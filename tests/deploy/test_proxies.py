@@ -292,7 +292,7 @@ async def test_client_library_reads_cancels_and_is_refused_as_without_the_proxy(
         await server.simulator.until(lambda stats: stats.aborted == 1)
 
     assert texts[0] == texts[1] != ""
-    assert caught.value.code == "server_at_capacity"
+    assert caught.value.code == "server_at_capacity", str(caught.value)
 
 
 async def test_our_refusals_pass_as_they_are(proxied: Proxied) -> None:

@@ -126,6 +126,8 @@ async def _started(
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=stderr,
             )
+        # pytest shows its log where the test has failed.
+        stack.callback(lambda: print((folder / "stderr").read_text()))
         stack.push_async_callback(_end, process)
         if await _listens(process, secure, tls):
             return secure, plain
