@@ -16,7 +16,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Generic, TypeVar
+from time import monotonic
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import msgspec
 from yarl import URL
@@ -24,13 +25,14 @@ from yarl import URL
 from aioserver.errors import AioserverError
 from aioserver.protocol.tokens import NO_TOKENS, Tokens, tokens_of
 from aioserver.telemetry.bookkeeping import bookkeeping, first, nothing
+from aioserver.telemetry.counters import Histogram
 from aioserver.telemetry.tracer import Fast_co
 from aioserver.wings.tracing.otlp import Context
 
 if TYPE_CHECKING:
     from aioserver.protocol.request_headers import ClientHeaders
     from aioserver.telemetry.bugs import Bugs
-    from aioserver.telemetry.tracer import AttemptEnd, RequestEnd, WatchedSink
+    from aioserver.telemetry.tracer import AttemptEnd, RequestEnd, WatchedPath, WatchedSink
 
 T = TypeVar("T")
 
@@ -41,6 +43,8 @@ HEAD_BYTES, TAIL_BYTES = 512, 1024
 # The most waits, and attempts, of one request that become spans, the newest ones: while its
 # provider is unreachable, a request may make an attempt every two seconds.
 MAX_CHILDREN = 32
+# Upper bounds of histograms of seconds, as the conventions for generative AI ask for.
+SECONDS = tuple(0.01 * 2**n for n in range(14))
 # The flag of a trace that is sampled.
 SAMPLED = 1
 _MODEL = re.compile(rb'"model": ?"([^"\\]{1,200})"')
@@ -74,7 +78,8 @@ class AttemptTrace:
     *address* is the host and the port of the provider, and *error* the code of the fault.
     *first_chunk* are the seconds from sending to the first content of a stream. *tokens* are those
     of input and output, or None. *head* and *tail* are the first and the last bytes of the answer,
-    which have its id, its model and the reason of its end.
+    which have its id, its model and the reason of its end. *chunks* are the times between its
+    events, if attempts are counted and it is a stream.
     """
 
     span_id: bytes = field(default_factory=lambda: new_id(8))
@@ -91,6 +96,7 @@ class AttemptTrace:
     max_tokens: int | None = None
     temperature: float | None = None
     tokens: Tokens = NO_TOKENS
+    chunks: ChunkTimes | None = None
 
     def note_body(self, body: bytes) -> None:
         """Note the parameters in *body*, which is about to be sent."""
@@ -126,12 +132,33 @@ class AttemptTrace:
         return text_of(_MODEL.search(self.head) or _MODEL.search(self.tail))
 
 
+class ChunkTimes(Histogram):
+    """The seconds between the events of an answer, from its first content on."""
+
+    __slots__ = ("_last_at",)
+
+    def __init__(self) -> None:
+        super().__init__(SECONDS)
+        # The monotonic time of the newest event; 0.0 until there is one.
+        self._last_at = 0.0
+
+    def came(self, events: int) -> None:
+        """Note that so many *events* have come together."""
+        now = monotonic()
+        if self._last_at:
+            self.observe(now - self._last_at)
+            self.counts[0] += events - 1
+        self._last_at = now
+
+
 # It counts an attempt that has ended, of a request to this path.
 Count = Callable[[str, AttemptTrace], None]
 
 
 class NotingSink(Generic[Fast_co]):
-    """Another sink; the first and the last bytes that it is fed are noted."""
+    """Another sink; the first and the last bytes that it is fed are noted, and the times of its
+    events if *noted* has a place for them.
+    """
 
     def __init__(self, sink: WatchedSink[Fast_co], noted: AttemptTrace) -> None:
         self._sink = sink
@@ -148,7 +175,14 @@ class NotingSink(Generic[Fast_co]):
         if len(noted.head) < HEAD_BYTES:
             noted.head += data[: HEAD_BYTES - len(noted.head)]
         noted.tail = (noted.tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
-        return self._sink.feed(data)
+        if noted.chunks is None:
+            return self._sink.feed(data)
+        before = self._sink.progress
+        goes_on = self._sink.feed(data)
+        # A preamble is no progress until there is content.
+        if events := self._sink.progress - before:
+            noted.chunks.came(events)
+        return goes_on
 
     def end(self) -> None:
         """End the other sink."""
@@ -159,8 +193,47 @@ class NotingSink(Generic[Fast_co]):
         return self._sink.broken(fault)
 
     def fast(self) -> Fast_co | None:
-        """Return the fast path of the other sink, on which the trace costs nothing."""
-        return self._sink.fast()
+        """Return the fast path of the other sink, on which a trace without *chunks* costs
+        nothing.
+        """
+        path, chunks = self._sink.fast(), self._noted.chunks
+        # A path is all that the exchange knows of it.
+        return path if path is None or chunks is None else cast("Fast_co", TimedPath(path, chunks))
+
+
+class TimedPath:
+    """Another fast path, whose events are noted in *chunks*."""
+
+    __slots__ = ("_chunks", "_path")
+
+    def __init__(self, path: WatchedPath, chunks: ChunkTimes) -> None:
+        self._path = path
+        self._chunks = chunks
+
+    @property
+    def forwarded_at(self) -> float:
+        """As of the other path."""
+        return self._path.forwarded_at
+
+    @property
+    def read_at(self) -> float:
+        """As of the other path, which it sets."""
+        return self._path.read_at
+
+    @read_at.setter
+    def read_at(self, moment: float) -> None:
+        self._path.read_at = moment
+
+    def forward(self, read: bytes) -> bool:
+        """Have the other path forward *read*, which is one event; return whether it has."""
+        if not self._path.forward(read):
+            return False
+        self._chunks.came(1)
+        return True
+
+    def close(self) -> None:
+        """Close the other path."""
+        self._path.close()
 
 
 class Trace:
@@ -223,7 +296,10 @@ class Trace:
     @bookkeeping(first)
     def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
         """Return a sink that notes the first and the last bytes that *sink* is fed."""
-        return NotingSink(sink, self._attempt())
+        attempt = self._attempt()
+        if self._count is not None:
+            attempt.chunks = ChunkTimes()
+        return NotingSink(sink, attempt)
 
     @bookkeeping(nothing)
     def waited(self, provider: str, began: float, ended: float) -> None:
@@ -287,6 +363,7 @@ class CountedRequest:
     @bookkeeping(first)
     def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
         """Return a sink that notes the first and the last bytes that *sink* is fed."""
+        self._attempt.chunks = ChunkTimes()
         return NotingSink(sink, self._attempt)
 
     @bookkeeping(nothing)
