@@ -101,13 +101,13 @@ async def test_each_event_behind_the_first_content_is_timed_on_both_paths(
 
     assert bool(taken) is fast
     assert noted.chunks is not None
-    seconds = {
+    counted = {
         bound: count
         for bound, count in zip(noted.chunks.bounds, noted.chunks.counts, strict=False)
         if count
     }
     # An end mark that passes is an event of the log, too.
-    assert seconds == {0.01: 3 + (face == "openai"), 0.08: 1, 0.32: 2, 5.12: 1}
+    assert counted == {0.01: 3 + (face == "openai"), 0.08: 1, 0.32: 2, 5.12: 1}
     assert noted.chunks.sum == pytest.approx(3.65, abs=0.01)
 
 
