@@ -375,7 +375,13 @@ async def test_a_bound_that_is_too_large_is_lowered(
         for _ in range(2):
             assert (await answer_of(server, {**ASK, "max_tokens": 64_000}))[0] == 200
         await shows(server, context_limit={"m": 32768} if message == VLLM else {})
+        sizes = {}
+        for model in ("m", "sim/m", "sim", "another"):
+            async with server.session.get(f"{server.v1}/models/{model}") as response:
+                sizes[model] = (await response.json()).get("context_length")
 
+    known = 32768 if message == VLLM else None
+    assert sizes == {"m": known, "sim/m": known, "sim": None, "another": None}
     assert [body["max_tokens"] for body in seen[:2]] == [64_000, bound]
     assert bound <= seen[2]["max_tokens"] < 32768
 
