@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from aioserver.telemetry.counters import Counter, Histogram
 from aioserver.telemetry.metrics import Family
 from aioserver.usage.sums import MAX_CHILDREN, OTHER, configured_models
-from aioserver.wings.tracing.trace import SECONDS
+from aioserver.wings.tracing.chunk_times import SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from time import monotonic
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import msgspec
@@ -25,14 +24,14 @@ from yarl import URL
 from aioserver.errors import AioserverError
 from aioserver.protocol.tokens import NO_TOKENS, Tokens, tokens_of
 from aioserver.telemetry.bookkeeping import bookkeeping, first, nothing
-from aioserver.telemetry.counters import Histogram
 from aioserver.telemetry.tracer import Fast_co
+from aioserver.wings.tracing.chunk_times import ChunkTimes, TimedPath
 from aioserver.wings.tracing.otlp import Context
 
 if TYPE_CHECKING:
     from aioserver.protocol.request_headers import ClientHeaders
     from aioserver.telemetry.bugs import Bugs
-    from aioserver.telemetry.tracer import AttemptEnd, RequestEnd, WatchedPath, WatchedSink
+    from aioserver.telemetry.tracer import AttemptEnd, RequestEnd, WatchedSink
 
 T = TypeVar("T")
 
@@ -43,8 +42,6 @@ HEAD_BYTES, TAIL_BYTES = 512, 1024
 # The most waits, and attempts, of one request that become spans, the newest ones: while its
 # provider is unreachable, a request may make an attempt every two seconds.
 MAX_CHILDREN = 32
-# Upper bounds of histograms of seconds, as the conventions for generative AI ask for.
-SECONDS = tuple(0.01 * 2**n for n in range(14))
 # The flag of a trace that is sampled.
 SAMPLED = 1
 _MODEL = re.compile(rb'"model": ?"([^"\\]{1,200})"')
@@ -132,25 +129,6 @@ class AttemptTrace:
         return text_of(_MODEL.search(self.head) or _MODEL.search(self.tail))
 
 
-class ChunkTimes(Histogram):
-    """The seconds between the events of an answer, from its first content on."""
-
-    __slots__ = ("_last_at",)
-
-    def __init__(self) -> None:
-        super().__init__(SECONDS)
-        # The monotonic time of the newest event; 0.0 until there is one.
-        self._last_at = 0.0
-
-    def came(self, events: int) -> None:
-        """Note that so many *events* have come together."""
-        now = monotonic()
-        if self._last_at:
-            self.observe(now - self._last_at)
-            self.counts[0] += events - 1
-        self._last_at = now
-
-
 # It counts an attempt that has ended, of a request to this path.
 Count = Callable[[str, AttemptTrace], None]
 
@@ -199,41 +177,6 @@ class NotingSink(Generic[Fast_co]):
         path, chunks = self._sink.fast(), self._noted.chunks
         # A path is all that the exchange knows of it.
         return path if path is None or chunks is None else cast("Fast_co", TimedPath(path, chunks))
-
-
-class TimedPath:
-    """Another fast path, whose events are noted in *chunks*."""
-
-    __slots__ = ("_chunks", "_path")
-
-    def __init__(self, path: WatchedPath, chunks: ChunkTimes) -> None:
-        self._path = path
-        self._chunks = chunks
-
-    @property
-    def forwarded_at(self) -> float:
-        """As of the other path."""
-        return self._path.forwarded_at
-
-    @property
-    def read_at(self) -> float:
-        """As of the other path, which it sets."""
-        return self._path.read_at
-
-    @read_at.setter
-    def read_at(self, moment: float) -> None:
-        self._path.read_at = moment
-
-    def forward(self, read: bytes) -> bool:
-        """Have the other path forward *read*, which is one event; return whether it has."""
-        if not self._path.forward(read):
-            return False
-        self._chunks.came(1)
-        return True
-
-    def close(self) -> None:
-        """Close the other path."""
-        self._path.close()
 
 
 class Trace:

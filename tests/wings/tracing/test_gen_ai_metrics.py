@@ -10,8 +10,9 @@ import pytest
 
 from aioserver.telemetry.counters import Histogram
 from aioserver.usage.sums import MAX_CHILDREN, OTHER
+from aioserver.wings.tracing.chunk_times import ChunkTimes
 from aioserver.wings.tracing.gen_ai_metrics import MAX_ANSWERED, GenAiMeter
-from aioserver.wings.tracing.trace import AttemptTrace, ChunkTimes, NotingSink
+from aioserver.wings.tracing.trace import AttemptTrace, NotingSink
 from tests.support.road import END, Road, choice, chunk_of, event, taking
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, chunk
 
