@@ -17,6 +17,7 @@ import pytest
 from aioserver import client
 from aioserver.client import Client
 from tests.support.package import FILES
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ def test_example_runs_as_it_stands(quick_server: str, example: str, shown: str) 
         [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=LATE,
         check=False,
     )
 

@@ -19,7 +19,7 @@ from tests.support.responses import connect, create, next_event
 from tests.support.responses import to_end as to_response_end
 from tests.support.server import QUICK
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -78,7 +78,7 @@ async def ask_in_half(
     await ws.send_json(chat("half", QUESTION, **payload))
     texts = 0
     while texts < 5:
-        frame = await ws.receive_json(timeout=20)
+        frame = await ws.receive_json(timeout=patience(20))
         texts += frame["status"] == "chunk"
         if frame["status"] in {"error", "cancelled", "complete"}:
             break
