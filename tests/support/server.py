@@ -23,7 +23,7 @@ from aioserver.server.runner import Runner
 from aioserver.telemetry import counters
 from tests.support.members import wings_of
 from tests.support.simulator import Behaviour, Simulator
-from tests.support.waiting import ticks, until
+from tests.support.waiting import LATE, ticks, until
 
 if TYPE_CHECKING:
     import socket
@@ -51,10 +51,10 @@ HTTP_CLIENT = {
     "max_connections": 20,
     "max_keepalive": 10,
     "keepalive_expiry": 30.0,
-    "connect_timeout": 5.0,
-    "read_timeout": 5.0,
-    "write_timeout": 5.0,
-    "pool_timeout": 5.0,
+    "connect_timeout": LATE,
+    "read_timeout": LATE,
+    "write_timeout": LATE,
+    "pool_timeout": LATE,
     "requests_per_minute": 1_000_000,
     "concurrent_requests": 20,
     "max_retries": 0,
@@ -69,7 +69,7 @@ BASE: dict[str, Any] = {
             "concurrency": {
                 "max_connections": 50,
                 "connection_queue_size": 50,
-                "queue_timeout": 5.0,
+                "queue_timeout": LATE,
                 "uvicorn": {
                     "backlog": 128,
                     "workers": 1,
