@@ -17,7 +17,7 @@ from tests.support.chat import CHAT, cancel, chat, resume
 from tests.support.keys import COOKIE, bearer, cookie, entry, key_of
 from tests.support.process import serving
 from tests.support.raw import Raw
-from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT, UVICORN, provider_entry
+from tests.support.server import QUICK, SIM_HTTP_CLIENT, UVICORN, provider_entry
 from tests.support.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ async def test_no_limit_timeout_or_window_follows_the_time_of_day(tmp_path: Path
                 f"{SIM_HTTP_CLIENT}.queue_timeout": 60.0,
                 f"{UVICORN}.keepalive_timeout": 60,
                 "llm.providers.long": provider_entry(simulator.base_url),
-                "llm.providers.other": provider_entry(other.base_url, queue_timeout=5.0),
-                f"{CONCURRENCY}.queue_timeout": 5.0,
+                "llm.providers.other": provider_entry(other.base_url),
                 "chat.websocket.shutdown_timeout": 0.2,
             },
             environ=clock.environ,

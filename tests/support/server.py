@@ -52,7 +52,7 @@ HTTP_CLIENT = {
     "max_keepalive": 10,
     "keepalive_expiry": 30.0,
     "connect_timeout": LATE,
-    "read_timeout": LATE,
+    "read_timeout": 10.0,  # and so, where none is given, the longest wait in a queue
     "write_timeout": LATE,
     "pool_timeout": LATE,
     "requests_per_minute": 1_000_000,
@@ -69,7 +69,7 @@ BASE: dict[str, Any] = {
             "concurrency": {
                 "max_connections": 50,
                 "connection_queue_size": 50,
-                "queue_timeout": LATE,
+                "queue_timeout": 10.0,
                 "uvicorn": {
                     "backlog": 128,
                     "workers": 1,
