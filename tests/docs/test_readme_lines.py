@@ -99,7 +99,7 @@ def pasted(command: list[str], folder: Path) -> str:
         env={**os.environ, "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=LATE,
+        timeout=2 * LATE,  # a library that is new here is compiled when it is first imported
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -66,6 +66,8 @@ BASE: dict[str, Any] = {
             "host": "127.0.0.1",
             "port": 0,
             "allow_origins": ["*"],
+            # A client that reads nothing meanwhile answers no ping.
+            "ping_timeout": 3 * LATE,
             "concurrency": {
                 "max_connections": 50,
                 "connection_queue_size": 50,
