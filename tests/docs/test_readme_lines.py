@@ -163,7 +163,7 @@ def test_example_whose_reader_has_read_enough_ends_quietly(
         running.stdout.close()
 
         assert running.stderr.read() == b""
-        assert running.wait(50) == 0
+        assert running.wait(LATE) == 0
 
 
 @pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
