@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from playwright.async_api import Error, async_playwright
 
+from tests.support.waiting import LATE
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
@@ -55,9 +57,8 @@ class Chromium:
 
     Always: nothing of a test is left in the page of the next. Its cookies and what its scripts have
     stored are cleared; where a test has altered more (ALTERS) or closed the page, the context ends
-    with it. A page in a context of its own takes twice the CPU time. One event loop owns it. It
-    ends with its process, however that ends: its driver, which is Playwright's, ends it when the
-    pipe to the process is closed.
+    with it. One event loop owns it. It ends with its process, however that ends: its driver, which
+    is Playwright's, ends it when the pipe to the process is closed.
     """
 
     def __init__(self) -> None:
@@ -104,6 +105,7 @@ class Chromium:
         browser = await self.browser()
         if self._page is None or self._page.is_closed():
             context = await browser.new_context(viewport={"width": 1280, "height": 800})
+            context.set_default_timeout(1000 * LATE)  # milliseconds
             context.on("page", self._watch)
             await context.add_init_script(WATCH_MARKUP)
             self._page = await context.new_page()
