@@ -54,6 +54,7 @@ async def test_a_client_that_stops_reading_is_dropped_and_its_stream_goes_on(
     async with Raw(server, receive_buffer=SMALL) as raw:
         begun = loop.time()
         await stall(raw, "r1", big(SIZE, COUNT))
+        await server.simulator.until(lambda stats: stats.tokens_sent > 20)
         await until(lambda: places(server) == 0)
         dropped = loop.time() - begun
         # The provider went on at its own pace and is done, or will be soon.
