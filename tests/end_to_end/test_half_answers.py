@@ -74,7 +74,7 @@ async def ask_in_half(
     """Ask, on *ws*, and let the answer come to its *end* after some text."""
     if end == "its deadline":
         # There is some text before, also on a busy machine.
-        payload["deadline"] = 1
+        payload["deadline"] = 4
     await ws.send_json(chat("half", QUESTION, **payload))
     texts = 0
     while texts < 5:
