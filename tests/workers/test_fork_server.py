@@ -192,13 +192,13 @@ async def test_code_of_others_runs_in_workers_alone_and_sees_their_end(
     log = tmp_path / "log"
     path = os.pathsep.join((str(tmp_path), *filter(None, [os.getenv("PYTHONPATH")])))
     environ = {**environ, "PYTHONPATH": path, "HOOK_LOG": str(log)}
-    told: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "name": "told",
         "python": "told_hook:Hook",
         "on": ["request"],
         "timeout": 30.0,
     }
-    changes = {**TWO, "hooks": [hook]}
+    changes = {**TWO, "hooks": [entry]}
     async with (
         Simulator(QUICK) as simulator,
         serving(
