@@ -29,6 +29,7 @@ from tests.support.scripted_provider import (
 from tests.support.sdk import anthropic_of
 from tests.support.server import QUICK, SIM_HTTP_CLIENT, provider_entry
 from tests.support.simulator import Behaviour, Simulator
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     import anthropic
@@ -75,7 +76,7 @@ async def stream_of(server: RunningServer, body: Any) -> list[dict[str, Any]]:
 
 async def shows(server: RunningServer, **facts: Any) -> None:
     """Wait until `/stats`, which is made now and then, says that *facts* are known."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(patience(30)):
         while True:
             async with server.session.get(f"{server.base}/stats") as response:
                 state = (await response.json())["providers"]["sim"]["learned"]
