@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import msgspec
 import orjson
@@ -89,6 +89,9 @@ class Reading:
         "usage",
     )
 
+    # Whether its events become those of another API.
+    translates: ClassVar[bool] = False
+
     def __init__(self, choice_index: int = 0, max_text_bytes: int = 1 << 22) -> None:
         self.choice_index, self.max_text_bytes = choice_index, max_text_bytes
         self.finish_reason: str | None = None
@@ -98,6 +101,11 @@ class Reading:
         self.only_text, self.texts = True, 0
         # UTF-8.
         self._text = bytearray()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next event may have a text and nothing else, and need not be read."""
+        return not self.half
 
     def begin_anew(self) -> None:
         """Forget everything: an attempt has failed, and another attempt follows."""

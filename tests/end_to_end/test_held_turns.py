@@ -306,6 +306,7 @@ def _json(content: Any) -> bytes:
     return json.dumps(content).encode()
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("face", "ending"),
     [
@@ -546,6 +547,7 @@ async def test_turn_on_our_own_faces_is_asked_for_again(
 
 
 @pytest.mark.virtual_time
+@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("face", "heartbeat"),
     [
@@ -580,6 +582,7 @@ async def test_heartbeats_go_out_while_calls_are_held(
         assert before.count(heartbeat) >= 3
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("face", FACES)
 async def test_a_client_with_heartbeats_is_told_that_a_turn_is_asked_for_again(
     make_server: MakeServer, face: str
