@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 import orjson
@@ -88,9 +88,6 @@ class Reading:
         "texts",
         "usage",
     )
-
-    # Whether its events become those of another API.
-    translates: ClassVar[bool] = False
 
     def __init__(self, choice_index: int = 0, max_text_bytes: int = 1 << 22) -> None:
         self.choice_index, self.max_text_bytes = choice_index, max_text_bytes

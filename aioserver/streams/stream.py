@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 import orjson
 
 from aioserver.protocol import frames as protocol_frames
+from aioserver.protocol.bridging.chunks import ChunkReader
 from aioserver.streams.contracts import AT_PROVIDER, PLAIN_EVENTS, Queued
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
@@ -505,7 +506,7 @@ class Stream:
             self.close_fast_path()
         if not self.answered_at or len(self.readers) != 1:
             return None
-        kept = shape is not None and not shape.reading.translates
+        kept = shape is not None and not isinstance(shape.reading, ChunkReader)
         if not kept and (not self.private or self.entries):
             return None
         self.path = self.readers[0].open_fast_path(shape)

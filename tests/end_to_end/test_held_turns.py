@@ -547,7 +547,6 @@ async def test_turn_on_our_own_faces_is_asked_for_again(
 
 
 @pytest.mark.virtual_time
-@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("face", "heartbeat"),
     [

@@ -126,7 +126,7 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
         await server.nothing_held()  # while not one of them has left
     assert len(drops) == clients
     assert {why.partition(": ")[2][:13] for why in drops} == {"nothing taken"}
-    assert costs
+    assert len(costs) >= 10
     assert waiting > 0
     assert max(ours for ours, _ in costs.values()) <= WRITE_BYTES + EVENT
     assert (

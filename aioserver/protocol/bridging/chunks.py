@@ -51,7 +51,6 @@ class ChunkReader(Reading, ABC, Generic[C]):
     All kept data together have at most *max_bytes*.
     """
 
-    translates = True
     # The sequence number of the next event, in an API that has such numbers.
     sequence = 0
 
