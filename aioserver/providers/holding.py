@@ -208,6 +208,7 @@ class Holding(Splitter):
             return b""
         pieces = eventstream.pieces(block)
         shown: list[bytes] = []
+        answered = self._stream.answered
         for number, piece in enumerate(pieces):
             data = b"".join(each.data for each in eventstream.parse(piece))
             part = self._parts.part(data)
@@ -228,12 +229,13 @@ class Holding(Splitter):
                 shown.append(self._clear())
                 self._holds = self._until_text = False
             elif part is Part.REASONING and not self._holds and self._parts.signs_reasoning:
-                self._holds = self._until_text = not (shown or self._stream.answered)
+                self._holds = self._until_text = not answered
             if part > Part.PREAMBLE:
                 self._stream.record.answered(monotonic())
                 self._on_content()
             if not self._holds:
                 shown.append(piece)
+                answered = answered or part > Part.PREAMBLE
                 continue
             if part > Part.PREAMBLE and not self._since:
                 self._since = monotonic()
