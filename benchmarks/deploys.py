@@ -6,7 +6,8 @@
 The streams begin within the first part of the time, on a server of several workers whose
 `shutdown_timeout` is 5 s; SIGUSR2 comes twice, before any of them can end. The resumed answers are
 begun before the first of them, and read by new connections behind the second. PSS is the memory of
-all processes: with one generation, and with three.
+all processes: with one generation, and with three. The log of the server is kept where anything
+went wrong, and its warnings are printed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -78,9 +79,9 @@ async def stream(session: aiohttp.ClientSession, url: str, delay: float) -> str:
             if response.status != 200:
                 return f"refused: {await response.text()}"
             text = await response.text()
-    except aiohttp.ClientError:
-        return "cut"
-    return "whole" if text.endswith("[DONE]\n\n") else "cut"
+    except aiohttp.ClientError as exc:
+        return f"cut: {exc!r}"
+    return "whole" if text.endswith("[DONE]\n\n") else f"cut, with the end {text[-200:]!r}"
 
 
 async def resumed(url: str, name: str, begun: asyncio.Event, deployed: asyncio.Event) -> str:
@@ -135,8 +136,9 @@ async def until(log: Path, times: int) -> None:
             await asyncio.sleep(0.1)
 
 
-async def run(given: argparse.Namespace) -> bool:
-    """Run it all, and print what has come of it; return whether all was well."""
+async def run(given: argparse.Namespace, log: IO[bytes]) -> bool:
+    """Run it all with this *log*, and print what has come of it; return whether all was well."""
+    path = Path(log.name)
     provider = SlowProvider(given.seconds)
     runner = web.AppRunner(provider.app)
     await runner.setup()
@@ -159,16 +161,11 @@ async def run(given: argparse.Namespace) -> bool:
         "logging": {"level": "INFO"},
     }
     with tempfile.TemporaryDirectory() as folder:
-        config, path = Path(folder) / "config.yaml", Path(folder) / "log"
+        config = Path(folder) / "config.yaml"
         config.write_text(json.dumps(settings))
         arguments = ("serve", "--config", str(config), "--port", "0")
-        with (
-            path.open("wb") as log,
-            started(arguments, "aioserver is ready: ", log, RUNTIME_DIRECTORY=folder) as (
-                pid,
-                address,
-            ),
-        ):
+        server = started(arguments, "aioserver is ready: ", log, RUNTIME_DIRECTORY=folder)
+        with server as (pid, address):
             base = address.rstrip("/")
             deployed = asyncio.Event()
             begun = [asyncio.Event() for _ in range(given.resumed)]
@@ -213,7 +210,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="the longest answer")
     parser.add_argument("--resumed", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2)
-    sys.exit(not asyncio.run(run(parser.parse_args())))
+    with tempfile.NamedTemporaryFile(prefix="deploys-", suffix=".log", delete=False) as log:
+        good = asyncio.run(run(parser.parse_args(), log))
+    path = Path(log.name)
+    if good:
+        path.unlink()
+        return
+    lines = path.read_text().splitlines()
+    print(*(line for line in lines if " INFO " not in line), f"the log is kept: {path}", sep="\n")
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,7 @@ class Snapshots:
             "process": {**process_usage(), "tasks": interval.tasks, "cpu": interval.cpu},
             "watchers": watchers,
             "former": _former_state(sources, now),
+            "worker_deaths": _values(metrics.worker_deaths),
             "endpoints": {
                 "websocket": chat.websocket.endpoint,
                 "sse": chat.sse.endpoint,

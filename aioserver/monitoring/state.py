@@ -446,6 +446,7 @@ class Snapshot(TypedDict):
     process: ProcessState
     watchers: Annotated[int, SUM]
     former: Annotated[list[FormerState], ENTRIES]
+    worker_deaths: Annotated[dict[str, int], COUNTS]
     endpoints: Annotated[dict[str, str], OWN]
     cluster: NotRequired[ClusterState]
     instances: NotRequired[Annotated[dict[str, InstanceState | None], MADE]]

@@ -41,7 +41,7 @@ class Part(IntEnum):
 class Parts(NamedTuple):
     """How an API writes the parts of a turn.
 
-    Each event that `calls` holds has one of *marks*, or ESCAPE. An event that begins with
+    Each event that `calls` holds has one of *marks*, or is `escaped`. An event that begins with
     *opening*, up to the brace of its data, and has no finish only continues the parts that earlier
     events have begun. *words* yields the words of an event's content, and *pattern* has a group for each part,
     by which it matches a word as a whole. *signs_reasoning*: reasoning is signed or encrypted, so
@@ -114,9 +114,30 @@ def _chat_words(content: dict[str, Any]) -> Iterator[str]:
                 yield name
 
 
-# JSON may write any letter as an escape (RFC 8259, 7); those of the letters in our words begin like
-# this.
-ESCAPE = b"\\u00"
+# JSON may write any letter as an escape (RFC 8259, 7): these are those of a small one, `_` and `.`.
+# That of a sign like `<` or `é`, which some engines always write so, is none of them.
+_LETTER = re.compile(rb"\\u00(?:2[eE]|5[fF]|[67])")
+# The name of a finish, and how engines write that there is none yet.
+FINISH = b"finish_reason"
+UNFINISHED = (b'finish_reason":null', b'finish_reason": null')
+
+
+def escaped(block: bytes) -> bool:
+    """Return whether *block* may have a letter of an API's word as an escape."""
+    # Most texts have no backslash, and one byte is found faster than several.
+    return block.find(b"\\") >= 0 and _LETTER.search(block) is not None
+
+
+def may_finish(block: bytes) -> bool:
+    """Return whether an event of *block*, which is not `escaped`, may have a finish_reason."""
+    at = block.find(FINISH)
+    while at >= 0:
+        if not block.startswith(UNFINISHED, at):
+            return True
+        at = block.find(FINISH, at + 1)
+    return False
+
+
 # `"tool_calls"` and `"function_call"` both have this.
 CALL_MARK = b"_call"
 CHAT_PARTS = Parts(

@@ -31,16 +31,10 @@ from aioserver.errors import AioserverError, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import Splitter, utf8
 from aioserver.protocol.json_body import ANYTHING
-from aioserver.protocol.parts import ESCAPE, Choices, Part
+from aioserver.protocol.parts import Choices, Part, escaped, may_finish
 from aioserver.protocol.request_headers import TURN
 from aioserver.protocol.transcript import loaded
-from aioserver.streams.fast_path import (
-    ERROR_NAME,
-    FINISH,
-    FINISH_SPACED,
-    FIRST_LINES,
-    MAX_CHUNK_BYTES,
-)
+from aioserver.streams.fast_path import ERROR_NAME, FIRST_LINES, MAX_CHUNK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,8 +131,8 @@ class Holding(Splitter):
                     holds = True
                     break
             else:
-                # One byte is found faster, and most texts have no backslash.
-                holds = find(b"\\") >= 0 and find(ESCAPE) >= 0
+                # Most texts have no backslash.
+                holds = find(b"\\") >= 0 and escaped(block)
         if holds:
             block = self._take(block) if block else block
             self.ready = self._going_on and super().idle
@@ -214,6 +208,7 @@ class Holding(Splitter):
             return b""
         pieces = eventstream.pieces(block)
         shown: list[bytes] = []
+        answered = self._stream.answered
         for number, piece in enumerate(pieces):
             data = b"".join(each.data for each in eventstream.parse(piece))
             part = self._parts.part(data)
@@ -234,12 +229,13 @@ class Holding(Splitter):
                 shown.append(self._clear())
                 self._holds = self._until_text = False
             elif part is Part.REASONING and not self._holds and self._parts.signs_reasoning:
-                self._holds = self._until_text = not (shown or self._stream.answered)
+                self._holds = self._until_text = not answered
             if part > Part.PREAMBLE:
                 self._stream.record.answered(monotonic())
                 self._on_content()
             if not self._holds:
                 shown.append(piece)
+                answered = answered or part > Part.PREAMBLE
                 continue
             if part > Part.PREAMBLE and not self._since:
                 self._since = monotonic()
@@ -276,9 +272,8 @@ class Holding(Splitter):
             or find(b"\n", begin) != len(block) - 2
             or find(b"\r", begin) >= 0
             or find(ERROR_NAME, begin) >= 0
-            or find(FINISH, begin) >= 0
-            or find(FINISH_SPACED, begin) >= 0
-            or find(ESCAPE, begin) >= 0
+            or may_finish(block)
+            or (find(b"\\", begin) >= 0 and escaped(block))
             or not (block.isascii() or utf8(block))
         ):
             return False

@@ -58,7 +58,7 @@ class ReadingSink(StreamSink):
         parts: list[bytes] = []
         try:
             for event in eventstream.parse(block):
-                if event.data == b"[DONE]":
+                if event.data.strip() == b"[DONE]":
                     self._over = True
                     break
                 # Without data it is not an event (WHATWG HTML 9.2.6): it keeps the connection

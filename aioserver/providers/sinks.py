@@ -48,8 +48,9 @@ import orjson
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import EventTooLong, Splitter
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, is_content, usage_of
-from aioserver.protocol.parts import ESCAPE
+from aioserver.protocol.parts import escaped, may_finish
 from aioserver.protocol.tokens import tiered
+from aioserver.protocol.transcript import loaded
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -59,7 +60,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.error_mapping import error_object_fault, event_fault
 from aioserver.streams import entries
-from aioserver.streams.fast_path import ERROR_NAME, FINISH, FINISH_SPACED
+from aioserver.streams.fast_path import ERROR_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -495,25 +496,19 @@ class EventSink(PassingSink):
         elif ended := (start := _done_line(block)) >= 0:
             block = block[:start]
         # Not `in`: for bytes that costs more than twice as much. From the end, where it is.
-        usage, at = block.rfind(_USAGE) >= 0, -1
+        odd, at = escaped(block), -1
+        usage = odd or block.rfind(_USAGE) >= 0
         if usage and self._hides_usage and (at := _no_choices(block, len(block))) >= 0:
             block = self._without_usage(block, at, plain)
         if at < 0 or not ended:
-            find = block.rfind
-            if (
-                find(FINISH) >= 0
-                or find(FINISH_SPACED) >= 0
-                # That may be a letter of it.
-                or find(ESCAPE) >= 0
-                or (self._finished and find(_DELTA) >= 0)
-            ):
+            if odd or may_finish(block) or (self._finished and block.rfind(_DELTA) >= 0):
                 self._finished = finished(block, before=self._finished)
             if usage and at < 0 and self._finished:
                 self._stream.outcome.usage = usage_in(block) or self._stream.outcome.usage
         if self.choices is not None:
             for event in eventstream.each(block):
                 self.choices.note(event.data)
-        if block.find(ERROR_NAME) >= 0:
+        if odd or block.find(ERROR_NAME) >= 0:
             block, error = before_error(block)
             return block, ended and not error, error
         return block, ended, b""
@@ -640,11 +635,10 @@ def _finish(data: bytes) -> bool | None:
     choice.
     """
     try:
-        answer = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        # With a lone surrogate; it has a text, or a finish_reason.
-        return data.find(FINISH) >= 0 or data.find(FINISH_SPACED) >= 0
-    choices = answer.get("choices") if isinstance(answer, dict) else None
+        choices = loaded(data).get("choices")
+    except BadEvent:
+        # Whatever it is.
+        return False
     if not isinstance(choices, list) or not choices:
         return None
     reasons = [choice.get("finish_reason") for choice in choices if isinstance(choice, dict)]
@@ -659,7 +653,7 @@ def usage_in(block: bytes) -> dict[str, Any] | None:
     It is the usage of a chunk, or of the response in an event.
     """
     for event in eventstream.each(block, backwards=True):
-        if event.data.find(_USAGE) < 0:
+        if event.data.find(_USAGE) < 0 and not escaped(event.data):
             continue
         try:
             content = orjson.loads(event.data)

@@ -48,7 +48,7 @@ from aioserver.limits.write_watchdog import reset
 from aioserver.protocol.bridging.chunks import ChunkReader
 from aioserver.protocol.eventstream import utf8
 from aioserver.protocol.openai import PLAIN, BadEvent
-from aioserver.protocol.parts import CALL_MARK, ESCAPE
+from aioserver.protocol.parts import CALL_MARK, FINISH, UNFINISHED, escaped
 from aioserver.protocol.request_headers import CALLS
 from aioserver.protocol.transcript import PassedTranscript
 from aioserver.streams.contracts import AnswerApi
@@ -67,10 +67,10 @@ if TYPE_CHECKING:
 MAX_CHUNK_BYTES = 2048
 # Bytes of texts that are forwarded before they are appended to the log.
 MAX_RUN_BYTES = 2048
-# An event with one of these takes the slow path. A quote inside a JSON string is escaped, so they
-# never match text that a model has written. `find` is faster here than a regular expression, and
-# every byte that passes is searched.
-ERROR_NAME, FINISH, FINISH_SPACED = b'"error"', b'"finish_reason":"', b'"finish_reason": "'
+# An event with this takes the slow path. A quote inside a JSON string is escaped, so it never
+# matches text that a model has written. `find` is faster here than a regular expression, and every
+# byte that passes is searched.
+ERROR_NAME = b'"error"'
 # The first line of a read that is one chunk, by the size of the read. At a size that no chunk has,
 # it is b"\r\n", with which no chunk begins.
 FIRST_LINES = [b"\r\n"] * (MAX_CHUNK_BYTES + 12)
@@ -162,13 +162,11 @@ class FastPath:
             or find(b"\n", start) != end - 2
             or find(b"\r", start) != end
             or find(ERROR_NAME) >= 0
-            or find(FINISH) >= 0
-            or find(FINISH_SPACED) >= 0
-            or (
-                self._calls_wait
-                # Not ESCAPE alone: most texts have no backslash, and one byte is found faster.
-                and (find(CALL_MARK) >= 0 or (find(b"\\") >= 0 and find(ESCAPE) >= 0))
-            )
+            # As `may_finish` does, of one choice.
+            or ((at := read.rfind(FINISH)) >= 0 and not read.startswith(UNFINISHED, at))
+            # Most texts have no backslash.
+            or (find(b"\\") >= 0 and escaped(read))
+            or (self._calls_wait and find(CALL_MARK) >= 0)
             or not (read.isascii() or utf8(read))
         ):
             return False

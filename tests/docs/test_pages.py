@@ -127,7 +127,10 @@ def fields(state: dict[str, Any], skip: frozenset[str]) -> Iterator[str]:
 # Their fields are names: of error codes, faces, reasons, outcomes, or what another table
 # describes.
 NAMES = frozenset(
-    {"rejections", "outcomes", "auth_failures", "active_by_face", "waiting_by_face", "endpoints"}
+    {
+        *("rejections", "outcomes", "auth_failures", "active_by_face", "waiting_by_face"),
+        *("endpoints", "worker_deaths"),
+    }
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -197,7 +198,15 @@ def _repeats(kind: Kind, response: aiohttp.ClientResponse, refusals: int, body: 
     return max(said, min(40.0, 0.5 * 2**refusals)) if kind is CLAUDE else said
 
 
-class _Heard:
+class _Listening:
+    """Listens to a stream for an agent, which says itself what silence is."""
+
+    def quiet(self) -> float:
+        """Return the seconds of silence that are too many: none are."""
+        return inf
+
+
+class _Heard(_Listening):
     """Notes the signs of life that count for an agent."""
 
     def __init__(self, client: Client) -> None:
@@ -212,7 +221,7 @@ class _Heard:
             raise Violation(f"an agent is told nothing for {silence:.1f} s")
 
 
-class _Deaf:
+class _Deaf(_Listening):
     """Takes no comment for a sign of life."""
 
     def heard(self) -> None:

@@ -24,6 +24,7 @@ from collections import deque
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from msgspec.structs import replace
 
 from tests.simulation import clock, sick_hook
@@ -158,6 +159,9 @@ SPARED |= {"provider_fault_share": 0.7, "provider_faults": ("cut-<n>", "end-<n>"
 CONTINUED: Needs = {"continued": True, "faces": ("stream", "websocket"), "faults": {}}
 CONTINUED |= {"habits": {}, "provider_fault_share": 0.5, "provider_faults": ("cut-<n>",)}
 CONTINUED |= {"changes": {"llm.providers.sim.continuation": "prefill", f"{HTTP}.max_retries": 0}}
+SEAMS = CONTINUED | {"faces": ("stream",)}
+STALLED = GOOD | {"faces": ("stream",), "habits": {}, "provider_fault_share": 0.5}
+STALLED |= {"provider_faults": ("stall-<n>",), "changes": {"chat.websocket.ping_interval": 2}}
 # Agents that ask for messages of engines with chat completions alone.
 BRIDGED = GOOD | {"messages": 1.0, "message_kinds": ("bridged", "bridged"), "habits": {}}
 BRIDGED |= {"refuses": ("stream_options", "top_k"), "spread": 30.0, "silent": 0.0}
@@ -208,6 +212,25 @@ def _ends_well(stream, _error):
 
 def _cut(text):
     return lambda self: (said := text(self)) and said[:-1]
+
+
+def _thinks_again(take):
+    def again(self, data):
+        text, more = take(self, data)
+        return text, {**orjson.loads(data), **self._head} if b"reasoning" in data else more
+
+    return again
+
+
+def _respelled(show):
+    def respelled(self, block, events=0):
+        show(self, block.replace(b'"index":', b'"index": '), events)
+
+    return respelled
+
+
+def _mute(_visit):
+    return lambda _beats, _now: 1.0
 
 
 def _lossy(add):
@@ -392,7 +415,7 @@ class _Stack(deque[Any]):
 ADD, LIFE = "streams.stream:Stream.add_entry", "streams.lifetime:Lifetime"
 STORED, LANE = "wings.responses.stored:", "wings.responses.lanes:Lane.__init__"
 SAID = "protocol.transcript:ChatTranscript.text protocol.transcript:ReadTranscript.text"
-HOLDING = "providers.holding:Holding"
+HOLDING, REST = "providers.holding:Holding", "protocol.transcript:ChatRest"
 breaks("an event", ADD, _lossy)
 breaks("whose answer it is", ADD, _swapped, {"faces": ("websocket", "sse")})
 breaks("that an answer has failed", "streams.stream:Stream.fail", constant(_ends_well))
@@ -404,6 +427,11 @@ breaks(
     CALLED,
 )
 breaks("that a turn which fails is dropped", f"{HOLDING}.drop", _let_go, CALLED)
+THOUGHT = CALLED | {"provider_faults": ("end-<n>",), "provider_fault_share": 0.6}
+breaks("that the model has thought", f"{REST}.take", _thinks_again, THOUGHT)
+breaks("whose id an answer has", "protocol.transcript:_IDENTITY", constant(()), SEAMS)
+breaks("how an event was written", "providers.sinks:PassingSink._show", _respelled, seed=16)
+breaks("that a reader hears something", "faces.streaming:Heartbeat.visit", _mute, STALLED)
 breaks("a turn of a conversation", "wings.conversations.history:History.keep", left_out(5), TALKS)
 breaks("a stored response", f"{STORED}StoredResponses.add", left_out(5), CHAINS)
 breaks("what came first in a conversation", f"{STORED}StoredResponse.chain", _newest, CHAINS)

@@ -14,6 +14,7 @@ import random
 import re
 import time
 from contextvars import ContextVar
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -34,6 +35,7 @@ from tests.simulation import (
 from tests.simulation.clock import Clock
 from tests.simulation.configuration import BODY, GATE, GROUP, ROOM, STREAMS
 from tests.simulation.dials import draw_dial
+from tests.simulation.engine_shapes import THOUGHTFUL
 from tests.simulation.hurry import CODE, draw_terms
 from tests.simulation.patience import GONE, Left, Patience
 from tests.simulation.plan import CONVERSATIONS, VERDICTS
@@ -183,6 +185,10 @@ class Client:
         self.hold = session.choice((CALLS, TURN)) if session.random() < plan.sessions else PREAMBLE
         # When the first piece of a call of a tool was read.
         self.called_at = 0.0
+        if self.hold != PREAMBLE and self.face == "stream" and session.random() < 0.5:
+            self.question.text += f" {THOUGHTFUL}"
+        # The data of the events that it has read of a chat completion.
+        self.events_read: list[bytes] = []
         # Whether its answer is the call of a tool.
         called = random.Random(f"call {plan.seed} {number}").random() < plan.calls
         self.calls = called and self.face == "stream"
@@ -214,7 +220,10 @@ class Client:
         # it asks for at once, and by its turn.
         self.waits: dict[tuple[int, int], float] = {}
         self.sent = 0
-        self.patience = Patience(lambda: GIVE_UP if self.network_was_bad else plan.patience)
+        self.patience = Patience(
+            lambda: GIVE_UP if self.network_was_bad else plan.patience,
+            lambda: inf if self.network_was_bad else plan.quiet,
+        )
         self.session: aiohttp.ClientSession
 
     def _choose_group(self) -> str:

@@ -1,12 +1,15 @@
 """Chat completions as engines write them: what a client has marked as ODD is answered with
 reasoning, several calls whose pieces alternate, ids of every kind, and usage at any place.
 
+One that is marked as THOUGHTFUL has reasoning in front, whose pieces name their attempt.
+
 What was written is noted, so that it can be compared with what a client reads.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 # The mark of a question. A part of the text that a client sends: whoever answers sees it there.
 ODD = "odd"
+THOUGHTFUL = "thoughtful"
+# The pieces of reasoning.
+THOUGHTS = 3
 # Characters of a piece of arguments.
 PIECE = 9
 # Ids of calls, of which some may be the same, and some are none that an Anthropic client takes.
@@ -34,10 +40,24 @@ def odd_chat(note: Callable[[Answer], None]) -> Callable[..., Answer]:
     def chat(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool) -> Answer:
         odd = f" {ODD} " in f" {request.text} " and not cut and not request.said
         answer = _odd(request, ident, words) if odd else PLAIN(request, ident, words, cut=cut)
+        if answer.streamed and f" {THOUGHTFUL}" in request.text and not request.said:
+            answer = replace(answer, opening=[*_thoughts(ident, answer)])
         note(answer)
         return answer
 
     return chat
+
+
+def _thoughts(ident: str, answer: Answer) -> Iterator[bytes]:
+    """Yield the opening of *answer* with reasoning between its role and the rest of it."""
+    (opening,) = chunks_of(replace(answer, count=0, closing=[]))
+    (choice,) = opening["choices"]
+    rest = choice["delta"]
+    deltas = [{"role": rest.pop("role"), "content": None}]
+    deltas += [{"reasoning_content": f"{ident}.{number} "} for number in range(THOUGHTS)]
+    for delta in (*deltas, rest):
+        choice["delta"] = delta
+        yield shapes.event(opening)
 
 
 def chunks_of(answer: Answer) -> list[Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tests.simulation.clock import Clock
+from tests.simulation.truth import Violation
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -13,9 +16,15 @@ if TYPE_CHECKING:
 
 
 async def events(response: aiohttp.ClientResponse, patience: Patience) -> AsyncIterator[bytes]:
-    """Yield the data of each event; all that comes, comments too, is noted by *patience*."""
-    rest = b""
+    """Yield the data of each event; all that comes, comments too, is noted by *patience*.
+
+    Raises:
+        Violation: nothing has come for too long.
+    """
+    rest, since = b"", Clock.now
     while part := await response.content.readany():
+        if Clock.now - since > patience.quiet():
+            raise Violation(f"nothing was heard for {Clock.now - since:.1f} s")
         patience.heard()
         *blocks, rest = (rest + part).replace(b"\r\n", b"\n").split(b"\n\n")
         for block in blocks:
@@ -26,3 +35,5 @@ async def events(response: aiohttp.ClientResponse, patience: Patience) -> AsyncI
             ]
             if lines:
                 yield b"\n".join(lines)
+        # Whoever reads slowly hears nothing meanwhile.
+        since = Clock.now

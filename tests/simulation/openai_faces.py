@@ -14,7 +14,7 @@ from tests.simulation.grouping import talk_of
 from tests.simulation.patience import Left
 from tests.simulation.response_events import ResponseReading
 from tests.simulation.returning import come_back
-from tests.simulation.truth import Reading, ToolReading, Violation
+from tests.simulation.truth import Reading, Thoughts, ToolReading, Violation
 
 if TYPE_CHECKING:
     import aiohttp
@@ -65,9 +65,10 @@ async def stream(client: Client) -> None:
             await client.refused(response)
             return
         count, finish, roles, idents = 0, "", 0, set()
-        call = ToolReading(client.question)
+        call, thoughts = ToolReading(client.question), Thoughts()
         async for data in events(response, client.patience):
             count += 1
+            client.events_read.append(data)
             if data == b"[DONE]":
                 if not finish and not client.question.fault.startswith("early-done"):
                     raise Violation("[DONE] without a finish_reason")
@@ -93,6 +94,7 @@ async def stream(client: Client) -> None:
                 roles += "role" in choice["delta"]
                 if roles != 1 or finish:
                     raise Violation(f"{roles} roles, or more behind the finish")
+                thoughts.take(choice["delta"])
                 if client.calls:
                     call.take(choice)
                     client.called_at = client.called_at or (call.calls and Clock.now)

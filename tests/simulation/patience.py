@@ -26,13 +26,14 @@ class Left(Exception):
 
 class Patience:
     """Raises TimeoutError in its `with`, once nothing was `heard` for so many *seconds* as are
-    asked for now.
+    asked for now. Once a stream has begun, something is heard in each *quiet* seconds.
 
     Not asyncio.timeout: it would set a timer for each event that is heard.
     """
 
-    def __init__(self, seconds: Callable[[], float]) -> None:
+    def __init__(self, seconds: Callable[[], float], quiet: Callable[[], float]) -> None:
         self._seconds = seconds
+        self.quiet = quiet
         self._heard_at = 0.0
         self._over = False
         self._task: asyncio.Task[object]

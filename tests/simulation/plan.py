@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation import configuration
@@ -211,6 +212,14 @@ class Plan:
         # Half of it is for what is held, and an event has some 250 bytes.
         room[f"{STREAMS}.max_stream_bytes"] = 1 << 20
         return any(self.changes[name] < least for name, least in room.items())
+
+    @property
+    def quiet(self) -> float:
+        """Seconds in which the reader of a stream hears something, at least a heartbeat."""
+        if self.shared is not None and self.shared.events:
+            return inf
+        interval: float = self.changes["chat.websocket.ping_interval"]
+        return interval + 1.0
 
     def operated(self, changes: Mapping[str, Any], *names: str) -> dict[str, Any]:
         """Return the *changes* of the configuration after the operations *names*."""

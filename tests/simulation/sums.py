@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING
 
-from aioserver.protocol.request_headers import CALLS, TURN
+from aioserver.protocol.request_headers import CALLS, PREAMBLE, TURN
 from aioserver.providers.verdicts import VERDICT_FOR
 from tests.simulation import messages
 from tests.simulation.configuration import HTTP, ROOM, STREAMS
@@ -147,6 +147,22 @@ class Sums:
         calls = self._calls.of(client.question.name)
         if at and not any(call.whole and call.spoke_at <= at for call in calls):
             self._broken(f"client {client.number} has read a call before its model has finished")
+
+    def check_passed(self, client: Client) -> None:
+        """Check that *client*, of whose chat completion nothing was held, has read it as it was
+        written.
+        """
+        calls = self._calls.asked[client.question.name]
+        whole = client.outcome == "complete" and not client.question.fault
+        if client.face != "stream" or client.hold != PREAMBLE or not whole or len(calls) != 1:
+            return
+        answer = calls[0].answer
+        assert answer is not None
+        written = [each.removeprefix(b"data: ").strip() for each in answer.everything()]
+        # The usage, for which the client has not asked.
+        written = [each for each in written if b'"choices":[]' not in each]
+        if client.events_read != written:
+            self._broken(f"client {client.number} has read another stream than was written")
 
     def check_messages(self, client: Client) -> None:
         """Check what was asked for *client* of requests for messages, and what it has read."""

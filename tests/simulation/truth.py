@@ -148,6 +148,26 @@ class Reading:
 
 
 @dataclass(slots=True)
+class Thoughts:
+    """The reasoning that a client has read.
+
+    Always, or `Violation` is raised: it is that of one attempt, once, from its beginning.
+    """
+
+    attempt: str = ""
+    count: int = 0
+
+    def take(self, delta: dict[str, Any]) -> None:
+        """Take the delta of a chunk."""
+        if not (text := delta.get("reasoning_content")):
+            return
+        attempt, _, number = text.strip().partition(".")
+        if attempt != (self.attempt or attempt) or int(number) != self.count:
+            raise Violation(f"thought {text!r} behind {self.count} of {self.attempt!r}")
+        self.attempt, self.count = attempt, self.count + 1
+
+
+@dataclass(slots=True)
 class ToolReading:
     """What a client has read of the call of a tool that is the answer to *question*.
 

@@ -402,6 +402,7 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
                 world.sums.check_members(asked)
                 world.sums.check_turns(asked)
                 world.sums.check_messages(asked)
+                world.sums.check_passed(asked)
     world.sums.check_learning()
     world.doors.check(world.calls)
     agents.check(clients, world.broken)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CHAT, MESSAGES, RESPONSES = "chat/completions", "messages", "responses"
 PIECES = ('{"pa', 'th": ', '"a"}')
 REASONING, TEXT = ("I ", "think "), ("Let me ", "look. ")
+_ENDS = {"response.completed", "response.incomplete", "response.failed"}
 _ENTRY = re.compile(rb"POST /(\w+)/v1/([a-z/]+)")
 
 
@@ -355,6 +356,8 @@ def _read_message(seen: SeenTurn) -> None:
 
 def _read_response(seen: SeenTurn) -> None:
     events = _contents(seen.raw)
+    ends = [event["type"] in _ENDS for event in events]
+    assert True not in ends[:-1], "nothing comes behind the end"
     numbers = [event["sequence_number"] for event in events if "sequence_number" in event]
     assert numbers == list(range(len(numbers)))
     items: dict[str, str] = {}

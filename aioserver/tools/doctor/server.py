@@ -128,8 +128,8 @@ async def key(facts: Facts) -> AsyncIterator[Result]:
 
 
 async def state(facts: Facts) -> AsyncIterator[Result]:
-    """Report, from `/stats`, the verdict of the server on itself, and the habits of clients that
-    lose the caches of providers.
+    """Report, from `/stats`, the verdict of the server on itself, the deaths of its workers, and
+    the habits of clients that lose the caches of providers.
     """
     answer = await facts.get("/stats")
     match answer.content.get("verdict"):
@@ -139,6 +139,11 @@ async def state(facts: Facts) -> AsyncIterator[Result]:
             yield (fail if more.get("about") == "bug" else warn)(f"{word}: {text}", str(advice))
         case _:
             yield skip(f"its verdict: {answer.text}")
+    match answer.content.get("worker_deaths"):
+        case dict(deaths) if any(deaths.values()):
+            causes = ", ".join(f"{cause}: {count}" for cause, count in deaths.items() if count)
+            text = f"workers have died that nobody had told to end ({causes})"
+            yield warn(text, "the log of the server's parent, and the kernel's, say why")
     match answer.content.get("cache_losses"):
         case {"last_hour": dict(verdicts), "regions": dict(regions)}:
             # The tokens by verdict, and by region.

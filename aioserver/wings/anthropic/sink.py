@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import bounded
+from aioserver.protocol.parts import escaped
 from aioserver.provider_errors import (
     ProviderError,
     ProviderFault,
@@ -63,9 +64,10 @@ class MessageSink(PassingSink):
 
     def _up_to_end(self, block: bytes, plain: int = 0) -> tuple[bytes, bool, bytes]:  # noqa: ARG002 - see PassingSink
         ended, error = False, b""
-        if wire.ending(block):
+        odd = escaped(block)
+        if odd or wire.ending(block):
             block, ended, error = _up_to_end(block)
-        if block.find(_USAGE) >= 0 or block.find(_STOP_REASON) >= 0:
+        if odd or _reports(block):
             self._note(block)
         return block, ended, error
 
@@ -76,7 +78,7 @@ class MessageSink(PassingSink):
         """Note the usage in *block*, and whether the message has stopped."""
         for event in eventstream.split(block):
             # The reading of an event must not depend on others that came in the same read.
-            if event.find(_USAGE) >= 0 or event.find(_STOP_REASON) >= 0:
+            if _reports(event) or escaped(event):
                 content = wire.content_of(event)
                 usage = wire.billed(wire.usage_in(content))
                 if content.get("type") == "message_start":
@@ -124,6 +126,11 @@ class BridgeSink(BridgingSink[Call]):
             self._count_text()
 
 
+def _reports(block: bytes) -> bool:
+    """Return whether *block*, whole events or one, may have a usage, or a reason to stop."""
+    return block.find(_USAGE) >= 0 or block.find(_STOP_REASON) >= 0
+
+
 def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
     """Return the events of *block* before its end, whether it ends well, and the event of an error
     that ends it.
@@ -132,7 +139,7 @@ def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
     """
     events = eventstream.split(block)
     for number, event in enumerate(events):
-        if not wire.ending(event):
+        if not (wire.ending(event) or escaped(event)):
             continue
         content = wire.content_of(event)
         if content.get("type") == "message_stop":

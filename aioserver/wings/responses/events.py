@@ -22,8 +22,9 @@ import orjson
 from msgspec import Raw
 
 from aioserver.protocol.eventstream import parse, split, write
-from aioserver.protocol.openai import only_names
-from aioserver.protocol.parts import Parts
+from aioserver.protocol.openai import BadEvent, only_names
+from aioserver.protocol.parts import Parts, escaped
+from aioserver.protocol.transcript import loaded
 from aioserver.streams.contracts import AnswerEvents
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ OPENINGS = frozenset({"response.created", "response.queued", "response.in_progre
 ITEM_ADDED = "response.output_item.added"
 PART_ADDED = frozenset({"response.content_part.added", "response.reasoning_summary_part.added"})
 _RESPONSE = b'"response"'
-_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
+_END = re.compile(rb'"response\.(?:completed|incomplete|failed)"')
 _SEQUENCE = b'"sequence_number"'
 # The characters that may follow a number in an object.
 _VALUE_ENDS = b",}"
@@ -137,13 +138,14 @@ class ResponseEvents(AnswerEvents):
 
         *first* is the number of its first event in the log.
         """
-        if block.find(_SEQUENCE) < 0 and block.find(_RESPONSE) < 0:
+        odd = escaped(block)
+        if not odd and block.find(_SEQUENCE) < 0 and block.find(_RESPONSE) < 0:
             return
         for number, event in enumerate(parse(block), first):
             data = event.data
             if (sequence := _sequence_in(data)) is not None:
                 self.note_run(number, sequence)
-            if data.find(_RESPONSE) >= 0 and _response_in(data) is not None:
+            if (odd or data.find(_RESPONSE) >= 0) and _response_in(data) is not None:
                 self._last_response = data
 
     def follows(self, event: bytes, number: int) -> bool:
@@ -310,18 +312,25 @@ def up_to_end(block: bytes) -> tuple[bytes, bool]:
 
     A comment that looks like one does not count.
     """
-    match = _END.search(block)
-    if match is None:
+    if _END.search(block) is None and not escaped(block):
         return block, False
-    line = block.rfind(b"\n", 0, match.start()) + 1
-    if block.startswith(b"data:", line) and block.find(b"\n\n", line) == len(block) - 2:
-        # Usually the end comes last.
-        return block, True
     events = split(block)
     for number, event in enumerate(events, 1):
-        if _END.search(event) is not None:
+        if _ends(event):
             return (b"".join(events[:number]) if number < len(events) else block), True
     return block, False
+
+
+def _ends(event: bytes) -> bool:
+    """Return whether *event* ends a response."""
+    plain = _END.search(event) is not None
+    try:
+        return (plain or escaped(event)) and any(
+            loaded(part.data).get("type") in ENDS for part in parse(event)
+        )
+    except BadEvent:
+        # Nested more deeply than it can be read, for example.
+        return plain
 
 
 def _sequence_in(event: bytes) -> int | None:
@@ -329,10 +338,11 @@ def _sequence_in(event: bytes) -> int | None:
     numbers = _SEQUENCE_NUMBER.findall(event)
     if len(numbers) == 1:
         return int(numbers[0])
-    if numbers:
-        # Another object in the event has such a key, too.
-        with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-            return int(orjson.loads(event)["sequence_number"])
+    if numbers or event.find(_SEQUENCE) >= 0 or escaped(event):
+        # Another object in the event has such a key, too, or it is written in another way.
+        with contextlib.suppress(BadEvent):
+            number = loaded(event).get("sequence_number")
+            return number if type(number) is int else None
     return None
 
 

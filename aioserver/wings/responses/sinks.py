@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.protocol import eventstream
+from aioserver.protocol.parts import escaped
 from aioserver.providers.error_mapping import error_object_fault
 from aioserver.providers.reading_sinks import BridgingSink
 from aioserver.providers.sinks import (
@@ -72,7 +73,7 @@ class ResponseSink(PassingSink):
         block, ended = up_to_end(block)
         if ended:
             self._stream.outcome.usage = usage_in(block)
-        if block.find(ERROR_NAME) >= 0:
+        if block.find(ERROR_NAME) >= 0 or escaped(block):
             block, error = before_error(block, _ERROR)
             return block, ended and not error, error
         return block, ended, b""

@@ -135,6 +135,20 @@ async def test_what_the_server_finds_wrong_with_itself_is_told_to_an_admin(
     (tmp_path / "usage").unlink()
 
 
+async def test_deaths_of_workers_are_told_with_their_causes(make_server: MakeServer) -> None:
+    server = await make_server()
+    for cause, count in (("signal", 2), ("hung", 1)):
+        server.context.metrics.worker_deaths[cause].value += count
+    server.context.monitor.tick()
+
+    facts = Facts(url=server.base)
+    async with remote.session(None) as facts.session:
+        results = [result async for result in doctor.state(facts)]
+
+    (warned,) = [result.text for result in results if result.level == "warn"]
+    assert warned == "workers have died that nobody had told to end (signal: 2, hung: 1)"
+
+
 async def test_habits_of_clients_that_lose_caches_are_told_with_their_regions(
     make_server: MakeServer,
 ) -> None:
