@@ -118,9 +118,9 @@ class BridgeSink(BridgingSink[Call]):
     def _finish(self) -> list[bytes]:
         return self._writer.finish()
 
-    def _append(self, parts: list[bytes]) -> None:
+    def _append(self, parts: list[bytes], *, more: bool) -> None:
         if parts:
-            self._stream.forward(b"".join(parts), len(parts), more=self._over)
+            self._stream.forward(b"".join(parts), len(parts), more=more)
             self._count_text()
 
 

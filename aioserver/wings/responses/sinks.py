@@ -127,7 +127,7 @@ class BridgeSink(BridgingSink[Call]):
         """Show that the response was created."""
         super().let_go()
         if not (self._stream.answered_at or self._stream.ended):
-            self._append(self._open())
+            self._append(self._open(), more=False)
 
     def _open(self) -> list[bytes]:
         super()._open()
@@ -141,10 +141,10 @@ class BridgeSink(BridgingSink[Call]):
         remember(self._stream, b"".join(events))
         super()._close(events)
 
-    def _append(self, parts: list[bytes]) -> None:
+    def _append(self, parts: list[bytes], *, more: bool) -> None:
         if not parts:
             return
         block = b"".join(parts)
         remember(self._stream, block)
-        self._stream.forward(block, len(parts), more=self._over)
+        self._stream.forward(block, len(parts), more=more)
         self._count_text()
