@@ -74,17 +74,17 @@ class MessageSink(PassingSink):
 
     def _note(self, block: bytes) -> None:
         """Note the usage in *block*, and whether the message has stopped."""
-        for event in eventstream.split(block):
-            # The reading of an event must not depend on others that came in the same read.
-            if event.find(_USAGE) >= 0 or event.find(_STOP_REASON) >= 0:
-                content = wire.content_of(event)
-                usage = wire.billed(wire.usage_in(content))
-                if content.get("type") == "message_start":
-                    # At this moment only the count of the prompt is true, since nothing was
-                    # written yet.
-                    usage.pop("output_tokens", None)
-                self._usage = bounded({**self._usage, **usage})
-                self._finished = self._finished or wire.stops(content)
+        # The reading of an event must not depend on others that came in the same read.
+        block = eventstream.with_lf(block)
+        for place in eventstream.having(block, (_USAGE, _STOP_REASON)):
+            content = wire.content_of(block[place])
+            usage = wire.billed(wire.usage_in(content))
+            if content.get("type") == "message_start":
+                # At this moment only the count of the prompt is true, since nothing was written
+                # yet.
+                usage.pop("output_tokens", None)
+            self._usage = bounded({**self._usage, **usage})
+            self._finished = self._finished or wire.stops(content)
         if self._usage:
             self._stream.outcome.usage = wire.with_total(self._usage)
 
@@ -130,16 +130,13 @@ def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
 
     The event of a good end is among these events.
     """
-    events = eventstream.split(block)
-    for number, event in enumerate(events):
-        if not wire.ending(event):
-            continue
-        content = wire.content_of(event)
+    events = eventstream.with_lf(block)
+    for place in eventstream.having(events, wire.ENDS):
+        content = wire.content_of(events[place])
         if content.get("type") == "message_stop":
-            last = number == len(events) - 1
-            return (block if last else b"".join(events[: number + 1])), True, b""
+            return (block if place.stop == len(events) else events[: place.stop]), True, b""
         if content.get("type") == "error" or isinstance(content.get("error"), dict):
-            return b"".join(events[:number]), False, event
+            return events[: place.start], False, events[place]
     return block, False, b""
 
 

@@ -21,7 +21,7 @@ import msgspec
 import orjson
 from msgspec import Raw
 
-from aioserver.protocol.eventstream import parse, split, write
+from aioserver.protocol.eventstream import parse, split, with_lf, write
 from aioserver.protocol.openai import only_names
 from aioserver.protocol.parts import Parts
 from aioserver.streams.contracts import AnswerEvents
@@ -46,6 +46,7 @@ OPENINGS = frozenset({"response.created", "response.queued", "response.in_progre
 ITEM_ADDED = "response.output_item.added"
 PART_ADDED = frozenset({"response.content_part.added", "response.reasoning_summary_part.added"})
 _RESPONSE = b'"response"'
+_NAMED = b"event: response."
 _END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 _SEQUENCE = b'"sequence_number"'
 # The characters that may follow a number in an object.
@@ -139,12 +140,24 @@ class ResponseEvents(AnswerEvents):
         """
         if block.find(_SEQUENCE) < 0 and block.find(_RESPONSE) < 0:
             return
-        for number, event in enumerate(parse(block), first):
-            data = event.data
-            if (sequence := _sequence_in(data)) is not None:
-                self.note_run(number, sequence)
-            if data.find(_RESPONSE) >= 0 and _response_in(data) is not None:
-                self._last_response = data
+        number = first
+        for part in with_lf(block).split(b"\n\n"):
+            if (
+                part.startswith(_NAMED)
+                and part.find(_RESPONSE) < 0
+                and part.find(b"\ndata: ") > 0
+                and self.follows(part, number)
+            ):
+                # Of many events that come together, most are like this.
+                number += 1
+                continue
+            for event in parse(part):
+                data = event.data
+                if (sequence := _sequence_in(data)) is not None:
+                    self.note_run(number, sequence)
+                if data.find(_RESPONSE) >= 0 and _response_in(data) is not None:
+                    self._last_response = data
+                number += 1
 
     def follows(self, event: bytes, number: int) -> bool:
         """Note *event*, whose *number* is the next, if only its place needs to be remembered.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import orjson
@@ -106,7 +107,7 @@ class ResponseSink(PassingSink):
 
     def _add_response_id(self, block: bytes) -> None:
         """Let the stream be found by the provider's id of the response, too."""
-        for event in eventstream.parse(block)[: self._id_samples_left]:
+        for event in islice(eventstream.each(block), self._id_samples_left):
             self._id_samples_left -= 1
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
                 response_id = orjson.loads(event.data)["response"]["id"]
