@@ -301,6 +301,7 @@ class Holding(Splitter):
                 return b"".join((*shown, released, *pieces[number:]))
             self.held += piece
             self.unseen += part > Part.PREAMBLE
+        self._checked_size = len(self.held)
         if len(self.held) >= self._next_size and not self._count():
             shown.append(self._release(let_go=True))
         return b"".join(shown)
@@ -349,18 +350,15 @@ class Holding(Splitter):
         Raises:
             BadEvent: one of them is not JSON.
         """
-        if lines := bytes(self._unchecked):
-            self._unchecked.clear()
-            try:
-                # One call for all of them, and none is loaded as JSON: that takes ten times as
-                # long.
-                good = len(ANYTHING.decode_lines(lines)) == lines.count(b"\n")
-            except (msgspec.DecodeError, RecursionError):
-                good = False
-            if not good:
-                for line in lines.splitlines():
-                    loaded(line)
-        self._checked_size = len(self.held)
+        lines, self._unchecked = bytes(self._unchecked), bytearray()
+        try:
+            # One call for all of them, and none is loaded as JSON: that takes ten times as long.
+            good = len(ANYTHING.decode_lines(lines)) == lines.count(b"\n")
+        except (msgspec.DecodeError, RecursionError):
+            good = False
+        if not good:
+            for line in lines.splitlines():
+                loaded(line)
 
     def _step_from(self, size: int) -> int:
         """Return how many bytes are held when they must be looked at again, if *size* are held."""
