@@ -16,7 +16,10 @@ happens when they exceed half of `max_stream_bytes`, or when there is no room fo
 
 A `Holding` takes the place of its sink's splitter. So the sink never sees an event that is
 dropped, and none of its state has to be rolled back. While events only continue held content, as
-most do, it also is the fast path of the exchange: see streams/fast_path.py.
+most do, it also is the fast path of the exchange: see streams/fast_path.py. Such events are held
+as they come, and checked for JSON together: each 4 KiB, and before any event that may end the turn.
+
+This file is one concept: what is held, and until when, changes with each event.
 """
 
 from __future__ import annotations
