@@ -88,7 +88,7 @@ async def test_frames_of_events_that_come_together_are_those_of_single_events(se
     others += [
         delta(reasoning="r"),
         delta(),
-        delta("a").replace(b"a", b"\xc3"),
+        delta("a").replace(b'"a"', b'"\xc3"'),
         b"\n",
         DONE,
         ERROR,
