@@ -31,14 +31,20 @@ This file is one concept: the loop and the decision after each of its turns have
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from math import inf
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import msgspec
 
 from aioserver.errors import AioserverError, ResponseNotFound
+from aioserver.gateway.affinity import Affinity
 from aioserver.gateway.candidates import Candidates
 from aioserver.gateway.continuation import announce_repeat, breaks
-from aioserver.gateway.groups import sick
+from aioserver.gateway.groups import Group, sick
+from aioserver.gateway.request import Request
 from aioserver.limits.deadline import Wait
+from aioserver.protocol.regions import Regions
 from aioserver.protocol.request_headers import PREAMBLE
 from aioserver.provider_errors import (
     CircuitOpen,
@@ -48,24 +54,19 @@ from aioserver.provider_errors import (
     ReadTimeout,
     RequestNotBridged,
 )
-from aioserver.providers.breaker import TRIAL_INTERVAL
+from aioserver.providers.breaker import TRIAL_INTERVAL, Breaker
 from aioserver.providers.health import KEY_FAULTS, WAIT
+from aioserver.providers.provider import Provider
+from aioserver.streams.stream import Stream
+from aioserver.telemetry.outcome import Outcome
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from aioserver.gateway.affinity import Affinity
-    from aioserver.gateway.groups import Group
-    from aioserver.gateway.request import Request
     from aioserver.limits.resource import Grant
-    from aioserver.protocol.regions import Regions
     from aioserver.providers.attempt import Attempt
-    from aioserver.providers.breaker import Breaker
-    from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer
-    from aioserver.streams.stream import Stream
-    from aioserver.telemetry.outcome import Outcome
 
 # The faults of a provider that could not have answered.
 UNUSABLE = (*KEY_FAULTS, RequestNotBridged)
@@ -106,58 +107,64 @@ class Try(NamedTuple):
         return self.fault
 
 
-class Attempts:
+# Stands in a field until its first value is known.
+UNKNOWN: Any = None
+
+
+class Attempts(msgspec.Struct, eq=False):
     """The attempts to have *request* answered by one of *groups*, which are asked in their order.
 
     Always: once an event of an answer is in *stream*, no further attempt is made.
 
-    *model* is asked for where the first group is one provider. *random_number* returns numbers from
-    0.0 to 1.0, for the jitter of backoffs. *regions* are those of the prompt, if they were
-    read.
+    *random_number* returns numbers from 0.0 to 1.0, for the jitter of backoffs. *regions* are those
+    of the prompt, if they were read.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        stream: Stream | None,
-        groups: list[Group],
-        affinity: Affinity,
-        random_number: Callable[[], float],
-        regions: Regions | None = None,
-    ) -> None:
-        self._request, self._stream, self._groups = request, stream, groups
-        self._first_group = groups[0]
-        self._outcome = request.provider_request.outcome
-        self._affinity, self._random_number = affinity, random_number
-        # They refer to the body, and are dropped at the first start.
-        self._regions = regions
-        # The group that is asked now, its candidates, and the provider of the first of them.
-        self._group: Group
-        self._candidates: Candidates
-        self._first: Provider
-        # For all groups: the largest `max_context` of members that found the request too long; how
-        # each group has failed; and the sick groups, which come last, or have failed in a trial.
-        self._too_small = 0
-        self._ended: tuple[Try, ...] = ()
-        self._late: tuple[Group, ...] = ()
-        # The group that is asked as a trial, or was last; and the breaker of a sick provider whose
-        # trial the next attempt is.
-        self._trial_group: Group | None = None
-        self._trial: Breaker | None = None
-        # For the present group: whether others can be asked instead, whether the last attempt was
-        # a trial of a sick provider, and whether the request was sent to it before.
-        self._fallback = self._was_trial = self._again = False
-        # How many retries it has had, how this pass has failed, and the one before.
-        self._number = 0
-        self._tries: tuple[Try, ...] = ()
-        self._previous: Try | None = None
-        # The first for whom the request was too long; and the fault for which it was parked.
-        self._too_long: Try | None = None
-        self._parked_for: Try | None = None
-        # The provider and the code of a break of a held turn, until the next attempt begins.
-        self._cut: tuple[str, str] | None = None
-        # The providers that were asked once more at once.
-        self._broken: frozenset[Provider] = frozenset()
+    _request: Request
+    _stream: Stream | None
+    # The groups that were not asked yet.
+    _groups: list[Group]
+    _affinity: Affinity
+    _random_number: Callable[[], float]
+    # They refer to the body, and are dropped at the first start.
+    _regions: Regions | None = None
+    # The outcome of the request; the first group, the one that is asked now, its candidates, and
+    # the provider of the first of them.
+    _outcome: Outcome = UNKNOWN
+    _first_group: Group = UNKNOWN
+    _group: Group = UNKNOWN
+    _candidates: Candidates = UNKNOWN
+    _first: Provider = UNKNOWN
+    # For all groups: the largest `max_context` of members that found the request too long; how
+    # each group has failed; and the sick groups, which come last, or have failed in a trial.
+    _too_small: int = 0
+    _ended: tuple[Try, ...] = ()
+    _late: tuple[Group, ...] = ()
+    # The group that is asked as a trial, or was last; and the breaker of a sick provider whose
+    # trial the next attempt is.
+    _trial_group: Group | None = None
+    _trial: Breaker | None = None
+    # For the present group: whether others can be asked instead, whether the last attempt was a
+    # trial of a sick provider, and whether the request was sent to it before.
+    _fallback: bool = False
+    _was_trial: bool = False
+    _again: bool = False
+    # How many retries it has had, how this pass has failed, and the one before.
+    _number: int = 0
+    _tries: tuple[Try, ...] = ()
+    _previous: Try | None = None
+    # The first for whom the request was too long; and the fault for which it was parked.
+    _too_long: Try | None = None
+    _parked_for: Try | None = None
+    # The provider and the code of a break of a held turn, until the next attempt begins.
+    _cut: tuple[str, str] | None = None
+    # The providers that were asked once more at once.
+    _broken: frozenset[Provider] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Begin with the first group."""
+        self._outcome = self._request.provider_request.outcome
+        self._first_group = self._groups[0]
 
     async def answer(self) -> Answer | None:
         """Return the answer of the attempt that succeeded, None if it is in the log. Cancelling is

@@ -239,19 +239,17 @@ class BridgedAttempt(LearningAttempt):
     # The API's name in logs and metrics.
     shown_api: ClassVar[str]
 
-    def __init__(self, *names: Any, **further: Any) -> None:
-        super().__init__(*names, **further)
-        self._chat: BridgedChat | None = None
-        # Whether the answer to the translated request can be continued.
-        self._free = False
-        self._writer: ChunkReader[Any] | None = None
-        # Whether this attempt was the first to find that the provider lacks the path.
-        self._learning = False
-        # The limits that the provider has named: of the context, of an answer, and what is left
-        # for this answer.
-        self._limit: int | None = None
-        self._most: int | None = None
-        self._left: int | None = None
+    _chat: BridgedChat | None = None
+    # Whether the answer to the translated request can be continued.
+    _free: bool = False
+    _writer: ChunkReader[Any] | None = None
+    # Whether this attempt was the first to find that the provider lacks the path.
+    _learning: bool = False
+    # The limits that the provider has named: of the context, of an answer, and what is left for
+    # this answer.
+    _limit: int | None = None
+    _most: int | None = None
+    _left: int | None = None
 
     @property
     def _learned(self) -> PathCapabilities:

@@ -7,13 +7,19 @@ wait decides which members remain.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from aioserver.config.models import PREFIX
 from aioserver.errors import AioserverError
-from aioserver.gateway.affinity import MAX_SHARE, measured
-from aioserver.protocol.prefix import prefix_of
+from aioserver.gateway.affinity import MAX_SHARE, Affinity, Placement, measured
+from aioserver.gateway.groups import Group, Member
+from aioserver.gateway.request import Request
+from aioserver.limits.resource import Bid
+from aioserver.protocol.prefix import Prefix, prefix_of
 from aioserver.provider_errors import (
     CircuitOpen,
     ConnectError,
@@ -23,25 +29,21 @@ from aioserver.provider_errors import (
     ProviderFault,
     ProviderPaced,
 )
+from aioserver.providers.attempt import Attempt
 from aioserver.providers.health import WAIT
 from aioserver.providers.provider import enter, granted, leave
+from aioserver.streams.stream import Stream
 from aioserver.telemetry.outcome import NONE, GroupStart
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from aioserver.gateway.affinity import Affinity, Placement
-    from aioserver.gateway.groups import Group, Member
-    from aioserver.gateway.request import Request
-    from aioserver.limits.resource import Bid, Grant
-    from aioserver.protocol.prefix import Prefix
+    from aioserver.limits.resource import Grant
     from aioserver.protocol.regions import Regions
-    from aioserver.providers.attempt import Attempt
     from aioserver.providers.provider import Provider
-    from aioserver.streams.stream import Stream
 
 
-class Candidates:
+class Candidates(msgspec.Struct, eq=False):
     """The members of *group* that may still answer *request*; *left* are the members of this pass.
 
     If one member stores the response being continued, only that member is tried, unless it is dead
@@ -55,53 +57,55 @@ class Candidates:
         NoProvider: no member can answer.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        request: Request,
-        stream: Stream | None,
-        affinity: Affinity,
-        model: str | None,
-        too_small: int = 0,
-    ) -> None:
-        self._group, self._request, self._stream = group, request, stream
-        self.affinity, self.model, self.too_small = affinity, model, too_small
-        # The prefix of the prompt; the placement that follows from it; and whether it must still
-        # be found.
-        self.prefix: Prefix | None = None
-        self.placement: Placement | None = None
-        self.placeable = False
-        # The member where the request has started; None before.
-        self.chosen: Member | None = None
-        # The member that is tried next, before the others; None: any member that can start first.
-        self._only: Member | None = None
-        # The members that get the whole conversation if the member that stores the response dies,
-        # and the provider of that member.
-        self._heirs: Sequence[Member] = ()
-        self._kept_at: str | None = None
-        # The members that may be tried again, with the codes of their faults.
-        self._again: tuple[tuple[Member, str], ...] = ()
-        # The members that were tried and will not be tried again; and the members for which the
-        # request was too long.
-        self._asked: frozenset[Member] = frozenset()
-        self._short: tuple[Member, ...] = ()
-        # The version of the group that was last read, and whether the group has changed during a
-        # wait.
-        self._seen, self._regrouped = 0, False
-        # While the request waits: the start of the wait, whether other members or groups can be
-        # asked instead, the waiting attempts, and their bids.
-        self.began = 0.0
-        self._fallback = False
-        self._attempts: dict[Member, Attempt] = {}
-        self._bids: dict[Bid, Member] = {}
-        # The members of this pass.
-        self.left: Sequence[Member] = group.members
-        # Whether the request stays at one member, however the group changes; and whether the group
-        # has only one member.
+    _group: Group
+    _request: Request
+    _stream: Stream | None
+    affinity: Affinity
+    model: str | None
+    too_small: int = 0
+    # The prefix of the prompt; the placement that follows from it; and whether it must still be
+    # found.
+    prefix: Prefix | None = None
+    placement: Placement | None = None
+    placeable: bool = False
+    # The member where the request has started; None before.
+    chosen: Member | None = None
+    # The member that is tried next, before the others; None: any member that can start first.
+    _only: Member | None = None
+    # The members that get the whole conversation if the member that stores the response dies, and
+    # the provider of that member.
+    _heirs: Sequence[Member] = ()
+    _kept_at: str | None = None
+    # The members that may be tried again, with the codes of their faults.
+    _again: tuple[tuple[Member, str], ...] = ()
+    # The members that were tried and will not be tried again; and the members for which the
+    # request was too long.
+    _asked: frozenset[Member] = frozenset()
+    _short: tuple[Member, ...] = ()
+    # The version of the group that was last read, and whether the group has changed during a wait.
+    _seen: int = 0
+    _regrouped: bool = False
+    # While the request waits: the start of the wait, whether other members or groups can be asked
+    # instead, the waiting attempts, and their bids.
+    began: float = 0.0
+    _fallback: bool = False
+    _attempts: dict[Member, Attempt] = {}
+    _bids: dict[Bid, Member] = {}
+    # The members of this pass.
+    left: Sequence[Member] = ()
+    # Whether the request stays at one member, however the group changes; and whether the group has
+    # only one member.
+    _settled: bool = False
+    alone: bool = False
+
+    def __post_init__(self) -> None:
+        """Find the members of the first pass."""
+        group, request = self._group, self._request
+        self.left = group.members
         self._settled = self.alone = not group.name and len(self.left) == 1
         if self._settled:
             most = self.left[0].max_context
-            if most is not None and most <= too_small:
+            if most is not None and most <= self.too_small:
                 self.left = ()
             return
         self.model = None

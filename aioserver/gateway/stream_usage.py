@@ -31,7 +31,7 @@ class UsageAttempt(LearningAttempt):
     Always: `_asks` says whether the request that was sent last asks for it.
     """
 
-    _asks = False
+    _asks: bool = False
 
     def body_to_send(self) -> bytes:
         """Return the body to send; it asks for the usage unless the provider is not to be asked."""

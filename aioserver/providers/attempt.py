@@ -16,8 +16,11 @@ This file is one concept: the steps of an attempt, each of which another kind ma
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import msgspec
 
 from aioserver.errors import LoopDetected
 from aioserver.limits.deadline import Wait
@@ -27,6 +30,7 @@ from aioserver.protocol.parts import Choices
 from aioserver.protocol.request_headers import PREAMBLE
 from aioserver.protocol.transcript import ReadTranscript
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
+from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.error_mapping import (
     check_json,
     check_uncompressed,
@@ -35,14 +39,17 @@ from aioserver.providers.error_mapping import (
     visible_headers,
 )
 from aioserver.providers.holding import Holding
+from aioserver.providers.http1 import Sink
 from aioserver.providers.reading_sinks import ChatSink, complete_chat
-from aioserver.providers.request import Answer
+from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.providers.sinks import BodySink, EventSink, StreamSink
+from aioserver.providers.upload import Body
 from aioserver.streams import entries
+from aioserver.streams.stream import Stream
 from aioserver.telemetry.outcome import NO_HEADERS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping, Sequence
+    from collections.abc import Awaitable, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
@@ -51,13 +58,10 @@ if TYPE_CHECKING:
     from aioserver.limits.scheduler import Scheduler
     from aioserver.protocol.parts import Parts
     from aioserver.protocol.transcript import Tokens, Transcript
-    from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.capacity import Capacity
-    from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import Api, Capabilities, ProviderRequest
-    from aioserver.providers.upload import Body
+    from aioserver.providers.http1 import RequestWriter
+    from aioserver.providers.request import Api, Capabilities
     from aioserver.streams.contracts import Source
-    from aioserver.streams.stream import Stream
     from aioserver.telemetry.metrics import ProviderMeter
 
 # The most bytes of the body of an answer with another status than 200.
@@ -122,7 +126,7 @@ class Hop(Protocol):
         """Return the sink of *attempt*, which passes the rest on to *sink*."""
 
 
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """One try of *request* at *provider*, which `Provider.run` runs once.
 
     Always: at most one of `answer` and `fault` is set, and neither before `conclude`. `answered`
@@ -137,49 +141,42 @@ class Attempt:
     seen the beginning.
     """
 
-    def __init__(
-        self,
-        provider: AttemptedProvider,
-        request: ProviderRequest,
-        stream: Stream | None,
-        *,
-        model: str | None = None,
-        fallback: bool = False,
-        again: bool = False,
-    ) -> None:
-        self.provider = provider
-        self.request = request
-        self.stream = stream
-        self.model = model
-        self.fallback, self.again = fallback, again
-        # Whether this is a trial of a sick or dead provider, whose result the breaker does not
-        # know yet; and whether it has its place, since when.
-        self.trial = self.runs = False
-        self.began = 0.0
-        # The tokens that the pace was charged with.
-        self.expected_tokens = 0
-        # Set if the attempt continues a broken answer; and the body of its request, between its
-        # preparation and its sending.
-        self.hop: Hop | None = None
-        self.prepared: bytes | None = None
-        # The body behind what `written` returns; None if `written` returns it all.
-        self.body: Body | None = None
-        # The backpressure that decides whether the exchange may pause; None for that of the
-        # provider.
-        self.backpressure: Backpressure | None = None
-        self.answered = False
-        # The pool that the request went through.
-        self.pool: object = None
-        self.status = 0
-        self.sink: Sink | None = None
-        # The splitter of the sink that holds events, if any are to be held.
-        self.holding: Holding | None = None
-        self.answer: Answer | None = None
-        self.fault: ProviderFault | None = None
-        self.headers: Mapping[str, str] = NO_HEADERS
-        # The bytes of the body that was sent, the same number if they are text, and the events
-        # that the log had before.
-        self.body_bytes = self.text_bytes = self.before = 0
+    provider: AttemptedProvider
+    request: ProviderRequest
+    stream: Stream | None
+    model: str | None = None
+    fallback: bool = False
+    again: bool = False
+    # Whether this is a trial of a sick or dead provider, whose result the breaker does not know
+    # yet; and whether it has its place, since when.
+    trial: bool = False
+    runs: bool = False
+    began: float = 0.0
+    # The tokens that the pace was charged with.
+    expected_tokens: int = 0
+    # Set if the attempt continues a broken answer; and the body of its request, between its
+    # preparation and its sending.
+    hop: Hop | None = None
+    prepared: bytes | None = None
+    # The body behind what `written` returns; None if `written` returns it all.
+    body: Body | None = None
+    # The backpressure that decides whether the exchange may pause; None for that of the provider.
+    backpressure: Backpressure | None = None
+    answered: bool = False
+    # The pool that the request went through.
+    pool: object = None
+    status: int = 0
+    sink: Sink | None = None
+    # The splitter of the sink that holds events, if any are to be held.
+    holding: Holding | None = None
+    answer: Answer | None = None
+    fault: ProviderFault | None = None
+    headers: Mapping[str, str] = NO_HEADERS
+    # The bytes of the body that was sent, the same number if they are text, and the events that
+    # the log had before.
+    body_bytes: int = 0
+    text_bytes: int = 0
+    before: int = 0
 
     @property
     def came(self) -> float:

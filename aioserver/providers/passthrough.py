@@ -247,16 +247,18 @@ class PassedRequest(ProviderRequest):
 class PassedAttempt(Attempt):
     """The one attempt of a request that is passed on."""
 
-    def __init__(self, *names: Any, **further: Any) -> None:
-        super().__init__(*names, **further)
-        request = self.request
-        assert isinstance(request, PassedRequest)
-        self._passed = request
-        # The client is still sending it, if it is set.
-        self.body = request.upload
+    def __post_init__(self) -> None:
+        """Take the body that the client is still sending, if there is one."""
+        self.body = self._passed.upload
         # This one always lets the exchange pause: an answer of any size must not be read ahead of
         # its client.
         self.backpressure = Backpressure(lambda: 0)
+
+    @property
+    def _passed(self) -> PassedRequest:
+        request = self.request
+        assert isinstance(request, PassedRequest), "the face makes it"
+        return request
 
     @property
     def asked_model(self) -> str:

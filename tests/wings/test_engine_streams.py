@@ -84,20 +84,24 @@ class Told:
 
 
 class PlayedAttempt(attempt.Attempt):
-    """An attempt whose answer is read by a sink that *make* makes, and of which *word* is held."""
+    """An attempt whose answer is read by a sink that *make* makes."""
 
-    def __init__(self, make: Callable[[Stream], StreamSink], stream: Stream, word: str) -> None:
-        request = ProviderRequest(CHAT, lambda _provider, _model: b"{}", streamed=True)
-        request.hold = word
-        super().__init__(cast("Any", Told()), request, stream)
-        self._make = make
+    make: Callable[[Stream], StreamSink] = passing_sink
 
     def stream_sink(self, stream: Stream) -> StreamSink:
-        return self._make(stream)
+        return self.make(stream)
 
 
 def holding(make: Callable[[Stream], StreamSink], word: str) -> Callable[[Stream], Sink]:
-    return lambda stream: PlayedAttempt(make, stream, word).event_sink(stream)
+    """A sink that *make* makes, in front of which *word* is held."""
+
+    def make_sink(stream: Stream) -> Sink:
+        request = ProviderRequest(CHAT, lambda _provider, _model: b"{}", streamed=True)
+        request.hold = word
+        played = PlayedAttempt(cast("Any", Told()), request, stream, make=make)
+        return played.event_sink(stream)
+
+    return make_sink
 
 
 def shown(stream: Stream) -> list[tuple[int, bytes]]:

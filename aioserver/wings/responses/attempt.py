@@ -175,18 +175,16 @@ class ResponseAttempt(BridgedAttempt):
     capabilities = ResponsesCapabilities
     shown_path, shown_api = "/v1/responses", "responses"
 
-    def __init__(self, *names: Any, **further: Any) -> None:
-        super().__init__(*names, **further)
+    @property
+    def _asked(self) -> ResponseRequest:
         request = self.request
         assert isinstance(request, ResponseRequest), "the face makes it"
-        self._draft = request.draft
-        self._patience = request.patience
-        self._running = request.running
+        return request
 
     @property
     def bridged(self) -> bool:
         """Whether a chat completion is asked for."""
-        running = self._running
+        running = self._asked.running
         return super().bridged or (running is not None and running.made_here)
 
     @property
@@ -194,7 +192,7 @@ class ResponseAttempt(BridgedAttempt):
         """Whether it uses a place of the part for the background: not if the provider is known to
         run the response by itself, and only reports its start.
         """
-        running = self._running
+        running = self._asked.running
         if running is None:
             return False
         return running.streamed or running.made_here or not self._learned.present
@@ -202,7 +200,7 @@ class ResponseAttempt(BridgedAttempt):
     @property
     def streamed(self) -> bool:
         """Whether the answer is asked for as a stream of events."""
-        running = self._running
+        running = self._asked.running
         passed = running is not None and not running.streamed and self._chat is None
         return self.request.streamed and not passed
 
@@ -210,19 +208,19 @@ class ResponseAttempt(BridgedAttempt):
         """Report the position in the queue to the readers, behind the first events of a response
         in the background.
         """
-        if self._running is not None and self.stream is not None:
-            self._running.queued(self.stream)
+        if self._asked.running is not None and self.stream is not None:
+            self._asked.running.queued(self.stream)
         super().queued(resource, position, eta)
 
     def started(self) -> None:
         """Note that a place is taken."""
-        if self._running is not None and self.stream is not None:
-            self._running.started(self.stream)
+        if self._asked.running is not None and self.stream is not None:
+            self._asked.running.started(self.stream)
         super().started()
 
     def _own_preparation(self) -> Awaitable[None] | None:
         """Return the steps that put the continued conversation in front of its input."""
-        draft = self._draft
+        draft = self._asked.draft
         return None if draft is None or not draft.slow else self._prepare(draft)
 
     async def _prepare(self, draft: Draft) -> None:
@@ -242,7 +240,7 @@ class ResponseAttempt(BridgedAttempt):
         Raises:
             RequestTooLarge, InvalidRequest: the conversation cannot be written out.
         """
-        draft, provider = self._draft, self.provider
+        draft, provider = self._asked.draft, self.provider
         if draft is None or self.prepared is not None:
             return super().body_to_send()
         body = self.request.body(provider.settings, self.model)
@@ -250,7 +248,7 @@ class ResponseAttempt(BridgedAttempt):
 
     def _refused(self, body: bytes) -> bool:
         """Return whether the provider does not know the response that is continued by its id."""
-        draft = self._draft
+        draft = self._asked.draft
         return draft is not None and self._learned.learn(
             self.status, body, previous_id=draft.previous_id, by_id=draft.by_id
         )
@@ -274,7 +272,9 @@ class ResponseAttempt(BridgedAttempt):
             self._writer = writer
             sink = BridgeSink(stream, writer)
         # A background response that is made here has its id already.
-        sink.patience = self._patience if chat is None or self._running is None else None
+        sink.patience = (
+            self._asked.patience if chat is None or self._asked.running is None else None
+        )
         return sink
 
     @property
@@ -282,7 +282,7 @@ class ResponseAttempt(BridgedAttempt):
         """The parts of a turn in the provider's events, as `Attempt.parts`: None for a response
         that its provider runs in the background, since its client waits for its id.
         """
-        return None if self._patience == 0.0 and self._chat is None else super().parts
+        return None if self._asked.patience == 0.0 and self._chat is None else super().parts
 
     def conclude(self) -> Awaitable[None] | None:
         """Check the answer, and return the steps that translate it if it was not streamed.
@@ -293,7 +293,7 @@ class ResponseAttempt(BridgedAttempt):
         try:
             steps = super().conclude()
         except ProviderRefused as fault:
-            draft, sink = self._draft, self.sink
+            draft, sink = self._asked.draft, self.sink
             if draft is not None and draft.unknown and isinstance(sink, BodySink):
                 fault.unknown_there = refuses_continuation(self.status, sink.body)
             raise
@@ -303,7 +303,7 @@ class ResponseAttempt(BridgedAttempt):
 
     async def _keep_whole(self, answer: Answer) -> None:
         """Keep *answer*, of a provider that runs the response by itself, in the log, in steps."""
-        stream, draft = self.stream, self._draft
+        stream, draft = self.stream, self._asked.draft
         assert stream is not None, "a response in the background has a log"
         if draft is not None and (kept := draft.keep(answer)) is not None:
             await kept
@@ -342,7 +342,7 @@ class ResponseAttempt(BridgedAttempt):
             raise event_fault(exc) from exc
 
     async def _translated(self) -> ChatRequest:
-        draft, provider = self._draft, self.provider
+        draft, provider = self._asked.draft, self.provider
         body = self.request.body(provider.settings, self.model)
         if draft is not None:
             body = await draft.bridge(body, provider.name)
@@ -352,20 +352,20 @@ class ResponseAttempt(BridgedAttempt):
                 previous=None if draft is None else draft.previous_id,
                 reasoning_field=self._capabilities.reasoning_field,
                 accepted=self._accepted,
-                streamed=self._running is not None,
+                streamed=self._asked.running is not None,
             )
         except ResponseNotFound:
             raise
         except InvalidRequest as exc:
             raise RequestNotBridged(exc.message, param=exc.param) from None
-        running, stream = self._running, self.stream
+        running, stream = self._asked.running, self.stream
         if running is not None and stream is not None:
             running.frame = self._frame(chat)
             running.started(stream)
         return chat
 
     def _frame(self, chat: ChatRequest) -> Frame:
-        running = self._running
+        running = self._asked.running
         if running is None or running.frame is None:
             return frame_of(chat, background=running is not None)
         running.frame.model = chat.model
