@@ -95,6 +95,9 @@ def test_events_that_come_together_are_remembered_as_single_ones(seed: int) -> N
             form = dice.choice((NAMED,) * 30 + (b"data: %b\n\n", b"event: a\r\ndata: %b\r\n\r\n"))
             events.append(form % (b'{"sequence_number":%d%b}' % (number, member)))
             events += [dice.choice((b": c\n\n", NAMED % b"{}"))] * (dice.random() < 0.03)
+            if dice.random() < 0.03:
+                number += 1
+                events.append(b': "sequence_number":%d,\n\n' % number)
             if dice.random() < 0.05:
                 # One event has two such numbers, and the next one has none.
                 two = b'{"sequence_number":%d,"x":{"sequence_number":%d,"y":1}}'
