@@ -159,7 +159,7 @@ class ResponseEvents(AnswerEvents):
         # Each but the first begins behind the name of a number.
         parts = block.split(_SEQUENCE)
         count = len(parts) - 1
-        if count < 2 or count_named(block) != count or parts[0].find(b"\n\n") >= 0:
+        if count < 2 or count_named(block) != count:
             return False
         match = _NUMBER.match(parts[1])
         if match is None:
