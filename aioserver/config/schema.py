@@ -277,15 +277,8 @@ def section(cls: type[T]) -> Validator:
     section without a value, such as one whose lines are all comments, counts as an empty mapping.
     The validator raises `Faults`.
     """
-    keys: dict[Any, Any] = {
-        (vol.Required if required(field) else vol.Optional)(key_of(field)): field.metadata[
-            "validator"
-        ]
-        for field in fields(cls)
-    }
     names = {key_of(field): field.name for field in fields(cls)}
     ignored = ignored_keys(cls)
-    schema = vol.Schema(keys)
 
     def test(mapping: Any) -> T:
         if mapping is None:
@@ -296,7 +289,7 @@ def section(cls: type[T]) -> Validator:
         mapping = {key: value for key, value in mapping.items() if key not in ignored}
         mapping = shipped_defaults(cls) | mapping
         try:
-            values = schema(mapping)
+            values = _schema(cls)(mapping)
         except vol.MultipleInvalid as exc:
             partial, broken = _partial(cls, mapping)
             errors = [_reworded(error, cls) for error in exc.errors]
@@ -304,6 +297,20 @@ def section(cls: type[T]) -> Validator:
         return cls(**{names[key]: value for key, value in values.items()})
 
     return Validator("section", test, cls, json={"section": cls})
+
+
+def _schema(cls: type[Any]) -> vol.Schema:
+    """Return the schema of a settings class. It is not kept: the schemas of all sections take half
+    a MB, and a file is read at the start and at a reload.
+    """
+    return vol.Schema(
+        {
+            (vol.Required if required(field) else vol.Optional)(key_of(field)): field.metadata[
+                "validator"
+            ]
+            for field in fields(cls)
+        }
+    )
 
 
 def ignored_keys(cls: type[Any]) -> Mapping[str, str]:

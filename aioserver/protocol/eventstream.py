@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 # The bound of an event, and so of a line, unless a Splitter is made with another.
 MAX_EVENT_BYTES = 1 << 20
@@ -160,8 +160,7 @@ def split(block: bytes) -> list[bytes]:
     A part without a `data` line, such as a comment, is not an event (WHATWG HTML 9.2.6) and is
     dropped.
     """
-    if b"\r" in block:
-        block = _EOL.sub(b"\n", block)
+    block = with_lf(block)
     return [
         part.lstrip(b"\n") + b"\n\n"
         for part in block.split(b"\n\n")
@@ -197,28 +196,57 @@ def count(block: bytes) -> int:
         and b"\r" not in block
     ):
         return blanks
-    if blanks == 1 and _named(block):
-        return 1
-    return len(split(block))
+    return count_named(block) or len(split(block))
 
 
-def _named(block: bytes) -> bool:
-    """Return whether *block* is one event of two lines: its name and its data."""
-    return (
-        block.startswith(b"event: ")
-        and block.endswith(b"\n\n")
-        and block.find(b"\ndata: ") == block.find(b"\n")
-        and block.count(b"\n") == 3
-        and block.find(b"\r") < 0
-    )
+def count_named(block: bytes) -> int:
+    """Return how many events *block* has, if each is two lines: its name, and an object as its
+    data; 0 otherwise.
+
+    Most blocks of an API that names its events are like that; many events are looked at together.
+    """
+    if not block.startswith(b"event: ") or not block.endswith(b"}\n\n") or block.find(b"\r") >= 0:
+        return 0
+    parts = block[:-3].split(b"}\n\nevent: ")
+    for part in parts:
+        if part.count(b"\n") != 1 or part.find(b"\ndata: {") < 0:
+            return 0
+    return len(parts)
+
+
+# The marks of every event with data.
+EVERY = (b"data",)
+
+
+def having(block: bytes, marks: Sequence[bytes]) -> Iterator[slice]:
+    """Yield the places of the events in *block*, which has LF line ends, that have one of *marks*."""
+    end, size = 0, len(block)
+    # Where each mark is next.
+    places = [-1] * len(marks)
+    while True:
+        for number, mark in enumerate(marks):
+            if places[number] < end:
+                at = block.find(mark, end)
+                places[number] = size if at < 0 else at
+        if (at := min(places)) == size:
+            return
+        # -1 + 2: there is no blank line in front.
+        start = block.rfind(b"\n\n", end, at) + 2
+        start = start if start > 1 else end
+        end = block.find(b"\n\n", at) + 2
+        end = end if end > 1 else size
+        yield slice(start, end)
+
+
+def with_lf(block: bytes) -> bytes:
+    """Return *block* with LF line ends."""
+    return block if block.find(b"\r") < 0 else _EOL.sub(b"\n", block)
 
 
 def parse(block: bytes) -> list[ServerEvent]:
     """Return the events of a block, parsed."""
-    if b"\r" in block:
-        block = _EOL.sub(b"\n", block)
     events = []
-    for part in block.split(b"\n\n"):
+    for part in with_lf(block).split(b"\n\n"):
         if part.startswith(b"data: ") and b"\n" not in part:
             events.append(ServerEvent(part[6:]))
         elif (

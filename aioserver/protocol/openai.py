@@ -307,21 +307,24 @@ class Shape(msgspec.Struct):
         text = event[begin:stop]
         return text if utf8(text) else None
 
-    def texts_in(self, block: bytes) -> list[bytes]:
-        """Return the texts in *block*, whole events, as they stand in JSON; none if one of these
-        is of another shape, or not UTF-8.
+    def texts_in(self, block: bytes, start: int = 0) -> tuple[list[bytes], int]:
+        """Return the texts of the events in *block* that begin at *start*, as they stand in JSON,
+        and where they end: before the first event of another shape, or with a text that is not
+        UTF-8.
         """
-        if not block.endswith(self.suffix):
-            return []
-        # No text has the quote with which the suffix begins, and no prefix the line break at its
-        # end.
-        begin = len(self.prefix)
-        events = block.split(self.suffix)
-        events.pop()
-        for event in events:
-            if not (event.startswith(self.prefix) and PLAIN.fullmatch(event, begin)):
-                return []
-        return [event[begin:] for event in events] if utf8(block) else []
+        prefix, suffix, texts = self.prefix, self.suffix, []
+        while block.startswith(prefix, start):
+            begin = start + len(prefix)
+            # No plain text has the quote with which the suffix begins.
+            stop = block.find(b'"', begin)
+            if not block.startswith(suffix, stop) or PLAIN.fullmatch(block, begin, stop) is None:
+                break
+            text = block[begin:stop]
+            if not (text.isascii() or utf8(text)):
+                break
+            texts.append(text)
+            start = stop + len(suffix)
+        return texts, start
 
 
 def learn(event: bytes, reading: Reading) -> Shape | None:

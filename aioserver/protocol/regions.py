@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -60,14 +61,24 @@ _ROLE = raw_members("role")
 # The elements that are read at once with the body. A list of more is read once more: to read few by
 # a decoder of many takes as long as to read many.
 FEW_ELEMENTS = 256
-_FEW, _MOST = (
-    msgspec.defstruct(
-        f"First{number}", [(f"_{each}", Raw, ABSENT) for each in range(number)], array_like=True
-    )
-    for number in (FEW_ELEMENTS, MAX_ELEMENTS)
-)
+
+
+def _first(number: int) -> type[msgspec.Struct]:
+    """Return the type of the first elements of a list, at most *number*."""
+    fields = [(f"_{each}", Raw, ABSENT) for each in range(number)]
+    return msgspec.defstruct(f"First{number}", fields, array_like=True)
+
+
+_FEW = _first(FEW_ELEMENTS)
 _FIRST_FEW: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_FEW)
-_FIRST: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_MOST)
+
+
+@cache
+def _decoder_of_most() -> msgspec.json.Decoder[Any]:
+    """Return the decoder of the first MAX_ELEMENTS elements of a list: few servers need its 300 KB."""
+    return msgspec.json.Decoder(_first(MAX_ELEMENTS))
+
+
 # The parts of any prompt, and the name of its conversation; and those of one whose long parts are
 # lists, which are read in the same pass.
 _MEMBERS = (*HEAD, *_TALK, "prompt_cache_key")
@@ -227,7 +238,7 @@ def _elements(part: Raw) -> tuple[Sequence[bytes | Raw], bool]:
         return [part], False
     first = _FIRST_FEW.decode(part)
     if _is_full(first):
-        first = _FIRST.decode(part)
+        first = _decoder_of_most().decode(part)
     elements = _present(first)
     if len(elements) >= MAX_ELEMENTS:
         return _with_rest(elements, bytes(part)), True

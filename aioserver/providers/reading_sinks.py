@@ -51,31 +51,68 @@ class ReadingSink(StreamSink):
         return self._reading.finish_reason is not None
 
     def _take(self, block: bytes) -> bool:
-        stream, read = self._stream, self._reading.read
+        stream = self._stream
         if stream.path is not None:
             # The texts that it has forwarded come before these events in the log.
             stream.close_fast_path()
+        # Most reads are one event.
+        several = block.find(b"\n\n") != len(block) - 2 and block.find(b"\r") < 0
         parts: list[bytes] = []
         try:
-            for event in eventstream.parse(block):
-                if event.data.strip() == b"[DONE]":
-                    self._over = True
-                    break
-                # Without data it is not an event (WHATWG HTML 9.2.6): it keeps the connection
-                # alive.
-                if event.data:
-                    parts += read(event.data) if stream.answered_at else self._begin(event.data)
+            if several:
+                self._take_runs(block, parts)
+            else:
+                self._read(block, parts)
         finally:
-            self._append(parts)
+            # The readers are notified once, of all.
+            self._append(parts, more=several or self._over)
+            if several and not self._over:
+                stream.notify()
         if self._over:
             if not stream.answered_at:
                 # An empty answer is an answer.
-                self._append(self._open())
+                self._append(self._open(), more=True)
             self._complete()
-        elif self._samples_left and len(parts) == 1 and self._may_be_text(parts[0]):
+        return not self._over
+
+    def _take_runs(self, block: bytes, parts: list[bytes]) -> None:
+        """Take *block*, which has several events, up to the end of the answer: append what becomes
+        of them, but for the last ones, which are in *parts* then. Texts of one shape in a row are
+        not read.
+        """
+        start = 0
+        while start < len(block) and not self._over:
+            if self._shape is not None and self._reading.plain:
+                texts, end = self._shape.texts_in(block, start)
+                if len(texts) > 1:
+                    self._append(parts, more=True)
+                    parts.clear()
+                    self._append_texts(texts, more=True)
+                    start = end
+                    continue
+            end = block.find(b"\n\n", start) + 2
+            # -1 + 2: an empty line is left.
+            end = end if end > 1 else len(block)
+            self._read(block[start:end], parts)
+            start = end
+
+    def _read(self, block: bytes, parts: list[bytes]) -> None:
+        """Add to *parts* what becomes of the events of *block*, up to the end of the answer.
+
+        Raises:
+            BadEvent, ErrorEvent: see `Reading.read`.
+        """
+        read, before = self._reading.read, len(parts)
+        for event in eventstream.parse(block):
+            if event.data.strip() == b"[DONE]":
+                self._over = True
+                return
+            # Without data it is not an event (WHATWG HTML 9.2.6): it keeps the connection alive.
+            if event.data:
+                parts += read(event.data) if self._stream.answered_at else self._begin(event.data)
+        if self._samples_left and len(parts) == before + 1 and self._may_be_text(parts[-1]):
             self._samples_left -= 1
             self._shape = learn(block, self._reading) or self._shape
-        return not self._over
 
     def _begin(self, data: bytes) -> list[bytes]:
         """Return the events made of *data*, the data of an event before the first content: none,
@@ -99,8 +136,16 @@ class ReadingSink(StreamSink):
         """Return whether an event that became *part* may have had a text and nothing else."""
 
     @abstractmethod
-    def _append(self, parts: list[bytes]) -> None:
-        """Append *parts*."""
+    def _append(self, parts: list[bytes], *, more: bool) -> None:
+        """Append *parts*; *more* is about to be appended, or the end."""
+
+    @abstractmethod
+    def _append_texts(self, texts: list[bytes], *, more: bool) -> None:
+        """Append events with *texts*, one each, which need not be read, as `_append` does.
+
+        Raises:
+            BadEvent: the answer is too long; the events before that are appended.
+        """
 
     def _count_text(self) -> None:
         """Count the bytes that its reading keeps for the log, whenever they have grown by a step."""
@@ -116,10 +161,15 @@ class ChatSink(ReadingSink):
     def _may_be_text(self, part: bytes) -> bool:
         return part.startswith(TEXT_START)
 
-    def _append(self, parts: list[bytes]) -> None:
+    def _append(self, parts: list[bytes], *, more: bool) -> None:
         if parts:
-            self._stream.append(entries.CHUNK, parts, more=self._over)
+            self._stream.append(entries.CHUNK, parts, more=more)
             self._count_text()
+
+    def _append_texts(self, texts: list[bytes], *, more: bool) -> None:
+        self._reading.note(b"".join(texts), len(texts))
+        self._stream.append_texts(b'"'.join((*texts, b"")), len(texts), more=more)
+        self._count_text()
 
     def _complete(self) -> None:
         complete_chat(self._stream, self._reading)
@@ -149,24 +199,11 @@ class BridgingSink(ReadingSink, Generic[C]):
         ):
             # Most reads are one text.
             try:
-                self._append_texts(writer.add_text(text), 1)
+                self._append_text(writer.add_text(text), 1, more=False)
             except BadEvent as exc:
                 raise event_fault(exc) from exc
             return True
         return super().feed(data)
-
-    def _take(self, block: bytes) -> bool:
-        writer, shape = self._writes, self._shape
-        self._stream.close_fast_path()
-        if shape is not None and writer.plain and (texts := shape.texts_in(block)):
-            events: list[bytes] = []
-            try:
-                # Events before a fault stay.
-                events.extend(map(writer.add_text, texts))
-            finally:
-                self._append_texts(b"".join(events), len(events))
-            return True
-        return super()._take(block)
 
     def _begin(self, data: bytes) -> list[bytes]:
         if not self._named:
@@ -201,7 +238,15 @@ class BridgingSink(ReadingSink, Generic[C]):
         if events:
             self._stream.close_with(b"".join(events), len(events))
 
-    def _append_texts(self, data: bytes, count: int) -> None:
+    def _append_texts(self, texts: list[bytes], *, more: bool) -> None:
+        events: list[bytes] = []
+        try:
+            # Events before a fault stay.
+            events.extend(map(self._writes.add_text, texts))
+        finally:
+            self._append_text(b"".join(events), len(events), more=more)
+
+    def _append_text(self, data: bytes, count: int, *, more: bool) -> None:
         """Append *data*, *count* events of one text each, which need no check; *count* is 0 if the
         first was a fault.
         """
@@ -209,7 +254,7 @@ class BridgingSink(ReadingSink, Generic[C]):
             return
         stream = self._stream
         stream.events.note_run(stream.last + 1, self._writes.sequence - count, count)
-        stream.forward(data, count)
+        stream.forward(data, count, more=more)
         self._count_text()
 
 

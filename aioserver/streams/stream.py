@@ -47,6 +47,7 @@ from aioserver.streams.entries import (
     NO_TEXT,
     PROCESSING,
     Entry,
+    TextEntry,
     WholeEntry,
     frames_of,
     locate,
@@ -353,6 +354,15 @@ class Stream:
         self.add_entry(Entry(first, count, status, data, frames, monotonic()))
         if status is CHUNK:
             self.meter.events += count
+        if not more:
+            self.notify()
+
+    def append_texts(self, texts: bytes, count: int, *, more: bool) -> None:
+        """Add *count* events of one text each, as in a `TextEntry`, as `append` does."""
+        if self.path is not None:
+            self.close_fast_path()
+        self.add_entry(TextEntry(self.last + 1, count, texts, monotonic()))
+        self.meter.events += count
         if not more:
             self.notify()
 

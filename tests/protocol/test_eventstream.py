@@ -15,8 +15,11 @@ from aioserver.protocol.eventstream import (
     ServerEvent,
     Splitter,
     count,
+    count_named,
     each,
+    having,
     parse,
+    with_lf,
     write,
 )
 from tests.support.event_streams import Parser, check, pieces
@@ -153,3 +156,27 @@ def test_events_one_by_one_are_those_of_the_block(parts: list[bytes]) -> None:
 
     assert list(each(block)) == parse(block)
     assert list(each(block, backwards=True)) == parse(block)[::-1]
+
+
+NAMED = (*PARTS, *[b"event: a\ndata: {}\n\n", b"event: b\ndata: {1}\n\n"] * 4)
+
+
+@given(st.lists(st.sampled_from(NAMED)))
+def test_named_events_are_counted_together_where_each_is_one(parts: list[bytes]) -> None:
+    block = b"".join(parts)
+    named = bool(parts) and all(
+        part.startswith(b"event:") and part.endswith(b"}\n\n") for part in parts
+    )
+
+    assert count_named(block) == (len(parts) if named else 0)
+
+
+@given(st.lists(st.sampled_from(NAMED)))
+def test_events_with_a_mark_are_found_in_their_order(parts: list[bytes]) -> None:
+    block, marks = with_lf(b"".join(parts)), (b"{}", b"event: b", b"1")
+
+    places = list(having(block, marks))
+
+    expected = [part for part in block.split(b"\n\n") if any(mark in part for mark in marks)]
+    assert [block[place].strip(b"\n") for place in places] == [each.strip() for each in expected]
+    assert all(block[place].endswith(b"\n\n") or place.stop == len(block) for place in places)

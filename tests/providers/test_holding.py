@@ -12,7 +12,7 @@ import pytest
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.request_headers import CALLS, TURN
 from aioserver.provider_errors import ProviderBadResponse
-from aioserver.providers.holding import Holding
+from aioserver.providers.holding import COUNT_STEP, Holding
 from aioserver.providers.reading_sinks import ChatSink
 from aioserver.providers.request import CHAT, Api, ProviderRequest
 from aioserver.providers.sinks import DONE, StreamSink
@@ -20,8 +20,8 @@ from aioserver.streams.stream import Stream
 from aioserver.wings.anthropic.api import MESSAGES
 from aioserver.wings.responses.api import RESPONSES
 from tests.support.held_turns import TEXT, Turn
-from tests.support.road import Road, taking
-from tests.support.scripted_provider import EVENT_STREAM, chunk
+from tests.support.road import BRIDGES, RESPONSES_FACES, Road, assert_same, play, taking
+from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, chunk
 
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":null}]}\n\n'
 FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
@@ -73,11 +73,41 @@ async def test_nothing_is_shown_of_a_turn_with_a_broken_event(name: str, frames:
     assert sink.feed(EVENT % b"a")
     assert held.forward(chunk(EVENT % b"b"))
 
-    assert not held.forward(chunk(BROKEN[name]))
+    rest = EVENT % b"c" + FINISH + DONE
+    if not held.forward(chunk(BROKEN[name])):
+        rest = BROKEN[name] + rest
     with pytest.raises(ProviderBadResponse):
-        sink.feed(BROKEN[name] + EVENT % b"c" + FINISH + DONE)
+        sink.feed(rest)
 
     assert (stream.last, stream.ended) == (before, False)
+
+
+async def test_broken_event_ends_a_turn_before_much_more_is_held() -> None:
+    _, sink, held = holding(frames=True)
+    assert sink.feed(EVENT % b"a")
+    assert held.forward(chunk(BROKEN["half an escape"]))
+
+    while held.forward(chunk(EVENT % b"b")):
+        assert len(held.held) < COUNT_STEP
+    with pytest.raises(ProviderBadResponse):
+        sink.feed(EVENT % b"b")
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+async def test_broken_event_is_not_shown_when_a_turn_is_let_go(frames: bool) -> None:
+    stream, sink, held = holding(frames=frames)
+    before = stream.last
+    # The second has an escape, so that it is looked at, and the first with it.
+    assert sink.feed(EVENT % b"a")
+    assert sink.feed(EVENT % b"\\u0062")
+    assert held.forward(chunk(BROKEN["half an escape"]))
+
+    held.let_go()
+
+    assert stream.last == before + 2
+    with pytest.raises(ProviderBadResponse):
+        sink.feed(FINISH + DONE)
+    assert stream.last == before + 2
 
 
 # Of each API a text and the first event of a call, which one of its words makes one.
@@ -112,6 +142,20 @@ def text_and_call(api: Api, word: str, spelled: str) -> tuple[list[bytes], bytes
     data = data.replace(b'"%b"' % usual.encode(), b'"%b"' % spelled.encode())
     assert word in str(json.loads(data))
     return events[: text + 1], b"data: ".join((name, data))
+
+
+@pytest.mark.parametrize("api", PATHS, ids=list(PATHS.values()))
+async def test_held_run_of_texts_is_written_as_it_would_have_come(api: Api) -> None:
+    texts = [f"w{number} " for number in range(200)]
+    # Some are not plain, and one part of each size stands between two of these.
+    texts = [text + "\n" * (at**2 % 17 == 1) for at, text in enumerate(texts)]
+    events = Turn(text=texts).events(PATHS[api], 1)
+    reads = [EVENT_STREAM, *map(chunk, events[:-1]), chunk(events[-1]) + LAST_CHUNK]
+    faces = {CHAT: ("openai", "sse", "websocket", *BRIDGES), MESSAGES: ("messages",)}
+    for face in faces.get(api, RESPONSES_FACES):
+        shown = await play(face, reads)
+
+        assert_same(face, await play(face, reads, hold=TURN), shown)
 
 
 async def test_a_call_is_held_however_its_letters_are_written() -> None:

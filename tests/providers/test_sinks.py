@@ -22,6 +22,7 @@ from aioserver.provider_errors import (
 from aioserver.providers.reading_sinks import ChatSink
 from aioserver.providers.sinks import DONE, BodySink, EventSink, plausible
 from aioserver.streams import entries
+from aioserver.streams.cursor import CollectingReader
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 from aioserver.wings.responses.events import ResponseEvents
@@ -77,6 +78,46 @@ def test_events_that_come_together_pass_as_those_that_come_one_by_one(seed: int)
 
         assert (passed(one), one.last, one.ended) == (passed(each), each.last, each.ended)
         assert not one.ended or one.outcome.usage == each.outcome.usage
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_frames_of_events_that_come_together_are_those_of_single_events(seed: int) -> None:
+    dice = random.Random(seed)
+    texts = [delta("a"), delta("\u00e9"), delta("c"), delta("d ")] * 4
+    others = [delta('"'), delta("\n"), delta("b", usage=None), delta("b", x={}), b": c\n\n"]
+    others += [
+        delta(reasoning="r"),
+        delta(),
+        delta("a").replace(b'"a"', b'"\xc3"'),
+        b"\n",
+        DONE,
+        ERROR,
+    ]
+    others += [delta("a").replace(b'"a"', rb'"\ud83d"'), b"data: {\n\n", delta(finish="stop")]
+    for _ in range(300):
+        events = [delta("first"), *dice.choices(texts + others, k=dice.randint(0, 12))]
+        streams, readings, ends = [new_stream(), new_stream()], [Reading(), Reading()], []
+        for stream, reading, reads in zip(
+            streams, readings, ([b"".join(events)], events), strict=True
+        ):
+            sink, reader = ChatSink(stream, reading), CollectingReader(stream)
+            ends.append("")
+            try:
+                goes_on = all(map(sink.feed, reads))
+            except (ProviderError, ProviderBadResponse) as fault:
+                ends[-1] = str(fault)
+            else:
+                assert goes_on != stream.ended
+            # Each reader was notified of everything.
+            last = reader.entries[-1]
+            assert last.first + last.count - 1 == stream.last
+            reader.leave()
+
+        assert ends[0] == ends[1]
+        assert shown(streams[0]) == shown(streams[1])
+        one, each = readings
+        assert (one.text, one.texts, one.half) == (each.text, each.texts, each.half)
+        assert (one.only_text, one.finish_reason) == (each.only_text, each.finish_reason)
 
 
 ERROR = b'data: {"error":{"message":"the model has crashed","code":500}}\n\n'

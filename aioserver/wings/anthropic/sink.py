@@ -76,17 +76,18 @@ class MessageSink(PassingSink):
 
     def _note(self, block: bytes) -> None:
         """Note the usage in *block*, and whether the message has stopped."""
-        for event in eventstream.split(block):
-            # The reading of an event must not depend on others that came in the same read.
-            if _reports(event) or escaped(event):
-                content = wire.content_of(event)
-                usage = wire.billed(wire.usage_in(content))
-                if content.get("type") == "message_start":
-                    # At this moment only the count of the prompt is true, since nothing was
-                    # written yet.
-                    usage.pop("output_tokens", None)
-                self._usage = bounded({**self._usage, **usage})
-                self._finished = self._finished or wire.stops(content)
+        # The reading of an event must not depend on others that came in the same read.
+        block = eventstream.with_lf(block)
+        marks = eventstream.EVERY if escaped(block) else (_USAGE, _STOP_REASON)
+        for place in eventstream.having(block, marks):
+            content = wire.content_of(block[place])
+            usage = wire.billed(wire.usage_in(content))
+            if content.get("type") == "message_start":
+                # At this moment only the count of the prompt is true, since nothing was written
+                # yet.
+                usage.pop("output_tokens", None)
+            self._usage = bounded({**self._usage, **usage})
+            self._finished = self._finished or wire.stops(content)
         if self._usage:
             self._stream.outcome.usage = wire.with_total(self._usage)
 
@@ -120,9 +121,9 @@ class BridgeSink(BridgingSink[Call]):
     def _finish(self) -> list[bytes]:
         return self._writer.finish()
 
-    def _append(self, parts: list[bytes]) -> None:
+    def _append(self, parts: list[bytes], *, more: bool) -> None:
         if parts:
-            self._stream.forward(b"".join(parts), len(parts), more=self._over)
+            self._stream.forward(b"".join(parts), len(parts), more=more)
             self._count_text()
 
 
@@ -137,16 +138,14 @@ def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
 
     The event of a good end is among these events.
     """
-    events = eventstream.split(block)
-    for number, event in enumerate(events):
-        if not (wire.ending(event) or escaped(event)):
-            continue
-        content = wire.content_of(event)
+    events = eventstream.with_lf(block)
+    marks = eventstream.EVERY if escaped(events) else wire.ENDS
+    for place in eventstream.having(events, marks):
+        content = wire.content_of(events[place])
         if content.get("type") == "message_stop":
-            last = number == len(events) - 1
-            return (block if last else b"".join(events[: number + 1])), True, b""
+            return (block if place.stop == len(events) else events[: place.stop]), True, b""
         if content.get("type") == "error" or isinstance(content.get("error"), dict):
-            return b"".join(events[:number]), False, event
+            return events[: place.start], False, events[place]
     return block, False, b""
 
 

@@ -58,7 +58,7 @@ OVERLOADED = 529
 STOPPED = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 # The block between the words of a model that has declined and those of the next one.
 FALLBACK = "fallback"
-_STOP, _ERROR = b'"message_stop"', b'"error"'
+ENDS = b'"message_stop"', b'"error"'
 _TOKENS = ("input_tokens", "cache_creation_input_tokens", "output_tokens")
 _COUNTS = (*_TOKENS, "cache_read_input_tokens")
 _SPEAKING = re.compile(r"/v1/messages(?:/.*)?", re.DOTALL)
@@ -163,7 +163,8 @@ class MessageErrors(AnswerEvents):
 def ending(block: bytes) -> bool:
     """Return whether *block*, whole events or one, may have an event that ends the answer."""
     # Not `in`, which for bytes costs more than twice as much.
-    return block.find(_STOP) >= 0 or block.find(_ERROR) >= 0
+    stop, error = ENDS
+    return block.find(stop) >= 0 or block.find(error) >= 0
 
 
 def content_of(event: bytes) -> dict[str, Any]:

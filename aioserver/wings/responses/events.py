@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import orjson
 from msgspec import Raw
 
-from aioserver.protocol.eventstream import parse, split, write
+from aioserver.protocol.eventstream import count_named, having, parse, split, write
 from aioserver.protocol.openai import BadEvent, only_names
 from aioserver.protocol.parts import Parts, escaped
 from aioserver.protocol.transcript import loaded
@@ -47,10 +48,11 @@ OPENINGS = frozenset({"response.created", "response.queued", "response.in_progre
 ITEM_ADDED = "response.output_item.added"
 PART_ADDED = frozenset({"response.content_part.added", "response.reasoning_summary_part.added"})
 _RESPONSE = b'"response"'
-_END = re.compile(rb'"response\.(?:completed|incomplete|failed)"')
+_END_TYPES = tuple(b'"%b"' % end.encode() for end in ENDS)
 _SEQUENCE = b'"sequence_number"'
 # The characters that may follow a number in an object.
 _VALUE_ENDS = b",}"
+_NUMBER = re.compile(rb":([0-9]{1,18}),")
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number" ?: ?([0-9]{1,18})[,}]')
 
 
@@ -141,12 +143,39 @@ class ResponseEvents(AnswerEvents):
         odd = escaped(block)
         if not odd and block.find(_SEQUENCE) < 0 and block.find(_RESPONSE) < 0:
             return
+        if not odd and self._note_together(block, first):
+            for place in having(block, (_RESPONSE,)):
+                for event in parse(block[place]):
+                    self._note_response(event.data)
+            return
         for number, event in enumerate(parse(block), first):
-            data = event.data
-            if (sequence := _sequence_in(data)) is not None:
+            if (sequence := _sequence_in(event.data)) is not None:
                 self.note_run(number, sequence)
-            if (odd or data.find(_RESPONSE) >= 0) and _response_in(data) is not None:
-                self._last_response = data
+            self._note_response(event.data)
+
+    def _note_together(self, block: bytes, first: int) -> bool:
+        """Remember the sequence numbers of *block*, as `note`, if it has several events, each with
+        one number, which is the next; return whether it has.
+        """
+        # Each but the first begins behind the name of a number.
+        parts = block.split(_SEQUENCE)
+        count = len(parts) - 1
+        if count < 2 or count_named(block) != count:
+            return False
+        match = _NUMBER.match(parts[1])
+        if match is None:
+            return False
+        begin = int(match[1])
+        for number, part in enumerate(islice(parts, 1, None), begin):
+            # The next number is in the next event.
+            if not part.startswith(b":%d," % number) or part.count(b"\n\n") != 1:
+                return False
+        self.note_run(first, begin, count)
+        return True
+
+    def _note_response(self, data: bytes) -> None:
+        if (data.find(_RESPONSE) >= 0 or escaped(data)) and _response_in(data) is not None:
+            self._last_response = data
 
     def follows(self, event: bytes, number: int) -> bool:
         """Note *event*, whose *number* is the next, if only its place needs to be remembered.
@@ -312,7 +341,7 @@ def up_to_end(block: bytes) -> tuple[bytes, bool]:
 
     A comment that looks like one does not count.
     """
-    if _END.search(block) is None and not escaped(block):
+    if not _may_end(block):
         return block, False
     events = split(block)
     for number, event in enumerate(events, 1):
@@ -323,14 +352,22 @@ def up_to_end(block: bytes) -> tuple[bytes, bool]:
 
 def _ends(event: bytes) -> bool:
     """Return whether *event* ends a response."""
-    plain = _END.search(event) is not None
+    if not _may_end(event):
+        return False
     try:
-        return (plain or escaped(event)) and any(
-            loaded(part.data).get("type") in ENDS for part in parse(event)
-        )
+        return any(loaded(part.data).get("type") in ENDS for part in parse(event))
     except BadEvent:
         # Nested more deeply than it can be read, for example.
-        return plain
+        return any(event.find(end) >= 0 for end in _END_TYPES)
+
+
+def _may_end(block: bytes) -> bool:
+    """Return whether an event of *block* may end a response."""
+    for end in _END_TYPES:
+        # Not `in`: for bytes that costs more than twice as much.
+        if block.find(end) >= 0:
+            return True
+    return escaped(block)
 
 
 def _sequence_in(event: bytes) -> int | None:

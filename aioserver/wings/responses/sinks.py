@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import orjson
@@ -107,7 +108,7 @@ class ResponseSink(PassingSink):
 
     def _add_response_id(self, block: bytes) -> None:
         """Let the stream be found by the provider's id of the response, too."""
-        for event in eventstream.parse(block)[: self._id_samples_left]:
+        for event in islice(eventstream.each(block), self._id_samples_left):
             self._id_samples_left -= 1
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
                 response_id = orjson.loads(event.data)["response"]["id"]
@@ -128,7 +129,7 @@ class BridgeSink(BridgingSink[Call]):
         """Show that the response was created."""
         super().let_go()
         if not (self._stream.answered_at or self._stream.ended):
-            self._append(self._open())
+            self._append(self._open(), more=False)
 
     def _open(self) -> list[bytes]:
         super()._open()
@@ -142,10 +143,10 @@ class BridgeSink(BridgingSink[Call]):
         remember(self._stream, b"".join(events))
         super()._close(events)
 
-    def _append(self, parts: list[bytes]) -> None:
+    def _append(self, parts: list[bytes], *, more: bool) -> None:
         if not parts:
             return
         block = b"".join(parts)
         remember(self._stream, block)
-        self._stream.forward(block, len(parts), more=self._over)
+        self._stream.forward(block, len(parts), more=more)
         self._count_text()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import orjson
+import pytest
 
 from aioserver.errors import InternalError
+from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import parse
 from aioserver.wings.responses.events import RUN_OVERHEAD, ResponseEvents
+
+NAMED = b"event: response.output_text.delta\ndata: %b\n\n"
 
 
 def test_a_response_nested_deeper_than_can_be_written_breaks_off_without_it() -> None:
@@ -72,3 +78,37 @@ def test_without_a_response_there_is_none_to_show() -> None:
     assert events.newest() is None
     events.note(b'data: {"sequence_number":0,"response":null}\n\n', 1)
     assert events.newest() is events.newest("cancelled") is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_events_that_come_together_are_remembered_as_single_ones(seed: int) -> None:
+    dice = random.Random(seed)
+    for _ in range(500):
+        number, events = 0, list[bytes]()
+        for _ in range(dice.randint(1, 8)):
+            # Most have the next number.
+            number += dice.choice((1,) * 20 + (0, 2))
+            member = dice.choice(
+                (b',"delta":"a"',) * 12
+                + (b"", b',"response":{"id":"a"}', b',"response":1', b',"x":{"sequence_number":9}')
+            )
+            form = dice.choice((NAMED,) * 30 + (b"data: %b\n\n", b"event: a\r\ndata: %b\r\n\r\n"))
+            events.append(form % (b'{"sequence_number":%d%b}' % (number, member)))
+            events += [dice.choice((b": c\n\n", NAMED % b"{}"))] * (dice.random() < 0.03)
+            if dice.random() < 0.03:
+                number += 1
+                events.append(b': "sequence_number":%d,\n\n' % number)
+            if dice.random() < 0.05:
+                # One event has two such numbers, and the next one has none.
+                two = b'{"sequence_number":%d,"x":{"sequence_number":%d,"y":1}}'
+                events += [NAMED % (two % (number + 1, number + 2)), NAMED % b'{"y":1}']
+                number += 2
+        together, apart = ResponseEvents(), ResponseEvents()
+
+        together.note(b"".join(events), 2)
+        numbered = 2
+        for event in events:
+            apart.note(event, numbered)
+            numbered += eventstream.count(event)
+
+        assert together.state() == apart.state()

@@ -97,6 +97,27 @@ class MessageWriter(ChunkReader[Call]):
     Always: at most one block is open; the next one's index is the number of earlier blocks.
     """
 
+    __slots__ = (
+        "_answered_bytes",
+        "_asked_tokens",
+        "_block",
+        "_blocks",
+        "_call_under_way",
+        "_called",
+        "_delta_head",
+        "_held",
+        "_held_kind",
+        "_hidden",
+        "_kept",
+        "_model",
+        "_name",
+        "_refused",
+        "_stop_sequence",
+        "_thinking",
+        "_tools",
+        "_used_ids",
+    )
+
     def __init__(self, request: ChatRequest, name: str, max_bytes: int) -> None:
         super().__init__(max_bytes)
         self._name, self._model = name, request.model

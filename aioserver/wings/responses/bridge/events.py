@@ -67,6 +67,20 @@ class ResponseWriter(ChunkReader[Call]):
     item is written to only while it is in `_open`.
     """
 
+    __slots__ = (
+        "_asked_tokens",
+        "_frame",
+        "_items",
+        "_message",
+        "_name",
+        "_open",
+        "_part",
+        "_plain_part",
+        "_reasoning",
+        "_tools",
+        "sequence",
+    )
+
     def __init__(self, request: ChatRequest, frame: Frame, max_bytes: int) -> None:
         super().__init__(max_bytes, frame.size, logprobs=request.logprobs)
         self._frame = frame
