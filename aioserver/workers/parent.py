@@ -349,12 +349,13 @@ class Parent:
         if supervisor.replacing:
             text += ", being replaced"
         text += f": {inside} of {limit} connections, {waiting} waiting"
-        if former := supervisor.former():
-            said = [match for status, _ in former if (match := FORMER.search(status))]
+        former = supervisor.former()
+        # One that has become a former process just now has not said yet what runs in it.
+        if said := [match for status, _ in former if (match := FORMER.search(status))]:
             answers = sum(int(match[1]) for match in said)
-            longest = max((int(match[2]) for match in said), default=0)
+            longest = max(int(match[2]) for match in said)
             until = time.time() + max(left for _, left in former)
-            text += "; " + still_run(answers, longest, len(former), until)
+            text += "; " + still_run(answers, longest, len(said), until)
         return text
 
     def _enter_child(self) -> None:
