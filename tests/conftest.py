@@ -61,16 +61,21 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Heed the signals that a shell has its background jobs ignore: programs that tests interrupt
     would inherit that.
     """
     heeded: dict[signal.Signals, Any] = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGQUIT: signal.SIG_DFL,
+        # Under nohup a process of the tests stays; a program that it executes has no handler.
+        signal.SIGHUP: lambda *_: None,
     }
     for number, handler in heeded.items():
-        if signal.getsignal(number) is signal.SIG_IGN:
+        of_worker = number == signal.SIGHUP and hasattr(
+            config, "workerinput"
+        )  # ends with its parent
+        if of_worker or signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
 
 

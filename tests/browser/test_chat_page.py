@@ -56,20 +56,26 @@ def choosing(*models: str, **changes: Any) -> dict[str, Any]:
 # Asking and reading.
 
 
-async def test_an_answer_is_shown_as_it_comes(
+async def test_an_answer_is_shown_as_it_comes_and_heard_as_a_whole(
     make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
     await enter(page, await make_server(**provider.changes))
+    voice = page.locator("#announcer")
+    await expect(voice).to_have_attribute("aria-live", "polite")
 
     await ask(page, "Hello")
     provider.say("One", " two,\n\n")
     await shows(page, "One two,\n\n")
     await is_now(page, "running")
+    await expect(voice).to_have_text("The answer starts.")
+    await expect(answer(page)).to_have_attribute("aria-busy", "true")
     provider.say("  three")
     provider.finish()
 
     await is_now(page, "complete")
     await shows(page, "One two,\n\n  three")
+    await expect(voice).to_have_text("One two, three")
+    await expect(answer(page)).to_have_attribute("aria-busy", "false")
     await expect(status(page)).to_have_text("manual · manual-model")
     await expect(page.get_by_text("Hello", exact=True).last).to_be_visible()
     assert await page.title() == "aioserver chat"
@@ -107,9 +113,12 @@ async def test_chat_is_written_and_stopped_by_keys_and_by_a_button(
     await expect(answer(page).get_by_role("button", name="Copy")).to_be_visible()
 
 
-async def test_reasoning_and_tool_calls_are_folded(
+async def test_reasoning_and_tool_calls_are_folded_and_no_index_of_a_call_breaks_the_page(
     make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
+    odd: list[Any] = [
+        *("__proto__", "length", "constructor", 4294967295, -1, 1.5, True, {}, [0], None)
+    ]
     await enter(page, await make_server(**provider.changes))
     await ask(page, "Hello")
 
@@ -130,24 +139,8 @@ async def test_reasoning_and_tool_calls_are_folded(
         await answer(page).get_by_text(name, exact=True).click()
         await expect(inside).to_be_visible()
 
-
-async def test_no_index_of_a_tool_call_breaks_the_page(
-    make_server: MakeServer, provider: ManualProvider, page: Page
-) -> None:
-    odd: list[Any] = [
-        "__proto__",
-        "length",
-        "constructor",
-        4294967295,
-        -1,
-        1.5,
-        True,
-        {},
-        [0],
-        None,
-    ]
-    await enter(page, await make_server(**provider.changes))
     await ask(page, "Hello")
+    await expect(page.get_by_role("article")).to_have_count(2)
 
     provider.delta(tool_calls=[{"index": 3, "function": {"name": "last", "arguments": "{}"}}])
     for index in odd:
@@ -244,24 +237,6 @@ async def test_enter_while_an_answer_runs_says_why_nothing_is_sent(
     await page.keyboard.press("Escape")
 
 
-async def test_a_screen_reader_hears_the_whole_and_not_each_piece(
-    make_server: MakeServer, provider: ManualProvider, page: Page
-) -> None:
-    await enter(page, await make_server(**provider.changes))
-    voice = page.locator("#announcer")
-    await expect(voice).to_have_attribute("aria-live", "polite")
-    await ask(page, "Hello")
-
-    provider.say("One", " two")
-    await shows(page, "One two")
-    await expect(voice).to_have_text("The answer starts.")
-    await expect(answer(page)).to_have_attribute("aria-busy", "true")
-    provider.finish()
-
-    await expect(voice).to_have_text("One two")
-    await expect(answer(page)).to_have_attribute("aria-busy", "false")
-
-
 # Coming back.
 
 
@@ -270,6 +245,9 @@ async def test_a_reload_loses_and_doubles_nothing(
 ) -> None:
     await enter(page, await make_server(**provider.changes))
     await ask(page, "Hello")
+    await until(lambda: provider.requests == 1)
+    await page.reload()  # before the first word
+    await connected(page)
     provider.delta(reasoning_content="Let me think.")
     provider.say("One", " two")
     await shows(page, "One two")
@@ -311,23 +289,6 @@ async def test_a_long_answer_survives_cuts_and_reloads(
     await is_now(page, "complete")
     await shows(page, whole)
     assert server.simulator.stats().requests == 2  # one of them asked for the whole
-
-
-async def test_a_reload_before_the_first_word_asks_nobody_again(
-    make_server: MakeServer, provider: ManualProvider, page: Page
-) -> None:
-    await enter(page, await make_server(**provider.changes))
-    await ask(page, "Hello")
-    await until(lambda: provider.requests == 1)
-
-    await page.reload()
-    await connected(page)
-    provider.say("One")
-    provider.finish()
-
-    await is_now(page, "complete")
-    await shows(page, "One")
-    assert provider.requests == 1
 
 
 async def test_a_message_written_without_a_connection_is_sent_later(
@@ -518,13 +479,17 @@ async def test_a_waiting_message_is_stopped_before_it_is_sent(
 # Faults.
 
 
-async def test_a_fault_says_what_to_do(make_server: MakeServer, page: Page) -> None:
+async def test_a_fault_says_what_to_do_and_text_from_before_it_stays(
+    make_server: MakeServer, page: Page
+) -> None:
     advice = {
         "fault-status-401": "The operator of this server has to correct this",
         "fault-status-400": "Change it, or choose another model above.",
         "fault-status-500": "Ask again; if the error persists",
+        "fault-cut-5": "Ask again",
     }
     server = await make_server(**choosing(*advice))
+    whole = await model_answer(server, "Hello")
     await enter(page, server)
     for number, (model, text) in enumerate(advice.items(), 1):
         await page.get_by_label("Model").select_option(label=model)
@@ -533,27 +498,15 @@ async def test_a_fault_says_what_to_do(make_server: MakeServer, page: Page) -> N
         await expect(page.get_by_role("article")).to_have_count(number)
         await is_now(page, "failed")
         await expect(answer(page).locator(".fault")).to_contain_text(text)
+        seen = await answer(page).locator(".text").text_content() or ""
+        assert whole.startswith(seen)
+        assert bool(seen) == (model == "fault-cut-5")
         await page.get_by_label("Model").select_option(label="sim-model")
         await server.forgive()  # else it would be left alone for some time
         await answer(page).get_by_role("button", name="Ask again").click()
 
         await is_now(page, "complete")
         await expect(answer(page).locator(".fault")).to_be_hidden()
-
-
-async def test_text_from_before_a_fault_stays(make_server: MakeServer, page: Page) -> None:
-    server = await make_server(**choosing("fault-cut-5"))
-    whole = await model_answer(server, "Hello")
-    await enter(page, server)
-    await page.get_by_label("Model").select_option(label="fault-cut-5")
-
-    await ask(page, "Hello")
-
-    await is_now(page, "failed")
-    text = await answer(page).locator(".text").text_content()
-    assert text
-    assert whole.startswith(text)
-    await expect(answer(page).locator(".fault")).to_contain_text("Ask again")
 
 
 async def test_a_gap_is_reported_and_not_skipped(
@@ -681,7 +634,7 @@ async def test_conversations_keep_apart(server: RunningServer, page: Page) -> No
     ]
 
 
-async def test_answers_of_two_conversations_run_at_once(
+async def test_answers_of_two_conversations_run_at_once_and_one_is_deleted_by_two_presses(
     make_server: MakeServer, page: Page
 ) -> None:
     server = await make_server(STALLED)
@@ -696,18 +649,8 @@ async def test_answers_of_two_conversations_run_at_once(
 
     await page.keyboard.press("Escape")
     await is_now(page, "stopped")
+    await server.simulator.until(lambda stats: stats.aborted == 1)
     await apples.click()
-    await is_now(page, "running")
-    await page.keyboard.press("Escape")
-    await is_now(page, "stopped")
-
-
-async def test_a_conversation_is_deleted_by_two_presses(
-    make_server: MakeServer, page: Page
-) -> None:
-    server = await make_server(STALLED)
-    await enter(page, server)
-    await ask(page, "apples")
     await is_now(page, "running")
 
     await page.get_by_role("button", name="Delete: apples").click()
@@ -715,7 +658,7 @@ async def test_a_conversation_is_deleted_by_two_presses(
 
     await expect(page.get_by_role("button", name="apples")).to_have_count(0)
     await expect(page.get_by_role("article")).to_have_count(0)
-    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.simulator.until(lambda stats: stats.aborted == 2)
     await page.reload()
     await connected(page)
     await expect(page.get_by_role("button", name="apples")).to_have_count(0)
@@ -784,7 +727,7 @@ async def test_two_windows_show_the_same(
     await expect(page.get_by_role("article")).to_have_count(0)
 
 
-async def test_old_conversations_make_room(server: RunningServer, page: Page) -> None:
+async def test_old_conversations_and_turns_make_room(server: RunningServer, page: Page) -> None:
     await enter(page, server)
     await page.evaluate(
         """() => {
@@ -794,6 +737,10 @@ async def test_old_conversations_make_room(server: RunningServer, page: Page) ->
                 localStorage.setItem(`aioserver.chat.conversation.c${n}`, one);
             }
             localStorage.setItem("aioserver.chat.conversation.broken", "{");
+            const turns = Array.from({ length: 100 }, (_, n) =>
+                ({ id: `t${n}`, question: `turn ${n}`, state: "complete" }));
+            const one = JSON.stringify({ id: "c49", used: 50, turns });
+            localStorage.setItem("aioserver.chat.conversation.c49", one);
         }"""
     )
     await page.reload()
@@ -805,31 +752,15 @@ async def test_old_conversations_make_room(server: RunningServer, page: Page) ->
     await is_now(page, "complete")
     await expect(page.locator("#conversations li")).to_have_count(50)
     await expect(page.get_by_text("old 0", exact=True)).to_have_count(0)
-    await expect(page.get_by_text("old 49", exact=True)).to_have_count(1)
-
-
-async def test_a_long_conversation_keeps_its_newest_turns(
-    server: RunningServer, page: Page
-) -> None:
-    await enter(page, server)
-    await page.evaluate(
-        """() => {
-            const turns = Array.from({ length: 100 }, (_, n) =>
-                ({ id: `r${n}`, question: `old ${n}`, state: "complete" }));
-            const one = JSON.stringify({ id: "c", used: 1, turns });
-            localStorage.setItem("aioserver.chat.conversation.c", one);
-        }"""
-    )
-    await page.reload()
-    await connected(page)
-    await page.get_by_role("button", name="old 0").first.click()
+    await expect(page.get_by_text("old 48", exact=True)).to_have_count(1)
+    await page.get_by_role("button", name="turn 0").first.click()
     await expect(page.get_by_role("article")).to_have_count(100)
 
     await ask(page, "Hello")
 
     await is_now(page, "complete")
     await expect(page.get_by_role("article")).to_have_count(100)
-    await expect(page.locator(".question").first).to_contain_text("old 1")
+    await expect(page.locator(".question").first).to_contain_text("turn 1")
 
 
 async def test_a_long_answer_does_not_drive_out_the_others(

@@ -221,7 +221,9 @@ async def test_an_incident_is_put_on_top(stand: Stand, page: Page) -> None:
     await expect(first.locator(".mark")).to_have_attribute("data-shape", "diamond")
 
 
-async def test_an_absent_value_is_not_shown_and_null_is_a_dash(stand: Stand, page: Page) -> None:
+async def test_an_absent_value_is_not_shown_null_is_a_dash_and_an_old_one_is_old(
+    stand: Stand, page: Page
+) -> None:
     stand.say(process=dict.fromkeys(("open_fds", "max_fds", "rss_bytes", "tasks", "cpu")))
     await opened(page, stand)
 
@@ -243,34 +245,8 @@ async def test_an_absent_value_is_not_shown_and_null_is_a_dash(stand: Stand, pag
     )
     await expect(card(page, "groq").locator("[data-needs=cooling]")).to_be_hidden()
 
-
-async def test_a_card_shows_state_silence_next_try_and_the_retry_budget(
-    stand: Stand, page: Page
-) -> None:
-    await opened(page, stand)
-    budget = card(page, "groq").locator("[data-needs=retry_budget]")
-    await expect(budget).to_be_hidden()
-
-    stand.say(
-        providers__groq__state="dead",
-        providers__groq__next_try=2.5,
-        providers__groq__retry_budget={"used": 4, "limit": 10, "refused": 7},
-        providers__groq__silent={"longest": 6.2, "stalled": 3, "unanswered": 1, "under_way": 5},
-    )
-
-    await expect(budget).to_have_text(re.compile(r"retry budget\s*4\s+of 10 in 10 s, 7 refused"))
-    asked = card(page, "groq").locator("[data-needs=state]")
-    await expect(asked).to_have_text(
-        re.compile(r"is asked\s*for trials only\s+next try in 2\.5\ss")
-    )
-    await expect(card(page, "groq").locator("[data-needs=silent]")).to_have_text(
-        re.compile(r"silent for\s*6\.2\ss\s+now, 4 of\s+5 answers stalled")
-    )
-
-
-async def test_old_first_tokens_are_reported_as_old(stand: Stand, page: Page) -> None:
     stand.say(first_token={**TOKEN, "age": 0.4})
-    await opened(page, stand)
+    await expect(shown(page, "first_token.p50")).not_to_have_text(DASH)
     under = page.locator("[data-needs=first_token].under")
     await expect(page.locator("[data-needs=stale]")).to_be_hidden()
 
@@ -309,8 +285,29 @@ async def test_a_card_says_what_is_wrong_and_when_its_provider_is_asked(
     stand.say(providers__groq__state="well", providers__groq__trial=None)
     await expect(trials).to_be_hidden()
 
+    budget = card(page, "groq").locator("[data-needs=retry_budget]")
+    await expect(budget).to_be_hidden()
 
-async def test_providers_come_and_go(stand: Stand, page: Page) -> None:
+    stand.say(
+        providers__groq__state="dead",
+        providers__groq__next_try=2.5,
+        providers__groq__retry_budget={"used": 4, "limit": 10, "refused": 7},
+        providers__groq__silent={"longest": 6.2, "stalled": 3, "unanswered": 1, "under_way": 5},
+    )
+
+    await expect(budget).to_have_text(re.compile(r"retry budget\s*4\s+of 10 in 10 s, 7 refused"))
+    state = card(page, "groq").locator("[data-needs=state]")
+    await expect(state).to_have_text(
+        re.compile(r"is asked\s*for trials only\s+next try in 2\.5\ss")
+    )
+    await expect(card(page, "groq").locator("[data-needs=silent]")).to_have_text(
+        re.compile(r"silent for\s*6\.2\ss\s+now, 4 of\s+5 answers stalled")
+    )
+
+
+async def test_providers_come_and_go_and_of_many_those_in_trouble_come_first(
+    stand: Stand, page: Page
+) -> None:
     await opened(page, stand)
     stand.say(providers__other=provider(requests=5), providers__spare=provider(usable=False))
 
@@ -324,9 +321,6 @@ async def test_providers_come_and_go(stand: Stand, page: Page) -> None:
     await expect(card(page, "other")).to_have_count(0)
     await expect(page.locator("#unused")).to_be_hidden()
 
-
-async def test_of_many_providers_those_in_trouble_come_first(stand: Stand, page: Page) -> None:
-    await opened(page, stand)
     many = {f"p{offset:02}": provider(requests=10, in_flight=offset % 20) for offset in range(100)}
     many["p77"].update(waiting=9, oldest_wait=1.5, in_flight=20)
     many["p88"]["trouble"] = {**DEAD, "text": "p88 is dead"}

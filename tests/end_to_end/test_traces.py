@@ -299,6 +299,7 @@ async def test_a_failover_has_an_attempt_at_each_provider(tmp_path: Path) -> Non
     assert request.attributes["aioserver.provider"] == "other"
 
 
+@pytest.mark.virtual_time
 async def test_a_wait_for_a_provider_has_a_span_and_so_has_one_in_vain(tmp_path: Path) -> None:
     limits = {"concurrent_requests": 1, "queue_timeout": 0.3, "queue_size": 5}
     changes = {f"{SIM_HTTP_CLIENT}.{key}": value for key, value in limits.items()}

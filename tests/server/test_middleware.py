@@ -168,6 +168,8 @@ async def test_a_host_that_is_none_is_refused_whoever_may_ask(
         assert (answer.status, answer.code) == (400, "invalid_request"), host
 
 
+# The rest of such a body is awaited for 30 s.
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("path", ["/session", "/", "/nowhere"])
 @pytest.mark.parametrize(
     ("version", "codings"), [("1.0", "chunked"), ("1.0", ""), ("1.1", ""), ("1.1", " \t")]

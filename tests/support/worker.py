@@ -1,5 +1,5 @@
-"""One worker of several as a process: `python -m tests.support.worker CONFIG LOOP URL LOADS SLOT
-WORKERS SOCKET FIRST`.
+"""One worker of several as a process that `zygote` forks: its arguments are CONFIG LOOP URL LOADS
+SLOT WORKERS SOCKET FIRST.
 
 It says `ready` on stdout once it accepts, and ends in good order at SIGTERM or at the end of its
 stdin. To each line on stdin it answers with its places: those that are taken, those that it may
@@ -91,7 +91,8 @@ async def serve(
         await runner.cleanup()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve as the arguments say."""
     config, loop, url, *numbers = sys.argv[1:]
     with asyncio.Runner(loop_factory=loop_factory(loop)) as loop_runner:
         loop_runner.run(serve(config, url, *map(int, numbers)))

@@ -1,5 +1,5 @@
-"""`aioserver` forked from a process that has imported it, which takes a sixth of the CPU time that
-it takes to execute it.
+"""`aioserver`, or the `worker` of these tests, forked from a process that has imported it, which takes
+a sixth of the CPU time that it takes to execute it.
 
 Each process of the tests starts one such process when it needs it first, and that one ends with
 it. A forked `aioserver` differs from an executed one in `/proc/PID/cmdline`, in what was read from
@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 READ_ONCE = ("PYTHON", "LD_", "MALLOC_", "SSL_", "OPENSSL_", "AIOHTTP_", "LANG", "LC_")
 # The most bytes of a request, and the least descriptor that no request has.
 LIMIT, FREE = 1 << 17, 200
+WORKER = "tests.support.worker"
 
 
 # What draws, and is imported by a command that draws.
@@ -45,7 +46,7 @@ DRAWING = {
 
 
 class Request(NamedTuple):
-    """What to run: the arguments of the interpreter, which begin with `-m aioserver`, and whether
+    """What to run: the arguments of the interpreter, which begin with `-m` and a module, and whether
     stderr is the terminal of a session of its own.
     """
 
@@ -107,7 +108,7 @@ def can_fork(program: Sequence[str], environ: Mapping[str, str]) -> bool:
     """
     read_once = {name: text for name, text in environ.items() if name.startswith(READ_ONCE)}
     return (
-        program[:2] == ("-m", "aioserver")
+        program[:2] in {("-m", "aioserver"), ("-m", WORKER)}
         and hasattr(os, "pidfd_open")
         and read_once == _zygote()[1]
     )
@@ -192,7 +193,9 @@ def _serve(control: socket.socket) -> bool:
                 return False
             request: Request = pickle.loads(message)
             state, *others = descriptors
-            if request.program[2:] and request.program[2] in COMMANDS:
+            if request.program[1] == WORKER:
+                importlib.import_module(WORKER)
+            elif request.program[2:] and request.program[2] in COMMANDS:
                 load(request.program[2])
                 if request.program[2] in DRAWING:
                     importlib.import_module(DRAWING[request.program[2]])
@@ -253,4 +256,7 @@ if __name__ == "__main__":
 
     gc.collect()
     if _serve(socket.socket(fileno=int(sys.argv[1]))):
-        main()
+        if sys.orig_argv[2] == WORKER:
+            importlib.import_module(WORKER).main()
+        else:
+            main()

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import statistics
-import sys
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -19,6 +18,7 @@ import pytest
 
 from aioserver.workers.balance import AT_ONCE, STOP
 from aioserver.workers.loads import Loads
+from tests.support import zygote
 from tests.support.redis_server import RedisServer
 from tests.support.server import CONCURRENCY, NOWHERE, UVICORN, write
 from tests.support.waiting import LATE, until, until_result
@@ -49,13 +49,14 @@ class Parent:
             f"{CONCURRENCY}.max_connections": places,
             f"{CONCURRENCY}.connection_queue_size": 10 * places,
             f"{CONCURRENCY}.queue_timeout": 3 * LATE,
-            f"{UVICORN}.backlog": 1024,
+            f"{UVICORN}.backlog": max(1024, 10 * places),
         }
         write(NOWHERE, sizes, self.config)
         self.loads = Loads.create(count)
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.address = f"ws://127.0.0.1:{self.socket.getsockname()[1]}/ws/chat"
-        self.workers: dict[int, asyncio.subprocess.Process] = {}
+        self.workers: dict[int, zygote.Forked] = {}
+        self.stdins: dict[int, int] = {}
         self.seconds: list[float] = []
         # All clients, which would leave if nothing held them.
         self.clients: list[aiohttp.ClientWebSocketResponse] = []
@@ -78,14 +79,15 @@ class Parent:
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
         for worker in self.workers.values():
-            worker.terminate()
+            worker.send_signal(signal.SIGTERM)
         try:
             ended = await asyncio.gather(*(worker.wait() for worker in self.workers.values()))
             assert not any(ended)
         finally:
             for worker in self.workers.values():
-                if worker.returncode is None:
-                    worker.kill()
+                worker.kill()
+            for stdin in self.stdins.values():
+                os.close(stdin)
             self.socket.close()
             self.loads.close()
             os.close(self.loads.fd)
@@ -93,24 +95,27 @@ class Parent:
     async def start(self, slot: int, first: int = 0) -> None:
         """Start the worker of *slot*."""
         loop = "uvloop" if "uvloop" in type(asyncio.get_running_loop()).__module__ else "asyncio"
-        page, sock = self.loads.fd, self.socket.fileno()
-        worker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.support.worker", self.config, loop, self.url),
-            *map(str, (page, slot, self.count, sock, first)),
-            pass_fds=[page, sock],
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
+        sockets = [self.loads.fd, self.socket.fileno()]  # which are its descriptors 3 and 4
+        program = ("-m", zygote.WORKER, str(self.config), loop, self.url)
+        numbers = (3, slot, self.count, 4, first)
+        its_stdin, self.stdins[slot] = os.pipe()
+        try:
+            worker = await zygote.fork(
+                [*program, *map(str, numbers)], os.environ, sockets, its_stdin
+            )
+        finally:
+            os.close(its_stdin)
         self.workers[slot] = worker
         assert worker.stdout is not None
-        assert await worker.stdout.readline() == b"ready\n"
+        assert worker.stderr is not None
+        line = await worker.stdout.readline()
+        assert line == b"ready\n", await worker.stderr.read()
 
     async def state(self, slot: int) -> State:
         """What the worker of *slot* says of its gate."""
         worker = self.workers[slot]
-        assert worker.stdin is not None
         assert worker.stdout is not None
-        worker.stdin.write(b"\n")
+        os.write(self.stdins[slot], b"\n")
         return State(*map(int, (await worker.stdout.readline()).split()))
 
     async def states(self) -> list[State]:
@@ -126,6 +131,7 @@ class Parent:
         worker = self.workers.pop(slot)
         worker.send_signal(signal.SIGKILL)
         await worker.wait()
+        os.close(self.stdins.pop(slot))
         self.loads.reaped(slot)
 
     async def client(self) -> aiohttp.ClientWebSocketResponse:
