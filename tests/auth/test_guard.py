@@ -238,25 +238,6 @@ HOSTILE = [
 ]
 
 
-async def test_a_hostile_header_is_a_401_and_in_no_log(
-    make_server: MakeServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    server = await make_server(**keys_of("web"))
-    for value in HOSTILE:
-        async with Raw(server) as raw:
-            for path in ("/v1/models", "/ws/chat", "/stats"):
-                await raw.get(path, f"Authorization: {value}", *UPGRADE[2:])
-                answer = await raw.answer()
-                assert answer.status == 401, value
-                assert answer.code in {"missing_api_key", "invalid_api_key"}, value
-                assert answer.headers["www-authenticate"] == "Bearer"
-                assert len(value) < 12 or value[7:].encode("latin-1") not in answer.body
-
-        assert len(value) < 12 or value[7:] not in caplog.text
-    assert "xxxx" not in caplog.text
-
-
 HEADERS = ("x-api-key", "api-key", "X-API-Key")
 
 
@@ -279,24 +260,43 @@ async def test_a_key_may_come_in_a_header_of_its_own(make_server: MakeServer, na
         assert text_of(await to_end(ws))
 
 
-@pytest.mark.parametrize("name", HEADERS[:2])
-async def test_a_hostile_key_is_a_401_and_in_no_log(
-    make_server: MakeServer, name: str, caplog: pytest.LogCaptureFixture
+HOSTILE_KEYS = [
+    *("aio-nobody" if value == key_of("web") else value for value in HOSTILE[5:]),
+    *(f"Bearer {key_of('web')}", f"{key_of('web')},", "x" * 16000),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "values"),
+    [
+        ("Authorization", len("Bearer "), HOSTILE),
+        *((name, 0, HOSTILE_KEYS) for name in HEADERS[:2]),
+    ],
+    ids=["Authorization", *HEADERS[:2]],
+)
+async def test_a_hostile_header_is_a_401_and_in_no_log(
+    make_server: MakeServer,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    prefix: int,
+    values: list[str],
 ) -> None:
     caplog.set_level(logging.INFO)
     server = await make_server(**keys_of("web"))
-    mine = key_of("web")
-    others = ("aio-nobody" if value == mine else value for value in HOSTILE[5:])
-    for value in (*others, f"Bearer {mine}", f"{mine},", "x" * 16000):
+    for value in values:
+        secret = value[prefix:]
+        # A short one may stand in the answer by chance.
+        short = len(value) < (12 if prefix else 8)
         async with Raw(server) as raw:
             for path in ("/v1/models", "/ws/chat", "/stats"):
                 await raw.get(path, f"{name}: {value}", *UPGRADE[2:])
                 answer = await raw.answer()
                 assert answer.status == 401, value
                 assert answer.code in {"missing_api_key", "invalid_api_key"}, value
-                assert len(value) < 8 or value.encode("latin-1") not in answer.body
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert short or secret.encode("latin-1") not in answer.body
 
-        assert len(value) < 8 or value not in caplog.text
+        assert short or secret not in caplog.text
     assert "xxxx" not in caplog.text
 
 
@@ -313,24 +313,12 @@ async def test_one_key_may_come_twice_and_two_keys_may_not(make_server: MakeServ
         for lines in (
             *((bearing, foreign), (own, foreign), (bearing, wrong), (wrong, azure), (own, own)),
             *((offer, foreign), (offer, "Authorization: Bearer x"), (foreign, offer)),
+            *((bearing, bearing), (bearing, "Authorization: Bearer x")),
+            ("Authorization: bearer x", bearing),
         ):
             await raw.get("/v1/models", *lines)
             answer = await raw.answer()
             assert (answer.status, answer.code) == (401, "invalid_api_key"), lines
-
-
-async def test_several_keys_are_none(make_server: MakeServer) -> None:
-    server = await make_server(**keys_of("web"))
-    good = f"Authorization: Bearer {key_of('web')}"
-    async with Raw(server) as raw:
-        for lines in (
-            (good, good),
-            (good, "Authorization: Bearer x"),
-            ("Authorization: bearer x", good),
-        ):
-            await raw.get("/v1/models", *lines)
-            answer = await raw.answer()
-            assert (answer.status, answer.code) == (401, "invalid_api_key")
 
 
 # Sessions.

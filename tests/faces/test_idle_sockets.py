@@ -124,32 +124,18 @@ def test_one_gives_way_for_each_that_waits_down_to_half(house: House, clock: Fak
     assert len(house.told) == 2
 
 
-def test_nobody_gives_way_to_the_same_key_or_for_nobody(house: House, clock: FakeClock) -> None:
-    house.enter(MINE, 4)
-    clock.advance(1000.0)
-    house.wait(MINE)
-    clock.advance(1000.0)
-
-    assert house.told == []
-    assert clock.pending == 0
-
-
-def test_nobody_gives_way_where_no_key_has_more_than_half(house: House, clock: FakeClock) -> None:
-    house.enter(MINE, 2)
-    house.enter(OTHER, 2)
-    clock.advance(1000.0)
-    house.wait("third")
-    clock.advance(1000.0)
-
-    assert house.told == []
-
-
-def test_clients_without_a_key_are_one_caller_and_keep_their_places(
-    house: House, clock: FakeClock
+@pytest.mark.parametrize(
+    ("inside", "waits"),
+    [([(MINE, 4)], MINE), ([(MINE, 2), (OTHER, 2)], "third"), ([("", 4)], "")],
+    ids=["the same key", "a key while none has more than half", "another without a key"],
+)
+def test_nobody_gives_way_to(
+    house: House, clock: FakeClock, inside: list[tuple[str, int]], waits: str
 ) -> None:
-    house.enter("", 4)
+    for name, count in inside:
+        house.enter(name, count)
     clock.advance(1000.0)
-    house.wait("")
+    house.wait(waits)
     clock.advance(1000.0)
 
     assert house.told == []

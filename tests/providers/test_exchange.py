@@ -359,23 +359,6 @@ async def test_a_dead_kept_connection_is_stale_and_a_fresh_one_is_not() -> None:
         assert server.accepted == 2
 
 
-@pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 103 Hints\r\n\r\n"])
-async def test_a_kept_connection_that_breaks_in_the_head_is_not_stale(part: bytes) -> None:
-    async def play(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(OK)
-        await peer.request()
-        await peer.send(part)
-
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
-        await ask(pool)
-        with pytest.raises(ProviderDisconnected) as raised:
-            await ask(pool)
-
-        assert not isinstance(raised.value, StaleConnection)
-        assert server.accepted == 1
-
-
 async def test_a_kept_connection_that_closes_before_it_is_used_is_stale() -> None:
     async with ScriptedProvider(answering(OK)) as server, pooled(server.url) as pool:
         await ask(pool)
