@@ -13,6 +13,7 @@ from aioserver.auth.guard import Policy
 from aioserver.auth.sessions import SESSION_SECONDS
 from tests.support.chat import CHAT, chat, text_of, to_end
 from tests.support.keys import COOKIE, bearer, code_of, cookie, key_of, keys_of, log_in
+from tests.support.logs import fields_of
 from tests.support.raw import Raw
 
 if TYPE_CHECKING:
@@ -605,11 +606,7 @@ async def test_a_refused_client_is_one_line_with_its_address(
         headers = {"X-Forwarded-For": f"9.9.9.9, {address}", "Authorization": "Bearer canary"}
         assert (await asked(server, "GET", "/sse/chat/secret", **headers))[0] == 401
 
-    lines = [
-        record.fields  # type: ignore[attr-defined]
-        for record in caplog.records
-        if record.getMessage() == "access refused"
-    ]
+    lines = fields_of(caplog, "access refused")
     assert [line["address"] for line in lines] == ["203.0.113.9", "203.0.113.10"]
     assert {line["reason"] for line in lines} == {"invalid_key"}
     assert {line["route"] for line in lines} == {"/sse/chat/{request_id}"}
@@ -635,8 +632,7 @@ async def test_a_refused_page_is_logged_with_its_origin_and_the_setting_that_let
             )
             assert (await raw.answer()).status == 200
 
-    lines = [record for record in caplog.records if record.getMessage() == "access refused"]
-    fields: list[Any] = [record.fields for record in lines]  # type: ignore[attr-defined]
+    fields = fields_of(caplog, "access refused")
     assert [line["method"] for line in fields] == ["GET", "OPTIONS"]
     for refused in fields:
         assert (refused["reason"], refused["origin"]) == ("origin", evil[:200])
@@ -648,8 +644,7 @@ async def test_a_refused_host_is_logged_with_the_setting_that_lets_it_in(
 ) -> None:
     assert (await asked(server, "GET", "/health", Host="evil.example"))[0] == 403
 
-    [line] = [record for record in caplog.records if record.getMessage() == "access refused"]
-    fields: Any = line.fields  # type: ignore[attr-defined]
+    [fields] = fields_of(caplog, "access refused")
     assert (fields["host"], fields["setting"]) == ("evil.example", "auth.allowed_hosts")
 
 
@@ -660,8 +655,7 @@ async def test_guessing_keys_fills_no_log(
     for _ in range(60):
         await asked(server, "GET", "/stats", Authorization="Bearer x")
 
-    lines = [record for record in caplog.records if record.getMessage() == "access refused"]
-    assert 1 <= len(lines) < 60
+    assert 1 <= len(fields_of(caplog, "access refused")) < 60
 
 
 async def test_a_client_behind_a_proxy_has_a_line_of_its_own(make_server: MakeServer) -> None:

@@ -17,7 +17,7 @@ from aioserver.faces import intake, openai
 from tests.support.chat import CHAT, STREAMED
 from tests.support.logs import errors
 from tests.support.raw import Answer, Raw
-from tests.support.server import CONCURRENCY, ENDLESS, UVICORN, MakeServer
+from tests.support.server import ENDLESS, UVICORN, MakeServer, places
 from tests.support.simulator import Behaviour
 from tests.support.smuggling import INVALID, LAST, LOGGED, VALID, accesses, answers_with_ids
 from tests.support.waiting import patience, within
@@ -101,14 +101,7 @@ async def test_a_client_that_closes_after_a_response_is_told_the_same(
 async def test_a_watcher_and_a_busy_answer_close_as_they_are_asked(
     make_server: MakeServer,
 ) -> None:
-    server = await make_server(
-        ENDLESS,
-        **{
-            f"{CONCURRENCY}.max_connections": 1,
-            f"{CONCURRENCY}.connection_queue_size": 1,
-            f"{CONCURRENCY}.queue_timeout": 0,
-        },
-    )
+    server = await make_server(ENDLESS, **places(1, 1, 0))
     async with Raw(server) as first, Raw(server) as second, Raw(server) as watcher:
         await first.ask_sse("r1", text="Hello")
         await first.head()

@@ -14,7 +14,7 @@ from yarl import URL
 from aioserver.faces import intake
 from tests.support.chat import CHAT
 from tests.support.keys import bearer, cookie, keys_of, log_in
-from tests.support.logs import errors
+from tests.support.logs import errors, fields_of
 from tests.support.passing import (
     ANSWER,
     Account,
@@ -37,11 +37,11 @@ from tests.support.scripted_provider import (
     stalling,
 )
 from tests.support.server import (
-    CONCURRENCY,
     NOWHERE,
     SIM_HTTP_CLIENT,
     MakeServer,
     RunningServer,
+    places,
     provider_entry,
 )
 from tests.support.smuggling import INVALID, VALID
@@ -1167,14 +1167,7 @@ async def test_what_a_model_has_read_counts_also_where_its_client_does_not_wait(
 
 async def test_a_full_server_refuses(make_server: MakeServer) -> None:
     async with silent() as (provider, _):
-        server = await make_server(
-            **settings_for(provider),
-            **{
-                f"{CONCURRENCY}.max_connections": 1,
-                f"{CONCURRENCY}.connection_queue_size": 1,
-                f"{CONCURRENCY}.queue_timeout": 0,
-            },
-        )
+        server = await make_server(**settings_for(provider), **places(1, 1, 0))
         async with Raw(server) as raw:
             await raw.send(EXPECTING % b"a/b" + b"Content-Length: 10\r\n\r\n")
             await raw.until(b"\r\n\r\n")
@@ -1230,12 +1223,6 @@ async def test_operators_see_one_face_and_what_was_asked(
 
     counts = await server.counted("requests", "face")
     assert counts["other",] == 2
-    lines: list[Any] = [
-        record for record in caplog.records if record.getMessage() == "request finished"
-    ]
-    assert [line.fields.get("target") for line in lines][:2] == [
-        "GET files/file-1/content",
-        "POST moderations",
-    ]
-    assert [line.fields["model"] for line in lines][:2] == ["", "omni"]
+    lines = [(line.get("target"), line["model"]) for line in fields_of(caplog)]
+    assert lines[:2] == [("GET files/file-1/content", ""), ("POST moderations", "omni")]
     assert "secret" not in caplog.text
