@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -25,7 +26,10 @@ from tests.support.scripted_server import ScriptedServer, answer, frame, idle, s
 from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
-    from tests.support.scripted_server import ResponsePeer, SocketPeer
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from aioserver.client import Answer
+    from tests.support.scripted_server import AnswerScript, ResponsePeer, SocketPeer
 
 Transport = Literal["websocket", "sse"]
 
@@ -41,6 +45,18 @@ def error(code: str, number: int | None = None, /, **chunk: Any) -> dict[str, An
 
 def client_of(server: ScriptedServer, transport: Transport, **arguments: Any) -> Client:
     return Client(server.url, transport=transport, **{"deadline": 1000.0, **arguments})
+
+
+@asynccontextmanager
+async def asked(
+    transport: Transport, *answers: AnswerScript, **arguments: Any
+) -> AsyncIterator[tuple[ScriptedServer, Client]]:
+    """A server with these answers, and a client of it."""
+    async with (
+        ScriptedServer(answers=[*answers]) as server,
+        client_of(server, transport, **arguments) as client,
+    ):
+        yield server, client
 
 
 def text_event(word: str, number: int) -> dict[str, Any]:
@@ -68,10 +84,7 @@ async def test_events_are_what_the_server_says(transport: Transport) -> None:
             metadata={"provider": "q", "model": "n", "finish_reason": "length", "usage": usage},
         ),
     ]
-    async with (
-        ScriptedServer(answers=[saying(*frames)]) as server,
-        client_of(server, transport) as client,
-    ):
+    async with asked(transport, saying(*frames)) as (_server, client):
         answered = client.chat("Hi")
         events = [event async for event in answered.events()]
 
@@ -181,10 +194,7 @@ async def test_refusal_for_now_is_repeated_under_the_same_id(
     transport: Transport, code: str
 ) -> None:
     refusal = saying(error(code, retryable=True, retry_after=5.0))
-    async with (
-        ScriptedServer(answers=[refusal, refusal, WHOLE]) as server,
-        client_of(server, transport) as client,
-    ):
+    async with asked(transport, refusal, refusal, WHOLE) as (server, client):
         start = asyncio.get_running_loop().time()
         text = await client.chat("Hi", request_id="r1").text()
         took = asyncio.get_running_loop().time() - start
@@ -202,10 +212,7 @@ async def test_answer_that_failed_before_anything_was_paid_for_is_asked_under_a_
     transport: Transport, code: str
 ) -> None:
     failure = saying(HELLO[0], error(code, 2, retryable=True, retry_after=2.0))
-    async with (
-        ScriptedServer(answers=[failure, WHOLE]) as server,
-        client_of(server, transport) as client,
-    ):
+    async with asked(transport, failure, WHOLE) as (server, client):
         start = asyncio.get_running_loop().time()
         answered = client.chat("Hi", request_id="r1")
         text = await answered.text()
@@ -342,10 +349,7 @@ async def test_a_client_that_does_not_retry_asks_once(transport: Transport, how:
         "ended": (saying(HELLO[0], error("circuit_open", 2, **full)), "circuit_open"),
         "lost": (saying(*HELLO[:2], cut=True), "connect_error"),
     }[how]
-    async with (
-        ScriptedServer(answers=[script, WHOLE]) as server,
-        client_of(server, transport, retry=False) as client,
-    ):
+    async with asked(transport, script, WHOLE, retry=False) as (server, client):
         with pytest.raises(AnswerError) as caught:
             await client.chat("Hi").text()
 
@@ -358,10 +362,7 @@ async def test_a_client_that_does_not_retry_asks_once(transport: Transport, how:
 async def test_wait_before_the_next_try_is_an_event(transport: Transport) -> None:
     refusal = saying(error("server_at_capacity", retryable=True, retry_after=5.0))
     failure = saying(HELLO[0], error("circuit_open", 2, retryable=True, retry_after=3.0))
-    async with (
-        ScriptedServer(answers=[refusal, failure, WHOLE]) as server,
-        client_of(server, transport) as client,
-    ):
+    async with asked(transport, refusal, failure, WHOLE) as (_server, client):
         loop = asyncio.get_running_loop()
         waits: list[tuple[Waiting, float]] = []
         others = []
@@ -391,10 +392,7 @@ async def test_wait_before_the_next_try_is_an_event(transport: Transport) -> Non
 
 async def test_answer_that_another_client_cancelled_is_an_error(transport: Transport) -> None:
     cancelled = saying(*HELLO[:2], frame("", "cancelled", 3))
-    async with (
-        ScriptedServer(answers=[cancelled]) as server,
-        client_of(server, transport) as client,
-    ):
+    async with asked(transport, cancelled) as (_server, client):
         with pytest.raises(AnswerError) as caught:
             await client.chat("Hi").text()
 
@@ -515,39 +513,37 @@ async def endless(peer: SocketPeer | ResponsePeer, command: dict[str, Any]) -> N
         await idle()
 
 
-async def test_leaving_the_loop_cancels_the_answer(transport: Transport) -> None:
-    async with (
-        ScriptedServer(answers=[endless]) as server,
-        client_of(server, transport) as client,
-    ):
-        async for _piece in client.chat("Hi", request_id="r1"):
-            break
+async def break_off(answered: Answer) -> None:
+    async for _piece in answered:
+        break
+
+
+async def fail(answered: Answer) -> None:
+    async for _piece in answered:
+        raise ZeroDivisionError
+
+
+async def forget(answered: Answer) -> None:
+    pieces = aiter(answered)
+    assert await anext(pieces) == "Hel"
+    del pieces
+
+
+@pytest.mark.parametrize("leave", [break_off, fail, forget])
+async def test_leaving_the_loop_cancels_the_answer(
+    transport: Transport, leave: Callable[[Answer], Awaitable[None]]
+) -> None:
+    async with asked(transport, endless) as (server, client):
+        with pytest.raises(ZeroDivisionError) if leave is fail else nullcontext():
+            await leave(client.chat("Hi", request_id="r1"))
         await until(lambda: server.actions == ["chat", "cancel"])
 
     assert server.seen[1]["request_id"] == "r1"
 
 
-async def test_exception_in_the_loop_cancels_the_answer(transport: Transport) -> None:
-    async with (
-        ScriptedServer(answers=[endless]) as server,
-        client_of(server, transport) as client,
-    ):
-
-        async def fail() -> None:
-            async for _piece in client.chat("Hi"):
-                raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            await fail()
-        await until(lambda: server.actions == ["chat", "cancel"])
-
-
 @pytest.mark.parametrize("way", ["pieces", "text", "events"])
 async def test_task_that_is_cancelled_cancels_its_answer(transport: Transport, way: str) -> None:
-    async with (
-        ScriptedServer(answers=[endless]) as server,
-        client_of(server, transport) as client,
-    ):
+    async with asked(transport, endless) as (server, client):
         answered = client.chat("Hi")
 
         async def read() -> None:
@@ -564,22 +560,8 @@ async def test_task_that_is_cancelled_cancels_its_answer(transport: Transport, w
         await until(lambda: server.actions == ["chat", "cancel"])
 
 
-async def test_iterator_that_nobody_has_any_more_cancels_its_answer(transport: Transport) -> None:
-    async with (
-        ScriptedServer(answers=[endless]) as server,
-        client_of(server, transport) as client,
-    ):
-        pieces = aiter(client.chat("Hi"))
-        assert await anext(pieces) == "Hel"
-        del pieces
-        await until(lambda: server.actions == ["chat", "cancel"])
-
-
 async def test_end_of_the_block_cancels_the_answer(transport: Transport) -> None:
-    async with (
-        ScriptedServer(answers=[endless]) as server,
-        client_of(server, transport) as client,
-    ):
+    async with asked(transport, endless) as (server, client):
         async with client.chat("Hi") as answered:
             pieces = aiter(answered)
             assert await anext(pieces) == "Hel"

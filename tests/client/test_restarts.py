@@ -12,7 +12,7 @@ import pytest
 
 from aioserver.client import AnswerError, Client, faults
 from tests.support.process import serving
-from tests.support.server import CONCURRENCY, ENDLESS, UVICORN
+from tests.support.server import CONCURRENCY, ENDLESS, UVICORN, places
 from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import until
 from tests.support.worker_processes import gone, workers
@@ -131,12 +131,7 @@ async def test_server_that_is_killed_and_started_again(tmp_path: Path) -> None:
 @pytest.mark.real_time
 @pytest.mark.timeout(200)
 async def test_minute_of_reloads_replacements_and_drains(tmp_path: Path) -> None:
-    room = {
-        f"{CONCURRENCY}.max_connections": 300,
-        f"{CONCURRENCY}.connection_queue_size": 300,
-        f"{UVICORN}.backlog": 512,
-    }
-    changes = {**TWO, **room}
+    changes = {**TWO, **places(300, 300), f"{UVICORN}.backlog": 512}
     loop = asyncio.get_running_loop()
     async with (
         Simulator(PACED) as simulator,

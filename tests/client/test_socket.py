@@ -5,6 +5,7 @@ slow readers.
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,8 @@ from tests.support.scripted_server import Refusal, ScriptedServer, answer, frame
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from tests.support.scripted_server import SocketPeer, SocketScript
 
 HELLO = ("Hel", "lo")
@@ -41,6 +44,24 @@ def closing(code: int, remark: dict[str, Any] | None = None) -> SocketScript:
 
 def client_of(server: ScriptedServer, **arguments: Any) -> Client:
     return Client(server.url, **{"deadline": 200.0, **arguments})
+
+
+@asynccontextmanager
+async def met(
+    *scripts: SocketScript | Refusal, **arguments: Any
+) -> AsyncIterator[tuple[ScriptedServer, Client]]:
+    """A server whose sockets follow *scripts*, and a client of it."""
+    async with (
+        ScriptedServer(sockets=[*scripts]) as server,
+        client_of(server, **arguments) as client,
+    ):
+        yield server, client
+
+
+def full(retry_after: float) -> dict[str, Any]:
+    """The remark of a server that has no place."""
+    again = {"retryable": True, "retry_after": retry_after}
+    return frame(None, "error", error="full", code="server_at_capacity", **again)
 
 
 async def test_many_answers_share_one_socket() -> None:
@@ -151,11 +172,7 @@ async def test_lost_socket_is_replaced_and_the_question_repeated_with_its_id(cod
 
 @pytest.mark.virtual_time
 async def test_full_server_is_asked_again_after_its_retry_after() -> None:
-    remark = frame(
-        None, "error", error="full", code="server_at_capacity", retryable=True, retry_after=7.0
-    )
-    scripts = [closing(1013, remark), play_answers]
-    async with ScriptedServer(sockets=scripts) as server, client_of(server) as client:
+    async with met(closing(1013, full(7.0)), play_answers) as (_server, client):
         began = asyncio.get_running_loop().time()
         assert await client.chat("Hi").text() == "Hello"
 
@@ -164,13 +181,7 @@ async def test_full_server_is_asked_again_after_its_retry_after() -> None:
 
 @pytest.mark.virtual_time
 async def test_wait_beyond_the_deadline_is_not_begun() -> None:
-    remark = frame(
-        None, "error", error="full", code="server_at_capacity", retryable=True, retry_after=60.0
-    )
-    async with (
-        ScriptedServer(sockets=[closing(1013, remark)]) as server,
-        client_of(server, deadline=30.0) as client,
-    ):
+    async with met(closing(1013, full(60.0)), deadline=30.0) as (_server, client):
         began = asyncio.get_running_loop().time()
         with pytest.raises(AnswerError) as caught:
             await client.chat("Hi").text()
@@ -196,10 +207,7 @@ async def test_socket_that_must_not_come_back_is_one_clear_error(
     code: int, remark: str | None, expected: str
 ) -> None:
     remark_frame = None if remark is None else frame(None, "error", error="no", code=remark)
-    async with (
-        ScriptedServer(sockets=[closing(code, remark_frame)]) as server,
-        client_of(server) as client,
-    ):
+    async with met(closing(code, remark_frame)) as (server, client):
         with pytest.raises(AnswerError) as caught:
             await client.chat("Hi").text()
 
@@ -221,10 +229,7 @@ async def test_question_that_is_too_large_costs_the_other_answers_nothing() -> N
         await peer.send(*answer(command["request_id"], *HELLO, after=after))
         await play_answers(peer)
 
-    async with (
-        ScriptedServer(sockets=[refuse_the_largest, resume]) as server,
-        client_of(server) as client,
-    ):
+    async with met(refuse_the_largest, resume) as (_server, client):
         small = aiter(client.chat("Hi"))
         first = await anext(small)
         with pytest.raises(AnswerError) as caught:
@@ -247,10 +252,7 @@ async def test_rest_is_asked_for_by_number(number: int) -> None:
         await peer.send(*answer(command["request_id"], *HELLO, after=after))
         await peer.command()
 
-    async with (
-        ScriptedServer(sockets=[begin, go_on]) as server,
-        client_of(server) as client,
-    ):
+    async with met(begin, go_on) as (server, client):
         answered = client.chat("Hi")
         text = await answered.text()
 
@@ -270,10 +272,7 @@ async def test_pings_keep_a_silent_socket_and_end_a_dead_one() -> None:
         # Nobody reads, so nobody answers a ping.
         await idle()
 
-    async with (
-        ScriptedServer(sockets=[dead, play_answers]) as server,
-        client_of(server) as client,
-    ):
+    async with met(dead, play_answers) as (_server, client):
         began = asyncio.get_running_loop().time()
         assert await client.chat("Hi").text() == "Hello"
 
@@ -368,10 +367,7 @@ async def test_idle_socket_that_the_server_closes_is_no_error() -> None:
         await peer.send(*answer(command["request_id"], *HELLO))
         await peer.ws.close(code=1000)
 
-    async with (
-        ScriptedServer(sockets=[close_after_one]) as server,
-        client_of(server) as client,
-    ):
+    async with met(close_after_one) as (server, client):
         for _ in range(3):
             assert await client.chat("Hi").text() == "Hello"
 
@@ -388,10 +384,7 @@ async def test_server_that_stops_keeps_its_answers_and_gets_no_new_question() ->
         await peer.send(frame(second["request_id"], "error", **refusal))
         await peer.command()
 
-    async with (
-        ScriptedServer(sockets=[stopping, play_answers]) as server,
-        client_of(server) as client,
-    ):
+    async with met(stopping, play_answers) as (server, client):
         first = aiter(client.chat("Hi", request_id="first"))
         assert await anext(first) == "Hel"
         assert await client.chat("Hi", request_id="second").text() == "Hello"

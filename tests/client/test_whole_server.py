@@ -12,7 +12,14 @@ from aioserver.client import AnswerError, Client, Complete, Processing, Queued, 
 from tests.support.chat import big
 from tests.support.fault_proxy import FaultProxy
 from tests.support.keys import key_of, keys_of
-from tests.support.server import CONCURRENCY, ENDLESS, NOWHERE, QUICK, SILENT, SIM_HTTP_CLIENT
+from tests.support.server import (
+    ENDLESS,
+    NOWHERE,
+    QUICK,
+    SILENT,
+    SIM_HTTP_CLIENT,
+    places,
+)
 from tests.support.simulator import Behaviour
 from tests.support.waiting import until
 
@@ -150,8 +157,7 @@ async def test_question_that_waits_for_a_provider_is_told_its_position(
 
 @pytest.mark.virtual_time
 async def test_full_server_is_waited_for(make_server: MakeServer, transport: Transport) -> None:
-    changes = {f"{CONCURRENCY}.max_connections": 2, f"{CONCURRENCY}.connection_queue_size": 2}
-    server = await make_server(Behaviour(ttft=0, interval=0.01, tokens=30), **changes)
+    server = await make_server(Behaviour(ttft=0, interval=0.01, tokens=30), **places(2, 2))
 
     async def ask(name: str) -> str:
         async with client_of(server, transport) as client:
@@ -168,11 +174,7 @@ async def test_full_server_is_waited_for(make_server: MakeServer, transport: Tra
 async def test_server_that_stays_full_is_its_own_error(
     make_server: MakeServer, transport: Transport
 ) -> None:
-    changes = {
-        f"{CONCURRENCY}.max_connections": 1,
-        f"{CONCURRENCY}.queue_timeout": 0,
-        f"{SIM_HTTP_CLIENT}.read_timeout": 100.0,
-    }
+    changes = {**places(1, timeout=0), f"{SIM_HTTP_CLIENT}.read_timeout": 100.0}
     server = await make_server(SILENT, **changes)
     async with client_of(server, transport) as holder, client_of(server, transport) as client:
         held = aiter(holder.chat("Hi").events())
@@ -345,11 +347,7 @@ FULL: dict[str, dict[str, Any]] = {
         f"{SIM_HTTP_CLIENT}.queue_size": 1,
     },
     "a key": keys_of("ann", max_concurrent=4, queue_size=0),
-    "a server": {
-        f"{CONCURRENCY}.max_connections": 4,
-        f"{CONCURRENCY}.connection_queue_size": 4,
-        f"{CONCURRENCY}.queue_timeout": 0,
-    },
+    "a server": places(4, 4, 0),
 }
 
 

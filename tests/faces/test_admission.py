@@ -19,7 +19,7 @@ from aioserver.faces.upgrade import SocketPlace
 from aioserver.telemetry.logs import RateLimit
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import CONCURRENCY, SILENT, MakeServer
+from tests.support.server import CONCURRENCY, SILENT, MakeServer, places
 from tests.support.waiting import patience, until, within
 
 if TYPE_CHECKING:
@@ -34,12 +34,8 @@ FULL = re.compile(
 )
 
 
-def limits(places: int = 2, line: int = 2, timeout: float = 0.3) -> dict[str, Any]:
-    return {
-        f"{CONCURRENCY}.max_connections": places,
-        f"{CONCURRENCY}.connection_queue_size": line,
-        f"{CONCURRENCY}.queue_timeout": timeout,
-    }
+def limits(inside: int = 2, line: int = 2, timeout: float = 0.3) -> dict[str, Any]:
+    return places(inside, line, timeout)
 
 
 @contextlib.asynccontextmanager
@@ -163,7 +159,7 @@ async def test_too_much_from_a_waiting_websocket_closes_with_1008(
 async def test_a_waiting_client_that_was_closed_and_then_gets_a_place_asks_nothing(
     make_server: MakeServer,
 ) -> None:
-    server = await make_server(**limits(places=1, line=5, timeout=30))
+    server = await make_server(**limits(inside=1, line=5, timeout=30))
     async with full(server) as (holder,), Raw(server) as raw:
         await raw.upgrade()
         for number in range(sockets.MAX_WAITING_MESSAGES + 1):
@@ -316,7 +312,7 @@ async def test_an_event_source_without_a_place_is_asked_to_come_back(
 async def test_requests_that_free_or_show_a_full_server_work_in_it(
     make_server: MakeServer,
 ) -> None:
-    server = await make_server(SILENT, **limits(places=1, line=1, timeout=30.0))
+    server = await make_server(SILENT, **limits(inside=1, line=1, timeout=30.0))
     session, base = server.session, server.base
     shown: list[Any] = []
     async with full(server) as (ws,), server.connect() as waiter:
@@ -368,7 +364,7 @@ async def test_a_slow_body_holds_no_place_and_gets_408(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intake, "BODY_TIMEOUT", 0.5)
-    server = await make_server(**limits(places=1))
+    server = await make_server(**limits(inside=1))
     loop = asyncio.get_running_loop()
     async with Raw(server) as raw:
         begun = loop.time()
@@ -412,7 +408,7 @@ async def test_bodies_beyond_their_bound_all_together_are_503(make_server: MakeS
 async def test_the_body_of_a_waiter_counts_and_that_of_a_request_not_answered_yet(
     make_server: MakeServer,
 ) -> None:
-    server = await make_server(SILENT, **limits(places=1, line=1, timeout=30.0))
+    server = await make_server(SILENT, **limits(inside=1, line=1, timeout=30.0))
     async with Raw(server) as first, Raw(server) as second:
         await first.post("/v1/chat/completions", CHAT)
         await server.simulator.until(lambda stats: stats.active == 1)
@@ -427,7 +423,7 @@ async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_ou
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.3)
-    server = await make_server(**limits(places=1, line=1, timeout=30.0))
+    server = await make_server(**limits(inside=1, line=1, timeout=30.0))
     async with full(server) as (ws,), Raw(server) as raw:
         await raw.upgrade()
         await raw.json_frame()

@@ -14,7 +14,8 @@ from aioserver.faces import idle_sockets
 from aioserver.faces.idle_sockets import IDLE_SECONDS, IdleSockets
 from tests.support.chat import CHAT, STREAMED, cancel, chat, frames_of, to_end, until_status
 from tests.support.keys import auth_of, bearer, code_of, entry, keys_of
-from tests.support.server import CONCURRENCY, ENDLESS
+from tests.support.logs import fields_of
+from tests.support.server import ENDLESS, places
 from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
@@ -124,32 +125,18 @@ def test_one_gives_way_for_each_that_waits_down_to_half(house: House, clock: Fak
     assert len(house.told) == 2
 
 
-def test_nobody_gives_way_to_the_same_key_or_for_nobody(house: House, clock: FakeClock) -> None:
-    house.enter(MINE, 4)
-    clock.advance(1000.0)
-    house.wait(MINE)
-    clock.advance(1000.0)
-
-    assert house.told == []
-    assert clock.pending == 0
-
-
-def test_nobody_gives_way_where_no_key_has_more_than_half(house: House, clock: FakeClock) -> None:
-    house.enter(MINE, 2)
-    house.enter(OTHER, 2)
-    clock.advance(1000.0)
-    house.wait("third")
-    clock.advance(1000.0)
-
-    assert house.told == []
-
-
-def test_clients_without_a_key_are_one_caller_and_keep_their_places(
-    house: House, clock: FakeClock
+@pytest.mark.parametrize(
+    ("inside", "waits"),
+    [([(MINE, 4)], MINE), ([(MINE, 2), (OTHER, 2)], "third"), ([("", 4)], "")],
+    ids=["the same key", "a key while none has more than half", "another without a key"],
+)
+def test_nobody_gives_way_to(
+    house: House, clock: FakeClock, inside: list[tuple[str, int]], waits: str
 ) -> None:
-    house.enter("", 4)
+    for name, count in inside:
+        house.enter(name, count)
     clock.advance(1000.0)
-    house.wait("")
+    house.wait(waits)
     clock.advance(1000.0)
 
     assert house.told == []
@@ -255,12 +242,8 @@ def test_a_socket_gives_way_at_once_to_who_may_not_wait(house: House, clock: Fak
 # On real sockets.
 
 
-def limits(places: int, waiting: int = 50, timeout: float = 30.0) -> dict[str, Any]:
-    return {
-        f"{CONCURRENCY}.max_connections": places,
-        f"{CONCURRENCY}.connection_queue_size": waiting,
-        f"{CONCURRENCY}.queue_timeout": timeout,
-    }
+def limits(inside: int, timeout: float = 30.0) -> dict[str, Any]:
+    return places(inside, timeout=timeout)
 
 
 @pytest.fixture
@@ -404,12 +387,12 @@ async def test_one_key_gives_way_to_many_down_to_half_of_the_places(
 # A key's own bound.
 
 
-@pytest.mark.parametrize("places", [1, 10], ids=["one waits", "all inside"])
+@pytest.mark.parametrize("inside", [1, 10], ids=["one waits", "all inside"])
 async def test_a_key_has_no_more_connections_than_its_own_bound(
-    make_server: MakeServer, places: int, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, inside: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = [entry(MINE, max_connections=2), entry(OTHER)]
-    server = await make_server(**limits(places), **{"auth.keys": keys})
+    server = await make_server(**limits(inside), **{"auth.keys": keys})
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(2):
             await stack.enter_async_context(server.connect(headers=bearer(MINE)))
@@ -440,7 +423,7 @@ async def test_a_key_has_no_more_connections_than_its_own_bound(
             await ws.send_json({"action": "ping"})
     await server.nothing_held()
 
-    assert [record for record in caplog.records if record.getMessage() == "connection refused"]
+    assert fields_of(caplog, "connection refused")
     async with server.connect(headers=bearer(MINE)) as ws:
         await ws.send_json(chat("r"))
         assert (await to_end(ws))[-1]["status"] == "complete"
@@ -488,10 +471,5 @@ async def test_a_key_at_its_bound_does_not_hide_in_the_log_that_the_server_is_fu
             async with server.session.post(url, json=CHAT, headers=bearer(name)) as response:
                 assert response.status == status
 
-    lines: list[Any] = [
-        record for record in caplog.records if record.getMessage() == "connection refused"
-    ]
-    assert [line.fields["code"] for line in lines] == [
-        "concurrency_exceeded",
-        "server_at_capacity",
-    ]
+    codes = [line["code"] for line in fields_of(caplog, "connection refused")]
+    assert codes == ["concurrency_exceeded", "server_at_capacity"]

@@ -9,6 +9,7 @@ import gc
 import io
 import json
 import tracemalloc
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,7 +32,7 @@ from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from tests.support.server import RunningServer
 
@@ -80,6 +81,19 @@ class Staged:
                 length = len(WHOLE)
                 answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
                 await peer.send(answer + b"Content-Length: %d\r\n\r\n%b" % (length, WHOLE))
+
+
+@asynccontextmanager
+async def staged(
+    make_server: MakeServer, *, refusals: int = 0, **changes: Any
+) -> AsyncIterator[tuple[Staged, RunningServer]]:
+    """A provider that answers in stages, and a server before it."""
+    provider = Staged(refusals=refusals)
+    async with ScriptedProvider(provider.play) as scripted:
+        yield (
+            provider,
+            await make_server(**{"llm.providers.sim.base_url": scripted.url, **changes}),
+        )
 
 
 async def over_openai(server: RunningServer, body: bytes) -> bytes:
@@ -131,10 +145,8 @@ def frame_body(**payload: Any) -> bytes:
 async def test_a_body_counts_until_the_answer_begins(
     make_server: MakeServer, ask: Callable[[RunningServer, bytes], Awaitable[bytes]], body: bytes
 ) -> None:
-    provider = Staged(refusals=1)
-    async with ScriptedProvider(provider.play) as scripted:
-        changes = {"llm.providers.sim.base_url": scripted.url, f"{SIM_HTTP_CLIENT}.max_retries": 1}
-        server = await make_server(**changes)
+    changes = {f"{SIM_HTTP_CLIENT}.max_retries": 1}
+    async with staged(make_server, refusals=1, **changes) as (provider, server):
         asked = asyncio.ensure_future(ask(server, body))
         await until(lambda: len(provider.bodies) == 2)
         # It was sent twice, and is with the provider.
@@ -153,10 +165,8 @@ async def test_a_body_counts_until_the_answer_begins(
 async def test_a_text_counts_until_its_answer_is_in_the_conversation(
     make_server: MakeServer,
 ) -> None:
-    provider = Staged()
     body = frame_body(text="Hello" * 100, options={"x": "x" * 500})
-    async with ScriptedProvider(provider.play) as scripted:
-        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
+    async with staged(make_server) as (provider, server):
         asked = asyncio.ensure_future(over_websocket(server, body))
         await until(lambda: len(provider.bodies) == 1)
         assert server.held()["body_bytes"] == len(body)
@@ -172,9 +182,7 @@ async def test_a_text_counts_until_its_answer_is_in_the_conversation(
 async def test_the_body_of_a_whole_answer_counts_until_it_is_there(
     make_server: MakeServer,
 ) -> None:
-    provider = Staged()
-    async with ScriptedProvider(provider.play) as scripted:
-        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
+    async with staged(make_server) as (provider, server):
         body = openai_body(stream=False)
         asked = asyncio.ensure_future(over_openai(server, body))
         await until(lambda: len(provider.bodies) == 1)
@@ -187,10 +195,8 @@ async def test_the_body_of_a_whole_answer_counts_until_it_is_there(
 
 
 async def test_a_body_counts_on_when_its_client_has_left(make_server: MakeServer) -> None:
-    provider = Staged()
     body = sse_body()
-    async with ScriptedProvider(provider.play) as scripted:
-        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
+    async with staged(make_server) as (provider, server):
         headers = {"Content-Type": "application/json", "Prefer": "respond-async"}
         async with server.session.post(server.sse, data=body, headers=headers) as response:
             assert response.status == 202
@@ -207,9 +213,7 @@ async def test_a_body_counts_on_when_its_client_has_left(make_server: MakeServer
 async def test_a_body_does_not_count_for_a_reader_of_an_answer_that_is_known(
     make_server: MakeServer,
 ) -> None:
-    provider = Staged()
-    async with ScriptedProvider(provider.play) as scripted:
-        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
+    async with staged(make_server) as (provider, server):
         body = sse_body()
         first = asyncio.ensure_future(over_sse(server, body))
         await until(lambda: len(provider.bodies) == 1)
@@ -227,16 +231,12 @@ async def test_waiting_bodies_fill_the_bound_and_the_next_is_refused(
     make_server: MakeServer,
 ) -> None:
     """As 250 requests of 1 MiB fill the default, so do 4 with a bound of 4."""
-    provider = Staged()
     body = openai_body(stream=True, x="x" * 1000)
-    async with ScriptedProvider(provider.play) as scripted:
-        server = await make_server(
-            **{
-                "llm.providers.sim.base_url": scripted.url,
-                f"{CONCURRENCY}.max_body_bytes": 4 * len(body) + 1,
-                f"{SIM_HTTP_CLIENT}.concurrent_requests": 1,
-            }
-        )
+    changes = {
+        f"{CONCURRENCY}.max_body_bytes": 4 * len(body) + 1,
+        f"{SIM_HTTP_CLIENT}.concurrent_requests": 1,
+    }
+    async with staged(make_server, **changes) as (provider, server):
         asked = [asyncio.ensure_future(over_openai(server, body)) for _ in range(4)]
         await until(lambda: server.held()["sim waiting"] == 3)
         assert server.held()["body_bytes"] == 4 * len(body)
@@ -295,9 +295,7 @@ async def test_admitted_bodies_cost_less_than_ten_times_their_bytes(
             % (model, filling)
         ] * count
     ask = {"sse": over_sse, "websocket": over_websocket}.get(face, over_openai)
-    provider = Staged()
-    async with ScriptedProvider(provider.play) as scripted:
-        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
+    async with staged(make_server) as (provider, server):
         gc.collect()
         tracemalloc.start()
         try:

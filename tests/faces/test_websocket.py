@@ -42,6 +42,14 @@ async def closed_with(ws: aiohttp.ClientWebSocketResponse) -> tuple[int | None, 
     return ws.close_code, frames
 
 
+async def until_closed(raw: Raw) -> list[tuple[int, bytes]]:
+    """The frames until the close frame, which is the last one."""
+    frames = [await raw.frame()]
+    while frames[-1][0] != CLOSE:
+        frames.append(await raw.frame())
+    return frames
+
+
 # Answers.
 
 
@@ -356,12 +364,10 @@ async def test_the_limit_of_a_message_is_inclusive_and_counts_bytes(
             await send(raw, 1000, letter)
             assert (await raw.json_frame())["status"] == "pong"
             await send(raw, 1001, letter)
-            frames = [await raw.frame()]
-            while frames[-1][0] == TEXT:
-                assert json.loads(frames[-1][1])["chunk"]["code"] == "request_too_large"
-                frames.append(await raw.frame())
-            opcode, payload = frames[-1]
-            assert opcode == CLOSE
+            *errors, (_, payload) = await until_closed(raw)
+            for opcode, data in errors:
+                assert opcode == TEXT
+                assert json.loads(data)["chunk"]["code"] == "request_too_large"
             assert closing(payload)[0] == 1009
 
 
@@ -372,9 +378,7 @@ async def test_a_flood_of_frames_closes_with_1008(server: RunningServer, opcode:
         await raw.upgrade()
         began = time.monotonic()
         await raw.send(masked(opcode, payload) * 2000)
-        frames: list[tuple[int, bytes]] = []
-        while not frames or frames[-1][0] != CLOSE:
-            frames.append(await raw.frame())
+        frames = await until_closed(raw)
         took = time.monotonic() - began
         # The server has read enough of the flood, and may have reset the connection.
         with contextlib.suppress(ConnectionError):
@@ -413,9 +417,7 @@ async def test_a_client_that_is_closed_while_it_sends_learns_why(
     async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send(data)  # not met by a reset, which could destroy the close frame
-        frames: list[tuple[int, bytes]] = []
-        while not frames or frames[-1][0] != CLOSE:
-            frames.append(await raw.frame())
+        frames = await until_closed(raw)
         assert closing(frames[-1][1])[0] == code
         await raw.send_frame(CLOSE, frames[-1][1])
         assert await raw.frames() == []

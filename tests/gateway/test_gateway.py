@@ -12,7 +12,7 @@ from aioserver.auth.callers import anonymous
 from aioserver.faces import socket as sockets
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import CONCURRENCY, QUICK, SILENT, SLOW, MakeServer
+from tests.support.server import QUICK, SILENT, SLOW, MakeServer, places
 from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until, within
 
@@ -231,14 +231,8 @@ async def test_new_answers_are_refused_where_running_ones_fill_the_memory(
 async def test_the_end_closes_every_socket_with_1012_and_tells_every_stream(
     make_server: MakeServer,
 ) -> None:
-    server = await make_server(
-        SLOW,
-        **{
-            "chat.websocket.shutdown_timeout": 0.3,
-            f"{CONCURRENCY}.max_connections": 4,
-            f"{CONCURRENCY}.queue_timeout": 30.0,
-        },
-    )
+    changes = {"chat.websocket.shutdown_timeout": 0.3, **places(4, timeout=30.0)}
+    server = await make_server(SLOW, **changes)
     loop = asyncio.get_running_loop()
     async with Raw(server) as idle, Raw(server) as busy, Raw(server) as events, Raw(server) as sdk:
         for raw in (idle, busy):

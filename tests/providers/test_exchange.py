@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import socket
 from typing import TYPE_CHECKING
@@ -34,11 +33,12 @@ from tests.support.scripted_provider import (
     exchange,
     pooled,
     request,
+    stalling,
 )
 from tests.support.waiting import patience, ticks, until
 
 if TYPE_CHECKING:
-    from aioserver.providers.pool import Pool
+    from collections.abc import Awaitable, Callable
 
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -333,13 +333,7 @@ async def test_a_late_answer_is_never_taken_for_the_next_one() -> None:
 
 async def test_a_provider_that_closes_an_idle_connection_is_forgotten_at_once() -> None:
     close = asyncio.Event()
-
-    async def play(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(OK)
-        await close.wait()
-
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(closing((OK, close))) as server, pooled(server.url) as pool:
         await ask(pool)
         assert pool.stats().idle == 1
 
@@ -365,30 +359,8 @@ async def test_a_dead_kept_connection_is_stale_and_a_fresh_one_is_not() -> None:
         assert server.accepted == 2
 
 
-@pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 103 Hints\r\n\r\n"])
-async def test_a_kept_connection_that_breaks_in_the_head_is_not_stale(part: bytes) -> None:
-    async def play(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(OK)
-        await peer.request()
-        await peer.send(part)
-
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
-        await ask(pool)
-        with pytest.raises(ProviderDisconnected) as raised:
-            await ask(pool)
-
-        assert not isinstance(raised.value, StaleConnection)
-        assert server.accepted == 1
-
-
 async def test_a_kept_connection_that_closes_before_it_is_used_is_stale() -> None:
-    async def play(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(OK)
-        await peer.left()
-
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(OK)) as server, pooled(server.url) as pool:
         await ask(pool)
         connection = await pool.connect()
         assert connection.transport is not None
@@ -402,14 +374,9 @@ LATE_408 = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 2\r\n\r\n{}"
 
 
 async def test_a_connection_is_never_kept_after_a_408() -> None:
-    async def play(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(LATE_408)
-        # It answers all the same, when the connection would be idle.
-        await peer.send(OK)
-        await peer.left()
-
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+    # It answers all the same, when the connection would be idle.
+    script = answering((LATE_408, OK))
+    async with ScriptedProvider(script) as server, pooled(server.url) as pool:
         assert (await ask(pool)).status == 408
 
         assert pool.stats().open == 0
@@ -490,15 +457,8 @@ async def test_a_late_408_never_gives_a_request_the_answer_of_another(
 
 async def test_done_and_a_late_last_chunk_keep_the_connection() -> None:
     seen_done = asyncio.Event()
-
-    async def play(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(CHUNKED + chunk(DONE))
-        await seen_done.wait()
-        await peer.send(b"0", b"\r\n", b"\r\n")
-        await peer.left()
-
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+    script = answering((CHUNKED + chunk(DONE), seen_done, b"0", b"\r\n", b"\r\n"))
+    async with ScriptedProvider(script) as server, pooled(server.url) as pool:
         got = await ask(pool, Got(until=b"[DONE]"))
         assert (got.body, pool.stats().idle) == (DONE, 0)
         seen_done.set()
@@ -514,15 +474,8 @@ async def test_done_and_a_late_last_chunk_keep_the_connection() -> None:
 )
 async def test_done_and_more_behind_it_close_the_connection(more: bytes) -> None:
     seen_done = asyncio.Event()
-
-    async def play(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(CHUNKED + chunk(DONE))
-        await seen_done.wait()
-        await peer.send(more)
-        await peer.left()
-
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+    script = answering((CHUNKED + chunk(DONE), seen_done, more))
+    async with ScriptedProvider(script) as server, pooled(server.url) as pool:
         got = await ask(pool, Got(until=b"[DONE]"))
         seen_done.set()
 
@@ -546,14 +499,8 @@ async def test_an_answer_before_the_upload_is_finished_is_reported_and_the_conne
     None
 ):
     refusal = b"HTTP/1.1 413 Too large\r\nContent-Length: 2\r\n\r\n{}"
-
-    async def play(peer: Peer) -> None:
-        await peer.head()
-        await peer.send(refusal)
-        await done.wait()
-
     done = asyncio.Event()
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(stalling(done, refusal)) as server, pooled(server.url) as pool:
         got = await ask(pool, body=b"x" * 50_000_000)
         done.set()
 
@@ -563,12 +510,8 @@ async def test_an_answer_before_the_upload_is_finished_is_reported_and_the_conne
 
 
 async def test_a_stuck_upload_ends_with_the_write_timeout() -> None:
-    async def play(peer: Peer) -> None:
-        await peer.head()
-        await gone.wait()
-
     gone = asyncio.Event()
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(stalling(gone)) as server, pooled(server.url) as pool:
         with pytest.raises(WriteTimeout):
             await ask(pool, body=b"x" * 50_000_000, write_timeout=0.3, read_timeout=0.05)
 
@@ -675,8 +618,7 @@ async def test_leaving_closes_the_connection_at_once(sent: bytes) -> None:
         await until(lambda: server.open == 1 and (not sent or got.status == 200))
 
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
 
         assert task.cancelled()
         assert pool.stats().open == 0
@@ -684,20 +626,16 @@ async def test_leaving_closes_the_connection_at_once(sent: bytes) -> None:
 
 
 async def test_leaving_in_the_upload_closes_the_connection_at_once() -> None:
-    async def play(peer: Peer) -> None:
-        await peer.head()
-        reading.set()
-        await gone.wait()
-
     reading, gone = asyncio.Event(), asyncio.Event()
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
+    script = stalling(gone, begun=reading)
+    async with ScriptedProvider(script) as server, pooled(server.url) as pool:
         task = asyncio.ensure_future(ask(pool, body=b"x" * 50_000_000))
         await reading.wait()
 
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
 
+        assert task.cancelled()
         assert pool.stats().open == 0
         gone.set()
 
@@ -716,9 +654,9 @@ async def test_bytes_in_the_very_turn_of_leaving_do_not_keep_the_connection() ->
 
         task.cancel()
         protocol.data_received(b"5")  # read from the socket before the task has seen it
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
 
+        assert task.cancelled()
         assert pool.stats().open == 0
 
 
@@ -741,39 +679,31 @@ async def test_leaving_from_within_the_sink_closes_the_connection() -> None:
         await until(lambda: server.open == 0, 2.0)
 
 
-async def test_a_provider_that_speaks_before_it_is_asked_is_a_fault_and_nothing_more() -> None:
-    async def play(peer: Peer) -> None:
-        peer.write(b"220 mail.example ESMTP ready\r\n")
-        await peer.left()
-
-    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
-        for _ in range(20):
-            with pytest.raises(ProviderFault):
-                await ask(pool)
-
-        assert pool.stats().open == 0
+async def speak_first(peer: Peer) -> None:
+    peer.write(b"220 mail.example ESMTP ready\r\n")
+    await peer.left()
 
 
-async def test_a_provider_that_closes_what_it_accepts_is_a_fault_and_nothing_more() -> None:
-    async def play(peer: Peer) -> None:
-        peer.abort()
+async def hang_up(peer: Peer) -> None:
+    peer.abort()
 
+
+@pytest.mark.parametrize("play", [speak_first, hang_up])
+async def test_a_provider_that_never_waits_for_a_request_is_a_fault_and_nothing_more(
+    play: Callable[[Peer], Awaitable[None]],
+) -> None:
     async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         for _ in range(20):
             with pytest.raises(ProviderFault) as raised:
                 await ask(pool)
-            assert not isinstance(raised.value, StaleConnection)
+            assert play is speak_first or not isinstance(raised.value, StaleConnection)
 
         assert pool.stats().open == 0
 
 
-async def one_after_the_other(pool: Pool, count: int) -> list[Got]:
-    return [await ask(pool) for _ in range(count)]
-
-
 async def test_a_hundred_requests_use_one_connection() -> None:
     async with ScriptedProvider(answering(*[OK] * 100)) as server, pooled(server.url) as pool:
-        answers = await one_after_the_other(pool, 100)
+        answers = [await ask(pool) for _ in range(100)]
 
         assert {got.body for got in answers} == {b"ok"}
         assert server.accepted == 1
@@ -783,17 +713,8 @@ async def test_a_paused_exchange_reads_nothing_and_its_deadline_rests() -> None:
     waiting = 0
     backpressure = Backpressure(lambda: waiting)
     sent = asyncio.Event()
-
-    async def play(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(CHUNKED + chunk(b"first"))
-        await sent.wait()
-        await peer.send(chunk(b"second"), b"0\r\n\r\n")
-        await peer.request()
-        await peer.send(OK)
-        await peer.left()
-
-    async with ScriptedProvider(play) as provider, pooled(provider.url) as pool:
+    script = answering((CHUNKED + chunk(b"first"), sent, chunk(b"second"), b"0\r\n\r\n"), OK)
+    async with ScriptedProvider(script) as provider, pooled(provider.url) as pool:
         loop, got = asyncio.get_running_loop(), Got()
         connection = await pool.connect()
         paused = exchange(connection, got, backpressure, read_timeout=0.1)

@@ -32,6 +32,7 @@ from tests.support.scripted_provider import (
     Got,
     Peer,
     ScriptedProvider,
+    answering,
     ask,
     exchange,
     full_listener,
@@ -355,10 +356,7 @@ async def test_a_full_accept_queue_is_a_connect_timeout() -> None:
 
 
 async def test_a_stalled_tls_handshake_is_a_connect_timeout() -> None:
-    async def play(peer: Peer) -> None:
-        await peer.left()
-
-    async with ScriptedProvider(play) as server:
+    async with ScriptedProvider(answering()) as server:
         url = f"https://127.0.0.1:{server.port}/v1"
         async with pooled(url, connect_timeout=0.2) as pool:
             with pytest.raises(ConnectTimeout):
@@ -443,14 +441,8 @@ async def test_leaving_a_tls_stream_aborts_it_without_a_farewell(
     authority: trustme.CA, ca_file: str
 ) -> None:
     context = server_context(authority.issue_cert("127.0.0.1"))
-
-    async def play(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(OK[:-1])
-        await peer.left()
-
     async with (
-        ScriptedProvider(play, ssl=context) as server,
+        ScriptedProvider(answering(OK[:-1]), ssl=context) as server,
         pooled(server.url, ca_file=ca_file) as pool,
     ):
         got = Got()

@@ -14,7 +14,7 @@ import pytest
 from aioserver.server.runner import until_empty
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, runner_of
+from tests.support.server import SIM_HTTP_CLIENT, places, runner_of
 from tests.support.simulator import Behaviour
 from tests.support.waiting import patience, until, within
 
@@ -68,7 +68,7 @@ async def test_requests_on_open_connections_are_served_and_end_them(
 @pytest.mark.parametrize(
     "one_at_a_time",
     [
-        {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 60.0},
+        places(1, timeout=60.0),
         {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1},
     ],
     ids=["at the door", "for a provider"],
@@ -119,12 +119,7 @@ async def test_queue_that_does_not_empty_is_waited_for_no_longer_than_it_may() -
 async def test_what_waits_longer_than_half_of_the_grace_is_refused(
     make_server: MakeServer,
 ) -> None:
-    changes = {
-        f"{CONCURRENCY}.max_connections": 1,
-        f"{CONCURRENCY}.queue_timeout": 60,
-        GRACE: 1.6,
-        KEEPS: 0,
-    }
+    changes = places(1, timeout=60) | {GRACE: 1.6, KEEPS: 0}
     server = await make_server(Behaviour(ttft=0, interval=0.1, tokens=4000), **changes)
     async with Raw(server) as running, Raw(server) as waiting:
         await running.post("/v1/chat/completions", STREAMED)

@@ -14,7 +14,7 @@ from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end
 from tests.support.logs import without_lateness
 from tests.support.process import serving
 from tests.support.raw import CLOSE, Raw, closing
-from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT
+from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT, places
 from tests.support.simulator import Behaviour, Simulator
 from tests.support.waiting import patience
 
@@ -32,8 +32,7 @@ def room(number: int) -> dict[str, Any]:
     """Changes that let *number* clients in, and as many requests through."""
     client = ("max_connections", "max_keepalive", "concurrent_requests")
     return {
-        f"{CONCURRENCY}.max_connections": number,
-        f"{CONCURRENCY}.connection_queue_size": number,
+        **places(number, number),
         f"{CONCURRENCY}.uvicorn.backlog": max(128, number),
         **{f"{SIM_HTTP_CLIENT}.{name}": number for name in client},
         f"{SIM_HTTP_CLIENT}.read_timeout": 60.0,

@@ -15,7 +15,7 @@ import pytest
 from aioserver.server.connections import FAREWELL
 from tests.support.chat import CHAT, STREAMED, big, chat, resume
 from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing
-from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT
+from tests.support.server import QUICK, SIM_HTTP_CLIENT, places
 from tests.support.simulator import Behaviour
 from tests.support.waiting import until, within
 
@@ -69,12 +69,7 @@ async def test_a_request_on_its_way_is_answered(make_server: MakeServer) -> None
 async def test_waiters_get_server_shutdown_and_no_client_comes_in(
     make_server: MakeServer,
 ) -> None:
-    changes = {
-        f"{CONCURRENCY}.max_connections": 1,
-        f"{CONCURRENCY}.queue_timeout": 60,
-        GRACE: 20.0,
-    }
-    server = await make_server(LONG, **changes)
+    server = await make_server(LONG, **places(1, timeout=60), **{GRACE: 20.0})
     async with AsyncExitStack() as stack:
         busy, *sockets, poster, late, probe = [
             await stack.enter_async_context(Raw(server)) for _ in range(6)

@@ -168,22 +168,49 @@ class ScriptedProvider:
                 await asyncio.wait_for(peer.writer.wait_closed(), 1)
 
 
-def answering(*answers: bytes | tuple[bytes, ...]) -> Callable[[Peer], Awaitable[None]]:
-    """A script that answers one request after the other with *answers*, and then waits.
+Answer = bytes | tuple[bytes | asyncio.Event, ...]
 
-    An answer that is a tuple is sent in pieces.
-    """
+
+async def give(peer: Peer, answer: Answer) -> None:
+    """Send *answer*: one that is a tuple comes in pieces, and an event in it is waited for."""
+    for piece in (answer,) if isinstance(answer, bytes) else answer:
+        if isinstance(piece, asyncio.Event):
+            await piece.wait()
+        else:
+            await peer.send(piece)
+
+
+def answering(*answers: Answer) -> Callable[[Peer], Awaitable[None]]:
+    """A script that answers one request after the other with *answers*, and then waits."""
 
     async def play(peer: Peer) -> None:
         for answer in answers:
             await peer.request()
-            await peer.send(*((answer,) if isinstance(answer, bytes) else answer))
+            await give(peer, answer)
         await peer.left()
 
     return play
 
 
-def closing(*answers: bytes | tuple[bytes, ...]) -> Callable[[Peer], Awaitable[None]]:
+def stalling(
+    until: asyncio.Event, answer: bytes = b"", *, begun: asyncio.Event | None = None
+) -> Callable[[Peer], Awaitable[None]]:
+    """A script that reads the head of a request, sends *answer*, and reads nothing until *until*;
+    *begun* is set where it stops reading.
+    """
+
+    async def play(peer: Peer) -> None:
+        await peer.head()
+        if answer:
+            await peer.send(answer)
+        if begun:
+            begun.set()
+        await until.wait()
+
+    return play
+
+
+def closing(*answers: Answer) -> Callable[[Peer], Awaitable[None]]:
     """A script that answers one request on each connection, and closes it: with the next of
     *answers*, and with the last of them from then on.
     """
@@ -191,8 +218,7 @@ def closing(*answers: bytes | tuple[bytes, ...]) -> Callable[[Peer], Awaitable[N
 
     async def play(peer: Peer) -> None:
         await peer.request()
-        answer = left.pop(0) if len(left) > 1 else left[0]
-        await peer.send(*((answer,) if isinstance(answer, bytes) else answer))
+        await give(peer, left.pop(0) if len(left) > 1 else left[0])
 
     return play
 

@@ -106,6 +106,12 @@ def provider_entry(base_url: str, model: str = "other-model", **client: Any) -> 
     return {"base_url": base_url, "model": model, "http_client": HTTP_CLIENT | client}
 
 
+def places(limit: int, waiting: int | None = None, timeout: float | None = None) -> dict[str, Any]:
+    """The changes for *limit* clients inside, and *waiting* others for *timeout* seconds."""
+    bounds = {"max_connections": limit, "connection_queue_size": waiting, "queue_timeout": timeout}
+    return {f"{CONCURRENCY}.{name}": bound for name, bound in bounds.items() if bound is not None}
+
+
 class MakeServer(Protocol):
     """The fixture `make_server`."""
 
