@@ -49,7 +49,7 @@ async def listing(context: Context, request: web.Request) -> web.Response:
 def _model(form: Form, route: Route, name: str, owner: str | None) -> dict[str, Any]:
     """Return the entry of the model *name*, which *route* leads to."""
     settings, group = route.provider.settings, route.group
-    context, modalities = group.max_context, group.modalities
+    context, modalities = group.max_context(route.model), group.modalities
     if settings.simulated:
         context = context or SIMULATED_CONTEXT
         modalities = modalities if any(modalities) else SIMULATED_MODALITIES

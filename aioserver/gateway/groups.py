@@ -206,14 +206,20 @@ class Group:
         """Return the fault of a request that no member can answer any more."""
         return NoProvider(f"no provider of {self.name} is usable")
 
-    @property
-    def max_context(self) -> int | None:
-        """The tokens of the longest prompt that a member takes; None: they are not known of all."""
+    def max_context(self, model: str | None) -> int | None:
+        """Return the tokens of the longest prompt that a member takes, by the settings or by what
+        its engine has said; None: they are not known of all. *model* is that of a request for a
+        group without a name.
+        """
         most = 0
         for member in self.members:
-            if member.max_context is None:
+            asked = member.asked_model if self.name else member.model or model
+            known = member.max_context or member.provider.context_limit(
+                asked or member.asked_model
+            )
+            if known is None:
                 return None
-            most = max(most, member.max_context)
+            most = max(most, known)
         return most or None
 
     @property

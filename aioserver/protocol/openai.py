@@ -99,6 +99,11 @@ class Reading:
         # UTF-8.
         self._text = bytearray()
 
+    @property
+    def plain(self) -> bool:
+        """Whether the next event may have a text and nothing else, and need not be read."""
+        return not self.half
+
     def begin_anew(self) -> None:
         """Forget everything: an attempt has failed, and another attempt follows."""
         self.finish_reason = self.usage = None

@@ -278,6 +278,7 @@ class Holding(Splitter):
             or find(ERROR_NAME, begin) >= 0
             or find(FINISH, begin) >= 0
             or find(FINISH_SPACED, begin) >= 0
+            or find(ESCAPE, begin) >= 0
             or not (block.isascii() or utf8(block))
         ):
             return False

@@ -381,6 +381,11 @@ class Provider:
             capabilities = self._capabilities[kind] = kind(self.settings, self.clock)
         return capabilities
 
+    def context_limit(self, model: str) -> int | None:
+        """Return the tokens of the context of *model*, if its engine has named them lately."""
+        learned = self._capabilities.values()
+        return next((limit for each in learned if (limit := each.context_limits.get(model))), None)
+
     def stats(self) -> ProviderStats:
         """Return a snapshot."""
         now = asyncio.get_running_loop().time()

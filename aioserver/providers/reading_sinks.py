@@ -38,6 +38,14 @@ class ReadingSink(StreamSink):
         self._shape: Shape | None = None
         self._samples_left = MAX_SHAPE_SAMPLES
 
+    def fast(self) -> Path | None:
+        """Return the path; the stream's only once the shape of the provider's events is known, and
+        while the next one may have a text and nothing else.
+        """
+        if self._shape is None or not self._splitter.idle or not self._reading.plain:
+            return super().fast()
+        return self._stream.open_fast_path(self._shape)
+
     @property
     def _complete_without_mark(self) -> bool:
         return self._reading.finish_reason is not None
@@ -105,14 +113,6 @@ class ReadingSink(StreamSink):
 class ChatSink(ReadingSink):
     """Reads the provider's events and appends their `chunk` objects to a log."""
 
-    def fast(self) -> Path | None:
-        """Return the path; the stream's only once the shape of the provider's events is known, and
-        while no half a character waits for its other half.
-        """
-        if self._shape is None or not self._splitter.idle or self._reading.half:
-            return super().fast()
-        return self._stream.open_fast_path(self._shape)
-
     def _may_be_text(self, part: bytes) -> bool:
         return part.startswith(TEXT_START)
 
@@ -126,10 +126,7 @@ class ChatSink(ReadingSink):
 
 
 class BridgingSink(ReadingSink, Generic[C]):
-    """Reads the provider's chunks, and appends events of another API, which *writer* makes.
-
-    The log has no event of the provider, so there is no fast path.
-    """
+    """Reads the provider's chunks, and appends events of another API, which *writer* makes."""
 
     def __init__(self, stream: Stream, writer: ChunkReader[C]) -> None:
         super().__init__(stream, writer)
@@ -139,7 +136,10 @@ class BridgingSink(ReadingSink, Generic[C]):
 
     def feed(self, data: bytes) -> bool:
         """Append the events for *data*, as `StreamSink.feed`."""
-        writer, shape = self._writes, self._shape
+        writer, shape, stream = self._writes, self._shape, self._stream
+        if stream.path is not None:
+            # It notes the events that it has forwarded, before the writer makes more.
+            stream.close_fast_path()
         if (
             shape is not None
             and self._splitter.idle
@@ -157,6 +157,7 @@ class BridgingSink(ReadingSink, Generic[C]):
 
     def _take(self, block: bytes) -> bool:
         writer, shape = self._writes, self._shape
+        self._stream.close_fast_path()
         if shape is not None and writer.plain and (texts := shape.texts_in(block)):
             events: list[bytes] = []
             try:
@@ -185,6 +186,7 @@ class BridgingSink(ReadingSink, Generic[C]):
         """
 
     def _complete(self) -> None:
+        self._stream.close_fast_path()
         try:
             events = self._finish()
         except BadEvent as exc:
@@ -199,11 +201,16 @@ class BridgingSink(ReadingSink, Generic[C]):
         if events:
             self._stream.close_with(b"".join(events), len(events))
 
-    @abstractmethod
     def _append_texts(self, data: bytes, count: int) -> None:
         """Append *data*, *count* events of one text each, which need no check; *count* is 0 if the
         first was a fault.
         """
+        if not count:
+            return
+        stream = self._stream
+        stream.events.note_run(stream.last + 1, self._writes.sequence - count, count)
+        stream.forward(data, count)
+        self._count_text()
 
 
 def complete_chat(stream: Stream, reading: Reading) -> None:

@@ -48,6 +48,7 @@ import orjson
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import EventTooLong, Splitter
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, is_content, usage_of
+from aioserver.protocol.parts import ESCAPE
 from aioserver.protocol.tokens import tiered
 from aioserver.provider_errors import (
     ProviderAuthError,
@@ -502,6 +503,8 @@ class EventSink(PassingSink):
             if (
                 find(FINISH) >= 0
                 or find(FINISH_SPACED) >= 0
+                # That may be a letter of it.
+                or find(ESCAPE) >= 0
                 or (self._finished and find(_DELTA) >= 0)
             ):
                 self._finished = finished(block, before=self._finished)

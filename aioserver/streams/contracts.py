@@ -178,6 +178,11 @@ class AnswerEvents:
     def note(self, block: bytes, first: int) -> None:
         """Read a block of the provider's events; the first one has the number *first*."""
 
+    def note_run(self, number: int, sequence: int, count: int = 1) -> None:
+        """Remember the numbers of *count* events: their log numbers start at *number*, their
+        sequence numbers at *sequence*.
+        """
+
     def render(self, error: AioserverError, seen: int | None = None) -> bytes:  # noqa: ARG002
         """Return *error* as the last event of the answer, or for a reader that has *seen* the
         event of that number.

@@ -29,9 +29,11 @@ ordinary:
                tool calls are held, no event that may have a piece of one
     TextPath   for the faces that show frames: an event of the answer's `Shape`, which has a text
                and nothing else. It is appended to the log like any other
+    TranslatedPath   for a chat completion that becomes an answer of another API: an event of that
+               kind, too. The log is private and empty, and stays empty
 
 An API may have its own fast path: the `ForwardedApi` of the answer makes it
-(wings/responses/path.py).
+(wings/anthropic/path.py, wings/responses/path.py).
 
 Every other form of the same bytes, every end, error and comment takes the slow path, and has the
 same effect there: the tests feed both paths with the same streams.
@@ -40,11 +42,12 @@ same effect there: the tests feed both paths with the same streams.
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioserver.limits.write_watchdog import reset
+from aioserver.protocol.bridging.chunks import ChunkReader
 from aioserver.protocol.eventstream import utf8
-from aioserver.protocol.openai import PLAIN
+from aioserver.protocol.openai import PLAIN, BadEvent
 from aioserver.protocol.parts import CALL_MARK, ESCAPE
 from aioserver.protocol.request_headers import CALLS
 from aioserver.protocol.transcript import PassedTranscript
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.openai import Shape
     from aioserver.streams.cursor import Cursor
+    from aioserver.streams.formats import Format
     from aioserver.streams.outbox import Outbox
 
 # Longer reads are rare, and take the slow path.
@@ -205,6 +209,8 @@ class TextPath(FastPath):
     The reader gets each event at once. The log gets a run of consecutive events as one entry,
     which has only their texts, so that an event leaves no object behind.
 
+    *render_text* renders an event, as that of a `Format`; b"" if it must take the slow path.
+
     Always: `_texts` has the texts of the stream's last events, which are not in its entries yet.
     """
 
@@ -244,11 +250,14 @@ class TextPath(FastPath):
         text = read[begin : stop + 1]
         if not utf8(text):
             return False
-        self._texts += text
         stream = self._stream
-        stream.last = number = stream.last + 1
-        self._meter.events += 1
+        number = stream.last + 1
         data = self._render_text(self._head, number, text)
+        if not data:
+            return False
+        self._texts += text
+        stream.last = number
+        self._meter.events += 1
         self._outbox.put(self, b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         self.forwarded_at = now = self._clock()
         if now - self.read_at > self._silence:
@@ -277,6 +286,44 @@ class TextPath(FastPath):
         stream.trim()
 
 
+class TranslatedPath(TextPath):
+    """Forwards events of the answer's shape, each as *writer* translates it. The log keeps none.
+
+    Always: `_texts` has the texts of the stream's last events, of which neither the size nor the
+    sequence numbers are noted yet.
+    """
+
+    __slots__ = ("_writer",)
+
+    def __init__(
+        self, cursor: Cursor, destination: Destination, shape: Shape, writer: ChunkReader[Any]
+    ) -> None:
+        super().__init__(cursor, destination, shape, _translated(writer, cursor.format))
+        self._writer = writer
+
+    def _append_texts(self) -> None:
+        count, self._texts = self._texts.count(b'"'), bytearray()
+        stream, writer = self._stream, self._writer
+        stream.events.note_run(stream.last - count + 1, writer.sequence - count, count)
+        stream.text_bytes = writer.size
+        stream.recount()
+
+
+def _translated(writer: ChunkReader[Any], form: Format) -> Callable[[bytes, int, bytes], bytes]:
+    """Return what renders a text as *writer* translates it, in *form*."""
+    # A method would be in a reference cycle with its path.
+    render = form.render_bytes
+
+    def render_text(_head: bytes, _number: int, text: bytes) -> bytes:
+        try:
+            return render(writer.add_text(text[:-1]))
+        except BadEvent:
+            # The slow path raises it again.
+            return b""
+
+    return render_text
+
+
 class ForwardedApi(AnswerApi):
     """An API, as fast paths see it: chat completions, and every API that is answered like them."""
 
@@ -294,6 +341,8 @@ def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> F
     None if its format, or its API, has none.
     """
     if shape is not None:
+        if isinstance(shape.reading, ChunkReader):
+            return TranslatedPath(cursor, destination, shape, shape.reading)
         render_text = cursor.format.render_text
         return None if render_text is None else TextPath(cursor, destination, shape, render_text)
     api = cursor.stream.api

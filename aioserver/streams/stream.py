@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 import orjson
 
 from aioserver.protocol import frames as protocol_frames
+from aioserver.protocol.bridging.chunks import ChunkReader
 from aioserver.streams.contracts import AT_PROVIDER, PLAIN_EVENTS, Queued
 from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
@@ -498,13 +499,15 @@ class Stream:
     def open_fast_path(self, shape: Shape | None = None) -> Path | None:
         """Return the fast path of the only reader, if that reader has passed all entries.
 
-        Without a *shape* the path forwards the provider's bytes, and the log keeps none of them.
+        Without a *shape* the path forwards the provider's bytes, and the log keeps none of them; nor
+        does it keep a translated answer.
         """
         if self.path is not None:
             self.close_fast_path()
         if not self.answered_at or len(self.readers) != 1:
             return None
-        if shape is None and (not self.private or self.entries):
+        kept = shape is not None and not isinstance(shape.reading, ChunkReader)
+        if not kept and (not self.private or self.entries):
             return None
         self.path = self.readers[0].open_fast_path(shape)
         return self.path
@@ -593,6 +596,8 @@ class Stream:
 
     def final_error(self, error: AioserverError, number: int) -> bytes:
         """Return *error* as the last event of the log, whose number is *number*."""
+        # The form must know of the events that it has forwarded.
+        self.close_fast_path()
         data = self.events.render(error)
         self.events.note(data, number)
         return data

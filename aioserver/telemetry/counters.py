@@ -67,6 +67,13 @@ class Histogram:
         """Count one observation of 0.0."""
         self.counts[0] += 1
 
+    def include(self, other: Histogram) -> None:
+        """Count the observations of *other*, whose bounds are the same."""
+        self.counts = [
+            ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)
+        ]
+        self.sum += other.sum
+
     def quantile(self, share: float) -> float:
         """Return the least bound that *share* of the observations do not exceed; 0.0 without any.
 

@@ -16,7 +16,21 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.request_headers import ClientHeaders
 
-Fast_co = TypeVar("Fast_co", covariant=True)
+
+class WatchedPath(Protocol):
+    """What a tracer needs of a fast path (streams/contracts.py has all of it)."""
+
+    forwarded_at: float
+    read_at: float
+
+    def forward(self, read: bytes) -> bool:
+        """Forward *read*, one event; return False if it must take the slow path."""
+
+    def close(self) -> None:
+        """Stop forwarding."""
+
+
+Fast_co = TypeVar("Fast_co", bound=WatchedPath, covariant=True)
 
 
 class WatchedSink(Protocol[Fast_co]):
@@ -109,7 +123,9 @@ class RequestTrace(Protocol):
         """
 
     def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
-        """Return a sink that notes the beginning and the end of the bytes fed to *sink*."""
+        """Return a sink that notes the beginning and the end of the bytes fed to *sink*, and, if
+        attempts are counted, the times of its events.
+        """
 
     def attempt_ended(self, end: AttemptEnd) -> None:
         """Note the end of an attempt."""

@@ -17,7 +17,7 @@ from tests.support.chat import CHAT, STREAMED, chat, to_end
 from tests.support.keys import bearer, keys_of
 from tests.support.server import ENDLESS, QUICK, MakeServer
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
@@ -253,7 +253,7 @@ async def test_an_attached_request_takes_nothing(make_server: MakeServer) -> Non
         before = quota(server).budget.reserved
         async with server.connect(headers=bearer("web")) as other:
             await other.send_json(chat("same"))
-            await other.receive_json(timeout=20)
+            await other.receive_json(timeout=patience(20))
             assert quota(server).budget.reserved == before > 0
         await ws.send_json({"action": "cancel", "request_id": "same"})
         await to_end(ws)

@@ -17,7 +17,7 @@ from tests.support.chat import CHAT, chat, read_frames, to_end, until_status
 from tests.support.keys import auth_of, bearer, code_of, cookie, keys_of, log_in
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import ENDLESS, SILENT, MakeServer
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 
 async def test_a_removed_key_is_refused_and_its_session_is_dead(make_server: MakeServer) -> None:
@@ -62,7 +62,7 @@ async def test_its_sockets_hear_why_and_are_closed(make_server: MakeServer) -> N
             named = [end["request_id"] for end in ends]
             assert named == ([None] if raw is idle else ["mine", None])
             raw.close()
-        frame_of_other = await ws.receive_json(timeout=20)
+        frame_of_other = await ws.receive_json(timeout=patience(20))
         assert frame_of_other["status"] == "chunk", "nobody else notices"
     assert server.context.metrics.faces["websocket"].closed["1008"].value == 2
     async with server.session.delete(f"{server.sse}/mine", headers=bearer("app")) as response:
@@ -169,7 +169,7 @@ async def test_a_former_admin_watches_no_longer_and_chats_on(
 
         last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
         assert (last.event, json.loads(last.data)["code"]) == (b"error", "permission_denied")
-        assert (await ws.receive_json(timeout=20))["status"] == "chunk"
+        assert (await ws.receive_json(timeout=patience(20)))["status"] == "chunk"
         async with server.session.delete(f"{server.sse}/one", headers=headers) as got:
             assert got.status == 204
     async with server.session.get(f"{server.base}/events", headers=headers) as response:
@@ -201,7 +201,7 @@ async def test_limits_change_in_place(make_server: MakeServer) -> None:
 
 async def until_status_of(ws: Any, request_id: str, status: str) -> None:
     while True:
-        frame = await ws.receive_json(timeout=20)
+        frame = await ws.receive_json(timeout=patience(20))
         if (frame["request_id"], frame["status"]) == (request_id, status):
             return
 
@@ -221,7 +221,7 @@ async def test_another_key_under_the_same_name_is_another_caller_of_that_name(
         assert await reload.apply_auth(server.owners, turned) == {"web"}
 
         assert (await to_end(ws))[-1]["chunk"]["code"] == "invalid_api_key"
-        await ws.receive(timeout=20)
+        await ws.receive(timeout=patience(20))
     async with server.session.get(f"{server.sse}/r", headers=bearer("other")) as response:
         assert response.status == 200
         assert (await read_frames(response))[-1]["chunk"]["code"] == "invalid_api_key"
@@ -235,8 +235,8 @@ async def test_clients_without_a_key_are_closed_when_keys_come(make_server: Make
 
         assert await reload.apply_auth(server.owners, auth_of("web")) == {""}
 
-        assert (await ws.receive_json(timeout=20))["chunk"]["code"] == "invalid_api_key"
-        await ws.receive(timeout=20)
+        assert (await ws.receive_json(timeout=patience(20)))["chunk"]["code"] == "invalid_api_key"
+        await ws.receive(timeout=patience(20))
         assert ws.close_code == 1008
         assert b"event: error\n" in await events.read()
     async with server.session.get(f"{server.base}/stats") as response:

@@ -26,7 +26,7 @@ from tests.support.chat import (
 from tests.support.keys import bearer, code_of, key_of, keys_of
 from tests.support.server import ENDLESS, SILENT, MakeServer
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -67,9 +67,9 @@ class Client:
             if self.ws is None:
                 self.ws = await self.server.connect(headers=self.headers)
             await self.ws.send_json(chat(name))
-            frame = await self.ws.receive_json(timeout=20)
+            frame = await self.ws.receive_json(timeout=patience(20))
             while frame["request_id"] != name or frame["status"] == "queued":
-                frame = await self.ws.receive_json(timeout=20)
+                frame = await self.ws.receive_json(timeout=patience(20))
             if frame["status"] != "error":
                 return "", None
             return frame["chunk"]["code"], frame["chunk"]["retry_after"]
@@ -393,7 +393,7 @@ async def test_streams_belong_to_their_key(make_server: MakeServer) -> None:
         await until_status(ws, "chunk")
         for command in (resume("same"), cancel("same")):
             await other.send_json(command)
-            frame = await other.receive_json(timeout=20)
+            frame = await other.receive_json(timeout=patience(20))
             assert frame["chunk"]["code"] == "stream_not_found"
         for method in ("GET", "DELETE"):
             async with server.session.request(method, f"{server.sse}/same", headers=yours) as got:

@@ -292,18 +292,18 @@ async def test_a_reload_loses_and_doubles_nothing(
 async def test_a_long_answer_survives_cuts_and_reloads(
     make_server: MakeServer, page: Page
 ) -> None:
-    server = await make_server(Behaviour(ttft=0, interval=0, tokens=1000))
+    server = await make_server(Behaviour(ttft=0, interval=0, tokens=400))
     whole = await model_answer(server, "Hello")
-    server.simulator.behaviour = Behaviour(ttft=0, interval=0.002, tokens=1000)
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0.005, tokens=400)
     await enter(page, server)
     await ask(page, "Hello")
 
-    for size in range(600, 3600, 600):
+    for size in range(240, 1440, 240):
         await page.wait_for_function(
             "(size) => document.querySelector('.answer .text')?.textContent.length > size",
             arg=size,
         )
-        if size % 1200:
+        if size % 480:
             cut(server)
         else:
             await page.reload()

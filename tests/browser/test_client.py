@@ -13,7 +13,7 @@ from tests.support.client_page import page_elsewhere, run, unwatched
 from tests.support.keys import key_of, keys_of
 from tests.support.server import HTTP_CLIENT, SIM_HTTP_CLIENT
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +87,7 @@ async def in_node(server: RunningServer, folder: Path, program: str) -> str:
         node, folder / "program.mjs", stdout=asyncio.subprocess.PIPE
     )
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(patience(60)):
             out, _ = await process.communicate()
     finally:
         if process.returncode is None:

@@ -20,7 +20,7 @@ from tests.support.keys import key_of, keys_of
 from tests.support.process import serving
 from tests.support.server import ENDLESS
 from tests.support.simulator import Behaviour, Simulator
-from tests.support.waiting import until
+from tests.support.waiting import LATE, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,9 @@ BEGIN = """
 
 async def text_is(page: Page, text: str) -> None:
     """Wait until *text* has come."""
-    await page.wait_for_function("(wanted) => window.text === wanted", arg=text, timeout=20_000)
+    await page.wait_for_function(
+        "(wanted) => window.text === wanted", arg=text, timeout=1000 * LATE
+    )
 
 
 async def outcome(page: Page) -> Any:

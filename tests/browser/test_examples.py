@@ -17,6 +17,7 @@ from playwright.async_api import expect
 from tests.support.chat_page import ManualProvider, cut, model_answer
 from tests.support.client_page import BLANK, unwatched
 from tests.support.simulator import Behaviour
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -116,7 +117,7 @@ async def test_a_documented_script_runs_as_it_stands(
     script = SCRIPTS[number].replace(DOCUMENTED, server.base)
     body = f'{BLANK}<script type="module">{script}\nwindow.ended = true;</script>'
     async with shown(page, body):
-        await page.wait_for_function("window.ended", timeout=20_000)
+        await page.wait_for_function("window.ended", timeout=1000 * LATE)
         text = await page.evaluate("document.body.textContent")
     if "append" in script:
         assert await model_answer(server, "Hello") in text

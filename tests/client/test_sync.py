@@ -17,7 +17,7 @@ from aioserver.client import AnswerError, Complete, Processing, Text
 from aioserver.client.sync import Client
 from tests.support.command import serving
 from tests.support.server import ENDLESS
-from tests.support.waiting import until
+from tests.support.waiting import LATE, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,7 +136,7 @@ client = Client(sys.argv[1])
 
 def run(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-X", "dev", "-c", PROGRAM.format(body=body), *arguments]
-    return subprocess.run(program, capture_output=True, text=True, timeout=50, check=False)
+    return subprocess.run(program, capture_output=True, text=True, timeout=LATE, check=False)
 
 
 def test_programs_that_forget_fork_or_are_interrupted(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_programs_that_forget_fork_or_are_interrupted(tmp_path: Path) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "began\n"
             os.kill(process.pid, signal.SIGINT)
-            assert process.communicate(timeout=20)[0] == "interrupted\n"
+            assert process.communicate(timeout=LATE)[0] == "interrupted\n"
             assert process.returncode == 0
 
 

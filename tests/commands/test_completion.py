@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from aioserver.__main__ import COMMANDS, cli
 from tests.support.tools import installed
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ def test_bash_completes_commands_options_choices_and_files(tmp_path: Path) -> No
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LATE,
         check=True,
     )
 
@@ -70,7 +71,7 @@ def test_completing_the_options_of_serve_does_not_import_the_server() -> None:
         "'--')\nassert '--loop' in [item.value for item in items]\nassert not {'aiohttp', "
         "'aioserver.commands.serve'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", program], timeout=30, check=True)
+    subprocess.run([sys.executable, "-c", program], timeout=LATE, check=True)
 
 
 def test_every_shell_has_its_script_and_another_is_a_usage_error() -> None:

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from aioserver import __version__
 from aioserver.__main__ import COMMANDS, cli, load
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +53,7 @@ def completions(*words: str) -> list[str]:
 
 def test_listing_and_completing_commands_imports_none_of_them() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LISTED], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", LISTED], capture_output=True, text=True, timeout=LATE, check=True
     )
 
     # The module `output` is for the end of every command.
@@ -79,7 +80,7 @@ RARE = {
 def test_one_process_imports_nothing_of_several_and_nothing_rare() -> None:
     program = "import sys, aioserver.commands.serve; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=LATE, check=True
     )
     imported = set(done.stdout.split())
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +15,13 @@ import yaml
 from aioserver.commands.init import convert
 from aioserver.commands.litellm import NotLiteLLM, converted
 from aioserver.config import Configuration
+from aioserver.config.faults import ConfigurationError
 from tests.support.chat import CHAT
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
+PAGE = (Path(__file__).parents[2] / "docs/from-litellm.md").read_text()
 FILES = sorted((Path(__file__).parent / "litellm").iterdir())
 KEYS = dict.fromkeys(
     [
@@ -202,6 +208,42 @@ async def test_a_key_and_a_model_of_the_old_server_serve_on_the_new_one(
             headers={"Authorization": f"Bearer {key}"},
         )
         assert answer.status == status, await answer.text()
+        await answer.read()
+
+
+async def test_the_keys_of_its_database_are_admitted_by_what_the_page_prints(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    # Its `hash_token`; and of each key: whether it is blocked, and when it expires.
+    kept = {"sk-forever": (None, None), "sk-later": (0, "2030-01-01"), "sk-of-before": (0, None)}
+    gone = {"sk-blocked": (1, None), "sk-expired": (None, "2020-01-01")}
+    rows = [(hashlib.sha256(key.encode()).hexdigest(), *row) for key, row in (kept | gone).items()]
+    [query] = re.findall(r'psql "\$DATABASE_URL" -At -c "(.*?)" > keys\.yaml', PAGE, re.DOTALL)
+    # SQLite reads PostgreSQL's words, but for the two functions.
+    query = query.replace('\\"', '"').replace("left(token,", "substr(token, 1,")
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.create_function("now", 0, lambda: "2026-12-03")
+        database.execute('CREATE TABLE "LiteLLM_VerificationToken" (token, blocked, expires)')
+        database.executemany('INSERT INTO "LiteLLM_VerificationToken" VALUES (?, ?, ?)', rows)
+        printed = "\n".join(line for (line,) in database.execute(query))
+    keys_file, target = tmp_path / "keys.yaml", tmp_path / "converted.yaml"
+    keys_file.write_text(printed)
+    settings, _remarks = converted(file("team").replace("sk-1234", "sk-of-before"))
+    settings["auth"]["keys_file"] = str(keys_file)
+    target.write_text(yaml.safe_dump(settings))
+    # The table may have the master key, too: its line goes, says the page.
+    with pytest.raises(ConfigurationError, match=r"keys.yaml:3:3 .*: the same key as master"):
+        Configuration.load(target, environ=KEYS)
+    keys_file.write_text("".join(printed.splitlines(keepends=True)[:2]))
+    Configuration.load(target, environ=KEYS).check_usable()
+
+    server = await make_server(auth=settings["auth"])
+
+    for key in kept | gone:
+        answer = await server.session.post(
+            f"{server.v1}/chat/completions", json=CHAT, headers={"Authorization": f"Bearer {key}"}
+        )
+        assert answer.status == (200 if key in kept else 401), key
         await answer.read()
 
 

@@ -20,6 +20,7 @@ from tests.support.chat import CHAT
 from tests.support.process import Process, loop_name
 from tests.support.server import QUICK, write
 from tests.support.simulator import Simulator
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,7 +124,7 @@ def test_results_that_cannot_be_written_are_one_clear_line(
         env={**os.environ, "PYTHONUNBUFFERED": "", **environ},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LATE,
         check=False,
     )
 
@@ -157,7 +158,7 @@ def test_a_lost_stderr_gives_no_command_an_exit_code_of_the_interpreter(
         cwd=tmp_path,
         env={**os.environ, "PYTHONUNBUFFERED": ""},
         stdout=subprocess.DEVNULL,
-        timeout=60,
+        timeout=LATE,
         check=False,
     )
 

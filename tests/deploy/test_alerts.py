@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from tests.support.tools import DEPLOY, installed
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -214,7 +215,7 @@ def test_each_alert_fires_for_what_it_is_for(tmp_path: Path) -> None:
 
     for arguments in (("check", "rules", DEPLOY / "alerts.yaml"), ("test", "rules", file)):
         done = subprocess.run(
-            [promtool, *arguments], capture_output=True, text=True, timeout=60, check=False
+            [promtool, *arguments], capture_output=True, text=True, timeout=LATE, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -30,6 +30,7 @@ import pytest
 
 from aioserver import __version__
 from tests.support.command import serving
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -236,7 +237,7 @@ def test_page_loads_with_all_its_assets(address: str, page: str) -> None:
 
 def load(url: str) -> str:
     """The text at *url*; anything but 200 raises."""
-    with urlopen(Request(url, headers={"Accept": "text/html,*/*"}), timeout=30) as response:
+    with urlopen(Request(url, headers={"Accept": "text/html,*/*"}), timeout=LATE) as response:
         text: str = response.read().decode()
         return text
 

@@ -26,7 +26,7 @@ from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, Scri
 from tests.support.server import QUICK, MakeServer
 from tests.support.simulator import Behaviour
 from tests.support.tools import DEPLOY, installed
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -82,7 +82,7 @@ def test_the_sample_of_nginx_names_the_release_that_knows_its_directives() -> No
 async def read_until(response: aiohttp.ClientResponse, mark: bytes) -> bytes:
     """Read up to *mark*, which is included."""
     data = b""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(patience(30)):
         while mark not in data:
             piece = await response.content.readany()
             assert piece, data
@@ -120,7 +120,7 @@ async def test_a_websocket_streams_through_and_the_page_of_the_proxy_may_connect
     async with proxy.session.ws_connect(url, origin=proxy.base) as ws:
         await ws.send_json({"action": "chat", "request_id": "r1", "payload": {"text": "Hello"}})
         statuses = []
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(patience(30)):
             while "chunk" not in statuses:
                 statuses.append((await ws.receive_json())["status"])
             assert server.simulator.stats().completed == 0
@@ -208,7 +208,7 @@ async def held_back(proxy: Proxy, face: str, peers: asyncio.Queue[Peer]) -> list
     """
     seen = bytearray()
     late = []
-    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(patience(30)), asyncio.TaskGroup() as tasks:
         reader = tasks.create_task(READERS[face](proxy, seen))
         peer = await peers.get()
         for number in range(EVENTS):

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.proxy import Proxy, running
 from tests.support.smuggling import INVALID, LAST, LOGGED, VALID, accesses, answers_with_ids
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +29,7 @@ async def answers_to(proxy: Proxy, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=proxy.tls)
     try:
         writer.write(data + LAST)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(patience(20)):
             return await reader.read()
     finally:
         writer.transport.abort()

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.proxy import KINDS, running
 from tests.support.scripted_provider import ScriptedProvider
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -131,7 +132,7 @@ async def test_what_follows_a_refused_upgrade_is_a_request_to_the_proxy(
             "127.0.0.1", port, ssl=proxy.tls, local_addr=("127.0.0.2", 0)
         )
         writer.write((upgrade + smuggled).encode())
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(patience(30)):
             data = await reader.read()
         writer.transport.abort()
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import LATE
+
 ROOT = Path(__file__).parents[2]
 # A Python that makes virtual environments with a pip of its own: it installs only as told below,
 # and notes each try.
@@ -44,7 +46,7 @@ def install(folder: Path, pythons: dict[str, str], **environ: str) -> tuple[int,
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=LATE,
     )
     tries = folder / "tries"
     lines = tries.read_text().splitlines() if tries.exists() else []
@@ -103,7 +105,7 @@ def test_a_type_checker_sees_the_types_in_the_environment(tmp_path: Path) -> Non
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     alone = "--no-index --no-build-isolation --no-deps"
     script = f". deploy/venv.sh; install '' {alone}"
-    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, timeout=LATE)
     program = tmp_path / "elsewhere" / "program.py"
     program.parent.mkdir()
     program.write_text("import aioserver\n\nversion: int = aioserver.__version__\n")
@@ -117,7 +119,7 @@ def test_a_type_checker_sees_the_types_in_the_environment(tmp_path: Path) -> Non
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=LATE,
     )
 
     assert '(expression has type "str", variable has type "int")' in checked.stdout, checked

@@ -21,7 +21,7 @@ from tests.support.command import serving
 from tests.support.process import Process
 from tests.support.server import ENDLESS
 from tests.support.tools import free_port
-from tests.support.waiting import until
+from tests.support.waiting import LATE, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -72,7 +72,7 @@ def test_example_runs_as_it_stands(quick_server: str, example: str) -> None:
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=LATE,
         check=False,
     )
 
@@ -84,7 +84,7 @@ def test_example_runs_as_it_stands(quick_server: str, example: str) -> None:
 def read(url: str) -> tuple[int, str, str | None]:
     """Status, text and `Retry-After` of a GET."""
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=LATE) as response:
             return response.status, response.read().decode(), None
     except urllib.error.HTTPError as error:
         with error:

@@ -19,6 +19,7 @@ from aioserver.__main__ import cli
 from aioserver.telemetry.counters import Counter
 from aioserver.wings.tracing.gen_ai_metrics import GenAiMeter
 from tests.support.command import serving
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def get(url: str) -> str:
-    with urlopen(Request(url), timeout=30) as response:
+    with urlopen(Request(url), timeout=LATE) as response:
         text: str = response.read().decode()
         return text
 

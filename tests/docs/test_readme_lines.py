@@ -22,6 +22,7 @@ from aioserver.__main__ import COMMANDS
 from aioserver.wings.simulator.model import SAMPLES
 from tests.support.command import serving
 from tests.support.tools import free_port
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +99,7 @@ def pasted(command: list[str], folder: Path) -> str:
         env={**os.environ, "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=2 * LATE,  # a library that is new here is compiled when it is first imported
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -162,7 +163,7 @@ def test_example_whose_reader_has_read_enough_ends_quietly(
         running.stdout.close()
 
         assert running.stderr.read() == b""
-        assert running.wait(50) == 0
+        assert running.wait(LATE) == 0
 
 
 @pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])

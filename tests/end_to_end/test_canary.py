@@ -19,6 +19,7 @@ from tests.support.process import serving
 from tests.support.raw import Raw
 from tests.support.scripted_provider import ScriptedProvider
 from tests.support.simulator import Behaviour
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +74,7 @@ async def tried_out(server: RunningServer, heard: Heard, session: str, secret: s
             await ws.send_json({"action": PROMPT, "request_id": "x", "payload": {"text": PROMPT}})
             await ws.send_json(chat("y", PROMPT, model=f"nobody/{PROMPT[:6]}"))
             for _ in range(5):
-                heard.texts.append(str(await ws.receive_json(timeout=20)))
+                heard.texts.append(str(await ws.receive_json(timeout=patience(20))))
     for body in (
         {"messages": [prompt], "stream": True},
         {"messages": [prompt]},

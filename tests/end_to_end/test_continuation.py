@@ -20,6 +20,7 @@ from aioserver.providers.attempt import Attempt
 from tests.support.chat import CHAT
 from tests.support.faces import over_anthropic, over_openai, over_sse, over_websocket
 from tests.support.logs import fields_of
+from tests.support.messages_of_2026 import NO_MORE, STILL, VERSION_OF_2026
 from tests.support.scripted_provider import (
     DONE,
     EVENT_STREAM,
@@ -77,10 +78,13 @@ def transcript(simulator: Simulator, index: int = -1) -> str:
     return str(last["content"])
 
 
-async def response(server: RunningServer, model: str) -> tuple[str, list[Any], bytes]:
+async def response(
+    server: RunningServer, model: str, headers: dict[str, str] | None = None, **more: Any
+) -> tuple[str, list[Any], bytes]:
     """Return the text of a streamed response, its events, and its bytes."""
-    body = {"model": model, "input": "Hello", "stream": True}
-    async with server.session.post(f"{server.v1}/responses", json=body) as answer:
+    body = {"model": model, "input": "Hello", "stream": True, **more}
+    url = f"{server.v1}/responses"
+    async with server.session.post(url, json=body, headers=headers) as answer:
         assert answer.status == 200
         raw = await answer.read()
     events = [json.loads(event.data) for event in eventstream.parse(raw)]
@@ -298,7 +302,7 @@ async def test_rest_of_a_message_is_nothing_for_a_provider_that_is_found_to_have
 
 
 async def message_of(
-    server: RunningServer, model: str, version: str = "2026-10-21", **more: Any
+    server: RunningServer, model: str, version: str = VERSION_OF_2026, **more: Any
 ) -> tuple[str, bytes]:
     """Return the text of a streamed message, and its bytes."""
     said = [{"role": "user", "content": "Hello"}]
@@ -323,21 +327,59 @@ async def test_model_that_thinks_gets_no_beginning_of_its_message(
         assert (text, raw.count(b"message_stop")) == (whole, 2)
         roles = [message["role"] for message in other.bodies[-1]["messages"]]
         assert roles == ["user", "assistant", "user"][: 3 if kind == "enabled" else 2]
-        assert other.requests[-1].headers["anthropic-version"] == "2026-10-21"
+        assert other.requests[-1].headers["anthropic-version"] == VERSION_OF_2026
         assert other.stats().requests == 1
 
 
-@pytest.mark.parametrize("version", ["2023-06-01", "2026-10-21"])
+VERSIONS = ["2023-06-01", VERSION_OF_2026]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 async def test_rest_is_not_requested_where_its_version_refuses_the_request(
     make_server: MakeServer, version: str
 ) -> None:
     # This provider reads no version.
     changes: dict[str, Any] = {"llm.providers.sim.headers": {"anthropic-version": "2023-06-01"}}
     async with two(make_server, **changes) as (server, other):
-        _, raw = await message_of(server, "fault-cut-9", version, temperature=0.5)
+        for number, (more, where) in enumerate(NO_MORE, 1):
+            _, raw = await message_of(server, "fault-cut-9", version, **more)
 
-        assert (b"event: error" in raw) is (version == "2026-10-21")
-        assert other.stats().requests == (version == "2023-06-01")
+            assert (b"event: error" in raw) is (version == VERSION_OF_2026), where
+            assert other.stats().requests == number * (version == "2023-06-01")
+
+        asked = other.stats().requests
+        _, raw = await message_of(server, "fault-cut-9", version, messages=STILL)
+        assert b"event: error" not in raw
+        assert other.stats().requests == asked + 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("face", ["messages", "responses"])
+async def test_rest_over_a_bridge_is_said_whatever_the_version(
+    make_server: MakeServer, face: str, version: str
+) -> None:
+    changes: dict[str, Any] = {
+        f"llm.providers.{name}.{key}": value
+        for name in ("sim", "other")
+        for key, value in (("messages", "bridge"), ("responses", False))
+    }
+    async with two(make_server, **changes) as (server, other):
+        texts, raw = [], b""
+        for model in ("plain", "fault-cut-9"):
+            if face == "messages":
+                text, raw = await message_of(server, model, version, temperature=0.5)
+            else:
+                headers = {"anthropic-version": version}
+                text, _, raw = await response(server, model, headers, temperature=0.5)
+            texts.append(text)
+
+        assert texts[0] == texts[1]
+        assert raw.count(b"seam at=") == 1
+        assert transcript(other)
+        for simulator in (server.simulator, other):
+            assert simulator.bodies[-1]["temperature"] == 0.5
+            assert simulator.requests[-1].path.endswith("/chat/completions")
+            assert "anthropic-version" not in simulator.requests[-1].headers
 
 
 async def test_native_response_is_not_continued(make_server: MakeServer) -> None:

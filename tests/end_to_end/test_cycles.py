@@ -18,7 +18,7 @@ from tests.support.keys import bearer, keys_of
 from tests.support.raw import SMALL, Raw
 from tests.support.server import ENDLESS, QUICK, SILENT, SIM_HTTP_CLIENT
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -111,7 +111,7 @@ async def at_the_door(server: RunningServer, _number: int) -> None:
             await response.read()
     async with server.connect(headers=WEB) as ws:
         await ws.send_json(resume("none"))
-        await ws.receive_json(timeout=20)
+        await ws.receive_json(timeout=patience(20))
 
 
 async def at_the_key(server: RunningServer, _number: int) -> None:
@@ -121,7 +121,7 @@ async def at_the_key(server: RunningServer, _number: int) -> None:
             await ws.send_json(chat(name))
         refused = 0
         while refused < 2:
-            frame = await ws.receive_json(timeout=20)
+            frame = await ws.receive_json(timeout=patience(20))
             refused += frame["status"] == "error"
         for name in names:
             await ws.send_json(cancel(name))

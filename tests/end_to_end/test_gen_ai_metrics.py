@@ -100,6 +100,8 @@ async def test_an_attempt_is_counted_with_its_models_and_tokens(
     assert metrics[f"{INFERENCE}duration_seconds_sum"][labels] > 0
     first = metrics.get(f"{INFERENCE}time_to_first_chunk_seconds_count", {})
     assert first == ({labels: 1} if streamed else {})
+    between = metrics.get(f"{INFERENCE}time_per_output_chunk_seconds_count", {})
+    assert between.keys() == ({labels} if streamed else set())
     for kind in ("input", "output"):
         used = metrics[f"{USAGE}{kind}_tokens_total"]
         assert used.keys() == {(*labels, "unknown")}

@@ -19,7 +19,7 @@ from tests.support.responses import connect, create, next_event
 from tests.support.responses import to_end as to_response_end
 from tests.support.server import QUICK
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -74,11 +74,11 @@ async def ask_in_half(
     """Ask, on *ws*, and let the answer come to its *end* after some text."""
     if end == "its deadline":
         # There is some text before, also on a busy machine.
-        payload["deadline"] = 1
+        payload["deadline"] = 4
     await ws.send_json(chat("half", QUESTION, **payload))
     texts = 0
     while texts < 5:
-        frame = await ws.receive_json(timeout=20)
+        frame = await ws.receive_json(timeout=patience(20))
         texts += frame["status"] == "chunk"
         if frame["status"] in {"error", "cancelled", "complete"}:
             break

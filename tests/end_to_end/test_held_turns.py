@@ -56,13 +56,13 @@ ARGUMENTS = "".join(PIECES)
 
 
 class EscapedTurn(Turn):
-    """A turn whose provider writes a letter of each word that makes a call as an escape."""
+    """A turn whose provider writes a letter of each word that makes a call, or a finish, as an
+    escape.
+    """
 
     def events(self, path: str, attempt: int) -> list[bytes]:
-        return [
-            re.sub(rb'"(tool|function)_(calls?|use)"', rb'"\1\\u005f\2"', event)
-            for event in super().events(path, attempt)
-        ]
+        words = rb'"(tool|function|finish|stop|message)_(calls?|use|reason|delta|stop)"'
+        return [re.sub(words, rb'"\1\\u005f\2"', event) for event in super().events(path, attempt)]
 
 
 def _count(turn: Turn, path: str, *, bridged: bool) -> tuple[int, int]:
@@ -192,7 +192,7 @@ async def test_turn_cut_behind_text_shows_no_piece_of_a_call_and_an_error(
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_no_piece_of_a_call_is_shown_early_where_its_letters_are_escaped(
+async def test_calls_wait_for_their_finish_where_the_letters_of_both_are_escaped(
     make_server: MakeServer, face: str
 ) -> None:
     path, bridged = FACES[face]
@@ -306,6 +306,7 @@ def _json(content: Any) -> bytes:
     return json.dumps(content).encode()
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("face", "ending"),
     [
@@ -580,6 +581,7 @@ async def test_heartbeats_go_out_while_calls_are_held(
         assert before.count(heartbeat) >= 3
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("face", FACES)
 async def test_a_client_with_heartbeats_is_told_that_a_turn_is_asked_for_again(
     make_server: MakeServer, face: str

@@ -27,7 +27,7 @@ from tests.support.process import serving
 from tests.support.redis_server import program_of_server
 from tests.support.server import CONCURRENCY, PACED, QUICK, SIM_HTTP_CLIENT, UVICORN, MakeServer
 from tests.support.simulator import Simulator
-from tests.support.waiting import until, until_result
+from tests.support.waiting import patience, until, until_result
 from tests.support.worker_processes import alone, workers
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ async def test_an_answer_that_waits_for_its_turn_holds_no_place(
             await until(lambda: waiting(server) == 2)
             frames = [await ws.receive_json() for _ in range(4)]
         while len([frame for frame in frames if frame["status"] == "complete"]) < 2:
-            frames.append(await ws.receive_json(timeout=20))
+            frames.append(await ws.receive_json(timeout=patience(20)))
 
     # The other one got the place, and its first events have passed the end of the first one.
     order = [(frame["request_id"], frame["status"]) for frame in frames]

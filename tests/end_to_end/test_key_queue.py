@@ -16,7 +16,7 @@ from tests.support.chat import CHAT, STREAMED, cancel, chat, frames_of, to_end, 
 from tests.support.keys import auth_of, bearer, code_of, key_of, keys_of
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, MakeServer
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse
@@ -94,7 +94,7 @@ async def test_a_websocket_and_a_stream_of_events_are_told_where_they_wait(
         await ws.send_json(chat("runs"))
         await until_status(ws, "chunk")
         await ws.send_json(chat("waits"))
-        while (frame := await ws.receive_json(timeout=20))["request_id"] != "waits":
+        while (frame := await ws.receive_json(timeout=patience(20)))["request_id"] != "waits":
             pass
         assert frame["status"] == "queued"
         assert frame["chunk"] == {"at": "key", "position": 1, "eta": frame["chunk"]["eta"]}
@@ -127,8 +127,8 @@ async def test_a_responses_websocket_is_told_too(make_server: MakeServer) -> Non
     ):
         for ws in (first, second):
             await ws.send_json({"type": "response.create", "input": "Hello"})
-        await first.receive_json(timeout=20)
-        event = await second.receive_json(timeout=20)
+        await first.receive_json(timeout=patience(20))
+        event = await second.receive_json(timeout=patience(20))
         assert event == {"type": "aioserver:queued", "at": "key", "position": 1, "eta": 1.0}
     await server.nothing_held(30)
 
@@ -222,7 +222,7 @@ async def test_a_turn_takes_the_next_free_place_before_those_at_the_door(
         assert response.status == 200
         # Who came to the door first is not said.
         assert sum(task.done() for task in at_door) <= 1
-    for answered in asyncio.as_completed(at_door, timeout=30):
+    for answered in asyncio.as_completed(at_door, timeout=patience(30)):
         (await answered).close()
     await server.nothing_held(30)
 

@@ -63,7 +63,7 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
     server = await make_server(
         QUICK,
         **{
-            "chat.streams.send_timeout": 4.0 * clients / 200,
+            "chat.streams.send_timeout": max(3.0, 4.0 * clients / 200),
             "chat.streams.max_stream_bytes": MAX_STREAM_BYTES,
             "chat.streams.max_kept_bytes": most,
             f"{LIMITS}.max_connections": clients + 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,9 +52,9 @@ async def test_a_client_that_stops_reading_is_dropped_and_its_stream_goes_on(
     loop = asyncio.get_running_loop()
 
     async with Raw(server, receive_buffer=SMALL) as raw:
+        begun = loop.time()
         await stall(raw, "r1", big(SIZE, COUNT))
         await server.simulator.until(lambda stats: stats.tokens_sent > 20)
-        begun = loop.time()
         await until(lambda: places(server) == 0)
         dropped = loop.time() - begun
         # The provider went on at its own pace and is done, or will be soon.
@@ -142,6 +143,7 @@ async def test_a_flood_behind_an_answered_close_does_not_keep_the_socket(
     async with Raw(server, receive_buffer=SMALL) as raw:
         await stalled_websocket(raw, "r1", big(SIZE, COUNT))
         await server.simulator.until(lambda stats: stats.completed == 1)
-        await raw.send_frame(2, b"binary")  # to be closed, while nothing is read
+        with contextlib.suppress(ConnectionError):  # a busy machine may have dropped it before
+            await raw.send_frame(2, b"binary")  # to be closed, while nothing is read
 
         await until(lambda: not server.context.sockets, 5)

@@ -14,7 +14,7 @@ from tests.support.faces import ask_every_face
 from tests.support.raw import CLOSE, PING, PONG, SMALL, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
@@ -62,7 +62,7 @@ async def follow(server: RunningServer, name: str, seen: list[Any], over: asynci
     async with server.connect() as ws:
         await ws.send_json(chat(name))
         while not over.is_set():
-            seen.append(await ws.receive_json(timeout=20))
+            seen.append(await ws.receive_json(timeout=patience(20)))
         await ws.send_json(cancel(name))
         seen += await to_end(ws)
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 async def closed_with(ws: aiohttp.ClientWebSocketResponse) -> tuple[int | None, list[Any]]:
     """The close code, and the frames before it."""
     frames = []
-    while (message := await ws.receive(timeout=20)).type == WSMsgType.TEXT:
+    while (message := await ws.receive(timeout=patience(20))).type == WSMsgType.TEXT:
         frames.append(json.loads(message.data))
     assert message.type in {WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED}, message
     return ws.close_code, frames
@@ -142,7 +142,7 @@ async def test_several_answers_run_at_once_on_one_socket(make_server: MakeServer
             await ws.send_json(chat(f"r{number}", conversation_id=f"c{number}"))
         ended: dict[str, list[Any]] = {f"r{number}": [] for number in range(5)}
         while any(not got or got[-1]["status"] != "complete" for got in ended.values()):
-            frame = await ws.receive_json(timeout=20)
+            frame = await ws.receive_json(timeout=patience(20))
             ended[frame["request_id"]].append(frame)
 
     assert server.simulator.stats().peak_active == 5

@@ -16,6 +16,7 @@ from tests.support.keys import bearer, keys_of
 from tests.support.redis_server import RedisServer
 from tests.support.server import ENDLESS, QUICK, configured
 from tests.support.simulator import Simulator
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -128,7 +129,7 @@ async def test_the_end_of_the_program_ends_answers_and_sockets(tmp_path: Path) -
 
         ending = asyncio.ensure_future(server.close())
         frames = []
-        while (message := await ws.receive(timeout=20)).type is WSMsgType.TEXT:
+        while (message := await ws.receive(timeout=patience(20))).type is WSMsgType.TEXT:
             frames.append(message.json())
         await ending
 

@@ -15,6 +15,7 @@ from aiohttp import http_parser
 
 from aioserver.server import preflight
 from tests.support.server import CONCURRENCY, NOWHERE, configured, write
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,7 @@ def refused(path: Path, *python: str, changes: dict[str, Any] | None = None) -> 
         [sys.executable, *python, "-m", "aioserver", "--config", str(path / "c.yaml")],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LATE,
         check=False,
     )
     assert done.stdout == ""

@@ -16,6 +16,7 @@ from tests.support.process import serving
 from tests.support.raw import CLOSE, Raw, closing
 from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT
 from tests.support.simulator import Behaviour, Simulator
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -60,7 +61,7 @@ async def on_websocket(process: ServerProcess, name: str, session: aiohttp.Clien
     async with session.ws_connect(f"{process.base}/ws/chat") as ws:
         await ws.send_json(chat(name))
         frames = await to_end(ws, name)
-        message = await ws.receive(timeout=20)
+        message = await ws.receive(timeout=patience(20))
         assert message.type is aiohttp.WSMsgType.CLOSE, message
         assert ws.close_code == 1012
         events = [frame["event_id"] for frame in frames]

@@ -434,7 +434,7 @@ async def test_a_service_serves_the_passed_socket_feeds_its_watchdog_and_ends_we
             assert (await response.json())["choices"]
             async with (
                 session.ws_connect(f"http://127.0.0.1:{port.getsockname()[1]}/ws/chat"),
-                asyncio.timeout(30),
+                asyncio.timeout(patience(30)),
             ):
                 while "1 of 50" not in (await watching.message_with("WATCHDOG"))["STATUS"]:
                     pass
@@ -458,7 +458,7 @@ async def test_a_reload_that_is_asked_for_during_the_start_comes_behind_it(
     ) as process:
         await process.logs("configuration: ")
         first = asyncio.ensure_future(watching.message())
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(patience(30)):
             while not first.done():
                 process.signal(signal.SIGHUP)
                 await asyncio.wait([first], timeout=0.001)

@@ -355,6 +355,33 @@ def _found_for_all(find):
     return lambda self, _caller, request_id: find(self, None, request_id)
 
 
+def _refusing(retire):
+    def refusing(self):
+        self.context.gateway.drain()
+        retire(self)
+
+    return refusing
+
+
+def _endless(_until_empty):
+    async def endless(_empty, _most, stop):
+        await stop.wait()
+        return 0.0
+
+    return endless
+
+
+def _deaf(once):
+    async def deaf(self):
+        return self._server.context.lifecycle.retired.is_set() or await once(self)
+
+    return deaf
+
+
+def _lazy(wait_closed):
+    return lambda self, seconds, **more: wait_closed(self, 20 * seconds + 20, **more)
+
+
 class _Stack(deque[Any]):
     """Gives the newest first."""
 
@@ -464,6 +491,22 @@ breaks(
 )
 breaks("whose an id is", CLAIM, _ours, cluster(**TWICE, clients=15))
 breaks("that a response was not written", f"{STORED}_note_written", _released, UNWRITTEN)
+
+# What a deploy promises (deploys.py).
+DEPLOYED = GOOD | {"clients": 60, "spread": 20.0, "silent": 0.0, "faces": ("stream", "sse")}
+DEPLOYED |= {"changes": ROOMY | KEPT | places(60, **FAST), "habits": {}}
+DEPLOYED["changes"] |= {f"chat.websocket.{name}_timeout": 5.0 for name in ("replace", "shutdown")}
+LASTING = DEPLOYED | {"changes": DEPLOYED["changes"] | {"chat.websocket.replace_timeout": 600.0}}
+DEPLOY = cluster((6.0, "deploy", 0.0), **LASTING)
+REVOKED = keys_of("one", "two") | DEPLOY | {"operations": {"reload keys": 7.0}}
+SHORT = DEPLOY | {"changes": DEPLOYED["changes"]}
+STOPS = cluster(**DEPLOYED) | {"operations": {"drain": 7.0}}
+SILENT = constant(lambda _runner: True)
+breaks("that a former process keeps its answers", "server.runner:Runner._done", SILENT, DEPLOY)
+breaks("that a former process refuses nothing", "server.app:Server.retire", _refusing, DEPLOY)
+breaks("that a former process ends", "server.runner:until_empty", _endless, SHORT)
+breaks("that a former process is reloaded", "server.reload:Reload.once", _deaf, REVOKED)
+breaks("the end of a stop", "server.connection:ConnectionServer.wait_closed", _lazy, STOPS, 8)
 
 
 def look(name: str) -> None:

@@ -5,6 +5,7 @@ what happens to them.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import warnings
 from contextvars import Context
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tests.simulation.clock import Clock
 from tests.simulation.membership import joined
 from tests.simulation.network import INSTANCE
-from tests.simulation.plan import SERVER_EVENTS
+from tests.simulation.plan import DEPLOY, SERVER_EVENTS
 from tests.simulation.shared_server import SharedServer
 from tests.simulation.together import Together
 
@@ -46,23 +47,32 @@ class Cluster:
         self.server = SharedServer(loop, random.Random(f"server {plan.seed}"), plan.shared)
         self.together = Together(self.server, loop, world.instances, world.broken)
         self._lives: dict[int, asyncio.Task[None]] = {}
-        # Makes the server of an instance.
-        self.make: Callable[[int, Member], AbstractAsyncContextManager[Instance]]
+        # Makes the server of an instance, behind some operations; and those that there were.
+        self.make: Callable[[int, Member, list[str]], AbstractAsyncContextManager[Instance]]
+        self._operations: list[str] = []
+        self._retirements: set[asyncio.Task[None]] = set()
+        # Those that start at the same time have different numbers, and deploys follow each other.
+        self._numbers, self._deploys = itertools.count(), asyncio.Lock()
 
-    async def start(self, rank: int) -> None:
+    async def start(self, rank: int) -> Instance:
         """Start one more instance, in the place *rank* of those that know how many they are."""
-        number = len(self._world.instances)
+        number = next(self._numbers)
         started: asyncio.Future[Instance] = self._loop.create_future()
         # What it does is known by its context.
         context = Context()
         context.run(INSTANCE.set, number)
         life = self._live(number, rank, started)
         self._lives[number] = self._loop.create_task(life, context=context)
+        before = len(self._operations)
         waited: set[asyncio.Future[Any]] = {started, self._lives[number]}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not started.done():
             await self._lives[number]
-        self._world.add(started.result())
+        instance = started.result()
+        self._world.add(instance)
+        for name in self._operations[before:]:
+            await instance.do(instance.operate(name, self._plan))
+        return instance
 
     async def renew(self) -> None:
         """Wait until all have joined a server that has just begun, and gives nothing in its first
@@ -82,6 +92,9 @@ class Cluster:
     async def end(self) -> None:
         """End all instances, one after the other."""
         for instance in self._world.instances:
+            instance.hurried.set()
+        await asyncio.gather(*self._retirements)
+        for instance in self._world.instances:
             if not instance.killed:
                 if not instance.over.done():
                     instance.over.set_result(None)
@@ -91,24 +104,56 @@ class Cluster:
         """Do *name*, as an operator would: stop one instance, or reload all."""
         living = [each for each in self._world.instances if not (each.killed or each.ended)]
         if name == "drain":
-            if len(living) > 1:
+            if sum(not each.former for each in living) > 1:
                 instance = living[int(chosen * len(living))]
+                instance.hurried.set()
                 self.together.trouble()
-                await instance.do(instance.operate(name))
+                if not instance.former:
+                    await instance.do(instance.operate(name, self._plan))
                 self.together.absences.append((instance.number, Clock.now))
                 self.together.trouble()
-                if not instance.killed:
+                if not (instance.killed or instance.former):
                     instance.over.set_result(None)
-        else:
-            self.together.reloaded()
-            await asyncio.gather(*(each.do(each.operate(name)) for each in living))
+            return
+        self._operations.append(name)
+        self.together.reloaded()
+        await asyncio.gather(*(each.do(each.operate(name, self._plan)) for each in living))
+        before = self._plan.operated(self._plan.changes).get("auth.keys", ())
+        after = self._plan.operated(self._plan.changes, *self._operations).get("auth.keys", ())
+        for entry in before:
+            if entry not in after:
+                self.together.deploys.revoked.setdefault(entry["name"], Clock.now)
+
+    async def _deploy(self) -> None:
+        """Let each instance that serves have a successor, one after the other."""
+        for instance in list(self._world.instances):
+            if not _serves(instance):
+                continue
+            if (oldest := self.together.deploys.too_old(instance.rank)) is not None:
+                oldest.hurried.set()
+                over: list[asyncio.Future[None]] = [self._lives[oldest.number], oldest.gone]
+                await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+            successor = await self.start(instance.rank)
+            if _serves(instance) and not successor.killed:
+                instance.listener.hand_over(successor.listener)
+                instance.former_since = Clock.now
+                self._retirements.add(self._loop.create_task(self._retire(instance)))
+
+    async def _retire(self, instance: Instance) -> None:
+        await instance.do(self.together.deploys.retire(instance))
+        if not instance.killed:
+            instance.over.set_result(None)
 
     async def happen(self, moment: float, name: str, seconds: float) -> None:
         """Let the event *name* happen at *moment*; what lasts, lasts for some *seconds*."""
         await asyncio.sleep(moment)
         together = self.together
-        together.trouble()
         together.counts[name] += 1
+        if name == DEPLOY:
+            async with self._deploys:
+                await self._deploy()
+            return
+        together.trouble()
         living = [
             each
             for each in self._world.instances
@@ -122,7 +167,9 @@ class Cluster:
             if name == "kill instance":
                 self._kill(instance)
                 await asyncio.sleep(seconds)
-                await self.start(instance.rank)
+                # A former process has a successor.
+                if not instance.former:
+                    await self.start(instance.rank)
             elif name == "stop instance":
                 await self._stop(instance, seconds)
             else:
@@ -167,9 +214,14 @@ class Cluster:
         fixed = (rank, self._plan.instances) if self._plan.shared.fixed else None  # type: ignore[union-attr]
         async with (
             joined(self.server, number, fixed) as member,
-            self.make(number, member) as instance,
+            self.make(number, member, self._operations) as instance,
         ):
             instance.rank = rank
             started.set_result(instance)
             await instance.over
         instance.closed = True
+
+
+def _serves(instance: Instance) -> bool:
+    """Return whether *instance* runs, and has no successor."""
+    return not (instance.killed or instance.ended or instance.stopped or instance.former)

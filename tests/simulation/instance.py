@@ -16,18 +16,19 @@ from aioserver.server.reload import Reload
 from aioserver.server.runner import Runner
 from tests.simulation.book import Book
 from tests.simulation.clock import Clock
-from tests.simulation.configuration import GATE, HTTP, write_issuer_keys
+from tests.simulation.configuration import write_issuer_keys
 from tests.simulation.network import INSTANCE
 from tests.support.members import wings_of
 from tests.support.server import configured, write
 from tests.support.stored_responses import questions_in, stored_in
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from aioserver.server.app import Server
     from tests.simulation.membership import Member
     from tests.simulation.network import Listener, Network
+    from tests.simulation.plan import Plan
 
 # Seconds by which a stop may be late: connections that end are read for a second, and aborted
 # after another.
@@ -68,13 +69,18 @@ class Instance:
         self.runner = runner
         self.listener = listener
         self.ended = False
+        # When it was replaced, 0.0 if it was not; set when its answers have to end.
+        self.former_since, self.hurried = 0.0, asyncio.Event()
         self.before_reload: Callable[[], None] = lambda: None
-        # The groups that it has after an operation of that name.
-        self.groups: Mapping[str, Any] = {}
         self._reload = reload
         self._changes = changes
         self._base_url = base_url
         self._broken = broken
+
+    @property
+    def former(self) -> bool:
+        """Whether it has a successor, and accepts nothing."""
+        return self.former_since > 0
 
     def held(self) -> dict[str, int]:
         """Return what requests hold, without zeros."""
@@ -130,27 +136,14 @@ class Instance:
         if task.done():
             task.result()
 
-    async def operate(self, name: str) -> None:
-        """Do *name*, as an operator would."""
+    async def operate(self, name: str, plan: Plan) -> None:
+        """Do *name*, as an operator of *plan* would."""
         if name == "drain":
             await self.end()
         if self.ended:
             return
-        changes = self._changes
-        if name == "reload limits":
-            changes[f"{GATE}.max_connections"] = 5
-            changes[f"{HTTP}.concurrent_requests"] = 2
-        elif name == "reload keys":
-            # The last one is no longer valid.
-            if len(changes.get("auth.keys", ())) > 1:
-                changes["auth.keys"] = changes["auth.keys"][:-1]
-        elif name in self.groups:
-            changes["llm.models"] = self.groups[name]
-        else:
-            changes[f"{HTTP}.max_connections"] = 201
-            changes[f"{HTTP}.keepalive_expiry"] = 1.0
-            changes["llm.providers.sim.headers"] = {"X-New": "1"}
-        write(self._base_url, changes, Path(self._reload.source))
+        self._changes = plan.operated(self._changes, name)
+        write(self._base_url, self._changes, Path(self._reload.source))
         self.before_reload()
         if not await self._reload.once():
             try:
@@ -164,7 +157,9 @@ class Instance:
             return
         self.ended = True
         settings = self.server.context.settings.chat.websocket
-        promised = settings.drain_delay + settings.shutdown_timeout + FAREWELL
+        promised = (
+            (0.0 if self.former else settings.drain_delay) + settings.shutdown_timeout + FAREWELL
+        )
         began = Clock.now
         await self.runner.end()
         if Clock.now - began > promised + LATE + self.stopped_for:

@@ -40,7 +40,15 @@ class Listener:
         self.dialled: set[Transport] = set()
 
     def close(self) -> None:
-        self._network.listeners.pop(self.port, None)
+        listeners = self._network.listeners
+        for port in [port for port, listener in listeners.items() if listener is self]:
+            del listeners[port]
+
+    def hand_over(self, successor: Listener) -> None:
+        """Let whoever dials here be accepted by *successor*, as on a socket that both share."""
+        listeners = self._network.listeners
+        for port in [port for port, listener in listeners.items() if listener is self]:
+            listeners[port] = successor
 
     async def wait_closed(self) -> None:
         """Return: connections that are open stay open, as after a `close` of asyncio's server."""

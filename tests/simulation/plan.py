@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation import configuration
-from tests.simulation.configuration import GATE, ROOM, STREAMS
+from tests.simulation.configuration import GATE, HTTP, ROOM, STREAMS
 from tests.simulation.dials import LINK_FAULTS, SLOWEST, Dial, draw_dial
 from tests.simulation.grouping import Grouping, draw_grouping
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tests.simulation.configuration import Key
 
 # What clients do beside asking and reading.
@@ -88,6 +90,7 @@ ELSEWHERE = 30.0
 PEER_FAULTS = tuple(name for name in LINK_FAULTS if name != "refused")
 SERVER_EVENTS = ("pause", "kill", "empty", "roll back")
 INSTANCE_EVENTS = ("kill instance", "stop instance", "cut off")
+DEPLOY = "deploy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +211,26 @@ class Plan:
         # Half of it is for what is held, and an event has some 250 bytes.
         room[f"{STREAMS}.max_stream_bytes"] = 1 << 20
         return any(self.changes[name] < least for name, least in room.items())
+
+    def operated(self, changes: Mapping[str, Any], *names: str) -> dict[str, Any]:
+        """Return the *changes* of the configuration after the operations *names*."""
+        changes = dict(changes)
+        for name in names:
+            if name == "reload limits":
+                changes[f"{GATE}.max_connections"] = 5
+                changes[f"{HTTP}.concurrent_requests"] = 2
+            elif name == "reload keys":
+                # The last one is no longer valid.
+                if len(changes.get("auth.keys", ())) > 1:
+                    changes["auth.keys"] = changes["auth.keys"][:-1]
+            elif name == "reload provider":
+                changes[f"{HTTP}.max_connections"] = 201
+                changes[f"{HTTP}.keepalive_expiry"] = 1.0
+                changes["llm.providers.sim.headers"] = {"X-New": "1"}
+            elif self.grouping is not None:
+                groups = {"regroup": self.grouping.changed}
+                changes["llm.models"] = groups.get(name, self.grouping.models)
+        return changes
 
     @property
     def patience(self) -> float:
@@ -336,6 +359,10 @@ def _draw_shared(seed: int) -> Shared:
     events = [
         (dice.uniform(0.5, 40.0), name, dice.choice((0.3, 3.0, 12.0, 20.0))) for name in chosen
     ]
+    # Dice of its own, again.
+    dice = random.Random(f"deploys {seed}")
+    moments = [dice.uniform(0.5, 40.0) for _ in range(dice.choice((0, 0, 1, 3)))]
+    events += [(moment, DEPLOY, 0.0) for moment in moments]
     return Shared(
         lost=lost,
         late=late,

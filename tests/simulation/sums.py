@@ -58,7 +58,7 @@ class Sums:
         """
         inside = limit = 0
         for instance in self._instances:
-            if instance.killed:
+            if instance.killed or instance.closed:
                 continue
             gate = instance.server.context.admission.gate
             inside += gate.inside

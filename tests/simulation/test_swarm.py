@@ -43,7 +43,7 @@ from tests.simulation.swarm import prepare
 prepare()
 from tests.simulation import agents, deadlines
 from tests.simulation.configuration import GATE, HTTP, HTTP_SERVER, Key
-from tests.simulation.plan import Shared, draw
+from tests.simulation.plan import DEPLOY, FACES, Shared, draw
 from tests.simulation.world import play
 def played(name, plan):
     outcome = play(plan)
@@ -103,6 +103,15 @@ for name, balancer, shared in (("sticky", "sticky", None), ("scattered", "random
         faults={"reset": 0.3}, habits={"return": 1.0}, operations={}, spread=5.0, silent=0.0, provider_links={},
         provider_fault_share=0.0,
     ))
+# Two deploys while nothing else goes wrong, nor ends early for want of room.
+few |= {f"{HTTP}.{name}": 60 for name in ("concurrent_requests", "max_connections", "max_keepalive")}
+few |= {f"{GATE}.max_connections": 60, f"{HTTP}.requests_per_minute": 1_000_000, f"{HTTP}.read_timeout": 60.0}
+few |= {"chat.websocket.ping_interval": 20, "chat.websocket.ping_timeout": 10}
+few |= {"chat.streams.max_kept_bytes": 1 << 28, "chat.streams.max_stream_bytes": 1 << 22}
+scene(
+    "deploys", 4, few, 30, instances=2, balancer="random", shared=Shared(events=((1.0, DEPLOY, 0.0), (4.0, DEPLOY, 0.0))),
+    sql=False, faces=FACES, habits={"keep alive": 0.5, "return": 1.0}, spread=6.0,
+)
 """
 # The first run again, when another one was before.
 TWICE = """
@@ -207,6 +216,7 @@ def test_what_looks_broken_at_first_sight_is_no_violation() -> None:
     assert ends["lost sockets"]["gone: EOFError"]
     assert any(end.startswith("gone: ") for end in ends["slow uploads"])
     assert ends["agents"] == {"complete": 50}
+    assert ends["deploys"].keys() == {"complete"}
     # Each instance alone has places of its own, and knows the answers that it has begun.
     assert scenes["sticky"].most_inside == 10
     lost = {end for end in ends["scattered"] if "stream_not_found" in end}

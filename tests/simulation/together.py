@@ -33,6 +33,7 @@ from aioserver.wings.cluster.limits.leased import LeasedCapacity
 from aioserver.wings.cluster.limits.rates import SharedRate
 from aioserver.wings.cluster.limits.shared_budget import SharedBudget, SharedReservation
 from tests.simulation.clock import Clock
+from tests.simulation.deploys import Deploys
 from tests.simulation.noting import noted, together
 from tests.simulation.slowness import HELD_UP_ELSEWHERE, Slowness
 from tests.simulation.watch import delay_of
@@ -179,6 +180,7 @@ class Together:
         self._idle_since: dict[str, float] = {}
         self._reloaded_at = float("-inf")
         self._closer_at = 0.0
+        self.deploys = Deploys(instances, broken)
         self._rates: dict[tuple[str, str], Starts] = {}
         self._spending: dict[str, Spending] = {}
         self._slowness: dict[tuple[int, str], Slowness] = {}
@@ -247,6 +249,7 @@ class Together:
             )
 
     def _look_closer(self, totals: dict[str, list[int]]) -> None:
+        self.deploys.look()
         living = [each for each in self._instances if not (each.killed or each.closed)]
         members = [each.member for each in living if each.member is not None]
         for member in members:
@@ -409,6 +412,7 @@ class Together:
     def patches(self) -> ExitStack:
         """Let starts be noted, in the block."""
         return together(
+            self.deploys.patches(),
             noted(SharedRate, "take", after=lambda _, rate, seconds: self.started(rate, seconds)),
             noted(
                 SharedBudget, "reserve", after=lambda each, budget, _: self.spends(budget, each)

@@ -55,7 +55,7 @@ from tests.support.simulator import Behaviour
 from tests.support.virtual_loop import START
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from tests.simulation.membership import Member
@@ -127,8 +127,6 @@ class World:
 
     def add(self, instance: Instance) -> None:
         """Add *instance*, and a watch that looks at it."""
-        if (grouping := self.plan.grouping) is not None:
-            instance.groups = {"regroup": grouping.changed, "restore groups": grouping.models}
         self.instances.append(instance)
         self._watches.append(Watch(instance, self.network, self.broken))
 
@@ -216,7 +214,7 @@ class World:
         if self.cluster is not None:
             # A balancer sends nobody to an instance that is not there.
             instances = [
-                each for each in instances if not (each.killed or each.ended)
+                each for each in instances if not (each.killed or each.ended or each.former)
             ] or instances
         return instances[chosen % len(instances)]
 
@@ -347,10 +345,10 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
         if plan.sql:
             changes = {**changes, **sql(path / "events.db")}
 
-        def make(number: int, member: Member | None = None) -> Any:
-            """Run a server."""
-            url = urls["sim"]
-            return running(number, world.network, changes, url, path, world.broken, member)
+        def make(number: int, member: Member | None = None, operations: Sequence[str] = ()) -> Any:
+            """Run a server, behind some *operations*."""
+            url, own = urls["sim"], plan.operated(changes, *operations)
+            return running(number, world.network, own, url, path, world.broken, member)
 
         for number in range(plan.instances):
             if world.cluster is None:
@@ -441,7 +439,7 @@ async def _operate(world: World, name: str, moment: float, chosen: float) -> Non
     await asyncio.sleep(moment)
     instances = world.instances
     if world.cluster is None:
-        await instances[int(chosen * len(instances))].operate(name)
+        await instances[int(chosen * len(instances))].operate(name, world.plan)
     else:
         await world.cluster.operate(name, chosen)
 

@@ -24,7 +24,7 @@ from aioserver.protocol import eventstream
 from aioserver.protocol import frames as protocol_frames
 from aioserver.protocol.openai import TEXT, BadEvent, ErrorEvent, Reading, learn
 from aioserver.streams.entries import CANCELLED
-from aioserver.streams.fast_path import MAX_CHUNK_BYTES
+from aioserver.streams.fast_path import MAX_CHUNK_BYTES, TextPath
 from aioserver.streams.formats import EVENTS
 from aioserver.streams.writer import WRITE_BYTES
 from tests.support.chat import (
@@ -38,6 +38,7 @@ from tests.support.chat import (
 )
 from tests.support.raw import Raw
 from tests.support.road import (
+    BRIDGES,
     END,
     FACES,
     Road,
@@ -201,12 +202,17 @@ async def test_every_habit_of_a_provider_gives_the_same_on_both_ways(habit: str)
     reads = [EVENT_STREAM, *map(chunk, [*map(say, range(6)), end, done]), LAST_CHUNK]
     data = b"".join(reads)
     dice = random.Random(7)
-    for face in FACES:
+    for face in (*FACES, *BRIDGES):
         with taking() as taken:
             seen = await play(face, reads)
 
-        assert len(taken) == (passed if face == "openai" else framed) or framed is None
-        assert (seen.status, seen.kept) == (b"complete", True)
+        if face in BRIDGES:
+            assert bool(taken) == (framed != 0)
+        else:
+            assert len(taken) == (passed if face == "openai" else framed) or framed is None
+        # A bridge takes no call without a name.
+        failed = face in BRIDGES and habit == "tool calls"
+        assert (seen.status, seen.kept) == ((b"error", False) if failed else (b"complete", True))
         assert_same(face, seen, await play_bytes(face, data))
         places = dice.sample(range(1, len(data)), 9)
         assert_same(face, seen, await play(face, cut(data, places)))
@@ -322,11 +328,12 @@ BEHIND["a chunk inside a chunk"] = (chunk(b": " + INNER + b"\n"), word(2), chunk
 async def test_anything_behind_texts_has_the_same_effect_on_both_ways(name: str) -> None:
     front, behind = [EVENT_STREAM, word(0), word(1), chunk(chunk_of("x"))], b"".join(BEHIND[name])
     dice = random.Random(11)
-    for face in FACES:
+    for face in (*FACES, *BRIDGES):
         with taking() as taken:
             seen = await play(face, (*front, *BEHIND[name]))
 
-        assert taken[:2] == front[2:]
+        # A bridge learns nothing from the first text, with which more begins.
+        assert taken[:2] == front[2:] or (face in BRIDGES and taken[:1] == front[3:])
         assert_same(face, seen, await play_bytes(face, b"".join((*front, behind))))
         for count in (1, 1, 1, 1, 5):
             places = [dice.randrange(1, len(behind)) for _ in range(count if behind else 0)]
@@ -480,10 +487,24 @@ async def test_every_answer_is_the_same_however_it_comes(
 ) -> None:
     data = b"".join(reads)
     places = [dice.randrange(1, len(data)) for _ in range(dice.choice((1, 3, 9)))]
-    for face in FACES:
+    for face in (*FACES, *BRIDGES):
         seen = await play(face, reads)
         assert_same(face, seen, await play_bytes(face, data))
         assert_same(face, seen, await play(face, cut(data, places)))
+
+
+async def test_a_translated_answer_that_is_too_long_ends_at_the_same_event_on_both_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads = [EVENT_STREAM, *(chunk(chunk_of("x" * 90)) for _ in range(99))]
+    with taking() as taken:
+        seen = await play("bridged_response", reads, most=8000)
+    monkeypatch.setattr(TextPath, "forward", lambda _path, _read: False)
+
+    assert len(taken) > 10
+    assert seen.status == b"error"
+    assert "more than 8000 bytes" in seen.error
+    assert_same("bridged_response", seen, await play("bridged_response", reads, most=8000))
 
 
 # What is learned.

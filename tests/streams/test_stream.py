@@ -897,7 +897,7 @@ class Known:
         client = Destination(
             cast("Any", None), cast("Any", Nowhere()), lambda: 0.0, 0, lambda: None, False
         )
-        path = TextPath(cast("Any", reader), client, shape, lambda _head, _number, _text: b"")
+        path = TextPath(cast("Any", reader), client, shape, lambda _head, _number, _text: b"x")
         path.open, self.stream.path = True, path
         for _ in range(dice.randint(1, 4)):
             name = f"{len(self.events)}-" + "x" * dice.randint(0, 300)

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from aioserver.protocol import eventstream
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientWebSocketResponse
@@ -42,7 +43,7 @@ async def to_end(ws: ClientWebSocketResponse, request_id: str | None = None) -> 
     """
     frames = []
     while True:
-        frame = await ws.receive_json(timeout=20)
+        frame = await ws.receive_json(timeout=patience(20))
         if request_id is not None and frame["request_id"] != request_id:
             continue
         frames.append(frame)
@@ -52,9 +53,9 @@ async def to_end(ws: ClientWebSocketResponse, request_id: str | None = None) -> 
 
 async def until_status(ws: ClientWebSocketResponse, status: str) -> list[Any]:
     """Read frames up to the first one of *status*."""
-    frames = [await ws.receive_json(timeout=20)]
+    frames = [await ws.receive_json(timeout=patience(20))]
     while frames[-1]["status"] != status:
-        frames.append(await ws.receive_json(timeout=20))
+        frames.append(await ws.receive_json(timeout=patience(20)))
     return frames
 
 

@@ -10,6 +10,7 @@ from playwright.async_api import expect
 
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import provider_entry
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from tests.support.scripted_provider import Peer
     from tests.support.server import RunningServer
 
-expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
+expect.set_options(timeout=1000 * LATE)  # milliseconds
 
 
 class ManualProvider:
@@ -116,7 +117,7 @@ async def shows(page: Page, text: str) -> None:
             return shown?.innerHTML === window.expected.html;
         }""",
         arg=text,
-        timeout=20_000,
+        timeout=1000 * LATE,
     )
 
 

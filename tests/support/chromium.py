@@ -1,21 +1,24 @@
-"""One headless Chromium for all tests of a process: pages in it share nothing, and may report no
-error.
+"""One headless Chromium for all tests of a process, and one page where nothing of a test stays in
+it: a page may report no error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import shutil
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from playwright.async_api import Error, async_playwright
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+from tests.support.waiting import LATE
 
-    from playwright.async_api import Browser, Page, Playwright
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from playwright.async_api import Browser, Page, Playwright, Request
 
 # Debian's, or None. The shell has the same engine and no window around it: a page takes less than
 # half the CPU time.
@@ -42,17 +45,29 @@ for (const [kind, name] of [
   Object.defineProperty(kind.prototype, name, own);
 }
 """
+# What Playwright's page, context and clock cannot take back, or would have to be told to.
+ALTERS = (
+    *("add_init_script", "route_web_socket", "expose_binding", "expose_function", "on", "once"),
+    *("emulate_media", "set_viewport_size", "set_offline", "grant_permissions", "install"),
+)
 
 
 class Chromium:
     """Starts with its first page, and anew when it has died.
 
-    Always: a page has a browser context of its own (storage, cookies, permissions, clock), which
-    ends with the page's test. One event loop owns it. It ends with its process, however that ends:
-    its driver, which is Playwright's, ends it when the pipe to the process is closed.
+    Always: nothing of a test is left in the page of the next. Its cookies and what its scripts have
+    stored are cleared; where a test has altered more (ALTERS) or closed the page, the context ends
+    with it. One event loop owns it. It ends with its process, however that ends: its driver, which
+    is Playwright's, ends it when the pipe to the process is closed.
     """
 
     def __init__(self) -> None:
+        self._page: Page | None = None
+        # Of the page's test: what its pages have reported, where they have been, and whether it
+        # has altered what would stay.
+        self._faults: list[str] = []
+        self._origins: set[str] = set()
+        self._altered = False
         # Tasks of Playwright, which go on from test to test.
         self.tasks: set[asyncio.Task[Any]] = set()
         self._playwright: Playwright | None = None
@@ -77,7 +92,7 @@ class Chromium:
                 await self._browser.close()
         if self._playwright is not None:
             await self._playwright.stop()
-        self._playwright = self._browser = None
+        self._playwright = self._browser = self._page = None
 
     @contextlib.asynccontextmanager
     async def page(self) -> AsyncIterator[Page]:
@@ -87,15 +102,18 @@ class Chromium:
             AssertionError: a page reported an error, made markup of a text, or asked anything but
                 this machine; raised at the end of the block.
         """
-        faults: list[str] = []
         browser = await self.browser()
-        context = await browser.new_context(viewport={"width": 1280, "height": 800})
-        context.on("page", lambda page: _watch(page, faults))
-        await context.add_init_script(WATCH_MARKUP)
-        page = await context.new_page()
-        yield page
-        for each in browser.contexts:
-            await each.close()
+        if self._page is None or self._page.is_closed():
+            context = await browser.new_context(viewport={"width": 1280, "height": 800})
+            context.set_default_timeout(1000 * LATE)  # milliseconds
+            context.on("page", self._watch)
+            await context.add_init_script(WATCH_MARKUP)
+            self._page = await context.new_page()
+            for each in (self._page, context, context.clock):
+                self._heed(each)
+        yield self._page
+        await self._clear(self._page)
+        faults, self._faults = self._faults, []
         # A server that is gone on purpose is no fault of the page: Chromium reports it by itself.
         unexpected = [
             fault
@@ -104,19 +122,57 @@ class Chromium:
         ]
         assert not unexpected, unexpected
 
+    def _heed(self, one: object) -> None:
+        """Notice a call of *one* that alters what would stay."""
 
-def _watch(page: Page, faults: list[str]) -> None:
-    page.on("pageerror", lambda error: faults.append(f"error: {error}"))
-    page.on("crash", lambda _page: faults.append("the page has crashed"))
-    page.on(
-        "console",
-        lambda line: faults.append(line.text) if line.type in ("error", "warning") else None,
-    )
-    page.on(
-        "request",
-        lambda request: (
-            None
-            if urlsplit(request.url).hostname in LOCAL or request.url.startswith("data:")
-            else faults.append(f"asks {request.url}")
-        ),
-    )
+        def heeded(method: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(method)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self._altered = True
+                return method(*args, **kwargs)
+
+            return call
+
+        for name in ALTERS:
+            if method := getattr(one, name, None):
+                setattr(one, name, heeded(method))
+
+    async def _clear(self, page: Page) -> None:
+        """Take out of *page* what its test has left, or close its context."""
+        context = page.context
+        origins, self._origins = self._origins, set()
+        altered, self._altered = self._altered, False
+        if altered or page.is_closed():
+            await context.close()
+            self._page = None
+            return
+        for other in context.pages:
+            if other is not page:
+                await other.close()
+        await page.unroute_all()
+        await page.goto("about:blank")
+        await context.clear_cookies()
+        session = await context.new_cdp_session(page)
+        for origin in origins:
+            await session.send(
+                "Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"}
+            )
+        await session.detach()
+
+    def _watch(self, page: Page) -> None:
+        def asks(request: Request) -> None:
+            url = urlsplit(request.url)
+            if url.hostname in LOCAL:
+                self._origins.add(f"{url.scheme}://{url.netloc}")
+            elif url.scheme != "data" and request.url != "about:blank":
+                self._faults.append(f"asks {request.url}")
+
+        page.on("pageerror", lambda error: self._faults.append(f"error: {error}"))
+        page.on("crash", lambda _page: self._faults.append("the page has crashed"))
+        page.on(
+            "console",
+            lambda line: (
+                self._faults.append(line.text) if line.type in ("error", "warning") else None
+            ),
+        )
+        page.on("request", asks)

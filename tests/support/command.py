@@ -14,12 +14,11 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from tests.support.waiting import LATE
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
-
-START = 30.0  # seconds for the first line of a process
-STOP = 30.0  # seconds from SIGTERM to its end
 
 
 @contextmanager
@@ -44,7 +43,7 @@ def serving(
             text=True,
         ) as process,
     ):
-        deadline = threading.Timer(START, process.kill)
+        deadline = threading.Timer(LATE, process.kill)
         deadline.start()
         try:
             assert process.stdout is not None
@@ -58,7 +57,7 @@ def serving(
         finally:
             deadline.cancel()
             process.terminate()
-            deadline = threading.Timer(STOP, process.kill)
+            deadline = threading.Timer(LATE, process.kill)
             deadline.start()
             process.wait()
             deadline.cancel()

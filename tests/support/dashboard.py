@@ -291,8 +291,8 @@ async def opened(page: Page, stand: Stand) -> None:
 
 async def verdict(page: Page, word: str | re.Pattern[str], text: str | re.Pattern[str]) -> None:
     """Wait for a verdict, 10 s long: a lost server is noticed after seconds of silence only."""
-    await expect(page.locator("#verdict-word")).to_have_text(word, timeout=10_000)
-    await expect(page.locator("#verdict-text")).to_have_text(text, timeout=10_000)
+    await expect(page.locator("#verdict-word")).to_have_text(word)
+    await expect(page.locator("#verdict-text")).to_have_text(text)
 
 
 def shown(page: Page, path: str) -> Locator:

@@ -17,7 +17,7 @@ from aioserver.config import Configuration
 from tests.support import zygote
 from tests.support.jumping_loop import JumpingLoop
 from tests.support.server import write
-from tests.support.waiting import until
+from tests.support.waiting import LATE, patience, until
 
 if TYPE_CHECKING:
     import socket
@@ -142,17 +142,17 @@ class Process:
         """Send it *number*."""
         self._process.send_signal(number)
 
-    async def ended(self, within: float = 30.0) -> int:
+    async def ended(self, within: float = LATE) -> int:
         """Wait for its end; returns its exit code. `out` and `log` are complete then.
 
         Raises:
             TimeoutError: it has not ended within *within* seconds.
         """
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(patience(within)):
             await asyncio.shield(self._reading)
             return await self._process.wait()
 
-    async def logs(self, words: str, within: float = 30.0) -> None:
+    async def logs(self, words: str, within: float = LATE) -> None:
         """Wait until *words* are in its log.
 
         Raises:
@@ -161,7 +161,7 @@ class Process:
         await until(lambda: words in self.log or self._reading.done(), within, lambda: self.log)
         assert words in self.log, self.log
 
-    async def prints(self, pattern: re.Pattern[str], within: float = 30.0) -> re.Match[str]:
+    async def prints(self, pattern: re.Pattern[str], within: float = LATE) -> re.Match[str]:
         """Wait until its stdout starts with *pattern*.
 
         Raises:
@@ -176,7 +176,7 @@ class Process:
         assert match is not None, (self.out, self.log)
         return match
 
-    async def living(self, result: Awaitable[T], within: float = 30.0) -> T:
+    async def living(self, result: Awaitable[T], within: float = LATE) -> T:
         """Await *result*, which needs the process.
 
         Raises:
@@ -184,7 +184,7 @@ class Process:
             TimeoutError: *within* seconds have passed.
         """
         task = asyncio.ensure_future(result)
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(patience(within)):
             await asyncio.wait((task, self._reading), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             task.cancel()

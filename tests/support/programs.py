@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.waiting import LATE, patience
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -68,7 +70,7 @@ async def run(
     *program: str | Path,
     home: Path,
     environ: Mapping[str, str] | None = None,
-    within: float = 50.0,
+    within: float = LATE,
 ) -> Ended:
     """Run *program* in *home*, which is also its home folder, and wait for its end.
 
@@ -86,7 +88,7 @@ async def run(
         start_new_session=True,
     )
     with _killed_with_children(process.pid):
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(patience(within)):
             out, log = await process.communicate()
     assert process.returncode is not None
     return Ended(process.returncode, *(_COLOURS.sub("", text.decode()) for text in (out, log)))

@@ -15,6 +15,7 @@ import aiohttp
 import trustme
 
 from tests.support.tools import edited, free_port, installed
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -189,7 +190,7 @@ async def _listens(process: asyncio.subprocess.Process, port: int, tls: ssl.SSLC
     Its certificate says that it is this one: another program may have taken the port meanwhile.
     """
     ended = asyncio.ensure_future(process.wait())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(patience(30)):
         while not ended.done():
             with contextlib.suppress(OSError):
                 _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)

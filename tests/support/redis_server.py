@@ -15,7 +15,7 @@ import hiredis
 
 from aioserver.workers.private_server import find_program
 from tests.support.tools import installed
-from tests.support.waiting import until
+from tests.support.waiting import LATE, until
 from tests.support.writing import write
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class RedisServer:
         """Return its reply to *command*; an error reply is a `hiredis.ReplyError`."""
         if self._socket is None:
             self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.settimeout(10)
+            self._socket.settimeout(LATE)
             self._socket.connect(str(self.path))
             self._reader = hiredis.Reader()
         self._socket.sendall(hiredis.pack_command(command))  # type: ignore[arg-type]

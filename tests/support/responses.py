@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from tests.support.waiting import patience
+
 if TYPE_CHECKING:
     from aiohttp import ClientWebSocketResponse
 
@@ -31,7 +33,7 @@ def connect(server: RunningServer, **kwargs: Any) -> Any:
 async def next_event(ws: ClientWebSocketResponse) -> Any:
     """The next event of the provider, or error."""
     while True:
-        event = json.loads(await ws.receive_str(timeout=20))
+        event = json.loads(await ws.receive_str(timeout=patience(20)))
         if not event["type"].startswith("aioserver:"):
             return event
 

@@ -23,7 +23,7 @@ from aioserver.server.runner import Runner
 from aioserver.telemetry import counters
 from tests.support.members import wings_of
 from tests.support.simulator import Behaviour, Simulator
-from tests.support.waiting import ticks, until
+from tests.support.waiting import LATE, ticks, until
 
 if TYPE_CHECKING:
     import socket
@@ -51,10 +51,10 @@ HTTP_CLIENT = {
     "max_connections": 20,
     "max_keepalive": 10,
     "keepalive_expiry": 30.0,
-    "connect_timeout": 5.0,
-    "read_timeout": 5.0,
-    "write_timeout": 5.0,
-    "pool_timeout": 5.0,
+    "connect_timeout": LATE,
+    "read_timeout": 10.0,  # and so, where none is given, the longest wait in a queue
+    "write_timeout": LATE,
+    "pool_timeout": LATE,
     "requests_per_minute": 1_000_000,
     "concurrent_requests": 20,
     "max_retries": 0,
@@ -66,10 +66,12 @@ BASE: dict[str, Any] = {
             "host": "127.0.0.1",
             "port": 0,
             "allow_origins": ["*"],
+            # A client that reads nothing meanwhile answers no ping.
+            "ping_timeout": 3 * LATE,
             "concurrency": {
                 "max_connections": 50,
                 "connection_queue_size": 50,
-                "queue_timeout": 5.0,
+                "queue_timeout": 10.0,
                 "uvicorn": {
                     "backlog": 128,
                     "workers": 1,

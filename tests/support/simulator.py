@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.wings.simulator import exchange, model, server
 from aioserver.wings.simulator.model import BadRequest
 from aioserver.wings.simulator.tools import COUNT_TOKENS, MESSAGES
+from tests.support.waiting import LATE, patience
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,14 +122,14 @@ class Simulator(server.Simulator):
         return SimulatorStats(**self._stats)
 
     async def until(
-        self, reached: Callable[[SimulatorStats], bool], within: float = 30.0
+        self, reached: Callable[[SimulatorStats], bool], within: float = LATE
     ) -> SimulatorStats:
         """Wait until *reached* is true of the counters, and return them.
 
         Raises:
             TimeoutError: *reached* was not true *within* so many seconds.
         """
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(patience(within)):
             while not reached(stats := self.stats()):
                 self._changed = self._changed or asyncio.Event()
                 await self._changed.wait()

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from tests.support import zygote
-from tests.support.waiting import until
+from tests.support.waiting import LATE, patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -85,7 +85,7 @@ class Terminal:
         os.close(self._ours)
         self._ours = -1
 
-    async def shows(self, words: str, within: float = 30.0) -> None:
+    async def shows(self, words: str, within: float = LATE) -> None:
         """Wait until *words* are written, behind those of the last call.
 
         Raises:
@@ -100,9 +100,9 @@ class Terminal:
 
         await until(visible, within, lambda: self.text)
 
-    async def ended(self, within: float = 30.0) -> int:
+    async def ended(self, within: float = LATE) -> int:
         """Wait for the end of the process; returns its exit code, minus a signal's number."""
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(patience(within)):
             return await self.process.wait()
 
     def _read(self) -> None:

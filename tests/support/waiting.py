@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Seconds that a machine which does much else may take for anything.
-LATE = 30.0
+LATE = 90.0
 # Seconds between two looks at a condition, at first.
 POLL = 0.002
 

@@ -1,10 +1,10 @@
 """One worker of several as a process: `python -m tests.support.worker CONFIG LOOP URL LOADS SLOT
 WORKERS SOCKET FIRST`.
 
-It says `ready` on stdout once it accepts, and ends in good order at SIGTERM. To each line on stdin
-it answers with its places: those that are taken, those that it may use, how many clients wait, and
-whether places move. *URL* is that of the server through which the workers share limits; `-` stands
-for none.
+It says `ready` on stdout once it accepts, and ends in good order at SIGTERM or at the end of its
+stdin. To each line on stdin it answers with its places: those that are taken, those that it may
+use, how many clients wait, and whether places move. *URL* is that of the server through which the
+workers share limits; `-` stands for none.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ async def serve(
         gate = server.context.admission.gate
 
         def tell() -> None:
-            sys.stdin.readline()
+            if not sys.stdin.readline():  # the tests have ended without a signal to it
+                stop.set()
+                return
             moves = cluster is not None and not cluster.leases.standing.grace
             print(gate.inside, gate.limit, gate.waiting, int(moves), flush=True)
 

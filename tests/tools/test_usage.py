@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from aioserver.tools.usage import command
 from aioserver.usage.ledger_reader import COLUMNS
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -224,7 +225,7 @@ def test_it_reads_stdin_and_imports_nothing_of_the_server() -> None:
         input=entry(1).encode(),
         capture_output=True,
         check=True,
-        timeout=60,
+        timeout=LATE,
     )
 
     lines = ran.stdout.decode().splitlines()

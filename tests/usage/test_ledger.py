@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from aioserver.telemetry.outcome import NOBODY, CacheLoss
 from aioserver.usage.ledger import MAX_LINES, Ledger
 from tests.support.ledgers import DAY, NOON, PART, line, lines_of, wait_until
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -283,7 +284,7 @@ print(json.dumps([ledger.written, ledger.lost, ledger.trouble is None]))
 def test_a_line_that_a_full_disk_has_cut_is_written_again(tmp_path: Path) -> None:
     program = [sys.executable, "-c", FULL, str(tmp_path)]
 
-    ran = subprocess.run(program, capture_output=True, check=True, timeout=60)
+    ran = subprocess.run(program, capture_output=True, check=True, timeout=LATE)
 
     assert json.loads(ran.stdout) == [10, 0, True]
     file = tmp_path / "usage" / "usage-2026-11-28.jsonl"

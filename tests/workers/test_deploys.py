@@ -24,7 +24,7 @@ from tests.support.process import serving
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, UVICORN
 from tests.support.systemd import Systemd
-from tests.support.waiting import until, until_result
+from tests.support.waiting import patience, until, until_result
 from tests.support.worker_processes import command, incidents_of, workers
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Answers:
 
     async def rest(self, first: int, last: int | None = None) -> list[bytes]:
         """Read those answers to their ends."""
-        async with asyncio.timeout(60.0):
+        async with asyncio.timeout(patience(60)):
             return [await response.read() for response in self._running[first:last]]
 
 
@@ -188,7 +188,7 @@ async def test_two_deploys_cut_no_answer_and_ask_for_none_twice(
             assert body.count(b"second") == 1
         frames = [*await to_end(busy), *await to_end(busy)]
         assert [frame["status"] for frame in frames].count("complete") == 2
-        closed = await busy.receive(timeout=20)
+        closed = await busy.receive(timeout=patience(20))
         assert (closed.type, closed.data) == (aiohttp.WSMsgType.CLOSE, 1012)
         assert (await to_end(elsewhere))[-1]["status"] == "complete"
         assert provider.asked == 2 * count + 2
@@ -303,7 +303,7 @@ async def test_systemd_hears_of_former_processes_which_a_stop_ends_with_all_othe
             await process.living(systemd.message_with("READY"))
             await answers.begin(1)
             said = "2 answers still run in "
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(patience(60)):
                 while said not in (status := (await systemd.message())["STATUS"]):
                     pass
             assert status.startswith("2 of 2 workers: "), status

@@ -82,7 +82,7 @@ async def test_two_workers_keep_every_door_and_a_replacement_changes_nothing(
                 TLS: pair(tmp_path),
                 "auth.keys_file": str(keys),
                 "auth.jwt": jwt_settings(issuer.url, limits={"default": {"max_concurrent": 20}}),
-                "hooks": [{"name": "guard", "url": hook.url}],
+                "hooks": [{"name": "guard", "url": hook.url, "timeout": 30.0}],
             },
         ) as process,
     ):

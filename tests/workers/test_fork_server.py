@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -192,7 +192,13 @@ async def test_code_of_others_runs_in_workers_alone_and_sees_their_end(
     log = tmp_path / "log"
     path = os.pathsep.join((str(tmp_path), *filter(None, [os.getenv("PYTHONPATH")])))
     environ = {**environ, "PYTHONPATH": path, "HOOK_LOG": str(log)}
-    changes = {**TWO, "hooks": [{"name": "told", "python": "told_hook:Hook", "on": ["request"]}]}
+    entry: dict[str, Any] = {
+        "name": "told",
+        "python": "told_hook:Hook",
+        "on": ["request"],
+        "timeout": 30.0,
+    }
+    changes = {**TWO, "hooks": [entry]}
     async with (
         Simulator(QUICK) as simulator,
         serving(

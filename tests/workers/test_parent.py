@@ -27,7 +27,7 @@ from tests.support.server import CONCURRENCY, NOWHERE, QUICK, UVICORN, write
 from tests.support.simulator import Simulator
 from tests.support.systemd import Systemd
 from tests.support.tls import TLS, TlsClient, pair
-from tests.support.waiting import until, until_result
+from tests.support.waiting import patience, until, until_result
 from tests.support.worker_processes import alone, gone, incidents_of, workers
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ async def _opened(
     """A WebSocket that has a place; None if it was refused, since that is on its way."""
     client = await session.ws_connect(f"{process.base}/ws/chat")
     await client.send_json({"action": "ping"})
-    frame = await client.receive_json(timeout=20)
+    frame = await client.receive_json(timeout=patience(20))
     if frame["status"] == "pong":
         return client
     await client.close()

@@ -24,6 +24,7 @@ from aioserver.workers.private_server import (
     find_program,
 )
 from tests.support.redis_server import program_of_server
+from tests.support.waiting import LATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ def program(folder: Path, name: str, script: str) -> Path:
 
 def ask(server: PrivateServer, command: bytes) -> bytes:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
+        sock.settimeout(LATE)
         sock.connect(server.url.removeprefix("unix://"))
         sock.sendall(command)
         return sock.recv(4096)
@@ -207,7 +208,7 @@ def test_where_no_folder_can_be_written_one_line_says_so_and_the_workers_go_on()
         env={**os.environ, "PYTHONPATH": str(Path(aioserver.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LATE,
         check=False,
     )
 

@@ -21,15 +21,13 @@ from aioserver.workers.balance import AT_ONCE, STOP
 from aioserver.workers.loads import Loads
 from tests.support.redis_server import RedisServer
 from tests.support.server import CONCURRENCY, NOWHERE, UVICORN, write
-from tests.support.waiting import until, until_result
+from tests.support.waiting import LATE, until, until_result
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
 pytestmark = pytest.mark.real_time
-# Seconds for places to move, after a fault: a few, but for a busy machine.
-SOON = 30.0
 
 
 class State(NamedTuple):
@@ -50,7 +48,7 @@ class Parent:
         sizes = {
             f"{CONCURRENCY}.max_connections": places,
             f"{CONCURRENCY}.connection_queue_size": 10 * places,
-            f"{CONCURRENCY}.queue_timeout": 30,
+            f"{CONCURRENCY}.queue_timeout": 3 * LATE,
             f"{UVICORN}.backlog": 1024,
         }
         write(NOWHERE, sizes, self.config)
@@ -74,7 +72,7 @@ class Parent:
     async def joined(self) -> None:
         """Wait until places move between the workers."""
         await until_result(
-            self.states, lambda states: all(state.moves for state in states), 2 * SOON
+            self.states, lambda states: all(state.moves for state in states), 2 * LATE
         )
 
     async def __aexit__(self, *exc: object) -> None:
@@ -169,23 +167,23 @@ async def test_the_places_of_a_killed_worker_are_free_for_others_and_a_killed_se
         await parent.open(3)
         server.kill()
         # What was granted is used without the server.
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(LATE):
             await parent.open(1)
         server.start()
-        async with asyncio.timeout(2 * SOON):
+        async with asyncio.timeout(2 * LATE):
             await parent.open(5)
         assert await parent.alive() == 9
         inside = await parent.inside()
         assert sum(inside) == 9
 
         await parent.kill(0)
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(LATE):
             await parent.open(inside[0])
 
         assert (await parent.state(1)).inside == 9
         await parent.start(0)
         await parent.clients[-1].close()
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(LATE):
             await parent.open(1)
         assert sum(await parent.inside()) == 9
 
@@ -202,12 +200,12 @@ async def test_a_worker_that_is_stopped_keeps_its_places_and_no_one_is_refused(
             # The balance takes it for blocked; what it was given beyond its clients comes back
             # with its lease at the latest.
             await asyncio.sleep(2.0)
-            async with asyncio.timeout(2 * SOON):
+            async with asyncio.timeout(2 * LATE):
                 await parent.open(4)
         finally:
             stopped.send_signal(signal.SIGCONT)
 
-        async with asyncio.timeout(2 * SOON):
+        async with asyncio.timeout(2 * LATE):
             await parent.open(6)
         states = await parent.states()
         assert sum(state.inside for state in states) == 20

@@ -51,6 +51,9 @@ class ChunkReader(Reading, ABC, Generic[C]):
     All kept data together have at most *max_bytes*.
     """
 
+    # The sequence number of the next event, in an API that has such numbers.
+    sequence = 0
+
     # Subclasses have a dictionary, but each event counts in these.
     __slots__ = (
         "_calls",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from aioserver.protocol.openai import bounded, usage_of
 from aioserver.providers.request import Api, WordlessApi
 from aioserver.wings.anthropic import sink, wire
+from aioserver.wings.anthropic.path import MessagePath
 from aioserver.wings.anthropic.transcript import MessagesTranscript
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
+    from aioserver.streams.cursor import Cursor
+    from aioserver.streams.fast_path import Destination
     from aioserver.streams.stream import Stream
 
 HOST = "anthropic.com"
@@ -48,6 +51,13 @@ class MessagesApi(Api):
     def sink(self, stream: Stream) -> sink.MessageSink:
         """Return the sink that fills *stream* with the events of a message."""
         return sink.MessageSink(stream, self.content)
+
+    def fast_path(self, cursor: Cursor, destination: Destination) -> MessagePath | None:
+        """Return the path by which events go from *cursor* to *destination*.
+
+        None if there is none.
+        """
+        return MessagePath(cursor, destination) if destination.chunked else None
 
     def content(self, event: bytes) -> bool:
         """Return whether an event of a streamed message is content, and not only a preamble."""

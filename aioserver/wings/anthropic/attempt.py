@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 # The header of a count of tokens that is an estimate.
 ESTIMATED = {"x-aioserver-estimated": "input_tokens"}
 _THINKING = Member("thinking")
-# The members that the API refuses from the version of 2026 on.
-_SAMPLING = Member("temperature"), Member("top_p"), Member("top_k")
 
 
 class MessagesCapabilities(PathCapabilities):
@@ -94,7 +92,7 @@ class MessageAttempt(BridgedAttempt):
         if self.bridged or self._version <= wire.VERSION:
             return True
         body = self.request.body(self.provider.settings, self.model)
-        return not any(member.value(body) for member in _SAMPLING)
+        return not wire.refused_since_2026(body)
 
     def form_of_rest(self) -> str:
         """Return the form in which it asks for the rest: a model that thinks takes no beginning."""

@@ -29,6 +29,7 @@ from aioserver.wings.anthropic.bridge.refused import translate
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from aioserver.streams.contracts import Path
     from aioserver.streams.stream import Stream
 
 _USAGE, _STOP_REASON = b'"usage"', b'"stop_reason"'
@@ -37,10 +38,7 @@ MAX_PASSED_BYTES = 65_536
 
 
 class MessageSink(PassingSink):
-    """Appends the events of a message to a log.
-
-    No event takes the fast path, since each has two lines.
-    """
+    """Appends the events of a message to a log."""
 
     end_mark = "a stop_reason and without message_stop"
 
@@ -51,6 +49,10 @@ class MessageSink(PassingSink):
         self._usage: dict[str, Any] = {}
         # Whether a stop_reason has come.
         self._finished = False
+
+    def fast(self) -> Path | None:
+        """Return the path; the stream's between two events."""
+        return self._stream.open_fast_path() if self._splitter.idle else super().fast()
 
     @property
     def _complete_without_mark(self) -> bool:
@@ -117,11 +119,8 @@ class BridgeSink(BridgingSink[Call]):
         return self._writer.finish()
 
     def _append(self, parts: list[bytes]) -> None:
-        self._append_texts(b"".join(parts), len(parts))
-
-    def _append_texts(self, data: bytes, count: int) -> None:
-        if count:
-            self._stream.forward(data, count, more=self._over)
+        if parts:
+            self._stream.forward(b"".join(parts), len(parts), more=self._over)
             self._count_text()
 
 

@@ -16,8 +16,10 @@ down.
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import orjson
 
 from aioserver.protocol import eventstream
@@ -60,6 +62,57 @@ _STOP, _ERROR = b'"message_stop"', b'"error"'
 _TOKENS = ("input_tokens", "cache_creation_input_tokens", "output_tokens")
 _COUNTS = (*_TOKENS, "cache_read_input_tokens")
 _SPEAKING = re.compile(r"/v1/messages(?:/.*)?", re.DOTALL)
+
+
+class _Block(msgspec.Struct, gc=False):
+    type: str = ""
+    citations: msgspec.Raw = msgspec.Raw(b"[]")
+    content: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Message(msgspec.Struct, gc=False):
+    role: str
+    content: msgspec.Raw
+
+
+class _Question(msgspec.Struct, gc=False):
+    messages: list[_Message]
+    temperature: msgspec.Raw = msgspec.Raw(b"")
+    top_p: msgspec.Raw = msgspec.Raw(b"")
+    top_k: msgspec.Raw = msgspec.Raw(b"")
+
+
+_QUESTION = msgspec.json.Decoder(_Question)
+_BLOCKS = msgspec.json.Decoder(list[_Block])
+
+
+def refused_since_2026(body: bytes) -> bool:
+    """Return whether the API refuses *body*, a request, from its version of 2026 on: it samples, or
+    has a document of the assistant's or a text of the user's with citations.
+    """
+    try:
+        question = _QUESTION.decode(body)
+        return any(map(bytes, (question.temperature, question.top_p, question.top_k))) or any(
+            map(_removed, question.messages)
+        )
+    except msgspec.MsgspecError:
+        return True
+
+
+def _removed(message: _Message) -> bool:
+    blocks = _blocks(message.content)
+    if message.role == "assistant":
+        return any(block.type == "document" for block in blocks)
+    found = [_blocks(block.content) for block in blocks if block.type == "search_result"]
+    return any(
+        block.type == "text" and bytes(block.citations) not in {b"[]", b"null"}
+        for block in chain(blocks, *found)
+    )
+
+
+def _blocks(content: msgspec.Raw) -> list[_Block]:
+    """Return the blocks of *content*; none if it is a text."""
+    return _BLOCKS.decode(content) if bytes(content).startswith(b"[") else []
 
 
 def speaks(path: str, headers: Mapping[str, str]) -> bool:

@@ -171,9 +171,7 @@ class ResponseEvents(AnswerEvents):
         return True
 
     def note_run(self, number: int, sequence: int, count: int = 1) -> None:
-        """Remember the numbers of *count* events: their log numbers start at *number*, their
-        sequence numbers at *sequence*.
-        """
+        """Remember the numbers of *count* events, as `AnswerEvents.note_run`."""
         last = sequence + count - 1
         if self._runs:
             run = self._runs[-1]

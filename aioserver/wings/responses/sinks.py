@@ -34,7 +34,6 @@ from aioserver.streams.fast_path import ERROR_NAME
 from aioserver.wings.responses.bridge.output import Call
 from aioserver.wings.responses.events import (
     ENDS,
-    ResponseEvents,
     failed,
     is_content,
     remember,
@@ -148,14 +147,4 @@ class BridgeSink(BridgingSink[Call]):
         block = b"".join(parts)
         remember(self._stream, block)
         self._stream.forward(block, len(parts), more=self._over)
-        self._count_text()
-
-    def _append_texts(self, data: bytes, count: int) -> None:
-        if not count:
-            return
-        stream = self._stream
-        memory = stream.events
-        if isinstance(memory, ResponseEvents):
-            memory.note_run(stream.last + 1, self._writer.sequence - count, count)
-        stream.forward(data, count)
         self._count_text()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from aioserver.telemetry.counters import Counter, Histogram
 from aioserver.telemetry.metrics import Family
 from aioserver.usage.sums import MAX_CHILDREN, OTHER, configured_models
+from aioserver.wings.tracing.chunk_times import SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,8 +34,7 @@ OPERATIONS = {
 EMBEDDINGS = OPERATIONS["embeddings"]
 # The models of one provider that are named as those that have answered; beyond, they are OTHER.
 MAX_ANSWERED = 32
-# Upper bounds of the histograms, as the conventions ask for: of seconds, and of tokens.
-SECONDS = tuple(0.01 * 2**n for n in range(14))
+# Upper bounds of histograms of tokens, as the conventions ask for.
 TOKENS = tuple(4.0**n for n in range(14))
 # gen_ai.token.modality: providers do not say which tokens are of images.
 AUDIO, UNKNOWN = "audio", "unknown"
@@ -70,6 +70,12 @@ class GenAiMeter:
         self._first = add(
             f"{_INFERENCE}time_to_first_chunk_seconds",
             "Time from sending a streamed request to the first content of its answer",
+            OF_ALL,
+            seconds,
+        )
+        self._between = add(
+            f"{_INFERENCE}time_per_output_chunk_seconds",
+            "Time between two events of a streamed answer, from its first content on",
             OF_ALL,
             seconds,
         )
@@ -124,6 +130,8 @@ class GenAiMeter:
         _child(self._duration, *labels, attempt.error).observe(seconds)
         if attempt.first_chunk:
             _child(self._first, *labels).observe(attempt.first_chunk)
+        if attempt.chunks is not None and any(attempt.chunks.counts):
+            _child(self._between, *labels).include(attempt.chunks)
         if tokens.prompt is not None:
             _child(self._prompt, *labels).observe(tokens.prompt)
         if tokens.answer is not None:

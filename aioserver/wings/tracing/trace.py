@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import msgspec
 from yarl import URL
@@ -25,6 +25,7 @@ from aioserver.errors import AioserverError
 from aioserver.protocol.tokens import NO_TOKENS, Tokens, tokens_of
 from aioserver.telemetry.bookkeeping import bookkeeping, first, nothing
 from aioserver.telemetry.tracer import Fast_co
+from aioserver.wings.tracing.chunk_times import ChunkTimes, TimedPath
 from aioserver.wings.tracing.otlp import Context
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class AttemptTrace:
     *address* is the host and the port of the provider, and *error* the code of the fault.
     *first_chunk* are the seconds from sending to the first content of a stream. *tokens* are those
     of input and output, or None. *head* and *tail* are the first and the last bytes of the answer,
-    which have its id, its model and the reason of its end.
+    which have its id, its model and the reason of its end. *chunks* are the times between its
+    events, if attempts are counted and it is a stream.
     """
 
     span_id: bytes = field(default_factory=lambda: new_id(8))
@@ -91,6 +93,7 @@ class AttemptTrace:
     max_tokens: int | None = None
     temperature: float | None = None
     tokens: Tokens = NO_TOKENS
+    chunks: ChunkTimes | None = None
 
     def note_body(self, body: bytes) -> None:
         """Note the parameters in *body*, which is about to be sent."""
@@ -131,7 +134,9 @@ Count = Callable[[str, AttemptTrace], None]
 
 
 class NotingSink(Generic[Fast_co]):
-    """Another sink; the first and the last bytes that it is fed are noted."""
+    """Another sink; the first and the last bytes that it is fed are noted, and the times of its
+    events if *noted* has a place for them.
+    """
 
     def __init__(self, sink: WatchedSink[Fast_co], noted: AttemptTrace) -> None:
         self._sink = sink
@@ -148,7 +153,14 @@ class NotingSink(Generic[Fast_co]):
         if len(noted.head) < HEAD_BYTES:
             noted.head += data[: HEAD_BYTES - len(noted.head)]
         noted.tail = (noted.tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
-        return self._sink.feed(data)
+        if noted.chunks is None:
+            return self._sink.feed(data)
+        before = self._sink.progress
+        goes_on = self._sink.feed(data)
+        # A preamble is no progress until there is content.
+        if events := self._sink.progress - before:
+            noted.chunks.came(events)
+        return goes_on
 
     def end(self) -> None:
         """End the other sink."""
@@ -159,8 +171,12 @@ class NotingSink(Generic[Fast_co]):
         return self._sink.broken(fault)
 
     def fast(self) -> Fast_co | None:
-        """Return the fast path of the other sink, on which the trace costs nothing."""
-        return self._sink.fast()
+        """Return the fast path of the other sink, on which a trace without *chunks* costs
+        nothing.
+        """
+        path, chunks = self._sink.fast(), self._noted.chunks
+        # A path is all that the exchange knows of it.
+        return path if path is None or chunks is None else cast("Fast_co", TimedPath(path, chunks))
 
 
 class Trace:
@@ -223,7 +239,10 @@ class Trace:
     @bookkeeping(first)
     def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
         """Return a sink that notes the first and the last bytes that *sink* is fed."""
-        return NotingSink(sink, self._attempt())
+        attempt = self._attempt()
+        if self._count is not None:
+            attempt.chunks = ChunkTimes()
+        return NotingSink(sink, attempt)
 
     @bookkeeping(nothing)
     def waited(self, provider: str, began: float, ended: float) -> None:
@@ -287,6 +306,7 @@ class CountedRequest:
     @bookkeeping(first)
     def watch(self, sink: WatchedSink[Fast_co]) -> WatchedSink[Fast_co]:
         """Return a sink that notes the first and the last bytes that *sink* is fed."""
+        self._attempt.chunks = ChunkTimes()
         return NotingSink(sink, self._attempt)
 
     @bookkeeping(nothing)

@@ -24,6 +24,7 @@ from tests.support.ledgers import line, wait_until
 from tests.support.process import run_command
 from tests.support.server import HTTP_CLIENT, QUICK
 from tests.support.simulator import Behaviour
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -330,7 +331,7 @@ async def test_an_answer_that_fails_is_reported_by_its_code_alone(make_server: M
         QUICK, **keys_of("web"), **{"llm.providers.sim.base_url": "http://127.0.0.1:9/v1"}
     )
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(patience(30)):
         found = await examined(server.base, key_of("web"), ask=True)
 
     assert "SSE: an answer failed: connect_error" in found.of("fail")

@@ -29,6 +29,7 @@ from tests.support.scripted_provider import (
 from tests.support.sdk import anthropic_of
 from tests.support.server import QUICK, SIM_HTTP_CLIENT, provider_entry
 from tests.support.simulator import Behaviour, Simulator
+from tests.support.waiting import patience
 
 if TYPE_CHECKING:
     import anthropic
@@ -75,7 +76,7 @@ async def stream_of(server: RunningServer, body: Any) -> list[dict[str, Any]]:
 
 async def shows(server: RunningServer, **facts: Any) -> None:
     """Wait until `/stats`, which is made now and then, says that *facts* are known."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(patience(30)):
         while True:
             async with server.session.get(f"{server.base}/stats") as response:
                 state = (await response.json())["providers"]["sim"]["learned"]
@@ -375,7 +376,13 @@ async def test_a_bound_that_is_too_large_is_lowered(
         for _ in range(2):
             assert (await answer_of(server, {**ASK, "max_tokens": 64_000}))[0] == 200
         await shows(server, context_limit={"m": 32768} if message == VLLM else {})
+        sizes = {}
+        for model in ("m", "sim/m", "sim", "another"):
+            async with server.session.get(f"{server.v1}/models/{model}") as response:
+                sizes[model] = (await response.json()).get("context_length")
 
+    known = 32768 if message == VLLM else None
+    assert sizes == {"m": known, "sim/m": known, "sim": None, "another": None}
     assert [body["max_tokens"] for body in seen[:2]] == [64_000, bound]
     assert bound <= seen[2]["max_tokens"] < 32768
 

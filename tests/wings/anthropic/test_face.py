@@ -18,6 +18,12 @@ from tests.support.chat import text_of
 from tests.support.chat import whole as read_over_sse
 from tests.support.keys import bearer, key_of, keys_of
 from tests.support.lazily import lazily
+from tests.support.messages_of_2026 import (
+    NO_MORE,
+    STILL,
+    VERSION_OF_2026,
+    has_document_of_assistant,
+)
 from tests.support.raw import Raw
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.sdk import anthropic_of
@@ -281,44 +287,11 @@ async def test_the_headers_of_the_api_go_on_and_no_others(make_server: MakeServe
     assert seen.headers["anthropic-version"] == "2099-01-01"
 
 
-def cited(**more: Any) -> dict[str, Any]:
-    return {"type": "text", "text": "a", "citations": [{"type": "char_location"}], **more}
-
-
-DOCUMENT = {
-    "type": "document",
-    "source": {"type": "text", "data": "a", "media_type": "text/plain"},
-}
-SEARCHED = {"type": "search_result", "source": "s", "title": "t", "content": [cited()]}
-# What the version of 2026 has no more, and the place of it that its refusal names.
-NO_MORE: list[tuple[dict[str, Any], str]] = [
-    *(({name: 1}, name) for name in ("temperature", "top_p", "top_k")),
-    (
-        {"messages": [*HELLO, {"role": "assistant", "content": [DOCUMENT]}, *HELLO]},
-        "messages.1.content.0",
-    ),
-    ({"messages": [{"role": "user", "content": [cited()]}]}, "messages.0.content.0"),
-    ({"messages": [{"role": "user", "content": [SEARCHED]}]}, "messages.0.content.0.content"),
-]
-# What it still has.
-STILL = [
-    {"role": "user", "content": [DOCUMENT, cited(citations=[])]},
-    {"role": "assistant", "content": [cited(), {"type": "tool_use", "id": "t", "name": "f"}]},
-    {
-        "role": "user",
-        "content": [
-            {"type": "tool_result", "tool_use_id": "t", "content": [DOCUMENT]},
-            {"type": "text", "text": "Hello"},
-        ],
-    },
-]
-
-
 @pytest.mark.parametrize("path", ["messages", "messages/count_tokens"])
 async def test_what_the_version_of_the_client_has_no_more_is_refused_as_by_the_api(
     server: RunningServer, path: str
 ) -> None:
-    version = {"anthropic_version": "2026-10-21"}
+    version = {"anthropic_version": VERSION_OF_2026}
     for changes, where in NO_MORE:
         async with post(server, ASKED | changes, path) as response:
             assert response.status == 200, where
@@ -335,11 +308,18 @@ async def test_a_bridge_and_its_engine_take_what_the_version_of_the_client_has_n
     make_server: MakeServer,
 ) -> None:
     server = await make_server(**{"llm.providers.sim.messages": "bridge"})
-    body = {**ASKED, "temperature": 0.5}
-    async with post(server, body, anthropic_version="2026-10-21") as response:
-        assert response.status == 200
-    assert server.simulator.bodies[-1]["temperature"] == 0.5
-    assert "anthropic-version" not in server.simulator.requests[-1].headers
+    bodies = [ASKED | changes for changes, _where in NO_MORE]
+    for body in (*bodies, ASKED | {"messages": STILL}):
+        async with post(server, body, anthropic_version=VERSION_OF_2026) as response:
+            # This has no form in a chat completion, whatever the version.
+            refused = has_document_of_assistant(body)
+            assert response.status == (400 if refused else 200), await response.text()
+        if refused:
+            continue
+        sent = server.simulator.bodies[-1]
+        for name in ("temperature", "top_p", "top_k"):
+            assert sent.get(name) == body.get(name)
+        assert "anthropic-version" not in server.simulator.requests[-1].headers
 
 
 async def test_the_key_of_the_sdk_is_taken_in_the_header_of_its_version(
@@ -349,7 +329,7 @@ async def test_the_key_of_the_sdk_is_taken_in_the_header_of_its_version(
     async with anthropic_of(server.base, key_of("web")) as client:
         assert client.auth_headers == {"Authorization": f"Bearer {key_of('web')}"}
         assert (await client.messages.create(**ASKED)).stop_reason == "end_turn"
-        assert server.simulator.requests[-1].headers["anthropic-version"] == "2026-10-21"
+        assert server.simulator.requests[-1].headers["anthropic-version"] == VERSION_OF_2026
         both = {"x-api-key": key_of("other")}
         with pytest.raises(anthropic.AuthenticationError):
             await client.messages.create(**ASKED, extra_headers=both)

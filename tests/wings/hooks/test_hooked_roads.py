@@ -13,7 +13,7 @@ from tests.support.faces import over_openai
 from tests.support.hook_program import entry, hook_program, refuse
 from tests.support.instances import instances
 from tests.support.server import PACED, QUICK
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,9 +25,9 @@ BOTH = ["request", "answer"]
 
 async def respond(ws: Any, **more: Any) -> dict[str, Any]:
     await ws.send_json({"type": "response.create", "model": "m", "input": "Hello", **more})
-    event: dict[str, Any] = await ws.receive_json(timeout=20)
+    event: dict[str, Any] = await ws.receive_json(timeout=patience(20))
     while event["type"] not in {"response.completed", "error", "response.failed"}:
-        event = await ws.receive_json(timeout=20)
+        event = await ws.receive_json(timeout=patience(20))
     return event
 
 
@@ -129,7 +129,7 @@ async def test_an_id_is_shown_once_in_a_cluster(tmp_path: Path) -> None:
             one, other = (each.server for each in made)
             async with one.connect() as ws, other.connect() as elsewhere:
                 await ws.send_json(chat("r"))
-                await ws.receive_json(timeout=20)
+                await ws.receive_json(timeout=patience(20))
                 await elsewhere.send_json(resume("r"))
                 first, second = await asyncio.gather(to_end(ws, "r"), to_end(elsewhere, "r"))
             assert first[-1]["status"] == second[-1]["status"] == "complete"

@@ -14,7 +14,7 @@ from tests.support.chat import STREAMED
 from tests.support.faces import over_openai
 from tests.support.hook_program import entry, hook_program, hooks_of
 from tests.support.injected_bug import Function, bug_at, calls_of
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
@@ -49,7 +49,7 @@ async def ask(server: RunningServer) -> None:
     with contextlib.suppress(
         aiohttp.ClientError, AssertionError, IndexError, TimeoutError, ValueError, KeyError
     ):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(patience(20)):
             await asyncio.gather(over_openai(server, "m"), over_openai(server, "m", stream=False))
     await until(lambda: not any(hooks_of(server).stats()), 10, hooks_of(server).stats)
     await server.nothing_held(5)

@@ -25,7 +25,7 @@ from tests.support.issuer import (
 from tests.support.keys import COOKIE, bearer, code_of, cookie, keys_of
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until, until_result
+from tests.support.waiting import patience, until, until_result
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -422,11 +422,11 @@ async def test_a_socket_with_an_answer_takes_no_new_question_and_closes_after_it
             await until_status(ws, "chunk")
             # Pings are answered only while somebody reads.
             while loop.time() - began < 1 + SKEW + 1:
-                await ws.receive_json(timeout=30)
+                await ws.receive_json(timeout=patience(30))
             await ws.send_json(chat("second"))
-            frame = await ws.receive_json(timeout=30)
+            frame = await ws.receive_json(timeout=patience(30))
             while frame["request_id"] != "second":
-                frame = await ws.receive_json(timeout=30)
+                frame = await ws.receive_json(timeout=patience(30))
             assert frame["chunk"]["code"] == "invalid_api_key"
             await until_status(ws, "complete")
             assert await end_of(ws) == (1008, "token expired")

@@ -28,7 +28,7 @@ from tests.support.server import (
     provider_entry,
 )
 from tests.support.simulator import Behaviour, Simulator
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -66,7 +66,7 @@ async def ask(sdk: AsyncOpenAI, **changes: Any) -> Response:
 
 async def polled(sdk: AsyncOpenAI, name: str, *statuses: str) -> Response:
     """The response *name* once it has one of *statuses*, by default once it has ended."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(patience(30)):
         while True:
             response = await sdk.responses.retrieve(name)
             if response.status in statuses or not (statuses or response.status in RUNNING):

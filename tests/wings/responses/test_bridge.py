@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from aioserver.wings.responses.attempt import ResponsesCapabilities
+from tests.support.messages_of_2026 import VERSION_OF_2026
 from tests.support.response_events import check_response, check_run, read_events
 from tests.support.scripted_engine import engine, refuses, said
 from tests.support.server import QUICK, provider_entry
@@ -67,6 +68,26 @@ async def test_each_event_is_one_of_the_api(server: RunningServer) -> None:
         for item in (response["output"][0], whole["output"][0]):
             item["id"] = item["call_id"] = ""
         assert response == whole
+
+
+@pytest.mark.parametrize("bridged", [True, False])
+async def test_a_version_of_another_api_changes_nothing(
+    make_server: MakeServer, bridged: bool
+) -> None:
+    server = await make_server(QUICK, **(BRIDGED if bridged else {}))
+    sampled = {"temperature": 0.5, "top_p": 0.9}
+    headers = {"anthropic-version": VERSION_OF_2026}
+    for streamed in (True, False):
+        body = {**ASK, **sampled, "stream": streamed}
+        async with server.session.post(
+            f"{server.v1}/responses", json=body, headers=headers
+        ) as response:
+            assert response.status == 200
+            text = await response.text()
+        assert '"status":"completed"' in text.replace(" ", "")
+        assert "anthropic-version" not in server.simulator.requests[-1].headers
+        assert sampled.items() <= server.simulator.bodies[-1].items()
+    assert set(paths(server.simulator)) == {"chat/completions" if bridged else "responses"}
 
 
 async def test_a_tool_is_called_and_its_result_comes_back(

@@ -20,7 +20,7 @@ from tests.support.raw import BINARY, CLOSE, PING, TEXT, Raw, closing, masked
 from tests.support.responses import connect, create, kinds, next_event, text_of, to_end, to_ends
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, SILENT, SLOW
 from tests.support.simulator import Behaviour
-from tests.support.waiting import until
+from tests.support.waiting import patience, until
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
@@ -374,7 +374,7 @@ async def test_a_full_server_says_so_in_a_frame_and_closes(make_server: MakeServ
     server = await make_server(**limits)
     async with connect(server), connect(server), connect(server) as third:
         event = await next_event(third)
-        message = await third.receive(timeout=20)
+        message = await third.receive(timeout=patience(20))
 
     assert (event["type"], event["status"]) == ("error", 503)
     assert event["error"]["code"] == "server_at_capacity"
@@ -389,7 +389,7 @@ async def test_a_connection_that_waits_for_its_place_may_send_already(
     first = await connect(server)
     async with connect(server) as second:
         await second.send_json(create())
-        queued = json.loads(await second.receive_str(timeout=20))
+        queued = json.loads(await second.receive_str(timeout=patience(20)))
         assert queued["type"] == "aioserver:queued"
         await first.close()
         assert responses.whole(await to_end(second))
@@ -517,10 +517,10 @@ async def test_a_server_that_stops_closes_idle_sockets_and_lets_responses_finish
         seen = [await next_event(busy)]
         server.owners.drain()
 
-        assert (await idle.receive(timeout=20)).type == WSMsgType.CLOSE
+        assert (await idle.receive(timeout=patience(20))).type == WSMsgType.CLOSE
         seen += await to_end(busy)
         (refusal,) = await to_end(busy)
-        assert (await busy.receive(timeout=20)).type == WSMsgType.CLOSE
+        assert (await busy.receive(timeout=patience(20))).type == WSMsgType.CLOSE
 
     assert responses.whole(seen)
     assert refusal["error"]["code"] == "server_shutdown"
