@@ -64,10 +64,12 @@ class Address(NamedTuple):
 
 
 class Resuming(ssl.SSLContext):
-    """TLS of a client that resumes its last session with each instance (RFC 8446, 2.2), which
-    costs a fraction of a handshake with certificates.
+    """TLS of a client that resumes its last session with each instance (RFC 8446, 2.2): both sides
+    have shown their certificates in it, so that they need not sign again.
 
-    A server that does not know the session goes on with its certificate.
+    Always: a session is offered to the instance that has given it, and to no other; at most
+    MAX_SESSIONS instances are remembered. An instance that does not know a session goes on with
+    its certificate.
     """
 
     def __init__(self, _protocol: int) -> None:
@@ -77,8 +79,10 @@ class Resuming(ssl.SSLContext):
 
     # asyncio and uvloop begin each connection by it.
     def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
-        """Begin a connection to the instance whose token is the option *server_hostname*."""
-        token = options["server_hostname"]
+        """Begin a connection to the instance whose token is the option *server_hostname*. The
+        token is not sent: a host's name goes over the wire in clear (RFC 6066, 3).
+        """
+        token = options.pop("server_hostname")
         session, before = self._last.pop(token, (None, None))
         if before is not None and (newer := before.session) is not None and newer.has_ticket:
             session = newer

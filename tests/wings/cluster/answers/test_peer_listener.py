@@ -437,6 +437,29 @@ async def test_tls_is_resumed_with_each_instance_that_is_reached_again(
 
 
 @pytest.mark.real_time
+async def test_the_name_of_an_instance_is_not_sent_in_clear(
+    make_tls: Callable[[str], PeerTls],
+) -> None:
+    b = await bind_tcp(Cluster(tls=make_tls("ours")), REDIS)
+    sent = asyncio.get_running_loop().create_future()
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        size = int.from_bytes((await reader.readexactly(5))[3:])
+        sent.set_result(await reader.readexactly(size))
+        writer.close()
+
+    async with await asyncio.start_server(hear, "127.0.0.1") as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Unreachable):
+            await echoed(b, f"host-1-abcdef@127.0.0.1:{port}")
+
+    # It is a ClientHello.
+    assert (hello := await sent).startswith(b"\x01")
+    assert b"abcdef" not in hello
+    b.close()
+
+
+@pytest.mark.real_time
 async def test_no_more_tls_sessions_are_kept_than_a_few(
     make_tls: Callable[[str], PeerTls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
