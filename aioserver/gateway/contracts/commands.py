@@ -12,7 +12,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aioserver.errors import InstanceUnavailable
-from aioserver.gateway.contracts.timeouts import LATE, awaited, timeout
+from aioserver.gateway.contracts.timeouts import Timer, awaited, timeout
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -150,7 +150,8 @@ class Commands:
     Each key begins with *prefix*. *me* is a name that no other instance has. *on_hang* is called
     when the server is found to hang.
 
-    Always: while the server does not answer, the log says so once.
+    Always: while the server does not answer, the log says so once. No wait of a client is longer
+    than WRITE_TIMEOUT from the first command that the server has left unanswered.
     """
 
     def __init__(
@@ -162,6 +163,8 @@ class Commands:
         self.away = False
         # When the first command was sent since the server was last heard.
         self._silent_since = -inf
+        # Looks whether the server still says nothing, if a command was sent lately.
+        self._watch: Timer | None = None
         # When the server was last found to hang; and the call whose answer ends that.
         self._hung = -inf
         self._probe: asyncio.Task[object] | None = None
@@ -193,14 +196,8 @@ class Commands:
             if not done.done():
                 done.set_result(None)
 
-        def ended(_done: object) -> None:
-            self._waits.discard(end)
-            # A wait that its client gives up is not one in vain.
-            if not writing.done() and not done.cancelled():
-                self._look()
-
         self._waits.add(end)
-        done.add_done_callback(ended)
+        done.add_done_callback(lambda _done: self._waits.discard(end))
         return done
 
     async def execute(self, *command: bytes | str | float) -> Any:
@@ -265,6 +262,8 @@ class Commands:
         loop = asyncio.get_running_loop()
         if self._silent_since <= self._connection.heard:
             self._silent_since = loop.time()
+            if self._watch is None:
+                self._watch = Timer(WRITE_TIMEOUT, self._look)
         try:
             async with timeout(seconds) as end:
                 waits.add(end)
@@ -273,7 +272,6 @@ class Commands:
                 finally:
                     waits.discard(end)
         except Exception as exc:  # noqa: BLE001 - whatever the server says, this instance goes on
-            self._look()
             if not self.away:
                 self.away = True
                 logger.warning("no answer of the cluster's server: %r", exc)
@@ -282,16 +280,19 @@ class Commands:
         return (result,)
 
     def _look(self) -> None:
-        """End all waits if the server hangs, after a wait that was in vain."""
-        now = asyncio.get_running_loop().time()
+        """End all waits if the server hangs; look again if a command was sent not long ago."""
+        self._watch = None
         # A late answer to a call that was given up is one, too.
-        silent = self._connection.heard < self._silent_since
-        # The command of a wait is sent a moment after the wait has begun.
-        if silent and not self._hangs and now - self._silent_since >= WRITE_TIMEOUT - LATE:
-            self._hung = now
-            for end in tuple(self._waits):
-                end()
-            self._on_hang()
+        if self._hangs or self._connection.heard >= self._silent_since:
+            return
+        now = asyncio.get_running_loop().time()
+        if (left := self._silent_since + WRITE_TIMEOUT - now) > 0:
+            self._watch = Timer(left, self._look)
+            return
+        self._hung = now
+        for end in tuple(self._waits):
+            end()
+        self._on_hang()
 
 
 class Writes:

@@ -107,12 +107,29 @@ async def test_waits_that_have_begun_end_once_the_server_is_known_to_hang() -> N
 
 
 @pytest.mark.virtual_time
+async def test_a_look_up_ends_once_the_server_is_known_to_hang_by_a_command_before_it() -> None:
+    writer = Writer()
+    await writer.tell()
+    await asyncio.sleep(0.4)
+    writer.world.slow = 1000.0
+    began = writer.loop.time()
+    telling = writer.loop.create_task(writer.tell())
+    await asyncio.sleep(0.2)
+
+    # Neither of them ends a wait of its own earlier.
+    assert await writer.ask(KNOWN_TIMEOUT) is None
+
+    assert writer.loop.time() - began == pytest.approx(WRITE_TIMEOUT, abs=0.01)
+    telling.cancel()
+
+
+@pytest.mark.virtual_time
 async def test_one_answer_lets_all_others_be_awaited_as_ever() -> None:
     writer = Writer()
     writer.world.slow = 0.45
     writing = writer.loop.create_task(writer.tell())
-    writer.world.slow = 0.6
     await asyncio.sleep(0.3)
+    writer.world.slow = 0.6
 
     asked = writer.loop.create_task(writer.ask(KNOWN_TIMEOUT))
     began = writer.loop.time()

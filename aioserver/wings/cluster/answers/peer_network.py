@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from aioserver.config.faults import ConfigurationError
 from aioserver.files.certificates import load_authorities, load_pair
 from aioserver.gateway.contracts.timeouts import timeout
+from aioserver.wings.cluster.limits.leases import token_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ BACKLOG = 1024
 UNIX = "unix"
 # Bytes of the path of such a socket, at most (`sun_path` in unix(7), with its last zero).
 MAX_PATH = 107
+# Instances whose TLS sessions are kept.
+MAX_SESSIONS = 64
 # The port of a Redis server whose URL names none.
 REDIS_PORT = 6379
 
@@ -60,13 +63,43 @@ class Address(NamedTuple):
         return f"{host}:{self.port}" if self.port else self.host
 
 
+class Resuming(ssl.SSLContext):
+    """TLS of a client that resumes its last session with each instance (RFC 8446, 2.2): both sides
+    have shown their certificates in it, so that they need not sign again.
+
+    Always: a session is offered to the instance that has given it, and to no other; at most
+    MAX_SESSIONS instances are remembered. An instance that does not know a session goes on with
+    its certificate.
+    """
+
+    def __init__(self, _protocol: int) -> None:
+        # By the token of an instance, the last used at the end: its last session, and the
+        # connection whose session is the next one, once its ticket has come.
+        self._last: dict[str, tuple[ssl.SSLSession | None, ssl.SSLObject]] = {}
+
+    # asyncio and uvloop begin each connection by it.
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """Begin a connection to the instance whose token is the option *server_hostname*. The
+        token is not sent: a host's name goes over the wire in clear (RFC 6066, 3).
+        """
+        token = options.pop("server_hostname")
+        session, before = self._last.pop(token, (None, None))
+        if before is not None and (newer := before.session) is not None and newer.has_ticket:
+            session = newer
+        begun = super().wrap_bio(*args, **options | {"session": session})
+        self._last[token] = session, begun
+        if len(self._last) > MAX_SESSIONS:
+            del self._last[next(iter(self._last))]
+        return begun
+
+
 class Contexts(NamedTuple):
     """TLS between instances: both sides show a certificate of one authority, whose names are not
     checked.
     """
 
     server: ssl.SSLContext
-    client: ssl.SSLContext
+    client: Resuming
 
 
 class PeerNetwork:
@@ -113,8 +146,10 @@ class PeerNetwork:
             async with timeout(CONNECT):
                 if not address.port:
                     return await loop.create_unix_connection(make, address.host)
-                context = None if self._tls is None else self._tls.client
-                made = await loop.create_connection(make, *address, ssl=context)
+                options: dict[str, Any] = {}
+                if self._tls is not None:
+                    options = {"ssl": self._tls.client, "server_hostname": token_of(name)}
+                made = await loop.create_connection(make, *address, **options)
                 keep_alive(made[0])
                 return made
         except (ConnectionRefusedError, FileNotFoundError) as exc:
@@ -131,9 +166,9 @@ class PeerNetwork:
         Raises:
             ValueError: the name has none.
         """
-        name, _, end = name.rpartition("@")
+        end = name.rpartition("@")[2]
         if end == UNIX and self._folder is not None:
-            return Address(os.fspath(socket_of(self._folder, name.rpartition("-")[2])), 0)
+            return Address(os.fspath(socket_of(self._folder, token_of(name))), 0)
         try:
             address = address_of(end)
         except ValueError:
@@ -231,10 +266,10 @@ def contexts_of(tls: PeerTls) -> Contexts:
     Raises:
         ConfigurationError: a file cannot be used.
     """
-    contexts = Contexts(
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    )
+    contexts = Contexts(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), Resuming(ssl.PROTOCOL_TLS_CLIENT))
     contexts.client.check_hostname = False
+    # A session may be resumed more than once.
+    contexts.server.num_tickets = 1
     for context in contexts:
         context.verify_mode = ssl.CERT_REQUIRED
         context.minimum_version = ssl.TLSVersion.TLSv1_3

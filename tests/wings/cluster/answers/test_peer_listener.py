@@ -12,6 +12,7 @@ import trustme
 
 from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import Cluster, PeerTls
+from aioserver.wings.cluster.answers import peer_network
 from aioserver.wings.cluster.answers.fan_out import FanOut
 from aioserver.wings.cluster.answers.greeting import (
     GREETING_TIMEOUT,
@@ -397,6 +398,81 @@ async def test_with_tls_both_sides_show_a_certificate_of_their_authority(
         assert await echoed(stranger, names[a]) == b""
     assert await echoed(plain, names[a]) != b"hello"
     for network in (a, b, stranger, plain):
+        network.close()
+
+
+async def resumed(by: PeerNetwork, name: str) -> bool:
+    """Whether a connection to *name*, which has brought something, has resumed a session."""
+    reader = asyncio.StreamReader()
+    transport, _ = await by.dial(name, lambda: asyncio.StreamReaderProtocol(reader))
+    try:
+        transport.write(b"hello")
+        assert await asyncio.wait_for(reader.read(), 10) == b"hello"
+        return bool(transport.get_extra_info("ssl_object").session_reused)
+    finally:
+        transport.abort()
+
+
+@pytest.mark.real_time
+async def test_tls_is_resumed_with_each_instance_that_is_reached_again(
+    make_tls: Callable[[str], PeerTls],
+) -> None:
+    ours = Cluster(tls=make_tls("ours"))
+    a, b, c = [await bind_tcp(ours, REDIS) for _ in range(3)]
+    for network in (a, c):
+        await network.listen(echoing)
+    to_a, to_c = f"host-1-a@{a.end}", f"host-1-c@{c.end}"
+
+    found = [await resumed(b, name) for name in (to_a, to_c, to_a, to_c, to_a, to_a)]
+    # Another process has got the address; two connections at once.
+    found.append(await resumed(b, f"host-2-a2@{a.end}"))
+    found += await asyncio.gather(resumed(b, to_a), resumed(b, to_a))
+    found.append(await resumed(b, to_a))
+    # It does not know the session, and nobody learns of it.
+    found.append(await resumed(b, f"host-1-a@{c.end}"))
+
+    assert found == [*(False, False), *(True,) * 4, False, True, True, True, False]
+    for network in (a, b, c):
+        network.close()
+
+
+@pytest.mark.real_time
+async def test_the_name_of_an_instance_is_not_sent_in_clear(
+    make_tls: Callable[[str], PeerTls],
+) -> None:
+    b = await bind_tcp(Cluster(tls=make_tls("ours")), REDIS)
+    sent = asyncio.get_running_loop().create_future()
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        size = int.from_bytes((await reader.readexactly(5))[3:])
+        sent.set_result(await reader.readexactly(size))
+        writer.close()
+
+    async with await asyncio.start_server(hear, "127.0.0.1") as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Unreachable):
+            await echoed(b, f"host-1-abcdef@127.0.0.1:{port}")
+
+    # It is a ClientHello.
+    assert (hello := await sent).startswith(b"\x01")
+    assert b"abcdef" not in hello
+    b.close()
+
+
+@pytest.mark.real_time
+async def test_no_more_tls_sessions_are_kept_than_a_few(
+    make_tls: Callable[[str], PeerTls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_network, "MAX_SESSIONS", 2)
+    ours = Cluster(tls=make_tls("ours"))
+    a, b = await bind_tcp(ours, REDIS), await bind_tcp(ours, REDIS)
+    await a.listen(echoing)
+
+    names = [f"host-1-{token}@{a.end}" for token in ("x", "y", "x", "z", "x", "y")]
+    found = [await resumed(b, name) for name in names]
+
+    assert found == [False, False, True, False, True, False]
+    for network in (a, b):
         network.close()
 
 

@@ -360,7 +360,7 @@ async def test_as_many_commands_wait_for_other_instances_as_answers_may_run(
     make: Make, world: World
 ) -> None:
     _a, b = await make(2, QUICK)
-    world.slow = 0.5
+    world.slow = 0.4
     async with b.server.connect() as ws:
         for sent in [resume(f"r{number}") for number in range(MAX_ANSWERS)] + [
             resume("one more"),
