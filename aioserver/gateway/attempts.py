@@ -77,6 +77,8 @@ MAX_BACKOFF = 30.0
 MAX_ASKED_BACKOFF = 60.0
 # Seconds for which a request is parked at a provider that may be away, before it is tried again.
 MAX_PARKED = 2.0
+# Stands in a field until its first value is known.
+UNKNOWN: Any = None
 
 
 class Pause(NamedTuple):
@@ -107,10 +109,6 @@ class Try(NamedTuple):
         return self.fault
 
 
-# Stands in a field until its first value is known.
-UNKNOWN: Any = None
-
-
 class Attempts(msgspec.Struct, eq=False):
     """The attempts to have *request* answered by one of *groups*, which are asked in their order.
 
@@ -128,11 +126,10 @@ class Attempts(msgspec.Struct, eq=False):
     _random_number: Callable[[], float]
     # They refer to the body, and are dropped at the first start.
     _regions: Regions | None = None
-    # The outcome of the request; the first group, the one that is asked now, its candidates, and
-    # the provider of the first of them.
+    # The outcome of the request; the first group; and the candidates of the one that is asked now,
+    # with the provider of the first of them.
     _outcome: Outcome = UNKNOWN
     _first_group: Group = UNKNOWN
-    _group: Group = UNKNOWN
     _candidates: Candidates = UNKNOWN
     _first: Provider = UNKNOWN
     # For all groups: the largest `max_context` of members that found the request too long; how
@@ -270,7 +267,7 @@ class Attempts(msgspec.Struct, eq=False):
                 # None of its members takes more than what was too small.
                 self._end_trial()
                 continue
-            self._candidates, self._group = candidates, group
+            self._candidates = candidates
             member = candidates.left[0]
             if trial:
                 candidates.settle(member)
@@ -475,7 +472,8 @@ class Attempts(msgspec.Struct, eq=False):
 
     def _fail_over(self, final: ProviderFault) -> None:
         """Record that this group has failed with *final*, and that the next one is asked."""
-        group, candidates = self._group, self._candidates
+        candidates = self._candidates
+        group = candidates.group
         forget_frames(final)
         self._ended += (Try.of(final, self._outcome),)
         self._too_small = max(self._too_small, candidates.too_small)

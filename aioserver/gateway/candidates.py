@@ -57,7 +57,7 @@ class Candidates(msgspec.Struct, eq=False):
         NoProvider: no member can answer.
     """
 
-    _group: Group
+    group: Group
     _request: Request
     _stream: Stream | None
     affinity: Affinity
@@ -100,7 +100,7 @@ class Candidates(msgspec.Struct, eq=False):
 
     def __post_init__(self) -> None:
         """Find the members of the first pass."""
-        group, request = self._group, self._request
+        group, request = self.group, self._request
         self.left = group.members
         self._settled = self.alone = not group.name and len(self.left) == 1
         if self._settled:
@@ -129,23 +129,23 @@ class Candidates(msgspec.Struct, eq=False):
             )
             asked.pictures = regions is not None and regions.picture
         if regions is not None:
-            self.prefix = prefix_of(regions, self._group.name)
+            self.prefix = prefix_of(regions, self.group.name)
 
     def _usable(self) -> list[Member]:
         """Return the members that can answer the request, by the group's present settings."""
         request = self._request
         api, pinned = request.provider_request.api, request.route.pinned
-        members = self._group.usable(api, one_model=pinned)
+        members = self.group.usable(api, one_model=pinned)
         if request.provider_request.estimated and any(each.max_context for each in members):
             body = request.provider_request.body(members[0].settings, members[0].model)
-            members = self._group.fitting(members, len(body))
+            members = self.group.fitting(members, len(body))
         return members
 
     def _look(self) -> bool:
         """Find the members of this pass, by the group's present settings; return whether any
         member can answer such a request.
         """
-        self._seen, self.alone = self._group.version, len(self._group.members) == 1
+        self._seen, self.alone = self.group.version, len(self.group.members) == 1
         usable = self._usable()
         members = [
             member
@@ -229,7 +229,7 @@ class Candidates(msgspec.Struct, eq=False):
     async def _start_first(
         self, *, again: bool, fallback: bool, parked: float | None, once: bool
     ) -> tuple[Member, Attempt, Grant]:
-        group = self._group
+        group = self.group
         if group.version != self._seen:
             self._look()
         left, only = self.left, self._only
@@ -279,7 +279,7 @@ class Candidates(msgspec.Struct, eq=False):
             if placement.remembered:
                 # A member that joined since the placement was not considered.
                 known, size = placement.known.get(member, 0), placement.prefix.size
-        return GroupStart(self._group.name, member.provider.name, home, known, size)
+        return GroupStart(self.group.name, member.provider.name, home, known, size)
 
     def _attempt(
         self, member: Member, model: str | None, *, again: bool, fallback: bool
@@ -298,7 +298,7 @@ class Candidates(msgspec.Struct, eq=False):
         self, trial: Member | None, *, fallback: bool, parked: float | None
     ) -> tuple[Member, Grant]:
         """Bid for each of the attempts; return the member that has started, and its grant."""
-        attempts, group = self._attempts, self._group
+        attempts, group = self._attempts, self.group
         if not attempts:
             raise group.empty()
         ready = self._ready(fallback=fallback)
@@ -361,7 +361,7 @@ class Candidates(msgspec.Struct, eq=False):
         self._look()
         self._regrouped = True
         former = list(self._bids.items())
-        for member in self._group.order(self.left):
+        for member in self.group.order(self.left):
             if member in self._attempts:
                 continue
             attempt = self._attempt(member, member.asked_model, again=False, fallback=True)
@@ -372,15 +372,15 @@ class Candidates(msgspec.Struct, eq=False):
                 self._bids[bid] = member
                 member.provider.join(attempt, bid)
         for bid, member in former:
-            if member not in self._group.members or not member.settings.usable:
-                member.provider.scheduler.withdraw(bid, self._group.empty)
+            if member not in self.group.members or not member.settings.usable:
+                member.provider.scheduler.withdraw(bid, self.group.empty)
 
     # Afterwards.
 
     def _leave(self) -> None:
         """End every wait, and give back a grant that was not read yet: `start` has failed."""
         ticket = self._request.provider_request.ticket
-        leave(ticket, self._group.members[0].provider)
+        leave(ticket, self.group.members[0].provider)
         for grant in [each for each in ticket.grants if each is not self._request.grant]:
             grant.cancel()
 
@@ -411,7 +411,7 @@ class Candidates(msgspec.Struct, eq=False):
         member = self.chosen
         if member is not None:
             self._cross_off(member, fault)
-        if not self._settled and (self._regrouped or self._group.version != self._seen):
+        if not self._settled and (self._regrouped or self.group.version != self._seen):
             self._regrouped = False
             self._look()
         elif self._heirs and (
@@ -482,7 +482,7 @@ class Candidates(msgspec.Struct, eq=False):
         """
         again = self._again
         if not self._settled:
-            again = tuple(each for each in again if each[0] in self._group.members)
+            again = tuple(each for each in again if each[0] in self.group.members)
             self._asked = self._asked.difference(member for member, _ in again)
         self._again = ()
         self.left = [member for member, _ in again]

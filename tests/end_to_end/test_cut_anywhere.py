@@ -15,9 +15,8 @@ import pytest
 
 from aioserver.protocol.eventstream import parse
 from tests.support.held_turns import (
-    CHAT,
-    MESSAGES,
-    PIECES,
+    ARGUMENTS,
+    FACES,
     RESPONSES,
     CuttingProvider,
     SeenTurn,
@@ -30,19 +29,10 @@ from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, Peer, chun
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
 
-# By the name of a face: its path, "" for our own, and whether its provider has chat completions
-# alone. A native response is never continued, so its text is held.
-FACES = {
-    "chat completions": (CHAT, False),
-    "Messages": (MESSAGES, False),
-    "Messages, bridged": (MESSAGES, True),
-    "Responses": (RESPONSES, False),
-    "Responses, bridged": (RESPONSES, True),
-    "SSE": ("", True),
-}
+# Our own face has no path. A native response is never continued, so its text is held.
+ALL_FACES = {**FACES, "SSE": ("", True)}
 # Turns of a piece, each of which has a provider of its own, so that none is found to be sick.
 PIECE = 40
-ARGUMENTS = "".join(PIECES)
 _SEED = re.compile(rb"turn ([0-9]+)")
 
 
@@ -132,11 +122,11 @@ async def _over_sse(server: RunningServer, entry: str, hold: str, text: str) -> 
     ],
 )
 @pytest.mark.parametrize("hold", ["calls", "turn"])
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("face", ALL_FACES)
 async def test_turn_that_is_cut_anywhere_is_whole_and_of_one_attempt(
     make_server: MakeServer, face: str, hold: str, first: int
 ) -> None:
-    path, bridged = FACES[face]
+    path, bridged = ALL_FACES[face]
     provider = AnywhereProvider(text=path != RESPONSES or bridged or hold == "turn")
     async with cutting(
         make_server, provider, PIECE, bridged=bridged, continuation="prefill", spare=True

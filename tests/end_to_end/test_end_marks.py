@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.held_turns import (
+    ARGUMENTS,
     CHAT,
+    FACES,
     MESSAGES,
-    PIECES,
     RESPONSES,
     TEXT,
     CuttingProvider,
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.support.server import MakeServer
-
-FACES = {
-    "chat completions": (CHAT, False),
-    "Messages": (MESSAGES, False),
-    "Messages, bridged": (MESSAGES, True),
-    "Responses": (RESPONSES, False),
-    "Responses, bridged": (RESPONSES, True),
-}
-ARGUMENTS = "".join(PIECES)
 
 
 def _escaped(content: Any) -> str:

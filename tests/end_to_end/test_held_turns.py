@@ -15,9 +15,10 @@ import pytest
 
 from aioserver.protocol.eventstream import parse
 from tests.support.held_turns import (
+    ARGUMENTS,
     CHAT,
+    FACES,
     MESSAGES,
-    PIECES,
     REASONING,
     RESPONSES,
     TEXT,
@@ -44,15 +45,7 @@ if TYPE_CHECKING:
     from tests.support.held_turns import SeenTurn
     from tests.support.server import MakeServer, RunningServer
 
-FACES = {
-    "chat completions": (CHAT, False),
-    "Messages": (MESSAGES, False),
-    "Messages, bridged": (MESSAGES, True),
-    "Responses": (RESPONSES, False),
-    "Responses, bridged": (RESPONSES, True),
-}
 CALLS = Turn()
-ARGUMENTS = "".join(PIECES)
 
 
 class EscapedTurn(Turn):

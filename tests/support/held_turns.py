@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
 CHAT, MESSAGES, RESPONSES = "chat/completions", "messages", "responses"
+# By the name of a face: its path, and whether its provider has chat completions alone.
+FACES = {
+    "chat completions": (CHAT, False),
+    "Messages": (MESSAGES, False),
+    "Messages, bridged": (MESSAGES, True),
+    "Responses": (RESPONSES, False),
+    "Responses, bridged": (RESPONSES, True),
+}
+# The arguments of each call, in pieces and whole.
 PIECES = ('{"pa', 'th": ', '"a"}')
+ARGUMENTS = "".join(PIECES)
 REASONING, TEXT = ("I ", "think "), ("Let me ", "look. ")
 _ENDS = {"response.completed", "response.incomplete", "response.failed"}
 _ENTRY = re.compile(rb"POST /(\w+)/v1/([a-z/]+)")
