@@ -46,7 +46,7 @@ from aioserver.gateway.contracts.instances import (
     Elsewhere,
     Lost,
 )
-from aioserver.limits.deadline import Deadline, Guard
+from aioserver.limits.deadline import NO_GUARD, Deadline, Guard
 from aioserver.limits.fair_queue import INTERACTIVE
 from aioserver.limits.quota import Quota
 from aioserver.limits.resource import Bid, Class, Grant, Resource, Ticket
@@ -77,8 +77,6 @@ logger = logging.getLogger("aioserver.connections")
 LINES_PER_SECOND = 20
 # The bound for lines about refusals: a full server refuses thousands, and an incident counts them.
 REFUSAL_LINES_PER_SECOND = 1
-# Stands for the wait of a client without a deadline.
-NOTHING: AbstractContextManager[object] = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
 # The statuses by which an instance answers a request that another one has passed on. The first
@@ -300,7 +298,7 @@ class Admission:
         place = None
         try:
             try:
-                guard: AbstractContextManager[object] = NOTHING
+                guard: AbstractContextManager[object] = NO_GUARD
                 if hold is not None and hold.request_options.bounding:
                     deadline = Deadline(hold.arrived, hold.request_options)
                     on_position = deadline.telling("the door", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from functools import partial
 from operator import attrgetter
 from time import monotonic
@@ -27,7 +27,7 @@ from aioserver.errors import (
 )
 from aioserver.gateway.contracts.keeper import Keeper
 from aioserver.gateway.groups import Group
-from aioserver.limits.deadline import Guard
+from aioserver.limits.deadline import NO_GUARD, Guard
 from aioserver.limits.quota import MAX_WAIT
 from aioserver.limits.resource import Grant
 from aioserver.providers.attempt import Attempt
@@ -134,7 +134,7 @@ class Request(msgspec.Struct, eq=False):
                 request.record.key_place = bid.resource.first_position(bid), bid.resource.waiting
 
     async def granted(self, on_position: Callable[[int, float], None] | None = None) -> None:
-        """Wait until the request is within its caller's limits, if it *waits*.
+        """Wait until the request, which *waits*, is within its caller's limits.
 
         *on_position* is called with its position in the queue, and the seconds until its start.
 
@@ -142,8 +142,6 @@ class Request(msgspec.Struct, eq=False):
             ConcurrencyExceeded, RateLimitExceeded: a limit is reached.
             DeadlineExceeded: it could not start in time.
         """
-        if not self.waits:
-            return
         request, quota = self.provider_request, self._quota
         if (bound := request.bound) is not None:
             on_position = bound.telling("its key", on_position)
@@ -189,7 +187,7 @@ class Request(msgspec.Struct, eq=False):
     ) -> AbstractContextManager[object]:
         """Return the `Guard` of its deadline; without one, a context that does nothing."""
         bound = self.provider_request.bound
-        return nullcontext() if bound is None else Guard(bound, on_late, over)
+        return NO_GUARD if bound is None else Guard(bound, on_late, over)
 
     def release(self) -> None:
         """Release the body and all other resources: the request is over."""
@@ -197,7 +195,8 @@ class Request(msgspec.Struct, eq=False):
             self.provider_request.release()
         finally:
             try:
-                self._release_grant()
+                if self.waits or self.grant is not None:
+                    self._release_grant()
             finally:
                 if self.keeper is not None:
                     self.keeper.release()
@@ -286,7 +285,8 @@ class Calls:
         self._tasks.add(task)
         try:
             with request.guard(self._request_log.metrics.count_deadline):
-                await request.granted()
+                if request.waits:
+                    await request.granted()
                 answer = await ask(request)
         except asyncio.CancelledError:
             if task not in self._tasks and not task.uncancel():

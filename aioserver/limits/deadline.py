@@ -10,6 +10,7 @@ that time is too late. An estimate never ends a wait.
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # Seconds by which a timer may be early.
 ROUNDING = 0.002
+# Stands for the `Guard` of a request without a deadline.
+NO_GUARD: AbstractContextManager[object] = nullcontext()
 
 
 class Wait(NamedTuple):

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from aioserver.telemetry.ended_requests import EndedRequests
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import GroupMeter, Metrics
+    from aioserver.telemetry.request_log import RequestRecord
     from aioserver.usage.accounting import Usage
 
 # The word of `learned.messages` for each value of the setting, before anything was learned.
@@ -89,7 +90,7 @@ class Sources:
     lifetime: Lifetime
     router: Router
     lag: LoopLag
-    ended: EndedRequests
+    ended: EndedRequests[RequestRecord]
     ready: Callable[[], bool]
     listening: Sequence[socket.socket]
     keys: Callable[[], dict[str, KeyState]] = dict

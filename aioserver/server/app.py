@@ -65,7 +65,7 @@ from aioserver.streams.store import StreamStore
 from aioserver.telemetry.ended_requests import EndedRequests
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
-from aioserver.telemetry.request_log import RequestLog
+from aioserver.telemetry.request_log import RequestLog, RequestRecord
 from aioserver.usage.accounting import Usage
 from aioserver.usage.ledger_reader import spent
 
@@ -269,7 +269,7 @@ class _Answering(msgspec.Struct, frozen=True, kw_only=True):
     provider_registry: ProviderRegistry
     router: Router
     lag: LoopLag
-    ended: EndedRequests
+    ended: EndedRequests[RequestRecord]
     gateway: Gateway
 
 

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler, Middleware
 
+    from aioserver.auth.callers import Caller
     from aioserver.auth.guard import Guard
     from aioserver.auth.origins import Origins
     from aioserver.faces.admission import Admission
@@ -141,7 +142,11 @@ class Border:
         request.known_id = log_id_of(request.headers)
         try:
             self._check_head(request, connection)
-            response = await self._admitted(request, handler)
+            try:
+                caller = self._guard.admit(request)
+            except Undecided as undecided:
+                caller = self._guard.admit(request, await undecided.caller())
+            response = self._own_response(request, caller) or await handler(request)
         except (ConnectionError, asyncio.CancelledError):
             # The client left, perhaps while its response began: aiohttp ends the connection.
             request.started = None
@@ -169,12 +174,8 @@ class Border:
             connection.close_soon()
         return response
 
-    async def _admitted(self, request: Request, handler: Handler) -> web.StreamResponse:
-        """Ask the guard, and then *handler*."""
-        try:
-            caller = self._guard.admit(request)
-        except Undecided as undecided:
-            caller = self._guard.admit(request, await undecided.caller())
+    def _own_response(self, request: Request, caller: Caller | None) -> web.Response | None:
+        """Return the response to a request of *caller* that no handler sees, None if one does."""
         if caller is not None and caller.quota is not None and caller.quota.budget.limited:
             # The response tells of them.
             request.limits = partial(self._forms.of(request).limits, caller.quota)
@@ -185,7 +186,7 @@ class Border:
                 return self._preflight(request)
             if request.raw_path == "*":
                 return web.Response(status=204, headers={"Allow": METHODS})
-        return await handler(request)
+        return None
 
     def _response_of(self, request: web.Request, error: Exception) -> web.StreamResponse:
         """Return *error* as a response, and count it unless that was done with its record."""

@@ -6,14 +6,17 @@ import time
 from datetime import UTC, datetime
 from itertools import islice
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Describe = Callable[[], dict[str, Any]]
+R = TypeVar("R")  # the record of a request
+# A request that has ended: its record, the monotonic time of its end, and its code, outcome and
+# HTTP status.
+End: TypeAlias = tuple[R, float, str, str, int]
 
 # Characters of a request id or model name, which come from clients, in a log line.
 MAX_NAME = 200
@@ -23,30 +26,31 @@ MAX_KEPT, DROPPED = 1000, 50
 MAX_PARTS = 5
 
 
-class EndedRequests:
-    """The last requests, each with the function that describes it: the fields of `request
-    finished`, with those of each `attempt finished` in `parts`. Nearly all are never asked for.
+class EndedRequests(Generic[R]):
+    """The last requests. Nearly all are never asked for: *describe* makes the fields of `request
+    finished`, with those of each `attempt finished` in `parts`, of one that is.
 
     Always: at most MAX_KEPT are kept. If there is no room, the callers that have most lose their
     oldest: a busy caller does not push out those of others.
     """
 
-    def __init__(self) -> None:
-        # By caller and id, the oldest first: when the request has ended, in Unix time.
-        self._kept: dict[str, dict[str, tuple[float, Describe]]] = {}
+    def __init__(self, describe: Callable[[End[R]], dict[str, Any]]) -> None:
+        self._describe = describe
+        # By caller and id, the oldest first.
+        self._kept: dict[str, dict[str, End[R]]] = {}
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def keep(self, caller: str, request_id: str, describe: Describe) -> None:
-        """Keep a request of *caller* that has ended now; a later one of the same id replaces it."""
+    def keep(self, caller: str, request_id: str, end: End[R]) -> None:
+        """Keep a request of *caller* that has ended; a later one of the same id replaces it."""
         name = request_id[:MAX_NAME]
         if (kept := self._kept.get(caller)) is None:
             kept = self._kept[caller] = {}
         if kept.pop(name, None) is None:
             self._count += 1
-        kept[name] = time.time(), describe
+        kept[name] = end
         if self._count > MAX_KEPT:
             self._make_room()
 
@@ -59,9 +63,10 @@ class EndedRequests:
         found = [kept[name] for kept in callers if name in kept]
         if not found:
             return None
-        ended, describe = max(found, key=itemgetter(0))
-        moment = f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
-        return msgspec.json.encode({"ts": moment, **describe()})
+        end = max(found, key=itemgetter(1))
+        ended = datetime.fromtimestamp(time.time() - (time.monotonic() - end[1]), UTC)
+        moment = f"{ended:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
+        return msgspec.json.encode({"ts": moment, **self._describe(end)})
 
     def _make_room(self) -> None:
         """Drop DROPPED requests: half of the requests of the caller that has most, and so on."""

@@ -14,7 +14,6 @@ This file is one concept: a record, and its use at the end.
 from __future__ import annotations
 
 import logging
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +32,7 @@ from aioserver.telemetry.tracer import RequestEnd, RequestTrace
 
 if TYPE_CHECKING:
     from aioserver.telemetry.bugs import Bugs
+    from aioserver.telemetry.ended_requests import End
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.outcome import GroupStart
     from aioserver.telemetry.tracer import Tracer
@@ -164,7 +164,7 @@ class RequestLog:
 
     def __init__(self, metrics: Metrics, lag: LoopLag, tracer: Tracer | None = None) -> None:
         self.metrics = metrics
-        self.ended = EndedRequests()
+        self.ended = EndedRequests(_described)
         self.tracer = tracer
         self._lag = lag
 
@@ -251,7 +251,7 @@ class RequestLog:
             for part in _parts_of(record) if len(asked.costs) > 1 else ():
                 logs.write(logger, logging.INFO, "attempt finished", part)
             logs.write(logger, logging.INFO, "request finished", _fields_of(*end))
-        self.ended.keep(record.caller.name, record.request_id, partial(_described, *end))
+        self.ended.keep(record.caller.name, record.request_id, end)
         # A log refers to the outcome for its window; the usage is no longer needed.
         asked.usage = None
 
@@ -290,12 +290,9 @@ class RequestLog:
             meter.cached[start.provider].add(now, cost.tokens.cached, cost.tokens_in)
 
 
-def _described(
-    record: RequestRecord, now: float, code: str, outcome: str, status: int
-) -> dict[str, Any]:
-    """Return the fields of all log lines of a request, which has ended *now*."""
-    fields = _fields_of(record, now, code, outcome, status)
-    return {**fields, "parts": _parts_of(record)[-MAX_PARTS:]}
+def _described(end: End[RequestRecord]) -> dict[str, Any]:
+    """Return the fields of all log lines of a request that has ended."""
+    return {**_fields_of(*end), "parts": _parts_of(end[0])[-MAX_PARTS:]}
 
 
 def _parts_of(record: RequestRecord) -> list[dict[str, Any]]:

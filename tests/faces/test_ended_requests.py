@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -11,6 +12,7 @@ import pytest
 from yarl import URL
 
 from aioserver.telemetry.ended_requests import MAX_KEPT
+from aioserver.telemetry.request_log import RequestRecord
 from tests.support.chat import CHAT, STREAMED, chat, to_end
 from tests.support.keys import bearer, keys_of
 from tests.support.pairs import pair_in
@@ -104,7 +106,7 @@ async def test_a_request_that_newer_ones_have_pushed_out_is_unknown(
     await ask(server, "sse", "old")
     ended = server.context.monitor.ended
     for number in range(MAX_KEPT):
-        ended.keep("", f"r{number}", dict)
+        ended.keep("", f"r{number}", (RequestRecord(), monotonic(), "", "ok", 200))
 
     assert (await look(server, "old"))[1]["error"]["code"] == "request_not_found"
 
