@@ -7,6 +7,7 @@
     python benchmarks/elsewhere.py --face websocket    on /ws/chat; responses: on that of /v1/responses
     python benchmarks/elsewhere.py --instances 3       the readers at two other instances by turns
     python benchmarks/elsewhere.py --attaches 1000     so many answers of 20 events that have ended
+    python benchmarks/elsewhere.py --kill              A is killed: latency is that until a reader knows
 
 Answers run at instance A without a reader of their own, one reader each at B (all instances but A
 together), over one Redis. CPU is that of the processes in /proc, in µs an event, or of an ended
@@ -23,6 +24,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -132,6 +134,16 @@ class Readers:
                 if any(end in message.data for end in ends):
                     return
 
+    async def told(self, session: aiohttp.ClientSession, url: str, name: str) -> None:
+        """Read the answer *name* at the instance *url* until it ends with an error."""
+        headers = {"Last-Event-ID": "0"}
+        async with session.get(f"{url}/sse/chat/{name}", headers=headers) as response:
+            async for line in response.content:
+                if line.startswith(b"event: error"):
+                    self.latencies.append(time.monotonic())
+                    self.heard.add(name)
+                    return
+
     def _note(self, name: str, line: bytes) -> None:
         if self.measures and (at := line.find(b"@")) > 0:
             self.latencies.append(time.monotonic() - float(line[at + 1 : at + 14].split()[0]))
@@ -154,7 +166,8 @@ async def instance(tree: Path, config: Path) -> AsyncIterator[tuple[int, str]]:
             line = (await process.stdout.readline()).decode()
         yield process.pid, line.split(": ", 1)[1].strip().rstrip("/") + "/sse/chat"
     finally:
-        process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
         await process.wait()
 
 
@@ -232,6 +245,17 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
                 await readers.read(session, url, name)
                 readers.latencies.append(time.monotonic() - began)
                 readers.heard.add(name)
+        elif given.kill:
+            for name, url in zip(names, itertools.cycle(at), strict=False):
+                tasks.append(asyncio.ensure_future(readers.told(session, url, name)))
+            await asyncio.sleep(BEFORE)
+            # It has no CPU time behind its end.
+            pids["A"] = []
+            before = cpu()
+            began = time.monotonic()
+            os.kill(served[0][0], signal.SIGKILL)
+            await asyncio.wait(tasks, timeout=BEFORE)
+            readers.latencies = [moment - began for moment in readers.latencies]
         else:
             for name, url in zip(names, itertools.cycle(at), strict=False):
                 tasks.append(asyncio.ensure_future(readers.read(session, url, name)))
@@ -270,12 +294,13 @@ async def main() -> None:
     parser.add_argument("--face", choices=["sse", "websocket", "responses"], default="sse")
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--attaches", type=int, default=0)
+    parser.add_argument("--kill", action="store_true")
     parser.add_argument("--trees", type=Path, nargs="+", default=[ROOT])
     given = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(given.rounds):
         for tree in given.trees:
-            for local in (False, True):
+            for local in (False,) if given.kill else (False, True):
                 name = f"{tree.name or 'this tree'}, {'local' if local else 'elsewhere'}"
                 found.setdefault(name, []).append(await run(tree.resolve(), given, local=local))
     columns = ["A", "B", "Redis", "all", "p50", "p99", "silent"]
