@@ -278,8 +278,8 @@ def _digests(data: bytes) -> tuple[int, Sequence[int]]:
     """Return the digest of *data*, and those of its pieces if it has several."""
     if len(data) <= PIECE_BYTES:
         return hash(data), ()
-    view = memoryview(data)
-    pieces = [hash(view[at : at + PIECE_BYTES]) for at in range(0, len(data), PIECE_BYTES)]
+    # To hash a part of a memoryview would hash the whole of *data* first.
+    pieces = [hash(data[at : at + PIECE_BYTES]) for at in range(0, len(data), PIECE_BYTES)]
     return hash(tuple(pieces)), pieces
 
 
