@@ -3,8 +3,8 @@ with two calls at once, on each of three engines (tests/support/chat_engine.py).
 
     npm install --prefix DIR @anthropic-ai/claude-code @openai/codex opencode-ai
     python benchmarks/agents.py DIR/node_modules/.bin [--only claude,codex,opencode] [--show]
-    python benchmarks/agents.py DIR/node_modules/.bin --cut 0.02 --tasks 33    # calls that break off
-    python benchmarks/agents.py DIR/node_modules/.bin --cut 0.2 --tasks 33 --second
+    python benchmarks/agents.py DIR/node_modules/.bin --cut 0.02 --tasks 34    # calls that break off
+    python benchmarks/agents.py DIR/node_modules/.bin --cut 0.2 --tasks 34 --second
     python benchmarks/agents.py DIR/node_modules/.bin --only claude,opencode --plant
 
 The agents get nothing but a base URL and a key. A turn is well formed if the engine has refused
@@ -156,10 +156,11 @@ async def served(engine: ChatEngine, messages: str, *, second: bool) -> AsyncIte
             "model": "m",
             "messages": yaml.safe_load(messages),
         }
-        names = ["engine", "second"] if second else ["engine"]
+        # None is the model that the agents name: a provider's name leaves no fallback.
+        names = ["first", "second"] if second else ["first"]
         settings = {
             "llm": {
-                "active": "engine",
+                "active": "first",
                 "fallbacks": names[1:],
                 "cache_losses": True,
                 "providers": dict.fromkeys(names, provider),

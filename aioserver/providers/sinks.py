@@ -40,6 +40,7 @@ A body that is not streamed is collected, up to a bound (`BodySink`). How an ans
 from __future__ import annotations
 
 import asyncio
+import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -449,8 +450,8 @@ def before_broken(block: bytes) -> bytes:
 
 
 _USAGE, _DELTA = b'"usage"', b'"delta"'
-# How engines write that an event has no choice.
-_NO_CHOICES, _NO_CHOICES_SPACED = b'"choices":[]', b'"choices": []'
+# An event says that it has no choice by the member that this finds, and this matches.
+_CHOICES, _NO_CHOICES = b'"choices"', re.compile(rb'"choices"\s*:\s*\[\s*\]')
 # How most events with a text begin it.
 _TEXTS = b'"delta":{"content":"', b'"delta": {"content": "'
 
@@ -508,8 +509,10 @@ class EventSink(PassingSink):
         # Not `in`: for bytes that costs more than twice as much. From the end, where it is.
         odd, at = escaped(block), -1
         usage = odd or block.rfind(_USAGE) >= 0
-        if usage and self._hides_usage and (at := _no_choices(block, len(block))) >= 0:
-            block = self._without_usage(block, at, plain)
+        if usage and self._hides_usage:
+            at = -1 if odd else _no_choices(block, len(block))
+            if odd or at >= 0:
+                block = self._without_usage(block, at, plain)
         if at < 0 or not ended:
             if odd or may_finish(block) or (self._finished and block.rfind(_DELTA) >= 0):
                 self._finished = finished(block, before=self._finished)
@@ -526,15 +529,16 @@ class EventSink(PassingSink):
     def _without_usage(self, block: bytes, at: int, plain: int) -> bytes:
         """Return *block* without the events that have nothing but the usage; note the last one.
 
-        The last event without a choice says that *at* this index. *plain*: as in `_up_to_end`.
+        The last event without a choice says that *at* this index; -1: names may have escapes.
+        *plain*: as in `_up_to_end`.
         """
         outcome = self._stream.outcome
-        if not plain and block.find(b"\r") >= 0:
+        if at < 0 or (not plain and block.find(b"\r") >= 0):
             outcome.usage = usage_in(block) or outcome.usage
             return b"".join(
                 each
                 for each in eventstream.pieces(block)
-                if each.find(_USAGE) < 0 or only_usage(each) is None
+                if (at >= 0 and each.find(_USAGE) < 0) or only_usage(each) is None
             )
         last: dict[str, Any] | None = None
         # What follows the last of them.
@@ -568,8 +572,10 @@ class EventSink(PassingSink):
 
 def _no_choices(block: bytes, end: int) -> int:
     """Return where *block*, before *end*, says last that an event has no choice; or -1."""
-    compact, spaced = block.rfind(_NO_CHOICES, 0, end), block.rfind(_NO_CHOICES_SPACED, 0, end)
-    return max(spaced, compact)
+    at = block.rfind(_CHOICES, 0, end)
+    while at >= 0 and _NO_CHOICES.match(block, at) is None:
+        at = block.rfind(_CHOICES, 0, at)
+    return at
 
 
 def only_usage(event: bytes) -> dict[str, Any] | None:

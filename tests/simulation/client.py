@@ -405,9 +405,10 @@ class Client:
     async def _ask_again(self) -> None:
         """Ask another question on the connection that was kept."""
         self.second = second = Client(self.plan, SECOND + self.number, self.base, like=self)
-        second.session, second._habits = self.session, {}
+        # The kept connection has the faults of its network still.
+        second.session, second.patience, second._habits = self.session, self.patience, {}
         try:
-            with second.patience:
+            with self.patience:
                 await ASK[second.face](second)
         except GONE as exc:
             second.outcome = f"gone: {type(exc).__name__}"

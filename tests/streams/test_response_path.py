@@ -45,6 +45,11 @@ def delta(number: int | None, text: str = "word ", **fields: Any) -> bytes:
 CREATED = event("response.created", 0, response=RESPONSE)
 
 
+def hidden(event: bytes, name: bytes) -> bytes:
+    """*event* with an escape for the second letter of this *name* of a member."""
+    return event.replace(b'"%b"' % name, b'"%b\\u00%02x%b"' % (name[:1], name[1], name[2:]), 1)
+
+
 def completed(number: int) -> bytes:
     return event("response.completed", number, response={**RESPONSE, "status": "completed"})
 
@@ -92,6 +97,12 @@ OTHERS = {
     % (DELTA.encode(), DELTA.encode()),
     "a response object": delta(3, response={**RESPONSE, "model": "m"}),
     "an error": delta(3, error={"code": "bad", "message": "no"}),
+    "an error with an escape": hidden(delta(3, error={"code": "bad", "message": "no"}), b"error"),
+    "a response with an escape": hidden(delta(3, response={"id": "resp_2"}), b"response"),
+    "a number with an escape": hidden(delta(4), b"sequence_number"),
+    "a second type with an escape": delta(3, error=0).replace(
+        b'"error":0', rb'"typ\u0065":"error","code":"bad"'
+    ),
     "an end under another name": event("response.completed", 3, name=DELTA),
     "an error under another name": event("error", 3, name=DELTA, code="bad", message="no"),
     "another kind of part": event("response.reasoning_summary_text.delta", 3, delta="why"),

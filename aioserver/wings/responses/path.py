@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from aioserver.errors import StreamNotFound
 from aioserver.protocol import eventstream
 from aioserver.protocol.eventstream import utf8
+from aioserver.protocol.parts import escaped
 from aioserver.streams.entries import CANCELLED, ERROR
 from aioserver.streams.fast_path import ERROR_NAME, FIRST_LINES, MAX_CHUNK_BYTES, FastPath
 from aioserver.streams.formats import WS_TEXT, Format, framed, ws_frame
@@ -78,6 +79,8 @@ class ResponsePath(FastPath):
             or find(b"\n", begin) != end - 2
             or find(b"\r", begin) != end
             or find(ERROR_NAME, begin) >= 0
+            # Most texts have no backslash.
+            or (find(b"\\", begin) >= 0 and escaped(read))
             or not (read.isascii() or utf8(read))
         ):
             return False
