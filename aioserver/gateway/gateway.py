@@ -33,7 +33,7 @@ from aioserver.gateway.contracts.instances import (
     NOT_FOUND,
     Elsewhere,
 )
-from aioserver.gateway.producers import Producers
+from aioserver.gateway.producers import Producers, all_has_come
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Calls, Request, shutdown_error
 from aioserver.gateway.stream_usage import UsageAttempt
@@ -472,11 +472,7 @@ class Gateway:
         """Let *produce* fill *stream* once *request* is within its caller's limits, and until its
         deadline.
         """
-
-        def over() -> bool:
-            return stream.ended or stream.ending is not None
-
-        with request.guard(self._count_deadline, over):
+        with request.guard(self._count_deadline, partial(all_has_come, stream)):
             if request.waits:
                 await request.granted(partial(stream.report_position, at=AT_KEY))
                 stream.queued = None

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.gateway")
 
 
+def all_has_come(stream: Stream) -> bool:
+    """Return whether the whole answer is in *stream*. If only its end mark is missing, that is
+    not waited for any longer: a deadline or a stop then cuts nothing off.
+    """
+    if stream.ended or stream.ending is not None:
+        return True
+    return stream.source is not None and stream.source.complete()
+
+
 class Producers:
     """The tasks that fill logs.
 
@@ -69,7 +78,8 @@ class Producers:
         for task, (stream, _release) in self._streams.items():
             owner: Any = stream.caller
             if callers is None or owner.name in callers:
-                stream.cancel_reason = reason()
+                if not all_has_come(stream):
+                    stream.cancel_reason = reason()
                 task.cancel()
                 ended.append(task)
         if ended:

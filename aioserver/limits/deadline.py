@@ -204,11 +204,11 @@ class Guard:
     def _expire(self, moment: float) -> None:
         self._timer = None
         deadline = self._deadline
-        if self._over():
-            return
         if deadline.next > moment:
             # The request has started in time.
             self._watch()
+            return
+        if self._over():
             return
         self._error, deadline.cut = deadline.exceeded(), deadline.started
         self._task.cancel()

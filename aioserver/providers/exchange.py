@@ -340,14 +340,32 @@ class Exchange:
             return
         self._settle()
 
+    def complete(self) -> bool:
+        """End the exchange well if only the end mark of its answer is missing, and return whether
+        it was. The connection is not kept.
+        """
+        cut = ProviderDisconnected("the end mark of the answer was not waited for")
+        if self._done.done() or not self._broken(cut):
+            return False
+        self._done.set_result(None)
+        self._parser.reusable = False
+        self._settle()
+        return True
+
+    def _broken(self, fault: Exception) -> bool:
+        """Return whether the answer is complete although it ends now with *fault*."""
+        sink = self._parser.sink
+        if sink is None or not sink.broken(fault):
+            return False
+        if self._paused:
+            self.resume()
+        self._ended = True
+        return True
+
     def _fail(self, fault: Exception) -> None:
         parser = self._parser
         if not self._done.done():
-            if parser.sink is not None and parser.sink.broken(fault):
-                if self._paused:
-                    self.resume()
-                self._ended = True
-            else:
+            if not self._broken(fault):
                 self._fault = fault
             self._done.set_result(None)
         # The connection is not kept after an end of this kind, even a good one.

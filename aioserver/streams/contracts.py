@@ -103,7 +103,7 @@ class Reader(Protocol):
 class Source(Protocol):
     """The origin of a log's events: one exchange with a provider.
 
-    Neither method raises, and a second call does nothing.
+    No method raises, and a second call does nothing.
     """
 
     def pause(self) -> None:
@@ -111,6 +111,11 @@ class Source(Protocol):
 
     def resume(self) -> None:
         """Resume reading."""
+
+    def complete(self) -> bool:
+        """End the exchange if only the end mark of its answer is missing, and return whether it
+        was: the log is completed then.
+        """
 
 
 class Held(Protocol):

@@ -344,11 +344,13 @@ class Parent:
             for match in map(LOAD.search, statuses)
             if match is not None
         ]
-        inside, limit, waiting = map(sum, zip(*loads, strict=True)) if loads else (0, 0, 0)
         text = f"{len(statuses)} of {self._workers} workers"
         if supervisor.replacing:
             text += ", being replaced"
-        text += f": {inside} of {limit} connections, {waiting} waiting"
+        # New workers have not said yet what they hold.
+        if loads:
+            inside, limit, waiting = map(sum, zip(*loads, strict=True))
+            text += f": {inside} of {limit} connections, {waiting} waiting"
         former = supervisor.former()
         # One that has become a former process just now has not said yet what runs in it.
         if said := [match for status, _ in former if (match := FORMER.search(status))]:

@@ -1,9 +1,11 @@
 """A turn has one end, however its provider writes the end: with letters as escapes (RFC 8259, 7),
-with other spaces, with its members in another order, and with another form of the event's name.
+with other spaces, with its members in another order, and with another form of the event's name. A
+deadline or a stop in front of its end mark is no error.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.protocol.request_headers import DEADLINE
 from tests.support.held_turns import (
     ARGUMENTS,
     CHAT,
@@ -23,6 +26,8 @@ from tests.support.held_turns import (
     ask,
     cutting,
 )
+from tests.support.scripted_provider import Peer
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,3 +126,37 @@ async def test_turn_has_one_end_however_it_is_written(
                     assert seen.end == "complete", where
                     assert seen.text == "".join(turn.text), where
                     assert list(seen.calls.values()) == [ARGUMENTS] * turn.calls, where
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("hold", ["preamble", "calls", "turn"])
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("ended_by", ["deadline", "stop"])
+async def test_answer_that_lacks_its_end_mark_alone_is_complete(
+    make_server: MakeServer, face: str, hold: str, ended_by: str
+) -> None:
+    path, bridged = FACES[face]
+    turn = Turn(text=TEXT)
+    asked = CHAT if bridged else path
+    count = len(turn.events(asked, 1))
+    # Behind so many events nothing is missing but the end mark; native responses have none.
+    whole = count - {CHAT: 2, MESSAGES: 1, RESPONSES: 0}[asked]
+    provider = CuttingProvider(turn, ending=Peer.left)
+    stop = {"chat.websocket.shutdown_timeout": 5.0, "chat.websocket.drain_delay": 0}
+    headers = {DEADLINE: "5"} if ended_by == "deadline" else {}
+    async with cutting(make_server, provider, count, stop, bridged=bridged) as server:
+        cuts = range(whole - 1, count)
+        answers = asyncio.gather(*(ask(server, path, f"p{n}", hold, headers) for n in cuts))
+        if ended_by == "stop":
+            await until(lambda: provider.asked.total() == len(cuts))
+            await server.runner.end()
+
+        for cut, seen in zip(cuts, await answers, strict=True):
+            where = cut, seen.raw
+            if cut < whole:
+                error = "deadline_exceeded" if ended_by == "deadline" else "server_shutdown"
+                assert seen.end == error, where
+                continue
+            assert seen.end == "complete", where
+            assert seen.text == "".join(turn.text), where
+            assert list(seen.calls.values()) == [ARGUMENTS] * turn.calls, where

@@ -37,6 +37,9 @@ class Provider:
     def resume(self) -> None:
         self.paused = False
 
+    def complete(self) -> bool:
+        return False
+
 
 def store(max_stream_bytes: int = 1 << 22) -> StreamStore:
     return StreamStore(max_stream_bytes=max_stream_bytes, max_kept_bytes=1 << 30)
