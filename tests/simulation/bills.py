@@ -147,6 +147,9 @@ def _wrong(
         return ""
     # One event may be what was wrong: it was too long, for example.
     received -= isinstance(failed, ProviderBadResponse)
+    if call is not None and call.fault.startswith("bad-"):
+        # What came behind the wrong event in one read with it is not looked at.
+        received = min(received, int(call.fault.rpartition("-")[2]))
     if cost.tokens_out < _estimate(attempt, received):
         return f"fewer tokens than the {received} that have come"
     return ""
