@@ -248,18 +248,14 @@ class Scheduler:
         if ticket.slot is not None and not any(_leads_to(bid, ticket.slot) for bid in bids):
             # It does not return to the resource where it had a slot.
             ticket.free_slot()
-        room = ticket.slot is not None or not need
-        room = room or any(bid.resource.room(ticket.kind) > 0 for bid in need)
-        joined: list[Bid] = []
-        errors: list[tuple[float, int, BaseException]] = []
-        for bid in bids:
-            bid.ticket, bid.index = ticket, bid.resource.index(ticket)
-            try:
-                bid.resource.admit(bid, now, room=room)
-            except Exception as error:  # noqa: BLE001 - one of them is raised below
-                errors.append((getattr(error, "retry_after", None) or 0.0, len(errors), error))
-            else:
-                joined.append(bid)
+        room = ticket.slot is not None or not need or _have_room(ticket, need)
+        joined, errors = _admit(ticket, bids, now, room=room)
+        own = [] if ticket.slot is not None else [bid for bid in joined if bid in need]
+        if room and own and not _have_room(ticket, own):
+            # The room was at a resource that has refused its bid.
+            errors.clear()
+            joined, errors = _admit(ticket, bids, now, room=False)
+            own = [bid for bid in joined if bid in need]
         if not joined:
             ticket.free_slot()
             refusal = min(errors)[2]
@@ -273,7 +269,7 @@ class Scheduler:
         ticket.bids, ticket.on_position = joined, on_position
         self.waiting[ticket] = None
         try:
-            if ticket.slot is None and (own := [bid for bid in joined if bid in need]):
+            if own:
                 self._take_slot(ticket, self._roomiest(ticket, own).resource)
             self._begin(joined, now)
             if ticket in self.waiting:
@@ -575,6 +571,30 @@ class Scheduler:
             except Exception as error:  # noqa: BLE001 - it is raised in the task that waits
                 if ticket in self.waiting:
                     self._end(ticket, error)
+
+
+def _have_room(ticket: Ticket, bids: Sequence[Bid]) -> bool:
+    """Return whether a queue of *bids* has room for *ticket*."""
+    return any(bid.resource.room(ticket.kind) > 0 for bid in bids)
+
+
+def _admit(
+    ticket: Ticket, bids: Sequence[Bid], now: float, *, room: bool
+) -> tuple[list[Bid], list[tuple[float, int, BaseException]]]:
+    """Return those of *bids* that may wait, if there is *room* for *ticket*, and the refusals of
+    the others, each behind its `Retry-After` and its number.
+    """
+    joined: list[Bid] = []
+    errors: list[tuple[float, int, BaseException]] = []
+    for bid in bids:
+        bid.ticket, bid.index = ticket, bid.resource.index(ticket)
+        try:
+            bid.resource.admit(bid, now, room=room)
+        except Exception as error:  # noqa: BLE001 - the caller raises one of them
+            errors.append((getattr(error, "retry_after", None) or 0.0, len(errors), error))
+        else:
+            joined.append(bid)
+    return joined, errors
 
 
 def _outcome(ticket: Ticket) -> Grant:

@@ -242,6 +242,25 @@ def test_a_group_has_room_for_as_many_as_its_members_together(world: World) -> N
     world.refused(world.ticket(), large)
 
 
+@pytest.mark.parametrize("rests", [False, True], ids=["new", "returning"])
+def test_room_at_a_queue_that_refuses_its_bid_is_no_room(world: World, *, rests: bool) -> None:
+    slow = world.resource(9, rate=Spaced(world, 90.0), queue_timeout=5.0, queue_size=3)
+    full = world.resource(1, queue_size=1)
+    for each in (slow, full):
+        world.start(world.ticket(), each)
+    world.wait(world.ticket(), full)
+    # A rest needs no room before its end.
+    bids = [Bid(slow), Bid(full, not_before=world.clock.now + rests, front=rests)]
+    if rests:
+        ticket = world.wait(world.ticket(), *bids)
+        assert (ticket.slot, [bid.resource for bid in ticket.bids]) == (None, [full])
+        world.clock.advance(1.0)
+        assert error(ticket).reason is Reason.FULL
+    else:
+        assert world.refused(world.ticket(), *bids).reason is Reason.FULL
+    assert (slow.slots, full.slots) == (0, 1)
+
+
 def test_whoever_leaves_a_queue_takes_its_slot_to_another(world: World) -> None:
     quick, slow = world.resource(0, queue_timeout=1.0), world.resource(0, queue_timeout=9.0)
     quick.queue_size = 200
