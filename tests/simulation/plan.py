@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from tests.simulation.configuration import Key
 
+# Seconds that a byte is on its way at most: twice the latency of the slowest link, and a moment.
+LONGEST_WAY = 0.5
+
 # What clients do beside asking and reading.
 HABITS = (
     "leave",
@@ -219,7 +222,8 @@ class Plan:
         if self.shared is not None and self.shared.events:
             return inf
         interval: float = self.changes["chat.websocket.ping_interval"]
-        return interval + 1.0
+        # The wheel's visit may be its grain late, and a heartbeat longer on its way than the last.
+        return interval + 1.0 + LONGEST_WAY
 
     def operated(self, changes: Mapping[str, Any], *names: str) -> dict[str, Any]:
         """Return the *changes* of the configuration after the operations *names*."""
