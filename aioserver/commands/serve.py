@@ -311,9 +311,7 @@ async def _balance(worker: Worker, loads: Loads, server: Server) -> Balance:
         return worker.balance(loads)
 
     def replaced(kept: int, cut: int) -> None:
-        text = (
-            f"a former process has ended: {kept} answers came to their end there, {cut} were cut"
-        )
+        text = f"a former process has ended: of its answers {kept} were completed, {cut} were cut"
         server.context.monitor.incident("replaced", text, severity="info")
 
     if any(kept := loads.kept(loads.slot)):
