@@ -22,7 +22,7 @@ import msgspec
 import orjson
 from msgspec import Raw
 
-from aioserver.protocol.eventstream import count_named, having, parse, split, write
+from aioserver.protocol.eventstream import count_named, having, parse, split, with_lf, write
 from aioserver.protocol.openai import BadEvent, only_names
 from aioserver.protocol.parts import Parts, escaped
 from aioserver.protocol.transcript import loaded
@@ -343,10 +343,12 @@ def up_to_end(block: bytes) -> tuple[bytes, bool]:
     """
     if not _may_end(block):
         return block, False
-    events = split(block)
-    for number, event in enumerate(events, 1):
-        if _ends(event):
-            return (b"".join(events[:number]) if number < len(events) else block), True
+    lines = with_lf(block)
+    # A type that is written with escapes may be in any event.
+    marks = (b"\n\n",) if escaped(lines) else _END_TYPES
+    for place in having(lines, marks):
+        if _ends(lines[place]):
+            return (lines[: place.stop] if split(lines[place.stop :]) else block), True
     return block, False
 
 
