@@ -7,6 +7,7 @@
     python benchmarks/elsewhere.py --face websocket    on /ws/chat; responses: on that of /v1/responses
     python benchmarks/elsewhere.py --instances 3       the readers at two other instances by turns
     python benchmarks/elsewhere.py --attaches 1000     so many answers of 20 events that have ended
+    python benchmarks/elsewhere.py --questions 1000    so many answers of 20 events at A, none elsewhere
     python benchmarks/elsewhere.py --kill              A is killed: latency is that until a reader knows
 
 Answers run at instance A without a reader of their own, one reader each at B (all instances but A
@@ -134,6 +135,15 @@ class Readers:
                 if any(end in message.data for end in ends):
                     return
 
+    async def ask(self, session: aiohttp.ClientSession, url: str, name: str) -> None:
+        """Ask the instance *url* for the answer *name*, and read it to its end."""
+        body, began = {"request_id": name, "text": "hello"}, time.monotonic()
+        async with session.post(f"{url}/sse/chat", json=body) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+        self.latencies.append(time.monotonic() - began)
+        self.heard.add(name)
+
     async def told(self, session: aiohttp.ClientSession, url: str, name: str) -> None:
         """Read the answer *name* at the instance *url* until it ends with an error."""
         headers = {"Last-Event-ID": "0"}
@@ -182,11 +192,12 @@ def tls(folder: Path, *, made: bool) -> dict[str, object]:
 
 async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str, float]:
     """Run one round; return CPU an event of each process, latencies, and silent readers."""
-    provider = web.AppRunner(Provider(0.0 if given.attaches else given.rate).app)
+    ended = given.attaches or given.questions
+    provider = web.AppRunner(Provider(0.0 if ended else given.rate).app)
     await provider.setup()
     await web.TCPSite(provider, "127.0.0.1", 0, backlog=BACKLOG).start()
     base = f"http://127.0.0.1:{provider.addresses[0][1]}/v1"
-    count = given.attaches or given.streams
+    count = ended or given.streams
     most = 4 * count
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -229,7 +240,9 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
         roots = [url.removesuffix("/sse/chat") for _pid, url in served]
         await asyncio.sleep(BEFORE)
         readers = Readers(given.face)
-        names = [await readers.begin(session, roots[0], f"r{each}") for each in range(count)]
+        names = [f"r{each}" for each in range(count)]
+        if not given.questions:
+            names = [await readers.begin(session, roots[0], name) for name in names]
         at = roots[:1] if local else roots[1:]
         pids = {"A": [served[0][0]], "B": [pid for pid, _url in served[1:]], "Redis": [redis.pid]}
 
@@ -237,7 +250,11 @@ async def run(tree: Path, given: argparse.Namespace, *, local: bool) -> dict[str
             return {name: sum(map(cpu_of, each)) for name, each in pids.items()}
 
         tasks = []
-        if given.attaches:
+        if given.questions:
+            before = cpu()
+            for name in names:
+                await readers.ask(session, roots[0], name)
+        elif given.attaches:
             await asyncio.sleep(BEFORE)
             before = cpu()
             for name, url in zip(names, itertools.cycle(at), strict=False):
@@ -294,13 +311,14 @@ async def main() -> None:
     parser.add_argument("--face", choices=["sse", "websocket", "responses"], default="sse")
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--attaches", type=int, default=0)
+    parser.add_argument("--questions", type=int, default=0)
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--trees", type=Path, nargs="+", default=[ROOT])
     given = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(given.rounds):
         for tree in given.trees:
-            for local in (False,) if given.kill else (False, True):
+            for local in (False,) if given.kill or given.questions else (False, True):
                 name = f"{tree.name or 'this tree'}, {'local' if local else 'elsewhere'}"
                 found.setdefault(name, []).append(await run(tree.resolve(), given, local=local))
     columns = ["A", "B", "Redis", "all", "p50", "p99", "silent"]
