@@ -2,6 +2,7 @@
 in virtual time.
 
     python benchmarks/cluster.py            # three processes and a server, half a minute
+    python benchmarks/cluster.py --budgets  # of a key's budget of tokens, which is ample
     python benchmarks/cluster.py --faults   # the table of faults, in virtual time, a few seconds
 
 Counts and CPU are to be trusted, rates are those of the machine.
@@ -16,17 +17,21 @@ import re
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from aioserver.errors import AioserverError
+from aioserver.wings.cluster.limits.keys import SharedKey
 from aioserver.wings.cluster.limits.leased import LeasedCapacity
 from aioserver.wings.cluster.limits.leases import Leases
 from aioserver.wings.cluster.limits.renewer import Renewer
 from tests.support.cluster_simulation import Load, Simulation
 from tests.support.redis_server import RedisServer
 from tests.support.resources import Line
+from tests.support.turns import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,27 +41,50 @@ INSTANCES = 3
 REQUEST, RUN = 0.05, 6.0
 
 
-async def instance(url: str, number: int, limit: int, load: float) -> None:
-    """Be one instance, with requests for *load* of the limit, and print what it took."""
+# Of a budget: the requests' tokens, by the estimate and in fact, and the starts a second of an
+# instance.
+ESTIMATED, SPENT = 300, 200
+PACES = (200, 5)
+
+
+async def instance(url: str, number: int, limit: int, load: float, pace: float) -> None:
+    """Be one instance, with requests for *load* of the limit, and print what it took. A *pace* is
+    the starts a second at a key with a budget, instead.
+    """
     import random  # noqa: PLC0415 - each process has its own
 
     name = f"host-{number}-{time.time_ns()}"
     renewer = Renewer(lambda on_due: Leases(name, on_due=on_due), url, "benchmark")
     leases = renewer.leases
+    loop = asyncio.get_running_loop()
     line = Line(0, queue_size=10_000, queue_timeout=60.0)
-    LeasedCapacity(leases, line.scheduler, line.resource, "p:provider", limit)
+    key = None
+    if pace:
+        key = SharedKey(
+            10_000, 10_000_000, loop.time, leases=leases, name="key", tokens_per_minute=10**9
+        )
+    else:
+        LeasedCapacity(leases, line.scheduler, line.resource, "p:provider", limit)
     await renewer.open()
     waits: list[float] = []
 
     async def request() -> None:
         began = time.perf_counter()
-        grant = await line.enter()
+        if key is None:
+            grant = await line.enter()
+            end = grant.release
+        else:
+            try:
+                turn = Turn(key.quota, ESTIMATED)
+                await turn.begun()
+            except AioserverError:
+                return  # at the start, before the instances know each other
+            end = partial(turn.end, SPENT)
         waits.append(time.perf_counter() - began)
         await asyncio.sleep(REQUEST)
-        grant.release()
+        end()
 
-    loop = asyncio.get_running_loop()
-    rate = load * limit / REQUEST / INSTANCES
+    rate = pace or load * limit / REQUEST / INSTANCES
 
     async def requests(seconds: float) -> None:
         end = at = loop.time()
@@ -84,7 +112,7 @@ async def instance(url: str, number: int, limit: int, load: float) -> None:
     await renewer.close()
 
 
-def measure(server: RedisServer, limit: int, load: float) -> None:
+def measure(server: RedisServer, limit: int, load: float, pace: float = 0.0) -> None:
     """Run the instances, and print a row."""
     server.call("FLUSHALL")
     server.call("CONFIG", "RESETSTAT")
@@ -93,7 +121,7 @@ def measure(server: RedisServer, limit: int, load: float) -> None:
         processes = [
             await asyncio.create_subprocess_exec(
                 *(sys.executable, __file__, "--instance", str(number), "--url", server.url),
-                *("--limit", str(limit), "--load", str(load)),
+                *("--limit", str(limit), "--load", str(load), "--pace", str(pace)),
                 stdout=asyncio.subprocess.PIPE,
             )
             for number in range(INSTANCES)
@@ -106,20 +134,23 @@ def measure(server: RedisServer, limit: int, load: float) -> None:
     assert match is not None
     starts, calls = sum(row["starts"] for row in rows), sum(row["calls"] for row in rows)
     cpu = sum(row["cpu"] for row in rows)
+    name = f"{pace:10.0f} /s" if pace else f"{limit:6} {load:5.0%}"
     print(
-        f"{limit:6} {load:5.0%} {starts:7} {calls / starts:12.2f} "
-        f"{int(match[2]) / int(match[1]):10.0f} {cpu / starts * 1e6:13.0f} "
-        f"{max(row['p50'] for row in rows) * 1000:8.1f} "
+        f"{name} {starts:7} {calls / starts:12.2f} "
+        f"{int(match[2]) / starts:15.0f} {cpu / starts * 1e6:13.0f} "
+        f"{max(row['p50'] for row in rows) * 1000:8.2f} "
         f"{max(row['p99'] for row in rows) * 1000:8.1f}",
         flush=True,
     )
 
 
-def costs() -> None:
-    """Print the table of costs."""
-    print("places  load  starts  calls/start  server us  client us/start  p50 ms  p99 ms")
+def costs(*, budgets: bool) -> None:
+    """Print the table of costs, of places or of *budgets*."""
+    print("places  load  starts  calls/start  server us/start  client us/start  p50 ms  p99 ms")
     with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder)) as server:
-        for limit, load in ((20, 0.3), (20, 0.9), (200, 0.3), (200, 0.9)):
+        for pace in PACES if budgets else ():
+            measure(server, 0, 0.0, pace)
+        for limit, load in () if budgets else ((20, 0.3), (20, 0.9), (200, 0.3), (200, 0.9)):
             measure(server, limit, load)
 
 
@@ -177,19 +208,23 @@ def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--budgets", action="store_true")
     parser.add_argument("--instance", type=int)
     parser.add_argument("--url")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--load", type=float)
+    parser.add_argument("--pace", type=float)
     options = parser.parse_args()
     if options.instance is not None:
         import uvloop  # noqa: PLC0415 - an option
 
-        uvloop.run(instance(options.url, options.instance, options.limit, options.load))
+        uvloop.run(
+            instance(options.url, options.instance, options.limit, options.load, options.pace)
+        )
     elif options.faults:
         faults()
     else:
-        costs()
+        costs(budgets=options.budgets)
 
 
 if __name__ == "__main__":
